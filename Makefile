@@ -1,0 +1,37 @@
+# Two commands do everything: `make demo` and `make test`. Both create .venv when it is missing.
+#
+# TORCH names the torch to install, with pip's options where you need them, for example
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test slow check bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed      ## train, kill, resume, and show what was kept and why
+	$(BIN)/peakpoint demo
+
+test: $(VENV)/installed      ## the fast tests
+	$(BIN)/pytest --numprocesses=2
+
+slow: $(VENV)/installed      ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/installed     ## style, types, import layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed     ## the benchmarks, in minutes
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis peakpoint-demo

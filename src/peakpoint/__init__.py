@@ -1,0 +1,103 @@
+"""Peakpoint keeps, finds and ships the best checkpoints of a model's training.
+
+::
+
+    import peakpoint as pp
+
+    with pp.Checkpointer("runs", run="resnet50", state={"model": model, "optimizer": optimizer},
+                         keep=[pp.Best("val_accuracy", "max"), pp.Last(3)]) as ckpt:
+        for epoch in ckpt.epochs(100):
+            train_one_epoch(...)
+            ckpt.report(val_accuracy=accuracy)
+
+Public names are imported when they are first used (PEP 562), so that importing the package costs milliseconds and never
+imports torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from peakpoint._version import __version__
+
+if TYPE_CHECKING:
+    from peakpoint import rules as rules
+    from peakpoint.checkpointer import Checkpointer as Checkpointer
+    from peakpoint.checkpointer import Outcome as Outcome
+    from peakpoint.errors import ConfigError as ConfigError
+    from peakpoint.errors import ConflictError as ConflictError
+    from peakpoint.errors import CorruptError as CorruptError
+    from peakpoint.errors import Error as Error
+    from peakpoint.errors import FormatError as FormatError
+    from peakpoint.errors import MismatchError as MismatchError
+    from peakpoint.errors import NotFoundError as NotFoundError
+    from peakpoint.errors import PeakpointWarning as PeakpointWarning
+    from peakpoint.errors import SaveFailedError as SaveFailedError
+    from peakpoint.errors import StoreError as StoreError
+    from peakpoint.errors import TransientStoreError as TransientStoreError
+    from peakpoint.preempt import Preempt as Preempt
+    from peakpoint.repository import Checkpoint as Checkpoint
+    from peakpoint.repository import Repository as Repository
+    from peakpoint.repository import Run as Run
+    from peakpoint.repository import open_repository as open
+    from peakpoint.restore import LoadReport as LoadReport
+    from peakpoint.restore import load as load
+    from peakpoint.rules import Best as Best
+    from peakpoint.rules import Every as Every
+    from peakpoint.rules import Last as Last
+    from peakpoint.rules import TopK as TopK
+    from peakpoint.stopping import EarlyStopping as EarlyStopping
+
+_HOMES = {
+    "Best": ("rules", "Best"),
+    "Checkpoint": ("repository", "Checkpoint"),
+    "Checkpointer": ("checkpointer", "Checkpointer"),
+    "ConfigError": ("errors", "ConfigError"),
+    "ConflictError": ("errors", "ConflictError"),
+    "CorruptError": ("errors", "CorruptError"),
+    "EarlyStopping": ("stopping", "EarlyStopping"),
+    "Error": ("errors", "Error"),
+    "Every": ("rules", "Every"),
+    "FormatError": ("errors", "FormatError"),
+    "Last": ("rules", "Last"),
+    "LoadReport": ("restore", "LoadReport"),
+    "MismatchError": ("errors", "MismatchError"),
+    "NotFoundError": ("errors", "NotFoundError"),
+    "Outcome": ("checkpointer", "Outcome"),
+    "PeakpointWarning": ("errors", "PeakpointWarning"),
+    "Preempt": ("preempt", "Preempt"),
+    "Repository": ("repository", "Repository"),
+    "Run": ("repository", "Run"),
+    "SaveFailedError": ("errors", "SaveFailedError"),
+    "StoreError": ("errors", "StoreError"),
+    "TopK": ("rules", "TopK"),
+    "TransientStoreError": ("errors", "TransientStoreError"),
+    "load": ("restore", "load"),
+    "open": ("repository", "open_repository"),
+}
+_MODULES = ("rules",)
+
+__all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"peakpoint.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peakpoint' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    try:
+        value = getattr(importlib.import_module(f"peakpoint.{module}"), attribute)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "numpy"):
+            raise
+        raise ModuleNotFoundError(
+            f"peakpoint.{name} needs {error.name}, which is not installed: pip install 'peakpoint[torch]', or install "
+            "the build of torch that fits your machine first (https://pytorch.org/get-started)",
+            name=error.name,
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,206 @@
+"""Audit: everything in a repository that should not be there, or is not as it was written.
+
+Litter is what a crash leaves behind: harmless, and removed by ``clean``. Damage is bytes that changed: reported, never
+touched. Foreign files are neither: Peakpoint did not write them and does not delete them.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from peakpoint import journal as journals
+from peakpoint import layout, reader
+from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.manifest import MANIFEST, Manifest
+from peakpoint.repository import Repository, check_run_record
+from peakpoint.store import Store
+from peakpoint.writer import sweep
+
+_OURS = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
+_LOCK_NOTE = b"{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that the audit found.
+
+    Attributes:
+        kind: ``"litter"``, ``"damage"``, ``"foreign"`` or ``"busy"``.
+        where: a key.
+        what: one sentence.
+    """
+
+    kind: str
+    where: str
+    what: str
+
+
+@dataclass(slots=True)
+class Audit:
+    """The result of an audit.
+
+    Attributes:
+        findings: in the order of the repository's tree.
+        runs: how many were looked at.
+        checkpoints: how many exist.
+        bytes: how many their files have.
+        deep: whether every byte was compared with its digest.
+    """
+
+    deep: bool
+    findings: list[Finding] = field(default_factory=list)
+    runs: int = 0
+    checkpoints: int = 0
+    bytes: int = 0
+
+    def of_kind(self, kind: str) -> list[Finding]:
+        """The findings of one kind."""
+        return [finding for finding in self.findings if finding.kind == kind]
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is neither litter nor damage."""
+        return not self.of_kind("litter") and not self.of_kind("damage")
+
+
+def audit(
+    repository: Repository, *, deep: bool = False, progress: Callable[[Manifest], None] = lambda _: None
+) -> Audit:
+    """Look at everything, change nothing.
+
+    Args:
+        repository: what to look at.
+        deep: compare every byte of every file with its digest, not only sizes.
+        progress: called with each manifest when its files have been looked at.
+    """
+    result = Audit(deep=deep)
+    store = repository.store
+    result.findings += _strays(store, "", {layout.REPOSITORY, f"{layout.RUNS}/", "catalogue.sqlite", "aliases/"})
+    result.findings += _strays(store, layout.RUNS, None)
+    for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
+        result.runs += 1
+        result.findings += _run(store, run, result, deep=deep, progress=progress)
+    return result
+
+
+def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Finding]:
+    for key in store.litter(prefix):
+        yield Finding("litter", key, "an unfinished write")
+    for child in store.children(prefix):
+        if (known is not None and child not in known) or (known is None and not child.endswith("/")):
+            where = f"{prefix}/{child}" if prefix else child
+            yield Finding("foreign", where, "not written by Peakpoint; left alone")
+
+
+def _run(
+    store: Store, run: str, result: Audit, *, deep: bool, progress: Callable[[Manifest], None]
+) -> Iterator[Finding]:
+    prefix = layout.run_prefix(run)
+    busy = store.holder(layout.writer_lock(run))
+    if busy is not None:
+        yield Finding("busy", prefix, f"being written by {busy}; unfinished writes are not looked at")
+    yield from _record(store, run)
+    yield from _unless(busy, _strays(store, prefix, {"run.json", "writer.lock", "journal/", "checkpoints/"}))
+    for sentence in journals.read(store, run).damage:
+        yield Finding("damage", layout.journal_prefix(run), sentence)
+    shelf = reader.shelf(store, run)
+    for damaged in shelf.damaged:
+        yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
+    for name in shelf.bare:
+        yield from _unless(busy, _bare(store, run, name))
+    yield from _unless(busy, _strays(store, layout.checkpoints_prefix(run), None))
+    for manifest in shelf.manifests:
+        result.checkpoints += 1
+        result.bytes += manifest.size_bytes
+        known = {MANIFEST, *(file.name for file in manifest.files)}
+        yield from _strays(store, layout.checkpoint_prefix(run, manifest.name), known)
+        yield from _files(store, manifest, deep=deep)
+        progress(manifest)
+
+
+def _unless(busy: str | None, findings: Iterator[Finding]) -> Iterator[Finding]:
+    for finding in findings:
+        if busy is None or finding.kind != "litter":
+            yield finding
+
+
+def _record(store: Store, run: str) -> Iterator[Finding]:
+    key = layout.run_record(run)
+    if store.size(key) is None:
+        # a crash between the run's directory and its record; the next writer of that run completes it
+        if not reader.shelf(store, run).manifests:
+            return
+        yield Finding("damage", key, "the run's record is missing although it has checkpoints")
+        return
+    try:
+        check_run_record(store, run)
+    except (CorruptError, FormatError) as error:
+        yield Finding("damage", key, str(error))
+
+
+def _bare(store: Store, run: str, name: str) -> Iterator[Finding]:
+    prefix = layout.checkpoint_prefix(run, name)
+    yield Finding("litter", prefix, "a directory without a manifest: a save or a removal that was cut short")
+    for child in store.children(prefix):
+        if not _is_ours(child):
+            yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
+
+
+def _is_ours(child: str) -> bool:
+    return child == layout.STATE or _OURS.fullmatch(child) is not None
+
+
+def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]:
+    for file in manifest.files:
+        try:
+            data = reader.view(store, manifest, file)
+            if deep:
+                reader.check(manifest, file, data)
+        except CorruptError as error:
+            yield Finding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
+
+
+def clean_run(store: Store, run: str) -> list[Finding]:
+    """Remove the litter of one run; the caller holds the run.
+
+    Returns:
+        What was removed.
+    """
+    removed: list[Finding] = []
+    shelf = reader.shelf(store, run)
+    for name in shelf.bare:
+        found = list(_bare(store, run, name))
+        ours = [child for child in store.children(layout.checkpoint_prefix(run, name)) if _is_ours(child)]
+        sweep(store, run, name, ours)
+        removed += found[:1]
+    prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run)]
+    prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
+    for prefix in prefixes:
+        for key in store.litter(prefix):
+            store.delete(key)
+            removed.append(Finding("litter", key, "an unfinished write"))
+    return removed
+
+
+def clean(repository: Repository) -> list[Finding]:
+    """Remove all litter, but for the runs that are being written.
+
+    Returns:
+        What was removed.
+    """
+    store = repository.store
+    removed: list[Finding] = []
+    for prefix in ("", layout.RUNS):
+        for key in store.litter(prefix):
+            store.delete(key)
+            removed.append(Finding("litter", key, "an unfinished write"))
+    for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
+        try:
+            hold = store.hold(layout.writer_lock(run), _LOCK_NOTE)
+        except ConflictError:
+            continue
+        try:
+            removed += clean_run(store, run)
+        finally:
+            hold.release()
+    return removed

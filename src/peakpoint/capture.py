@@ -1,0 +1,127 @@
+"""From live objects to the files of a checkpoint: ``state -> tree + tensors -> images``.
+
+The copy of the state that is written is taken here, in one go, so that training can go on while it is being written.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+import numpy as np
+import torch
+
+from peakpoint import layout, rng
+from peakpoint.errors import ConfigError
+from peakpoint.names import check_part
+from peakpoint.tensors import Staging
+from peakpoint.tree import Encoder
+from peakpoint.writer import FileImage
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that gives and takes its state: modules, optimizers, schedulers, data loaders, objects of yours."""
+
+    def state_dict(self) -> Any:
+        """The state."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take the state."""
+
+
+def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state as a dict of parts.
+
+    Raises:
+        ConfigError: it is no mapping, it is empty, or a part cannot be named so.
+    """
+    if not isinstance(state, Mapping):
+        raise ConfigError(f'state= takes a mapping such as {{"model": model, "optimizer": optimizer}}, not {state!r}')
+    if not state:
+        raise ConfigError('state= is empty: name at least one part, such as {"model": model}')
+    return {check_part(name): value for name, value in state.items()}
+
+
+def state_of(value: Any) -> Any:
+    """The state of one part as a tree of tensors and plain values."""
+    if isinstance(value, type):
+        return value  # a class is no object; the encoder refuses it with its place
+    if isinstance(value, Stateful):
+        return value.state_dict()
+    if isinstance(value, torch.Generator):
+        return {"generator": value.get_state()}
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(legacy=False)
+    if type(value) is random.Random:
+        return value.getstate()
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A copy of the state, ready to be written.
+
+    Attributes:
+        images: the files; tensors stand in the staging buffer until the next capture.
+        parts: part name to the names of its tensor files.
+    """
+
+    images: tuple[FileImage, ...]
+    parts: Mapping[str, tuple[str, ...]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(len(memoryview(image.data).cast("B")) for image in self.images)
+
+
+def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    """Encode every part, copying nothing.
+
+    Returns:
+        The tree of each part, and the tensors to be stored in each part's file; parts without tensors have no file.
+
+    Raises:
+        ConfigError: something cannot be kept exactly; the message says where it is.
+    """
+    trees: dict[str, Any] = {}
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in state.items():
+        encoder = Encoder()
+        given = state_of(value)
+        trees[name] = encoder.encode(given, f'state["{name}"]', attributes=given is not value)
+        if encoder.tensors:
+            files[name] = encoder.tensors
+    return trees, files
+
+
+def capture(state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging) -> Captured:
+    """Copy the state.
+
+    On return the copy is complete: training may go on. Nothing is written yet.
+
+    Args:
+        state: part name to live object or plain value.
+        loop: the loop's position, plain values.
+        staging: receives the tensors.
+
+    Raises:
+        ConfigError: something in the state cannot be kept exactly; the message says where it is.
+    """
+    trees, files = encode_state(state)
+    extra = Encoder()
+    record = {
+        "format": 1,
+        "parts": trees,
+        "rng": extra.encode(rng.take(), "the random number generators"),
+        "loop": extra.encode(dict(loop), "the loop's position"),
+    }
+    assert not extra.tensors
+    text = msgspec.json.encode(record)
+    images = staging.fill({f"{part}.safetensors": tensors for part, tensors in files.items()})
+    parts = {part: (f"{part}.safetensors",) if part in files else () for part in trees}
+    return Captured((*images, FileImage(name=layout.STATE, data=text)), {**parts, "rng": (), "loop": ()})

@@ -1,0 +1,694 @@
+"""The checkpointer: what a training loop holds in its hand.
+
+A report goes this way: it is written to the journal; the rules say whether they would claim a checkpoint of this
+moment; if one would, the state is copied and training goes on while a thread commits the copy; after the commit the
+rules say which checkpoints go.
+"""
+
+import math
+import numbers
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self, SupportsIndex
+
+import msgspec
+import numpy as np
+import torch
+
+from peakpoint import journal as journals
+from peakpoint import layout, names, rules
+from peakpoint._version import __version__
+from peakpoint.audit import clean_run
+from peakpoint.capture import capture, check_state
+from peakpoint.clock import Clock, utc_now
+from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
+from peakpoint.journal import Journal
+from peakpoint.manifest import Forks, Manifest
+from peakpoint.names import DEFAULT_TEMPLATE
+from peakpoint.position import Batches, Position, StepCounter, begin_pass, continue_pass, count, is_restored
+from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
+from peakpoint.repository import ensure_repository, ensure_run
+from peakpoint.restore import LoadReport
+from peakpoint.resume import Resumption, restore_generators, resumption
+from peakpoint.rules import Rule
+from peakpoint.saver import Failure, Job, Saver
+from peakpoint.stopping import EarlyStopping
+from peakpoint.store import Hold, Store, open_store
+from peakpoint.tensors import Staging
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a report.
+
+    Attributes:
+        saved: whether this moment is being saved; it is durable after ``wait``.
+        reasons: why, one sentence a claim; empty when it is not saved.
+        should_stop: whether the loop should end.
+        why_stop: why; None when it should go on.
+        name: the checkpoint's name; None when this moment is not saved.
+        step: optimizer steps completed.
+        epoch: the epoch's index, None outside epochs.
+        waited_seconds: how long this report waited for the save before it.
+        capture_seconds: how long the copy of the state took.
+    """
+
+    saved: bool
+    reasons: tuple[str, ...]
+    should_stop: bool
+    why_stop: str | None
+    name: str | None
+    step: int
+    epoch: int | None
+    waited_seconds: float
+    capture_seconds: float
+
+
+def say(text: str) -> None:
+    """Print to standard error, where it disturbs no output that is piped on."""
+    sys.stderr.write(f"peakpoint: {text}\n")
+    sys.stderr.flush()
+
+
+class Checkpointer:
+    """Saves a training by rules, and continues it where it stopped.
+
+    One process writes a run at a time. Use it as a context manager, or call ``close`` at the end.
+
+    Args:
+        root: the repository: a directory, created when it does not exist, or a store.
+        run: the run's name.
+        state: what is saved: part name to a module, an optimizer, anything with ``state_dict`` and
+            ``load_state_dict``, a random generator, or a plain value. Plain values that cannot be changed in place
+            are read and set through ``checkpointer.state``.
+        keep: the rules; a moment is saved if and only if one of them would claim it.
+        stop: when the loop should end early.
+        resume: ``"auto"`` continues from the newest good checkpoint if there is one, ``"must"`` insists that there is
+            one, ``"never"`` starts from nothing, and a ref starts from that checkpoint, once: when the same command is
+            run again after that, the run goes on from its own newest checkpoint.
+        strict: refuse to resume when anything does not fit; otherwise restore what fits and say what did not.
+        name: the template of checkpoint names; see ``peakpoint.names.checkpoint_name``.
+        preempt: which signals mean preemption, and the exit code; None watches none.
+        clock: tells the time.
+        announce: receives sentences for people; prints to standard error by default.
+
+    Raises:
+        ConfigError: an argument that cannot work.
+        ConflictError: another process is writing this run; the message names it.
+        StoreError: the repository cannot be written.
+
+    Example:
+        >>> import tempfile, torch, peakpoint as pp
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with pp.Checkpointer(tempfile.mkdtemp(), run="demo", state={"model": model},
+        ...                      keep=[pp.Best("loss", "min")]) as ckpt:
+        ...     for epoch in ckpt.epochs(3):
+        ...         outcome = ckpt.report(loss=1.0 + epoch)
+        >>> outcome.saved
+        False
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Store,
+        *,
+        run: str,
+        state: Mapping[str, Any],
+        keep: Iterable[Rule],
+        stop: EarlyStopping | None = None,
+        resume: str = "auto",
+        strict: bool = True,
+        name: str = DEFAULT_TEMPLATE,
+        preempt: Preempt | None = Preempt(),  # noqa: B008 - a frozen value
+        clock: Clock = utc_now,
+        announce: Callable[[str], None] = say,
+    ) -> None:
+        self.run = names.check_run(run)
+        self.state = check_state(state)
+        self.rules = rules.check_rules(keep)
+        self._stop = stop
+        self._resume, self._strict = resume, strict
+        self._template = names.check_template(name)
+        self._clock, self._announce = clock, announce
+        self._store = open_store(root)
+        self._staging = Staging()
+        self._position = Position()
+        self._load: LoadReport | None = None
+        self._started = False
+        self._closed = False
+        self._exit_code = 0 if preempt is None else preempt.exit_code
+        self._in_epoch: int | None = None
+        self._in_step: int | None = None
+        self._in_batches: Batches | None = None
+        self._place: Batches | None = None
+        self._reports_in_epoch = 0
+        self._missed: set[str] = set()
+        self._surfaced: Failure | None = None
+        self._history: list[Mapping[str, float]] = []
+        self._sequence = 0
+        self._forks: Forks = ()
+        self._parent: str | None = None
+        self._generators: Mapping[str, Any] | None = None
+        self._by = written_by()
+        now = self._clock()
+        ensure_repository(self._store, now)
+        note = {"host": self._by["host"], "pid": self._by["pid"], "since": now.isoformat(timespec="seconds")}
+        self._hold: Hold = self._store.hold(layout.writer_lock(self.run), msgspec.json.encode(note))
+        try:
+            ensure_run(self._store, self.run, now, self._by, self.rules)
+            clean_run(self._store, self.run)
+            self._resumption: Resumption = resumption(self._store, self.run)
+            self._journal = Journal(self._store, self.run, self._clock)
+            texts = tuple(rule.text for rule in self.rules)
+            self._journal.append(journals.Opened(at=now, by=self._by, rules=texts))
+        except BaseException:
+            self._hold.release()
+            raise
+        self._saver = Saver(self._store, self.run, self._journal, self.rules, self._resumption.manifests)
+        self._steps = StepCounter(self.state)
+        self._watch = Watch(preempt)
+
+    # --- continuing ---------------------------------------------------------------------------------------------
+
+    def resume(self) -> LoadReport | None:
+        """Restore the state from a checkpoint, as the argument ``resume`` says. The second call changes nothing.
+
+        ``epochs`` and ``steps`` call it. Call it yourself before a loop of your own, as the last thing before it: it
+        also sets the random generators.
+
+        Returns:
+            What was restored, None when the run starts from nothing.
+
+        Raises:
+            NotFoundError: ``resume="must"`` or a ref, and there is no such checkpoint.
+            CorruptError: there are checkpoints, and all are damaged.
+            MismatchError: the checkpoint does not fit the state; lists the differences. Nothing was changed.
+        """
+        self._check_open()
+        if self._started:
+            return self._load
+        found = self._resumption.restore(self._resume, self.state, strict=self._strict)
+        self._started = True
+        self._sequence, self._forks, self._parent = found.sequence, found.forks, found.parent
+        self._load = found.report
+        self._position = found.position
+        self._place = found.position.batches
+        self._steps.steps, self._steps.trained = found.position.step, False
+        self._history = [report.metrics for report in found.history]
+        self._generators = found.generators
+        self._saver.set_aside(found.damaged)
+        self._journal.append(
+            journals.Started(
+                at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested
+            )
+        )
+        if self._load is None:
+            self._announce(f"run {self.run!r} starts from the beginning ({found.why})")
+        else:
+            for line in self._load.skipped:
+                warnings.warn(f"passed over a checkpoint: {line}", PeakpointWarning, stacklevel=2)
+            for line in self._load.missing:
+                warnings.warn(f"not restored: {line}", PeakpointWarning, stacklevel=2)
+            self._restore_generators()
+            self._announce(f"resumed {self._load}")
+        return self._load
+
+    def epochs(self, n: int) -> Iterator[int]:
+        """The epochs that remain of ``range(n)``; the first is the one to run now.
+
+        Continues inside an epoch when the checkpoint was taken inside one (see ``batches``), and ends early when
+        ``stop`` says so. A report in the body, outside ``batches``, says that the epoch is complete: make it the last
+        thing that uses random numbers there.
+
+        Raises:
+            ConfigError: ``n`` is no whole number of at least 0, or another loop of this checkpointer is running.
+        """
+        total = count("n", n)
+        self._enter("epochs")
+        try:
+            while self._position.next_epoch < total and self.why_stop is None:
+                self._in_epoch = self._position.next_epoch
+                self._reports_in_epoch = 0
+                yield self._in_epoch
+                # an epoch without a report is complete all the same
+                self._position.next_epoch = self._in_epoch + 1
+                self._position.batches = self._place = None
+        finally:
+            self._in_epoch = None
+
+    def steps(self, n: int) -> Iterator[int]:
+        """The step indices that remain of ``range(n)``; a report in the body is made at step index + 1.
+
+        Raises:
+            ConfigError: ``n`` is no whole number of at least 0, or another loop of this checkpointer is running.
+        """
+        total = count("n", n)
+        self._enter("steps")
+        try:
+            while self._position.next_step < total and self.why_stop is None:
+                self._in_step = self._position.next_step
+                yield self._in_step
+                self._position.next_step = self._in_step + 1
+        finally:
+            self._in_step = None
+
+    def _enter(self, which: str) -> None:
+        self._check_open()
+        if self._in_epoch is not None or self._in_step is not None:
+            raise ConfigError(f"{which}() inside another epochs() or steps() of the same checkpointer; use one loop")
+        first = not self._started
+        self.resume()
+        if self._load is not None and not first:
+            # code between resume() and the loop may have drawn random numbers; the loop begins where it was saved
+            self._restore_generators()
+
+    def _restore_generators(self) -> None:
+        if self._generators is not None:
+            restore_generators(self._generators)
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of one pass over ``loader``; reports in the body are made inside the epoch.
+
+        A run that is continued from such a report goes on with the next batch. A loader that is part of the state and
+        has ``state_dict`` (torchdata's ``StatefulDataLoader``) restores itself; any other is started again with the
+        random generators of the beginning of the pass, and its first batches are drawn and dropped.
+
+        Raises:
+            MismatchError: on continuing, the data is shorter than the place in it.
+        """
+        self._check_open()
+        self._ensure_started()
+        place, self._place = self._place, None
+        current = place or begin_pass(loader)
+        source = (
+            iter(loader)
+            if place is None
+            else continue_pass(loader, place, restores_itself=is_restored(loader, self.state))
+        )
+        try:
+            for batch in source:
+                current = Batches(current.done + 1, current.start, current.generator)
+                self._in_batches = current
+                yield batch
+        finally:
+            self._in_batches = None
+
+    # --- reporting ----------------------------------------------------------------------------------------------
+
+    def report(
+        self,
+        metrics: Mapping[str, Any] | None = None,
+        /,
+        *,
+        step: SupportsIndex | None = None,
+        epoch: SupportsIndex | None = None,
+        **named: Any,
+    ) -> Outcome:
+        """Say what the training has reached; save the moment if a rule would claim it.
+
+        Returns as soon as the state is copied; the copy is written in the background.
+
+        Args:
+            metrics: metrics whose names are no Python names, such as ``{"val/loss": 0.5}``.
+            step: optimizer steps completed; counted by itself in ``steps`` or when the state holds an optimizer.
+            epoch: the epoch's index from 0; known by itself in ``epochs``.
+            named: metrics by name; any real number, also of NumPy or a tensor with one element.
+
+        Returns:
+            Whether and why it is saved, and whether to stop.
+
+        Raises:
+            SaveFailedError: an earlier save failed. This report is recorded and, as far as possible, saved all the
+                same; its outcome is the error's attribute ``outcome``.
+            ConfigError: a metric that is no number, a state that cannot be kept, or a report in the middle of an epoch
+                outside ``batches``.
+            SystemExit: a preemption signal has arrived; the moment is durable.
+        """
+        self._check_open()
+        self._ensure_started()
+        values = read_metrics({**(metrics or {}), **named})
+        self._check_place()
+        now = self._clock()
+        self._advance(step, epoch)
+        position = self._position
+        self._journal.append(
+            journals.Reported(at=now, report=position.report, step=position.step, epoch=position.epoch, metrics=values)
+        )
+        self._history.append(values)
+        self._warn_about(values)
+        moment = self._moment(values, now)
+        claims = rules.wanted(self.rules, self._saver.known, moment)
+        signal = self._watch.arrived
+        reasons = tuple(claim.reason for claim in claims)
+        if signal is not None:
+            reasons = (*reasons, f"preempted by {signal.name}")
+        outcome = self._save(replace(moment, reasons=reasons))
+        if signal is not None:
+            self._leave(signal.name)
+        return outcome
+
+    def save(self, reason: str) -> Outcome:
+        """Save the state now, whatever the rules say, and keep the checkpoint until it is removed by hand.
+
+        Its metrics are those of the last report if nothing was trained since, none otherwise.
+
+        Args:
+            reason: why; stands in the manifest.
+
+        Raises:
+            SaveFailedError: an earlier save failed, as in ``report``.
+            ConfigError: no reason is given, or the state cannot be kept.
+        """
+        self._check_open()
+        self._ensure_started()
+        if not isinstance(reason, str) or not reason.strip():
+            raise ConfigError("save() needs a reason: it is what tells you later why this checkpoint is here")
+        fresh = bool(self._history) and not self._steps.trained
+        if self._steps.counting:
+            self._position.step = self._steps.steps
+        moment = self._moment(self._history[-1] if fresh else {}, self._clock())
+        return self._save(replace(moment, reasons=(f"saved on request: {reason}",), asked=reason))
+
+    def wait(self) -> None:
+        """Return when everything that was saved is durable.
+
+        Raises:
+            SaveFailedError: it is not. The state is still held, and is written again by the next report or ``close``.
+        """
+        self._check_open()
+        self._saver.finish()
+        self._tell_notices()
+        failure = self._saver.failure()
+        if failure is not None and failure is not self._surfaced:
+            self._surfaced = failure
+            raise self._failed_error(failure, None)
+
+    def close(self) -> None:
+        """Wait for the save under way, write a failed one again, and let go of the run. The second call does nothing.
+
+        Raises:
+            SaveFailedError: a save failed and could not be made good; checkpoints committed earlier are untouched.
+        """
+        if self._closed:
+            return
+        failure = self._finish("closed")
+        arrived = self._watch.stop()
+        self._tell_notices()
+        if failure is not None:
+            raise self._failed_error(failure, None)
+        deliver_again(arrived)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        if self._closed:
+            return
+        try:
+            failure = self._finish(f"{type(error).__name__}: {error}"[:500])
+        finally:
+            arrived = self._watch.stop()
+        if failure is not None and not isinstance(error, SaveFailedError):
+            error.add_note(f"peakpoint: besides, {self._failed_error(failure, None)}")
+        self._tell_notices()
+        if not isinstance(error, SystemExit):
+            deliver_again(arrived)
+
+    @property
+    def why_stop(self) -> str | None:
+        """Why the loop should end, None when it should go on; derived from the reported history."""
+        return None if self._stop is None else self._stop.verdict(self._history)
+
+    # --- the inside of a report ---------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError(f"the checkpointer of run {self.run!r} is closed; make a new one to go on")
+
+    def _ensure_started(self) -> None:
+        if self._started:
+            return
+        if self._resume != "never" and self._resumption.exists:
+            raise ConfigError(
+                f"run {self.run!r} has checkpoints, and this training has not been restored from them: loop over "
+                'ckpt.epochs(n) or ckpt.steps(n), or call ckpt.resume() before the loop, or pass resume="never"'
+            )
+        self.resume()
+
+    def _check_place(self) -> None:
+        if self._in_epoch is not None and self._in_batches is None:
+            if self._reports_in_epoch and self._steps.trained:
+                raise ConfigError(
+                    f"a second report in epoch {self._in_epoch} after more training: a report says that its epoch is "
+                    "complete, so a run that was killed here would skip the rest of it. To report inside an epoch, "
+                    "loop over ckpt.batches(loader)"
+                )
+            self._reports_in_epoch += 1
+
+    def _advance(self, step: SupportsIndex | None, epoch: SupportsIndex | None) -> None:
+        position = self._position
+        position.report += 1
+        if step is not None:
+            self._steps.steps = count("step", step)
+            position.step = self._steps.steps
+        elif self._in_step is not None:
+            position.step = self._in_step + 1
+        else:
+            position.step = self._steps.steps if self._steps.counting else position.report
+        if self._in_step is not None:
+            position.next_step = self._in_step + 1
+        position.epoch = self._in_epoch if epoch is None else count("epoch", epoch)
+        position.batches = self._in_batches
+        if self._in_epoch is not None:
+            position.next_epoch = self._in_epoch + (self._in_batches is None)
+        elif epoch is not None:
+            position.next_epoch = count("epoch", epoch) + 1
+        self._steps.trained = False
+
+    def _warn_about(self, values: Mapping[str, float]) -> None:
+        """Say once for each metric that it is not finite, and for each rule that its metric is missing."""
+        for metric, value in values.items():
+            if not math.isfinite(value):
+                self._say_once(
+                    f"finite {metric}",
+                    f"{metric} is {value} at step {self._position.step}: it never counts as best",
+                )
+        for metric, _ in rules.watched(self.rules):
+            if metric not in values:
+                self._say_once(
+                    f"missing {metric}",
+                    f"a report at step {self._position.step} has no {metric!r}: rules that rank by it skip reports "
+                    f"without it; this one has {', '.join(values) or 'no metrics'}",
+                )
+
+    def _say_once(self, key: str, message: str) -> None:
+        if key not in self._missed:
+            self._missed.add(key)
+            warnings.warn(message, PeakpointWarning, stacklevel=4)
+
+    def _save(self, moment: Manifest) -> Outcome:
+        """Save the moment if there is a reason to; then let an earlier failure be known."""
+        begin = time.perf_counter()
+        if moment.reasons:
+            self._saver.finish()
+        waited = time.perf_counter() - begin
+        failed = self._heal()
+        name, copied = None, 0.0
+        if moment.reasons and self._may_replace_held(moment):
+            begin = time.perf_counter()
+            captured = capture(self.state, self._position.as_plain(), self._staging)
+            copied = time.perf_counter() - begin
+            self._sequence += 1
+            draft = replace(
+                moment,
+                sequence=self._sequence,
+                parts=captured.parts,
+                parent=self._saver.last_id or self._parent,
+                timing={"waited_seconds": waited, "capture_seconds": copied, "bytes": float(captured.size_bytes)},
+            )
+            if self._saver.submit(Job(draft, captured)):
+                name = draft.name
+            else:
+                self._alarm(self._saver.failure())
+        self._tell_notices()
+        why_stop = self.why_stop
+        outcome = Outcome(
+            saved=name is not None,
+            reasons=moment.reasons if name is not None else (),
+            should_stop=why_stop is not None,
+            why_stop=why_stop,
+            name=name,
+            step=moment.step,
+            epoch=moment.epoch,
+            waited_seconds=waited,
+            capture_seconds=copied,
+        )
+        if failed is not None:
+            raise self._failed_error(failed, outcome)
+        return outcome
+
+    def _heal(self) -> Failure | None:
+        """Look whether a save has failed and, if so, write its state again.
+
+        Returns:
+            A failure that nobody has been told of yet.
+        """
+        failure = self._saver.failure()
+        if failure is None:
+            return None
+        again = self._saver.retry()
+        told, self._surfaced = failure is self._surfaced, again
+        if again is None:
+            self._announce(f"checkpoint {failure.job.draft.name}, whose save had failed, is now saved")
+        return again if told else failure
+
+    def _may_replace_held(self, moment: Manifest) -> bool:
+        """Whether the buffer is free, or holds a failed save that no rule wants any more once ``moment`` exists."""
+        held = self._saver.failure()
+        if held is None:
+            return True
+        if moment.asked is None and held.job.draft.id in rules.claims(self.rules, [*self._saver.known, moment]):
+            self._say_once(
+                f"held {held.job.draft.id}",
+                f"step {moment.step} is not saved ({'; '.join(moment.reasons)}): the buffer still holds "
+                f"{held.job.draft.name}, whose save fails: {held.error}",
+            )
+            return False
+        self._saver.give_up()
+        return True
+
+    def _alarm(self, failure: Failure | None) -> None:
+        if failure is not None:
+            warnings.warn(f"{failure.job.draft.name} is NOT saved: {failure.error}", PeakpointWarning, stacklevel=4)
+
+    def _tell_notices(self) -> None:
+        for notice in self._saver.notices():
+            warnings.warn(notice, PeakpointWarning, stacklevel=4)
+
+    def _failed_error(self, failure: Failure, outcome: Outcome | None) -> SaveFailedError:
+        draft = failure.job.draft
+        held = self._saver.failure()
+        if held is not None and held.job.draft.id == draft.id:
+            now = "its state is still in memory and is written again by the next report and by close()"
+        elif any(manifest.id == draft.id for manifest in self._saver.committed):
+            now = "it has been written again since, and is durable now"
+        else:
+            now = "its state has been given up for a later one"
+        error = SaveFailedError(
+            f"the save of {draft.name} ({'; '.join(draft.reasons)}) failed: {failure.error}; {now}; "
+            "checkpoints committed earlier are untouched"
+        )
+        error.outcome = outcome
+        error.__cause__ = failure.error
+        return error
+
+    def _leave(self, signal: str) -> None:
+        """Preemption: everything is made durable, earlier handlers run, the process leaves."""
+        failure = self._finish(f"preempted by {signal}")
+        arrived = self._watch.stop()
+        self._tell_notices()
+        if failure is not None:
+            raise self._failed_error(failure, None)
+        self._announce(
+            f"{signal}: saved at step {self._position.step}; leaving with exit code {self._exit_code}, run the same "
+            "command again to go on"
+        )
+        run_earlier(arrived)
+        raise SystemExit(self._exit_code)
+
+    def _finish(self, why: str) -> Failure | None:
+        """Make everything durable and let go of the run.
+
+        Returns:
+            A failure to be told.
+        """
+        self._closed = True
+        try:
+            self._saver.finish()
+            failed = self._heal()
+            self._journal.append(journals.Closed(at=self._clock(), why=why))
+            return failed
+        finally:
+            self._steps.stop()
+            try:
+                self._journal.close()
+            finally:
+                self._hold.release()
+
+    def _moment(self, values: Mapping[str, float], now: Any) -> Manifest:
+        position = self._position
+        identity = secrets.token_hex(8)
+        watched = rules.watched(self.rules)
+        metric = next((name for name, _ in watched if name in values), None)
+        name = names.checkpoint_name(
+            self._template,
+            run=self.run,
+            id=identity,
+            step=position.step,
+            epoch=position.epoch,
+            metric=metric,
+            metrics=values,
+        )
+        return Manifest(
+            id=identity,
+            run=self.run,
+            name=name,
+            sequence=self._sequence + 1,
+            report=position.report,
+            step=position.step,
+            epoch=position.epoch,
+            metrics=values,
+            reasons=(),
+            asked=None,
+            parts={},
+            files=(),
+            parent=self._parent,
+            forks=self._forks,
+            created_at=now,
+            written_by=self._by,
+            timing={},
+        )
+
+
+def read_metrics(given: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as floats.
+
+    Raises:
+        ConfigError: a name that cannot be, or a value that is no real number.
+    """
+    values = {}
+    for name, value in given.items():
+        names.check_metric(name)
+        number = value
+        if isinstance(value, torch.Tensor | np.generic | np.ndarray):  # NumPy's float32 is no Real of its own accord
+            if len(value.reshape(-1)) != 1:
+                raise ConfigError(f"metric {name!r} has the shape {list(value.shape)}; report one number")
+            number = value.item()
+        if not isinstance(number, numbers.Real):
+            raise ConfigError(f"metric {name!r} is {value!r}, a {type(value).__name__}; report a real number")
+        values[name] = float(number)
+    return values
+
+
+def written_by() -> dict[str, str]:
+    """This process, for records: host, process id, versions."""
+    return {
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+        "peakpoint": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }

@@ -1,0 +1,100 @@
+"""Every error and warning that Peakpoint raises, grouped by what a caller would do about it.
+
+::
+
+    Error                      1   anything of ours
+     +- ConfigError            2   fix the call or the command line           (ValueError)
+     +- NotFoundError         10   name something that exists                 (LookupError)
+     +- ConflictError         11   wait for, or stop, the other writer
+     +- CorruptError          12   bytes are not what was written: use another checkpoint
+     +- FormatError           13   written by a newer release, or not by Peakpoint at all
+     +- MismatchError         14   state and checkpoint do not fit each other (ValueError)
+     +- StoreError            20   the disk or the network said no            (OSError)
+     |   +- TransientStoreError 21 ... and may say yes if asked again
+     +- SaveFailedError       22   a background save failed; raised at the next call
+
+The number is the exit code of the command line. A message says what, where, and what to do next.
+Errors of other libraries are translated where they enter and chained (``raise ... from``).
+"""
+
+from typing import ClassVar
+
+
+class Error(Exception):
+    """The root of the tree: catches everything that Peakpoint raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(Error, ValueError):
+    """An argument, option or state that cannot work, found before anything was written."""
+
+    exit_code = 2
+
+
+class NotFoundError(Error, LookupError):
+    """A repository, run, checkpoint, part or metric that does not exist; names near matches."""
+
+    exit_code = 10
+
+
+class ConflictError(Error):
+    """Somebody else holds what was asked for, or already created it."""
+
+    exit_code = 11
+
+
+class CorruptError(Error):
+    """Bytes at rest differ from what was written: a digest, a size or a seal does not match."""
+
+    exit_code = 12
+
+
+class FormatError(Error):
+    """Well-preserved bytes in a form that this release does not read."""
+
+    exit_code = 13
+
+
+class MismatchError(Error, ValueError):
+    """A checkpoint does not fit the live state; lists names, shapes and dtypes.
+
+    Attributes:
+        differences: one line for each difference, the whole list.
+    """
+
+    exit_code = 14
+
+    def __init__(self, message: str, differences: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.differences = differences
+
+
+class StoreError(Error, OSError):
+    """A store refused an operation: no space, no permission, input/output error."""
+
+    exit_code = 20
+
+
+class TransientStoreError(StoreError):
+    """A store refused for now; the same call may succeed later."""
+
+    exit_code = 21
+
+
+class SaveFailedError(Error):
+    """A save did not become durable; checkpoints committed earlier are untouched.
+
+    Raised by the next call of ``report``, ``save``, ``wait`` or ``close``. The captured state is still held in memory
+    and is written again by the next report and at close.
+
+    Attributes:
+        outcome: the outcome of the report that raised this, None when another call did.
+    """
+
+    exit_code = 22
+    outcome: object = None
+
+
+class PeakpointWarning(UserWarning):
+    """Something that a user should know now and that does not stop the training."""

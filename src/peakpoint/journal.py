@@ -1,0 +1,284 @@
+r"""The journal of a run: what was reported and what was done, append-only.
+
+Every process that changes a run creates one segment, ``<number>.jsonl``, numbered one above the highest there is, and
+appends sealed lines to it. Readers take the segments in the order of their numbers. A last line without its newline
+was torn by a crash; it was never acknowledged, and is skipped.
+
+Reports are written at once, which a killed process survives, and made durable with the next commit, so that the
+history of a checkpoint is durable before the checkpoint exists. A power cut can lose only reports after the newest
+checkpoint, and a resumed run makes those again.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, TypeVar
+
+import msgspec
+
+from peakpoint.clock import Clock
+from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.layout import journal_prefix
+from peakpoint.manifest import metrics_from_json, metrics_to_json
+from peakpoint.seal import seal, unseal
+from peakpoint.store import Log, Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A process began to write the run.
+
+    Attributes:
+        at: when.
+        by: host, process id, versions.
+        rules: the rules in force from now on, in text form.
+    """
+
+    at: datetime
+    by: Mapping[str, str]
+    rules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The history continues from a checkpoint, or from nothing.
+
+    Attributes:
+        at: when.
+        checkpoint: the id that the state was restored from, None for a start from nothing.
+        report: number of the last report that still counts; later ones were abandoned.
+        requested: the ref that was asked for, None when it was left to Peakpoint.
+    """
+
+    at: datetime
+    checkpoint: str | None
+    report: int
+    requested: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """The loop reported a moment.
+
+    Attributes:
+        at: when.
+        report: 1, 2, 3, ... along the history.
+        step: optimizer steps completed.
+        epoch: the epoch's index, None outside epochs.
+        metrics: as reported; NaN and infinities included.
+    """
+
+    at: datetime
+    report: int
+    step: int
+    epoch: int | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint was committed."""
+
+    at: datetime
+    checkpoint: str
+    name: str
+    sequence: int
+    report: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed:
+    """A checkpoint that was wanted did not become durable."""
+
+    at: datetime
+    checkpoint: str
+    name: str
+    reasons: tuple[str, ...]
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """A checkpoint is about to be removed; recorded before the first file goes."""
+
+    at: datetime
+    checkpoint: str
+    name: str
+    step: int
+    epoch: int | None
+    reason: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """The process that had opened the run ended in an orderly way.
+
+    Attributes:
+        at: when.
+        why: ``"closed"``, or the signal or error that ended it.
+    """
+
+    at: datetime
+    why: str
+
+
+Event = Opened | Started | Reported | Saved | SaveFailed | Removed | Closed
+
+_KINDS: dict[str, type[Event]] = {
+    "opened": Opened,
+    "started": Started,
+    "reported": Reported,
+    "saved": Saved,
+    "save-failed": SaveFailed,
+    "removed": Removed,
+    "closed": Closed,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def encode(event: Event) -> bytes:
+    """One sealed line."""
+    record: dict[str, Any] = {field.name: getattr(event, field.name) for field in fields(event)}
+    if isinstance(event, Reported):
+        record["metrics"] = metrics_to_json(event.metrics)
+    return seal({"kind": _NAMES[type(event)], **record})
+
+
+def decode(line: bytes, *, where: str) -> Event | None:
+    """Read what ``encode`` wrote; None for a kind that a newer release has added.
+
+    Raises:
+        CorruptError: the line is damaged.
+    """
+    try:
+        record = unseal(line, where=where)
+        kind = _KINDS.get(record.pop("kind"))
+        if kind is None:
+            return None
+        if kind is Reported:
+            record["metrics"] = metrics_from_json(record["metrics"])
+        return msgspec.convert(record, kind)
+    except (FormatError, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, CorruptError):
+            raise
+        raise CorruptError(f"{where} is not a journal record: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a journal holds.
+
+    Attributes:
+        events: in order.
+        damage: one sentence for each line that could not be read; torn last lines are not damage.
+        segments: names of the segments.
+    """
+
+    events: tuple[Event, ...]
+    damage: tuple[str, ...]
+    segments: tuple[str, ...]
+
+
+def read(store: Store, run: str) -> Reading:
+    """Read the whole journal of a run; an empty one when there is none."""
+    prefix = journal_prefix(run)
+    names = [name for name in store.children(prefix) if name.endswith(".jsonl")]
+    segments = tuple(sorted(names, key=lambda name: (len(name), name)))  # in the order of their numbers
+    events: list[Event] = []
+    damage: list[str] = []
+    for segment in segments:
+        lines = store.get(f"{prefix}/{segment}").split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):  # the last piece is empty, or torn
+            if not line:
+                continue
+            try:
+                event = decode(line, where=f"{prefix}/{segment} line {number}")
+            except CorruptError as error:
+                damage.append(str(error))
+                continue
+            if event is not None:
+                events.append(event)
+    return Reading(tuple(events), tuple(damage), segments)
+
+
+def history(events: Iterable[Event], checkpoint: str | None = None) -> list[Reported]:
+    """The reports that count, earliest first; those of abandoned branches are left out.
+
+    Args:
+        events: the journal.
+        checkpoint: the history that belongs to this checkpoint (its id), and ends with it; the present one by default.
+            Empty when the journal has no record of the checkpoint.
+    """
+    reports: list[Reported] = []
+    # A branch gets a list of its own, so that the place of a checkpoint is a list and a report number, never a copy.
+    places: dict[str | None, tuple[list[Reported], int]] = {None: ([], 0)}
+    for event in events:
+        match event:
+            case Started(checkpoint=origin, report=last):
+                reports = _until(*places.get(origin, (reports, last)))
+            case Reported():
+                reports.append(event)
+            case Saved():
+                places[event.checkpoint] = (reports, event.report)
+            case _:
+                pass
+    return reports if checkpoint is None else _until(*places.get(checkpoint, places[None]))
+
+
+def _until(reports: list[Reported], last: int) -> list[Reported]:
+    return [report for report in reports if report.report <= last]
+
+
+E = TypeVar("E")
+
+
+def newest(events: Sequence[Event], kind: type[E]) -> E | None:
+    """The last event of a kind."""
+    return next((event for event in reversed(events) if isinstance(event, kind)), None)
+
+
+class Journal:
+    """The segment of this process; safe to use from several threads.
+
+    Args:
+        store: where.
+        run: whose journal.
+        clock: tells the time of events.
+
+    Raises:
+        StoreError: the segment cannot be created.
+    """
+
+    def __init__(self, store: Store, run: str, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._log = self._create(store, journal_prefix(run))
+
+    @staticmethod
+    def _create(store: Store, prefix: str) -> Log:
+        while True:
+            numbers = [int(name[:-6]) for name in store.children(prefix) if name[:-6].isdigit()]
+            try:
+                return store.log(f"{prefix}/{max(numbers, default=0) + 1:06d}.jsonl")
+            except ConflictError:
+                continue  # another process took the number in between; the next one is free
+
+    def now(self) -> datetime:
+        """The time to stamp an event with."""
+        return self._clock()
+
+    def append(self, event: Event) -> None:
+        """Write one event; a killed process survives it, a power cut only after ``sync``."""
+        with self._lock:
+            self._log.append(encode(event))
+
+    def sync(self) -> None:
+        """Make all events durable."""
+        self._log.sync()
+
+    def close(self) -> None:
+        """Make all events durable and close the segment."""
+        self._log.close()

@@ -1,0 +1,177 @@
+"""The manifest: the record whose existence *is* a checkpoint.
+
+A manifest names every file of a checkpoint with its size and digest, every tensor in it, the metrics of the moment and
+the reasons for the save. It is written last, appears atomically and never changes. docs/format.md is normative.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from peakpoint.errors import CorruptError, FormatError
+from peakpoint.seal import seal, unseal
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+Forks = tuple[tuple[int, int], ...]
+
+
+class TensorRecord(NamedTuple):
+    """One tensor in a safetensors file; a row, because there can be tens of thousands.
+
+    Attributes:
+        name: its key in the file.
+        dtype: safetensors' name of the element type, such as ``"F32"``.
+        shape: elements along each dimension; empty for a scalar.
+        begin: first byte, counted from the start of the file's data section.
+        end: one past the last byte.
+        digest: BLAKE3 of the bytes, 64 hexadecimal digits.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file of a checkpoint.
+
+    Attributes:
+        name: its name in the checkpoint's directory.
+        size: bytes.
+        digest: BLAKE3 of the bytes or, when there are tensors, of the digests of the header and of each tensor.
+        header: bytes before the data section, 0 when the file holds no tensors.
+        header_digest: BLAKE3 of those bytes, "" when the file holds no tensors.
+        tensors: in file order; empty for files that are not safetensors.
+    """
+
+    name: str
+    size: int
+    digest: str
+    header: int = 0
+    header_digest: str = ""
+    tensors: tuple[TensorRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about one checkpoint but its bytes.
+
+    Attributes:
+        id: 16 hexadecimal digits, random, the checkpoint's identity.
+        run: the run's name.
+        name: the directory's name, for people.
+        sequence: 1, 2, 3, ... in the order of commits in this run; never reused.
+        report: number of the report at which it was taken; the history up to it belongs to this checkpoint.
+        step: optimizer steps completed.
+        epoch: the epoch's index as the loop counts it, from 0; None outside epochs.
+        metrics: every metric of the moment; NaN and infinities are kept as they were.
+        reasons: why it was saved, one sentence a claim.
+        asked: the reason given to ``save(reason)``, which protects it from retention; None otherwise.
+        parts: part name to the names of the files that hold its tensors (none for a part without tensors).
+        files: every file but the manifest itself.
+        parent: id of the checkpoint that this one continues, None for the first.
+        forks: pairs (after, before): checkpoints with ``after < sequence < before`` belong to abandoned branches.
+        created_at: aware datetime, UTC.
+        written_by: what wrote it: host, process, versions.
+        timing: seconds and bytes of the save, as far as known when the manifest was written.
+    """
+
+    id: str
+    run: str
+    name: str
+    sequence: int
+    report: int
+    step: int
+    epoch: int | None
+    metrics: Mapping[str, float]
+    reasons: tuple[str, ...]
+    asked: str | None
+    parts: Mapping[str, tuple[str, ...]]
+    files: tuple[FileRecord, ...]
+    parent: str | None
+    forks: Forks
+    created_at: datetime
+    written_by: Mapping[str, str]
+    timing: Mapping[str, float]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(file.size for file in self.files)
+
+    def file(self, name: str) -> FileRecord:
+        """The record of one file; KeyError when the manifest does not name it."""
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise KeyError(name)
+
+
+def metrics_to_json(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN and no infinities: they become ``"nan"``, ``"inf"`` and ``"-inf"``."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+
+
+def metrics_from_json(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The inverse of ``metrics_to_json``."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def encode(manifest: Manifest) -> bytes:
+    """One sealed line of JSON.
+
+    Example:
+        >>> from peakpoint import manifest as m
+        >>> m.FORMAT
+        1
+    """
+    record = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    record["metrics"] = metrics_to_json(manifest.metrics)
+    return seal({"format": FORMAT, **record})
+
+
+def decode(data: bytes, *, where: str) -> Manifest:
+    """Read what ``encode`` wrote.
+
+    Args:
+        data: the file's bytes.
+        where: the file, named in errors.
+
+    Raises:
+        CorruptError: bits have flipped or bytes are missing.
+        FormatError: a newer format, or not a manifest.
+    """
+    if not data:
+        raise CorruptError(f"{where} is empty")
+    try:
+        record = unseal(data, where=where)
+    except FormatError as error:
+        # A manifest always carries a seal, so one without is damaged, not foreign.
+        raise CorruptError(str(error)) from error
+    check_format(record, where=where)
+    try:
+        record["metrics"] = metrics_from_json(record["metrics"])
+        return msgspec.convert(record, Manifest)
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        raise FormatError(f"{where} is not a manifest that this release reads: {error}") from error
+
+
+def check_format(record: Mapping[str, Any], *, where: str) -> None:
+    """Refuse records of a format that this release does not know.
+
+    Raises:
+        FormatError: the record's ``format`` is missing or newer.
+    """
+    found = record.get("format")
+    if found != FORMAT:
+        raise FormatError(f"{where} has format {found!r}; this release of Peakpoint reads format {FORMAT}: update it")

@@ -1,0 +1,177 @@
+"""Readable names for runs, checkpoints, parts and metrics.
+
+Names are for people. Identity is an id in the manifest, and no code takes a number back out of a name.
+"""
+
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from peakpoint.errors import ConfigError
+
+_RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_METRIC = re.compile(r"[^\s:\x00-\x1f]{1,200}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
+_LONGEST = 150  # leaves room for a suffix below the 255 bytes that file systems allow
+_RESERVED_PARTS = frozenset({"state", "manifest", "rng", "loop"})
+
+DEFAULT_TEMPLATE = "{run}_epoch{epoch}_step{step}_{metric}{value:.4f}"
+
+
+def safe(text: str) -> str:
+    """``text`` as one path component that no shell and no file system minds.
+
+    Letters, digits and ``._+-`` stay; everything else becomes ``-``; never empty, never hidden, never an option.
+
+    Example:
+        >>> safe("val/loss = 0.5 $(rm)")
+        'val-loss-0.5-rm'
+    """
+    cleaned = _UNSAFE.sub("-", text).strip("-. ")[:_LONGEST].rstrip("-.")
+    return cleaned or "unnamed"
+
+
+def check_run(name: str) -> str:
+    """Return ``name`` if it can name a run.
+
+    Raises:
+        ConfigError: it cannot; the message proposes a name that can.
+    """
+    if not isinstance(name, str) or not _RUN.fullmatch(name) or name.endswith("."):
+        raise ConfigError(
+            f"run={name!r} cannot name a run: letters, digits and ._+- only, at most 100; try {safe(str(name))[:100]!r}"
+        )
+    return name
+
+
+def check_part(name: str) -> str:
+    """Return ``name`` if it can name a part of a checkpoint.
+
+    Raises:
+        ConfigError: it cannot, or Peakpoint uses it itself.
+    """
+    if not isinstance(name, str) or not _PART.fullmatch(name) or name.endswith("."):
+        raise ConfigError(f"state has a part {name!r}: a part's name is letters, digits and ._- only, at most 64")
+    if name in _RESERVED_PARTS:
+        raise ConfigError(
+            f"state has a part {name!r}, a name that Peakpoint uses itself; call it my_{name}, for example"
+        )
+    return name
+
+
+def check_metric(name: str) -> str:
+    """Return ``name`` if it can name a metric (``val/loss`` can; spaces and colons cannot).
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(name, str) or not _METRIC.fullmatch(name):
+        raise ConfigError(
+            f"metric {name!r} cannot be used: a metric's name has no spaces, colons or control characters"
+        )
+    return name
+
+
+class _Fields(string.Formatter):
+    """Looks up plain fields and ``metrics[name]`` only: a template reaches no attribute of any object."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, str]:  # noqa: ARG002
+        if field_name.startswith("metrics[") and field_name.endswith("]"):
+            name = field_name[len("metrics[") : -1]
+            metrics: Mapping[str, float] = kwargs["metrics"]
+            if name not in metrics:
+                raise KeyError(name)
+            return metrics[name], field_name
+        if field_name not in kwargs or field_name == "metrics":
+            raise KeyError(field_name)
+        return kwargs[field_name], field_name
+
+
+_FIELDS = ("run", "epoch", "step", "metric", "value", "id", "metrics[NAME]")
+
+
+def check_template(template: str) -> str:
+    """Return ``template`` if every field in it exists and takes its format.
+
+    Raises:
+        ConfigError: it does not; the message lists the fields that do.
+    """
+    try:
+        for _, field, spec, conversion in string.Formatter().parse(template):
+            if field is None:
+                continue
+            number = field == "value" or field.startswith("metrics[")
+            if not (number or field in _FIELDS):
+                raise ConfigError(_template_message(template, f"there is no field {field!r}"))
+            sample: Any = 0.5 if number else 1 if field in ("epoch", "step") else "x"
+            string.Formatter().format_field(
+                string.Formatter().convert_field(sample, conversion),
+                spec or "",
+            )
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(_template_message(template, str(error))) from error
+    return template
+
+
+def _template_message(template: str, why: str) -> str:
+    return f"name={template!r} cannot be used: {why}. Fields: {', '.join(_FIELDS)}, with Python's format specifications"
+
+
+def checkpoint_name(
+    template: str,
+    *,
+    run: str,
+    id: str,  # noqa: A002 - the field's name in templates
+    step: int,
+    epoch: int | None,
+    metric: str | None,
+    metrics: Mapping[str, float],
+) -> str:
+    """Fill ``template`` and make the result one safe path component.
+
+    A piece of the template (between underscores) whose field has no value at this moment is left out: a step without
+    a validation metric is named ``run_epoch3_step400``, not ``run_epoch3_step400_NoneNone``.
+
+    Args:
+        template: like ``"{run}_epoch{epoch}_{metric}{value:.2f}"``.
+        run: the run's name.
+        id: the checkpoint's id.
+        step: optimizer steps completed.
+        epoch: the epoch's index, None outside epochs.
+        metric: the metric that names the checkpoint, the first that a rule watches.
+        metrics: all metrics of the moment.
+
+    Example:
+        >>> checkpoint_name("{run}_epoch{epoch}_{metric}{value:.2f}", run="r", id="1f", step=9, epoch=63,
+        ...                 metric="acc", metrics={"acc": 74.68})
+        'r_epoch63_acc74.68'
+    """
+    fields: dict[str, Any] = {"run": run, "id": id, "step": step, "metrics": metrics}
+    if epoch is not None:
+        fields["epoch"] = epoch
+    if metric is not None and metric in metrics:
+        fields["metric"], fields["value"] = metric, metrics[metric]
+    formatter = _Fields()
+    pieces = []
+    for piece in _pieces(template):
+        try:
+            pieces.append(formatter.vformat(piece, (), fields))
+        except KeyError:
+            continue
+    return safe("_".join(pieces))
+
+
+def _pieces(template: str) -> list[str]:
+    """Split at underscores outside braces."""
+    pieces, depth = [""], 0
+    for character in template:
+        depth += (character == "{") - (character == "}")
+        if character == "_" and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces

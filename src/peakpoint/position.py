@@ -1,0 +1,148 @@
+"""Where in its loops a training is, and how it gets back there."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, SupportsIndex
+
+import torch
+
+from peakpoint import rng
+from peakpoint.capture import Stateful
+from peakpoint.errors import ConfigError, FormatError, MismatchError
+
+
+@dataclass(slots=True)
+class Batches:
+    """A place inside an epoch.
+
+    Attributes:
+        done: batches that the loop has received.
+        start: the random generators when the pass over the data began.
+        generator: the loader's own generator at that time, None when it has none.
+    """
+
+    done: int
+    start: dict[str, Any]
+    generator: bytes | None
+
+
+@dataclass(slots=True)
+class Position:
+    """Everything that says where a loop is; stored with every checkpoint.
+
+    Attributes:
+        report: reports made so far along this history.
+        step: optimizer steps completed.
+        epoch: the epoch of the last report, None outside epochs.
+        next_epoch: the epoch to run when the loop is continued from here.
+        next_step: the index that ``steps`` yields when the loop is continued from here.
+        batches: the place inside ``next_epoch``, None at its beginning.
+    """
+
+    report: int = 0
+    step: int = 0
+    epoch: int | None = None
+    next_epoch: int = 0
+    next_step: int = 0
+    batches: Batches | None = None
+
+    def as_plain(self) -> dict[str, Any]:
+        """The plain values that ``from_plain`` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "Position":
+        """The inverse of ``as_plain``.
+
+        Raises:
+            FormatError: the values are not those of a position.
+        """
+        try:
+            given = {field.name: values[field.name] for field in fields(cls)}
+            if given["batches"] is not None:
+                given["batches"] = Batches(**given["batches"])
+            return cls(**given)
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
+
+
+def count(name: str, value: SupportsIndex) -> int:
+    """``value`` as a whole number of at least 0.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name}={value!r} must be a whole number") from error
+    if number < 0:
+        raise ConfigError(f"{name}={value!r} must not be negative")
+    return number
+
+
+class StepCounter:
+    """Counts the steps of the first optimizer in the state; several optimizers usually step together.
+
+    Args:
+        state: the parts of the state.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.steps = 0
+        self.trained = False  # whether the optimizer has stepped since the last report
+        optimizer = next((value for value in state.values() if isinstance(value, torch.optim.Optimizer)), None)
+        self.counting = optimizer is not None
+        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: object) -> None:
+        self.steps += 1
+        self.trained = True
+
+    def stop(self) -> None:
+        """Take the hook away."""
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def begin_pass(loader: Any) -> Batches:
+    """Note the generators at the beginning of a pass over the data."""
+    generator = getattr(loader, "generator", None)
+    own = bytes(generator.get_state().numpy().tobytes()) if isinstance(generator, torch.Generator) else None
+    return Batches(0, rng.take(), own)
+
+
+def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iterator[Any]:
+    """An iterator that goes on at ``place``.
+
+    A loader that restores itself is simply iterated. Any other is started again with the generators as they were, its
+    first batches are drawn and dropped, and the generators are put back to where the checkpoint had them: exact for
+    every loader whose batches depend on nothing but those generators.
+
+    Raises:
+        MismatchError: the data ends before the place is reached.
+    """
+    if restores_itself:
+        restored: Iterator[Any] = iter(loader)
+        return restored
+    present = rng.take()
+    rng.restore(place.start)
+    if place.generator is not None:
+        loader.generator.set_state(torch.frombuffer(bytearray(place.generator), dtype=torch.uint8))
+    batches: Iterator[Any] = iter(loader)
+    for number in range(place.done):
+        try:
+            next(batches)
+        except StopIteration as error:
+            raise MismatchError(
+                f"the checkpoint was taken after batch {place.done} of an epoch, but the loader now ends after "
+                f"{number}; continue with the data and batch size that the run was started with"
+            ) from error
+    rng.restore(present)
+    return batches
+
+
+def is_restored(loader: Any, state: Mapping[str, Any]) -> bool:
+    """Whether a loader keeps its own position and is part of the state, so that it comes back by itself."""
+    return isinstance(loader, Stateful) and any(loader is part for part in state.values())

@@ -1,0 +1,92 @@
+"""Preemption: a scheduler's signal becomes a save at the next report and an orderly exit."""
+
+import signal
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from peakpoint.errors import ConfigError, PeakpointWarning
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """What to do when a scheduler announces that the machine will be taken away.
+
+    The signals are noted when they arrive. The next report saves that moment, waits until it is durable, runs the
+    handlers that were installed before, and leaves with ``SystemExit(exit_code)``. Run the same command again to go on.
+
+    Args:
+        signals: which signals announce it.
+        exit_code: 75 by default, "try again later". Source: sysexits.h, EX_TEMPFAIL.
+
+    Raises:
+        ConfigError: an exit code outside 0 to 255.
+    """
+
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1)
+    exit_code: int = 75
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exit_code <= 255:
+            raise ConfigError(f"Preempt: exit_code must be between 0 and 255, not {self.exit_code!r}")
+
+
+class Watch:
+    """Notes the arrival of signals between ``__init__`` and ``stop``.
+
+    Args:
+        preempt: which signals; None watches none.
+    """
+
+    def __init__(self, preempt: Preempt | None) -> None:
+        self._earlier: dict[signal.Signals, Any] = {}
+        self._arrived: list[signal.Signals] = []
+        if preempt is None:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn(
+                "preemption signals are not watched: Python delivers them to the main thread only, and this "
+                "Checkpointer was made in another; pass preempt=None to say that this is meant",
+                PeakpointWarning,
+                stacklevel=4,
+            )
+            return
+        for number in preempt.signals:
+            self._earlier[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of handlers
+        self._arrived.append(signal.Signals(number))
+
+    @property
+    def arrived(self) -> signal.Signals | None:
+        """The first signal that has arrived."""
+        return self._arrived[0] if self._arrived else None
+
+    def stop(self) -> list[tuple[signal.Signals, Any]]:
+        """Put the earlier handlers back.
+
+        Returns:
+            The signals that have arrived, each with the handler that was installed before.
+        """
+        for number, handler in self._earlier.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        arrived = [(number, self._earlier[number]) for number in dict.fromkeys(self._arrived)]
+        self._earlier, self._arrived = {}, []
+        return arrived
+
+
+def run_earlier(arrived: list[tuple[signal.Signals, Any]]) -> None:
+    """Let the handlers run that were installed before, in the order in which the signals came."""
+    for number, handler in arrived:
+        if callable(handler):
+            handler(number, sys._getframe())  # noqa: SLF001 - handlers are called with a frame
+
+
+def deliver_again(arrived: list[tuple[signal.Signals, Any]]) -> None:
+    """Let every signal do what it would have done without us: run its handler, or end the process."""
+    for number, _ in arrived:
+        signal.raise_signal(number)

@@ -1,0 +1,192 @@
+"""Refs name a checkpoint in words: ``resnet50@best:val_accuracy``.
+
+====================== ==================================================================================
+``RUN@latest``         the newest checkpoint of the run
+``RUN@best:METRIC``    the best by a metric, in the direction that the run's rules give it
+``RUN@best:METRIC:min`` the same with the direction said
+``RUN:epoch=N``        the newest checkpoint of epoch N (as the loop counts it)
+``RUN:STEP``           the newest checkpoint at a step
+``RUN/NAME``           by directory name, by id, or by the first characters of an id
+====================== ==================================================================================
+
+Where a run was continued from an older checkpoint, its newest branch goes before abandoned ones.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.names import check_metric, check_run
+from peakpoint.rules import Mode, Record, Rule, by_sequence, lineage, mode_of, ranked, watched
+
+FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME"
+
+
+class Named(Record, Protocol):
+    """A record that has a directory."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+
+R = TypeVar("R", bound=Named)
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """``RUN@latest``."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class BestOf:
+    """``RUN@best:METRIC`` or, with a mode, ``RUN@best:METRIC:max``."""
+
+    run: str
+    metric: str
+    mode: Mode | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AtEpoch:
+    """``RUN:epoch=N``."""
+
+    run: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class AtStep:
+    """``RUN:STEP``."""
+
+    run: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class ByName:
+    """``RUN/NAME``, where NAME is a directory's name, an id or the beginning of an id."""
+
+    run: str
+    name: str
+
+
+Ref = Latest | BestOf | AtEpoch | AtStep | ByName
+
+
+def parse(text: str) -> Ref:
+    """Read a ref.
+
+    Raises:
+        ConfigError: the text is none of the forms, which the message lists.
+
+    Example:
+        >>> parse("resnet50@best:val/loss:min")
+        BestOf(run='resnet50', metric='val/loss', mode='min')
+    """
+    for separator in text:
+        if separator in "@:/":
+            run, rest = text.split(separator, 1)
+            break
+    else:
+        raise ConfigError(f"{text!r} names a run but no checkpoint; forms: {FORMS}")
+    check_run(run)
+    if separator == "/" and rest:
+        return ByName(run, rest)
+    if separator == ":" and rest.isascii() and rest.isdigit():
+        return AtStep(run, int(rest))
+    if separator == ":" and rest.startswith("epoch=") and rest[6:].isascii() and rest[6:].isdigit():
+        return AtEpoch(run, int(rest[6:]))
+    if separator == "@" and rest == "latest":
+        return Latest(run)
+    if separator == "@" and rest.startswith("best:"):
+        metric, *mode = rest[5:].split(":")
+        if len(mode) < 2:
+            return BestOf(run, check_metric(metric), mode_of(mode[0]) if mode else None)
+    raise ConfigError(f"{text!r} is not a ref; forms: {FORMS}")
+
+
+def resolve(ref: Ref, records: Sequence[R], rules: Sequence[Rule]) -> R:
+    """The record that ``ref`` names.
+
+    Args:
+        ref: what to find.
+        records: the checkpoints of ``ref.run``.
+        rules: the rules of the run, which give ``@best`` its direction.
+
+    Raises:
+        NotFoundError: no such checkpoint; the message names what there is.
+        ConfigError: ``@best`` without a direction for a metric that no rule watches.
+    """
+    if not records:
+        raise NotFoundError(f"run {ref.run!r} has no checkpoints yet")
+    ordered: list[R] = by_sequence(records)  # type: ignore[assignment]
+    current = {record.id for record in lineage(records)}
+    # newest last, and the newest branch after abandoned ones
+    preferred = sorted(ordered, key=lambda record: (record.id in current, record.sequence))
+    match ref:
+        case Latest():
+            return ordered[-1]
+        case BestOf(metric=metric, mode=mode):
+            return _best(ref.run, ordered, metric, mode or direction(ref.run, metric, rules))
+        case AtEpoch(epoch=epoch):
+            found = [record for record in preferred if record.epoch == epoch]
+            have = sorted({record.epoch for record in ordered if record.epoch is not None})
+            return _newest(found, f"run {ref.run!r} has no checkpoint of epoch {epoch}; it has epochs", have)
+        case AtStep(step=step):
+            found = [record for record in preferred if record.step == step]
+            have = sorted({record.step for record in ordered})
+            return _newest(found, f"run {ref.run!r} has no checkpoint at step {step}; it has steps", have)
+        case ByName(name=name):
+            return _by_name(ref.run, ordered, name)
+
+
+def direction(run: str, metric: str, rules: Sequence[Rule]) -> Mode:
+    """The direction of a metric, from the rules that rank by it.
+
+    Raises:
+        ConfigError: no rule does, or two disagree; the message says how to give it.
+    """
+    modes = {mode for name, mode in watched(rules) if name == metric}
+    if len(modes) == 1:
+        return modes.pop()
+    why = "rules of this run rank it both ways" if modes else "no rule of this run ranks by it"
+    raise ConfigError(f"{run}@best:{metric}: is larger better? {why}; say {run}@best:{metric}:max or :min")
+
+
+def _best(run: str, records: list[R], metric: str, mode: Mode) -> R:
+    ranking: list[R] = ranked(records, metric, mode)  # type: ignore[assignment]
+    if ranking:
+        return ranking[0]
+    names = sorted({name for record in records for name in record.metrics})
+    raise NotFoundError(
+        f"no checkpoint of run {run!r} has a finite value of {metric!r}{near(metric, names)}; metrics: "
+        + (", ".join(names) or "none")
+    )
+
+
+def _newest(found: list[R], message: str, have: list[int]) -> R:
+    if found:
+        return found[-1]
+    shown = ", ".join(map(str, have[-20:])) or "none"
+    raise NotFoundError(f"{message} {'..., ' if len(have) > 20 else ''}{shown}")
+
+
+def _by_name(run: str, records: list[R], name: str) -> R:
+    exact = [record for record in records if name in (record.name, record.id)]
+    found = exact or [record for record in records if len(name) >= 4 and record.id.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    names = [record.name for record in records]
+    if found:
+        raise NotFoundError(f"{name!r} is the beginning of several ids: {', '.join(r.id for r in found)}")
+    raise NotFoundError(f"run {run!r} has no checkpoint named {name!r}{near(name, names)}")
+
+
+def near(wanted: str, names: Sequence[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing when no name is near."""
+    found = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

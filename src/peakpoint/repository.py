@@ -1,0 +1,304 @@
+"""A repository: a root with runs. The one way to read what is there."""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from peakpoint import journal as journals
+from peakpoint import layout, reader, refs
+from peakpoint.errors import ConflictError, NotFoundError
+from peakpoint.manifest import FORMAT, Manifest, check_format
+from peakpoint.retention import why_kept
+from peakpoint.rules import Claim, Mode, Rule, parse
+from peakpoint.seal import seal, unseal
+from peakpoint.store import LocalStore, Store, open_store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint, as its manifest tells it. Frozen; reading it touches no weight file.
+
+    Attributes:
+        run: the run's name.
+        name: the directory's name, for people.
+        id: the identity, 16 hexadecimal digits.
+        sequence: place in the order of commits of the run, from 1.
+        step: optimizer steps completed.
+        epoch: the epoch's index as the loop counts it, from 0; None outside epochs.
+        metrics: every metric of the moment.
+        reasons: why it was saved, one sentence a claim.
+        parts: part name to the names of its tensor files.
+        size_bytes: of all files but the manifest.
+        path: the directory; None in a store without directories.
+        created_at: aware datetime, UTC.
+        forks: see ``Manifest.forks``.
+    """
+
+    run: str
+    name: str
+    id: str
+    sequence: int
+    step: int
+    epoch: int | None
+    metrics: Mapping[str, float]
+    reasons: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
+    size_bytes: int
+    path: Path | None
+    created_at: datetime
+    forks: tuple[tuple[int, int], ...]
+
+    @property
+    def ref(self) -> str:
+        """A ref that names this checkpoint and no other."""
+        return f"{self.run}/{self.name}"
+
+
+def _checkpoint(store: Store, manifest: Manifest) -> Checkpoint:
+    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
+    return Checkpoint(
+        run=manifest.run,
+        name=manifest.name,
+        id=manifest.id,
+        sequence=manifest.sequence,
+        step=manifest.step,
+        epoch=manifest.epoch,
+        metrics=manifest.metrics,
+        reasons=manifest.reasons,
+        parts=manifest.parts,
+        size_bytes=manifest.size_bytes,
+        path=store.path(prefix) if isinstance(store, LocalStore) else None,
+        created_at=manifest.created_at,
+        forks=manifest.forks,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a repository. Every call reads what is there now.
+
+    Attributes:
+        store: where it is.
+        name: its name.
+    """
+
+    store: Store
+    name: str
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """The manifest of every checkpoint that exists, earliest commit first."""
+        return reader.shelf(self.store, self.name).manifests
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint that exists, earliest commit first."""
+        return [_checkpoint(self.store, manifest) for manifest in self.manifests()]
+
+    def events(self) -> tuple[journals.Event, ...]:
+        """The journal: what was reported and done."""
+        return journals.read(self.store, self.name).events
+
+    def history(self) -> list[journals.Reported]:
+        """Every report that counts, earliest first; reports of abandoned branches are left out."""
+        return journals.history(self.events())
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules in force: those of the process that opened the run last."""
+        opened = journals.newest(self.events(), journals.Opened)
+        return tuple(parse(text) for text in opened.rules) if opened else ()
+
+    def kept(self) -> dict[str, tuple[Claim, ...]]:
+        """Why each checkpoint is kept: its id, with the claims and protections on it."""
+        return why_kept(self.manifests(), self.rules())
+
+    def latest(self) -> Checkpoint:
+        """The newest checkpoint.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return self.find(f"{self.name}@latest")
+
+    def best(self, metric: str, *, mode: Mode | None = None) -> Checkpoint:
+        """The best checkpoint by one metric; ties go to the earlier, NaN and infinities never win.
+
+        Args:
+            metric: the metric's name.
+            mode: the direction; by default the one that the run's rules give.
+
+        Raises:
+            NotFoundError: no checkpoint has a finite value of it.
+            ConfigError: no mode is given, and no rule gives one.
+        """
+        return self.find(f"{self.name}@best:{metric}" + (f":{mode}" if mode else ""))
+
+    def find(self, ref: str) -> Checkpoint:
+        """The checkpoint that ``ref`` names; see ``peakpoint.refs``."""
+        return _checkpoint(self.store, self.find_manifest(ref))
+
+    def find_manifest(self, ref: str) -> Manifest:
+        """The manifest of the checkpoint that ``ref`` names.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            ConfigError: ``ref`` is none of the forms of refs.
+        """
+        parsed = refs.parse(ref)
+        shelf = reader.shelf(self.store, self.name)
+        if not shelf.manifests and shelf.damaged:
+            raise shelf.damaged[0].error
+        rules = self.rules() if isinstance(parsed, refs.BestOf) and parsed.mode is None else ()
+        return refs.resolve(parsed, shelf.manifests, rules)
+
+    def holder(self) -> str | None:
+        """Who is writing the run at present, in words; None when nobody is."""
+        return self.store.holder(layout.writer_lock(self.name))
+
+    def record(self) -> dict[str, Any]:
+        """``run.json``: who began the run, when, with which versions and rules."""
+        return check_run_record(self.store, self.name)
+
+
+class Repository:
+    """A root with runs; what ``peakpoint.open`` returns. Reading only, safe beside a writing trainer.
+
+    Args:
+        store: where it is.
+
+    Raises:
+        NotFoundError: there is no repository there.
+        FormatError: a newer release wrote it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        try:
+            record = unseal(store.get(layout.REPOSITORY), where=f"{store.location}/{layout.REPOSITORY}")
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{store.location} is not a Peakpoint repository: it has no {layout.REPOSITORY}{_beside(store)}"
+            ) from error
+        check_format(record, where=f"{store.location}/{layout.REPOSITORY}")
+
+    def __repr__(self) -> str:
+        return f"Repository({self.store.location!r})"
+
+    def _names(self) -> list[str]:
+        children = self.store.children(layout.RUNS)
+        return [
+            child.rstrip("/")
+            for child in children
+            if child.endswith("/") and self.store.size(layout.run_record(child.rstrip("/"))) is not None
+        ]
+
+    def runs(self) -> list[Run]:
+        """Every run, by name."""
+        return [Run(self.store, name) for name in self._names()]
+
+    def run(self, name: str) -> Run:
+        """One run.
+
+        Raises:
+            NotFoundError: there is no run of that name; the message names near ones.
+        """
+        names = self._names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:10]
+            raise NotFoundError(
+                f"{self.store.location} has no run {name!r}; runs: {', '.join(near) or 'none'}"
+                + (", ..." if len(near) < len(names) else "")
+            )
+        return Run(self.store, name)
+
+    def find(self, ref: str) -> Checkpoint:
+        """The checkpoint that ``ref`` names, such as ``"resnet50@best:val_accuracy"``.
+
+        Raises:
+            NotFoundError: no such run or checkpoint.
+            ConfigError: ``ref`` is none of the forms of refs.
+        """
+        return self.run(refs.parse(ref).run).find(ref)
+
+    def find_manifest(self, ref: str) -> Manifest:
+        """The manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
+        return self.run(refs.parse(ref).run).find_manifest(ref)
+
+
+def _beside(store: Store) -> str:
+    """A hint when the root is right above or below the one that was meant."""
+    for child in store.children("")[:200]:
+        if child.endswith("/") and store.size(f"{child}{layout.REPOSITORY}") is not None:
+            return f"; did you mean {store.location}/{child.rstrip('/')}?"
+    if isinstance(store, LocalStore):
+        for parent in store.root.absolute().parents:
+            if (parent / layout.REPOSITORY).is_file():
+                return f"; did you mean {parent}?"
+    return ""
+
+
+def open_repository(root: str | os.PathLike[str] | Store) -> Repository:
+    """Open the repository at ``root`` for reading.
+
+    Args:
+        root: a directory, or a store.
+
+    Raises:
+        NotFoundError: there is no repository there.
+        ConfigError: ``root`` is of a kind that this release does not serve.
+        FormatError: a newer release wrote it.
+    """
+    return Repository(open_store(root))
+
+
+def ensure_repository(store: Store, now: datetime) -> Repository:
+    """Open the repository, creating it first when there is none.
+
+    Raises:
+        StoreError: it cannot be created.
+    """
+    if store.size(layout.REPOSITORY) is None:
+        _create_once(store, layout.REPOSITORY, {"format": FORMAT, "kind": "peakpoint repository", "created_at": now})
+    return Repository(store)
+
+
+def ensure_run(store: Store, run: str, now: datetime, by: Mapping[str, str], rules: Sequence[Rule]) -> None:
+    """Write the run's record unless it exists.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    if store.size(layout.run_record(run)) is None:
+        record = {
+            "format": FORMAT,
+            "run": run,
+            "created_at": now,
+            "by": dict(by),
+            "rules": [rule.text for rule in rules],
+        }
+        _create_once(store, layout.run_record(run), record)
+
+
+def _create_once(store: Store, key: str, record: dict[str, Any]) -> None:
+    try:
+        store.create(key, seal(record))
+    except ConflictError:
+        # somebody else has just created the same; theirs is as good as ours
+        if store.size(key) is None:
+            raise
+
+
+def check_run_record(store: Store, run: str) -> dict[str, Any]:
+    """Read ``run.json``.
+
+    Raises:
+        CorruptError: it is damaged.
+        FormatError: a newer release wrote it.
+        NotFoundError: there is none.
+    """
+    key = layout.run_record(run)
+    record = unseal(store.get(key), where=f"{store.location}/{key}")
+    check_format(record, where=f"{store.location}/{key}")
+    return record

@@ -1,0 +1,415 @@
+"""From the files of a checkpoint back to live objects.
+
+Everything that can be compared is compared before anything is changed, and what was restored is said part by part.
+"""
+
+import argparse
+import enum
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from peakpoint import layout, reader
+from peakpoint.capture import Stateful
+from peakpoint.errors import ConfigError, CorruptError, FormatError, MismatchError, NotFoundError
+from peakpoint.manifest import Manifest
+from peakpoint.refs import near
+from peakpoint.repository import Repository
+from peakpoint.store import Store, open_store
+from peakpoint.tensors import tensors_of
+from peakpoint.tree import Decoder, kind_of
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """One part that was restored.
+
+    Attributes:
+        part: its name.
+        what: one sentence: how much of what.
+    """
+
+    part: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        ref: the checkpoint, as a ref that names no other.
+        step: optimizer steps completed at the checkpoint.
+        epoch: the epoch's index, None outside epochs.
+        restored: part by part.
+        missing: one sentence for each thing that was not restored, empty after a strict load.
+        skipped: one sentence for each newer checkpoint that was passed over, and why.
+    """
+
+    ref: str
+    step: int
+    epoch: int | None
+    restored: tuple[Restored, ...]
+    missing: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"step {self.step}" if self.epoch is None else f"step {self.step}, epoch {self.epoch}"
+        lines = [f"from {self.ref} ({where})"]
+        lines += [f"  passed over: {line}" for line in self.skipped]
+        width = max((len(part.part) for part in self.restored), default=0)
+        lines += [f"  {part.part:<{width}}  {part.what}" for part in self.restored]
+        lines += [f"  NOT restored: {line}" for line in self.missing]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """The content of a checkpoint, read and verified.
+
+    Attributes:
+        manifest: whose.
+        trees: part name to its tree.
+        tensors: part name to its stored tensors, in memory of their own or mapped from the file.
+        rng: the tree of the generators.
+        loop: the tree of the loop's position.
+    """
+
+    manifest: Manifest
+    trees: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    rng: Any
+    loop: Any
+
+    def value(self, part: str, *, devices: bool = False, own: bool = False) -> Any:
+        """One part, decoded.
+
+        Args:
+            part: its name.
+            devices: put tensors on the device that they were saved from, where it exists here.
+            own: give tensors memory of their own instead of the file's mapping.
+        """
+        stored = self.tensors.get(part, {})
+        if own:
+            stored = {name: tensor.clone() for name, tensor in stored.items()}
+        return Decoder(stored, devices=devices).decode(self.trees[part])
+
+
+def read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None = None) -> SavedState:
+    """Read parts of a checkpoint, comparing every byte with the digests in the manifest.
+
+    Args:
+        store: where.
+        manifest: which checkpoint.
+        parts: the parts whose tensors are wanted; all by default.
+
+    Raises:
+        CorruptError: a file is missing or damaged.
+        FormatError: a newer release wrote it.
+    """
+    text = reader.checked_view(store, manifest, _file(manifest, layout.STATE))
+    try:
+        record = msgspec.json.decode(text)
+        trees, rng_tree, loop_tree = record["parts"], record["rng"], record["loop"]
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for part, files in manifest.parts.items():
+        if parts is not None and part not in parts:
+            continue
+        tensors[part] = {}
+        for name in files:
+            file = _file(manifest, name)
+            tensors[part] |= tensors_of(file, reader.checked_view(store, manifest, file))
+    return SavedState(manifest, trees, tensors, rng_tree, loop_tree)
+
+
+def _file(manifest: Manifest, name: str) -> Any:
+    try:
+        return manifest.file(name)
+    except KeyError as error:
+        raise CorruptError(f"checkpoint {manifest.name} is damaged: its manifest names no {name}") from error
+
+
+# --- does it fit? -------------------------------------------------------------------------------------------------
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return kind_of(value)
+
+
+def _fits(live: Any, saved: Any) -> bool:
+    if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return live.shape == saved.shape and live.dtype == saved.dtype
+    return not isinstance(live, torch.Tensor) and not isinstance(saved, torch.Tensor)
+
+
+def module_differences(part: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """What keeps a saved state dict from fitting a module: names, shapes and dtypes."""
+    missing, unknown = sorted(live.keys() - saved.keys()), sorted(saved.keys() - live.keys())
+    different = [name for name in saved if name in live and not _fits(live[name], saved[name])]
+    return [
+        *(f"{part}: the checkpoint has no {name!r} ({_describe(live[name])})" for name in missing),
+        *(f"{part}: the checkpoint has {name!r} ({_describe(saved[name])}), the model has not" for name in unknown),
+        *(
+            f"{part}: {name!r} is {_describe(saved[name])} in the checkpoint, {_describe(live[name])} in the model"
+            for name in different
+        ),
+    ]
+
+
+def optimizer_differences(part: str, live: torch.optim.Optimizer, saved: Any) -> list[str]:
+    """What keeps a saved state from fitting an optimizer: groups, numbers of parameters, shapes of moments."""
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        return [f"{part}: what was saved under this name is no optimizer state"]
+    theirs, ours = saved["param_groups"], live.param_groups
+    if len(theirs) != len(ours):
+        return [f"{part}: {len(theirs)} parameter groups in the checkpoint and {len(ours)} in the optimizer"]
+    lines = []
+    parameters: dict[Any, torch.Tensor] = {}
+    for number, (group, mine) in enumerate(zip(theirs, ours, strict=True)):
+        if len(group["params"]) != len(mine["params"]):
+            lines.append(
+                f"{part}: group {number} has {len(group['params'])} parameters in the checkpoint "
+                f"and {len(mine['params'])} in the optimizer"
+            )
+        parameters |= dict(zip(group["params"], mine["params"], strict=False))
+    for index, moments in saved["state"].items():
+        parameter = parameters.get(index)
+        if parameter is None or not isinstance(moments, Mapping):
+            continue
+        for name, value in moments.items():
+            wrong = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != parameter.shape
+            if wrong and name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"):
+                lines.append(
+                    f"{part}: {name} of parameter {index} is {_describe(value)} in the checkpoint "
+                    f"for a parameter of {list(parameter.shape)}"
+                )
+    return lines
+
+
+def _differences(part: str, live: Any, saved: Any) -> list[str]:
+    if isinstance(live, torch.nn.Module):
+        if not isinstance(saved, Mapping):
+            return [f"{part}: what was saved under this name is a {kind_of(saved)}, not the state of a module"]
+        return module_differences(part, live.state_dict(), saved)
+    if isinstance(live, torch.optim.Optimizer):
+        return optimizer_differences(part, live, saved)
+    if isinstance(live, torch.Tensor) and not _fits(live, saved):
+        return [f"{part}: {_describe(saved)} in the checkpoint and {_describe(live)} in the state"]
+    if isinstance(live, np.ndarray):
+        same = isinstance(saved, np.ndarray) and (saved.shape, saved.dtype) == (live.shape, live.dtype)
+        return [] if same else [f"{part}: the saved array differs in shape or dtype from the one in the state"]
+    return []
+
+
+# --- putting it back ----------------------------------------------------------------------------------------------
+
+
+def _load_module(module: torch.nn.Module, saved: Mapping[str, Any], differences: Sequence[str]) -> str:
+    live = module.state_dict()
+    fitting = {name: value for name, value in saved.items() if name in live and _fits(live[name], value)}
+    if differences:
+        module.load_state_dict(fitting, strict=False)
+    else:
+        module.load_state_dict(saved, strict=True)
+    count = sum(isinstance(value, torch.Tensor) for value in live.values())
+    done = sum(isinstance(value, torch.Tensor) for value in fitting.values())
+    return f"{done} of {count} tensors"
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> str:
+    optimizer.load_state_dict(dict(saved))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    having = 0
+    for index, parameter in zip(indices, parameters, strict=True):
+        wanted = saved["state"].get(index)
+        if not wanted:
+            continue
+        having += 1
+        live = optimizer.state[parameter]
+        for name, value in wanted.items():
+            # torch casts state to the parameter's dtype on load: float32 moments of bfloat16 weights would be rounded
+            if isinstance(value, torch.Tensor) and live[name].dtype != value.dtype:
+                live[name] = value.to(parameter.device)
+    if not having:
+        return f"{len(saved['param_groups'])} groups; no moments, none had been saved"
+    return f"{len(saved['param_groups'])} groups, moments of {having} of {len(parameters)} parameters"
+
+
+def _update(live: Any, saved: Any) -> tuple[Any, str]:
+    """Put a plain value back in place where it can be changed; otherwise the new value replaces it."""
+    if isinstance(live, torch.Tensor):
+        with torch.no_grad():
+            live.copy_(saved)
+        return live, "tensor, in place"
+    if isinstance(live, np.ndarray):
+        live[...] = saved
+        return live, "array, in place"
+    if isinstance(live, argparse.Namespace):
+        vars(live).clear()
+        vars(live).update(saved)
+        return live, "namespace, in place"
+    if isinstance(live, enum.Enum):
+        return type(live)(saved), f"a {kind_of(live)}; read it from the checkpointer's state"
+    if isinstance(live, dict) and isinstance(saved, dict):
+        live.clear()
+        live.update(saved)
+        return live, "dict, in place"
+    if isinstance(live, list) and isinstance(saved, list):
+        live[:] = saved
+        return live, "list, in place"
+    return saved, f"a {kind_of(saved)}; read it from the checkpointer's state"
+
+
+def _put_back(name: str, live: Any, saved: SavedState, differences: Sequence[str]) -> tuple[Any, str]:
+    """Restore one part; returns the value that is now the part, and what was done."""
+    if isinstance(live, torch.nn.Module):
+        return live, _load_module(live, saved.value(name), differences)
+    if isinstance(live, torch.optim.Optimizer):
+        return live, _load_optimizer(live, saved.value(name, own=True))
+    value = saved.value(name, devices=True, own=True)
+    if isinstance(live, Stateful) and not isinstance(live, type):
+        live.load_state_dict(value)
+        return live, f"{type(live).__name__}, by its load_state_dict"
+    if isinstance(live, torch.Generator):
+        live.set_state(value["generator"].cpu())
+    elif isinstance(live, np.random.Generator):
+        live.bit_generator.state = value
+    elif isinstance(live, np.random.RandomState):
+        live.set_state(value)
+    elif type(live) is random.Random:
+        live.setstate(value)
+    else:
+        return _update(live, value)
+    return live, "generator, in place"
+
+
+def restore_into(
+    saved: SavedState, live: dict[str, Any], *, strict: bool = True, exhaustive: bool = True
+) -> tuple[tuple[Restored, ...], tuple[str, ...]]:
+    """Put a checkpoint back into live objects.
+
+    Nothing is changed before everything that can be compared fits.
+
+    Args:
+        saved: the checkpoint's content.
+        live: part name to object; plain values that cannot be changed in place are replaced in this dict.
+        strict: raise when something does not fit, otherwise load what fits.
+        exhaustive: also compare which parts there are: one that is saved and not given is a difference.
+
+    Returns:
+        What was restored, part by part, and one sentence for each thing that was not.
+
+    Raises:
+        MismatchError: ``strict``, and something does not fit; lists all differences.
+        FormatError: the checkpoint holds types that this release does not read.
+    """
+    by_part: dict[str, list[str]] = {}
+    for name, value in live.items():
+        if name not in saved.trees:
+            by_part[name] = [f"{name}: the checkpoint has no part of this name; it has {', '.join(saved.trees)}"]
+        else:
+            by_part[name] = _differences(name, value, saved.value(name))
+    if exhaustive:
+        for name in saved.trees.keys() - live.keys():
+            by_part[name] = [f"{name}: it is in the checkpoint, but state= names no part {name!r} to restore it into"]
+    differences = tuple(line for lines in by_part.values() for line in lines)
+    if differences and strict:
+        raise mismatch(saved.manifest, differences)
+    restored = []
+    for name, value in list(live.items()):
+        lines = by_part[name]
+        if name not in saved.trees or (lines and not isinstance(value, torch.nn.Module)):
+            continue
+        try:
+            live[name], what = _put_back(name, value, saved, lines)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise mismatch(saved.manifest, (f"{name}: {type(value).__name__} refused its state: {error}",)) from error
+        restored.append(Restored(name, what))
+    return tuple(restored), differences
+
+
+def mismatch(manifest: Manifest, differences: tuple[str, ...]) -> MismatchError:
+    """The error that lists how a checkpoint and the live state differ."""
+    shown = "\n  ".join(differences[:30])
+    more = f"\n  ... and {len(differences) - 30} more" if len(differences) > 30 else ""
+    return MismatchError(
+        f"checkpoint {manifest.run}/{manifest.name} does not fit the state:\n  {shown}{more}\n"
+        "make the state as it was when this was saved, or pass strict=False to load what fits",
+        differences,
+    )
+
+
+# --- by ref -------------------------------------------------------------------------------------------------------
+
+
+def load(
+    ref: str,
+    *,
+    root: str | os.PathLike[str] | Store,
+    into: Any = None,
+    part: str = "model",
+    strict: bool = True,
+) -> Any:
+    """Load a checkpoint by ref.
+
+    Every byte that is used is compared with its digest first. Nothing is unpickled.
+
+    Args:
+        ref: such as ``"resnet50@best:val_accuracy"``; see ``peakpoint.refs``.
+        root: the repository.
+        into: an object to load ``part`` into (a module, an optimizer, anything with ``load_state_dict``), or a mapping
+            of part names to such objects. None returns the state instead.
+        part: which part ``into`` is, when it is one object.
+        strict: raise when something does not fit; otherwise load what fits and say in the report what did not.
+
+    Returns:
+        Without ``into`` a dict of every part: state dicts with tensors on the CPU, and plain values. With ``into`` a
+        ``LoadReport``.
+
+    Raises:
+        NotFoundError: no such run, checkpoint or part.
+        MismatchError: ``strict``, and names, shapes or dtypes differ; nothing was changed.
+        CorruptError: the checkpoint is damaged; the message names the file and the tensor.
+
+    Example:
+        >>> import tempfile, torch, peakpoint as pp
+        >>> model = torch.nn.Linear(2, 1)
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"model": model}, keep=[pp.Last(1)]) as ckpt:
+        ...     _ = ckpt.report(step=1, loss=0.5)
+        >>> sorted(pp.load("r@latest", root=root)["model"])
+        ['bias', 'weight']
+        >>> print(pp.load("r@latest", root=root, into=model).restored[0].what)
+        2 of 2 tensors
+    """
+    store = open_store(root)
+    manifest = Repository(store).find_manifest(ref)
+    if into is None:
+        saved = read_state(store, manifest)
+        return {name: saved.value(name) for name in saved.trees}
+    one = not isinstance(into, Mapping)
+    live = {part: into} if one else dict(into)
+    for name in live:
+        if name not in manifest.parts or name in ("rng", "loop"):
+            have = [given for given in manifest.parts if given not in ("rng", "loop")]
+            raise NotFoundError(
+                f"checkpoint {manifest.name} has no part {name!r}{near(name, have)}; parts: {', '.join(have)}"
+            )
+    if not one or isinstance(into, Stateful):
+        saved = read_state(store, manifest, list(live))
+        restored, missing = restore_into(saved, live, strict=strict, exhaustive=False)
+        return LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
+    raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")

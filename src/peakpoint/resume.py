@@ -1,0 +1,188 @@
+"""Which checkpoint a run continues from, and the history that belongs to it."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peakpoint import journal as journals
+from peakpoint import reader, refs, rng
+from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
+from peakpoint.manifest import Forks, Manifest
+from peakpoint.position import Position
+from peakpoint.repository import Repository
+from peakpoint.restore import LoadReport, SavedState, read_state, restore_into
+from peakpoint.store import Store
+from peakpoint.tree import Decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Where a run starts.
+
+    Attributes:
+        report: what was restored, None for a start from nothing.
+        why: for a start from nothing: why.
+        position: the loop's position.
+        history: the reports that still count.
+        generators: the states of the random generators, None for a start from nothing.
+        parent: id of the checkpoint, None for a start from nothing.
+        forks: the abandoned branches, as in ``Manifest``.
+        sequence: the highest sequence number that was ever used in this run.
+        kept_report: number of the last report that still counts.
+        requested: the ref that was followed, None when there was none.
+        damaged: ids of newer checkpoints that were passed over.
+    """
+
+    report: LoadReport | None
+    why: str
+    position: Position
+    history: Sequence[journals.Reported]
+    generators: Mapping[str, Any] | None
+    parent: str | None
+    forks: Forks
+    sequence: int
+    kept_report: int
+    requested: str | None
+    damaged: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """What there is to continue from.
+
+    Attributes:
+        store: where.
+        run: which run.
+        shelf: its checkpoints.
+        events: its journal.
+    """
+
+    store: Store
+    run: str
+    shelf: reader.Shelf
+    events: tuple[journals.Event, ...]
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """The checkpoints that exist."""
+        return self.shelf.manifests
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything to continue from, were it damaged."""
+        return bool(self.shelf.manifests or self.shelf.damaged)
+
+    def restore(self, how: str, live: dict[str, Any], *, strict: bool) -> Found:
+        """Restore ``live`` from the checkpoint that ``how`` means; see ``Checkpointer.resume`` for the errors."""
+        if how == "never":
+            return self._nothing('resume="never"')
+        if how not in ("auto", "must"):
+            parsed = refs.parse(how)
+            elsewhere = parsed.run != self.run
+            followed = bool(self.shelf.manifests) if elsewhere else self._followed(how)
+            if not followed:
+                manifest = Repository(self.store).find_manifest(how)
+                return self._from(read_state(self.store, manifest), live, strict=strict, requested=how)
+        elif not self.exists:
+            if how == "must":
+                raise NotFoundError(
+                    f'resume="must", but run {self.run!r} in {self.store.location} has no checkpoint; check the root '
+                    'and the name of the run, or start it with resume="auto"'
+                )
+            return self._nothing("it has no checkpoints yet")
+        return self._newest_good(live, strict=strict)
+
+    def _followed(self, ref: str) -> bool:
+        """Whether this run has been started from ``ref`` before and has saved something since."""
+        last = None
+        for number, event in enumerate(self.events):
+            if isinstance(event, journals.Started) and event.requested is not None:
+                last = number if event.requested == ref else None
+        return last is not None and any(isinstance(event, journals.Saved) for event in self.events[last:])
+
+    def _newest_good(self, live: dict[str, Any], *, strict: bool) -> Found:
+        skipped = [str(damaged.error) for damaged in self.shelf.damaged]
+        passed: list[str] = []
+        for manifest in reversed(self.shelf.manifests):
+            try:
+                saved = read_state(self.store, manifest)
+            except (CorruptError, FormatError) as error:
+                skipped.append(str(error))
+                passed.append(manifest.id)
+                continue
+            found = self._from(saved, live, strict=strict, requested=None)
+            assert found.report is not None
+            return replace(found, report=replace(found.report, skipped=tuple(skipped)), damaged=tuple(passed))
+        lines = "\n  ".join(skipped)
+        raise CorruptError(
+            f"every checkpoint of run {self.run!r} is damaged:\n  {lines}\nrestore one from a copy, or start again with "
+            'resume="never"; peakpoint audit --deep lists the damage'
+        )
+
+    @property
+    def _sequence(self) -> int:
+        used = [manifest.sequence for manifest in self.shelf.manifests]
+        used += [event.sequence for event in self.events if isinstance(event, journals.Saved)]
+        return max(used, default=0)
+
+    def _nothing(self, why: str) -> Found:
+        sequence = self._sequence
+        return Found(
+            report=None,
+            why=why,
+            position=Position(),
+            history=(),
+            generators=None,
+            parent=None,
+            forks=((0, sequence + 1),) if sequence else (),
+            sequence=sequence,
+            kept_report=0,
+            requested=None,
+            damaged=(),
+        )
+
+    def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> Found:
+        manifest = saved.manifest
+        plain = Decoder({})
+        position = Position.from_plain(plain.decode(saved.loop))
+        generators = plain.decode(saved.rng)
+        restored, missing = restore_into(saved, live, strict=strict)
+        report = LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
+        sequence = self._sequence
+        if manifest.run == self.run:
+            history = journals.history(self.events, manifest.id) or [
+                # killed between the manifest and its record: it is the newest, so the present history is its own
+                report
+                for report in journals.history(self.events)
+                if report.report <= manifest.report
+            ]
+            newer = sequence > manifest.sequence
+            forks = (*manifest.forks, (manifest.sequence, sequence + 1)) if newer else manifest.forks
+        else:
+            history, forks = [], ()
+            position.report = 0
+        return Found(
+            report=report,
+            why="",
+            position=position,
+            history=history,
+            generators=generators,
+            parent=manifest.id,
+            forks=forks,
+            sequence=sequence,
+            kept_report=position.report,
+            requested=requested,
+            damaged=(),
+        )
+
+
+def resumption(store: Store, run: str) -> Resumption:
+    """Look at what there is to continue from."""
+    return Resumption(store, run, reader.shelf(store, run), journals.read(store, run).events)
+
+
+def restore_generators(generators: Mapping[str, Any]) -> None:
+    """Set the random generators; warns of those whose device is not here."""
+    for line in rng.restore(dict(generators)):
+        warnings.warn(f"not restored: {line}", PeakpointWarning, stacklevel=4)

@@ -1,0 +1,65 @@
+"""The random number generators that a training uses: Python's, NumPy's, torch's on the CPU and on every CUDA device."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from peakpoint.errors import FormatError
+
+
+def take() -> dict[str, Any]:
+    """The state of every generator, as a tree that needs no tensor file."""
+    algorithm, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global one is what loops use
+    return {
+        "python": random.getstate(),
+        "numpy": (
+            str(algorithm),
+            np.asarray(keys).astype("<u4").tobytes(),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+        "torch": _bytes(torch.get_rng_state()),
+        "cuda": [_bytes(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "mps": _bytes(torch.mps.get_rng_state()) if torch.backends.mps.is_available() else None,
+    }
+
+
+def restore(state: dict[str, Any]) -> list[str]:
+    """Set every generator to what ``take`` has seen.
+
+    Returns:
+        One sentence for each generator that could not be restored, because its device is not here.
+
+    Raises:
+        FormatError: the state is not one of ``take``.
+    """
+    missing = []
+    try:
+        random.setstate(state["python"])
+        algorithm, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((algorithm, np.frombuffer(keys, dtype="<u4"), position, has_gauss, gauss))  # noqa: NPY002
+        torch.set_rng_state(_tensor(state["torch"]))
+        cuda = state["cuda"]
+        here = torch.cuda.device_count() if cuda else 0
+        for index, saved in enumerate(cuda[:here]):
+            torch.cuda.set_rng_state(_tensor(saved), index)
+        missing += [f"the generator of cuda:{index}: there is no such device here" for index in range(here, len(cuda))]
+        if state["mps"] is not None:
+            if torch.backends.mps.is_available():
+                torch.mps.set_rng_state(_tensor(state["mps"]))
+            else:
+                missing.append("the generator of mps: there is no such device here")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"the checkpoint's generator states cannot be read: {error!r}") from error
+    return missing
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    return bytes(state.cpu().numpy().tobytes())
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

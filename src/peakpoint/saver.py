@@ -1,0 +1,205 @@
+"""One save at a time, in a background thread: commit, then retention.
+
+A save that fails keeps its captured state in memory until it is written after all or given up for a better one.
+"""
+
+import errno
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from peakpoint import layout, retention
+from peakpoint.capture import Captured
+from peakpoint.errors import StoreError
+from peakpoint.journal import Journal, Saved, SaveFailed
+from peakpoint.manifest import Manifest
+from peakpoint.rules import Rule
+from peakpoint.store import Store
+from peakpoint.writer import commit, unused_name
+
+_SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A save to be made.
+
+    Attributes:
+        draft: the manifest but for its files.
+        captured: the copy of the state.
+    """
+
+    draft: Manifest
+    captured: Captured
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A save that failed, with its state still in memory.
+
+    Attributes:
+        job: what was to be saved.
+        error: why it was not.
+    """
+
+    job: Job
+    error: Exception
+
+
+class Saver:
+    """Commits checkpoints of one run and applies the rules after each.
+
+    Args:
+        store: where.
+        run: which run; the caller holds it.
+        journal: of this process.
+        rules: the rules in force.
+        committed: the checkpoints that exist.
+    """
+
+    def __init__(
+        self, store: Store, run: str, journal: Journal, rules: Sequence[Rule], committed: Sequence[Manifest]
+    ) -> None:
+        self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
+        self._committed = tuple(committed)
+        self.last_id: str | None = None  # of the checkpoint that this saver committed last
+        self._job: Job | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: Failure | None = None
+        self._notices: list[str] = []
+
+    @property
+    def known(self) -> tuple[Manifest, ...]:
+        """The checkpoints that exist, the one that is being written and the one that is to be written again."""
+        job, failure = self._job, self._failure
+        pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
+        present = {manifest.id for manifest in self._committed}
+        return (*self._committed, *(draft for draft in pending if draft.id not in present))
+
+    @property
+    def committed(self) -> tuple[Manifest, ...]:
+        """The checkpoints that exist."""
+        return self._committed
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait until no save is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread, self._job = None, None
+
+    def failure(self) -> Failure | None:
+        """The failed save whose state is still held, once its thread has ended."""
+        if not self.busy:
+            self.finish()
+            return self._failure
+        return None
+
+    def notices(self) -> list[str]:
+        """What happened in the background and should be said; each is given out once."""
+        said, self._notices = self._notices, []
+        return said
+
+    def submit(self, job: Job) -> bool:
+        """Begin a save; the caller has waited for the one before, and no failed one is held.
+
+        Returns:
+            False when there is no space for it: then it is held as failed, and nothing was written.
+        """
+        assert self._failure is None
+        self._job = job
+        if not self._has_room(job):
+            return False
+        self._thread = threading.Thread(target=self._work, args=(job,), name=f"peakpoint-save-{self._run}")
+        self._thread.start()
+        return True
+
+    def retry(self) -> Failure | None:
+        """Write the held state again, in this thread.
+
+        Returns:
+            The failure, if it failed again.
+        """
+        failure, self._failure = self._failure, None
+        assert failure is not None
+        self._job = failure.job
+        if self._has_room(failure.job):
+            self._work(failure.job)
+        self._job = None
+        return self._failure
+
+    def set_aside(self, damaged: Collection[str]) -> None:
+        """Count some checkpoints as not existing: a damaged best must not keep a good one from being saved.
+
+        They are not removed either: what is left of them is for people to look at.
+
+        Args:
+            damaged: their ids.
+        """
+        self._committed = tuple(manifest for manifest in self._committed if manifest.id not in damaged)
+
+    def give_up(self) -> None:
+        """Let go of the held state."""
+        self._failure = None
+
+    def _has_room(self, job: Job) -> bool:
+        free, needed = self._store.free(), job.captured.size_bytes + _SLACK
+        if free is None or free >= needed:
+            return True
+        message = (
+            f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {needed / 1e6:.1f} MB and "
+            f"{free / 1e6:.1f} MB are free; free some space, or let fewer checkpoints be kept"
+        )
+        self._fail(job, StoreError(errno.ENOSPC, message))
+        return False
+
+    def _work(self, job: Job) -> None:
+        try:
+            self._commit(job)
+        except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, the next call raises it
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._failure, self._job = Failure(job, error), None
+        draft = job.draft
+        event = SaveFailed(
+            at=self._journal.now(), checkpoint=draft.id, name=draft.name, reasons=draft.reasons, error=str(error)
+        )
+        try:
+            self._journal.append(event)
+        except StoreError as second:  # a full disk refuses the record of its being full, too
+            self._notices.append(f"the failed save could not be recorded in the journal either: {second}")
+
+    def _commit(self, job: Job) -> None:
+        draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
+        manifest = commit(self._store, draft, job.captured.images, first=self._journal.sync)
+        self._committed = (*self._committed, manifest)
+        self.last_id = manifest.id
+        self._journal.append(
+            Saved(
+                at=self._journal.now(),
+                checkpoint=manifest.id,
+                name=manifest.name,
+                sequence=manifest.sequence,
+                report=manifest.report,
+                reasons=manifest.reasons,
+            )
+        )
+        self._retain()
+
+    def _retain(self) -> None:
+        """Apply the rules to what exists; a checkpoint that another process has removed is forgotten."""
+        existing = [manifest for manifest in self._committed if self._exists(manifest)]
+        plan = retention.plan(existing, self._rules)
+        failures = retention.apply(self._store, self._journal, plan.remove, by="rules")
+        self._notices += failures
+        self._committed = tuple(
+            manifest for manifest in existing if manifest.id in plan.keep or (failures and self._exists(manifest))
+        )
+
+    def _exists(self, manifest: Manifest) -> bool:
+        return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None

@@ -1,0 +1,149 @@
+"""What a store is. The contract, in full, is the conformance suite in tests/test_store.py.
+
+Keys are relative POSIX paths such as ``runs/a/run.json``. A store needs no locks and no overwriting: everything that
+the format writes is created once, appended to by one writer, or deleted.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from peakpoint.errors import ConfigError, ConflictError
+
+Chunk = bytes | bytearray | memoryview
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` if it is a relative path that stays below the root.
+
+    Raises:
+        ConfigError: it is empty, absolute, climbs with ``..``, or holds a NUL or a backslash.
+    """
+    parts = key.split("/")
+    if not key or "\x00" in key or "\\" in key or any(part in ("", ".", "..") for part in parts):
+        raise ConfigError(f"{key!r} is not a key: keys are relative paths such as 'runs/a/run.json'")
+    return key
+
+
+class Log(Protocol):
+    """An append-only sequence of records under one key, owned by one writer."""
+
+    def append(self, data: bytes) -> None:
+        """Add ``data``; it survives the death of this process, and a power cut after the next ``sync``."""
+
+    def sync(self) -> None:
+        """Make everything appended so far durable."""
+
+    def close(self) -> None:
+        """``sync`` and let go of the key."""
+
+
+class Hold(Protocol):
+    """The exclusive right to something."""
+
+    def release(self) -> None:
+        """Give it back; nothing happens the second time."""
+
+
+def holder_text(note: bytes) -> str:
+    """The note of a hold in words."""
+    try:
+        holder = msgspec.json.decode(note, type=dict[str, str])
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (msgspec.DecodeError, KeyError):
+        return "another process, which has not said yet who it is"
+
+
+def held_by(note: bytes) -> ConflictError:
+    """The error for something that the writer of ``note`` holds."""
+    return ConflictError(f"already being written by {holder_text(note)}; wait for it to end, or stop it")
+
+
+class Store(Protocol):
+    """Bytes under keys.
+
+    Every method is safe to call from several threads. A method that returns has done its work durably; one that
+    raises has left either the old or the new state, never a mixture, and possibly litter that ``litter`` names.
+    """
+
+    @property
+    def location(self) -> str:
+        """Where this is, for people: a directory or a URL."""
+
+    def put(self, key: str, chunks: Sequence[Chunk]) -> None:
+        """Write the chunks one after the other as the bytes of ``key``, replacing what was there.
+
+        Atomic (readers see all or nothing) and durable on return.
+
+        Raises:
+            StoreError: no space, no permission, input/output error.
+        """
+
+    def create(self, key: str, data: bytes) -> None:
+        """Like ``put``, but only if ``key`` does not exist; of several who race one wins.
+
+        Raises:
+            ConflictError: the key exists.
+            StoreError: as for ``put``.
+        """
+
+    def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """The bytes of ``key``, or those in ``[begin, end)``.
+
+        Raises:
+            NotFoundError: no such key.
+            StoreError: it cannot be read.
+        """
+
+    def view(self, key: str) -> memoryview:
+        """All bytes of ``key`` as writable memory of the caller's own, filled lazily where the store can.
+
+        Writing to it changes nothing at rest.
+
+        Raises:
+            NotFoundError: no such key.
+            StoreError: it cannot be read.
+        """
+
+    def size(self, key: str) -> int | None:
+        """Bytes under ``key``, None when there is no such key."""
+
+    def children(self, prefix: str) -> list[str]:
+        """Names directly below ``prefix``, sorted; those that have names below them end with ``/``.
+
+        ``""`` is the root. Names of unfinished writes are not among them.
+        """
+
+    def litter(self, prefix: str) -> list[str]:
+        """Keys of unfinished writes directly below ``prefix``, left by crashes (or by writers at work)."""
+
+    def delete(self, key: str) -> None:
+        """Remove ``key`` durably; nothing happens when it does not exist."""
+
+    def prune(self, prefix: str) -> None:
+        """Remove the directory ``prefix`` if it is empty; stores without directories do nothing."""
+
+    def log(self, key: str) -> Log:
+        """Create ``key`` as an empty log.
+
+        Raises:
+            ConflictError: the key exists.
+        """
+
+    def hold(self, key: str, note: bytes) -> Hold:
+        """Hold ``key`` exclusively until released or until this process dies, however it dies.
+
+        Args:
+            key: what to hold; where a store needs an object for it, this is its key.
+            note: who holds it and since when, a JSON object with ``host``, ``pid`` and ``since``, for others to read.
+
+        Raises:
+            ConflictError: somebody holds it, and the message says who.
+        """
+
+    def holder(self, key: str) -> str | None:
+        """Who holds ``key``, in words; None when nobody does. Never gets into the way of ``hold``."""
+
+    def free(self) -> int | None:
+        """Bytes that can still be written, None when the store does not say."""

@@ -1,0 +1,387 @@
+"""A store in a local directory, durable through power cuts.
+
+The protocol of every write: a temporary name in the target's own directory, fsync of the file, rename (or link, where
+the name must be new), fsync of the directory. Nothing less survives every crash on every file system.
+Source: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014. A failed fsync is never retried: the kernel
+may then report success for data that is gone. Source: Rebello et al., "Can Applications Recover from fsync Failures?",
+USENIX ATC 2020.
+"""
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from peakpoint.errors import ConflictError, NotFoundError, StoreError, TransientStoreError
+from peakpoint.store.core import Chunk, check_key, held_by, holder_text
+
+_TEMPORARY = ".tmp-"
+_BLOCK = 16 * 1024 * 1024
+_TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
+_HINTS = {
+    errno.ENOSPC: "free some space, or let fewer checkpoints be kept",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "check the owner and mode of the directory",
+    errno.EPERM: "check the owner and mode of the directory",
+    errno.EIO: "the disk reports an input/output error; check the kernel's log",
+    errno.ENAMETOOLONG: "choose a shorter run name, name= template or root",
+}
+
+
+@contextlib.contextmanager
+def translated(action: str, path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into one of ours that says what was done, where, and what to do next."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFoundError(f"cannot {action} {path}: it does not exist") from error
+    except StoreError:
+        raise
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0)
+        message = f"cannot {action} {path}: {error.strerror}" + (f" ({hint})" if hint else "")
+        kind = TransientStoreError if error.errno in _TRANSIENT else StoreError
+        raise kind(error.errno, message) from error
+
+
+class FileOps:
+    """The system calls that change files: the seam at which tests record them, fail them and kill the process."""
+
+    def mkdir(self, path: Path) -> None:
+        """``mkdir(2)``; FileExistsError when it exists."""
+        path.mkdir()
+
+    def create(self, path: Path) -> int:
+        """``open(2)`` for writing of a file that must not exist; the mode is left to the umask."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """``write(2)``; may write less than all."""
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        """``fsync(2)``."""
+        os.fsync(fd)
+
+    def fsync_dir(self, path: Path) -> None:
+        """``fsync(2)`` of a directory."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """``rename(2)``."""
+        source.rename(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """``link(2)``; FileExistsError when the target exists."""
+        target.hardlink_to(source)
+
+    def unlink(self, path: Path) -> None:
+        """``unlink(2)``."""
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        """``rmdir(2)``."""
+        path.rmdir()
+
+
+class LocalStore:
+    """Bytes under keys in a directory.
+
+    Args:
+        root: the directory; created with the first write.
+        ops: the system calls to use.
+    """
+
+    def __init__(self, root: Path, ops: FileOps | None = None) -> None:
+        self.root = root
+        self._ops = ops or FileOps()
+        self._durable: set[Path] = set()  # directories whose entry in their parent this process has made durable
+
+    @property
+    def location(self) -> str:
+        """The directory."""
+        return str(self.root)
+
+    def path(self, key: str) -> Path:
+        """Where the bytes of ``key`` are."""
+        return self.root / check_key(key)
+
+    def put(self, key: str, chunks: Sequence[Chunk]) -> None:
+        """See ``Store.put``."""
+        path = self.path(key)
+        with translated("write", path):
+            temporary = self._write_temporary(path, chunks)
+            self._ops.rename(temporary, path)
+            self._ops.fsync_dir(path.parent)
+
+    def create(self, key: str, data: bytes) -> None:
+        """See ``Store.create``."""
+        path = self.path(key)
+        with translated("create", path):
+            temporary = self._write_temporary(path, [data])
+            try:
+                self._link_new(temporary, path)
+            except FileExistsError as error:
+                self._ops.unlink(temporary)
+                raise ConflictError(f"{path} already exists") from error
+            self._ops.fsync_dir(path.parent)
+
+    def _link_new(self, temporary: Path, path: Path) -> None:
+        try:
+            self._ops.link(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            # No hard links here (exFAT, some network mounts). Rename would replace silently, so look first; the
+            # writer's lock keeps others away in between.
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+            self._ops.rename(temporary, path)
+        else:
+            self._ops.unlink(temporary)
+
+    def _write_temporary(self, path: Path, chunks: Sequence[Chunk]) -> Path:
+        self._make_dirs(path.parent)
+        temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+        fd = self._ops.create(temporary)
+        try:
+            try:
+                for chunk in chunks:
+                    self._write_all(fd, memoryview(chunk).cast("B"))
+                self._ops.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError:
+            with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+                self._ops.unlink(temporary)
+            raise
+        return temporary
+
+    def _write_all(self, fd: int, data: memoryview) -> None:
+        while len(data):
+            data = data[self._ops.write(fd, data[:_BLOCK]) :]
+
+    def _make_dirs(self, directory: Path) -> None:
+        if directory in self._durable and directory.is_dir():
+            return
+        if not directory.is_dir():
+            if directory.parent != directory:
+                self._make_dirs(directory.parent)
+            with contextlib.suppress(FileExistsError):
+                self._ops.mkdir(directory)
+        # also for one that is there already: its maker may have died before this
+        self._ops.fsync_dir(directory.parent)
+        self._durable.add(directory)
+
+    def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """See ``Store.get``."""
+        path = self.path(key)
+        with translated("read", path), path.open("rb") as file:
+            file.seek(begin)
+            return file.read() if end is None else file.read(max(0, end - begin))
+
+    def view(self, key: str) -> memoryview:
+        """See ``Store.view``: a private mapping of the file."""
+        path = self.path(key)
+        with translated("read", path), path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return memoryview(bytearray())
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+    def size(self, key: str) -> int | None:
+        """See ``Store.size``."""
+        path = self.path(key)
+        try:
+            with translated("look at", path):
+                return path.stat().st_size
+        except NotFoundError:
+            return None
+
+    def _entries(self, prefix: str) -> list[os.DirEntry[str]]:
+        directory = self.path(prefix) if prefix else self.root
+        try:
+            with translated("list", directory), os.scandir(directory) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except NotFoundError:
+            return []
+
+    def children(self, prefix: str) -> list[str]:
+        """See ``Store.children``."""
+        return [
+            entry.name + ("/" if entry.is_dir() else "")
+            for entry in self._entries(prefix)
+            if not entry.name.startswith(_TEMPORARY)
+        ]
+
+    def litter(self, prefix: str) -> list[str]:
+        """See ``Store.litter``: files with temporary names."""
+        start = f"{prefix}/" if prefix else ""
+        return [start + entry.name for entry in self._entries(prefix) if entry.name.startswith(_TEMPORARY)]
+
+    def delete(self, key: str) -> None:
+        """See ``Store.delete``."""
+        path = self.path(key)
+        with contextlib.suppress(NotFoundError), translated("delete", path):
+            self._ops.unlink(path)
+            self._ops.fsync_dir(path.parent)
+
+    def prune(self, prefix: str) -> None:
+        """See ``Store.prune``."""
+        path = self.path(prefix)
+        try:
+            with translated("remove", path):
+                self._ops.rmdir(path)
+                self._ops.fsync_dir(path.parent)
+        except NotFoundError:
+            return
+        except StoreError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def log(self, key: str) -> "LocalLog":
+        """See ``Store.log``."""
+        path = self.path(key)
+        with translated("create", path):
+            self._make_dirs(path.parent)
+            try:
+                fd = self._ops.create(path)
+            except FileExistsError as error:
+                raise ConflictError(f"{path} already exists") from error
+            self._ops.fsync_dir(path.parent)
+        return LocalLog(path, fd, self._ops)
+
+    def hold(self, key: str, note: bytes) -> "LocalHold":
+        """See ``Store.hold``: a POSIX record lock, which the kernel lets go of when its process dies."""
+        path = self.path(key)
+        with translated("lock", path):
+            self._make_dirs(path.parent)
+            return LocalHold(path, note)
+
+    def holder(self, key: str) -> str | None:
+        """See ``Store.holder``: asks the kernel, takes no lock."""
+        path = self.path(key)
+        try:
+            with translated("look at", path):
+                return LocalHold.holder(path)
+        except NotFoundError:
+            return None
+
+    def free(self) -> int | None:
+        """See ``Store.free``: what an ordinary user may still write."""
+        path = self.root.absolute()
+        while not path.exists():
+            path = path.parent
+        with translated("ask for the free space of", path):
+            status = os.statvfs(path)
+        return status.f_bavail * status.f_frsize
+
+
+class LocalLog:
+    """See ``Log``: an open file, written at its end."""
+
+    def __init__(self, path: Path, fd: int, ops: FileOps) -> None:
+        self._path, self._fd, self._ops = path, fd, ops
+        self._torn = False
+
+    def append(self, data: bytes) -> None:
+        r"""See ``Log.append``.
+
+        After a write that failed half-way the next one begins with a newline, so that only the torn line is lost.
+        """
+        with translated("append to", self._path):
+            rest = memoryview(b"\n" + data if self._torn else data)
+            self._torn = True
+            while rest:
+                rest = rest[self._ops.write(self._fd, rest) :]
+            self._torn = False
+
+    def sync(self) -> None:
+        """See ``Log.sync``."""
+        with translated("make durable", self._path):
+            self._ops.fsync(self._fd)
+
+    def close(self) -> None:
+        """See ``Log.close``."""
+        if self._fd >= 0:
+            try:
+                self.sync()
+            finally:
+                os.close(self._fd)
+                self._fd = -1
+
+
+# struct flock of fcntl(2): (type, whence, start, len, pid) on Linux, (start, len, pid, type, whence) on macOS and BSD
+_FLOCK, _TYPE = ("hhqqi", 0) if sys.platform == "linux" else ("qqihh", 3)
+
+
+def _flock(kind: object) -> tuple[object, ...]:
+    return (kind, os.SEEK_SET, 0, 0, 0) if sys.platform == "linux" else (0, 0, 0, kind, os.SEEK_SET)
+
+
+class LocalHold:
+    """See ``Hold``.
+
+    Record locks and not ``flock``: they are not inherited by forked data-loader workers, which can outlive a killed
+    trainer and would keep its lock. Two things follow. They do not exclude the same process, so a table does. And
+    closing *any* descriptor of the file lets go of the lock, so a file in the table is never opened a second time.
+    """
+
+    _held: ClassVar[dict[Path, tuple[int, bytes]]] = {}
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, path: Path, note: bytes) -> None:
+        self._path = path.resolve()
+        with self._guard:
+            process, holder = self._held.get(self._path, (0, b""))
+            if process == os.getpid():
+                raise held_by(holder)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                holder = os.pread(fd, 4096, 0)
+                os.close(fd)
+                raise held_by(holder) from error
+            except OSError:
+                os.close(fd)
+                raise
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, note, 0)
+            self._fd = fd
+            self._held[self._path] = (os.getpid(), note)
+
+    @classmethod
+    def holder(cls, path: Path) -> str | None:
+        """See ``Store.holder``."""
+        path = path.resolve()
+        with cls._guard:
+            process, note = cls._held.get(path, (0, b""))
+            if process == os.getpid():
+                return holder_text(note)
+            with path.open("rb") as file:
+                question = struct.pack(_FLOCK, *_flock(fcntl.F_WRLCK))
+                answer = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, question))
+                free = answer[_TYPE] == fcntl.F_UNLCK
+                return None if free else holder_text(file.read(4096))
+
+    def release(self) -> None:
+        """See ``Hold.release``."""
+        with self._guard:
+            process, _ = self._held.get(self._path, (0, b""))
+            if process == os.getpid() and self._fd >= 0:
+                del self._held[self._path]
+                os.close(self._fd)
+                self._fd = -1

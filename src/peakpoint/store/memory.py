@@ -1,0 +1,124 @@
+"""A store in a dictionary: for tests, and as the simplest statement of what a store does."""
+
+import threading
+from collections.abc import Sequence
+
+from peakpoint.errors import ConflictError, NotFoundError
+from peakpoint.store.core import Chunk, check_key, held_by, holder_text
+
+
+class MemoryStore:
+    """Bytes under keys in this process; gone when it ends."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+        self._holders: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def location(self) -> str:
+        """``memory:`` and the identity of the dictionary."""
+        return f"memory:{id(self):x}"
+
+    def put(self, key: str, chunks: Sequence[Chunk]) -> None:
+        """See ``Store.put``."""
+        data = b"".join(chunks)
+        with self._lock:
+            self._objects[check_key(key)] = data
+
+    def create(self, key: str, data: bytes) -> None:
+        """See ``Store.create``."""
+        with self._lock:
+            if check_key(key) in self._objects:
+                raise ConflictError(f"{key} already exists in {self.location}")
+            self._objects[key] = bytes(data)
+
+    def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """See ``Store.get``."""
+        try:
+            return self._objects[check_key(key)][begin:end]
+        except KeyError as error:
+            raise NotFoundError(f"{key} does not exist in {self.location}") from error
+
+    def view(self, key: str) -> memoryview:
+        """See ``Store.view``; not lazy."""
+        return memoryview(bytearray(self.get(key)))
+
+    def size(self, key: str) -> int | None:
+        """See ``Store.size``."""
+        data = self._objects.get(check_key(key))
+        return None if data is None else len(data)
+
+    def children(self, prefix: str) -> list[str]:
+        """See ``Store.children``."""
+        start = f"{prefix}/" if prefix else ""
+        names = set()
+        with self._lock:
+            for key in self._objects:
+                if key.startswith(start):
+                    name, slash, _ = key[len(start) :].partition("/")
+                    names.add(name + slash)
+        return sorted(names)
+
+    def litter(self, prefix: str) -> list[str]:  # noqa: ARG002 - nothing is ever unfinished here
+        """See ``Store.litter``: nothing."""
+        return []
+
+    def delete(self, key: str) -> None:
+        """See ``Store.delete``."""
+        with self._lock:
+            self._objects.pop(check_key(key), None)
+
+    def prune(self, prefix: str) -> None:
+        """See ``Store.prune``: there are no directories here."""
+
+    def log(self, key: str) -> "MemoryLog":
+        """See ``Store.log``."""
+        self.create(key, b"")
+        return MemoryLog(self, key)
+
+    def hold(self, key: str, note: bytes) -> "MemoryHold":
+        """See ``Store.hold``."""
+        with self._lock:
+            if key in self._holders:
+                raise held_by(self._holders[key])
+            self._holders[check_key(key)] = note
+        return MemoryHold(self._holders, key)
+
+    def holder(self, key: str) -> str | None:
+        """See ``Store.holder``."""
+        note = self._holders.get(check_key(key))
+        return None if note is None else holder_text(note)
+
+    def free(self) -> int | None:
+        """See ``Store.free``: not known."""
+        return None
+
+
+class MemoryLog:
+    """See ``Log``."""
+
+    def __init__(self, store: MemoryStore, key: str) -> None:
+        self._store, self._key = store, key
+
+    def append(self, data: bytes) -> None:
+        """See ``Log.append``."""
+        self._store.put(self._key, [self._store.get(self._key), data])
+
+    def sync(self) -> None:
+        """See ``Log.sync``."""
+
+    def close(self) -> None:
+        """See ``Log.close``."""
+
+
+class MemoryHold:
+    """See ``Hold``."""
+
+    def __init__(self, holders: dict[str, bytes], key: str) -> None:
+        self._holders, self._key = holders, key
+
+    def release(self) -> None:
+        """See ``Hold.release``."""
+        self._holders.pop(self._key, None)
+        self._holders = {}

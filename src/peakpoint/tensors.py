@@ -1,0 +1,158 @@
+"""Tensors in the safetensors format, laid out in memory exactly as the file will be.
+
+A file is ``8 bytes: length of the header | header, JSON, padded with spaces | data``. Ours are padded so that the data
+begins on a multiple of 4096 bytes, and tensors of larger elements come first so that each is aligned to its element.
+Source: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from peakpoint.manifest import FileRecord
+from peakpoint.sharing import DTYPES, TORCH_DTYPES
+from peakpoint.writer import FileImage, Span
+
+PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """Where everything goes in one safetensors file.
+
+    Attributes:
+        name: the file's name.
+        header: its first bytes, a multiple of 4096.
+        spans: the tensors in file order.
+        size: bytes of the whole file.
+    """
+
+    name: str
+    header: bytes
+    spans: tuple[Span, ...]
+    size: int
+
+
+def lay_out(name: str, tensors: Mapping[str, torch.Tensor]) -> FileLayout:
+    """Lay out a file for tensors of these dtypes and shapes."""
+    spans = []
+    position = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # stable: order is kept
+        end = position + tensor.numel() * tensor.element_size()
+        shape = tuple(tensor.shape)
+        spans.append(Span(name=key, dtype=DTYPES[tensor.dtype], shape=shape, begin=position, end=end))
+        position = end
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
+    header |= {
+        span.name: {"dtype": span.dtype, "shape": span.shape, "data_offsets": (span.begin, span.end)} for span in spans
+    }
+    text = msgspec.json.encode(header)
+    padded = -(-(8 + len(text)) // PAGE) * PAGE
+    prefix = (padded - 8).to_bytes(8, "little") + text.ljust(padded - 8)
+    return FileLayout(name, prefix, tuple(spans), padded + position)
+
+
+class Staging:
+    """The one buffer that tensors are copied into, reused by every save.
+
+    It holds the image of every tensor file, one after the other on page boundaries, so that writing is a write of this
+    memory and nothing else. It grows when a state needs more and is never given back before ``close``.
+    """
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._layouts: tuple[FileLayout, ...] = ()
+        self._targets: list[torch.Tensor] = []
+        self._signature: object = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the buffer."""
+        return 0 if self._memory is None else len(self._memory)
+
+    def fill(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> list[FileImage]:
+        """Copy tensors of all files into the buffer.
+
+        The images that the last call returned are overwritten.
+
+        Args:
+            files: file name to its tensors by name.
+
+        Returns:
+            One image for each file.
+        """
+        signature = [
+            (file, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
+            for file, tensors in files.items()
+        ]
+        if signature != self._signature:
+            self._prepare(files)
+            self._signature = signature
+        assert self._memory is not None
+        sources = [
+            files[layout.name][span.name] for layout in self._layouts for span in layout.spans if span.end > span.begin
+        ]
+        copy(self._targets, sources)
+        images = []
+        position = 0
+        whole = memoryview(self._memory)
+        for layout in self._layouts:
+            data = whole[position : position + layout.size]
+            images.append(FileImage(name=layout.name, data=data, header=len(layout.header), spans=layout.spans))
+            position += _pages(layout.size)
+        return images
+
+    def _prepare(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        layouts = tuple(lay_out(name, tensors) for name, tensors in files.items())
+        needed = sum(_pages(layout.size) for layout in layouts)
+        self._targets = []
+        if self._memory is None or len(self._memory) < needed:
+            self._memory = mmap.mmap(-1, max(needed, PAGE))
+        position = 0
+        for layout in layouts:
+            self._memory[position : position + len(layout.header)] = layout.header
+            data = position + len(layout.header)
+            for span in layout.spans:
+                if span.end > span.begin:
+                    dtype = TORCH_DTYPES[span.dtype]
+                    count = (span.end - span.begin) // dtype.itemsize
+                    flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=data + span.begin)
+                    self._targets.append(flat.view(span.shape))
+            position += _pages(layout.size)
+        self._layouts = layouts
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+@torch.no_grad()
+def copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its target; complete on return, also from a GPU."""
+    if not targets:
+        return
+    torch._foreach_copy_(list(targets), list(sources))
+    for device in {source.device for source in sources if source.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
+def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors of a file, sharing memory with ``data``; nothing is copied.
+
+    Args:
+        file: its record, which gives names, dtypes, shapes and places.
+        data: all bytes of the file, writable.
+    """
+    tensors = {}
+    for record in file.tensors:
+        dtype = TORCH_DTYPES[record.dtype]
+        if record.end == record.begin:
+            tensors[record.name] = torch.empty(record.shape, dtype=dtype)
+            continue
+        count = (record.end - record.begin) // dtype.itemsize
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=file.header + record.begin)
+        tensors[record.name] = flat.view(record.shape)
+    return tensors

@@ -1,0 +1,484 @@
+"""The state as a tree: tensors go to safetensors files, everything else becomes typed JSON, exactly or not at all.
+
+Plain JSON stands for itself. What JSON cannot say is an object with the member ``"$"``, its type; docs/format.md lists
+the types. Nothing is pickled, and nothing that is read back can name code to run.
+
+A type that would not come back as it was is refused, with its place in the state. Two conversions are made on purpose:
+an enum member becomes its value, and an ``argparse.Namespace`` becomes a dict.
+"""
+
+import argparse
+import ast
+import base64
+import datetime as dt
+import decimal
+import enum
+import itertools
+import math
+import pathlib
+import struct
+import zoneinfo
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from peakpoint.errors import ConfigError, FormatError
+from peakpoint.sharing import DTYPES, TORCH_DTYPES, Entry, clusters
+from peakpoint.sharing import store as store_cluster
+
+TAG = "$"
+_DEEPEST = 100
+_INLINE_BYTES = 1024  # arrays up to this size stay in the JSON; larger ones become tensors
+
+_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (int, float, str, bool, bytes, list, dict, set, tuple)}
+_PATHS: dict[str, type[pathlib.PurePath]] = {
+    "PosixPath": type(pathlib.Path()) if isinstance(pathlib.Path(), pathlib.PosixPath) else pathlib.PurePosixPath,
+    "WindowsPath": type(pathlib.Path()) if isinstance(pathlib.Path(), pathlib.WindowsPath) else pathlib.PureWindowsPath,
+    "PurePosixPath": pathlib.PurePosixPath,
+    "PureWindowsPath": pathlib.PureWindowsPath,
+}
+_NAMED_DTYPES = {
+    str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
+}
+
+
+def kind_of(value: object) -> str:
+    """The full name of a value's type, as errors name it."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _refuse(path: str, value: object, why: str = "") -> ConfigError:
+    hint = why or (
+        "it cannot be kept exactly; give an object with state_dict() and load_state_dict(), or tensors, arrays, "
+        "numbers, text and containers of them"
+    )
+    return ConfigError(f"{path} is a {kind_of(value)}: {hint}")
+
+
+@dataclass(slots=True)
+class Encoder:
+    """Encodes one part of the state.
+
+    Attributes:
+        tensors: after ``encode``, what must be stored: the name in the file and the values. Tensors that share memory
+            are stored once.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _entries: list[Entry] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set)
+
+    def encode(self, value: object, path: str, *, attributes: bool = False) -> Any:
+        """The tree of ``value``.
+
+        Args:
+            value: a state dict or a plain value.
+            path: its place in the state, for errors: ``state["sampler"]``.
+            attributes: name the first level as attributes (``.rng``) since it came out of ``state_dict()``.
+
+        Raises:
+            ConfigError: something in it cannot be kept exactly; the message says where.
+        """
+        tree = self._walk(value, path, (), attributes)
+        self._store()
+        return tree
+
+    def _walk(self, value: Any, path: str, keys: tuple[str, ...], attributes: bool = False) -> Any:  # noqa: FBT001, FBT002
+        if len(keys) > _DEEPEST:
+            raise ConfigError(f"{path[:200]} is nested more than {_DEEPEST} levels deep, or contains itself")
+        container = _CONTAINERS.get(type(value))
+        if container is not None:
+            return container(self, value, path, keys, attributes)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path, keys)
+        if type(value) is np.ndarray:
+            return self._array(value, path, keys)
+        return _scalar(value, path)
+
+    def _children(
+        self,
+        items: Iterator[tuple[Any, Any]] | Any,
+        path: str,
+        keys: tuple[str, ...],
+        attributes: bool,  # noqa: FBT001
+    ) -> Iterator[Any]:
+        for key, value in items:
+            place = f"{path}.{key}" if attributes and str(key).isidentifier() else f"{path}[{key!r}]"
+            place = place.replace("['", '["').replace("']", '"]')
+            yield self._walk(value, place, (*keys, str(key)))
+
+    def mapping(self, value: Mapping[Any, Any], path: str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+        """A dict: a JSON object when its keys are strings that do not look like tags, a list of pairs otherwise."""
+        encoded = list(self._children(value.items(), path, keys, attributes))
+        if all(type(key) is str and not key.startswith(TAG) and _is_unicode(key) for key in value):
+            return dict(zip(value, encoded, strict=True))
+        pairs = [[_key(key, path), child] for key, child in zip(value, encoded, strict=True)]
+        return {TAG: "dict", "v": pairs}
+
+    def sequence(self, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> list[Any]:  # noqa: ARG002, FBT001
+        """The elements in order."""
+        return list(self._children(enumerate(value), path, keys, attributes=False))
+
+    def members(self, value: Any, path: str) -> list[Any]:
+        """The elements of a set, in an order that depends on nothing but the elements."""
+        return sorted((_key(member, path) for member in value), key=repr)
+
+    def _array(self, value: np.ndarray[Any, Any], path: str, keys: tuple[str, ...]) -> dict[str, Any]:
+        if value.dtype.hasobject:
+            raise _refuse(path, value, "it holds Python objects, which cannot be kept without pickle")
+        node: dict[str, Any] = {TAG: "ndarray", "dtype": _numpy_dtype(value.dtype), "shape": list(value.shape)}
+        if value.flags.f_contiguous and not value.flags.c_contiguous:
+            node["order"] = "F"
+        if value.nbytes <= _INLINE_BYTES or value.dtype.names is not None or value.dtype.kind not in "biufc":
+            return node | {"v": _base64(value.tobytes(order="C"))}
+        stored = torch.frombuffer(bytearray(value.tobytes(order="C")), dtype=torch.uint8)
+        return node | {"bytes": self._tensor(stored, path, keys)}
+
+    def _tensor(self, value: torch.Tensor, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
+        check_tensor(value, path)
+        name = self._name(".".join(keys) or "value")
+        node: dict[str, Any] = {TAG: "tensor", "name": name}
+        if value.requires_grad:
+            node["requires_grad"] = True
+        if type(value) is not torch.Tensor:
+            node["class"] = type(value).__name__
+        if value.device.type != "cpu":
+            node["device"] = str(value.device)
+        self._entries.append((name, value.detach(), node))
+        return node
+
+    def _name(self, wanted: str) -> str:
+        name = wanted.replace("\x00", "_").encode("utf-8", "replace").decode()  # what every header can hold
+        if name == "__metadata__" or name in self._names:
+            name = next(n for i in itertools.count(2) if (n := f"{name}~{i}") not in self._names)
+        self._names.add(name)
+        return name
+
+    def _store(self) -> None:
+        for cluster in clusters(self._entries):
+            store_cluster(cluster, self.tensors)
+
+
+def check_tensor(value: torch.Tensor, path: str) -> None:
+    """Refuse tensors that a safetensors file cannot hold exactly.
+
+    Raises:
+        ConfigError: a subclass, a layout, a device or an element type of that kind.
+    """
+    if type(value) not in _TENSOR_TYPES:
+        raise _refuse(path, value, "only plain tensors and parameters can be kept; convert it to a tensor first")
+    if value.layout != torch.strided:
+        raise _refuse(path, value, f"its layout is {value.layout}; convert it with .to_dense() first")
+    if value.is_quantized or value.is_nested:
+        raise _refuse(path, value, "quantized and nested tensors cannot be kept; save their components")
+    if value.is_meta:
+        raise _refuse(path, value, "it is on the meta device and has no values")
+    if value.dtype not in DTYPES:
+        raise _refuse(path, value, f"its dtype {value.dtype} has no place in the safetensors format")
+
+
+# --- scalars ------------------------------------------------------------------------------------------------------
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return True
+
+
+def _numpy_dtype(dtype: np.dtype[Any]) -> Any:
+    return dtype.str if dtype.names is None else _base64(repr(dtype.descr).encode())
+
+
+def _float(value: float) -> Any:
+    if math.isfinite(value):
+        return value
+    if math.isnan(value):
+        return {TAG: "float", "v": struct.pack(">d", value).hex()}
+    return {TAG: "float", "v": "inf" if value > 0 else "-inf"}
+
+
+def _int(value: int) -> Any:
+    return value if -(2**63) <= value < 2**63 else {TAG: "int", "v": hex(value)}
+
+
+def _str(value: str) -> Any:
+    return value if _is_unicode(value) else {TAG: "str", "v": _base64(value.encode("utf-16-le", "surrogatepass"))}
+
+
+def _zone(zone: dt.tzinfo | None, path: str) -> Any:
+    if zone is None:
+        return None
+    if isinstance(zone, zoneinfo.ZoneInfo) and zone.key is not None:
+        return zone.key
+    if type(zone) is dt.timezone:
+        offset = zone.utcoffset(None)
+        return [offset.days * 86400 + offset.seconds, offset.microseconds]
+    raise _refuse(path, zone)
+
+
+def _datetime(value: dt.datetime, path: str) -> Any:
+    naive = value.replace(tzinfo=None, fold=0)
+    return {TAG: "datetime", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
+
+
+def _time(value: dt.time, path: str) -> Any:
+    naive = value.replace(tzinfo=None, fold=0)
+    return {TAG: "time", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
+
+
+def _tagged(tag: str, convert: Callable[[Any], Any]) -> Callable[[Any, str], Any]:
+    return lambda value, path: {TAG: tag, "v": convert(value)}  # noqa: ARG005
+
+
+_SCALARS: dict[type, Callable[[Any, str], Any]] = {
+    type(None): lambda value, path: value,  # noqa: ARG005
+    bool: lambda value, path: value,  # noqa: ARG005
+    int: lambda value, path: _int(value),  # noqa: ARG005
+    float: lambda value, path: _float(value),  # noqa: ARG005
+    str: lambda value, path: _str(value),  # noqa: ARG005
+    bytes: _tagged("bytes", _base64),
+    bytearray: _tagged("bytearray", _base64),
+    complex: _tagged("complex", lambda value: [_float(value.real), _float(value.imag)]),
+    decimal.Decimal: _tagged("Decimal", str),
+    range: _tagged("range", lambda value: [_int(value.start), _int(value.stop), _int(value.step)]),
+    dt.datetime: _datetime,
+    dt.time: _time,
+    dt.date: _tagged("date", dt.date.isoformat),
+    dt.timedelta: _tagged("timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
+    torch.dtype: _tagged("torch.dtype", lambda value: str(value).removeprefix("torch.")),
+    torch.device: _tagged("torch.device", str),
+    torch.Size: _tagged("torch.Size", list),
+}
+
+
+def _scalar(value: Any, path: str) -> Any:
+    if isinstance(value, enum.Enum):
+        return _scalar(value.value, f"{path}.value")
+    encode = _SCALARS.get(type(value))
+    if encode is not None:
+        return encode(value, path)
+    if isinstance(value, np.generic):
+        if value.dtype.hasobject:
+            raise _refuse(path, value)
+        return {TAG: "numpy", "dtype": _numpy_dtype(value.dtype), "v": _base64(value.tobytes())}
+    if isinstance(value, np.dtype):
+        return {TAG: "numpy.dtype", "v": _numpy_dtype(value)}
+    if isinstance(value, pathlib.PurePath) and type(value).__name__ in _PATHS:
+        return {TAG: "path", "class": type(value).__name__, "v": _str(str(value))}
+    raise _refuse(path, value)
+
+
+def _key(value: Any, path: str) -> Any:
+    """A dict's key or a set's member: scalars, tuples and frozensets of them."""
+    if type(value) is tuple:
+        return {TAG: "tuple", "v": [_key(member, path) for member in value]}
+    if type(value) is frozenset:
+        return {TAG: "frozenset", "v": sorted((_key(member, path) for member in value), key=repr)}
+    return _scalar(value, f"key {value!r} of {path}")
+
+
+# --- containers ---------------------------------------------------------------------------------------------------
+
+_Container = Callable[[Encoder, Any, str, tuple[str, ...], bool], Any]
+
+
+def _ordered(encoder: Encoder, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+    node = {TAG: "OrderedDict", "v": encoder.mapping(value, path, keys, attributes)}
+    metadata = getattr(value, "_metadata", None)  # versions of a module's state dict, which load_state_dict reads
+    if metadata is not None:
+        node["metadata"] = encoder.mapping(dict(metadata), f"{path}._metadata", keys, attributes=False)
+    return node
+
+
+def _defaults(encoder: Encoder, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+    factory = value.default_factory
+    if factory is not None and _FACTORIES.get(factory.__name__) is not factory:
+        raise _refuse(path, value, f"its default_factory {factory!r} cannot be kept; turn it into a dict")
+    content = encoder.mapping(value, path, keys, attributes)
+    return {TAG: "defaultdict", "factory": None if factory is None else factory.__name__, "v": content}
+
+
+_CONTAINERS: dict[type, _Container] = {
+    dict: Encoder.mapping,
+    list: Encoder.sequence,
+    OrderedDict: _ordered,
+    defaultdict: _defaults,
+    Counter: lambda e, v, p, k, a: {TAG: "Counter", "v": e.mapping(v, p, k, a)},
+    argparse.Namespace: lambda e, v, p, k, a: e.mapping(vars(v), p, k, True),  # noqa: ARG005, FBT003
+    tuple: lambda e, v, p, k, a: {TAG: "tuple", "v": e.sequence(v, p, k, a)},
+    deque: lambda e, v, p, k, a: {TAG: "deque", "maxlen": v.maxlen, "v": e.sequence(v, p, k, a)},
+    set: lambda e, v, p, k, a: {TAG: "set", "v": e.members(v, p)},  # noqa: ARG005
+    frozenset: lambda e, v, p, k, a: {TAG: "frozenset", "v": e.members(v, p)},  # noqa: ARG005
+}
+
+
+# --- back ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Decoder:
+    """Decodes one part of the state.
+
+    Attributes:
+        stored: the tensors of its files, by name.
+        devices: put tensors on the device they were on, where this machine has it; otherwise they stay where
+            ``stored`` has them.
+    """
+
+    stored: Mapping[str, torch.Tensor]
+    devices: bool = False
+    _made: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def decode(self, tree: Any) -> Any:
+        """The value that ``Encoder.encode`` was given.
+
+        Raises:
+            FormatError: a type that this release does not know.
+        """
+        if isinstance(tree, list):
+            return [self.decode(child) for child in tree]
+        if not isinstance(tree, dict):
+            return tree
+        tag = tree.get(TAG)
+        if tag is None:
+            return {key: self.decode(child) for key, child in tree.items()}
+        decode = _DECODERS.get(tag)
+        if decode is None:
+            raise FormatError(f"the state holds a {tag!r}, which this release does not read: update it")
+        try:
+            return decode(self, tree)
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise FormatError(f"the state holds a {tag!r} that cannot be read: {error!r}") from error
+
+    def mapping(self, tree: Any) -> dict[Any, Any]:
+        """What ``Encoder.mapping`` wrote."""
+        if isinstance(tree, dict) and tree.get(TAG) == "dict":
+            return {self.decode(key): self.decode(child) for key, child in tree["v"]}
+        return {key: self.decode(child) for key, child in tree.items()}
+
+    def tensor(self, node: dict[str, Any]) -> torch.Tensor:
+        """A tensor; nodes that name the same stored tensor share memory."""
+        name = node["name"]
+        base = self._made.get(name)
+        if base is None:
+            base = self.stored[name]
+            if "stride" in node:
+                base = torch.empty_strided(base.shape, node["stride"], dtype=base.dtype).copy_(base)
+            if self.devices and "device" in node and _available(torch.device(node["device"])):
+                base = base.to(node["device"])
+            self._made[name] = base
+        value = base
+        if "view" in node:
+            view = node["view"]
+            dtype = TORCH_DTYPES[view["dtype"]]
+            flat = base.reshape(-1).view(torch.uint8).view(dtype) if base.dtype != dtype else base.reshape(-1)
+            value = flat.as_strided(view["shape"], view["stride"], view["offset"] // dtype.itemsize)
+        if node.get("class") == "Parameter":
+            return torch.nn.Parameter(value, requires_grad=node.get("requires_grad", False))
+        if node.get("class") == "Buffer":
+            return torch.nn.Buffer(value)
+        return value.detach().requires_grad_() if node.get("requires_grad") else value
+
+    def array(self, node: dict[str, Any]) -> np.ndarray[Any, Any]:
+        """A NumPy array of its own memory."""
+        data = self.tensor(node["bytes"]).numpy().tobytes() if "bytes" in node else base64.b64decode(node["v"])
+        array = np.frombuffer(bytearray(data), dtype=_read_numpy_dtype(node["dtype"])).reshape(node["shape"])
+        return np.asfortranarray(array) if node.get("order") == "F" else array
+
+
+def _available(device: torch.device) -> bool:
+    module = getattr(torch, device.type, None)
+    return module is not None and module.is_available() and (device.index or 0) < module.device_count()
+
+
+def _read_numpy_dtype(text: str) -> np.dtype[Any]:
+    try:
+        return np.dtype(text)
+    except TypeError:
+        description = base64.b64decode(text, validate=True).decode()
+        structured: np.dtype[Any] = np.dtype(ast.literal_eval(description))
+        return structured
+
+
+def _read_zone(zone: Any) -> dt.tzinfo | None:
+    if zone is None:
+        return None
+    if isinstance(zone, str):
+        return zoneinfo.ZoneInfo(zone)
+    return dt.timezone(dt.timedelta(seconds=zone[0], microseconds=zone[1]))
+
+
+def _read_float(text: str) -> float:
+    if text in ("inf", "-inf"):
+        return float(text)
+    value: float = struct.unpack(">d", bytes.fromhex(text))[0]
+    return value
+
+
+def _read_ordered(decoder: Decoder, node: dict[str, Any]) -> OrderedDict[Any, Any]:
+    ordered = OrderedDict(decoder.mapping(node["v"]))
+    if "metadata" in node:
+        ordered._metadata = OrderedDict(decoder.mapping(node["metadata"]))  # type: ignore[attr-defined] # noqa: SLF001
+    return ordered
+
+
+def _read_defaults(decoder: Decoder, node: dict[str, Any]) -> defaultdict[Any, Any]:
+    factory = None if node["factory"] is None else _FACTORIES[node["factory"]]
+    return defaultdict(factory, decoder.mapping(node["v"]))
+
+
+def _read_path(node: dict[str, Any], decoder: Decoder) -> pathlib.PurePath:
+    return _PATHS[node["class"]](decoder.decode(node["v"]))
+
+
+def _read_numpy(node: dict[str, Any]) -> Any:
+    return np.frombuffer(base64.b64decode(node["v"]), dtype=_read_numpy_dtype(node["dtype"]))[0]
+
+
+_DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
+    "tensor": Decoder.tensor,
+    "ndarray": Decoder.array,
+    "dict": Decoder.mapping,
+    "OrderedDict": _read_ordered,
+    "defaultdict": _read_defaults,
+    "Counter": lambda d, n: Counter(d.mapping(n["v"])),
+    "tuple": lambda d, n: tuple(d.decode(n["v"])),
+    "deque": lambda d, n: deque(d.decode(n["v"]), maxlen=n["maxlen"]),
+    "set": lambda d, n: set(d.decode(n["v"])),
+    "frozenset": lambda d, n: frozenset(d.decode(n["v"])),
+    "int": lambda d, n: int(n["v"], 16),  # noqa: ARG005
+    "float": lambda d, n: _read_float(n["v"]),  # noqa: ARG005
+    "str": lambda d, n: base64.b64decode(n["v"]).decode("utf-16-le", "surrogatepass"),  # noqa: ARG005
+    "bytes": lambda d, n: base64.b64decode(n["v"]),  # noqa: ARG005
+    "bytearray": lambda d, n: bytearray(base64.b64decode(n["v"])),  # noqa: ARG005
+    "complex": lambda d, n: complex(*d.decode(n["v"])),
+    "Decimal": lambda d, n: decimal.Decimal(n["v"]),  # noqa: ARG005
+    "range": lambda d, n: range(*d.decode(n["v"])),
+    "datetime": lambda d, n: dt.datetime.fromisoformat(n["v"]).replace(  # noqa: ARG005
+        tzinfo=_read_zone(n["zone"]), fold=n["fold"]
+    ),
+    "time": lambda d, n: dt.time.fromisoformat(n["v"]).replace(  # noqa: ARG005
+        tzinfo=_read_zone(n["zone"]), fold=n["fold"]
+    ),
+    "date": lambda d, n: dt.date.fromisoformat(n["v"]),  # noqa: ARG005
+    "timedelta": lambda d, n: dt.timedelta(*n["v"]),  # noqa: ARG005
+    "torch.dtype": lambda d, n: _NAMED_DTYPES[n["v"]],  # noqa: ARG005
+    "torch.device": lambda d, n: torch.device(n["v"]),  # noqa: ARG005
+    "torch.Size": lambda d, n: torch.Size(n["v"]),  # noqa: ARG005
+    "numpy": lambda d, n: _read_numpy(n),  # noqa: ARG005
+    "numpy.dtype": lambda d, n: _read_numpy_dtype(n["v"]),  # noqa: ARG005
+    "path": lambda d, n: _read_path(n, d),
+}
