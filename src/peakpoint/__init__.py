@@ -22,7 +22,6 @@ from peakpoint._version import __version__
 if TYPE_CHECKING:
     from peakpoint import rules as rules
     from peakpoint.checkpointer import Checkpointer as Checkpointer
-    from peakpoint.checkpointer import Outcome as Outcome
     from peakpoint.errors import ConfigError as ConfigError
     from peakpoint.errors import ConflictError as ConflictError
     from peakpoint.errors import CorruptError as CorruptError
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
     from peakpoint.preempt import Preempt as Preempt
+    from peakpoint.report import Outcome as Outcome
     from peakpoint.repository import Checkpoint as Checkpoint
     from peakpoint.repository import Repository as Repository
     from peakpoint.repository import Run as Run
@@ -62,7 +62,7 @@ _HOMES = {
     "LoadReport": ("restore", "LoadReport"),
     "MismatchError": ("errors", "MismatchError"),
     "NotFoundError": ("errors", "NotFoundError"),
-    "Outcome": ("checkpointer", "Outcome"),
+    "Outcome": ("report", "Outcome"),
     "PeakpointWarning": ("errors", "PeakpointWarning"),
     "Preempt": ("preempt", "Preempt"),
     "Repository": ("repository", "Repository"),

@@ -6,35 +6,29 @@ rules say which checkpoints go.
 """
 
 import math
-import numbers
 import os
-import platform
 import secrets
-import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 import msgspec
-import numpy as np
-import torch
 
 from peakpoint import journal as journals
 from peakpoint import layout, names, rules
-from peakpoint._version import __version__
 from peakpoint.audit import clean_run
 from peakpoint.capture import capture, check_state
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
 from peakpoint.journal import Journal
+from peakpoint.loop import Loop, count
 from peakpoint.manifest import Forks, Manifest
 from peakpoint.names import DEFAULT_TEMPLATE
-from peakpoint.position import Batches, Position, StepCounter, begin_pass, continue_pass, count, is_restored
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
+from peakpoint.report import Outcome, read_metrics, say, written_by
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
 from peakpoint.resume import Resumption, restore_generators, resumption
@@ -43,39 +37,6 @@ from peakpoint.saver import Failure, Job, Saver
 from peakpoint.stopping import EarlyStopping
 from peakpoint.store import Hold, Store, open_store
 from peakpoint.tensors import Staging
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What came of a report.
-
-    Attributes:
-        saved: whether this moment is being saved; it is durable after ``wait``.
-        reasons: why, one sentence a claim; empty when it is not saved.
-        should_stop: whether the loop should end.
-        why_stop: why; None when it should go on.
-        name: the checkpoint's name; None when this moment is not saved.
-        step: optimizer steps completed.
-        epoch: the epoch's index, None outside epochs.
-        waited_seconds: how long this report waited for the save before it.
-        capture_seconds: how long the copy of the state took.
-    """
-
-    saved: bool
-    reasons: tuple[str, ...]
-    should_stop: bool
-    why_stop: str | None
-    name: str | None
-    step: int
-    epoch: int | None
-    waited_seconds: float
-    capture_seconds: float
-
-
-def say(text: str) -> None:
-    """Print to standard error, where it disturbs no output that is piped on."""
-    sys.stderr.write(f"peakpoint: {text}\n")
-    sys.stderr.flush()
 
 
 class Checkpointer:
@@ -140,16 +101,10 @@ class Checkpointer:
         self._clock, self._announce = clock, announce
         self._store = open_store(root)
         self._staging = Staging()
-        self._position = Position()
         self._load: LoadReport | None = None
         self._started = False
         self._closed = False
         self._exit_code = 0 if preempt is None else preempt.exit_code
-        self._in_epoch: int | None = None
-        self._in_step: int | None = None
-        self._in_batches: Batches | None = None
-        self._place: Batches | None = None
-        self._reports_in_epoch = 0
         self._missed: set[str] = set()
         self._surfaced: Failure | None = None
         self._history: list[Mapping[str, float]] = []
@@ -173,7 +128,7 @@ class Checkpointer:
             self._hold.release()
             raise
         self._saver = Saver(self._store, self.run, self._journal, self.rules, self._resumption.manifests)
-        self._steps = StepCounter(self.state)
+        self._loop = Loop(self.state)
         self._watch = Watch(preempt)
 
     # --- continuing ---------------------------------------------------------------------------------------------
@@ -199,9 +154,7 @@ class Checkpointer:
         self._started = True
         self._sequence, self._forks, self._parent = found.sequence, found.forks, found.parent
         self._load = found.report
-        self._position = found.position
-        self._place = found.position.batches
-        self._steps.steps, self._steps.trained = found.position.step, False
+        self._loop.go_to(found.position)
         self._history = [report.metrics for report in found.history]
         self._generators = found.generators
         self._saver.set_aside(found.damaged)
@@ -233,16 +186,7 @@ class Checkpointer:
         """
         total = count("n", n)
         self._enter("epochs")
-        try:
-            while self._position.next_epoch < total and self.why_stop is None:
-                self._in_epoch = self._position.next_epoch
-                self._reports_in_epoch = 0
-                yield self._in_epoch
-                # an epoch without a report is complete all the same
-                self._position.next_epoch = self._in_epoch + 1
-                self._position.batches = self._place = None
-        finally:
-            self._in_epoch = None
+        yield from self._loop.epochs(total, self._goes_on)
 
     def steps(self, n: int) -> Iterator[int]:
         """The step indices that remain of ``range(n)``; a report in the body is made at step index + 1.
@@ -252,17 +196,14 @@ class Checkpointer:
         """
         total = count("n", n)
         self._enter("steps")
-        try:
-            while self._position.next_step < total and self.why_stop is None:
-                self._in_step = self._position.next_step
-                yield self._in_step
-                self._position.next_step = self._in_step + 1
-        finally:
-            self._in_step = None
+        yield from self._loop.steps(total, self._goes_on)
+
+    def _goes_on(self) -> bool:
+        return self.why_stop is None
 
     def _enter(self, which: str) -> None:
         self._check_open()
-        if self._in_epoch is not None or self._in_step is not None:
+        if self._loop.running:
             raise ConfigError(f"{which}() inside another epochs() or steps() of the same checkpointer; use one loop")
         first = not self._started
         self.resume()
@@ -286,20 +227,7 @@ class Checkpointer:
         """
         self._check_open()
         self._ensure_started()
-        place, self._place = self._place, None
-        current = place or begin_pass(loader)
-        source = (
-            iter(loader)
-            if place is None
-            else continue_pass(loader, place, restores_itself=is_restored(loader, self.state))
-        )
-        try:
-            for batch in source:
-                current = Batches(current.done + 1, current.start, current.generator)
-                self._in_batches = current
-                yield batch
-        finally:
-            self._in_batches = None
+        yield from self._loop.batches(loader, self.state)
 
     # --- reporting ----------------------------------------------------------------------------------------------
 
@@ -335,10 +263,8 @@ class Checkpointer:
         self._check_open()
         self._ensure_started()
         values = read_metrics({**(metrics or {}), **named})
-        self._check_place()
-        now = self._clock()
-        self._advance(step, epoch)
-        position = self._position
+        self._loop.advance(step, epoch)
+        now, position = self._clock(), self._loop.position
         self._journal.append(
             journals.Reported(at=now, report=position.report, step=position.step, epoch=position.epoch, metrics=values)
         )
@@ -371,9 +297,8 @@ class Checkpointer:
         self._ensure_started()
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigError("save() needs a reason: it is what tells you later why this checkpoint is here")
-        fresh = bool(self._history) and not self._steps.trained
-        if self._steps.counting:
-            self._position.step = self._steps.steps
+        fresh = bool(self._history) and not self._loop.trained
+        self._loop.catch_up()
         moment = self._moment(self._history[-1] if fresh else {}, self._clock())
         return self._save(replace(moment, reasons=(f"saved on request: {reason}",), asked=reason))
 
@@ -448,50 +373,20 @@ class Checkpointer:
             )
         self.resume()
 
-    def _check_place(self) -> None:
-        if self._in_epoch is not None and self._in_batches is None:
-            if self._reports_in_epoch and self._steps.trained:
-                raise ConfigError(
-                    f"a second report in epoch {self._in_epoch} after more training: a report says that its epoch is "
-                    "complete, so a run that was killed here would skip the rest of it. To report inside an epoch, "
-                    "loop over ckpt.batches(loader)"
-                )
-            self._reports_in_epoch += 1
-
-    def _advance(self, step: SupportsIndex | None, epoch: SupportsIndex | None) -> None:
-        position = self._position
-        position.report += 1
-        if step is not None:
-            self._steps.steps = count("step", step)
-            position.step = self._steps.steps
-        elif self._in_step is not None:
-            position.step = self._in_step + 1
-        else:
-            position.step = self._steps.steps if self._steps.counting else position.report
-        if self._in_step is not None:
-            position.next_step = self._in_step + 1
-        position.epoch = self._in_epoch if epoch is None else count("epoch", epoch)
-        position.batches = self._in_batches
-        if self._in_epoch is not None:
-            position.next_epoch = self._in_epoch + (self._in_batches is None)
-        elif epoch is not None:
-            position.next_epoch = count("epoch", epoch) + 1
-        self._steps.trained = False
-
     def _warn_about(self, values: Mapping[str, float]) -> None:
         """Say once for each metric that it is not finite, and for each rule that its metric is missing."""
         for metric, value in values.items():
             if not math.isfinite(value):
                 self._say_once(
                     f"finite {metric}",
-                    f"{metric} is {value} at step {self._position.step}: it never counts as best",
+                    f"{metric} is {value} at step {self._loop.position.step}: it never counts as best",
                 )
         for metric, _ in rules.watched(self.rules):
             if metric not in values:
                 self._say_once(
                     f"missing {metric}",
-                    f"a report at step {self._position.step} has no {metric!r}: rules that rank by it skip reports "
-                    f"without it; this one has {', '.join(values) or 'no metrics'}",
+                    f"a report at step {self._loop.position.step} has no {metric!r}: rules that rank by it skip such "
+                    f"reports; this one has {', '.join(values) or 'no metrics'}",
                 )
 
     def _say_once(self, key: str, message: str) -> None:
@@ -509,7 +404,7 @@ class Checkpointer:
         name, copied = None, 0.0
         if moment.reasons and self._may_replace_held(moment):
             begin = time.perf_counter()
-            captured = capture(self.state, self._position.as_plain(), self._staging)
+            captured = capture(self.state, self._loop.position.as_plain(), self._staging)
             copied = time.perf_counter() - begin
             self._sequence += 1
             draft = replace(
@@ -603,8 +498,8 @@ class Checkpointer:
         if failure is not None:
             raise self._failed_error(failure, None)
         self._announce(
-            f"{signal}: saved at step {self._position.step}; leaving with exit code {self._exit_code}, run the same "
-            "command again to go on"
+            f"{signal}: saved at step {self._loop.position.step}; leaving with exit code {self._exit_code}, run the "
+            "same command again to go on"
         )
         run_earlier(arrived)
         raise SystemExit(self._exit_code)
@@ -622,14 +517,14 @@ class Checkpointer:
             self._journal.append(journals.Closed(at=self._clock(), why=why))
             return failed
         finally:
-            self._steps.stop()
+            self._loop.stop()
             try:
                 self._journal.close()
             finally:
                 self._hold.release()
 
     def _moment(self, values: Mapping[str, float], now: Any) -> Manifest:
-        position = self._position
+        position = self._loop.position
         identity = secrets.token_hex(8)
         watched = rules.watched(self.rules)
         metric = next((name for name, _ in watched if name in values), None)
@@ -661,34 +556,3 @@ class Checkpointer:
             written_by=self._by,
             timing={},
         )
-
-
-def read_metrics(given: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as floats.
-
-    Raises:
-        ConfigError: a name that cannot be, or a value that is no real number.
-    """
-    values = {}
-    for name, value in given.items():
-        names.check_metric(name)
-        number = value
-        if isinstance(value, torch.Tensor | np.generic | np.ndarray):  # NumPy's float32 is no Real of its own accord
-            if len(value.reshape(-1)) != 1:
-                raise ConfigError(f"metric {name!r} has the shape {list(value.shape)}; report one number")
-            number = value.item()
-        if not isinstance(number, numbers.Real):
-            raise ConfigError(f"metric {name!r} is {value!r}, a {type(value).__name__}; report a real number")
-        values[name] = float(number)
-    return values
-
-
-def written_by() -> dict[str, str]:
-    """This process, for records: host, process id, versions."""
-    return {
-        "host": socket.gethostname(),
-        "pid": str(os.getpid()),
-        "peakpoint": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }

@@ -1,15 +1,14 @@
 """Where in its loops a training is, and how it gets back there."""
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 
 from peakpoint import rng
 from peakpoint.capture import Stateful
-from peakpoint.errors import ConfigError, FormatError, MismatchError
+from peakpoint.errors import FormatError, MismatchError
 
 
 @dataclass(slots=True)
@@ -65,45 +64,6 @@ class Position:
             return cls(**given)
         except (KeyError, TypeError) as error:
             raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
-
-
-def count(name: str, value: SupportsIndex) -> int:
-    """``value`` as a whole number of at least 0.
-
-    Raises:
-        ConfigError: it is not one.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise ConfigError(f"{name}={value!r} must be a whole number") from error
-    if number < 0:
-        raise ConfigError(f"{name}={value!r} must not be negative")
-    return number
-
-
-class StepCounter:
-    """Counts the steps of the first optimizer in the state; several optimizers usually step together.
-
-    Args:
-        state: the parts of the state.
-    """
-
-    def __init__(self, state: Mapping[str, Any]) -> None:
-        self.steps = 0
-        self.trained = False  # whether the optimizer has stepped since the last report
-        optimizer = next((value for value in state.values() if isinstance(value, torch.optim.Optimizer)), None)
-        self.counting = optimizer is not None
-        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
-
-    def _stepped(self, *_: object) -> None:
-        self.steps += 1
-        self.trained = True
-
-    def stop(self) -> None:
-        """Take the hook away."""
-        if self._hook is not None:
-            self._hook.remove()
 
 
 def begin_pass(loader: Any) -> Batches:

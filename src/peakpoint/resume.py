@@ -116,8 +116,8 @@ class Resumption:
             return replace(found, report=replace(found.report, skipped=tuple(skipped)), damaged=tuple(passed))
         lines = "\n  ".join(skipped)
         raise CorruptError(
-            f"every checkpoint of run {self.run!r} is damaged:\n  {lines}\nrestore one from a copy, or start again with "
-            'resume="never"; peakpoint audit --deep lists the damage'
+            f"every checkpoint of run {self.run!r} is damaged:\n  {lines}\nrestore one from a copy, or start again "
+            'with resume="never"; peakpoint audit --deep lists the damage'
         )
 
     @property

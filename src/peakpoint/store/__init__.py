@@ -5,10 +5,21 @@ from pathlib import Path
 
 from peakpoint.errors import ConfigError
 from peakpoint.store.core import Chunk, Hold, Log, Store, check_key
-from peakpoint.store.local import LocalStore
+from peakpoint.store.local import FileOps, LocalStore, translated
 from peakpoint.store.memory import MemoryStore
 
-__all__ = ["Chunk", "Hold", "LocalStore", "Log", "MemoryStore", "Store", "check_key", "open_store"]
+__all__ = [
+    "Chunk",
+    "FileOps",
+    "Hold",
+    "LocalStore",
+    "Log",
+    "MemoryStore",
+    "Store",
+    "check_key",
+    "open_store",
+    "translated",
+]
 
 
 def open_store(root: str | os.PathLike[str] | Store) -> Store:

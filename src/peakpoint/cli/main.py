@@ -1,0 +1,307 @@
+"""``peakpoint``: every command parses, calls one operation, and renders.
+
+Exit codes are those of the errors (see ``peakpoint.errors``); 0 is success, 2 a bad command line, 130 Ctrl-C.
+"""
+
+import getpass
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from peakpoint import audit as audits
+from peakpoint import layout
+from peakpoint._version import __version__
+from peakpoint.cli import render
+from peakpoint.clock import utc_now
+from peakpoint.errors import CorruptError, Error
+from peakpoint.journal import Journal
+from peakpoint.manifest import Manifest
+from peakpoint.repository import Repository, open_repository
+from peakpoint.retention import Removal, apply
+from peakpoint.rules import Claim
+
+_ROOT = click.argument("root", type=click.Path(path_type=Path))
+_REF = click.argument("ref")
+_JSON = click.option("--json", "json", is_flag=True, help="Print JSON for programs.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="peakpoint")
+def cli() -> None:
+    """Keep, find and ship the best checkpoints of a model's training.
+
+    ROOT is a repository: the directory that was given to Checkpointer. REF names a checkpoint: RUN@latest,
+    RUN@best:METRIC, RUN@best:METRIC:min, RUN:epoch=N, RUN:STEP or RUN/NAME.
+    """
+
+
+# --- ls -----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_ROOT
+@click.argument("names", metavar="[RUN]...", nargs=-1)
+@_JSON
+def ls(root: Path, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
+    """List runs and checkpoints: peak against last, sizes, and why each is kept."""
+    repository = open_repository(root)
+    runs = [repository.run(name) for name in names] if names else repository.runs()
+    if json:
+        render.as_json({"root": repository.store.location, "runs": [render.run_json(run) for run in runs]})
+        return
+    console = render.console()
+    for run in runs:
+        render.print_run(console, run)
+    if not runs:
+        console.print(f"{escape(repository.store.location)} has no runs yet")
+
+
+# --- show ---------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_ROOT
+@_REF
+@_JSON
+def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
+    """Show one checkpoint: metrics, reasons, parts, files, digests."""
+    repository = open_repository(root)
+    manifest = repository.find_manifest(ref)
+    claims = repository.run(manifest.run).kept().get(manifest.id, ())
+    if json:
+        extra = {
+            "parts": manifest.parts,
+            "files": [
+                {"name": file.name, "size": file.size, "digest": file.digest, "tensors": len(file.tensors)}
+                for file in manifest.files
+            ],
+            "parent": manifest.parent,
+            "written_by": manifest.written_by,
+            "timing": manifest.timing,
+            "asked": manifest.asked,
+            "path": str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
+        }
+        render.as_json(render.manifest_json(manifest, claims) | extra)
+        return
+    console = render.console()
+    console.print(render.facts(_facts(root, manifest, claims)))
+    console.print()
+    console.print(render.files_table(manifest))
+
+
+def _facts(root: Path, manifest: Manifest, claims: Sequence[Claim]) -> list[tuple[str, str]]:
+    where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
+    metrics = "\n".join(f"{name} = {value:.9g}" for name, value in manifest.metrics.items())
+    timing = ", ".join(f"{name} {value:.4g}" for name, value in manifest.timing.items())
+    return [
+        ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
+        ("id", manifest.id),
+        ("directory", escape(str(root / layout.checkpoint_prefix(manifest.run, manifest.name)))),
+        ("taken at", f"{where}; commit {manifest.sequence} of the run, report {manifest.report}"),
+        ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),
+        ("metrics", escape(metrics) or "none"),
+        ("saved because", escape("\n".join(manifest.reasons))),
+        ("kept because", render.claims_text(claims)),
+        ("size", render.size(manifest.size_bytes)),
+        ("parts", escape(", ".join(manifest.parts))),
+        ("continues", manifest.parent or "nothing: the first of its run"),
+        ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
+        ("timing", timing),
+    ]
+
+
+# --- audit --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_ROOT
+@click.option("--deep", is_flag=True, help="Compare every byte of every file with its digest.")
+@click.option("--clean", is_flag=True, help="Remove what crashes have left behind; damage is never touched.")
+@click.option("--dry-run", is_flag=True, help="With --clean: only say what would be removed.")
+@_JSON
+def audit(root: Path, deep: bool, clean: bool, dry_run: bool, json: bool) -> None:  # noqa: FBT001
+    """Find damage, and what crashes have left behind. Exits with 12 when there is damage."""
+    repository = open_repository(root)
+    removed = audits.clean(repository) if clean and not dry_run else []
+    result = _with_progress(repository, deep=deep)
+    if json:
+        render.as_json(
+            {
+                "findings": [asdict(finding) for finding in result.findings],
+                "removed": [asdict(finding) for finding in removed],
+                "runs": result.runs,
+                "checkpoints": result.checkpoints,
+                "bytes": result.bytes,
+                "deep": deep,
+                "clean": result.clean,
+            }
+        )
+    else:
+        _print_audit(result, removed)
+    if result.of_kind("damage"):
+        sys.exit(CorruptError.exit_code)
+
+
+def _with_progress(repository: Repository, *, deep: bool) -> audits.Audit:
+    if not deep or not sys.stderr.isatty():
+        return audits.audit(repository, deep=deep)
+    from rich.progress import Progress  # noqa: PLC0415 - start-up time: only a deep audit on a terminal needs it
+
+    total = sum(manifest.size_bytes for run in repository.runs() for manifest in run.manifests())
+    with Progress(console=render.console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=total)
+        return audits.audit(
+            repository, deep=True, progress=lambda manifest: progress.advance(task, manifest.size_bytes)
+        )
+
+
+def _print_audit(result: audits.Audit, removed: list[audits.Finding]) -> None:
+    console = render.console()
+    rows = [audits.Finding("removed", finding.where, finding.what) for finding in removed] + result.findings
+    if rows:
+        console.print(render.findings_table(rows))
+    console.print(render.audit_sentence(result))
+    damage, litter = result.of_kind("damage"), result.of_kind("litter")
+    if damage:
+        console.print(f"[bold red]{len(damage)} damaged[/]: a resume passes over damaged checkpoints by itself")
+    if litter:
+        console.print(f"[yellow]{len(litter)} leftovers of a crash[/], harmless: peakpoint audit --clean removes them")
+    if result.clean:
+        console.print("[green]clean[/]")
+
+
+# --- rm -----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_ROOT
+@click.argument("names", metavar="REF...", nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
+@click.option("--why", default="removed by hand", help="The reason, for the journal.")
+@_JSON
+def rm(root: Path, names: tuple[str, ...], yes: bool, dry_run: bool, why: str, json: bool) -> None:  # noqa: FBT001
+    """Remove checkpoints: shows the plan, and carries it out with --yes."""
+    repository = open_repository(root)
+    chosen = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
+    failures: list[str] = []
+    apply_now = yes and not dry_run
+    if not json:
+        _print_removal(repository, list(chosen.values()))
+    if apply_now:
+        for run in dict.fromkeys(manifest.run for manifest in chosen.values()):
+            failures += _remove(repository, run, [m for m in chosen.values() if m.run == run], why)
+    if json:
+        render.as_json(
+            {
+                "removed" if apply_now else "would_remove": [render.manifest_json(m, ()) for m in chosen.values()],
+                "freed_bytes": sum(manifest.size_bytes for manifest in chosen.values()),
+                "failures": failures,
+            }
+        )
+    elif apply_now:
+        click.echo(f"removed {len(chosen) - len(failures)} checkpoints")
+    else:
+        click.echo("nothing is removed yet; add --yes to remove")
+    for failure in failures:
+        click.echo(f"peakpoint: {failure}", err=True)
+    if failures:
+        sys.exit(20)
+
+
+def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> None:
+    console = render.console()
+    for manifest in manifests:
+        claims = repository.run(manifest.run).kept().get(manifest.id, ())
+        console.print(f"[bold]{escape(manifest.run)}/{escape(manifest.name)}[/]")
+        console.print(f"  frees {render.size(manifest.size_bytes)}; was kept because:")
+        for claim in claims:
+            console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
+
+
+def _remove(repository: Repository, run: str, manifests: Sequence[Manifest], why: str) -> list[str]:
+    journal = Journal(repository.store, run, utc_now)
+    try:
+        by = f"{getpass.getuser()} on {socket.gethostname()}"
+        return apply(repository.store, journal, [Removal(manifest, why) for manifest in manifests], by=by)
+    finally:
+        journal.close()
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_ROOT
+@_REF
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="FILE.safetensors, FILE.pth or FILE.pt.")
+@click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
+@_JSON
+def export(root: Path, ref: str, to: Path, parts: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
+    """Write a checkpoint to one file that other tools open."""
+    repository = open_repository(root)
+    exports = _torch_side("peakpoint.export")
+    manifest = exports.export(repository, ref, to, parts)
+    if json:
+        render.as_json({"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": to.stat().st_size})
+    else:
+        click.echo(f"{manifest.run}/{manifest.name} -> {to} ({render.size(to.stat().st_size)})")
+
+
+# --- demo ---------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("peakpoint-demo"), help="Where to work.")
+@click.option("--epochs", type=click.IntRange(min=6), default=60, show_default=True, help="Epochs of each training.")
+def demo(out: Path, epochs: int) -> None:
+    """Train, kill in the middle of a save, resume: see that nothing is lost."""
+    _torch_side("peakpoint.demo.show").run(out, epochs)
+
+
+def _torch_side(module: str) -> Any:
+    """Import a module that needs torch."""
+    import importlib  # noqa: PLC0415 - start-up time
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = "demo" if error.name == "sklearn" else "torch"
+        raise MissingExtraError(
+            f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
+        ) from error
+
+
+class MissingExtraError(Error):
+    """An optional package that this command needs is not installed."""
+
+    exit_code = 2
+
+
+def run() -> None:
+    """The entry point of the command ``peakpoint``."""
+    try:
+        cli.main(standalone_mode=False)
+    except Error as error:
+        click.echo(f"peakpoint: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        click.echo("peakpoint: interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("peakpoint: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of a pipe has gone; leave quietly, and keep Python from complaining at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

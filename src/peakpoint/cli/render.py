@@ -1,0 +1,244 @@
+"""Tables for people, JSON for programs. Nothing here decides anything."""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint.audit import Audit, Finding
+from peakpoint.manifest import Manifest
+from peakpoint.peaks import Peak, peaks
+from peakpoint.repository import Run
+from peakpoint.rules import Claim, ranked, watched
+
+_WIDE = 200  # columns when the output is not a terminal: nothing is cut off
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console with colours on a terminal, plain text otherwise."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if terminal else _WIDE, highlight=False, soft_wrap=False)
+
+
+def as_json(value: Any) -> None:
+    """Print JSON; NaN and infinities as strings."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(_finite(value)), indent=2).decode() + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return value
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: ``"12.3 MB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def number(value: float | None) -> str:
+    """A metric, in six significant digits."""
+    return "" if value is None else f"{value:.6g}"
+
+
+def age(moment: datetime, now: datetime | None = None) -> str:
+    """``"3 min ago"``."""
+    seconds = ((now or datetime.now(UTC)) - moment).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def at(step: int, epoch: int | None) -> str:
+    """``"epoch 3"`` or ``"step 400"``."""
+    return f"step {step}" if epoch is None else f"epoch {epoch}"
+
+
+def kept_table(
+    manifests: Sequence[Manifest],
+    kept: Mapping[str, tuple[Claim, ...]],
+    watched: Sequence[str],
+    best: Mapping[str, str],
+) -> Table:
+    """Checkpoints of a run, with the reasons why each is kept.
+
+    Args:
+        manifests: the checkpoints.
+        kept: id to claims.
+        watched: metrics with a column.
+        best: metric to the id of its best checkpoint, which is marked.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("checkpoint", overflow="fold")
+    table.add_column("epoch", justify="right")
+    table.add_column("step", justify="right")
+    for metric in watched:
+        table.add_column(escape(metric), justify="right", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("kept because", overflow="fold")
+    for manifest in manifests:
+        values = [
+            f"[bold green]{number(manifest.metrics.get(metric))} *[/]"
+            if best.get(metric) == manifest.id
+            else number(manifest.metrics.get(metric)) + "  "
+            for metric in watched
+        ]
+        table.add_row(
+            escape(manifest.name),
+            "" if manifest.epoch is None else str(manifest.epoch),
+            str(manifest.step),
+            *values,
+            size(manifest.size_bytes),
+            claims_text(kept.get(manifest.id, ())),
+        )
+    return table
+
+
+def claims_text(claims: Iterable[Claim]) -> str:
+    """Claims, a line each."""
+    lines = [f"[cyan]{escape(claim.rule)}[/] {escape(claim.reason)}" for claim in claims]
+    return "\n".join(lines) or "[yellow]nothing claims it: it goes with the next save[/]"
+
+
+def peaks_table(peaks: Sequence[Peak]) -> Table:
+    """Best against last."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for name in ("metric", "mode"):
+        table.add_column(name)
+    for name in ("best", "at", "last", "at", "lost since the best"):
+        table.add_column(name, justify="right")
+    for peak in peaks:
+        lost = "nothing" if peak.lost == 0 else number(peak.lost)
+        table.add_row(
+            escape(peak.metric),
+            peak.mode,
+            f"[bold green]{number(peak.best)}[/]",
+            at(peak.best_step, peak.best_epoch),
+            number(peak.last),
+            at(peak.last_step, peak.last_epoch),
+            lost if peak.lost == 0 else f"[yellow]{lost}[/]",
+        )
+    return table
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, one pair a line."""
+    table = Table(box=None, pad_edge=False, show_header=False, show_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def files_table(manifest: Manifest) -> Table:
+    """Files of a checkpoint."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("file", overflow="fold")
+    table.add_column("part")
+    table.add_column("tensors", justify="right")
+    table.add_column("size", justify="right")
+    table.add_column("digest (BLAKE3)")
+    part_of = {file: part for part, files in manifest.parts.items() for file in files}
+    for file in manifest.files:
+        table.add_row(
+            escape(file.name),
+            escape(part_of.get(file.name, "")),
+            str(len(file.tensors)) if file.header else "",
+            size(file.size),
+            f"{file.digest[:16]}…",
+        )
+    return table
+
+
+_COLOURS = {"damage": "bold red", "litter": "yellow", "foreign": "blue", "busy": "cyan", "removed": "green"}
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What an audit found."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    table.add_column("what", overflow="fold")
+    for finding in findings:
+        table.add_row(f"[{_COLOURS[finding.kind]}]{finding.kind}[/]", escape(finding.where), escape(finding.what))
+    return table
+
+
+def audit_sentence(result: Audit) -> str:
+    """What was looked at, in one sentence."""
+    depth = "every byte compared with its digest" if result.deep else "sizes and seals compared; --deep compares bytes"
+    return f"{result.runs} runs, {result.checkpoints} checkpoints, {size(result.bytes)}: {depth}"
+
+
+def print_run(console: Console, run: Run) -> None:
+    """A run: its rules, peak against last, and its checkpoints with the reasons why each is kept."""
+    manifests, in_force = run.manifests(), run.rules()
+    pairs = watched(in_force)
+    kept = run.kept()
+    total = sum(manifest.size_bytes for manifest in manifests)
+    holder = run.holder()
+    console.print(
+        f"[bold]{escape(run.name)}[/]: {len(manifests)} checkpoints, {size(total)}"
+        + (f", newest {age(manifests[-1].created_at)}" if manifests else "")
+        + (f", [cyan]being written by {escape(holder)}[/]" if holder else "")
+    )
+    console.print(f"rules: {escape(' '.join(rule.text for rule in in_force)) or 'none'}")
+    found = peaks(run.history(), pairs)
+    if found:
+        console.print(peaks_table(found))
+    if manifests:
+        best = {metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))}
+        console.print(kept_table(manifests, kept, [metric for metric, _ in pairs][:4], best))
+    console.print()
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """A run for programs."""
+    in_force = run.rules()
+    kept = run.kept()
+    return {
+        "name": run.name,
+        "rules": [rule.text for rule in in_force],
+        "writer": run.holder(),
+        "peaks": [_peak_json(peak) for peak in peaks(run.history(), watched(in_force))],
+        "checkpoints": [manifest_json(manifest, kept.get(manifest.id, ())) for manifest in run.manifests()],
+    }
+
+
+def _peak_json(peak: Peak) -> dict[str, Any]:
+    return asdict(peak) | {"lost": peak.lost}
+
+
+def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]:
+    """A checkpoint for programs."""
+    return {
+        "ref": f"{manifest.run}/{manifest.name}",
+        "run": manifest.run,
+        "name": manifest.name,
+        "id": manifest.id,
+        "sequence": manifest.sequence,
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "metrics": dict(manifest.metrics),
+        "size_bytes": manifest.size_bytes,
+        "created_at": manifest.created_at,
+        "saved_because": manifest.reasons,
+        "kept_because": [asdict(claim) for claim in claims],
+    }

@@ -1,0 +1,194 @@
+"""What ``peakpoint demo`` shows: the trainings in processes of their own, and what they left behind."""
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sklearn  # the demonstration's data; imported here so that its absence is said before anything runs
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from peakpoint import audit
+from peakpoint.cli import render
+from peakpoint.errors import ConfigError, Error
+from peakpoint.layout import REPOSITORY
+from peakpoint.peaks import peaks
+from peakpoint.repository import Repository, open_repository
+from peakpoint.rules import watched
+
+WHOLE, KILLED = "lenet5-uninterrupted", "lenet5-killed"
+
+
+class DemoError(Error):
+    """The demonstration did not show what it promises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What came of one process.
+
+    Attributes:
+        code: its exit code; negative for a signal.
+        weights: digest of the final weights, "" when it did not get there.
+        size: bytes of the final weights.
+        accuracies: of each epoch that it ran.
+        said: what it printed on standard error.
+    """
+
+    code: int
+    weights: str
+    size: int
+    accuracies: tuple[float, ...]
+    said: str
+
+
+def run(out: Path, epochs: int) -> None:
+    """Run the demonstration in ``out``.
+
+    Raises:
+        ConfigError: ``out`` holds something else.
+        DemoError: what was to be shown is not so.
+    """
+    console = render.console()
+    _make_empty(out)
+    console.print(
+        f"LeNet-5 on the {len(_images())} handwritten digits of scikit-learn {sklearn.__version__}, "
+        f"{epochs} epochs, on the CPU\n"
+    )
+    killed_at = max(2, epochs // 2)
+    with _progress(console) as progress:
+        whole = _train(progress, "1. without interruption", out, WHOLE, epochs)
+        killed = _train(progress, f"2. killed in save {killed_at}", out, KILLED, epochs, killed_at)
+        _expect(killed.code == -signal.SIGKILL, f"the second training was to be killed, and ended with {killed.code}")
+        left = [finding for finding in audit.audit(open_repository(out)).findings if finding.kind == "litter"]
+        resumed = _train(progress, "3. the same command again", out, KILLED, epochs)
+    repository = open_repository(out)
+    console.print()
+    _say_kill(console, killed, killed_at, left)
+    _say_resume(console, resumed)
+    _say_weights(console, whole, resumed)
+    render.print_run(console, repository.run(KILLED))
+    _say_peak(console, repository)
+    _say_files(console, repository)
+    _say_next(console, out)
+
+
+def _make_empty(out: Path) -> None:
+    """Remove an earlier demonstration; refuse to touch anything else."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    runs = {path.name for path in (out / "runs").glob("*")}
+    if not (out / REPOSITORY).is_file() or not runs <= {WHOLE, KILLED}:
+        raise ConfigError(f"{out} holds something that is not an earlier demonstration; choose another --out")
+    shutil.rmtree(out)
+
+
+def _images() -> Any:
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second, after the first words are on the screen
+
+    return load_digits().images
+
+
+def _progress(console: Console) -> Progress:
+    columns: Sequence[Any] = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+def _train(progress: Progress, title: str, root: Path, run: str, epochs: int, kill_at_save: int = 0) -> Training:
+    task = progress.add_task(title, total=epochs, note="")
+    command = [sys.executable, "-m", "peakpoint.demo.training", str(root), run, str(epochs), str(kill_at_save)]
+    accuracies: list[float] = []
+    weights, size = "", 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            record = msgspec.json.decode(line)
+            if "weights" in record:
+                weights, size = record["weights"], record["bytes"]
+                continue
+            accuracies.append(record["val_accuracy"])
+            progress.update(task, completed=record["epoch"] + 1, note=f"accuracy {record['val_accuracy']:.4f}")
+        said = process.stderr.read()
+    progress.stop_task(task)
+    code = process.wait()
+    if code == -signal.SIGKILL:
+        progress.update(task, note="[bold red]SIGKILL[/]")
+    _expect(code in (0, -signal.SIGKILL), f"a training ended with exit code {code}:\n{said}")
+    return Training(code, weights, size, tuple(accuracies), said)
+
+
+def _expect(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - a condition, like assert's
+    if not holds:
+        raise DemoError(otherwise)
+
+
+def _say_kill(console: Console, killed: Training, save: int, left: list[audit.Finding]) -> None:
+    console.print(
+        f"[bold]The kill.[/] The second training got SIGKILL in the middle of save {save}, with half of the optimizer "
+        f"written, after {len(killed.accuracies)} reported epochs. It left behind:"
+    )
+    for finding in left:
+        console.print(f"  {escape(finding.where)}: {finding.what}")
+    _expect(bool(left), "the kill was to leave an unfinished save behind, and left nothing")
+
+
+def _say_resume(console: Console, resumed: Training) -> None:
+    console.print("\n[bold]The resume.[/] The same command, run again, said:")
+    console.print(escape(resumed.said.strip()))
+    _expect("resumed from" in resumed.said, "the third training was to resume, and did not")
+
+
+def _say_weights(console: Console, whole: Training, resumed: Training) -> None:
+    console.print("\n[bold]The final weights[/] (BLAKE3):")
+    console.print(f"  never interrupted   {whole.weights}")
+    console.print(f"  killed and resumed  {resumed.weights}")
+    same = whole.weights == resumed.weights != ""
+    _expect(same, "the final weights were to be equal, and are not")
+    console.print(f"  [bold green]equal, all {resumed.size} bytes[/]\n")
+    best = max(whole.accuracies)
+    _expect(best > 0.95, f"the accuracy was to be above 0.95, and is {best:.4f}")
+
+
+def _say_peak(console: Console, repository: Repository) -> None:
+    run = repository.run(KILLED)
+    for peak in peaks(run.history(), watched(run.rules())):
+        checkpoint = run.best(peak.metric, mode=peak.mode)
+        _expect(checkpoint.metrics[peak.metric] == peak.best, f"the best {peak.metric} was to be kept, and is not")
+        console.print(
+            f"[bold]Best against last:[/] {peak.metric} {peak.best:.4f} at epoch {peak.best_epoch}, "
+            f"{peak.last:.4f} at the end; the best is here as {checkpoint.name}"
+        )
+
+
+def _say_files(console: Console, repository: Repository) -> None:
+    result = audit.audit(repository, deep=True)
+    _expect(result.clean, "the repository was to be clean at the end, and is not")
+    console.print(f"\n[bold]Audit:[/] {render.audit_sentence(result)}; [green]clean[/]")
+
+
+def _say_next(console: Console, out: Path) -> None:
+    program = "peakpoint" if shutil.which("peakpoint") else sys.argv[0]
+    place = shlex.quote(str(out))
+    console.print("\nLook around:")
+    for command in (
+        f"{program} ls {place}",
+        f"{program} show {place} {KILLED}@best:val_accuracy",
+        f"{program} export {place} {KILLED}@best:val_accuracy --to best.safetensors",
+        f"{program} audit {place} --deep",
+    ):
+        console.print(f"  {escape(command)}")

@@ -1,0 +1,101 @@
+"""Export: a checkpoint, or parts of it, as one file that other tools open."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError
+from peakpoint.manifest import Manifest
+from peakpoint.refs import near
+from peakpoint.repository import Repository
+from peakpoint.restore import read_state
+from peakpoint.store import FileOps, translated
+from peakpoint.tensors import Staging
+from peakpoint.tree import check_tensor, kind_of
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()) -> Manifest:
+    """Write parts of a checkpoint to a file of their own; atomic and durable.
+
+    ``.safetensors`` holds the tensors of one part, under the keys of its state dict: tied weights are written under
+    each of their names. ``.pth`` and ``.pt`` are for ``torch.load``: the state dict itself for one part, a dict of
+    parts for several.
+
+    Args:
+        repository: where from.
+        ref: which checkpoint.
+        to: the file; must not exist.
+        parts: which parts; by default ``model``, or the only part with tensors.
+
+    Returns:
+        The manifest of the checkpoint.
+
+    Raises:
+        ConfigError: a suffix or a combination of parts that cannot be written.
+        ConflictError: the file exists.
+        NotFoundError: no such checkpoint or part.
+        CorruptError: the checkpoint is damaged.
+    """
+    if to.suffix not in SUFFIXES:
+        raise ConfigError(f"cannot export to {to}: its name must end with {', '.join(SUFFIXES)}")
+    if to.exists():
+        raise ConflictError(f"{to} exists; remove it first, or export to another name")
+    manifest = repository.find_manifest(ref)
+    chosen = list(parts) or [_default_part(manifest)]
+    for part in chosen:
+        if part not in manifest.parts or part in ("rng", "loop"):
+            have = [name for name in manifest.parts if name not in ("rng", "loop")]
+            raise NotFoundError(f"{manifest.name} has no part {part!r}{near(part, have)}; parts: {', '.join(have)}")
+    saved = read_state(repository.store, manifest, chosen)
+    values = {part: saved.value(part, own=True) for part in chosen}
+    temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
+    with translated("write", to):
+        try:
+            if to.suffix == ".safetensors":
+                _write_safetensors(temporary, values)
+            else:
+                torch.save(values[chosen[0]] if len(chosen) == 1 else values, temporary)
+            _publish(temporary, to)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+    return manifest
+
+
+def _default_part(manifest: Manifest) -> str:
+    having = [part for part, files in manifest.parts.items() if files]
+    if "model" in having or len(having) != 1:
+        return "model"
+    return having[0]
+
+
+def _write_safetensors(path: Path, values: dict[str, Any]) -> None:
+    if len(values) > 1:
+        raise ConfigError(f"a .safetensors file holds one part, not {', '.join(values)}; export to .pth for several")
+    (part, value), *_ = values.items()
+    if not isinstance(value, dict) or not value:
+        raise ConfigError(f"part {part!r} is a {kind_of(value)} and not a dict of tensors; export it to .pth")
+    for key, tensor in value.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ConfigError(f"part {part!r} holds {key!r}, a {kind_of(tensor)}: export it to .pth instead")
+        check_tensor(tensor, key)
+    image = Staging().fill({path.name: value})[0]
+    path.write_bytes(image.data)
+
+
+def _publish(temporary: Path, to: Path) -> None:
+    ops = FileOps()
+    fd = os.open(temporary, os.O_RDONLY)
+    try:
+        ops.fsync(fd)
+    finally:
+        os.close(fd)
+    ops.rename(temporary, to)
+    ops.fsync_dir(to.parent)

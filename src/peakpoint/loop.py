@@ -1,0 +1,151 @@
+"""The loop that a checkpointer drives: its epochs, steps and batches, and the position that they make up."""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, SupportsIndex
+
+import torch
+
+from peakpoint.errors import ConfigError
+from peakpoint.position import Batches, Position, begin_pass, continue_pass, is_restored
+
+
+def count(name: str, value: SupportsIndex) -> int:
+    """``value`` as a whole number of at least 0.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name}={value!r} must be a whole number") from error
+    if number < 0:
+        raise ConfigError(f"{name}={value!r} must not be negative")
+    return number
+
+
+class Loop:
+    """Keeps the position up to date while the user's loop runs.
+
+    Optimizer steps are counted at the first optimizer in the state; several optimizers usually step together.
+
+    Args:
+        state: the parts of the state.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.position = Position()
+        self.trained = False  # whether the optimizer has stepped since the last report
+        self._counted = 0
+        self._epoch: int | None = None
+        self._step: int | None = None
+        self._batches: Batches | None = None
+        self._place: Batches | None = None  # where the next pass over the data is to be continued
+        self._reports_in_epoch = 0
+        optimizer = next((value for value in state.values() if isinstance(value, torch.optim.Optimizer)), None)
+        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: object) -> None:
+        self._counted += 1
+        self.trained = True
+
+    def stop(self) -> None:
+        """Take the hook away from the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    @property
+    def running(self) -> bool:
+        """Whether a loop over ``epochs`` or ``steps`` is running."""
+        return self._epoch is not None or self._step is not None
+
+    def go_to(self, position: Position) -> None:
+        """Continue from a position."""
+        self.position, self._place = position, position.batches
+        self._counted, self.trained = position.step, False
+
+    def epochs(self, total: int, goes_on: Callable[[], bool]) -> Iterator[int]:
+        """See ``Checkpointer.epochs``."""
+        position = self.position
+        try:
+            while position.next_epoch < total and goes_on():
+                self._epoch, self._reports_in_epoch = position.next_epoch, 0
+                yield self._epoch
+                # an epoch without a report is complete all the same
+                position.next_epoch = self._epoch + 1
+                position.batches = self._place = None
+        finally:
+            self._epoch = None
+
+    def steps(self, total: int, goes_on: Callable[[], bool]) -> Iterator[int]:
+        """See ``Checkpointer.steps``."""
+        position = self.position
+        try:
+            while position.next_step < total and goes_on():
+                self._step = position.next_step
+                yield self._step
+                position.next_step = self._step + 1
+        finally:
+            self._step = None
+
+    def batches(self, loader: Iterable[Any], state: Mapping[str, Any]) -> Iterator[Any]:
+        """See ``Checkpointer.batches``."""
+        place, self._place = self._place, None
+        if place is None:
+            place, source = begin_pass(loader), iter(loader)
+        else:
+            source = continue_pass(loader, place, restores_itself=is_restored(loader, state))
+        try:
+            for batch in source:
+                place = Batches(place.done + 1, place.start, place.generator)
+                self._batches = place
+                yield batch
+        finally:
+            self._batches = None
+
+    def advance(self, step: SupportsIndex | None, epoch: SupportsIndex | None) -> None:
+        """Move the position to a report.
+
+        Raises:
+            ConfigError: a step or epoch that is no whole number of at least 0, or a second report in an epoch.
+        """
+        given_step = None if step is None else count("step", step)
+        given_epoch = None if epoch is None else count("epoch", epoch)
+        self._check_place()
+        position = self.position
+        position.report += 1
+        if given_step is not None:
+            position.step = self._counted = given_step
+        elif self._step is not None:
+            position.step = self._step + 1
+        else:
+            position.step = position.report if self._hook is None else self._counted
+        if self._step is not None:
+            position.next_step = self._step + 1
+        position.epoch = self._epoch if given_epoch is None else given_epoch
+        position.batches = self._batches
+        if self._epoch is not None:
+            position.next_epoch = self._epoch + (self._batches is None)
+        elif given_epoch is not None:
+            position.next_epoch = given_epoch + 1
+        self.trained = False
+
+    def catch_up(self) -> None:
+        """Move the position to a save between reports."""
+        if self._hook is not None and self._step is None:
+            self.position.step = self._counted
+        if self._step is not None:
+            self.position.next_step = self._step + 1
+        self.position.batches = self._batches
+
+    def _check_place(self) -> None:
+        if self._epoch is None or self._batches is not None:
+            return
+        if self._reports_in_epoch and self.trained:
+            raise ConfigError(
+                f"a second report in epoch {self._epoch} after more training: a report says that its epoch is "
+                "complete, so a run that was killed here would skip the rest of it. To report inside an epoch, loop "
+                "over ckpt.batches(loader)"
+            )
+        self._reports_in_epoch += 1

@@ -1,0 +1,69 @@
+"""Peak against last: how far a run fell from its best."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from peakpoint.journal import Reported
+from peakpoint.rules import Mode
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """One metric of one run.
+
+    Attributes:
+        metric: its name.
+        mode: whether larger (``"max"``) or smaller (``"min"``) is better.
+        best: the best finite value that was reported.
+        best_step: where.
+        best_epoch: where; None outside epochs.
+        last: the last value that was reported; may be NaN.
+        last_step: where.
+        last_epoch: where; None outside epochs.
+    """
+
+    metric: str
+    mode: Mode
+    best: float
+    best_step: int
+    best_epoch: int | None
+    last: float
+    last_step: int
+    last_epoch: int | None
+
+    @property
+    def lost(self) -> float:
+        """How much worse the last value is than the best, in the metric's unit; never negative, may be NaN."""
+        return self.best - self.last if self.mode == "max" else self.last - self.best
+
+
+def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> list[Peak]:
+    """The peak of each watched metric; metrics that never had a finite value are left out.
+
+    Args:
+        history: the reports, earliest first; among equal values the earliest counts as the best.
+        watched: metrics with their directions.
+    """
+    found = []
+    for metric, mode in watched:
+        having = [report for report in history if metric in report.metrics]
+        finite = [report for report in having if math.isfinite(report.metrics[metric])]
+        if not finite:
+            continue
+        sign = 1.0 if mode == "max" else -1.0
+        best = max(finite, key=lambda report: sign * report.metrics[metric])
+        last = having[-1]
+        found.append(
+            Peak(
+                metric,
+                mode,
+                best.metrics[metric],
+                best.step,
+                best.epoch,
+                last.metrics[metric],
+                last.step,
+                last.epoch,
+            )
+        )
+    return found

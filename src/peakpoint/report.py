@@ -1,0 +1,81 @@
+"""What goes into a report, and what comes out of it."""
+
+import numbers
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from peakpoint._version import __version__
+from peakpoint.errors import ConfigError
+from peakpoint.names import check_metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a report.
+
+    Attributes:
+        saved: whether this moment is being saved; it is durable after ``wait``.
+        reasons: why, one sentence a claim; empty when it is not saved.
+        should_stop: whether the loop should end.
+        why_stop: why; None when it should go on.
+        name: the checkpoint's name; None when this moment is not saved.
+        step: optimizer steps completed.
+        epoch: the epoch's index, None outside epochs.
+        waited_seconds: how long this report waited for the save before it.
+        capture_seconds: how long the copy of the state took.
+    """
+
+    saved: bool
+    reasons: tuple[str, ...]
+    should_stop: bool
+    why_stop: str | None
+    name: str | None
+    step: int
+    epoch: int | None
+    waited_seconds: float
+    capture_seconds: float
+
+
+def read_metrics(given: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as floats.
+
+    Raises:
+        ConfigError: a name that cannot be, or a value that is no real number.
+    """
+    values = {}
+    for name, value in given.items():
+        check_metric(name)
+        number = value
+        if isinstance(value, torch.Tensor | np.generic | np.ndarray):  # NumPy's float32 is no Real of its own accord
+            if len(value.reshape(-1)) != 1:
+                raise ConfigError(f"metric {name!r} has the shape {list(value.shape)}; report one number")
+            number = value.item()
+        if not isinstance(number, numbers.Real):
+            raise ConfigError(f"metric {name!r} is {value!r}, a {type(value).__name__}; report a real number")
+        values[name] = float(number)
+    return values
+
+
+def say(text: str) -> None:
+    """Print to standard error, where it disturbs no output that is piped on."""
+    sys.stderr.write(f"peakpoint: {text}\n")
+    sys.stderr.flush()
+
+
+def written_by() -> dict[str, str]:
+    """This process, for records: host, process id, versions."""
+    return {
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+        "peakpoint": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
