@@ -61,9 +61,15 @@ class Position:
             given = {field.name: values[field.name] for field in fields(cls)}
             if given["batches"] is not None:
                 given["batches"] = Batches(**given["batches"])
-            return cls(**given)
+            position = cls(**given)
         except (KeyError, TypeError) as error:
             raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
+        counts = [position.report, position.step, position.next_epoch, position.next_step]
+        counts += [] if position.epoch is None else [position.epoch]
+        counts += [] if position.batches is None else [position.batches.done]
+        if not all(isinstance(number, int) and number >= 0 for number in counts):
+            raise FormatError(f"the checkpoint's loop position cannot be read: {counts} are no counts")
+        return position
 
 
 def begin_pass(loader: Any) -> Batches:
@@ -81,7 +87,8 @@ def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iter
     every loader whose batches depend on nothing but those generators.
 
     Raises:
-        MismatchError: the data ends before the place is reached.
+        MismatchError: the data ends before the place is reached, or the loader had a generator of its own and has none.
+        FormatError: the states of the generators cannot be read.
     """
     if restores_itself:
         restored: Iterator[Any] = iter(loader)
@@ -89,7 +96,7 @@ def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iter
     present = rng.take()
     rng.restore(place.start)
     if place.generator is not None:
-        loader.generator.set_state(torch.frombuffer(bytearray(place.generator), dtype=torch.uint8))
+        _set_generator(loader, place.generator)
     batches: Iterator[Any] = iter(loader)
     for number in range(place.done):
         try:
@@ -101,6 +108,19 @@ def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iter
             ) from error
     rng.restore(present)
     return batches
+
+
+def _set_generator(loader: Any, state: bytes) -> None:
+    generator = getattr(loader, "generator", None)
+    if not isinstance(generator, torch.Generator):
+        raise MismatchError(
+            "the checkpoint was taken inside an epoch of a loader with generator=; continue with such a loader, "
+            "since the order of the batches came from that generator"
+        )
+    try:
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(f"the state of the loader's generator cannot be read: {error!r}") from error
 
 
 def is_restored(loader: Any, state: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peakpoint import layout
-from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, decode
 from peakpoint.seal import digest
 from peakpoint.store import Store
@@ -80,12 +80,15 @@ def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 
     Raises:
         CorruptError: the file is missing or has another size.
+        FormatError: its name is none that Peakpoint writes.
     """
     key = layout.file_key(manifest.run, manifest.name, file.name)
     try:
         data = store.view(key)
     except NotFoundError as error:
         raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is missing") from error
+    except ConfigError as error:
+        raise FormatError(f"checkpoint {manifest.name} has a file that cannot be read: {error}") from error
     if len(data) != file.size:
         raise CorruptError(
             f"checkpoint {manifest.name} is damaged: {file.name} has {len(data)} bytes instead of {file.size}"

@@ -14,11 +14,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
-from peakpoint import layout, reader
+from peakpoint import layout, reader, rng
 from peakpoint.capture import Stateful
 from peakpoint.errors import ConfigError, CorruptError, FormatError, MismatchError, NotFoundError
-from peakpoint.manifest import Manifest
+from peakpoint.manifest import Manifest, check_format
 from peakpoint.refs import near
 from peakpoint.repository import Repository
 from peakpoint.store import Store, open_store
@@ -116,9 +117,12 @@ def read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None = N
     text = reader.checked_view(store, manifest, _file(manifest, layout.STATE))
     try:
         record = msgspec.json.decode(text)
-        trees, rng_tree, loop_tree = record["parts"], record["rng"], record["loop"]
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        trees, rng_tree, loop_tree = dict(record["parts"]), record["rng"], record["loop"]
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
+    check_format(record, where=f"{layout.STATE} of {manifest.name}")
+    if not isinstance(rng_tree, dict) or not isinstance(loop_tree, dict):
+        raise FormatError(f"{layout.STATE} of {manifest.name} has no generators or no position")
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for part, files in manifest.parts.items():
         if parts is not None and part not in parts:
@@ -141,21 +145,33 @@ def _file(manifest: Manifest, name: str) -> Any:
 
 
 def _describe(value: Any) -> str:
+    if is_lazy(value):
+        return "not initialized yet"
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return kind_of(value)
 
 
 def _fits(live: Any, saved: Any) -> bool:
+    if is_lazy(live):
+        return isinstance(saved, torch.Tensor)  # it takes the shape of what is loaded
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
         return live.shape == saved.shape and live.dtype == saved.dtype
     return not isinstance(live, torch.Tensor) and not isinstance(saved, torch.Tensor)
 
 
+_EXTRA_STATE = "_extra_state"  # what a module's get_extra_state gave: its set_extra_state takes any shape
+
+
 def module_differences(part: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What keeps a saved state dict from fitting a module: names, shapes and dtypes."""
-    missing, unknown = sorted(live.keys() - saved.keys()), sorted(saved.keys() - live.keys())
-    different = [name for name in saved if name in live and not _fits(live[name], saved[name])]
+    missing = [name for name in live if name not in saved]
+    unknown = [name for name in saved if name not in live]
+    different = [
+        name
+        for name in saved
+        if name in live and not str(name).endswith(_EXTRA_STATE) and not _fits(live[name], saved[name])
+    ]
     return [
         *(f"{part}: the checkpoint has no {name!r} ({_describe(live[name])})" for name in missing),
         *(f"{part}: the checkpoint has {name!r} ({_describe(saved[name])}), the model has not" for name in unknown),
@@ -164,6 +180,21 @@ def module_differences(part: str, live: Mapping[str, Any], saved: Mapping[str, A
             for name in different
         ),
     ]
+
+
+_MOMENTS = frozenset(
+    {
+        "acc_delta",
+        "exp_avg",
+        "exp_avg_sq",
+        "exp_inf",
+        "grad_avg",
+        "max_exp_avg_sq",
+        "momentum_buffer",
+        "square_avg",
+        "sum",
+    }
+)
 
 
 def optimizer_differences(part: str, live: torch.optim.Optimizer, saved: Any) -> list[str]:
@@ -188,7 +219,7 @@ def optimizer_differences(part: str, live: torch.optim.Optimizer, saved: Any) ->
             continue
         for name, value in moments.items():
             wrong = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != parameter.shape
-            if wrong and name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"):
+            if wrong and name in _MOMENTS:
                 lines.append(
                     f"{part}: {name} of parameter {index} is {_describe(value)} in the checkpoint "
                     f"for a parameter of {list(parameter.shape)}"
@@ -197,6 +228,13 @@ def optimizer_differences(part: str, live: torch.optim.Optimizer, saved: Any) ->
 
 
 def _differences(part: str, live: Any, saved: Any) -> list[str]:
+    try:
+        return _compare(part, live, saved)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return [f"{part}: what was saved under this name is no state of a {kind_of(live)}: {error!r}"]
+
+
+def _compare(part: str, live: Any, saved: Any) -> list[str]:
     if isinstance(live, torch.nn.Module):
         if not isinstance(saved, Mapping):
             return [f"{part}: what was saved under this name is a {kind_of(saved)}, not the state of a module"]
@@ -208,6 +246,8 @@ def _differences(part: str, live: Any, saved: Any) -> list[str]:
     if isinstance(live, np.ndarray):
         same = isinstance(saved, np.ndarray) and (saved.shape, saved.dtype) == (live.shape, live.dtype)
         return [] if same else [f"{part}: the saved array differs in shape or dtype from the one in the state"]
+    if isinstance(live, argparse.Namespace) and not isinstance(saved, dict):
+        return [f"{part}: what was saved under this name is a {kind_of(saved)}, not a namespace"]
     return []
 
 
@@ -216,7 +256,11 @@ def _differences(part: str, live: Any, saved: Any) -> list[str]:
 
 def _load_module(module: torch.nn.Module, saved: Mapping[str, Any], differences: Sequence[str]) -> str:
     live = module.state_dict()
-    fitting = {name: value for name, value in saved.items() if name in live and _fits(live[name], value)}
+    fitting = {
+        name: value
+        for name, value in saved.items()
+        if name in live and (str(name).endswith(_EXTRA_STATE) or _fits(live[name], value))
+    }
     if differences:
         module.load_state_dict(fitting, strict=False)
     else:
@@ -284,8 +328,10 @@ def _put_back(name: str, live: Any, saved: SavedState, differences: Sequence[str
     if isinstance(live, torch.Generator):
         live.set_state(value["generator"].cpu())
     elif isinstance(live, np.random.Generator):
+        rng.check_numpy(value)
         live.bit_generator.state = value
     elif isinstance(live, np.random.RandomState):
+        rng.check_numpy(value)
         live.set_state(value)
     elif type(live) is random.Random:
         live.setstate(value)
@@ -321,7 +367,7 @@ def restore_into(
         else:
             by_part[name] = _differences(name, value, saved.value(name))
     if exhaustive:
-        for name in saved.trees.keys() - live.keys():
+        for name in [name for name in saved.trees if name not in live]:
             by_part[name] = [f"{name}: it is in the checkpoint, but state= names no part {name!r} to restore it into"]
     differences = tuple(line for lines in by_part.values() for line in lines)
     if differences and strict:
@@ -333,9 +379,15 @@ def restore_into(
             continue
         try:
             live[name], what = _put_back(name, value, saved, lines)
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
-            if isinstance(error, FormatError):
-                raise
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise mismatch(saved.manifest, (f"{name}: {type(value).__name__} refused its state: {error}",)) from error
         restored.append(Restored(name, what))
     return tuple(restored), differences

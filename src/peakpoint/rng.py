@@ -8,6 +8,9 @@ import torch
 
 from peakpoint.errors import FormatError
 
+_MT19937_WORDS = 624
+_PHILOX_WORDS = 4
+
 
 def take() -> dict[str, Any]:
     """The state of every generator, as a tree that needs no tensor file."""
@@ -40,7 +43,9 @@ def restore(state: dict[str, Any]) -> list[str]:
     try:
         random.setstate(state["python"])
         algorithm, keys, position, has_gauss, gauss = state["numpy"]
-        np.random.set_state((algorithm, np.frombuffer(keys, dtype="<u4"), position, has_gauss, gauss))  # noqa: NPY002
+        key = np.frombuffer(keys, dtype="<u4")
+        check_numpy({"bit_generator": algorithm, "state": {"key": key, "pos": position}})
+        np.random.set_state((algorithm, key, position, has_gauss, gauss))  # noqa: NPY002
         torch.set_rng_state(_tensor(state["torch"]))
         cuda = state["cuda"]
         here = torch.cuda.device_count() if cuda else 0
@@ -52,9 +57,23 @@ def restore(state: dict[str, Any]) -> list[str]:
                 torch.mps.set_rng_state(_tensor(state["mps"]))
             else:
                 missing.append("the generator of mps: there is no such device here")
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise FormatError(f"the checkpoint's generator states cannot be read: {error!r}") from error
     return missing
+
+
+def check_numpy(state: Any) -> None:
+    """Compare the positions in the state of a NumPy generator with its buffers: NumPy reads where they say.
+
+    Raises:
+        ValueError: a position outside of its buffer.
+    """
+    if state["bit_generator"] == "MT19937" and not (
+        len(state["state"]["key"]) == _MT19937_WORDS and 0 <= state["state"]["pos"] <= _MT19937_WORDS
+    ):
+        raise ValueError("the state of MT19937 has a position outside of its buffer")
+    if state["bit_generator"] == "Philox" and not 0 <= state["buffer_pos"] <= len(state["buffer"]) == _PHILOX_WORDS:
+        raise ValueError("the state of Philox has a position outside of its buffer")
 
 
 def _bytes(state: torch.Tensor) -> bytes:

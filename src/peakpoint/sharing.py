@@ -4,7 +4,7 @@ Tied weights are the same region of memory under several names. Views of one sto
 bytes below all of them are stored, and each is described as a view of those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,8 +73,13 @@ def _geometry(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def store(cluster: list[Entry], tensors: dict[str, torch.Tensor]) -> None:
+def store(cluster: list[Entry], tensors: dict[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
     """Add to ``tensors`` what must be stored for a cluster, and complete the nodes that refer to it.
+
+    Args:
+        cluster: tensors that overlap in memory.
+        tensors: receives what must be stored.
+        new_name: makes a name that no tensor of this file has.
 
     Raises:
         ConfigError: a lazy conjugate shares memory with other tensors.
@@ -94,8 +99,9 @@ def store(cluster: list[Entry], tensors: dict[str, torch.Tensor]) -> None:
         base_name, base, _ = covering[0]
     else:  # nobody covers the others: keep the bytes below all of them
         begin -= begin % 16  # so that views of every element type stay aligned
-        base_name = f"{name}.storage"
-        storage = tensor.untyped_storage()
+        base_name = new_name(f"{name}.storage")
+        # NumPy arrays of one memory are storages of different sizes
+        storage = max((entry[1].untyped_storage() for entry in cluster), key=lambda storage: storage.nbytes())
         base = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, begin, (end - begin,), (1,))
     tensors[base_name] = base
     for own_name, view, node in cluster:
@@ -120,8 +126,13 @@ def _covers(tensor: torch.Tensor, cluster: list[Entry], begin: int, end: int) ->
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether some permutation of the dimensions is contiguous."""
+    return is_dense_layout(tensor.shape, tensor.stride())
+
+
+def is_dense_layout(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these strides put the elements of this shape side by side, in some order."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size == 1:
             continue
         if stride != expected:

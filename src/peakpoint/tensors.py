@@ -5,6 +5,8 @@ begins on a multiple of 4096 bytes, and tensors of larger elements come first so
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
+import math
+import contextlib
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from peakpoint.errors import FormatError
 from peakpoint.manifest import FileRecord
 from peakpoint.sharing import DTYPES, TORCH_DTYPES
 from peakpoint.writer import FileImage, Span
@@ -110,7 +113,7 @@ class Staging:
         needed = sum(_pages(layout.size) for layout in layouts)
         self._targets = []
         if self._memory is None or len(self._memory) < needed:
-            self._memory = mmap.mmap(-1, max(needed, PAGE))
+            self._memory = _allocate(max(needed, PAGE))
         position = 0
         for layout in layouts:
             self._memory[position : position + len(layout.header)] = layout.header
@@ -123,6 +126,17 @@ class Staging:
                     self._targets.append(flat.view(span.shape))
             position += _pages(layout.size)
         self._layouts = layouts
+
+
+def _allocate(size: int) -> mmap.mmap:
+    """Memory on huge pages where the system gives them: direct I/O pins and maps far fewer of those."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _pages(size: int) -> int:
@@ -145,14 +159,21 @@ def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
     Args:
         file: its record, which gives names, dtypes, shapes and places.
         data: all bytes of the file, writable.
+
+    Raises:
+        FormatError: an element type that this release does not know, or a record that contradicts itself.
     """
     tensors = {}
     for record in file.tensors:
-        dtype = TORCH_DTYPES[record.dtype]
-        if record.end == record.begin:
+        dtype = TORCH_DTYPES.get(record.dtype)
+        if dtype is None:
+            raise FormatError(f"tensor {record.name!r} in {file.name} has elements {record.dtype!r}: update Peakpoint")
+        count = math.prod(record.shape)
+        if min(record.shape, default=0) < 0 or record.begin < 0 or record.end - record.begin != count * dtype.itemsize:
+            raise FormatError(f"tensor {record.name!r} in {file.name} has a shape that contradicts its bytes")
+        if not count:
             tensors[record.name] = torch.empty(record.shape, dtype=dtype)
             continue
-        count = (record.end - record.begin) // dtype.itemsize
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=file.header + record.begin)
         tensors[record.name] = flat.view(record.shape)
     return tensors

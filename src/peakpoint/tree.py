@@ -10,16 +10,18 @@ an enum member becomes its value, and an ``argparse.Namespace`` becomes a dict.
 import argparse
 import ast
 import base64
+import contextlib
 import datetime as dt
 import decimal
 import enum
 import itertools
 import math
 import pathlib
+import re
 import struct
 import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +29,29 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError, FormatError
-from peakpoint.sharing import DTYPES, TORCH_DTYPES, Entry, clusters
+from peakpoint.sharing import DTYPES, TORCH_DTYPES, Entry, clusters, is_dense_layout
 from peakpoint.sharing import store as store_cluster
 
 TAG = "$"
 _DEEPEST = 100
 _INLINE_BYTES = 1024  # arrays up to this size stay in the JSON; larger ones become tensors
 
-_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # a buffer is a plain tensor with a mark
+_SIMPLE_DTYPE = re.compile(r"[<>|][biufcmMOSUV]\d*(\[[^\]]*\])?")
 _FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (int, float, str, bool, bytes, list, dict, set, tuple)}
+_ALIGNED = 16  # bytes: enough for every element type
+_UNREADABLE = (  # what constructors raise for arguments that encode never writes
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 _PATHS: dict[str, type[pathlib.PurePath]] = {
     "PosixPath": type(pathlib.Path()) if isinstance(pathlib.Path(), pathlib.PosixPath) else pathlib.PurePosixPath,
     "WindowsPath": type(pathlib.Path()) if isinstance(pathlib.Path(), pathlib.WindowsPath) else pathlib.PureWindowsPath,
@@ -99,6 +115,8 @@ class Encoder:
             return self._tensor(value, path, keys)
         if type(value) is np.ndarray:
             return self._array(value, path, keys)
+        if isinstance(value, enum.Enum):
+            return self._walk(value.value, f"{path}.value", (*keys, "value"))
         return _scalar(value, path)
 
     def _children(
@@ -119,6 +137,7 @@ class Encoder:
         if all(type(key) is str and not key.startswith(TAG) and _is_unicode(key) for key in value):
             return dict(zip(value, encoded, strict=True))
         pairs = [[_key(key, path), child] for key, child in zip(value, encoded, strict=True)]
+        _check_distinct(value, path)
         return {TAG: "dict", "v": pairs}
 
     def sequence(self, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> list[Any]:  # noqa: ARG002, FBT001
@@ -127,12 +146,14 @@ class Encoder:
 
     def members(self, value: Any, path: str) -> list[Any]:
         """The elements of a set, in an order that depends on nothing but the elements."""
-        return sorted((_key(member, path) for member in value), key=repr)
+        encoded = sorted((_key(member, path) for member in value), key=repr)
+        _check_distinct(value, path)
+        return encoded
 
     def _array(self, value: np.ndarray[Any, Any], path: str, keys: tuple[str, ...]) -> dict[str, Any]:
         if value.dtype.hasobject:
             raise _refuse(path, value, "it holds Python objects, which cannot be kept without pickle")
-        node: dict[str, Any] = {TAG: "ndarray", "dtype": _numpy_dtype(value.dtype), "shape": list(value.shape)}
+        node: dict[str, Any] = {TAG: "ndarray", "dtype": _numpy_dtype(value.dtype, path), "shape": list(value.shape)}
         if value.flags.f_contiguous and not value.flags.c_contiguous:
             node["order"] = "F"
         if value.nbytes <= _INLINE_BYTES or value.dtype.names is not None or value.dtype.kind not in "biufc":
@@ -146,8 +167,11 @@ class Encoder:
         node: dict[str, Any] = {TAG: "tensor", "name": name}
         if value.requires_grad:
             node["requires_grad"] = True
-        if type(value) is not torch.Tensor:
-            node["class"] = type(value).__name__
+        if isinstance(value, torch.nn.Parameter):
+            node["class"] = "Parameter"
+        elif getattr(value, "_is_buffer", False):
+            node["class"] = "Buffer"
+            node["persistent"] = bool(getattr(value, "persistent", True))
         if value.device.type != "cpu":
             node["device"] = str(value.device)
         self._entries.append((name, value.detach(), node))
@@ -162,7 +186,7 @@ class Encoder:
 
     def _store(self) -> None:
         for cluster in clusters(self._entries):
-            store_cluster(cluster, self.tensors)
+            store_cluster(cluster, self.tensors, self._name)
 
 
 def check_tensor(value: torch.Tensor, path: str) -> None:
@@ -198,8 +222,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _numpy_dtype(dtype: np.dtype[Any]) -> Any:
-    return dtype.str if dtype.names is None else _base64(repr(dtype.descr).encode())
+def _numpy_dtype(dtype: np.dtype[Any], path: str) -> str:
+    text = ""
+    with contextlib.suppress(ValueError, SyntaxError):  # fields that overlap, fields of types without a description
+        text = dtype.str if dtype.names is None else _base64(repr(dtype.descr).encode())
+        back = _read_numpy_dtype(text)
+        if back == dtype and back.type is dtype.type:
+            return text
+    raise _refuse(path, dtype, f"NumPy's element type {dtype!r} cannot be kept exactly")
 
 
 def _float(value: float) -> Any:
@@ -215,7 +245,7 @@ def _int(value: int) -> Any:
 
 
 def _str(value: str) -> Any:
-    return value if _is_unicode(value) else {TAG: "str", "v": _base64(value.encode("utf-16-le", "surrogatepass"))}
+    return value if _is_unicode(value) else {TAG: "str", "v": _base64(value.encode("utf-8", "surrogatepass"))}
 
 
 def _zone(zone: dt.tzinfo | None, path: str) -> Any:
@@ -225,7 +255,9 @@ def _zone(zone: dt.tzinfo | None, path: str) -> Any:
         return zone.key
     if type(zone) is dt.timezone:
         offset = zone.utcoffset(None)
-        return [offset.days * 86400 + offset.seconds, offset.microseconds]
+        name = zone.tzname(None)
+        named = [] if name == dt.timezone(offset).tzname(None) else [_str(name)]
+        return [offset.days * 86400 + offset.seconds, offset.microseconds, *named]
     raise _refuse(path, zone)
 
 
@@ -265,18 +297,21 @@ _SCALARS: dict[type, Callable[[Any, str], Any]] = {
 
 
 def _scalar(value: Any, path: str) -> Any:
-    if isinstance(value, enum.Enum):
-        return _scalar(value.value, f"{path}.value")
     encode = _SCALARS.get(type(value))
     if encode is not None:
         return encode(value, path)
+    if type(value) is np.str_:  # of text and bytes, arrays would drop the zeros at the end
+        text = value.encode("utf-32-le", "surrogatepass")
+        return {TAG: "numpy", "dtype": f"<U{len(value)}", "v": _base64(text)}
+    if type(value) is np.bytes_:
+        return {TAG: "numpy", "dtype": f"|S{len(value)}", "v": _base64(value[:])}
     if isinstance(value, np.generic):
         if value.dtype.hasobject:
             raise _refuse(path, value)
-        return {TAG: "numpy", "dtype": _numpy_dtype(value.dtype), "v": _base64(value.tobytes())}
+        return {TAG: "numpy", "dtype": _numpy_dtype(value.dtype, path), "v": _base64(value.tobytes())}
     if isinstance(value, np.dtype):
-        return {TAG: "numpy.dtype", "v": _numpy_dtype(value)}
-    if isinstance(value, pathlib.PurePath) and type(value).__name__ in _PATHS:
+        return {TAG: "numpy.dtype", "v": _numpy_dtype(value, path)}
+    if isinstance(value, pathlib.PurePath) and _PATHS.get(type(value).__name__) is type(value):
         return {TAG: "path", "class": type(value).__name__, "v": _str(str(value))}
     raise _refuse(path, value)
 
@@ -287,7 +322,23 @@ def _key(value: Any, path: str) -> Any:
         return {TAG: "tuple", "v": [_key(member, path) for member in value]}
     if type(value) is frozenset:
         return {TAG: "frozenset", "v": sorted((_key(member, path) for member in value), key=repr)}
+    if isinstance(value, enum.Enum):
+        return _key(value.value, path)
     return _scalar(value, f"key {value!r} of {path}")
+
+
+def _plain_key(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return _plain_key(value.value)
+    if type(value) in (tuple, frozenset):
+        return type(value)(_plain_key(member) for member in value)
+    return value
+
+
+def _check_distinct(keys: Collection[Any], path: str) -> None:
+    """Enum members become their values: two keys may then be one."""
+    if len({_plain_key(key) for key in keys}) != len(keys):
+        raise ConfigError(f"{path} has keys that are equal once enum members are their values; use .value yourself")
 
 
 # --- containers ---------------------------------------------------------------------------------------------------
@@ -305,7 +356,7 @@ def _ordered(encoder: Encoder, value: Any, path: str, keys: tuple[str, ...], att
 
 def _defaults(encoder: Encoder, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
     factory = value.default_factory
-    if factory is not None and _FACTORIES.get(factory.__name__) is not factory:
+    if factory is not None and _FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
         raise _refuse(path, value, f"its default_factory {factory!r} cannot be kept; turn it into a dict")
     content = encoder.mapping(value, path, keys, attributes)
     return {TAG: "defaultdict", "factory": None if factory is None else factory.__name__, "v": content}
@@ -346,21 +397,29 @@ class Decoder:
         """The value that ``Encoder.encode`` was given.
 
         Raises:
-            FormatError: a type that this release does not know.
+            FormatError: a type that this release does not know, or one that is not what ``encode`` writes.
         """
-        if isinstance(tree, list):
-            return [self.decode(child) for child in tree]
-        if not isinstance(tree, dict):
-            return tree
-        tag = tree.get(TAG)
-        if tag is None:
-            return {key: self.decode(child) for key, child in tree.items()}
-        decode = _DECODERS.get(tag)
+        try:
+            if isinstance(tree, list):
+                return [self.decode(child) for child in tree]
+            if not isinstance(tree, dict):
+                return tree
+            if TAG not in tree:
+                return {key: self.decode(child) for key, child in tree.items()}
+            return self._tagged(tree)
+        except RecursionError as error:
+            raise FormatError("the state is nested too deep to be read") from error
+
+    def _tagged(self, node: dict[str, Any]) -> Any:
+        tag = node[TAG]
+        decode = _DECODERS.get(tag) if isinstance(tag, str) else None
         if decode is None:
             raise FormatError(f"the state holds a {tag!r}, which this release does not read: update it")
         try:
-            return decode(self, tree)
-        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            return decode(self, node)
+        except RecursionError:
+            raise
+        except _UNREADABLE as error:
             raise FormatError(f"the state holds a {tag!r} that cannot be read: {error!r}") from error
 
     def mapping(self, tree: Any) -> dict[Any, Any]:
@@ -375,7 +434,11 @@ class Decoder:
         base = self._made.get(name)
         if base is None:
             base = self.stored[name]
+            if "view" in node and base.data_ptr() % _ALIGNED:
+                base = base.clone()  # bytes in a file are not aligned for larger elements
             if "stride" in node:
+                if not is_dense_layout(base.shape, node["stride"]):
+                    raise ValueError(f"strides {node['stride']} for the shape {list(base.shape)}")
                 base = torch.empty_strided(base.shape, node["stride"], dtype=base.dtype).copy_(base)
             if self.devices and "device" in node and _available(torch.device(node["device"])):
                 base = base.to(node["device"])
@@ -384,18 +447,25 @@ class Decoder:
         if "view" in node:
             view = node["view"]
             dtype = TORCH_DTYPES[view["dtype"]]
-            flat = base.reshape(-1).view(torch.uint8).view(dtype) if base.dtype != dtype else base.reshape(-1)
+            flat = base.reshape(-1)
+            if base.dtype != dtype:
+                octets = flat.view(torch.uint8)
+                flat = octets[: len(octets) // dtype.itemsize * dtype.itemsize].view(dtype)
             value = flat.as_strided(view["shape"], view["stride"], view["offset"] // dtype.itemsize)
         if node.get("class") == "Parameter":
             return torch.nn.Parameter(value, requires_grad=node.get("requires_grad", False))
         if node.get("class") == "Buffer":
-            return torch.nn.Buffer(value)
+            return torch.nn.Buffer(value, persistent=node.get("persistent", True))
         return value.detach().requires_grad_() if node.get("requires_grad") else value
 
     def array(self, node: dict[str, Any]) -> np.ndarray[Any, Any]:
         """A NumPy array of its own memory."""
-        data = self.tensor(node["bytes"]).numpy().tobytes() if "bytes" in node else base64.b64decode(node["v"])
-        array = np.frombuffer(bytearray(data), dtype=_read_numpy_dtype(node["dtype"])).reshape(node["shape"])
+        data = self.tensor(node["bytes"]).numpy().tobytes() if "bytes" in node else _bytes(node["v"])
+        dtype = _read_numpy_dtype(node["dtype"])
+        if dtype.itemsize:
+            array = np.frombuffer(bytearray(data), dtype=dtype).reshape(node["shape"])
+        else:
+            array = np.empty(node["shape"], dtype=dtype)
         return np.asfortranarray(array) if node.get("order") == "F" else array
 
 
@@ -404,13 +474,16 @@ def _available(device: torch.device) -> bool:
     return module is not None and module.is_available() and (device.index or 0) < module.device_count()
 
 
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
 def _read_numpy_dtype(text: str) -> np.dtype[Any]:
-    try:
+    if _SIMPLE_DTYPE.fullmatch(text):
         return np.dtype(text)
-    except TypeError:
-        description = base64.b64decode(text, validate=True).decode()
-        structured: np.dtype[Any] = np.dtype(ast.literal_eval(description))
-        return structured
+    description = ast.literal_eval(_bytes(text).decode())
+    structured: np.dtype[Any] = np.lib.format.descr_to_dtype(description)
+    return structured
 
 
 def _read_zone(zone: Any) -> dt.tzinfo | None:
@@ -418,7 +491,8 @@ def _read_zone(zone: Any) -> dt.tzinfo | None:
         return None
     if isinstance(zone, str):
         return zoneinfo.ZoneInfo(zone)
-    return dt.timezone(dt.timedelta(seconds=zone[0], microseconds=zone[1]))
+    offset = dt.timedelta(seconds=zone[0], microseconds=zone[1])
+    return dt.timezone(offset, *map(Decoder({}).decode, zone[2:]))
 
 
 def _read_float(text: str) -> float:
@@ -445,7 +519,14 @@ def _read_path(node: dict[str, Any], decoder: Decoder) -> pathlib.PurePath:
 
 
 def _read_numpy(node: dict[str, Any]) -> Any:
-    return np.frombuffer(base64.b64decode(node["v"]), dtype=_read_numpy_dtype(node["dtype"]))[0]
+    data, dtype = _bytes(node["v"]), _read_numpy_dtype(node["dtype"])
+    if dtype.kind == "S":
+        return np.bytes_(data)
+    if dtype.kind == "U":
+        return np.str_(data.decode("utf-32-le", "surrogatepass"))
+    if dtype.kind == "V" and dtype.names is None:
+        return np.void(data)
+    return np.frombuffer(bytearray(data), dtype=dtype)[0]
 
 
 _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
@@ -461,9 +542,9 @@ _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "frozenset": lambda d, n: frozenset(d.decode(n["v"])),
     "int": lambda d, n: int(n["v"], 16),  # noqa: ARG005
     "float": lambda d, n: _read_float(n["v"]),  # noqa: ARG005
-    "str": lambda d, n: base64.b64decode(n["v"]).decode("utf-16-le", "surrogatepass"),  # noqa: ARG005
-    "bytes": lambda d, n: base64.b64decode(n["v"]),  # noqa: ARG005
-    "bytearray": lambda d, n: bytearray(base64.b64decode(n["v"])),  # noqa: ARG005
+    "str": lambda d, n: _bytes(n["v"]).decode("utf-8", "surrogatepass"),  # noqa: ARG005
+    "bytes": lambda d, n: _bytes(n["v"]),  # noqa: ARG005
+    "bytearray": lambda d, n: bytearray(_bytes(n["v"])),  # noqa: ARG005
     "complex": lambda d, n: complex(*d.decode(n["v"])),
     "Decimal": lambda d, n: decimal.Decimal(n["v"]),  # noqa: ARG005
     "range": lambda d, n: range(*d.decode(n["v"])),

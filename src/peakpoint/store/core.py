@@ -4,7 +4,7 @@ Keys are relative POSIX paths such as ``runs/a/run.json``. A store needs no lock
 the format writes is created once, appended to by one writer, or deleted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
@@ -71,10 +71,16 @@ class Store(Protocol):
     def location(self) -> str:
         """Where this is, for people: a directory or a URL."""
 
-    def put(self, key: str, chunks: Sequence[Chunk]) -> None:
+    def put(self, key: str, chunks: Iterable[Chunk], size: int | None = None) -> None:
         """Write the chunks one after the other as the bytes of ``key``, replacing what was there.
 
-        Atomic (readers see all or nothing) and durable on return.
+        Atomic (readers see all or nothing) and durable on return. Each chunk is asked for when the one before has been
+        written, so that an iterator can wait until its next bytes are final.
+
+        Args:
+            key: where.
+            chunks: the bytes. Large chunks that begin on a page boundary in memory may be written past the page cache.
+            size: bytes of all chunks, if known, so that a store can reserve the space first.
 
         Raises:
             StoreError: no space, no permission, input/output error.
@@ -144,6 +150,9 @@ class Store(Protocol):
 
     def holder(self, key: str) -> str | None:
         """Who holds ``key``, in words; None when nobody does. Never gets into the way of ``hold``."""
+
+    def remarks(self) -> list[str]:
+        """What people should know about how this store works here; each sentence is given out once."""
 
     def free(self) -> int | None:
         """Bytes that can still be written, None when the store does not say."""

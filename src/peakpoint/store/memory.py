@@ -1,7 +1,7 @@
 """A store in a dictionary: for tests, and as the simplest statement of what a store does."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from peakpoint.errors import ConflictError, NotFoundError
 from peakpoint.store.core import Chunk, check_key, held_by, holder_text
@@ -20,7 +20,7 @@ class MemoryStore:
         """``memory:`` and the identity of the dictionary."""
         return f"memory:{id(self):x}"
 
-    def put(self, key: str, chunks: Sequence[Chunk]) -> None:
+    def put(self, key: str, chunks: Iterable[Chunk], size: int | None = None) -> None:  # noqa: ARG002
         """See ``Store.put``."""
         data = b"".join(chunks)
         with self._lock:
@@ -89,6 +89,10 @@ class MemoryStore:
         """See ``Store.holder``."""
         note = self._holders.get(check_key(key))
         return None if note is None else holder_text(note)
+
+    def remarks(self) -> list[str]:
+        """See ``Store.remarks``: nothing."""
+        return []
 
     def free(self) -> int | None:
         """See ``Store.free``: not known."""

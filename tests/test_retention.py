@@ -1,0 +1,291 @@
+"""Retention: a pure plan with reasons, and its application in an order that survives being killed."""
+
+import errno
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peakpoint import journal as j
+from peakpoint.errors import StoreError
+from peakpoint.journal import Journal, Removed
+from peakpoint.layout import checkpoint_prefix, manifest_key
+from peakpoint.manifest import FileRecord, decode
+from peakpoint.reader import shelf
+from peakpoint.retention import Removal, apply, plan, why_kept
+from peakpoint.rules import Best, Every, Last, claims
+from peakpoint.store import MemoryStore
+from peakpoint.writer import FileImage, commit
+from strategies import DIGEST, START, manifest, rule_lists, trees
+
+
+@st.composite
+def shelves(draw):
+    """Manifests of a run that was resumed from here and there; some were asked for."""
+    tree = draw(trees())
+    return [
+        manifest(
+            id=moment.id,
+            name=f"c{moment.sequence}",
+            sequence=moment.sequence,
+            step=moment.step,
+            epoch=moment.epoch,
+            metrics=moment.metrics,
+            created_at=moment.created_at,
+            forks=moment.forks,
+            asked=draw(st.sampled_from([None, None, None, "for the paper", ""])),
+            files=(FileRecord(name="state.json", size=moment.sequence, digest=DIGEST),),
+        )
+        for moment in tree.records
+    ]
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(shelves(), rule_lists)
+def test_everything_is_kept_or_removed_and_each_for_a_reason(manifests, rules):
+    made = plan(manifests, rules)
+    going = {removal.manifest.id for removal in made.remove}
+    assert going.isdisjoint(made.keep)
+    assert going | set(made.keep) == {one.id for one in manifests}
+    assert all(removal.reason.strip() for removal in made.remove)
+    for found in made.keep.values():
+        assert found
+        assert all(claim.reason.strip() and claim.rule for claim in found)
+
+
+@given(shelves(), rule_lists)
+def test_the_newest_and_what_was_asked_for_are_always_kept(manifests, rules):
+    kept = plan(manifests, rules).keep
+    for one in manifests:
+        if one.asked is not None:
+            assert "protection:asked" in [claim.rule for claim in kept[one.id]]
+    newest = [claim.rule for one in manifests[-1:] for claim in kept[one.id]]
+    assert newest.count("protection:newest") == len(manifests[-1:])
+
+
+@given(shelves(), rule_lists)
+def test_whatever_a_rule_claims_is_kept_and_nothing_else_but_the_protected(manifests, rules):
+    kept = plan(manifests, rules).keep
+    claimed = claims(rules, manifests)
+    for id_, found in claimed.items():
+        assert kept[id_][: len(found)] == found
+    protected = {one.id for one in manifests if one.asked is not None} | {one.id for one in manifests[-1:]}
+    assert set(kept) == set(claimed) | protected
+
+
+@settings(max_examples=200)
+@given(shelves(), rule_lists)
+def test_a_plan_over_what_a_plan_has_kept_removes_nothing(manifests, rules):
+    made = plan(manifests, rules)
+    left = [one for one in manifests if one.id in made.keep]
+    again = plan(left, rules)
+    assert again.remove == ()
+    assert set(again.keep) == set(made.keep)
+
+
+@given(shelves(), rule_lists, st.data())
+def test_a_plan_that_was_carried_out_in_part_is_completed_by_the_next(manifests, rules, data):
+    made = plan(manifests, rules)
+    failed = {removal.manifest.id for removal in made.remove if data.draw(st.booleans())}
+    left = [one for one in manifests if one.id in made.keep or one.id in failed]
+    again = plan(left, rules)
+    assert {removal.manifest.id for removal in again.remove} == failed
+    assert set(again.keep) == set(made.keep)
+
+
+@given(shelves(), rule_lists, st.randoms(use_true_random=False))
+def test_the_order_of_the_manifests_does_not_matter(manifests, rules, random):
+    shuffled = list(manifests)
+    random.shuffle(shuffled)
+    made, again = plan(manifests, rules), plan(shuffled, rules)
+    assert again.remove == made.remove
+    assert dict(again.keep) == dict(made.keep)
+    order = [removal.manifest.sequence for removal in made.remove]
+    assert order == sorted(order)
+
+
+@given(shelves(), rule_lists)
+def test_freed_bytes_are_those_of_the_files_that_go(manifests, rules):
+    made = plan(manifests, rules)
+    kept = sum(one.sequence for one in manifests if one.id in made.keep)
+    assert made.freed_bytes == sum(one.sequence for one in manifests) - kept
+
+
+@given(shelves())
+def test_without_rules_only_the_protected_stay(manifests):
+    made = plan(manifests, [])
+    assert set(made.keep) == {one.id for one in manifests if one.asked is not None or one is manifests[-1]}
+    assert all("no rules" in removal.reason for removal in made.remove)
+
+
+def test_reasons_name_the_rules_and_the_request():
+    manifests = [
+        manifest(sequence=n, metrics={"m": float(-n)}, asked="for the paper" if n == 2 else None) for n in (1, 2, 3, 4)
+    ]
+    rules = [Best("m", "max"), Every(steps=1000)]
+    made = plan(manifests, rules)
+    assert [removal.manifest.sequence for removal in made.remove] == [3]
+    assert made.remove[0].reason == "no rule claims it any more (best:m:max every:1000st)"
+    found = why_kept(manifests, rules)
+    assert [claim.rule for claim in found[manifests[0].id]] == ["best:m:max"]
+    assert "for the paper" in found[manifests[1].id][0].reason
+    assert [claim.rule for claim in found[manifests[3].id]] == ["protection:newest"]
+    assert why_kept([], rules) == {}
+
+
+# --- its application ----------------------------------------------------------------------------------------------
+
+
+class Watched(MemoryStore):
+    """Remembers the order of what happens, and refuses deletions on request."""
+
+    def __init__(self):
+        super().__init__()
+        self.happened = []
+        self.refuse = set()
+
+    def log(self, key):
+        return WatchedLog(super().log(key), self.happened)
+
+    def delete(self, key):
+        if key in self.refuse:
+            raise StoreError(errno.EIO, f"cannot delete {key}: Input/output error")
+        self.happened.append(("delete", key))
+        super().delete(key)
+
+
+class WatchedLog:
+    def __init__(self, log, happened):
+        self.log, self.happened, self.pending = log, happened, []
+
+    def append(self, data):
+        self.log.append(data)
+        self.pending.append(j.decode(data, where="test"))
+
+    def sync(self):
+        self.log.sync()
+        self.happened += [("durable", event) for event in self.pending]
+        self.pending = []
+
+    def close(self):
+        self.sync()
+        self.log.close()
+
+
+def shop(count=4):
+    """A store with checkpoints, as the writer makes them."""
+    store = Watched()
+    images = [FileImage(name="model.safetensors", data=b"m" * 10), FileImage(name="state.json", data=b"{}")]
+    manifests = [
+        commit(store, manifest(sequence=n, name=f"c{n}", metrics={"m": float(n)}, epoch=n), images, first=lambda: None)
+        for n in range(1, count + 1)
+    ]
+    return store, manifests
+
+
+def clock():
+    return START
+
+
+def test_removals_are_durably_recorded_before_the_first_file_goes():
+    store, manifests = shop()
+    journal = Journal(store, "r", clock)
+    made = plan(manifests, [Last(1), Best("m", "min")])
+    assert apply(store, journal, made.remove, by="rules") == []
+    recorded = [event for what, event in store.happened if what == "durable"]
+    assert [event.checkpoint for event in recorded] == [manifests[1].id, manifests[2].id]
+    first_delete = next(n for n, (what, _) in enumerate(store.happened) if what == "delete")
+    assert first_delete == len(recorded)
+    assert recorded[0] == Removed(
+        at=START,
+        checkpoint=manifests[1].id,
+        name="c2",
+        step=2,
+        epoch=2,
+        reason="no rule claims it any more (last:1 best:m:min)",
+        by="rules",
+    )
+    assert j.read(store, "r").events == tuple(recorded)
+    assert [one.name for one in shelf(store, "r").manifests] == ["c1", "c4"]
+
+
+def test_of_each_checkpoint_the_manifest_goes_first_and_nothing_is_left():
+    store, manifests = shop()
+    journal = Journal(store, "r", clock)
+    apply(store, journal, plan(manifests, [Last(1)]).remove, by="rules")
+    for one in manifests[:3]:
+        mine = [
+            key for what, key in store.happened if what == "delete" and key.startswith(checkpoint_prefix("r", one.name))
+        ]
+        assert mine[0] == manifest_key("r", one.name)
+        assert len(mine) == 3
+        assert store.children(checkpoint_prefix("r", one.name)) == []
+    kept = decode(store.get(manifest_key("r", "c4")), where="c4")
+    assert [store.size(f"{checkpoint_prefix('r', 'c4')}/{file.name}") for file in kept.files] == [10, 2]
+
+
+def test_nothing_to_remove_writes_nothing():
+    store, manifests = shop()
+    journal = Journal(store, "r", clock)
+    assert apply(store, journal, plan(manifests, [Last(9)]).remove, by="rules") == []
+    assert store.happened == []
+    assert j.read(store, "r").events == ()
+
+
+def test_what_cannot_be_removed_is_told_stays_and_is_tried_again():
+    store, manifests = shop()
+    journal = Journal(store, "r", clock)
+    store.refuse = {manifest_key("r", "c2")}
+    failures = apply(store, journal, plan(manifests, [Last(1)]).remove, by="rules")
+    assert len(failures) == 1
+    assert failures[0].startswith("c2 could not be removed: ")
+    assert "Input/output error" in failures[0]
+    left = shelf(store, "r").manifests
+    assert [one.name for one in left] == ["c2", "c4"]
+    assert left[0] == manifests[1]  # whole: its manifest would have gone first
+    assert store.size(f"{checkpoint_prefix('r', 'c2')}/state.json") == 2
+    store.refuse = set()
+    assert apply(store, journal, plan(left, [Last(1)]).remove, by="rules") == []
+    assert [one.name for one in shelf(store, "r").manifests] == ["c4"]
+
+
+def test_a_removal_that_was_cut_short_leaves_litter_and_no_half_checkpoint():
+    store, manifests = shop(2)
+    store.refuse = {f"{checkpoint_prefix('r', 'c1')}/state.json"}
+    failures = apply(store, Journal(store, "r", clock), plan(manifests, [Last(1)]).remove, by="rules")
+    assert len(failures) == 1
+    found = shelf(store, "r")
+    assert [one.name for one in found.manifests] == ["c2"]
+    assert found.bare == ("c1",)
+
+
+def test_nothing_is_deleted_when_the_record_cannot_be_written():
+    class Broken(Watched):
+        def log(self, key):
+            log = super().log(key)
+
+            def refuse():
+                raise StoreError(errno.ENOSPC, "cannot make durable: No space left on device")
+
+            log.sync = refuse
+            return log
+
+    store = Broken()
+    one = commit(store, manifest(name="c1"), [FileImage(name="state.json", data=b"{}")], first=lambda: None)
+    with pytest.raises(StoreError):
+        apply(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody")
+    assert store.happened == []
+    assert shelf(store, "r").manifests == (one,)
+
+
+def test_a_checkpoint_that_is_gone_already_is_no_failure():
+    store, manifests = shop(2)
+    journal = Journal(store, "r", clock)
+    removals = [Removal(manifests[0], "twice"), Removal(replace(manifests[0], name="never-was"), "never was")]
+    assert apply(store, journal, removals, by="x") == []
+    assert apply(store, journal, removals, by="x") == []
+    assert [one.name for one in shelf(store, "r").manifests] == ["c2"]
