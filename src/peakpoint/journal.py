@@ -155,15 +155,15 @@ def decode(line: bytes, *, where: str) -> Event | None:
     """
     try:
         record = unseal(line, where=where)
-        kind = _KINDS.get(record.pop("kind"))
+        kind = _KINDS.get(msgspec.convert(record.pop("kind"), str))
         if kind is None:
             return None
         if kind is Reported:
             record["metrics"] = metrics_from_json(record["metrics"])
         return msgspec.convert(record, kind)
-    except (FormatError, KeyError, ValueError, AttributeError) as error:
-        if isinstance(error, CorruptError):
-            raise
+    except CorruptError:
+        raise
+    except (FormatError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CorruptError(f"{where} is not a journal record: {error}") from error
 
 
@@ -260,7 +260,9 @@ class Journal:
     @staticmethod
     def _create(store: Store, prefix: str) -> Log:
         while True:
-            numbers = [int(name[:-6]) for name in store.children(prefix) if name[:-6].isdigit()]
+            numbers = [
+                int(name[:-6]) for name in store.children(prefix) if name[:-6].isascii() and name[:-6].isdecimal()
+            ]
             try:
                 return store.log(f"{prefix}/{max(numbers, default=0) + 1:06d}.jsonl")
             except ConflictError:

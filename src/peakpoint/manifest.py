@@ -162,7 +162,7 @@ def decode(data: bytes, *, where: str) -> Manifest:
     try:
         record["metrics"] = metrics_from_json(record["metrics"])
         return msgspec.convert(record, Manifest)
-    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise FormatError(f"{where} is not a manifest that this release reads: {error}") from error
 
 

@@ -14,6 +14,7 @@ _RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _METRIC = re.compile(r"[^\s:\x00-\x1f]{1,200}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
+_METRIC_FIELD = re.compile(r"metrics\[([^\[\]]+)\]")
 _LONGEST = 150  # leaves room for a suffix below the 255 bytes that file systems allow
 _RESERVED_PARTS = frozenset({"state", "manifest", "rng", "loop"})
 
@@ -29,7 +30,7 @@ def safe(text: str) -> str:
         >>> safe("val/loss = 0.5 $(rm)")
         'val-loss-0.5-rm'
     """
-    cleaned = _UNSAFE.sub("-", text).strip("-. ")[:_LONGEST].rstrip("-.")
+    cleaned = _UNSAFE.sub("-", text).lstrip("-. ")[:_LONGEST].rstrip("-. ")
     return cleaned or "unnamed"
 
 
@@ -40,8 +41,9 @@ def check_run(name: str) -> str:
         ConfigError: it cannot; the message proposes a name that can.
     """
     if not isinstance(name, str) or not _RUN.fullmatch(name) or name.endswith("."):
+        proposal = safe(str(name)).lstrip("+-.")[:100].rstrip("-.") or "run"
         raise ConfigError(
-            f"run={name!r} cannot name a run: letters, digits and ._+- only, at most 100; try {safe(str(name))[:100]!r}"
+            f"run={name!r} cannot name a run: letters, digits and ._+- only, at most 100; try {proposal!r}"
         )
     return name
 
@@ -67,19 +69,24 @@ def check_metric(name: str) -> str:
     Raises:
         ConfigError: it cannot.
     """
-    if not isinstance(name, str) or not _METRIC.fullmatch(name):
+    if not isinstance(name, str) or not _METRIC.fullmatch(name) or not _is_unicode(name):
         raise ConfigError(
             f"metric {name!r} cannot be used: a metric's name has no spaces, colons or control characters"
         )
     return name
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written at all: lone surrogates cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class _Fields(string.Formatter):
     """Looks up plain fields and ``metrics[name]`` only: a template reaches no attribute of any object."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, str]:  # noqa: ARG002
-        if field_name.startswith("metrics[") and field_name.endswith("]"):
-            name = field_name[len("metrics[") : -1]
+        if found := _METRIC_FIELD.fullmatch(field_name):
+            name = found[1]
             metrics: Mapping[str, float] = kwargs["metrics"]
             if name not in metrics:
                 raise KeyError(name)
@@ -102,7 +109,7 @@ def check_template(template: str) -> str:
         for _, field, spec, conversion in string.Formatter().parse(template):
             if field is None:
                 continue
-            number = field == "value" or field.startswith("metrics[")
+            number = field == "value" or _METRIC_FIELD.fullmatch(field) is not None
             if not (number or field in _FIELDS):
                 raise ConfigError(_template_message(template, f"there is no field {field!r}"))
             sample: Any = 0.5 if number else 1 if field in ("epoch", "step") else "x"
@@ -160,7 +167,7 @@ def checkpoint_name(
     for piece in _pieces(template):
         try:
             pieces.append(formatter.vformat(piece, (), fields))
-        except KeyError:
+        except (KeyError, ValueError, OverflowError):  # no such value now, or one that its format cannot show
             continue
     return safe("_".join(pieces))
 

@@ -13,6 +13,7 @@ Where a run was continued from an older checkpoint, its newest branch goes befor
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -31,6 +32,7 @@ class Named(Record, Protocol):
     def name(self) -> str: ...  # noqa: D102
 
 
+_NUMBER = re.compile(r"[0-9]{1,1000}")
 R = TypeVar("R", bound=Named)
 
 
@@ -96,9 +98,9 @@ def parse(text: str) -> Ref:
     check_run(run)
     if separator == "/" and rest:
         return ByName(run, rest)
-    if separator == ":" and rest.isascii() and rest.isdigit():
+    if separator == ":" and _NUMBER.fullmatch(rest):
         return AtStep(run, int(rest))
-    if separator == ":" and rest.startswith("epoch=") and rest[6:].isascii() and rest[6:].isdigit():
+    if separator == ":" and rest.startswith("epoch=") and _NUMBER.fullmatch(rest[6:]):
         return AtEpoch(run, int(rest[6:]))
     if separator == "@" and rest == "latest":
         return Latest(run)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,7 +11,7 @@ from typing import Any
 
 from peakpoint import journal as journals
 from peakpoint import layout, reader, refs
-from peakpoint.errors import ConflictError, NotFoundError
+from peakpoint.errors import ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.manifest import FORMAT, Manifest, check_format
 from peakpoint.retention import why_kept
 from peakpoint.rules import Claim, Mode, Rule, parse
@@ -148,8 +149,13 @@ class Run:
         """
         parsed = refs.parse(ref)
         shelf = reader.shelf(self.store, self.name)
-        if not shelf.manifests and shelf.damaged:
+        damaged = {damage.name: damage.error for damage in shelf.damaged}
+        if isinstance(parsed, refs.ByName) and parsed.name in damaged:
+            raise damaged[parsed.name]
+        if damaged and not shelf.manifests:
             raise shelf.damaged[0].error
+        for error in () if isinstance(parsed, refs.ByName) else damaged.values():
+            warnings.warn(f"not considered for {ref}: {error}", PeakpointWarning, stacklevel=2)
         rules = self.rules() if isinstance(parsed, refs.BestOf) and parsed.mode is None else ()
         return refs.resolve(parsed, shelf.manifests, rules)
 

@@ -189,6 +189,9 @@ class TopK:
         }
 
 
+_SHORTEST_MINUTES, _LONGEST_MINUTES = 1e-9, 1e15  # what clocks and calendars can still tell apart
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Every:
     """Claims one checkpoint in every interval: of epochs, of steps or of minutes.
@@ -222,8 +225,12 @@ class Every:
         if len(given) != 1:
             raise ConfigError("Every takes exactly one of epochs=, steps= and minutes=")
         if self.minutes is not None:
-            if not (isinstance(self.minutes, int | float) and 0 < self.minutes < math.inf):
-                raise ConfigError(f"Every: minutes must be a positive number, not {self.minutes!r}")
+            number = isinstance(self.minutes, int | float) and not isinstance(self.minutes, bool)
+            if not (number and _SHORTEST_MINUTES <= self.minutes <= _LONGEST_MINUTES):
+                raise ConfigError(
+                    f"Every: minutes must be a number from {_SHORTEST_MINUTES} to {_LONGEST_MINUTES}, "
+                    f"not {str(self.minutes)[:40]}"
+                )
         else:
             _check_positive("Every", given[0], getattr(self, given[0]))
         if self.keep is not None:
@@ -344,8 +351,8 @@ def parse(text: str) -> Rule:
                 pass
     except ConfigError:
         raise
-    except ValueError as error:
-        raise ConfigError(f"rule {text!r}: {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"rule {text[:200]!r}: {error}") from error
     raise ConfigError(
         f"{text!r} is not a rule. Forms: best:METRIC:max topk:METRIC:min:K every:10ep every:500st every:60min:24 last:N"
     )

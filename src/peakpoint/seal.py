@@ -57,6 +57,6 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
         raise CorruptError(f"{where} is damaged: its seal does not match its bytes")
     try:
         record: dict[str, Any] = msgspec.json.decode(body + b"}")
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where} is sealed but is not JSON: {error}") from error
     return record

@@ -5,8 +5,8 @@ begins on a multiple of 4096 bytes, and tensors of larger elements come first so
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
-import math
 import contextlib
+import math
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

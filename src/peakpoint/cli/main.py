@@ -7,6 +7,7 @@ import getpass
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -285,8 +286,13 @@ class MissingExtraError(Error):
     exit_code = 2
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    click.echo(f"peakpoint: {message}", err=True)
+
+
 def run() -> None:
     """The entry point of the command ``peakpoint``."""
+    warnings.showwarning = _warn
     try:
         cli.main(standalone_mode=False)
     except Error as error:

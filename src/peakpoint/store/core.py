@@ -51,7 +51,7 @@ def holder_text(note: bytes) -> str:
     try:
         holder = msgspec.json.decode(note, type=dict[str, str])
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (msgspec.DecodeError, KeyError):
+    except (msgspec.DecodeError, ValueError, KeyError):
         return "another process, which has not said yet who it is"
 
 

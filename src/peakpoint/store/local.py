@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import stat
 import struct
 import sys
 import threading
@@ -30,6 +31,7 @@ _PAGE = 4096
 _WORTH_DIRECT = 4 * 1024 * 1024  # smaller files are written faster through the page cache
 _NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
+_LOOKING = frozenset({"read", "look at", "list", "delete"})  # what is no file cannot be found
 _HINTS = {
     errno.ENOSPC: "free some space, or let fewer checkpoints be kept",
     errno.EDQUOT: "the disk quota is used up; free some space",
@@ -51,6 +53,8 @@ def translated(action: str, path: Path) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
+        if action in _LOOKING and isinstance(error, IsADirectoryError | NotADirectoryError):
+            raise NotFoundError(f"cannot {action} {path}: {error.strerror}") from error
         hint = _HINTS.get(error.errno or 0)
         message = f"cannot {action} {path}: {error.strerror}" + (f" ({hint})" if hint else "")
         kind = TransientStoreError if error.errno in _TRANSIENT else StoreError
@@ -209,6 +213,9 @@ class LocalStore:
     def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         """See ``Store.get``."""
         path = self.path(key)
+        note = LocalHold.note(path)
+        if note is not None:
+            return note[begin:end]
         with translated("read", path), path.open("rb") as file:
             file.seek(begin)
             return file.read() if end is None else file.read(max(0, end - begin))
@@ -216,6 +223,9 @@ class LocalStore:
     def view(self, key: str) -> memoryview:
         """See ``Store.view``: a private mapping of the file."""
         path = self.path(key)
+        note = LocalHold.note(path)
+        if note is not None:
+            return memoryview(bytearray(note))
         with translated("read", path), path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return memoryview(bytearray())
@@ -226,7 +236,8 @@ class LocalStore:
         path = self.path(key)
         try:
             with translated("look at", path):
-                return path.stat().st_size
+                status = path.stat()
+                return status.st_size if stat.S_ISREG(status.st_mode) else None
         except NotFoundError:
             return None
 
@@ -240,11 +251,11 @@ class LocalStore:
 
     def children(self, prefix: str) -> list[str]:
         """See ``Store.children``."""
-        return [
+        return sorted(
             entry.name + ("/" if entry.is_dir() else "")
             for entry in self._entries(prefix)
             if not entry.name.startswith(_TEMPORARY)
-        ]
+        )
 
     def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: files with temporary names."""
@@ -452,6 +463,14 @@ class LocalHold:
             os.pwrite(fd, note, 0)
             self._fd = fd
             self._held[self._path] = (os.getpid(), note)
+
+    @classmethod
+    def note(cls, path: Path) -> bytes | None:
+        """The note of a file that this process holds, which nobody here may open; None for every other file."""
+        if not cls._held:
+            return None
+        process, note = cls._held.get(path.resolve(), (0, b""))
+        return note if process == os.getpid() else None
 
     @classmethod
     def holder(cls, path: Path) -> str | None:

@@ -22,9 +22,11 @@ class MemoryStore:
 
     def put(self, key: str, chunks: Iterable[Chunk], size: int | None = None) -> None:  # noqa: ARG002
         """See ``Store.put``."""
-        data = b"".join(chunks)
+        data = bytearray()
+        for chunk in chunks:
+            data += chunk
         with self._lock:
-            self._objects[check_key(key)] = data
+            self._objects[check_key(key)] = bytes(data)
 
     def create(self, key: str, data: bytes) -> None:
         """See ``Store.create``."""
@@ -51,7 +53,7 @@ class MemoryStore:
 
     def children(self, prefix: str) -> list[str]:
         """See ``Store.children``."""
-        start = f"{prefix}/" if prefix else ""
+        start = f"{check_key(prefix)}/" if prefix else ""
         names = set()
         with self._lock:
             for key in self._objects:
@@ -60,8 +62,10 @@ class MemoryStore:
                     names.add(name + slash)
         return sorted(names)
 
-    def litter(self, prefix: str) -> list[str]:  # noqa: ARG002 - nothing is ever unfinished here
+    def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: nothing."""
+        if prefix:
+            check_key(prefix)
         return []
 
     def delete(self, key: str) -> None:
@@ -71,6 +75,7 @@ class MemoryStore:
 
     def prune(self, prefix: str) -> None:
         """See ``Store.prune``: there are no directories here."""
+        check_key(prefix)
 
     def log(self, key: str) -> "MemoryLog":
         """See ``Store.log``."""
