@@ -48,10 +48,10 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 def clusters(entries: list[Entry]) -> Iterator[list[Entry]]:
     """Groups of tensors that overlap in memory; most groups have one member."""
-    by_storage: dict[tuple[str, int], list[Entry]] = {}
+    by_storage: dict[tuple[torch.device | None, int], list[Entry]] = {}
     for number, entry in enumerate(entries):
         tensor = entry[1]
-        key = (str(tensor.device), tensor.untyped_storage().data_ptr()) if tensor.numel() else ("", -number - 1)
+        key = (tensor.device, tensor.untyped_storage().data_ptr()) if tensor.numel() else (None, -number - 1)
         by_storage.setdefault(key, []).append(entry)
     for group in by_storage.values():
         if len(group) == 1:
@@ -85,7 +85,7 @@ def store(cluster: list[Entry], tensors: dict[str, torch.Tensor], new_name: Call
         ConfigError: a lazy conjugate shares memory with other tensors.
     """
     name, tensor, _ = cluster[0]
-    if len({_geometry(entry[1]) for entry in cluster}) == 1:
+    if len(cluster) == 1 or len({_geometry(entry[1]) for entry in cluster}) == 1:
         tensors[name] = tensor
         for _, _, node in cluster:
             node["name"] = name

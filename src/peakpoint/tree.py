@@ -23,7 +23,7 @@ import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,7 +69,21 @@ def kind_of(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _refuse(path: str, value: object, why: str = "") -> ConfigError:
+class Place(NamedTuple):
+    """A place in the state; its text, which only errors need, is made when it is asked for."""
+
+    parent: "Place | str"
+    key: Any
+    attribute: bool
+
+    def __str__(self) -> str:
+        if self.attribute and str(self.key).isidentifier():
+            return f"{self.parent}.{self.key}"
+        key = f'"{self.key}"' if isinstance(self.key, str) and '"' not in self.key else repr(self.key)
+        return f"{self.parent}[{key}]"
+
+
+def _refuse(path: Place | str, value: object, why: str = "") -> ConfigError:
     hint = why or (
         "it cannot be kept exactly; give an object with state_dict() and load_state_dict(), or tensors, arrays, "
         "numbers, text and containers of them"
@@ -90,7 +104,7 @@ class Encoder:
     _entries: list[Entry] = field(default_factory=list)
     _names: set[str] = field(default_factory=set)
 
-    def encode(self, value: object, path: str, *, attributes: bool = False) -> Any:
+    def encode(self, value: object, path: Place | str, *, attributes: bool = False) -> Any:
         """The tree of ``value``.
 
         Args:
@@ -105,9 +119,9 @@ class Encoder:
         self._store()
         return tree
 
-    def _walk(self, value: Any, path: str, keys: tuple[str, ...], attributes: bool = False) -> Any:  # noqa: FBT001, FBT002
+    def _walk(self, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool = False) -> Any:  # noqa: FBT001, FBT002
         if len(keys) > _DEEPEST:
-            raise ConfigError(f"{path[:200]} is nested more than {_DEEPEST} levels deep, or contains itself")
+            raise ConfigError(f"{str(path)[:200]} is nested more than {_DEEPEST} levels deep, or contains itself")
         container = _CONTAINERS.get(type(value))
         if container is not None:
             return container(self, value, path, keys, attributes)
@@ -122,16 +136,14 @@ class Encoder:
     def _children(
         self,
         items: Iterator[tuple[Any, Any]] | Any,
-        path: str,
+        path: Place | str,
         keys: tuple[str, ...],
         attributes: bool,  # noqa: FBT001
     ) -> Iterator[Any]:
         for key, value in items:
-            place = f"{path}.{key}" if attributes and str(key).isidentifier() else f"{path}[{key!r}]"
-            place = place.replace("['", '["').replace("']", '"]')
-            yield self._walk(value, place, (*keys, str(key)))
+            yield self._walk(value, Place(path, key, attributes), (*keys, str(key)))
 
-    def mapping(self, value: Mapping[Any, Any], path: str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+    def mapping(self, value: Mapping[Any, Any], path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
         """A dict: a JSON object when its keys are strings that do not look like tags, a list of pairs otherwise."""
         encoded = list(self._children(value.items(), path, keys, attributes))
         if all(type(key) is str and not key.startswith(TAG) and _is_unicode(key) for key in value):
@@ -140,17 +152,17 @@ class Encoder:
         _check_distinct(value, path)
         return {TAG: "dict", "v": pairs}
 
-    def sequence(self, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> list[Any]:  # noqa: ARG002, FBT001
+    def sequence(self, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> list[Any]:  # noqa: ARG002, FBT001
         """The elements in order."""
         return list(self._children(enumerate(value), path, keys, attributes=False))
 
-    def members(self, value: Any, path: str) -> list[Any]:
+    def members(self, value: Any, path: Place | str) -> list[Any]:
         """The elements of a set, in an order that depends on nothing but the elements."""
         encoded = sorted((_key(member, path) for member in value), key=repr)
         _check_distinct(value, path)
         return encoded
 
-    def _array(self, value: np.ndarray[Any, Any], path: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    def _array(self, value: np.ndarray[Any, Any], path: Place | str, keys: tuple[str, ...]) -> dict[str, Any]:
         if value.dtype.hasobject:
             raise _refuse(path, value, "it holds Python objects, which cannot be kept without pickle")
         node: dict[str, Any] = {TAG: "ndarray", "dtype": _numpy_dtype(value.dtype, path), "shape": list(value.shape)}
@@ -161,7 +173,7 @@ class Encoder:
         stored = torch.frombuffer(bytearray(value.tobytes(order="C")), dtype=torch.uint8)
         return node | {"bytes": self._tensor(stored, path, keys)}
 
-    def _tensor(self, value: torch.Tensor, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    def _tensor(self, value: torch.Tensor, path: Place | str, keys: tuple[str, ...]) -> dict[str, Any]:
         check_tensor(value, path)
         name = self._name(".".join(keys) or "value")
         node: dict[str, Any] = {TAG: "tensor", "name": name}
@@ -178,7 +190,9 @@ class Encoder:
         return node
 
     def _name(self, wanted: str) -> str:
-        name = wanted.replace("\x00", "_").encode("utf-8", "replace").decode()  # what every header can hold
+        name = wanted
+        if not name.isascii() or "\x00" in name:
+            name = wanted.replace("\x00", "_").encode("utf-8", "replace").decode()  # what every header can hold
         if name == "__metadata__" or name in self._names:
             name = next(n for i in itertools.count(2) if (n := f"{name}~{i}") not in self._names)
         self._names.add(name)
@@ -189,7 +203,7 @@ class Encoder:
             store_cluster(cluster, self.tensors, self._name)
 
 
-def check_tensor(value: torch.Tensor, path: str) -> None:
+def check_tensor(value: torch.Tensor, path: Place | str) -> None:
     """Refuse tensors that a safetensors file cannot hold exactly.
 
     Raises:
@@ -222,7 +236,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _numpy_dtype(dtype: np.dtype[Any], path: str) -> str:
+def _numpy_dtype(dtype: np.dtype[Any], path: Place | str) -> str:
     text = ""
     with contextlib.suppress(ValueError, SyntaxError):  # fields that overlap, fields of types without a description
         text = dtype.str if dtype.names is None else _base64(repr(dtype.descr).encode())
@@ -248,7 +262,7 @@ def _str(value: str) -> Any:
     return value if _is_unicode(value) else {TAG: "str", "v": _base64(value.encode("utf-8", "surrogatepass"))}
 
 
-def _zone(zone: dt.tzinfo | None, path: str) -> Any:
+def _zone(zone: dt.tzinfo | None, path: Place | str) -> Any:
     if zone is None:
         return None
     if isinstance(zone, zoneinfo.ZoneInfo) and zone.key is not None:
@@ -261,21 +275,21 @@ def _zone(zone: dt.tzinfo | None, path: str) -> Any:
     raise _refuse(path, zone)
 
 
-def _datetime(value: dt.datetime, path: str) -> Any:
+def _datetime(value: dt.datetime, path: Place | str) -> Any:
     naive = value.replace(tzinfo=None, fold=0)
     return {TAG: "datetime", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
 
 
-def _time(value: dt.time, path: str) -> Any:
+def _time(value: dt.time, path: Place | str) -> Any:
     naive = value.replace(tzinfo=None, fold=0)
     return {TAG: "time", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
 
 
-def _tagged(tag: str, convert: Callable[[Any], Any]) -> Callable[[Any, str], Any]:
+def _tagged(tag: str, convert: Callable[[Any], Any]) -> Callable[[Any, Place | str], Any]:
     return lambda value, path: {TAG: tag, "v": convert(value)}  # noqa: ARG005
 
 
-_SCALARS: dict[type, Callable[[Any, str], Any]] = {
+_SCALARS: dict[type, Callable[[Any, Place | str], Any]] = {
     type(None): lambda value, path: value,  # noqa: ARG005
     bool: lambda value, path: value,  # noqa: ARG005
     int: lambda value, path: _int(value),  # noqa: ARG005
@@ -296,7 +310,7 @@ _SCALARS: dict[type, Callable[[Any, str], Any]] = {
 }
 
 
-def _scalar(value: Any, path: str) -> Any:
+def _scalar(value: Any, path: Place | str) -> Any:
     encode = _SCALARS.get(type(value))
     if encode is not None:
         return encode(value, path)
@@ -316,7 +330,7 @@ def _scalar(value: Any, path: str) -> Any:
     raise _refuse(path, value)
 
 
-def _key(value: Any, path: str) -> Any:
+def _key(value: Any, path: Place | str) -> Any:
     """A dict's key or a set's member: scalars, tuples and frozensets of them."""
     if type(value) is tuple:
         return {TAG: "tuple", "v": [_key(member, path) for member in value]}
@@ -335,7 +349,7 @@ def _plain_key(value: Any) -> Any:
     return value
 
 
-def _check_distinct(keys: Collection[Any], path: str) -> None:
+def _check_distinct(keys: Collection[Any], path: Place | str) -> None:
     """Enum members become their values: two keys may then be one."""
     if len({_plain_key(key) for key in keys}) != len(keys):
         raise ConfigError(f"{path} has keys that are equal once enum members are their values; use .value yourself")
@@ -343,10 +357,10 @@ def _check_distinct(keys: Collection[Any], path: str) -> None:
 
 # --- containers ---------------------------------------------------------------------------------------------------
 
-_Container = Callable[[Encoder, Any, str, tuple[str, ...], bool], Any]
+_Container = Callable[[Encoder, Any, Place | str, tuple[str, ...], bool], Any]
 
 
-def _ordered(encoder: Encoder, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+def _ordered(encoder: Encoder, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
     node = {TAG: "OrderedDict", "v": encoder.mapping(value, path, keys, attributes)}
     metadata = getattr(value, "_metadata", None)  # versions of a module's state dict, which load_state_dict reads
     if metadata is not None:
@@ -354,7 +368,7 @@ def _ordered(encoder: Encoder, value: Any, path: str, keys: tuple[str, ...], att
     return node
 
 
-def _defaults(encoder: Encoder, value: Any, path: str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+def _defaults(encoder: Encoder, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
     factory = value.default_factory
     if factory is not None and _FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
         raise _refuse(path, value, f"its default_factory {factory!r} cannot be kept; turn it into a dict")
