@@ -1,5 +1,6 @@
 """Manifests: what is written is what is read, and anything else is noticed."""
 
+import itertools
 import json
 import math
 from datetime import timedelta, timezone
@@ -118,6 +119,23 @@ def test_overwritten_inserted_and_missing_stretches_are_noticed(begin, length, j
 def test_noise_is_corrupt(noise):
     with pytest.raises(CorruptError):
         decode(noise, where="here")
+
+
+def test_the_seal_is_the_digest_of_every_byte_before_its_comma():
+    body, comma, tail = SMALL.rpartition(b',"seal":"')
+    assert comma
+    assert tail == blake3(body).hexdigest()[:16].encode() + b'"}\n'
+    assert seal({"a": 1}) == b'{"a":1,"seal":"' + blake3(b'{"a":1').hexdigest()[:16].encode() + b'"}\n'
+
+
+def test_every_flipped_bit_of_a_short_record_is_noticed():
+    """Whose last byte under the seal is a digit: another one would be good JSON."""
+    line = seal({"a": 1})
+    for place, bit in itertools.product(range(len(line)), range(8)):
+        damaged = bytearray(line)
+        damaged[place] ^= 1 << bit
+        with pytest.raises((CorruptError, FormatError), match="here"):
+            unseal(bytes(damaged), where="here")
 
 
 def test_two_records_cannot_exchange_their_seals():

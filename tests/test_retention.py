@@ -16,7 +16,7 @@ from peakpoint.reader import shelf
 from peakpoint.retention import Removal, apply, plan, why_kept
 from peakpoint.rules import Best, Every, Last, claims
 from peakpoint.store import MemoryStore
-from peakpoint.writer import FileImage, commit
+from peakpoint.writer import WholeImage, commit
 from strategies import DIGEST, START, manifest, rule_lists, trees
 
 
@@ -179,7 +179,7 @@ class WatchedLog:
 def shop(count=4):
     """A store with checkpoints, as the writer makes them."""
     store = Watched()
-    images = [FileImage(name="model.safetensors", data=b"m" * 10), FileImage(name="state.json", data=b"{}")]
+    images = [WholeImage(name="model.safetensors", data=b"m" * 10), WholeImage(name="state.json", data=b"{}")]
     manifests = [
         commit(store, manifest(sequence=n, name=f"c{n}", metrics={"m": float(n)}, epoch=n), images, first=lambda: None)
         for n in range(1, count + 1)
@@ -275,7 +275,7 @@ def test_nothing_is_deleted_when_the_record_cannot_be_written():
             return log
 
     store = Broken()
-    one = commit(store, manifest(name="c1"), [FileImage(name="state.json", data=b"{}")], first=lambda: None)
+    one = commit(store, manifest(name="c1"), [WholeImage(name="state.json", data=b"{}")], first=lambda: None)
     with pytest.raises(StoreError):
         apply(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody")
     assert store.happened == []

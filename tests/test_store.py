@@ -1385,6 +1385,15 @@ def test_forked_children_of_the_holder_neither_hold_nor_keep_the_lock(local, spa
     local.hold("runs/r/lock", NOTE).release()
 
 
+def test_the_note_of_a_new_holder_replaces_a_longer_one_of_an_old_holder_at_rest(local):
+    """Other processes read the note from the file, and would read the rest of the old one."""
+    local.hold("runs/r/lock", NOTE + b" " * 500).release()
+    hold = local.hold("runs/r/lock", b'{"host":"h","pid":"1","since":"now"}')
+    assert "process 1 on h since now" in try_to_hold(local.root)
+    hold.release()
+    assert local.path("runs/r/lock").read_bytes() == b'{"host":"h","pid":"1","since":"now"}'
+
+
 def test_a_lock_survives_being_asked_for_before_it_exists(local):
     assert local.holder("runs/r/lock") is None
     assert not local.root.exists()

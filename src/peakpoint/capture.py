@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from peakpoint import layout, rng
+from peakpoint.copying import Copying
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_part
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
-from peakpoint.writer import FileImage
+from peakpoint.writer import FileImage, WholeImage
 
 
 @runtime_checkable
@@ -68,15 +69,17 @@ class Captured:
     Attributes:
         images: the files; tensors stand in the staging buffer until the next capture.
         parts: part name to the names of its tensor files.
+        copying: what is still being copied.
     """
 
     images: tuple[FileImage, ...]
     parts: Mapping[str, tuple[str, ...]]
+    copying: Copying
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(len(memoryview(image.data).cast("B")) for image in self.images)
+        return sum(image.size for image in self.images)
 
 
 def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
@@ -99,15 +102,18 @@ def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
     return trees, files
 
 
-def capture(state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging) -> Captured:
+def capture(
+    state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging, owned: set[tuple[torch.device, int]]
+) -> Captured:
     """Copy the state.
 
-    On return the copy is complete: training may go on. Nothing is written yet.
+    On return everything is copied but the memory that is ``owned``. Nothing is written yet.
 
     Args:
         state: part name to live object or plain value.
         loop: the loop's position, plain values.
         staging: receives the tensors.
+        owned: memory that may be copied later; empty to copy everything now.
 
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
@@ -122,6 +128,6 @@ def capture(state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging)
     }
     assert not extra.tensors
     text = msgspec.json.encode(record)
-    images = staging.fill({f"{part}.safetensors": tensors for part, tensors in files.items()})
+    images, copying = staging.capture({f"{part}.safetensors": tensors for part, tensors in files.items()}, owned)
     parts = {part: (f"{part}.safetensors",) if part in files else () for part in trees}
-    return Captured((*images, FileImage(name=layout.STATE, data=text)), {**parts, "rng": (), "loop": ()})
+    return Captured((*images, WholeImage(layout.STATE, text)), {**parts, "rng": (), "loop": ()}, copying)

@@ -22,6 +22,7 @@ from peakpoint import layout, names, rules
 from peakpoint.audit import clean_run
 from peakpoint.capture import capture, check_state
 from peakpoint.clock import Clock, utc_now
+from peakpoint.copying import StepGuard, owned_storages
 from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
 from peakpoint.journal import Journal
 from peakpoint.loop import Loop, count
@@ -56,6 +57,9 @@ class Checkpointer:
             one, ``"never"`` starts from nothing, and a ref starts from that checkpoint, once: when the same command is
             run again after that, the run goes on from its own newest checkpoint.
         strict: refuse to resume when anything does not fit; otherwise restore what fits and say what did not.
+        overlap: copy what only ``optimizer.step()`` changes (the parameters and moments of the optimizers in the
+            state) while the next forward and backward pass runs; the next step waits for the copy. Everything else is
+            copied before ``report`` returns. Pass False if your loop changes weights outside ``step()``.
         name: the template of checkpoint names; see ``peakpoint.names.checkpoint_name``.
         preempt: which signals mean preemption, and the exit code; None watches none.
         clock: tells the time.
@@ -87,6 +91,7 @@ class Checkpointer:
         stop: EarlyStopping | None = None,
         resume: str = "auto",
         strict: bool = True,
+        overlap: bool = True,
         name: str = DEFAULT_TEMPLATE,
         preempt: Preempt | None = Preempt(),  # noqa: B008 - a frozen value
         clock: Clock = utc_now,
@@ -97,6 +102,7 @@ class Checkpointer:
         self.rules = rules.check_rules(keep)
         self._stop = stop
         self._resume, self._strict = resume, strict
+        self._overlap = overlap
         self._template = names.check_template(name)
         self._clock, self._announce = clock, announce
         self._store = open_store(root)
@@ -129,6 +135,7 @@ class Checkpointer:
             raise
         self._saver = Saver(self._store, self.run, self._journal, self.rules, self._resumption.manifests)
         self._loop = Loop(self.state)
+        self._guard = StepGuard(self.state)
         self._watch = Watch(preempt)
 
     # --- continuing ---------------------------------------------------------------------------------------------
@@ -397,6 +404,7 @@ class Checkpointer:
     def _save(self, moment: Manifest) -> Outcome:
         """Save the moment if there is a reason to; then let an earlier failure be known."""
         begin = time.perf_counter()
+        step_waited = self._guard.waited_seconds
         if moment.reasons:
             self._saver.finish()
         waited = time.perf_counter() - begin
@@ -404,7 +412,9 @@ class Checkpointer:
         name, copied = None, 0.0
         if moment.reasons and self._may_replace_held(moment):
             begin = time.perf_counter()
-            captured = capture(self.state, self._loop.position.as_plain(), self._staging)
+            owned = owned_storages(self.state.values()) if self._overlap else set()
+            captured = capture(self.state, self._loop.position.as_plain(), self._staging, owned)
+            self._guard.watch(captured.copying)
             copied = time.perf_counter() - begin
             self._sequence += 1
             draft = replace(
@@ -430,6 +440,7 @@ class Checkpointer:
             epoch=moment.epoch,
             waited_seconds=waited,
             capture_seconds=copied,
+            step_waited_seconds=step_waited,
         )
         if failed is not None:
             raise self._failed_error(failed, outcome)
@@ -444,6 +455,9 @@ class Checkpointer:
         failure = self._saver.failure()
         if failure is None:
             return None
+        if failure.lost:
+            self._saver.give_up()
+            return None if failure is self._surfaced else failure
         again = self._saver.retry()
         told, self._surfaced = failure is self._surfaced, again
         if again is None:
@@ -476,7 +490,9 @@ class Checkpointer:
     def _failed_error(self, failure: Failure, outcome: Outcome | None) -> SaveFailedError:
         draft = failure.job.draft
         held = self._saver.failure()
-        if held is not None and held.job.draft.id == draft.id:
+        if failure.lost:
+            now = "there is no copy of that moment to be written again"
+        elif held is not None and held.job.draft.id == draft.id:
             now = "its state is still in memory and is written again by the next report and by close()"
         elif any(manifest.id == draft.id for manifest in self._saver.committed):
             now = "it has been written again since, and is durable now"
@@ -518,6 +534,7 @@ class Checkpointer:
             return failed
         finally:
             self._loop.stop()
+            self._guard.stop()
             try:
                 self._journal.close()
             finally:

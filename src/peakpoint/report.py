@@ -30,7 +30,8 @@ class Outcome:
         step: optimizer steps completed.
         epoch: the epoch's index, None outside epochs.
         waited_seconds: how long this report waited for the save before it.
-        capture_seconds: how long the copy of the state took.
+        capture_seconds: how long this report took to copy what it had to copy at once.
+        step_waited_seconds: how long the optimizers waited, since the save before, for the rest of its copy.
     """
 
     saved: bool
@@ -42,6 +43,7 @@ class Outcome:
     epoch: int | None
     waited_seconds: float
     capture_seconds: float
+    step_waited_seconds: float
 
 
 def read_metrics(given: Mapping[str, Any]) -> dict[str, float]:

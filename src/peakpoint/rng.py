@@ -16,7 +16,7 @@ def take() -> dict[str, Any]:
     """The state of every generator, as a tree that needs no tensor file."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global one is what loops use
     return {
-        "python": random.getstate(),
+        "python": _pack(random.getstate()),
         "numpy": (
             str(algorithm),
             np.asarray(keys).astype("<u4").tobytes(),
@@ -41,7 +41,7 @@ def restore(state: dict[str, Any]) -> list[str]:
     """
     missing = []
     try:
-        random.setstate(state["python"])
+        random.setstate(_unpack(state["python"]))
         algorithm, keys, position, has_gauss, gauss = state["numpy"]
         key = np.frombuffer(keys, dtype="<u4")
         check_numpy({"bit_generator": algorithm, "state": {"key": key, "pos": position}})
@@ -74,6 +74,17 @@ def check_numpy(state: Any) -> None:
         raise ValueError("the state of MT19937 has a position outside of its buffer")
     if state["bit_generator"] == "Philox" and not 0 <= state["buffer_pos"] <= len(state["buffer"]) == _PHILOX_WORDS:
         raise ValueError("the state of Philox has a position outside of its buffer")
+
+
+def _pack(state: tuple[Any, ...]) -> tuple[int, bytes, float | None]:
+    """Python's generator, with its 625 words as bytes."""
+    version, words, gauss = state
+    return version, np.asarray(words, dtype="<u4").tobytes(), gauss
+
+
+def _unpack(state: tuple[int, bytes, float | None]) -> tuple[Any, ...]:
+    version, words, gauss = state
+    return version, tuple(np.frombuffer(words, dtype="<u4").tolist()), gauss
 
 
 def _bytes(state: torch.Tensor) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from peakpoint import layout, retention
 from peakpoint.capture import Captured
+from peakpoint.copying import ChangedError
 from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, Saved, SaveFailed
 from peakpoint.manifest import Manifest
@@ -44,6 +45,11 @@ class Failure:
 
     job: Job
     error: Exception
+
+    @property
+    def lost(self) -> bool:
+        """Whether the copy is of no use, so that it must not be written again."""
+        return isinstance(self.error, ChangedError)
 
 
 class Saver:
@@ -113,6 +119,7 @@ class Saver:
         assert self._failure is None
         self._job = job
         if not self._has_room(job):
+            job.captured.copying.run()  # the state of this moment is kept all the same
             return False
         self._thread = threading.Thread(target=self._work, args=(job,), name=f"peakpoint-save-{self._run}")
         self._thread.start()
@@ -158,8 +165,13 @@ class Saver:
         return False
 
     def _work(self, job: Job) -> None:
+        copier = threading.Thread(target=job.captured.copying.run, name=f"peakpoint-copy-{self._run}")
         try:
-            self._commit(job)
+            copier.start()
+            try:
+                self._commit(job)
+            finally:
+                copier.join()
         except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, the next call raises it
             self._fail(job, error)
 
@@ -176,7 +188,14 @@ class Saver:
 
     def _commit(self, job: Job) -> None:
         draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
-        manifest = commit(self._store, draft, job.captured.images, first=self._journal.sync)
+        manifest = commit(
+            self._store,
+            draft,
+            job.captured.images,
+            first=self._journal.sync,
+            timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
+        )
+        self._notices += self._store.remarks()
         self._committed = (*self._committed, manifest)
         self.last_id = manifest.id
         self._journal.append(

@@ -6,18 +6,21 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from peakpoint.errors import FormatError
+from peakpoint.copying import Copying, Piece
+from peakpoint.errors import FormatError, PeakpointWarning
 from peakpoint.manifest import FileRecord
 from peakpoint.sharing import DTYPES, TORCH_DTYPES
-from peakpoint.writer import FileImage, Span
+from peakpoint.writer import Span, WholeImage
 
 PAGE = 4096
 
@@ -68,7 +71,8 @@ class Staging:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._layouts: tuple[FileLayout, ...] = ()
-        self._targets: list[torch.Tensor] = []
+        self._targets: list[tuple[str, str, torch.Tensor, int]] = []  # file, name, memory, where it begins
+        self._pinned = False
         self._signature: object = None
 
     @property
@@ -76,16 +80,19 @@ class Staging:
         """Bytes of the buffer."""
         return 0 if self._memory is None else len(self._memory)
 
-    def fill(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> list[FileImage]:
-        """Copy tensors of all files into the buffer.
+    def capture(
+        self, files: Mapping[str, Mapping[str, torch.Tensor]], owned: set[tuple[torch.device, int]]
+    ) -> tuple[list[WholeImage], Copying]:
+        """Begin to copy the tensors of all files into the buffer.
 
         The images that the last call returned are overwritten.
 
         Args:
             files: file name to its tensors by name.
+            owned: memory that may be copied later, by ``Copying.run``; everything else is copied on return.
 
         Returns:
-            One image for each file.
+            One image for each file, and the copying, which the images wait for.
         """
         signature = [
             (file, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
@@ -95,18 +102,22 @@ class Staging:
             self._prepare(files)
             self._signature = signature
         assert self._memory is not None
-        sources = [
-            files[layout.name][span.name] for layout in self._layouts for span in layout.spans if span.end > span.begin
-        ]
-        copy(self._targets, sources)
+        if not self._pinned and any(_on_cuda(tensors) for tensors in files.values()):
+            self._pinned = _pin(self._memory)
+        pieces = [Piece(name, target, files[file][name], begin) for file, name, target, begin in self._targets]
+        copying = Copying(pieces, owned, pinned=self._pinned)
         images = []
         position = 0
         whole = memoryview(self._memory)
         for layout in self._layouts:
             data = whole[position : position + layout.size]
-            images.append(FileImage(name=layout.name, data=data, header=len(layout.header), spans=layout.spans))
+            images.append(WholeImage(layout.name, data, len(layout.header), layout.spans, _ready(copying, position)))
             position += _pages(layout.size)
-        return images
+        return images, copying
+
+    def fill(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> list[WholeImage]:
+        """``capture`` with everything copied on return."""
+        return self.capture(files, set())[0]
 
     def _prepare(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         layouts = tuple(lay_out(name, tensors) for name, tensors in files.items())
@@ -114,6 +125,7 @@ class Staging:
         self._targets = []
         if self._memory is None or len(self._memory) < needed:
             self._memory = _allocate(max(needed, PAGE))
+            self._pinned = False
         position = 0
         for layout in layouts:
             self._memory[position : position + len(layout.header)] = layout.header
@@ -123,7 +135,7 @@ class Staging:
                     dtype = TORCH_DTYPES[span.dtype]
                     count = (span.end - span.begin) // dtype.itemsize
                     flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=data + span.begin)
-                    self._targets.append(flat.view(span.shape))
+                    self._targets.append((layout.name, span.name, flat.view(span.shape), data + span.begin))
             position += _pages(layout.size)
         self._layouts = layouts
 
@@ -143,14 +155,30 @@ def _pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-@torch.no_grad()
-def copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source into its target; complete on return, also from a GPU."""
-    if not targets:
-        return
-    torch._foreach_copy_(list(targets), list(sources))
-    for device in {source.device for source in sources if source.device.type == "cuda"}:
-        torch.cuda.synchronize(device)
+def _ready(copying: Copying, offset: int) -> Callable[[int], None]:
+    return lambda position: copying.wait(offset + position)
+
+
+def _on_cuda(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(tensor.device.type == "cuda" for tensor in tensors.values())
+
+
+def _pin(memory: mmap.mmap) -> bool:
+    """Lock the buffer's pages for CUDA, so that copies from the GPU run beside the training.
+
+    Our own pages are registered, and not CUDA's taken: direct I/O refuses memory that a driver has mapped. Where the
+    system does not allow so much locked memory, copies are correct all the same, and slower.
+    """
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostRegister(address, len(memory), 0))
+    if code != 0:
+        warnings.warn(
+            f"CUDA could not pin the staging buffer (error {code}; see ulimit -l): copies from the GPU will be slower",
+            PeakpointWarning,
+            stacklevel=2,
+        )
+    return code == 0
 
 
 def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:

@@ -179,7 +179,7 @@ class Encoder:
         node: dict[str, Any] = {TAG: "tensor", "name": name}
         if value.requires_grad:
             node["requires_grad"] = True
-        if isinstance(value, torch.nn.Parameter):
+        if type(value) is torch.nn.Parameter:
             node["class"] = "Parameter"
         elif getattr(value, "_is_buffer", False):
             node["class"] = "Buffer"

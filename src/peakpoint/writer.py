@@ -5,9 +5,11 @@ created atomically. Delete: the manifest first, then the files. A crash at any i
 directory without a manifest, which is litter.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -15,6 +17,8 @@ from peakpoint import layout
 from peakpoint.manifest import FileRecord, Manifest, TensorRecord, encode
 from peakpoint.seal import digest
 from peakpoint.store import Chunk, Store
+
+BLOCK = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,21 +32,61 @@ class Span:
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileImage:
-    """The bytes of a file to be.
+class FileImage(Protocol):
+    """The bytes of a file to be."""
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def header(self) -> int:
+        """How many of them stand before the tensors; 0 for a file without tensors."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The tensors, in file order, counted from ``header``."""
+
+    @property
+    def transient(self) -> bool:
+        """Whether a block is overwritten when the next one is asked for."""
+
+    def blocks(self) -> Iterator[memoryview]:
+        """All bytes in order; each block is final when it is given out."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeImage:
+    """A file whose bytes are all in memory; see ``FileImage``.
 
     Attributes:
-        name: the file's name.
-        data: all of its bytes.
-        header: how many of them stand before the tensors; 0 for a file without tensors.
-        spans: the tensors, in file order, counted from ``header``.
+        data: the bytes.
+        ready: returns when the bytes before a position in the file are final.
     """
 
     name: str
     data: Chunk
     header: int = 0
     spans: tuple[Span, ...] = ()
+    ready: Callable[[int], None] = field(default=lambda _: None)
+    transient: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(memoryview(self.data).cast("B"))
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The bytes in blocks of ``BLOCK``."""
+        data = memoryview(self.data).cast("B")
+        for begin in range(0, len(data), BLOCK):
+            end = min(begin + BLOCK, len(data))
+            self.ready(end)
+            yield data[begin:end]
 
 
 def combined_digest(header_digest: str, tensors: Sequence[TensorRecord]) -> str:
@@ -50,37 +94,69 @@ def combined_digest(header_digest: str, tensors: Sequence[TensorRecord]) -> str:
 
     BLAKE3 of the raw digest of the header followed by the raw digest of each tensor in file order.
     """
-    hasher = blake3(bytes.fromhex(header_digest))
-    for tensor in tensors:
-        hasher.update(bytes.fromhex(tensor.digest))
-    return hasher.hexdigest()
+    return digest(b"".join(map(bytes.fromhex, (header_digest, *(tensor.digest for tensor in tensors)))))
+
+
+class Hashing:
+    """Hashes a file block by block: its header and each tensor, or the whole of a file without tensors.
+
+    Args:
+        image: the file.
+    """
+
+    def __init__(self, image: FileImage) -> None:
+        self._image = image
+        header = image.header or image.size
+        self._ends = [header, *(image.header + span.end for span in image.spans)]
+        self._digests: list[str] = []
+        self._at = 0
+        self._open: blake3 | None = blake3()
+
+    def update(self, block: memoryview) -> None:
+        """Take the next block."""
+        while True:
+            number = len(self._digests)
+            if number == len(self._ends):
+                return
+            piece = block[: self._ends[number] - self._at]
+            if self._at + len(piece) == self._ends[number] and self._open is None:
+                self._digests.append(blake3(piece).hexdigest())  # whole in this block: the usual case
+            else:
+                self._open = (self._open or blake3()).update(piece)
+                if self._at + len(piece) < self._ends[number]:
+                    self._at += len(piece)
+                    return
+                self._digests.append(self._open.hexdigest())
+            self._open = None
+            self._at += len(piece)
+            block = block[len(piece) :]
+
+    def record(self) -> FileRecord:
+        """The record of the file, after its last block."""
+        image = self._image
+        if not image.header:
+            return FileRecord(name=image.name, size=image.size, digest=self._digests[0] if image.size else digest(b""))
+        header_digest, *rest = self._digests
+        tensors = tuple(
+            TensorRecord(span.name, span.dtype, span.shape, span.begin, span.end, hashed)
+            for span, hashed in zip(image.spans, rest, strict=True)
+        )
+        return FileRecord(
+            name=image.name,
+            size=image.size,
+            digest=combined_digest(header_digest, tensors),
+            header=image.header,
+            header_digest=header_digest,
+            tensors=tensors,
+        )
 
 
 def file_record(image: FileImage) -> FileRecord:
-    """Hash an image."""
-    data = memoryview(image.data).cast("B")
-    if not image.header:
-        return FileRecord(name=image.name, size=len(data), digest=digest(data))
-    tensors = tuple(
-        TensorRecord(
-            span.name,
-            span.dtype,
-            span.shape,
-            span.begin,
-            span.end,
-            digest(data[image.header + span.begin : image.header + span.end]),
-        )
-        for span in image.spans
-    )
-    header_digest = digest(data[: image.header])
-    return FileRecord(
-        name=image.name,
-        size=len(data),
-        digest=combined_digest(header_digest, tensors),
-        header=image.header,
-        header_digest=header_digest,
-        tensors=tensors,
-    )
+    """Hash an image, writing nothing."""
+    hashing = Hashing(image)
+    for block in image.blocks():
+        hashing.update(block)
+    return hashing.record()
 
 
 def unused_name(store: Store, run: str, name: str) -> str:
@@ -93,7 +169,14 @@ def unused_name(store: Store, run: str, name: str) -> str:
     return candidate
 
 
-def commit(store: Store, draft: Manifest, images: Sequence[FileImage], *, first: Callable[[], None]) -> Manifest:
+def commit(
+    store: Store,
+    draft: Manifest,
+    images: Sequence[FileImage],
+    *,
+    first: Callable[[], None],
+    timing: Callable[[], Mapping[str, float]] = dict,
+) -> Manifest:
     """Make a checkpoint exist.
 
     Durable on return. When it raises, the checkpoint does not exist and every other one is as it was.
@@ -103,6 +186,7 @@ def commit(store: Store, draft: Manifest, images: Sequence[FileImage], *, first:
         draft: the manifest but for its files.
         images: the files.
         first: makes durable what must be so before the manifest is: the journal up to this moment.
+        timing: what is known about the time it took, asked for when all files are durable.
 
     Raises:
         ConflictError: a checkpoint of that name exists.
@@ -110,14 +194,38 @@ def commit(store: Store, draft: Manifest, images: Sequence[FileImage], *, first:
     """
     # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
     with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
-        hashes = [hashing.submit(file_record, image) for image in images]
-        for image in images:
-            key = layout.file_key(draft.run, draft.name, image.name)
-            store.put(key, [image.data], len(memoryview(image.data).cast("B")))
-        manifest = replace(draft, files=tuple(hashed.result() for hashed in hashes))
+        begin = time.perf_counter()
+        records = [_write(store, draft, image, hashing) for image in images]
+        files = tuple(record() for record in records)
+        seconds = time.perf_counter() - begin
+    rate = sum(file.size for file in files) / seconds
+    known = {**draft.timing, "write_seconds": seconds, "bytes_per_second": rate, **timing()}
+    manifest = replace(draft, files=files, timing=known)
     first()
     store.create(layout.manifest_key(draft.run, draft.name), encode(manifest))
     return manifest
+
+
+def _write(store: Store, draft: Manifest, image: FileImage, hashing: Executor) -> Callable[[], FileRecord]:
+    """Write one file while it is being hashed; the result waits for the hash."""
+    hashes, futures = Hashing(image), []
+
+    def blocks() -> Iterator[memoryview]:
+        for block in image.blocks():
+            future = hashing.submit(hashes.update, block)
+            futures.append(future)
+            yield block
+            if image.transient:
+                future.result()
+
+    store.put(layout.file_key(draft.run, draft.name, image.name), blocks(), image.size)
+
+    def record() -> FileRecord:
+        for future in futures:
+            future.result()
+        return hashes.record()
+
+    return record
 
 
 def remove(store: Store, manifest: Manifest) -> None:
