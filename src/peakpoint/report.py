@@ -62,7 +62,10 @@ def read_metrics(given: Mapping[str, Any]) -> dict[str, float]:
             number = value.item()
         if not isinstance(number, numbers.Real):
             raise ConfigError(f"metric {name!r} is {value!r}, a {type(value).__name__}; report a real number")
-        values[name] = float(number)
+        try:
+            values[name] = float(number)
+        except OverflowError as error:
+            raise ConfigError(f"metric {name!r} is too large for a float") from error
     return values
 
 

@@ -8,8 +8,8 @@ other rules?" and "what after a restart?" are one calculation:
 - a checkpoint is kept while a rule claims it (``claims``).
 
 Laws that every rule obeys (tests/test_rules.py proves them): the answer does not depend on the order of the records;
-what was claimed stays claimed after everything else is removed; adding a rule never removes a claim; a value that is
-not finite never wins; ties go to the earlier record.
+what was claimed stays claimed after everything else but the newest is removed; adding a rule never removes a claim; a
+value that is not finite never wins; ties go to the earlier record.
 """
 
 import math
@@ -315,7 +315,7 @@ class Last:
 
 Rule = Best | TopK | Every | Last
 
-_EVERY = re.compile(r"(?P<number>\d+(\.\d+)?(e[+-]?\d+)?)(?P<unit>ep|st|min)")
+_EVERY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?)(?P<unit>ep|st|min)")
 
 
 def parse(text: str) -> Rule:
@@ -334,11 +334,11 @@ def parse(text: str) -> Rule:
             case "best", [metric, mode]:
                 return Best(metric, mode_of(mode))
             case "topk", [metric, mode, k]:
-                return TopK(metric, mode_of(mode), int(k))
+                return TopK(metric, mode_of(mode), _whole(k))
             case "last", [n]:
-                return Last(int(n))
+                return Last(_whole(n))
             case "every", [interval, *keep] if len(keep) < 2 and (found := _EVERY.fullmatch(interval)):
-                count = int(keep[0]) if keep else None
+                count = _whole(keep[0]) if keep else None
                 number = found["number"]
                 match found["unit"]:
                     case "ep":
@@ -356,6 +356,12 @@ def parse(text: str) -> Rule:
     raise ConfigError(
         f"{text!r} is not a rule. Forms: best:METRIC:max topk:METRIC:min:K every:10ep every:500st every:60min:24 last:N"
     )
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 def mode_of(text: str) -> Mode:

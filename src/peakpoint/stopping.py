@@ -19,7 +19,7 @@ class EarlyStopping:
     Args:
         metric: the metric to watch; reports without it do not count.
         mode: ``"max"`` or ``"min"``. Required.
-        patience: how many reports in a row without an improvement are accepted; the next one stops. At least 1.
+        patience: the loop stops at this many reports in a row without an improvement. At least 1.
         min_delta: a change must be larger than this to be an improvement; not negative, in the metric's own unit.
 
     Raises:

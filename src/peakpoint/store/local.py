@@ -184,10 +184,11 @@ class LocalStore:
                     output.reserve(size)
                 for chunk in chunks:
                     output.write(memoryview(chunk).cast("B"))
+                output.check(size)
                 self._ops.fsync(fd)
             finally:
                 os.close(fd)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):  # the error that brought us here is the one to report
                 self._ops.unlink(temporary)
             raise
@@ -354,11 +355,18 @@ class _Output:
 
     def reserve(self, size: int) -> None:
         """Reserve space where the file system can."""
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            return
         try:
             self._ops.reserve(self._fd, size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
+
+    def check(self, size: int | None) -> None:
+        """Refuse a file that is not of the size that was announced: the space reserved would stay behind as zeros."""
+        if size is not None and self._at != size:
+            raise OSError(errno.EINVAL, f"{size} bytes were announced and {self._at} given")
 
     def write(self, data: memoryview) -> None:
         """Write all of ``data``."""
