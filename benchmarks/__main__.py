@@ -1,4 +1,4 @@
-"""Saves of one state, ours and others', side by side: ``python -m benchmarks [--scale X] [--repeats N] [--json FILE]``.
+"""Saves of one state, ours and others', side by side: ``python -m benchmarks --help`` for more.
 
 The state has the shapes of GPT-2 124M with AdamW in float32: 592 tensors, 1.49 GB at scale 1. All sides are made equally
 durable (fsync of file and directory) and take turns; medians are printed, and ratios against the limits measured in the
@@ -70,7 +70,7 @@ class Sides:
             self.memory[at] = 1
         self.stalls, self.waits = [], []
         state = {"model": self.model, "optimizer": self.optimizer}
-        quiet = {"announce": lambda text: None, "preempt": None}
+        quiet = {"announce": lambda _: None, "preempt": None}
         self.plain = pp.Checkpointer(
             place / "plain", run="b", state=state, keep=[pp.Last(1000)], overlap=False, **quiet
         )
@@ -169,7 +169,12 @@ def main():
     console.print(table)
     console.print(f"report() returned after {stall * 1e3:.1f} ms, {stall / copy:.1%} of one copy in memory")
     if options.json:
-        figures = {"bytes": sides.bytes, "tensors": len(sides.tensors), "seconds": seconds, "stall_seconds": sides.stalls}
+        figures = {
+            "bytes": sides.bytes,
+            "tensors": len(sides.tensors),
+            "seconds": seconds,
+            "stall_seconds": sides.stalls,
+        }
         options.json.write_text(json.dumps(figures, indent=1))
 
 

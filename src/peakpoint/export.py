@@ -45,6 +45,10 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     """
     if to.suffix not in SUFFIXES:
         raise ConfigError(f"cannot export to {to}: its name must end with {', '.join(SUFFIXES)}")
+    if not to.absolute().parent.is_dir():
+        raise NotFoundError(
+            f"cannot export to {to}: the directory {to.absolute().parent} does not exist; make it first"
+        )
     if to.exists():
         raise ConflictError(f"{to} exists; remove it first, or export to another name")
     manifest = repository.find_manifest(ref)
@@ -61,7 +65,8 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
             if to.suffix == ".safetensors":
                 _write_safetensors(temporary, values)
             else:
-                torch.save(values[chosen[0]] if len(chosen) == 1 else values, temporary)
+                with temporary.open("wb") as file:  # a file of ours: its errors are OSErrors, not torch's own
+                    torch.save(values[chosen[0]] if len(chosen) == 1 else values, file)
             _publish(temporary, to)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -133,6 +133,8 @@ def resolve(ref: Ref, records: Sequence[R], rules: Sequence[Rule]) -> R:
         case Latest():
             return ordered[-1]
         case BestOf(metric=metric, mode=mode):
+            if not any(metric in record.metrics for record in ordered):
+                return _best(ref.run, ordered, metric, "max")  # which says what metrics there are
             return _best(ref.run, ordered, metric, mode or direction(ref.run, metric, rules))
         case AtEpoch(epoch=epoch):
             found = [record for record in preferred if record.epoch == epoch]
