@@ -1,6 +1,6 @@
 """Saves of one state, ours and others', side by side: ``python -m benchmarks --help`` for more.
 
-The state has the shapes of GPT-2 124M with AdamW in float32: 592 tensors, 1.49 GB at scale 1. All sides are made equally
+The state has the shapes of GPT-2 124M with AdamW in float32: 592 tensors, 1.49 GB at scale 1. All sides are equally
 durable (fsync of file and directory) and take turns; medians are printed, and ratios against the limits measured in the
 same run: one copy of the state in memory, and direct writes of the same size to the same disk.
 """

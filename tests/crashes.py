@@ -1,7 +1,7 @@
 """Enumerated crash points: run by tests/test_crash.py in an interpreter of its own.
 
-``kill``: a training is killed with SIGKILL before and after each file operation of its saves; after every kill the newest
-committed checkpoint loads, nothing acknowledged is lost, the audit is clean after cleaning, and the same training, run
+``kill``: a training is killed with SIGKILL before and after each file operation of its saves; after every kill the
+newest committed checkpoint loads, nothing acknowledged is lost, the audit is clean after cleaning, and the same training, run
 again, ends with the same weights and the same checkpoints.
 
 ``power``: the file operations are recorded, and for every prefix of them disks are made as a power cut may leave them:
@@ -52,7 +52,7 @@ def train(root, ops, kind, acknowledged=lambda step: None):
             with torch.no_grad():
                 for parameter in model.parameters():
                     if optimizer is None:
-                        parameter -= 0.1 * parameter.grad
+                        parameter.sub_(0.1 * parameter.grad)
             if optimizer is not None:
                 optimizer.step()
                 state["notes"]["seen"].append(epoch)

@@ -1,6 +1,5 @@
 """An ordinary training script, for test_kill_anywhere: ``killed_script.py OUT``."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -35,4 +34,4 @@ with pp.Checkpointer(
         ckpt.report(loss=loss.item())
 
 torch.save(model.state_dict(), out / "final.pt.partial")
-os.replace(out / "final.pt.partial", out / "final.pt")
+(out / "final.pt.partial").replace(out / "final.pt")
