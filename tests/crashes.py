@@ -1,8 +1,8 @@
 """Enumerated crash points: run by tests/test_crash.py in an interpreter of its own.
 
 ``kill``: a training is killed with SIGKILL before and after each file operation of its saves; after every kill the
-newest committed checkpoint loads, nothing acknowledged is lost, the audit is clean after cleaning, and the same training, run
-again, ends with the same weights and the same checkpoints.
+newest committed checkpoint loads, nothing acknowledged is lost, the audit is clean after cleaning, and the same
+training, run again, ends with the same weights and the same checkpoints.
 
 ``power``: the file operations are recorded, and for every prefix of them disks are made as a power cut may leave them:
 file contents only as of their last fsync, names only as of the last fsync of their directory, or any part of what came
