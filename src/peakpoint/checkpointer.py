@@ -38,6 +38,7 @@ from peakpoint.saver import Failure, Job, Saver
 from peakpoint.stopping import EarlyStopping
 from peakpoint.store import Hold, Store, open_store
 from peakpoint.tensors import Staging
+from peakpoint.writer import unused_name
 
 
 class Checkpointer:
@@ -161,7 +162,8 @@ class Checkpointer:
         self._started = True
         self._sequence, self._forks, self._parent = found.sequence, found.forks, found.parent
         self._load = found.report
-        self._loop.go_to(found.position)
+        if found.report is not None:  # otherwise the steps made before this call count
+            self._loop.go_to(found.position)
         self._history = [report.metrics for report in found.history]
         self._generators = found.generators
         self._saver.set_aside(found.damaged)
@@ -331,8 +333,10 @@ class Checkpointer:
         """
         if self._closed:
             return
-        failure = self._finish("closed")
-        arrived = self._watch.stop()
+        try:
+            failure = self._finish("closed")
+        finally:
+            arrived = self._watch.stop()
         self._tell_notices()
         if failure is not None:
             raise self._failed_error(failure, None)
@@ -419,6 +423,7 @@ class Checkpointer:
             self._sequence += 1
             draft = replace(
                 moment,
+                name=unused_name(self._store, self.run, moment.name),
                 sequence=self._sequence,
                 parts=captured.parts,
                 parent=self._saver.last_id or self._parent,
@@ -508,8 +513,10 @@ class Checkpointer:
 
     def _leave(self, signal: str) -> None:
         """Preemption: everything is made durable, earlier handlers run, the process leaves."""
-        failure = self._finish(f"preempted by {signal}")
-        arrived = self._watch.stop()
+        try:
+            failure = self._finish(f"preempted by {signal}")
+        finally:
+            arrived = self._watch.stop()
         self._tell_notices()
         if failure is not None:
             raise self._failed_error(failure, None)

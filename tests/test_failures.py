@@ -1,0 +1,281 @@
+"""Disks that refuse: the training is told once, loses nothing that was there, and what was missed is made good."""
+
+import errno
+import math
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+import peakpoint as pp
+from peakpoint.store import FileOps, LocalStore
+from training import checkpointer, kept, same
+
+
+class Failing(FileOps):
+    """Raises ``error`` in ``call`` for paths that contain ``where``, ``times`` times after ``arm``."""
+
+    def __init__(self, call, where="model.safetensors", error=errno.ENOSPC):
+        self.call, self.where, self.error = call, where, error
+        self.left = 0
+        self.paths = {}
+
+    def arm(self, times=1):
+        self.left = times
+
+    def check(self, call, path):
+        if call == self.call and self.where in str(path) and self.left > 0:
+            self.left -= 1
+            raise OSError(self.error, os.strerror(self.error), str(path))
+
+    def create(self, path):
+        self.check("create", path)
+        fd = super().create(path)
+        self.paths[fd] = path
+        return fd
+
+    def write(self, fd, data):
+        self.check("write", self.paths[fd])
+        return super().write(fd, data)
+
+    def fsync(self, fd):
+        self.check("fsync", self.paths[fd])
+        super().fsync(fd)
+
+    def rename(self, source, target):
+        self.check("rename", target)
+        super().rename(source, target)
+
+    def link(self, source, target):
+        self.check("link", target)
+        super().link(source, target)
+
+    def unlink(self, path):
+        self.check("unlink", path)
+        super().unlink(path)
+
+
+def model_of(number):
+    model = torch.nn.Linear(2, 1)
+    set_to(model, number)
+    return model
+
+
+@torch.no_grad()
+def set_to(model, number):
+    model.weight.fill_(number)
+
+
+def settle():
+    """Wait until the save under way has ended, without asking the checkpointer."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("peakpoint-save"):
+            thread.join()
+
+
+def loads(root, ref, number):
+    return same(pp.load(ref, root=root)["model"]["weight"], model_of(number).weight)
+
+
+WAYS = [
+    ("create", "model.safetensors", errno.ENOSPC),
+    ("write", "model.safetensors", errno.ENOSPC),
+    ("fsync", "model.safetensors", errno.EIO),
+    ("rename", "model.safetensors", errno.EIO),
+    ("fsync", "state.json", errno.EIO),
+    ("fsync", "manifest.json", errno.EIO),
+    ("link", "manifest.json", errno.EDQUOT),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
+def test_a_missed_best_is_said_once_and_made_good_at_the_next_report(tmp_path, way):
+    ops, said, model = Failing(*way), [], model_of(1)
+    store = LocalStore(tmp_path, ops)
+    with checkpointer(store, state={"model": model}, keep=[pp.Best("acc", "max")], announce=said.append) as ckpt:
+        ckpt.report(acc=0.5)
+        ckpt.wait()
+        ops.arm()
+        set_to(model, 2)
+        assert ckpt.report(acc=0.9).saved
+        settle()
+        assert [c.metrics["acc"] for c in kept(tmp_path)] == [0.5]
+        assert loads(tmp_path, "r@latest", 1)
+        set_to(model, 3)
+        with pytest.raises(pp.SaveFailedError, match="is durable now") as caught:
+            ckpt.report(acc=0.1)
+        assert caught.value.outcome.step == 3
+        assert not caught.value.outcome.saved
+        assert caught.value.__cause__.errno == way[2]
+        assert "is now saved" in said[-1]
+        assert [c.metrics["acc"] for c in kept(tmp_path)] == [0.9]
+        assert not ckpt.report(acc=0.2).saved
+        ckpt.wait()
+    assert loads(tmp_path, "r@best:acc", 2)
+    assert [report.metrics["acc"] for report in pp.open(tmp_path).run("r").history()] == [0.5, 0.9, 0.1, 0.2]
+
+
+def test_the_report_that_tells_of_a_failure_is_itself_saved(tmp_path):
+    ops, model = Failing("fsync"), model_of(1)
+    with checkpointer(LocalStore(tmp_path, ops), state={"model": model}) as ckpt:
+        ops.arm()
+        ckpt.report(acc=0.5)
+        set_to(model, 2)
+        with pytest.raises(pp.SaveFailedError) as caught:
+            ckpt.report(acc=0.6)
+        assert caught.value.outcome.saved
+    assert [c.metrics["acc"] for c in kept(tmp_path)] == [0.5, 0.6]
+    assert loads(tmp_path, "r:1", 1)
+    assert loads(tmp_path, "r:2", 2)
+
+
+def test_wait_says_it_once_and_close_makes_it_good(tmp_path):
+    ops, model = Failing("create"), model_of(1)
+    with checkpointer(LocalStore(tmp_path, ops), state={"model": model}) as ckpt:
+        ops.arm()
+        ckpt.report(acc=0.5)
+        with pytest.raises(pp.SaveFailedError, match="written again by the next report and by close"):
+            ckpt.wait()
+        ckpt.wait()
+        set_to(model, 2)
+    assert loads(tmp_path, "r@latest", 1)
+
+
+def test_close_says_what_nobody_was_told_and_makes_it_good(tmp_path):
+    ops, model = Failing("create"), model_of(1)
+    ckpt = checkpointer(LocalStore(tmp_path, ops), state={"model": model})
+    ops.arm()
+    ckpt.report(acc=0.5)
+    with pytest.raises(pp.SaveFailedError, match="is durable now"):
+        ckpt.close()
+    ckpt.close()
+    assert loads(tmp_path, "r@latest", 1)
+    with checkpointer(tmp_path, resume="must") as again:
+        again.resume()
+
+
+@pytest.mark.parametrize("call", ["create", "fsync"])
+def test_a_disk_that_keeps_refusing(tmp_path, call):
+    ops, model = Failing(call), model_of(1)
+    ckpt = checkpointer(LocalStore(tmp_path, ops), state={"model": model}, keep=[pp.Best("acc", "max")])
+    ckpt.report(acc=0.5)
+    ckpt.wait()
+    ops.arm(math.inf)
+    ckpt.report(acc=0.9)
+    with pytest.raises(pp.SaveFailedError, match="still in memory"):
+        ckpt.wait()
+    for value in (0.1, 0.2):
+        with pytest.raises(pp.SaveFailedError, match="still in memory"):
+            ckpt.report(acc=value)
+    set_to(model, 2)
+    with pytest.raises(pp.SaveFailedError, match="given up for a later one"):
+        ckpt.report(acc=0.95)
+    with pytest.raises(pp.SaveFailedError):
+        ckpt.close()
+    assert loads(tmp_path, "r@best:acc", 1)
+    assert len(kept(tmp_path)) == 1
+    ops.arm(0)
+    with checkpointer(tmp_path, state={"model": model}) as again:
+        assert again.resume().step == 1
+        again.report(acc=0.9)
+    assert loads(tmp_path, "r@best:acc", 2)
+
+
+def test_a_failure_does_not_hide_the_error_that_ends_the_training(tmp_path):
+    ops = Failing("create")
+    with pytest.raises(ZeroDivisionError) as caught, checkpointer(LocalStore(tmp_path, ops)) as ckpt:
+        ops.arm(math.inf)
+        ckpt.report(acc=0.5)
+        raise ZeroDivisionError
+    assert "No space left" in caught.value.__notes__[0]
+    assert pp.open(tmp_path).run("r").holder() is None
+
+
+def test_a_checkpoint_that_cannot_be_removed_only_warns(tmp_path):
+    ops = Failing("unlink", "checkpoints/r_step1/manifest.json", errno.EIO)
+    with checkpointer(LocalStore(tmp_path, ops), keep=[pp.Last(1)]) as ckpt:
+        ckpt.report()
+        ckpt.wait()
+        ops.arm()
+        ckpt.report()
+        with pytest.warns(pp.PeakpointWarning, match="r_step1"):
+            ckpt.wait()
+        assert [c.step for c in kept(tmp_path)] == [1, 2]
+        ckpt.report()
+    assert [c.step for c in kept(tmp_path)] == [3]
+
+
+class Small(LocalStore):
+    """A disk with ``room`` bytes left."""
+
+    room = 1 << 40
+
+    def free(self):
+        return self.room
+
+
+def test_a_full_disk_is_said_at_once_and_made_good_when_there_is_space(tmp_path):
+    store, model = Small(tmp_path), model_of(1)
+    with checkpointer(store, state={"model": model}, keep=[pp.Best("acc", "max")]) as ckpt:
+        ckpt.report(acc=0.5)
+        store.room = 100
+        set_to(model, 2)
+        with pytest.warns(pp.PeakpointWarning, match="is NOT saved: .*no space for checkpoint"):
+            outcome = ckpt.report(acc=0.9)
+        assert (outcome.saved, outcome.name, outcome.reasons) == (False, None, ())
+        set_to(model, 3)
+        with pytest.raises(pp.SaveFailedError, match="still in memory") as caught:
+            ckpt.wait()
+        assert caught.value.__cause__.errno == errno.ENOSPC
+        assert loads(tmp_path, "r@best:acc", 1)
+        store.room = 1 << 40
+        assert not ckpt.report(acc=0.1).saved
+        assert loads(tmp_path, "r@best:acc", 2)
+
+
+def test_a_full_disk_is_raised_by_the_next_report(tmp_path):
+    store = Small(tmp_path)
+    with checkpointer(store) as ckpt:
+        store.room = 100
+        with pytest.warns(pp.PeakpointWarning, match="NOT saved"):
+            ckpt.report(acc=0.5)
+        store.room = 1 << 40
+        with pytest.raises(pp.SaveFailedError) as caught:
+            ckpt.report(acc=0.1)
+        assert caught.value.outcome.saved
+    assert [c.metrics["acc"] for c in kept(tmp_path)] == [0.5, 0.1]
+
+
+def test_the_run_is_let_go_when_the_checkpointer_cannot_be_made(tmp_path):
+    ops = Failing("create", "journal")
+    ops.arm()
+    with pytest.raises(pp.StoreError, match="No space left"):
+        checkpointer(LocalStore(tmp_path, ops))
+    with checkpointer(LocalStore(tmp_path, ops)) as ckpt:
+        ckpt.report()
+    assert len(kept(tmp_path)) == 1
+
+
+def test_the_run_is_let_go_when_the_signals_cannot_be_watched(tmp_path):
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises((pp.ConfigError, OSError)):
+        checkpointer(tmp_path, preempt=pp.Preempt(signals=(signal.SIGUSR1, signal.SIGKILL)))
+    assert signal.getsignal(signal.SIGUSR1) == before
+    with checkpointer(tmp_path) as ckpt:
+        ckpt.report()
+
+
+def test_a_journal_that_cannot_be_closed_lets_go_of_run_and_signals(tmp_path):
+    before = signal.getsignal(signal.SIGUSR1)
+    ops = Failing("write", "journal", errno.EIO)
+    ckpt = checkpointer(LocalStore(tmp_path, ops), preempt=pp.Preempt())
+    ckpt.report()
+    ckpt.wait()
+    ops.arm()
+    with pytest.raises(pp.StoreError):
+        ckpt.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert pp.open(tmp_path).run("r").holder() is None
+    assert len(kept(tmp_path)) == 1

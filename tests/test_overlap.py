@@ -1,0 +1,160 @@
+"""Training goes on while a save is copied and written; what is saved is the moment of the report, to the bit."""
+
+import copy
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import peakpoint as pp
+from peakpoint.copying import ChangedError
+from training import checkpointer, kept, same
+
+
+class Ema:
+    """A running mean of the weights, kept by hand and changed in place."""
+
+    def __init__(self, model):
+        self.mean = [parameter.detach().clone() for parameter in model.parameters()]
+
+    @torch.no_grad()
+    def update(self, model):
+        for mean, parameter in zip(self.mean, model.parameters(), strict=True):
+            mean.lerp_(parameter, 0.1)
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(16, 512), torch.nn.BatchNorm1d(512), torch.nn.ReLU(), torch.nn.Linear(512, 512), torch.nn.ReLU()
+    )
+
+
+def sgd(model):
+    return [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)]
+
+
+def adam_foreach(model):
+    return [torch.optim.Adam(model.parameters(), foreach=True)]
+
+
+def adam_fused(model):
+    return [torch.optim.Adam(model.parameters(), fused=True)]
+
+
+def several(model):
+    return [torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[1:].parameters(), lr=0.1, momentum=0.5)]
+
+
+KINDS = [sgd, adam_foreach, adam_fused, several]
+
+
+def run(root, kind, *, accumulate=1, overlap=True, reports=6):
+    """Train; returns the final state, and the state at each report."""
+    model = network()
+    optimizers, mean = kind(model), Ema(model)
+    state = {"model": model, "mean": mean, **{f"optimizer{i}": given for i, given in enumerate(optimizers)}}
+    states = []
+    with checkpointer(root, state=state, overlap=overlap) as ckpt:
+        for step in range(reports * accumulate):
+            model(torch.randn(8, 16)).pow(2).mean().backward()
+            if (step + 1) % accumulate:
+                continue
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            mean.update(model)
+            states.append(copy.deepcopy({name: part.state_dict() for name, part in state.items()}))
+            ckpt.report(step=len(states))
+    return copy.deepcopy({name: part.state_dict() for name, part in state.items()}), states
+
+
+def plain(tree):
+    return {key: plain(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_saved_is_the_moment_of_the_report(tmp_path, kind, accumulate):
+    final, states = run(tmp_path / "a", kind, accumulate=accumulate)
+    for number, expected in enumerate(states, 1):
+        assert same(plain(pp.load(f"r:{number}", root=tmp_path / "a")), plain(expected)), number
+    other, others = run(tmp_path / "b", kind, accumulate=accumulate, overlap=False)
+    assert same(plain(final), plain(other))
+    assert same(plain(states), plain(others))
+    for number, expected in enumerate(others, 1):
+        assert same(plain(pp.load(f"r:{number}", root=tmp_path / "b")), plain(expected)), number
+
+
+def change_after_report(root, overlap):
+    model = torch.nn.Linear(4096, 4096, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    with checkpointer(root, state=state, overlap=overlap) as ckpt:
+        before = model.weight.detach().clone()
+        ckpt.report()
+        with torch.no_grad():
+            model.weight.add_(1)
+        try:
+            ckpt.wait()
+        except pp.SaveFailedError as error:
+            assert overlap
+            assert isinstance(error.__cause__, ChangedError)  # noqa: PT017 - one of two right outcomes
+            assert "overlap=False" in str(error)
+            assert kept(root) == []
+        else:
+            assert same(pp.load("r@latest", root=root)["model"]["weight"], before)
+        assert ckpt.report().saved
+        ckpt.wait()
+    assert same(pp.load("r@latest", root=root)["model"]["weight"], model.weight)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_change_outside_step_is_captured_rightly_or_refused(tmp_path, overlap):
+    change_after_report(tmp_path, overlap)
+
+
+def test_weights_without_an_optimizer_in_the_state_may_change_at_once(tmp_path):
+    model = torch.nn.Linear(2048, 2048)
+    before = copy.deepcopy(model.state_dict())
+    with checkpointer(tmp_path, state={"model": model}) as ckpt:
+        ckpt.report()
+        with torch.no_grad():
+            model.weight.zero_()
+    assert same(dict(pp.load("r@latest", root=tmp_path)["model"]), dict(before))
+
+
+def test_the_hooks_are_taken_away(tmp_path):
+    model = network()
+    optimizer = sgd(model)[0]
+    with checkpointer(tmp_path, state={"model": model, "optimizer": optimizer}):
+        assert optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_two_hundred_saves_leave_no_files_open_and_no_threads(tmp_path):
+    def used():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
+
+    model = torch.nn.Linear(2, 1)
+    before = used()
+    with checkpointer(tmp_path, state={"model": model}, keep=[pp.Last(2)]) as ckpt:
+        ckpt.report()
+        ckpt.wait()
+        first = used()
+        for _ in range(200):
+            ckpt.report()
+        ckpt.wait()
+        assert used() == first
+    assert used() == before
+    assert len(kept(tmp_path)) == 2

@@ -1,0 +1,52 @@
+"""A tiny training, and what its tests compare."""
+
+import random
+
+import numpy as np
+import torch
+
+import peakpoint as pp
+
+
+def parts(seed=0, width=4):
+    """A model with dropout, and its optimizer; other seeds begin elsewhere."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the generator that many trainings use
+    model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Dropout(0.3), torch.nn.Linear(width, 1))
+    return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def train(model, optimizer, data=None):
+    """One step on random data, or on the data given."""
+    if data is None:
+        data = torch.randn(8, 3) + random.random() + np.random.rand()  # noqa: NPY002
+    optimizer.zero_grad()
+    loss = (model(data) - 1).pow(2).mean()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def checkpointer(root, *, run="r", state=None, keep=None, **options):
+    """A checkpointer that says nothing and watches no signals, unless told otherwise."""
+    options = {"preempt": None, "announce": [].append, **options}
+    state = {"model": torch.nn.Linear(2, 1)} if state is None else state
+    return pp.Checkpointer(root, run=run, state=state, keep=[pp.Last(100)] if keep is None else keep, **options)
+
+
+def kept(root, run="r"):
+    """The checkpoints, earliest first."""
+    return pp.open(root).run(run).checkpoints()
+
+
+def same(one, other):
+    """Whether two trees are equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        equal = one.dtype == other.dtype and one.shape == other.shape
+        return equal and one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
