@@ -297,7 +297,7 @@ def test_a_writer_in_another_process_is_respected_and_taken_over_when_it_is_kill
 
 
 def test_a_root_with_spaces_and_letters_of_other_scripts(tmp_path):
-    root = tmp_path / "zwei Wörter – 実験" / "läuft's"
+    root = tmp_path / "zwei Wörter 実験" / "läuft's"
     with checkpointer(root) as ckpt:
         ckpt.report({"größe": 1.0})
     assert kept(root)[0].metrics == {"größe": 1.0}

@@ -131,13 +131,13 @@ class Checkpointer:
             self._journal = Journal(self._store, self.run, self._clock)
             texts = tuple(rule.text for rule in self.rules)
             self._journal.append(journals.Opened(at=now, by=self._by, rules=texts))
+            self._watch = Watch(preempt)
         except BaseException:
             self._hold.release()
             raise
         self._saver = Saver(self._store, self.run, self._journal, self.rules, self._resumption.manifests)
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
-        self._watch = Watch(preempt)
 
     # --- continuing ---------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.position import Batches, Position, begin_pass, continue_pass, is_restored
+from peakpoint.position import Batches, Position, begin_pass, continue_pass, is_restored, start_pass
 
 
 def count(name: str, value: SupportsIndex) -> int:
@@ -92,10 +92,11 @@ class Loop:
     def batches(self, loader: Iterable[Any], state: Mapping[str, Any]) -> Iterator[Any]:
         """See ``Checkpointer.batches``."""
         place, self._place = self._place, None
+        restores_itself = is_restored(loader, state)
         if place is None:
-            place, source = begin_pass(loader), iter(loader)
+            place, source = begin_pass(loader), start_pass(loader, restores_itself=restores_itself)
         else:
-            source = continue_pass(loader, place, restores_itself=is_restored(loader, state))
+            source = continue_pass(loader, place, restores_itself=restores_itself)
         try:
             for batch in source:
                 place = Batches(place.done + 1, place.start, place.generator)

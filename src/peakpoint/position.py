@@ -79,6 +79,27 @@ def begin_pass(loader: Any) -> Batches:
     return Batches(0, rng.take(), own)
 
 
+def start_pass(loader: Any, *, restores_itself: bool) -> Iterator[Any]:
+    """An iterator over all of the data.
+
+    A loader that restores itself draws other numbers in its first ``iter`` after that than it would have drawn without
+    a restart, so each of its passes takes exactly one number from the training's generator.
+    """
+    if not restores_itself:
+        batches: Iterator[Any] = iter(loader)
+        return batches
+    torch.empty((), dtype=torch.int64).random_()  # so that the workers' seeds differ from pass to pass
+    return _iterate_apart(loader)
+
+
+def _iterate_apart(loader: Any) -> Iterator[Any]:
+    """``iter(loader)``, with the random generators left as they are."""
+    present = rng.take()
+    batches: Iterator[Any] = iter(loader)
+    rng.restore(present)
+    return batches
+
+
 def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iterator[Any]:
     """An iterator that goes on at ``place``.
 
@@ -91,8 +112,7 @@ def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iter
         FormatError: the states of the generators cannot be read.
     """
     if restores_itself:
-        restored: Iterator[Any] = iter(loader)
-        return restored
+        return _iterate_apart(loader)
     present = rng.take()
     rng.restore(place.start)
     if place.generator is not None:

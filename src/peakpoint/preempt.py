@@ -23,7 +23,7 @@ class Preempt:
         exit_code: 75 by default, "try again later". Source: sysexits.h, EX_TEMPFAIL.
 
     Raises:
-        ConfigError: an exit code outside 0 to 255.
+        ConfigError: an exit code outside 0 to 255, or a signal that no process can catch.
     """
 
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,6 +32,9 @@ class Preempt:
     def __post_init__(self) -> None:
         if not 0 <= self.exit_code <= 255:
             raise ConfigError(f"Preempt: exit_code must be between 0 and 255, not {self.exit_code!r}")
+        for number in self.signals:
+            if number in (signal.SIGKILL, signal.SIGSTOP) or number not in signal.valid_signals():
+                raise ConfigError(f"Preempt: {number!r} is no signal that a process can catch")
 
 
 class Watch:
