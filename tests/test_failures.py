@@ -185,10 +185,15 @@ def test_a_disk_that_keeps_refusing(tmp_path, call):
 
 def test_a_failure_does_not_hide_the_error_that_ends_the_training(tmp_path):
     ops = Failing("create")
-    with pytest.raises(ZeroDivisionError) as caught, checkpointer(LocalStore(tmp_path, ops)) as ckpt:
-        ops.arm(math.inf)
-        ckpt.report(acc=0.5)
-        raise ZeroDivisionError
+
+    def work():
+        with checkpointer(LocalStore(tmp_path, ops)) as ckpt:
+            ops.arm(math.inf)
+            ckpt.report(acc=0.5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        work()
     assert "No space left" in caught.value.__notes__[0]
     assert pp.open(tmp_path).run("r").holder() is None
 

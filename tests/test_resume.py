@@ -80,7 +80,7 @@ def train_until(root, loop, stop=None, seed=0, **options):
         with checkpointer(root, state=state, **options) as ckpt:
             for reports, _ in enumerate(loop(ckpt, model, optimizer, seen), 1):
                 if reports == stop:
-                    raise Killed
+                    raise Killed  # noqa: TRY301
     except Killed:
         pass
     final = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random.random()}

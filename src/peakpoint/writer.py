@@ -5,6 +5,7 @@ created atomically. Delete: the manifest first, then the files. A crash at any i
 directory without a manifest, which is litter.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from peakpoint import layout
+from peakpoint.errors import StoreError
 from peakpoint.manifest import FileRecord, Manifest, TensorRecord, encode
 from peakpoint.seal import digest
 from peakpoint.store import Chunk, Store
@@ -192,18 +194,29 @@ def commit(
         ConflictError: a checkpoint of that name exists.
         StoreError: the store refused; what had been written is cleaned away as far as the store allows.
     """
-    # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
-    with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
-        begin = time.perf_counter()
-        records = [_write(store, draft, image, hashing) for image in images]
-        files = tuple(record() for record in records)
-        seconds = time.perf_counter() - begin
-    rate = sum(file.size for file in files) / seconds
-    known = {**draft.timing, "write_seconds": seconds, "bytes_per_second": rate, **timing()}
-    manifest = replace(draft, files=files, timing=known)
-    first()
-    store.create(layout.manifest_key(draft.run, draft.name), encode(manifest))
+    try:
+        # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
+        with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
+            begin = time.perf_counter()
+            records = [_write(store, draft, image, hashing) for image in images]
+            files = tuple(record() for record in records)
+            seconds = time.perf_counter() - begin
+        rate = sum(file.size for file in files) / seconds
+        known = {**draft.timing, "write_seconds": seconds, "bytes_per_second": rate, **timing()}
+        manifest = replace(draft, files=files, timing=known)
+        first()
+        store.create(layout.manifest_key(draft.run, draft.name), encode(manifest))
+    except StoreError:
+        _abandon(store, draft, images)
+        raise
     return manifest
+
+
+def _abandon(store: Store, draft: Manifest, images: Sequence[FileImage]) -> None:
+    """Remove what a failed commit has written, unless its manifest came to exist after all."""
+    with contextlib.suppress(StoreError):  # the error that brought us here is the one to report; audit finds the rest
+        if store.size(layout.manifest_key(draft.run, draft.name)) is None:
+            sweep(store, draft.run, draft.name, [image.name for image in images])
 
 
 def _write(store: Store, draft: Manifest, image: FileImage, hashing: Executor) -> Callable[[], FileRecord]:

@@ -1,0 +1,230 @@
+"""The command line by hand: what it prints, its exit codes, what it imports, and what it exports."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import peakpoint as pp
+from peakpoint.cli.main import cli
+from training import checkpointer
+
+RUN = "from peakpoint.cli.main import run; run()"
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(3, 3, bias=False)
+        self.head = torch.nn.Linear(3, 3, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli") / "runs"
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rules = [pp.Best("val/[red]acc", "max"), pp.Last(2)]
+    with checkpointer(root, run="one", state={"model": model, "optimizer": optimizer}, keep=rules) as ckpt:
+        for number, accuracy in enumerate([0.5, 0.9, 0.7, 0.6]):
+            model.head(model.embed(torch.randn(2, 3))).sum().backward()
+            optimizer.step()
+            ckpt.report({"val/[red]acc": accuracy}, epoch=number)
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "runs ä")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def process(*arguments):
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_ls_says_what_is_kept_and_why(root):
+    text = invoke("ls", root).output
+    assert "one: 3 checkpoints" in text
+    assert "best:val/[red]acc:max best val/[red]acc (max): 0.9, next 0.7" in text
+    assert "\x1b" not in text
+    [run] = json.loads(invoke("ls", root, "--json").output)["runs"]
+    assert [checkpoint["epoch"] for checkpoint in run["checkpoints"]] == [1, 2, 3]
+    assert run["peaks"][0]["best"] == 0.9
+    assert run["peaks"][0]["last"] == 0.6
+    assert run["checkpoints"][0]["kept_because"][0]["rule"] == "best:val/[red]acc:max"
+
+
+def test_show_tells_everything_of_one_checkpoint(root):
+    text = invoke("show", root, "one@best:val/[red]acc").output
+    assert "val/[red]acc = 0.9" in text
+    assert "model.safetensors" in text
+    shown = json.loads(invoke("show", root, "one:epoch=1", "--json").output)
+    assert shown["metrics"] == {"val/[red]acc": 0.9}
+    assert {file["name"] for file in shown["files"]} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["ls", "{root}/nothing"], 10, "not a Peakpoint repository"),
+        (["ls", "{root}", "onee"], 10, "runs: one"),
+        (["show", "{root}", "one"], 2, "forms:"),
+        (["show", "{root}", "one:epoch=9"], 10, "it has epochs 1, 2, 3"),
+        (["show", "{root}", "one@best:acc"], 10, "val/[red]acc"),
+        (["show", "{root}", "one/no"], 10, "no checkpoint named"),
+        (["export", "{root}", "one@latest", "--to", "{root}/x.zip"], 2, "must end with"),
+        (["export", "{root}", "one@latest", "--to", "{root}/no/x.pth"], 10, "does not exist"),
+        (["export", "{root}", "one@latest", "--to", "{root}/x.pth", "--part", "modell"], 10, "did you mean 'model'"),
+        (["rm", "{root}"], 2, "Missing argument"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_wrong_input_gets_one_clear_error(root, arguments, code, words):
+    done = process(*(argument.format(root=root) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_repository_record_is_said(root):
+    (root / "peakpoint.json").write_text("{}")
+    done = process("ls", root)
+    assert done.returncode == 13
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(root):
+    done = subprocess.run(
+        f'"{sys.executable}" -c "{RUN}" ls "{root}" --json | head -n 1',
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_audit_finds_damage_and_cleans_litter_only(root):
+    folder = next((root / "runs" / "one" / "checkpoints").iterdir())
+    bare = folder.with_name("cut-short")
+    bare.mkdir()
+    (bare / "model.safetensors").write_bytes(b"half")
+    (bare / "mine.txt").write_text("keep me")
+    for place in (root, root / "runs", root / "runs" / "one", folder.parent, folder):
+        (place / ".tmp-0123-x").write_bytes(b"x")
+    found = json.loads(invoke("audit", root, "--json").output)
+    assert sum(finding["kind"] == "litter" for finding in found["findings"]) == 6
+    dry = json.loads(invoke("audit", root, "--clean", "--dry-run", "--json").output)
+    assert dry["removed"] == []
+    cleaned = json.loads(invoke("audit", root, "--clean", "--deep", "--json").output)
+    assert len(cleaned["removed"]) == 6
+    assert (bare / "mine.txt").read_text() == "keep me"
+    assert not (bare / "model.safetensors").exists()
+    shutil.rmtree(bare)
+    assert json.loads(invoke("audit", root, "--deep", "--json").output)["clean"]
+
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert process("audit", root).returncode == 0, "sizes are as they were"
+    deep = process("audit", root, "--deep", "--json")
+    assert deep.returncode == 12
+    assert "does not match its digest" in deep.stdout
+    file.unlink()
+    assert process("audit", root).returncode == 12
+
+
+def test_a_run_that_is_being_written_is_left_alone(root):
+    with checkpointer(root, run="two"):
+        bare = root / "runs" / "two" / "checkpoints" / "under-way"
+        bare.mkdir(parents=True)
+        found = json.loads(invoke("audit", root, "--clean", "--json").output)
+        assert bare.exists()
+        assert [finding["kind"] for finding in found["findings"]] == ["busy"]
+        assert "being written by process" in invoke("ls", root).output
+    with checkpointer(root, run="two"):
+        assert not bare.exists(), "opening a run removes what its last writer left"
+
+
+def test_rm_shows_a_plan_and_removes_with_yes(root):
+    def count():
+        return len(pp.open(root).run("one").checkpoints())
+
+    plan = invoke("rm", root, "one:epoch=2")
+    assert "nothing is removed yet" in plan.output
+    assert "last:2 number 2 from the newest" in plan.output
+    invoke("rm", root, "one:epoch=2", "--yes", "--dry-run")
+    assert count() == 3
+    done = json.loads(invoke("rm", root, "one:epoch=2", "--yes", "--why", "wrong data", "--json").output)
+    assert len(done["removed"]) == 1
+    assert count() == 2
+    assert any(getattr(event, "reason", "") == "wrong data" for event in pp.open(root).run("one").events())
+
+
+def test_exports_open_elsewhere(root, tmp_path):
+    invoke("export", root, "one@best:val/[red]acc", "--to", tmp_path / "m.safetensors")
+    state = load_file(tmp_path / "m.safetensors")
+    Tied().load_state_dict(state)
+    assert torch.equal(state["embed.weight"], state["head.weight"])
+    invoke("export", root, "one@best:val/[red]acc", "--to", tmp_path / "m.pth")
+    assert torch.equal(torch.load(tmp_path / "m.pth", weights_only=True)["head.weight"], state["head.weight"])
+    invoke("export", root, "one@latest", "--to", tmp_path / "b.pt", "--part", "model", "--part", "optimizer")
+    both = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert both["optimizer"]["state"][0]["momentum_buffer"].shape == (3, 3)
+    assert process("export", root, "one@latest", "--to", tmp_path / "b.pt").returncode == 11
+    assert (
+        process("export", root, "one@latest", "--to", tmp_path / "o.safetensors", "--part", "optimizer").returncode == 2
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["b.pt", "m.pth", "m.safetensors"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ls"], ["show"], ["audit", "--deep"], ["rm"]])
+def test_the_command_line_starts_without_torch(root, arguments):
+    if arguments != ["--help"]:
+        arguments = [
+            arguments[0],
+            str(root),
+            *(["one@latest"] if arguments[0] in ("show", "rm") else []),
+            *arguments[1:],
+        ]
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('IMPORTED', [m for m in ('torch', 'numpy', 'sklearn') if m in sys.modules]))\n"
+        f"import peakpoint\nsys.argv = ['peakpoint', *{arguments!r}]\n{RUN}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "IMPORTED []" in done.stdout
+
+
+def test_public_names_resolve_and_a_missing_torch_is_explained():
+    for name in pp.__all__:
+        assert getattr(pp, name) is not None
+        assert name in dir(pp)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        pp.nonsense  # noqa: B018
+    code = (
+        "import sys\n"
+        "class No:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+        "sys.meta_path.insert(0, No())\n"
+        "import peakpoint as pp\n"
+        "pp.Best('a', 'max'); pp.open\n"
+        "try:\n    pp.Checkpointer\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'peakpoint[torch]'" in done.stdout
