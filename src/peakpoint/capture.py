@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from peakpoint import layout, rng
-from peakpoint.copying import Copying
+from peakpoint.copying import Copying, Storage
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_part
 from peakpoint.tensors import Staging
@@ -102,9 +102,7 @@ def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
     return trees, files
 
 
-def capture(
-    state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging, owned: set[tuple[torch.device, int]]
-) -> Captured:
+def capture(state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging, owned: frozenset[Storage]) -> Captured:
     """Copy the state.
 
     On return everything is copied but the memory that is ``owned``. Nothing is written yet.

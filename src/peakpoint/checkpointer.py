@@ -22,7 +22,7 @@ from peakpoint import layout, names, rules
 from peakpoint.audit import clean_run
 from peakpoint.capture import capture, check_state
 from peakpoint.clock import Clock, utc_now
-from peakpoint.copying import StepGuard, owned_storages
+from peakpoint.copying import NOTHING, StepGuard
 from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
 from peakpoint.journal import Journal
 from peakpoint.loop import Loop, count
@@ -416,7 +416,7 @@ class Checkpointer:
         name, copied = None, 0.0
         if moment.reasons and self._may_replace_held(moment):
             begin = time.perf_counter()
-            owned = owned_storages(self.state.values()) if self._overlap else set()
+            owned = self._guard.owned() if self._overlap else NOTHING
             captured = capture(self.state, self._loop.position.as_plain(), self._staging, owned)
             self._guard.watch(captured.copying)
             copied = time.perf_counter() - begin

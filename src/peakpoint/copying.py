@@ -7,11 +7,12 @@ stream of their own and the training's stream waits for them, not the processor.
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from peakpoint.errors import Error
 
@@ -23,36 +24,69 @@ class ChangedError(Error):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor on its way into the buffer.
+class Target:
+    """Where one tensor goes.
 
     Attributes:
         name: for errors.
-        target: memory in the buffer.
-        source: the live tensor.
-        begin: where the target begins in the buffer.
+        memory: in the buffer, of the tensor's dtype and shape.
+        begin: where it begins in the buffer.
     """
 
     name: str
-    target: torch.Tensor
-    source: torch.Tensor
+    memory: torch.Tensor
     begin: int
 
 
-def owned_storages(state: Iterable[Any]) -> set[tuple[torch.device, int]]:
-    """The memory that changes only in ``step()`` of an optimizer in the state: its parameters and their moments."""
-    owned: set[tuple[torch.device, int]] = set()
-    for value in state:
-        if isinstance(value, torch.optim.Optimizer):
-            tensors = [parameter for group in value.param_groups for parameter in group["params"]]
-            for moments in value.state.values():
-                tensors += [moment for moment in moments.values() if isinstance(moment, torch.Tensor)]
-            owned.update(_storage(tensor) for tensor in tensors)
-    return owned
+Storage = tuple[torch.device, int]
+NOTHING: frozenset[Storage] = frozenset()
 
 
-def _storage(tensor: torch.Tensor) -> tuple[torch.device, int]:
+def _storage(tensor: torch.Tensor) -> Storage:
     return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tensors of one device, or a piece of a large one, that are copied in one go.
+
+    Attributes:
+        device: of the sources.
+        begin: where they begin in the buffer.
+        targets: memory in the buffer.
+        sources: the number of each source, and for a piece of one its first and last element.
+    """
+
+    device: torch.device
+    begin: int
+    targets: list[torch.Tensor]
+    sources: list[tuple[int, int, int] | int]
+
+    def pick(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sources out of all tensors."""
+        return [
+            tensors[source] if isinstance(source, int) else tensors[source[0]].view(-1)[source[1] : source[2]]
+            for source in self.sources
+        ]
+
+
+class Plan:
+    """Which tensors are copied at once and which later, and how; good for as long as the tensors stay where they are.
+
+    Args:
+        targets: where each tensor goes, in the order of the buffer.
+        sources: the tensors, in the same order.
+        owned: memory that may be copied later; see ``StepGuard.owned``.
+    """
+
+    def __init__(self, targets: Sequence[Target], sources: Sequence[torch.Tensor], owned: Collection[Storage]) -> None:
+        self.names = [target.name for target in targets]
+        self.later = [number for number, source in enumerate(sources) if owned and _storage(source) in owned]
+        apart = set(self.later)
+        at_once = [number for number in range(len(sources)) if number not in apart]
+        self.chunks = _chunks(targets, sources, self.later)
+        self.now = _by_device(targets, sources, at_once)
+        self.devices = sorted({source.device for source in sources if source.device.type == "cuda"}, key=str)
 
 
 class Copying:
@@ -62,37 +96,41 @@ class Copying:
     then on their way on a stream of their own, which the training's stream waits for where it must.
 
     Args:
-        pieces: every tensor, in the order of the buffer.
-        owned: memory that may be copied later; see ``owned_storages``.
+        plan: what goes where, and when.
+        sources: the tensors, as the plan has seen them.
         pinned: whether the buffer is pinned, so that a GPU can write to it by itself.
     """
 
-    def __init__(self, pieces: Sequence[Piece], owned: set[tuple[torch.device, int]], *, pinned: bool = False) -> None:
-        later = [piece for piece in pieces if owned and _storage(piece.source) in owned]
-        apart = {id(piece) for piece in later}
-        self._chunks = _chunks(later)
-        self._versions = [(piece, _version(piece.source)) for piece in later]
+    def __init__(self, plan: Plan, sources: Sequence[torch.Tensor], *, pinned: bool = False) -> None:
+        self._plan = plan
+        self._sources: Sequence[torch.Tensor] = sources
+        self._chunks = plan.chunks
+        self._versions = [_version(sources[number]) for number in plan.later]
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._ready = 0  # everything before this byte of the buffer is final
         self._checked = False
         self._started = False
-        self._streams = {device: _stream(device) for device in _cuda_devices(pieces)}
+        self._streams = {device: _stream(device) for device in plan.devices}
         self._arrivals: dict[int, torch.cuda.Event] = {}  # chunk number to the event after its copy from a GPU
         self.waited_seconds = 0.0
-        self._copy_now([piece for piece in pieces if id(piece) not in apart])
+        self._copy_now()
         if pinned:
             self._send_later()
-        if not later:
-            self._ready, self._checked = _END, True
+        if not self._chunks:
+            self._ready, self._checked = END, True
 
-    def _copy_now(self, pieces: Sequence[Piece]) -> None:
-        _copy_all([piece for piece in pieces if piece.source.device.type != "cuda"], non_blocking=False)
+    def _copy_now(self) -> None:
+        for chunk in self._plan.now:
+            if chunk.device not in self._streams:
+                _copy_all(chunk, self._sources, non_blocking=False)
         for device, stream in self._streams.items():
             present = torch.cuda.current_stream(device)
             stream.wait_stream(present)
             with torch.cuda.stream(stream):
-                _copy_all([piece for piece in pieces if piece.source.device == device], non_blocking=True)
+                for chunk in self._plan.now:
+                    if chunk.device == device:
+                        _copy_all(chunk, self._sources, non_blocking=True)
             if not self._chunks:
                 stream.synchronize()
             present.wait_stream(stream)  # the training may change these as soon as they are copied, and not before
@@ -101,11 +139,10 @@ class Copying:
     def _send_later(self) -> None:
         """Put the copies from GPUs on their streams, chunk by chunk."""
         for number, chunk in enumerate(self._chunks):
-            device = chunk[0].source.device
-            if device in self._streams:
-                with torch.cuda.stream(self._streams[device]):
-                    _copy_all(chunk, non_blocking=True)
-                self._arrivals[number] = _event(self._streams[device])
+            if chunk.device in self._streams:
+                with torch.cuda.stream(self._streams[chunk.device]):
+                    _copy_all(chunk, self._sources, non_blocking=True)
+                self._arrivals[number] = _event(self._streams[chunk.device])
 
     def run(self) -> None:
         """Copy what may be copied later, in a thread of its own; the second call does nothing."""
@@ -116,25 +153,27 @@ class Copying:
             for event in self._sent:
                 event.synchronize()
             for number, chunk in enumerate(self._chunks):
-                self._advance(chunk[0].begin)
+                self._advance(chunk.begin)
                 if number in self._arrivals:
                     self._arrivals[number].synchronize()
                 else:
                     self._copy_chunk(chunk)
             self._check_versions()
-            self._advance(_END)
+            self._advance(END)
         except BaseException as error:  # noqa: BLE001 - the end of a thread: whoever waits raises it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+        finally:
+            self._sources = ()  # what the training lets go of is not kept alive by its last save
 
-    def _copy_chunk(self, chunk: Sequence[Piece]) -> None:
-        stream = self._streams.get(chunk[0].source.device)
+    def _copy_chunk(self, chunk: Chunk) -> None:
+        stream = self._streams.get(chunk.device)
         if stream is None:
-            _copy_all(chunk, non_blocking=False)
+            _copy_all(chunk, self._sources, non_blocking=False)
             return
         with torch.cuda.stream(stream):
-            _copy_all(chunk, non_blocking=False)
+            _copy_all(chunk, self._sources, non_blocking=False)
         stream.synchronize()
 
     def _check_versions(self) -> None:
@@ -143,11 +182,12 @@ class Copying:
             if self._checked:
                 return
             self._checked = True
-            for piece, version in self._versions:
-                if _version(piece.source) != version:
+            for number, version in zip(self._plan.later, self._versions, strict=True):
+                if _version(self._sources[number]) != version:
                     self._error = ChangedError(
-                        f"tensor {piece.name!r} changed outside optimizer.step() while it was being copied; change "
-                        "weights in step(), or pass overlap=False so that report() copies everything before it returns"
+                        f"tensor {self._plan.names[number]!r} changed outside optimizer.step() while it was being "
+                        "copied; change weights in step(), or pass overlap=False so that report() copies everything "
+                        "before it returns"
                     )
                     self._changed.notify_all()
                     return
@@ -163,7 +203,7 @@ class Copying:
         Raises:
             ChangedError: a tensor changed while it was being copied.
         """
-        wanted = _END if position is None else position
+        wanted = END if position is None else position
         with self._changed:
             self._changed.wait_for(lambda: self._error is not None or self._ready >= wanted)
             if self._error is not None:
@@ -181,37 +221,51 @@ class Copying:
             self._check_versions()
         else:
             with self._changed:
-                self._changed.wait_for(lambda: self._error is not None or self._ready == _END)
+                self._changed.wait_for(lambda: self._error is not None or self._ready == END)
         self.waited_seconds += time.perf_counter() - begin
 
 
-_END = 1 << 62
+END = 1 << 62
 
 
-def _chunks(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces in order, grouped by device up to ``_CHUNK`` bytes; large ones are cut so that the writer can follow."""
-    chunks: list[list[Piece]] = []
+def _chunks(targets: Sequence[Target], sources: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[Chunk]:
+    """Tensors in order, grouped by device up to ``_CHUNK`` bytes; large ones are cut so that the writer can follow."""
+    chunks: list[Chunk] = []
     size = 0
-    for piece in (part for whole in pieces for part in _parts(whole)):
-        full = size + piece.target.nbytes > _CHUNK
-        if not chunks or full or chunks[-1][0].source.device != piece.source.device:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(piece)
-        size += piece.target.nbytes
+    for number in numbers:
+        target, source = targets[number], sources[number]
+        for begin, memory, pick in _cut(target, source, number):
+            if not chunks or size + memory.nbytes > _CHUNK or chunks[-1].device != source.device:
+                chunks.append(Chunk(source.device, begin, [], []))
+                size = 0
+            chunks[-1].targets.append(memory)
+            chunks[-1].sources.append(pick)
+            size += memory.nbytes
     return chunks
 
 
-def _parts(piece: Piece) -> list[Piece]:
-    plain = piece.source.is_contiguous() and not piece.source.is_conj() and not piece.source.is_neg()
-    if piece.target.nbytes <= _CHUNK or not plain:
-        return [piece]
-    step = _CHUNK // piece.target.itemsize
-    target, source = piece.target.view(-1), piece.source.view(-1)
-    return [
-        Piece(piece.name, target[at : at + step], source[at : at + step], piece.begin + at * target.itemsize)
-        for at in range(0, target.numel(), step)
-    ]
+def _cut(
+    target: Target, source: torch.Tensor, number: int
+) -> Iterator[tuple[int, torch.Tensor, tuple[int, int, int] | int]]:
+    plain = source.is_contiguous() and not source.is_conj() and not source.is_neg()
+    if target.memory.nbytes <= _CHUNK or not plain:
+        yield target.begin, target.memory, number
+        return
+    flat, width = target.memory.view(-1), target.memory.itemsize
+    step = _CHUNK // width
+    for at in range(0, flat.numel(), step):
+        end = min(at + step, flat.numel())
+        yield target.begin + at * width, flat[at:end], (number, at, end)
+
+
+def _by_device(targets: Sequence[Target], sources: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[Chunk]:
+    chunks: dict[torch.device, Chunk] = {}
+    for number in numbers:
+        device = sources[number].device
+        chunk = chunks.setdefault(device, Chunk(device, targets[number].begin, [], []))
+        chunk.targets.append(targets[number].memory)
+        chunk.sources.append(number)
+    return list(chunks.values())
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -228,29 +282,52 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - there is no other way to see a change
 
 
-def _cuda_devices(pieces: Sequence[Piece]) -> list[torch.device]:
-    return sorted({piece.source.device for piece in pieces if piece.source.device.type == "cuda"}, key=str)
-
-
 @torch.no_grad()
-def _copy_all(pieces: Sequence[Piece], *, non_blocking: bool) -> None:
-    if pieces:
-        targets, sources = [piece.target for piece in pieces], [piece.source for piece in pieces]
-        torch._foreach_copy_(targets, sources, non_blocking=non_blocking)  # one call for all; the public way is a loop
+def _copy_all(chunk: Chunk, tensors: Sequence[torch.Tensor], *, non_blocking: bool) -> None:
+    # one call for all of them; the public way is a loop
+    torch._foreach_copy_(chunk.targets, chunk.pick(tensors), non_blocking=non_blocking)
 
 
 class StepGuard:
     """Hooks that let no optimizer in the state step before the copy under way is complete.
 
     Args:
-        state: the parts of the state.
+        state: the parts of the state, looked at anew for each save: optimizers may be exchanged.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
+        self._state = state
         self._copying: Copying | None = None
         self._last: Copying | None = None
-        optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
-        self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._hooks: list[RemovableHandle] = []
+        self._places: list[int] = []
+        self._owned = NOTHING
+        self._attach()
+
+    def _attach(self) -> None:
+        optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
+        if [id(each) for each in optimizers] != [id(each) for each in self._optimizers]:
+            self.stop()
+            self._optimizers = optimizers
+            self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+
+    def owned(self) -> frozenset[Storage]:
+        """The memory that changes only in ``step()`` of these optimizers: their parameters and the moments of those.
+
+        The same object as before when nothing has moved.
+        """
+        self._attach()
+        tensors = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                tensors += group["params"]
+            for moments in optimizer.state.values():
+                tensors += [moment for moment in moments.values() if isinstance(moment, torch.Tensor)]
+        places = [tensor.data_ptr() for tensor in tensors]
+        if places != self._places:
+            self._places, self._owned = places, frozenset(map(_storage, tensors))
+        return self._owned
 
     def _before_step(self, *_: object) -> None:
         copying, self._copying = self._copying, None
@@ -270,3 +347,4 @@ class StepGuard:
         """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks, self._optimizers = [], []

@@ -4,6 +4,7 @@ Tied weights are the same region of memory under several names. Views of one sto
 bytes below all of them are stored, and each is described as a view of those.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,8 +47,18 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + size * (1 + last)
 
 
+def _apart(tensors: list[torch.Tensor]) -> bool:
+    """Whether it is plain to see that no two overlap: the usual case, found quickly."""
+    places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+    separate = all(at + size <= after for (at, size), (after, _) in itertools.pairwise(places) if size)
+    return separate and all(tensor.is_contiguous() for tensor in tensors)
+
+
 def clusters(entries: list[Entry]) -> Iterator[list[Entry]]:
     """Groups of tensors that overlap in memory; most groups have one member."""
+    if _apart([entry[1] for entry in entries]):
+        yield from ([entry] for entry in entries)
+        return
     by_storage: dict[tuple[torch.device | None, int], list[Entry]] = {}
     for number, entry in enumerate(entries):
         tensor = entry[1]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from peakpoint.copying import Copying, Piece
+from peakpoint.copying import NOTHING, Copying, Plan, Storage, Target
 from peakpoint.errors import FormatError, PeakpointWarning
 from peakpoint.manifest import FileRecord
 from peakpoint.sharing import DTYPES, TORCH_DTYPES
@@ -71,9 +71,11 @@ class Staging:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._layouts: tuple[FileLayout, ...] = ()
-        self._targets: list[tuple[str, str, torch.Tensor, int]] = []  # file, name, memory, where it begins
+        self._targets: list[tuple[str, Target]] = []  # file, place
         self._pinned = False
         self._signature: object = None
+        self._plan: Plan | None = None
+        self._planned: tuple[object, object] = (None, None)
 
     @property
     def size(self) -> int:
@@ -81,7 +83,7 @@ class Staging:
         return 0 if self._memory is None else len(self._memory)
 
     def capture(
-        self, files: Mapping[str, Mapping[str, torch.Tensor]], owned: set[tuple[torch.device, int]]
+        self, files: Mapping[str, Mapping[str, torch.Tensor]], owned: frozenset[Storage] = NOTHING
     ) -> tuple[list[WholeImage], Copying]:
         """Begin to copy the tensors of all files into the buffer.
 
@@ -95,17 +97,21 @@ class Staging:
             One image for each file, and the copying, which the images wait for.
         """
         signature = [
-            (file, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
+            (file, list(tensors), [(tensor.dtype, tensor.shape) for tensor in tensors.values()])
             for file, tensors in files.items()
         ]
         if signature != self._signature:
             self._prepare(files)
-            self._signature = signature
+            self._signature, self._plan = signature, None
         assert self._memory is not None
-        if not self._pinned and any(_on_cuda(tensors) for tensors in files.values()):
+        sources = [files[file][target.name] for file, target in self._targets]
+        places = [(tensor.data_ptr(), tensor.stride(), tensor.device, tensor.is_conj()) for tensor in sources]
+        if self._plan is None or self._planned[0] is not owned or self._planned[1] != places:
+            self._plan = Plan([target for _, target in self._targets], sources, owned)
+            self._planned = (owned, places)
+        if not self._pinned and self._plan.devices:
             self._pinned = _pin(self._memory)
-        pieces = [Piece(name, target, files[file][name], begin) for file, name, target, begin in self._targets]
-        copying = Copying(pieces, owned, pinned=self._pinned)
+        copying = Copying(self._plan, sources, pinned=self._pinned)
         images = []
         position = 0
         whole = memoryview(self._memory)
@@ -117,7 +123,7 @@ class Staging:
 
     def fill(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> list[WholeImage]:
         """``capture`` with everything copied on return."""
-        return self.capture(files, set())[0]
+        return self.capture(files)[0]
 
     def _prepare(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         layouts = tuple(lay_out(name, tensors) for name, tensors in files.items())
@@ -135,7 +141,8 @@ class Staging:
                     dtype = TORCH_DTYPES[span.dtype]
                     count = (span.end - span.begin) // dtype.itemsize
                     flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=data + span.begin)
-                    self._targets.append((layout.name, span.name, flat.view(span.shape), data + span.begin))
+                    place = Target(span.name, flat.view(span.shape), data + span.begin)
+                    self._targets.append((layout.name, place))
             position += _pages(layout.size)
         self._layouts = layouts
 
@@ -157,10 +164,6 @@ def _pages(size: int) -> int:
 
 def _ready(copying: Copying, offset: int) -> Callable[[int], None]:
     return lambda position: copying.wait(offset + position)
-
-
-def _on_cuda(tensors: Mapping[str, torch.Tensor]) -> bool:
-    return any(tensor.device.type == "cuda" for tensor in tensors.values())
 
 
 def _pin(memory: mmap.mmap) -> bool:
