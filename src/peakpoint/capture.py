@@ -4,7 +4,7 @@ The copy of the state that is written is taken here, in one go, so that training
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from peakpoint import layout, rng
-from peakpoint.copying import Copying, Storage
+from peakpoint.copying import Storage, Transfer
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_part
+from peakpoint.ring import Ring
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
 from peakpoint.writer import FileImage, WholeImage
@@ -67,14 +68,16 @@ class Captured:
     """A copy of the state, ready to be written.
 
     Attributes:
-        images: the files; tensors stand in the staging buffer until the next capture.
+        images: the files.
         parts: part name to the names of its tensor files.
         copying: what is still being copied.
+        stays: whether the copy stays in memory until the next capture, so that it can be written again.
     """
 
     images: tuple[FileImage, ...]
     parts: Mapping[str, tuple[str, ...]]
-    copying: Copying
+    copying: Transfer
+    stays: bool
 
     @property
     def size_bytes(self) -> int:
@@ -102,15 +105,17 @@ def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
     return trees, files
 
 
-def capture(state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging, owned: frozenset[Storage]) -> Captured:
+def capture(
+    state: Mapping[str, Any], loop: Mapping[str, Any], buffer: Staging | Ring, owned: frozenset[Storage]
+) -> Captured:
     """Copy the state.
 
-    On return everything is copied but the memory that is ``owned``. Nothing is written yet.
+    On return everything is copied but the memory that is ``owned``; with a ring nothing is. Nothing is written yet.
 
     Args:
         state: part name to live object or plain value.
         loop: the loop's position, plain values.
-        staging: receives the tensors.
+        buffer: receives the tensors.
         owned: memory that may be copied later; empty to copy everything now.
 
     Raises:
@@ -126,6 +131,17 @@ def capture(state: Mapping[str, Any], loop: Mapping[str, Any], staging: Staging,
     }
     assert not extra.tensors
     text = msgspec.json.encode(record)
-    images, copying = staging.capture({f"{part}.safetensors": tensors for part, tensors in files.items()}, owned)
+    named = {f"{part}.safetensors": tensors for part, tensors in files.items()}
+    images: Sequence[FileImage]
+    copying: Transfer
+    if isinstance(buffer, Ring):
+        images, copying = buffer.capture(named)
+    else:
+        images, copying = buffer.capture(named, owned)
     parts = {part: (f"{part}.safetensors",) if part in files else () for part in trees}
-    return Captured((*images, WholeImage(layout.STATE, text)), {**parts, "rng": (), "loop": ()}, copying)
+    return Captured(
+        (*images, WholeImage(layout.STATE, text)),
+        {**parts, "rng": (), "loop": ()},
+        copying,
+        isinstance(buffer, Staging),
+    )

@@ -33,11 +33,13 @@ from peakpoint.report import Outcome, read_metrics, say, written_by
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
 from peakpoint.resume import Resumption, restore_generators, resumption
+from peakpoint.ring import SMALLEST, Ring
 from peakpoint.rules import Rule
 from peakpoint.saver import Failure, Job, Saver
 from peakpoint.stopping import EarlyStopping
 from peakpoint.store import Hold, Store, open_store
 from peakpoint.tensors import Staging
+from peakpoint.units import read_bytes
 from peakpoint.writer import unused_name
 
 
@@ -61,6 +63,9 @@ class Checkpointer:
         overlap: copy what only ``optimizer.step()`` changes (the parameters and moments of the optimizers in the
             state) while the next forward and backward pass runs; the next step waits for the copy. Everything else is
             copied before ``report`` returns. Pass False if your loop changes weights outside ``step()``.
+        capture_bytes: the most memory that the copy of the state may take: bytes, or text such as ``"256 MiB"``. By
+            default a copy has room for the whole state. With less, ``report`` waits until the state has passed through
+            that memory to the disk, and a save that fails cannot be written again.
         name: the template of checkpoint names; see ``peakpoint.names.checkpoint_name``.
         preempt: which signals mean preemption, and the exit code; None watches none.
         clock: tells the time.
@@ -93,6 +98,7 @@ class Checkpointer:
         resume: str = "auto",
         strict: bool = True,
         overlap: bool = True,
+        capture_bytes: int | str | None = None,
         name: str = DEFAULT_TEMPLATE,
         preempt: Preempt | None = Preempt(),  # noqa: B008 - a frozen value
         clock: Clock = utc_now,
@@ -107,7 +113,7 @@ class Checkpointer:
         self._template = names.check_template(name)
         self._clock, self._announce = clock, announce
         self._store = open_store(root)
-        self._staging = Staging()
+        self._buffer = _buffer(capture_bytes)
         self._load: LoadReport | None = None
         self._started = False
         self._closed = False
@@ -417,7 +423,7 @@ class Checkpointer:
         if moment.reasons and self._may_replace_held(moment):
             begin = time.perf_counter()
             owned = self._guard.owned() if self._overlap else NOTHING
-            captured = capture(self.state, self._loop.position.as_plain(), self._staging, owned)
+            captured = capture(self.state, self._loop.position.as_plain(), self._buffer, owned)
             self._guard.watch(captured.copying)
             copied = time.perf_counter() - begin
             self._sequence += 1
@@ -431,6 +437,9 @@ class Checkpointer:
             )
             if self._saver.submit(Job(draft, captured)):
                 name = draft.name
+                if not captured.stays:
+                    captured.copying.wait()
+                    copied = time.perf_counter() - begin
             else:
                 self._alarm(self._saver.failure())
         self._tell_notices()
@@ -580,3 +589,12 @@ class Checkpointer:
             written_by=self._by,
             timing={},
         )
+
+
+def _buffer(capture_bytes: int | str | None) -> Staging | Ring:
+    if capture_bytes is None:
+        return Staging()
+    size = read_bytes("capture_bytes", capture_bytes)
+    if size < SMALLEST:
+        raise ConfigError(f"capture_bytes={capture_bytes!r} is too little to write in large blocks; give 1 MiB or more")
+    return Ring(size)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -209,6 +209,9 @@ class Copying:
             if self._error is not None:
                 raise self._error
 
+    def abandon(self) -> None:
+        """The save has failed; the copy is finished all the same, to be written later."""
+
     def hold_step(self) -> None:
         """The optimizer is about to step: return when it may, and count the time.
 
@@ -288,6 +291,24 @@ def _copy_all(chunk: Chunk, tensors: Sequence[torch.Tensor], *, non_blocking: bo
     torch._foreach_copy_(chunk.targets, chunk.pick(tensors), non_blocking=non_blocking)
 
 
+class Transfer(Protocol):
+    """A capture under way: ``Copying`` into a buffer for everything, or ``ring.Streaming`` through a small one."""
+
+    waited_seconds: float
+
+    def run(self) -> None:
+        """Copy what is left to be copied, in a thread of its own."""
+
+    def abandon(self) -> None:
+        """The save has failed."""
+
+    def wait(self) -> None:
+        """Return when everything is copied."""
+
+    def hold_step(self) -> None:
+        """The optimizer is about to step: return when it may."""
+
+
 class StepGuard:
     """Hooks that let no optimizer in the state step before the copy under way is complete.
 
@@ -297,8 +318,8 @@ class StepGuard:
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = state
-        self._copying: Copying | None = None
-        self._last: Copying | None = None
+        self._copying: Transfer | None = None
+        self._last: Transfer | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hooks: list[RemovableHandle] = []
         self._places: list[int] = []
@@ -334,7 +355,7 @@ class StepGuard:
         if copying is not None:
             copying.hold_step()
 
-    def watch(self, copying: Copying) -> None:
+    def watch(self, copying: Transfer) -> None:
         """Hold the next step until ``copying`` is complete."""
         self._copying = self._last = copying
 

@@ -48,8 +48,8 @@ class Failure:
 
     @property
     def lost(self) -> bool:
-        """Whether the copy is of no use, so that it must not be written again."""
-        return isinstance(self.error, ChangedError)
+        """Whether there is no copy, or none of any use, so that it must not be written again."""
+        return isinstance(self.error, ChangedError) or not self.job.captured.stays
 
 
 class Saver:
@@ -119,7 +119,8 @@ class Saver:
         assert self._failure is None
         self._job = job
         if not self._has_room(job):
-            job.captured.copying.run()  # the state of this moment is kept all the same
+            if job.captured.stays:
+                job.captured.copying.run()  # the state of this moment is kept all the same
             return False
         self._thread = threading.Thread(target=self._work, args=(job,), name=f"peakpoint-save-{self._run}")
         self._thread.start()
@@ -170,6 +171,9 @@ class Saver:
             copier.start()
             try:
                 self._commit(job)
+            except BaseException:
+                job.captured.copying.abandon()
+                raise
             finally:
                 copier.join()
         except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, the next call raises it

@@ -5,11 +5,8 @@ begins on a multiple of 4096 bytes, and tensors of larger elements come first so
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
-import contextlib
-import ctypes
 import math
 import mmap
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,12 +14,11 @@ import msgspec
 import torch
 
 from peakpoint.copying import NOTHING, Copying, Plan, Storage, Target
-from peakpoint.errors import FormatError, PeakpointWarning
+from peakpoint.errors import FormatError
 from peakpoint.manifest import FileRecord
+from peakpoint.memory import PAGE, allocate, pages, pin, unpin
 from peakpoint.sharing import DTYPES, TORCH_DTYPES
 from peakpoint.writer import Span, WholeImage
-
-PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +106,7 @@ class Staging:
             self._plan = Plan([target for _, target in self._targets], sources, owned)
             self._planned = (owned, places)
         if not self._pinned and self._plan.devices:
-            self._pinned = _pin(self._memory)
+            self._pinned = pin(self._memory)
         copying = Copying(self._plan, sources, pinned=self._pinned)
         images = []
         position = 0
@@ -118,7 +114,7 @@ class Staging:
         for layout in self._layouts:
             data = whole[position : position + layout.size]
             images.append(WholeImage(layout.name, data, len(layout.header), layout.spans, _ready(copying, position)))
-            position += _pages(layout.size)
+            position += pages(layout.size)
         return images, copying
 
     def fill(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> list[WholeImage]:
@@ -127,10 +123,12 @@ class Staging:
 
     def _prepare(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         layouts = tuple(lay_out(name, tensors) for name, tensors in files.items())
-        needed = sum(_pages(layout.size) for layout in layouts)
+        needed = sum(pages(layout.size) for layout in layouts)
         self._targets = []
         if self._memory is None or len(self._memory) < needed:
-            self._memory = _allocate(max(needed, PAGE))
+            if self._memory is not None and self._pinned:
+                unpin(self._memory)
+            self._memory = allocate(max(needed, PAGE))
             self._pinned = False
         position = 0
         for layout in layouts:
@@ -143,45 +141,12 @@ class Staging:
                     flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=data + span.begin)
                     place = Target(span.name, flat.view(span.shape), data + span.begin)
                     self._targets.append((layout.name, place))
-            position += _pages(layout.size)
+            position += pages(layout.size)
         self._layouts = layouts
-
-
-def _allocate(size: int) -> mmap.mmap:
-    """Memory on huge pages where the system gives them: direct I/O pins and maps far fewer of those."""
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def _pages(size: int) -> int:
-    return -(-size // PAGE) * PAGE
 
 
 def _ready(copying: Copying, offset: int) -> Callable[[int], None]:
     return lambda position: copying.wait(offset + position)
-
-
-def _pin(memory: mmap.mmap) -> bool:
-    """Lock the buffer's pages for CUDA, so that copies from the GPU run beside the training.
-
-    Our own pages are registered, and not CUDA's taken: direct I/O refuses memory that a driver has mapped. Where the
-    system does not allow so much locked memory, copies are correct all the same, and slower.
-    """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostRegister(address, len(memory), 0))
-    if code != 0:
-        warnings.warn(
-            f"CUDA could not pin the staging buffer (error {code}; see ulimit -l): copies from the GPU will be slower",
-            PeakpointWarning,
-            stacklevel=2,
-        )
-    return code == 0
 
 
 def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:

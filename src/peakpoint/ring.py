@@ -1,0 +1,203 @@
+"""Capture through a small buffer, for states that do not fit into memory a second time.
+
+The buffer is a ring of blocks. A thread copies the state into one block after the other, in the order of the files,
+while the writer takes them; a block is free again when it has been written and hashed. The training has to wait until
+the last block is filled.
+"""
+
+import bisect
+import mmap
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peakpoint.memory import PAGE, allocate, pin
+from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.tensors import FileLayout, lay_out
+from peakpoint.writer import BLOCK, Span
+
+SMALLEST = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RingImage:
+    """A file whose bytes pass through the ring, once; see ``FileImage``.
+
+    Attributes:
+        stream: where its blocks come from.
+    """
+
+    name: str
+    size: int
+    header: int
+    spans: tuple[Span, ...]
+    stream: "Streaming"
+    transient: bool = True
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The bytes; each block is given back to the ring when the next one is asked for."""
+        return self.stream.taken(self.name)
+
+
+class Ring:
+    """A buffer of a fixed size, allocated at the first capture and reused by every one.
+
+    Args:
+        capacity: bytes, at least ``SMALLEST``.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._block = min(BLOCK, capacity // 4 // PAGE * PAGE)
+        self._count = capacity // self._block
+        self._memory: mmap.mmap | None = None
+        self._pinned = False
+
+    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[RingImage], "Streaming"]:
+        """Prepare to copy the tensors of all files; ``Streaming.run`` does it while the images are being written."""
+        if self._memory is None:
+            self._memory = allocate(self._block * self._count)
+        devices = {tensor.device for tensors in files.values() for tensor in tensors.values()}
+        on_cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
+        if on_cuda and not self._pinned:
+            self._pinned = pin(self._memory)
+        whole = memoryview(self._memory)
+        slots = [whole[at : at + self._block] for at in range(0, len(whole), self._block)]
+        layouts = [lay_out(name, tensors) for name, tensors in files.items()]
+        stream = Streaming(layouts, files, slots, on_cuda)
+        images = [RingImage(layout.name, layout.size, len(layout.header), layout.spans, stream) for layout in layouts]
+        return images, stream
+
+
+class Streaming:
+    """One capture under way through the ring; the state must not change before ``wait`` returns.
+
+    Args:
+        layouts: the files.
+        files: file name to its tensors by name.
+        slots: the blocks of the ring, all free.
+        devices: the GPUs that tensors are on.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[FileLayout],
+        files: Mapping[str, Mapping[str, torch.Tensor]],
+        slots: Sequence[memoryview],
+        devices: Sequence[torch.device],
+    ) -> None:
+        self._layouts, self._files = layouts, files
+        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        for slot in slots:
+            self._free.put(slot)
+        self._filled: queue.SimpleQueue[tuple[str, memoryview, int] | BaseException] = queue.SimpleQueue()
+        self._done = threading.Event()
+        self._before = []
+        for device in devices:  # copies come after what the training has already asked of each GPU
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            self._before.append((device, event))
+        self.waited_seconds = 0.0
+
+    def run(self) -> None:
+        """Fill one block after the other as they become free, in a thread of its own."""
+        try:
+            for device, event in self._before:
+                torch.cuda.current_stream(device).wait_event(event)
+            for layout in self._layouts:
+                filler = _Filler(layout, self._files[layout.name])
+                position = 0
+                while position < layout.size:
+                    slot = self._free.get()
+                    if slot is None:
+                        return
+                    size = min(len(slot), layout.size - position)
+                    filler.fill(slot[:size], position)
+                    self._filled.put((layout.name, slot, size))
+                    position += size
+        except BaseException as error:  # noqa: BLE001 - the end of a thread: the writer raises it
+            self._filled.put(error)
+        finally:
+            self._files = {}
+            self._done.set()
+
+    def taken(self, name: str) -> Iterator[memoryview]:
+        """The blocks of one file; files are taken in order."""
+        left = next(layout.size for layout in self._layouts if layout.name == name)
+        while left:
+            item = self._filled.get()
+            if isinstance(item, BaseException):
+                raise item
+            _, slot, size = item
+            yield slot[:size]
+            self._free.put(slot)
+            left -= size
+
+    def abandon(self) -> None:
+        """Nobody takes any more blocks."""
+        self._free.put(None)
+
+    def wait(self) -> None:
+        """Return when the state may change: everything has been copied, or the save has been abandoned."""
+        self._done.wait()
+
+    def hold_step(self) -> None:
+        """Nothing: the report has waited."""
+
+
+class _Filler:
+    """Copies any range of a file's bytes into memory."""
+
+    def __init__(self, layout: FileLayout, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._layout, self._tensors = layout, tensors
+        self._spans = [span for span in layout.spans if span.end > span.begin]
+        self._ends = [span.end for span in self._spans]
+
+    def fill(self, memory: memoryview, position: int) -> None:
+        """Fill ``memory`` with the bytes from ``position`` on."""
+        header = self._layout.header
+        text = header[position : position + len(memory)]
+        memory[: len(text)] = text
+        begin = position - len(header)  # in the data section; negative while there is header
+        end = begin + len(memory)
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for span in self._spans[bisect.bisect_right(self._ends, max(begin, 0)) :]:
+            if span.begin >= end:
+                break
+            width = TORCH_DTYPES[span.dtype].itemsize
+            first, last = max(begin, span.begin), min(end, span.end)
+            at = first - begin
+            for source in elements(
+                self._tensors[span.name], (first - span.begin) // width, (last - span.begin) // width
+            ):
+                target = torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=at)
+                targets.append(target.view(source.shape))
+                sources.append(source)
+                at += source.numel() * width
+        with torch.no_grad():
+            if targets:
+                torch._foreach_copy_(targets, sources)
+
+
+def elements(tensor: torch.Tensor, begin: int, end: int) -> Iterator[torch.Tensor]:
+    """Views that are, one after the other, the elements ``[begin, end)`` of a tensor in row-major order."""
+    if begin >= end:
+        return
+    if (begin, end) == (0, tensor.numel()):
+        yield tensor
+    elif tensor.is_contiguous():
+        yield tensor.view(-1)[begin:end]
+    else:
+        row = tensor.numel() // len(tensor)
+        first, last = -(-begin // row), end // row  # the rows that are whole
+        if first > last:  # within one row
+            yield from elements(tensor[last], begin - last * row, end - last * row)
+            return
+        if begin < first * row:
+            yield from elements(tensor[first - 1], begin - (first - 1) * row, row)
+        if first < last:
+            yield tensor[first:last]
+        yield from elements(tensor[last] if end > last * row else tensor[:0], 0, end - last * row)
