@@ -153,9 +153,10 @@ def _is_ours(child: str) -> bool:
 def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]:
     for file in manifest.files:
         try:
-            data = reader.view(store, manifest, file)
             if deep:
-                reader.check(manifest, file, data)
+                reader.read(store, manifest, file)
+            else:
+                reader.view(store, manifest, file)
         except CorruptError as error:
             yield Finding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
 

@@ -1,11 +1,8 @@
-"""Large memory: on huge pages where the system gives them, pinned for GPUs where it allows."""
+"""Large memory, on huge pages where the system gives them."""
 
 import contextlib
 import ctypes
 import mmap
-import warnings
-
-from peakpoint.errors import PeakpointWarning
 
 PAGE = 4096
 
@@ -34,29 +31,3 @@ def address(data: mmap.mmap | memoryview) -> int:
 def touch(data: memoryview) -> None:
     """Have the system give real pages to fresh memory now, letting other threads run; fills it with zeros."""
     ctypes.memset(address(data), 0, len(data))
-
-
-def pin(data: mmap.mmap | memoryview) -> bool:
-    """Lock memory for CUDA, so that copies from and to the GPU run beside the training.
-
-    Our own pages are registered, and not CUDA's taken: direct I/O refuses memory that a driver has mapped. Where the
-    system does not allow so much locked memory, copies are correct all the same, and slower.
-    """
-    import torch  # noqa: PLC0415 - memory without it is for everybody
-
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostRegister(address(data), len(data), 0))
-    if code != 0:
-        warnings.warn(
-            f"CUDA could not pin {len(data) / 1e6:.0f} MB (error {code}; see ulimit -l): copies are slower",
-            PeakpointWarning,
-            stacklevel=2,
-        )
-    return code == 0
-
-
-def unpin(data: mmap.mmap | memoryview) -> None:
-    """Undo ``pin``, which is due before the memory is let go of."""
-    import torch  # noqa: PLC0415
-
-    torch.cuda.cudart().cudaHostUnregister(address(data))  # type: ignore[no-untyped-call]

@@ -1,14 +1,18 @@
 """Reading checkpoints: manifests are trusted, listings and names are not."""
 
-from collections.abc import Iterator
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+from blake3 import blake3
 
 from peakpoint import layout
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
-from peakpoint.manifest import MANIFEST, FileRecord, Manifest, decode
-from peakpoint.seal import digest
-from peakpoint.store import Store
-from peakpoint.writer import combined_digest
+from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
+from peakpoint.store import Filling, Store
+from peakpoint.writer import BLOCK, combined_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,62 +80,133 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
 
 
 def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
-    """The bytes of one file, of the size that the manifest says.
+    """The bytes of one file, of the size that the manifest says; nothing is read before it is used.
 
     Raises:
         CorruptError: the file is missing or has another size.
         FormatError: its name is none that Peakpoint writes.
     """
-    key = layout.file_key(manifest.run, manifest.name, file.name)
+    with _found(manifest, file):
+        data = store.view(layout.file_key(manifest.run, manifest.name, file.name))
+    _check_size(manifest, file, data)
+    return data
+
+
+def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
+    """The bytes of one file, all of them compared with the digests in the manifest, on every core, while they arrive.
+
+    Raises:
+        CorruptError: the file is missing, has another size or other bytes; the message names the file and the tensor.
+        FormatError: its name is none that Peakpoint writes.
+        StoreError: it cannot be read.
+    """
+    with _found(manifest, file):
+        filling = store.fill(layout.file_key(manifest.run, manifest.name, file.name))
     try:
-        data = store.view(key)
+        _check_size(manifest, file, filling.data)
+        _check(manifest, file, filling)
+    finally:
+        filling.close()
+    return filling.data
+
+
+def read_tensor(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytearray:
+    """The bytes of one tensor, compared with its digest; nothing else is read.
+
+    Raises:
+        CorruptError: the file is missing or too short, or the bytes are others.
+    """
+    begin, end = file.header + tensor.begin, file.header + tensor.end
+    data = b""
+    if 0 <= begin <= end <= file.size:
+        with _found(manifest, file):
+            data = store.get(layout.file_key(manifest.run, manifest.name, file.name), begin, end)
+    if len(data) != end - begin or blake3(data, max_threads=blake3.AUTO).hexdigest() != tensor.digest:
+        raise _differs(manifest, file, _Piece(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest))
+    return bytearray(data)
+
+
+@contextlib.contextmanager
+def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
+    try:
+        yield
     except NotFoundError as error:
         raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is missing") from error
     except ConfigError as error:
         raise FormatError(f"checkpoint {manifest.name} has a file that cannot be read: {error}") from error
+
+
+def _check_size(manifest: Manifest, file: FileRecord, data: memoryview) -> None:
     if len(data) != file.size:
         raise CorruptError(
             f"checkpoint {manifest.name} is damaged: {file.name} has {len(data)} bytes instead of {file.size}"
         )
-    return data
 
 
-def check(manifest: Manifest, file: FileRecord, data: memoryview) -> None:
-    """Compare every byte of a file with the digests in the manifest.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    what: str
+    begin: int
+    end: int
+    digest: str
 
-    Raises:
-        CorruptError: they differ; the message names the file and the tensor.
-    """
-    for what, begin, end, wanted in _pieces(file):
-        if digest(data[begin:end]) != wanted:
-            raise CorruptError(
-                f"checkpoint {manifest.name} is damaged: {what} does not match its digest "
-                f"(bytes {begin} to {end} of {file.name})"
-            )
+
+def _differs(manifest: Manifest, file: FileRecord, piece: _Piece) -> CorruptError:
+    return CorruptError(
+        f"checkpoint {manifest.name} is damaged: {piece.what} does not match its digest "
+        f"(bytes {piece.begin} to {piece.end} of {file.name})"
+    )
+
+
+def _check(manifest: Manifest, file: FileRecord, filling: Filling) -> None:
+    jobs = list(_jobs(_pieces(file)))
+    with ThreadPoolExecutor(min(len(jobs), cores()), "peakpoint-verify") as pool:
+        try:
+            for wrong in pool.map(lambda job: _first_wrong(job, filling), jobs):
+                if wrong is not None:
+                    raise _differs(manifest, file, wrong)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     if file.header and combined_digest(file.header_digest, file.tensors) != file.digest:
         raise CorruptError(f"checkpoint {manifest.name} is damaged: the digests of {file.name} contradict one another")
 
 
-def _pieces(file: FileRecord) -> Iterator[tuple[str, int, int, str]]:
+def cores() -> int:
+    """How many threads of work this process may have running."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _jobs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces in groups that are worth a thread's while."""
+    job: list[_Piece] = []
+    for piece in pieces:
+        if job and piece.end - job[0].begin > BLOCK:
+            yield job
+            job = []
+        job.append(piece)
+    yield job
+
+
+def _first_wrong(job: Iterable[_Piece], filling: Filling) -> _Piece | None:
+    for piece in job:
+        if not 0 <= piece.begin <= piece.end <= len(filling.data):
+            return piece
+        large = piece.end - piece.begin > BLOCK
+        hashed = blake3(max_threads=blake3.AUTO if large else 1)
+        for begin in range(piece.begin, piece.end, BLOCK):
+            end = min(begin + BLOCK, piece.end)
+            filling.wait(end)
+            hashed.update(filling.data[begin:end])
+        if hashed.hexdigest() != piece.digest:
+            return piece
+    return None
+
+
+def _pieces(file: FileRecord) -> Iterator[_Piece]:
     if not file.header:
-        yield file.name, 0, file.size, file.digest
+        yield _Piece(file.name, 0, file.size, file.digest)
         return
-    yield f"the header of {file.name}", 0, file.header, file.header_digest
+    yield _Piece(f"the header of {file.name}", 0, file.header, file.header_digest)
     for tensor in file.tensors:
-        yield (
-            f"tensor {tensor.name!r} in {file.name}",
-            file.header + tensor.begin,
-            file.header + tensor.end,
-            tensor.digest,
-        )
-
-
-def checked_view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
-    """``view`` and ``check`` in one.
-
-    Raises:
-        CorruptError: the file is missing, has another size, or other bytes.
-    """
-    data = view(store, manifest, file)
-    check(manifest, file, data)
-    return data
+        begin, end = file.header + tensor.begin, file.header + tensor.end
+        yield _Piece(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest)

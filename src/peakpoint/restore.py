@@ -114,7 +114,7 @@ def read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None = N
         CorruptError: a file is missing or damaged.
         FormatError: a newer release wrote it.
     """
-    text = reader.checked_view(store, manifest, _file(manifest, layout.STATE))
+    text = reader.read(store, manifest, _file(manifest, layout.STATE))
     try:
         record = msgspec.json.decode(text)
         trees, rng_tree, loop_tree = dict(record["parts"]), record["rng"], record["loop"]
@@ -130,7 +130,7 @@ def read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None = N
         tensors[part] = {}
         for name in files:
             file = _file(manifest, name)
-            tensors[part] |= tensors_of(file, reader.checked_view(store, manifest, file))
+            tensors[part] |= tensors_of(file, reader.read(store, manifest, file))
     return SavedState(manifest, trees, tensors, rng_tree, loop_tree)
 
 

@@ -4,13 +4,15 @@ import os
 from pathlib import Path
 
 from peakpoint.errors import ConfigError
-from peakpoint.store.core import Chunk, Hold, Log, Store, check_key
-from peakpoint.store.local import FileOps, LocalStore, translated
+from peakpoint.store.core import Chunk, Filling, Hold, Log, Store, check_key
+from peakpoint.store.files import FileOps
+from peakpoint.store.local import LocalStore, translated
 from peakpoint.store.memory import MemoryStore
 
 __all__ = [
     "Chunk",
     "FileOps",
+    "Filling",
     "Hold",
     "LocalStore",
     "Log",

@@ -60,6 +60,43 @@ def held_by(note: bytes) -> ConflictError:
     return ConflictError(f"already being written by {holder_text(note)}; wait for it to end, or stop it")
 
 
+class Filling(Protocol):
+    """Bytes on their way into memory.
+
+    Attributes:
+        data: the memory, writable, the caller's own.
+    """
+
+    data: memoryview
+
+    def wait(self, position: int) -> None:
+        """Return when the bytes before ``position`` are there.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+
+    def close(self) -> None:
+        """Stop reading, as far as that goes; ``data`` stays."""
+
+
+class Filled:
+    """A filling that is complete.
+
+    Args:
+        data: the bytes.
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+
+    def wait(self, position: int) -> None:
+        """See ``Filling.wait``."""
+
+    def close(self) -> None:
+        """See ``Filling.close``."""
+
+
 class Store(Protocol):
     """Bytes under keys.
 
@@ -106,6 +143,14 @@ class Store(Protocol):
         """All bytes of ``key`` as writable memory of the caller's own, filled lazily where the store can.
 
         Writing to it changes nothing at rest.
+
+        Raises:
+            NotFoundError: no such key.
+            StoreError: it cannot be read.
+        """
+
+    def fill(self, key: str) -> Filling:
+        """All bytes of ``key``, for a reader that wants them all and soon, by the fastest way there is.
 
         Raises:
             NotFoundError: no such key.

@@ -8,7 +8,6 @@ USENIX ATC 2020.
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -23,13 +22,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from peakpoint.errors import ConflictError, NotFoundError, StoreError, TransientStoreError
-from peakpoint.store.core import Chunk, check_key, held_by, holder_text
+from peakpoint.store.core import Chunk, Filled, Filling, check_key, held_by, holder_text
+from peakpoint.store.files import NO_DIRECT, WORTH_DIRECT, DirectFilling, FileOps, Output, available_memory, is_cached
 
 _TEMPORARY = ".tmp-"
-_BLOCK = 32 * 1024 * 1024
-_PAGE = 4096
-_WORTH_DIRECT = 4 * 1024 * 1024  # smaller files are written faster through the page cache
-_NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
 _LOOKING = frozenset({"read", "look at", "list", "delete"})  # what is no file cannot be found
 _HINTS = {
@@ -59,59 +55,6 @@ def translated(action: str, path: Path) -> Iterator[None]:
         message = f"cannot {action} {path}: {error.strerror}" + (f" ({hint})" if hint else "")
         kind = TransientStoreError if error.errno in _TRANSIENT else StoreError
         raise kind(error.errno, message) from error
-
-
-class FileOps:
-    """The system calls that change files: the seam at which tests record them, fail them and kill the process."""
-
-    def mkdir(self, path: Path) -> None:
-        """``mkdir(2)``; FileExistsError when it exists."""
-        path.mkdir()
-
-    def create(self, path: Path) -> int:
-        """``open(2)`` for writing of a file that must not exist; the mode is left to the umask."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def write(self, fd: int, data: memoryview) -> int:
-        """``write(2)``; may write less than all."""
-        return os.write(fd, data)
-
-    def reserve(self, fd: int, size: int) -> None:
-        """``posix_fallocate(3)``: room for ``size`` bytes; a full disk is found at once, and extents are large."""
-        os.posix_fallocate(fd, 0, size)
-
-    def set_direct(self, fd: int, *, on: bool) -> None:
-        """Switch ``O_DIRECT`` of an open file; OSError where the file system refuses it."""
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-
-    def fsync(self, fd: int) -> None:
-        """``fsync(2)``."""
-        os.fsync(fd)
-
-    def fsync_dir(self, path: Path) -> None:
-        """``fsync(2)`` of a directory."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def rename(self, source: Path, target: Path) -> None:
-        """``rename(2)``."""
-        source.rename(target)
-
-    def link(self, source: Path, target: Path) -> None:
-        """``link(2)``; FileExistsError when the target exists."""
-        target.hardlink_to(source)
-
-    def unlink(self, path: Path) -> None:
-        """``unlink(2)``."""
-        path.unlink()
-
-    def rmdir(self, path: Path) -> None:
-        """``rmdir(2)``."""
-        path.rmdir()
 
 
 class LocalStore:
@@ -178,8 +121,8 @@ class LocalStore:
         fd = self._ops.create(temporary)
         try:
             try:
-                large = size is not None and size >= _WORTH_DIRECT
-                output = _Output(self._ops, fd, direct=self._direct and large)
+                large = size is not None and size >= WORTH_DIRECT
+                output = Output(self._ops, fd, direct=self._direct and large)
                 if size is not None and large:
                     output.reserve(size)
                 for chunk in chunks:
@@ -231,6 +174,33 @@ class LocalStore:
             if os.fstat(file.fileno()).st_size == 0:
                 return memoryview(bytearray())
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+    def fill(self, key: str) -> Filling:
+        """See ``Store.fill``: direct reads of a large file that is not in the page cache, a mapping of any other."""
+        path = self.path(key)
+        if LocalHold.note(path) is None and hasattr(os, "O_DIRECT"):
+            with translated("read", path):
+                filling = self._fill_directly(path)
+            if filling is not None:
+                return _Translating(filling, path)
+        return Filled(self.view(key))
+
+    def _fill_directly(self, path: Path) -> DirectFilling | None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            # no more than half of the memory: what is mapped can be dropped when memory is short, this cannot
+            if size >= WORTH_DIRECT and not is_cached(fd, size) and size <= available_memory() // 2:
+                filling = DirectFilling(self._ops, fd, size)
+                fd = -1
+                return filling
+        except OSError as error:
+            if error.errno not in NO_DIRECT:
+                raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return None
 
     def size(self, key: str) -> int | None:
         """See ``Store.size``."""
@@ -326,76 +296,18 @@ class LocalStore:
         return status.f_bavail * status.f_frsize
 
 
-class _Output:
-    """Writes chunks to an open file: past the page cache where that is possible, through it otherwise.
+class _Translating:
+    """A filling whose errors say what was being read."""
 
-    Direct I/O takes whole pages from page-aligned memory to page-aligned places in the file. The last bytes of a file
-    are fewer than a page, so they go through the page cache, as does everything after them.
+    def __init__(self, filling: DirectFilling, path: Path) -> None:
+        self._filling, self._path = filling, path
+        self.data = filling.data
+        self.close = filling.close
 
-    Attributes:
-        refused: whether the file system refuses direct I/O.
-    """
-
-    def __init__(self, ops: FileOps, fd: int, *, direct: bool) -> None:
-        self._ops, self._fd = ops, fd
-        self._at = 0
-        self._direct = False
-        self.refused = False
-        if direct:
-            self._switch(on=True)
-
-    def _switch(self, *, on: bool) -> None:
-        try:
-            self._ops.set_direct(self._fd, on=on)
-            self._direct = on
-        except OSError as error:
-            if error.errno not in _NO_DIRECT:
-                raise
-            self.refused = True
-
-    def reserve(self, size: int) -> None:
-        """Reserve space where the file system can."""
-        if not hasattr(os, "posix_fallocate"):  # macOS
-            return
-        try:
-            self._ops.reserve(self._fd, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-
-    def check(self, size: int | None) -> None:
-        """Refuse a file that is not of the size that was announced: the space reserved would stay behind as zeros."""
-        if size is not None and self._at != size:
-            raise OSError(errno.EINVAL, f"{size} bytes were announced and {self._at} given")
-
-    def write(self, data: memoryview) -> None:
-        """Write all of ``data``."""
-        if self._direct:
-            data = self._write_pages(data)
-        if len(data) and self._direct:
-            self._switch(on=False)
-        while data:
-            done = self._ops.write(self._fd, data[:_BLOCK])
-            self._at, data = self._at + done, data[done:]
-
-    def _write_pages(self, data: memoryview) -> memoryview:
-        """Write the whole pages of ``data`` directly; returns what is left."""
-        if data.readonly or _address(data) % _PAGE:
-            return data
-        while len(data) >= _PAGE and self._at % _PAGE == 0:
-            try:
-                done = self._ops.write(self._fd, data[: min(len(data) // _PAGE * _PAGE, _BLOCK)])
-            except OSError as error:
-                if error.errno not in _NO_DIRECT:
-                    raise
-                self.refused = True
-                return data
-            self._at, data = self._at + done, data[done:]
-        return data
-
-
-def _address(data: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(data)) if len(data) else 0
+    def wait(self, position: int) -> None:
+        """See ``Filling.wait``."""
+        with translated("read", self._path):
+            self._filling.wait(position)
 
 
 class LocalLog:

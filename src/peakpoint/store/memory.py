@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterable
 
 from peakpoint.errors import ConflictError, NotFoundError
-from peakpoint.store.core import Chunk, check_key, held_by, holder_text
+from peakpoint.store.core import Chunk, Filled, check_key, held_by, holder_text
 
 
 class MemoryStore:
@@ -45,6 +45,10 @@ class MemoryStore:
     def view(self, key: str) -> memoryview:
         """See ``Store.view``; not lazy."""
         return memoryview(bytearray(self.get(key)))
+
+    def fill(self, key: str) -> Filled:
+        """See ``Store.fill``."""
+        return Filled(self.view(key))
 
     def size(self, key: str) -> int | None:
         """See ``Store.size``."""
