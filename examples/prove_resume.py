@@ -49,6 +49,6 @@ with tempfile.TemporaryDirectory() as place:
     train(Path(place) / "stopped", stop_after=0)
     whole = pp.load("proof@latest", root=Path(place) / "whole")
     stopped = pp.load("proof@latest", root=Path(place) / "stopped")
-different = [part for part in whole if not same(whole[part], stopped[part])]
+    different = [part for part in whole if not same(whole[part], stopped[part])]  # parts are read here
 print(f"different: {', '.join(different)}" if different else f"equal, bit for bit: {', '.join(whole)}")
 sys.exit(bool(different))

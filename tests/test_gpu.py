@@ -70,3 +70,27 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     train(tmp_path / "stopped", 4)
     torch.rand(7, device="cuda")
     assert equal(train(tmp_path / "stopped", 10), whole)
+
+
+def test_weights_and_moments_are_sent_through_pinned_blocks(tmp_path):
+    model, optimizer = build(fused=True)
+    step(model, optimizer)
+    with pp.Checkpointer(tmp_path, run="r", state={"model": model, "optimizer": optimizer}, keep=[pp.Last(1)]) as ckpt:
+        ckpt.report(step=1)
+    expected = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    other, others = build(fused=True)
+    pp.load("r@latest", root=tmp_path, into={"model": other, "optimizer": others})
+    assert equal(other.state_dict(), expected["model"])
+    assert equal(others.state_dict(), expected["optimizer"])
+    assert all(value.is_cuda for moments in others.state.values() for value in moments.values())
+
+
+def test_a_ring_takes_a_gpu_state(tmp_path):
+    model, optimizer = build(fused=True)
+    state = {"model": model, "optimizer": optimizer}
+    with pp.Checkpointer(tmp_path, run="r", state=state, keep=[pp.Last(9)], capture_bytes="4 MiB") as ckpt:
+        for number in range(5):
+            step(model, optimizer)
+            expected = copy.deepcopy(model.state_dict())
+            ckpt.report(step=number)
+    assert equal(pp.load("r:4", root=tmp_path)["model"], expected)

@@ -86,12 +86,12 @@ def plain(tree):
 def test_what_is_saved_is_the_moment_of_the_report(tmp_path, kind, accumulate):
     final, states = run(tmp_path / "a", kind, accumulate=accumulate)
     for number, expected in enumerate(states, 1):
-        assert same(plain(pp.load(f"r:{number}", root=tmp_path / "a")), plain(expected)), number
+        assert same(plain(dict(pp.load(f"r:{number}", root=tmp_path / "a"))), plain(expected)), number
     other, others = run(tmp_path / "b", kind, accumulate=accumulate, overlap=False)
     assert same(plain(final), plain(other))
     assert same(plain(states), plain(others))
     for number, expected in enumerate(others, 1):
-        assert same(plain(pp.load(f"r:{number}", root=tmp_path / "b")), plain(expected)), number
+        assert same(plain(dict(pp.load(f"r:{number}", root=tmp_path / "b"))), plain(expected)), number
 
 
 def change_after_report(root, overlap):

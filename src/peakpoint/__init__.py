@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peakpoint.errors import SaveFailedError as SaveFailedError
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
+    from peakpoint.loading import load as load
     from peakpoint.preempt import Preempt as Preempt
     from peakpoint.report import Outcome as Outcome
     from peakpoint.repository import Checkpoint as Checkpoint
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
     from peakpoint.repository import Run as Run
     from peakpoint.repository import open_repository as open
     from peakpoint.restore import LoadReport as LoadReport
-    from peakpoint.restore import load as load
     from peakpoint.rules import Best as Best
     from peakpoint.rules import Every as Every
     from peakpoint.rules import Last as Last
     from peakpoint.rules import TopK as TopK
     from peakpoint.stopping import EarlyStopping as EarlyStopping
+    from peakpoint.stored import Loaded as Loaded
 
 _HOMES = {
     "Best": ("rules", "Best"),
@@ -60,6 +61,7 @@ _HOMES = {
     "FormatError": ("errors", "FormatError"),
     "Last": ("rules", "Last"),
     "LoadReport": ("restore", "LoadReport"),
+    "Loaded": ("stored", "Loaded"),
     "MismatchError": ("errors", "MismatchError"),
     "NotFoundError": ("errors", "NotFoundError"),
     "Outcome": ("report", "Outcome"),
@@ -71,7 +73,7 @@ _HOMES = {
     "StoreError": ("errors", "StoreError"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
-    "load": ("restore", "load"),
+    "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }
 _MODULES = ("rules",)

@@ -11,10 +11,9 @@ import torch
 
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.manifest import Manifest
-from peakpoint.refs import near
 from peakpoint.repository import Repository
-from peakpoint.restore import read_state
 from peakpoint.store import FileOps, translated
+from peakpoint.stored import check_part_of, read_state
 from peakpoint.tensors import Staging
 from peakpoint.tree import check_tensor, kind_of
 
@@ -54,9 +53,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     manifest = repository.find_manifest(ref)
     chosen = list(parts) or [_default_part(manifest)]
     for part in chosen:
-        if part not in manifest.parts or part in ("rng", "loop"):
-            have = [name for name in manifest.parts if name not in ("rng", "loop")]
-            raise NotFoundError(f"{manifest.name} has no part {part!r}{near(part, have)}; parts: {', '.join(have)}")
+        check_part_of(manifest, part)
     saved = read_state(repository.store, manifest, chosen)
     values = {part: saved.value(part, own=True) for part in chosen}
     temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")

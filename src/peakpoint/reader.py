@@ -88,7 +88,7 @@ def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     """
     with _found(manifest, file):
         data = store.view(layout.file_key(manifest.run, manifest.name, file.name))
-    _check_size(manifest, file, data)
+    _check_size(manifest, file, len(data))
     return data
 
 
@@ -103,7 +103,7 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     with _found(manifest, file):
         filling = store.fill(layout.file_key(manifest.run, manifest.name, file.name))
     try:
-        _check_size(manifest, file, filling.data)
+        _check_size(manifest, file, len(filling.data))
         _check(manifest, file, filling)
     finally:
         filling.close()
@@ -136,10 +136,25 @@ def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
         raise FormatError(f"checkpoint {manifest.name} has a file that cannot be read: {error}") from error
 
 
-def _check_size(manifest: Manifest, file: FileRecord, data: memoryview) -> None:
-    if len(data) != file.size:
+def check_sizes(store: Store, manifest: Manifest) -> None:
+    """Look whether every file is there and of its size; reads nothing.
+
+    Raises:
+        CorruptError: one is missing or has another size.
+        FormatError: the name of one is none that Peakpoint writes.
+    """
+    for file in manifest.files:
+        with _found(manifest, file):
+            size = store.size(layout.file_key(manifest.run, manifest.name, file.name))
+            if size is None:
+                raise NotFoundError(file.name)
+        _check_size(manifest, file, size)
+
+
+def _check_size(manifest: Manifest, file: FileRecord, size: int) -> None:
+    if size != file.size:
         raise CorruptError(
-            f"checkpoint {manifest.name} is damaged: {file.name} has {len(data)} bytes instead of {file.size}"
+            f"checkpoint {manifest.name} is damaged: {file.name} has {size} bytes instead of {file.size}"
         )
 
 

@@ -5,26 +5,23 @@ Everything that can be compared is compared before anything is changed, and what
 
 import argparse
 import enum
-import os
 import random
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from peakpoint import layout, reader, rng
+from peakpoint import rng
 from peakpoint.capture import Stateful
-from peakpoint.errors import ConfigError, CorruptError, FormatError, MismatchError, NotFoundError
-from peakpoint.manifest import Manifest, check_format
-from peakpoint.refs import near
-from peakpoint.repository import Repository
-from peakpoint.store import Store, open_store
-from peakpoint.tensors import tensors_of
-from peakpoint.tree import Decoder, kind_of
+from peakpoint.errors import MismatchError
+from peakpoint.manifest import Manifest
+from peakpoint.stored import SavedState
+from peakpoint.tree import kind_of
+from peakpoint.upload import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,77 +65,6 @@ class LoadReport:
         lines += [f"  {part.part:<{width}}  {part.what}" for part in self.restored]
         lines += [f"  NOT restored: {line}" for line in self.missing]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True, slots=True)
-class SavedState:
-    """The content of a checkpoint, read and verified.
-
-    Attributes:
-        manifest: whose.
-        trees: part name to its tree.
-        tensors: part name to its stored tensors, in memory of their own or mapped from the file.
-        rng: the tree of the generators.
-        loop: the tree of the loop's position.
-    """
-
-    manifest: Manifest
-    trees: Mapping[str, Any]
-    tensors: Mapping[str, Mapping[str, torch.Tensor]]
-    rng: Any
-    loop: Any
-
-    def value(self, part: str, *, devices: bool = False, own: bool = False) -> Any:
-        """One part, decoded.
-
-        Args:
-            part: its name.
-            devices: put tensors on the device that they were saved from, where it exists here.
-            own: give tensors memory of their own instead of the file's mapping.
-        """
-        stored = self.tensors.get(part, {})
-        if own:
-            stored = {name: tensor.clone() for name, tensor in stored.items()}
-        return Decoder(stored, devices=devices).decode(self.trees[part])
-
-
-def read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None = None) -> SavedState:
-    """Read parts of a checkpoint, comparing every byte with the digests in the manifest.
-
-    Args:
-        store: where.
-        manifest: which checkpoint.
-        parts: the parts whose tensors are wanted; all by default.
-
-    Raises:
-        CorruptError: a file is missing or damaged.
-        FormatError: a newer release wrote it.
-    """
-    text = reader.read(store, manifest, _file(manifest, layout.STATE))
-    try:
-        record = msgspec.json.decode(text)
-        trees, rng_tree, loop_tree = dict(record["parts"]), record["rng"], record["loop"]
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
-    check_format(record, where=f"{layout.STATE} of {manifest.name}")
-    if not isinstance(rng_tree, dict) or not isinstance(loop_tree, dict):
-        raise FormatError(f"{layout.STATE} of {manifest.name} has no generators or no position")
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for part, files in manifest.parts.items():
-        if parts is not None and part not in parts:
-            continue
-        tensors[part] = {}
-        for name in files:
-            file = _file(manifest, name)
-            tensors[part] |= tensors_of(file, reader.read(store, manifest, file))
-    return SavedState(manifest, trees, tensors, rng_tree, loop_tree)
-
-
-def _file(manifest: Manifest, name: str) -> Any:
-    try:
-        return manifest.file(name)
-    except KeyError as error:
-        raise CorruptError(f"checkpoint {manifest.name} is damaged: its manifest names no {name}") from error
 
 
 # --- does it fit? -------------------------------------------------------------------------------------------------
@@ -261,6 +187,11 @@ def _load_module(module: torch.nn.Module, saved: Mapping[str, Any], differences:
         for name, value in saved.items()
         if name in live and (str(name).endswith(_EXTRA_STATE) or _fits(live[name], value))
     }
+    sent = send([(live[name], value) for name, value in fitting.items()])
+    if sent:  # they are where they belong; load_state_dict gets them from there
+        arrived = {name: live[name] for name, value in fitting.items() if id(value) in sent}
+        fitting |= arrived
+        saved = _replaced(saved, arrived)
     if differences:
         module.load_state_dict(fitting, strict=False)
     else:
@@ -268,6 +199,42 @@ def _load_module(module: torch.nn.Module, saved: Mapping[str, Any], differences:
     count = sum(isinstance(value, torch.Tensor) for value in live.values())
     done = sum(isinstance(value, torch.Tensor) for value in fitting.values())
     return f"{done} of {count} tensors"
+
+
+def _replaced(saved: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict with other values, and the versions of modules that came with it."""
+    replaced: OrderedDict[str, Any] = OrderedDict({**saved, **values})
+    metadata = getattr(saved, "_metadata", None)
+    if metadata is not None:
+        replaced._metadata = metadata  # type: ignore[attr-defined] # noqa: SLF001
+    return replaced
+
+
+def _moved(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state whose tensors have memory of their own, on the device of their parameters.
+
+    Steps stay where they are: torch decides where it wants them.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    devices = {index: parameter.device for index, parameter in zip(indices, parameters, strict=True)}
+    moved: dict[Any, Any] = {}
+    pairs = []
+    for index, moments in saved["state"].items():
+        moved[index] = moments
+        if not isinstance(moments, Mapping):
+            continue
+        moved[index] = dict(moments)
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor):
+                device = devices.get(index, value.device) if name != "step" else value.device
+                moved[index][name] = torch.empty_like(value, device=device)
+                pairs.append((moved[index][name], value))
+    sent = send(pairs)
+    for target, value in pairs:
+        if id(value) not in sent:
+            target.copy_(value)
+    return {**saved, "state": moved}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> str:
@@ -320,7 +287,8 @@ def _put_back(name: str, live: Any, saved: SavedState, differences: Sequence[str
     if isinstance(live, torch.nn.Module):
         return live, _load_module(live, saved.value(name), differences)
     if isinstance(live, torch.optim.Optimizer):
-        return live, _load_optimizer(live, saved.value(name, own=True))
+        on_gpu = any(parameter.is_cuda for group in live.param_groups for parameter in group["params"])
+        return live, _load_optimizer(live, _moved(saved.value(name), live) if on_gpu else saved.value(name, own=True))
     value = saved.value(name, devices=True, own=True)
     if isinstance(live, Stateful) and not isinstance(live, type):
         live.load_state_dict(value)
@@ -402,66 +370,3 @@ def mismatch(manifest: Manifest, differences: tuple[str, ...]) -> MismatchError:
         "make the state as it was when this was saved, or pass strict=False to load what fits",
         differences,
     )
-
-
-# --- by ref -------------------------------------------------------------------------------------------------------
-
-
-def load(
-    ref: str,
-    *,
-    root: str | os.PathLike[str] | Store,
-    into: Any = None,
-    part: str = "model",
-    strict: bool = True,
-) -> Any:
-    """Load a checkpoint by ref.
-
-    Every byte that is used is compared with its digest first. Nothing is unpickled.
-
-    Args:
-        ref: such as ``"resnet50@best:val_accuracy"``; see ``peakpoint.refs``.
-        root: the repository.
-        into: an object to load ``part`` into (a module, an optimizer, anything with ``load_state_dict``), or a mapping
-            of part names to such objects. None returns the state instead.
-        part: which part ``into`` is, when it is one object.
-        strict: raise when something does not fit; otherwise load what fits and say in the report what did not.
-
-    Returns:
-        Without ``into`` a dict of every part: state dicts with tensors on the CPU, and plain values. With ``into`` a
-        ``LoadReport``.
-
-    Raises:
-        NotFoundError: no such run, checkpoint or part.
-        MismatchError: ``strict``, and names, shapes or dtypes differ; nothing was changed.
-        CorruptError: the checkpoint is damaged; the message names the file and the tensor.
-
-    Example:
-        >>> import tempfile, torch, peakpoint as pp
-        >>> model = torch.nn.Linear(2, 1)
-        >>> root = tempfile.mkdtemp()
-        >>> with pp.Checkpointer(root, run="r", state={"model": model}, keep=[pp.Last(1)]) as ckpt:
-        ...     _ = ckpt.report(step=1, loss=0.5)
-        >>> sorted(pp.load("r@latest", root=root)["model"])
-        ['bias', 'weight']
-        >>> print(pp.load("r@latest", root=root, into=model).restored[0].what)
-        2 of 2 tensors
-    """
-    store = open_store(root)
-    manifest = Repository(store).find_manifest(ref)
-    if into is None:
-        saved = read_state(store, manifest)
-        return {name: saved.value(name) for name in saved.trees}
-    one = not isinstance(into, Mapping)
-    live = {part: into} if one else dict(into)
-    for name in live:
-        if name not in manifest.parts or name in ("rng", "loop"):
-            have = [given for given in manifest.parts if given not in ("rng", "loop")]
-            raise NotFoundError(
-                f"checkpoint {manifest.name} has no part {name!r}{near(name, have)}; parts: {', '.join(have)}"
-            )
-    if not one or isinstance(into, Stateful):
-        saved = read_state(store, manifest, list(live))
-        restored, missing = restore_into(saved, live, strict=strict, exhaustive=False)
-        return LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
-    raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")

@@ -11,8 +11,9 @@ from peakpoint.errors import CorruptError, FormatError, NotFoundError, Peakpoint
 from peakpoint.manifest import Forks, Manifest
 from peakpoint.position import Position
 from peakpoint.repository import Repository
-from peakpoint.restore import LoadReport, SavedState, read_state, restore_into
+from peakpoint.restore import LoadReport, restore_into
 from peakpoint.store import Store
+from peakpoint.stored import SavedState, read_state
 from peakpoint.tree import Decoder
 
 

@@ -1,0 +1,74 @@
+"""Loading a checkpoint by ref."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from peakpoint import reader
+from peakpoint.capture import Stateful
+from peakpoint.errors import ConfigError
+from peakpoint.repository import Repository
+from peakpoint.restore import LoadReport, restore_into
+from peakpoint.store import Store, open_store
+from peakpoint.stored import Loaded, check_part_of, read_state, read_trees
+from peakpoint.tree import kind_of
+
+
+def load(
+    ref: str,
+    *,
+    root: str | os.PathLike[str] | Store,
+    into: Any = None,
+    part: str = "model",
+    strict: bool = True,
+    verify: bool = True,
+) -> Any:
+    """Load a checkpoint by ref.
+
+    Without ``into`` this takes milliseconds, whatever the size: each part is read when it is first used. Every byte
+    that is used is compared with its digest first. Nothing is unpickled.
+
+    Args:
+        ref: such as ``"resnet50@best:val_accuracy"``; see ``peakpoint.refs``.
+        root: the repository.
+        into: an object to load ``part`` into (a module, an optimizer, anything with ``load_state_dict``), or a mapping
+            of part names to such objects. None returns the state instead.
+        part: which part ``into`` is, when it is one object.
+        strict: raise when something does not fit; otherwise load what fits and say in the report what did not.
+        verify: compare bytes with their digests. Without, tensors are mapped from the files and nothing is read
+            before its values are used.
+
+    Returns:
+        Without ``into`` a mapping of every part, a ``Loaded``: state dicts with tensors on the CPU, and plain values.
+        With ``into`` a ``LoadReport``.
+
+    Raises:
+        NotFoundError: no such run, checkpoint or part.
+        MismatchError: ``strict``, and names, shapes or dtypes differ; nothing was changed.
+        CorruptError: the checkpoint is damaged; the message names the file and the tensor.
+
+    Example:
+        >>> import tempfile, torch, peakpoint as pp
+        >>> model = torch.nn.Linear(2, 1)
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"model": model}, keep=[pp.Last(1)]) as ckpt:
+        ...     _ = ckpt.report(step=1, loss=0.5)
+        >>> sorted(pp.load("r@latest", root=root)["model"])
+        ['bias', 'weight']
+        >>> print(pp.load("r@latest", root=root, into=model).restored[0].what)
+        2 of 2 tensors
+    """
+    store = open_store(root)
+    manifest = Repository(store).find_manifest(ref)
+    if into is None:
+        reader.check_sizes(store, manifest)
+        return Loaded(manifest, store, read_trees(store, manifest), verify)
+    one = not isinstance(into, Mapping)
+    live = {part: into} if one else dict(into)
+    for name in live:
+        check_part_of(manifest, name)
+    if not one or isinstance(into, Stateful):
+        saved = read_state(store, manifest, list(live), verify=verify)
+        restored, missing = restore_into(saved, live, strict=strict, exhaustive=False)
+        return LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
+    raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")

@@ -1,0 +1,278 @@
+"""What a checkpoint holds, read when it is used."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+
+from peakpoint import layout, reader
+from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.manifest import FileRecord, Manifest, TensorRecord, check_format
+from peakpoint.refs import near
+from peakpoint.store import Store
+from peakpoint.tensors import tensors_of
+from peakpoint.tree import TAG, Decoder
+
+_OURS = ("rng", "loop")  # parts that are not the user's
+
+
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """Everything of a checkpoint but its tensors.
+
+    Attributes:
+        parts: part name to its tree.
+        rng: the tree of the generators.
+        loop: the tree of the loop's position.
+    """
+
+    parts: Mapping[str, Any]
+    rng: Any
+    loop: Any
+
+
+def read_trees(store: Store, manifest: Manifest) -> Trees:
+    """Read and verify everything but the tensors.
+
+    Raises:
+        CorruptError: a file is missing or damaged.
+        FormatError: a newer release wrote it.
+    """
+    text = reader.read(store, manifest, _file(manifest, layout.STATE))
+    try:
+        record = msgspec.json.decode(text)
+        trees = Trees(dict(record["parts"]), record["rng"], record["loop"])
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
+    check_format(record, where=f"{layout.STATE} of {manifest.name}")
+    if not isinstance(trees.rng, dict) or not isinstance(trees.loop, dict):
+        raise FormatError(f"{layout.STATE} of {manifest.name} has no generators or no position")
+    return trees
+
+
+def read_tensors(store: Store, manifest: Manifest, part: str, *, verify: bool = True) -> dict[str, torch.Tensor]:
+    """The stored tensors of one part by name.
+
+    Args:
+        store: where.
+        manifest: which checkpoint.
+        part: which part.
+        verify: compare every byte with its digest now; otherwise the files are only mapped into memory.
+
+    Raises:
+        CorruptError: a file is missing or damaged.
+        FormatError: a newer release wrote it.
+    """
+    get = reader.read if verify else reader.view
+    tensors: dict[str, torch.Tensor] = {}
+    for name in manifest.parts.get(part, ()):
+        file = _file(manifest, name)
+        tensors |= tensors_of(file, get(store, manifest, file))
+    return tensors
+
+
+def _file(manifest: Manifest, name: str) -> FileRecord:
+    try:
+        return manifest.file(name)
+    except KeyError as error:
+        raise CorruptError(f"checkpoint {manifest.name} is damaged: its manifest names no {name}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """The content of a checkpoint, read.
+
+    Attributes:
+        manifest: whose.
+        trees: part name to its tree.
+        tensors: part name to its stored tensors, in memory of their own or mapped from the file.
+        rng: the tree of the generators.
+        loop: the tree of the loop's position.
+    """
+
+    manifest: Manifest
+    trees: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    rng: Any
+    loop: Any
+
+    def value(self, part: str, *, devices: bool = False, own: bool = False) -> Any:
+        """One part, decoded.
+
+        Args:
+            part: its name.
+            devices: put tensors on the device that they were saved from, where it exists here.
+            own: give tensors memory of their own instead of the file's mapping.
+        """
+        stored = self.tensors.get(part, {})
+        if own:
+            stored = {name: tensor.clone() for name, tensor in stored.items()}
+        return Decoder(stored, devices=devices).decode(self.trees[part])
+
+
+def read_state(
+    store: Store, manifest: Manifest, parts: Sequence[str] | None = None, *, verify: bool = True
+) -> SavedState:
+    """Read parts of a checkpoint.
+
+    Args:
+        store: where.
+        manifest: which checkpoint.
+        parts: the parts whose tensors are wanted; all by default.
+        verify: see ``read_tensors``.
+
+    Raises:
+        CorruptError: a file is missing or damaged.
+        FormatError: a newer release wrote it.
+    """
+    trees = read_trees(store, manifest)
+    wanted = [part for part in manifest.parts if parts is None or part in parts]
+    tensors = {part: read_tensors(store, manifest, part, verify=verify) for part in wanted}
+    return SavedState(manifest, trees.parts, tensors, trees.rng, trees.loop)
+
+
+def check_part_of(manifest: Manifest, part: str) -> str:
+    """Return ``part`` if the checkpoint has it.
+
+    Raises:
+        NotFoundError: it has not; the message lists those it has.
+    """
+    have = [name for name in manifest.parts if name not in _OURS]
+    if part not in have:
+        raise NotFoundError(
+            f"checkpoint {manifest.name} has no part {part!r}{near(part, have)}; parts: {', '.join(have)}"
+        )
+    return part
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Loaded(Mapping[str, Any]):
+    """The parts of a checkpoint, each read when it is first asked for: what ``peakpoint.load`` returns.
+
+    A mapping of part names to state dicts and plain values. Tensors are on the CPU; large ones are mapped from the
+    file where that is the fastest way, in private memory: writing to them changes nothing at rest.
+
+    Attributes:
+        manifest: of the checkpoint.
+
+    Example:
+        >>> import tempfile, torch, peakpoint as pp
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"model": torch.nn.Linear(2, 1)}, keep=[pp.Last(1)]) as ckpt:
+        ...     _ = ckpt.report(step=1, loss=0.5)
+        >>> loaded = pp.load("r@latest", root=root)
+        >>> list(loaded), loaded.tensor("model", "weight").shape
+        (['model'], torch.Size([1, 2]))
+        >>> loaded.names("model")["bias"]
+        ('F32', (1,))
+    """
+
+    manifest: Manifest
+    _store: Store
+    _trees: Trees
+    _verify: bool
+    _parts: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, part: str) -> Any:
+        """One part; its bytes are compared with their digests when it is read.
+
+        Raises:
+            KeyError: the checkpoint has no such part.
+            CorruptError: it is damaged; the message names the file and the tensor.
+        """
+        if part not in self._trees.parts:
+            raise KeyError(part)
+        if part not in self._parts:
+            stored = read_tensors(self._store, self.manifest, part, verify=self._verify)
+            self._parts[part] = Decoder(stored).decode(self._trees.parts[part])
+        return self._parts[part]
+
+    def __contains__(self, part: object) -> bool:
+        """Whether there is such a part; nothing is read."""
+        return part in self._trees.parts
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the parts."""
+        return iter(self._trees.parts)
+
+    def __len__(self) -> int:
+        """How many parts there are."""
+        return len(self._trees.parts)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{part} ({len(self.names(part))} tensors)" for part in self)
+        return f"<Loaded {self.manifest.run}/{self.manifest.name}: {parts}>"
+
+    def verify(self) -> None:
+        """Compare every byte of the checkpoint with its digests now.
+
+        Raises:
+            CorruptError: it is damaged; the message names the file and the tensor.
+        """
+        for file in self.manifest.files:
+            reader.read(self._store, self.manifest, file)
+
+    def names(self, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Element type and shape of every tensor of a part, by the path to it in the state; nothing is read.
+
+        Raises:
+            NotFoundError: the checkpoint has no such part.
+        """
+        records = self._records(part)
+        return {
+            path: (node["view"]["dtype"], tuple(node["view"]["shape"]))
+            if "view" in node
+            else records[node["name"]][1][1:3]
+            for path, node in _tensor_nodes(self._trees.parts[part])
+        }
+
+    def tensor(self, part: str, name: str) -> torch.Tensor:
+        """One tensor, reading its bytes and no others, and comparing them with their digest.
+
+        Args:
+            part: such as ``"model"``.
+            name: the path to it, joined with dots: for the state dict of a module its key.
+
+        Raises:
+            NotFoundError: no such part or tensor.
+            CorruptError: it is damaged.
+        """
+        records = self._records(part)
+        nodes = dict(_tensor_nodes(self._trees.parts[part]))
+        if name not in nodes:
+            raise NotFoundError(
+                f"part {part!r} of {self.manifest.name} has no tensor {name!r}{near(name, list(nodes))}"
+            )
+        file, record = records[nodes[name]["name"]]
+        data = reader.read_tensor(self._store, self.manifest, file, record)
+        alone = FileRecord(
+            name=file.name, size=len(data), digest="", tensors=(record._replace(begin=0, end=len(data)),)
+        )
+        tensor: torch.Tensor = Decoder(tensors_of(alone, memoryview(data))).decode(nodes[name])
+        return tensor
+
+    def _records(self, part: str) -> dict[str, tuple[FileRecord, TensorRecord]]:
+        check_part_of(self.manifest, part)
+        files = [_file(self.manifest, name) for name in self.manifest.parts[part]]
+        return {record.name: (file, record) for file in files for record in file.tensors}
+
+
+def _tensor_nodes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tensors in a tree, with the keys that lead to them."""
+    if isinstance(tree, list):
+        for number, child in enumerate(tree):
+            yield from _tensor_nodes(child, (*path, str(number)))
+    elif isinstance(tree, dict):
+        tag = tree.get(TAG)
+        if tag == "tensor":
+            yield ".".join(path), tree
+        elif tag == "dict":
+            for key, child in tree["v"]:
+                yield from _tensor_nodes(child, (*path, str(Decoder({}).decode(key))))
+        elif tag is None:
+            for key, child in tree.items():
+                yield from _tensor_nodes(child, (*path, key))
+        elif isinstance(tree.get("v"), dict | list):
+            yield from _tensor_nodes(tree["v"], path)
