@@ -30,8 +30,9 @@ check: $(VENV)/installed     ## style, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/installed     ## the benchmarks, in minutes
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/installed     ## the benchmarks, in minutes; writes docs/performance.md
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m benchmarks --page
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis peakpoint-demo

@@ -5,13 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import page
+
+ROOT = Path(__file__).parents[1]
+
 
 def test_a_small_benchmark_runs(tmp_path):
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks", "--scale", "0.05", "--repeats", "1", "--json", str(figures)]
-    root = Path(__file__).parents[1]
-    done = subprocess.run([*command, "--place", str(tmp_path)], cwd=root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks", "--scale", "0.02", "--repeats", "1", "--json", str(figures)]
+    command += ["--place", str(tmp_path), "--no-peers", "--figures", "saving", "loading", "training"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "peakpoint" in done.stdout
-    assert json.loads(figures.read_text())["tensors"] == 592
+    found = json.loads(figures.read_text())
+    assert [result["tensors"] for result in found["saving"]] == [592, 322, 400, 3, 544]
+    assert all(values["durable"] for result in found["saving"] for values in result["sides"].values())
     assert not list(tmp_path.glob(".benchmark-*")), "it cleans up"
+
+
+def test_the_page_is_what_the_figures_say():
+    assert page.PAGE.read_text() == page.render(json.loads(page.RESULTS.read_text()))

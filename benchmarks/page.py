@@ -1,0 +1,169 @@
+"""From the figures to docs/performance.md: ``python -m benchmarks.page`` writes it from benchmarks/results.json."""
+
+import json
+from pathlib import Path
+from statistics import median
+
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+LIMITS = ("copy in memory", "raw direct write")
+PEERS = ("safetensors", "torch.save", "DCP", "DCP async", "torch_checkpointing", "Lightning Fabric")
+MIB = 2**20
+
+
+def _table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---" for _ in header) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _saving(result):
+    sides = {name: (median(values["durable"]), median(values["stall"])) for name, values in result["sides"].items()}
+    raw, copy = sides["raw direct write"][0], sides["copy in memory"][0]
+    rows = []
+    for name, (seconds, stall) in sides.items():
+        rate = result["bytes"] / seconds / 1e9
+        if name == "copy in memory":
+            rows.append([f"*{name}*", f"{seconds:.3f}", f"{rate:.2f}", "", ""])
+        elif name == "raw direct write":
+            rows.append([f"*{name}*", f"{seconds:.3f}", f"{rate:.2f}", "1.00", ""])
+        else:
+            rows.append([name, f"{seconds:.3f}", f"{rate:.2f}", f"{raw / seconds:.2f}", f"{stall / copy:.2f}"])
+    title = f"### {result['case']}: {result['bytes'] / 1e9:.3f} GB, {result['tensors']:,} tensors"
+    header = ["durable save", "seconds", "GB/s", "of the raw direct write rate", "stall, in copies in memory"]
+    return [title, "", *_table(header, rows)]
+
+
+def _loading(result):
+    rows = []
+    for name, values in result["sides"].items():
+        cold, warm = median(values["cold"]), median(values["warm"])
+        rows.append([name, f"{cold * 1e3:,.1f}", f"{warm * 1e3:,.1f}"])
+    title = f"### {result['case']}: {result['bytes'] / 1e9:.3f} GB, {result['tensors']:,} tensors"
+    return [title, "", *_table(["load", "ms from the disk", "ms from the page cache"], rows)]
+
+
+def _training(result):
+    intervals = list(result["seconds_per_step"])
+    base = {interval: median(result["seconds_per_step"][interval]["no saves"]) for interval in intervals}
+    names = [name for name in result["seconds_per_step"][intervals[0]] if name != "no saves"]
+    rows = [
+        [name, *(f"{median(result['seconds_per_step'][i][name]) / base[i] - 1:+.1%}" for i in intervals)]
+        for name in names
+    ]
+    step = ", ".join(f"{value * 1e3:.0f}" for value in base.values())
+    text = f"{result['bytes'] / 1e6:.0f} MB of state, steps of {step} ms on both cores; time a step beyond that:"
+    return [text, "", *_table(["", *(f"a save every {i} steps" for i in intervals)], rows)]
+
+
+def _memory(result):
+    rows = [
+        [name, f"{value['extra'] / MIB:,.0f}", f"{value['extra'] / value['bytes']:.2f}"]
+        for name, value in result.items()
+    ]
+    return _table(["save of GPT-2 124M", "peak beyond the state, MiB", "in states"], rows)
+
+
+def bars(figures):
+    """What was aimed at, what was reached, and whether that is enough."""
+    found = []
+    saves = {result["key"]: result for result in figures["saving"]}
+    loads = {result["key"]: result for result in figures["loading"]}
+
+    def sides(key, kind="durable"):
+        return {name: median(values[kind]) for name, values in saves[key]["sides"].items()}
+
+    if "gpt2" in saves:
+        durable, stall = sides("gpt2"), sides("gpt2", "stall")
+        copy = durable["copy in memory"]
+        peers = [name for name in PEERS if name in durable]
+        fastest = min(peers, key=durable.__getitem__)
+        ours = durable["peakpoint"]
+        found += [
+            ("durable, hashed save, of the raw direct write rate", ">=", 0.80, durable["raw direct write"] / ours),
+            (f"times the fastest other, {fastest}, made durable", ">=", 1.8, durable[fastest] / ours),
+            ("stall with overlap, in copies in memory", "<=", 0.05, stall["peakpoint"] / copy),
+            ("stall without overlap, in copies in memory", "<=", 1.25, stall["peakpoint, overlap=False"] / copy),
+        ]
+    if "tiny" in saves:
+        durable = sides("tiny")
+        found.append(
+            (
+                "20,000 tiny tensors: seconds against safetensors",
+                "<=",
+                1.0,
+                durable["peakpoint"] / durable["safetensors"],
+            )
+        )
+    if "gpt2" in loads:
+        cold = {name: median(values["cold"]) for name, values in loads["gpt2"]["sides"].items()}
+        limit = max(cold["raw direct read"], cold["hash in memory, every core"])
+        found.append(("verified load from the disk, of the limit", ">=", 0.8, limit / cold["peakpoint, verified"]))
+    for result in loads.values():
+        warm = {name: median(values["warm"]) for name, values in result["sides"].items()}
+        allowed = max(0.020, 1.5 * warm["safetensors load_file (mapped, nothing read)"])
+        lazy = warm["peakpoint, verify=False (mapped, nothing read)"]
+        found.append((f"{result['case']}: lazy load, of the time allowed", "<=", 1.0, lazy / allowed))
+    memory = figures["memory"]
+    if memory:
+        whole, ring = memory["peakpoint"], memory["peakpoint, capture_bytes=256MiB"]
+        found += [
+            (
+                "peak memory beyond the state, of 1.1 states + 64 MiB",
+                "<=",
+                1.0,
+                whole["extra"] / (1.1 * whole["bytes"] + 64 * MIB),
+            ),
+            ("peak memory with capture_bytes=256MiB, of 320 MiB", "<=", 1.0, ring["extra"] / (320 * MIB)),
+        ]
+    return [
+        (what, sign, bar, value, value >= bar if sign == ">=" else value <= bar) for what, sign, bar, value in found
+    ]
+
+
+def render(figures):
+    """The page."""
+    machine = figures["machine"]
+    lines = [
+        "# Performance",
+        "",
+        "Written by `make bench` from `benchmarks/results.json`; change neither by hand. The sides took turns in one run,",
+        f"medians of {figures['repeats']} each. All saves are equally durable: fsync of files and directories. Ours are hashed",
+        "besides. Absolute times belong to one machine, and a shared disk is noisy: compare within a table.",
+        "",
+        f"{machine['cores']} cores, {machine['processor']}, {machine['system']}, Python {machine['python']}, "
+        f"torch {machine['torch']}, {figures['date']}.",
+        "",
+        "## What was aimed at",
+        "",
+        *_table(
+            ["", "aim", "reached", ""],
+            [
+                [
+                    what,
+                    f"{'at least' if sign == '>=' else 'at most'} {bar:g}",
+                    f"{value:.3f}",
+                    "yes" if good else "**no**",
+                ]
+                for what, sign, bar, value, good in bars(figures)
+            ],
+        ),
+        "## Saving",
+        "",
+        "The stall is how long the training loop waited for the call. With overlap the rest of the copy is made while the next",
+        "forward and backward pass runs; others that save in the background ask that nothing changes meanwhile.",
+        "",
+    ]
+    for result in figures["saving"]:
+        lines += _saving(result)
+    lines += ["## Training on", ""]
+    if figures["training"]:
+        lines += _training(figures["training"])
+    lines += ["## Loading", ""]
+    for result in figures["loading"]:
+        lines += _loading(result)
+    lines += ["## Memory", "", *_memory(figures["memory"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
