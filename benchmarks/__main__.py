@@ -45,9 +45,7 @@ def read(arguments):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
-    parser.add_argument(
-        "--no-peers", dest="peers", action="store_false", help="only torch.save and safetensors beside ours"
-    )
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out most others")
     parser.add_argument("--place", type=Path, default=Path(), help="a directory on the disk to be measured")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--page", action="store_true", help="write benchmarks/results.json and docs/performance.md")

@@ -40,7 +40,7 @@ class Sides:
         ) as ckpt:
             ckpt.report(step=1)
         self.root = place / "ours"
-        self.ours = [path for path in self.root.rglob("*.safetensors")]
+        self.ours = list(self.root.rglob("*.safetensors"))
         self.stock, self.torch = place / "s.safetensors", place / "t.pt"
         save_file(case.tensors, self.stock)
         torch.save(case.state_dict(), self.torch)

@@ -1,4 +1,4 @@
-"""Peak memory of a save, in a process of its own: ``python -m benchmarks.memory SIDE SCALE PLACE`` prints it as JSON."""
+"""Peak memory of a save, in a process of its own; ``python -m benchmarks.memory SIDE SCALE PLACE`` prints JSON."""
 
 import json
 import sys

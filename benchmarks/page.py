@@ -126,12 +126,12 @@ def render(figures):
     lines = [
         "# Performance",
         "",
-        "Written by `make bench` from `benchmarks/results.json`; change neither by hand. The sides took turns in one run,",
-        f"medians of {figures['repeats']} each. All saves are equally durable: fsync of files and directories. Ours are hashed",
-        "besides. Absolute times belong to one machine, and a shared disk is noisy: compare within a table.",
+        "Written by `make bench` from `benchmarks/results.json`; change neither by hand. The sides took turns in one",
+        f"run; medians of {figures['repeats']} each. All saves are equally durable: fsync of files and directories.",
+        "Ours are hashed besides. Absolute times belong to one machine with a noisy disk: compare within a table.",
         "",
-        f"{machine['cores']} cores, {machine['processor']}, {machine['system']}, Python {machine['python']}, "
-        f"torch {machine['torch']}, {figures['date']}.",
+        ", ".join([f"{machine['cores']} cores", machine["processor"], machine["system"], f"Python {machine['python']}"])
+        + f", torch {machine['torch']}, {figures['date']}.",
         "",
         "## What was aimed at",
         "",
@@ -149,8 +149,8 @@ def render(figures):
         ),
         "## Saving",
         "",
-        "The stall is how long the training loop waited for the call. With overlap the rest of the copy is made while the next",
-        "forward and backward pass runs; others that save in the background ask that nothing changes meanwhile.",
+        "The stall is how long the training loop waited for the call. With overlap the rest of the copy is made while",
+        "the next forward and backward pass runs; others that save in the background ask for no change meanwhile.",
         "",
     ]
     for result in figures["saving"]:

@@ -45,7 +45,7 @@ def fresh_memory(size):
 
 
 class Sides:
-    """Each side saves the whole state durably; returns seconds until it was durable, and until it let the loop go on."""
+    """Each side saves the whole state; returns seconds until it was durable, and until it let the loop go on."""
 
     def __init__(self, place, case, peers):
         self.place, self.case = place, case

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from peakpoint import layout, rng
+from peakpoint.collector import no_collection
 from peakpoint.copying import Storage, Transfer
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_part
 from peakpoint.ring import Ring
 from peakpoint.tensors import Staging
+from peakpoint.tracing import Tracer
 from peakpoint.tree import Encoder
 from peakpoint.writer import FileImage, WholeImage
 
@@ -85,6 +87,32 @@ class Captured:
         return sum(image.size for image in self.images)
 
 
+class StateEncoder:
+    """Encodes the parts of a state, save after save."""
+
+    def __init__(self) -> None:
+        self._tracers: dict[str, Tracer] = {}
+        self._places = object()
+
+    def encode(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]], object]:
+        """See ``encode_state``; what the last call returned is overwritten.
+
+        Returns:
+            Besides, an object that is the same as long as all tensors are where they were.
+        """
+        same = list(self._tracers) == list(state)
+        self._tracers = {name: self._tracers.get(name) or Tracer() for name in state}
+        for name, value in state.items():
+            given = state_of(value)
+            again = self._tracers[name].encode(given, f'state["{name}"]', attributes=given is not value)
+            same = same and again
+        trees = {name: tracer.tree for name, tracer in self._tracers.items()}
+        files = {name: tracer.tensors for name, tracer in self._tracers.items() if tracer.tensors}
+        if not same:
+            self._places = object()
+        return trees, files, self._places
+
+
 def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """Encode every part, copying nothing.
 
@@ -94,19 +122,16 @@ def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
     Raises:
         ConfigError: something cannot be kept exactly; the message says where it is.
     """
-    trees: dict[str, Any] = {}
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in state.items():
-        encoder = Encoder()
-        given = state_of(value)
-        trees[name] = encoder.encode(given, f'state["{name}"]', attributes=given is not value)
-        if encoder.tensors:
-            files[name] = encoder.tensors
+    trees, files, _ = StateEncoder().encode(state)
     return trees, files
 
 
 def capture(
-    state: Mapping[str, Any], loop: Mapping[str, Any], buffer: Staging | Ring, owned: frozenset[Storage]
+    state: Mapping[str, Any],
+    loop: Mapping[str, Any],
+    encoder: StateEncoder,
+    buffer: Staging | Ring,
+    owned: frozenset[Storage],
 ) -> Captured:
     """Copy the state.
 
@@ -115,13 +140,25 @@ def capture(
     Args:
         state: part name to live object or plain value.
         loop: the loop's position, plain values.
+        encoder: of this state, for the whole run.
         buffer: receives the tensors.
         owned: memory that may be copied later; empty to copy everything now.
 
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
-    trees, files = encode_state(state)
+    with no_collection():
+        return _capture(state, loop, encoder, buffer, owned)
+
+
+def _capture(
+    state: Mapping[str, Any],
+    loop: Mapping[str, Any],
+    encoder: StateEncoder,
+    buffer: Staging | Ring,
+    owned: frozenset[Storage],
+) -> Captured:
+    trees, files, places = encoder.encode(state)
     extra = Encoder()
     record = {
         "format": 1,
@@ -137,7 +174,7 @@ def capture(
     if isinstance(buffer, Ring):
         images, copying = buffer.capture(named)
     else:
-        images, copying = buffer.capture(named, owned)
+        images, copying = buffer.capture(named, owned, places)
     parts = {part: (f"{part}.safetensors",) if part in files else () for part in trees}
     return Captured(
         (*images, WholeImage(layout.STATE, text)),

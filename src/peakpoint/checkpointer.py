@@ -20,7 +20,7 @@ import msgspec
 from peakpoint import journal as journals
 from peakpoint import layout, names, rules
 from peakpoint.audit import clean_run
-from peakpoint.capture import capture, check_state
+from peakpoint.capture import StateEncoder, capture, check_state
 from peakpoint.clock import Clock, utc_now
 from peakpoint.copying import NOTHING, StepGuard
 from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
@@ -114,6 +114,7 @@ class Checkpointer:
         self._clock, self._announce = clock, announce
         self._store = open_store(root)
         self._buffer = _buffer(capture_bytes)
+        self._encoder = StateEncoder()
         self._load: LoadReport | None = None
         self._started = False
         self._closed = False
@@ -423,7 +424,7 @@ class Checkpointer:
         if moment.reasons and self._may_replace_held(moment):
             begin = time.perf_counter()
             owned = self._guard.owned() if self._overlap else NOTHING
-            captured = capture(self.state, self._loop.position.as_plain(), self._buffer, owned)
+            captured = capture(self.state, self._loop.position.as_plain(), self._encoder, self._buffer, owned)
             self._guard.watch(captured.copying)
             copied = time.perf_counter() - begin
             self._sequence += 1

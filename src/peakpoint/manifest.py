@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from peakpoint.collector import no_collection
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.seal import seal, unseal
 
@@ -151,6 +152,11 @@ def decode(data: bytes, *, where: str) -> Manifest:
         CorruptError: bits have flipped or bytes are missing.
         FormatError: a newer format, or not a manifest.
     """
+    with no_collection():
+        return _decode(data, where=where)
+
+
+def _decode(data: bytes, *, where: str) -> Manifest:
     if not data:
         raise CorruptError(f"{where} is empty")
     try:

@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from peakpoint import layout, reader
+from peakpoint.collector import no_collection
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import FileRecord, Manifest, TensorRecord, check_format
 from peakpoint.refs import near
@@ -42,7 +43,8 @@ def read_trees(store: Store, manifest: Manifest) -> Trees:
     """
     text = reader.read(store, manifest, _file(manifest, layout.STATE))
     try:
-        record = msgspec.json.decode(text)
+        with no_collection():
+            record = msgspec.json.decode(text)
         trees = Trees(dict(record["parts"]), record["rng"], record["loop"])
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
@@ -127,6 +129,11 @@ def read_state(
         CorruptError: a file is missing or damaged.
         FormatError: a newer release wrote it.
     """
+    with no_collection():
+        return _read_state(store, manifest, parts, verify=verify)
+
+
+def _read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None, *, verify: bool) -> SavedState:
     trees = read_trees(store, manifest)
     wanted = [part for part in manifest.parts if parts is None or part in parts]
     tensors = {part: read_tensors(store, manifest, part, verify=verify) for part in wanted}
@@ -185,8 +192,9 @@ class Loaded(Mapping[str, Any]):
         if part not in self._trees.parts:
             raise KeyError(part)
         if part not in self._parts:
-            stored = read_tensors(self._store, self.manifest, part, verify=self._verify)
-            self._parts[part] = Decoder(stored).decode(self._trees.parts[part])
+            with no_collection():
+                stored = read_tensors(self._store, self.manifest, part, verify=self._verify)
+                self._parts[part] = Decoder(stored).decode(self._trees.parts[part])
         return self._parts[part]
 
     def __contains__(self, part: object) -> bool:

@@ -72,7 +72,8 @@ class Staging:
         self._pinned = False
         self._signature: object = None
         self._plan: Plan | None = None
-        self._planned: tuple[object, object] = (None, None)
+        self._places: object = None
+        self._owned = NOTHING
 
     @property
     def size(self) -> int:
@@ -80,7 +81,10 @@ class Staging:
         return 0 if self._memory is None else len(self._memory)
 
     def capture(
-        self, files: Mapping[str, Mapping[str, torch.Tensor]], owned: frozenset[Storage] = NOTHING
+        self,
+        files: Mapping[str, Mapping[str, torch.Tensor]],
+        owned: frozenset[Storage] = NOTHING,
+        places: object = None,
     ) -> tuple[list[WholeImage], Copying]:
         """Begin to copy the tensors of all files into the buffer.
 
@@ -89,23 +93,19 @@ class Staging:
         Args:
             files: file name to its tensors by name.
             owned: memory that may be copied later, by ``Copying.run``; everything else is copied on return.
+            places: an object that the caller gives as long as the files, and the places of all tensors, are the same.
 
         Returns:
             One image for each file, and the copying, which the images wait for.
         """
-        signature = [
-            (file, list(tensors), [(tensor.dtype, tensor.shape) for tensor in tensors.values()])
-            for file, tensors in files.items()
-        ]
-        if signature != self._signature:
-            self._prepare(files)
-            self._signature, self._plan = signature, None
+        if places is None or places is not self._places:
+            self._lay_out(files)
+            self._places, self._plan = places, None
         assert self._memory is not None
         sources = [files[file][target.name] for file, target in self._targets]
-        places = [(tensor.data_ptr(), tensor.stride(), tensor.device, tensor.is_conj()) for tensor in sources]
-        if self._plan is None or self._planned[0] is not owned or self._planned[1] != places:
+        if self._plan is None or self._owned is not owned:
             self._plan = Plan([target for _, target in self._targets], sources, owned)
-            self._planned = (owned, places)
+            self._owned = owned
         if not self._pinned and self._plan.devices:
             self._pinned = pin(self._memory)
         copying = Copying(self._plan, sources, pinned=self._pinned)
@@ -122,7 +122,14 @@ class Staging:
         """``capture`` with everything copied on return."""
         return self.capture(files)[0]
 
-    def _prepare(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def _lay_out(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        signature = [
+            (file, list(tensors), [(tensor.dtype, tensor.shape) for tensor in tensors.values()])
+            for file, tensors in files.items()
+        ]
+        if signature == self._signature:
+            return
+        self._signature = None  # should this be interrupted
         layouts = tuple(lay_out(name, tensors) for name, tensors in files.items())
         needed = sum(pages(layout.size) for layout in layouts)
         self._targets = []
@@ -144,6 +151,7 @@ class Staging:
                     self._targets.append((layout.name, place))
             position += pages(layout.size)
         self._layouts = layouts
+        self._signature = signature
 
 
 def _ready(copying: Copying, offset: int) -> Callable[[int], None]:

@@ -123,6 +123,11 @@ class Encoder:
         self._store()
         return tree
 
+    @property
+    def names(self) -> list[str]:
+        """The name of every tensor that ``encode`` met, in order; some may be stored under the name of another."""
+        return [entry[0] for entry in self._entries]
+
     def _walk(self, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool = False) -> Any:  # noqa: FBT001, FBT002
         if len(keys) > _DEEPEST:
             raise ConfigError(f"{str(path)[:200]} is nested more than {_DEEPEST} levels deep, or contains itself")

@@ -100,7 +100,6 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
 def _facts(root: Path, manifest: Manifest, claims: Sequence[Claim]) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {value:.9g}" for name, value in manifest.metrics.items())
-    timing = ", ".join(f"{name} {value:.4g}" for name, value in manifest.timing.items())
     return [
         ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
         ("id", manifest.id),
@@ -114,7 +113,8 @@ def _facts(root: Path, manifest: Manifest, claims: Sequence[Claim]) -> list[tupl
         ("parts", escape(", ".join(manifest.parts))),
         ("continues", manifest.parent or "nothing: the first of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
-        ("timing", timing),
+        ("written", render.written(manifest)),
+        ("the loop waited", render.waits(manifest)),
     ]
 
 

@@ -51,6 +51,30 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def seconds(value: float) -> str:
+    """``"2.7 ms"`` or ``"1.25 s"``."""
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def written(manifest: Manifest) -> str:
+    """How long the files took, and how fast they went."""
+    taken, rate = manifest.timing.get("write_seconds"), manifest.timing.get("bytes_per_second")
+    if taken is None or rate is None:
+        return "not recorded"
+    return f"{size(manifest.size_bytes)} in {seconds(taken)}, {size(rate)}/s, hashed and durable"
+
+
+def waits(manifest: Manifest) -> str:
+    """What the save cost the training loop."""
+    names = {
+        "waited_seconds": "for the save before it",
+        "capture_seconds": "while it was being copied",
+        "step_waited_seconds": "in optimizer steps for the rest of the copy",
+    }
+    known = [f"{seconds(manifest.timing[name])} {what}" for name, what in names.items() if name in manifest.timing]
+    return ", ".join(known) or "not recorded"
+
+
 def number(value: float | None) -> str:
     """A metric, in six significant digits."""
     return "" if value is None else f"{value:.6g}"
