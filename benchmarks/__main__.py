@@ -109,6 +109,9 @@ def main(arguments=None):
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     if options.page:
+        if page.RESULTS.exists():  # what was not measured now stays
+            before = json.loads(page.RESULTS.read_text(encoding="utf-8"))
+            figures |= {name: before[name] for name in FIGURES if not figures[name]}
         page.RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         page.PAGE.write_text(page.render(figures), encoding="utf-8")
     console.print(Markdown(page.render(figures)))

@@ -107,7 +107,7 @@ SIDES = {
     "torch.save": TorchSave,
     "DCP async": DcpAsync,
 }
-STEPS = {1: 20, 10: 40, 100: 100}
+STEPS = {1: 10, 10: 30, 100: 100}
 
 
 def measure(place, scale, repeats, progress, steps=STEPS):
@@ -116,7 +116,7 @@ def measure(place, scale, repeats, progress, steps=STEPS):
     size = 0
     for interval, count in steps.items():
         figures[interval] = {name: [] for name in SIDES}
-        for turn in range(repeats + 1):
+        for _ in range(repeats):
             for name, kind in SIDES.items():
                 place.mkdir()
                 training = Training(scale)
@@ -130,10 +130,7 @@ def measure(place, scale, repeats, progress, steps=STEPS):
                     if number % interval == 0:
                         side.save(number)
                 side.end()
-                if turn or repeats == 1:
-                    figures[interval][name].append((time.perf_counter() - begin) / count)
+                figures[interval][name].append((time.perf_counter() - begin) / count)
                 shutil.rmtree(place)
                 progress()
-            if repeats == 1:
-                break
     return {"bytes": size, "seconds_per_step": figures}
