@@ -126,9 +126,10 @@ def render(figures):
     lines = [
         "# Performance",
         "",
-        "Written by `make bench` from `benchmarks/results.json`; change neither by hand. The sides of a table took turns in",
-        f"one run; medians of {figures['repeats']} each. All saves are equally durable: fsync of files and directories.",
-        "Ours are hashed besides. Absolute times belong to one machine with a noisy disk: compare within a table.",
+        "Written by `make bench` from `benchmarks/results.json`; change neither by hand. The sides of a table took",
+        f"turns in one run; medians of {figures['repeats']} turns. All saves are equally durable: fsync of files and",
+        "directories. Ours are hashed besides. Absolute times belong to one machine with a noisy disk: compare within",
+        "a table.",
         "",
         ", ".join([f"{machine['cores']} cores", machine["processor"], machine["system"], f"Python {machine['python']}"])
         + f", torch {machine['torch']}, {figures['date']}.",

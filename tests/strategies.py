@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peakpoint.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.rules import Best, Every, Last, Mode, Moment, Rule, TopK
+from peakpoint.rules import Best, BestAtSparsity, Every, Last, Mode, Moment, Pareto, Rule, Thin, TopK
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -33,7 +33,15 @@ everies = (
     | st.builds(Every, minutes=minutes, keep=keeps)
 )
 lasts = st.builds(Last, counts)
-one_rule: st.SearchStrategy[Rule] = bests | topks | everies | lasts
+options = {"min_epoch": st.none() | st.integers(0, 4), "warmup": st.integers(0, 40), "pending": st.integers(0, 2)}
+targets = st.lists(st.sampled_from([0, 0.25, 0.5, 1]), min_size=1, max_size=3)
+at_sparsity = st.builds(
+    BestAtSparsity, st.just("m"), modes, targets, st.sampled_from([0, 0.1, 0.25, 1]), st.just("val/loss"), **options
+)
+paretos = st.builds(Pareto, st.fixed_dictionaries({"m": modes, "val/loss": modes}), **options)
+choosy = st.builds(Best, metric_names, modes, **options) | st.builds(TopK, metric_names, modes, counts, **options)
+thins = st.builds(Thin, st.integers(2, 4))
+one_rule: st.SearchStrategy[Rule] = bests | topks | everies | lasts | at_sparsity | paretos | choosy | thins
 rule_lists = st.lists(one_rule, max_size=4)
 
 

@@ -228,3 +228,93 @@ def test_public_names_resolve_and_a_missing_torch_is_explained():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'peakpoint[torch]'" in done.stdout
+
+
+# --- what stays and why -------------------------------------------------------------------------------------------
+
+
+def test_keep_shows_a_plan_and_removes_with_yes(root):
+    text = invoke("keep", root, "one", "--rules", "last:1").output
+    assert "goes" in text
+    assert "2 would" not in text
+    assert "1 of 3 checkpoints stay" in text
+    assert "add --yes" in text
+    assert len(pp.open(root).run("one").checkpoints()) == 3
+    assert "add --yes" in invoke("keep", root, "one", "--rules", "last:1", "--yes", "--dry-run").output
+    found = json.loads(invoke("keep", root, "one", "--rules", "last:1", "--json").output)
+    assert [one["epoch"] for one in found["stays"]] == [3]
+    assert [one["epoch"] for one in found["goes"]] == [1, 2]
+    assert found["freed_bytes"] == sum(one["size_bytes"] for one in found["goes"])
+    assert not found["applied"]
+    assert "removed 2 checkpoints" in invoke("keep", root, "one", "--rules", "last:1", "--yes").output
+    run = pp.open(root).run("one")
+    assert [one.epoch for one in run.checkpoints()] == [3]
+    assert [rule.text for rule in run.rules()] == ["last:1"], "the rules that were carried out are in force"
+    assert "nothing would go" in invoke("keep", root, "one").output
+
+
+def test_keep_does_not_get_into_the_way_of_a_training(root):
+    model = Tied()
+    with checkpointer(root, run="one", state={"model": model}, resume="never", keep=[pp.Last(3)]):
+        assert "1 of 3" in invoke("keep", root, "one", "--rules", "last:1", "--dry-run").output
+        done = process("keep", root, "one", "--rules", "last:1", "--yes")
+        assert done.returncode != 0
+        assert "already being written by process" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert len(pp.open(root).run("one").checkpoints()) == 3
+
+
+@pytest.mark.parametrize("wrong", ["bset:acc:max", "last:0", "best:acc:up", ""])
+def test_rules_that_cannot_be_are_refused(root, wrong):
+    done = process("keep", root, "one", "--rules", wrong, "--yes")
+    assert done.returncode == pp.ConfigError.exit_code
+    assert done.stderr.startswith("peakpoint: ")
+    assert len(pp.open(root).run("one").checkpoints()) == 3
+
+
+def test_what_if_says_whether_the_peak_survives(root):
+    text = invoke("keep", root, "one", "--what-if", "--rules", "last:1").output
+    assert "4 reports" in text
+    assert "the best val/[red]acc (max) was 0.9 at epoch 1, step 2: it would be lost" in text
+    text = invoke("keep", root, "one", "--what-if", "--rules", "best:val/[red]acc:max").output
+    assert "survives" in text
+    found = json.loads(invoke("keep", root, "one", "--what-if", "--price", "10", "--json").output)
+    assert [one["epoch"] for one in found["kept"]] == [1, 2, 3]
+    assert found["per_month"] == pytest.approx(found["bytes_kept"] / 1e9 * 10)
+    assert len(pp.open(root).run("one").checkpoints()) == 3
+
+
+def test_explain_what_is_here_and_what_is_gone(root):
+    text = invoke("explain", root, "one:epoch=1").output
+    assert "is here (epoch 1, step 2)" in text
+    assert "best:val/[red]acc:max best val/[red]acc (max): 0.9, next 0.7 at epoch 2, step 3" in text
+    assert "last:2 does not claim it but" in text
+    text = invoke("explain", root, "one:epoch=0").output
+    assert "is gone (epoch 0, step 1)" in text
+    assert "val/[red]acc = 0.5" in text
+    assert "kept instead" in text
+    found = json.loads(invoke("explain", root, "one:epoch=0", "--json").output)
+    assert found["exists"] is False
+    assert found["removed"]["by"] == "rules"
+    assert found["claimed_instead"]["last:2"]
+    assert json.loads(invoke("explain", root, "one@latest", "--json").output)["exists"] is True
+    done = process("explain", root, "one:epoch=77")
+    assert done.returncode == pp.NotFoundError.exit_code
+    assert "no removed one either" in done.stderr
+
+
+def test_record_pin_and_unpin(root):
+    name = pp.open(root).run("one").checkpoints()[0].name
+    assert invoke("record", root, f"one/{name}", "bleu=0.5", "test/acc=1e-3", "--source", "eval.py").exit_code == 0
+    assert pp.open(root).run("one").best("bleu", mode="max").name == name
+    assert "bleu = 0.5, test/acc = 0.001" in invoke("explain", root, f"one/{name}").output
+    assert "bleu = 0.5" in invoke("show", root, f"one/{name}").output
+    for wrong in ("bleu", "bleu=high", "=3"):
+        done = process("record", root, f"one/{name}", wrong)
+        assert done.returncode == pp.ConfigError.exit_code
+        assert done.stderr.startswith("peakpoint: ")
+    assert "is pinned" in invoke("pin", root, f"one/{name}", "--why", "paper").output
+    assert "pinned: paper" in invoke("ls", root).output
+    assert "pinned: paper" in invoke("keep", root, "one", "--rules", "last:1").output
+    assert json.loads(invoke("unpin", root, f"one/{name}", "--json").output)["name"] == name
+    assert "pinned: paper" not in invoke("ls", root).output

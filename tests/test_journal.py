@@ -13,7 +13,21 @@ from hypothesis import strategies as st
 
 from peakpoint import journal as j
 from peakpoint.errors import CorruptError, StoreError
-from peakpoint.journal import Closed, Journal, Opened, Removed, Reported, Saved, SaveFailed, Started, decode, encode
+from peakpoint.journal import (
+    Closed,
+    Journal,
+    Measured,
+    Opened,
+    Pinned,
+    Removed,
+    Reported,
+    Saved,
+    SaveFailed,
+    Started,
+    Unpinned,
+    decode,
+    encode,
+)
 from peakpoint.layout import journal_prefix
 from peakpoint.seal import seal
 from peakpoint.store import FileOps, LocalStore, MemoryStore
@@ -40,6 +54,18 @@ events_of = {
         reason=texts,
         by=texts,
     ),
+    Measured: st.builds(
+        Measured,
+        at=times,
+        checkpoint=texts,
+        step=naturals,
+        metrics=any_metrics,
+        part=st.none() | texts,
+        source=texts,
+        by=texts,
+    ),
+    Pinned: st.builds(Pinned, at=times, checkpoint=texts, why=texts, by=texts),
+    Unpinned: st.builds(Unpinned, at=times, checkpoint=texts, by=texts),
     Closed: st.builds(Closed, at=times, why=texts),
 }
 any_event = st.one_of(*events_of.values())

@@ -17,10 +17,14 @@ from hypothesis import strategies as st
 from peakpoint.errors import ConfigError
 from peakpoint.rules import (
     Best,
+    BestAtSparsity,
+    Budget,
     Every,
     Last,
     Moment,
+    Pareto,
     Rule,
+    Thin,
     TopK,
     by_sequence,
     check_rules,
@@ -35,11 +39,14 @@ from strategies import (
     START,
     Report,
     Tree,
+    at_sparsity,
     bests,
+    choosy,
     everies,
     identity,
     lasts,
     one_rule,
+    paretos,
     reports,
     rule_lists,
     topks,
@@ -91,10 +98,19 @@ def oracle(rule: Rule, records: Sequence[Moment], current: frozenset[str]) -> se
     """What ``rule`` must claim; ``current`` are the ids of the newest branch."""
     if isinstance(rule, Last):
         return {a.id for a in records if sum(b.sequence > a.sequence for b in records) < rule.n}
-    if isinstance(rule, Best | TopK):
-        places = 1 if isinstance(rule, Best) else rule.k
-        able = [a for a in records if rule.metric in a.metrics and abs(a.metrics[rule.metric]) < math.inf]
-        return {a.id for a in able if sum(beats(b, a, rule.metric, rule.mode) for b in able) < places}
+    if isinstance(rule, Best | TopK | BestAtSparsity | Pareto):
+        seen = [a for a in records if a.step >= rule.warmup]
+        if rule.min_epoch is not None:
+            seen = [a for a in seen if a.epoch is not None and a.epoch >= rule.min_epoch]
+        names = {name for name, _ in rule.ranks_by} | ({rule.sparsity} if isinstance(rule, BestAtSparsity) else set())
+        lacking = [a for a in seen if names - a.metrics.keys()]
+        waiting = {a.id for a in lacking if sum(b.sequence > a.sequence for b in lacking) < rule.pending}
+        return waiting | winners(
+            rule, [a for a in seen if all(abs(a.metrics.get(n, math.nan)) < math.inf for n in names)]
+        )
+    if isinstance(rule, Thin):
+        newest = max((a.sequence for a in records), default=0)
+        return {a.id for a in records if not any(before_in_block(b, a, newest, rule.base) for b in records)}
     found = set()
     for a in records:
         mine = interval_of(rule, a)
@@ -109,6 +125,42 @@ def oracle(rule: Rule, records: Sequence[Moment], current: frozenset[str]) -> se
         if mine > 0 and not goes_before and (rule.keep is None or len(newer) < rule.keep):
             found.add(a.id)
     return found
+
+
+def winners(rule: Best | TopK | BestAtSparsity | Pareto, able: Sequence[Moment]) -> set[str]:
+    if isinstance(rule, BestAtSparsity):
+        return {a.id for t in rule.targets for a in able if at(rule, a, t) and first_at(rule, a, able, t)}
+    if isinstance(rule, Pareto):
+        return {a.id for a in able if not any(dominates(b, a, rule) for b in able)}
+    places = 1 if isinstance(rule, Best) else rule.k
+    return {a.id for a in able if sum(beats(b, a, rule.metric, rule.mode) for b in able) < places}
+
+
+def at(rule: BestAtSparsity, a: Moment, target: float) -> bool:
+    """Whether the target is the nearest to the record, and near enough."""
+    gap = abs(Fraction(a.metrics[rule.sparsity]) - Fraction(target))
+    nearer = [t for t in rule.targets if (abs(Fraction(a.metrics[rule.sparsity]) - Fraction(t)), t) < (gap, target)]
+    return not nearer and gap <= Fraction(rule.tolerance) + Fraction(1, 10**12)
+
+
+def first_at(rule: BestAtSparsity, a: Moment, able: Sequence[Moment], target: float) -> bool:
+    return not any(beats(b, a, rule.metric, rule.mode) for b in able if at(rule, b, target))
+
+
+def dominates(b: Moment, a: Moment, rule: Pareto) -> bool:
+    """Whether ``b`` keeps ``a`` off the front; of equals the earlier does."""
+    pairs = [
+        (b.metrics[n], a.metrics[n]) if mode == "max" else (a.metrics[n], b.metrics[n]) for n, mode in rule.ranks_by
+    ]
+    if all(x == y for x, y in pairs):
+        return b.sequence < a.sequence
+    return all(x >= y for x, y in pairs)
+
+
+def before_in_block(b: Moment, a: Moment, newest: int, base: int) -> bool:
+    age = newest - a.sequence
+    width = max([1, *(base**n for n in range(64) if base**n <= age)])
+    return b.sequence < a.sequence and b.sequence // width == a.sequence // width
 
 
 def newest_branch(tree: Tree) -> frozenset[str]:
@@ -262,6 +314,65 @@ def test_no_records_no_claims():
     assert claims([], [record(1, m=1.0)]) == {}
 
 
+@given(trees(max_size=40), st.integers(2, 3))
+def test_thinning_keeps_a_few_of_each_age_and_never_wants_back_what_went(tree, base):
+    rule = Thin(base)
+    kept: list[Moment] = []
+    for moment in tree.records:
+        kept.append(moment)
+        claimed = rule.claims(kept)
+        assert moment.id in claimed
+        assert set(claimed) == set(rule.claims(tree.records[: tree.records.index(moment) + 1]))
+        kept = [record for record in kept if record.id in claimed]
+    if tree.records:
+        age = tree.records[-1].sequence - tree.records[0].sequence + 1
+        assert len(kept) <= 2 * base * (math.log(age, base) + 2)
+
+
+def test_sparsities_next_to_a_target_are_at_it_whatever_binary_fractions_say():
+    rule = BestAtSparsity("acc", "max", targets=(0.5, 0.7, 0.9))
+    cases = {0.5: 0.5, 0.51: 0.5, 0.49: 0.5, 0.511: None, 0.6: None, 0.71: 0.7, 0.89: 0.9, 0.91: 0.9, 0.0: None}
+    for sparsity, target in cases.items():
+        assert rule.target_of(record(1, acc=0.1, sparsity=sparsity)) == target, sparsity
+    history = [
+        record(1, acc=0.7, sparsity=0.5),
+        record(2, acc=0.71, sparsity=0.508),
+        record(3, acc=0.75, sparsity=0.3),
+        record(4, acc=0.6, sparsity=0.9),
+        record(5, acc=math.nan, sparsity=0.7),
+    ]
+    claimed = rule.claims(history)
+    assert claimed == {
+        identity(2): "best acc (max) at sparsity 0.5: 0.71 at 0.508, next 0.7 at step 0",
+        identity(4): "best acc (max) at sparsity 0.9: 0.6 at 0.9",
+    }
+
+
+def test_a_front_says_how_many_are_on_it():
+    rule = Pareto({"acc": "max", "bytes": "min"})
+    history = [
+        record(1, acc=0.9, bytes=10.0),
+        record(2, acc=0.8, bytes=10.0),
+        record(3, acc=0.8, bytes=5.0),
+        record(4, acc=0.9, bytes=10.0),
+        record(5, acc=math.inf, bytes=0.0),
+        record(6, acc=1.0),
+    ]
+    assert rule.claims(history) == {
+        identity(1): "on the front of acc (max) and bytes (min): 0.9, 10; 2 of 4 are",
+        identity(3): "on the front of acc (max) and bytes (min): 0.8, 5; 2 of 4 are",
+    }
+
+
+def test_a_smoothed_best_needs_the_smoothed_values():
+    rule = Best("acc", "max", smooth=3)
+    with pytest.raises(ValueError, match="smooth3"):
+        rule.claims([record(1, acc=1.0)])
+    first = replace(record(1), metrics={"acc": 1.0, "acc:smooth3": math.nan})
+    second = replace(record(2), metrics={"acc": 0.5, "acc:smooth3": 0.6})
+    assert set(rule.claims([first, second])) == {identity(2)}
+
+
 # --- text forms and arguments -------------------------------------------------------------------------------------
 
 
@@ -272,6 +383,17 @@ any_rule = (
     st.builds(Best, any_metric, st.sampled_from(["max", "min"]))
     | st.builds(TopK, any_metric, st.sampled_from(["max", "min"]), st.integers(1, 10**30))
     | st.builds(Last, st.integers(1, 10**30))
+    | st.builds(Thin, st.integers(2, 10**30))
+    | st.builds(Budget, st.integers(1, 10**30))
+    | at_sparsity
+    | paretos
+    | choosy
+    | st.builds(Best, any_metric, st.sampled_from(["max", "min"]), st.integers(1, 9), warmup=st.integers(0, 9))
+    | st.builds(
+        lambda names, modes: Pareto(tuple(zip(names, modes, strict=False))),
+        st.lists(any_metric, min_size=2, max_size=3, unique=True),
+        st.lists(st.sampled_from(["max", "min"]), min_size=3, max_size=3),
+    )
     | st.builds(Every, epochs=st.integers(1, 10**30), keep=st.none() | st.integers(1, 10**9))
     | st.builds(Every, steps=st.integers(1, 10**30), keep=st.none() | st.integers(1, 10**9))
     | st.builds(Every, minutes=st.integers(1, 10**15) | st.floats(1e-9, 1e15), keep=st.none() | st.integers(1, 10**9))

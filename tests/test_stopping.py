@@ -1,13 +1,14 @@
 """Early stopping: a pure function of the history."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
-from peakpoint.stopping import EarlyStopping
+from peakpoint.stopping import EarlyStopping, Watch
 from strategies import values
 
 histories = st.lists(st.dictionaries(st.sampled_from(["m", "other"]), values, max_size=2), max_size=20)
@@ -120,3 +121,89 @@ def test_arguments_are_checked():
     for metric in ("", "a b", None):
         with pytest.raises(ConfigError, match="metric"):
             EarlyStopping(metric, "min")
+
+
+@given(rules, histories)
+def test_report_by_report_is_the_same_as_all_at_once(rule, history):
+    watch = Watch(rule)
+    for number, metrics in enumerate(history, 1):
+        watch.report(metrics)
+        assert watch.why == rule.verdict(history[:number])
+
+
+@given(rules, histories, st.integers(0, 6))
+def test_a_warm_up_is_as_if_it_had_not_been(rule, history, warmup):
+    later, seen = [], 0
+    for metrics in history:
+        seen += "m" in metrics
+        if seen > warmup:
+            later.append(metrics)
+    assert replace(rule, warmup=warmup).verdict(history) == rule.verdict(later)
+
+
+def test_a_relative_delta_grows_with_the_best():
+    rule = EarlyStopping("loss", "min", patience=1, min_delta=0.1, relative=True)
+    assert rule.verdict(losses(10.0, 8.9)) is None
+    assert rule.verdict(losses(10.0, 9.1)) == (
+        "loss has not improved on 10 by more than 0.1 of it for 1 reports (patience 1)"
+    )
+    assert rule.verdict(losses(0.10, 0.089)) is None
+
+
+def test_goal_and_divergence():
+    rule = EarlyStopping("loss", "min", goal=0.1, diverged=5.0)
+    assert rule.verdict(losses(1.0, 0.1)) == "loss has reached its goal: 0.1 is at most 0.1"
+    assert rule.verdict(losses(1.0, 5.0)) is None
+    assert rule.verdict(losses(1.0, 5.1)) == "loss has diverged: 5.1 is worse than 5"
+    assert EarlyStopping("acc", "max", goal=0.9).verdict([{"acc": 0.91}]) == (
+        "acc has reached its goal: 0.91 is at least 0.9"
+    )
+    assert rule.verdict([*losses(0.05), {"other": 1.0}]) is not None, "reports without the metric change nothing"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_value_that_is_not_finite_stops_only_when_asked(bad, mode):
+    assert EarlyStopping("loss", mode).verdict(losses(1.0, bad)) is None
+    assert EarlyStopping("loss", mode, stop_on_nan=True).verdict(losses(1.0, bad)) == f"loss is {bad}"
+    assert EarlyStopping("loss", mode, goal=0.0, diverged=None).verdict(losses(bad)) is None
+
+
+# The same curve, worked through by hand after the documentation of each: keras.callbacks.EarlyStopping (Keras 3) and
+# lightning.pytorch.callbacks.EarlyStopping (2.6). Numbers are the index of the report at which each says to stop.
+SHARED = [
+    ({"patience": 2}, [1.0, 0.9, 0.95, 0.91, 0.8], 3),
+    ({"patience": 2}, [1.0, 0.9, 0.95, 0.8, 0.85, 0.8], 5),
+    ({"patience": 1, "min_delta": 0.1}, [1.0, 0.95, 0.5], 1),
+    ({"patience": 3, "min_delta": 0.0}, [1.0, 1.0, 1.0, 1.0], 3),
+]
+
+
+@pytest.mark.parametrize(("arguments", "curve", "stops_at"), SHARED)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_it_stops_where_keras_and_lightning_do(arguments, curve, stops_at, sign):
+    rule = EarlyStopping("loss", "min" if sign == 1 else "max", **arguments)
+    history = losses(*(sign * value for value in curve))
+    assert [rule.verdict(history[: number + 1]) is not None for number in range(stops_at + 1)] == [False] * stops_at + [
+        True
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"goal": math.nan},
+        {"goal": "0.9"},
+        {"diverged": math.inf},
+        {"warmup": -1},
+        {"warmup": 1.5},
+        {"relative": 1},
+        {"stop_on_nan": None},
+        {"goal": 5.0, "diverged": 1.0},
+        {"goal": 1.0, "diverged": 1.0},
+        {"min_delta": "a"},
+    ],
+)
+def test_arguments_that_cannot_be(wrong):
+    with pytest.raises(ConfigError, match="EarlyStopping"):
+        EarlyStopping("loss", "min", **wrong)

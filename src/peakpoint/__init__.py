@@ -42,14 +42,20 @@ if TYPE_CHECKING:
     from peakpoint.repository import open_repository as open
     from peakpoint.restore import LoadReport as LoadReport
     from peakpoint.rules import Best as Best
+    from peakpoint.rules import BestAtSparsity as BestAtSparsity
+    from peakpoint.rules import Budget as Budget
     from peakpoint.rules import Every as Every
     from peakpoint.rules import Last as Last
+    from peakpoint.rules import Pareto as Pareto
+    from peakpoint.rules import Thin as Thin
     from peakpoint.rules import TopK as TopK
     from peakpoint.stopping import EarlyStopping as EarlyStopping
     from peakpoint.stored import Loaded as Loaded
 
 _HOMES = {
     "Best": ("rules", "Best"),
+    "BestAtSparsity": ("rules", "BestAtSparsity"),
+    "Budget": ("rules", "Budget"),
     "Checkpoint": ("repository", "Checkpoint"),
     "Checkpointer": ("checkpointer", "Checkpointer"),
     "ConfigError": ("errors", "ConfigError"),
@@ -66,11 +72,13 @@ _HOMES = {
     "NotFoundError": ("errors", "NotFoundError"),
     "Outcome": ("report", "Outcome"),
     "PeakpointWarning": ("errors", "PeakpointWarning"),
+    "Pareto": ("rules", "Pareto"),
     "Preempt": ("preempt", "Preempt"),
     "Repository": ("repository", "Repository"),
     "Run": ("repository", "Run"),
     "SaveFailedError": ("errors", "SaveFailedError"),
     "StoreError": ("errors", "StoreError"),
+    "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
     "load": ("loading", "load"),

@@ -15,8 +15,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
-import msgspec
-
 from peakpoint import journal as journals
 from peakpoint import layout, names, rules
 from peakpoint.audit import clean_run
@@ -25,9 +23,11 @@ from peakpoint.clock import Clock, utc_now
 from peakpoint.copying import NOTHING, StepGuard
 from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
 from peakpoint.journal import Journal
+from peakpoint.ledger import Ledger
 from peakpoint.loop import Loop, count
 from peakpoint.manifest import Forks, Manifest
 from peakpoint.names import DEFAULT_TEMPLATE
+from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
 from peakpoint.report import Outcome, read_metrics, say, written_by
 from peakpoint.repository import ensure_repository, ensure_run
@@ -37,7 +37,8 @@ from peakpoint.ring import SMALLEST, Ring
 from peakpoint.rules import Rule
 from peakpoint.saver import Failure, Job, Saver
 from peakpoint.stopping import EarlyStopping
-from peakpoint.store import Hold, Store, open_store
+from peakpoint.stopping import Watch as StopWatch
+from peakpoint.store import Hold, Store, holder_note, open_store
 from peakpoint.tensors import Staging
 from peakpoint.units import read_bytes
 from peakpoint.writer import unused_name
@@ -107,7 +108,6 @@ class Checkpointer:
         self.run = names.check_run(run)
         self.state = check_state(state)
         self.rules = rules.check_rules(keep)
-        self._stop = stop
         self._resume, self._strict = resume, strict
         self._overlap = overlap
         self._template = names.check_template(name)
@@ -121,7 +121,9 @@ class Checkpointer:
         self._exit_code = 0 if preempt is None else preempt.exit_code
         self._missed: set[str] = set()
         self._surfaced: Failure | None = None
-        self._history: list[Mapping[str, float]] = []
+        self._reported: Mapping[str, float] | None = None  # by the last report that counts
+        self._stopping = None if stop is None else StopWatch(stop)
+        self._smoothing = Smoothing(windows(self.rules))
         self._sequence = 0
         self._forks: Forks = ()
         self._parent: str | None = None
@@ -129,8 +131,7 @@ class Checkpointer:
         self._by = written_by()
         now = self._clock()
         ensure_repository(self._store, now)
-        note = {"host": self._by["host"], "pid": self._by["pid"], "since": now.isoformat(timespec="seconds")}
-        self._hold: Hold = self._store.hold(layout.writer_lock(self.run), msgspec.json.encode(note))
+        self._hold: Hold = self._store.hold(layout.writer_lock(self.run), holder_note(now))
         try:
             ensure_run(self._store, self.run, now, self._by, self.rules)
             clean_run(self._store, self.run)
@@ -142,7 +143,9 @@ class Checkpointer:
         except BaseException:
             self._hold.release()
             raise
-        self._saver = Saver(self._store, self.run, self._journal, self.rules, self._resumption.manifests)
+        segment, events, existing = self._journal.segment, self._resumption.events, self._resumption.manifests
+        self._ledger = Ledger(self._store, self.run, segment, events, existing, self.rules)
+        self._saver = Saver(self._store, self.run, self._journal, self.rules, existing, self._ledger)
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
 
@@ -171,7 +174,8 @@ class Checkpointer:
         self._load = found.report
         if found.report is not None:  # otherwise the steps made before this call count
             self._loop.go_to(found.position)
-        self._history = [report.metrics for report in found.history]
+        for report in found.history:
+            self._take(report.metrics)
         self._generators = found.generators
         self._saver.set_aside(found.damaged)
         self._journal.append(
@@ -284,10 +288,12 @@ class Checkpointer:
         self._journal.append(
             journals.Reported(at=now, report=position.report, step=position.step, epoch=position.epoch, metrics=values)
         )
-        self._history.append(values)
+        self._take(values)
+        self._ledger.refresh()
         self._warn_about(values)
         moment = self._moment(values, now)
-        claims = rules.wanted(self.rules, self._saver.known, moment)
+        seen = replace(moment, metrics={**values, **self._smoothing.derived()})
+        claims = rules.wanted(self.rules, self._saver.known, seen)
         signal = self._watch.arrived
         reasons = tuple(claim.reason for claim in claims)
         if signal is not None:
@@ -313,9 +319,9 @@ class Checkpointer:
         self._ensure_started()
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigError("save() needs a reason: it is what tells you later why this checkpoint is here")
-        fresh = bool(self._history) and not self._loop.trained
+        reported = None if self._loop.trained else self._reported
         self._loop.catch_up()
-        moment = self._moment(self._history[-1] if fresh else {}, self._clock())
+        moment = self._moment(reported or {}, self._clock())
         return self._save(replace(moment, reasons=(f"saved on request: {reason}",), asked=reason))
 
     def wait(self) -> None:
@@ -373,9 +379,16 @@ class Checkpointer:
     @property
     def why_stop(self) -> str | None:
         """Why the loop should end, None when it should go on; derived from the reported history."""
-        return None if self._stop is None else self._stop.verdict(self._history)
+        return None if self._stopping is None else self._stopping.why
 
     # --- the inside of a report ---------------------------------------------------------------------------------
+
+    def _take(self, values: Mapping[str, float]) -> None:
+        """Take a report into account that belongs to the history."""
+        self._reported = values
+        self._smoothing.report(values)
+        if self._stopping is not None:
+            self._stopping.report(values)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -399,7 +412,8 @@ class Checkpointer:
                     f"finite {metric}",
                     f"{metric} is {value} at step {self._loop.position.step}: it never counts as best",
                 )
-        for metric, _ in rules.watched(self.rules):
+        # what is allowed to be measured later is not missed
+        for metric, _ in rules.watched(rule for rule in self.rules if not getattr(rule, "pending", 0)):
             if metric not in values:
                 self._say_once(
                     f"missing {metric}",
@@ -428,6 +442,7 @@ class Checkpointer:
             self._guard.watch(captured.copying)
             copied = time.perf_counter() - begin
             self._sequence += 1
+            self._ledger.add(moment.id, self._smoothing.derived())
             draft = replace(
                 moment,
                 name=unused_name(self._store, self.run, moment.name),
@@ -484,7 +499,8 @@ class Checkpointer:
         held = self._saver.failure()
         if held is None:
             return True
-        if moment.asked is None and held.job.draft.id in rules.claims(self.rules, [*self._saver.known, moment]):
+        seen = replace(moment, metrics={**moment.metrics, **self._smoothing.derived()})
+        if moment.asked is None and held.job.draft.id in rules.claims(self.rules, [*self._saver.known, seen]):
             self._say_once(
                 f"held {held.job.draft.id}",
                 f"step {moment.step} is not saved ({'; '.join(moment.reasons)}): the buffer still holds "

@@ -10,7 +10,7 @@ checkpoint, and a resumed run makes those again.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, TypeVar
@@ -86,6 +86,7 @@ class Saved:
     sequence: int
     report: int
     reasons: tuple[str, ...]
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,48 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A checkpoint was evaluated after its commit, here or elsewhere.
+
+    Attributes:
+        at: when it was recorded.
+        checkpoint: its id.
+        step: of the checkpoint, to which the values belong.
+        metrics: the values; NaN and infinities included.
+        part: the part that was evaluated, such as ``"ema"``; None when it was not said.
+        source: what measured it, in words.
+        by: who recorded it.
+    """
+
+    at: datetime
+    checkpoint: str
+    step: int
+    metrics: Mapping[str, float]
+    part: str | None
+    source: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pinned:
+    """A checkpoint is protected from the rules until it is unpinned."""
+
+    at: datetime
+    checkpoint: str
+    why: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpinned:
+    """A checkpoint is no longer protected by a pin."""
+
+    at: datetime
+    checkpoint: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
     """The process that had opened the run ended in an orderly way.
 
@@ -125,7 +168,7 @@ class Closed:
     why: str
 
 
-Event = Opened | Started | Reported | Saved | SaveFailed | Removed | Closed
+Event = Opened | Started | Reported | Saved | SaveFailed | Removed | Measured | Pinned | Unpinned | Closed
 
 _KINDS: dict[str, type[Event]] = {
     "opened": Opened,
@@ -134,6 +177,9 @@ _KINDS: dict[str, type[Event]] = {
     "saved": Saved,
     "save-failed": SaveFailed,
     "removed": Removed,
+    "measured": Measured,
+    "pinned": Pinned,
+    "unpinned": Unpinned,
     "closed": Closed,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -142,7 +188,7 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 def encode(event: Event) -> bytes:
     """One sealed line."""
     record: dict[str, Any] = {field.name: getattr(event, field.name) for field in fields(event)}
-    if isinstance(event, Reported):
+    if isinstance(event, Reported | Measured):
         record["metrics"] = metrics_to_json(event.metrics)
     return seal({"kind": _NAMES[type(event)], **record})
 
@@ -158,7 +204,7 @@ def decode(line: bytes, *, where: str) -> Event | None:
         kind = _KINDS.get(msgspec.convert(record.pop("kind"), str))
         if kind is None:
             return None
-        if kind is Reported:
+        if kind in (Reported, Measured):
             record["metrics"] = metrics_from_json(record["metrics"])
         return msgspec.convert(record, kind)
     except CorruptError:
@@ -182,11 +228,16 @@ class Reading:
     segments: tuple[str, ...]
 
 
-def read(store: Store, run: str) -> Reading:
-    """Read the whole journal of a run; an empty one when there is none."""
+def segments_of(store: Store, run: str) -> list[str]:
+    """The names of a journal's segments, in the order of their numbers."""
+    names = [name for name in store.children(journal_prefix(run)) if name.endswith(".jsonl")]
+    return sorted(names, key=lambda name: (len(name), name))
+
+
+def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading:
+    """Read the journal of a run, or some of its segments; an empty one when there is none."""
     prefix = journal_prefix(run)
-    names = [name for name in store.children(prefix) if name.endswith(".jsonl")]
-    segments = tuple(sorted(names, key=lambda name: (len(name), name)))  # in the order of their numbers
+    segments = tuple(name for name in segments_of(store, run) if only is None or name in only)
     events: list[Event] = []
     damage: list[str] = []
     for segment in segments:
@@ -248,6 +299,9 @@ class Journal:
         run: whose journal.
         clock: tells the time of events.
 
+    Attributes:
+        segment: the name of the segment.
+
     Raises:
         StoreError: the segment cannot be created.
     """
@@ -255,16 +309,17 @@ class Journal:
     def __init__(self, store: Store, run: str, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._log = self._create(store, journal_prefix(run))
+        self.segment, self._log = self._create(store, journal_prefix(run))
 
     @staticmethod
-    def _create(store: Store, prefix: str) -> Log:
+    def _create(store: Store, prefix: str) -> tuple[str, Log]:
         while True:
             numbers = [
                 int(name[:-6]) for name in store.children(prefix) if name[:-6].isascii() and name[:-6].isdecimal()
             ]
+            name = f"{max(numbers, default=0) + 1:06d}.jsonl"
             try:
-                return store.log(f"{prefix}/{max(numbers, default=0) + 1:06d}.jsonl")
+                return name, store.log(f"{prefix}/{name}")
             except ConflictError:
                 continue  # another process took the number in between; the next one is free
 

@@ -3,7 +3,7 @@
 import difflib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +11,12 @@ from typing import Any
 
 from peakpoint import journal as journals
 from peakpoint import layout, reader, refs
-from peakpoint.errors import ConflictError, NotFoundError, PeakpointWarning
+from peakpoint.actor import present_user
+from peakpoint.clock import utc_now
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.manifest import FORMAT, Manifest, check_format
+from peakpoint.names import check_metric
+from peakpoint.notes import all_known, known, notes
 from peakpoint.retention import why_kept
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.seal import seal, unseal
@@ -59,6 +63,18 @@ class Checkpoint:
         return f"{self.run}/{self.name}"
 
 
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"metric {name!r} is {value!r}, a {type(value).__name__}; record a number")
+    return float(value)
+
+
+def rules_of(events: Sequence[journals.Event]) -> tuple[Rule, ...]:
+    """The rules in force: those of the process that opened the run last."""
+    opened = journals.newest(events, journals.Opened)
+    return tuple(parse(text) for text in opened.rules) if opened else ()
+
+
 def _checkpoint(store: Store, manifest: Manifest) -> Checkpoint:
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
     return Checkpoint(
@@ -94,9 +110,19 @@ class Run:
         """The manifest of every checkpoint that exists, earliest commit first."""
         return reader.shelf(self.store, self.name).manifests
 
+    def known(self, rules: Sequence[Rule] | None = None) -> tuple[Manifest, ...]:
+        """``manifests`` with all that is known of their metrics: also what was measured later, and smoothed values.
+
+        Args:
+            rules: the rules that say what to smooth; those in force by default.
+        """
+        events = self.events()
+        return all_known(self.manifests(), events, rules_of(events) if rules is None else rules)
+
     def checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint that exists, earliest commit first."""
-        return [_checkpoint(self.store, manifest) for manifest in self.manifests()]
+        noted = notes(self.events())
+        return [_checkpoint(self.store, known(manifest, noted, {})) for manifest in self.manifests()]
 
     def events(self) -> tuple[journals.Event, ...]:
         """The journal: what was reported and done."""
@@ -108,12 +134,17 @@ class Run:
 
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force: those of the process that opened the run last."""
-        opened = journals.newest(self.events(), journals.Opened)
-        return tuple(parse(text) for text in opened.rules) if opened else ()
+        return rules_of(self.events())
 
-    def kept(self) -> dict[str, tuple[Claim, ...]]:
+    def pinned(self) -> Mapping[str, str]:
+        """The ids of pinned checkpoints, with the reasons."""
+        return notes(self.events()).pinned
+
+    def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
-        return why_kept(self.manifests(), self.rules())
+        events = self.events()
+        rules = rules_of(events)
+        return why_kept(all_known(self.manifests(), events, rules), rules, notes(events).pinned)
 
     def latest(self) -> Checkpoint:
         """The newest checkpoint.
@@ -138,7 +169,7 @@ class Run:
 
     def find(self, ref: str) -> Checkpoint:
         """The checkpoint that ``ref`` names; see ``peakpoint.refs``."""
-        return _checkpoint(self.store, self.find_manifest(ref))
+        return _checkpoint(self.store, known(self.find_manifest(ref), notes(self.events()), {}))
 
     def find_manifest(self, ref: str) -> Manifest:
         """The manifest of the checkpoint that ``ref`` names.
@@ -156,14 +187,93 @@ class Run:
             raise shelf.damaged[0].error
         for error in () if isinstance(parsed, refs.ByName) else damaged.values():
             warnings.warn(f"not considered for {ref}: {error}", PeakpointWarning, stacklevel=2)
-        rules = self.rules() if isinstance(parsed, refs.BestOf) and parsed.mode is None else ()
-        return refs.resolve(parsed, shelf.manifests, rules)
+        if not isinstance(parsed, refs.BestOf):
+            return refs.resolve(parsed, shelf.manifests, ())
+        events = self.events()
+        noted = notes(events)
+        seen = [known(manifest, noted, {}) for manifest in shelf.manifests]
+        best = refs.resolve(parsed, seen, rules_of(events) if parsed.mode is None else ())
+        return next(manifest for manifest in shelf.manifests if manifest.id == best.id)
+
+    def record(
+        self, ref: str, metrics: Mapping[str, float], *, part: str | None = None, source: str = ""
+    ) -> Checkpoint:
+        """Append measurements to a checkpoint that exists; its manifest does not change.
+
+        Rules see them at once, also those of a training that is running. Of several values of one metric the last
+        counts.
+
+        Args:
+            ref: which checkpoint.
+            metrics: the values, by name.
+            part: the part that was measured, such as ``"ema"``, when the state has several kinds of weights.
+            source: what measured it, for people.
+
+        Raises:
+            NotFoundError: there is no such checkpoint or part.
+            ConfigError: no metric is given, or one that cannot be.
+
+        Example:
+            >>> import tempfile, peakpoint as pp
+            >>> root = tempfile.mkdtemp()
+            >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(1)]) as ckpt:
+            ...     _ = ckpt.report(step=1)
+            >>> dict(pp.open(root).run("r").record("r@latest", {"accuracy": 0.74}, source="evaluate.py").metrics)
+            {'accuracy': 0.74}
+        """
+        manifest = self.find_manifest(ref)
+        values = {check_metric(name): _number(name, value) for name, value in metrics.items()}
+        if not values:
+            raise ConfigError("nothing to record: give at least one metric")
+        if part is not None and part not in manifest.parts:
+            raise NotFoundError(f"checkpoint {manifest.name} has no part {part!r}; parts: {', '.join(manifest.parts)}")
+        self._note(
+            lambda at, by: journals.Measured(
+                at=at, checkpoint=manifest.id, step=manifest.step, metrics=values, part=part, source=source, by=by
+            )
+        )
+        return self.find(f"{manifest.run}/{manifest.name}")
+
+    def pin(self, ref: str, why: str) -> None:
+        """Protect a checkpoint from the rules until it is unpinned.
+
+        Raises:
+            NotFoundError: there is no such checkpoint, or a rule is removing it at this moment.
+            ConfigError: no reason is given.
+        """
+        if not why.strip():
+            raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
+        manifest = self.find_manifest(ref)
+        self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
+        # whoever removes it has said so first, and looks for pins after that
+        if any(isinstance(event, journals.Removed) and event.checkpoint == manifest.id for event in self.events()):
+            raise ConflictError(
+                f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
+            )
+
+    def unpin(self, ref: str) -> None:
+        """Let the rules have a checkpoint again; nothing happens when it was not pinned.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+        """
+        manifest = self.find_manifest(ref)
+        self._note(lambda at, by: journals.Unpinned(at=at, checkpoint=manifest.id, by=by))
+
+    def _note(self, event: Callable[[datetime, str], journals.Event]) -> None:
+        """Append one event, durably, in a segment of its own."""
+        journal = journals.Journal(self.store, self.name, utc_now)
+        try:
+            journal.append(event(journal.now(), present_user()))
+            journal.append(journals.Closed(at=journal.now(), why="noted"))
+        finally:
+            journal.close()
 
     def holder(self) -> str | None:
         """Who is writing the run at present, in words; None when nobody is."""
         return self.store.holder(layout.writer_lock(self.name))
 
-    def record(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         """``run.json``: who began the run, when, with which versions and rules."""
         return check_run_record(self.store, self.name)
 

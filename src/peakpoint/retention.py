@@ -1,14 +1,17 @@
 """Retention: which checkpoints stay and which go, with reasons. First a plan, then its application."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, Removed
 from peakpoint.manifest import Manifest
-from peakpoint.rules import Claim, Rule, claims
+from peakpoint.rules import Budget, Claim, Record, Rule, claims
 from peakpoint.store import Store
 from peakpoint.writer import remove
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,44 +45,80 @@ class Plan:
         return sum(removal.manifest.size_bytes for removal in self.remove)
 
 
-def why_kept(manifests: Sequence[Manifest], rules: Sequence[Rule]) -> dict[str, tuple[Claim, ...]]:
-    """The claims on each checkpoint, protections among them; what is missing here is kept by nothing."""
-    kept = claims(rules, manifests)
-    for protection in (*_asked(manifests), *_newest(manifests)):
-        identity, claim = protection
-        kept[identity] = (*kept.get(identity, ()), claim)
-    return kept
+NEWEST = Claim("protection:newest", "the newest: the run continues from here")
 
 
-def _asked(manifests: Sequence[Manifest]) -> list[tuple[str, Claim]]:
-    return [
-        (manifest.id, Claim("protection:asked", f"saved on request: {manifest.asked}"))
-        for manifest in manifests
-        if manifest.asked is not None
-    ]
+def protections(manifests: Sequence[Manifest], pinned: Mapping[str, str]) -> dict[str, tuple[Claim, ...]]:
+    """What stays whatever the rules say: the newest, what was saved on request, what is pinned."""
+    found: dict[str, tuple[Claim, ...]] = {}
+    newest = max(manifests, key=lambda manifest: manifest.sequence, default=None)
+    for manifest in manifests:
+        why = []
+        if manifest.asked is not None:
+            why.append(Claim("protection:asked", f"saved on request: {manifest.asked}"))
+        if manifest.id in pinned:
+            why.append(Claim("protection:pinned", f"pinned: {pinned[manifest.id]}"))
+        if manifest is newest:
+            why.append(NEWEST)
+        if why:
+            found[manifest.id] = tuple(why)
+    return found
 
 
-def _newest(manifests: Sequence[Manifest]) -> list[tuple[str, Claim]]:
-    if not manifests:
-        return []
-    newest = max(manifests, key=lambda manifest: manifest.sequence)
-    return [(newest.id, Claim("protection:newest", "the newest: the run continues from here"))]
+def why_kept(
+    manifests: Sequence[Manifest], rules: Sequence[Rule], pinned: Mapping[str, str] = NOTHING
+) -> Mapping[str, tuple[Claim, ...]]:
+    """The claims on each checkpoint, protections among them; what is missing here is kept by nothing.
+
+    Args:
+        manifests: every checkpoint that exists, with all that is known of its metrics.
+        rules: the rules in force.
+        pinned: ids that are pinned, with the reasons.
+    """
+    return plan(manifests, rules, pinned).keep
 
 
-def plan(manifests: Sequence[Manifest], rules: Sequence[Rule]) -> Plan:
-    """Keep what a rule or a protection claims; everything else goes.
+def kept_ids(records: Sequence[Record], rules: Sequence[Rule], protected: Collection[str]) -> set[str]:
+    """The ids of what stays."""
+    claimed = claims(rules, records)
+    stay = {*claimed, *protected}
+    for rule in rules:
+        if isinstance(rule, Budget):
+            left = [record for record in records if record.id in stay]
+            stay -= set(rule.exceeded(left, claimed, protected))
+    return stay
+
+
+def plan(manifests: Sequence[Manifest], rules: Sequence[Rule], pinned: Mapping[str, str] = NOTHING) -> Plan:
+    """Keep what a rule or a protection claims, as far as budgets allow; everything else goes.
 
     Pure and idempotent: a plan over what a plan has kept removes nothing.
     """
-    kept = why_kept(manifests, rules)
+    claimed, protected = claims(rules, manifests), protections(manifests, pinned)
+    stay = kept_ids(manifests, rules, protected.keys())
     texts = " ".join(rule.text for rule in rules) or "no rules"
-    going = [
-        Removal(manifest, f"no rule claims it any more ({texts})") for manifest in manifests if manifest.id not in kept
-    ]
-    return Plan(kept, tuple(sorted(going, key=lambda removal: removal.manifest.sequence)))
+    going = []
+    for manifest in manifests:
+        if manifest.id in stay:
+            continue
+        why = f"no rule claims it any more ({texts})"
+        if manifest.id in claimed:
+            count = len(claimed[manifest.id])
+            budgets = ", ".join(rule.text for rule in rules if isinstance(rule, Budget))
+            why = f"over the budget ({budgets}) and claimed least, by {count} rule{'s' if count > 1 else ''}"
+        going.append(Removal(manifest, why))
+    keep = {id: (*claimed.get(id, ()), *protected.get(id, ())) for id in stay}  # noqa: A001 - the vocabulary's word
+    return Plan(keep, tuple(sorted(going, key=lambda removal: removal.manifest.sequence)))
 
 
-def apply(store: Store, journal: Journal, removals: Sequence[Removal], *, by: str) -> list[str]:
+def apply(
+    store: Store,
+    journal: Journal,
+    removals: Sequence[Removal],
+    *,
+    by: str,
+    pinned: Callable[[], Collection[str]] = tuple,
+) -> list[str]:
     """Remove, recording each reason durably before the first file goes.
 
     A checkpoint that cannot be removed stays and is tried again by the next plan.
@@ -89,6 +128,8 @@ def apply(store: Store, journal: Journal, removals: Sequence[Removal], *, by: st
         journal: receives a ``Removed`` for each.
         removals: what goes.
         by: who decided, for the record.
+        pinned: what is pinned now. Asked once the removals are recorded: whoever pins at the same time either sees
+            the record, or is seen here.
 
     Returns:
         One sentence for each removal that failed.
@@ -109,7 +150,11 @@ def apply(store: Store, journal: Journal, removals: Sequence[Removal], *, by: st
         )
     if removals:
         journal.sync()
+    spared = set(pinned()) if removals else set()
     for removal in removals:
+        if removal.manifest.id in spared:
+            failures.append(f"{removal.manifest.name} stays: it has just been pinned")
+            continue
         try:
             remove(store, removal.manifest)
         except StoreError as error:

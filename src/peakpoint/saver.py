@@ -5,7 +5,7 @@ A save that fails keeps its captured state in memory until it is written after a
 
 import errno
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peakpoint import layout, retention
@@ -13,6 +13,7 @@ from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
 from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, Saved, SaveFailed
+from peakpoint.ledger import Ledger
 from peakpoint.manifest import Manifest
 from peakpoint.rules import Rule
 from peakpoint.store import Store
@@ -61,11 +62,19 @@ class Saver:
         journal: of this process.
         rules: the rules in force.
         committed: the checkpoints that exist.
+        ledger: what is known of them besides their manifests.
     """
 
     def __init__(
-        self, store: Store, run: str, journal: Journal, rules: Sequence[Rule], committed: Sequence[Manifest]
+        self,
+        store: Store,
+        run: str,
+        journal: Journal,
+        rules: Sequence[Rule],
+        committed: Sequence[Manifest],
+        ledger: Ledger,
     ) -> None:
+        self._ledger = ledger
         self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
         self._committed = tuple(committed)
         self.last_id: str | None = None  # of the checkpoint that this saver committed last
@@ -80,7 +89,7 @@ class Saver:
         job, failure = self._job, self._failure
         pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
         present = {manifest.id for manifest in self._committed}
-        return (*self._committed, *(draft for draft in pending if draft.id not in present))
+        return tuple(self._ledger.view([*self._committed, *(one for one in pending if one.id not in present)]))
 
     @property
     def committed(self) -> tuple[Manifest, ...]:
@@ -210,6 +219,7 @@ class Saver:
                 sequence=manifest.sequence,
                 report=manifest.report,
                 reasons=manifest.reasons,
+                size_bytes=manifest.size_bytes,
             )
         )
         self._retain()
@@ -217,12 +227,17 @@ class Saver:
     def _retain(self) -> None:
         """Apply the rules to what exists; a checkpoint that another process has removed is forgotten."""
         existing = [manifest for manifest in self._committed if self._exists(manifest)]
-        plan = retention.plan(existing, self._rules)
-        failures = retention.apply(self._store, self._journal, plan.remove, by="rules")
+        pinned = self._pinned()
+        plan = retention.plan(self._ledger.view(existing), self._rules, pinned)
+        failures = retention.apply(self._store, self._journal, plan.remove, by="rules", pinned=self._pinned)
         self._notices += failures
         self._committed = tuple(
             manifest for manifest in existing if manifest.id in plan.keep or (failures and self._exists(manifest))
         )
+
+    def _pinned(self) -> Mapping[str, str]:
+        self._ledger.refresh()
+        return self._ledger.pinned
 
     def _exists(self, manifest: Manifest) -> bool:
         return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None

@@ -1,10 +1,11 @@
 """When to stop: a pure function of the reported history.
 
-Nothing is counted between reports, so a restart changes nothing and a changed patience applies at once.
+Nothing is kept between two starts of a run but that history, so a restart changes nothing and changed arguments apply
+at once.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
@@ -14,56 +15,141 @@ from peakpoint.rules import Mode, check_mode
 
 @dataclass(frozen=True, slots=True)
 class EarlyStopping:
-    """Says to stop when a metric has not improved for a while.
+    """Says to stop when a metric has not improved for a while, has reached its goal, or has gone astray.
 
     Args:
         metric: the metric to watch; reports without it do not count.
         mode: ``"max"`` or ``"min"``. Required.
         patience: the loop stops at this many reports in a row without an improvement. At least 1.
         min_delta: a change must be larger than this to be an improvement; not negative, in the metric's own unit.
+        relative: ``min_delta`` is a fraction of the best value so far instead.
+        warmup: leave this many reports out of account at the beginning.
+        goal: stop at a report that is at least as good as this.
+        diverged: stop at a report that is worse than this.
+        stop_on_nan: stop at a NaN or an infinity; otherwise it is a report without an improvement.
 
     Raises:
         ConfigError: an argument that cannot be.
+
+    Source: patience, min_delta and warm-up (``start_from_epoch``) as in Keras 3, ``keras.callbacks.EarlyStopping``;
+    goal and divergence as Lightning 2.6's ``stopping_threshold`` and ``divergence_threshold``. docs/guide.md lists the
+    differences.
 
     Example:
         >>> rule = EarlyStopping("val_loss", "min", patience=2)
         >>> rule.verdict([{"val_loss": 1.0}, {"val_loss": 1.1}])
         >>> rule.verdict([{"val_loss": 1.0}, {"val_loss": 1.1}, {"val_loss": 1.2}])
         'val_loss has not improved on 1 by more than 0 for 2 reports (patience 2)'
+        >>> EarlyStopping("acc", "max", goal=0.9).verdict([{"acc": 0.95}])
+        'acc has reached its goal: 0.95 is at least 0.9'
     """
 
     metric: str
     mode: Mode
     patience: int = 10
     min_delta: float = 0.0
+    relative: bool = False
+    warmup: int = 0
+    goal: float | None = None
+    diverged: float | None = None
+    stop_on_nan: bool = False
 
     def __post_init__(self) -> None:
         check_metric(self.metric)
         check_mode("EarlyStopping", self.mode)
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
-            raise ConfigError(f"EarlyStopping: patience must be a whole number of at least 1, not {self.patience!r}")
-        if not 0 <= self.min_delta < math.inf:
+        for name, least in (("patience", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"EarlyStopping: {name} must be a whole number of at least {least}, not {value!r}")
+        if not _is_number(self.min_delta) or self.min_delta < 0:
             raise ConfigError(f"EarlyStopping: min_delta must be a number of at least 0, not {self.min_delta!r}")
+        for name in ("goal", "diverged"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ConfigError(f"EarlyStopping: {name} must be a finite number, not {value!r}")
+        for name in ("relative", "stop_on_nan"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"EarlyStopping: {name} must be True or False, not {getattr(self, name)!r}")
+        if self.goal is not None and self.diverged is not None and not self._better(self.goal, self.diverged):
+            raise ConfigError(
+                f"EarlyStopping: the goal {self.goal!r} must be better ({self.mode}) than diverged={self.diverged!r}"
+            )
 
-    def verdict(self, history: Sequence[Mapping[str, float]]) -> str | None:
+    def _better(self, one: float, other: float) -> bool:
+        return one > other if self.mode == "max" else one < other
+
+    def verdict(self, history: Iterable[Mapping[str, float]]) -> str | None:
         """Why to stop, or None to go on.
 
         Args:
             history: the metrics of each report, earliest first. NaN and infinities never are improvements.
         """
-        best, waited = math.nan, 0
+        watch = Watch(self)
         for metrics in history:
-            if self.metric not in metrics:
-                continue
-            value = metrics[self.metric]
-            gain = value - best if self.mode == "max" else best - value
-            if math.isfinite(value) and (math.isnan(best) or gain > self.min_delta):
-                best, waited = value, 0
-            else:
-                waited += 1
-        if waited < self.patience:
+            watch.report(metrics)
+        return watch.why
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Watch:
+    """The verdict on a history that grows, in constant time for each report.
+
+    Args:
+        rule: the arguments.
+
+    Attributes:
+        why: why to stop; None to go on. Judges the last report with the metric: a later improvement takes it back.
+    """
+
+    def __init__(self, rule: EarlyStopping) -> None:
+        self._rule = rule
+        self._best, self._waited, self._seen = math.nan, 0, 0
+        self.why: str | None = None
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Take the next report into account."""
+        rule = self._rule
+        if rule.metric not in metrics:
+            return
+        self._seen += 1
+        if self._seen <= rule.warmup:
+            return
+        value = metrics[rule.metric]
+        if self._improves(value):
+            self._best, self._waited = value, 0
+        else:
+            self._waited += 1
+        self.why = self._judge(value)
+
+    def _improves(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if math.isnan(self._best):
+            return True
+        gain = value - self._best if self._rule.mode == "max" else self._best - value
+        needed = self._rule.min_delta * abs(self._best) if self._rule.relative else self._rule.min_delta
+        return gain > needed
+
+    def _judge(self, value: float) -> str | None:
+        rule, most = self._rule, "at least" if self._rule.mode == "max" else "at most"
+        if not math.isfinite(value):
+            if rule.stop_on_nan:
+                return f"{rule.metric} is {value}"
+        elif rule.goal is not None and not rule._better(rule.goal, value):  # noqa: SLF001 - of this module
+            return f"{rule.metric} has reached its goal: {value:g} is {most} {rule.goal:g}"
+        elif rule.diverged is not None and rule._better(rule.diverged, value):  # noqa: SLF001
+            return f"{rule.metric} has diverged: {value:g} is worse than {rule.diverged:g}"
+        if self._waited < rule.patience:
             return None
+        if math.isnan(self._best):
+            return (
+                f"{rule.metric} has not improved: no finite value for {self._waited} reports (patience {rule.patience})"
+            )
+        delta = f"{rule.min_delta:.3g} of it" if rule.relative else f"{rule.min_delta:g}"
         return (
-            f"{self.metric} has not improved on {best:g} by more than {self.min_delta:g} "
-            f"for {waited} reports (patience {self.patience})"
+            f"{rule.metric} has not improved on {self._best:g} by more than {delta} "
+            f"for {self._waited} reports (patience {rule.patience})"
         )

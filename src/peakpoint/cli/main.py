@@ -3,9 +3,7 @@
 Exit codes are those of the errors (see ``peakpoint.errors``); 0 is success, 2 a bad command line, 130 Ctrl-C.
 """
 
-import getpass
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,18 +17,17 @@ from rich.markup import escape
 from peakpoint import audit as audits
 from peakpoint import layout
 from peakpoint._version import __version__
-from peakpoint.cli import render
+from peakpoint.actor import present_user
+from peakpoint.cli import render, rules
+from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.clock import utc_now
 from peakpoint.errors import CorruptError, Error
 from peakpoint.journal import Journal
 from peakpoint.manifest import Manifest
+from peakpoint.refs import parse
 from peakpoint.repository import Repository, open_repository
 from peakpoint.retention import Removal, apply
 from peakpoint.rules import Claim
-
-_ROOT = click.argument("root", type=click.Path(path_type=Path))
-_REF = click.argument("ref")
-_JSON = click.option("--json", "json", is_flag=True, help="Print JSON for programs.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -43,13 +40,17 @@ def cli() -> None:
     """
 
 
+for command in rules.COMMANDS:
+    cli.add_command(command)
+
+
 # --- ls -----------------------------------------------------------------------------------------------------------
 
 
 @cli.command()
-@_ROOT
+@ROOT
 @click.argument("names", metavar="[RUN]...", nargs=-1)
-@_JSON
+@JSON
 def ls(root: Path, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
     """List runs and checkpoints: peak against last, sizes, and why each is kept."""
     repository = open_repository(root)
@@ -68,14 +69,16 @@ def ls(root: Path, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
 
 
 @cli.command()
-@_ROOT
-@_REF
-@_JSON
+@ROOT
+@REF
+@JSON
 def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     """Show one checkpoint: metrics, reasons, parts, files, digests."""
     repository = open_repository(root)
-    manifest = repository.find_manifest(ref)
-    claims = repository.run(manifest.run).kept().get(manifest.id, ())
+    run = repository.run(parse(ref).run)
+    manifest = run.find_manifest(ref)
+    manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
+    claims = run.kept().get(manifest.id, ())
     if json:
         extra = {
             "parts": manifest.parts,
@@ -122,11 +125,11 @@ def _facts(root: Path, manifest: Manifest, claims: Sequence[Claim]) -> list[tupl
 
 
 @cli.command()
-@_ROOT
+@ROOT
 @click.option("--deep", is_flag=True, help="Compare every byte of every file with its digest.")
 @click.option("--clean", is_flag=True, help="Remove what crashes have left behind; damage is never touched.")
 @click.option("--dry-run", is_flag=True, help="With --clean: only say what would be removed.")
-@_JSON
+@JSON
 def audit(root: Path, deep: bool, clean: bool, dry_run: bool, json: bool) -> None:  # noqa: FBT001
     """Find damage, and what crashes have left behind. Exits with 12 when there is damage."""
     repository = open_repository(root)
@@ -182,12 +185,12 @@ def _print_audit(result: audits.Audit, removed: list[audits.Finding]) -> None:
 
 
 @cli.command()
-@_ROOT
+@ROOT
 @click.argument("names", metavar="REF...", nargs=-1, required=True)
 @click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
 @click.option("--why", default="removed by hand", help="The reason, for the journal.")
-@_JSON
+@JSON
 def rm(root: Path, names: tuple[str, ...], yes: bool, dry_run: bool, why: str, json: bool) -> None:  # noqa: FBT001
     """Remove checkpoints: shows the plan, and carries it out with --yes."""
     repository = open_repository(root)
@@ -230,8 +233,7 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
 def _remove(repository: Repository, run: str, manifests: Sequence[Manifest], why: str) -> list[str]:
     journal = Journal(repository.store, run, utc_now)
     try:
-        by = f"{getpass.getuser()} on {socket.gethostname()}"
-        return apply(repository.store, journal, [Removal(manifest, why) for manifest in manifests], by=by)
+        return apply(repository.store, journal, [Removal(manifest, why) for manifest in manifests], by=present_user())
     finally:
         journal.close()
 
@@ -240,11 +242,11 @@ def _remove(repository: Repository, run: str, manifests: Sequence[Manifest], why
 
 
 @cli.command()
-@_ROOT
-@_REF
+@ROOT
+@REF
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="FILE.safetensors, FILE.pth or FILE.pt.")
 @click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
-@_JSON
+@JSON
 def export(root: Path, ref: str, to: Path, parts: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
     """Write a checkpoint to one file that other tools open."""
     repository = open_repository(root)

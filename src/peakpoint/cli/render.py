@@ -213,7 +213,7 @@ def audit_sentence(result: Audit) -> str:
 
 def print_run(console: Console, run: Run) -> None:
     """A run: its rules, peak against last, and its checkpoints with the reasons why each is kept."""
-    manifests, in_force = run.manifests(), run.rules()
+    manifests, in_force = run.known(()), run.rules()
     pairs = watched(in_force)
     kept = run.kept()
     total = sum(manifest.size_bytes for manifest in manifests)
@@ -242,7 +242,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "rules": [rule.text for rule in in_force],
         "writer": run.holder(),
         "peaks": [_peak_json(peak) for peak in peaks(run.history(), watched(in_force))],
-        "checkpoints": [manifest_json(manifest, kept.get(manifest.id, ())) for manifest in run.manifests()],
+        "checkpoints": [manifest_json(manifest, kept.get(manifest.id, ())) for manifest in run.known(())],
     }
 
 

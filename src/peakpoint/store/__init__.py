@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from peakpoint.errors import ConfigError
-from peakpoint.store.core import Chunk, Filling, Hold, Log, Store, check_key
+from peakpoint.store.core import Chunk, Filling, Hold, Log, Store, check_key, holder_note
 from peakpoint.store.files import FileOps
 from peakpoint.store.local import LocalStore, translated
 from peakpoint.store.memory import MemoryStore
@@ -19,6 +19,7 @@ __all__ = [
     "MemoryStore",
     "Store",
     "check_key",
+    "holder_note",
     "open_store",
     "translated",
 ]

@@ -4,7 +4,10 @@ Keys are relative POSIX paths such as ``runs/a/run.json``. A store needs no lock
 the format writes is created once, appended to by one writer, or deleted.
 """
 
+import os
+import socket
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Protocol
 
 import msgspec
@@ -44,6 +47,12 @@ class Hold(Protocol):
 
     def release(self) -> None:
         """Give it back; nothing happens the second time."""
+
+
+def holder_note(since: datetime) -> bytes:
+    """The note of a hold by this process."""
+    note = {"host": socket.gethostname(), "pid": str(os.getpid()), "since": since.isoformat(timespec="seconds")}
+    return msgspec.json.encode(note)
 
 
 def holder_text(note: bytes) -> str:

@@ -1,0 +1,366 @@
+"""Commands about what stays and why: keep, explain, pin, unpin, record."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint import journal as journals
+from peakpoint import layout
+from peakpoint.actor import present_user
+from peakpoint.cli import render
+from peakpoint.cli.arguments import JSON, REF, ROOT
+from peakpoint.clock import utc_now
+from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.journal import Journal
+from peakpoint.lives import Life, Replay, lives, replay, typical_size
+from peakpoint.manifest import Manifest
+from peakpoint.notes import all_known, notes
+from peakpoint.refs import AtEpoch, AtStep, ByName, parse
+from peakpoint.repository import Run, open_repository
+from peakpoint.retention import Plan, apply, plan
+from peakpoint.rules import FORMS, Rule, moment_text, parse_all
+from peakpoint.store import holder_note
+
+GB = 1e9
+
+
+# --- keep ---------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.argument("name", metavar="RUN")
+@click.option("--rules", "text", help=f"Rules, separated by spaces; those in force by default. Forms: {FORMS}.")
+@click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
+@click.option("--what-if", is_flag=True, help="Replay the recorded history under the rules, from the first report on.")
+@click.option("--price", type=click.FloatRange(min=0), default=0.023, show_default=True, help="Of a GB in a month.")
+@JSON
+def keep(
+    root: Path,
+    name: str,
+    text: str | None,
+    yes: bool,  # noqa: FBT001
+    dry_run: bool,  # noqa: FBT001
+    what_if: bool,  # noqa: FBT001
+    price: float,
+    json: bool,  # noqa: FBT001
+) -> None:
+    """Say what rules keep of a run, why, and what they would remove; carry it out with --yes."""
+    run = open_repository(root).run(name)
+    rules = run.rules() if text is None else parse_all(text)
+    if not rules:
+        raise ConfigError(f"no rules: run {name!r} has none in force; give some with --rules, such as last:3")
+    if what_if:
+        _what_if(run, rules, price, json=json)
+        return
+    events = run.events()
+    decided = plan(all_known(run.manifests(), events, rules), rules, notes(events).pinned)
+    apply_now = yes and not dry_run
+    failures: list[str] = []
+    if not json:
+        _print_plan(run, rules, decided)
+    if apply_now:
+        failures = _apply(run, rules, decided, changed=text is not None)
+    if json:
+        render.as_json(_plan_json(run, rules, decided, failures, applied=apply_now))
+    elif not decided.remove:
+        click.echo("nothing would go")
+    elif apply_now:
+        click.echo(f"removed {len(decided.remove) - len(failures)} checkpoints")
+    else:
+        click.echo("nothing is removed yet; add --yes to remove")
+    for failure in failures:
+        click.echo(f"peakpoint: {failure}", err=True)
+    if failures:
+        raise SystemExit(20)
+
+
+def _apply(run: Run, rules: Sequence[Rule], decided: Plan, *, changed: bool) -> list[str]:
+    """Remove, as the writer of the run: a training that is running has rules of its own."""
+    now = utc_now()
+    hold = run.store.hold(layout.writer_lock(run.name), holder_note(now))
+    try:
+        journal = Journal(run.store, run.name, utc_now)
+        try:
+            if changed:
+                texts = tuple(rule.text for rule in rules)
+                journal.append(journals.Opened(at=now, by={"user": present_user()}, rules=texts))
+            pinned = lambda: notes(run.events()).pinned  # noqa: E731
+            failures = apply(run.store, journal, decided.remove, by=present_user(), pinned=pinned)
+            journal.append(journals.Closed(at=utc_now(), why="peakpoint keep"))
+            return failures
+        finally:
+            journal.close()
+    finally:
+        hold.release()
+
+
+def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
+    console = render.console()
+    console.print(f"[bold]{escape(run.name)}[/] under {escape(' '.join(rule.text for rule in rules))}")
+    manifests = run.manifests()
+    table = Table(box=None, header_style="bold")
+    for title in ("", "checkpoint", "size", "why"):
+        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    going = {removal.manifest.id: removal for removal in decided.remove}
+    for manifest in manifests:
+        if manifest.id in going:
+            mark, why = "[red]goes[/]", escape(going[manifest.id].reason)
+        else:
+            mark, why = "[green]stays[/]", render.claims_text(decided.keep.get(manifest.id, ()))
+        table.add_row(mark, escape(manifest.name), render.size(manifest.size_bytes), why)
+    console.print(table)
+    total = sum(manifest.size_bytes for manifest in manifests)
+    console.print(
+        f"{len(manifests) - len(going)} of {len(manifests)} checkpoints stay, "
+        f"{render.size(total - decided.freed_bytes)}; {render.size(decided.freed_bytes)} would be freed"
+    )
+
+
+def _plan_json(
+    run: Run, rules: Sequence[Rule], decided: Plan, failures: Sequence[str], *, applied: bool
+) -> dict[str, Any]:
+    manifests = {manifest.id: manifest for manifest in run.manifests()}
+    return {
+        "run": run.name,
+        "rules": [rule.text for rule in rules],
+        "stays": [
+            render.manifest_json(manifest, decided.keep[manifest.id])
+            for manifest in manifests.values()
+            if manifest.id in decided.keep
+        ],
+        "goes": [render.manifest_json(removal.manifest, ()) | {"reason": removal.reason} for removal in decided.remove],
+        "freed_bytes": decided.freed_bytes,
+        "applied": applied,
+        "failures": list(failures),
+    }
+
+
+def _what_if(run: Run, rules: Sequence[Rule], price: float, *, json: bool) -> None:
+    events = run.events()
+    found = replay(events, rules, typical_size(run.manifests()), also=run.rules())
+    if json:
+        render.as_json(_replay_json(run, found, price))
+        return
+    console = render.console()
+    console.print(
+        f"[bold]{escape(run.name)}[/], {found.reports} reports, under {escape(' '.join(r.text for r in found.rules))}: "
+        f"{found.saves} would have been saved, {len(found.kept)} kept, {found.most} at most at one time"
+    )
+    table = Table(box=None, header_style="bold")
+    for title in ("kept", "why"):
+        table.add_column(title, overflow="fold")
+    for kept in found.kept:
+        table.add_row(moment_text(kept.moment), render.claims_text(kept.claims))
+    console.print(table)
+    console.print(
+        f"at {render.size(found.size_bytes)} a checkpoint: {render.size(found.bytes_kept)} kept "
+        f"({found.bytes_kept / GB * price:.2f} a month at {price:g} a GB), {render.size(found.bytes_written)} written"
+    )
+    for peak in found.peaks:
+        verdict = "[green]survives[/]" if peak.survives else "[bold red]would be lost[/]"
+        value = render.number(peak.moment.metrics[peak.metric])
+        console.print(
+            f"the best {escape(peak.metric)} ({peak.mode}) was {value} at {moment_text(peak.moment)}: it {verdict}"
+        )
+
+
+def _replay_json(run: Run, found: Replay, price: float) -> dict[str, Any]:
+    def moment(given: Any) -> dict[str, Any]:
+        return {"step": given.step, "epoch": given.epoch, "metrics": dict(given.metrics)}
+
+    return {
+        "run": run.name,
+        "rules": [rule.text for rule in found.rules],
+        "reports": found.reports,
+        "saves": found.saves,
+        "most": found.most,
+        "kept": [
+            moment(kept.moment) | {"claims": [{"rule": c.rule, "reason": c.reason} for c in kept.claims]}
+            for kept in found.kept
+        ],
+        "checkpoint_bytes": found.size_bytes,
+        "bytes_kept": found.bytes_kept,
+        "bytes_written": found.bytes_written,
+        "per_month": found.bytes_kept / GB * price,
+        "peaks": [
+            {"metric": peak.metric, "mode": peak.mode, "survives": peak.survives} | moment(peak.moment)
+            for peak in found.peaks
+        ],
+    }
+
+
+# --- explain ------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@REF
+@JSON
+def explain(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
+    """Say why a checkpoint is here, or why and when it went and what beat it."""
+    repository = open_repository(root)
+    run = repository.run(parse(ref).run)
+    try:
+        manifest = run.find_manifest(ref)
+    except NotFoundError as error:
+        life = _gone(run, ref)
+        if life is None:
+            raise NotFoundError(f"{error}; the journal knows of no removed one either") from error
+        _explain_gone(life, json=json)
+        return
+    _explain_here(run, manifest, json=json)
+
+
+def _gone(run: Run, ref: str) -> Life | None:
+    """The removed checkpoint that a ref names; the last one of several."""
+    wanted = parse(ref)
+    found = None
+    for life in lives(run.events()):
+        match wanted:
+            case ByName(name=name):
+                fits = life.saved.name == name
+            case AtStep(step=step):
+                fits = life.record.step == step
+            case AtEpoch(epoch=epoch):
+                fits = life.record.epoch == epoch
+            case _:
+                fits = False
+        if fits and life.removed is not None:
+            found = life
+    return found
+
+
+def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
+    events = run.events()
+    rules = run.rules()
+    manifests = all_known(run.manifests(), events, rules)
+    decided = plan(manifests, rules, notes(events).pinned)
+    claims = decided.keep.get(manifest.id, ())
+    late = [event for event in events if isinstance(event, journals.Measured) and event.checkpoint == manifest.id]
+    silent = [rule for rule in rules if rule.text not in {claim.rule for claim in claims}]
+    names = {other.id: other.name for other in manifests}
+    instead = [(rule.text, [names[found] for found in rule.claims(manifests)]) for rule in silent]
+    if json:
+        measured = [{"at": e.at, "metrics": dict(e.metrics), "source": e.source, "by": e.by} for e in late]
+        extra = {"measured": measured, "claimed_instead": dict(instead)}
+        render.as_json(render.manifest_json(manifest, claims) | {"exists": True} | extra)
+        return
+    console = render.console()
+    where = moment_text(manifest)
+    console.print(f"[bold]{escape(manifest.run)}/{escape(manifest.name)}[/] is here ({where})")
+    console.print(f"saved {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC because")
+    for reason in manifest.reasons:
+        console.print(f"  - {escape(reason)}")
+    console.print("kept because" if claims else "[yellow]kept by nothing: the next save of this run removes it[/]")
+    for claim in claims:
+        console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
+    for event in late:
+        values = ", ".join(f"{name} = {value:.6g}" for name, value in event.metrics.items())
+        console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {escape(values)}")
+    for rule, claimed in instead:
+        shown = ", ".join(claimed[:3]) + (f" and {len(claimed) - 3} more" if len(claimed) > 3 else "")
+        console.print(f"[dim]{escape(rule)} does not claim it but {escape(shown or 'nothing')}[/]")
+
+
+def _explain_gone(life: Life, *, json: bool) -> None:
+    removed = life.removed
+    assert removed is not None
+    if json:
+        render.as_json(
+            {
+                "exists": False,
+                "name": life.saved.name,
+                "id": life.saved.checkpoint,
+                "step": removed.step,
+                "epoch": removed.epoch,
+                "metrics": dict(life.record.metrics),
+                "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
+                "removed": {"at": removed.at, "reason": removed.reason, "by": removed.by},
+                "claimed_instead": {rule: list(claimed) for rule, claimed in life.beaten},
+            }
+        )
+        return
+    console = render.console()
+    where = f"step {removed.step}" if removed.epoch is None else f"epoch {removed.epoch}, step {removed.step}"
+    console.print(f"[bold]{escape(life.saved.name)}[/] is gone ({where})")
+    values = ", ".join(f"{name} = {value:.6g}" for name, value in life.record.metrics.items())
+    console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {escape(values) or 'no metrics'} because")
+    for reason in life.saved.reasons:
+        console.print(f"  - {escape(reason)}")
+    console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
+    for rule, claimed in life.beaten:
+        console.print(f"  [cyan]{escape(rule)}[/] kept instead")
+        for line in claimed[:3] or ("nothing",):
+            console.print(f"    - {escape(line)}")
+        if len(claimed) > 3:
+            console.print(f"    - and {len(claimed) - 3} more")
+
+
+# --- pin, unpin, record -------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@REF
+@click.option("--why", required=True, help="The reason, for people.")
+@JSON
+def pin(root: Path, ref: str, why: str, json: bool) -> None:  # noqa: FBT001
+    """Protect a checkpoint from the rules, also of a training that is running."""
+    run = open_repository(root).run(parse(ref).run)
+    manifest = run.find_manifest(ref)
+    run.pin(ref, why)
+    _noted(run, manifest, "is pinned", json=json)
+
+
+@click.command()
+@ROOT
+@REF
+@JSON
+def unpin(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
+    """Let the rules have a pinned checkpoint again."""
+    run = open_repository(root).run(parse(ref).run)
+    manifest = run.find_manifest(ref)
+    run.unpin(ref)
+    _noted(run, manifest, "is not pinned", json=json)
+
+
+@click.command()
+@ROOT
+@REF
+@click.argument("values", metavar="METRIC=VALUE...", nargs=-1, required=True)
+@click.option("--part", help="The part that was measured, such as ema.")
+@click.option("--source", default="by hand", show_default=True, help="What measured it.")
+@JSON
+def record(root: Path, ref: str, values: tuple[str, ...], part: str | None, source: str, json: bool) -> None:  # noqa: FBT001
+    """Append measurements to a checkpoint; rules see them at once."""
+    run = open_repository(root).run(parse(ref).run)
+    manifest = run.find_manifest(ref)
+    run.record(f"{manifest.run}/{manifest.name}", dict(map(_measurement, values)), part=part, source=source)
+    _noted(run, manifest, f"has {', '.join(values)}", json=json)
+
+
+def _measurement(text: str) -> tuple[str, float]:
+    name, equals, value = text.rpartition("=")
+    try:
+        if equals:
+            return name, float(value)
+    except ValueError:
+        pass
+    raise ConfigError(f"{text!r} is no measurement; give METRIC=VALUE, such as accuracy=0.74")
+
+
+def _noted(run: Run, manifest: Manifest, what: str, *, json: bool) -> None:
+    if json:
+        known = next(seen for seen in run.known(()) if seen.id == manifest.id)
+        render.as_json(render.manifest_json(known, run.kept().get(manifest.id, ())))
+    else:
+        click.echo(f"{manifest.run}/{manifest.name} {what}")
+
+
+COMMANDS = (keep, explain, pin, unpin, record)

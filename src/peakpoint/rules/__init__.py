@@ -1,0 +1,112 @@
+"""Rules say which checkpoints are worth having, and why.
+
+A rule is a frozen value with one pure method: ``claims(records)`` names, among the records that exist, those that it
+wants, each with a reason. It keeps no state, so "save this moment?", "keep this checkpoint?", "what would happen under
+other rules?" and "what after a restart?" are one calculation:
+
+- a moment is saved if and only if a rule would claim it among the checkpoints that exist (``wanted``);
+- a checkpoint is kept while a rule claims it (``claims``).
+
+Laws that every rule obeys (tests/test_rules.py proves them): the answer does not depend on the order of the records;
+what was claimed stays claimed after everything else but the newest is removed; adding a rule never removes a claim; a
+value that is not finite never wins; ties go to the earlier record. ``Budget`` is the exception: it wants less.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import get_args
+
+from peakpoint.errors import ConfigError
+from peakpoint.rules.budget import Budget
+from peakpoint.rules.core import (
+    Claim,
+    Mode,
+    Moment,
+    Reasons,
+    Record,
+    by_sequence,
+    check_mode,
+    lineage,
+    moment_text,
+    ranked,
+)
+from peakpoint.rules.metric import Best, BestAtSparsity, Considered, Pareto, TopK, smoothed
+from peakpoint.rules.presets import production, pruning, research
+from peakpoint.rules.schedule import Every, Last, Thin
+from peakpoint.rules.text import FORMS, Rule, mode_of, parse, parse_all
+
+__all__ = [
+    "FORMS",
+    "Best",
+    "BestAtSparsity",
+    "Budget",
+    "Claim",
+    "Considered",
+    "Every",
+    "Last",
+    "Mode",
+    "Moment",
+    "Pareto",
+    "Reasons",
+    "Record",
+    "Rule",
+    "Thin",
+    "TopK",
+    "by_sequence",
+    "check_mode",
+    "check_rules",
+    "claims",
+    "lineage",
+    "mode_of",
+    "moment_text",
+    "parse",
+    "parse_all",
+    "production",
+    "pruning",
+    "ranked",
+    "research",
+    "smoothed",
+    "wanted",
+    "watched",
+]
+
+
+def check_rules(keep: object) -> tuple[Rule, ...]:
+    """Return ``keep`` as a tuple if it is a list of rules.
+
+    Raises:
+        ConfigError: something in it is not a rule.
+    """
+    if isinstance(keep, str) or not isinstance(keep, Iterable):
+        raise ConfigError(f'keep= takes a list of rules, such as [Best("val_loss", "min"), Last(3)], not {keep!r}')
+    rules = tuple(keep)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            kinds = ", ".join(kind.__name__ for kind in get_args(Rule))
+            raise ConfigError(f"keep= takes rules ({kinds}), not {rule!r}")
+    return rules
+
+
+def claims(rules: Iterable[Rule], records: Sequence[Record]) -> dict[str, tuple[Claim, ...]]:
+    """Who wants what: id of each claimed record, with its claims in the order of the rules.
+
+    Pure; the answer does not depend on the order of ``records``.
+
+    Args:
+        rules: the rules in force.
+        records: every checkpoint that exists.
+    """
+    found: dict[str, list[Claim]] = {}
+    for rule in rules:
+        for id, reason in rule.claims(records).items():  # noqa: A001 - the vocabulary's word
+            found.setdefault(id, []).append(Claim(rule.text, reason))
+    return {id: tuple(claimed) for id, claimed in found.items()}  # noqa: A001
+
+
+def wanted(rules: Iterable[Rule], existing: Sequence[Record], moment: Record) -> tuple[Claim, ...]:
+    """The claims that ``moment`` would have among ``existing``: it is saved if and only if there is one."""
+    return claims(rules, [*existing, moment]).get(moment.id, ())
+
+
+def watched(rules: Iterable[Rule]) -> tuple[tuple[str, Mode], ...]:
+    """The metrics that rules rank by, with their directions, in the order of the rules, once each."""
+    return tuple(dict.fromkeys(pair for rule in rules for pair in rule.ranks_by))

@@ -1,0 +1,71 @@
+"""A cap on the space that checkpoints take."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from peakpoint.rules.core import Claim, Reasons, Record
+from peakpoint.units import read_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Caps the space of a run: what is claimed least goes first, the older before the newer.
+
+    The only rule that wants less and not more: it claims nothing. What is protected (the newest checkpoint, those saved
+    on request, pinned ones) never goes, even above the cap.
+
+    Args:
+        limit: bytes, or text such as ``"50 GB"``.
+
+    Raises:
+        ConfigError: no number of bytes.
+
+    Example:
+        >>> Budget("50 GB").text
+        'budget:50000000000'
+    """
+
+    limit: int | str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", read_bytes("Budget", self.limit))
+
+    @property
+    def bytes(self) -> int:
+        """The cap in bytes."""
+        return int(self.limit)
+
+    @property
+    def text(self) -> str:
+        """The compact form that ``parse`` reads."""
+        return f"budget:{self.limit}"
+
+    @property
+    def ranks_by(self) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def claims(self, records: Sequence[Record]) -> Reasons:  # noqa: ARG002
+        """Nothing."""
+        return {}
+
+    def exceeded(
+        self, records: Iterable[Record], claims: Mapping[str, Sequence[Claim]], protected: Collection[str]
+    ) -> list[str]:
+        """The ids of what must go, in this order, out of what is claimed or protected.
+
+        Args:
+            records: every checkpoint.
+            claims: who claims what.
+            protected: ids that must stay.
+        """
+        kept = [record for record in records if record.id in claims or record.id in protected]
+        total = sum(record.size_bytes for record in kept)
+        going = []
+        for record in sorted(kept, key=lambda record: (len(claims.get(record.id, ())), record.sequence)):
+            if total <= self.bytes:
+                break
+            if record.id not in protected and record.size_bytes:
+                going.append(record.id)
+                total -= record.size_bytes
+        return going

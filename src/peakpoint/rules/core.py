@@ -1,0 +1,98 @@
+"""What rules are made of."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol, get_args
+
+from peakpoint.errors import ConfigError
+
+Mode = Literal["max", "min"]
+Reasons = dict[str, str]
+
+
+class Record(Protocol):
+    """What rules look at; ``Manifest``, ``Checkpoint`` and ``Moment`` all are records."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def sequence(self) -> int: ...  # noqa: D102
+    @property
+    def step(self) -> int: ...  # noqa: D102
+    @property
+    def epoch(self) -> int | None: ...  # noqa: D102
+    @property
+    def metrics(self) -> Mapping[str, float]: ...  # noqa: D102
+    @property
+    def created_at(self) -> datetime: ...  # noqa: D102
+    @property
+    def forks(self) -> tuple[tuple[int, int], ...]: ...  # noqa: D102
+    @property
+    def size_bytes(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """A moment of training that could become a checkpoint; see ``Manifest`` for the attributes."""
+
+    id: str
+    sequence: int
+    step: int
+    epoch: int | None
+    metrics: Mapping[str, float]
+    created_at: datetime
+    forks: tuple[tuple[int, int], ...] = ()
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One rule's wish to have one checkpoint.
+
+    Attributes:
+        rule: the rule in its text form, such as ``"best:val_accuracy:max"``.
+        reason: one sentence with the numbers that decided.
+    """
+
+    rule: str
+    reason: str
+
+
+def check_mode(rule: str, mode: object) -> None:
+    """Refuse a mode that is neither ``"max"`` nor ``"min"``."""
+    if mode not in get_args(Mode):
+        raise ConfigError(f'{rule}: mode must be "max" or "min", not {mode!r}; it is never guessed')
+
+
+def check_whole(rule: str, name: str, value: object, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{rule}: {name} must be a whole number of at least {least}, not {value!r}")
+
+
+def by_sequence(records: Iterable[Record]) -> list[Record]:
+    """Earliest commit first."""
+    return sorted(records, key=lambda record: record.sequence)
+
+
+def ranked(records: Iterable[Record], metric: str, mode: Mode) -> list[Record]:
+    """Best first; records without a finite value of ``metric`` are left out; ties go to the earlier commit."""
+    sign = -1.0 if mode == "max" else 1.0
+    having = [record for record in records if math.isfinite(record.metrics.get(metric, math.nan))]
+    return sorted(having, key=lambda record: (sign * record.metrics[metric], record.sequence))
+
+
+def lineage(records: Iterable[Record]) -> list[Record]:
+    """The newest record and those that it continues, earliest first: abandoned branches are left out."""
+    ordered = by_sequence(records)
+    if not ordered:
+        return []
+    forks = ordered[-1].forks
+    return [record for record in ordered if not any(after < record.sequence < before for after, before in forks)]
+
+
+def moment_text(record: Record) -> str:
+    """``"epoch 3, step 400"`` or ``"step 400"``."""
+    return f"step {record.step}" if record.epoch is None else f"epoch {record.epoch}, step {record.step}"

@@ -1,0 +1,335 @@
+"""Rules that rank checkpoints by metrics."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from peakpoint.errors import ConfigError
+from peakpoint.names import check_metric
+from peakpoint.rules.core import Mode, Reasons, Record, by_sequence, check_mode, check_whole, moment_text, ranked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """Which checkpoints a metric rule looks at; these arguments are common to all of them.
+
+    Args:
+        min_epoch: leave out checkpoints of earlier epochs (indices, from 0), and those outside epochs.
+        warmup: leave out checkpoints of earlier steps.
+        pending: also claim the newest checkpoints that have no value yet, at most this many, so that an evaluation
+            elsewhere finds them; see ``Run.record``.
+    """
+
+    min_epoch: int | None = None
+    warmup: int = 0
+    pending: int = 0
+
+    def _check(self) -> None:
+        rule = type(self).__name__
+        if self.min_epoch is not None:
+            check_whole(rule, "min_epoch", self.min_epoch, 0)
+        check_whole(rule, "warmup", self.warmup, 0)
+        check_whole(rule, "pending", self.pending, 0)
+
+    @property
+    def _options(self) -> str:
+        given = {
+            "min_epoch": self.min_epoch if self.min_epoch is not None else 0,
+            "warmup": self.warmup,
+            "pending": self.pending,
+        }
+        shown = {name: value for name, value in given.items() if value or (name == "min_epoch" and self.min_epoch == 0)}
+        return "".join(f":{name}={value}" for name, value in shown.items())
+
+    def considered(self, records: Iterable[Record]) -> list[Record]:
+        """The records that count."""
+        return [
+            record
+            for record in records
+            if record.step >= self.warmup
+            and (self.min_epoch is None or (record.epoch is not None and record.epoch >= self.min_epoch))
+        ]
+
+    def _waiting(self, records: Sequence[Record], metrics: Sequence[str]) -> Reasons:
+        """The newest records that have no value of some metric at all; NaN is a value."""
+        lacking = [record for record in by_sequence(records) if not all(name in record.metrics for name in metrics)]
+        return {
+            record.id: f"{', '.join(name for name in metrics if name not in record.metrics)} is not measured yet; "
+            f"number {back} of at most {self.pending} such"
+            for back, record in enumerate(reversed(lacking[-self.pending :] if self.pending else []), 1)
+        }
+
+
+def smoothed(metric: str, window: int) -> str:
+    """The name under which a record carries the mean of the last ``window`` values of a metric.
+
+    No metric that is reported can have such a name.
+    """
+    return f"{metric}:smooth{window}"
+
+
+@dataclass(frozen=True, slots=True)
+class Best(Considered):
+    """Claims the checkpoint with the best value of one metric.
+
+    Args:
+        metric: the metric's name, as reported.
+        mode: ``"max"`` when larger is better, ``"min"`` when smaller is. Required.
+        smooth: rank by the mean of the last ``smooth`` reported values, at least 1; a single lucky evaluation then does
+            not win. Reports before there are so many values do not count.
+        min_epoch, warmup, pending: see ``Considered``.
+
+    Raises:
+        ConfigError: a mode or a name that cannot be.
+
+    Example:
+        >>> Best("val_accuracy", "max").text
+        'best:val_accuracy:max'
+        >>> Best("val_accuracy", "max", smooth=5, min_epoch=10).text
+        'best:val_accuracy:max:smooth=5:min_epoch=10'
+    """
+
+    metric: str
+    mode: Mode
+    smooth: int = 1
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric)
+        check_mode("Best", self.mode)
+        check_whole("Best", "smooth", self.smooth)
+        self._check()
+
+    @property
+    def text(self) -> str:
+        """The compact form that ``parse`` reads."""
+        smooth = "" if self.smooth == 1 else f":smooth={self.smooth}"
+        return f"best:{self.metric}:{self.mode}{smooth}{self._options}"
+
+    @property
+    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
+        """The metric, with its direction."""
+        return ((self.metric, self.mode),)
+
+    def claims(self, records: Sequence[Record]) -> Reasons:
+        """The best record and its margin."""
+        able = self.considered(records)
+        key, called = self.metric, self.metric
+        if self.smooth > 1:
+            key, called = smoothed(self.metric, self.smooth), f"{self.metric} over {self.smooth} reports"
+            if any(self.metric in record.metrics and key not in record.metrics for record in able):
+                raise ValueError(f"records without {key!r}: give them through peakpoint.measured")
+        ranking = ranked(able, key, self.mode)
+        waiting = self._waiting(able, (self.metric,))
+        if not ranking:
+            return waiting
+        best = ranking[0]
+        reason = f"best {called} ({self.mode}): {best.metrics[key]:.6g}"
+        if len(ranking) > 1:
+            reason += f", next {ranking[1].metrics[key]:.6g} at {moment_text(ranking[1])}"
+        return {best.id: reason} | waiting
+
+
+@dataclass(frozen=True, slots=True)
+class TopK(Considered):
+    """Claims the ``k`` checkpoints with the best values of one metric.
+
+    Args:
+        metric: the metric's name, as reported.
+        mode: ``"max"`` or ``"min"``. Required.
+        k: how many, at least 1.
+        min_epoch, warmup, pending: see ``Considered``.
+
+    Raises:
+        ConfigError: an argument that cannot be.
+
+    Example:
+        >>> TopK("val_loss", "min", 3).text
+        'topk:val_loss:min:3'
+    """
+
+    metric: str
+    mode: Mode
+    k: int
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric)
+        check_mode("TopK", self.mode)
+        check_whole("TopK", "k", self.k)
+        self._check()
+
+    @property
+    def text(self) -> str:
+        """The compact form that ``parse`` reads."""
+        return f"topk:{self.metric}:{self.mode}:{self.k}{self._options}"
+
+    @property
+    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
+        """The metric, with its direction."""
+        return ((self.metric, self.mode),)
+
+    def claims(self, records: Sequence[Record]) -> Reasons:
+        """The first ``k`` of the ranking, each with its rank."""
+        able = self.considered(records)
+        ranking = ranked(able, self.metric, self.mode)[: self.k]
+        return {
+            record.id: f"rank {rank} of the best {self.k} by {self.metric} ({self.mode}): "
+            f"{record.metrics[self.metric]:.6g}"
+            for rank, record in enumerate(ranking, 1)
+        } | self._waiting(able, (self.metric,))
+
+
+def _number(rule: str, name: str, value: object, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ConfigError(f"{rule}: {name} must be a number from {least:g} to {most:g}, not {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class BestAtSparsity(Considered):
+    """Claims the best checkpoint at each sparsity target.
+
+    A checkpoint belongs to the target that is nearest to its sparsity (to the lower of two that are equally near), if
+    that is within the tolerance.
+
+    Args:
+        metric: the metric's name, as reported.
+        mode: ``"max"`` or ``"min"``. Required.
+        targets: sparsities, from 0 (dense) to 1; sorted, each once.
+        tolerance: how far from a target is still at it, from 0 to 1.
+        sparsity: the metric that holds the actual sparsity.
+        min_epoch, warmup, pending: see ``Considered``.
+
+    Raises:
+        ConfigError: an argument that cannot be.
+
+    Example:
+        >>> BestAtSparsity("val_accuracy", "max", targets=(0.5, 0.9)).text
+        'best-at:val_accuracy:max:sparsity:0.5,0.9:0.01'
+    """
+
+    metric: str
+    mode: Mode
+    targets: tuple[float, ...] = (0.5, 0.7, 0.9)
+    tolerance: float = 0.01
+    sparsity: str = "sparsity"
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric)
+        check_metric(self.sparsity)
+        check_mode("BestAtSparsity", self.mode)
+        given: object = self.targets
+        if isinstance(given, str) or not isinstance(given, Iterable) or not (listed := list(given)):
+            raise ConfigError(f"BestAtSparsity: targets are numbers such as (0.5, 0.9), not {given!r}")
+        numbers = sorted({_number("BestAtSparsity", "targets", target, 0, 1) for target in listed})
+        object.__setattr__(self, "targets", tuple(numbers))
+        object.__setattr__(self, "tolerance", _number("BestAtSparsity", "tolerance", self.tolerance, 0, 1))
+        self._check()
+
+    @property
+    def text(self) -> str:
+        """The compact form that ``parse`` reads."""
+        targets = ",".join(f"{target!r}" for target in self.targets)
+        return f"best-at:{self.metric}:{self.mode}:{self.sparsity}:{targets}:{self.tolerance!r}{self._options}"
+
+    @property
+    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
+        """The metric, with its direction."""
+        return ((self.metric, self.mode),)
+
+    def target_of(self, record: Record) -> float | None:
+        """The target that a record belongs to, None when it is near none."""
+        actual = record.metrics.get(self.sparsity, math.nan)
+        if not math.isfinite(actual):
+            return None
+        target = min(self.targets, key=lambda target: (abs(target - actual), target))
+        # 0.51 is at 0.5 with a tolerance of 0.01, whatever binary fractions say
+        return target if abs(target - actual) <= self.tolerance + 1e-12 else None
+
+    def claims(self, records: Sequence[Record]) -> Reasons:
+        """The best of each target, with its actual sparsity."""
+        able = self.considered(records)
+        found = self._waiting(able, (self.metric, self.sparsity))
+        for target in self.targets:
+            at = [record for record in able if self.target_of(record) == target]
+            ranking = ranked(at, self.metric, self.mode)
+            if ranking:
+                best = ranking[0]
+                reason = (
+                    f"best {self.metric} ({self.mode}) at {self.sparsity} {target:g}: {best.metrics[self.metric]:.6g} "
+                    f"at {best.metrics[self.sparsity]:.6g}"
+                )
+                if len(ranking) > 1:
+                    reason += f", next {ranking[1].metrics[self.metric]:.6g} at {moment_text(ranking[1])}"
+                found[best.id] = reason
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Pareto(Considered):
+    """Claims the checkpoints that no other beats in every objective.
+
+    One checkpoint beats another when it is at least as good in all objectives and better in one. Of several that are
+    equal in all, the earliest is claimed.
+
+    Args:
+        objectives: metric name to ``"max"`` or ``"min"``; at least two, and a value is needed in each.
+        min_epoch, warmup, pending: see ``Considered``.
+
+    Raises:
+        ConfigError: an argument that cannot be.
+
+    Example:
+        >>> Pareto({"val_accuracy": "max", "sparsity": "max"}).text
+        'pareto:val_accuracy:max:sparsity:max'
+    """
+
+    objectives: Mapping[str, Mode] | tuple[tuple[str, Mode], ...]
+
+    def __post_init__(self) -> None:
+        given = self.objectives.items() if isinstance(self.objectives, Mapping) else self.objectives
+        try:
+            pairs = tuple((name, mode) for name, mode in given)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f'Pareto takes objectives such as {{"accuracy": "max", "sparsity": "max"}}, not {self.objectives!r}'
+            ) from error
+        for name, mode in pairs:
+            check_metric(name)
+            check_mode("Pareto", mode)
+        if len({name for name, _ in pairs}) < 2 or len({name for name, _ in pairs}) < len(pairs):
+            raise ConfigError("Pareto needs two objectives or more, each once; for one use Best")
+        object.__setattr__(self, "objectives", pairs)
+        self._check()
+
+    @property
+    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
+        """The objectives, with their directions."""
+        return tuple(self.objectives.items()) if isinstance(self.objectives, Mapping) else self.objectives
+
+    @property
+    def text(self) -> str:
+        """The compact form that ``parse`` reads."""
+        return "pareto:" + ":".join(f"{name}:{mode}" for name, mode in self.ranks_by) + self._options
+
+    def claims(self, records: Sequence[Record]) -> Reasons:
+        """The front, each with its values."""
+        able = self.considered(records)
+        names = [name for name, _ in self.ranks_by]
+        having = [record for record in able if all(math.isfinite(record.metrics.get(n, math.nan)) for n in names)]
+        signs = [-1.0 if mode == "max" else 1.0 for _, mode in self.ranks_by]
+        points = {
+            record.id: tuple(sign * record.metrics[name] for sign, name in zip(signs, names, strict=True))
+            for record in having
+        }
+        # sorted so, nobody is beaten by a later one
+        front: list[Record] = []
+        for record in sorted(having, key=lambda record: (points[record.id], record.sequence)):
+            mine = points[record.id]
+            if not any(all(a <= b for a, b in zip(points[o.id], mine, strict=True)) for o in front):
+                front.append(record)
+        shown = " and ".join(f"{name} ({mode})" for name, mode in self.ranks_by)
+        return {
+            record.id: f"on the front of {shown}: {', '.join(f'{record.metrics[name]:.6g}' for name in names)}; "
+            f"{len(front)} of {len(having)} are"
+            for record in front
+        } | self._waiting(able, names)

@@ -1,0 +1,47 @@
+"""Rules that many runs want together."""
+
+from collections.abc import Iterable
+
+from peakpoint.rules.core import Mode
+from peakpoint.rules.metric import Best, BestAtSparsity, Pareto
+from peakpoint.rules.schedule import Every, Last
+from peakpoint.rules.text import Rule
+
+
+def research(metric: str, mode: Mode) -> list[Rule]:
+    """The best, every tenth epoch, the last three: to look back at, and to continue from.
+
+    Example:
+        >>> from peakpoint import rules
+        >>> [rule.text for rule in rules.research("val_accuracy", "max")]
+        ['best:val_accuracy:max', 'every:10ep', 'last:3']
+    """
+    return [Best(metric, mode), Every(epochs=10), Last(3)]
+
+
+def production(metric: str, mode: Mode) -> list[Rule]:
+    """The best, what is not evaluated yet (three at most), one an hour for a day, the last.
+
+    Example:
+        >>> from peakpoint import rules
+        >>> [rule.text for rule in rules.production("val_loss", "min")]
+        ['best:val_loss:min:pending=3', 'every:60min:24', 'last:1']
+    """
+    return [Best(metric, mode, pending=3), Every(minutes=60, keep=24), Last(1)]
+
+
+def pruning(
+    metric: str, mode: Mode, targets: Iterable[float] = (0.5, 0.7, 0.9), *, sparsity: str = "sparsity"
+) -> list[Rule]:
+    """The best at each sparsity, the trade-off between the two, the last.
+
+    Example:
+        >>> from peakpoint import rules
+        >>> [rule.text for rule in rules.pruning("acc", "max", (0.5, 0.9))]
+        ['best-at:acc:max:sparsity:0.5,0.9:0.01', 'pareto:acc:max:sparsity:max', 'last:1']
+    """
+    return [
+        BestAtSparsity(metric, mode, tuple(targets), sparsity=sparsity),
+        Pareto({metric: mode, sparsity: "max"}),
+        Last(1),
+    ]

@@ -1,0 +1,114 @@
+"""The compact text form of rules: ``"best:val_accuracy:max last:3 every:10ep"``."""
+
+import re
+
+from peakpoint.errors import ConfigError
+from peakpoint.rules.budget import Budget
+from peakpoint.rules.core import Mode
+from peakpoint.rules.metric import Best, BestAtSparsity, Pareto, TopK
+from peakpoint.rules.schedule import Every, Last, Thin
+
+Rule = Best | TopK | BestAtSparsity | Pareto | Every | Last | Thin | Budget
+
+FORMS = (
+    "best:METRIC:max topk:METRIC:min:K best-at:METRIC:max:SPARSITY:0.5,0.9:0.01 pareto:METRIC:max:METRIC:min "
+    "every:10ep every:500st every:60min:24 last:N thin:2 budget:50GB; rules by metrics may end with :min_epoch=N "
+    ":warmup=STEPS :pending=N, best also with :smooth=N"
+)
+
+_EVERY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?)(?P<unit>ep|st|min)")
+_OPTION = re.compile(r"(?P<name>smooth|min_epoch|warmup|pending)=(?P<value>[0-9]{1,18})")
+
+
+def parse(text: str) -> Rule:
+    """Read one rule in its compact form, the inverse of ``rule.text``.
+
+    Raises:
+        ConfigError: the text is not a rule; the message shows the forms.
+
+    Example:
+        >>> parse("every:10ep")
+        Every(epochs=10, steps=None, minutes=None, keep=None)
+        >>> parse("best:loss:min:smooth=5").smooth
+        5
+    """
+    kind, *rest = text.split(":")
+    options: dict[str, int] = {}
+    while rest and (option := _OPTION.fullmatch(rest[-1])) and option["name"] not in options:
+        options[option["name"]] = int(option["value"])
+        rest = rest[:-1]
+    try:
+        rule = _metric_rule(kind, rest, options)
+        if rule is None and not options:
+            rule = _other_rule(kind, rest)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"rule {text[:200]!r}: {error}") from error
+    if rule is None:
+        raise ConfigError(f"{text!r} is not a rule. Forms: {FORMS}")
+    return rule
+
+
+def parse_all(text: str) -> tuple[Rule, ...]:
+    """Read rules that are separated by spaces.
+
+    Example:
+        >>> [rule.text for rule in parse_all("last:3 thin:2")]
+        ['last:3', 'thin:2']
+    """
+    return tuple(parse(word) for word in text.split())
+
+
+def _metric_rule(kind: str, rest: list[str], options: dict[str, int]) -> Rule | None:
+    match kind, rest:
+        case "best", [metric, mode]:
+            return Best(metric, mode_of(mode), **options)
+        case "topk", [metric, mode, k]:
+            return TopK(metric, mode_of(mode), whole(k), **options)
+        case "best-at", [metric, mode, sparsity, targets, tolerance]:
+            numbers = tuple(float(target) for target in targets.split(","))
+            return BestAtSparsity(metric, mode_of(mode), numbers, float(tolerance), sparsity, **options)
+        case "pareto", [*pairs] if len(pairs) >= 4 and len(pairs) % 2 == 0:
+            objectives = zip(pairs[::2], map(mode_of, pairs[1::2]), strict=True)
+            return Pareto(tuple(objectives), **options)
+        case _:
+            return None
+
+
+def _other_rule(kind: str, rest: list[str]) -> Rule | None:
+    match kind, rest:
+        case "last", [n]:
+            return Last(whole(n))
+        case "thin", [base]:
+            return Thin(whole(base))
+        case "budget", [limit]:
+            return Budget(int(limit) if limit.isascii() and limit.isdecimal() else limit)
+        case "every", [interval, *keep] if len(keep) < 2 and (found := _EVERY.fullmatch(interval)):
+            count = whole(keep[0]) if keep else None
+            number = found["number"]
+            match found["unit"]:
+                case "ep":
+                    return Every(epochs=int(number), keep=count)
+                case "st":
+                    return Every(steps=int(number), keep=count)
+                case _:
+                    return Every(minutes=int(number) if number.isdigit() else float(number), keep=count)
+        case _:
+            return None
+
+
+def whole(text: str) -> int:
+    """Read a whole number; ConfigError when it is none."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def mode_of(text: str) -> Mode:
+    """Read a mode; ConfigError when it is none."""
+    if text == "max":
+        return "max"
+    if text == "min":
+        return "min"
+    raise ConfigError(f'mode must be "max" or "min", not {text!r}; it is never guessed')

@@ -1,0 +1,71 @@
+"""The lives of checkpoints, and what other rules would have done, told from the journal alone."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peakpoint as pp
+from peakpoint import journal as journals
+from peakpoint.lives import lives, replay
+from peakpoint.rules import Best, BestAtSparsity, Last, Rule
+from strategies import START, bests, everies, lasts, metrics, paretos, thins, topks
+from training import checkpointer, kept
+
+replayed: st.SearchStrategy[Rule] = bests | topks | everies | lasts | paretos | thins
+
+
+def events_of(reports):
+    return [
+        journals.Reported(at=START, report=number, step=10 * number, epoch=number - 1, metrics=values)
+        for number, values in enumerate(reports, 1)
+    ]
+
+
+def test_an_end_names_who_beat_it(tmp_path):
+    with checkpointer(tmp_path, keep=[pp.Best("acc", "max"), pp.Last(1)]) as ckpt:
+        for step, accuracy in enumerate([0.5, 0.9, 0.7, 0.6], 1):
+            ckpt.report(step=step, acc=accuracy)
+            ckpt.wait()
+    found = lives(pp.open(tmp_path).run("r").events())
+    assert [life.record.step for life in found] == [1, 2, 3, 4]
+    assert [life.removed is None for life in found] == [False, True, False, True]
+    assert found[2].record.metrics == {"acc": 0.7}
+    assert found[2].beaten == (
+        ("best:acc:max", ("r_step2_acc0.9000: best acc (max): 0.9, next 0.7 at step 3",)),
+        ("last:1", ("r_step4_acc0.6000: the newest",)),
+    )
+    assert found[0].record.size_bytes == kept(tmp_path)[0].size_bytes
+
+
+@pytest.mark.filterwarnings("ignore::peakpoint.PeakpointWarning")
+@settings(max_examples=40, deadline=None)
+@given(st.lists(metrics, min_size=1, max_size=8), st.lists(replayed, min_size=1, max_size=3))
+def test_a_replay_keeps_what_the_training_kept(tmp_path_factory, reports, rules):
+    root = tmp_path_factory.mktemp("replay")
+    with checkpointer(root, state={"x": 1}, keep=rules, clock=lambda: START) as ckpt:
+        for number, values in enumerate(reports, 1):
+            ckpt.report(values, step=10 * number, epoch=number - 1)
+            ckpt.wait()
+    run = pp.open(root).run("r")
+    found = replay(run.events(), rules, 1000)
+    assert [one.moment.step for one in found.kept] == [one.step for one in run.checkpoints()]
+    assert found.saves == sum(isinstance(event, journals.Saved) for event in run.events())
+    assert found.reports == len(reports)
+
+
+def test_a_peak_that_no_rule_held_is_said_to_be_lost():
+    events = events_of([{"acc": 0.1}, {"acc": 0.9}, {"acc": 0.3}])
+    lost = replay(events, [Last(1)], 10, also=[Best("acc", "max")])
+    (peak,) = lost.peaks
+    assert (peak.moment.step, peak.survives) == (20, False)
+    (peak,) = replay(events, [Last(1), Best("acc", "max")], 10).peaks
+    assert peak.survives
+    assert (lost.saves, lost.most, lost.bytes_kept, lost.bytes_written) == (3, 2, 10, 30)
+
+
+def test_a_replay_of_smoothed_rules_and_budgets():
+    events = events_of([{"acc": value} for value in (0.1, 0.2, 0.9, 0.3, 0.5, 0.6, 0.7, 0.2, 0.1)])
+    found = replay(events, [Best("acc", "max", smooth=3)], 10)
+    assert [one.moment.step for one in found.kept] == [70]
+    found = replay(events, [BestAtSparsity("acc", "max"), Last(5), pp.Budget(20)], 10)
+    assert [one.moment.step for one in found.kept] == [80, 90]
