@@ -16,7 +16,7 @@ from peakpoint.repository import Repository, check_run_record
 from peakpoint.store import Store
 from peakpoint.writer import sweep
 
-_OURS = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
+_OURS = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?\.safetensors")
 _LOCK_NOTE = b"{}"
 
 

@@ -5,16 +5,17 @@ The copy of the state that is written is taken here, in one go, so that training
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from peakpoint import layout, rng
 from peakpoint.collector import no_collection
-from peakpoint.copying import Storage, Transfer
+from peakpoint.copying import Storage, Transfer, storage_of
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_part
 from peakpoint.ring import Ring
@@ -93,6 +94,8 @@ class StateEncoder:
     def __init__(self) -> None:
         self._tracers: dict[str, Tracer] = {}
         self._places = object()
+        self._frozen: dict[str, frozenset[str]] = {}
+        self._stepped: frozenset[Storage] | None = None
 
     def encode(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]], object]:
         """See ``encode_state``; what the last call returned is overwritten.
@@ -109,8 +112,69 @@ class StateEncoder:
         trees = {name: tracer.tree for name, tracer in self._tracers.items()}
         files = {name: tracer.tensors for name, tracer in self._tracers.items() if tracer.tensors}
         if not same:
-            self._places = object()
+            self._places, self._frozen, self._stepped = object(), {}, None
         return trees, files, self._places
+
+    @property
+    def places(self) -> object:
+        """The same object as long as all tensors are where they were, and in the same files."""
+        return self._places
+
+    def split(
+        self,
+        state: Mapping[str, Any],
+        files: Mapping[str, Mapping[str, torch.Tensor]],
+        stepped: frozenset[Storage],
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], set[str]]:
+        """The tensor files of what ``encode`` has returned: parameters that nothing trains get files of their own.
+
+        Args:
+            state: part name to live object.
+            files: part name to its tensors.
+            stepped: memory that optimizers change; empty when there is no optimizer.
+
+        Returns:
+            File name to its tensors, and the names of the files that hold only frozen parameters.
+        """
+        if stepped is not self._stepped:
+            frozen = {part: _frozen(state[part], tensors, stepped) for part, tensors in files.items()}
+            if frozen != self._frozen:
+                self._places, self._frozen = object(), frozen
+            self._stepped = stepped
+        named: dict[str, dict[str, torch.Tensor]] = {}
+        stable = set()
+        for part, tensors in files.items():
+            apart = self._frozen[part]
+            whole = len(apart) == len(tensors)
+            if apart:
+                name = f"{part}.safetensors" if whole else f"{part}{FROZEN}.safetensors"
+                stable.add(name)
+            if not whole:
+                named[f"{part}.safetensors"] = {name: t for name, t in tensors.items() if name not in apart}
+            if apart:
+                named[name] = {key: tensors[key] for key in tensors if key in apart}
+        return named, stable
+
+
+FROZEN = "+frozen"  # no part can have such a name
+_WORTH_A_FILE = 64 * 1024  # bytes
+
+
+def _frozen(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> frozenset[str]:
+    """The names of tensors that are parameters of a module, and that no optimizer steps on."""
+    if not isinstance(value, torch.nn.Module) or not stepped:
+        return NONE
+    parameters = {storage_of(parameter) for parameter in value.parameters() if not is_lazy(parameter)} - stepped
+    names = [name for name, tensor in tensors.items() if tensor.numel() and storage_of(tensor) in parameters]
+    enough = sum(tensors[name].nbytes for name in names) >= _WORTH_A_FILE
+    return frozenset(names) if enough else NONE
+
+
+NONE: frozenset[str] = frozenset()
+
+
+def _part_of(file: str) -> str:
+    return file.removesuffix(".safetensors").removesuffix(FROZEN)
 
 
 def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
@@ -132,6 +196,7 @@ def capture(
     encoder: StateEncoder,
     buffer: Staging | Ring,
     owned: frozenset[Storage],
+    stepped: frozenset[Storage],
 ) -> Captured:
     """Copy the state.
 
@@ -143,12 +208,13 @@ def capture(
         encoder: of this state, for the whole run.
         buffer: receives the tensors.
         owned: memory that may be copied later; empty to copy everything now.
+        stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own.
 
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
     with no_collection():
-        return _capture(state, loop, encoder, buffer, owned)
+        return _capture(state, loop, encoder, buffer, owned, stepped)
 
 
 def _capture(
@@ -157,8 +223,9 @@ def _capture(
     encoder: StateEncoder,
     buffer: Staging | Ring,
     owned: frozenset[Storage],
+    stepped: frozenset[Storage],
 ) -> Captured:
-    trees, files, places = encoder.encode(state)
+    trees, files, _ = encoder.encode(state)
     extra = Encoder()
     record = {
         "format": 1,
@@ -168,14 +235,15 @@ def _capture(
     }
     assert not extra.tensors
     text = msgspec.json.encode(record)
-    named = {f"{part}.safetensors": tensors for part, tensors in files.items()}
+    named, stable = encoder.split(state, files, stepped)
     images: Sequence[FileImage]
     copying: Transfer
     if isinstance(buffer, Ring):
         images, copying = buffer.capture(named)
     else:
-        images, copying = buffer.capture(named, owned, places)
-    parts = {part: (f"{part}.safetensors",) if part in files else () for part in trees}
+        images, copying = buffer.capture(named, owned, encoder.places)
+    images = [replace(image, stable=True) if image.name in stable else image for image in images]
+    parts = {part: tuple(name for name in named if _part_of(name) == part) for part in trees}
     return Captured(
         (*images, WholeImage(layout.STATE, text)),
         {**parts, "rng": (), "loop": ()},

@@ -437,8 +437,10 @@ class Checkpointer:
         name, copied = None, 0.0
         if moment.reasons and self._may_replace_held(moment):
             begin = time.perf_counter()
-            owned = self._guard.owned() if self._overlap else NOTHING
-            captured = capture(self.state, self._loop.position.as_plain(), self._encoder, self._buffer, owned)
+            stepped = self._guard.owned()
+            owned = stepped if self._overlap else NOTHING
+            position = self._loop.position.as_plain()
+            captured = capture(self.state, position, self._encoder, self._buffer, owned, stepped)
             self._guard.watch(captured.copying)
             copied = time.perf_counter() - begin
             self._sequence += 1

@@ -42,7 +42,8 @@ Storage = tuple[torch.device, int]
 NOTHING: frozenset[Storage] = frozenset()
 
 
-def _storage(tensor: torch.Tensor) -> Storage:
+def storage_of(tensor: torch.Tensor) -> Storage:
+    """The memory that a tensor is in."""
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
@@ -81,7 +82,7 @@ class Plan:
 
     def __init__(self, targets: Sequence[Target], sources: Sequence[torch.Tensor], owned: Collection[Storage]) -> None:
         self.names = [target.name for target in targets]
-        self.later = [number for number, source in enumerate(sources) if owned and _storage(source) in owned]
+        self.later = [number for number, source in enumerate(sources) if owned and storage_of(source) in owned]
         apart = set(self.later)
         at_once = [number for number in range(len(sources)) if number not in apart]
         self.chunks = _chunks(targets, sources, self.later)
@@ -333,6 +334,11 @@ class StepGuard:
             self._optimizers = optimizers
             self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
+    @property
+    def any(self) -> bool:
+        """Whether there is an optimizer at all."""
+        return bool(self._optimizers)
+
     def owned(self) -> frozenset[Storage]:
         """The memory that changes only in ``step()`` of these optimizers: their parameters and the moments of those.
 
@@ -347,7 +353,7 @@ class StepGuard:
                 tensors += [moment for moment in moments.values() if isinstance(moment, torch.Tensor)]
         places = [tensor.data_ptr() for tensor in tensors]
         if places != self._places:
-            self._places, self._owned = places, frozenset(map(_storage, tensors))
+            self._places, self._owned = places, frozenset(map(storage_of, tensors))
         return self._owned
 
     def _before_step(self, *_: object) -> None:

@@ -53,6 +53,7 @@ class FileRecord:
         header: bytes before the data section, 0 when the file holds no tensors.
         header_digest: BLAKE3 of those bytes, "" when the file holds no tensors.
         tensors: in file order; empty for files that are not safetensors.
+        shared: id of the checkpoint that wrote these bytes, when the file is another name (a hard link) of its file.
     """
 
     name: str
@@ -61,6 +62,7 @@ class FileRecord:
     header: int = 0
     header_digest: str = ""
     tensors: tuple[TensorRecord, ...] = ()
+    shared: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,11 @@ class Manifest:
     def size_bytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(file.size for file in self.files)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the files that were written for this checkpoint, and not shared with an earlier one."""
+        return sum(file.size for file in self.files if not file.shared)
 
     def file(self, name: str) -> FileRecord:
         """The record of one file; KeyError when the manifest does not name it."""

@@ -37,6 +37,7 @@ class RingImage:
     spans: tuple[Span, ...]
     stream: "Streaming"
     transient: bool = True
+    stable: bool = False
 
     def blocks(self) -> Iterator[memoryview]:
         """The bytes; each block is given back to the ring when the next one is asked for."""

@@ -206,6 +206,7 @@ class Saver:
             draft,
             job.captured.images,
             first=self._journal.sync,
+            before=self._committed[-1] if self._committed else None,
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
         self._notices += self._store.remarks()

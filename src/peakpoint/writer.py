@@ -57,6 +57,10 @@ class FileImage(Protocol):
     def transient(self) -> bool:
         """Whether a block is overwritten when the next one is asked for."""
 
+    @property
+    def stable(self) -> bool:
+        """Whether these bytes are likely to be those of the checkpoint before."""
+
     def blocks(self) -> Iterator[memoryview]:
         """All bytes in order; each block is final when it is given out."""
 
@@ -76,6 +80,7 @@ class WholeImage:
     spans: tuple[Span, ...] = ()
     ready: Callable[[int], None] = field(default=lambda _: None)
     transient: bool = False
+    stable: bool = False
 
     @property
     def size(self) -> int:
@@ -177,6 +182,7 @@ def commit(
     images: Sequence[FileImage],
     *,
     first: Callable[[], None],
+    before: Manifest | None = None,
     timing: Callable[[], Mapping[str, float]] = dict,
 ) -> Manifest:
     """Make a checkpoint exist.
@@ -187,6 +193,7 @@ def commit(
         store: where.
         draft: the manifest but for its files.
         images: the files.
+        before: a checkpoint of the same run whose files may be shared, where bytes are the same.
         first: makes durable what must be so before the manifest is: the journal up to this moment.
         timing: what is known about the time it took, asked for when all files are durable.
 
@@ -198,11 +205,18 @@ def commit(
         # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
         with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
             begin = time.perf_counter()
-            records = [_write(store, draft, image, hashing) for image in images]
+            records = [_share(store, draft, image, before) or _write(store, draft, image, hashing) for image in images]
             files = tuple(record() for record in records)
             seconds = time.perf_counter() - begin
-        rate = sum(file.size for file in files) / seconds
-        known = {**draft.timing, "write_seconds": seconds, "bytes_per_second": rate, **timing()}
+        shared = sum(file.size for file in files if file.shared)
+        rate = (sum(file.size for file in files) - shared) / seconds
+        known = {
+            **draft.timing,
+            "shared_bytes": float(shared),
+            "write_seconds": seconds,
+            "bytes_per_second": rate,
+            **timing(),
+        }
         manifest = replace(draft, files=files, timing=known)
         first()
         store.create(layout.manifest_key(draft.run, draft.name), encode(manifest))
@@ -217,6 +231,22 @@ def _abandon(store: Store, draft: Manifest, images: Sequence[FileImage]) -> None
     with contextlib.suppress(StoreError):  # the error that brought us here is the one to report; audit finds the rest
         if store.size(layout.manifest_key(draft.run, draft.name)) is None:
             sweep(store, draft.run, draft.name, [image.name for image in images])
+
+
+def _share(store: Store, draft: Manifest, image: FileImage, before: Manifest | None) -> Callable[[], FileRecord] | None:
+    """Use a file of another checkpoint once more, if its bytes are the same and the store can."""
+    if before is None or not image.stable or image.transient:
+        return None
+    other = next((file for file in before.files if file.name == image.name and file.size == image.size), None)
+    if other is None:
+        return None
+    mine = file_record(image)
+    if replace(other, shared="") != mine:
+        return None
+    source = layout.file_key(before.run, before.name, other.name)
+    if not store.link(source, layout.file_key(draft.run, draft.name, image.name)):
+        return None
+    return lambda: replace(mine, shared=other.shared or before.id)
 
 
 def _write(store: Store, draft: Manifest, image: FileImage, hashing: Executor) -> Callable[[], FileRecord]:

@@ -61,7 +61,9 @@ def written(manifest: Manifest) -> str:
     taken, rate = manifest.timing.get("write_seconds"), manifest.timing.get("bytes_per_second")
     if taken is None or rate is None:
         return "not recorded"
-    return f"{size(manifest.size_bytes)} in {seconds(taken)}, {size(rate)}/s, hashed and durable"
+    text = f"{size(manifest.written_bytes)} in {seconds(taken)}, {size(rate)}/s, hashed and durable"
+    shared = manifest.size_bytes - manifest.written_bytes
+    return text + (f"; {size(shared)} shared with earlier checkpoints" if shared else "")
 
 
 def waits(manifest: Manifest) -> str:

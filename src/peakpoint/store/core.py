@@ -140,6 +140,18 @@ class Store(Protocol):
             StoreError: as for ``put``.
         """
 
+    def link(self, source: str, key: str) -> bool:
+        """Give the bytes of ``source`` the further name ``key``, durably, as if they had been ``put`` there.
+
+        Deleting one of the names leaves the other.
+
+        Returns:
+            False when the store cannot, or ``source`` does not exist; then nothing has happened.
+
+        Raises:
+            StoreError: as for ``put``.
+        """
+
     def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         """The bytes of ``key``, or those in ``[begin, end)``.
 

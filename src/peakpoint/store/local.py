@@ -27,6 +27,7 @@ from peakpoint.store.files import NO_DIRECT, WORTH_DIRECT, DirectFilling, FileOp
 
 _TEMPORARY = ".tmp-"
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _LOOKING = frozenset({"read", "look at", "list", "delete"})  # what is no file cannot be found
 _HINTS = {
     errno.ENOSPC: "free some space, or let fewer checkpoints be kept",
@@ -101,11 +102,29 @@ class LocalStore:
                 raise ConflictError(f"{path} already exists") from error
             self._ops.fsync_dir(path.parent)
 
+    def link(self, source: str, key: str) -> bool:
+        """See ``Store.link``: a hard link, where the file system has them."""
+        origin, path = self.path(source), self.path(key)
+        with translated("link", path):
+            self._make_dirs(path.parent)
+            temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+            try:
+                self._ops.link(origin, temporary)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if error.errno not in (*_NO_LINKS, errno.EXDEV):
+                    raise
+                return False
+            self._ops.rename(temporary, path)
+            self._ops.fsync_dir(path.parent)
+            return True
+
     def _link_new(self, temporary: Path, path: Path) -> None:
         try:
             self._ops.link(temporary, path)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            if error.errno not in _NO_LINKS:
                 raise
             # No hard links here (exFAT, some network mounts). Rename would replace silently, so look first; the
             # writer's lock keeps others away in between.

@@ -35,6 +35,14 @@ class MemoryStore:
                 raise ConflictError(f"{key} already exists in {self.location}")
             self._objects[key] = bytes(data)
 
+    def link(self, source: str, key: str) -> bool:
+        """See ``Store.link``: bytes objects never change, so they can have two names."""
+        with self._lock:
+            data = self._objects.get(check_key(source))
+            if data is not None:
+                self._objects[check_key(key)] = data
+        return data is not None
+
     def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         """See ``Store.get``."""
         try:
