@@ -52,7 +52,12 @@ def _training(result):
     ]
     step = ", ".join(f"{value * 1e3:.0f}" for value in base.values())
     text = f"{result['bytes'] / 1e6:.0f} MB of state, steps of {step} ms on both cores; time a step beyond that:"
-    return [text, "", *_table(["", *(f"a save every {i} steps" for i in intervals)], rows)]
+    waited, copy = median(result["step_waits"]), median(result["memory_copies"])
+    after = (
+        f"With overlap the optimizer's step waited {waited * 1e3:.1f} ms for the rest of the copy, "
+        f"{waited / copy:.2f} of a copy in memory; at most {max(result['step_waits']) / copy:.2f}."
+    )
+    return [text, "", *_table(["", *(f"a save every {i} steps" for i in intervals)], rows), after, ""]
 
 
 def _memory(result):
@@ -103,6 +108,10 @@ def bars(figures):
         allowed = max(0.020, 1.5 * warm["safetensors load_file (mapped, nothing read)"])
         lazy = warm["peakpoint, verify=False (mapped, nothing read)"]
         found.append((f"{result['case']}: lazy load, of the time allowed", "<=", 1.0, lazy / allowed))
+    trained = figures["training"]
+    if trained:
+        ratio = median(trained["step_waits"]) / median(trained["memory_copies"])
+        found.append(("wait in the optimizer's step, in copies in memory", "<=", 1.0, ratio))
     memory = figures["memory"]
     if memory:
         whole, ring = memory["peakpoint"], memory["peakpoint, capture_bytes=256MiB"]

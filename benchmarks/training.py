@@ -38,6 +38,7 @@ class Nothing:
 
     def __init__(self, place, training):
         self.place, self.training = place, training
+        self.waits = []  # in optimizer steps, for the rest of the copy
 
     def save(self, number):
         """Save after this step."""
@@ -59,7 +60,8 @@ class Ours(Nothing):
 
     def save(self, number):
         """Report."""
-        self.ckpt.report(step=number)
+        outcome = self.ckpt.report(step=number)
+        self.waits.append(outcome.step_waited_seconds)
 
     def end(self):
         """Close."""
@@ -112,8 +114,9 @@ STEPS = {1: 10, 10: 30, 100: 100}
 
 def measure(place, scale, repeats, progress, steps=STEPS):
     """Seconds a step for each interval and side."""
-    figures = {}
+    figures, waits = {}, []
     size = 0
+    copies = _copies(Training(scale))
     for interval, count in steps.items():
         figures[interval] = {name: [] for name in SIDES}
         for _ in range(repeats):
@@ -130,7 +133,21 @@ def measure(place, scale, repeats, progress, steps=STEPS):
                     if number % interval == 0:
                         side.save(number)
                 side.end()
+                if name == "peakpoint":
+                    waits += side.waits[2:]  # the first is of an uncounted save
                 figures[interval][name].append((time.perf_counter() - begin) / count)
                 shutil.rmtree(place)
                 progress()
-    return {"bytes": size, "seconds_per_step": figures}
+    return {"bytes": size, "seconds_per_step": figures, "step_waits": waits, "memory_copies": copies}
+
+
+def _copies(training):
+    """Seconds that copies of the state in memory take."""
+    sources = [tensor.detach() for tensor in training.model.parameters() for _ in range(3)]
+    targets = [torch.empty_like(source) for source in sources]
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        torch._foreach_copy_(targets, sources)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
