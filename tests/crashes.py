@@ -36,6 +36,9 @@ def parts(kind):
     if kind == "single":
         return model, None, {"model": model}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    if kind == "frozen":  # a part whose file is shared from checkpoint to checkpoint
+        backbone = torch.nn.Linear(200, 100).requires_grad_(False)
+        return model, optimizer, {"model": model, "optimizer": optimizer, "notes": {"seen": []}, "backbone": backbone}
     return model, optimizer, {"model": model, "optimizer": optimizer, "notes": {"seen": []}}
 
 
@@ -80,7 +83,7 @@ def check(root, least):
     newest = manifests[-1].epoch if manifests else -1
     assert newest >= least, f"epoch {least} was durable, the newest now is {newest}"
     if manifests:
-        pp.load("r@latest", root=root)
+        dict(pp.load("r@latest", root=root))
     audit.clean(repository)
     after = audit.audit(repository, deep=True)
     assert after.clean, after.findings

@@ -1,20 +1,23 @@
 """Retention: a pure plan with reasons, and its application in an order that survives being killed."""
 
 import errno
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peakpoint import journal as j
+from peakpoint import rules as rules_module
 from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, Removed
 from peakpoint.layout import checkpoint_prefix, manifest_key
 from peakpoint.manifest import FileRecord, decode
 from peakpoint.reader import shelf
-from peakpoint.retention import Removal, apply, plan, why_kept
-from peakpoint.rules import Best, Every, Last, claims
+from peakpoint.retention import Removal, apply, plan, protections, why_kept
+from peakpoint.rules import Best, Budget, Every, Last, claims
 from peakpoint.store import MemoryStore
 from peakpoint.writer import WholeImage, commit
 from strategies import DIGEST, START, manifest, rule_lists, trees
@@ -289,3 +292,121 @@ def test_a_checkpoint_that_is_gone_already_is_no_failure():
     assert apply(store, journal, removals, by="x") == []
     assert apply(store, journal, removals, by="x") == []
     assert [one.name for one in shelf(store, "r").manifests] == ["c2"]
+
+
+# --- pins and budgets ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def capped(draw):
+    """Manifests, rules with a budget among them, and pins."""
+    manifests = draw(shelves())
+    rules = [*draw(rule_lists), Budget(draw(st.integers(1, 60)))]
+    pinned = {one.id: "why" for one in manifests if draw(st.integers(0, 4)) == 0}
+    return manifests, draw(st.permutations(rules)), pinned
+
+
+@settings(max_examples=200)
+@given(capped(), st.randoms(use_true_random=False))
+def test_budgets_hold_as_far_as_protections_allow(case, random):
+    manifests, rules, pinned = case
+    made = plan(manifests, rules, pinned)
+    (limit,) = [rule.bytes for rule in rules if isinstance(rule, Budget)]
+    left = [one for one in manifests if one.id in made.keep]
+    protected = set(protections(manifests, pinned))
+    assert protected <= set(made.keep)
+    assert sum(one.size_bytes for one in left) <= limit or {one.id for one in left} <= protected
+    # what went over the budget was claimed no more often than anything that stayed without protection
+    counts = {id_: len(found) for id_, found in claims(rules, manifests).items()}
+    for removal in made.remove:
+        for one in left:
+            if removal.manifest.id in counts and one.id not in protected:
+                assert counts[removal.manifest.id] <= counts[one.id]
+    shuffled = list(manifests)
+    random.shuffle(shuffled)
+    again = plan(shuffled, rules, pinned)
+    assert again.keep.keys() == made.keep.keys()
+    assert plan(left, rules, pinned).remove == (), "a plan over what a plan has kept removes nothing"
+
+
+def test_a_pin_that_comes_while_others_are_being_removed_is_heeded():
+    store, one, other = MemoryStore(), manifest(sequence=1, name="a"), manifest(sequence=2, name="b")
+    for draft in (one, other):
+        commit(store, draft, [WholeImage("state.json", b"{}")], first=lambda: None)
+    journal = Journal(store, "r", lambda: START)
+    removals = [Removal(found, "no rule") for found in shelf(store, "r").manifests]
+
+    def pinned():
+        events = j.read(store, "r").events
+        assert sum(isinstance(event, Removed) for event in events) == 2, "the removals are recorded first"
+        return {one.id}
+
+    failures = apply(store, journal, removals, by="rules", pinned=pinned)
+    assert failures == ["a stays: it has just been pinned"]
+    assert [found.name for found in shelf(store, "r").manifests] == ["a"]
+
+
+# --- plans as documents -------------------------------------------------------------------------------------------
+
+PLANS = Path(__file__).parent / "golden" / "plans"
+HISTORY = [
+    # accuracy, loss, sparsity
+    (0.50, 0.90, 0.0),
+    (0.61, 0.71, 0.1),
+    (0.68, 0.60, 0.3),
+    (0.72, 0.55, 0.497),
+    (0.71, 0.58, 0.502),
+    (0.70, 0.61, 0.6),
+    (0.69, 0.57, 0.7),
+    (0.695, 0.66, 0.709),
+    (math.nan, math.inf, 0.8),
+    (0.66, 0.70, 0.89),
+    (0.64, 0.75, 0.9),
+    (0.60, 0.83, 0.95),
+]
+SETS = {
+    "research": rules_module.research("acc", "max"),
+    "pruning": rules_module.pruning("acc", "max"),
+    "several-metrics": rules_module.parse_all("best:acc:max best:loss:min topk:acc:max:3 last:2"),
+    "thin": rules_module.parse_all("thin:2"),
+    "budget": rules_module.parse_all("topk:acc:max:4 last:2 budget:4000"),
+    "late": rules_module.parse_all("best:acc:max:warmup=700 best:bleu:max:pending=2 last:1"),
+}
+
+
+def document(name, rules):
+    """A plan as people read it."""
+    manifests = [
+        manifest(
+            sequence=number,
+            name=f"epoch{number - 1}",
+            step=100 * number,
+            epoch=number - 1,
+            metrics={"acc": accuracy, "loss": loss, "sparsity": sparsity},
+            files=(FileRecord(name="state.json", size=1000, digest=DIGEST),),
+        )
+        for number, (accuracy, loss, sparsity) in enumerate(HISTORY, 1)
+    ]
+    made = plan(manifests, rules, {manifests[1].id: "figure 2"} if name == "budget" else {})
+    going = {removal.manifest.id: removal.reason for removal in made.remove}
+    lines = [f"rules: {' '.join(rule.text for rule in rules)}", ""]
+    for one in manifests:
+        values = ", ".join(f"{metric} {value:g}" for metric, value in one.metrics.items())
+        lines.append(f"{'goes ' if one.id in going else 'stays'} {one.name}: {values}")
+        if one.id in going:
+            lines.append(f"      {going[one.id]}")
+        else:
+            lines += [f"      {claim.rule}: {claim.reason}" for claim in made.keep[one.id]]
+    lines += ["", f"frees {made.freed_bytes} of {sum(one.size_bytes for one in manifests)} bytes"]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_plans_read_as_they_did(name):
+    path = PLANS / f"{name}.txt"
+    text = document(name, SETS[name])
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        pytest.fail(f"{path} was missing and has been written: read it, and commit it")
+    assert text == path.read_text()

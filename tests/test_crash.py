@@ -1,0 +1,21 @@
+"""Crash points, enumerated: crashes.py does the work in an interpreter of its own that forks and has no threads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KINDS = ["single", "several", "frozen"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", ["kill", "power"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_durable_is_lost(what, kind, record_property):
+    command = [sys.executable, str(Path(__file__).parent / "crashes.py"), what, kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    record_property("points", done.stdout.strip())
+    assert "points" in done.stdout or "disks" in done.stdout
