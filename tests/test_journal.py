@@ -18,6 +18,7 @@ from peakpoint.journal import (
     Journal,
     Measured,
     Opened,
+    PartsDropped,
     Pinned,
     Removed,
     Reported,
@@ -53,6 +54,9 @@ events_of = {
         epoch=st.none() | naturals,
         reason=texts,
         by=texts,
+    ),
+    PartsDropped: st.builds(
+        PartsDropped, at=times, checkpoint=texts, name=texts, parts=text_tuples, reason=texts, by=texts
     ),
     Measured: st.builds(
         Measured,

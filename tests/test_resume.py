@@ -194,7 +194,7 @@ def test_when_all_are_damaged_nothing_is_guessed(tmp_path):
     simple(tmp_path, 2)
     for checkpoint in kept(tmp_path):
         damage(checkpoint)
-    with pytest.raises(pp.CorruptError, match="every checkpoint of run 'r' is damaged"):
+    with pytest.raises(pp.CorruptError, match="no checkpoint of run 'r' is whole"):
         simple(tmp_path, 4)
     assert simple(tmp_path, 1, resume="never")[0] == [0]
 

@@ -157,9 +157,15 @@ def dominates(b: Moment, a: Moment, rule: Pareto) -> bool:
     return all(x >= y for x, y in pairs)
 
 
+def members(sequence: int, width: int) -> range:
+    """The aligned block around a commit; its ends are enough."""
+    begin = sequence // width * width
+    return range(begin, begin + width, max(1, width - 1))
+
+
 def before_in_block(b: Moment, a: Moment, newest: int, base: int) -> bool:
-    age = newest - a.sequence
-    width = max([1, *(base**n for n in range(64) if base**n <= age)])
+    ripe = [w for w in (base**n for n in range(20)) if all(newest - p >= w for p in members(a.sequence, w))]
+    width = max([1, *ripe])
     return b.sequence < a.sequence and b.sequence // width == a.sequence // width
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from peakpoint import journal as journals
 from peakpoint import layout, reader
+from peakpoint.dropping import leftovers
 from peakpoint.errors import ConflictError, CorruptError, FormatError
 from peakpoint.manifest import MANIFEST, Manifest
 from peakpoint.repository import Repository, check_run_record
@@ -113,7 +114,12 @@ def _run(
         result.checkpoints += 1
         result.bytes += manifest.size_bytes
         known = {MANIFEST, *(file.name for file in manifest.files)}
-        yield from _strays(store, layout.checkpoint_prefix(run, manifest.name), known)
+        over = leftovers(store, run, manifest.name)
+        yield from _unless(busy, (Finding("litter", key, "a file of a part that was dropped") for key in over))
+        prefix = layout.checkpoint_prefix(run, manifest.name)
+        known |= {key.rpartition("/")[2] for key in over}
+        known |= {child for child in store.children(prefix) if child.startswith(layout.DROPPED)}
+        yield from _strays(store, prefix, known)
         yield from _files(store, manifest, deep=deep)
         progress(manifest)
 
@@ -147,7 +153,7 @@ def _bare(store: Store, run: str, name: str) -> Iterator[Finding]:
 
 
 def _is_ours(child: str) -> bool:
-    return child == layout.STATE or _OURS.fullmatch(child) is not None
+    return child == layout.STATE or child.startswith(layout.DROPPED) or _OURS.fullmatch(child) is not None
 
 
 def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]:
@@ -176,6 +182,10 @@ def clean_run(store: Store, run: str) -> list[Finding]:
         removed += found[:1]
     prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run)]
     prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
+    for manifest in shelf.manifests:
+        for key in leftovers(store, run, manifest.name):
+            store.delete(key)
+            removed.append(Finding("litter", key, "a file of a part that was dropped"))
     for prefix in prefixes:
         for key in store.litter(prefix):
             store.delete(key)

@@ -29,6 +29,7 @@ from peakpoint.manifest import Forks, Manifest
 from peakpoint.names import DEFAULT_TEMPLATE
 from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
+from peakpoint.refs import near
 from peakpoint.report import Outcome, read_metrics, say, written_by
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
@@ -108,6 +109,7 @@ class Checkpointer:
         self.run = names.check_run(run)
         self.state = check_state(state)
         self.rules = rules.check_rules(keep)
+        _check_needs(self.rules, self.state)
         self._resume, self._strict = resume, strict
         self._overlap = overlap
         self._template = names.check_template(name)
@@ -608,6 +610,15 @@ class Checkpointer:
             written_by=self._by,
             timing={},
         )
+
+
+def _check_needs(given: Iterable[Rule], state: Mapping[str, Any]) -> None:
+    """Refuse rules that need parts which the state has not: a slip there would drop what is wanted."""
+    for rule in given:
+        for part in rule.needs or ():
+            if part not in state:
+                have = f"{', '.join(state)}{near(part, list(state))}"
+                raise ConfigError(f"rule {rule.text} needs a part {part!r}, and state= has {have}")
 
 
 def _buffer(capture_bytes: int | str | None) -> Staging | Ring:

@@ -114,6 +114,18 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartsDropped:
+    """Parts of a checkpoint are about to be dropped; recorded before the first file goes."""
+
+    at: datetime
+    checkpoint: str
+    name: str
+    parts: tuple[str, ...]
+    reason: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """A checkpoint was evaluated after its commit, here or elsewhere.
 
@@ -168,7 +180,9 @@ class Closed:
     why: str
 
 
-Event = Opened | Started | Reported | Saved | SaveFailed | Removed | Measured | Pinned | Unpinned | Closed
+Event = (
+    Opened | Started | Reported | Saved | SaveFailed | Removed | PartsDropped | Measured | Pinned | Unpinned | Closed
+)
 
 _KINDS: dict[str, type[Event]] = {
     "opened": Opened,
@@ -177,6 +191,7 @@ _KINDS: dict[str, type[Event]] = {
     "saved": Saved,
     "save-failed": SaveFailed,
     "removed": Removed,
+    "parts-dropped": PartsDropped,
     "measured": Measured,
     "pinned": Pinned,
     "unpinned": Unpinned,

@@ -16,6 +16,9 @@ RUNS = "runs"
 STATE = "state.json"
 
 
+DROPPED = "dropped-"  # and a number: the records of parts that are gone
+
+
 def run_prefix(run: str) -> str:
     """The directory of a run."""
     return f"{RUNS}/{run}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from peakpoint import layout
+from peakpoint.dropping import left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
 from peakpoint.store import Filling, Store
@@ -64,7 +65,7 @@ def shelf(store: Store, run: str) -> Shelf:
 
 
 def read_manifest(store: Store, run: str, name: str) -> Manifest:
-    """The manifest in one directory.
+    """The manifest in one directory, without the parts that were dropped since.
 
     Raises:
         NotFoundError: there is none, so there is no checkpoint.
@@ -76,7 +77,7 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
         raise CorruptError(
             f"{MANIFEST} says that it belongs to {manifest.run}/{manifest.name}; the directory was renamed or copied"
         )
-    return manifest
+    return left(manifest, list(records(store, run, name)))
 
 
 def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peakpoint import journal as journals
 from peakpoint import reader, refs, rng
+from peakpoint.dropping import records
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
 from peakpoint.manifest import Forks, Manifest
 from peakpoint.position import Position
@@ -106,6 +107,10 @@ class Resumption:
         skipped = [str(damaged.error) for damaged in self.shelf.damaged]
         passed: list[str] = []
         for manifest in reversed(self.shelf.manifests):
+            gone = [part for record in records(self.store, self.run, manifest.name) for part in record.parts]
+            if gone:
+                skipped.append(f"{manifest.name} cannot be continued from: its parts {', '.join(gone)} were dropped")
+                continue
             try:
                 saved = read_state(self.store, manifest)
             except (CorruptError, FormatError) as error:
@@ -117,7 +122,7 @@ class Resumption:
             return replace(found, report=replace(found.report, skipped=tuple(skipped)), damaged=tuple(passed))
         lines = "\n  ".join(skipped)
         raise CorruptError(
-            f"every checkpoint of run {self.run!r} is damaged:\n  {lines}\nrestore one from a copy, or start again "
+            f"no checkpoint of run {self.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
             'with resume="never"; peakpoint audit --deep lists the damage'
         )
 

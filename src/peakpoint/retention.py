@@ -4,8 +4,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from peakpoint.dropping import drop
 from peakpoint.errors import StoreError
-from peakpoint.journal import Journal, Removed
+from peakpoint.journal import Journal, PartsDropped, Removed
 from peakpoint.manifest import Manifest
 from peakpoint.rules import Budget, Claim, Record, Rule, claims
 from peakpoint.store import Store
@@ -28,21 +29,46 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinning:
+    """Parts of a checkpoint that go while the rest stays.
+
+    Attributes:
+        manifest: which checkpoint.
+        parts: the names of the parts that go.
+        reason: one sentence.
+    """
+
+    manifest: Manifest
+    parts: tuple[str, ...]
+    reason: str
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes of the files that go."""
+        stays = {name for part, names in self.manifest.parts.items() if part not in self.parts for name in names}
+        goes = {name for part in self.parts for name in self.manifest.parts[part]} - stays
+        return sum(file.size for file in self.manifest.files if file.name in goes)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What stays and what goes.
 
     Attributes:
         keep: id to the claims and protections that keep a checkpoint.
         remove: what goes, oldest first.
+        drop: what loses parts, oldest first.
     """
 
     keep: Mapping[str, tuple[Claim, ...]]
     remove: tuple[Removal, ...]
+    drop: tuple[Thinning, ...] = ()
 
     @property
     def freed_bytes(self) -> int:
         """Bytes of the files that go."""
-        return sum(removal.manifest.size_bytes for removal in self.remove)
+        dropped = sum(thinning.freed_bytes for thinning in self.drop)
+        return dropped + sum(removal.manifest.size_bytes for removal in self.remove)
 
 
 NEWEST = Claim("protection:newest", "the newest: the run continues from here")
@@ -108,7 +134,34 @@ def plan(manifests: Sequence[Manifest], rules: Sequence[Rule], pinned: Mapping[s
             why = f"over the budget ({budgets}) and claimed least, by {count} rule{'s' if count > 1 else ''}"
         going.append(Removal(manifest, why))
     keep = {id: (*claimed.get(id, ()), *protected.get(id, ())) for id in stay}  # noqa: A001 - the vocabulary's word
-    return Plan(keep, tuple(sorted(going, key=lambda removal: removal.manifest.sequence)))
+    needs = {rule.text: rule.needs for rule in rules}
+    drops = []
+    for manifest in manifests:
+        if manifest.id in stay and manifest.id not in protected:
+            parts = _needless(manifest, [needs[claim.rule] for claim in claimed[manifest.id]])
+            if parts:
+                texts = ", ".join(claim.rule for claim in claimed[manifest.id])
+                drops.append(
+                    Thinning(manifest, parts, f"the rules that claim it do not need {', '.join(parts)} ({texts})")
+                )
+    return Plan(
+        keep,
+        tuple(sorted(going, key=lambda removal: removal.manifest.sequence)),
+        tuple(sorted(drops, key=lambda thinning: thinning.manifest.sequence)),
+    )
+
+
+_OURS = frozenset({"rng", "loop"})
+
+
+def _needless(manifest: Manifest, needs: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
+    """The parts that none of the rules needs; nothing when a rule needs everything, or nothing that is there."""
+    if any(parts is None for parts in needs):
+        return ()
+    wanted = {part for parts in needs if parts is not None for part in parts}
+    if not wanted & manifest.parts.keys():
+        return ()  # names of parts that do not exist: better to keep too much
+    return tuple(part for part in manifest.parts if part not in wanted and part not in _OURS)
 
 
 def apply(
@@ -160,3 +213,46 @@ def apply(
         except StoreError as error:
             failures.append(f"{removal.manifest.name} could not be removed: {error}")
     return failures
+
+
+def thin(
+    store: Store,
+    journal: Journal,
+    drops: Sequence[Thinning],
+    *,
+    by: str,
+    pinned: Callable[[], Collection[str]] = tuple,
+) -> tuple[dict[str, Manifest], list[str]]:
+    """Drop parts, recording each reason durably before the first file goes.
+
+    Returns:
+        The manifests as they are now, by id, and one sentence for each that failed.
+    """
+    changed: dict[str, Manifest] = {}
+    failures = []
+    for thinning in drops:
+        manifest = thinning.manifest
+        journal.append(
+            PartsDropped(
+                at=journal.now(),
+                checkpoint=manifest.id,
+                name=manifest.name,
+                parts=thinning.parts,
+                reason=thinning.reason,
+                by=by,
+            )
+        )
+    if drops:
+        journal.sync()
+    spared = set(pinned()) if drops else set()
+    for thinning in drops:
+        if thinning.manifest.id in spared:
+            failures.append(f"{thinning.manifest.name} stays whole: it has just been pinned")
+            continue
+        try:
+            changed[thinning.manifest.id] = drop(
+                store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by
+            )
+        except StoreError as error:
+            failures.append(f"parts of {thinning.manifest.name} could not be dropped: {error}")
+    return changed, failures

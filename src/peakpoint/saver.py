@@ -231,10 +231,19 @@ class Saver:
         pinned = self._pinned()
         plan = retention.plan(self._ledger.view(existing), self._rules, pinned)
         failures = retention.apply(self._store, self._journal, plan.remove, by="rules", pinned=self._pinned)
-        self._notices += failures
+        thinned, more = retention.thin(self._store, self._journal, plan.drop, by="rules", pinned=self._pinned)
+        self._notices += [*failures, *more]
         self._committed = tuple(
-            manifest for manifest in existing if manifest.id in plan.keep or (failures and self._exists(manifest))
+            self._without(manifest, thinned)
+            for manifest in existing
+            if manifest.id in plan.keep or (failures and self._exists(manifest))
         )
+
+    @staticmethod
+    def _without(manifest: Manifest, thinned: Mapping[str, Manifest]) -> Manifest:
+        """The manifest as it is after parts have been dropped, with the metrics that were reported."""
+        now = thinned.get(manifest.id)
+        return manifest if now is None else replace(manifest, parts=now.parts, files=now.files)
 
     def _pinned(self) -> Mapping[str, str]:
         self._ledger.refresh()

@@ -277,8 +277,10 @@ def remove(store: Store, manifest: Manifest) -> None:
     Raises:
         StoreError: the store refused. If the manifest is gone, the rest is litter.
     """
+    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
+    dropped = [child for child in store.children(prefix) if child.startswith(layout.DROPPED)]
     store.delete(layout.manifest_key(manifest.run, manifest.name))
-    sweep(store, manifest.run, manifest.name, [file.name for file in manifest.files])
+    sweep(store, manifest.run, manifest.name, [*(file.name for file in manifest.files), *dropped])
 
 
 def sweep(store: Store, run: str, name: str, files: Sequence[str]) -> None:

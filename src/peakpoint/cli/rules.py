@@ -14,6 +14,7 @@ from peakpoint.actor import present_user
 from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.clock import utc_now
+from peakpoint.dropping import records
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.journal import Journal
 from peakpoint.lives import Life, Replay, lives, replay, typical_size
@@ -21,7 +22,7 @@ from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known, notes
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
-from peakpoint.retention import Plan, apply, plan
+from peakpoint.retention import Plan, apply, plan, thin
 from peakpoint.rules import FORMS, Rule, moment_text, parse_all
 from peakpoint.store import holder_note
 
@@ -68,10 +69,13 @@ def keep(
         failures = _apply(run, rules, decided, changed=text is not None)
     if json:
         render.as_json(_plan_json(run, rules, decided, failures, applied=apply_now))
-    elif not decided.remove:
+    elif not decided.remove and not decided.drop:
         click.echo("nothing would go")
     elif apply_now:
-        click.echo(f"removed {len(decided.remove) - len(failures)} checkpoints")
+        parts = f", dropped parts of {len(decided.drop)}" if decided.drop else ""
+        click.echo(
+            f"removed {len(decided.remove)} checkpoints{parts}" + (f"; {len(failures)} failed" if failures else "")
+        )
     else:
         click.echo("nothing is removed yet; add --yes to remove")
     for failure in failures:
@@ -92,6 +96,7 @@ def _apply(run: Run, rules: Sequence[Rule], decided: Plan, *, changed: bool) -> 
                 journal.append(journals.Opened(at=now, by={"user": present_user()}, rules=texts))
             pinned = lambda: notes(run.events()).pinned  # noqa: E731
             failures = apply(run.store, journal, decided.remove, by=present_user(), pinned=pinned)
+            failures += thin(run.store, journal, decided.drop, by=present_user(), pinned=pinned)[1]
             journal.append(journals.Closed(at=utc_now(), why="peakpoint keep"))
             return failures
         finally:
@@ -108,11 +113,14 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
     for title in ("", "checkpoint", "size", "why"):
         table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
     going = {removal.manifest.id: removal for removal in decided.remove}
+    losing = {thinning.manifest.id: ", ".join(thinning.parts) for thinning in decided.drop}
     for manifest in manifests:
         if manifest.id in going:
             mark, why = "[red]goes[/]", escape(going[manifest.id].reason)
         else:
-            mark, why = "[green]stays[/]", render.claims_text(decided.keep.get(manifest.id, ()))
+            lost = losing.get(manifest.id)
+            mark = "[green]stays[/]" if lost is None else f"[yellow]loses {escape(lost)}[/]"
+            why = render.claims_text(decided.keep.get(manifest.id, ()))
         table.add_row(mark, escape(manifest.name), render.size(manifest.size_bytes), why)
     console.print(table)
     total = sum(manifest.size_bytes for manifest in manifests)
@@ -135,6 +143,10 @@ def _plan_json(
             if manifest.id in decided.keep
         ],
         "goes": [render.manifest_json(removal.manifest, ()) | {"reason": removal.reason} for removal in decided.remove],
+        "drops": [
+            {"ref": f"{run.name}/{thinning.manifest.name}", "parts": thinning.parts, "reason": thinning.reason}
+            for thinning in decided.drop
+        ],
         "freed_bytes": decided.freed_bytes,
         "applied": applied,
         "failures": list(failures),
@@ -242,13 +254,15 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     manifests = all_known(run.manifests(), events, rules)
     decided = plan(manifests, rules, notes(events).pinned)
     claims = decided.keep.get(manifest.id, ())
+    dropped = list(records(run.store, run.name, manifest.name))
     late = [event for event in events if isinstance(event, journals.Measured) and event.checkpoint == manifest.id]
     silent = [rule for rule in rules if rule.text not in {claim.rule for claim in claims}]
     names = {other.id: other.name for other in manifests}
     instead = [(rule.text, [names[found] for found in rule.claims(manifests)]) for rule in silent]
     if json:
         measured = [{"at": e.at, "metrics": dict(e.metrics), "source": e.source, "by": e.by} for e in late]
-        extra = {"measured": measured, "claimed_instead": dict(instead)}
+        lost = [{"at": record.at, "parts": record.parts, "reason": record.why} for record in dropped]
+        extra = {"measured": measured, "claimed_instead": dict(instead), "dropped": lost}
         render.as_json(render.manifest_json(manifest, claims) | {"exists": True} | extra)
         return
     console = render.console()
@@ -260,6 +274,10 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     console.print("kept because" if claims else "[yellow]kept by nothing: the next save of this run removes it[/]")
     for claim in claims:
         console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
+    for record in dropped:
+        console.print(
+            f"without {escape(', '.join(record.parts))} since {record.at:%Y-%m-%d %H:%M}: {escape(record.why)}"
+        )
     for event in late:
         values = ", ".join(f"{name} = {value:.6g}" for name, value in event.metrics.items())
         console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {escape(values)}")

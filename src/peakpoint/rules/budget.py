@@ -41,6 +41,11 @@ class Budget:
         return f"budget:{self.limit}"
 
     @property
+    def needs(self) -> tuple[str, ...] | None:
+        """Nothing."""
+        return ()
+
+    @property
     def ranks_by(self) -> tuple[()]:
         """Nothing."""
         return ()

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Literal, Protocol, get_args
 
 from peakpoint.errors import ConfigError
+from peakpoint.names import check_part
 
 Mode = Literal["max", "min"]
 Reasons = dict[str, str]
@@ -96,3 +97,32 @@ def lineage(records: Iterable[Record]) -> list[Record]:
 def moment_text(record: Record) -> str:
     """``"epoch 3, step 400"`` or ``"step 400"``."""
     return f"step {record.step}" if record.epoch is None else f"epoch {record.epoch}, step {record.step}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanting:
+    """Which parts of a checkpoint a rule needs; this argument is common to all rules that claim.
+
+    Args:
+        parts: the names of the parts, such as ``"model"`` or ``("model", "ema")``; everything by default. When all
+            rules that claim a checkpoint need only some parts, the others are dropped, once nothing protects it.
+    """
+
+    parts: tuple[str, ...] | str | None = None
+
+    def _check_parts(self) -> None:
+        given: object = (self.parts,) if isinstance(self.parts, str) else self.parts
+        if given is None:
+            return
+        if not isinstance(given, tuple | list) or not given:
+            raise ConfigError(f'{type(self).__name__}: parts are names such as ("model", "ema"), not {self.parts!r}')
+        object.__setattr__(self, "parts", tuple(dict.fromkeys(check_part(name) for name in given)))
+
+    @property
+    def needs(self) -> tuple[str, ...] | None:
+        """The names of the parts; None for everything."""
+        return (self.parts,) if isinstance(self.parts, str) else self.parts
+
+    @property
+    def _parts_text(self) -> str:
+        return "" if self.needs is None else f":parts={'+'.join(self.needs)}"

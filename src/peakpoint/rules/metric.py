@@ -6,11 +6,21 @@ from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_metric
-from peakpoint.rules.core import Mode, Reasons, Record, by_sequence, check_mode, check_whole, moment_text, ranked
+from peakpoint.rules.core import (
+    Mode,
+    Reasons,
+    Record,
+    Wanting,
+    by_sequence,
+    check_mode,
+    check_whole,
+    moment_text,
+    ranked,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Considered:
+class Considered(Wanting):
     """Which checkpoints a metric rule looks at; these arguments are common to all of them.
 
     Args:
@@ -25,6 +35,7 @@ class Considered:
     pending: int = 0
 
     def _check(self) -> None:
+        self._check_parts()
         rule = type(self).__name__
         if self.min_epoch is not None:
             check_whole(rule, "min_epoch", self.min_epoch, 0)
@@ -39,7 +50,7 @@ class Considered:
             "pending": self.pending,
         }
         shown = {name: value for name, value in given.items() if value or (name == "min_epoch" and self.min_epoch == 0)}
-        return "".join(f":{name}={value}" for name, value in shown.items())
+        return "".join(f":{name}={value}" for name, value in shown.items()) + self._parts_text
 
     def considered(self, records: Iterable[Record]) -> list[Record]:
         """The records that count."""
@@ -77,7 +88,7 @@ class Best(Considered):
         mode: ``"max"`` when larger is better, ``"min"`` when smaller is. Required.
         smooth: rank by the mean of the last ``smooth`` reported values, at least 1; a single lucky evaluation then does
             not win. Reports before there are so many values do not count.
-        min_epoch, warmup, pending: see ``Considered``.
+        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
 
     Raises:
         ConfigError: a mode or a name that cannot be.
@@ -137,7 +148,7 @@ class TopK(Considered):
         metric: the metric's name, as reported.
         mode: ``"max"`` or ``"min"``. Required.
         k: how many, at least 1.
-        min_epoch, warmup, pending: see ``Considered``.
+        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
 
     Raises:
         ConfigError: an argument that cannot be.
@@ -197,7 +208,7 @@ class BestAtSparsity(Considered):
         targets: sparsities, from 0 (dense) to 1; sorted, each once.
         tolerance: how far from a target is still at it, from 0 to 1.
         sparsity: the metric that holds the actual sparsity.
-        min_epoch, warmup, pending: see ``Considered``.
+        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
 
     Raises:
         ConfigError: an argument that cannot be.
@@ -273,7 +284,7 @@ class Pareto(Considered):
 
     Args:
         objectives: metric name to ``"max"`` or ``"min"``; at least two, and a value is needed in each.
-        min_epoch, warmup, pending: see ``Considered``.
+        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
 
     Raises:
         ConfigError: an argument that cannot be.

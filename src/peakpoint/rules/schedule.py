@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from peakpoint.errors import ConfigError
-from peakpoint.rules.core import Mode, Reasons, Record, by_sequence, check_whole, lineage
+from peakpoint.rules.core import Mode, Reasons, Record, Wanting, by_sequence, check_whole, lineage
 
 _SHORTEST_MINUTES, _LONGEST_MINUTES = 1e-9, 1e15  # what clocks and calendars can still tell apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Every:
+class Every(Wanting):
     """Claims one checkpoint in every interval: of epochs, of steps or of minutes.
 
     The first record in each interval is claimed. With ``epochs=10`` intervals begin when 10, 20, 30, ... epochs are
@@ -24,6 +24,7 @@ class Every:
         steps: interval in optimizer steps.
         minutes: interval in minutes of wall time; may be a fraction.
         keep: claim only in the newest ``keep`` intervals that have a checkpoint; all by default.
+        parts: see ``Wanting``.
 
     Raises:
         ConfigError: none or several intervals, or one that is not positive.
@@ -39,6 +40,7 @@ class Every:
     keep: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_parts()
         given = [name for name in ("epochs", "steps", "minutes") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError("Every takes exactly one of epochs=, steps= and minutes=")
@@ -57,7 +59,7 @@ class Every:
     @property
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
-        suffix = "" if self.keep is None else f":{self.keep}"
+        suffix = ("" if self.keep is None else f":{self.keep}") + self._parts_text
         if self.epochs is not None:
             return f"every:{self.epochs}ep{suffix}"
         if self.steps is not None:
@@ -101,13 +103,14 @@ class Every:
 
 
 @dataclass(frozen=True, slots=True)
-class Last:
+class Last(Wanting):
     """Claims the ``n`` checkpoints committed last: to continue from.
 
     Every report is newer than the ones before it, so with ``Last`` among the rules every report is saved.
 
     Args:
         n: how many, at least 1.
+        parts: see ``Wanting``.
 
     Raises:
         ConfigError: ``n`` is not a whole number of at least 1.
@@ -120,12 +123,13 @@ class Last:
     n: int
 
     def __post_init__(self) -> None:
+        self._check_parts()
         check_whole("Last", "n", self.n)
 
     @property
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
-        return f"last:{self.n}"
+        return f"last:{self.n}{self._parts_text}"
 
     @property
     def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
@@ -142,17 +146,19 @@ class Last:
 
 
 @dataclass(frozen=True, slots=True)
-class Thin:
+class Thin(Wanting):
     """Claims many recent checkpoints and few old ones: the gaps grow with the age by powers of ``base``.
 
-    Commits are numbered. One that is ``a`` commits old lies in a block of ``base ** floor(log(a, base))`` commits, and
-    the first checkpoint of each block is claimed: with ``base=2`` about two for every doubling of the age. What was
-    removed is never missed later: the first of a large block is also the first of the smaller one that it was in.
+    Commits are numbered, and lie in blocks of 1, ``base``, ``base ** 2``, ... commits. A block counts as one as soon as
+    Commits are numbered, and lie in blocks of 1, ``base``, ``base ** 2``, ... commits. A block counts as soon as
+    about three for every doubling of the age. What was removed is never missed later: the first of a large block is
+    also the first of the smaller one that it was in.
 
     The newest is always claimed, so with ``Thin`` among the rules every report is saved.
 
     Args:
         base: how fast the gaps grow, at least 2.
+        parts: see ``Wanting``.
 
     Raises:
         ConfigError: ``base`` is not a whole number of at least 2.
@@ -165,36 +171,36 @@ class Thin:
     base: int = 2
 
     def __post_init__(self) -> None:
+        self._check_parts()
         check_whole("Thin", "base", self.base, 2)
 
     @property
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
-        return f"thin:{self.base}"
+        return f"thin:{self.base}{self._parts_text}"
 
     @property
     def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
         """Nothing."""
         return ()
 
-    def _width(self, age: int) -> int:
+    def _width(self, sequence: int, newest: int) -> int:
+        """The largest block around a commit that is wholly as old as it is wide; all of its members agree on it."""
         width = 1
-        while width * self.base <= age:
+        while newest - (sequence // (width * self.base) + 1) * width * self.base + 1 >= width * self.base:
             width *= self.base
         return width
 
     def claims(self, records: Sequence[Record]) -> Reasons:
         """The first record of each block."""
-        ordered = by_sequence(records)
         found: Reasons = {}
-        first: dict[tuple[int, int], int] = {}  # width and number of a block to its first commit
-        widths = sorted({self._width(ordered[-1].sequence - record.sequence) for record in ordered})
-        for record in reversed(ordered):
-            for width in widths:
-                first[width, record.sequence // width] = record.sequence
+        ordered = by_sequence(records)
+        seen: set[tuple[int, int]] = set()  # width and number of each block
         for record in ordered:
-            age = ordered[-1].sequence - record.sequence
-            width = self._width(age)
-            if first[width, record.sequence // width] == record.sequence:
+            newest = ordered[-1].sequence
+            width = self._width(record.sequence, newest)
+            if (width, record.sequence // width) not in seen:
+                seen.add((width, record.sequence // width))
+                age = newest - record.sequence
                 found[record.id] = f"thinned by {self.base}: {age} commits old, first of its block of {width}"
         return found

@@ -1,6 +1,7 @@
 """The compact text form of rules: ``"best:val_accuracy:max last:3 every:10ep"``."""
 
 import re
+from typing import Any
 
 from peakpoint.errors import ConfigError
 from peakpoint.rules.budget import Budget
@@ -13,7 +14,7 @@ Rule = Best | TopK | BestAtSparsity | Pareto | Every | Last | Thin | Budget
 FORMS = (
     "best:METRIC:max topk:METRIC:min:K best-at:METRIC:max:SPARSITY:0.5,0.9:0.01 pareto:METRIC:max:METRIC:min "
     "every:10ep every:500st every:60min:24 last:N thin:2 budget:50GB; rules by metrics may end with :min_epoch=N "
-    ":warmup=STEPS :pending=N, best also with :smooth=N"
+    ":warmup=STEPS :pending=N, best also with :smooth=N, all but budget with :parts=model+ema"
 )
 
 _EVERY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?)(?P<unit>ep|st|min)")
@@ -27,20 +28,24 @@ def parse(text: str) -> Rule:
         ConfigError: the text is not a rule; the message shows the forms.
 
     Example:
-        >>> parse("every:10ep")
-        Every(epochs=10, steps=None, minutes=None, keep=None)
+        >>> parse("every:10ep").epochs
+        10
         >>> parse("best:loss:min:smooth=5").smooth
         5
     """
     kind, *rest = text.split(":")
-    options: dict[str, int] = {}
+    options: dict[str, Any] = {}
+    needs = None
+    if rest and rest[-1].startswith("parts="):
+        needs = tuple(rest[-1].removeprefix("parts=").split("+"))
+        rest = rest[:-1]
     while rest and (option := _OPTION.fullmatch(rest[-1])) and option["name"] not in options:
         options[option["name"]] = int(option["value"])
         rest = rest[:-1]
     try:
-        rule = _metric_rule(kind, rest, options)
+        rule = _metric_rule(kind, rest, {**options, "parts": needs})
         if rule is None and not options:
-            rule = _other_rule(kind, rest)
+            rule = _other_rule(kind, rest, needs)
     except ConfigError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
@@ -60,7 +65,7 @@ def parse_all(text: str) -> tuple[Rule, ...]:
     return tuple(parse(word) for word in text.split())
 
 
-def _metric_rule(kind: str, rest: list[str], options: dict[str, int]) -> Rule | None:
+def _metric_rule(kind: str, rest: list[str], options: dict[str, Any]) -> Rule | None:
     match kind, rest:
         case "best", [metric, mode]:
             return Best(metric, mode_of(mode), **options)
@@ -76,24 +81,24 @@ def _metric_rule(kind: str, rest: list[str], options: dict[str, int]) -> Rule | 
             return None
 
 
-def _other_rule(kind: str, rest: list[str]) -> Rule | None:
+def _other_rule(kind: str, rest: list[str], parts: tuple[str, ...] | None) -> Rule | None:
     match kind, rest:
         case "last", [n]:
-            return Last(whole(n))
+            return Last(whole(n), parts=parts)
         case "thin", [base]:
-            return Thin(whole(base))
-        case "budget", [limit]:
+            return Thin(whole(base), parts=parts)
+        case "budget", [limit] if parts is None:
             return Budget(int(limit) if limit.isascii() and limit.isdecimal() else limit)
         case "every", [interval, *keep] if len(keep) < 2 and (found := _EVERY.fullmatch(interval)):
             count = whole(keep[0]) if keep else None
             number = found["number"]
             match found["unit"]:
                 case "ep":
-                    return Every(epochs=int(number), keep=count)
+                    return Every(epochs=int(number), keep=count, parts=parts)
                 case "st":
-                    return Every(steps=int(number), keep=count)
+                    return Every(steps=int(number), keep=count, parts=parts)
                 case _:
-                    return Every(minutes=int(number) if number.isdigit() else float(number), keep=count)
+                    return Every(minutes=int(number) if number.isdigit() else float(number), keep=count, parts=parts)
         case _:
             return None
 
