@@ -149,10 +149,10 @@ class Last(Wanting):
 class Thin(Wanting):
     """Claims many recent checkpoints and few old ones: the gaps grow with the age by powers of ``base``.
 
-    Commits are numbered, and lie in blocks of 1, ``base``, ``base ** 2``, ... commits. A block counts as one as soon as
-    Commits are numbered, and lie in blocks of 1, ``base``, ``base ** 2``, ... commits. A block counts as soon as
-    about three for every doubling of the age. What was removed is never missed later: the first of a large block is
-    also the first of the smaller one that it was in.
+    Commits are numbered, and lie in blocks of 1, ``base``, ``base ** 2``, ... commits. A block counts as soon as all of
+    it is at least as old (in commits) as it is wide, and the first checkpoint of each is claimed: with ``base=2`` about
+    three for every doubling of the age. What was removed is never missed later: the first of a large block is also the
+    first of the smaller one that it was in.
 
     The newest is always claimed, so with ``Thin`` among the rules every report is saved.
 
