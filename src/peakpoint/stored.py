@@ -45,7 +45,7 @@ def read_trees(store: Store, manifest: Manifest) -> Trees:
     try:
         with no_collection():
             record = msgspec.json.decode(text)
-        parts = {part: tree for part, tree in record["parts"].items() if part in manifest.parts}
+        parts = {part: tree for part, tree in dict(record["parts"]).items() if part in manifest.parts}
         trees = Trees(parts, record["rng"], record["loop"])
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
