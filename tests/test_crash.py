@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-KINDS = ["single", "several", "frozen"]
+KINDS = ["single", "several", "frozen", "thinned"]
 
 
 @pytest.mark.timeout(600)
