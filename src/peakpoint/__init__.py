@@ -21,6 +21,7 @@ from peakpoint._version import __version__
 
 if TYPE_CHECKING:
     from peakpoint import rules as rules
+    from peakpoint import upkeep as upkeep
     from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.errors import ConfigError as ConfigError
     from peakpoint.errors import ConflictError as ConflictError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peakpoint.errors import Error as Error
     from peakpoint.errors import FormatError as FormatError
     from peakpoint.errors import MismatchError as MismatchError
+    from peakpoint.errors import MissingExtraError as MissingExtraError
     from peakpoint.errors import NotFoundError as NotFoundError
     from peakpoint.errors import PeakpointWarning as PeakpointWarning
     from peakpoint.errors import SaveFailedError as SaveFailedError
@@ -69,6 +71,7 @@ _HOMES = {
     "LoadReport": ("restore", "LoadReport"),
     "Loaded": ("stored", "Loaded"),
     "MismatchError": ("errors", "MismatchError"),
+    "MissingExtraError": ("errors", "MissingExtraError"),
     "NotFoundError": ("errors", "NotFoundError"),
     "Outcome": ("report", "Outcome"),
     "PeakpointWarning": ("errors", "PeakpointWarning"),
@@ -84,7 +87,7 @@ _HOMES = {
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }
-_MODULES = ("rules",)
+_MODULES = ("rules", "upkeep")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered
 

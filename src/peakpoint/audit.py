@@ -7,10 +7,12 @@ touched. Foreign files are neither: Peakpoint did not write them and does not de
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 
+from peakpoint import archiving, layout, reader, trash
 from peakpoint import journal as journals
-from peakpoint import layout, reader
-from peakpoint.dropping import leftovers
+from peakpoint.clock import Clock, utc_now
+from peakpoint.dropping import leftovers, records
 from peakpoint.errors import ConflictError, CorruptError, FormatError
 from peakpoint.manifest import MANIFEST, Manifest
 from peakpoint.repository import Repository, check_run_record
@@ -18,6 +20,7 @@ from peakpoint.store import Store
 from peakpoint.writer import sweep
 
 _OURS = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?\.safetensors")
+_PACK = re.compile(r"[0-9a-f]{16}\.pack")
 _LOCK_NOTE = b"{}"
 
 
@@ -65,7 +68,11 @@ class Audit:
 
 
 def audit(
-    repository: Repository, *, deep: bool = False, progress: Callable[[Manifest], None] = lambda _: None
+    repository: Repository,
+    *,
+    deep: bool = False,
+    progress: Callable[[Manifest], None] = lambda _: None,
+    clock: Clock = utc_now,
 ) -> Audit:
     """Look at everything, change nothing.
 
@@ -73,6 +80,7 @@ def audit(
         repository: what to look at.
         deep: compare every byte of every file with its digest, not only sizes.
         progress: called with each manifest when its files have been looked at.
+        clock: tells the time.
     """
     result = Audit(deep=deep)
     store = repository.store
@@ -80,7 +88,7 @@ def audit(
     result.findings += _strays(store, layout.RUNS, None)
     for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
         result.runs += 1
-        result.findings += _run(store, run, result, deep=deep, progress=progress)
+        result.findings += _run(store, run, result, clock(), deep=deep, progress=progress)
     return result
 
 
@@ -94,34 +102,63 @@ def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Findi
 
 
 def _run(
-    store: Store, run: str, result: Audit, *, deep: bool, progress: Callable[[Manifest], None]
+    store: Store, run: str, result: Audit, now: datetime, *, deep: bool, progress: Callable[[Manifest], None]
 ) -> Iterator[Finding]:
     prefix = layout.run_prefix(run)
     busy = store.holder(layout.writer_lock(run))
     if busy is not None:
         yield Finding("busy", prefix, f"being written by {busy}; unfinished writes are not looked at")
     yield from _record(store, run)
-    yield from _unless(busy, _strays(store, prefix, {"run.json", "writer.lock", "journal/", "checkpoints/"}))
+    yield from _unless(busy, _strays(store, prefix, _OF_A_RUN))
+    yield from _unless(busy, _packs(store, run))
     for sentence in journals.read(store, run).damage:
         yield Finding("damage", layout.journal_prefix(run), sentence)
     shelf = reader.shelf(store, run)
     for damaged in shelf.damaged:
         yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
     for name in shelf.bare:
-        yield from _unless(busy, _bare(store, run, name))
+        yield from _unless(busy, _bare(store, run, name, now))
     yield from _unless(busy, _strays(store, layout.checkpoints_prefix(run), None))
     for manifest in shelf.manifests:
         result.checkpoints += 1
         result.bytes += manifest.size_bytes
-        known = {MANIFEST, *(file.name for file in manifest.files)}
-        over = leftovers(store, run, manifest.name)
-        yield from _unless(busy, (Finding("litter", key, "a file of a part that was dropped") for key in over))
         prefix = layout.checkpoint_prefix(run, manifest.name)
-        known |= {key.rpartition("/")[2] for key in over}
-        known |= {child for child in store.children(prefix) if child.startswith(layout.DROPPED)}
+        over = _over(store, run, manifest.name, now)
+        yield from _unless(busy, iter(over))
+        known = {MANIFEST, *(file.name for file in manifest.files), *(one.where.rpartition("/")[2] for one in over)}
+        known |= {child for child in store.children(prefix) if layout.is_record(child)}
+        known |= {file for record in records(store, run, manifest.name) for file in record.files}
         yield from _strays(store, prefix, known)
         yield from _files(store, manifest, deep=deep)
         progress(manifest)
+
+
+_OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", "archive/"}
+
+
+def _packs(store: Store, run: str) -> Iterator[Finding]:
+    prefix = layout.archive_prefix(run)
+    for key in store.litter(prefix):
+        yield Finding("litter", key, "an unfinished write")
+    for child in store.children(prefix):
+        if not _PACK.fullmatch(child):
+            yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
+    for key in archiving.needless(store, run):
+        yield Finding("litter", key, "a pack that no archived checkpoint needs")
+
+
+def _over(store: Store, run: str, name: str, now: datetime) -> list[Finding]:
+    """What is in the directory of a checkpoint and belongs to it no more."""
+    found = [Finding("litter", key, "a file of a part that was dropped") for key in leftovers(store, run, name, now)]
+    dropped = {finding.where for finding in found}
+    found += [
+        Finding("litter", key, "a file of an archived checkpoint, which is in its pack")
+        for key in archiving.leftovers(store, run, name)
+        if key not in dropped
+    ]
+    if store.size(layout.trashed_key(run, name)) is not None:
+        found.append(Finding("litter", layout.trashed_key(run, name), "the record of a removal that was cut short"))
+    return found
 
 
 def _unless(busy: str | None, findings: Iterator[Finding]) -> Iterator[Finding]:
@@ -144,16 +181,27 @@ def _record(store: Store, run: str) -> Iterator[Finding]:
         yield Finding("damage", key, str(error))
 
 
-def _bare(store: Store, run: str, name: str) -> Iterator[Finding]:
+def _bare(store: Store, run: str, name: str, now: datetime) -> Iterator[Finding]:
     prefix = layout.checkpoint_prefix(run, name)
-    yield Finding("litter", prefix, "a directory without a manifest: a save or a removal that was cut short")
+    try:
+        record = trash.read(store, run, name)
+        if record is not None and record.until > now:
+            record.decoded()
+            return
+    except (CorruptError, FormatError) as error:
+        yield Finding("damage", prefix, f"it was in the trash and cannot be brought back: {error}")
+        return
+    if record is None:
+        yield Finding("litter", prefix, "a directory without a manifest: a save or a removal that was cut short")
+    else:
+        yield Finding("litter", prefix, f"in the trash, and its time was over at {record.until:%Y-%m-%d %H:%M} UTC")
     for child in store.children(prefix):
         if not _is_ours(child):
             yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
 
 
 def _is_ours(child: str) -> bool:
-    return child == layout.STATE or child.startswith(layout.DROPPED) or _OURS.fullmatch(child) is not None
+    return child == layout.STATE or layout.is_record(child) or _OURS.fullmatch(child) is not None
 
 
 def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]:
@@ -162,13 +210,13 @@ def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]
             if deep:
                 reader.read(store, manifest, file)
             else:
-                reader.view(store, manifest, file)
+                reader.check_size(store, manifest, file)
         except CorruptError as error:
             yield Finding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
 
 
-def clean_run(store: Store, run: str) -> list[Finding]:
-    """Remove the litter of one run; the caller holds the run.
+def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
+    """Remove the litter of one run, and what has been in the trash for long enough; the caller holds the run.
 
     Returns:
         What was removed.
@@ -176,25 +224,34 @@ def clean_run(store: Store, run: str) -> list[Finding]:
     removed: list[Finding] = []
     shelf = reader.shelf(store, run)
     for name in shelf.bare:
-        found = list(_bare(store, run, name))
-        ours = [child for child in store.children(layout.checkpoint_prefix(run, name)) if _is_ours(child)]
-        sweep(store, run, name, ours)
-        removed += found[:1]
-    prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run)]
-    prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
+        found = list(_bare(store, run, name, now))
+        if found and found[0].kind == "litter":
+            ours = [child for child in store.children(layout.checkpoint_prefix(run, name)) if _is_ours(child)]
+            sweep(store, run, name, ours)
+            removed += found[:1]
     for manifest in shelf.manifests:
-        for key in leftovers(store, run, manifest.name):
-            store.delete(key)
-            removed.append(Finding("litter", key, "a file of a part that was dropped"))
+        for finding in _over(store, run, manifest.name, now):
+            store.delete(finding.where)
+            removed.append(finding)
+    for key in archiving.needless(store, run):
+        store.delete(key)
+        removed.append(Finding("litter", key, "a pack that no archived checkpoint needs"))
+    prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run), layout.archive_prefix(run)]
+    prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
     for prefix in prefixes:
         for key in store.litter(prefix):
             store.delete(key)
             removed.append(Finding("litter", key, "an unfinished write"))
+    store.prune(layout.archive_prefix(run))
     return removed
 
 
-def clean(repository: Repository) -> list[Finding]:
+def clean(repository: Repository, *, clock: Clock = utc_now) -> list[Finding]:
     """Remove all litter, but for the runs that are being written.
+
+    Args:
+        repository: where.
+        clock: tells the time.
 
     Returns:
         What was removed.
@@ -211,7 +268,7 @@ def clean(repository: Repository) -> list[Finding]:
         except ConflictError:
             continue
         try:
-            removed += clean_run(store, run)
+            removed += clean_run(store, run, clock())
         finally:
             hold.release()
     return removed

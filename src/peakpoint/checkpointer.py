@@ -136,7 +136,7 @@ class Checkpointer:
         self._hold: Hold = self._store.hold(layout.writer_lock(self.run), holder_note(now))
         try:
             ensure_run(self._store, self.run, now, self._by, self.rules)
-            clean_run(self._store, self.run)
+            clean_run(self._store, self.run, now)
             self._resumption: Resumption = resumption(self._store, self.run)
             self._journal = Journal(self._store, self.run, self._clock)
             texts = tuple(rule.text for rule in self.rules)

@@ -28,6 +28,7 @@ class Dropped:
         at: when.
         why: one sentence.
         by: who decided.
+        until: as long the files stay, and the parts can be brought back; None when they went at once.
     """
 
     parts: tuple[str, ...]
@@ -35,6 +36,7 @@ class Dropped:
     at: datetime
     why: str
     by: str
+    until: datetime | None = None
 
 
 def records(store: Store, run: str, name: str) -> Iterator[Dropped]:
@@ -47,12 +49,16 @@ def records(store: Store, run: str, name: str) -> Iterator[Dropped]:
     prefix = layout.checkpoint_prefix(run, name)
     for child in store.children(prefix):
         if child.startswith(layout.DROPPED):
-            found = unseal(store.get(f"{prefix}/{child}"), where=child)
-            check_format(found, where=child)
-            try:
-                yield msgspec.convert(found, Dropped)
-            except msgspec.ValidationError as error:
-                raise FormatError(f"{child} is not a record of dropped parts that this release reads") from error
+            yield _read(store, prefix, child)
+
+
+def _read(store: Store, prefix: str, child: str) -> Dropped:
+    found = unseal(store.get(f"{prefix}/{child}"), where=child)
+    check_format(found, where=child)
+    try:
+        return msgspec.convert(found, Dropped)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{child} is not a record of dropped parts that this release reads") from error
 
 
 def left(manifest: Manifest, dropped: Sequence[Dropped]) -> Manifest:
@@ -68,7 +74,16 @@ def left(manifest: Manifest, dropped: Sequence[Dropped]) -> Manifest:
     )
 
 
-def drop(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime, why: str, by: str) -> Manifest:
+def drop(
+    store: Store,
+    manifest: Manifest,
+    parts: Sequence[str],
+    *,
+    at: datetime,
+    why: str,
+    by: str,
+    until: datetime | None = None,
+) -> Manifest:
     """Drop parts; idempotent, and to be repeated when it was interrupted.
 
     Args:
@@ -78,6 +93,7 @@ def drop(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime
         at: the time.
         why: one sentence.
         by: who decides.
+        until: as long the files stay, so that the parts can be brought back; None lets them go at once.
 
     Returns:
         The manifest without them.
@@ -89,20 +105,49 @@ def drop(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime
     staying = {file for part, files in manifest.parts.items() if part not in going for file in files}
     files = tuple(file for part in going for file in manifest.parts[part] if file not in staying)
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    taken = [child for child in store.children(prefix) if child.startswith(layout.DROPPED)]
-    record = Dropped(parts=tuple(going), files=files, at=at, why=why, by=by)
+    record = Dropped(parts=tuple(going), files=files, at=at, why=why, by=by, until=until)
     content = {"format": FORMAT, "parts": record.parts, "files": files, "at": at, "why": why, "by": by}
-    store.create(f"{prefix}/{layout.DROPPED}{len(taken) + 1}.json", seal(content))
-    for file in files:
+    if until is not None:
+        content["until"] = until
+    store.create(f"{prefix}/{layout.DROPPED}{_next(store, prefix)}.json", seal(content))
+    for file in files if until is None else ():
         store.delete(layout.file_key(manifest.run, manifest.name, file))
     return left(manifest, [record])
 
 
-def leftovers(store: Store, run: str, name: str) -> list[str]:
-    """Keys of files of dropped parts that are still there."""
+def _next(store: Store, prefix: str) -> int:
+    numbers = [
+        child.removeprefix(layout.DROPPED).removesuffix(".json")
+        for child in store.children(prefix)
+        if child.startswith(layout.DROPPED)
+    ]
+    return 1 + max((int(number) for number in numbers if number.isascii() and number.isdecimal()), default=0)
+
+
+def bring_back(store: Store, manifest: Manifest) -> tuple[str, ...]:
+    """Bring back all parts whose files are still there.
+
+    Returns:
+        Their names.
+    """
+    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
+    children = store.children(prefix)
+    back: list[str] = []
+    for child in children:
+        if child.startswith(layout.DROPPED):
+            record = _read(store, prefix, child)
+            if record.until is not None and (set(record.files) <= set(children) or layout.ARCHIVED in children):
+                store.delete(f"{prefix}/{child}")
+                back += record.parts
+    return tuple(back)
+
+
+def leftovers(store: Store, run: str, name: str, now: datetime) -> list[str]:
+    """Keys of files of dropped parts that are still there and can no longer be brought back."""
     present = set(store.children(layout.checkpoint_prefix(run, name)))
     try:
-        gone = {file for record in records(store, run, name) for file in record.files}
+        dropped = list(records(store, run, name))
     except (CorruptError, FormatError):
         return []  # the checkpoint counts as damaged; nothing of it is touched
+    gone = {file for record in dropped if record.until is None or record.until <= now for file in record.files}
     return [layout.file_key(run, name, file) for file in sorted(gone & present)]

@@ -4,6 +4,7 @@
 
     Error                      1   anything of ours
      +- ConfigError            2   fix the call or the command line           (ValueError)
+     +- MissingExtraError      2   install the optional package that it names (ImportError)
      +- NotFoundError         10   name something that exists                 (LookupError)
      +- ConflictError         11   wait for, or stop, the other writer
      +- CorruptError          12   bytes are not what was written: use another checkpoint
@@ -28,6 +29,12 @@ class Error(Exception):
 
 class ConfigError(Error, ValueError):
     """An argument, option or state that cannot work, found before anything was written."""
+
+    exit_code = 2
+
+
+class MissingExtraError(Error, ImportError):
+    """An optional package that this needs is not installed; the message says how to install it."""
 
     exit_code = 2
 

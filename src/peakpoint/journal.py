@@ -102,7 +102,10 @@ class SaveFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """A checkpoint is about to be removed; recorded before the first file goes."""
+    """A checkpoint is about to be removed; recorded before the first file goes.
+
+    ``until`` is when its files go, and the time to change one's mind ends; None when they go at once.
+    """
 
     at: datetime
     checkpoint: str
@@ -111,17 +114,59 @@ class Removed:
     epoch: int | None
     reason: str
     by: str
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartsDropped:
-    """Parts of a checkpoint are about to be dropped; recorded before the first file goes."""
+    """Parts of a checkpoint are about to be dropped; recorded before the first goes; ``until`` as in ``Removed``."""
 
     at: datetime
     checkpoint: str
     name: str
     parts: tuple[str, ...]
     reason: str
+    by: str
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Archived:
+    """The files of a checkpoint are in its pack."""
+
+    at: datetime
+    checkpoint: str
+    name: str
+    packed_bytes: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """The files of an archived checkpoint are back."""
+
+    at: datetime
+    checkpoint: str
+    name: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undone:
+    """A removal, or the dropping of parts, was taken back.
+
+    Attributes:
+        at: when.
+        checkpoint: the id.
+        name: its directory.
+        parts: the parts that are back; none when the whole checkpoint is.
+        by: who did it.
+    """
+
+    at: datetime
+    checkpoint: str
+    name: str
+    parts: tuple[str, ...]
     by: str
 
 
@@ -181,7 +226,20 @@ class Closed:
 
 
 Event = (
-    Opened | Started | Reported | Saved | SaveFailed | Removed | PartsDropped | Measured | Pinned | Unpinned | Closed
+    Opened
+    | Started
+    | Reported
+    | Saved
+    | SaveFailed
+    | Removed
+    | PartsDropped
+    | Undone
+    | Archived
+    | Restored
+    | Measured
+    | Pinned
+    | Unpinned
+    | Closed
 )
 
 _KINDS: dict[str, type[Event]] = {
@@ -192,6 +250,9 @@ _KINDS: dict[str, type[Event]] = {
     "save-failed": SaveFailed,
     "removed": Removed,
     "parts-dropped": PartsDropped,
+    "undone": Undone,
+    "archived": Archived,
+    "restored": Restored,
     "measured": Measured,
     "pinned": Pinned,
     "unpinned": Unpinned,

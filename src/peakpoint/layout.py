@@ -7,6 +7,7 @@
     runs/<run>/writer.lock                      held by the process that writes the run
     runs/<run>/journal/<number>.jsonl           what was reported and done
     runs/<run>/checkpoints/<name>/              one checkpoint
+    runs/<run>/archive/<id>.pack                the bytes of an archived checkpoint
 """
 
 from peakpoint.manifest import MANIFEST
@@ -17,6 +18,14 @@ STATE = "state.json"
 
 
 DROPPED = "dropped-"  # and a number: the records of parts that are gone
+ARCHIVED = "archived.json"  # the record that the files of a checkpoint are in its pack
+TRASHED = "trashed.json"  # the record of a checkpoint that can be brought back
+PACK = ".pack"
+
+
+def is_record(child: str) -> bool:
+    """Whether a name in a checkpoint's directory is that of a record beside the manifest."""
+    return child.startswith(DROPPED) or child in {ARCHIVED, TRASHED}
 
 
 def run_prefix(run: str) -> str:
@@ -57,3 +66,23 @@ def manifest_key(run: str, name: str) -> str:
 def file_key(run: str, name: str, file: str) -> str:
     """One file of one checkpoint."""
     return f"{RUNS}/{run}/checkpoints/{name}/{file}"
+
+
+def archived_key(run: str, name: str) -> str:
+    """The record that a checkpoint is archived."""
+    return f"{RUNS}/{run}/checkpoints/{name}/{ARCHIVED}"
+
+
+def trashed_key(run: str, name: str) -> str:
+    """The record that a checkpoint is in the trash."""
+    return f"{RUNS}/{run}/checkpoints/{name}/{TRASHED}"
+
+
+def archive_prefix(run: str) -> str:
+    """The directory of a run's packs."""
+    return f"{RUNS}/{run}/archive"
+
+
+def pack_key(run: str, checkpoint: str) -> str:
+    """The pack of one checkpoint, by its id."""
+    return f"{RUNS}/{run}/archive/{checkpoint}{PACK}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint import retention
-from peakpoint.journal import Event, Opened, Removed, Reported, Saved, Started, history
+from peakpoint.journal import Event, Opened, Removed, Reported, Saved, Started, Undone, history
 from peakpoint.manifest import Manifest
 from peakpoint.notes import Smoothing, windows
 from peakpoint.rules import Claim, Mode, Moment, Record, Rule, claims, parse, ranked, wanted, watched
@@ -53,6 +53,9 @@ def lives(events: Iterable[Event]) -> list[Life]:
                 beaten = tuple((text, _instead(text, others, names, event.checkpoint)) for text in texts)
                 del alive[event.checkpoint]
                 found[event.checkpoint] = Life(life.saved, life.record, event, beaten)
+            case Undone(checkpoint=checkpoint, parts=()) if checkpoint in found:
+                life = found[checkpoint]
+                alive[checkpoint] = found[checkpoint] = Life(life.saved, life.record, None)
             case _:
                 pass
     return list(found.values())

@@ -1,18 +1,18 @@
 """Reading checkpoints: manifests are trusted, listings and names are not."""
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from blake3 import blake3
 
-from peakpoint import layout
+from peakpoint import layout, packs
 from peakpoint.dropping import left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
-from peakpoint.store import Filling, Store
+from peakpoint.store import Filled, Filling, Store
+from peakpoint.units import cores
 from peakpoint.writer import BLOCK, combined_digest
 
 
@@ -87,8 +87,11 @@ def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
         CorruptError: the file is missing or has another size.
         FormatError: its name is none that Peakpoint writes.
     """
-    with _found(manifest, file):
-        data = store.view(layout.file_key(manifest.run, manifest.name, file.name))
+    try:
+        with _found(manifest, file):
+            data = store.view(layout.file_key(manifest.run, manifest.name, file.name))
+    except CorruptError as error:
+        data = _unpacked(store, manifest, file, error)
     _check_size(manifest, file, len(data))
     return data
 
@@ -101,8 +104,12 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
         FormatError: its name is none that Peakpoint writes.
         StoreError: it cannot be read.
     """
-    with _found(manifest, file):
-        filling = store.fill(layout.file_key(manifest.run, manifest.name, file.name))
+    filling: Filling
+    try:
+        with _found(manifest, file):
+            filling = store.fill(layout.file_key(manifest.run, manifest.name, file.name))
+    except CorruptError as error:
+        filling = Filled(_unpacked(store, manifest, file, error))
     try:
         _check_size(manifest, file, len(filling.data))
         _check(manifest, file, filling)
@@ -120,11 +127,42 @@ def read_tensor(store: Store, manifest: Manifest, file: FileRecord, tensor: Tens
     begin, end = file.header + tensor.begin, file.header + tensor.end
     data = b""
     if 0 <= begin <= end <= file.size:
-        with _found(manifest, file):
-            data = store.get(layout.file_key(manifest.run, manifest.name, file.name), begin, end)
+        try:
+            with _found(manifest, file):
+                data = store.get(layout.file_key(manifest.run, manifest.name, file.name), begin, end)
+        except CorruptError as error:
+            data = _unpacked_range(store, manifest, file, begin, end, error)
     if len(data) != end - begin or blake3(data, max_threads=blake3.AUTO).hexdigest() != tensor.digest:
         raise _differs(manifest, file, _Piece(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest))
     return bytearray(data)
+
+
+def _unpacked(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> memoryview:
+    """A file that is not where the manifest says, because the checkpoint is archived."""
+    source, number = _packed(store, manifest, file, missing)
+    data = bytearray(file.size)
+    at = 0
+    for block in packs.UnpackedImage(source, number).blocks():
+        data[at : at + len(block)] = block
+        at += len(block)
+    return memoryview(data)
+
+
+def _unpacked_range(
+    store: Store, manifest: Manifest, file: FileRecord, begin: int, end: int, missing: CorruptError
+) -> bytes:
+    source, number = _packed(store, manifest, file, missing)
+    return source.range(number, begin, end, {})
+
+
+def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> tuple[packs.PackSource, int]:
+    if packs.archived(store, manifest.run, manifest.name) is None:
+        raise missing
+    source = packs.source_of(store, manifest.run, manifest.id)
+    for number, packed in enumerate(source.index.files):
+        if packed.record.name == file.name and packed.record.size == file.size:
+            return source, number
+    raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is in its pack no more than on its own")
 
 
 @contextlib.contextmanager
@@ -138,18 +176,25 @@ def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
 
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
-    """Look whether every file is there and of its size; reads nothing.
+    """``check_size`` for every file."""
+    for file in manifest.files:
+        check_size(store, manifest, file)
+
+
+def check_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
+    """Look whether a file is there and of its size; reads nothing. Of an archived one, whether its packs are there.
 
     Raises:
-        CorruptError: one is missing or has another size.
-        FormatError: the name of one is none that Peakpoint writes.
+        CorruptError: it is missing or has another size.
+        FormatError: its name is none that Peakpoint writes.
     """
-    for file in manifest.files:
-        with _found(manifest, file):
-            size = store.size(layout.file_key(manifest.run, manifest.name, file.name))
-            if size is None:
-                raise NotFoundError(file.name)
-        _check_size(manifest, file, size)
+    with _found(manifest, file):
+        size = store.size(layout.file_key(manifest.run, manifest.name, file.name))
+    if size is None:
+        missing = CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is missing")
+        source, number = _packed(store, manifest, file, missing)
+        size = source.index.files[number].record.size
+    _check_size(manifest, file, size)
 
 
 def _check_size(manifest: Manifest, file: FileRecord, size: int) -> None:
@@ -185,11 +230,6 @@ def _check(manifest: Manifest, file: FileRecord, filling: Filling) -> None:
             pool.shutdown(wait=True, cancel_futures=True)
     if file.header and combined_digest(file.header_digest, file.tensors) != file.digest:
         raise CorruptError(f"checkpoint {manifest.name} is damaged: the digests of {file.name} contradict one another")
-
-
-def cores() -> int:
-    """How many threads of work this process may have running."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _jobs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from types import MappingProxyType
 
 from peakpoint.dropping import drop
@@ -10,6 +11,7 @@ from peakpoint.journal import Journal, PartsDropped, Removed
 from peakpoint.manifest import Manifest
 from peakpoint.rules import Budget, Claim, Record, Rule, claims
 from peakpoint.store import Store
+from peakpoint.trash import discard
 from peakpoint.writer import remove
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -171,6 +173,7 @@ def apply(
     *,
     by: str,
     pinned: Callable[[], Collection[str]] = tuple,
+    until: datetime | None = None,
 ) -> list[str]:
     """Remove, recording each reason durably before the first file goes.
 
@@ -183,6 +186,7 @@ def apply(
         by: who decided, for the record.
         pinned: what is pinned now. Asked once the removals are recorded: whoever pins at the same time either sees
             the record, or is seen here.
+        until: keep the files in the trash until then; None lets them go at once.
 
     Returns:
         One sentence for each removal that failed.
@@ -199,6 +203,7 @@ def apply(
                 epoch=manifest.epoch,
                 reason=removal.reason,
                 by=by,
+                until=until,
             )
         )
     if removals:
@@ -209,7 +214,10 @@ def apply(
             failures.append(f"{removal.manifest.name} stays: it has just been pinned")
             continue
         try:
-            remove(store, removal.manifest)
+            if until is None:
+                remove(store, removal.manifest)
+            else:
+                discard(store, removal.manifest, until=until, at=journal.now(), why=removal.reason, by=by)
         except StoreError as error:
             failures.append(f"{removal.manifest.name} could not be removed: {error}")
     return failures
@@ -222,6 +230,7 @@ def thin(
     *,
     by: str,
     pinned: Callable[[], Collection[str]] = tuple,
+    until: datetime | None = None,
 ) -> tuple[dict[str, Manifest], list[str]]:
     """Drop parts, recording each reason durably before the first file goes.
 
@@ -240,6 +249,7 @@ def thin(
                 parts=thinning.parts,
                 reason=thinning.reason,
                 by=by,
+                until=until,
             )
         )
     if drops:
@@ -251,7 +261,7 @@ def thin(
             continue
         try:
             changed[thinning.manifest.id] = drop(
-                store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by
+                store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by, until=until
             )
         except StoreError as error:
             failures.append(f"parts of {thinning.manifest.name} could not be dropped: {error}")

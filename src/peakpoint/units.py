@@ -1,6 +1,8 @@
-"""Amounts as people write them."""
+"""Amounts as people write them, and of cores."""
 
+import os
 import re
+from datetime import timedelta
 
 from peakpoint.errors import ConfigError
 
@@ -44,3 +46,40 @@ def read_bytes(name: str, given: object) -> int:
     if amount < 1:
         raise ConfigError(f'{name}={given!r} is no number of bytes; give an int or text such as "50 GB" or "256 MiB"')
     return int(amount)
+
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w)\s*")
+_LONGEST = 36525 * 86400  # a century
+
+
+def read_duration(name: str, given: object) -> timedelta:
+    """A time span from a timedelta, or from text such as ``"90min"``, ``"24h"`` or ``"7d"``; 0 is one.
+
+    Args:
+        name: the argument, for errors.
+        given: what was given.
+
+    Raises:
+        ConfigError: it is neither, negative, or longer than a century.
+
+    Example:
+        >>> from peakpoint.units import read_duration
+        >>> read_duration("undo_for", "1.5h")
+        datetime.timedelta(seconds=5400)
+    """
+    seconds = -1.0
+    if isinstance(given, timedelta):
+        seconds = given.total_seconds()
+    elif isinstance(given, str) and (match := _DURATION.fullmatch(given)):
+        seconds = float(match[1]) * _SECONDS[match[2]]
+    elif given in {"0", 0} and not isinstance(given, bool):
+        seconds = 0
+    if not 0 <= seconds <= _LONGEST:
+        raise ConfigError(f'{name}={given!r} is no time span; give a timedelta or text such as "90min", "24h" or "7d"')
+    return timedelta(seconds=seconds)
+
+
+def cores() -> int:
+    """How many threads of work this process may have running."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -205,7 +205,11 @@ def commit(
         # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
         with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
             begin = time.perf_counter()
-            records = [_share(store, draft, image, before) or _write(store, draft, image, hashing) for image in images]
+            records = [
+                _share(store, draft, image, before)
+                or _write(store, layout.file_key(draft.run, draft.name, image.name), image, hashing)
+                for image in images
+            ]
             files = tuple(record() for record in records)
             seconds = time.perf_counter() - begin
         shared = sum(file.size for file in files if file.shared)
@@ -249,7 +253,13 @@ def _share(store: Store, draft: Manifest, image: FileImage, before: Manifest | N
     return lambda: replace(mine, shared=other.shared or before.id)
 
 
-def _write(store: Store, draft: Manifest, image: FileImage, hashing: Executor) -> Callable[[], FileRecord]:
+def put_file(store: Store, key: str, image: FileImage) -> FileRecord:
+    """Write one file while it is being hashed."""
+    with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
+        return _write(store, key, image, hashing)()
+
+
+def _write(store: Store, key: str, image: FileImage, hashing: Executor) -> Callable[[], FileRecord]:
     """Write one file while it is being hashed; the result waits for the hash."""
     hashes, futures = Hashing(image), []
 
@@ -261,7 +271,7 @@ def _write(store: Store, draft: Manifest, image: FileImage, hashing: Executor) -
             if image.transient:
                 future.result()
 
-    store.put(layout.file_key(draft.run, draft.name, image.name), blocks(), image.size)
+    store.put(key, blocks(), image.size)
 
     def record() -> FileRecord:
         for future in futures:
@@ -278,9 +288,9 @@ def remove(store: Store, manifest: Manifest) -> None:
         StoreError: the store refused. If the manifest is gone, the rest is litter.
     """
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    dropped = [child for child in store.children(prefix) if child.startswith(layout.DROPPED)]
+    records = [child for child in store.children(prefix) if layout.is_record(child)]
     store.delete(layout.manifest_key(manifest.run, manifest.name))
-    sweep(store, manifest.run, manifest.name, [*(file.name for file in manifest.files), *dropped])
+    sweep(store, manifest.run, manifest.name, [*(file.name for file in manifest.files), *records])
 
 
 def sweep(store: Store, run: str, name: str, files: Sequence[str]) -> None:

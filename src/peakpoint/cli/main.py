@@ -21,7 +21,7 @@ from peakpoint.actor import present_user
 from peakpoint.cli import render, rules
 from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.clock import utc_now
-from peakpoint.errors import CorruptError, Error
+from peakpoint.errors import CorruptError, Error, MissingExtraError
 from peakpoint.journal import Journal
 from peakpoint.manifest import Manifest
 from peakpoint.refs import parse
@@ -280,12 +280,6 @@ def _torch_side(module: str) -> Any:
         raise MissingExtraError(
             f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
         ) from error
-
-
-class MissingExtraError(Error):
-    """An optional package that this command needs is not installed."""
-
-    exit_code = 2
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
