@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
@@ -41,7 +42,7 @@ from peakpoint.stopping import EarlyStopping
 from peakpoint.stopping import Watch as StopWatch
 from peakpoint.store import Hold, Store, holder_note, open_store
 from peakpoint.tensors import Staging
-from peakpoint.units import read_bytes
+from peakpoint.units import read_bytes, read_duration
 from peakpoint.writer import unused_name
 
 
@@ -68,6 +69,8 @@ class Checkpointer:
         capture_bytes: the most memory that the copy of the state may take: bytes, or text such as ``"256 MiB"``. By
             default a copy has room for the whole state. With less, ``report`` waits until the state has passed through
             that memory to the disk, and a save that fails cannot be written again.
+        undo_for: how long what the rules remove can be brought back with ``peakpoint undo``: a ``timedelta`` or text
+            such as ``"24h"``. By default its space is free at once. When space is short, the trash goes first.
         name: the template of checkpoint names; see ``peakpoint.names.checkpoint_name``.
         preempt: which signals mean preemption, and the exit code; None watches none.
         clock: tells the time.
@@ -101,6 +104,7 @@ class Checkpointer:
         strict: bool = True,
         overlap: bool = True,
         capture_bytes: int | str | None = None,
+        undo_for: timedelta | str = "0",
         name: str = DEFAULT_TEMPLATE,
         preempt: Preempt | None = Preempt(),  # noqa: B008 - a frozen value
         clock: Clock = utc_now,
@@ -116,6 +120,7 @@ class Checkpointer:
         self._clock, self._announce = clock, announce
         self._store = open_store(root)
         self._buffer = _buffer(capture_bytes)
+        kept_for = read_duration("undo_for", undo_for)
         self._encoder = StateEncoder()
         self._load: LoadReport | None = None
         self._started = False
@@ -147,7 +152,7 @@ class Checkpointer:
             raise
         segment, events, existing = self._journal.segment, self._resumption.events, self._resumption.manifests
         self._ledger = Ledger(self._store, self.run, segment, events, existing, self.rules)
-        self._saver = Saver(self._store, self.run, self._journal, self.rules, existing, self._ledger)
+        self._saver = Saver(self._store, self.run, self._journal, self.rules, existing, self._ledger, kept_for)
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
 

@@ -7,8 +7,10 @@ import errno
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 
 from peakpoint import layout, retention
+from peakpoint.audit import clean_run
 from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
 from peakpoint.errors import StoreError
@@ -63,6 +65,7 @@ class Saver:
         rules: the rules in force.
         committed: the checkpoints that exist.
         ledger: what is known of them besides their manifests.
+        undo_for: how long what the rules remove can be brought back; 0 frees the space at once.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class Saver:
         rules: Sequence[Rule],
         committed: Sequence[Manifest],
         ledger: Ledger,
+        undo_for: timedelta,
     ) -> None:
+        self._undo_for = undo_for
         self._ledger = ledger
         self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
         self._committed = tuple(committed)
@@ -165,6 +170,10 @@ class Saver:
 
     def _has_room(self, job: Job) -> bool:
         free, needed = self._store.free(), job.captured.size_bytes + _SLACK
+        if free is not None and free < needed and self._undo_for:
+            latest = self._journal.now() + self._undo_for
+            self._purge(latest)  # a checkpoint that is wanted comes before those that are not
+            free = self._store.free()
         if free is None or free >= needed:
             return True
         message = (
@@ -230,14 +239,29 @@ class Saver:
         existing = [manifest for manifest in self._committed if self._exists(manifest)]
         pinned = self._pinned()
         plan = retention.plan(self._ledger.view(existing), self._rules, pinned)
-        failures = retention.apply(self._store, self._journal, plan.remove, by="rules", pinned=self._pinned)
-        thinned, more = retention.thin(self._store, self._journal, plan.drop, by="rules", pinned=self._pinned)
+        now = self._journal.now()
+        until = now + self._undo_for if self._undo_for else None
+        failures = retention.apply(
+            self._store, self._journal, plan.remove, by="rules", pinned=self._pinned, until=until
+        )
+        thinned, more = retention.thin(
+            self._store, self._journal, plan.drop, by="rules", pinned=self._pinned, until=until
+        )
+        if until is not None:
+            self._purge(now)
         self._notices += [*failures, *more]
         self._committed = tuple(
             self._without(manifest, thinned)
             for manifest in existing
             if manifest.id in plan.keep or (failures and self._exists(manifest))
         )
+
+    def _purge(self, now: datetime) -> None:
+        """Let go what has been in the trash for long enough; nothing else is at work in this run."""
+        try:
+            clean_run(self._store, self._run, now)
+        except StoreError as error:
+            self._notices.append(f"the trash of run {self._run!r} could not be emptied: {error}")
 
     @staticmethod
     def _without(manifest: Manifest, thinned: Mapping[str, Manifest]) -> Manifest:

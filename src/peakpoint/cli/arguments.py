@@ -1,9 +1,32 @@
 """Arguments that many commands have."""
 
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import click
+
+from peakpoint.units import read_duration
 
 ROOT = click.argument("root", type=click.Path(path_type=Path))
 REF = click.argument("ref")
 JSON = click.option("--json", "json", is_flag=True, help="Print JSON for programs.")
+
+
+class _Duration(click.ParamType[timedelta]):
+    """A time span such as 24h."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:  # noqa: ARG002
+        """Read it; errors are ours."""
+        return read_duration("--undo-for", value)
+
+
+UNDO_FOR = click.option(
+    "--undo-for",
+    type=_Duration(),
+    default="24h",
+    show_default=True,
+    help="How long what goes can be brought back with peakpoint undo, such as 7d; 0 frees the space at once.",
+)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,14 @@ import click
 from rich.markup import escape
 
 from peakpoint import audit as audits
-from peakpoint import layout
+from peakpoint import layout, packs, upkeep
 from peakpoint._version import __version__
-from peakpoint.actor import present_user
-from peakpoint.cli import render, rules
-from peakpoint.cli.arguments import JSON, REF, ROOT
-from peakpoint.clock import utc_now
+from peakpoint.cli import render, rules, space
+from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
 from peakpoint.errors import CorruptError, Error, MissingExtraError
-from peakpoint.journal import Journal
 from peakpoint.manifest import Manifest
 from peakpoint.refs import parse
 from peakpoint.repository import Repository, open_repository
-from peakpoint.retention import Removal, apply
 from peakpoint.rules import Claim
 
 
@@ -40,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in rules.COMMANDS:
+for command in (*rules.COMMANDS, *space.COMMANDS):
     cli.add_command(command)
 
 
@@ -79,8 +76,10 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     manifest = run.find_manifest(ref)
     manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
     claims = run.kept().get(manifest.id, ())
+    packed = packs.archived(run.store, run.name, manifest.name)
     if json:
         extra = {
+            "packed_bytes": None if packed is None else packed.packed_bytes,
             "parts": manifest.parts,
             "files": [
                 {"name": file.name, "size": file.size, "digest": file.digest, "tensors": len(file.tensors)}
@@ -95,12 +94,14 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    console.print(render.facts(_facts(root, manifest, claims)))
+    console.print(render.facts(_facts(root, manifest, claims, packed)))
     console.print()
     console.print(render.files_table(manifest))
 
 
-def _facts(root: Path, manifest: Manifest, claims: Sequence[Claim]) -> list[tuple[str, str]]:
+def _facts(
+    root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
+) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {value:.9g}" for name, value in manifest.metrics.items())
     return [
@@ -113,6 +114,7 @@ def _facts(root: Path, manifest: Manifest, claims: Sequence[Claim]) -> list[tupl
         ("saved because", escape("\n".join(manifest.reasons))),
         ("kept because", render.claims_text(claims)),
         ("size", render.size(manifest.size_bytes)),
+        ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
         ("parts", escape(", ".join(manifest.parts))),
         ("continues", manifest.parent or "nothing: the first of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
@@ -190,8 +192,17 @@ def _print_audit(result: audits.Audit, removed: list[audits.Finding]) -> None:
 @click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
 @click.option("--why", default="removed by hand", help="The reason, for the journal.")
+@UNDO_FOR
 @JSON
-def rm(root: Path, names: tuple[str, ...], yes: bool, dry_run: bool, why: str, json: bool) -> None:  # noqa: FBT001
+def rm(
+    root: Path,
+    names: tuple[str, ...],
+    yes: bool,  # noqa: FBT001
+    dry_run: bool,  # noqa: FBT001
+    why: str,
+    undo_for: timedelta,
+    json: bool,  # noqa: FBT001
+) -> None:
     """Remove checkpoints: shows the plan, and carries it out with --yes."""
     repository = open_repository(root)
     chosen = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
@@ -201,7 +212,8 @@ def rm(root: Path, names: tuple[str, ...], yes: bool, dry_run: bool, why: str, j
         _print_removal(repository, list(chosen.values()))
     if apply_now:
         for run in dict.fromkeys(manifest.run for manifest in chosen.values()):
-            failures += _remove(repository, run, [m for m in chosen.values() if m.run == run], why)
+            mine = [manifest for manifest in chosen.values() if manifest.run == run]
+            failures += upkeep.remove(repository.run(run), mine, why, undo_for=undo_for)
     if json:
         render.as_json(
             {
@@ -212,6 +224,7 @@ def rm(root: Path, names: tuple[str, ...], yes: bool, dry_run: bool, why: str, j
         )
     elif apply_now:
         click.echo(f"removed {len(chosen) - len(failures)} checkpoints")
+        click.echo(render.undo_hint(root, undo_for))
     else:
         click.echo("nothing is removed yet; add --yes to remove")
     for failure in failures:
@@ -228,14 +241,6 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
         console.print(f"  frees {render.size(manifest.size_bytes)}; was kept because:")
         for claim in claims:
             console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
-
-
-def _remove(repository: Repository, run: str, manifests: Sequence[Manifest], why: str) -> list[str]:
-    journal = Journal(repository.store, run, utc_now)
-    try:
-        return apply(repository.store, journal, [Removal(manifest, why) for manifest in manifests], by=present_user())
-    finally:
-        journal.close()
 
 
 # --- export -------------------------------------------------------------------------------------------------------

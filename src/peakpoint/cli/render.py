@@ -4,7 +4,8 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from peakpoint import packs
 from peakpoint.audit import Audit, Finding
 from peakpoint.manifest import Manifest
 from peakpoint.peaks import Peak, peaks
@@ -77,6 +79,17 @@ def waits(manifest: Manifest) -> str:
     return ", ".join(known) or "not recorded"
 
 
+def undo_hint(root: Path, undo_for: timedelta) -> str:
+    """What to do when it was a mistake."""
+    if not undo_for:
+        return "the space is free; this cannot be taken back"
+    until = datetime.now(UTC) + undo_for
+    return (
+        f"peakpoint undo brings back what is gone until {until:%Y-%m-%d %H:%M} UTC; "
+        f"peakpoint trash {root} --empty frees the space now"
+    )
+
+
 def number(value: float | None) -> str:
     """A metric, in six significant digits."""
     return "" if value is None else f"{value:.6g}"
@@ -101,6 +114,7 @@ def kept_table(
     kept: Mapping[str, tuple[Claim, ...]],
     watched: Sequence[str],
     best: Mapping[str, str],
+    packed: Mapping[str, int],
 ) -> Table:
     """Checkpoints of a run, with the reasons why each is kept.
 
@@ -109,6 +123,7 @@ def kept_table(
         kept: id to claims.
         watched: metrics with a column.
         best: metric to the id of its best checkpoint, which is marked.
+        packed: id to the bytes in the archive, of those that are there.
     """
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("checkpoint", overflow="fold")
@@ -130,7 +145,8 @@ def kept_table(
             "" if manifest.epoch is None else str(manifest.epoch),
             str(manifest.step),
             *values,
-            size(manifest.size_bytes),
+            size(manifest.size_bytes)
+            + (f"\n[dim]packed {size(packed[manifest.id])}[/]" if manifest.id in packed else ""),
             claims_text(kept.get(manifest.id, ())),
         )
     return table
@@ -213,15 +229,24 @@ def audit_sentence(result: Audit) -> str:
     return f"{result.runs} runs, {result.checkpoints} checkpoints, {size(result.bytes)}: {depth}"
 
 
+def packed_sizes(run: Run, manifests: Iterable[Manifest]) -> dict[str, int]:
+    """Id to the bytes in the archive, of checkpoints that are there."""
+    records = {manifest.id: packs.archived(run.store, run.name, manifest.name) for manifest in manifests}
+    return {id: record.packed_bytes for id, record in records.items() if record is not None}  # noqa: A001
+
+
 def print_run(console: Console, run: Run) -> None:
     """A run: its rules, peak against last, and its checkpoints with the reasons why each is kept."""
     manifests, in_force = run.known(()), run.rules()
     pairs = watched(in_force)
     kept = run.kept()
     total = sum(manifest.size_bytes for manifest in manifests)
+    packed = packed_sizes(run, manifests)
+    away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
     holder = run.holder()
     console.print(
         f"[bold]{escape(run.name)}[/]: {len(manifests)} checkpoints, {size(total)}"
+        + (f", archived in {size(total - away)}" if packed else "")
         + (f", newest {age(manifests[-1].created_at)}" if manifests else "")
         + (f", [cyan]being written by {escape(holder)}[/]" if holder else "")
     )
@@ -231,7 +256,7 @@ def print_run(console: Console, run: Run) -> None:
         console.print(peaks_table(found))
     if manifests:
         best = {metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))}
-        console.print(kept_table(manifests, kept, [metric for metric, _ in pairs][:4], best))
+        console.print(kept_table(manifests, kept, [metric for metric, _ in pairs][:4], best, packed))
     console.print()
 
 
@@ -239,12 +264,17 @@ def run_json(run: Run) -> dict[str, Any]:
     """A run for programs."""
     in_force = run.rules()
     kept = run.kept()
+    manifests = run.known(())
+    packed = packed_sizes(run, manifests)
     return {
         "name": run.name,
         "rules": [rule.text for rule in in_force],
         "writer": run.holder(),
         "peaks": [_peak_json(peak) for peak in peaks(run.history(), watched(in_force))],
-        "checkpoints": [manifest_json(manifest, kept.get(manifest.id, ())) for manifest in run.known(())],
+        "checkpoints": [
+            manifest_json(manifest, kept.get(manifest.id, ())) | {"packed_bytes": packed.get(manifest.id)}
+            for manifest in manifests
+        ],
     }
 
 

@@ -1,6 +1,8 @@
 """Commands about what stays and why: keep, explain, pin, unpin, record."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from peakpoint import journal as journals
-from peakpoint import layout
-from peakpoint.actor import present_user
+from peakpoint import packs, upkeep
+from peakpoint.archiving import unarchived
 from peakpoint.cli import render
-from peakpoint.cli.arguments import JSON, REF, ROOT
-from peakpoint.clock import utc_now
+from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
 from peakpoint.dropping import records
-from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.journal import Journal
+from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.lives import Life, Replay, lives, replay, typical_size
 from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known, notes
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
-from peakpoint.retention import Plan, apply, plan, thin
+from peakpoint.retention import Plan, plan
 from peakpoint.rules import FORMS, Rule, moment_text, parse_all
-from peakpoint.store import holder_note
 
 GB = 1e9
 
@@ -38,6 +37,10 @@ GB = 1e9
 @click.option("--rules", "text", help=f"Rules, separated by spaces; those in force by default. Forms: {FORMS}.")
 @click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
+@UNDO_FOR
+@click.option(
+    "--archive", is_flag=True, help="Archive what would go instead of removing it; parts are dropped all the same."
+)
 @click.option("--what-if", is_flag=True, help="Replay the recorded history under the rules, from the first report on.")
 @click.option("--price", type=click.FloatRange(min=0), default=0.023, show_default=True, help="Of a GB in a month.")
 @JSON
@@ -47,6 +50,8 @@ def keep(
     text: str | None,
     yes: bool,  # noqa: FBT001
     dry_run: bool,  # noqa: FBT001
+    undo_for: timedelta,
+    archive: bool,  # noqa: FBT001
     what_if: bool,  # noqa: FBT001
     price: float,
     json: bool,  # noqa: FBT001
@@ -61,48 +66,48 @@ def keep(
         return
     events = run.events()
     decided = plan(all_known(run.manifests(), events, rules), rules, notes(events).pinned)
+    if archive:
+        left = {manifest.id for manifest in unarchived(run.store, [removal.manifest for removal in decided.remove])}
+        decided = replace(decided, remove=tuple(one for one in decided.remove if one.manifest.id in left))
     apply_now = yes and not dry_run
     failures: list[str] = []
     if not json:
         _print_plan(run, rules, decided)
     if apply_now:
-        failures = _apply(run, rules, decided, changed=text is not None)
+        failures = _carry_out(run, decided, rules if text is not None else None, undo_for, archive=archive)
     if json:
         render.as_json(_plan_json(run, rules, decided, failures, applied=apply_now))
     elif not decided.remove and not decided.drop:
         click.echo("nothing would go")
     elif apply_now:
-        parts = f", dropped parts of {len(decided.drop)}" if decided.drop else ""
-        click.echo(
-            f"removed {len(decided.remove)} checkpoints{parts}" + (f"; {len(failures)} failed" if failures else "")
-        )
+        _print_done(root, decided, failures, undo_for, archive=archive)
     else:
-        click.echo("nothing is removed yet; add --yes to remove")
+        click.echo(f"nothing is removed yet; add --yes to {'archive' if archive else 'remove'}")
+    _leave_with(failures)
+
+
+def _leave_with(failures: Sequence[str]) -> None:
     for failure in failures:
         click.echo(f"peakpoint: {failure}", err=True)
     if failures:
-        raise SystemExit(20)
+        raise SystemExit(StoreError.exit_code)
 
 
-def _apply(run: Run, rules: Sequence[Rule], decided: Plan, *, changed: bool) -> list[str]:
-    """Remove, as the writer of the run: a training that is running has rules of its own."""
-    now = utc_now()
-    hold = run.store.hold(layout.writer_lock(run.name), holder_note(now))
-    try:
-        journal = Journal(run.store, run.name, utc_now)
-        try:
-            if changed:
-                texts = tuple(rule.text for rule in rules)
-                journal.append(journals.Opened(at=now, by={"user": present_user()}, rules=texts))
-            pinned = lambda: notes(run.events()).pinned  # noqa: E731
-            failures = apply(run.store, journal, decided.remove, by=present_user(), pinned=pinned)
-            failures += thin(run.store, journal, decided.drop, by=present_user(), pinned=pinned)[1]
-            journal.append(journals.Closed(at=utc_now(), why="peakpoint keep"))
-            return failures
-        finally:
-            journal.close()
-    finally:
-        hold.release()
+def _carry_out(
+    run: Run, decided: Plan, rules: Sequence[Rule] | None, undo_for: timedelta, *, archive: bool
+) -> list[str]:
+    if not archive:
+        return upkeep.apply_plan(run, decided, rules, undo_for=undo_for)
+    failures = upkeep.archive(run, [removal.manifest for removal in decided.remove])[1]
+    return failures + upkeep.apply_plan(run, replace(decided, remove=()), None, undo_for=undo_for)
+
+
+def _print_done(root: Path, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool) -> None:
+    parts = f", dropped parts of {len(decided.drop)}" if decided.drop else ""
+    failed = f"; {len(failures)} failed" if failures else ""
+    click.echo(f"{'archived' if archive else 'removed'} {len(decided.remove)} checkpoints{parts}{failed}")
+    if decided.drop or not archive:
+        click.echo(render.undo_hint(root, undo_for))
 
 
 def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
@@ -278,6 +283,12 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         console.print(
             f"without {escape(', '.join(record.parts))} since {record.at:%Y-%m-%d %H:%M}: {escape(record.why)}"
         )
+    packed = packs.archived(run.store, run.name, manifest.name)
+    if packed is not None:
+        console.print(
+            f"archived {packed.at:%Y-%m-%d %H:%M} UTC by {escape(packed.by)}: "
+            f"{render.size(manifest.size_bytes)} in a pack of {render.size(packed.packed_bytes)}"
+        )
     for event in late:
         values = ", ".join(f"{name} = {value:.6g}" for name, value in event.metrics.items())
         console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {escape(values)}")
@@ -299,7 +310,7 @@ def _explain_gone(life: Life, *, json: bool) -> None:
                 "epoch": removed.epoch,
                 "metrics": dict(life.record.metrics),
                 "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
-                "removed": {"at": removed.at, "reason": removed.reason, "by": removed.by},
+                "removed": {"at": removed.at, "reason": removed.reason, "by": removed.by, "until": removed.until},
                 "claimed_instead": {rule: list(claimed) for rule, claimed in life.beaten},
             }
         )
@@ -312,6 +323,8 @@ def _explain_gone(life: Life, *, json: bool) -> None:
     for reason in life.saved.reasons:
         console.print(f"  - {escape(reason)}")
     console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
+    if removed.until is not None:
+        console.print(f"in the trash until {removed.until:%Y-%m-%d %H:%M} UTC; peakpoint undo brings it back")
     for rule, claimed in life.beaten:
         console.print(f"  [cyan]{escape(rule)}[/] kept instead")
         for line in claimed[:3] or ("nothing",):

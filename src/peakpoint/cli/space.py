@@ -1,0 +1,203 @@
+"""Commands about space: archive, restore, trash, undo."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint import packs, upkeep
+from peakpoint.archiving import Packed, unarchived
+from peakpoint.cli import render
+from peakpoint.cli.arguments import JSON, ROOT
+from peakpoint.errors import ConfigError, CorruptError
+from peakpoint.manifest import Manifest
+from peakpoint.repository import Repository, Run, open_repository
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.progress import Progress  # noqa: PLC0415 - start-up time
+
+    with Progress(console=render.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda size: progress.advance(task, size)
+
+
+def _chosen(repository: Repository, name: str, names: Sequence[str]) -> tuple[Run, list[Manifest]]:
+    """Checkpoints of one run; all of them when none is named."""
+    run = repository.run(name)
+    if not names:
+        return run, list(run.manifests())
+    found = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
+    for manifest in found.values():
+        if manifest.run != name:
+            raise ConfigError(f"{manifest.run}/{manifest.name} is no checkpoint of run {name!r}; give refs of one run")
+    return run, sorted(found.values(), key=lambda manifest: manifest.sequence)
+
+
+# --- archive, restore ---------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.argument("name", metavar="RUN")
+@click.argument("names", metavar="[REF]...", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Only say what would be packed.")
+@click.option(
+    "--level", type=click.IntRange(1, 19), help="Of zstd; higher is slower, and hardly smaller. 3 by default."
+)
+@JSON
+def archive(
+    root: Path,
+    name: str,
+    names: tuple[str, ...],
+    dry_run: bool,  # noqa: FBT001
+    level: int | None,
+    json: bool,  # noqa: FBT001
+) -> None:
+    """Pack a finished run without loss: it takes less space, and is still listed and loaded."""
+    run, chosen = _chosen(open_repository(root), name, names)
+    chosen = unarchived(run.store, chosen)
+    total = sum(manifest.size_bytes for manifest in chosen)
+    if dry_run:
+        if json:
+            render.as_json({"run": name, "would_archive": [_json(manifest) for manifest in chosen], "bytes": total})
+        else:
+            click.echo(f"would archive {len(chosen)} checkpoints, {render.size(total)}")
+        return
+    with _progress("packing", total) as advance:
+        done, failures = upkeep.archive(run, chosen, level=level, progress=lambda one: advance(one.size_bytes))
+    if json:
+        render.as_json(
+            {
+                "run": name,
+                "archived": [
+                    _json(one.manifest) | {"packed_bytes": one.packed_bytes, "bases": one.bases} for one in done
+                ],
+                "bytes": sum(one.size_bytes for one in done),
+                "packed_bytes": sum(one.packed_bytes for one in done),
+                "failures": failures,
+            }
+        )
+    else:
+        _print_packed(name, done)
+    for failure in failures:
+        click.echo(f"peakpoint: not archived: {failure}", err=True)
+    if failures:
+        raise SystemExit(CorruptError.exit_code)
+
+
+def _json(manifest: Manifest) -> dict[str, Any]:
+    return {"ref": f"{manifest.run}/{manifest.name}", "id": manifest.id, "size_bytes": manifest.size_bytes}
+
+
+def _print_packed(name: str, done: Sequence[Packed]) -> None:
+    if not done:
+        click.echo(f"nothing to archive: every checkpoint of {name} is archived, or there is none")
+        return
+    console = render.console()
+    table = Table(box=None, header_style="bold")
+    for title in ("archived", "size", "packed", "of it", "as differences to"):
+        table.add_column(title, justify="left" if title in {"archived", "as differences to"} else "right")
+    for one in done:
+        share = one.packed_bytes / one.size_bytes if one.size_bytes else 1
+        to = ("nothing", "the one before", "the two before")[one.bases]
+        packed = render.size(one.packed_bytes)
+        table.add_row(escape(one.manifest.name), render.size(one.size_bytes), packed, f"{share:.0%}", to)
+    console.print(table)
+    before, after = sum(one.size_bytes for one in done), sum(one.packed_bytes for one in done)
+    console.print(
+        f"{len(done)} checkpoints, {render.size(before)} in {render.size(after)}, every byte compared; "
+        f"peakpoint restore brings the files back"
+    )
+
+
+@click.command()
+@ROOT
+@click.argument("name", metavar="RUN")
+@click.argument("names", metavar="[REF]...", nargs=-1)
+@JSON
+def restore(root: Path, name: str, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
+    """Put the files of archived checkpoints back, bit for bit; of the whole run by default."""
+    run, chosen = _chosen(open_repository(root), name, names)
+    chosen = [manifest for manifest in chosen if packs.archived(run.store, run.name, manifest.name) is not None]
+    with _progress("unpacking", sum(manifest.size_bytes for manifest in chosen)) as advance:
+        done = upkeep.restore(run, chosen, progress=lambda manifest: advance(manifest.size_bytes))
+    if json:
+        render.as_json({"run": name, "restored": [_json(manifest) for manifest in done]})
+    elif done:
+        total = sum(manifest.size_bytes for manifest in done)
+        click.echo(f"restored {len(done)} checkpoints, {render.size(total)}, every byte compared with its digest")
+    else:
+        click.echo("nothing to restore: none of these is archived")
+
+
+# --- trash, undo --------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.option("--empty", is_flag=True, help="Let it all go now.")
+@JSON
+def trash(root: Path, empty: bool, json: bool) -> None:  # noqa: FBT001
+    """List what was removed and can be brought back, and until when."""
+    runs = open_repository(root).runs()
+    found = [one for run in runs for one in (upkeep.empty_trash(run) if empty else upkeep.in_trash(run))]
+    total = sum(one.size_bytes for one in found)
+    if json:
+        render.as_json({"emptied" if empty else "trash": [_trash_json(one) for one in found], "bytes": total})
+        return
+    console = render.console()
+    if not found:
+        console.print("the trash is empty")
+        return
+    if empty:
+        console.print(f"{len(found)} things are gone for good, {render.size(total)} freed")
+        return
+    table = Table(box=None, header_style="bold")
+    for title in ("checkpoint", "what", "size", "until", "why"):
+        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    for one in found:
+        what = escape(", ".join(one.parts)) or "all of it"
+        name = escape(f"{one.manifest.run}/{one.manifest.name}")
+        table.add_row(name, what, render.size(one.size_bytes), f"{one.until:%Y-%m-%d %H:%M} UTC", escape(one.why))
+    console.print(table)
+    console.print(f"{render.size(total)}; peakpoint undo {escape(str(root))} CHECKPOINT brings one back")
+
+
+def _trash_json(one: upkeep.InTrash) -> dict[str, Any]:
+    given = {"parts": one.parts, "size_bytes": one.size_bytes, "until": one.until, "reason": one.why, "by": one.by}
+    return _json(one.manifest) | given
+
+
+@click.command()
+@ROOT
+@click.argument("names", metavar="RUN/NAME...", nargs=-1, required=True)
+@JSON
+def undo(root: Path, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
+    """Bring removed checkpoints and dropped parts back from the trash."""
+    repository = open_repository(root)
+    wanted: dict[str, list[str]] = {}
+    for ref in names:
+        run, slash, name = ref.partition("/")
+        if not (run and slash and name):
+            raise ConfigError(f"{ref!r} names nothing in the trash; give RUN/NAME, as peakpoint trash lists it")
+        wanted.setdefault(run, []).append(name)
+    found = [one for run, some in wanted.items() for one in upkeep.undo(repository.run(run), some)]
+    if json:
+        render.as_json({"back": [_json(manifest) | {"parts": parts} for manifest, parts in found]})
+        return
+    for manifest, parts in found:
+        click.echo(f"{manifest.run}/{manifest.name} is back" + (f" with {', '.join(parts)}" if parts else ""))
+
+
+COMMANDS = (archive, restore, trash, undo)
