@@ -13,7 +13,18 @@ KINDS = ["single", "several", "frozen", "thinned"]
 @pytest.mark.parametrize("what", ["kill", "power"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_durable_is_lost(what, kind, record_property):
-    command = [sys.executable, str(Path(__file__).parent / "crashes.py"), what, kind]
+    enumerate_points("crashes.py", what, kind, record_property)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", ["kill", "power"])
+@pytest.mark.parametrize("verb", ["archive", "restore", "trash", "undo", "keep"])
+def test_upkeep_can_be_cut_short_anywhere(what, verb, record_property):
+    enumerate_points("crashes_of_upkeep.py", what, verb, record_property)
+
+
+def enumerate_points(script, what, kind, record_property):
+    command = [sys.executable, str(Path(__file__).parent / script), what, kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)

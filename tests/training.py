@@ -44,9 +44,13 @@ def same(one, other):
     """Whether two trees are equal to the bit."""
     if isinstance(one, torch.Tensor):
         equal = one.dtype == other.dtype and one.shape == other.shape
-        return equal and one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
+        return equal and _bytes(one) == _bytes(other)
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def _bytes(tensor):
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

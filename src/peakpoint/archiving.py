@@ -5,7 +5,7 @@ before the files go. The manifest stays where it is: an archived checkpoint is l
 any other, only more slowly. Restoring writes the files again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from peakpoint import layout, packs
@@ -156,35 +156,46 @@ def restore(
         MissingExtraError: NumPy or zstandard is not installed.
         StoreError: the store refused; the checkpoint stays archived.
     """
-    near: list[tuple[str, Source]] = []
-    done = []
+    near: list[tuple[Manifest, Source]] = []
+    done: list[Manifest] = []
     for manifest in manifests:
         if packs.archived(store, manifest.run, manifest.name) is None:
             continue
-        _restore(store, manifest, dict(near))
+        _restore(store, manifest, near)
         journal.append(Restored(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
         journal.sync()
         store.delete(layout.archived_key(manifest.run, manifest.name))
-        near = [*near, (manifest.id, PlainSource(store, manifest))][-_NEIGHBOURS:]
+        near = [*near, (manifest, PlainSource(store, manifest))][-_NEIGHBOURS:]
         done.append(manifest)
         progress(manifest)
     return done
 
 
-def _restore(store: Store, manifest: Manifest, near: Mapping[str, Source]) -> None:
+def _restore(store: Store, manifest: Manifest, near: Sequence[tuple[Manifest, Source]]) -> None:
     wanted = {file.name for file in manifest.files}
-    images = packs.unpacked(packs.source_of(store, manifest.run, manifest.id, near))
+    sources = {other.id: source for other, source in near}
+    images = packs.unpacked(packs.source_of(store, manifest.run, manifest.id, sources))
     lacking = wanted - {image.name for image in images}
     if lacking:
         raise CorruptError(f"the pack of {manifest.name} lacks {', '.join(sorted(lacking))}")
     for image in images:
-        if image.name in wanted:
+        if image.name in wanted and not _share(store, manifest, image.name, [other for other, _ in near]):
             key = layout.file_key(manifest.run, manifest.name, image.name)
             try:
                 _compare(manifest, image.name, put_file(store, key, image))
             except CorruptError:
                 store.delete(key)
                 raise
+
+
+def _share(store: Store, manifest: Manifest, name: str, others: Sequence[Manifest]) -> bool:
+    """Use the file of a checkpoint that has just been restored once more, where they had one in common."""
+    file = manifest.file(name)
+    for other in others:
+        if any(replace(there, shared="") == replace(file, shared="") for there in other.files):
+            source = layout.file_key(other.run, other.name, name)
+            return store.link(source, layout.file_key(manifest.run, manifest.name, name))
+    return False
 
 
 def leftovers(store: Store, run: str, name: str) -> list[str]:

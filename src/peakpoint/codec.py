@@ -100,7 +100,7 @@ def unpack(packed: Bytes, dtype: str, method: str, size: int, bases: Sequence[By
     width = _width(dtype)
     if size % width:
         raise CorruptError(f"an archive holds {size} bytes of {dtype}, which is no whole number of elements")
-    others = [_words(base, dtype) for base in bases]
+    others = [_words(base, dtype) for base in bases[: bases_of(method)]]
     return _decode(packed, others, dtype, method, size // width).tobytes()
 
 
@@ -132,13 +132,13 @@ def _picked(words: Words, starts: Words) -> Words:
 
 
 def _encode(words: Words, others: Sequence[Words], dtype: str, method: str, sparse: bool, level: int) -> bytes:  # noqa: FBT001
-    mask = b""
+    mask, others = b"", others[: _BASES[method]]
     if sparse:
         there = words != 0
         mask = _compress(np.packbits(there ^ (others[0] != 0) if others else there).tobytes(), level)
         words, others = words[there], [other[there] for other in others]
     residuals = _residuals(words, _predicted(others, dtype, method), dtype, method)
-    planes = np.ascontiguousarray(residuals.view(np.uint8).reshape(len(residuals), -1).T)
+    planes = np.ascontiguousarray(residuals.view(np.uint8).reshape(len(residuals), residuals.itemsize).T)
     body = _compress(planes.tobytes(), level)
     return (len(mask).to_bytes(4, "little") + mask + body) if sparse else body
 

@@ -246,7 +246,12 @@ class Run:
         manifest = self.find_manifest(ref)
         self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
         # whoever removes it has said so first, and looks for pins after that
-        if any(isinstance(event, journals.Removed) and event.checkpoint == manifest.id for event in self.events()):
+        last = [
+            event
+            for event in self.events()
+            if isinstance(event, journals.Removed | journals.Undone) and event.checkpoint == manifest.id
+        ]
+        if last and isinstance(last[-1], journals.Removed):
             raise ConflictError(
                 f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
             )

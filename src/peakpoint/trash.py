@@ -57,7 +57,8 @@ def discard(store: Store, manifest: Manifest, *, until: datetime, at: datetime, 
         text = store.get(key).decode()
     except NotFoundError:
         return  # somebody else has removed it
-    store.delete(record)  # of an attempt that was interrupted
+    if store.size(record) is not None:
+        store.delete(record)  # of an attempt that was interrupted
     store.create(record, seal({"format": FORMAT, "manifest": text, "until": until, "at": at, "why": why, "by": by}))
     store.delete(key)
 
