@@ -567,6 +567,7 @@ class Checkpointer:
         try:
             self._saver.finish()
             failed = self._heal()
+            self._saver.record()
             self._journal.append(journals.Closed(at=self._clock(), why=why))
             return failed
         finally:
