@@ -90,8 +90,10 @@ class Saver:
         """The checkpoints that exist, the one that is being written and the one that is to be written again."""
         job, failure = self._job, self._failure
         pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
-        present = {manifest.id for manifest in self._committed}
-        return tuple(self._ledger.view([*self._committed, *(one for one in pending if one.id not in present)]))
+        removed = self._ledger.removed
+        committed = [one for one in self._committed if one.id not in removed or self._exists(one)]
+        present = {manifest.id for manifest in committed}
+        return tuple(self._ledger.view([*committed, *(one for one in pending if one.id not in present)]))
 
     @property
     def committed(self) -> tuple[Manifest, ...]:
@@ -212,7 +214,8 @@ class Saver:
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
         self._notices += self._store.remarks()
-        self._committed = (*self._committed, manifest)
+        # the name was free: whatever had it before is gone
+        self._committed = (*(one for one in self._committed if one.name != manifest.name), manifest)
         self.last_id = manifest.id
         self._unrecorded.append(
             Saved(

@@ -22,7 +22,7 @@ from peakpoint.cli import render, rules
 from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.clock import utc_now
 from peakpoint.errors import CorruptError, Error
-from peakpoint.journal import Journal
+from peakpoint.journal import Closed, Journal
 from peakpoint.manifest import Manifest
 from peakpoint.refs import parse
 from peakpoint.repository import Repository, open_repository
@@ -233,7 +233,11 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
 def _remove(repository: Repository, run: str, manifests: Sequence[Manifest], why: str) -> list[str]:
     journal = Journal(repository.store, run, utc_now)
     try:
-        return apply(repository.store, journal, [Removal(manifest, why) for manifest in manifests], by=present_user())
+        failures = apply(
+            repository.store, journal, [Removal(manifest, why) for manifest in manifests], by=present_user()
+        )
+        journal.append(Closed(at=journal.now(), why="peakpoint rm"))
+        return failures
     finally:
         journal.close()
 
