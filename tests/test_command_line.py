@@ -253,6 +253,26 @@ def test_keep_shows_a_plan_and_removes_with_yes(root):
     assert "nothing would go" in invoke("keep", root, "one").output
 
 
+def test_neither_keep_nor_rm_takes_the_newest_good_one(root):
+    best, good, newest = pp.open(root).run("one").checkpoints()
+    (newest.path / "optimizer.safetensors").write_bytes(b"cut short")
+    assert "optimizer.safetensors has 9 bytes" in invoke("ls", root).output.replace("\n", " ")
+    done = invoke("keep", root, "one", "--rules", "best:val/[red]acc:min", "--yes", "--json")
+    told = json.loads(done.stdout)
+    assert [one["name"] for one in told["goes"]] == [best.name]
+    assert {one["name"]: [claim["rule"] for claim in one["kept_because"]] for one in told["stays"]} == {
+        good.name: ["best:val/[red]acc:min", "protection:newest"],
+        newest.name: ["protection:damaged"],
+    }
+    refused = process("rm", root, f"one/{good.name}", "--yes")
+    assert (refused.returncode, good.path.exists()) == (2, True)
+    assert "is the newest good checkpoint of run 'one', and stays" in refused.stderr
+    assert "9 bytes" in refused.stderr
+    assert invoke("rm", root, f"one/{newest.name}", f"one/{good.name}", "--yes").output.endswith(
+        "removed 2 checkpoints\n"
+    )
+
+
 def test_keep_does_not_get_into_the_way_of_a_training(root):
     model = Tied()
     with checkpointer(root, run="one", state={"model": model}, resume="never", keep=[pp.Last(3)]):

@@ -29,6 +29,7 @@ from peakpoint.manifest import Forks, Manifest
 from peakpoint.names import DEFAULT_TEMPLATE
 from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
+from peakpoint.reader import damage
 from peakpoint.refs import near
 from peakpoint.report import Outcome, read_metrics, say, written_by
 from peakpoint.repository import ensure_repository, ensure_run
@@ -179,7 +180,7 @@ class Checkpointer:
         for report in found.history:
             self._take(report.metrics)
         self._generators = found.generators
-        self._saver.set_aside(found.damaged)
+        self._saver.set_aside({*found.damaged, *damage(self._store, self._resumption.manifests)})
         self._journal.append(
             journals.Started(
                 at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested

@@ -22,7 +22,7 @@ from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known, notes
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
-from peakpoint.retention import Plan, apply, plan, thin
+from peakpoint.retention import Plan, apply, thin
 from peakpoint.rules import FORMS, Rule, moment_text, parse_all
 from peakpoint.store import holder_note
 
@@ -59,8 +59,7 @@ def keep(
     if what_if:
         _what_if(run, rules, price, json=json)
         return
-    events = run.events()
-    decided = plan(all_known(run.manifests(), events, rules), rules, notes(events).pinned)
+    decided = run.plan(rules)
     apply_now = yes and not dry_run
     failures: list[str] = []
     if not json:
@@ -252,8 +251,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     events = run.events()
     rules = run.rules()
     manifests = all_known(run.manifests(), events, rules)
-    decided = plan(manifests, rules, notes(events).pinned)
-    claims = decided.keep.get(manifest.id, ())
+    claims = run.kept().get(manifest.id, ())
     dropped = list(records(run.store, run.name, manifest.name))
     late = [event for event in events if isinstance(event, journals.Measured) and event.checkpoint == manifest.id]
     silent = [rule for rule in rules if rule.text not in {claim.rule for claim in claims}]
@@ -332,7 +330,7 @@ def pin(root: Path, ref: str, why: str, json: bool) -> None:  # noqa: FBT001
     """Protect a checkpoint from the rules, also of a training that is running."""
     run = open_repository(root).run(parse(ref).run)
     manifest = run.find_manifest(ref)
-    run.pin(ref, why)
+    run.pin(f"{manifest.run}/{manifest.name}", why)
     _noted(run, manifest, "is pinned", json=json)
 
 
@@ -344,7 +342,7 @@ def unpin(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     """Let the rules have a pinned checkpoint again."""
     run = open_repository(root).run(parse(ref).run)
     manifest = run.find_manifest(ref)
-    run.unpin(ref)
+    run.unpin(f"{manifest.run}/{manifest.name}")
     _noted(run, manifest, "is not pinned", json=json)
 
 
