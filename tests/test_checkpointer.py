@@ -329,3 +329,9 @@ def test_nothing_warns_in_an_ordinary_training(tmp_path, recwarn):
     assert "starts from the beginning" in said[0]
     assert not recwarn.list
     assert warnings.filters
+
+
+def test_a_reason_with_broken_bytes_is_refused_before_anything_is_saved(tmp_path):
+    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.ConfigError, match="UTF-8"):
+        ckpt.save("\udcff")
+    assert kept(tmp_path) == []

@@ -338,3 +338,20 @@ def test_record_pin_and_unpin(root):
     assert "pinned: paper" in invoke("keep", root, "one", "--rules", "last:1").output
     assert json.loads(invoke("unpin", root, f"one/{name}", "--json").output)["name"] == name
     assert "pinned: paper" not in invoke("ls", root).output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pin", "one@latest", "--why", "\udcff"],
+        ["record", "one@latest", "acc=1", "--source", "\udcff"],
+        ["rm", "one@latest", "--yes", "--why", "\udcff"],
+    ],
+)
+def test_text_with_broken_bytes_is_refused_and_nothing_done(root, arguments):
+    before = pp.open(root).run("one").events()
+    result = process(arguments[0], root, *arguments[1:])
+    assert result.returncode == 2
+    assert result.stderr.startswith("peakpoint: ")
+    assert "cannot be written as UTF-8" in result.stderr
+    assert pp.open(root).run("one").events() == before

@@ -322,6 +322,7 @@ class Checkpointer:
         self._ensure_started()
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigError("save() needs a reason: it is what tells you later why this checkpoint is here")
+        names.check_text("the reason of save()", reason)
         reported = None if self._loop.trained else self._reported
         self._loop.catch_up()
         moment = self._moment(reported or {}, self._clock())

@@ -15,7 +15,7 @@ from peakpoint.actor import present_user
 from peakpoint.clock import utc_now
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.manifest import FORMAT, Manifest, check_format
-from peakpoint.names import check_metric
+from peakpoint.names import check_metric, check_text
 from peakpoint.notes import all_known, known, notes
 from peakpoint.retention import Plan, plan
 from peakpoint.rules import Claim, Mode, Rule, parse
@@ -240,6 +240,7 @@ class Run:
         """
         manifest = self.find_manifest(ref)
         values = {check_metric(name): _number(name, value) for name, value in metrics.items()}
+        check_text("source", source)
         if not values:
             raise ConfigError("nothing to record: give at least one metric")
         if part is not None and part not in manifest.parts:
@@ -258,7 +259,7 @@ class Run:
             NotFoundError: there is no such checkpoint, or a rule is removing it at this moment.
             ConfigError: no reason is given.
         """
-        if not why.strip():
+        if not check_text("the reason of pin", why).strip():
             raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
         manifest = self.find_manifest(ref)
         self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))

@@ -24,6 +24,7 @@ from peakpoint.clock import utc_now
 from peakpoint.errors import ConfigError, CorruptError, Error
 from peakpoint.journal import Closed, Journal
 from peakpoint.manifest import Manifest
+from peakpoint.names import check_text
 from peakpoint.refs import parse
 from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.retention import Removal, apply
@@ -193,6 +194,7 @@ def _print_audit(result: audits.Audit, removed: list[audits.Finding]) -> None:
 @JSON
 def rm(root: Path, names: tuple[str, ...], yes: bool, dry_run: bool, why: str, json: bool) -> None:  # noqa: FBT001
     """Remove checkpoints: shows the plan, and carries it out with --yes."""
+    check_text("--why", why)
     repository = open_repository(root)
     chosen = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
     for name in dict.fromkeys(manifest.run for manifest in chosen.values()):
