@@ -126,6 +126,7 @@ class Checkpointer:
         self._surfaced: Failure | None = None
         self._reported: Mapping[str, float] | None = None  # by the last report that counts
         self._stopping = None if stop is None else StopWatch(stop)
+        self._stops_by = None if stop is None else stop.metric
         self._smoothing = Smoothing(windows(self.rules))
         self._sequence = 0
         self._forks: Forks = ()
@@ -409,7 +410,7 @@ class Checkpointer:
         self.resume()
 
     def _warn_about(self, values: Mapping[str, float]) -> None:
-        """Say once for each metric that it is not finite, and for each rule that its metric is missing."""
+        """Say once for each metric that it is not finite, and for rules and early stopping that theirs is missing."""
         for metric, value in values.items():
             if not math.isfinite(value):
                 self._say_once(
@@ -424,6 +425,12 @@ class Checkpointer:
                     f"a report at step {self._loop.position.step} has no {metric!r}: rules that rank by it skip such "
                     f"reports; this one has {', '.join(values) or 'no metrics'}",
                 )
+        if self._stops_by is not None and self._stops_by not in values:
+            self._say_once(
+                f"stop {self._stops_by}",
+                f"a report at step {self._loop.position.step} has no {self._stops_by!r}: early stopping does not count "
+                f"such reports; this one has {', '.join(values) or 'no metrics'}{near(self._stops_by, list(values))}",
+            )
 
     def _say_once(self, key: str, message: str) -> None:
         if key not in self._missed:
