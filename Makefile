@@ -21,7 +21,12 @@ demo: $(VENV)/installed      ## train, kill, resume, and show what was kept and 
 test: $(VENV)/installed      ## the fast tests
 	$(BIN)/pytest --numprocesses=2
 
-slow: $(VENV)/installed      ## the tests that take minutes
+# the packages that some slow tests compare with
+$(VENV)/peers: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[peers]'
+	touch $@
+
+slow: $(VENV)/peers          ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
 check: $(VENV)/installed     ## style, types, import layers

@@ -329,3 +329,17 @@ def test_nothing_warns_in_an_ordinary_training(tmp_path, recwarn):
     assert "starts from the beginning" in said[0]
     assert not recwarn.list
     assert warnings.filters
+
+
+def test_a_reason_with_broken_bytes_is_refused_before_anything_is_saved(tmp_path):
+    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.ConfigError, match="UTF-8"):
+        ckpt.save("\udcff")
+    assert kept(tmp_path) == []
+
+
+def test_early_stopping_by_a_metric_that_is_not_reported_is_said_once(tmp_path):
+    stop = pp.EarlyStopping("val_los", "min", patience=1)
+    with checkpointer(tmp_path, stop=stop) as ckpt:
+        with pytest.warns(pp.PeakpointWarning, match=r"no 'val_los': early stopping .* did you mean 'val_loss'\?"):
+            ckpt.report(step=1, val_loss=1.0)
+        assert not ckpt.report(step=2, val_loss=2.0).should_stop

@@ -253,6 +253,26 @@ def test_keep_shows_a_plan_and_removes_with_yes(root):
     assert "nothing would go" in invoke("keep", root, "one").output
 
 
+def test_neither_keep_nor_rm_takes_the_newest_good_one(root):
+    best, good, newest = pp.open(root).run("one").checkpoints()
+    (newest.path / "optimizer.safetensors").write_bytes(b"cut short")
+    assert "optimizer.safetensors has 9 bytes" in invoke("ls", root).output.replace("\n", " ")
+    done = invoke("keep", root, "one", "--rules", "best:val/[red]acc:min", "--yes", "--json")
+    told = json.loads(done.stdout)
+    assert [one["name"] for one in told["goes"]] == [best.name]
+    assert {one["name"]: [claim["rule"] for claim in one["kept_because"]] for one in told["stays"]} == {
+        good.name: ["best:val/[red]acc:min", "protection:newest"],
+        newest.name: ["protection:damaged"],
+    }
+    refused = process("rm", root, f"one/{good.name}", "--yes")
+    assert (refused.returncode, good.path.exists()) == (2, True)
+    assert "is the newest good checkpoint of run 'one', and stays" in refused.stderr
+    assert "9 bytes" in refused.stderr
+    assert invoke("rm", root, f"one/{newest.name}", f"one/{good.name}", "--yes").output.endswith(
+        "removed 2 checkpoints\n"
+    )
+
+
 def test_keep_does_not_get_into_the_way_of_a_training(root):
     model = Tied()
     with checkpointer(root, run="one", state={"model": model}, resume="never", keep=[pp.Last(3)]):
@@ -318,3 +338,20 @@ def test_record_pin_and_unpin(root):
     assert "pinned: paper" in invoke("keep", root, "one", "--rules", "last:1").output
     assert json.loads(invoke("unpin", root, f"one/{name}", "--json").output)["name"] == name
     assert "pinned: paper" not in invoke("ls", root).output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pin", "one@latest", "--why", "\udcff"],
+        ["record", "one@latest", "acc=1", "--source", "\udcff"],
+        ["rm", "one@latest", "--yes", "--why", "\udcff"],
+    ],
+)
+def test_text_with_broken_bytes_is_refused_and_nothing_done(root, arguments):
+    before = pp.open(root).run("one").events()
+    result = process(arguments[0], root, *arguments[1:])
+    assert result.returncode == 2
+    assert result.stderr.startswith("peakpoint: ")
+    assert "cannot be written as UTF-8" in result.stderr
+    assert pp.open(root).run("one").events() == before

@@ -5,11 +5,14 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import peakpoint as pp
+from peakpoint.errors import StoreError
+from peakpoint.journal import Saved
 from peakpoint.store import FileOps, LocalStore
 from training import checkpointer, kept, same
 
@@ -210,6 +213,47 @@ def test_a_checkpoint_that_cannot_be_removed_only_warns(tmp_path):
         assert [c.step for c in kept(tmp_path)] == [1, 2]
         ckpt.report()
     assert [c.step for c in kept(tmp_path)] == [3]
+
+
+class Refusing(LocalStore):
+    """Its logs refuse the next line that has ``word`` in it."""
+
+    word = None
+
+    def log(self, key):
+        log = super().log(key)
+
+        def refuse(line):
+            if self.word is not None and self.word in line:
+                self.word = None
+                raise StoreError(errno.ENOSPC, "no space for the journal")
+            log.append(line)
+
+        return SimpleNamespace(append=refuse, sync=log.sync, close=log.close)
+
+
+def report_all(ckpt, first, accuracies):
+    for step, accuracy in enumerate(accuracies, first):
+        ckpt.report(step=step, acc=accuracy)
+        ckpt.wait()
+
+
+@pytest.mark.parametrize("word", [b'"saved"', b'"removed"', b'"parts-dropped"'])
+def test_a_journal_that_refuses_after_a_commit_has_it_neither_failed_nor_written_twice(tmp_path, word):
+    store = Refusing(tmp_path)
+    keep = [pp.Best("acc", "max", parts="model"), pp.Last(2)]
+    with checkpointer(store, state={"model": model_of(0.0), "extra": torch.zeros(2)}, keep=keep) as ckpt:
+        report_all(ckpt, 1, [0.9, 0.1, 0.2])
+        store.word = word
+        with pytest.warns(pp.PeakpointWarning, match=r"is saved, but .* no space for the journal") as told:
+            report_all(ckpt, 4, [0.95, 0.1, 0.1, 0.1])
+        assert len(told) == 1
+        found = kept(tmp_path)
+        assert store.word is None
+        assert [one.step for one in found] == [4, 6, 7]
+        assert "extra" not in found[0].parts
+    saved = [event.sequence for event in pp.open(tmp_path).run("r").events() if isinstance(event, Saved)]
+    assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
 class Small(LocalStore):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from peakpoint import journal as journals
 from peakpoint.lives import lives, replay
+from peakpoint.retention import Removal, apply
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule
 from strategies import START, bests, everies, lasts, metrics, paretos, thins, topks
 from training import checkpointer, kept
@@ -35,6 +36,42 @@ def test_an_end_names_who_beat_it(tmp_path):
         ("last:1", ("r_step4_acc0.6000: the newest",)),
     )
     assert found[0].record.size_bytes == kept(tmp_path)[0].size_bytes
+
+
+@pytest.mark.filterwarnings("ignore::peakpoint.PeakpointWarning")
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_lives_are_those_of_the_manifests_however_a_run_was_resumed(tmp_path_factory, data):
+    root, step = tmp_path_factory.mktemp("tree"), 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        existing = [f"r/{one.name}" for one in kept(root)] if step else []
+        ref = data.draw(st.sampled_from(["auto", "never", *existing]))
+        with checkpointer(root, state={"x": 1}, keep=[pp.Last(100)], resume=ref) as ckpt:
+            resumed = ckpt.resume()
+            if resumed and data.draw(st.booleans()):
+                ckpt.save("again")
+            for value in data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)):
+                step += 1
+                ckpt.report(step=step, acc=value)
+    run = pp.open(root).run("r")
+    told = {life.record.id: life.record for life in lives(run.events())}
+    for manifest in run.manifests():
+        one = told[manifest.id]
+        assert (one.sequence, one.step, one.forks) == (manifest.sequence, manifest.step, manifest.forks)
+        assert dict(one.metrics) == dict(manifest.metrics) or manifest.asked
+
+
+def test_an_end_that_came_to_nothing_at_first_has_the_reason_of_the_last(tmp_path):
+    with checkpointer(tmp_path, keep=[pp.Last(2)]) as ckpt:
+        ckpt.report(step=1)
+        ckpt.report(step=2)
+    run = pp.open(tmp_path).run("r")
+    old, _ = run.manifests()
+    for why, spared in (("first", {old.id}), ("second", set())):
+        journal = journals.Journal(run.store, "r", lambda: START)
+        apply(run.store, journal, [Removal(old, why)], by="somebody", pinned=lambda spared=spared: spared)
+        journal.close()
+    assert [life.removed and life.removed.reason for life in lives(run.events())] == ["second", None]
 
 
 @pytest.mark.filterwarnings("ignore::peakpoint.PeakpointWarning")

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint import journal as journals
+from peakpoint.ledger import Ledger
 from peakpoint.notes import Smoothing, derive
+from peakpoint.retention import Removal, apply
 from peakpoint.rules import smoothed
 from strategies import START, manifest, values
 from training import checkpointer, kept
@@ -126,6 +128,69 @@ def test_a_pin_protects_until_it_is_taken_away(tmp_path):
         run_of(tmp_path).pin("r:1", "too late")
     with pytest.raises(pp.ConfigError, match="reason"):
         run_of(tmp_path).pin("r:5", " ")
+
+
+def test_a_pin_that_comes_while_a_training_starts_is_seen(tmp_path):
+    with checkpointer(tmp_path) as ckpt:
+        ckpt.report(step=1)
+    run, one = run_of(tmp_path), kept(tmp_path)[0]
+    before = run.events()
+    run.pin("r:1", "right now")
+    run.record("r:1", {"acc": 0.5})
+    ledger = Ledger(run.store, "r", "000009.jsonl", before, run.manifests(), ())
+    assert ledger.pinned == {one.id: "right now"}
+    assert ledger.view(run.manifests())[0].metrics == {"acc": 0.5}
+
+
+def test_notes_count_in_the_order_that_they_have_after_a_restart(tmp_path):
+    with checkpointer(tmp_path) as ckpt:
+        ckpt.report(step=1)
+    run, one = run_of(tmp_path), kept(tmp_path)[0]
+    ledger = Ledger(run.store, "r", "000009.jsonl", run.events(), run.manifests(), ())
+    slow = journals.Journal(run.store, "r", lambda: START)  # it is earlier, and writes later
+    run.record("r:1", {"acc": 0.5})
+    ledger.refresh()
+    slow.append(
+        journals.Measured(
+            at=START, checkpoint=one.id, step=1, metrics={"acc": 0.9}, part=None, source="slow", by="somebody"
+        )
+    )
+    slow.close()
+    ledger.refresh()
+    assert [one.metrics for one in ledger.view(run.manifests())] == [{"acc": 0.5}]
+    assert [one.metrics for one in run.known()] == [{"acc": 0.5}]
+
+
+def removed_by_hand(root, ref):
+    """What ``peakpoint rm`` does."""
+    run = run_of(root)
+    journal = journals.Journal(run.store, "r", lambda: START)
+    assert apply(run.store, journal, [Removal(run.find_manifest(ref), "by hand")], by="somebody") == []
+    journal.close()
+
+
+def test_what_was_removed_by_hand_no_longer_keeps_others_from_being_saved(tmp_path):
+    with checkpointer(tmp_path, keep=[pp.Best("acc", "max")]) as ckpt:
+        ckpt.report(step=1, acc=0.9)
+        ckpt.report(step=2, acc=0.5)
+        ckpt.wait()
+        removed_by_hand(tmp_path, "r:1")
+        assert ckpt.report(step=3, acc=0.6).saved, "it is the best that there is"
+    assert names(tmp_path) == [3]
+
+
+def test_a_name_that_is_used_again_belongs_to_the_new_checkpoint(tmp_path):
+    with checkpointer(tmp_path, keep=[pp.Last(1)]) as ckpt:
+        ckpt.report(step=1)
+        ckpt.wait()
+        (first,) = kept(tmp_path)
+        removed_by_hand(tmp_path, "r:1")
+        ckpt.save("for the paper")
+        ckpt.report(step=2)
+        ckpt.wait()
+        asked, _ = kept(tmp_path)
+    assert (asked.name, asked.reasons) == (first.name, ("saved on request: for the paper",))
+    assert asked.id != first.id
 
 
 # --- smoothed -----------------------------------------------------------------------------------------------------

@@ -243,3 +243,17 @@ def test_steps_made_before_the_first_report_are_counted(tmp_path):
         for _ in range(3):
             train(model, optimizer)
         assert ckpt.report().step == 3
+
+
+def test_an_older_best_that_is_cut_short_does_not_keep_a_good_one_from_being_saved(tmp_path):
+    keep = [pp.Best("acc", "max"), pp.Last(1)]
+    with checkpointer(tmp_path, keep=keep) as ckpt:
+        for step, accuracy in enumerate([0.9, 0.1], 1):
+            ckpt.report(step=step, acc=accuracy)
+    broken = kept(tmp_path)[0]
+    (broken.path / "model.safetensors").write_bytes(b"")
+    with checkpointer(tmp_path, keep=keep) as ckpt:
+        ckpt.resume()
+        for step, accuracy in enumerate([0.8, 0.2], 3):
+            ckpt.report(step=step, acc=accuracy)
+    assert [one.step for one in kept(tmp_path)] == [1, 3, 4], "the damaged one is left for people to look at"

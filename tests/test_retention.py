@@ -16,7 +16,7 @@ from peakpoint.journal import Journal, Removed
 from peakpoint.layout import checkpoint_prefix, manifest_key
 from peakpoint.manifest import FileRecord, decode
 from peakpoint.reader import shelf
-from peakpoint.retention import Removal, apply, plan, protections, why_kept
+from peakpoint.retention import Removal, apply, plan, protections
 from peakpoint.rules import Best, Budget, Every, Last, claims
 from peakpoint.store import MemoryStore
 from peakpoint.writer import WholeImage, commit
@@ -133,11 +133,11 @@ def test_reasons_name_the_rules_and_the_request():
     made = plan(manifests, rules)
     assert [removal.manifest.sequence for removal in made.remove] == [3]
     assert made.remove[0].reason == "no rule claims it any more (best:m:max every:1000st)"
-    found = why_kept(manifests, rules)
+    found = plan(manifests, rules).keep
     assert [claim.rule for claim in found[manifests[0].id]] == ["best:m:max"]
     assert "for the paper" in found[manifests[1].id][0].reason
     assert [claim.rule for claim in found[manifests[3].id]] == ["protection:newest"]
-    assert why_kept([], rules) == {}
+    assert plan([], rules).keep == {}
 
 
 # --- its application ----------------------------------------------------------------------------------------------
@@ -327,6 +327,65 @@ def test_budgets_hold_as_far_as_protections_allow(case, random):
     again = plan(shuffled, rules, pinned)
     assert again.keep.keys() == made.keep.keys()
     assert plan(left, rules, pinned).remove == (), "a plan over what a plan has kept removes nothing"
+
+
+def sized(sequence, accuracy):
+    """A checkpoint of 10 bytes, 3 of them its model."""
+    return manifest(
+        id=f"{sequence:016x}",
+        sequence=sequence,
+        metrics={"acc": accuracy},
+        parts={"model": ("model.s",), "optimizer": ("optimizer.s",)},
+        files=(
+            FileRecord(name="model.s", size=3, digest=DIGEST),
+            FileRecord(name="optimizer.s", size=7, digest=DIGEST),
+        ),
+    )
+
+
+def test_a_budget_counts_what_is_left_after_parts_have_gone():
+    best, newest = sized(1, 0.9), sized(2, 0.1)
+    rules = [Best("acc", "max", parts="model"), Last(1), Budget(13)]
+    made = plan([best, newest], rules)
+    assert made.remove == ()
+    assert [(thinning.manifest, thinning.parts, thinning.files) for thinning in made.drop] == [
+        (best, ("optimizer",), ("optimizer.s",))
+    ]
+    assert made.freed_bytes == 7
+    assert [removal.manifest for removal in plan([best, newest], [*rules[:2], Budget(12)]).remove] == [best]
+
+
+def test_a_damaged_checkpoint_neither_goes_nor_counts():
+    broken, good, newest = sized(1, 0.9), sized(2, 0.8), sized(3, 0.1)
+    damaged = {broken.id: "model.s is missing", newest.id: "optimizer.s has 1 bytes instead of 7"}
+    made = plan([broken, good, newest], [Best("acc", "max")], damaged=damaged)
+    assert made.remove == ()
+    assert [claim.rule for claim in made.keep[good.id]] == ["best:acc:max", "protection:newest"]
+    assert [claim.reason for claim in made.keep[broken.id]] == ["model.s is missing; rules leave it to you"]
+    made = plan([broken, good, newest], [Budget(1)], damaged=damaged)
+    assert made.remove == (), "the newest good one is what the run continues from"
+
+
+def test_when_the_newest_has_lost_parts_the_newest_whole_one_stays():
+    old, whole, cut = sized(1, 0.1), sized(2, 0.2), sized(3, 0.9)
+    made = plan([old, whole, cut], [Best("acc", "max", parts="model")], cut={cut.id})
+    assert [removal.manifest for removal in made.remove] == [old]
+    assert made.keep[whole.id][0].reason == "the newest with all its parts: the run continues from here"
+    assert made.keep[cut.id][-1].reason == "the newest"
+
+
+@given(capped(), st.data())
+def test_damage_and_lost_parts_leave_plans_idempotent_and_the_newest_good_one_there(case, data):
+    manifests, rules, pinned = case
+    some = st.sets(st.sampled_from([one.id for one in manifests])) if manifests else st.just(set())
+    damaged, cut = dict.fromkeys(data.draw(some), "broken"), data.draw(some)
+    made = plan(manifests, rules, pinned, damaged=damaged, cut=cut)
+    assert damaged.keys() <= made.keep.keys()
+    good = [one for one in manifests if one.id not in damaged and one.id not in cut]
+    assert {one.id for one in good[-1:]} <= made.keep.keys()
+    left = [one for one in manifests if one.id in made.keep]
+    again = plan(data.draw(st.permutations(left)), rules, pinned, damaged=damaged, cut=cut)
+    assert again.remove == ()
 
 
 def test_a_pin_that_comes_while_others_are_being_removed_is_heeded():

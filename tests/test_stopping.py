@@ -169,8 +169,20 @@ def test_a_value_that_is_not_finite_stops_only_when_asked(bad, mode):
     assert EarlyStopping("loss", mode, goal=0.0, diverged=None).verdict(losses(bad)) is None
 
 
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_an_infinity_in_the_wrong_direction_has_diverged_and_one_in_the_right_reaches_no_goal(mode):
+    worst, best = (-math.inf, math.inf) if mode == "max" else (math.inf, -math.inf)
+    bound = -5.0 if mode == "max" else 5.0
+    rule = EarlyStopping("loss", mode, diverged=bound)
+    assert rule.verdict(losses(1.0, worst)) == f"loss has diverged: {worst} is worse than {bound:g}"
+    assert rule.verdict(losses(1.0, best)) is None
+    assert rule.verdict(losses(1.0, math.nan)) is None
+    assert EarlyStopping("loss", mode, goal=0.0).verdict(losses(best)) is None
+
+
 # The same curve, worked through by hand after the documentation of each: keras.callbacks.EarlyStopping (Keras 3) and
 # lightning.pytorch.callbacks.EarlyStopping (2.6). Numbers are the index of the report at which each says to stop.
+# test_stopping_peers.py runs them.
 SHARED = [
     ({"patience": 2}, [1.0, 0.9, 0.95, 0.91, 0.8], 3),
     ({"patience": 2}, [1.0, 0.9, 0.95, 0.8, 0.85, 0.8], 5),

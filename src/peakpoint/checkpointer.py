@@ -30,6 +30,7 @@ from peakpoint.manifest import Forks, Manifest
 from peakpoint.names import DEFAULT_TEMPLATE
 from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
+from peakpoint.reader import damage
 from peakpoint.refs import near
 from peakpoint.report import Outcome, read_metrics, say, written_by
 from peakpoint.repository import ensure_repository, ensure_run
@@ -130,6 +131,7 @@ class Checkpointer:
         self._surfaced: Failure | None = None
         self._reported: Mapping[str, float] | None = None  # by the last report that counts
         self._stopping = None if stop is None else StopWatch(stop)
+        self._stops_by = None if stop is None else stop.metric
         self._smoothing = Smoothing(windows(self.rules))
         self._sequence = 0
         self._forks: Forks = ()
@@ -184,7 +186,7 @@ class Checkpointer:
         for report in found.history:
             self._take(report.metrics)
         self._generators = found.generators
-        self._saver.set_aside(found.damaged)
+        self._saver.set_aside({*found.damaged, *damage(self._store, self._resumption.manifests)})
         self._journal.append(
             journals.Started(
                 at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested
@@ -326,6 +328,7 @@ class Checkpointer:
         self._ensure_started()
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigError("save() needs a reason: it is what tells you later why this checkpoint is here")
+        names.check_text("the reason of save()", reason)
         reported = None if self._loop.trained else self._reported
         self._loop.catch_up()
         moment = self._moment(reported or {}, self._clock())
@@ -412,7 +415,7 @@ class Checkpointer:
         self.resume()
 
     def _warn_about(self, values: Mapping[str, float]) -> None:
-        """Say once for each metric that it is not finite, and for each rule that its metric is missing."""
+        """Say once for each metric that it is not finite, and for rules and early stopping that theirs is missing."""
         for metric, value in values.items():
             if not math.isfinite(value):
                 self._say_once(
@@ -427,6 +430,12 @@ class Checkpointer:
                     f"a report at step {self._loop.position.step} has no {metric!r}: rules that rank by it skip such "
                     f"reports; this one has {', '.join(values) or 'no metrics'}",
                 )
+        if self._stops_by is not None and self._stops_by not in values:
+            self._say_once(
+                f"stop {self._stops_by}",
+                f"a report at step {self._loop.position.step} has no {self._stops_by!r}: early stopping does not count "
+                f"such reports; this one has {', '.join(values) or 'no metrics'}{near(self._stops_by, list(values))}",
+            )
 
     def _say_once(self, key: str, message: str) -> None:
         if key not in self._missed:
@@ -572,6 +581,7 @@ class Checkpointer:
         try:
             self._saver.finish()
             failed = self._heal()
+            self._saver.record()
             self._journal.append(journals.Closed(at=self._clock(), why=why))
             return failed
         finally:

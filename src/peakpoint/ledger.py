@@ -1,14 +1,16 @@
 """What the writer of a run knows of its checkpoints besides their manifests, kept up to date.
 
-Others may measure and pin checkpoints while the run is being written: each of them appends to a segment of the journal
-of its own, which is read here as soon as it is there.
+Others may measure, pin and remove checkpoints while the run is being written: each of them appends to a segment of the
+journal of its own, which is read here as soon as it is there.
 """
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import UnionType
 
 from peakpoint import journal as journals
-from peakpoint.journal import Event
+from peakpoint.journal import Closed, Event, Measured, Opened, Pinned, Removed, Unpinned
 from peakpoint.manifest import Manifest
 from peakpoint.notes import Derived, Notes, derive, known, notes, windows
 from peakpoint.rules import Rule
@@ -22,7 +24,7 @@ class Ledger:
         store: where.
         run: which run; the caller holds it.
         own: the caller's segment of the journal, which notes nothing on checkpoints.
-        events: the journal as the caller has read it.
+        events: the journal as the caller has read it; what was noted since is read here.
         manifests: the checkpoints that existed then.
         rules: the rules in force.
     """
@@ -38,29 +40,37 @@ class Ledger:
     ) -> None:
         self._store, self._run = store, run
         self._lock = threading.Lock()
-        self._notes: Notes = notes(events)
         self._derived = derive(manifests, events, windows(rules))
+        self._notes = Notes()
+        self._removed: frozenset[str] = frozenset()
+        self._said: dict[str, Sequence[Event]] = {}  # by each segment, about checkpoints
         self._done = {own}
-        self._taken: dict[str, int] = {}  # events of a segment that may still grow
-        for name in journals.segments_of(store, run):
-            found = journals.read(store, run, {name}).events
-            # trainers that ended without a word are dead: their lock is the caller's now
-            if any(isinstance(event, journals.Closed | journals.Opened) for event in found):
-                self._done.add(name)
-            else:
-                self._taken[name] = len(found)
+        # trainers that ended without a word are dead: their lock is the caller's now
+        self._take_in(Closed | Opened)
 
     def refresh(self) -> None:
         """Take in what others have noted."""
         with self._lock:
-            for name in journals.segments_of(self._store, self._run):
-                if name not in self._done:
-                    found = journals.read(self._store, self._run, {name}).events
-                    for event in found[self._taken.get(name, 0) :]:
-                        self._notes.take(event)
-                    self._taken[name] = len(found)
-                    if any(isinstance(event, journals.Closed) for event in found):
-                        self._done.add(name)
+            self._take_in(Closed)
+
+    def _take_in(self, last: type[Event] | UnionType) -> None:
+        """Read the segments that may have grown; one with an event of the kind ``last`` will not be read again."""
+        segments = journals.segments_of(self._store, self._run)
+        grown = False
+        for name in segments:
+            if name in self._done:
+                continue
+            found = journals.read(self._store, self._run, {name}).events
+            said = [event for event in found if isinstance(event, Measured | Pinned | Unpinned | Removed)]
+            grown |= len(said) > len(self._said.get(name, ()))
+            self._said[name] = said
+            if any(isinstance(event, last) for event in found):
+                self._done.add(name)
+        if grown:
+            # in the order of the segments, as after a restart
+            events = [event for name in segments for event in self._said.get(name, ())]
+            self._notes = notes(events)
+            self._removed = frozenset(event.checkpoint for event in events if isinstance(event, Removed))
 
     def add(self, checkpoint: str, derived: Derived) -> None:
         """Remember the smoothed metrics of a new checkpoint."""
@@ -73,6 +83,12 @@ class Ledger:
         """The ids that are pinned, with the reasons."""
         with self._lock:
             return dict(self._notes.pinned)
+
+    @property
+    def removed(self) -> AbstractSet[str]:
+        """The ids that others have said to remove; those that they could not remove still exist."""
+        with self._lock:
+            return self._removed
 
     def view(self, manifests: Iterable[Manifest]) -> list[Manifest]:
         """The manifests with all that is known of their metrics, for rules."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from peakpoint import retention
 from peakpoint.journal import Event, Opened, Removed, Reported, Saved, Started, Undone, history
-from peakpoint.manifest import Manifest
+from peakpoint.manifest import Forks, Manifest
 from peakpoint.notes import Smoothing, windows
 from peakpoint.rules import Claim, Mode, Moment, Record, Rule, claims, parse, ranked, wanted, watched
 
@@ -32,37 +32,59 @@ class Life:
 
 def lives(events: Iterable[Event]) -> list[Life]:
     """Every checkpoint that a run ever had, earliest first."""
-    reports: dict[int, Reported] = {}
+    branch = _Branch({}, ())
+    places: dict[str | None, tuple[_Branch, Saved]] = {}
     texts: tuple[str, ...] = ()
-    alive: dict[str, Life] = {}
     found: dict[str, Life] = {}
     for event in events:
         match event:
             case Opened():
                 texts = event.rules
             case Started():
-                reports = {number: report for number, report in reports.items() if number <= event.report}
+                newest = max((saved.sequence for _, saved in places.values()), default=0)
+                origin, saved = places.get(event.checkpoint, (branch, None))
+                branch = origin.continued(event, saved, newest)
             case Reported():
-                reports[event.report] = event
+                branch.reports[event.report] = event
             case Saved():
-                alive[event.checkpoint] = found[event.checkpoint] = Life(event, _moment(event, reports), None)
-            case Removed() if event.checkpoint in alive:
-                life = alive[event.checkpoint]
-                names = {other.record.id: other.saved.name for other in alive.values()}
-                others = [other.record for other in alive.values()]
+                places[event.checkpoint] = (branch, event)
+                found[event.checkpoint] = Life(event, _moment(event, branch), None)
+            case Removed() if event.checkpoint in found:
+                life = found[event.checkpoint]  # said before, when that removal came to nothing
+                there = [one for one in found.values() if one.removed is None or one is life]
+                names = {other.record.id: other.saved.name for other in there}
+                others = [other.record for other in there]
                 beaten = tuple((text, _instead(text, others, names, event.checkpoint)) for text in texts)
-                del alive[event.checkpoint]
                 found[event.checkpoint] = Life(life.saved, life.record, event, beaten)
             case Undone(checkpoint=checkpoint, parts=()) if checkpoint in found:
                 life = found[checkpoint]
-                alive[checkpoint] = found[checkpoint] = Life(life.saved, life.record, None)
+                found[checkpoint] = Life(life.saved, life.record, None)
             case _:
                 pass
     return list(found.values())
 
 
-def _moment(saved: Saved, reports: Mapping[int, Reported]) -> Moment:
-    report = reports.get(saved.report)
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """The history that a checkpoint belongs to."""
+
+    reports: dict[int, Reported]
+    forks: Forks
+
+    def continued(self, start: Started, saved: Saved | None, newest: int) -> "_Branch":
+        """What goes on from a checkpoint of this branch, or from nothing (see ``Manifest.forks``)."""
+        last = start.report if saved is None else saved.report
+        reports = {number: report for number, report in self.reports.items() if number <= last}
+        if saved is not None:
+            fork = ((saved.sequence, newest + 1),) if newest > saved.sequence else ()
+            return _Branch(reports, (*self.forks, *fork))
+        if start.checkpoint is None:
+            return _Branch(reports, ((0, newest + 1),) if newest else ())
+        return _Branch(reports, () if start.report == 0 else self.forks)
+
+
+def _moment(saved: Saved, branch: _Branch) -> Moment:
+    report = branch.reports.get(saved.report)
     return Moment(
         id=saved.checkpoint,
         sequence=saved.sequence,
@@ -70,6 +92,7 @@ def _moment(saved: Saved, reports: Mapping[int, Reported]) -> Moment:
         epoch=None if report is None else report.epoch,
         metrics={} if report is None else report.metrics,
         created_at=saved.at,
+        forks=branch.forks,
         size_bytes=saved.size_bytes,
     )
 

@@ -48,6 +48,21 @@ def check_run(name: str) -> str:
     return name
 
 
+def check_text(what: str, text: str) -> str:
+    """Return ``text`` if it can be written down.
+
+    Raises:
+        ConfigError: it is no text, or has bytes in it that are none (Python's surrogates).
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"{what} must be a text, not {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} {text!r} cannot be written as UTF-8; give a text without broken bytes") from error
+    return text
+
+
 def check_part(name: str) -> str:
     """Return ``name`` if it can name a part of a checkpoint.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from peakpoint import layout, packs
-from peakpoint.dropping import left, records
+from peakpoint.dropping import Dropped, left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
 from peakpoint.store import Filled, Filling, Store
@@ -37,11 +37,13 @@ class Shelf:
         manifests: of every checkpoint that exists, by sequence.
         damaged: directories whose manifest cannot be read.
         bare: directories without a manifest: a save or a removal that is at work, or was cut short.
+        cut: ids of checkpoints without some of their parts: a run cannot continue from these.
     """
 
     manifests: tuple[Manifest, ...]
     damaged: tuple[Damaged, ...]
     bare: tuple[str, ...]
+    cut: frozenset[str] = frozenset()
 
 
 def shelf(store: Store, run: str) -> Shelf:
@@ -49,19 +51,24 @@ def shelf(store: Store, run: str) -> Shelf:
     manifests: list[Manifest] = []
     damaged: list[Damaged] = []
     bare: list[str] = []
+    cut: set[str] = set()
     for child in store.children(layout.checkpoints_prefix(run)):
         name = child.removesuffix("/")
         if name == child:
             continue  # a stray file; audit names it
         key = layout.manifest_key(run, name)
         try:
-            manifests.append(read_manifest(store, run, name))
+            manifest, dropped = _manifest(store, run, name)
         except NotFoundError:
             bare.append(name)
         except (CorruptError, FormatError) as error:
             damaged.append(Damaged(name, type(error)(f"{store.location}/{key}: {error}")))
+        else:
+            manifests.append(left(manifest, dropped))
+            if dropped:
+                cut.add(manifest.id)
     manifests.sort(key=lambda manifest: manifest.sequence)
-    return Shelf(tuple(manifests), tuple(damaged), tuple(bare))
+    return Shelf(tuple(manifests), tuple(damaged), tuple(bare), frozenset(cut))
 
 
 def read_manifest(store: Store, run: str, name: str) -> Manifest:
@@ -72,12 +79,16 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
         CorruptError: it is damaged, or belongs to another directory.
         FormatError: a newer release wrote it.
     """
+    return left(*_manifest(store, run, name))
+
+
+def _manifest(store: Store, run: str, name: str) -> tuple[Manifest, list[Dropped]]:
     manifest = decode(store.get(layout.manifest_key(run, name)), where=MANIFEST)
     if (manifest.run, manifest.name) != (run, name):
         raise CorruptError(
             f"{MANIFEST} says that it belongs to {manifest.run}/{manifest.name}; the directory was renamed or copied"
         )
-    return left(manifest, list(records(store, run, name)))
+    return manifest, list(records(store, run, name))
 
 
 def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
@@ -195,6 +206,17 @@ def check_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
         source, number = _packed(store, manifest, file, missing)
         size = source.index.files[number].record.size
     _check_size(manifest, file, size)
+
+
+def damage(store: Store, manifests: Iterable[Manifest]) -> dict[str, str]:
+    """The checkpoints with files that are missing or of another size: id to what is wrong; reads nothing."""
+    found = {}
+    for manifest in manifests:
+        try:
+            check_sizes(store, manifest)
+        except (CorruptError, FormatError) as error:
+            found[manifest.id] = str(error)
+    return found
 
 
 def _check_size(manifest: Manifest, file: FileRecord, size: int) -> None:

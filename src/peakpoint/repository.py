@@ -15,9 +15,9 @@ from peakpoint.actor import present_user
 from peakpoint.clock import utc_now
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.manifest import FORMAT, Manifest, check_format
-from peakpoint.names import check_metric
+from peakpoint.names import check_metric, check_text
 from peakpoint.notes import all_known, known, notes
-from peakpoint.retention import why_kept
+from peakpoint.retention import Plan, plan
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.seal import seal, unseal
 from peakpoint.store import LocalStore, Store, open_store
@@ -140,11 +140,28 @@ class Run:
         """The ids of pinned checkpoints, with the reasons."""
         return notes(self.events()).pinned
 
+    def plan(self, rules: Sequence[Rule] | None = None) -> Plan:
+        """What rules keep of what is there, and what would go; nothing is changed.
+
+        Checkpoints with files that are missing or of another size neither go nor count.
+
+        Args:
+            rules: any rules; those in force by default.
+        """
+        events = self.events()
+        asked = rules_of(events) if rules is None else rules
+        shelf = reader.shelf(self.store, self.name)
+        return plan(
+            all_known(shelf.manifests, events, asked),
+            asked,
+            notes(events).pinned,
+            damaged=reader.damage(self.store, shelf.manifests),
+            cut=shelf.cut,
+        )
+
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
-        events = self.events()
-        rules = rules_of(events)
-        return why_kept(all_known(self.manifests(), events, rules), rules, notes(events).pinned)
+        return self.plan().keep
 
     def latest(self) -> Checkpoint:
         """The newest checkpoint.
@@ -223,6 +240,7 @@ class Run:
         """
         manifest = self.find_manifest(ref)
         values = {check_metric(name): _number(name, value) for name, value in metrics.items()}
+        check_text("source", source)
         if not values:
             raise ConfigError("nothing to record: give at least one metric")
         if part is not None and part not in manifest.parts:
@@ -241,7 +259,7 @@ class Run:
             NotFoundError: there is no such checkpoint, or a rule is removing it at this moment.
             ConfigError: no reason is given.
         """
-        if not why.strip():
+        if not check_text("the reason of pin", why).strip():
             raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
         manifest = self.find_manifest(ref)
         self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))

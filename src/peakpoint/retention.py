@@ -1,7 +1,7 @@
 """Retention: which checkpoints stay and which go, with reasons. First a plan, then its application."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 
@@ -45,11 +45,22 @@ class Thinning:
     reason: str
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The files that go."""
+        stays = {name for part, names in self.manifest.parts.items() if part not in self.parts for name in names}
+        return tuple(name for part in self.parts for name in self.manifest.parts[part] if name not in stays)
+
+    @property
+    def left(self) -> Manifest:
+        """What is left of the checkpoint."""
+        parts = {part: names for part, names in self.manifest.parts.items() if part not in self.parts}
+        files = tuple(file for file in self.manifest.files if file.name not in self.files)
+        return replace(self.manifest, parts=parts, files=files)
+
+    @property
     def freed_bytes(self) -> int:
         """Bytes of the files that go."""
-        stays = {name for part, names in self.manifest.parts.items() if part not in self.parts for name in names}
-        goes = {name for part in self.parts for name in self.manifest.parts[part]} - stays
-        return sum(file.size for file in self.manifest.files if file.name in goes)
+        return self.manifest.size_bytes - self.left.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +87,17 @@ class Plan:
 NEWEST = Claim("protection:newest", "the newest: the run continues from here")
 
 
-def protections(manifests: Sequence[Manifest], pinned: Mapping[str, str]) -> dict[str, tuple[Claim, ...]]:
-    """What stays whatever the rules say: the newest, what was saved on request, what is pinned."""
+def protections(
+    manifests: Sequence[Manifest], pinned: Mapping[str, str], cut: Collection[str] = ()
+) -> dict[str, tuple[Claim, ...]]:
+    """What stays whatever the rules say: the newest, what was saved on request, what is pinned.
+
+    When the newest has lost parts (``cut``), also the newest that has not.
+    """
     found: dict[str, tuple[Claim, ...]] = {}
     newest = max(manifests, key=lambda manifest: manifest.sequence, default=None)
+    whole = [manifest for manifest in manifests if manifest.id not in cut]
+    continued = max(whole, key=lambda manifest: manifest.sequence, default=None)
     for manifest in manifests:
         why = []
         if manifest.asked is not None:
@@ -87,23 +105,12 @@ def protections(manifests: Sequence[Manifest], pinned: Mapping[str, str]) -> dic
         if manifest.id in pinned:
             why.append(Claim("protection:pinned", f"pinned: {pinned[manifest.id]}"))
         if manifest is newest:
-            why.append(NEWEST)
+            why.append(NEWEST if manifest is continued else Claim(NEWEST.rule, "the newest"))
+        elif manifest is continued:
+            why.append(Claim("protection:newest-whole", "the newest with all its parts: the run continues from here"))
         if why:
             found[manifest.id] = tuple(why)
     return found
-
-
-def why_kept(
-    manifests: Sequence[Manifest], rules: Sequence[Rule], pinned: Mapping[str, str] = NOTHING
-) -> Mapping[str, tuple[Claim, ...]]:
-    """The claims on each checkpoint, protections among them; what is missing here is kept by nothing.
-
-    Args:
-        manifests: every checkpoint that exists, with all that is known of its metrics.
-        rules: the rules in force.
-        pinned: ids that are pinned, with the reasons.
-    """
-    return plan(manifests, rules, pinned).keep
 
 
 def kept_ids(records: Sequence[Record], rules: Sequence[Rule], protected: Collection[str]) -> set[str]:
@@ -117,16 +124,34 @@ def kept_ids(records: Sequence[Record], rules: Sequence[Rule], protected: Collec
     return stay
 
 
-def plan(manifests: Sequence[Manifest], rules: Sequence[Rule], pinned: Mapping[str, str] = NOTHING) -> Plan:
+def plan(
+    manifests: Sequence[Manifest],
+    rules: Sequence[Rule],
+    pinned: Mapping[str, str] = NOTHING,
+    *,
+    damaged: Mapping[str, str] = NOTHING,
+    cut: Collection[str] = (),
+) -> Plan:
     """Keep what a rule or a protection claims, as far as budgets allow; everything else goes.
 
     Pure and idempotent: a plan over what a plan has kept removes nothing.
+
+    Args:
+        manifests: every checkpoint that exists, with all that is known of its metrics.
+        rules: the rules in force.
+        pinned: ids that are pinned, with the reasons.
+        damaged: ids that are known to be damaged, with what is wrong: they neither go nor count, so that a damaged
+            best never costs a good one.
+        cut: ids without some of their parts.
     """
-    claimed, protected = claims(rules, manifests), protections(manifests, pinned)
-    stay = kept_ids(manifests, rules, protected.keys())
+    good = [manifest for manifest in manifests if manifest.id not in damaged]
+    claimed, protected = claims(rules, good), protections(good, pinned, cut)
+    drops = _drops(good, rules, claimed, protected)
+    slim = {thinning.manifest.id: thinning.left for thinning in drops}
+    stay = kept_ids([slim.get(manifest.id, manifest) for manifest in good], rules, protected.keys())
     texts = " ".join(rule.text for rule in rules) or "no rules"
     going = []
-    for manifest in manifests:
+    for manifest in good:
         if manifest.id in stay:
             continue
         why = f"no rule claims it any more ({texts})"
@@ -136,21 +161,34 @@ def plan(manifests: Sequence[Manifest], rules: Sequence[Rule], pinned: Mapping[s
             why = f"over the budget ({budgets}) and claimed least, by {count} rule{'s' if count > 1 else ''}"
         going.append(Removal(manifest, why))
     keep = {id: (*claimed.get(id, ()), *protected.get(id, ())) for id in stay}  # noqa: A001 - the vocabulary's word
+    for manifest in manifests:
+        if manifest.id in damaged:
+            keep[manifest.id] = (Claim("protection:damaged", f"{damaged[manifest.id]}; rules leave it to you"),)
+    return Plan(
+        keep,
+        tuple(sorted(going, key=lambda removal: removal.manifest.sequence)),
+        tuple(thinning for thinning in drops if thinning.manifest.id in stay),
+    )
+
+
+def _drops(
+    manifests: Sequence[Manifest],
+    rules: Sequence[Rule],
+    claimed: Mapping[str, Sequence[Claim]],
+    protected: Collection[str],
+) -> list[Thinning]:
+    """What loses parts, oldest first, if it stays."""
     needs = {rule.text: rule.needs for rule in rules}
     drops = []
-    for manifest in manifests:
-        if manifest.id in stay and manifest.id not in protected:
+    for manifest in sorted(manifests, key=lambda manifest: manifest.sequence):
+        if manifest.id in claimed and manifest.id not in protected:
             parts = _needless(manifest, [needs[claim.rule] for claim in claimed[manifest.id]])
             if parts:
                 texts = ", ".join(claim.rule for claim in claimed[manifest.id])
                 drops.append(
                     Thinning(manifest, parts, f"the rules that claim it do not need {', '.join(parts)} ({texts})")
                 )
-    return Plan(
-        keep,
-        tuple(sorted(going, key=lambda removal: removal.manifest.sequence)),
-        tuple(sorted(drops, key=lambda thinning: thinning.manifest.sequence)),
-    )
+    return drops
 
 
 _OURS = frozenset({"rng", "loop"})

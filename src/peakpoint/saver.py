@@ -3,6 +3,7 @@
 A save that fails keeps its captured state in memory until it is written after all or given up for a better one.
 """
 
+import contextlib
 import errno
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -87,14 +88,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: Failure | None = None
         self._notices: list[str] = []
+        self._unrecorded: list[Saved] = []  # commits that the journal does not tell of yet
 
     @property
     def known(self) -> tuple[Manifest, ...]:
         """The checkpoints that exist, the one that is being written and the one that is to be written again."""
         job, failure = self._job, self._failure
         pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
-        present = {manifest.id for manifest in self._committed}
-        return tuple(self._ledger.view([*self._committed, *(one for one in pending if one.id not in present)]))
+        removed = self._ledger.removed
+        committed = [one for one in self._committed if one.id not in removed or self._exists(one)]
+        present = {manifest.id for manifest in committed}
+        return tuple(self._ledger.view([*committed, *(one for one in pending if one.id not in present)]))
 
     @property
     def committed(self) -> tuple[Manifest, ...]:
@@ -219,9 +223,10 @@ class Saver:
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
         self._notices += self._store.remarks()
-        self._committed = (*self._committed, manifest)
+        # the name was free: whatever had it before is gone
+        self._committed = (*(one for one in self._committed if one.name != manifest.name), manifest)
         self.last_id = manifest.id
-        self._journal.append(
+        self._unrecorded.append(
             Saved(
                 at=self._journal.now(),
                 checkpoint=manifest.id,
@@ -232,7 +237,26 @@ class Saver:
                 size_bytes=manifest.size_bytes,
             )
         )
-        self._retain()
+        try:
+            self.record()
+            self._retain()
+        except StoreError as error:  # it is saved all the same, and must not be written again
+            self._notices.append(
+                f"{manifest.name} is saved, but the journal or the rules could not follow: {error}; the next save "
+                "makes up for it"
+            )
+            with contextlib.suppress(StoreError):
+                self._committed = tuple(one for one in self._committed if self._exists(one))
+
+    def record(self) -> None:
+        """Write down in the journal what is saved, if that is not done yet.
+
+        Raises:
+            StoreError: the journal refuses.
+        """
+        while self._unrecorded:
+            self._journal.append(self._unrecorded[0])
+            self._unrecorded.pop(0)
 
     def _retain(self) -> None:
         """Apply the rules to what exists; a checkpoint that another process has removed is forgotten."""

@@ -25,7 +25,7 @@ class EarlyStopping:
         relative: ``min_delta`` is a fraction of the best value so far instead.
         warmup: leave this many reports out of account at the beginning.
         goal: stop at a report that is at least as good as this.
-        diverged: stop at a report that is worse than this.
+        diverged: stop at a report that is worse than this; an infinity in the wrong direction is.
         stop_on_nan: stop at a NaN or an infinity; otherwise it is a report without an improvement.
 
     Raises:
@@ -33,7 +33,7 @@ class EarlyStopping:
 
     Source: patience, min_delta and warm-up (``start_from_epoch``) as in Keras 3, ``keras.callbacks.EarlyStopping``;
     goal and divergence as Lightning 2.6's ``stopping_threshold`` and ``divergence_threshold``. docs/guide.md lists the
-    differences.
+    differences; tests/test_stopping_peers.py runs all three on the same curves.
 
     Example:
         >>> rule = EarlyStopping("val_loss", "min", patience=2)
@@ -135,12 +135,12 @@ class Watch:
 
     def _judge(self, value: float) -> str | None:
         rule, most = self._rule, "at least" if self._rule.mode == "max" else "at most"
-        if not math.isfinite(value):
-            if rule.stop_on_nan:
-                return f"{rule.metric} is {value}"
-        elif rule.goal is not None and not rule._better(rule.goal, value):  # noqa: SLF001 - of this module
+        finite = math.isfinite(value)
+        if rule.stop_on_nan and not finite:
+            return f"{rule.metric} is {value}"
+        if rule.goal is not None and finite and not rule._better(rule.goal, value):  # noqa: SLF001 - of this module
             return f"{rule.metric} has reached its goal: {value:g} is {most} {rule.goal:g}"
-        elif rule.diverged is not None and rule._better(rule.diverged, value):  # noqa: SLF001
+        if rule.diverged is not None and rule._better(rule.diverged, value):  # noqa: SLF001
             return f"{rule.metric} has diverged: {value:g} is worse than {rule.diverged:g}"
         if self._waited < rule.patience:
             return None

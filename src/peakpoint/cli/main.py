@@ -6,7 +6,7 @@ Exit codes are those of the errors (see ``peakpoint.errors``); 0 is success, 2 a
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +16,15 @@ import click
 from rich.markup import escape
 
 from peakpoint import audit as audits
-from peakpoint import layout, packs, upkeep
+from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
 from peakpoint.cli import render, rules, space
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
-from peakpoint.errors import CorruptError, Error, MissingExtraError
+from peakpoint.errors import ConfigError, CorruptError, Error, MissingExtraError
 from peakpoint.manifest import Manifest
+from peakpoint.names import check_text
 from peakpoint.refs import parse
-from peakpoint.repository import Repository, open_repository
+from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Claim
 
 
@@ -204,8 +205,11 @@ def rm(
     json: bool,  # noqa: FBT001
 ) -> None:
     """Remove checkpoints: shows the plan, and carries it out with --yes."""
+    check_text("--why", why)
     repository = open_repository(root)
     chosen = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
+    for name in dict.fromkeys(manifest.run for manifest in chosen.values()):
+        _spare_the_newest_good(repository.run(name), chosen)
     failures: list[str] = []
     apply_now = yes and not dry_run
     if not json:
@@ -231,6 +235,23 @@ def rm(
         click.echo(f"peakpoint: {failure}", err=True)
     if failures:
         sys.exit(20)
+
+
+def _spare_the_newest_good(run: Run, chosen: Collection[str]) -> None:
+    """Refuse to remove what the run would continue from while newer ones stay that it cannot continue from."""
+    shelf = reader.shelf(run.store, run.name)
+    damaged = reader.damage(run.store, shelf.manifests)
+    useless: list[str] = []
+    for manifest in reversed(shelf.manifests):
+        if manifest.id not in damaged and manifest.id not in shelf.cut:
+            if manifest.id in chosen and useless:
+                raise ConfigError(
+                    f"{run.name}/{manifest.name} is the newest good checkpoint of run {run.name!r}, and stays: "
+                    f"{'; '.join(useless)}. To remove it all the same, name the newer ones, too"
+                )
+            return
+        if manifest.id not in chosen:
+            useless.append(damaged.get(manifest.id, f"{manifest.name} is newer, but has lost parts"))
 
 
 def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> None:

@@ -19,10 +19,10 @@ from peakpoint.dropping import records
 from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.lives import Life, Replay, lives, replay, typical_size
 from peakpoint.manifest import Manifest
-from peakpoint.notes import all_known, notes
+from peakpoint.notes import all_known
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
-from peakpoint.retention import Plan, plan
+from peakpoint.retention import Plan
 from peakpoint.rules import FORMS, Rule, moment_text, parse_all
 
 GB = 1e9
@@ -64,8 +64,7 @@ def keep(
     if what_if:
         _what_if(run, rules, price, json=json)
         return
-    events = run.events()
-    decided = plan(all_known(run.manifests(), events, rules), rules, notes(events).pinned)
+    decided = run.plan(rules)
     if archive:
         left = {manifest.id for manifest in unarchived(run.store, [removal.manifest for removal in decided.remove])}
         decided = replace(decided, remove=tuple(one for one in decided.remove if one.manifest.id in left))
@@ -257,8 +256,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     events = run.events()
     rules = run.rules()
     manifests = all_known(run.manifests(), events, rules)
-    decided = plan(manifests, rules, notes(events).pinned)
-    claims = decided.keep.get(manifest.id, ())
+    claims = run.kept().get(manifest.id, ())
     dropped = list(records(run.store, run.name, manifest.name))
     late = [event for event in events if isinstance(event, journals.Measured) and event.checkpoint == manifest.id]
     silent = [rule for rule in rules if rule.text not in {claim.rule for claim in claims}]
@@ -345,7 +343,7 @@ def pin(root: Path, ref: str, why: str, json: bool) -> None:  # noqa: FBT001
     """Protect a checkpoint from the rules, also of a training that is running."""
     run = open_repository(root).run(parse(ref).run)
     manifest = run.find_manifest(ref)
-    run.pin(ref, why)
+    run.pin(f"{manifest.run}/{manifest.name}", why)
     _noted(run, manifest, "is pinned", json=json)
 
 
@@ -357,7 +355,7 @@ def unpin(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     """Let the rules have a pinned checkpoint again."""
     run = open_repository(root).run(parse(ref).run)
     manifest = run.find_manifest(ref)
-    run.unpin(ref)
+    run.unpin(f"{manifest.run}/{manifest.name}")
     _noted(run, manifest, "is not pinned", json=json)
 
 
