@@ -2,6 +2,7 @@
 
 import math
 import threading
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint import journal as journals
+from peakpoint.ledger import Ledger
 from peakpoint.notes import Smoothing, derive
 from peakpoint.rules import smoothed
 from strategies import START, manifest, values
@@ -48,6 +50,20 @@ def test_a_measurement_makes_a_checkpoint_the_best_while_the_training_runs(tmp_p
         ckpt.wait()
         assert not ckpt.report(step=7, acc=0.2).saved
     assert names(tmp_path) == [4, 5, 6], "6 is better than 1, and 4 and 5 are not measured yet"
+
+
+def test_a_measurement_that_is_made_while_a_run_is_being_opened_is_seen(tmp_path):
+    with checkpointer(tmp_path, keep=[pp.Last(1)]) as ckpt:
+        ckpt.report(step=1)
+    run = run_of(tmp_path)
+    run.record("r:1", {"acc": 0.5})
+    before = journals.read(run.store, "r")
+    run.record("r:1", {"acc": 0.9})
+    run.pin("r:1", "a good one")
+    ledger = Ledger(run.store, "r", "none.jsonl", before, run.manifests(), [])
+    ledger.refresh()
+    assert [seen.metrics for seen in ledger.view(run.manifests())] == [{"acc": 0.9}]
+    assert list(ledger.pinned.values()) == ["a good one"]
 
 
 def test_of_several_values_the_last_counts(tmp_path):
@@ -141,7 +157,7 @@ def test_means_are_those_of_the_last_finite_values(reported, window):
         if len(finite) < window:
             assert math.isnan(found)
         else:
-            assert found == pytest.approx(sum(v / window for v in finite), rel=1e-9, abs=1e-300)
+            assert found == float(sum(Fraction(v / window) for v in finite))
 
 
 @settings(max_examples=60)

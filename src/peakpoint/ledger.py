@@ -5,10 +5,10 @@ of its own, which is read here as soon as it is there.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from peakpoint import journal as journals
-from peakpoint.journal import Event
+from peakpoint.journal import Reading
 from peakpoint.manifest import Manifest
 from peakpoint.notes import Derived, Notes, derive, known, notes, windows
 from peakpoint.rules import Rule
@@ -22,7 +22,7 @@ class Ledger:
         store: where.
         run: which run; the caller holds it.
         own: the caller's segment of the journal, which notes nothing on checkpoints.
-        events: the journal as the caller has read it.
+        journal: the journal as the caller has read it.
         manifests: the checkpoints that existed then.
         rules: the rules in force.
     """
@@ -32,18 +32,17 @@ class Ledger:
         store: Store,
         run: str,
         own: str,
-        events: Sequence[Event],
+        journal: Reading,
         manifests: Iterable[Manifest],
         rules: Iterable[Rule],
     ) -> None:
         self._store, self._run = store, run
         self._lock = threading.Lock()
-        self._notes: Notes = notes(events)
-        self._derived = derive(manifests, events, windows(rules))
+        self._notes: Notes = notes(journal.events)
+        self._derived = derive(manifests, journal.events, windows(rules))
         self._done = {own}
         self._taken: dict[str, int] = {}  # events of a segment that may still grow
-        for name in journals.segments_of(store, run):
-            found = journals.read(store, run, {name}).events
+        for name, found in journal.by_segment():
             # trainers that ended without a word are dead: their lock is the caller's now
             if any(isinstance(event, journals.Closed | journals.Opened) for event in found):
                 self._done.add(name)
