@@ -31,6 +31,7 @@ from peakpoint.rules import (
     claims,
     lineage,
     parse,
+    presets,
     ranked,
     wanted,
     watched,
@@ -583,6 +584,15 @@ def test_check_rules_takes_lists_of_rules_only():
 def test_watched_names_each_metric_and_direction_once():
     rules = [Last(1), TopK("a", "min", 3), Best("b", "max"), Best("a", "min"), Best("a", "max"), Every(epochs=2)]
     assert watched(rules) == (("a", "min"), ("b", "max"), ("a", "max"))
+
+
+@pytest.mark.parametrize("preset", [presets.research, presets.production, presets.pruning])
+def test_presets_need_parts_of_what_is_looked_at_and_everything_of_the_last(preset):
+    whole, thin = preset("acc", "max"), preset("acc", "max", parts=("model", "ema"))
+    assert [rule.needs for rule in whole] == [None] * len(whole)
+    assert [rule.needs for rule in thin] == [None if isinstance(rule, Last) else ("model", "ema") for rule in whole]
+    assert [replace(rule, parts=None) for rule in thin] == whole
+    assert [parse(rule.text) for rule in thin] == thin
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
