@@ -97,7 +97,7 @@ def measure(options, place, progress):
         figures["space"] = space.measure(place / "s", options.scale, options.repeats, step("space"))
     if "reports" in options.figures:
         count = reports.REPORTS if options.scale == 1 else reports.FEW
-        figures["reports"] = reports.measure(place / "r", count, step("reports"))
+        figures["reports"] = reports.measure(place / "r", count, options.repeats, step("reports"))
     return figures
 
 

@@ -141,8 +141,8 @@ def _reports(result):
         [f"median of the first {result['counted_at_each_end']:,}", f"{result['first_us']:.1f} µs"],
         [f"median of the last {result['counted_at_each_end']:,}", f"{result['last_us']:.1f} µs"],
         ["journal", f"{result['journal_bytes'] / 1e6:.1f} MB"],
-        ["to open that run again and resume it", f"{result['resume_seconds']:.2f} s"],
-        ["`peakpoint ls` of it", f"{result['ls_seconds']:.2f} s"],
+        ["to open that run again and resume it", f"{median(result['resume_seconds']):.2f} s"],
+        ["`peakpoint ls` of it", f"{median(result['ls_seconds']):.2f} s"],
     ]
     return [
         *_text(

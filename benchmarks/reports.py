@@ -51,7 +51,7 @@ def train(ckpt, count, progress):
     return seconds
 
 
-def measure(place, count, progress):
+def measure(place, count, turns, progress):
     """Microseconds of reports, bytes of the journal, seconds to resume and to list."""
     random.seed(0)
     place.mkdir()
@@ -60,14 +60,17 @@ def measure(place, count, progress):
             seconds = train(ckpt, count, progress)
         checkpoints = len(pp.open(place).run("r").checkpoints())
         journal = sum(path.stat().st_size for path in place.rglob("*.jsonl"))
-        start = time.perf_counter()
-        ckpt = begin(place)
-        resume = time.perf_counter() - start
-        ckpt.close()
-        start = time.perf_counter()
-        command = [sys.executable, "-c", "from peakpoint.cli.main import run; run()", "ls", str(place)]
-        subprocess.run(command, check=True, capture_output=True)
-        ls = time.perf_counter() - start
+        resume, ls = [], []
+        for _ in range(turns):
+            start = time.perf_counter()
+            ckpt = begin(place)
+            resume.append(time.perf_counter() - start)
+            ckpt.close()
+            start = time.perf_counter()
+            command = [sys.executable, "-c", "from peakpoint.cli.main import run; run()", "ls", str(place)]
+            subprocess.run(command, check=True, capture_output=True)
+            ls.append(time.perf_counter() - start)
+            progress()
     finally:
         shutil.rmtree(place)
     end = min(10_000, count // 2)
