@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import loading, memory, page, saving, training
+from benchmarks import loading, memory, page, reports, saving, space, training
 from benchmarks.cases import CASES
 
-FIGURES = ("saving", "training", "loading", "memory")
+FIGURES = ("saving", "training", "loading", "memory", "space", "reports")
 
 
 def machine():
@@ -62,6 +62,8 @@ def measure(options, place, progress):
         "training": None,
         "loading": [],
         "memory": {},
+        "space": None,
+        "reports": None,
     }
     task = progress.add_task("", total=None)
 
@@ -91,6 +93,11 @@ def measure(options, place, progress):
             figures["memory"][side] = json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(place / "m")
             tell()
+    if "space" in options.figures:
+        figures["space"] = space.measure(place / "s", options.scale, options.repeats, step("space"))
+    if "reports" in options.figures:
+        count = reports.REPORTS if options.scale == 1 else reports.FEW
+        figures["reports"] = reports.measure(place / "r", count, options.repeats, step("reports"))
     return figures
 
 
@@ -111,7 +118,7 @@ def main(arguments=None):
     if options.page:
         if page.RESULTS.exists():  # what was not measured now stays
             before = json.loads(page.RESULTS.read_text(encoding="utf-8"))
-            figures |= {name: before[name] for name in FIGURES if not figures[name]}
+            figures |= {name: before[name] for name in FIGURES if not figures[name] and name in before}
         page.RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         page.PAGE.write_text(page.render(figures), encoding="utf-8")
     console.print(Markdown(page.render(figures)))

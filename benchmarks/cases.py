@@ -74,8 +74,8 @@ def gpt2(scale):
     return _case("GPT-2 124M, AdamW", _gpt2_shapes(scale), "adamw")
 
 
-def resnet50(scale):
-    """ResNet-50 with SGD and momentum."""
+def _resnet50_shapes(scale):
+    """The backbone, and how many features come out of it."""
     base = max(4, round(64 * scale))
     shapes = [(base, 3, 7, 7), (base,), (base,)]
     before = base
@@ -87,7 +87,20 @@ def resnet50(scale):
             if block == 0:
                 shapes += [(4 * width, before, 1, 1), (4 * width,), (4 * width,)]
             before = 4 * width
-    return _case("ResNet-50, SGD with momentum", [*shapes, (1000, before), (1000,)], "sgd")
+    return shapes, before
+
+
+def resnet50(scale):
+    """ResNet-50 with SGD and momentum."""
+    shapes, features = _resnet50_shapes(scale)
+    return _case("ResNet-50, SGD with momentum", [*shapes, (1000, features), (1000,)], "sgd")
+
+
+def frozen_resnet50(scale):
+    """ResNet-50 frozen, with a new last layer for ten classes and AdamW for that."""
+    shapes, features = _resnet50_shapes(scale)
+    name = "ResNet-50 frozen, a new last layer, AdamW"
+    return _case(name, [*shapes, (10, features), (10,)], "adamw", trained=lambda number: number >= len(shapes))
 
 
 def tiny(scale):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peakpoint import journal as j
 from peakpoint.errors import CorruptError, StoreError
 from peakpoint.journal import (
+    Archived,
     Closed,
     Journal,
     Measured,
@@ -22,15 +23,17 @@ from peakpoint.journal import (
     Pinned,
     Removed,
     Reported,
+    Restored,
     Saved,
     SaveFailed,
     Started,
+    Undone,
     Unpinned,
     decode,
     encode,
 )
 from peakpoint.layout import journal_prefix
-from peakpoint.seal import seal
+from peakpoint.seal import digest, seal
 from peakpoint.store import FileOps, LocalStore, MemoryStore
 from strategies import START, any_metrics, text_tuples, texts, times
 
@@ -54,10 +57,21 @@ events_of = {
         epoch=st.none() | naturals,
         reason=texts,
         by=texts,
+        until=st.none() | times,
     ),
     PartsDropped: st.builds(
-        PartsDropped, at=times, checkpoint=texts, name=texts, parts=text_tuples, reason=texts, by=texts
+        PartsDropped,
+        at=times,
+        checkpoint=texts,
+        name=texts,
+        parts=text_tuples,
+        reason=texts,
+        by=texts,
+        until=st.none() | times,
     ),
+    Undone: st.builds(Undone, at=times, checkpoint=texts, name=texts, parts=text_tuples, by=texts),
+    Archived: st.builds(Archived, at=times, checkpoint=texts, name=texts, packed_bytes=naturals, by=texts),
+    Restored: st.builds(Restored, at=times, checkpoint=texts, name=texts, by=texts),
     Measured: st.builds(
         Measured,
         at=times,
@@ -190,7 +204,66 @@ def test_what_is_appended_is_read(events):
     found = j.read(store, "r")
     assert repr(found.events) == repr(tuple(events))
     assert found.damage == ()
-    assert found.segments == ("000001.jsonl",)
+    assert list(found.segments) == ["000001.jsonl"]
+
+
+_NO_METRICS = '"at":"2026-03-01T12:00:00Z","report":1,"step":2,"epoch":null,"metrics":'
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        _NO_METRICS + '{"m":1,"n":-0.0,"o":1e308,"p":"nan","q":"-inf"}',
+        _NO_METRICS + '{"m":0.5},"mood":"good"',
+        _NO_METRICS + '{"m":0.5,"m":1.5}',
+        _NO_METRICS + '{"m":"0.5"}',
+        _NO_METRICS + '{"m":1e999}',
+        _NO_METRICS + '{"m":1' + "0" * 400 + "}",
+        _NO_METRICS + '{"m":true}',
+        _NO_METRICS + '{"m":null}',
+        _NO_METRICS + '{"m":NaN}',
+        _NO_METRICS + '{"m":0.5},"mood":' + "[" * 5000 + "]" * 5000,
+        _NO_METRICS + "[0.5]",
+        _NO_METRICS + "{}," + '"report":2',
+        _NO_METRICS + "{}," + '"report":"2"',
+        _NO_METRICS + "{}," + '"step":1.5',
+        '"at":5,"report":1,"step":2,"epoch":null,"metrics":{}',
+        '"at":"2026-03-01T12:00:00","report":1,"step":2,"epoch":null,"metrics":{}',
+        '"report":1,"step":2,"epoch":null,"metrics":{}',
+    ],
+    ids=lambda members: members[-40:],
+)
+def test_a_report_is_read_as_its_line_is_decoded(members):
+    body = b'{"kind":"reported",' + members.encode()
+    line = body + b',"seal":"' + digest(body)[:16].encode() + b'"}\n'
+    try:
+        expected, damage = [decode(line, where=f"{key()} line 1")], []
+    except CorruptError as error:
+        expected, damage = [], [str(error)]
+    found = j.read(store_with(line), "r")
+    assert (repr(list(found.events)), list(found.damage)) == (repr(expected), damage)
+
+
+def test_every_flipped_bit_of_a_report_is_noticed_when_it_is_read():
+    first, second, third = (encode(reported(number, m=0.5)) for number in range(1, 4))
+    for place, bit in itertools.product(range(len(second) - 1), range(8)):
+        damaged = bytearray(second)
+        damaged[place] ^= 1 << bit
+        found = j.read(store_with(first + damaged + third), "r")
+        assert found.events == (reported(1, m=0.5), reported(3, m=0.5)), "the others are read all the same"
+        assert found.damage
+        assert all("line 2" in sentence or "line 3" in sentence for sentence in found.damage)
+
+
+def test_events_are_told_by_segment():
+    store = store_with(encode(reported(1)) + encode(reported(2)))
+    store.put(key("000002.jsonl"), [b"damaged\n"])
+    store.put(key("000003.jsonl"), [encode(saved(1, 2)) + encode(reported(3))[:-1]])
+    assert list(j.read(store, "r").by_segment()) == [
+        ("000001.jsonl", (reported(1), reported(2))),
+        ("000002.jsonl", ()),
+        ("000003.jsonl", (saved(1, 2),)),
+    ]
 
 
 def test_events_are_readable_before_they_are_synced(store):
@@ -202,10 +275,10 @@ def test_events_are_readable_before_they_are_synced(store):
 
 
 def test_no_journal_is_an_empty_one(store):
-    assert j.read(store, "r") == j.Reading((), (), ())
+    assert j.read(store, "r") == j.Reading((), (), {})
     Journal(store, "r", clock).close()
-    assert j.read(store, "r") == j.Reading((), (), ("000001.jsonl",))
-    assert j.read(store, "other").segments == ()
+    assert j.read(store, "r") == j.Reading((), (), {"000001.jsonl": 0})
+    assert j.read(store, "other").segments == {}
 
 
 def test_now_is_what_the_clock_says(store):
@@ -224,7 +297,7 @@ def test_two_journals_at_once_write_segments_of_their_own(store):
     first.close()
     second.close()
     found = j.read(store, "r")
-    assert found.segments == ("000001.jsonl", "000002.jsonl")
+    assert found.segments == {"000001.jsonl": 2, "000002.jsonl": 2}
     assert [event.report for event in found.events] == [1, 2, 3, 4]
 
 
@@ -248,7 +321,7 @@ def test_journals_that_are_opened_by_racing_threads_get_different_segments(store
         thread.join()
     assert failures == []
     found = j.read(store, "r")
-    assert found.segments == tuple(f"{number:06d}.jsonl" for number in range(1, 9))
+    assert list(found.segments) == [f"{number:06d}.jsonl" for number in range(1, 9)]
     assert sorted(event.report for event in found.events) == list(range(8))
 
 
@@ -259,7 +332,7 @@ def test_segments_are_read_in_the_order_of_their_numbers_also_beyond_six_digits(
     journal.append(reported(1_000_000))
     journal.close()
     found = j.read(store, "r")
-    assert found.segments[-1] == "1000000.jsonl"
+    assert list(found.segments)[-1] == "1000000.jsonl"
     assert [event.report for event in found.events] == [2, 10, 999_999, 1_000_000]
 
 

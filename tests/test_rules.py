@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
@@ -31,6 +31,7 @@ from peakpoint.rules import (
     claims,
     lineage,
     parse,
+    presets,
     ranked,
     wanted,
     watched,
@@ -585,6 +586,15 @@ def test_watched_names_each_metric_and_direction_once():
     assert watched(rules) == (("a", "min"), ("b", "max"), ("a", "max"))
 
 
+@pytest.mark.parametrize("preset", [presets.research, presets.production, presets.pruning])
+def test_presets_need_parts_of_what_is_looked_at_and_everything_of_the_last(preset):
+    whole, thin = preset("acc", "max"), preset("acc", "max", parts=("model", "ema"))
+    assert [rule.needs for rule in whole] == [None] * len(whole)
+    assert [rule.needs for rule in thin] == [None if isinstance(rule, Last) else ("model", "ema") for rule in whole]
+    assert [replace(rule, parts=None) for rule in thin] == whole
+    assert [parse(rule.text) for rule in thin] == thin
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
@@ -710,9 +720,9 @@ def test_a_rule_that_stays_while_others_change_keeps_its_promise(rule, before, a
 
 
 @settings(max_examples=100)
-@given(bests | topks | lasts, rule_lists, st.lists(reports, max_size=12), st.integers(1, 12), st.booleans())
+@given(bests | topks | lasts, rule_lists, st.lists(reports, min_size=2, max_size=12), st.integers(0), st.booleans())
 def test_a_rule_that_comes_later_ranks_what_existed_then_and_all_that_follows(rule, before, run, change, protect):
-    assume(change < len(run))
+    change = 1 + change % (len(run) - 1)
     training = Training(before, protect)
     for number, report in enumerate(run[:change]):
         training.report(report, number)

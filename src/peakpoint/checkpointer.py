@@ -124,7 +124,6 @@ class Checkpointer:
         kept_for = read_duration("undo_for", undo_for)
         self._encoder = StateEncoder()
         self._load: LoadReport | None = None
-        self._started = False
         self._closed = False
         self._exit_code = 0 if preempt is None else preempt.exit_code
         self._missed: set[str] = set()
@@ -144,7 +143,7 @@ class Checkpointer:
         try:
             ensure_run(self._store, self.run, now, self._by, self.rules)
             clean_run(self._store, self.run, now)
-            self._resumption: Resumption = resumption(self._store, self.run)
+            found = resumption(self._store, self.run)
             self._journal = Journal(self._store, self.run, self._clock)
             texts = tuple(rule.text for rule in self.rules)
             self._journal.append(journals.Opened(at=now, by=self._by, rules=texts))
@@ -152,9 +151,9 @@ class Checkpointer:
         except BaseException:
             self._hold.release()
             raise
-        segment, events, existing = self._journal.segment, self._resumption.events, self._resumption.manifests
-        self._ledger = Ledger(self._store, self.run, segment, events, existing, self.rules)
-        self._saver = Saver(self._store, self.run, self._journal, self.rules, existing, self._ledger, kept_for)
+        self._resumption: Resumption | None = found  # None once the run has started: a long journal takes memory
+        self._ledger = Ledger(self._store, self.run, self._journal.segment, found.journal, found.manifests, self.rules)
+        self._saver = Saver(self._store, self.run, self._journal, self.rules, found.manifests, self._ledger, kept_for)
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
 
@@ -175,10 +174,11 @@ class Checkpointer:
             MismatchError: the checkpoint does not fit the state; lists the differences. Nothing was changed.
         """
         self._check_open()
-        if self._started:
+        if self._resumption is None:
             return self._load
-        found = self._resumption.restore(self._resume, self.state, strict=self._strict)
-        self._started = True
+        there = self._resumption
+        found = there.restore(self._resume, self.state, strict=self._strict)
+        self._resumption = None  # and the journal with it
         self._sequence, self._forks, self._parent = found.sequence, found.forks, found.parent
         self._load = found.report
         if found.report is not None:  # otherwise the steps made before this call count
@@ -186,7 +186,7 @@ class Checkpointer:
         for report in found.history:
             self._take(report.metrics)
         self._generators = found.generators
-        self._saver.set_aside({*found.damaged, *damage(self._store, self._resumption.manifests)})
+        self._saver.set_aside({*found.damaged, *damage(self._store, there.manifests)})
         self._journal.append(
             journals.Started(
                 at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested
@@ -234,7 +234,7 @@ class Checkpointer:
         self._check_open()
         if self._loop.running:
             raise ConfigError(f"{which}() inside another epochs() or steps() of the same checkpointer; use one loop")
-        first = not self._started
+        first = self._resumption is not None
         self.resume()
         if self._load is not None and not first:
             # code between resume() and the loop may have drawn random numbers; the loop begins where it was saved
@@ -301,13 +301,14 @@ class Checkpointer:
         self._ledger.refresh()
         self._warn_about(values)
         moment = self._moment(values, now)
-        seen = replace(moment, metrics={**values, **self._smoothing.derived()})
+        derived = self._smoothing.derived()
+        seen = replace(moment, metrics={**values, **derived}) if derived else moment
         claims = rules.wanted(self.rules, self._saver.known, seen)
         signal = self._watch.arrived
         reasons = tuple(claim.reason for claim in claims)
         if signal is not None:
             reasons = (*reasons, f"preempted by {signal.name}")
-        outcome = self._save(replace(moment, reasons=reasons))
+        outcome = self._save(replace(moment, reasons=reasons) if reasons else moment)
         if signal is not None:
             self._leave(signal.name)
         return outcome
@@ -405,7 +406,7 @@ class Checkpointer:
             raise ConfigError(f"the checkpointer of run {self.run!r} is closed; make a new one to go on")
 
     def _ensure_started(self) -> None:
-        if self._started:
+        if self._resumption is None:
             return
         if self._resume != "never" and self._resumption.exists:
             raise ConfigError(
@@ -463,7 +464,7 @@ class Checkpointer:
             self._ledger.add(moment.id, self._smoothing.derived())
             draft = replace(
                 moment,
-                name=unused_name(self._store, self.run, moment.name),
+                name=self._name(moment),
                 sequence=self._sequence,
                 parts=captured.parts,
                 parent=self._saver.last_id or self._parent,
@@ -592,24 +593,27 @@ class Checkpointer:
             finally:
                 self._hold.release()
 
-    def _moment(self, values: Mapping[str, float], now: Any) -> Manifest:
-        position = self._loop.position
-        identity = secrets.token_hex(8)
-        watched = rules.watched(self.rules)
-        metric = next((name for name, _ in watched if name in values), None)
+    def _name(self, moment: Manifest) -> str:
+        """A name for a moment that no checkpoint has."""
+        metric = next((name for name, _ in rules.watched(self.rules) if name in moment.metrics), None)
         name = names.checkpoint_name(
             self._template,
             run=self.run,
-            id=identity,
-            step=position.step,
-            epoch=position.epoch,
+            id=moment.id,
+            step=moment.step,
+            epoch=moment.epoch,
             metric=metric,
-            metrics=values,
+            metrics=moment.metrics,
         )
+        return unused_name(self._store, self.run, name)
+
+    def _moment(self, values: Mapping[str, float], now: Any) -> Manifest:
+        """What could become a checkpoint; it gets a name when it does."""
+        position = self._loop.position
         return Manifest(
-            id=identity,
+            id=secrets.token_hex(8),
             run=self.run,
-            name=name,
+            name="",
             sequence=self._sequence + 1,
             report=position.report,
             step=position.step,

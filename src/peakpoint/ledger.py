@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 from types import UnionType
 
 from peakpoint import journal as journals
-from peakpoint.journal import Closed, Event, Measured, Opened, Pinned, Removed, Unpinned
+from peakpoint.journal import Closed, Event, Measured, Opened, Pinned, Reading, Removed, Unpinned
 from peakpoint.manifest import Manifest
 from peakpoint.notes import Derived, Notes, derive, known, notes, windows
 from peakpoint.rules import Rule
@@ -24,7 +24,7 @@ class Ledger:
         store: where.
         run: which run; the caller holds it.
         own: the caller's segment of the journal, which notes nothing on checkpoints.
-        events: the journal as the caller has read it; what was noted since is read here.
+        journal: the journal as the caller has read it; what was noted since is read here.
         manifests: the checkpoints that existed then.
         rules: the rules in force.
     """
@@ -34,43 +34,45 @@ class Ledger:
         store: Store,
         run: str,
         own: str,
-        events: Sequence[Event],
+        journal: Reading,
         manifests: Iterable[Manifest],
         rules: Iterable[Rule],
     ) -> None:
         self._store, self._run = store, run
         self._lock = threading.Lock()
-        self._derived = derive(manifests, events, windows(rules))
+        self._derived = derive(manifests, journal.events, windows(rules))
         self._notes = Notes()
         self._removed: frozenset[str] = frozenset()
         self._said: dict[str, Sequence[Event]] = {}  # by each segment, about checkpoints
         self._done = {own}
-        # trainers that ended without a word are dead: their lock is the caller's now
-        self._take_in(Closed | Opened)
+        for name, found in journal.by_segment():
+            # trainers that ended without a word are dead: their lock is the caller's now
+            self._hear(name, found, Closed | Opened)
+        self._settle(journals.segments_of(store, run))
 
     def refresh(self) -> None:
         """Take in what others have noted."""
         with self._lock:
-            self._take_in(Closed)
+            segments = journals.segments_of(self._store, self._run)
+            new = [name for name in segments if name not in self._done]
+            grown = [self._hear(name, journals.read(self._store, self._run, {name}).events, Closed) for name in new]
+            if any(grown):
+                self._settle(segments)
 
-    def _take_in(self, last: type[Event] | UnionType) -> None:
-        """Read the segments that may have grown; one with an event of the kind ``last`` will not be read again."""
-        segments = journals.segments_of(self._store, self._run)
-        grown = False
-        for name in segments:
-            if name in self._done:
-                continue
-            found = journals.read(self._store, self._run, {name}).events
-            said = [event for event in found if isinstance(event, Measured | Pinned | Unpinned | Removed)]
-            grown |= len(said) > len(self._said.get(name, ()))
-            self._said[name] = said
-            if any(isinstance(event, last) for event in found):
-                self._done.add(name)
-        if grown:
-            # in the order of the segments, as after a restart
-            events = [event for name in segments for event in self._said.get(name, ())]
-            self._notes = notes(events)
-            self._removed = frozenset(event.checkpoint for event in events if isinstance(event, Removed))
+    def _hear(self, name: str, found: Sequence[Event], last: type[Event] | UnionType) -> bool:
+        """Take in one segment; with an event of the kind ``last`` it will not be read again. Whether it said more."""
+        said = [event for event in found if isinstance(event, Measured | Pinned | Unpinned | Removed)]
+        more = len(said) > len(self._said.get(name, ()))
+        self._said[name] = said
+        if any(isinstance(event, last) for event in found):
+            self._done.add(name)
+        return more
+
+    def _settle(self, segments: Sequence[str]) -> None:
+        """Know what was said, in the order of the segments, as after a restart."""
+        events = [event for name in segments for event in self._said.get(name, ())]
+        self._notes = notes(events)
+        self._removed = frozenset(event.checkpoint for event in events if isinstance(event, Removed))
 
     def add(self, checkpoint: str, derived: Derived) -> None:
         """Remember the smoothed metrics of a new checkpoint."""

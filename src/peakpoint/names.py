@@ -93,7 +93,7 @@ def check_metric(name: str) -> str:
 
 def _is_unicode(text: str) -> bool:
     """Whether ``text`` can be written at all: lone surrogates cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class _Fields(string.Formatter):

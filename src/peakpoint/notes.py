@@ -5,6 +5,7 @@ two together.
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,9 +48,17 @@ class Smoothing:
     def derived(self) -> Derived:
         """The means after the last report, by the names that ``rules.smoothed`` gives."""
         return {
-            smoothed(metric, window): math.fsum(value / window for value in last) if len(last) == window else math.nan
+            smoothed(metric, window): _mean(last, window) if len(last) == window else math.nan
             for (metric, window), last in self._last.items()
         }
+
+
+def _mean(values: Iterable[float], count: int) -> float:
+    shares = [value / count for value in values]
+    try:
+        return math.fsum(shares)
+    except OverflowError:  # a rounding step beyond the largest number
+        return math.copysign(sys.float_info.max, shares[0])
 
 
 @dataclass(slots=True)

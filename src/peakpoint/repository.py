@@ -140,15 +140,16 @@ class Run:
         """The ids of pinned checkpoints, with the reasons."""
         return notes(self.events()).pinned
 
-    def plan(self, rules: Sequence[Rule] | None = None) -> Plan:
+    def plan(self, rules: Sequence[Rule] | None = None, events: Sequence[journals.Event] | None = None) -> Plan:
         """What rules keep of what is there, and what would go; nothing is changed.
 
         Checkpoints with files that are missing or of another size neither go nor count.
 
         Args:
             rules: any rules; those in force by default.
+            events: the journal, when it has been read already.
         """
-        events = self.events()
+        events = self.events() if events is None else events
         asked = rules_of(events) if rules is None else rules
         shelf = reader.shelf(self.store, self.name)
         return plan(

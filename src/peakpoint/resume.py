@@ -57,18 +57,23 @@ class Resumption:
         store: where.
         run: which run.
         shelf: its checkpoints.
-        events: its journal.
+        journal: what it reported and did.
     """
 
     store: Store
     run: str
     shelf: reader.Shelf
-    events: tuple[journals.Event, ...]
+    journal: journals.Reading
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
         """The checkpoints that exist."""
         return self.shelf.manifests
+
+    @property
+    def events(self) -> tuple[journals.Event, ...]:
+        """What the journal holds, in order."""
+        return self.journal.events
 
     @property
     def exists(self) -> bool:
@@ -185,7 +190,7 @@ class Resumption:
 
 def resumption(store: Store, run: str) -> Resumption:
     """Look at what there is to continue from."""
-    return Resumption(store, run, reader.shelf(store, run), journals.read(store, run).events)
+    return Resumption(store, run, reader.shelf(store, run), journals.read(store, run))
 
 
 def restore_generators(generators: Mapping[str, Any]) -> None:

@@ -38,6 +38,11 @@ def seal(record: dict[str, Any]) -> bytes:
     return body + b',"seal":"' + digest(body)[:16].encode() + b'"}\n'
 
 
+def is_intact(line: bytes) -> bool:
+    r"""Whether a line that ends with ``\n`` is as ``seal`` wrote it; far faster than ``unseal``, and says no more."""
+    return line[-28:-19] == b',"seal":"' and line[-19:] == digest(line[:-28])[:16].encode() + b'"}\n'
+
+
 def unseal(data: bytes, *, where: str) -> dict[str, Any]:
     """Decode what ``seal`` wrote.
 

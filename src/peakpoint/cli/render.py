@@ -15,9 +15,11 @@ from rich.table import Table
 
 from peakpoint import packs
 from peakpoint.audit import Audit, Finding
+from peakpoint.journal import history
 from peakpoint.manifest import Manifest
+from peakpoint.notes import all_known
 from peakpoint.peaks import Peak, peaks
-from peakpoint.repository import Run
+from peakpoint.repository import Run, rules_of
 from peakpoint.rules import Claim, ranked, watched
 
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
@@ -237,9 +239,10 @@ def packed_sizes(run: Run, manifests: Iterable[Manifest]) -> dict[str, int]:
 
 def print_run(console: Console, run: Run) -> None:
     """A run: its rules, peak against last, and its checkpoints with the reasons why each is kept."""
-    manifests, in_force = run.known(()), run.rules()
+    events, manifests = run.events(), run.manifests()
+    in_force = rules_of(events)
     pairs = watched(in_force)
-    kept = run.kept()
+    kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     total = sum(manifest.size_bytes for manifest in manifests)
     packed = packed_sizes(run, manifests)
     away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
@@ -251,7 +254,7 @@ def print_run(console: Console, run: Run) -> None:
         + (f", [cyan]being written by {escape(holder)}[/]" if holder else "")
     )
     console.print(f"rules: {escape(' '.join(rule.text for rule in in_force)) or 'none'}")
-    found = peaks(run.history(), pairs)
+    found = peaks(history(events), pairs)
     if found:
         console.print(peaks_table(found))
     if manifests:
@@ -262,15 +265,15 @@ def print_run(console: Console, run: Run) -> None:
 
 def run_json(run: Run) -> dict[str, Any]:
     """A run for programs."""
-    in_force = run.rules()
-    kept = run.kept()
-    manifests = run.known(())
+    events, manifests = run.events(), run.manifests()
+    in_force = rules_of(events)
+    kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     packed = packed_sizes(run, manifests)
     return {
         "name": run.name,
         "rules": [rule.text for rule in in_force],
         "writer": run.holder(),
-        "peaks": [_peak_json(peak) for peak in peaks(run.history(), watched(in_force))],
+        "peaks": [_peak_json(peak) for peak in peaks(history(events), watched(in_force))],
         "checkpoints": [
             manifest_json(manifest, kept.get(manifest.id, ())) | {"packed_bytes": packed.get(manifest.id)}
             for manifest in manifests

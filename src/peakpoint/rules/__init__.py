@@ -106,7 +106,9 @@ def claims(rules: Iterable[Rule], records: Sequence[Record]) -> dict[str, tuple[
 
 def wanted(rules: Iterable[Rule], existing: Sequence[Record], moment: Record) -> tuple[Claim, ...]:
     """The claims that ``moment`` would have among ``existing``: it is saved if and only if there is one."""
-    return claims(rules, [*existing, moment]).get(moment.id, ())
+    records = [*existing, moment]
+    reasons = ((rule, rule.claims(records).get(moment.id)) for rule in rules)
+    return tuple(Claim(rule.text, reason) for rule, reason in reasons if reason is not None)
 
 
 def watched(rules: Iterable[Rule]) -> tuple[tuple[str, Mode], ...]:

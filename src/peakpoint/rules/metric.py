@@ -63,11 +63,13 @@ class Considered(Wanting):
 
     def _waiting(self, records: Sequence[Record], metrics: Sequence[str]) -> Reasons:
         """The newest records that have no value of some metric at all; NaN is a value."""
+        if not self.pending:
+            return {}
         lacking = [record for record in by_sequence(records) if not all(name in record.metrics for name in metrics)]
         return {
             record.id: f"{', '.join(name for name in metrics if name not in record.metrics)} is not measured yet; "
             f"number {back} of at most {self.pending} such"
-            for back, record in enumerate(reversed(lacking[-self.pending :] if self.pending else []), 1)
+            for back, record in enumerate(reversed(lacking[-self.pending :]), 1)
         }
 
 
