@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import loading, memory, page, reports, saving, space, training
+from benchmarks import archiving, loading, memory, page, reports, saving, space, training
 from benchmarks.cases import CASES
 
-FIGURES = ("saving", "training", "loading", "memory", "space", "reports")
+FIGURES = ("saving", "training", "loading", "memory", "space", "archive", "reports")
 
 
 def machine():
@@ -63,6 +63,7 @@ def measure(options, place, progress):
         "loading": [],
         "memory": {},
         "space": None,
+        "archive": None,
         "reports": None,
     }
     task = progress.add_task("", total=None)
@@ -95,6 +96,8 @@ def measure(options, place, progress):
             tell()
     if "space" in options.figures:
         figures["space"] = space.measure(place / "s", options.scale, options.repeats, step("space"))
+    if "archive" in options.figures:
+        figures["archive"] = archiving.measure(place / "a", options.scale, options.repeats, step("archive"))
     if "reports" in options.figures:
         count = reports.REPORTS if options.scale == 1 else reports.FEW
         figures["reports"] = reports.measure(place / "r", count, options.repeats, step("reports"))
