@@ -12,6 +12,8 @@ PEERS = ("safetensors", "torch.save", "DCP", "DCP async", "torch_checkpointing",
 ARCHIVE, ZSTD, ZIPNN = "peakpoint archive", "zstd-19, all files together", "ZipNN, file by file"
 MIB = 2**20
 THIN = 'peakpoint, parts="model"'
+LEAN = 'peakpoint, parts="model" but for the newest'
+PACKED = "the same, archived at the end"
 NAIVE = "torch.save, a file for each policy"
 NAIVE_THIN = "torch.save, weights only but for the last"
 
@@ -114,9 +116,9 @@ def _space(result):
             f"the end); medians of {len(moments)} seeds. Kept are the best by three metrics, every tenth epoch, the",
             f"last three, and the best at three sparsities: {median(copies):g} files when each policy has its own,",
             f"{median(moments):g} different moments, so that keeping each moment once saves little by itself. With",
-            '`parts="model"` all but the last three keep their weights only; the last row of the table is a script',
-            "that does the same. All sides keep the same moments; ours also keep the random generators and digests.",
-            "Bytes are what `du` says, with directories, manifests and journals.",
+            '`parts="model"` all but the last three keep their weights only, or all but the newest; the last row is a',
+            "script that keeps the optimizer in the last three only. All sides keep the same moments; ours also keep",
+            "random generators and digests. Bytes are what `du` says, with directories, manifests and journals.",
         ),
         "",
         *_table(["", "MB at the end", "times smaller", "MB written", "times less"], rows),
@@ -221,7 +223,7 @@ def _memory_bars(result):
 def _space_bars(result):
     tuned = result["fine_tuning"]
     least = tuned["backbone"] + tuned["checkpoints"] * tuned["changed"]
-    yield f"times smaller than a file for each policy, {THIN}", ">=", 3.0, _sizes(result)[THIN]["smaller"]
+    yield f"times smaller than a file for each policy: {LEAN}", ">=", 3.0, _sizes(result)[LEAN]["smaller"]
     yield "frozen backbone: bytes, of the backbone once and what changes", "<=", 1.02, tuned["bytes"] / least
 
 

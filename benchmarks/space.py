@@ -10,27 +10,35 @@ import threading
 from contextlib import ExitStack
 
 import torch
+from sklearn.metrics import f1_score
 from torch import nn
 
 import peakpoint as pp
 from benchmarks.cases import frozen_resnet50
-from benchmarks.page import NAIVE, NAIVE_THIN, THIN
+from benchmarks.page import LEAN, NAIVE, NAIVE_THIN, PACKED, THIN
+from peakpoint import upkeep
 from peakpoint.demo.training import TRAINING_IMAGES, LeNet5, digits
 from peakpoint.store import FileOps, LocalStore
 
 EPOCHS, BATCH = 100, 64
 SPARSITY = 0.9
-METRICS = {"val_accuracy": "max", "val_loss": "min", "train_loss": "min"}
+METRICS = {"val_accuracy": "max", "val_f1": "max", "val_loss": "min"}
 AT, TARGETS, TOLERANCE = "val_accuracy", (0.5, 0.7, 0.9), 0.01
 EVERY, LAST = 10, 3
 KEPT = 10  # checkpoints of the fine-tuning
 
 
-def rules(parts=None):
-    """The preset for one metric, the best of the others, the best at each sparsity."""
+def rules(parts=None, *, lean=False):
+    """The preset for one metric, the best of the others, the best at each sparsity.
+
+    Lean: of the last ones only the newest, from which the run continues, keeps more than its weights.
+    """
     (metric, mode), *others = METRICS.items()
+    preset = pp.rules.research(metric, mode, parts=parts)
+    if lean:
+        preset = [*preset[:-1], pp.Last(LAST, parts=parts), pp.Last(1)]
     return [
-        *pp.rules.research(metric, mode, parts=parts),
+        *preset,
         *(pp.Best(name, direction, parts=parts) for name, direction in others),
         pp.BestAtSparsity(AT, METRICS[AT], TARGETS, TOLERANCE, parts=parts),
     ]
@@ -61,14 +69,12 @@ class Training:
         loss = nn.CrossEntropyLoss()
         for epoch in range(self.epochs):
             self.model.train()
-            total = 0.0
             for batch in torch.randperm(self.images).split(BATCH):
                 value = loss(self.model(self.pictures[batch]), self.labels[batch])
                 self.optimizer.zero_grad()
                 value.backward()
                 self.optimizer.step()
                 self.apply_masks()
-                total += value.item() * len(batch)
             self.prune(min(1.0, (epoch + 1) / (0.8 * self.epochs)) * SPARSITY)
             self.model.eval()
             with torch.no_grad():
@@ -77,7 +83,7 @@ class Training:
             yield {
                 "val_accuracy": (scores.argmax(1) == expected).float().mean().item(),
                 "val_loss": loss(scores, expected).item(),
-                "train_loss": total / self.images,
+                "val_f1": f1_score(expected, scores.argmax(1), average="macro"),
                 "sparsity": self.sparsity(),
             }
 
@@ -117,12 +123,12 @@ class Counting(FileOps):
 class Ours:
     """One repository under the rules."""
 
-    def __init__(self, place, training, parts):
+    def __init__(self, place, training, chosen):
         self.place, self.ops = place, Counting()
         state = {"model": training.model, "optimizer": training.optimizer}
         options = {"announce": lambda _: None, "preempt": None}
         store = LocalStore(place, self.ops)
-        self.ckpt = pp.Checkpointer(store, run="lenet5", state=state, keep=rules(parts), **options)
+        self.ckpt = pp.Checkpointer(store, run="lenet5", state=state, keep=chosen, **options)
         self.ckpt.resume()
 
     def report(self, epoch, metrics):
@@ -213,8 +219,9 @@ def compare(place, seed, epochs, images, progress=lambda: None):
     training = Training(seed, epochs, images)
     with ExitStack() as stack:
         sides = {
-            "peakpoint": Ours(place / "plain", training, None),
-            THIN: Ours(place / "thin", training, "model"),
+            "peakpoint": Ours(place / "plain", training, rules()),
+            THIN: Ours(place / "thin", training, rules("model")),
+            LEAN: Ours(place / "lean", training, rules("model", lean=True)),
             NAIVE: Files(place / "files", training, thin=False),
             NAIVE_THIN: Files(place / "thin-files", training, thin=True),
         }
@@ -227,6 +234,11 @@ def compare(place, seed, epochs, images, progress=lambda: None):
     kept = [side.kept() for side in sides.values()]
     assert all(one == kept[0] for one in kept), f"the sides must keep the same: {kept}"
     found = {name: {"bytes": on_disk(side.place), "written": side.written} for name, side in sides.items()}
+    lean = sides[LEAN]
+    packed, damaged = upkeep.archive(pp.open(lean.place).run("lenet5"))
+    assert not damaged
+    written = lean.written + sum(one.packed_bytes for one in packed)
+    found[PACKED] = {"bytes": on_disk(lean.place), "written": written}
     shutil.rmtree(place)
     return {
         "seed": seed,

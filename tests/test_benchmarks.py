@@ -29,7 +29,7 @@ def test_rules_keep_what_a_file_for_each_policy_keeps_in_less_space(tmp_path):
     assert {policy: len(epochs) for policy, epochs in found["kept"].items()} == {
         "best_val_accuracy": 1,
         "best_val_loss": 1,
-        "best_train_loss": 1,
+        "best_val_f1": 1,
         "epoch": 4,
         "last": 3,
         "best_at": 3,

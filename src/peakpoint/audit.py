@@ -242,7 +242,7 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
         for key in store.litter(prefix):
             store.delete(key)
             removed.append(Finding("litter", key, "an unfinished write"))
-    if "archive/" in store.children(layout.run_prefix(run)):
+    if "archive/" in store.children(layout.run_prefix(run)) and not store.children(layout.archive_prefix(run)):
         store.prune(layout.archive_prefix(run))
     return removed
 

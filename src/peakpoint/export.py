@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peakpoint import reader
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.manifest import Manifest
 from peakpoint.repository import Repository
@@ -54,6 +55,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     chosen = list(parts) or [_default_part(manifest)]
     for part in chosen:
         check_part_of(manifest, part)
+    hold = reader.reading(repository.store, manifest)
     saved = read_state(repository.store, manifest, chosen)
     values = {part: saved.value(part, own=True) for part in chosen}
     temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
@@ -68,6 +70,8 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
+    if hold is not None:
+        hold.release()
     return manifest
 
 

@@ -60,15 +60,18 @@ def load(
     """
     store = open_store(root)
     manifest = Repository(store).find_manifest(ref)
+    hold = reader.reading(store, manifest)
     if into is None:
         reader.check_sizes(store, manifest)
-        return Loaded(manifest, store, read_trees(store, manifest), verify)
+        return Loaded(manifest, store, read_trees(store, manifest), verify, _hold=hold)
     one = not isinstance(into, Mapping)
     live = {part: into} if one else dict(into)
     for name in live:
         check_part_of(manifest, name)
     if not one or isinstance(into, Stateful):
         saved = read_state(store, manifest, list(live), verify=verify)
+        if hold is not None:
+            hold.release()
         restored, missing = restore_into(saved, live, strict=strict, exhaustive=False)
         return LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
     raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")

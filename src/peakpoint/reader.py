@@ -11,7 +11,7 @@ from peakpoint import layout, packs
 from peakpoint.dropping import Dropped, left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
-from peakpoint.store import Filled, Filling, Store
+from peakpoint.store import Filled, Filling, Hold, Store
 from peakpoint.units import cores
 from peakpoint.writer import BLOCK, combined_digest
 
@@ -217,6 +217,16 @@ def damage(store: Store, manifests: Iterable[Manifest]) -> dict[str, str]:
         except (CorruptError, FormatError) as error:
             found[manifest.id] = str(error)
     return found
+
+
+def reading(store: Store, manifest: Manifest) -> Hold | None:
+    """Say that a checkpoint is being read, so that rules leave it alone; None where that cannot be said."""
+    return store.reading(layout.manifest_key(manifest.run, manifest.name))
+
+
+def being_read(store: Store, manifests: Iterable[Manifest]) -> set[str]:
+    """The ids of checkpoints that somebody is reading."""
+    return {one.id for one in manifests if store.is_read(layout.manifest_key(one.run, one.name))}
 
 
 def _check_size(manifest: Manifest, file: FileRecord, size: int) -> None:

@@ -158,6 +158,7 @@ class Run:
             notes(events).pinned,
             damaged=reader.damage(self.store, shelf.manifests),
             cut=shelf.cut,
+            read=reader.being_read(self.store, shelf.manifests),
         )
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:

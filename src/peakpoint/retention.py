@@ -88,9 +88,12 @@ NEWEST = Claim("protection:newest", "the newest: the run continues from here")
 
 
 def protections(
-    manifests: Sequence[Manifest], pinned: Mapping[str, str], cut: Collection[str] = ()
+    manifests: Sequence[Manifest],
+    pinned: Mapping[str, str],
+    cut: Collection[str] = (),
+    read: Collection[str] = (),
 ) -> dict[str, tuple[Claim, ...]]:
-    """What stays whatever the rules say: the newest, what was saved on request, what is pinned.
+    """What stays whatever the rules say: the newest, what was saved on request, what is pinned, what is being read.
 
     When the newest has lost parts (``cut``), also the newest that has not.
     """
@@ -104,6 +107,8 @@ def protections(
             why.append(Claim("protection:asked", f"saved on request: {manifest.asked}"))
         if manifest.id in pinned:
             why.append(Claim("protection:pinned", f"pinned: {pinned[manifest.id]}"))
+        if manifest.id in read:
+            why.append(Claim("protection:read", "somebody is reading it"))
         if manifest is newest:
             why.append(NEWEST if manifest is continued else Claim(NEWEST.rule, "the newest"))
         elif manifest is continued:
@@ -131,6 +136,7 @@ def plan(
     *,
     damaged: Mapping[str, str] = NOTHING,
     cut: Collection[str] = (),
+    read: Collection[str] = (),
 ) -> Plan:
     """Keep what a rule or a protection claims, as far as budgets allow; everything else goes.
 
@@ -143,9 +149,10 @@ def plan(
         damaged: ids that are known to be damaged, with what is wrong: they neither go nor count, so that a damaged
             best never costs a good one.
         cut: ids without some of their parts.
+        read: ids that are being read at this moment.
     """
     good = [manifest for manifest in manifests if manifest.id not in damaged]
-    claimed, protected = claims(rules, good), protections(good, pinned, cut)
+    claimed, protected = claims(rules, good), protections(good, pinned, cut, read)
     drops = _drops(good, rules, claimed, protected)
     slim = {thinning.manifest.id: thinning.left for thinning in drops}
     stay = kept_ids([slim.get(manifest.id, manifest) for manifest in good], rules, protected.keys())

@@ -18,6 +18,7 @@ from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, Saved, SaveFailed
 from peakpoint.ledger import Ledger
 from peakpoint.manifest import Manifest
+from peakpoint.reader import being_read
 from peakpoint.rules import Rule
 from peakpoint.store import Store
 from peakpoint.writer import commit, unused_name
@@ -262,7 +263,8 @@ class Saver:
         """Apply the rules to what exists; a checkpoint that another process has removed is forgotten."""
         existing = [manifest for manifest in self._committed if self._exists(manifest)]
         pinned = self._pinned()
-        plan = retention.plan(self._ledger.view(existing), self._rules, pinned)
+        read = being_read(self._store, existing)
+        plan = retention.plan(self._ledger.view(existing), self._rules, pinned, read=read)
         now = self._journal.now()
         until = now + self._undo_for if self._undo_for else None
         failures = retention.apply(

@@ -12,7 +12,7 @@ from peakpoint.collector import no_collection
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import FileRecord, Manifest, TensorRecord, check_format
 from peakpoint.refs import near
-from peakpoint.store import Store
+from peakpoint.store import Hold, Store
 from peakpoint.tensors import tensors_of
 from peakpoint.tree import TAG, Decoder
 
@@ -162,6 +162,8 @@ class Loaded(Mapping[str, Any]):
     A mapping of part names to state dicts and plain values. Tensors are on the CPU; large ones are mapped from the
     file where that is the fastest way, in private memory: writing to them changes nothing at rest.
 
+    As long as this exists, rules leave the checkpoint alone; ``close`` ends that.
+
     Attributes:
         manifest: of the checkpoint.
 
@@ -182,6 +184,7 @@ class Loaded(Mapping[str, Any]):
     _trees: Trees
     _verify: bool
     _parts: dict[str, Any] = field(default_factory=dict)
+    _hold: Hold | None = None
 
     def __getitem__(self, part: str) -> Any:
         """One part; its bytes are compared with their digests when it is read.
@@ -213,6 +216,11 @@ class Loaded(Mapping[str, Any]):
     def __repr__(self) -> str:
         parts = ", ".join(f"{part} ({len(self.names(part))} tensors)" for part in self)
         return f"<Loaded {self.manifest.run}/{self.manifest.name}: {parts}>"
+
+    def close(self) -> None:
+        """Let rules have the checkpoint; what has been read stays in memory, and can be used on."""
+        if self._hold is not None:
+            self._hold.release()
 
     def verify(self) -> None:
         """Compare every byte of the checkpoint with its digests now.

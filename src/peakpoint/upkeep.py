@@ -18,6 +18,7 @@ from peakpoint.errors import NotFoundError
 from peakpoint.journal import Journal
 from peakpoint.manifest import Manifest
 from peakpoint.notes import notes
+from peakpoint.reader import being_read
 from peakpoint.refs import near
 from peakpoint.repository import Run
 from peakpoint.retention import Plan, Removal
@@ -104,8 +105,11 @@ def remove(
     """
     events = Journal(run.store, run.name, clock)
     try:
-        removals = [Removal(manifest, why) for manifest in manifests]
-        failures = retention.apply(run.store, events, removals, by=present_user(), until=_until(clock(), undo_for))
+        read = being_read(run.store, manifests)
+        removals = [Removal(manifest, why) for manifest in manifests if manifest.id not in read]
+        until = _until(clock(), undo_for)
+        failures = [f"{one.name} stays: somebody is reading it; try again later" for one in manifests if one.id in read]
+        failures += retention.apply(run.store, events, removals, by=present_user(), until=until)
         events.append(journal.Closed(at=clock(), why="peakpoint rm"))
         return failures
     finally:

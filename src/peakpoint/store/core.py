@@ -217,6 +217,18 @@ class Store(Protocol):
     def holder(self, key: str) -> str | None:
         """Who holds ``key``, in words; None when nobody does. Never gets into the way of ``hold``."""
 
+    def reading(self, key: str) -> Hold | None:
+        """Say that ``key`` is being read, until released or until this process dies; many may.
+
+        It stops nobody. Needs no more than the right to read.
+
+        Returns:
+            None when there is no such key, or the store cannot say such a thing.
+        """
+
+    def is_read(self, key: str) -> bool:
+        """Whether somebody says that ``key`` is being read; False when the store cannot tell."""
+
     def remarks(self) -> list[str]:
         """What people should know about how this store works here; each sentence is given out once."""
 

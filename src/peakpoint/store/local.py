@@ -17,6 +17,7 @@ import stat
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -300,6 +301,33 @@ class LocalStore:
         except NotFoundError:
             return None
 
+    def reading(self, key: str) -> "SharedHold | None":
+        """See ``Store.reading``: a shared ``flock``, which needs a file that may be read."""
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)  # those who ask hold it for microseconds
+        except OSError:  # a file system without such locks
+            os.close(fd)
+            return None
+        return SharedHold(fd)
+
+    def is_read(self, key: str) -> bool:
+        """See ``Store.is_read``: whether an exclusive ``flock`` is refused."""
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)
+        finally:
+            os.close(fd)
+        return False
+
     def remarks(self) -> list[str]:
         """See ``Store.remarks``: whether direct I/O is refused."""
         said, self._remarks = self._remarks, []
@@ -313,6 +341,21 @@ class LocalStore:
         with translated("ask for the free space of", path):
             status = os.statvfs(path)
         return status.f_bavail * status.f_frsize
+
+
+class SharedHold:
+    """See ``Store.reading``.
+
+    Args:
+        fd: an open file with a shared lock, which goes when it is closed.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._close = weakref.finalize(self, os.close, fd)
+
+    def release(self) -> None:
+        """See ``Hold.release``."""
+        self._close()
 
 
 class _Translating:

@@ -107,6 +107,13 @@ class MemoryStore:
         note = self._holders.get(check_key(key))
         return None if note is None else holder_text(note)
 
+    def reading(self, key: str) -> None:
+        """See ``Store.reading``: bytes that are read here are copies, and need no such word."""
+
+    def is_read(self, key: str) -> bool:  # noqa: ARG002 - of the protocol
+        """See ``Store.is_read``: cannot tell."""
+        return False
+
     def remarks(self) -> list[str]:
         """See ``Store.remarks``: nothing."""
         return []
