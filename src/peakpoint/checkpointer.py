@@ -116,7 +116,7 @@ class Checkpointer:
         self._clock, self._announce = clock, announce
         self._store = open_store(root)
         self._buffer = _buffer(capture_bytes)
-        self._encoder = StateEncoder()
+        self._encoder = StateEncoder(shares=isinstance(self._buffer, Staging))
         self._load: LoadReport | None = None
         self._started = False
         self._closed = False
@@ -180,6 +180,8 @@ class Checkpointer:
             self._take(report.metrics)
         self._generators = found.generators
         self._saver.set_aside(found.damaged)
+        if self._saver.committed and self._saver.committed[-1].id == found.parent:
+            self._encoder.inherit(self._saver.committed[-1])
         self._journal.append(
             journals.Started(
                 at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested

@@ -212,6 +212,7 @@ class Saver:
         self._notices += self._store.remarks()
         self._committed = (*self._committed, manifest)
         self.last_id = manifest.id
+        job.captured.committed(manifest)
         self._journal.append(
             Saved(
                 at=self._journal.now(),
