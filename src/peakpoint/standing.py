@@ -42,8 +42,8 @@ class Standing:
     A tensor is expected to be what it was when its version counter has not moved, unless optimizers step on it, or when
     its digest was the same in so many checkpoints. Counters that were wrong once, in either direction, are not listened
     to again. A tensor that changes leaves the file of those that stand still, and from then on tensors must have stood
-    still twice as long to come in: the file is laid out anew for at most the logarithm of the number of saves. When
-    nobody leaves, tensors come in as soon as what was written in vain for them is worth writing the file again.
+    still twice as long to be in it: in n saves, tensors leave at most ``1 + log2(n)`` times. When none leaves, tensors
+    come in as soon as what was written in vain for them is worth writing the whole file again.
 
     Attributes:
         apart: what stands in the file of its own.
@@ -102,12 +102,11 @@ class Standing:
             return
         if not apart - facts.frozen <= staying:
             self._patience *= 2
-        long = {name for name in standing if self._still.get(name, 0) + (name in quiet) >= self._patience}
-        coming = (long | frozen) - staying
-        if staying == apart:  # the file stays as it is unless somebody comes in
-            in_vain = sum(facts.sizes[name] * max(1, self._still.get(name, 0) + (name in quiet)) for name in coming)
-            coming = coming if in_vain >= _bytes(staying, facts.sizes) else set()
-        together = frozenset(staying | coming)
+        counts = {name: self._still.get(name, 0) + (name in quiet) for name in standing}
+        together = frozenset(frozen | {name for name, count in counts.items() if count >= self._patience})
+        if staying == apart:  # the file stays as it is unless enough comes in
+            in_vain = sum(facts.sizes[name] * max(1, counts.get(name, 0)) for name in together - staying)
+            together = staying | together if in_vain >= _bytes(staying, facts.sizes) else staying
         self.apart = together if _bytes(together, facts.sizes) >= WORTH_A_FILE else NONE
         self.calm = not names - self.apart - standing - frozen
 
