@@ -159,7 +159,10 @@ def _go(children: Any, found: list[torch.Tensor]) -> bool:
 def _encode_plain(value: Any, holder: Any, key: Any) -> bool:
     encoder = Encoder()
     try:
-        holder[key] = encoder.encode(value, "")
+        tree = encoder.encode(value, "")
     except ConfigError:
         return False  # the whole is encoded again, to say where this is
-    return not encoder.names
+    if encoder.names:
+        return False  # it holds tensors, or an array that has become one: the tree has their names in the whole
+    holder[key] = tree
+    return True
