@@ -55,10 +55,15 @@ states = st.recursive(
 )
 
 
+def place(tensor):
+    """Where a tensor is; for bytes, which may be an array that has become a tensor for the occasion, what it is."""
+    return bytes(tensor) if tensor.dtype == torch.uint8 else tensor.data_ptr()
+
+
 def looks(tree, tensors):
     """Everything that an encoding says, for comparison."""
     found = {
-        name: (t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.requires_grad) for name, t in tensors.items()
+        name: (place(t), t.dtype, t.shape, t.stride(), t.is_conj(), t.requires_grad) for name, t in tensors.items()
     }
     return msgspec.json.encode(tree), found
 

@@ -40,8 +40,8 @@ class Standing:
     """What stands still in one part.
 
     A tensor is expected to be what it was when its version counter has not moved, unless optimizers step on it, or when
-    its digest was the same in so many checkpoints. Counters that were wrong once, in either direction, are not listened
-    to again. A tensor that changes leaves the file of those that stand still, and from then on tensors must have stood
+    its digest was the same in so many checkpoints. It is expected to change when its counter has moved which used to
+    stand still. Counters that were wrong once are not listened to again. A tensor that changes leaves the file of those that stand still, and from then on tensors must have stood
     still twice as long to be in it: in n saves, tensors leave at most ``1 + log2(n)`` times. When none leaves, tensors
     come in as soon as what was written in vain for them is worth writing the whole file again.
 
@@ -56,7 +56,8 @@ class Standing:
         self._digests: Mapping[str, str] = {}  # in the last commit
         self._still: dict[str, int] = {}  # commits in a row in which a digest was that of the commit before
         self._changed: AbstractSet[str] = NONE  # in the last commit
-        self._deaf: AbstractSet[str] = NONE  # whose version counters say nothing
+        self._deaf: AbstractSet[str] = NONE  # whose version counters have been wrong
+        self._honest: AbstractSet[str] = NONE  # whose version counters have stood still with the digests
         self._left: AbstractSet[str] = NONE  # frozen ones that have changed all the same
         self._patience = 1
         self._place: object = None  # as of the last commit
@@ -90,8 +91,7 @@ class Standing:
             return  # everything moves: the usual case, decided quickly
         touched = names - self._untouched if self._listened else NONE
         quiet = (self._untouched - self._deaf - facts.stepped) & names
-        doubtless = facts.frozen - self._left  # written over by hand, perhaps with what they were
-        moving = (touched - self._deaf - doubtless) | (self._changed - quiet)
+        moving = (touched & self._honest) | (self._changed - quiet)
         standing = ((quiet | self._still.keys()) - moving) & names
         self._left = self._left | (facts.frozen & moving)
         frozen = facts.frozen - self._left
@@ -124,8 +124,9 @@ class Standing:
         same = {name for name, digest in digests.items() if before.get(name) == digest}
         self._changed = (digests.keys() & before.keys()) - same
         self._still = {name: self._still.get(name, 0) + 1 for name in same}
-        touched_same = same - self._untouched if self._listened else NONE
-        self._deaf = self._deaf | (self._untouched & self._changed) | touched_same
+        overwritten = same - self._untouched if self._listened else NONE  # with what they were
+        self._deaf = self._deaf | (self._untouched & self._changed) | overwritten
+        self._honest = (self._honest | (self._untouched & same)) - self._deaf
         self._digests = digests
         self._place, self._versions = self._seen
 
