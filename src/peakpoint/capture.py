@@ -262,7 +262,7 @@ def capture(
         encoder: of this state, for the whole run.
         buffer: receives the tensors.
         owned: memory that may be copied later; empty to copy everything now.
-        stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own.
+        stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own at once.
 
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.

@@ -41,9 +41,10 @@ class Standing:
 
     A tensor is expected to be what it was when its version counter has not moved, unless optimizers step on it, or when
     its digest was the same in so many checkpoints. It is expected to change when its counter has moved which used to
-    stand still. Counters that were wrong once are not listened to again. A tensor that changes leaves the file of those that stand still, and from then on tensors must have stood
-    still twice as long to be in it: in n saves, tensors leave at most ``1 + log2(n)`` times. When none leaves, tensors
-    come in as soon as what was written in vain for them is worth writing the whole file again.
+    stand still. Counters that were wrong once are not listened to again. A tensor that changes leaves the file of those
+    that stand still, and from then on tensors must have stood still twice as long to be in it: in n saves, tensors
+    leave at most ``1 + log2(n)`` times. When none leaves, tensors come in as soon as what was written in vain for them
+    is worth writing the whole file again.
 
     Attributes:
         apart: what stands in the file of its own.

@@ -138,7 +138,7 @@ class Staging:
                 unpin(self._memory)
             # tensors may move into a second file of their part, with a header of its own: no new memory for that
             spare = sum(len(layout.header) + 3 * PAGE for layout in layouts)
-            self._memory = allocate(needed + spare)
+            self._memory = allocate(max(needed + spare, PAGE))
             self._pinned = False
         position = 0
         for layout in layouts:
