@@ -421,3 +421,22 @@ def test_any_tensors_may_change_at_any_time(schedule, gone, overlap):
                 for path in one.path.glob("*.safetensors"):
                     load_file(path)
         assert audit(pp.open(root), deep=True).clean
+
+
+def test_through_a_ring_nothing_is_shared_and_a_later_process_may_share(tmp_path):
+    expected = []
+    for capture_bytes in ("1 MiB", None, "1 MiB"):
+        model, optimizer = mixed()
+        state = {"model": model, "optimizer": optimizer, "mean": {"a": torch.randn(300, 512)}}
+        with checkpointer(tmp_path, state=state, capture_bytes=capture_bytes) as ckpt:
+            ckpt.resume()
+            for _ in range(3):
+                learn(model, optimizer)
+                expected.append(copied(state))
+                ckpt.report(step=len(expected))
+    for one, held in zip(kept(tmp_path), expected, strict=True):
+        assert_holds(one, held, tmp_path)
+    shared = [
+        any(file.shared for file in pp.open(tmp_path).find_manifest(f"r/{one.name}").files) for one in kept(tmp_path)
+    ]
+    assert shared == [False] * 3 + [False, True, True] + [False] * 3
