@@ -37,8 +37,13 @@ def parts(kind):
         return model, None, {"model": model}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     if kind == "frozen":  # a part whose file is shared from checkpoint to checkpoint
+        notes = {
+            "seen": [],
+            "table": torch.arange(20_000.0),
+            "count": torch.zeros(1),
+        }  # the table is shared
         backbone = torch.nn.Linear(200, 100).requires_grad_(False)
-        return model, optimizer, {"model": model, "optimizer": optimizer, "notes": {"seen": []}, "backbone": backbone}
+        return model, optimizer, {"model": model, "optimizer": optimizer, "notes": notes, "backbone": backbone}
     return model, optimizer, {"model": model, "optimizer": optimizer, "notes": {"seen": []}}
 
 
@@ -60,6 +65,8 @@ def train(root, ops, kind, acknowledged=lambda step: None):
             if optimizer is not None:
                 optimizer.step()
                 state["notes"]["seen"].append(epoch)
+                if "count" in state["notes"]:
+                    state["notes"]["count"] += 1
             model.zero_grad()
             ckpt.report(loss=loss.item() + 0.1 * (epoch == 1))
             ckpt.wait()

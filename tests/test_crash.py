@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+VERBS = ["archive", "restore", "trash", "undo", "keep"]
 KINDS = ["single", "several", "frozen", "thinned"]
 
 
@@ -17,8 +18,14 @@ def test_nothing_durable_is_lost(what, kind, record_property):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("what", ["kill", "power"])
-@pytest.mark.parametrize("verb", ["archive", "restore", "trash", "undo", "keep"])
+@pytest.mark.parametrize(
+    ("what", "verb"),
+    [
+        *(("power", verb) for verb in VERBS),
+        *(("kill", verb) for verb in VERBS[2:]),
+        *(pytest.param("kill", verb, marks=pytest.mark.slow) for verb in VERBS[:2]),  # minutes
+    ],
+)
 def test_upkeep_can_be_cut_short_anywhere(what, verb, record_property):
     enumerate_points("crashes_of_upkeep.py", what, verb, record_property)
 

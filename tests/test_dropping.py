@@ -60,6 +60,7 @@ def test_a_best_loses_its_optimizer_and_keeps_its_weights(tmp_path):
     (record,) = records(pp.open(tmp_path).store, "r", found[2].name)
     assert record.parts == ("optimizer",)
     assert "do not need optimizer" in record.why
+    loaded.close()
     # and it can be removed like any other
     run(tmp_path, [0.95, 0.1, 0.1], resume="auto")
     assert found[2].path.exists() is False

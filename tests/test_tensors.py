@@ -489,6 +489,23 @@ def test_a_second_fill_reuses_the_memory():
     assert read(second)["w"].tolist() == [2.0] * 1000
 
 
+def test_tensors_that_move_into_a_second_file_need_no_new_memory():
+    staging = Staging()
+    tensors = {f"layer{number}.weight": torch.full((1000 + number,), float(number)) for number in range(300)}
+    for bytes_more in range(0, 4096, 512):  # wherever the pages end
+        tensors["more"] = torch.ones(bytes_more, dtype=torch.uint8)
+        staging.fill({"a.safetensors": tensors, "b.safetensors": {"x": torch.ones(3)}})
+        size = staging.size
+        for apart in ([], ["layer7.weight"], list(tensors)[:150], list(tensors)[1:]):
+            main = {name: tensor for name, tensor in tensors.items() if name not in apart}
+            files = {"a.safetensors": main, "a+frozen.safetensors": {name: tensors[name] for name in apart}}
+            images = staging.fill({**files, "b.safetensors": {"x": torch.ones(3)}})
+            assert staging.size == size
+            for image, expected in zip(images, files.values(), strict=False):
+                assert safe_load(bytes(image.data)).keys() == expected.keys()
+        staging = Staging()
+
+
 def test_layouts_may_grow_shrink_and_change():
     staging = Staging()
     steps = [

@@ -49,15 +49,21 @@ states = st.recursive(
         | st.lists(st.tuples(keys, inner), max_size=4).map(dict)
         | st.lists(st.tuples(keys, inner), max_size=4).map(OrderedDict)
         | st.lists(st.integers(0, 3), max_size=3).map(np.array)
+        | st.just(np.arange(200.0))  # large enough to become a tensor
     ),
     max_leaves=12,
 )
 
 
+def place(tensor):
+    """Where a tensor is; for bytes, which may be an array that has become a tensor for the occasion, what it is."""
+    return bytes(tensor) if tensor.dtype == torch.uint8 else tensor.data_ptr()
+
+
 def looks(tree, tensors):
     """Everything that an encoding says, for comparison."""
     found = {
-        name: (t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.requires_grad) for name, t in tensors.items()
+        name: (place(t), t.dtype, t.shape, t.stride(), t.is_conj(), t.requires_grad) for name, t in tensors.items()
     }
     return msgspec.json.encode(tree), found
 
@@ -145,6 +151,18 @@ def test_what_cannot_be_kept_is_refused_the_second_time_too():
     state["t"] = torch.ones(4)
     tracer.encode(state, 'state["m"]', attributes=False)
     assert looks(tracer.tree, tracer.tensors) == fresh(state)
+
+
+def test_large_arrays_beside_tensors_come_back(tmp_path):
+    state = {"extra": {"t": torch.ones(3), "array": np.arange(2000.0)}}
+    with checkpointer(tmp_path, state=state) as ckpt:
+        for step in (1, 2, 3):
+            state["extra"]["array"][step] = -1
+            ckpt.report(step=step)
+            ckpt.wait()
+            saved = pp.load(f"r:{step}", root=tmp_path)["extra"]
+            assert np.array_equal(saved["array"], state["extra"]["array"])
+            assert same(saved["t"], torch.ones(3))
 
 
 def test_the_places_of_a_state_with_other_parts_are_others():

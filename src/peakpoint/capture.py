@@ -4,7 +4,7 @@ The copy of the state that is written is taken here, in one go, so that training
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,10 +15,12 @@ from torch.nn.parameter import is_lazy
 
 from peakpoint import layout, rng
 from peakpoint.collector import no_collection
-from peakpoint.copying import Storage, Transfer, storage_of
+from peakpoint.copying import Storage, Transfer, storage_of, versions_of
 from peakpoint.errors import ConfigError
+from peakpoint.manifest import Manifest
 from peakpoint.names import check_part
 from peakpoint.ring import Ring
+from peakpoint.standing import Facts, Standing
 from peakpoint.tensors import Staging
 from peakpoint.tracing import Tracer
 from peakpoint.tree import Encoder
@@ -75,12 +77,14 @@ class Captured:
         parts: part name to the names of its tensor files.
         copying: what is still being copied.
         stays: whether the copy stays in memory until the next capture, so that it can be written again.
+        committed: to be called with the manifest once it exists.
     """
 
     images: tuple[FileImage, ...]
     parts: Mapping[str, tuple[str, ...]]
     copying: Transfer
     stays: bool
+    committed: Callable[[Manifest], None]
 
     @property
     def size_bytes(self) -> int:
@@ -89,13 +93,19 @@ class Captured:
 
 
 class StateEncoder:
-    """Encodes the parts of a state, save after save."""
+    """Encodes the parts of a state, save after save, and says which tensors go into which file.
 
-    def __init__(self) -> None:
+    Args:
+        shares: whether files may be shared with the checkpoint before.
+    """
+
+    def __init__(self, *, shares: bool = True) -> None:
+        self._shares = shares
         self._tracers: dict[str, Tracer] = {}
+        self._standing: dict[str, Standing] = {}
+        self._facts: dict[str, tuple[object, frozenset[Storage], Facts]] = {}
+        self._apart: dict[str, frozenset[str]] = {}
         self._places = object()
-        self._frozen: dict[str, frozenset[str]] = {}
-        self._stepped: frozenset[Storage] | None = None
 
     def encode(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]], object]:
         """See ``encode_state``; what the last call returned is overwritten.
@@ -112,7 +122,7 @@ class StateEncoder:
         trees = {name: tracer.tree for name, tracer in self._tracers.items()}
         files = {name: tracer.tensors for name, tracer in self._tracers.items() if tracer.tensors}
         if not same:
-            self._places, self._frozen, self._stepped = object(), {}, None
+            self._places = object()
         return trees, files, self._places
 
     @property
@@ -125,8 +135,8 @@ class StateEncoder:
         state: Mapping[str, Any],
         files: Mapping[str, Mapping[str, torch.Tensor]],
         stepped: frozenset[Storage],
-    ) -> tuple[dict[str, dict[str, torch.Tensor]], set[str]]:
-        """The tensor files of what ``encode`` has returned: parameters that nothing trains get files of their own.
+    ) -> tuple[dict[str, Mapping[str, torch.Tensor]], set[str]]:
+        """The tensor files of what ``encode`` has returned: tensors that stand still get files of their own.
 
         Args:
             state: part name to live object.
@@ -134,43 +144,87 @@ class StateEncoder:
             stepped: memory that optimizers change; empty when there is no optimizer.
 
         Returns:
-            File name to its tensors, and the names of the files that hold only frozen parameters.
+            File name to its tensors, and the names of the files that are likely to be those of the checkpoint before.
         """
-        if stepped is not self._stepped:
-            frozen = {part: _frozen(state[part], tensors, stepped) for part, tensors in files.items()}
-            if frozen != self._frozen:
-                self._places, self._frozen = object(), frozen
-            self._stepped = stepped
-        named: dict[str, dict[str, torch.Tensor]] = {}
+        apart = {}
+        calm = set()
+        for part, tensors in files.items():
+            facts = self._facts_of(part, state[part], tensors, stepped)
+            if not self._shares:
+                apart[part] = facts.frozen_apart
+                continue
+            standing = self._standing.setdefault(part, Standing())
+            standing.decide(facts, self._tracers[part].place, versions_of(tensors.values()))
+            apart[part] = standing.apart
+            if standing.calm:
+                calm.add(part)
+        if apart != self._apart:
+            self._places, self._apart = object(), apart
+        named: dict[str, Mapping[str, torch.Tensor]] = {}
         stable = set()
         for part, tensors in files.items():
-            apart = self._frozen[part]
-            whole = len(apart) == len(tensors)
-            if apart:
-                name = f"{part}.safetensors" if whole else f"{part}{FROZEN}.safetensors"
-                stable.add(name)
-            if not whole:
-                named[f"{part}.safetensors"] = {name: t for name, t in tensors.items() if name not in apart}
-            if apart:
-                named[name] = {key: tensors[key] for key in tensors if key in apart}
+            own = apart[part]
+            main = f"{part}.safetensors"
+            if not own:
+                named[main] = tensors
+            elif len(own) == len(tensors):
+                named[main] = tensors
+                stable.add(main)
+            else:
+                named[main] = {name: tensor for name, tensor in tensors.items() if name not in own}
+                named[f"{part}{FROZEN}.safetensors"] = {name: tensors[name] for name in tensors if name in own}
+                stable.add(f"{part}{FROZEN}.safetensors")
+            if part in calm:
+                stable.add(main)
         return named, stable
+
+    def _facts_of(
+        self, part: str, value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]
+    ) -> Facts:
+        place = self._tracers[part].place
+        known = self._facts.get(part)
+        if known is not None and place is not None and known[0] is place and known[1] is stepped:
+            return known[2]
+        facts = _facts(value, tensors, stepped)
+        self._facts[part] = place, stepped, facts
+        return facts
+
+    def learn(self, manifest: Manifest) -> None:
+        """What was captured last has been committed as ``manifest``."""
+        if self._shares:
+            for part in manifest.parts:
+                if part in self._standing:
+                    self._standing[part].learn(_digests(manifest, manifest.parts[part]))
+
+    def inherit(self, manifest: Manifest) -> None:
+        """The state has been restored from a checkpoint: what stood still before it is expected to go on so."""
+        for part, names in manifest.parts.items():
+            if names:
+                apart = _digests(manifest, [name for name in names if FROZEN in name])
+                shared = _digests(manifest, [name for name in names if manifest.file(name).shared])
+                self._standing[part] = Standing()
+                self._standing[part].inherit(_digests(manifest, names), apart.keys(), shared.keys())
 
 
 FROZEN = "+frozen"  # no part can have such a name
-_WORTH_A_FILE = 64 * 1024  # bytes
 
 
-def _frozen(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> frozenset[str]:
-    """The names of tensors that are parameters of a module, and that no optimizer steps on."""
-    if not isinstance(value, torch.nn.Module) or not stepped:
-        return NONE
+def _facts(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> Facts:
+    sizes = {name: size for name, tensor in tensors.items() if (size := tensor.nbytes)}
+    if not stepped:
+        return Facts(tuple(tensors), sizes)
+    memory = {name: storage_of(tensors[name]) for name in sizes}
+    owned = frozenset(name for name, storage in memory.items() if storage in stepped)
+    if not isinstance(value, torch.nn.Module):
+        return Facts(tuple(tensors), sizes, stepped=owned)
     parameters = {storage_of(parameter) for parameter in value.parameters() if not is_lazy(parameter)} - stepped
-    names = [name for name, tensor in tensors.items() if tensor.numel() and storage_of(tensor) in parameters]
-    enough = sum(tensors[name].nbytes for name in names) >= _WORTH_A_FILE
-    return frozenset(names) if enough else NONE
+    frozen = frozenset(name for name, storage in memory.items() if storage in parameters)
+    return Facts(tuple(tensors), sizes, frozen, owned)
 
 
-NONE: frozenset[str] = frozenset()
+def _digests(manifest: Manifest, files: Sequence[str]) -> dict[str, str]:
+    """The digests of all tensors in some files of a checkpoint."""
+    return {tensor.name: tensor.digest for name in files for tensor in manifest.file(name).tensors}
 
 
 def _part_of(file: str) -> str:
@@ -208,7 +262,7 @@ def capture(
         encoder: of this state, for the whole run.
         buffer: receives the tensors.
         owned: memory that may be copied later; empty to copy everything now.
-        stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own.
+        stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own at once.
 
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
@@ -249,4 +303,5 @@ def _capture(
         {**parts, "rng": (), "loop": ()},
         copying,
         isinstance(buffer, Staging),
+        encoder.learn,
     )

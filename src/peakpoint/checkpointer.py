@@ -122,7 +122,7 @@ class Checkpointer:
         self._store = open_store(root)
         self._buffer = _buffer(capture_bytes)
         kept_for = read_duration("undo_for", undo_for)
-        self._encoder = StateEncoder()
+        self._encoder = StateEncoder(shares=isinstance(self._buffer, Staging))
         self._load: LoadReport | None = None
         self._closed = False
         self._exit_code = 0 if preempt is None else preempt.exit_code
@@ -187,6 +187,8 @@ class Checkpointer:
             self._take(report.metrics)
         self._generators = found.generators
         self._saver.set_aside({*found.damaged, *damage(self._store, there.manifests)})
+        if self._saver.committed and self._saver.committed[-1].id == found.parent:
+            self._encoder.inherit(self._saver.committed[-1])
         self._journal.append(
             journals.Started(
                 at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested

@@ -106,7 +106,7 @@ class Copying:
         self._plan = plan
         self._sources: Sequence[torch.Tensor] = sources
         self._chunks = plan.chunks
-        self._versions = [_version(sources[number]) for number in plan.later]
+        self._versions = versions_of([sources[number] for number in plan.later])
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._ready = 0  # everything before this byte of the buffer is final
@@ -184,7 +184,7 @@ class Copying:
                 return
             self._checked = True
             for number, version in zip(self._plan.later, self._versions, strict=True):
-                if _version(self._sources[number]) != version:
+                if version_of(self._sources[number]) != version:
                     self._error = ChangedError(
                         f"tensor {self._plan.names[number]!r} changed outside optimizer.step() while it was being "
                         "copied; change weights in step(), or pass overlap=False so that report() copies everything "
@@ -282,8 +282,17 @@ def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor has been written to in ways that torch counts; -1 for inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - there is no other way to see a change
+
+
+def versions_of(tensors: Collection[torch.Tensor]) -> list[int]:
+    """``version_of`` each."""
+    try:
+        return [tensor._version for tensor in tensors]  # noqa: SLF001
+    except RuntimeError:  # an inference tensor among them
+        return [version_of(tensor) for tensor in tensors]
 
 
 @torch.no_grad()

@@ -227,6 +227,7 @@ class Saver:
         # the name was free: whatever had it before is gone
         self._committed = (*(one for one in self._committed if one.name != manifest.name), manifest)
         self.last_id = manifest.id
+        job.captured.committed(manifest)
         self._unrecorded.append(
             Saved(
                 at=self._journal.now(),

@@ -136,7 +136,9 @@ class Staging:
         if self._memory is None or len(self._memory) < needed:
             if self._memory is not None and self._pinned:
                 unpin(self._memory)
-            self._memory = allocate(max(needed, PAGE))
+            # tensors may move into a second file of their part, with a header of its own: no new memory for that
+            spare = sum(len(layout.header) + 3 * PAGE for layout in layouts)
+            self._memory = allocate(max(needed + spare, PAGE))
             self._pinned = False
         position = 0
         for layout in layouts:

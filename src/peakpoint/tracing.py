@@ -45,11 +45,13 @@ class Tracer:
     Attributes:
         tree: of the last ``encode``; changed by the next one.
         tensors: what must be stored, by name.
+        place: the same object as long as every tensor is where it was; None when that cannot be told.
     """
 
     def __init__(self) -> None:
         self.tree: Any = None
         self.tensors: dict[str, torch.Tensor] = {}
+        self.place: object = None
         self._follow: Step | None = None
         self._facts: Facts = []
         self._stored: dict[str, int] = {}
@@ -67,7 +69,7 @@ class Tracer:
                 self.tensors = {name: plain[number] for name, number in self._stored.items()}
                 return True
         encoder = Encoder()
-        self._follow = None
+        self._follow = self.place = None
         before = self.tensors
         self.tree = encoder.encode(value, path, attributes=attributes)
         self.tensors = encoder.tensors
@@ -84,6 +86,7 @@ class Tracer:
         if follow is not None and follow(value, found) and len(found) == len(numbers):
             self._follow, self._facts = follow, _facts(found)
             self._stored = {name: numbers[name] for name in encoder.tensors}
+            self.place = object() if self._facts else None
 
 
 def _learn(value: Any, tree: Any) -> Step | None:
@@ -156,7 +159,10 @@ def _go(children: Any, found: list[torch.Tensor]) -> bool:
 def _encode_plain(value: Any, holder: Any, key: Any) -> bool:
     encoder = Encoder()
     try:
-        holder[key] = encoder.encode(value, "")
+        tree = encoder.encode(value, "")
     except ConfigError:
         return False  # the whole is encoded again, to say where this is
-    return not encoder.names
+    if encoder.names:
+        return False  # it holds tensors, or an array that has become one: the tree has their names in the whole
+    holder[key] = tree
+    return True

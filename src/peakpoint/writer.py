@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Protocol
 
 from blake3 import blake3
@@ -242,7 +242,7 @@ def _share(store: Store, draft: Manifest, image: FileImage, before: Manifest | N
     if before is None or not image.stable or image.transient:
         return None
     other = next((file for file in before.files if file.name == image.name and file.size == image.size), None)
-    if other is None:
+    if other is None or [record[:-1] for record in other.tensors] != [astuple(span) for span in image.spans]:
         return None
     mine = file_record(image)
     if replace(other, shared="") != mine:
