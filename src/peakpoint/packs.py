@@ -545,7 +545,7 @@ def write_pack(store: Store, manifest: Manifest, plain: PlainSource, bases: Sequ
             ) -> Any:
                 begin, end, dtype = cut
                 others = gather(sources, spots_in(spots, begins, begin, end), {})
-                return cut, codec.pack(data[begin:end], dtype, others, level or codec.LEVEL)
+                return cut, codec.pack(data[begin:end], dtype, others, level)
 
             pieces = []
             for (begin, end, dtype), (method, packed) in in_order(pack, list(_cut(spots))):

@@ -52,9 +52,7 @@ def _chosen(repository: Repository, name: str, names: Sequence[str]) -> tuple[Ru
 @click.argument("name", metavar="RUN")
 @click.argument("names", metavar="[REF]...", nargs=-1)
 @click.option("--dry-run", is_flag=True, help="Only say what would be packed.")
-@click.option(
-    "--level", type=click.IntRange(1, 19), help="Of zstd; higher is slower, and hardly smaller. 3 by default."
-)
+@click.option("--level", type=click.IntRange(1, 19), help="Of zstd; higher is slower, and hardly smaller.")
 @JSON
 def archive(
     root: Path,
