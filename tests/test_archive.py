@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from peakpoint import packs, upkeep
 from peakpoint.archiving import CHAIN
 from peakpoint.audit import audit
 from peakpoint.cli.main import cli
+from peakpoint.seal import seal, unseal
 from peakpoint.store import MemoryStore
 from training import checkpointer, parts, same, train
 
@@ -208,6 +210,49 @@ def test_every_damage_to_a_pack_is_noticed(tmp_path):
     assert [one.id for one in upkeep.restore(run_of(tmp_path))] == [first.id, last.id]
 
 
+def rewritten(root, whose, **changes):
+    """The pack of a checkpoint with another index, sealed as it should be."""
+    path = root / "runs/r/archive" / f"{whose}.pack"
+    data = path.read_bytes()
+    length = int.from_bytes(data[-16:-8], "little")
+    body, index = data[: -16 - length], unseal(data[-16 - length : -16], where="test")
+    sealed = seal({**index, **changes})
+    path.write_bytes(body + sealed + len(sealed).to_bytes(8, "little") + data[-8:])
+
+
+def test_hostile_packs_are_refused(tmp_path):
+    trained(tmp_path, epochs=3, width=4)
+    upkeep.archive(run_of(tmp_path))
+    ids = [one.id for one in run_of(tmp_path).manifests()]
+    good = {one: (tmp_path / "runs/r/archive" / f"{one}.pack").read_bytes() for one in ids}
+    files = packs.read_index(pp.open(tmp_path).store, "r", ids[2]).files
+    plain = msgspec.to_builtins(files)
+    holes = [{**plain[0], "pieces": plain[0]["pieces"][1:]}, *plain[1:]]
+    outside = [{**plain[0], "pieces": [[*piece[:4], 10**12, 1] for piece in plain[0]["pieces"]]}, *plain[1:]]
+    other = [{**plain[0], "record": {**plain[0]["record"], "size": 10**15}}, *plain[1:]]
+    for changes in (
+        {"bases": [ids[2]]},
+        {"bases": [ids[1], "../../../etc"]},
+        {"bases": []},
+        {"checkpoint": ids[0]},
+        {"files": holes},
+        {"files": outside},
+        {"files": other},
+        {"files": []},
+    ):
+        rewritten(tmp_path, ids[2], **changes)
+        with pytest.raises((pp.CorruptError, pp.FormatError, pp.ConfigError)):
+            pp.load("r:epoch=2", root=tmp_path).verify()
+        (tmp_path / "runs/r/archive" / f"{ids[2]}.pack").write_bytes(good[ids[2]])
+    rewritten(tmp_path, ids[0], bases=[ids[2]])  # a circle
+    with pytest.raises(pp.CorruptError, match="needs itself"):
+        pp.load("r:epoch=2", root=tmp_path).verify()
+    for bad in ({"format": 9}, {"depth": "deep"}, {"files": 7}):
+        rewritten(tmp_path, ids[0], **bad)
+        with pytest.raises(pp.FormatError):
+            pp.load("r:epoch=0", root=tmp_path).verify()
+
+
 def test_a_damaged_checkpoint_stays_as_it_is_and_the_others_are_archived(tmp_path):
     trained(tmp_path, epochs=4, width=4)
     second = run_of(tmp_path).checkpoints()[1]
@@ -260,7 +305,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path):
 def test_the_commands_say_what_they_do(tmp_path):
     trained(tmp_path, epochs=3)
     assert "would archive 3 checkpoints" in command("archive", tmp_path, "r", "--dry-run")
-    assert "1 checkpoints" in command("archive", tmp_path, "r", "r:epoch=1")
+    assert "1 checkpoint" in command("archive", tmp_path, "r", "r:epoch=1")
     output = command("archive", tmp_path, "r")
     assert "2 checkpoints" in output
     assert "the one before" in output
@@ -268,7 +313,7 @@ def test_the_commands_say_what_they_do(tmp_path):
     assert "archived in" in command("ls", tmp_path)
     assert "in a pack of" in command("show", tmp_path, "r@latest")
     assert "in a pack of" in command("explain", tmp_path, "r@latest")
-    assert "restored 1 checkpoints" in command("restore", tmp_path, "r", "r@latest")
+    assert "restored 1 checkpoint" in command("restore", tmp_path, "r", "r@latest")
     assert "restored 2 checkpoints" in command("restore", tmp_path, "r")
     assert "nothing to restore" in command("restore", tmp_path, "r")
     shutil.copytree(tmp_path / "runs/r", tmp_path / "runs/q")

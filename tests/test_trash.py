@@ -46,7 +46,7 @@ def test_removed_and_brought_back_bit_for_bit(tmp_path):
     trained(tmp_path)
     before = files(tmp_path)
     name = run_of(tmp_path).find("r:epoch=1").name
-    assert "removed 1 checkpoints" in command("rm", tmp_path, "r:epoch=1", "--yes", "--why", "a mistake")
+    assert "removed 1 checkpoint" in command("rm", tmp_path, "r:epoch=1", "--yes", "--why", "a mistake")
     assert epochs(tmp_path) == [0, 2, 3, 4]
     with pytest.raises(pp.NotFoundError):
         pp.load("r:epoch=1", root=tmp_path)
@@ -106,7 +106,7 @@ def test_when_the_time_is_over_the_space_is_free(tmp_path):
 def test_the_trash_can_be_emptied(tmp_path):
     trained(tmp_path)
     command("rm", tmp_path, "r:epoch=0", "r:epoch=1", "--yes", "--undo-for", "30d")
-    assert "2 things are gone for good" in command("trash", tmp_path, "--empty")
+    assert "2 things gone for good" in command("trash", tmp_path, "--empty")
     assert len(list((tmp_path / "runs/r/checkpoints").iterdir())) == 3
 
 

@@ -452,9 +452,13 @@ def source_of(store: Store, run: str, checkpoint: str, known: Mapping[str, Sourc
         CorruptError: a pack is missing or damaged.
     """
     sources: dict[str, Source] = dict(known or {})
+    opening: set[str] = set()
 
     def find(wanted: str) -> Source:
         if wanted not in sources:
+            if wanted in opening:
+                raise CorruptError(f"{layout.pack_key(run, wanted)} is damaged: it needs itself")
+            opening.add(wanted)
             try:
                 sources[wanted] = PackSource(store, run, wanted, find)
             except NotFoundError as error:

@@ -153,7 +153,7 @@ def in_trash(run: Run, *, clock: Clock = utc_now) -> list[InTrash]:
 
 
 def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[tuple[Manifest, tuple[str, ...]]]:
-    """Bring removed checkpoints and dropped parts back.
+    """Bring removed checkpoints and dropped parts back, and pin the checkpoints: rules would take them again.
 
     Args:
         run: which.
@@ -182,6 +182,9 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[tupl
                 at=clock(), checkpoint=checkpoint, name=one.manifest.name, parts=parts, by=present_user()
             )
             events.append(event)
+            events.append(
+                journal.Pinned(at=clock(), checkpoint=checkpoint, why="brought back with undo", by=present_user())
+            )
             back.append((one.manifest, parts))
         return back
 

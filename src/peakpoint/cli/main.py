@@ -227,7 +227,7 @@ def rm(
             }
         )
     elif apply_now:
-        click.echo(f"removed {len(chosen) - len(failures)} checkpoints")
+        click.echo(f"removed {render.count(len(chosen) - len(failures), 'checkpoint')}")
         click.echo(render.undo_hint(root, undo_for))
     else:
         click.echo("nothing is removed yet; add --yes to remove")

@@ -55,6 +55,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def count(number: int, thing: str) -> str:
+    """``"1 checkpoint"``, ``"2 checkpoints"``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def seconds(value: float) -> str:
     """``"2.7 ms"`` or ``"1.25 s"``."""
     return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
@@ -228,7 +233,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 def audit_sentence(result: Audit) -> str:
     """What was looked at, in one sentence."""
     depth = "every byte compared with its digest" if result.deep else "sizes and seals compared; --deep compares bytes"
-    return f"{result.runs} runs, {result.checkpoints} checkpoints, {size(result.bytes)}: {depth}"
+    return f"{count(result.runs, 'run')}, {count(result.checkpoints, 'checkpoint')}, {size(result.bytes)}: {depth}"
 
 
 def packed_sizes(run: Run, manifests: Iterable[Manifest]) -> dict[str, int]:
@@ -248,7 +253,7 @@ def print_run(console: Console, run: Run) -> None:
     away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
     holder = run.holder()
     console.print(
-        f"[bold]{escape(run.name)}[/]: {len(manifests)} checkpoints, {size(total)}"
+        f"[bold]{escape(run.name)}[/]: {count(len(manifests), 'checkpoint')}, {size(total)}"
         + (f", archived in {size(total - away)}" if packed else "")
         + (f", newest {age(manifests[-1].created_at)}" if manifests else "")
         + (f", [cyan]being written by {escape(holder)}[/]" if holder else "")

@@ -104,7 +104,9 @@ def _carry_out(
 def _print_done(root: Path, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool) -> None:
     parts = f", dropped parts of {len(decided.drop)}" if decided.drop else ""
     failed = f"; {len(failures)} failed" if failures else ""
-    click.echo(f"{'archived' if archive else 'removed'} {len(decided.remove)} checkpoints{parts}{failed}")
+    click.echo(
+        f"{'archived' if archive else 'removed'} {render.count(len(decided.remove), 'checkpoint')}{parts}{failed}"
+    )
     if decided.drop or not archive:
         click.echo(render.undo_hint(root, undo_for))
 
@@ -129,7 +131,7 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
     console.print(table)
     total = sum(manifest.size_bytes for manifest in manifests)
     console.print(
-        f"{len(manifests) - len(going)} of {len(manifests)} checkpoints stay, "
+        f"{len(manifests) - len(going)} of {render.count(len(manifests), 'checkpoint')} stay, "
         f"{render.size(total - decided.freed_bytes)}; {render.size(decided.freed_bytes)} would be freed"
     )
 

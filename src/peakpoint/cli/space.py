@@ -70,7 +70,7 @@ def archive(
         if json:
             render.as_json({"run": name, "would_archive": [_json(manifest) for manifest in chosen], "bytes": total})
         else:
-            click.echo(f"would archive {len(chosen)} checkpoints, {render.size(total)}")
+            click.echo(f"would archive {render.count(len(chosen), 'checkpoint')}, {render.size(total)}")
         return
     with _progress("packing", total) as advance:
         done, failures = upkeep.archive(run, chosen, level=level, progress=lambda one: advance(one.size_bytes))
@@ -114,7 +114,7 @@ def _print_packed(name: str, done: Sequence[Packed]) -> None:
     console.print(table)
     before, after = sum(one.size_bytes for one in done), sum(one.packed_bytes for one in done)
     console.print(
-        f"{len(done)} checkpoints, {render.size(before)} in {render.size(after)}, every byte compared; "
+        f"{render.count(len(done), 'checkpoint')}, {render.size(before)} in {render.size(after)}, every byte compared; "
         f"peakpoint restore brings the files back"
     )
 
@@ -134,7 +134,8 @@ def restore(root: Path, name: str, names: tuple[str, ...], json: bool) -> None: 
         render.as_json({"run": name, "restored": [_json(manifest) for manifest in done]})
     elif done:
         total = sum(manifest.size_bytes for manifest in done)
-        click.echo(f"restored {len(done)} checkpoints, {render.size(total)}, every byte compared with its digest")
+        restored = render.count(len(done), "checkpoint")
+        click.echo(f"restored {restored}, {render.size(total)}, every byte compared with its digest")
     else:
         click.echo("nothing to restore: none of these is archived")
 
@@ -159,7 +160,7 @@ def trash(root: Path, empty: bool, json: bool) -> None:  # noqa: FBT001
         console.print("the trash is empty")
         return
     if empty:
-        console.print(f"{len(found)} things are gone for good, {render.size(total)} freed")
+        console.print(f"{render.count(len(found), 'thing')} gone for good, {render.size(total)} freed")
         return
     table = Table(box=None, header_style="bold")
     for title in ("checkpoint", "what", "size", "until", "why"):
@@ -196,6 +197,7 @@ def undo(root: Path, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT00
         return
     for manifest, parts in found:
         click.echo(f"{manifest.run}/{manifest.name} is back" + (f" with {', '.join(parts)}" if parts else ""))
+    click.echo("pinned, so that no rule takes them again; peakpoint unpin lets the rules have them")
 
 
 COMMANDS = (archive, restore, trash, undo)
