@@ -305,7 +305,6 @@ def render(figures):
     lines += ["## Memory", "", *_memory(figures["memory"]), "## Space", ""]
     if figures["space"]:
         lines += _space(figures["space"])
-    lines += ["## Reports", ""]
     if figures.get("archive"):
         lines += [
             "## Archive",
@@ -316,6 +315,7 @@ def render(figures):
             "",
             *_archive(figures["archive"]),
         ]
+    lines += ["## Reports", ""]
     if figures["reports"]:
         lines += _reports(figures["reports"])
     return "\n".join(lines).rstrip() + "\n"
