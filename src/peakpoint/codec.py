@@ -23,8 +23,8 @@ from peakpoint.errors import CorruptError
 Words = NDArray[Any]
 Bytes = bytes | bytearray | memoryview
 
-LEVEL = 3
-"""zstd's level: 1 is faster and leaves more, higher ones are much slower and leave hardly less."""
+LEVELS = {"raw": 3, "plain": 3, "delta": 1, "trend": 1}
+"""zstd's levels: differences take most of the time, and a longer search finds little more in them."""
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 4}
 _INTEGERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
@@ -71,11 +71,11 @@ def pack(data: Bytes, dtype: str, bases: Sequence[Bytes] = (), level: int | None
         return SAME, b""
     width = _width(dtype)
     if width == 1 or len(data) % width:
-        return RAW, _compress(bytes(data), level or LEVEL)
+        return RAW, _compress(bytes(data), level or LEVELS[RAW])
     words, others = _words(data, dtype), [_words(base, dtype) for base in bases]
     sparse = _is_sparse(words)
     method = min(_methods(len(others)), key=lambda one: len(_encode(*_sample(words, others), dtype, one, sparse, 1)))
-    packed = _encode(words, others, dtype, method, sparse, level or LEVEL)
+    packed = _encode(words, others, dtype, method, sparse, level or LEVELS[method])
     return (f"{method}-sparse" if sparse else method), packed
 
 
