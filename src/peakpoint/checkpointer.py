@@ -32,7 +32,7 @@ from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
 from peakpoint.reader import damage
 from peakpoint.refs import near
-from peakpoint.report import Outcome, read_metrics, say, written_by
+from peakpoint.report import Outcome, classes, read_metrics, say, written_by
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
 from peakpoint.resume import Resumption, restore_generators, resumption
@@ -146,7 +146,7 @@ class Checkpointer:
             found = resumption(self._store, self.run)
             self._journal = Journal(self._store, self.run, self._clock)
             texts = tuple(rule.text for rule in self.rules)
-            self._journal.append(journals.Opened(at=now, by=self._by, rules=texts))
+            self._journal.append(journals.Opened(at=now, by=self._by, rules=texts, state=classes(self.state)))
             self._watch = Watch(preempt)
         except BaseException:
             self._hold.release()

@@ -12,7 +12,7 @@ checkpoint, and a resumed run makes those again.
 import io
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -35,11 +35,14 @@ class Opened:
         at: when.
         by: host, process id, versions.
         rules: the rules in force from now on, in text form.
+        state: part name to the class of what was given for it, such as ``"torch.optim.adamw.AdamW"``; for people and
+            reports, never to be imported.
     """
 
     at: datetime
     by: Mapping[str, str]
     rules: tuple[str, ...]
+    state: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +264,7 @@ _KINDS: dict[str, type[Event]] = {
     "closed": Closed,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-_MEMBERS = {kind: tuple(field.name for field in fields(kind)) for kind in _NAMES}
+_MEMBERS = {kind: tuple(member.name for member in fields(kind)) for kind in _NAMES}
 
 
 def encode(event: Event) -> bytes:

@@ -84,3 +84,13 @@ def written_by() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
+
+
+def classes(state: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each part, for people and reports.
+
+    Example:
+        >>> classes({"model": torch.nn.Linear(1, 1)})
+        {'model': 'torch.nn.modules.linear.Linear'}
+    """
+    return {part: f"{type(value).__module__}.{type(value).__qualname__}" for part, value in state.items()}
