@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from peakpoint.loading import load as load
     from peakpoint.preempt import Preempt as Preempt
     from peakpoint.report import Outcome as Outcome
-    from peakpoint.repository import Checkpoint as Checkpoint
+    from peakpoint.checkpoint import Checkpoint as Checkpoint
     from peakpoint.repository import Repository as Repository
     from peakpoint.repository import Run as Run
     from peakpoint.repository import open_repository as open
@@ -58,7 +58,7 @@ _HOMES = {
     "Best": ("rules", "Best"),
     "BestAtSparsity": ("rules", "BestAtSparsity"),
     "Budget": ("rules", "Budget"),
-    "Checkpoint": ("repository", "Checkpoint"),
+    "Checkpoint": ("checkpoint", "Checkpoint"),
     "Checkpointer": ("checkpointer", "Checkpointer"),
     "ConfigError": ("errors", "ConfigError"),
     "ConflictError": ("errors", "ConflictError"),

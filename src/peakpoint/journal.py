@@ -355,6 +355,21 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
     return Reading(tuple(events), tuple(damage), segments)
 
 
+def read_on(store: Store, run: str, segment: str, begin: int) -> tuple[list[Event], int]:
+    """What was appended to a segment since ``begin``, a number of bytes; damaged lines are left out.
+
+    Returns:
+        The events, and how far the segment is read now: a line without its newline is not.
+    """
+    key = f"{journal_prefix(run)}/{segment}"
+    data = store.get(key, begin)
+    whole = data[: data.rfind(b"\n") + 1]
+    events: list[Event] = []
+    with no_collection():
+        _read_segment(whole, key, events, [])
+    return events, begin + len(whole)
+
+
 def _read_segment(data: bytes, where: str, events: list[Event], damage: list[str]) -> None:
     for number, line in enumerate(io.BytesIO(data), 1):
         if line == b"\n" or not line.endswith(b"\n"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from peakpoint import layout, packs
-from peakpoint.dropping import Dropped, left, records
+from peakpoint.dropping import left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
 from peakpoint.store import Filled, Filling, Hold, Store
@@ -56,19 +56,46 @@ def shelf(store: Store, run: str) -> Shelf:
         name = child.removesuffix("/")
         if name == child:
             continue  # a stray file; audit names it
-        key = layout.manifest_key(run, name)
-        try:
-            manifest, dropped = _manifest(store, run, name)
-        except NotFoundError:
-            bare.append(name)
-        except (CorruptError, FormatError) as error:
-            damaged.append(Damaged(name, type(error)(f"{store.location}/{key}: {error}")))
-        else:
-            manifests.append(left(manifest, dropped))
-            if dropped:
-                cut.add(manifest.id)
+        match look(store, run, name):
+            case None:
+                bare.append(name)
+            case Damaged() as found:
+                damaged.append(found)
+            case Standing(manifest=manifest, cut=lost):
+                manifests.append(manifest)
+                if lost:
+                    cut.add(manifest.id)
     manifests.sort(key=lambda manifest: manifest.sequence)
     return Shelf(tuple(manifests), tuple(damaged), tuple(bare), frozenset(cut))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A checkpoint that exists, as its directory tells it.
+
+    Attributes:
+        manifest: without the parts that were dropped since.
+        cut: whether there are such parts.
+        archived: whether its files are in a pack.
+    """
+
+    manifest: Manifest
+    cut: bool
+    archived: bool
+
+
+def look(store: Store, run: str, name: str) -> Standing | Damaged | None:
+    """What one directory of a run's checkpoints holds; None when it has no manifest."""
+    try:
+        children = store.children(layout.checkpoint_prefix(run, name))
+        manifest = _own_manifest(store, run, name)
+        dropped = list(records(store, run, name)) if any(map(layout.is_record, children)) else []
+        return Standing(left(manifest, dropped), bool(dropped), layout.ARCHIVED in children)
+    except NotFoundError:
+        return None
+    except (CorruptError, FormatError) as error:
+        where = f"{store.location}/{layout.manifest_key(run, name)}"
+        return Damaged(name, type(error)(f"{where}: {error}"))
 
 
 def read_manifest(store: Store, run: str, name: str) -> Manifest:
@@ -79,16 +106,16 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
         CorruptError: it is damaged, or belongs to another directory.
         FormatError: a newer release wrote it.
     """
-    return left(*_manifest(store, run, name))
+    return left(_own_manifest(store, run, name), list(records(store, run, name)))
 
 
-def _manifest(store: Store, run: str, name: str) -> tuple[Manifest, list[Dropped]]:
+def _own_manifest(store: Store, run: str, name: str) -> Manifest:
     manifest = decode(store.get(layout.manifest_key(run, name)), where=MANIFEST)
     if (manifest.run, manifest.name) != (run, name):
         raise CorruptError(
             f"{MANIFEST} says that it belongs to {manifest.run}/{manifest.name}; the directory was renamed or copied"
         )
-    return manifest, list(records(store, run, name))
+    return manifest
 
 
 def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:

@@ -187,6 +187,12 @@ class Store(Protocol):
         ``""`` is the root. Names of unfinished writes are not among them.
         """
 
+    def stamp(self, prefix: str) -> str | None:
+        """A token for the names directly below ``prefix``: another one as soon as a name comes, goes or is replaced.
+
+        Much cheaper than ``children``. None when the store cannot promise that; then look.
+        """
+
     def litter(self, prefix: str) -> list[str]:
         """Keys of unfinished writes directly below ``prefix``, left by crashes (or by writers at work)."""
 

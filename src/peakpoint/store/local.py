@@ -17,6 +17,7 @@ import stat
 import struct
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from peakpoint.store.files import NO_DIRECT, WORTH_DIRECT, DirectFilling, FileOp
 _TEMPORARY = ".tmp-"
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_COARSEST = 3_000_000_000  # nanoseconds: two changes within the steps of a file system's clock look like one (FAT: 2 s)
 _LOOKING = frozenset({"read", "look at", "list", "delete"})  # what is no file cannot be found
 _HINTS = {
     errno.ENOSPC: "free some space, or let fewer checkpoints be kept",
@@ -247,6 +249,18 @@ class LocalStore:
             for entry in self._entries(prefix)
             if not entry.name.startswith(_TEMPORARY)
         )
+
+    def stamp(self, prefix: str) -> str | None:
+        """See ``Store.stamp``: when the directory last changed, once that is long enough ago to be told from now."""
+        directory = os.path.join(self.root, check_key(prefix))  # noqa: PTH118 - asked for thousands of times: no Path
+        try:
+            status = os.stat(directory)  # noqa: PTH116 - the same
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except OSError:
+            return None
+        age = time.time_ns() - status.st_mtime_ns
+        return f"{status.st_mtime_ns}.{status.st_ino}" if age > _COARSEST else None
 
     def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: files with temporary names."""

@@ -74,6 +74,10 @@ class MemoryStore:
                     names.add(name + slash)
         return sorted(names)
 
+    def stamp(self, prefix: str) -> str | None:
+        """See ``Store.stamp``: cannot promise."""
+        check_key(prefix)
+
     def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: nothing."""
         if prefix:

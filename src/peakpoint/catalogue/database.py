@@ -1,0 +1,168 @@
+"""Opening the database of a catalogue: a SQLite file beside the runs, or what ``PEAKPOINT_CATALOGUE`` names."""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, exc, make_url
+from sqlalchemy.pool import StaticPool
+
+from peakpoint.errors import ConfigError, CorruptError, MissingExtraError, StoreError, TransientStoreError
+from peakpoint.seal import digest
+from peakpoint.store import LocalStore, Store
+
+VARIABLE = "PEAKPOINT_CATALOGUE"
+FILE = "catalogue.sqlite"
+_PATIENCE = 30.0  # seconds to wait for another process that is writing the catalogue
+
+
+class Damaged(CorruptError):
+    """The database is none any more."""
+
+
+def place(store: Store, given: str | None) -> tuple[URL, bool]:
+    """Where the catalogue of a repository is, and whether it is ours to throw away.
+
+    Args:
+        store: where the repository is.
+        given: a URL of PostgreSQL or SQLite, or the path of a file; by default what the environment variable
+            ``PEAKPOINT_CATALOGUE`` says, and without one ``catalogue.sqlite`` in the repository. Where that cannot be
+            written, a file in the user's cache directory.
+
+    Raises:
+        ConfigError: a URL of a kind that is not served.
+    """
+    text = given or os.environ.get(VARIABLE, "")
+    if text:
+        return _read_url(text), False
+    if not isinstance(store, LocalStore):
+        return make_url("sqlite://"), True
+    path = store.root.absolute() / FILE
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = home / "peakpoint" / f"{digest(os.fsencode(path))[:16]}.sqlite"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return URL.create("sqlite", database=str(path)), True
+
+
+def _read_url(text: str) -> URL:
+    if "://" not in text:
+        return URL.create("sqlite", database=str(Path(text).expanduser().absolute()))
+    try:
+        url = make_url(text)
+        kind = url.get_backend_name()
+    except (exc.ArgumentError, ValueError) as error:
+        raise ConfigError(f"the catalogue's URL cannot be read: {error}") from error
+    if kind in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    if kind == "sqlite":
+        return url
+    raise ConfigError(
+        f"a catalogue of kind {kind!r} is not served; give postgresql://user@host/database or the path of a file"
+    )
+
+
+@contextlib.contextmanager
+def translated(url: URL) -> Iterator[None]:
+    """Turn the errors of SQLAlchemy and its drivers into ours."""
+    where = url.render_as_string() if url.host or not url.database else url.database
+    try:
+        yield
+    except exc.DBAPIError as error:
+        said = str(error.orig).strip()
+        if _is_damaged(error.orig):
+            raise Damaged(f"the catalogue {where} is damaged ({said}); it holds nothing of its own: delete it") from error
+        if "locked" in said:
+            raise TransientStoreError(f"another process is writing the catalogue {where}; try again") from error
+        if isinstance(error, exc.DataError):
+            raise ConfigError(f"the selection cannot be computed: {said}") from error
+        raise StoreError(f"the catalogue {where} cannot be used: {said}") from error
+
+
+def _is_damaged(error: BaseException | None) -> bool:
+    """Whether SQLite says that a file is no database, or a broken one."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, sqlite3.DatabaseError) and code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def connect(url: URL) -> tuple[Engine, Engine]:
+    """A pair of engines: one that writes, one that can only read.
+
+    Raises:
+        MissingExtraError: the driver for PostgreSQL is not installed.
+    """
+    try:
+        if url.get_backend_name() == "sqlite":
+            return _sqlite(url)
+        writing = create_engine(url, pool_pre_ping=True)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"a catalogue in PostgreSQL needs {error.name}, which is not installed: pip install 'peakpoint[postgres]'"
+        ) from error
+    return writing, writing.execution_options(postgresql_readonly=True, isolation_level="REPEATABLE READ")
+
+
+def _sqlite(url: URL) -> tuple[Engine, Engine]:
+    pool: dict[str, Any] = {} if url.database else {"poolclass": StaticPool}
+    arguments = {"timeout": _PATIENCE, "check_same_thread": False}
+    writing = create_engine(url, connect_args=arguments, **pool)
+    event.listen(writing, "connect", _prepare)
+    # of two that write, the second waits before it has read anything
+    event.listen(writing, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    if not url.database:
+        return writing, writing
+    reading = create_engine(url, connect_args=arguments)
+    event.listen(reading, "connect", _prepare)
+    event.listen(reading, "connect", _lock)
+    event.listen(reading, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    return writing, reading
+
+
+def _prepare(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy's events begin transactions
+    for pragma in (
+        "journal_mode=WAL",  # readers and a writer do not wait for one another
+        "synchronous=NORMAL",  # may lose the last changes at a power cut; they are read again from the files
+        "foreign_keys=ON",
+        "cache_size=-65536",
+        "mmap_size=1073741824",
+        "temp_store=MEMORY",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_TRANSACTION})
+_FUNCTIONS = frozenset({"abs", "coalesce", "count", "glob", "max", "min", "nullif", "sum", "total"})
+_PRAGMAS = frozenset({"table_info", "table_xinfo"})  # what columns a table has
+
+
+def _lock(connection: sqlite3.Connection, _: object) -> None:
+    """The second lock: whatever a statement says, SQLite compiles nothing that writes, attaches or loads."""
+    connection.execute("PRAGMA query_only=ON").close()
+    connection.set_authorizer(_authorize)
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
+    if (
+        action in _ALLOWED
+        or (action == sqlite3.SQLITE_FUNCTION and second in _FUNCTIONS)
+        or (action == sqlite3.SQLITE_PRAGMA and first in _PRAGMAS)
+    ):
+        return sqlite3.SQLITE_OK
+    return sqlite3.SQLITE_DENY
+
+
+def set_aside(url: URL) -> None:
+    """Move a damaged SQLite file out of the way, and its log with it."""
+    assert url.database is not None
+    path = Path(url.database)
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(path.with_name(f"{path.stem}.damaged.sqlite"))
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+__all__ = ["FILE", "VARIABLE", "Damaged", "connect", "place", "set_aside", "translated"]

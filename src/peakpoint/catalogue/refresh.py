@@ -1,0 +1,453 @@
+"""Keeping the catalogue in step with the files.
+
+The files are the truth, and nobody who writes them knows of the catalogue. Before it is asked, each run is compared with
+what was read of it last: the stamps of two directories, and the lengths of the journal's segments that may still grow (a
+segment whose last event is ``closed`` never does). For a run where one of these differs, new lines of the journal and
+new directories are read, and nothing else.
+
+A directory that was seen in the middle of something (a save before its manifest, a removal after its event) is noted
+with a stamp of its own, and read again when that differs. So a crash at any instant leaves nothing unseen.
+
+Every run is one transaction, and its files are read inside of it: of two that refresh the same run at the same time,
+the second waits, and then finds nothing to do.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, and_, delete, func, insert, select, update
+
+from peakpoint import journal as journals
+from peakpoint import layout, reader
+from peakpoint.catalogue import schema
+from peakpoint.catalogue.schema import Columns
+from peakpoint.journal import Event
+from peakpoint.manifest import Manifest, metrics_from_json, metrics_to_json
+from peakpoint.notes import Notes
+from peakpoint.peaks import Peak, peaks
+from peakpoint.rules import parse, watched
+from peakpoint.store import Store
+
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was read of a run.
+
+    Attributes:
+        key: in the table of runs.
+        journal: the stamp of its journal when it was listed; None when that could not be told.
+        checkpoints: the same of its checkpoints.
+        growing: segments that may still grow, with the bytes that were seen.
+        unsettled: directories that were seen in the middle of something, with their stamps and what is damaged.
+    """
+
+    key: int
+    journal: str | None
+    checkpoints: str | None
+    growing: tuple[tuple[str, int], ...] = ()
+    unsettled: tuple[tuple[str, "Unsettled"], ...] = ()
+
+
+Unsettled = tuple[str | None, str | None]
+
+
+def known_runs(connection: Connection, name: str | None = None) -> dict[str, Known]:
+    """What was read of every run, or of one."""
+    table, growing, unsettled = schema.runs.c, schema.segments.c, schema.unsettled.c
+    runs = select(table.key, table.name, table.journal_stamp, table.checkpoints_stamp)
+    grow = select(growing.run, growing.name, growing.seen).where(growing.closed.is_(False))
+    wait = select(unsettled.run, unsettled.name, unsettled.stamp, unsettled.damage)
+    if name is not None:
+        runs = runs.where(table.name == name)
+        own = select(table.key).where(table.name == name).scalar_subquery()
+        grow, wait = grow.where(growing.run == own), wait.where(unsettled.run == own)
+    segments: dict[int, list[tuple[str, int]]] = {}
+    for key, segment, seen in connection.execute(grow):
+        segments.setdefault(key, []).append((segment, seen))
+    directories: dict[int, list[tuple[str, Unsettled]]] = {}
+    for key, directory, stamp, damage in connection.execute(wait):
+        directories.setdefault(key, []).append((directory, (stamp, damage)))
+    return {
+        run: Known(key, journal, checkpoints, tuple(segments.get(key, ())), tuple(sorted(directories.get(key, ()))))
+        for key, run, journal, checkpoints in connection.execute(runs)
+    }
+
+
+def is_current(store: Store, run: str, known: Known) -> bool:
+    """Whether a run's files are as they were when they were read."""
+    journal = layout.journal_prefix(run)
+    return (
+        _same(store, journal, known.journal)
+        and _same(store, layout.checkpoints_prefix(run), known.checkpoints)
+        and all(store.size(f"{journal}/{segment}") == seen for segment, seen in known.growing)
+        and all(_same(store, layout.checkpoint_prefix(run, name), stamp) for name, (stamp, _) in known.unsettled)
+    )
+
+
+def _same(store: Store, prefix: str, stamp: str | None) -> bool:
+    return stamp is not None and store.stamp(prefix) == stamp
+
+
+def remove_run(engine: Engine, name: str) -> None:
+    """Forget a run whose directory is gone."""
+    with engine.begin() as connection:
+        _count(connection)
+        connection.execute(delete(schema.runs).where(schema.runs.c.name == name))
+
+
+def refresh_run(engine: Engine, store: Store, run: str) -> None:
+    """Bring one run up to date, in one transaction."""
+    with engine.begin() as connection:
+        _lock(connection)
+        known = known_runs(connection, run).get(run)
+        if known is not None and is_current(store, run, known):
+            return  # another process was faster
+        news = _news(connection, store, run, known)
+        if known is not None and news is None:
+            connection.execute(delete(schema.runs).where(schema.runs.c.key == known.key))
+            known, news = None, _news(connection, store, run, None)
+        assert news is not None
+        _Update(connection, store, run, known, news).carry_out()
+
+
+def _lock(connection: Connection) -> None:
+    """Let nobody else change the catalogue before this transaction ends."""
+    if connection.dialect.name != "sqlite":  # there, transactions that write begin with the lock
+        connection.execute(select(schema.meta.c.tick).with_for_update())
+
+
+def _count(connection: Connection) -> None:
+    connection.execute(update(schema.meta).values(tick=schema.meta.c.tick + 1))
+
+
+# --- what is new --------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _News:
+    journal: str | None
+    events: list[Event] = field(default_factory=list)
+    read: dict[str, "Segment"] = field(default_factory=dict)  # those that have grown
+
+
+Segment = tuple[int, int, bool]  # bytes that were read, bytes that were seen, whether it is closed
+
+
+_NOTES = (journals.Measured, journals.Pinned, journals.Unpinned)
+
+
+def _news(connection: Connection, store: Store, run: str, known: Known | None) -> _News | None:
+    """What the journal says that was not read before; None when all of it must be read again."""
+    before: dict[str, Segment] = {}
+    if known is not None:
+        table = schema.segments.c
+        rows = connection.execute(select(table.name, table.read, table.seen, table.closed).where(table.run == known.key))
+        before = {name: (read, seen, closed) for name, read, seen, closed in rows}
+    news = _News(store.stamp(layout.journal_prefix(run)))
+    present = journals.segments_of(store, run)
+    if before.keys() - set(present):
+        return None
+    newest = max((present.index(name) for name in before), default=-1)
+    for number, segment in enumerate(present):
+        begin, _, closed = before.get(segment, (0, 0, False))
+        if closed:
+            continue
+        seen = store.size(f"{layout.journal_prefix(run)}/{segment}") or 0
+        events, end = journals.read_on(store, run, segment, begin)
+        # notes count in the order of segments, and segments only grow
+        if seen < begin or (number < newest and any(isinstance(event, _NOTES) for event in events)):
+            return None
+        news.events += events
+        found = (end, max(seen, end), isinstance(events[-1], journals.Closed) if events else False)
+        if found != before.get(segment):
+            news.read[segment] = found
+    return news
+
+
+class _Update:
+    """One run on its way into the catalogue."""
+
+    def __init__(self, connection: Connection, store: Store, run: str, known: Known | None, news: _News) -> None:
+        self._connection, self._store, self._run, self._news = connection, store, run, news
+        self._known = known
+        self._stamp = store.stamp(layout.checkpoints_prefix(run))
+        self._changed = known is None
+        self._key = self._new_run() if known is None else known.key
+
+    def _new_run(self) -> int:
+        key = _next(self._connection, schema.runs.c.key)
+        empty = {"rules": "[]", "peaks": "[]", "reports": 0, "checkpoints": 0, "size": 0}
+        self._connection.execute(insert(schema.runs).values(key=key, name=self._run, **empty))
+        return key
+
+    def carry_out(self) -> None:
+        """Everything, in the order in which one thing needs the other."""
+        self._note()
+        changed, unsettled = self._directories()
+        for segment, (read, seen, closed) in self._news.read.items():
+            self._put(
+                schema.segments, {"run": self._key, "name": segment}, {"read": read, "seen": seen, "closed": closed}
+            )
+        values: dict[str, Any] = {}
+        if self._news.events or self._known is None:
+            values |= self._reported()
+        if changed or self._known is None:
+            values |= self._totals()
+        moved = self._known is None or tuple(sorted(unsettled.items())) != self._known.unsettled
+        if moved:
+            self._replace_unsettled(unsettled)
+        stamps = (self._news.journal, self._stamp)
+        if (
+            self._known is None
+            or values
+            or moved
+            or self._news.read
+            or stamps != (self._known.journal, self._known.checkpoints)
+        ):
+            values |= {"journal_stamp": stamps[0], "checkpoints_stamp": stamps[1]}
+            self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values))
+            _count(self._connection)
+
+    def _replace_unsettled(self, unsettled: Mapping[str, Unsettled]) -> None:
+        table = schema.unsettled
+        self._connection.execute(delete(table).where(table.c.run == self._key))
+        rows = [
+            {"run": self._key, "name": name, "stamp": stamp, "damage": damage}
+            for name, (stamp, damage) in unsettled.items()
+        ]
+        if rows:
+            self._connection.execute(insert(table), rows)
+
+    def _put(self, table: Any, where: dict[str, Any], values: dict[str, Any]) -> None:
+        """Change a row, or add it."""
+        found = and_(*(table.c[name] == value for name, value in where.items()))
+        if self._connection.execute(update(table).where(found).values(**values)).rowcount == 0:
+            self._connection.execute(insert(table).values(**where, **values))
+
+    # --- measured later, pinned
+
+    def _note(self) -> None:
+        fresh = Notes()
+        named = {event.checkpoint for event in self._news.events if isinstance(event, _NOTES)}
+        before = _noted(self._connection, self._key, named) if named else {}
+        for id, (metrics, pinned) in before.items():  # noqa: A001 - the vocabulary's word
+            fresh.metrics[id] = dict(metrics)
+            if pinned is not None:
+                fresh.pinned[id] = pinned
+        for event in self._news.events:
+            fresh.take(event)
+        for id in named:  # noqa: A001
+            values = {
+                "metrics": json.dumps(metrics_to_json(fresh.metrics.get(id, {}))),
+                "pinned": fresh.pinned.get(id),
+            }
+            self._put(schema.noted, {"run": self._key, "checkpoint": id}, values)
+
+    # --- directories
+
+    def _touched(self) -> tuple[set[str], set[str], set[str]]:
+        """Names to read again; those of them that may still be changing; ids that were noted."""
+        again, moving, ids = set(), set(), set()
+        for event in self._news.events:
+            if isinstance(event, journals.Removed | journals.PartsDropped):
+                moving.add(event.name)
+            elif isinstance(event, journals.Saved | journals.Undone | journals.Archived | journals.Restored):
+                again.add(event.name)
+            elif isinstance(event, _NOTES):
+                ids.add(event.checkpoint)
+        return again | moving, moving, ids
+
+    def _directories(self) -> tuple[bool, dict[str, Unsettled]]:
+        """Read what is new or was touched.
+
+        Returns:
+            Whether a checkpoint came, went or changed, and what is unsettled now.
+        """
+        touched, moving, ids = self._touched()
+        waiting = dict(self._known.unsettled) if self._known else {}
+        rows = self._rows()
+        prefix = layout.checkpoints_prefix(self._run)
+        present = {child.removesuffix("/") for child in self._store.children(prefix) if child.endswith("/")}
+        touched |= {name for name, (_, id) in rows.items() if id in ids}  # noqa: A001 - the vocabulary's word
+        touched |= {name for name, (stamp, _) in waiting.items() if not self._is_same(name, stamp)}
+        unsettled = {name: known for name, known in waiting.items() if name in present - touched}
+        found: list[reader.Standing] = []
+        for name in sorted(name for name in present if name in touched or (name not in rows and name not in unsettled)):
+            stamp = self._store.stamp(layout.checkpoint_prefix(self._run, name))
+            match reader.look(self._store, self._run, name):
+                case reader.Standing() as standing:
+                    found.append(standing)
+                    if name in moving:
+                        unsettled[name] = (stamp, None)
+                case reader.Damaged(error=error):
+                    unsettled[name] = (stamp, str(error))
+                case None:
+                    unsettled[name] = (stamp, None)
+        stale = [key for name, (key, _) in rows.items() if name not in present or name in touched]
+        self._forget(stale)
+        self._add(found)
+        return bool(stale or found), unsettled
+
+    def _is_same(self, name: str, stamp: str | None) -> bool:
+        return _same(self._store, layout.checkpoint_prefix(self._run, name), stamp)
+
+    def _rows(self) -> dict[str, tuple[int, str]]:
+        """The checkpoints that are in the catalogue: name to key and id."""
+        if self._known is None:
+            return {}
+        a, b = schema.checkpoints.c, schema.details.c
+        joined = select(b.name, a.key, b.id).join_from(schema.checkpoints, schema.details, b.checkpoint == a.key)
+        return {name: (key, id) for name, key, id in self._connection.execute(joined.where(a.run == self._key))}
+
+    def _forget(self, keys: Sequence[int]) -> None:
+        if keys:
+            for begin in range(0, len(keys), 500):
+                some = keys[begin : begin + 500]
+                self._connection.execute(delete(schema.checkpoints).where(schema.checkpoints.c.key.in_(some)))
+
+    def _add(self, found: Sequence[reader.Standing]) -> None:
+        if not found:
+            return
+        ids = {standing.manifest.id for standing in found}
+        noted = _noted(self._connection, self._key, ids if len(ids) <= 500 else None)
+        entries = []
+        for standing in found:
+            late, pinned = noted.get(standing.manifest.id, ({}, None))
+            entries.append((standing, {**standing.manifest.metrics, **late}, pinned))
+        names = [name for _, metrics, _ in entries for name in metrics]
+        columns = Columns.read(self._connection).including(self._connection, names)
+        key = _next(self._connection, schema.checkpoints.c.key)
+        _insert(self._connection, columns, self._key, key, entries)
+
+    # --- the run as a whole
+
+    def _reported(self) -> dict[str, Any]:
+        """Rules, peaks and the number of reports."""
+        events: Sequence[Event] = self._news.events
+        row = self._connection.execute(
+            select(schema.runs.c.rules, schema.runs.c.peaks, schema.runs.c.reports).where(
+                schema.runs.c.key == self._key
+            )
+        ).one()
+        texts, before, reports = json.loads(row.rules), read_peaks(row.peaks), row.reports
+        opened = journals.newest(events, journals.Opened)
+        if opened is not None:
+            texts = list(opened.rules)
+        if self._known is not None and any(isinstance(e, journals.Opened | journals.Started) for e in events):
+            events, before, reports = journals.read(self._store, self._run).events, [], 0
+        history = journals.history(events)
+        pairs = watched([parse(text) for text in texts])
+        found = [peak for pair in pairs for peak in peaks(_remembered(before, pair[0]) + history, [pair])]
+        return {
+            "rules": json.dumps(texts),
+            "peaks": json.dumps([asdict(peak) for peak in found]),
+            "reports": reports + len(history),
+        }
+
+    def _totals(self) -> dict[str, Any]:
+        table = schema.checkpoints.c
+        count, size, newest = self._connection.execute(
+            select(func.count(), func.sum(table.size), func.max(table.created)).where(table.run == self._key)
+        ).one()
+        return {"checkpoints": count, "size": int(size or 0), "newest": newest}
+
+
+def _remembered(before: Iterable[Peak], metric: str) -> list[journals.Reported]:
+    """Two reports that stand for all that were made before, as far as the peak of a metric is concerned."""
+    found = []
+    for peak in before:
+        if peak.metric == metric:
+            for step, epoch, value in (
+                (peak.best_step, peak.best_epoch, peak.best),
+                (peak.last_step, peak.last_epoch, peak.last),
+            ):
+                found.append(
+                    journals.Reported(at=_LONG_AGO, report=0, step=step, epoch=epoch, metrics={metric: value})
+                )
+    return found
+
+
+def read_peaks(text: str) -> list[Peak]:
+    """The peaks of a run, as the catalogue keeps them."""
+    return [Peak(**peak) for peak in json.loads(text)]
+
+
+def _next(connection: Connection, column: Any) -> int:
+    return (connection.scalar(select(func.max(column))) or 0) + 1
+
+
+def _noted(
+    connection: Connection, run: int, ids: Collection[str] | None
+) -> dict[str, tuple[dict[str, float], str | None]]:
+    table = schema.noted.c
+    statement = select(table.checkpoint, table.metrics, table.pinned).where(table.run == run)
+    if ids is not None:
+        statement = statement.where(table.checkpoint.in_(ids))
+    return {
+        id: (metrics_from_json(json.loads(metrics)), pinned)
+        for id, metrics, pinned in connection.execute(statement)  # noqa: A001
+    }
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+Entry = tuple[reader.Standing, dict[str, float], str | None]  # with all its metrics, and why it is pinned
+
+
+def record_of(manifest: Manifest, metrics: dict[str, float]) -> str:
+    """What a ``Checkpoint`` needs and no selection asks for."""
+    record = {
+        "metrics": metrics_to_json(metrics),
+        "reasons": manifest.reasons,
+        "parts": manifest.parts,
+        "forks": manifest.forks,
+        "created_at": manifest.created_at,
+    }
+    return msgspec.json.encode(record).decode()
+
+
+def _insert(connection: Connection, columns: Columns, run: int, first: int, entries: Sequence[Entry]) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("checkpoints", "rarities", "details", "reasons", "files")
+    }
+    wide = [column.name for column in columns.table.columns if column.name not in schema.checkpoints.columns]
+    used = {name: f"m{columns.keys[name]}" for _, metrics, _ in entries for name in metrics}
+    wide = [name for name in wide if name in set(used.values())]
+    for key, (standing, metrics, pinned) in enumerate(entries, first):
+        one = standing.manifest
+        row: dict[str, Any] = dict.fromkeys(wide)
+        for name, value in metrics.items():
+            if value == value:  # noqa: PLR0124 - not NaN
+                if used[name] in row:
+                    row[used[name]] = value
+                else:
+                    rows["rarities"].append({"checkpoint": key, "metric": columns.keys[name], "value": value})
+        row |= {"key": key, "run": run, "sequence": one.sequence, "epoch": one.epoch, "step": one.step}
+        row |= {"size": one.size_bytes, "created": one.created_at.timestamp(), "pinned": pinned is not None}
+        row |= {"archived": standing.archived, "whole": not standing.cut}
+        rows["checkpoints"].append(row)
+        detail = {"checkpoint": key, "id": one.id, "name": one.name, "record": record_of(one, metrics)}
+        rows["details"].append(detail)
+        rows["reasons"] += [
+            {"checkpoint": key, "number": number, "reason": reason.replace("\x00", "\ufffd")}
+            for number, reason in enumerate(one.reasons)
+        ]
+        rows["files"] += [
+            {"checkpoint": key, "name": file.name, "size": file.size, "digest": file.digest, "shared": file.shared}
+            for file in one.files
+        ]
+    for name, table in (
+        ("checkpoints", columns.table),
+        ("rarities", schema.rarities),
+        ("details", schema.details),
+        ("reasons", schema.reasons),
+        ("files", schema.files),
+    ):
+        if rows[name]:
+            connection.execute(insert(table), rows[name])

@@ -1,0 +1,247 @@
+"""The tables of the catalogue, their migrations, and how a database is opened.
+
+``checkpoints`` is what selections look at: one narrow row a checkpoint, every metric in an indexed column of its own, named
+``m1``, ``m2``, ...; ``metrics`` says which is which. After ``WIDEST`` metrics further ones go to ``rarities``, a row a
+value, which is slower and has no limit. NaN is NULL here: it never matches. ``details`` holds the record that a
+``Checkpoint`` is made from. What a refresh has read so far is in ``runs``, ``segments``, ``unsettled`` and ``noted``.
+
+Nothing here is truth. A damaged SQLite file is thrown away and made anew from the repository.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+
+from peakpoint.errors import FormatError
+
+WIDEST = 200  # metrics with a column; PostgreSQL takes 1,600 columns, SQLite 2,000, and each index costs its share
+
+_TABLES = MetaData()
+_Key = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only as INTEGER
+
+
+def _owner(of: str = "runs.key") -> ForeignKey:
+    return ForeignKey(of, ondelete="CASCADE")
+
+
+meta = Table(
+    "meta",
+    _TABLES,
+    Column("version", Integer, nullable=False),
+    Column("repository", Text, nullable=False),  # the seal of peakpoint.json
+    Column("location", Text, nullable=False),
+    Column("tick", BigInteger, nullable=False),  # one more with every change
+)
+runs = Table(
+    "runs",
+    _TABLES,
+    Column("key", _Key, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("rules", Text, nullable=False),
+    Column("peaks", Text, nullable=False),
+    Column("reports", BigInteger, nullable=False),
+    Column("checkpoints", BigInteger, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("newest", Double),  # when the newest checkpoint was made
+    Column("journal_stamp", Text),
+    Column("checkpoints_stamp", Text),
+)
+segments = Table(
+    "segments",
+    _TABLES,
+    Column("run", _Key, _owner(), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("read", BigInteger, nullable=False),  # bytes, in whole lines
+    Column("seen", BigInteger, nullable=False),  # bytes, with a line that was torn
+    Column("closed", Boolean, nullable=False),
+)
+unsettled = Table(
+    "unsettled",
+    _TABLES,
+    Column("run", _Key, _owner(), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("stamp", Text),
+    Column("damage", Text),  # what is wrong with its manifest
+)
+noted = Table(
+    "noted",
+    _TABLES,
+    Column("run", _Key, _owner(), primary_key=True),
+    Column("checkpoint", Text, primary_key=True),
+    Column("metrics", Text, nullable=False),
+    Column("pinned", Text),
+)
+metrics = Table(
+    "metrics",
+    _TABLES,
+    Column("key", _Key, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+)
+checkpoints = Table(
+    "checkpoints",
+    _TABLES,
+    Column("key", _Key, primary_key=True),
+    Column("run", _Key, _owner(), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("epoch", BigInteger),
+    Column("step", BigInteger, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("created", Double, nullable=False),  # seconds since 1970
+    Column("pinned", Boolean, nullable=False),
+    Column("archived", Boolean, nullable=False),
+    Column("whole", Boolean, nullable=False),
+    Index("checkpoints_run", "run", "sequence"),
+    Index("checkpoints_epoch", "epoch"),
+    Index("checkpoints_step", "step"),
+    Index("checkpoints_size", "size"),
+    Index("checkpoints_created", "created"),
+)
+rarities = Table(
+    "rarities",
+    _TABLES,
+    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
+    Column("metric", _Key, _owner("metrics.key"), primary_key=True),
+    Column("value", Double, nullable=False),
+    Index("rarities_value", "metric", "value"),
+)
+details = Table(
+    "details",
+    _TABLES,
+    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
+    Column("id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("record", Text, nullable=False),
+    Index("details_id", "id"),
+    Index("details_name", "name"),
+)
+reasons = Table(
+    "reasons",
+    _TABLES,
+    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("reason", Text, nullable=False),
+)
+files = Table(
+    "files",
+    _TABLES,
+    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("shared", Text),
+    Index("files_digest", "digest"),
+)
+
+
+# --- migrations ---------------------------------------------------------------------------------------------------
+
+Migration = Callable[[Connection], None]
+
+
+def _first(connection: Connection) -> None:
+    _TABLES.create_all(connection)
+
+
+MIGRATIONS: tuple[Migration, ...] = (_first,)
+"""Step n brings a catalogue from version n to n + 1. Steps are never changed once released, only added."""
+
+
+def version_of(connection: Connection) -> int:
+    """The version of the catalogue in a database; 0 when there is none."""
+    if not inspect(connection).has_table("meta"):
+        return 0
+    found = connection.scalar(select(meta.c.version))
+    return 0 if found is None else int(found)
+
+
+def migrate(
+    connection: Connection,
+    repository: str,
+    location: str,
+    migrations: Sequence[Migration] = MIGRATIONS,
+) -> None:
+    """Bring a catalogue to the newest version, in the caller's transaction.
+
+    Raises:
+        FormatError: a newer release made it.
+    """
+    version = version_of(connection)
+    if version > len(migrations):
+        raise FormatError(
+            f"the catalogue {connection.engine.url.render_as_string()} has version {version}; this release knows up to "
+            f"{len(migrations)}: update Peakpoint, or give another database (PEAKPOINT_CATALOGUE)"
+        )
+    for step in migrations[version:]:
+        step(connection)
+    if version == 0:
+        given = {"version": len(migrations), "repository": repository, "location": location, "tick": 0}
+        connection.execute(insert(meta).values(given))
+    elif version < len(migrations):
+        connection.execute(update(meta).values(version=len(migrations)))
+
+
+def drop_all(connection: Connection) -> None:
+    """Remove every table of the catalogue; it is made anew from the files."""
+    if inspect(connection).has_table("metrics"):
+        _TABLES.drop_all(connection)
+
+
+# --- metrics in columns -------------------------------------------------------------------------------------------
+
+
+class Columns:
+    """Which metric is where, as of one moment; ``table`` has a column for each that has one.
+
+    Args:
+        known: metric name to key.
+    """
+
+    def __init__(self, known: dict[str, int]) -> None:
+        self.keys = known
+        columns = [Column(column.name, column.type, primary_key=column.primary_key) for column in checkpoints.columns]
+        columns += [Column(f"m{key}", Double) for key in sorted(known.values()) if key <= WIDEST]
+        self.table = Table("checkpoints", MetaData(), *columns)
+
+    def column(self, metric: str) -> Column[Any] | None:
+        """The column of a metric; None for one that has none."""
+        return self.table.columns.get(f"m{self.keys[metric]}")
+
+    @classmethod
+    def read(cls, connection: Connection) -> "Columns":
+        """What there is."""
+        return cls({name: key for key, name in connection.execute(select(metrics.c.key, metrics.c.name))})
+
+    def including(self, connection: Connection, names: Sequence[str]) -> "Columns":
+        """The same with columns for these metrics, too; made where they are missing."""
+        missing = [name for name in dict.fromkeys(names) if name not in self.keys]
+        if not missing:
+            return self
+        known = dict(self.keys)
+        for name in missing:
+            key = max(known.values(), default=0) + 1
+            connection.execute(insert(metrics).values(key=key, name=name))
+            if key <= WIDEST:
+                # a number of ours: no name of a user becomes part of a statement
+                kind = Double().compile(connection.dialect)
+                connection.execute(text(f"ALTER TABLE checkpoints ADD COLUMN m{key} {kind}"))
+                connection.execute(text(f"CREATE INDEX checkpoints_m{key} ON checkpoints (m{key}) WHERE m{key} IS NOT NULL"))
+            known[name] = key
+        return Columns(known)

@@ -1,0 +1,266 @@
+"""What a selection finds, lazily, and why."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Select, func, select
+
+from peakpoint.catalogue import schema
+from peakpoint.catalogue.schema import Columns
+from peakpoint.catalogue.sql import Expression, Translator
+from peakpoint.checkpoint import Checkpoint
+from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.manifest import metrics_from_json
+from peakpoint.query import FIELDS, Metric, Query, point
+from peakpoint.ranking import Key, WithinSE
+from peakpoint.refs import near
+
+_CHUNK = 200
+_RUNNERS_UP = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clause:
+    """What one clause of a selection did to the candidates that the clauses before it had left.
+
+    Attributes:
+        text: the clause.
+        removed: how many did not match.
+        missing: how many of these had no value for it.
+        left: how many did.
+    """
+
+    text: str
+    removed: int
+    missing: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Why:
+    """How a selection came about.
+
+    Attributes:
+        candidates: all checkpoints that there are.
+        clauses: what each removed, in order; the last ones are those of ranking.
+        chosen: how many were chosen.
+        runners_up: the next ones in order, a few.
+    """
+
+    candidates: int
+    clauses: tuple[Clause, ...]
+    chosen: int
+    runners_up: tuple[Checkpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be selected.
+
+    Attributes:
+        query: which checkpoints.
+        keys: by what they are ranked; the newest come first without any.
+        top: how many at most; None for all.
+        within: what counts as equally good.
+    """
+
+    query: Query
+    keys: tuple[Key, ...] = ()
+    top: int | None = None
+    within: WithinSE | None = None
+
+    def __post_init__(self) -> None:
+        if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
+            raise ConfigError(f"top={self.top!r}: give a whole number of at least 1")
+        if self.within is not None and (not self.keys or not isinstance(self.keys[0].value, Metric)):
+            raise ConfigError("within one standard error of what? rank by a metric first, as in --max val_accuracy")
+
+
+class Selection:
+    """Checkpoints that were selected; each iteration asks the catalogue anew, and reads as far as it is followed.
+
+    Args:
+        engine: one that reads.
+        wish: what is wanted.
+        make: makes a checkpoint's directory from its key prefix; see ``Checkpoint.path``.
+    """
+
+    def __init__(self, engine: Engine, wish: Wish, make: Callable[..., Checkpoint]) -> None:
+        self._engine, self._wish, self._make = engine, wish, make
+        with engine.connect() as connection:
+            columns = Columns.read(connection)
+        _check_metrics(wish, columns)
+        self._columns, self._table = columns, columns.table.c
+        self._sql = Translator(columns, engine.dialect.name)
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        yield from islice(self._ranked(), self._wish.top)
+
+    def first(self) -> Checkpoint:
+        """The first checkpoint.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for checkpoint in islice(self._ranked(1), 1):
+            return checkpoint
+        raise NotFoundError(f"no checkpoint matches {self._wish.query.text or 'this'}")
+
+    def count(self) -> int:
+        """How many checkpoints there are in the selection; counts them all."""
+        with self._engine.connect() as connection:
+            statement = select(func.count()).select_from(self._columns.table).where(*self._conditions(connection))
+            found = int(connection.scalar(statement) or 0)
+        return found if self._wish.top is None else min(found, self._wish.top)
+
+    def why(self) -> Why:
+        """What each clause removed, and what would have come next; looks at every checkpoint."""
+        with self._engine.connect() as connection:
+            clauses = [
+                (self._wish.query.quote(clause), self._sql.where(clause)) for clause in self._wish.query.clauses
+            ]
+            clauses += [
+                (f"{key.value.name} has a finite value", self._sql.finite(key.value))
+                for key in self._wish.keys
+                if not isinstance(key.value, Metric) or key.value.name
+            ]
+            within = self._within(connection)
+            if within is not None:
+                clauses.append(within)
+            counts = self._counts(connection, [condition for _, condition in clauses])
+        told = []
+        left = counts[0]
+        for number, (text, _) in enumerate(clauses):
+            after, missing = counts[1 + 2 * number : 3 + 2 * number]
+            told.append(Clause(text=text, removed=left - after, missing=missing, left=after))
+            left = after
+        top = self._wish.top
+        chosen = left if top is None else min(left, top)
+        runners = () if top is None else tuple(islice(self._ranked(top + _RUNNERS_UP), top, top + _RUNNERS_UP))
+        return Why(candidates=counts[0], clauses=tuple(told), chosen=chosen, runners_up=runners)
+
+    def _counts(self, connection: Connection, conditions: Sequence[Expression]) -> tuple[int, ...]:
+        """All, and for each condition how many it leaves, and for how many it is neither true nor false."""
+        columns: list[Any] = [func.count()]
+        before: list[Expression] = []
+        for condition in conditions:
+            columns.append(func.count().filter(*before, condition))
+            columns.append(func.count().filter(*before, condition.is_(None)))
+            before.append(condition)
+        row = connection.execute(select(*columns).select_from(self._columns.table)).one()
+        return tuple(int(number) for number in row)
+
+    # --- in order
+
+    def _conditions(self, connection: Connection) -> list[Expression]:
+        found = [self._sql.where(clause) for clause in self._wish.query.clauses]
+        found += [self._sql.finite(key.value) for key in self._wish.keys]
+        within = self._within(connection)
+        return found if within is None else [*found, within[1]]
+
+    def _within(self, connection: Connection) -> tuple[str, Expression] | None:
+        """What is as good as the best."""
+        if self._wish.within is None:
+            return None
+        key = self._wish.keys[0]
+        conditions = [self._sql.where(clause) for clause in self._wish.query.clauses] + [self._sql.finite(key.value)]
+        statement = select(self._table.key, self._sql.value(key.value)).where(*conditions)
+        best = connection.execute(statement.order_by(*self._order((key,))).limit(1)).first()
+        if best is None:
+            return None
+        record = connection.scalar(select(schema.details.c.record).where(schema.details.c.checkpoint == best[0]))
+        metrics = metrics_from_json(json.loads(record or "{}").get("metrics", {}))
+        error = self._wish.within.error_of(best[1], metrics)
+        value = self._sql.value(key.value)
+        text = f"{key.value.name} within one standard error ({error:.3g}) of the best ({best[1]:.6g})"
+        return text, (value >= best[1] - error if key.mode == "max" else value <= best[1] + error)
+
+    def _order(self, keys: Sequence[Key]) -> list[Expression]:
+        order = [
+            self._sql.value(key.value).desc() if key.mode == "max" else self._sql.value(key.value).asc() for key in keys
+        ]
+        if not self._wish.keys:
+            return [self._table.created.desc(), self._table.key.desc()]
+        return [*order, self._table.created.asc(), self._table.key.asc()]
+
+    def _statement(self, connection: Connection, limit: int | None) -> Select[Any]:
+        table = self._table
+        keys = self._wish.keys if self._wish.within is None else self._wish.keys[1:]
+        columns = (table.key, table.run, table.sequence, table.epoch, table.step, table.size)
+        statement = select(*columns).where(*self._conditions(connection)).order_by(*self._order(keys))
+        return statement if limit is None else statement.limit(limit)
+
+    def _ranked(self, limit: int | None = None) -> Iterator[Checkpoint]:
+        limit = limit if limit is not None else self._wish.top
+        with self._engine.connect() as connection:
+            found = connection.execution_options(yield_per=_CHUNK).execute(self._statement(connection, limit))
+            for rows in found.partitions():
+                yield from self._checkpoints(connection, rows)
+
+    def _checkpoints(self, connection: Connection, rows: Sequence[Any]) -> Iterator[Checkpoint]:
+        details = schema.details.c
+        keys = [row.key for row in rows]
+        known = {
+            row.checkpoint: row
+            for row in connection.execute(
+                select(details.checkpoint, details.id, details.name, details.record).where(details.checkpoint.in_(keys))
+            )
+        }
+        runs = schema.runs.c
+        names = dict(
+            connection.execute(select(runs.key, runs.name).where(runs.key.in_({row.run for row in rows}))).tuples().all()
+        )
+        for row in rows:
+            detail = known[row.key]
+            yield self._make(names[row.run], row, detail)
+
+
+def make_checkpoint(run: str, row: Any, detail: Any, path: Any) -> Checkpoint:
+    """A checkpoint from what the catalogue holds."""
+    record = json.loads(detail.record)
+    return Checkpoint(
+        run=run,
+        name=detail.name,
+        id=detail.id,
+        sequence=row.sequence,
+        step=row.step,
+        epoch=row.epoch,
+        metrics=metrics_from_json(record["metrics"]),
+        reasons=tuple(record["reasons"]),
+        parts={part: tuple(files) for part, files in record["parts"].items()},
+        size_bytes=row.size,
+        path=path,
+        created_at=datetime.fromisoformat(record["created_at"]),
+        forks=tuple((after, before) for after, before in record["forks"]),
+    )
+
+
+def _check_metrics(wish: Wish, columns: Columns) -> None:
+    """Refuse names that no checkpoint has, with near ones.
+
+    Raises:
+        NotFoundError: there is such a name.
+    """
+    for metric in wish.query.metrics():
+        if metric.name not in columns.keys:
+            raise NotFoundError(point(wish.query.text, metric.at, _unknown(metric.name, columns)))
+    wanted = [key.value.name for key in wish.keys if isinstance(key.value, Metric)]
+    if wish.within is not None and wish.within.needs is not None:
+        wanted.append(wish.within.needs)
+    for name in wanted:
+        if name not in columns.keys:
+            raise NotFoundError(_unknown(name, columns))
+
+
+def _unknown(name: str, columns: Columns) -> str:
+    names = [*columns.keys, *FIELDS]
+    found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    odd = [one for one in found if not one.replace(".", "_").isidentifier()]
+    how = f" (write metric('{odd[0]}'))" if odd else ""
+    some = ", ".join(sorted(columns.keys)[:20]) or "none"
+    return f"no checkpoint has a metric {name!r}{near(name, names)}{how}; metrics: {some}"

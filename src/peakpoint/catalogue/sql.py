@@ -1,0 +1,159 @@
+"""From the tree of a query to SQL: every value is a parameter, every name one of ours."""
+
+import sys
+from typing import Any
+
+from sqlalchemy import ColumnElement, Double, and_, cast, func, literal, not_, or_, select, true
+
+from peakpoint.catalogue import schema
+from peakpoint.catalogue.schema import Columns
+from peakpoint.query import (
+    FIELDS,
+    All,
+    Among,
+    Arithmetic,
+    Compare,
+    Condition,
+    Constant,
+    Field,
+    Flag,
+    Has,
+    Like,
+    Metric,
+    Not,
+    Value,
+)
+from peakpoint.query import Any as Some
+
+Expression = ColumnElement[Any]
+_EXACT = 2**53  # whole numbers below are the same as a float
+
+
+class Translator:
+    """Translates for one database, as of one moment.
+
+    Args:
+        columns: which metric is where.
+        dialect: the database's.
+    """
+
+    def __init__(self, columns: Columns, dialect: str) -> None:
+        self._columns, self._table = columns, columns.table.c
+        self._sqlite = dialect == "sqlite"
+
+    def where(self, condition: Condition) -> Expression:
+        """A condition."""
+        match condition:
+            case All(conditions=conditions):
+                return and_(*map(self.where, conditions))
+            case Some(conditions=conditions):
+                return or_(*map(self.where, conditions))
+            case Not(condition=inner):
+                return not_(self.where(inner))
+            case Flag(field=field):
+                return self._table[field.name].is_(True)
+            case Has(value=value):
+                return true() if _is_text(value) else self.value(value).is_not(None)
+            case Like(field=field, pattern=pattern):
+                return self._texts(field, lambda column: self._like(column, pattern))
+            case Among(value=Field() as field, options=options) if _is_text(field):
+                return self._texts(field, lambda column: column.in_([option.value for option in options]))
+            case Among(value=value, options=options):
+                return self.value(value).in_([_number(option) for option in options])
+            case Compare():
+                return self._compare(condition)
+
+    def _compare(self, condition: Compare) -> Expression:
+        left, right = condition.left, condition.right
+        if isinstance(left, Constant):
+            left, right = right, left  # only equality of texts comes here with a text
+        if isinstance(left, Field) and _is_text(left):
+            assert isinstance(right, Constant)
+            same = self._texts(left, lambda column: column == right.value)
+            return same if condition.op == "==" else not_(same)
+        a, b = self.value(condition.left), self.value(condition.right)
+        match condition.op:
+            case "<":
+                return a < b
+            case "<=":
+                return a <= b
+            case ">":
+                return a > b
+            case ">=":
+                return a >= b
+            case "==":
+                return a == b
+            case "!=":
+                return a != b
+
+    def _texts(self, field: Field, test: Any) -> Expression:
+        """Whether a text of a checkpoint, which is in another table, passes a test."""
+        if field.name == "run":
+            return self._table.run.in_(select(schema.runs.c.key).where(test(schema.runs.c.name)))
+        if field.name == "reason":
+            return self._table.key.in_(select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
+        column = schema.details.c[field.name]
+        return self._table.key.in_(select(schema.details.c.checkpoint).where(test(column)))
+
+    def _like(self, column: Expression, pattern: str) -> Expression:
+        if self._sqlite:  # GLOB, as LIKE does not tell cases apart there
+            return column.op("GLOB", is_comparison=True)(pattern.replace("[", "[[]"))
+        for character in "\\%_":
+            pattern = pattern.replace(character, f"\\{character}")
+        return column.like(pattern.replace("*", "%").replace("?", "_"), escape="\\")
+
+    def value(self, value: Value) -> Expression:
+        """A number."""
+        match value:
+            case Constant():
+                return literal(_number(value))
+            case Field(name=name):
+                return self._table[name]
+            case Metric(name=name):
+                column = self._columns.column(name)
+                if column is not None:
+                    return column
+                rare = schema.rarities.c
+                found = select(rare.value).where(
+                    rare.checkpoint == self._table.key, rare.metric == self._columns.keys[name]
+                )
+                return found.scalar_subquery()
+            case Arithmetic(op="neg", left=left):
+                return -self.value(left)
+            case Arithmetic(op="abs", left=left):
+                return func.abs(self.value(left))
+            case Arithmetic(op=op, left=left, right=right):
+                assert right is not None
+                return self._not_nan(self._arithmetic(op, self.value(left), self.value(right)))
+
+    def _arithmetic(self, op: str, a: Expression, b: Expression) -> Expression:
+        match op:
+            case "+":
+                return a + b
+            case "-":
+                return a - b
+            case "*":
+                return a * b
+            case "/":
+                return cast(a, Double) / func.nullif(cast(b, Double), 0.0)
+        return a % func.nullif(b, 0)
+
+    def _not_nan(self, value: Expression) -> Expression:
+        """NaN is missing; SQLite sees it so by itself, PostgreSQL takes it for the largest number."""
+        return value if self._sqlite else func.nullif(cast(value, Double), cast(literal("NaN"), Double))
+
+    def finite(self, value: Field | Metric) -> Expression:
+        """Whether something can be ranked by: NaN and infinities never win."""
+        column = self.value(value)
+        if isinstance(value, Field):
+            return column.is_not(None)
+        return column.between(-sys.float_info.max, sys.float_info.max)
+
+
+def _is_text(value: Value) -> bool:
+    return isinstance(value, Field) and FIELDS[value.name] == "text"
+
+
+def _number(constant: Constant) -> float | str:
+    value = constant.value
+    return int(value) if isinstance(value, float) and abs(value) < _EXACT and value.is_integer() else value

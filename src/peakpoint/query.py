@@ -1,0 +1,571 @@
+"""The language of selection: ``val_accuracy > 0.70 and epoch > 20 and run ~ "resnet50*"``.
+
+A subset of Python's expressions with some words of SQL. A text becomes a tree of the frozen values below, or an error
+that points at the character; nothing is ever evaluated. ``peakpoint.catalogue`` turns the tree into SQL with parameters.
+
+The text is cut into known tokens; names and strings give way to placeholders, so that Python's own parser never sees
+them; its syntax tree is read against a list of what is allowed. Source: https://docs.python.org/3/library/ast.html
+
+A comparison with a value that is missing (a metric that was not reported, or is NaN; an epoch outside epochs) is
+neither true nor false: it never matches, also not under ``not``.
+"""
+
+import ast
+import bisect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from peakpoint.errors import ConfigError
+from peakpoint.names import check_metric
+from peakpoint.units import read_bytes
+
+Kind = Literal["number", "text", "truth", "bytes", "time"]
+Span = tuple[int, int]
+
+FIELDS: dict[str, Kind] = {
+    "run": "text",
+    "name": "text",
+    "id": "text",
+    "reason": "text",
+    "epoch": "number",
+    "step": "number",
+    "sequence": "number",
+    "size": "bytes",
+    "created": "time",
+    "pinned": "truth",
+    "archived": "truth",
+    "whole": "truth",
+}
+"""What every checkpoint has; every other name is a metric. ``whole``: no part was dropped. ``reason``: any of them."""
+WHOLE_NUMBERS = frozenset({"epoch", "step", "sequence", "size"})
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A number, a text or a time (seconds since 1970)."""
+
+    value: float | str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One of ``FIELDS``."""
+
+    name: str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric, by its name."""
+
+    name: str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """``left op right``; ``op`` is one of ``+ - * / %``. ``abs(x)`` and ``-x`` have no ``right``."""
+
+    op: Literal["+", "-", "*", "/", "%", "abs", "neg"]
+    left: "Value"
+    right: "Value | None"
+    at: Span
+
+
+Value = Constant | Field | Metric | Arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """``left op right``."""
+
+    op: Literal["<", "<=", ">", ">=", "==", "!="]
+    left: Value
+    right: Value
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Among:
+    """``value in (...)``."""
+
+    value: Value
+    options: tuple[Constant, ...]
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Like:
+    """``field ~ pattern``: ``*`` stands for any characters, ``?`` for one; case counts."""
+
+    field: Field
+    pattern: str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """``has(name)``: whether there is a value that is not NaN."""
+
+    value: Field | Metric
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A field that is true or false by itself."""
+
+    field: Field
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """``not condition``."""
+
+    condition: "Condition"
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """Conditions joined by ``and``."""
+
+    conditions: tuple["Condition", ...]
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Any:
+    """Conditions joined by ``or``."""
+
+    conditions: tuple["Condition", ...]
+    at: Span
+
+
+Condition = Compare | Among | Like | Has | Flag | Not | All | Any
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A text that was read.
+
+    Attributes:
+        text: as it was given.
+        condition: its meaning; None for an empty text, which every checkpoint matches.
+    """
+
+    text: str
+    condition: Condition | None
+
+    @property
+    def clauses(self) -> tuple[Condition, ...]:
+        """The conditions that must all hold, in their order."""
+        if self.condition is None:
+            return ()
+        return self.condition.conditions if isinstance(self.condition, All) else (self.condition,)
+
+    def quote(self, condition: Condition) -> str:
+        """The part of the text that a condition was read from."""
+        return " ".join(self.text[slice(*condition.at)].split())
+
+    def metrics(self) -> Iterator[Metric]:
+        """Every mention of a metric, in order."""
+        if self.condition is not None:
+            yield from _metrics(self.condition)
+
+
+def _metrics(node: Condition | Value | None) -> Iterator[Metric]:
+    match node:
+        case Metric():
+            yield node
+        case Compare(left=left, right=right) | Arithmetic(left=left, right=right):
+            yield from _metrics(left)
+            yield from _metrics(right)
+        case Among(value=value) | Has(value=value):
+            yield from _metrics(value)
+        case Not(condition=condition):
+            yield from _metrics(condition)
+        case All(conditions=conditions) | Any(conditions=conditions):
+            for condition in conditions:
+                yield from _metrics(condition)
+        case _:
+            return
+
+
+def point(text: str, at: Span, message: str) -> str:
+    """A message under the text, with a mark below the place that it is about.
+
+    Example:
+        >>> print(point("acc >> 1", (4, 6), "not understood"))
+        not understood
+          acc >> 1
+              ^^
+    """
+    line = re.sub(r"\s", " ", text)
+    return f"{message}\n  {line}\n  {' ' * at[0]}{'^' * max(1, at[1] - at[0])}"
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+_TOKEN = re.compile(
+    r"""(?P<space>\s+)
+      | (?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
+      | (?P<quoted>`[^`]+`)
+      | (?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
+      | (?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)
+      | (?P<sign><=|>=|==|!=|<>|=|~|[()\[\]<>+*/%,-])
+    """,
+    re.VERBOSE,
+)
+_WORDS = {"and": "and", "or": "or", "not": "not", "in": "in", "between": "|"}
+_FOREIGN = dict.fromkeys(("is", "null", "none", "nan"), "ask with has(x) or not has(x)")
+_FOREIGN |= dict.fromkeys(("true", "false"), "write pinned or not pinned, for example")
+_FOREIGN |= {"like": 'write name ~ "pattern*"'}
+_SIGNS = {"=": "==", "<>": "!=", "~": "@"}
+_MOST_TOKENS = 2000
+_DEEPEST = 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    kind: str
+    text: str
+    at: Span
+    python: str  # what Python's parser sees instead
+
+
+class _Reader:
+    """Reads one text; see ``parse``."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens: list[_Token] = []
+        self._starts: list[int] = []  # of the tokens, in what Python's parser sees
+        self._deep = 0
+
+    def error(self, at: Span, message: str) -> ConfigError:
+        return ConfigError(point(self.text, at, message))
+
+    # --- text -> tokens -> Python's tree
+
+    def tree(self) -> ast.expr | None:
+        self._cut()
+        if not self.tokens:
+            return None
+        self._rename_between()
+        position = 0
+        for token in self.tokens:
+            self._starts.append(position)
+            position += len(token.python) + 1
+        try:
+            return ast.parse(" ".join(token.python for token in self.tokens), mode="eval").body
+        except SyntaxError as error:
+            end = self.tokens[-1].at[1]
+            at = self._token_at(error.offset - 1).at if 0 < (error.offset or 0) < position else (end, end + 1)
+            closing = "" if "closed" not in error.msg and "unmatched" not in error.msg else ": parentheses do not match"
+            raise self.error(at, f"the selection is not understood here{closing}") from error
+        except (MemoryError, RecursionError) as error:
+            raise ConfigError("the selection is nested too deeply; write it with fewer parentheses") from error
+
+    def _cut(self) -> None:
+        position = 0
+        while position < len(self.text):
+            found = _TOKEN.match(self.text, position)
+            if found is None or found.lastgroup is None:
+                raise self.error((position, position + 1), f"{self.text[position]!r} has no meaning in a selection")
+            position = found.end()
+            if found.lastgroup != "space":
+                self.tokens.append(self._token(found.lastgroup, found[0], found.span()))
+        if len(self.tokens) > _MOST_TOKENS:
+            raise ConfigError(f"the selection is too long: more than {_MOST_TOKENS} words and signs")
+
+    def _token(self, kind: str, text: str, at: Span) -> _Token:
+        python = text
+        if kind == "name" and text.lower() in _FOREIGN:
+            raise self.error(at, f"{text} has no meaning here; {_FOREIGN[text.lower()]}")
+        if kind == "name" and text.lower() in _WORDS:
+            kind, python = "word", _WORDS[text.lower()]
+        elif kind == "sign":
+            python = _SIGNS.get(text, text)
+        elif kind in ("name", "quoted", "text"):
+            python = f"v{len(self.tokens)}"
+        elif kind == "number":
+            python = f"{float(text)!r}" if float(text) != float("inf") else "1e999"
+        return _Token(kind, text, at, python)
+
+    def _rename_between(self) -> None:
+        """``x between a and b`` becomes ``x | a ^ b``, and with ``not`` ``x & a ^ b``: operators of the right strength."""
+        waiting: list[int] = []
+        depth = 0
+        for number, token in enumerate(self.tokens):
+            depth += (token.text in ("(", "[")) - (token.text in (")", "]"))
+            if token.kind == "word" and token.python == "|":
+                waiting.append(depth)
+                if number and self.tokens[number - 1].python == "not" and number > 1:
+                    before = self.tokens[number - 1]
+                    self.tokens[number - 1] = _Token(before.kind, before.text, before.at, "")
+                    self.tokens[number] = _Token(token.kind, token.text, token.at, "&")
+            elif token.python == "and" and waiting and waiting[-1] == depth:
+                waiting.pop()
+                self.tokens[number] = _Token(token.kind, token.text, token.at, "^")
+
+    def _token_at(self, offset: int) -> _Token:
+        return self.tokens[max(0, bisect.bisect_right(self._starts, offset) - 1)]
+
+    def span(self, node: ast.AST) -> Span:
+        """Where a node stands in the text."""
+        begin, end = getattr(node, "col_offset", 0), getattr(node, "end_col_offset", 1)
+        return self._token_at(begin).at[0], self._token_at(end - 1).at[1]
+
+    def _origin(self, node: ast.Name) -> _Token:
+        return self.tokens[int(node.id[1:])]
+
+    # --- conditions
+
+    def condition(self, node: ast.expr) -> Condition:
+        self._deep += 1
+        if self._deep > _DEEPEST:
+            raise self.error(self.span(node), "the selection is nested too deeply here")
+        try:
+            return self._condition(node)
+        finally:
+            self._deep -= 1
+
+    def _condition(self, node: ast.expr) -> Condition:
+        at = self.span(node)
+        match node:
+            case ast.BoolOp(op=op, values=values):
+                conditions = tuple(self.condition(value) for value in values)
+                return All(conditions, at) if isinstance(op, ast.And) else Any(conditions, at)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return Not(self.condition(operand), at)
+            case ast.Compare():
+                return self._comparison(node)
+            case ast.BinOp(left=left, op=ast.BitOr(), right=ast.BinOp(left=low, op=ast.BitXor(), right=high)):
+                return self._between(left, low, high, at)
+            case ast.BinOp(left=ast.BinOp(left=left, op=ast.BitAnd(), right=low), op=ast.BitXor(), right=high):
+                return Not(self._between(left, low, high, at), at)
+            case ast.BinOp(left=left, op=ast.MatMult(), right=right):
+                return self._like(left, right, at)
+            case ast.Call(func=ast.Name() as function, args=[argument]) if self._origin(function).text.lower() == "has":
+                found = self._named(argument)
+                return Has(found, at)
+        value = self.value(node)
+        if isinstance(value, Field) and FIELDS[value.name] == "truth":
+            return Flag(value, at)
+        shown = self.text[slice(*at)]
+        raise self.error(at, f"{shown} is a value and no condition; compare it, as in {shown} > 0")
+
+    def _comparison(self, node: ast.Compare) -> Condition:
+        found: list[Condition] = []
+        left = node.left
+        for op, right in zip(node.ops, node.comparators, strict=True):
+            at = (self.span(left)[0], self.span(right)[1])
+            if isinstance(op, ast.In | ast.NotIn):
+                among = self._among(left, right, at)
+                found.append(among if isinstance(op, ast.In) else Not(among, at))
+            else:
+                sign = _COMPARISONS[type(op)]
+                found.append(self._compare(sign, self.value(left), self.value(right), at))
+            left = right
+        return found[0] if len(found) == 1 else All(tuple(found), self.span(node))
+
+    def _compare(self, op: str, left: Value, right: Value, at: Span) -> Compare:
+        a, b = self.kind(left), self.kind(right)
+        if b == "text" and isinstance(right, Constant) and a in ("bytes", "time"):
+            right = self._read_constant(a, right)
+        elif a == "text" and isinstance(left, Constant) and b in ("bytes", "time"):
+            left = self._read_constant(b, left)
+        elif {a, b} - {"text"} and {a, b} - {"number", "bytes"}:
+            raise self.error(at, _cannot_compare(a, b))
+        if "text" in (a, b) and a == b and op not in ("==", "!="):
+            raise self.error(at, "texts are compared with ==, !=, in or ~")
+        return Compare(op, left, right, at)  # type: ignore[arg-type]
+
+    def _between(self, left: ast.expr, low: ast.expr, high: ast.expr, at: Span) -> All:
+        value = self.value(left)
+        return All(
+            (
+                self._compare(">=", value, self.value(low), at),
+                self._compare("<=", value, self.value(high), at),
+            ),
+            at,
+        )
+
+    def _among(self, left: ast.expr, right: ast.expr, at: Span) -> Among:
+        value = self.value(left)
+        nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
+        options = []
+        for node in nodes:
+            option = self.value(node)
+            if not isinstance(option, Constant):
+                raise self.error(self.span(node), "in takes numbers or texts, as in (1, 2, 3)")
+            compared = self._compare("==", value, option, at).right
+            assert isinstance(compared, Constant)
+            options.append(compared)
+        return Among(value, tuple(options), at)
+
+    def _like(self, left: ast.expr, right: ast.expr, at: Span) -> Like:
+        field, pattern = self.value(left), self.value(right)
+        if not isinstance(field, Field) or FIELDS[field.name] != "text":
+            texts = ", ".join(name for name, kind in FIELDS.items() if kind == "text")
+            raise self.error(self.span(left), f"~ compares a text with a pattern; texts are {texts}")
+        if not isinstance(pattern, Constant) or not isinstance(pattern.value, str):
+            raise self.error(self.span(right), '~ needs a pattern in quotes, such as "resnet50*"')
+        return Like(field, pattern.value, at)
+
+    def _read_constant(self, kind: Kind, constant: Constant) -> Constant:
+        text = str(constant.value)
+        try:
+            if kind == "bytes":
+                return Constant(float(read_bytes("size", text)), constant.at)
+            moment = datetime.fromisoformat(text)
+            return Constant((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), constant.at)
+        except (ValueError, OverflowError) as error:
+            example = '"100 MB"' if kind == "bytes" else '"2026-03-01" or "2026-03-01T12:00"'
+            raise self.error(constant.at, f"{text!r} cannot be compared here; write something like {example}") from error
+
+    # --- values
+
+    def value(self, node: ast.expr) -> Value:
+        self._deep += 1
+        if self._deep > _DEEPEST:
+            raise self.error(self.span(node), "the selection is nested too deeply here")
+        try:
+            return self._value(node)
+        finally:
+            self._deep -= 1
+
+    def _value(self, node: ast.expr) -> Value:
+        at = self.span(node)
+        match node:
+            case ast.Constant(value=float() as number):
+                return Constant(number, at)
+            case ast.Name():
+                return self._name(self._origin(node))
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=float() as number)):
+                return Constant(-number, at)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
+                value = self._number(operand)
+                return Arithmetic("neg", value, None, at) if isinstance(op, ast.USub) else value
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                sign = _ARITHMETIC[type(op)]
+                a, b = self._number(left), self._number(right)
+                if sign == "%" and not (_is_whole(a) and _is_whole(b)):
+                    raise self.error(at, "% takes whole numbers: epoch, step, sequence or size, and a number such as 10")
+                return Arithmetic(sign, a, b, at)
+            case ast.Call(func=ast.Name() as function, args=[argument], keywords=[]):
+                called = self._origin(function).text
+                if called.lower() == "abs":
+                    return Arithmetic("abs", self._number(argument), None, at)
+                if called.lower() == "metric":
+                    return self._metric(argument)
+        what = self.text[slice(*at)]
+        if isinstance(node, ast.Compare | ast.BoolOp | ast.UnaryOp):
+            raise self.error(at, "a condition stands where a value should; put it into parentheses, or leave it out")
+        raise self.error(at, f"{what} has no meaning in a selection; functions are has(x), abs(x) and metric('name')")
+
+    def _number(self, node: ast.expr) -> Value:
+        value = self.value(node)
+        if self.kind(value) not in ("number", "bytes"):
+            raise self.error(self.span(node), f"{self.text[slice(*self.span(node))]} is no number")
+        return value
+
+    def _name(self, token: _Token) -> Value:
+        if token.kind == "text":
+            try:
+                return Constant(ast.literal_eval(token.text), token.at)
+            except (SyntaxError, ValueError) as error:
+                raise self.error(token.at, "a text with an escape that is none") from error
+        if token.kind == "quoted":
+            return Metric(check_metric(token.text[1:-1]), token.at)
+        return Field(token.text, token.at) if token.text in FIELDS else Metric(token.text, token.at)
+
+    def _metric(self, node: ast.expr) -> Metric:
+        value = self.value(node)
+        if not isinstance(value, Constant) or not isinstance(value.value, str):
+            raise self.error(self.span(node), "metric() takes a name in quotes, such as metric('val/loss')")
+        return Metric(check_metric(value.value), value.at)
+
+    def _named(self, node: ast.expr) -> Field | Metric:
+        value = self.value(node)
+        if isinstance(value, Constant) and isinstance(value.value, str):
+            return Metric(check_metric(value.value), value.at)
+        if not isinstance(value, Field | Metric):
+            raise self.error(self.span(node), "has() takes the name of a metric or field")
+        return value
+
+    def kind(self, value: Value) -> Kind:
+        """What a value is."""
+        if isinstance(value, Constant):
+            return "text" if isinstance(value.value, str) else "number"
+        return FIELDS[value.name] if isinstance(value, Field) else "number"
+
+
+_COMPARISONS: dict[type[ast.cmpop], str] = {
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+}
+_ARITHMETIC: dict[type[ast.operator], Literal["+", "-", "*", "/", "%"]] = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+    ast.Mod: "%",
+}
+
+
+def _is_whole(value: Value) -> bool:
+    if isinstance(value, Constant):
+        return isinstance(value.value, float) and value.value.is_integer() and abs(value.value) < 2**53
+    return isinstance(value, Field) and value.name in WHOLE_NUMBERS
+
+
+def _cannot_compare(a: Kind, b: Kind) -> str:
+    if "truth" in (a, b):
+        return "this is true or false by itself: write pinned, or not pinned"
+    if "time" in (a, b):
+        return 'a time is compared with a date in quotes, such as created > "2026-03-01"'
+    return f"a {a} cannot be compared with a {b}"
+
+
+def parse(text: str) -> Query:
+    """Read a selection.
+
+    Raises:
+        ConfigError: it is none; the message points at the character.
+
+    Example:
+        >>> parse("acc > 0.7 and not pinned").clauses[1]
+        Not(condition=Flag(field=Field(name='pinned', at=(18, 24)), at=(18, 24)), at=(14, 24))
+    """
+    reader = _Reader(text)
+    tree = reader.tree()
+    return Query(text, None if tree is None else reader.condition(tree))
+
+
+def parse_key(text: str) -> Field | Metric:
+    """What to rank by: a metric, or a field that can be ordered.
+
+    Raises:
+        ConfigError: it is neither.
+
+    Example:
+        >>> parse_key("val/loss").name
+        'val/loss'
+    """
+    if text in FIELDS:
+        if FIELDS[text] in ("text", "truth"):
+            raise ConfigError(f"{text} is no number to rank by; give a metric, epoch, step, sequence, size or created")
+        return Field(text, (0, len(text)))
+    return Metric(check_metric(text), (0, len(text)))

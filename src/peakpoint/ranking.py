@@ -1,0 +1,94 @@
+"""By what a selection ranks, and how much better is better."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peakpoint.errors import ConfigError
+from peakpoint.names import check_metric
+from peakpoint.query import Field, Metric, parse_key
+from peakpoint.rules import Mode, mode_of
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One thing to rank by.
+
+    Attributes:
+        value: a metric, or a field with an order.
+        mode: ``"max"`` puts the largest first.
+    """
+
+    value: Field | Metric
+    mode: Mode
+
+
+def read_keys(by: Mapping[str, Mode]) -> tuple[Key, ...]:
+    """Keys from ``{"val_accuracy": "max", "size": "min"}``; the first counts most.
+
+    Raises:
+        ConfigError: a name or a mode that cannot be.
+    """
+    return tuple(Key(parse_key(name), mode_of(mode)) for name, mode in by.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithinSE:
+    """The one-standard-error rule: everything that is no more than one standard error worse than the best is as good.
+
+    Among these the further keys decide, such as the smallest or the sparsest; without further keys the earliest.
+    Source: Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984, section 3.4.3.
+
+    Args:
+        n_eval: how many examples the best value is the mean of, for an accuracy ``p``: its standard error is then
+            ``sqrt(p (1 - p) / n)``, that of a binomial share. A number, or the name of a metric that holds it.
+        se: the name of a metric that holds the standard error itself; instead of ``n_eval``.
+        percent: the accuracy is from 0 to 100, not from 0 to 1.
+
+    Raises:
+        ConfigError: both are given, or neither, or something that is none.
+
+    Example:
+        >>> round(WithinSE(n_eval=10_000).error_of(0.9, {}), 6)
+        0.003
+    """
+
+    n_eval: int | str | None = None
+    se: str | None = None
+    percent: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.n_eval is None) == (self.se is None):
+            raise ConfigError("within one standard error of what? give n_eval (examples) or se (a metric), and not both")
+        if isinstance(self.n_eval, int) and (isinstance(self.n_eval, bool) or self.n_eval < 1):
+            raise ConfigError(f"n_eval={self.n_eval!r}: the number of examples is at least 1")
+        for name in (self.n_eval, self.se):
+            if isinstance(name, str):
+                check_metric(name)
+
+    @property
+    def needs(self) -> str | None:
+        """The metric that must be there; None when a number was given."""
+        return self.se if self.se is not None else self.n_eval if isinstance(self.n_eval, str) else None
+
+    def error_of(self, best: float, metrics: Mapping[str, float]) -> float:
+        """The standard error of the best value, in its unit.
+
+        Raises:
+            ConfigError: the value is no accuracy, or the metric that must be there is not, or cannot be.
+        """
+        given = self.n_eval if isinstance(self.n_eval, int) else metrics.get(self.needs or "", math.nan)
+        if not math.isfinite(given) or given < 0 or (self.se is None and given < 1):
+            what = "standard error" if self.se is not None else "number of examples"
+            raise ConfigError(f"the best checkpoint has no usable {what} in {self.needs!r}: {given}")
+        if self.se is not None:
+            return given
+        whole = 100.0 if self.percent else 1.0
+        if not 0 <= best <= whole:
+            hint = "; say percent (--percent) if it is one" if whole == 1 and best <= 100 else ""
+            raise ConfigError(
+                f"the best value is {best:g}, and the standard error of an accuracy needs one from 0 to {whole:g}{hint}; "
+                "for other metrics give se (--se), a metric with the standard error"
+            )
+        share = best / whole
+        return whole * math.sqrt(share * (1 - share) / given)
