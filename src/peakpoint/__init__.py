@@ -22,6 +22,7 @@ from peakpoint._version import __version__
 if TYPE_CHECKING:
     from peakpoint import rules as rules
     from peakpoint import upkeep as upkeep
+    from peakpoint.checkpoint import Checkpoint as Checkpoint
     from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.errors import ConfigError as ConfigError
     from peakpoint.errors import ConflictError as ConflictError
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from peakpoint.loading import load as load
     from peakpoint.preempt import Preempt as Preempt
     from peakpoint.report import Outcome as Outcome
-    from peakpoint.checkpoint import Checkpoint as Checkpoint
     from peakpoint.repository import Repository as Repository
     from peakpoint.repository import Run as Run
     from peakpoint.repository import open_repository as open

@@ -84,7 +84,7 @@ def audit(
     """
     result = Audit(deep=deep)
     store = repository.store
-    result.findings += _strays(store, "", {layout.REPOSITORY, f"{layout.RUNS}/", "catalogue.sqlite", "aliases/"})
+    result.findings += _strays(store, "", _OF_A_REPOSITORY)
     result.findings += _strays(store, layout.RUNS, None)
     for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
         result.runs += 1
@@ -133,6 +133,9 @@ def _run(
         progress(manifest)
 
 
+_INDEX = "catalogue.sqlite"  # with the log and the shared memory of SQLite, and one that was damaged
+_OF_A_REPOSITORY = {layout.REPOSITORY, f"{layout.RUNS}/", _INDEX, f"{_INDEX}-wal", f"{_INDEX}-shm", "aliases/"}
+_OF_A_REPOSITORY |= {"catalogue.damaged.sqlite"}
 _OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", "archive/"}
 
 

@@ -1,7 +1,7 @@
 """The language of selection: ``val_accuracy > 0.70 and epoch > 20 and run ~ "resnet50*"``.
 
 A subset of Python's expressions with some words of SQL. A text becomes a tree of the frozen values below, or an error
-that points at the character; nothing is ever evaluated. ``peakpoint.catalogue`` turns the tree into SQL with parameters.
+that points at the character; nothing is ever evaluated. ``peakpoint.catalogue`` makes SQL with parameters of the tree.
 
 The text is cut into known tokens; names and strings give way to placeholders, so that Python's own parser never sees
 them; its syntax tree is read against a list of what is allowed. Source: https://docs.python.org/3/library/ast.html
@@ -267,7 +267,8 @@ class _Reader:
             return ast.parse(" ".join(token.python for token in self.tokens), mode="eval").body
         except SyntaxError as error:
             end = self.tokens[-1].at[1]
-            at = self._token_at(error.offset - 1).at if 0 < (error.offset or 0) < position else (end, end + 1)
+            offset = error.offset or 0
+            at = self._token_at(offset - 1).at if 0 < offset < position else (end, end + 1)
             closing = "" if "closed" not in error.msg and "unmatched" not in error.msg else ": parentheses do not match"
             raise self.error(at, f"the selection is not understood here{closing}") from error
         except (MemoryError, RecursionError) as error:
@@ -300,7 +301,7 @@ class _Reader:
         return _Token(kind, text, at, python)
 
     def _rename_between(self) -> None:
-        """``x between a and b`` becomes ``x | a ^ b``, and with ``not`` ``x & a ^ b``: operators of the right strength."""
+        """``x between a and b`` becomes ``x | a ^ b``, with ``not`` ``x & a ^ b``: these bind as it must."""
         waiting: list[int] = []
         depth = 0
         for number, token in enumerate(self.tokens):
@@ -429,7 +430,9 @@ class _Reader:
             return Constant((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), constant.at)
         except (ValueError, OverflowError) as error:
             example = '"100 MB"' if kind == "bytes" else '"2026-03-01" or "2026-03-01T12:00"'
-            raise self.error(constant.at, f"{text!r} cannot be compared here; write something like {example}") from error
+            raise self.error(
+                constant.at, f"{text!r} cannot be compared here; write something like {example}"
+            ) from error
 
     # --- values
 
@@ -458,14 +461,15 @@ class _Reader:
                 sign = _ARITHMETIC[type(op)]
                 a, b = self._number(left), self._number(right)
                 if sign == "%" and not (_is_whole(a) and _is_whole(b)):
-                    raise self.error(at, "% takes whole numbers: epoch, step, sequence or size, and a number such as 10")
+                    raise self.error(
+                        at, "% takes whole numbers: epoch, step, sequence or size, and a number such as 10"
+                    )
                 return Arithmetic(sign, a, b, at)
             case ast.Call(func=ast.Name() as function, args=[argument], keywords=[]):
-                called = self._origin(function).text
-                if called.lower() == "abs":
-                    return Arithmetic("abs", self._number(argument), None, at)
-                if called.lower() == "metric":
-                    return self._metric(argument)
+                called = self._origin(function).text.lower()
+                if called in ("abs", "metric"):
+                    absolute = called == "abs"
+                    return Arithmetic("abs", self._number(argument), None, at) if absolute else self._metric(argument)
         what = self.text[slice(*at)]
         if isinstance(node, ast.Compare | ast.BoolOp | ast.UnaryOp):
             raise self.error(at, "a condition stands where a value should; put it into parentheses, or leave it out")

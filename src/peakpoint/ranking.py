@@ -59,7 +59,9 @@ class WithinSE:
 
     def __post_init__(self) -> None:
         if (self.n_eval is None) == (self.se is None):
-            raise ConfigError("within one standard error of what? give n_eval (examples) or se (a metric), and not both")
+            raise ConfigError(
+                "within one standard error of what? give n_eval (examples) or se (a metric), and not both"
+            )
         if isinstance(self.n_eval, int) and (isinstance(self.n_eval, bool) or self.n_eval < 1):
             raise ConfigError(f"n_eval={self.n_eval!r}: the number of examples is at least 1")
         for name in (self.n_eval, self.se):
@@ -87,8 +89,8 @@ class WithinSE:
         if not 0 <= best <= whole:
             hint = "; say percent (--percent) if it is one" if whole == 1 and best <= 100 else ""
             raise ConfigError(
-                f"the best value is {best:g}, and the standard error of an accuracy needs one from 0 to {whole:g}{hint}; "
-                "for other metrics give se (--se), a metric with the standard error"
+                f"the best value is {best:g}, and the standard error of an accuracy needs one from 0 to {whole:g}"
+                f"{hint}; for other metrics give se (--se), a metric with the standard error"
             )
         share = best / whole
         return whole * math.sqrt(share * (1 - share) / given)

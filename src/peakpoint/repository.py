@@ -346,7 +346,8 @@ class Repository:
         Args:
             where: a condition such as ``'val_accuracy > 0.7 and run ~ "resnet50*"'``; see ``peakpoint.query``.
             by: metrics or fields to rank by, with their directions, the most important first: ``{"val_accuracy": "max",
-                "size": "min"}``. Without any, the newest come first. What has no finite value of one of them is left out.
+                "size": "min"}``. Without any, the newest come first. What has no finite value of one of them is left
+                out.
             top: how many at most.
             within: what counts as equally good as the best, so that the further keys decide.
 
@@ -398,8 +399,9 @@ def open_repository(root: str | os.PathLike[str] | Store, *, catalogue: str | No
 
     Args:
         root: a directory, or a store.
-        catalogue: where the index is that ``select`` asks: the path of a SQLite file, or a URL of PostgreSQL. By default
-            what the environment variable ``PEAKPOINT_CATALOGUE`` says, and ``catalogue.sqlite`` in the repository.
+        catalogue: where the index is that ``select`` asks: the path of a SQLite file, or a URL of PostgreSQL. By
+            default what the environment variable ``PEAKPOINT_CATALOGUE`` says, or ``catalogue.sqlite`` in the
+            repository.
 
     Raises:
         NotFoundError: there is no repository there.

@@ -6,8 +6,7 @@ checkpoint is found as soon as it is committed. See ``catalogue.refresh`` for ho
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +15,7 @@ from sqlalchemy import select
 
 from peakpoint import layout
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.database import FILE, VARIABLE, Damaged, connect, place, set_aside, translated
+from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, connect, place, set_aside, translated
 from peakpoint.catalogue.refresh import Known, is_current, known_runs, read_peaks, refresh_run, remove_run
 from peakpoint.catalogue.selection import Clause, Selection, Why, Wish, make_checkpoint
 from peakpoint.checkpoint import Checkpoint
@@ -77,8 +76,7 @@ class Catalogue:
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
         self._tick = -1
-        with self._mended():
-            self._open()
+        self._mended(self._open)
 
     @property
     def location(self) -> str:
@@ -109,21 +107,21 @@ class Catalogue:
         if found.repository == identity:
             return
         if self._disposable and self._is_file:
-            raise Damaged(f"the catalogue {self.location} belongs to another repository")
+            raise DamagedError(f"the catalogue {self.location} belongs to another repository")
         raise ConfigError(
-            f"the catalogue {self.location} belongs to the repository {found.location}; give each repository a database "
-            "of its own, or a schema (postgresql://...?options=-csearch_path%3DNAME)"
+            f"the catalogue {self.location} belongs to the repository {found.location}; give each repository a "
+            "database of its own, or a schema (postgresql://...?options=-csearch_path%3DNAME)"
         )
 
-    @contextmanager
-    def _mended(self) -> Iterator[None]:
-        """Throw a damaged file away that is only an index, and make it anew."""
+    def _mended(self, action: Callable[[], None]) -> None:
+        """Do something; where a file that is only an index turns out to be damaged, make it anew, and do it again."""
         try:
-            yield
-        except Damaged:
+            action()
+        except DamagedError:
             if not (self._disposable and self._is_file and self._url.database):
                 raise
             self._replace()
+            action()
 
     def _replace(self) -> None:
         self.close()
@@ -133,23 +131,24 @@ class Catalogue:
 
     # --- keeping up
 
-    def refresh(self, progress: Progress = lambda _done, _all: None) -> None:
+    def refresh(self, progress: Progress = lambda _done, _all: None, *, only: str | None = None) -> None:
         """Bring it up to date with the files; cheap when nothing has changed.
 
         Args:
             progress: called with each run that had to be read.
+            only: look at this run only.
 
         Raises:
             StoreError: files or database cannot be used.
         """
         with self._lock:
-            with self._mended():
-                self._refresh(progress)
-                return
-            self._refresh(progress)
+            self._mended(lambda: self._refresh(progress, only))
 
-    def _refresh(self, progress: Progress) -> None:
+    def _refresh(self, progress: Progress, only: str | None = None) -> None:
         with translated(self._url):
+            if only is not None:
+                refresh_run(self._engine, self._store, only)
+                return
             self._recall()
             present = [child[:-1] for child in self._store.children(layout.RUNS) if child.endswith("/")]
             stale = [run for run in present if not self._is_current(run)]
@@ -165,7 +164,7 @@ class Catalogue:
     def _recall(self) -> None:
         """What the catalogue knows, unless nobody has changed it since."""
         with self._reading.connect() as connection:
-            tick = connection.scalar(select(schema.meta.c.tick))
+            tick = connection.execute(select(schema.meta.c.tick)).scalar_one()
             if tick != self._tick:
                 self._known, self._tick = known_runs(connection), tick
 
@@ -206,7 +205,9 @@ class Catalogue:
 
     def _checkpoint(self, run: str, row: Any, detail: Any) -> Checkpoint:
         prefix = layout.checkpoint_prefix(run, detail.name)
-        return make_checkpoint(run, row, detail, self._store.path(prefix) if isinstance(self._store, LocalStore) else None)
+        return make_checkpoint(
+            run, row, detail, self._store.path(prefix) if isinstance(self._store, LocalStore) else None
+        )
 
     def metrics(self) -> tuple[str, ...]:
         """The names of all metrics, by name."""

@@ -19,7 +19,7 @@ FILE = "catalogue.sqlite"
 _PATIENCE = 30.0  # seconds to wait for another process that is writing the catalogue
 
 
-class Damaged(CorruptError):
+class DamagedError(CorruptError):
     """The database is none any more."""
 
 
@@ -74,7 +74,9 @@ def translated(url: URL) -> Iterator[None]:
     except exc.DBAPIError as error:
         said = str(error.orig).strip()
         if _is_damaged(error.orig):
-            raise Damaged(f"the catalogue {where} is damaged ({said}); it holds nothing of its own: delete it") from error
+            raise DamagedError(
+                f"the catalogue {where} is damaged ({said}); it holds nothing of its own: delete it"
+            ) from error
         if "locked" in said:
             raise TransientStoreError(f"another process is writing the catalogue {where}; try again") from error
         if isinstance(error, exc.DataError):
@@ -165,4 +167,4 @@ def set_aside(url: URL) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-__all__ = ["FILE", "VARIABLE", "Damaged", "connect", "place", "set_aside", "translated"]
+__all__ = ["FILE", "VARIABLE", "DamagedError", "connect", "place", "set_aside", "translated"]

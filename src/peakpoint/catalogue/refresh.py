@@ -1,9 +1,9 @@
 """Keeping the catalogue in step with the files.
 
-The files are the truth, and nobody who writes them knows of the catalogue. Before it is asked, each run is compared with
-what was read of it last: the stamps of two directories, and the lengths of the journal's segments that may still grow (a
-segment whose last event is ``closed`` never does). For a run where one of these differs, new lines of the journal and
-new directories are read, and nothing else.
+The files are the truth, and nobody who writes them knows of the catalogue. Before it is asked, each run is compared
+with what was read of it last: the stamps of two directories, and the lengths of the journal's segments that may still
+grow (a segment whose last event is ``closed`` never does). For a run where one of these differs, new lines of the
+journal and new directories are read, and nothing else.
 
 A directory that was seen in the middle of something (a save before its manifest, a removal after its event) is noted
 with a stamp of its own, and read again when that differs. So a crash at any instant leaves nothing unseen.
@@ -147,7 +147,9 @@ def _news(connection: Connection, store: Store, run: str, known: Known | None) -
     before: dict[str, Segment] = {}
     if known is not None:
         table = schema.segments.c
-        rows = connection.execute(select(table.name, table.read, table.seen, table.closed).where(table.run == known.key))
+        rows = connection.execute(
+            select(table.name, table.read, table.seen, table.closed).where(table.run == known.key)
+        )
         before = {name: (read, seen, closed) for name, read, seen, closed in rows}
     news = _News(store.stamp(layout.journal_prefix(run)))
     present = journals.segments_of(store, run)
@@ -303,7 +305,8 @@ class _Update:
             return {}
         a, b = schema.checkpoints.c, schema.details.c
         joined = select(b.name, a.key, b.id).join_from(schema.checkpoints, schema.details, b.checkpoint == a.key)
-        return {name: (key, id) for name, key, id in self._connection.execute(joined.where(a.run == self._key))}
+        found = self._connection.execute(joined.where(a.run == self._key))
+        return {name: (key, identity) for name, key, identity in found}
 
     def _forget(self, keys: Sequence[int]) -> None:
         if keys:
@@ -367,9 +370,7 @@ def _remembered(before: Iterable[Peak], metric: str) -> list[journals.Reported]:
                 (peak.best_step, peak.best_epoch, peak.best),
                 (peak.last_step, peak.last_epoch, peak.last),
             ):
-                found.append(
-                    journals.Reported(at=_LONG_AGO, report=0, step=step, epoch=epoch, metrics={metric: value})
-                )
+                found.append(journals.Reported(at=_LONG_AGO, report=0, step=step, epoch=epoch, metrics={metric: value}))
     return found
 
 

@@ -1,8 +1,8 @@
 """The tables of the catalogue, their migrations, and how a database is opened.
 
-``checkpoints`` is what selections look at: one narrow row a checkpoint, every metric in an indexed column of its own, named
-``m1``, ``m2``, ...; ``metrics`` says which is which. After ``WIDEST`` metrics further ones go to ``rarities``, a row a
-value, which is slower and has no limit. NaN is NULL here: it never matches. ``details`` holds the record that a
+``checkpoints`` is what selections look at: one narrow row a checkpoint, every metric in an indexed column of its own,
+named ``m1``, ``m2``, ...; ``metrics`` says which is which. After ``WIDEST`` metrics further ones go to ``rarities``, a
+row a value, which is slower and has no limit. NaN is NULL here: it never matches. ``details`` holds the record that a
 ``Checkpoint`` is made from. What a refresh has read so far is in ``runs``, ``segments``, ``unsettled`` and ``noted``.
 
 Nothing here is truth. A damaged SQLite file is thrown away and made anew from the repository.
@@ -242,6 +242,8 @@ class Columns:
                 # a number of ours: no name of a user becomes part of a statement
                 kind = Double().compile(connection.dialect)
                 connection.execute(text(f"ALTER TABLE checkpoints ADD COLUMN m{key} {kind}"))
-                connection.execute(text(f"CREATE INDEX checkpoints_m{key} ON checkpoints (m{key}) WHERE m{key} IS NOT NULL"))
+                connection.execute(
+                    text(f"CREATE INDEX checkpoints_m{key} ON checkpoints (m{key}) WHERE m{key} IS NOT NULL")
+                )
             known[name] = key
         return Columns(known)

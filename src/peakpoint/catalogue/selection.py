@@ -121,9 +121,7 @@ class Selection:
     def why(self) -> Why:
         """What each clause removed, and what would have come next; looks at every checkpoint."""
         with self._engine.connect() as connection:
-            clauses = [
-                (self._wish.query.quote(clause), self._sql.where(clause)) for clause in self._wish.query.clauses
-            ]
+            clauses = [(self._wish.query.quote(clause), self._sql.where(clause)) for clause in self._wish.query.clauses]
             clauses += [
                 (f"{key.value.name} has a finite value", self._sql.finite(key.value))
                 for key in self._wish.keys
@@ -213,7 +211,9 @@ class Selection:
         }
         runs = schema.runs.c
         names = dict(
-            connection.execute(select(runs.key, runs.name).where(runs.key.in_({row.run for row in rows}))).tuples().all()
+            connection.execute(select(runs.key, runs.name).where(runs.key.in_({row.run for row in rows})))
+            .tuples()
+            .all()
         )
         for row in rows:
             detail = known[row.key]

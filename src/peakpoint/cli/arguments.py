@@ -10,6 +10,11 @@ from peakpoint.units import read_duration
 
 ROOT = click.argument("root", type=click.Path(path_type=Path))
 REF = click.argument("ref")
+CATALOGUE = click.option(
+    "--catalogue",
+    metavar="FILE|URL",
+    help="The index to use, also from PEAKPOINT_CATALOGUE; catalogue.sqlite in the repository by default.",
+)
 JSON = click.option("--json", "json", is_flag=True, help="Print JSON for programs.")
 
 

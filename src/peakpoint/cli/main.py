@@ -18,8 +18,8 @@ from rich.markup import escape
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
-from peakpoint.cli import render, rules, space
-from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
+from peakpoint.cli import render, rules, selecting, space
+from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR
 from peakpoint.errors import ConfigError, CorruptError, Error, MissingExtraError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
@@ -38,29 +38,8 @@ def cli() -> None:
     """
 
 
-for command in (*rules.COMMANDS, *space.COMMANDS):
+for command in (*selecting.COMMANDS, *rules.COMMANDS, *space.COMMANDS):
     cli.add_command(command)
-
-
-# --- ls -----------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@ROOT
-@click.argument("names", metavar="[RUN]...", nargs=-1)
-@JSON
-def ls(root: Path, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
-    """List runs and checkpoints: peak against last, sizes, and why each is kept."""
-    repository = open_repository(root)
-    runs = [repository.run(name) for name in names] if names else repository.runs()
-    if json:
-        render.as_json({"root": repository.store.location, "runs": [render.run_json(run) for run in runs]})
-        return
-    console = render.console()
-    for run in runs:
-        render.print_run(console, run)
-    if not runs:
-        console.print(f"{escape(repository.store.location)} has no runs yet")
 
 
 # --- show ---------------------------------------------------------------------------------------------------------
@@ -132,12 +111,23 @@ def _facts(
 @click.option("--deep", is_flag=True, help="Compare every byte of every file with its digest.")
 @click.option("--clean", is_flag=True, help="Remove what crashes have left behind; damage is never touched.")
 @click.option("--dry-run", is_flag=True, help="With --clean: only say what would be removed.")
+@click.option("--rebuild", is_flag=True, help="Make the catalogue anew from the files.")
+@CATALOGUE
 @JSON
-def audit(root: Path, deep: bool, clean: bool, dry_run: bool, json: bool) -> None:  # noqa: FBT001
+def audit(
+    root: Path,
+    deep: bool,  # noqa: FBT001
+    clean: bool,  # noqa: FBT001
+    dry_run: bool,  # noqa: FBT001
+    rebuild: bool,  # noqa: FBT001
+    catalogue: str | None,
+    json: bool,  # noqa: FBT001
+) -> None:
     """Find damage, and what crashes have left behind. Exits with 12 when there is damage."""
-    repository = open_repository(root)
+    repository = open_repository(root, catalogue=catalogue)
     removed = audits.clean(repository) if clean and not dry_run else []
     result = _with_progress(repository, deep=deep)
+    rebuilt = selecting.rebuild(repository) if rebuild else None
     if json:
         render.as_json(
             {
@@ -148,10 +138,13 @@ def audit(root: Path, deep: bool, clean: bool, dry_run: bool, json: bool) -> Non
                 "bytes": result.bytes,
                 "deep": deep,
                 "clean": result.clean,
+                "catalogue": rebuilt,
             }
         )
     else:
         _print_audit(result, removed)
+        if rebuilt is not None:
+            click.echo(f"the catalogue {rebuilt} is made anew from the files")
     if result.of_kind("damage"):
         sys.exit(CorruptError.exit_code)
 

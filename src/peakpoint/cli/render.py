@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
@@ -21,6 +21,9 @@ from peakpoint.notes import all_known
 from peakpoint.peaks import Peak, peaks
 from peakpoint.repository import Run, rules_of
 from peakpoint.rules import Claim, ranked, watched
+
+if TYPE_CHECKING:
+    from peakpoint.catalogue import Listed
 
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 
@@ -266,6 +269,47 @@ def print_run(console: Console, run: Run) -> None:
         best = {metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))}
         console.print(kept_table(manifests, kept, [metric for metric, _ in pairs][:4], best, packed))
     console.print()
+
+
+def runs_table(runs: Sequence["Listed"]) -> Table:
+    """Runs, a line each: the peak against the last of the first metric that its rules watch."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("run", overflow="fold")
+    for name in ("checkpoints", "size", "reports", "newest"):
+        table.add_column(name, justify="right")
+    table.add_column("metric", overflow="fold")
+    for name in ("best", "at", "last", "lost"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        peak = run.peaks[0] if run.peaks else None
+        lost = "" if peak is None else "nothing" if peak.lost == 0 else f"[yellow]{number(peak.lost)}[/]"
+        table.add_row(
+            escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
+            f"{run.checkpoints:,}",
+            size(run.size_bytes),
+            f"{run.reports:,}",
+            "" if run.newest is None else age(run.newest),
+            "" if peak is None else f"{escape(peak.metric)} ({peak.mode})",
+            "" if peak is None else f"[bold green]{number(peak.best)}[/]",
+            "" if peak is None else at(peak.best_step, peak.best_epoch),
+            "" if peak is None else number(peak.last),
+            lost,
+        )
+    return table
+
+
+def listed_json(run: "Listed") -> dict[str, Any]:
+    """A run for programs, without its checkpoints."""
+    return {
+        "name": run.name,
+        "rules": run.rules,
+        "peaks": [_peak_json(peak) for peak in run.peaks],
+        "reports": run.reports,
+        "checkpoint_count": run.checkpoints,
+        "size_bytes": run.size_bytes,
+        "newest": run.newest,
+        "damaged": run.damaged,
+    }
 
 
 def run_json(run: Run) -> dict[str, Any]:

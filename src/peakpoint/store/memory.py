@@ -77,6 +77,7 @@ class MemoryStore:
     def stamp(self, prefix: str) -> str | None:
         """See ``Store.stamp``: cannot promise."""
         check_key(prefix)
+        return None
 
     def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: nothing."""

@@ -1,0 +1,282 @@
+"""Commands that ask the catalogue: ls, select."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint.checkpoint import Checkpoint
+from peakpoint.cli import render
+from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
+from peakpoint.errors import ConfigError
+from peakpoint.query import Metric, Query
+from peakpoint.query import parse as parse_query
+from peakpoint.ranking import WithinSE
+from peakpoint.repository import Repository, open_repository
+from peakpoint.rules import Mode
+
+if TYPE_CHECKING:
+    from peakpoint.catalogue import Why
+
+_RUNS = 30  # lines of runs that fit on a screen
+_SHOWN = 20
+_SLOW = 20  # runs to read that are worth a bar
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, once there is much to read."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _all: None
+        return
+    from rich.progress import Progress  # noqa: PLC0415 - start-up time
+
+    with Progress(console=render.console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading runs", total=None, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=total > _SLOW)
+
+
+def rebuild(repository: Repository) -> str:
+    """Make the catalogue anew; returns where it is."""
+    catalogue = repository.catalogue()
+    with _progress() as progress:
+        catalogue.rebuild(progress)
+    return catalogue.location
+
+
+# --- ls -----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help=f"All runs, not only the {_RUNS} that saved last.")
+@CATALOGUE
+@JSON
+def ls(root: Path, names: tuple[str, ...], everything: bool, catalogue: str | None, json: bool) -> None:  # noqa: FBT001
+    """List runs: peak against last, and sizes; of one run, or those named, each checkpoint and why it is kept."""
+    repository = open_repository(root, catalogue=catalogue)
+    runs = [repository.run(name) for name in names]
+    if not names:
+        with _progress() as progress:
+            repository.catalogue().refresh(progress)
+        listed = repository.catalogue().runs()
+        runs = [repository.run(listed[0].name)] if len(listed) == 1 else []
+    if runs:
+        if json:
+            render.as_json({"root": repository.store.location, "runs": [render.run_json(run) for run in runs]})
+            return
+        for run in runs:
+            render.print_run(render.console(), run)
+        return
+    listed.sort(key=lambda run: (run.newest is None, run.newest and -run.newest.timestamp(), run.name))
+    if json:
+        render.as_json({"root": repository.store.location, "runs": [render.listed_json(run) for run in listed]})
+        return
+    console = render.console()
+    if not listed:
+        console.print(f"{escape(repository.store.location)} has no runs yet")
+        return
+    shown = listed if everything else listed[:_RUNS]
+    console.print(render.runs_table(shown))
+    if len(shown) < len(listed):
+        console.print(f"[dim]and {len(listed) - len(shown):,} more runs; --all lists them all[/]")
+    total, count = sum(run.size_bytes for run in listed), sum(run.checkpoints for run in listed)
+    console.print(f"{render.count(len(listed), 'run')}, {render.count(count, 'checkpoint')}, {render.size(total)}")
+    console.print(f"[dim]peakpoint ls {escape(str(root))} RUN tells why each checkpoint of a run is kept[/]")
+
+
+# --- select -------------------------------------------------------------------------------------------------------
+
+
+class _Ordered(click.Command):
+    """A command that remembers in which order its options --max and --min were given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As usual, and note the order."""
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        ctx.meta["order"] = [param.name for param in order if param.name in ("max", "min")]
+        return super().parse_args(ctx, args)
+
+
+def _keys(order: Sequence[Mode], given: dict[Mode, Sequence[str]]) -> dict[str, Mode]:
+    """What to rank by, the first that was given first."""
+    waiting = {mode: iter(names) for mode, names in given.items()}
+    keys: dict[str, Mode] = {}
+    for mode in order:
+        name = next(waiting[mode])
+        if name in keys:
+            raise ConfigError(f"{name} is given twice to rank by; give it once")
+        keys[name] = mode
+    return keys
+
+
+@click.command(cls=_Ordered)
+@ROOT
+@click.argument("where", default="")
+@click.option("--max", "max", multiple=True, metavar="KEY", help="Largest first; further --max and --min break ties.")
+@click.option(
+    "--min", "min", multiple=True, metavar="KEY", help="Smallest first: a metric, size, epoch, step, created."
+)
+@click.option("--top", type=click.IntRange(min=1), help=f"How many at most; {_SHOWN} are shown without it.")
+@click.option("--all", "everything", is_flag=True, help="All that match.")
+@click.option(
+    "--within-se", is_flag=True, help="What is no more than one standard error worse than the best is as good."
+)
+@click.option("--n-eval", help="For --within-se: examples in the evaluation, or a metric that holds them.")
+@click.option("--se", metavar="METRIC", help="For --within-se: the metric that holds the standard error.")
+@click.option("--percent", is_flag=True, help="For --within-se: the accuracy is from 0 to 100.")
+@click.option("--why", "explain", is_flag=True, help="Say what each clause removed, and what came next.")
+@click.option("--refs", is_flag=True, help="Print refs only, a line each.")
+@CATALOGUE
+@JSON
+@click.pass_context
+def select(
+    ctx: click.Context,
+    root: Path,
+    where: str,
+    max: tuple[str, ...],  # noqa: A002
+    min: tuple[str, ...],  # noqa: A002
+    top: int | None,
+    everything: bool,  # noqa: FBT001
+    within_se: bool,  # noqa: FBT001
+    n_eval: str | None,
+    se: str | None,
+    percent: bool,  # noqa: FBT001
+    explain: bool,  # noqa: FBT001
+    refs: bool,  # noqa: FBT001
+    catalogue: str | None,
+    json: bool,  # noqa: FBT001
+) -> None:
+    """Select checkpoints of all runs, such as 'val_accuracy > 0.7 and epoch > 20 and run ~ "resnet50*"'.
+
+    Names are metrics, or run, name, id, epoch, step, sequence, size, created, reason, pinned, archived, whole.
+    Joined by and, or, not and parentheses; < <= == != in between ~ + - * / %, has(x), abs(x), metric('val/loss').
+    """
+    query = parse_query(where)
+    keys = _keys(ctx.meta["order"], {"max": max, "min": min})
+    within = _within(within_se, n_eval, se, percent=percent)
+    repository = open_repository(root, catalogue=catalogue)
+    with _progress() as progress:
+        repository.catalogue().refresh(progress)
+    limit = None if everything else top
+    selection = repository.select(where, by=keys, top=limit, within=within)
+    shown = list(islice(selection, None if everything or top else _SHOWN + 1))
+    more = not (everything or top) and len(shown) > _SHOWN
+    shown = shown[:_SHOWN] if more else shown
+    why = selection.why() if explain else None
+    if json:
+        found = {"selected": [_json(checkpoint) for checkpoint in shown], "more": more}
+        render.as_json(found | ({} if why is None else {"why": _why_json(why)}))
+    elif refs:
+        for checkpoint in shown:
+            click.echo(checkpoint.ref)
+    else:
+        _print(shown, _columns(query, keys), more=more)
+        if why is not None:
+            _print_why(why, keys)
+
+
+def _within(wanted: bool, n_eval: str | None, se: str | None, *, percent: bool) -> WithinSE | None:  # noqa: FBT001
+    if not wanted:
+        if n_eval or se or percent:
+            raise ConfigError("--n-eval, --se and --percent are for --within-se; add it, or leave them out")
+        return None
+    return WithinSE(n_eval=int(n_eval) if n_eval and n_eval.isdecimal() else n_eval, se=se, percent=percent)
+
+
+def _columns(query: Query, keys: dict[str, Mode]) -> list[str]:
+    """The metrics that were asked about."""
+    named = [*keys, *(metric.name for metric in query.metrics() if isinstance(metric, Metric))]
+    return list(dict.fromkeys(named))
+
+
+_FIXED = ("epoch", "step", "size", "created", "sequence")
+
+
+def _print(shown: Sequence[Checkpoint], names: Sequence[str], *, more: bool) -> None:
+    console = render.console()
+    if not shown:
+        console.print("nothing matches; --why says what each clause removed")
+        return
+    metrics = [name for name in names if name not in _FIXED] or sorted({n for one in shown for n in one.metrics})[:4]
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("checkpoint", overflow="fold")
+    for name in ("epoch", "step", *map(escape, metrics), "size", "created"):
+        table.add_column(name, justify="right")
+    for one in shown:
+        epoch = "" if one.epoch is None else str(one.epoch)
+        values = [render.number(one.metrics.get(name)) for name in metrics]
+        table.add_row(
+            escape(one.ref), epoch, str(one.step), *values, render.size(one.size_bytes), render.age(one.created_at)
+        )
+    console.print(table)
+    if more:
+        console.print(
+            "[dim]and more; --top N shows the first N, --all shows all, --max or --min says by what to rank[/]"
+        )
+
+
+def _print_why(why: "Why", keys: dict[str, Mode]) -> None:
+    console = render.console()
+    console.print()
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("clause", overflow="fold")
+    for name in ("removed", "without a value", "left"):
+        table.add_column(name, justify="right")
+    table.add_row("[dim]all checkpoints[/]", "", "", f"{why.candidates:,}")
+    for clause in why.clauses:
+        missing = f"{clause.missing:,}" if clause.missing else ""
+        table.add_row(escape(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}")
+    console.print(table)
+    ranked = ", ".join(f"{escape(name)} ({mode})" for name, mode in keys.items()) or "newest first"
+    console.print(f"{why.chosen:,} of {why.clauses[-1].left if why.clauses else why.candidates:,} chosen, by {ranked}")
+    for place, one in enumerate(why.runners_up, why.chosen + 1):
+        values = ", ".join(f"{escape(name)} {_value(one, name)}" for name in keys)
+        console.print(f"next, number {place}: {escape(one.ref)}" + (f" with {values}" if values else ""))
+
+
+def _value(one: Checkpoint, name: str) -> str:
+    """A key's value, for people."""
+    if name == "size":
+        return render.size(one.size_bytes)
+    if name == "created":
+        return render.age(one.created_at)
+    fixed = {"epoch": one.epoch, "step": one.step, "sequence": one.sequence}
+    return render.number(fixed[name] if name in fixed else one.metrics.get(name))
+
+
+def _json(one: Checkpoint) -> dict[str, Any]:
+    return {
+        "ref": one.ref,
+        "run": one.run,
+        "name": one.name,
+        "id": one.id,
+        "sequence": one.sequence,
+        "step": one.step,
+        "epoch": one.epoch,
+        "metrics": dict(one.metrics),
+        "size_bytes": one.size_bytes,
+        "created_at": one.created_at,
+        "saved_because": one.reasons,
+        "path": None if one.path is None else str(one.path),
+    }
+
+
+def _why_json(why: "Why") -> dict[str, Any]:
+    return {
+        "candidates": why.candidates,
+        "clauses": [asdict(clause) for clause in why.clauses],
+        "chosen": why.chosen,
+        "runners_up": [_json(one) for one in why.runners_up],
+    }
+
+
+COMMANDS = (ls, select)
