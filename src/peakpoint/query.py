@@ -385,8 +385,10 @@ class _Reader:
             left = self._read_constant(b, left)
         elif {a, b} - {"text"} and {a, b} - {"number", "bytes"}:
             raise self.error(at, _cannot_compare(a, b))
-        if "text" in (a, b) and a == b and op not in ("==", "!="):
-            raise self.error(at, "texts are compared with ==, !=, in or ~")
+        if a == b == "text" and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant)):
+            raise self.error(
+                at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason with a text in quotes"
+            )
         return Compare(op, left, right, at)  # type: ignore[arg-type]
 
     def _between(self, left: ast.expr, low: ast.expr, high: ast.expr, at: Span) -> All:
@@ -452,11 +454,9 @@ class _Reader:
                 return Constant(number, at)
             case ast.Name():
                 return self._name(self._origin(node))
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=float() as number)):
-                return Constant(-number, at)
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
                 value = self._number(operand)
-                return Arithmetic("neg", value, None, at) if isinstance(op, ast.USub) else value
+                return self._negative(value, at) if isinstance(op, ast.USub) else value
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
                 sign = _ARITHMETIC[type(op)]
                 a, b = self._number(left), self._number(right)
@@ -473,7 +473,16 @@ class _Reader:
         what = self.text[slice(*at)]
         if isinstance(node, ast.Compare | ast.BoolOp | ast.UnaryOp):
             raise self.error(at, "a condition stands where a value should; put it into parentheses, or leave it out")
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr | ast.BitXor | ast.BitAnd):
+            raise self.error(at, "between takes two values, as in epoch between 10 and 20")
         raise self.error(at, f"{what} has no meaning in a selection; functions are has(x), abs(x) and metric('name')")
+
+    @staticmethod
+    def _negative(value: Value, at: Span) -> Value:
+        if isinstance(value, Constant):
+            assert isinstance(value.value, float)
+            return Constant(-value.value, at)
+        return Arithmetic("neg", value, None, at)
 
     def _number(self, node: ast.expr) -> Value:
         value = self.value(node)

@@ -5,18 +5,22 @@ checkpoint is found as soon as it is committed. See ``catalogue.refresh`` for ho
 """
 
 import json
+import math
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import URL, Engine, select
 
 from peakpoint import layout
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, connect, place, set_aside, translated
-from peakpoint.catalogue.refresh import Known, is_current, known_runs, read_peaks, refresh_run, remove_run
+from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, connect, discard, place, set_aside, translated
+from peakpoint.catalogue.refresh import Known, damage_of, is_current, known_runs, read_peaks, refresh_run, remove_run
+from peakpoint.catalogue.search import WINDOW
 from peakpoint.catalogue.selection import Clause, Selection, Why, Wish, make_checkpoint
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.errors import ConfigError
@@ -55,12 +59,22 @@ class Listed:
     damaged: tuple[str, ...]
 
 
+def _dispose(*engines: Engine) -> None:
+    for engine in engines:
+        engine.dispose()
+
+
 class Catalogue:
     """The catalogue of one repository. Safe to use from several threads, and beside others who use or write it.
+
+    Attributes:
+        window: how many rows a search in SQLite looks at first; see ``catalogue.search``.
 
     Args:
         store: where the repository is.
         where: a URL of PostgreSQL, or the path of a SQLite file; see ``database.place``.
+        by_hand: checkpoints that are deleted without Peakpoint are missed after so many seconds; everything that it
+            does itself is seen at once.
 
     Raises:
         ConfigError: a URL that is not served, or a catalogue of another repository.
@@ -69,14 +83,22 @@ class Catalogue:
         StoreError: the database cannot be used.
     """
 
-    def __init__(self, store: Store, where: str | None = None) -> None:
+    def __init__(self, store: Store, where: str | None = None, *, by_hand: float = 1.0) -> None:
         self._store = store
+        self._by_hand, self._looked = by_hand, -math.inf
+        self._names: tuple[str | None, list[str]] = (None, [])
+        self.window = WINDOW
         self._url, self._disposable = place(store, where)
         self._engine, self._reading = connect(self._url)
+        self._finalizer = weakref.finalize(self, _dispose, self._engine, self._reading)
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
         self._tick = -1
-        self._mended(self._open)
+        try:
+            self._mended(self._open)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def location(self) -> str:
@@ -88,9 +110,8 @@ class Catalogue:
         return self._url.get_backend_name() == "sqlite"
 
     def close(self) -> None:
-        """Let go of every connection."""
-        self._engine.dispose()
-        self._reading.dispose()
+        """Let go of every connection; they come back when they are needed."""
+        _dispose(self._engine, self._reading)
 
     def _open(self) -> None:
         identity = digest(self._store.get(layout.REPOSITORY))
@@ -123,9 +144,9 @@ class Catalogue:
             self._replace()
             action()
 
-    def _replace(self) -> None:
+    def _replace(self, clear: Callable[[URL], None] = set_aside) -> None:
         self.close()
-        set_aside(self._url)
+        clear(self._url)
         self._known, self._tick = {}, -1
         self._open()
 
@@ -147,19 +168,29 @@ class Catalogue:
     def _refresh(self, progress: Progress, only: str | None = None) -> None:
         with translated(self._url):
             if only is not None:
-                refresh_run(self._engine, self._store, only)
+                self._refresh_run(only)
                 return
             self._recall()
-            present = [child[:-1] for child in self._store.children(layout.RUNS) if child.endswith("/")]
-            stale = [run for run in present if not self._is_current(run)]
+            present = self._present()
+            begin = time.monotonic()
+            by_hand = begin - self._looked >= self._by_hand
+            stale = [run for run in present if not self._is_current(run, by_hand=by_hand)]
+            self._looked = begin if by_hand else self._looked
             gone = self._known.keys() - set(present)
             for name in gone:
                 remove_run(self._engine, name)
+                self._known.pop(name)
             for number, run in enumerate(stale, 1):
-                refresh_run(self._engine, self._store, run)
+                self._refresh_run(run)
                 progress(number, len(stale))
-            if stale or gone:
-                self._recall()
+
+    def _refresh_run(self, run: str) -> None:
+        tick, known = refresh_run(self._engine, self._store, run)
+        if known is not None and tick == self._tick + 1:
+            self._known[run] = known
+            self._tick = tick
+        elif tick != self._tick:  # others have changed it as well: ask anew next time
+            self._tick = -1
 
     def _recall(self) -> None:
         """What the catalogue knows, unless nobody has changed it since."""
@@ -168,11 +199,19 @@ class Catalogue:
             if tick != self._tick:
                 self._known, self._tick = known_runs(connection), tick
 
-    def _is_current(self, run: str) -> bool:
+    def _present(self) -> list[str]:
+        """The directories of runs."""
+        stamp = self._store.stamp(layout.RUNS)
+        if stamp is None or stamp != self._names[0]:
+            names = [child[:-1] for child in self._store.children(layout.RUNS) if child.endswith("/")]
+            self._names = (stamp, names)
+        return self._names[1]
+
+    def _is_current(self, run: str, *, by_hand: bool) -> bool:
         known = self._known.get(run)
         if known is None:
             return self._store.size(layout.run_record(run)) is None  # no run yet: nothing to read
-        return is_current(self._store, run, known)
+        return is_current(self._store, run, known, by_hand=by_hand)
 
     def rebuild(self, progress: Progress = lambda _done, _all: None) -> None:
         """Forget everything, and read all files again.
@@ -182,7 +221,7 @@ class Catalogue:
         """
         with self._lock:
             if self._disposable and self._is_file and self._url.database:
-                self._replace()
+                self._replace(discard)
             else:
                 identity = digest(self._store.get(layout.REPOSITORY))
                 with translated(self._url), self._engine.begin() as connection:
@@ -200,8 +239,7 @@ class Catalogue:
             NotFoundError: a metric that no checkpoint has; names near ones.
         """
         self.refresh()
-        with translated(self._url):
-            return Selection(self._reading, wish, self._checkpoint)
+        return Selection(self._reading, wish, self._checkpoint, self.window)
 
     def _checkpoint(self, run: str, row: Any, detail: Any) -> Checkpoint:
         prefix = layout.checkpoint_prefix(run, detail.name)
@@ -216,16 +254,11 @@ class Catalogue:
 
     def runs(self, names: Iterable[str] | None = None) -> list[Listed]:
         """Every run, or some, by name."""
-        table, waiting = schema.runs.c, schema.unsettled.c
+        table = schema.runs.c
         statement = select(schema.runs).order_by(table.name)
         if names is not None:
             statement = statement.where(table.name.in_(list(names)))
         with translated(self._url), self._reading.connect() as connection:
-            damaged: dict[int, list[str]] = {}
-            for run, sentence in connection.execute(
-                select(waiting.run, waiting.damage).where(waiting.damage.is_not(None))
-            ):
-                damaged.setdefault(run, []).append(sentence)
             return [
                 Listed(
                     name=row.name,
@@ -235,7 +268,7 @@ class Catalogue:
                     checkpoints=row.checkpoints,
                     size_bytes=row.size,
                     newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
-                    damaged=tuple(damaged.get(row.key, ())),
+                    damaged=damage_of(row.read),
                 )
                 for row in connection.execute(statement)
             ]

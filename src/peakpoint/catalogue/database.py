@@ -158,13 +158,19 @@ def _authorize(action: int, first: str | None, second: str | None, *_: object) -
 
 
 def set_aside(url: URL) -> None:
-    """Move a damaged SQLite file out of the way, and its log with it."""
+    """Move a damaged SQLite file out of the way: it may have been somebody's."""
     assert url.database is not None
     path = Path(url.database)
     with contextlib.suppress(FileNotFoundError):
         path.replace(path.with_name(f"{path.stem}.damaged.sqlite"))
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    discard(url)
 
 
-__all__ = ["FILE", "VARIABLE", "DamagedError", "connect", "place", "set_aside", "translated"]
+def discard(url: URL) -> None:
+    """Delete a SQLite file, and its log with it."""
+    assert url.database is not None
+    for suffix in ("", "-wal", "-shm"):
+        Path(url.database + suffix).unlink(missing_ok=True)
+
+
+__all__ = ["FILE", "VARIABLE", "DamagedError", "connect", "discard", "place", "set_aside", "translated"]

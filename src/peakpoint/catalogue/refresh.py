@@ -36,57 +36,81 @@ _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What was read of a run.
+class Unsettled:
+    """A directory that was seen in the middle of something, or is damaged.
 
     Attributes:
-        key: in the table of runs.
+        stamp: of the directory, before it was read; None when that could not be told.
+        damage: what is wrong with its manifest.
+    """
+
+    stamp: str | None
+    damage: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """A segment of the journal that may still grow.
+
+    Attributes:
+        read: bytes that were read, in whole lines.
+        seen: bytes that were there, with a line that was torn.
+    """
+
+    read: int
+    seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """How far the files of a run are read.
+
+    Attributes:
+        key: of the run in the catalogue.
         journal: the stamp of its journal when it was listed; None when that could not be told.
         checkpoints: the same of its checkpoints.
-        growing: segments that may still grow, with the bytes that were seen.
-        unsettled: directories that were seen in the middle of something, with their stamps and what is damaged.
+        last: the newest segment; those before it are known, as numbers only rise.
+        segments: how many there are up to that one.
+        growing: those that may still grow.
+        unsettled: directories to look at again when they change.
     """
 
     key: int
-    journal: str | None
-    checkpoints: str | None
-    growing: tuple[tuple[str, int], ...] = ()
-    unsettled: tuple[tuple[str, "Unsettled"], ...] = ()
+    journal: str | None = None
+    checkpoints: str | None = None
+    last: str = ""
+    segments: int = 0
+    growing: Mapping[str, Growing] = field(default_factory=dict)
+    unsettled: Mapping[str, Unsettled] = field(default_factory=dict)
 
 
-Unsettled = tuple[str | None, str | None]
+def _known(key: int, text: str) -> Known:
+    return msgspec.convert(msgspec.json.decode(text) | {"key": key}, Known)
 
 
-def known_runs(connection: Connection, name: str | None = None) -> dict[str, Known]:
-    """What was read of every run, or of one."""
-    table, growing, unsettled = schema.runs.c, schema.segments.c, schema.unsettled.c
-    runs = select(table.key, table.name, table.journal_stamp, table.checkpoints_stamp)
-    grow = select(growing.run, growing.name, growing.seen).where(growing.closed.is_(False))
-    wait = select(unsettled.run, unsettled.name, unsettled.stamp, unsettled.damage)
-    if name is not None:
-        runs = runs.where(table.name == name)
-        own = select(table.key).where(table.name == name).scalar_subquery()
-        grow, wait = grow.where(growing.run == own), wait.where(unsettled.run == own)
-    segments: dict[int, list[tuple[str, int]]] = {}
-    for key, segment, seen in connection.execute(grow):
-        segments.setdefault(key, []).append((segment, seen))
-    directories: dict[int, list[tuple[str, Unsettled]]] = {}
-    for key, directory, stamp, damage in connection.execute(wait):
-        directories.setdefault(key, []).append((directory, (stamp, damage)))
-    return {
-        run: Known(key, journal, checkpoints, tuple(segments.get(key, ())), tuple(sorted(directories.get(key, ()))))
-        for key, run, journal, checkpoints in connection.execute(runs)
-    }
+def known_runs(connection: Connection) -> dict[str, Known]:
+    """How far every run is read."""
+    table = schema.runs.c
+    rows = connection.execute(select(table.name, table.key, table.read)).all()
+    return {name: _known(key, text) for name, key, text in rows}
 
 
-def is_current(store: Store, run: str, known: Known) -> bool:
-    """Whether a run's files are as they were when they were read."""
+def is_current(store: Store, run: str, known: Known, *, by_hand: bool = True) -> bool:
+    """Whether a run's files are as they were when they were read.
+
+    Args:
+        store: where.
+        run: which.
+        known: what was read.
+        by_hand: also look for directories that were deleted, or copied there, without Peakpoint. Everything that it
+            does itself begins with a line in the journal; where no segment can grow, that is a new segment.
+    """
     journal = layout.journal_prefix(run)
     return (
         _same(store, journal, known.journal)
-        and _same(store, layout.checkpoints_prefix(run), known.checkpoints)
-        and all(store.size(f"{journal}/{segment}") == seen for segment, seen in known.growing)
-        and all(_same(store, layout.checkpoint_prefix(run, name), stamp) for name, (stamp, _) in known.unsettled)
+        and (not (by_hand or known.growing) or _same(store, layout.checkpoints_prefix(run), known.checkpoints))
+        and all(store.size(f"{journal}/{segment}") == one.seen for segment, one in known.growing.items())
+        and all(_same(store, layout.checkpoint_prefix(run, name), one.stamp) for name, one in known.unsettled.items())
     )
 
 
@@ -101,25 +125,29 @@ def remove_run(engine: Engine, name: str) -> None:
         connection.execute(delete(schema.runs).where(schema.runs.c.name == name))
 
 
-def refresh_run(engine: Engine, store: Store, run: str) -> None:
-    """Bring one run up to date, in one transaction."""
+def refresh_run(engine: Engine, store: Store, run: str) -> tuple[int, Known | None]:
+    """Bring one run up to date, in one transaction.
+
+    Returns:
+        The catalogue's tick after it, and how far the run is read; None when another process was faster.
+    """
     with engine.begin() as connection:
-        _lock(connection)
-        known = known_runs(connection, run).get(run)
+        # nobody else changes the catalogue from here on: in SQLite, transactions that write begin with the lock
+        table = schema.runs.c
+        columns = (schema.meta.c.tick, table.key, table.read, table.rules, table.peaks, table.reports)
+        joined = schema.meta.outerjoin(schema.runs, table.name == run)
+        row = connection.execute(select(*columns).select_from(joined).with_for_update(of=schema.meta)).one()
+        known = None if row.key is None else _known(row.key, row.read)
         if known is not None and is_current(store, run, known):
-            return  # another process was faster
-        news = _news(connection, store, run, known)
+            return row.tick, None
+        news = _news(store, run, known)
         if known is not None and news is None:
-            connection.execute(delete(schema.runs).where(schema.runs.c.key == known.key))
-            known, news = None, _news(connection, store, run, None)
+            connection.execute(delete(schema.runs).where(table.key == known.key))
+            known, news = None, _news(store, run, None)
         assert news is not None
-        _Update(connection, store, run, known, news).carry_out()
-
-
-def _lock(connection: Connection) -> None:
-    """Let nobody else change the catalogue before this transaction ends."""
-    if connection.dialect.name != "sqlite":  # there, transactions that write begin with the lock
-        connection.execute(select(schema.meta.c.tick).with_for_update())
+        before = _Said(json.loads(row.rules), read_peaks(row.peaks), row.reports) if known is not None else _Said()
+        changed = _Update(connection, store, run, known, news, before).carry_out()
+        return (row.tick, known) if changed is None else (row.tick + 1, changed)
 
 
 def _count(connection: Connection) -> None:
@@ -131,100 +159,103 @@ def _count(connection: Connection) -> None:
 
 @dataclass(slots=True)
 class _News:
-    journal: str | None
+    """What the journal says that was not read before.
+
+    Attributes:
+        stamp: of the journal, before it was listed.
+        segments: all of them, in order.
+        growing: those that may still grow.
+        events: what is new.
+    """
+
+    stamp: str | None
+    segments: list[str]
+    growing: dict[str, Growing] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    read: dict[str, "Segment"] = field(default_factory=dict)  # those that have grown
 
 
-Segment = tuple[int, int, bool]  # bytes that were read, bytes that were seen, whether it is closed
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the journal has said before."""
+
+    rules: Sequence[str] = ()
+    peaks: Sequence[Peak] = ()
+    reports: int = 0
 
 
 _NOTES = (journals.Measured, journals.Pinned, journals.Unpinned)
 
 
-def _news(connection: Connection, store: Store, run: str, known: Known | None) -> _News | None:
+def _news(store: Store, run: str, known: Known | None) -> _News | None:
     """What the journal says that was not read before; None when all of it must be read again."""
-    before: dict[str, Segment] = {}
-    if known is not None:
-        table = schema.segments.c
-        rows = connection.execute(
-            select(table.name, table.read, table.seen, table.closed).where(table.run == known.key)
-        )
-        before = {name: (read, seen, closed) for name, read, seen, closed in rows}
-    news = _News(store.stamp(layout.journal_prefix(run)))
-    present = journals.segments_of(store, run)
-    if before.keys() - set(present):
+    prefix = layout.journal_prefix(run)
+    news = _News(store.stamp(prefix), journals.segments_of(store, run))
+    last = (0, "") if known is None else (len(known.last), known.last)
+    before = sum((len(name), name) <= last for name in news.segments)
+    if known is not None and before != known.segments:
         return None
-    newest = max((present.index(name) for name in before), default=-1)
-    for number, segment in enumerate(present):
-        begin, _, closed = before.get(segment, (0, 0, False))
-        if closed:
+    for place, segment in enumerate(news.segments):
+        one = known.growing.get(segment) if known is not None else None
+        if place < before and one is None:
             continue
-        seen = store.size(f"{layout.journal_prefix(run)}/{segment}") or 0
+        begin = 0 if one is None else one.read
+        seen = store.size(f"{prefix}/{segment}") or 0
         events, end = journals.read_on(store, run, segment, begin)
         # notes count in the order of segments, and segments only grow
-        if seen < begin or (number < newest and any(isinstance(event, _NOTES) for event in events)):
+        if seen < begin or (place < before - 1 and any(isinstance(event, _NOTES) for event in events)):
             return None
         news.events += events
-        found = (end, max(seen, end), isinstance(events[-1], journals.Closed) if events else False)
-        if found != before.get(segment):
-            news.read[segment] = found
+        if not (events and isinstance(events[-1], journals.Closed)):
+            news.growing[segment] = Growing(end, max(seen, end))
     return news
 
 
 class _Update:
     """One run on its way into the catalogue."""
 
-    def __init__(self, connection: Connection, store: Store, run: str, known: Known | None, news: _News) -> None:
+    def __init__(
+        self, connection: Connection, store: Store, run: str, known: Known | None, news: _News, before: _Said
+    ) -> None:
         self._connection, self._store, self._run, self._news = connection, store, run, news
-        self._known = known
+        self._known, self._before = known, before
         self._stamp = store.stamp(layout.checkpoints_prefix(run))
-        self._changed = known is None
         self._key = self._new_run() if known is None else known.key
 
     def _new_run(self) -> int:
         key = _next(self._connection, schema.runs.c.key)
-        empty = {"rules": "[]", "peaks": "[]", "reports": 0, "checkpoints": 0, "size": 0}
+        empty = {"rules": "[]", "peaks": "[]", "reports": 0, "checkpoints": 0, "size": 0, "read": "{}"}
         self._connection.execute(insert(schema.runs).values(key=key, name=self._run, **empty))
         return key
 
-    def carry_out(self) -> None:
-        """Everything, in the order in which one thing needs the other."""
+    def carry_out(self) -> Known | None:
+        """Everything, in the order in which one thing needs the other.
+
+        Returns:
+            How far the run is read now; None when nothing has changed.
+        """
         self._note()
         changed, unsettled = self._directories()
-        for segment, (read, seen, closed) in self._news.read.items():
-            self._put(
-                schema.segments, {"run": self._key, "name": segment}, {"read": read, "seen": seen, "closed": closed}
-            )
         values: dict[str, Any] = {}
         if self._news.events or self._known is None:
             values |= self._reported()
         if changed or self._known is None:
             values |= self._totals()
-        moved = self._known is None or tuple(sorted(unsettled.items())) != self._known.unsettled
-        if moved:
-            self._replace_unsettled(unsettled)
-        stamps = (self._news.journal, self._stamp)
-        if (
-            self._known is None
-            or values
-            or moved
-            or self._news.read
-            or stamps != (self._known.journal, self._known.checkpoints)
-        ):
-            values |= {"journal_stamp": stamps[0], "checkpoints_stamp": stamps[1]}
-            self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values))
-            _count(self._connection)
-
-    def _replace_unsettled(self, unsettled: Mapping[str, Unsettled]) -> None:
-        table = schema.unsettled
-        self._connection.execute(delete(table).where(table.c.run == self._key))
-        rows = [
-            {"run": self._key, "name": name, "stamp": stamp, "damage": damage}
-            for name, (stamp, damage) in unsettled.items()
-        ]
-        if rows:
-            self._connection.execute(insert(table), rows)
+        segments = self._news.segments
+        known = Known(
+            key=self._key,
+            journal=self._news.stamp,
+            checkpoints=self._stamp,
+            last=segments[-1] if segments else "",
+            segments=len(segments),
+            growing=self._news.growing,
+            unsettled=unsettled,
+        )
+        if not values and known == self._known:
+            return None
+        values["read"] = msgspec.json.encode(known).decode()
+        self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values))
+        _count(self._connection)
+        return known
 
     def _put(self, table: Any, where: dict[str, Any], values: dict[str, Any]) -> None:
         """Change a row, or add it."""
@@ -277,7 +308,7 @@ class _Update:
         prefix = layout.checkpoints_prefix(self._run)
         present = {child.removesuffix("/") for child in self._store.children(prefix) if child.endswith("/")}
         touched |= {name for name, (_, id) in rows.items() if id in ids}  # noqa: A001 - the vocabulary's word
-        touched |= {name for name, (stamp, _) in waiting.items() if not self._is_same(name, stamp)}
+        touched |= {name for name, one in waiting.items() if not self._is_same(name, one.stamp)}
         unsettled = {name: known for name, known in waiting.items() if name in present - touched}
         found: list[reader.Standing] = []
         for name in sorted(name for name in present if name in touched or (name not in rows and name not in unsettled)):
@@ -286,11 +317,11 @@ class _Update:
                 case reader.Standing() as standing:
                     found.append(standing)
                     if name in moving:
-                        unsettled[name] = (stamp, None)
+                        unsettled[name] = Unsettled(stamp)
                 case reader.Damaged(error=error):
-                    unsettled[name] = (stamp, str(error))
+                    unsettled[name] = Unsettled(stamp, str(error))
                 case None:
-                    unsettled[name] = (stamp, None)
+                    unsettled[name] = Unsettled(stamp)
         stale = [key for name, (key, _) in rows.items() if name not in present or name in touched]
         self._forget(stale)
         self._add(found)
@@ -305,7 +336,7 @@ class _Update:
             return {}
         a, b = schema.checkpoints.c, schema.details.c
         joined = select(b.name, a.key, b.id).join_from(schema.checkpoints, schema.details, b.checkpoint == a.key)
-        found = self._connection.execute(joined.where(a.run == self._key))
+        found = self._connection.execute(joined.where(a.run == self._key)).all()
         return {name: (key, identity) for name, key, identity in found}
 
     def _forget(self, keys: Sequence[int]) -> None:
@@ -333,15 +364,10 @@ class _Update:
     def _reported(self) -> dict[str, Any]:
         """Rules, peaks and the number of reports."""
         events: Sequence[Event] = self._news.events
-        row = self._connection.execute(
-            select(schema.runs.c.rules, schema.runs.c.peaks, schema.runs.c.reports).where(
-                schema.runs.c.key == self._key
-            )
-        ).one()
-        texts, before, reports = json.loads(row.rules), read_peaks(row.peaks), row.reports
+        texts, before, reports = self._before.rules, self._before.peaks, self._before.reports
         opened = journals.newest(events, journals.Opened)
         if opened is not None:
-            texts = list(opened.rules)
+            texts = opened.rules
         if self._known is not None and any(isinstance(e, journals.Opened | journals.Started) for e in events):
             events, before, reports = journals.read(self._store, self._run).events, [], 0
         history = journals.history(events)
@@ -377,6 +403,11 @@ def _remembered(before: Iterable[Peak], metric: str) -> list[journals.Reported]:
 def read_peaks(text: str) -> list[Peak]:
     """The peaks of a run, as the catalogue keeps them."""
     return [Peak(**peak) for peak in json.loads(text)]
+
+
+def damage_of(text: str) -> tuple[str, ...]:
+    """What is damaged in a run, of what is known of it."""
+    return tuple(one.damage for one in _known(0, text).unsettled.values() if one.damage is not None)
 
 
 def _next(connection: Connection, column: Any) -> int:

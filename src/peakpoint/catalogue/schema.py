@@ -3,12 +3,13 @@
 ``checkpoints`` is what selections look at: one narrow row a checkpoint, every metric in an indexed column of its own,
 named ``m1``, ``m2``, ...; ``metrics`` says which is which. After ``WIDEST`` metrics further ones go to ``rarities``, a
 row a value, which is slower and has no limit. NaN is NULL here: it never matches. ``details`` holds the record that a
-``Checkpoint`` is made from. What a refresh has read so far is in ``runs``, ``segments``, ``unsettled`` and ``noted``.
+``Checkpoint`` is made from. What a refresh has read so far is in ``runs.read`` and ``noted``.
 
 Nothing here is truth. A damaged SQLite file is thrown away and made anew from the repository.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -61,25 +62,7 @@ runs = Table(
     Column("checkpoints", BigInteger, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("newest", Double),  # when the newest checkpoint was made
-    Column("journal_stamp", Text),
-    Column("checkpoints_stamp", Text),
-)
-segments = Table(
-    "segments",
-    _TABLES,
-    Column("run", _Key, _owner(), primary_key=True),
-    Column("name", Text, primary_key=True),
-    Column("read", BigInteger, nullable=False),  # bytes, in whole lines
-    Column("seen", BigInteger, nullable=False),  # bytes, with a line that was torn
-    Column("closed", Boolean, nullable=False),
-)
-unsettled = Table(
-    "unsettled",
-    _TABLES,
-    Column("run", _Key, _owner(), primary_key=True),
-    Column("name", Text, primary_key=True),
-    Column("stamp", Text),
-    Column("damage", Text),  # what is wrong with its manifest
+    Column("read", Text, nullable=False),  # how far its files are read: ``refresh.Known`` as JSON
 )
 noted = Table(
     "noted",
@@ -207,18 +190,23 @@ def drop_all(connection: Connection) -> None:
 # --- metrics in columns -------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=8)
+def _table(metrics: int) -> Table:
+    """The table of checkpoints with so many metrics in it; the same object again, so that SQL is compiled once."""
+    columns = [Column(column.name, column.type, primary_key=column.primary_key) for column in checkpoints.columns]
+    return Table("checkpoints", MetaData(), *columns, *(Column(f"m{key}", Double) for key in range(1, metrics + 1)))
+
+
 class Columns:
     """Which metric is where, as of one moment; ``table`` has a column for each that has one.
 
     Args:
-        known: metric name to key.
+        known: metric name to key: 1, 2, 3, ...
     """
 
     def __init__(self, known: dict[str, int]) -> None:
         self.keys = known
-        columns = [Column(column.name, column.type, primary_key=column.primary_key) for column in checkpoints.columns]
-        columns += [Column(f"m{key}", Double) for key in sorted(known.values()) if key <= WIDEST]
-        self.table = Table("checkpoints", MetaData(), *columns)
+        self.table = _table(min(len(known), WIDEST))
 
     def column(self, metric: str) -> Column[Any] | None:
         """The column of a metric; None for one that has none."""
@@ -236,7 +224,7 @@ class Columns:
             return self
         known = dict(self.keys)
         for name in missing:
-            key = max(known.values(), default=0) + 1
+            key = len(known) + 1
             connection.execute(insert(metrics).values(key=key, name=name))
             if key <= WIDEST:
                 # a number of ours: no name of a user becomes part of a statement

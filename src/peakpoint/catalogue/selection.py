@@ -3,25 +3,28 @@
 import difflib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, func, select
+from sqlalchemy import Connection, Engine, func, select
 
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.database import translated
 from peakpoint.catalogue.schema import Columns
+from peakpoint.catalogue.search import WINDOW, Search
 from peakpoint.catalogue.sql import Expression, Translator
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.manifest import metrics_from_json
-from peakpoint.query import FIELDS, Metric, Query, point
+from peakpoint.query import FIELDS, Field, Metric, Query, point
 from peakpoint.ranking import Key, WithinSE
 from peakpoint.refs import near
 
-_CHUNK = 200
 _RUNNERS_UP = 3
+_EARLIEST = (Key(Field("step", (0, 0)), "min"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +90,22 @@ class Selection:
     Args:
         engine: one that reads.
         wish: what is wanted.
-        make: makes a checkpoint's directory from its key prefix; see ``Checkpoint.path``.
+        make: makes a checkpoint of its run's name and two rows of the catalogue.
+        window: see ``Search``.
     """
 
-    def __init__(self, engine: Engine, wish: Wish, make: Callable[..., Checkpoint]) -> None:
-        self._engine, self._wish, self._make = engine, wish, make
-        with engine.connect() as connection:
+    def __init__(self, engine: Engine, wish: Wish, make: Callable[..., Checkpoint], window: int = WINDOW) -> None:
+        self._engine, self._wish, self._make, self._window = engine, wish, make, window
+        with self._connected() as connection:
             columns = Columns.read(connection)
         _check_metrics(wish, columns)
-        self._columns, self._table = columns, columns.table.c
+        self._columns = columns
         self._sql = Translator(columns, engine.dialect.name)
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        with translated(self._engine.url), self._engine.connect() as connection:
+            yield connection
 
     def __iter__(self) -> Iterator[Checkpoint]:
         yield from islice(self._ranked(), self._wish.top)
@@ -113,19 +122,19 @@ class Selection:
 
     def count(self) -> int:
         """How many checkpoints there are in the selection; counts them all."""
-        with self._engine.connect() as connection:
-            statement = select(func.count()).select_from(self._columns.table).where(*self._conditions(connection))
+        with self._connected() as connection:
+            statement = (
+                select(func.count()).select_from(self._columns.table).where(*self._search(connection).conditions())
+            )
             found = int(connection.scalar(statement) or 0)
         return found if self._wish.top is None else min(found, self._wish.top)
 
     def why(self) -> Why:
         """What each clause removed, and what would have come next; looks at every checkpoint."""
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             clauses = [(self._wish.query.quote(clause), self._sql.where(clause)) for clause in self._wish.query.clauses]
             clauses += [
-                (f"{key.value.name} has a finite value", self._sql.finite(key.value))
-                for key in self._wish.keys
-                if not isinstance(key.value, Metric) or key.value.name
+                (f"{key.value.name} has a finite value", self._sql.finite(key.value)) for key in self._wish.keys
             ]
             within = self._within(connection)
             if within is not None:
@@ -155,49 +164,34 @@ class Selection:
 
     # --- in order
 
-    def _conditions(self, connection: Connection) -> list[Expression]:
-        found = [self._sql.where(clause) for clause in self._wish.query.clauses]
-        found += [self._sql.finite(key.value) for key in self._wish.keys]
+    def _search(self, connection: Connection) -> Search:
         within = self._within(connection)
-        return found if within is None else [*found, within[1]]
+        keys = self._wish.keys if within is None else self._wish.keys[1:] or _EARLIEST
+        more = () if within is None else (within[1],)
+        return Search(connection, self._sql, self._wish.query.clauses, more, keys, self._window)
 
     def _within(self, connection: Connection) -> tuple[str, Expression] | None:
         """What is as good as the best."""
         if self._wish.within is None:
             return None
         key = self._wish.keys[0]
-        conditions = [self._sql.where(clause) for clause in self._wish.query.clauses] + [self._sql.finite(key.value)]
-        statement = select(self._table.key, self._sql.value(key.value)).where(*conditions)
-        best = connection.execute(statement.order_by(*self._order((key,))).limit(1)).first()
-        if best is None:
-            return None
-        record = connection.scalar(select(schema.details.c.record).where(schema.details.c.checkpoint == best[0]))
-        metrics = metrics_from_json(json.loads(record or "{}").get("metrics", {}))
-        error = self._wish.within.error_of(best[1], metrics)
+        finite = [self._sql.finite(other.value) for other in self._wish.keys[1:]]
         value = self._sql.value(key.value)
-        text = f"{key.value.name} within one standard error ({error:.3g}) of the best ({best[1]:.6g})"
-        return text, (value >= best[1] - error if key.mode == "max" else value <= best[1] + error)
-
-    def _order(self, keys: Sequence[Key]) -> list[Expression]:
-        order = [
-            self._sql.value(key.value).desc() if key.mode == "max" else self._sql.value(key.value).asc() for key in keys
-        ]
-        if not self._wish.keys:
-            return [self._table.created.desc(), self._table.key.desc()]
-        return [*order, self._table.created.asc(), self._table.key.asc()]
-
-    def _statement(self, connection: Connection, limit: int | None) -> Select[Any]:
-        table = self._table
-        keys = self._wish.keys if self._wish.within is None else self._wish.keys[1:]
-        columns = (table.key, table.run, table.sequence, table.epoch, table.step, table.size)
-        statement = select(*columns).where(*self._conditions(connection)).order_by(*self._order(keys))
-        return statement if limit is None else statement.limit(limit)
+        search = Search(connection, self._sql, self._wish.query.clauses, finite, (key,), self._window)
+        for [best] in search.rows((self._sql.table.key, value), 1):
+            record = connection.scalar(select(schema.details.c.record).where(schema.details.c.checkpoint == best[0]))
+            metrics = metrics_from_json(json.loads(record or "{}").get("metrics", {}))
+            error = self._wish.within.error_of(best[1], metrics)
+            text = f"{key.value.name} within one standard error ({error:.3g}) of the best ({best[1]:.6g})"
+            return text, (value >= best[1] - error if key.mode == "max" else value <= best[1] + error)
+        return None
 
     def _ranked(self, limit: int | None = None) -> Iterator[Checkpoint]:
-        limit = limit if limit is not None else self._wish.top
-        with self._engine.connect() as connection:
-            found = connection.execution_options(yield_per=_CHUNK).execute(self._statement(connection, limit))
-            for rows in found.partitions():
+        table = self._sql.table
+        columns = (table.key, table.run, table.sequence, table.epoch, table.step, table.size)
+        with self._connected() as connection:
+            limit = limit if limit is not None else self._wish.top
+            for rows in self._search(connection).rows(columns, limit):
                 yield from self._checkpoints(connection, rows)
 
     def _checkpoints(self, connection: Connection, rows: Sequence[Any]) -> Iterator[Checkpoint]:
@@ -210,11 +204,8 @@ class Selection:
             )
         }
         runs = schema.runs.c
-        names = dict(
-            connection.execute(select(runs.key, runs.name).where(runs.key.in_({row.run for row in rows})))
-            .tuples()
-            .all()
-        )
+        of_these = select(runs.key, runs.name).where(runs.key.in_({row.run for row in rows}))
+        names = {key: name for key, name in connection.execute(of_these)}  # noqa: C416 - rows are no pairs
         for row in rows:
             detail = known[row.key]
             yield self._make(names[row.run], row, detail)

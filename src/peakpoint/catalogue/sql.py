@@ -3,7 +3,22 @@
 import sys
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, and_, cast, func, literal, not_, or_, select, true
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Double,
+    UnaryExpression,
+    and_,
+    bindparam,
+    cast,
+    func,
+    literal,
+    not_,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.sql.operators import custom_op
 
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.schema import Columns
@@ -26,6 +41,7 @@ from peakpoint.query import (
 from peakpoint.query import Any as Some
 
 Expression = ColumnElement[Any]
+_PLUS: custom_op[Any] = custom_op("+")
 _EXACT = 2**53  # whole numbers below are the same as a float
 
 
@@ -35,11 +51,26 @@ class Translator:
     Args:
         columns: which metric is where.
         dialect: the database's.
+        indexed: whether the database may use its indexes.
+
+    Attributes:
+        sqlite: whether the database is SQLite.
+        table: the columns of checkpoints.
     """
 
-    def __init__(self, columns: Columns, dialect: str) -> None:
-        self._columns, self._table = columns, columns.table.c
-        self._sqlite = dialect == "sqlite"
+    def __init__(self, columns: Columns, dialect: str, *, indexed: bool = True) -> None:
+        self._columns, self.table = columns, columns.table.c
+        self.sqlite = dialect == "sqlite"
+        self._dialect, self._indexed = dialect, indexed
+
+    def without_indexes(self) -> "Translator":
+        """The same, but so that SQLite passes over all rows."""
+        return Translator(self._columns, self._dialect, indexed=False)
+
+    def _own(self, name: str) -> Expression:
+        """A column; with a sign before it SQLite uses no index of it (https://sqlite.org/optoverview.html, 2)."""
+        column: Expression = self.table[name]
+        return column if self._indexed else UnaryExpression(column, operator=_PLUS, type_=column.type)
 
     def where(self, condition: Condition) -> Expression:
         """A condition."""
@@ -51,7 +82,7 @@ class Translator:
             case Not(condition=inner):
                 return not_(self.where(inner))
             case Flag(field=field):
-                return self._table[field.name].is_(True)
+                return self._own(field.name).is_(True)
             case Has(value=value):
                 return true() if _is_text(value) else self.value(value).is_not(None)
             case Like(field=field, pattern=pattern):
@@ -59,7 +90,10 @@ class Translator:
             case Among(value=Field() as field, options=options) if _is_text(field):
                 return self._texts(field, lambda column: column.in_([option.value for option in options]))
             case Among(value=value, options=options):
-                return self.value(value).in_([_number(option) for option in options])
+                numbers: Expression = bindparam(
+                    None, [option.value for option in options], expanding=True, type_=Double()
+                )
+                return self.value(value).in_(numbers)
             case Compare():
                 return self._compare(condition)
 
@@ -89,14 +123,14 @@ class Translator:
     def _texts(self, field: Field, test: Any) -> Expression:
         """Whether a text of a checkpoint, which is in another table, passes a test."""
         if field.name == "run":
-            return self._table.run.in_(select(schema.runs.c.key).where(test(schema.runs.c.name)))
+            return self._own("run").in_(select(schema.runs.c.key).where(test(schema.runs.c.name)))
         if field.name == "reason":
-            return self._table.key.in_(select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
+            return self.table.key.in_(select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
         column = schema.details.c[field.name]
-        return self._table.key.in_(select(schema.details.c.checkpoint).where(test(column)))
+        return self.table.key.in_(select(schema.details.c.checkpoint).where(test(column)))
 
     def _like(self, column: Expression, pattern: str) -> Expression:
-        if self._sqlite:  # GLOB, as LIKE does not tell cases apart there
+        if self.sqlite:  # GLOB, as LIKE does not tell cases apart there
             return column.op("GLOB", is_comparison=True)(pattern.replace("[", "[[]"))
         for character in "\\%_":
             pattern = pattern.replace(character, f"\\{character}")
@@ -106,16 +140,16 @@ class Translator:
         """A number."""
         match value:
             case Constant():
-                return literal(_number(value))
+                return _literal(value.value)
             case Field(name=name):
-                return self._table[name]
+                return self._own(name)
             case Metric(name=name):
                 column = self._columns.column(name)
                 if column is not None:
-                    return column
+                    return self._own(column.name)
                 rare = schema.rarities.c
                 found = select(rare.value).where(
-                    rare.checkpoint == self._table.key, rare.metric == self._columns.keys[name]
+                    rare.checkpoint == self.table.key, rare.metric == self._columns.keys[name]
                 )
                 return found.scalar_subquery()
             case Arithmetic(op="neg", left=left):
@@ -140,7 +174,7 @@ class Translator:
 
     def _not_nan(self, value: Expression) -> Expression:
         """NaN is missing; SQLite sees it so by itself, PostgreSQL takes it for the largest number."""
-        return value if self._sqlite else func.nullif(cast(value, Double), cast(literal("NaN"), Double))
+        return value if self.sqlite else func.nullif(cast(value, Double), cast(literal("NaN"), Double))
 
     def finite(self, value: Field | Metric) -> Expression:
         """Whether something can be ranked by: NaN and infinities never win."""
@@ -154,6 +188,8 @@ def _is_text(value: Value) -> bool:
     return isinstance(value, Field) and FIELDS[value.name] == "text"
 
 
-def _number(constant: Constant) -> float | str:
-    value = constant.value
-    return int(value) if isinstance(value, float) and abs(value) < _EXACT and value.is_integer() else value
+def _literal(value: float | str) -> Expression:
+    """A number as a parameter; a whole one as such, since indexes of PostgreSQL tell integers from others."""
+    if isinstance(value, float) and abs(value) < _EXACT and value.is_integer():
+        return literal(int(value), BigInteger())
+    return literal(value, Double())

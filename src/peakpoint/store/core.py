@@ -5,6 +5,7 @@ the format writes is created once, appended to by one writer, or deleted.
 """
 
 import os
+import re
 import socket
 from collections.abc import Iterable
 from datetime import datetime
@@ -15,6 +16,7 @@ import msgspec
 from peakpoint.errors import ConfigError, ConflictError
 
 Chunk = bytes | bytearray | memoryview
+_NO_KEY = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|[\x00\\]")  # asked thousands of times by the catalogue
 
 
 def check_key(key: str) -> str:
@@ -23,8 +25,7 @@ def check_key(key: str) -> str:
     Raises:
         ConfigError: it is empty, absolute, climbs with ``..``, or holds a NUL or a backslash.
     """
-    parts = key.split("/")
-    if not key or "\x00" in key or "\\" in key or any(part in ("", ".", "..") for part in parts):
+    if _NO_KEY.search(key):
         raise ConfigError(f"{key!r} is not a key: keys are relative paths such as 'runs/a/run.json'")
     return key
 

@@ -71,6 +71,7 @@ class LocalStore:
 
     def __init__(self, root: Path, ops: FileOps | None = None) -> None:
         self.root = root
+        self._root = os.fspath(root)
         self._ops = ops or FileOps()
         self._direct = hasattr(os, "O_DIRECT")
         self._remarks: list[str] = []
@@ -252,7 +253,7 @@ class LocalStore:
 
     def stamp(self, prefix: str) -> str | None:
         """See ``Store.stamp``: when the directory last changed, once that is long enough ago to be told from now."""
-        directory = os.path.join(self.root, check_key(prefix))  # noqa: PTH118 - asked for thousands of times: no Path
+        directory = f"{self._root}/{check_key(prefix)}"  # asked for thousands of times: no Path
         try:
             status = os.stat(directory)  # noqa: PTH116 - the same
         except (FileNotFoundError, NotADirectoryError):

@@ -1,0 +1,606 @@
+"""The catalogue says what the files say, at once, whatever is done to them and to it."""
+
+import json
+import math
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import sqlalchemy
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import peakpoint as pp
+from peakpoint import layout
+from peakpoint.audit import audit
+from peakpoint.catalogue import Catalogue, Wish, schema
+from peakpoint.errors import (
+    ConfigError,
+    CorruptError,
+    FormatError,
+    MissingExtraError,
+    NotFoundError,
+    StoreError,
+)
+from peakpoint.journal import Journal, history
+from peakpoint.manifest import encode
+from peakpoint.peaks import peaks
+from peakpoint.query import parse
+from peakpoint.repository import ensure_repository, ensure_run
+from peakpoint.rules import watched
+from peakpoint.store import LocalStore, MemoryStore
+from strategies import START, manifest
+from test_query import write
+from training import checkpointer
+
+DAY = timedelta(days=1)
+pytestmark = pytest.mark.filterwarnings("ignore::peakpoint.errors.PeakpointWarning")  # NaN is reported on purpose
+
+
+def everything(catalogue):
+    return list(catalogue.select(Wish(query=parse(""))))
+
+
+def facts(checkpoint):
+    return repr(checkpoint)  # NaN is equal to itself there
+
+
+def check(root, catalogue):
+    """The catalogue against the files, read by the code that knows of no catalogue."""
+    truth = {one.id: one for run in pp.open(root).runs() for one in run.checkpoints()}
+    found = {one.id: one for one in everything(catalogue)}
+    assert {key: facts(one) for key, one in found.items()} == {key: facts(one) for key, one in truth.items()}
+    listed = {run.name: run for run in catalogue.runs()}
+    assert listed.keys() == {run.name for run in pp.open(root).runs()}
+    for run in pp.open(root).runs():
+        one, events = listed[run.name], run.events()
+        mine = [checkpoint for checkpoint in truth.values() if checkpoint.run == run.name]
+        assert one.rules == tuple(rule.text for rule in run.rules())
+        assert repr(one.peaks) == repr(tuple(peaks(history(events), watched(run.rules()))))
+        assert (one.checkpoints, one.size_bytes) == (len(mine), sum(checkpoint.size_bytes for checkpoint in mine))
+        assert one.newest == max((checkpoint.created_at for checkpoint in mine), default=None)
+        pinned = set(run.pinned()) & {checkpoint.id for checkpoint in mine}
+        chosen = catalogue.select(Wish(query=parse(f"pinned and run == '{run.name}'")))
+        assert {checkpoint.id for checkpoint in chosen} == pinned
+
+
+# --- whatever is done ---------------------------------------------------------------------------------------------
+
+
+class Anything(RuleBasedStateMachine):
+    """Trainings and people do things to a repository; one catalogue follows, another begins from nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = Path(tempfile.mkdtemp(prefix="peakpoint-any-"))
+        self.root = self.place / "runs"
+        self.ckpt = None
+        self.step = 0
+        with checkpointer(self.root, run="first") as ckpt:
+            ckpt.resume()
+        self.catalogue = Catalogue(LocalStore(self.root), by_hand=0)
+        self.catalogue.window = 5
+
+    def teardown(self):
+        if self.ckpt is not None:
+            self.ckpt.close()
+        self.catalogue.close()
+        shutil.rmtree(self.place)
+
+    def runs(self):
+        return [run for run in pp.open(self.root).runs() if run.checkpoints() and run.holder() is None]
+
+    @initialize()
+    def begin(self):
+        self.start("r", ["best"])
+
+    @rule(
+        name=st.sampled_from(["r", "s"]),
+        keep=st.lists(st.sampled_from(["best", "last", "low"]), min_size=1, max_size=2),
+    )
+    def start(self, name, keep):
+        if self.ckpt is not None:
+            self.ckpt.close()
+        known = {"best": pp.Best("acc", "max"), "last": pp.Last(3), "low": pp.Best("loss", "min", parts="model")}
+        self.ckpt = checkpointer(
+            self.root, run=name, keep=[known[k] for k in keep], undo_for=(keep[0] == "low" and "1h") or "0"
+        )
+        self.ckpt.resume()
+
+    @rule(
+        acc=st.sampled_from([0.1, 0.5, 0.9, math.nan, math.inf]),
+        loss=st.none() | st.sampled_from([1.0, 0.2, -math.inf]),
+    )
+    def report(self, acc, loss):
+        self.step += 1
+        values = {"acc": acc} | ({} if loss is None else {"loss": loss}) | ({"rare": 1.0} if self.step % 7 == 0 else {})
+        self.ckpt.report(values, step=self.step)
+        self.ckpt.wait()
+
+    @rule(undo=st.booleans(), pick=st.integers(0, 9))
+    def remove(self, undo, pick):
+        for run in pp.open(self.root).runs():
+            there = run.manifests()
+            if there:
+                one = there[pick % len(there)]
+                pp.upkeep.remove(run, [one], "because", undo_for=DAY if undo else timedelta(0))
+                return
+
+    @rule()
+    def take_back(self):
+        for run in pp.open(self.root).runs():
+            if run.holder() is None and (there := pp.upkeep.in_trash(run)):
+                pp.upkeep.undo(run, [there[0].manifest.id])
+                return
+
+    @rule(pick=st.integers(0, 9), value=st.sampled_from([0.3, 2.0, math.nan]))
+    def measure(self, pick, value):
+        for run in pp.open(self.root).runs():
+            there = run.manifests()
+            if there:
+                run.record(f"{run.name}/{there[pick % len(there)].id}", {"acc": value, "late": value})
+
+    @rule(pick=st.integers(0, 9), on=st.booleans())
+    def pin(self, pick, on):
+        for run in pp.open(self.root).runs():
+            there = run.manifests()
+            if there:
+                ref = f"{run.name}/{there[pick % len(there)].id}"
+                run.pin(ref, "why") if on else run.unpin(ref)
+
+    @rule(back=st.booleans())
+    def archive(self, back):
+        for run in self.runs():
+            (pp.upkeep.restore if back else pp.upkeep.archive)(run)
+
+    @rule(texts=st.sampled_from(["best:acc:max:parts=model", "last:1", "best:loss:min"]))
+    def keep(self, texts):
+        for run in self.runs():
+            rules = (pp.rules.parse(texts),)
+            pp.upkeep.apply_plan(run, run.plan(rules), rules)
+
+    @rule()
+    def litter(self):
+        directory = LocalStore(self.root).path(layout.checkpoint_prefix("first", f"x{self.step}"))
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "state.json").write_text("{}")
+
+    @rule(pick=st.integers(0, 9))
+    def delete_by_hand(self, pick):
+        for run in self.runs():
+            there = run.checkpoints()
+            shutil.rmtree(there[pick % len(there)].path)
+            return
+
+    @precondition(lambda self: self.step > 3)
+    @rule()
+    def lose_a_run(self):
+        name = self.ckpt.run
+        for run in self.runs():
+            if run.name != name:
+                shutil.rmtree(self.root / "runs" / run.name)
+                return
+
+    @rule()
+    def lose_the_index(self):
+        self.catalogue.close()
+        for suffix in ("", "-wal", "-shm"):
+            (self.root / f"catalogue.sqlite{suffix}").unlink(missing_ok=True)
+        self.catalogue = Catalogue(LocalStore(self.root), by_hand=0)
+        self.catalogue.window = 5
+
+    @invariant()
+    def the_catalogue_says_what_the_files_say(self):
+        check(self.root, self.catalogue)
+
+
+Anything.TestCase.settings = settings(
+    max_examples=12, stateful_step_count=14, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestAnything = Anything.TestCase
+
+
+def test_the_same_in_both_databases(tmp_path, catalogue_url):
+    root = tmp_path / "runs"
+    keep = [pp.Best("acc", "max", parts="model"), pp.Last(2)]
+    with checkpointer(root, keep=keep) as ckpt:
+        ckpt.resume()
+        catalogue = Catalogue(LocalStore(root), catalogue_url)
+        for step, acc in enumerate([0.5, math.nan, 0.9, math.inf, 0.3], 1):
+            ckpt.report({"acc": acc, **({"val/[x] loss".replace(" ", "_"): 1 / step} if step > 2 else {})}, step=step)
+            ckpt.wait()
+            check(root, catalogue)
+        run = pp.open(root).run("r")
+        run.record("r@latest", {"late": 2.0, "acc": 0.95})
+        run.pin("r@latest", "figure 3")
+        check(root, catalogue)
+    pp.upkeep.archive(run)
+    check(root, catalogue)
+    assert len(list(catalogue.select(Wish(query=parse("archived"))))) == len(run.checkpoints())
+    pp.upkeep.remove(run, run.manifests()[:1], "x", undo_for=DAY)
+    check(root, catalogue)
+    pp.upkeep.undo(run, [pp.upkeep.in_trash(run)[0].manifest.id])
+    check(root, catalogue)
+    again = Catalogue(LocalStore(root), catalogue_url)
+    check(root, again)
+    again.rebuild()
+    check(root, catalogue)
+    catalogue.close()
+    again.close()
+
+
+# --- at once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_found_as_soon_as_it_is_committed(tmp_path, catalogue_url):
+    """Also one whose saver was killed between the manifest and the journal, and whose directory had been seen."""
+    store = LocalStore(tmp_path / "runs")
+    ensure_repository(store, START)
+    ensure_run(store, "r", START, {}, ())
+    journal = Journal(store, "r", lambda: START)  # never closed, as by a process that was killed
+    catalogue = Catalogue(store, catalogue_url)
+    assert everything(catalogue) == []
+    directory = store.path(layout.checkpoint_prefix("r", "r_step1"))
+    directory.mkdir(parents=True)
+    assert everything(catalogue) == []
+    os.utime(directory.parent, (1, 1))  # long ago, so that its stamp counts
+    os.utime(directory, (1, 1))
+    assert everything(catalogue) == []
+    shutil.rmtree(directory)
+    os.utime(directory.parent, (1, 1))
+    directory.mkdir()
+    os.utime(directory, (1, 1))
+    os.utime(directory.parent, (1, 1))
+    (directory / "manifest.json").write_bytes(encode(manifest()))
+    os.utime(directory.parent, (1, 1))
+    assert [one.name for one in everything(catalogue)] == ["r_step1"]
+    (directory / "manifest.json").unlink()
+    directory.rmdir()
+    assert everything(catalogue) == []
+    catalogue.close()
+    journal.close()
+
+
+def test_what_is_deleted_by_hand_is_missed(tmp_path):
+    with checkpointer(tmp_path, keep=[pp.Last(3)]) as ckpt:
+        for _ in ckpt.steps(3):
+            ckpt.report()
+    settle(tmp_path)
+    patient, watchful = Catalogue(LocalStore(tmp_path), by_hand=3600), Catalogue(LocalStore(tmp_path), by_hand=0)
+    assert len(everything(patient)) == len(everything(watchful)) == 3
+    settle(tmp_path)
+    assert len(everything(patient)) == 3
+    shutil.rmtree(pp.open(tmp_path).find("r:2").path)
+    assert len(everything(patient)) == 3
+    assert len(everything(watchful)) == 2
+    assert len(everything(patient)) == 2, "what one has seen all know"
+    patient.close()
+    watchful.close()
+
+
+def settle(root):
+    """Make every directory look as if it had not changed for long."""
+    for directory, _, _ in os.walk(root):
+        os.utime(directory, (1000, 1000))
+
+
+def test_nothing_is_read_again_that_has_not_changed(tmp_path):
+    class Counting(LocalStore):
+        read: tuple = ()
+
+        def get(self, key, begin=0, end=None):
+            self.read = (*self.read, key)
+            return super().get(key, begin, end)
+
+    with checkpointer(tmp_path, keep=[pp.Last(9)]) as ckpt:
+        ckpt.resume()
+        for step in (1, 2, 3):
+            ckpt.report(step=step, acc=0.5)
+        ckpt.wait()
+        settle(tmp_path)
+        store = Counting(tmp_path)
+        catalogue = Catalogue(store)
+        assert len(everything(catalogue)) == 3
+        store.read = ()
+        assert len(everything(catalogue)) == 3
+        assert store.read == ()
+        ckpt.report(step=4, acc=0.5)
+        ckpt.wait()
+        assert len(everything(catalogue)) == 4
+        assert sorted(key.rpartition("/")[2] for key in store.read) == ["000001.jsonl", "manifest.json"]
+        catalogue.close()
+
+
+def test_many_who_ask_at_once_see_everything(tmp_path, catalogue_url):
+    """Threads and processes that all refresh the same catalogue while a training commits."""
+    root = tmp_path / "runs"
+    with checkpointer(root, keep=[pp.Last(100)]) as ckpt:
+        ckpt.resume()
+        code = (
+            "import sys\nfrom peakpoint.catalogue import Catalogue, Wish\nfrom peakpoint.query import parse\n"
+            "from peakpoint.store import LocalStore\nfrom pathlib import Path\n"
+            "catalogue = Catalogue(LocalStore(Path(sys.argv[1])), sys.argv[2])\nbefore = 0\n"
+            "while before < 12:\n"
+            "    now = catalogue.select(Wish(query=parse(''))).count()\n"
+            "    assert now >= before\n    before = now\n"
+        )
+        command = [sys.executable, "-W", "error", "-c", code, str(root), catalogue_url]
+        others = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+        catalogue = Catalogue(LocalStore(root), catalogue_url)
+        failures = []
+
+        def follow():
+            try:
+                while catalogue.select(Wish(query=parse(""))).count() < 12:
+                    pass
+            except Exception as error:  # noqa: BLE001 - to be told in the test's own thread
+                failures.append(error)
+
+        threads = [threading.Thread(target=follow) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for step in range(1, 13):
+            ckpt.report(step=step, **{f"m{step}": 1.0})  # new columns, too
+            ckpt.wait()
+            assert catalogue.select(Wish(query=parse(""))).count() == step
+        for thread in threads:
+            thread.join()
+        for other in others:
+            assert (other.wait(), other.stderr.read()) == (0, b"")
+            other.stderr.close()
+        assert failures == []
+        check(root, catalogue)
+        catalogue.close()
+
+
+# --- an index that may go -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    root = tmp_path / "runs"
+    with checkpointer(root, keep=[pp.Best("acc", "max")]) as ckpt:
+        for _ in ckpt.steps(3):
+            ckpt.report(acc=0.5)
+    pp.open(root).run("r").record("r@latest", {"late": 0.25})
+    return root
+
+
+def test_deleting_it_loses_nothing(small):
+    before = [facts(one) for one in pp.open(small).select("late == 0.25")]
+    assert len(before) == 1
+    for file in small.glob("catalogue.sqlite*"):
+        file.unlink()
+    assert [facts(one) for one in pp.open(small).select("late == 0.25")] == before
+
+
+@pytest.mark.parametrize("damage", ["garbage", "half", "header", "pages"])
+def test_a_damaged_one_is_made_anew(small, damage):
+    pp.open(small).catalogue().refresh()
+    file = small / "catalogue.sqlite"
+    with sqlite3.connect(file) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    data = bytearray(file.read_bytes())
+    if damage == "garbage":
+        data[:] = b"not a database" * 1000
+    elif damage == "half":
+        del data[len(data) // 2 :]
+    elif damage == "header":
+        data[:16] = bytes(16)
+    else:
+        data[4096:] = os.urandom(len(data) - 4096)
+    for old in small.glob("catalogue.sqlite-*"):
+        old.unlink()
+    file.write_bytes(data)
+    assert [one.step for one in pp.open(small).select("late == 0.25")] == [1]
+    assert (small / "catalogue.damaged.sqlite").read_bytes()[:14] == data[:14], "it is kept: it may be somebody's"
+    assert audit(pp.open(small)).findings == []
+
+
+def test_a_file_that_was_named_is_never_replaced(small, tmp_path):
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(b"precious weights" * 100)
+    with pytest.raises(CorruptError, match="delete it"):
+        pp.open(small, catalogue=str(weights)).catalogue()
+    assert weights.read_bytes() == b"precious weights" * 100
+
+
+def test_one_of_a_newer_release_is_refused(small, catalogue_url):
+    pp.open(small, catalogue=catalogue_url).catalogue().close()
+    other = Catalogue(LocalStore(small), catalogue_url)
+    with other._engine.begin() as connection:
+        connection.execute(sqlalchemy.update(schema.meta).values(version=99))
+    with pytest.raises(FormatError, match="version 99"):
+        pp.open(small, catalogue=catalogue_url).catalogue()
+    with other._engine.begin() as connection:
+        connection.execute(sqlalchemy.update(schema.meta).values(version=1))
+    other.close()
+
+
+def test_an_older_one_is_brought_up_to_date_in_one_step(small, catalogue_url):
+    catalogue = Catalogue(LocalStore(small), catalogue_url)
+    catalogue.refresh()
+
+    def more(connection):
+        connection.execute(sqlalchemy.text("ALTER TABLE runs ADD COLUMN colour TEXT"))
+
+    def fails(connection):
+        connection.execute(sqlalchemy.text("ALTER TABLE runs ADD COLUMN taste TEXT"))
+        raise ZeroDivisionError
+
+    columns = lambda: {one["name"] for one in sqlalchemy.inspect(catalogue._engine).get_columns("runs")}  # noqa: E731
+    for last in (fails, None):
+        steps = [*schema.MIGRATIONS, more, *([last] if last else [])]
+        try:
+            with catalogue._engine.begin() as connection:
+                schema.migrate(connection, "", "", steps)
+        except ZeroDivisionError:
+            assert not {"colour", "taste"} & columns(), "all or nothing"
+    assert "colour" in columns()
+    with catalogue._engine.connect() as connection:
+        assert schema.version_of(connection) == len(schema.MIGRATIONS) + 1
+        assert connection.scalar(sqlalchemy.select(schema.runs.c.name)) == "r", "what was there is there"
+    catalogue.close()
+
+
+def test_each_repository_has_its_own(small, tmp_path, catalogue_url):
+    pp.open(small, catalogue=catalogue_url).catalogue().close()
+    with checkpointer(tmp_path / "other") as ckpt:
+        ckpt.report(step=1)
+    with pytest.raises(ConfigError, match="belongs to the repository"):
+        pp.open(tmp_path / "other", catalogue=catalogue_url).catalogue()
+    moved = shutil.move(small, tmp_path / "moved")
+    assert [one.path.exists() for one in pp.open(moved).select("")] == [True]
+    shutil.copy(tmp_path / "moved" / "catalogue.sqlite", tmp_path / "other" / "catalogue.sqlite")
+    assert [one.run for one in pp.open(tmp_path / "other").select("")] == ["r"]
+
+
+def test_where_nothing_can_be_written_it_is_in_the_cache(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code = (
+        "import os, sys\nimport peakpoint as pp\n"
+        "list(pp.open(sys.argv[2]).select(''))  # imports what there is to import\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "repository = pp.open(sys.argv[1])\nprint(len(list(repository.select(''))), repository.catalogue().location)\n"
+    )
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody who may not write")
+    (tmp_path / "cache").mkdir()
+    opened = [path for path in (tmp_path, *tmp_path.parents) if path.name.startswith(("pytest", "test_"))]
+    for path in (*opened, *(path for path in small.rglob("*") if path.is_dir()), small):
+        path.chmod(0o755)
+    for path in small.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o044)
+    (tmp_path / "cache").chmod(0o777)
+    other = shutil.copytree(small, tmp_path / "other")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(small), str(other)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"1 {tmp_path / 'cache' / 'peakpoint'}")
+    assert not (small / "catalogue.sqlite").exists()
+
+
+def test_what_cannot_be_reached_is_said(small, monkeypatch):
+    with pytest.raises(StoreError, match="cannot be used") as caught:
+        pp.open(small, catalogue="postgresql://me:secret@127.0.0.1:1/none").catalogue()
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match="mysql"):
+        pp.open(small, catalogue="mysql://x/y").catalogue()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        pp.open(small, catalogue="://").catalogue()
+    with pytest.raises(StoreError, match="cannot be used"):
+        pp.open(small, catalogue=str(small / "no" / "such" / "place.sqlite")).catalogue()
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(MissingExtraError, match=r"peakpoint\[postgres\]"):
+        pp.open(small, catalogue="postgresql://127.0.0.1/x").catalogue()
+
+
+def test_the_environment_names_it(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEAKPOINT_CATALOGUE", str(tmp_path / "elsewhere.db"))
+    assert len(list(pp.open(small).select(""))) == 1
+    assert (tmp_path / "elsewhere.db").exists()
+    assert not (small / "catalogue.sqlite").exists()
+
+
+def test_in_a_store_without_directories_it_is_in_memory():
+    store = MemoryStore()
+    with checkpointer(store, keep=[pp.Last(2)]) as ckpt:
+        for _ in ckpt.steps(3):
+            ckpt.report(acc=0.5)
+    repository = pp.open(store)
+    assert [one.step for one in repository.select("acc == 0.5", by={"step": "max"})] == [3, 2]
+    assert repository.catalogue().location == "memory"
+
+
+# --- odd things ---------------------------------------------------------------------------------------------------
+
+
+def test_more_metrics_than_there_are_columns(tmp_path, catalogue_url):
+    store = LocalStore(tmp_path / "runs")
+    ensure_repository(store, START)
+    ensure_run(store, "r", START, {}, ())
+    for number in range(3):
+        values = {f"layer{place:03d}/sparsity": place / 1000 + number for place in range(schema.WIDEST + 20)}
+        write(store, manifest(sequence=number + 1, metrics=values | ({"rare": math.nan} if number else {})))
+    catalogue = Catalogue(store, catalogue_url)
+    last = f"metric('layer{schema.WIDEST + 19:03d}/sparsity')"
+    found = catalogue.select(Wish(query=parse(f"{last} > 1 and {last} < 2.1 or has(rare)")))
+    assert [one.sequence for one in found] == [2]
+    by = catalogue.select(Wish(query=parse(f"{last} > 0"), keys=pp.ranking.read_keys({last[8:-2]: "max"}), top=2))
+    assert [one.sequence for one in by] == [3, 2]
+    assert [clause.left for clause in by.why().clauses] == [3, 3]
+    catalogue.close()
+
+
+def test_hostile_names_are_data(tmp_path, catalogue_url):
+    names = ["x'; DROP TABLE runs; --", 'a"b', "m1", "key", "%s", "?", "\u202e", "``"]
+    names = [name.replace(" ", "_") for name in names]
+    with checkpointer(tmp_path / "runs", keep=[pp.Last(1)]) as ckpt:
+        ckpt.report(dict.fromkeys(names, 0.5), step=1)
+        ckpt.save("nul \x00 'quote\" \u202e")
+    catalogue = Catalogue(LocalStore(tmp_path / "runs"), catalogue_url)
+    for name in names:
+        text = f"metric({name!r}) == 0.5"
+        assert len(list(catalogue.select(Wish(query=parse(text))))) >= 1, name
+    assert catalogue.metrics() == tuple(sorted(names))
+    check(tmp_path / "runs", catalogue)
+    catalogue.close()
+
+
+def test_numbers_that_are_too_large_are_refused_or_infinite(small, catalogue_url):
+    catalogue = Catalogue(LocalStore(small), catalogue_url)
+    huge = catalogue.select(Wish(query=parse("late * 1e308 * 1e308 > 1")))
+    if catalogue_url.startswith("postgresql"):
+        with pytest.raises(ConfigError, match="cannot be computed"):
+            list(huge)
+    else:
+        assert len(list(huge)) == 1
+    assert list(catalogue.select(Wish(query=parse("size > 9007199254740992 or step < -3e9")))) == []
+    catalogue.close()
+
+
+def test_damaged_manifests_are_told_and_do_not_stop_the_rest(small):
+    with checkpointer(small, run="other", keep=[pp.Last(2)]) as ckpt:
+        for _ in ckpt.steps(2):
+            ckpt.report(acc=0.1)
+    broken = pp.open(small).run("other").checkpoints()[0].path / "manifest.json"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole.replace(b"0.1", b"0.9"))
+    catalogue = pp.open(small).catalogue()
+    assert sorted((one.run, one.step) for one in pp.open(small).select("")) == [("other", 2), ("r", 1)]
+    [listed] = [run for run in catalogue.runs() if run.name == "other"]
+    assert "seal does not match" in listed.damaged[0]
+    broken.unlink()
+    broken.write_bytes(whole)
+    assert len(list(pp.open(small).select(""))) == 3
+    assert all(not run.damaged for run in pp.open(small).catalogue().runs())
+
+
+def test_a_segment_that_was_written_anew_is_read_anew(small):
+    """Nobody should; a backup that is put back does."""
+    catalogue = pp.open(small).catalogue()
+    assert len(list(pp.open(small).select("has(late)"))) == 1
+    shutil.rmtree(small / "runs" / "r" / "journal")
+    Journal(LocalStore(small), "r", lambda: START).close()
+    assert len(list(pp.open(small).select("has(acc)"))) == 1
+    assert [one.metrics for one in pp.open(small).select("")] == [{"acc": 0.5}]
+    with pytest.raises(NotFoundError):
+        pp.open(small).select("latte > 1")
+    assert catalogue.runs()[0].reports == 0
+
+
+def test_audit_knows_its_files(small):
+    repository = pp.open(small)
+    list(repository.select(""))
+    assert [finding for finding in audit(repository).findings if "catalogue" in finding.where] == []
+    assert json.dumps([one.step for one in repository.select("")]) == "[1]"
