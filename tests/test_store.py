@@ -104,6 +104,29 @@ def test_what_is_put_is_not_what_is_changed_later(store):
     assert store.get("a") == store.get("b") == b"first"
 
 
+def test_a_stamp_changes_with_the_names_or_is_none(store, tmp_path):
+    assert store.stamp("a") in ("", None)
+    store.put("a/b", [b"x"])
+    seen = set()
+    for change in (lambda: store.put("a/c", [b"y"]), lambda: store.delete("a/b"), lambda: store.put("a/b", [b"x"])):
+        if (tmp_path / "root" / "a").exists():
+            os.utime(tmp_path / "root" / "a", (len(seen) + 1,) * 2)  # long ago: only what comes now counts
+        before = store.stamp("a")
+        seen.add(before)
+        assert store.stamp("a") == before
+        change()
+        after = store.stamp("a")
+        assert after is None or after != before
+
+
+def test_a_stamp_of_a_moment_ago_is_none(local):
+    local.put("a/b", [b"x"])
+    assert local.stamp("a") is None, "another change within the same tick of the clock could not be told"
+    os.utime(local.path("a"), (5, 5))
+    assert local.stamp("a") is not None
+    assert local.stamp("a/b/c") == ""
+
+
 def test_create_refuses_what_exists_and_leaves_it(store):
     store.create("a/b", b"one")
     with pytest.raises(ConflictError, match="already exists"):

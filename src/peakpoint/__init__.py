@@ -22,6 +22,8 @@ from peakpoint._version import __version__
 if TYPE_CHECKING:
     from peakpoint import rules as rules
     from peakpoint import upkeep as upkeep
+    from peakpoint.catalogue import Catalogue as Catalogue
+    from peakpoint.catalogue import Selection as Selection
     from peakpoint.checkpoint import Checkpoint as Checkpoint
     from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.errors import ConfigError as ConfigError
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from peakpoint.errors import TransientStoreError as TransientStoreError
     from peakpoint.loading import load as load
     from peakpoint.preempt import Preempt as Preempt
+    from peakpoint.ranking import WithinSE as WithinSE
     from peakpoint.report import Outcome as Outcome
     from peakpoint.repository import Repository as Repository
     from peakpoint.repository import Run as Run
@@ -58,6 +61,7 @@ _HOMES = {
     "Best": ("rules", "Best"),
     "BestAtSparsity": ("rules", "BestAtSparsity"),
     "Budget": ("rules", "Budget"),
+    "Catalogue": ("catalogue", "Catalogue"),
     "Checkpoint": ("checkpoint", "Checkpoint"),
     "Checkpointer": ("checkpointer", "Checkpointer"),
     "ConfigError": ("errors", "ConfigError"),
@@ -80,10 +84,12 @@ _HOMES = {
     "Repository": ("repository", "Repository"),
     "Run": ("repository", "Run"),
     "SaveFailedError": ("errors", "SaveFailedError"),
+    "Selection": ("catalogue", "Selection"),
     "StoreError": ("errors", "StoreError"),
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
+    "WithinSE": ("ranking", "WithinSE"),
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -271,8 +271,8 @@ def print_run(console: Console, run: Run) -> None:
     console.print()
 
 
-def runs_table(runs: Sequence["Listed"]) -> Table:
-    """Runs, a line each: the peak against the last of the first metric that its rules watch."""
+def runs_table(runs: Sequence["Listed"], writing: Collection[str]) -> Table:
+    """Runs, a line each: the peak against the last of the first metric that its rules watch; some are being written."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("run", overflow="fold")
     for name in ("checkpoints", "size", "reports", "newest"):
@@ -288,7 +288,7 @@ def runs_table(runs: Sequence["Listed"]) -> Table:
             f"{run.checkpoints:,}",
             size(run.size_bytes),
             f"{run.reports:,}",
-            "" if run.newest is None else age(run.newest),
+            "[cyan]being written[/]" if run.name in writing else "" if run.newest is None else age(run.newest),
             "" if peak is None else f"{escape(peak.metric)} ({peak.mode})",
             "" if peak is None else f"[bold green]{number(peak.best)}[/]",
             "" if peak is None else at(peak.best_step, peak.best_epoch),
@@ -298,11 +298,12 @@ def runs_table(runs: Sequence["Listed"]) -> Table:
     return table
 
 
-def listed_json(run: "Listed") -> dict[str, Any]:
+def listed_json(run: "Listed", writer: str | None) -> dict[str, Any]:
     """A run for programs, without its checkpoints."""
     return {
         "name": run.name,
         "rules": run.rules,
+        "writer": writer,
         "peaks": [_peak_json(peak) for peak in run.peaks],
         "reports": run.reports,
         "checkpoint_count": run.checkpoints,

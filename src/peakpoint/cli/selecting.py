@@ -19,7 +19,7 @@ from peakpoint.errors import ConfigError
 from peakpoint.query import Metric, Query
 from peakpoint.query import parse as parse_query
 from peakpoint.ranking import WithinSE
-from peakpoint.repository import Repository, open_repository
+from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Mode
 
 if TYPE_CHECKING:
@@ -78,14 +78,16 @@ def ls(root: Path, names: tuple[str, ...], everything: bool, catalogue: str | No
         return
     listed.sort(key=lambda run: (run.newest is None, run.newest and -run.newest.timestamp(), run.name))
     if json:
-        render.as_json({"root": repository.store.location, "runs": [render.listed_json(run) for run in listed]})
+        found = [render.listed_json(run, Run(repository.store, run.name).holder()) for run in listed]
+        render.as_json({"root": repository.store.location, "runs": found})
         return
     console = render.console()
     if not listed:
         console.print(f"{escape(repository.store.location)} has no runs yet")
         return
     shown = listed if everything else listed[:_RUNS]
-    console.print(render.runs_table(shown))
+    writing = {run.name for run in shown if Run(repository.store, run.name).holder() is not None}
+    console.print(render.runs_table(shown, writing))
     if len(shown) < len(listed):
         console.print(f"[dim]and {len(listed) - len(shown):,} more runs; --all lists them all[/]")
     total, count = sum(run.size_bytes for run in listed), sum(run.checkpoints for run in listed)
