@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from peakpoint import rules as rules
     from peakpoint import upkeep as upkeep
     from peakpoint.checkpointer import Checkpointer as Checkpointer
+    from peakpoint.diffing import Difference as Difference
+    from peakpoint.distances import diff as diff
     from peakpoint.errors import ConfigError as ConfigError
     from peakpoint.errors import ConflictError as ConflictError
     from peakpoint.errors import CorruptError as CorruptError
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
     from peakpoint.loading import load as load
+    from peakpoint.planner import Forecast as Forecast
+    from peakpoint.planner import forecast as forecast
     from peakpoint.preempt import Preempt as Preempt
     from peakpoint.report import Outcome as Outcome
     from peakpoint.repository import Checkpoint as Checkpoint
@@ -63,9 +67,11 @@ _HOMES = {
     "ConfigError": ("errors", "ConfigError"),
     "ConflictError": ("errors", "ConflictError"),
     "CorruptError": ("errors", "CorruptError"),
+    "Difference": ("diffing", "Difference"),
     "EarlyStopping": ("stopping", "EarlyStopping"),
     "Error": ("errors", "Error"),
     "Every": ("rules", "Every"),
+    "Forecast": ("planner", "Forecast"),
     "FormatError": ("errors", "FormatError"),
     "Last": ("rules", "Last"),
     "LoadReport": ("restore", "LoadReport"),
@@ -84,6 +90,8 @@ _HOMES = {
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
+    "diff": ("distances", "diff"),
+    "forecast": ("planner", "forecast"),
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }
