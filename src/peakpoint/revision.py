@@ -10,16 +10,17 @@ PATIENCE = 2.0  # seconds; a directory on a slow network must not keep a trainin
 _NOT_OURS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # what a hook that starts the training would leave behind
 
 
-def code_version(directory: str | os.PathLike[str]) -> str | None:
+def code_version(directory: str | os.PathLike[str], patience: float = PATIENCE) -> str | None:
     """The commit, 40 or 64 hexadecimal digits, with ``-dirty`` when files that git knows have uncommitted changes.
 
     Asks ``git`` once. Takes no lock, changes nothing and starts none of git's helpers.
 
     Args:
         directory: anywhere inside the repository.
+        patience: seconds to wait for an answer.
 
     Returns:
-        None where there is no git, no repository, no commit yet, or no answer within two seconds.
+        None where there is no git, no repository, no commit yet, or no answer in time.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS}
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", os.fspath(directory), "status"]
@@ -29,7 +30,7 @@ def code_version(directory: str | os.PathLike[str]) -> str | None:
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=PATIENCE,
+            timeout=patience,
             check=False,
             env=environment,
             text=True,

@@ -183,7 +183,7 @@ def _of_run(run: Run, rules: Sequence[Rule] | None, given: dict[str, Any]) -> _B
         epochs,
         per_epoch,
         given["steps_per_epoch"] or (None if measured.steps is None else max(1, round(measured.steps * per_epoch))),
-        given["epoch_time"] or (timedelta(seconds=seconds) if seconds else None),
+        given["epoch_time"] if given["epoch_time"] is not None or not seconds else timedelta(seconds=seconds),
         sum(packed.values()) / whole if whole else None,
     )
 
