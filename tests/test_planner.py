@@ -17,6 +17,7 @@ from torch import nn
 
 import peakpoint as pp
 from peakpoint import architectures, journal, optimizers, planner, rules, sizes
+from peakpoint.cli import render
 from peakpoint.cli.main import cli
 from peakpoint.curves import Curves
 from peakpoint.demo.training import LeNet5, digits
@@ -29,7 +30,7 @@ PARSED = rules.parse_all
 
 
 def parts(found):
-    return {part.name: part.bytes for part in found.parts}
+    return {part.name: part.bytes for part in found.parts if part.bytes}
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -460,6 +461,16 @@ def test_the_command_plans_from_a_run(lenet):
         invoke(root, "lenet", "--optimizer", "adam")
 
 
+def test_the_sparsity_of_a_run_is_the_one_that_it_reported(tmp_path):
+    keep = PARSED("best-at:acc:max:density:0.5,0.9:0.01 last:1")
+    with checkpointer(tmp_path, state={"x": torch.zeros(9), "n": 1}, keep=keep) as ckpt:
+        for epoch in ckpt.epochs(10):
+            ckpt.report(acc=epoch, density=(0.0, 0.5, 0.9)[min(epoch // 4, 2)])
+    told = as_json(tmp_path, "r", "--rules", "best-at:acc:max:density:0.5,0.9:0.01", "--epochs", 20)
+    assert [one["saves"] for one in told["outlooks"] if one["name"] == "always improves"] == [4 + 12]
+    assert as_json(tmp_path, "r", "--rules", "last:2:parts=n")["outlooks"][0]["kept"] == 2
+
+
 def test_the_command_lists_the_presets():
     rows = as_json("--presets")["presets"]
     assert [row["name"] for row in rows] == list(architectures.NAMES)
@@ -467,6 +478,15 @@ def test_the_command_lists_the_presets():
     assert "174,604,259,328" in invoke("--presets").output
     for name in architectures.NAMES:
         assert as_json("--preset", name, "--epochs", 3, "--rules", "last:1")["outlooks"][0]["kept"] == 1
+
+
+def test_the_page_has_the_figures_of_the_presets():
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    rows = as_json("--presets")["presets"]
+    for row in rows:
+        title = row["title"] + (", 16 bits" if row["dtype"] == "float16" else "")
+        figures = [render.size(row[f"{kind}_bytes"]) for kind in ("weights", "adam")]
+        assert f"| {title} | {row['parameters']:,} | {figures[0]} | {figures[1]} |" in page
 
 
 @pytest.mark.parametrize(

@@ -200,13 +200,17 @@ def _check_rules(
     have = [part.name for part in sizes.parts if part.name != REST]
     for rule in rules:
         if steps is None and ((isinstance(rule, Every) and rule.steps) or getattr(rule, "warmup", 0)):
-            raise ConfigError(f"rule {rule.text} counts steps: say how many an epoch has, with steps_per_epoch")
+            raise ConfigError(
+                f"rule {rule.text} counts steps: say how many an epoch has, with steps_per_epoch (--steps-per-epoch)"
+            )
         if seconds is None and isinstance(rule, Every) and rule.minutes:
-            raise ConfigError(f"rule {rule.text} goes by time: say how long an epoch takes, with epoch_time")
+            raise ConfigError(
+                f"rule {rule.text} goes by time: say how long an epoch takes, with epoch_time (--epoch-time 5min)"
+            )
         if isinstance(rule, BestAtSparsity) and not sparsity:
             raise ConfigError(
                 f"rule {rule.text} looks at {rule.sparsity!r}, which no metric of a plan gives: say which sparsity is "
-                "reached at which epoch, with sparsity, such as 0:0,50:0.9"
+                "reached at which epoch, with sparsity (--sparsity 0:0,50:0.9)"
             )
         for part in rule.needs or ():
             if part not in have:

@@ -199,7 +199,7 @@ def live(state: Mapping[str, Any]) -> Sizes:
         parts.append(part)
         count += tensors
     return Sizes(
-        parts=(*(part for part in parts if part.bytes), _rest(count)),
+        parts=(*parts, _rest(count)),
         bfloat16=bool(dtypes) and all("bfloat16" in dtype for dtype in dtypes),
         source="the live state",
     )
@@ -290,12 +290,12 @@ def measured(manifests: Sequence[Manifest], run: str) -> Sizes:
     newest = [one for one in manifests if len(one.parts) == most][-1]
     parts = []
     for part, names in newest.parts.items():
+        if part in {"rng", "loop"}:
+            continue
         files = [newest.file(name) for name in names]
-        size = sum(file.size for file in files)
         frozen = sum(file.size for file in files if file.shared or f"{part}+frozen." in file.name)
-        if size:
-            tensors = sum(len(file.tensors) for file in files)
-            parts.append(Part(name=part, bytes=size, frozen=frozen, why=f"{tensors} tensors, as in {newest.name}"))
+        why = f"{sum(len(file.tensors) for file in files)} tensors, as in {newest.name}"
+        parts.append(Part(name=part, bytes=sum(file.size for file in files), frozen=frozen, why=why))
     rest = newest.size_bytes - sum(part.bytes for part in parts)
     parts.append(Part(name=REST, bytes=rest, why=f"{layout.STATE} of {newest.name}: random generators, plain values"))
     kinds = {tensor.dtype for file in newest.files for tensor in file.tensors if tensor.shape}

@@ -16,6 +16,8 @@ from peakpoint.cli.space import progress
 from peakpoint.diffing import Difference, TensorDifference, manifests_differ
 from peakpoint.repository import open_repository
 
+_WIDE = 120  # columns from which on a tensor is one line
+
 
 @click.command()
 @ROOT
@@ -97,7 +99,7 @@ def _rows(found: Difference) -> list[tuple[str, str, str]]:
     ]
     often_same = [("rules", " ".join(a.rules), " ".join(b.rules))]
     for word, left, right in (("", a.written_by, b.written_by), ("class of ", a.classes, b.classes)):
-        names = dict.fromkeys([*left, *right])
+        names = dict.fromkeys(name for name in [*left, *right] if name != "pid")  # it says nothing
         often_same += [(word + name, left.get(name, "none"), right.get(name, "none")) for name in names]
     return rows + [row for row in often_same if row[1] != row[2]]
 
@@ -105,7 +107,7 @@ def _rows(found: Difference) -> list[tuple[str, str, str]]:
 def _table(*titles: str, right: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:
-        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold", no_wrap=title in right)
     return table
 
 
@@ -117,12 +119,12 @@ def _print_tensors(console: Console, found: Difference, listed: Sequence[TensorD
     if not listed:
         return
     compared = any(one.distance for one in listed)
-    titles = ["relative", "L2", "largest", "cosine", "changed", "zeros a", "zeros b"] if compared else []
-    table = _table("tensor", "what", "size", *titles, right=("size", *titles))
+    titles = ["size", *(["relative", "L2", "largest", "cosine", "changed", "zeros"] if compared else [])]
+    table = _table("tensor", *titles, right=titles)
+    between = "  " if console.width >= _WIDE else "\n"
     for one in listed:
-        table.add_row(
-            escape(f"{one.part}: {one.name}"), _what(one), render.size(one.bytes), *_figures(one)[: len(titles)]
-        )
+        name = f"{escape(f'{one.part}: {one.name}')}{between}[dim]{_what(one)}[/]"
+        table.add_row(name, *[render.size(one.bytes), *_figures(one)][: len(titles)])
     console.print(table)
     if len(found.tensors) > len(listed):
         console.print(f"and {len(found.tensors) - len(listed)} more; --all lists them")
@@ -146,10 +148,11 @@ def _what(one: TensorDifference) -> str:
 def _figures(one: TensorDifference) -> list[str]:
     at = one.distance
     if at is None:
-        return [""] * 7
-    cosine = "" if at.cosine is None else f"{at.cosine:.6f}"
+        return [""] * 6
+    cosine = "" if at.cosine is None else f"{at.cosine:.5f}"
     changed = "" if at.changed is None else str(at.changed)
-    return [f"{at.relative:.4g}", f"{at.l2:.4g}", f"{at.largest:.4g}", cosine, changed, *(f"{z:.1%}" for z in at.zeros)]
+    zeros = f"{at.zeros[0]:.1%}" if at.zeros[0] == at.zeros[1] else f"{at.zeros[0]:.1%} {at.zeros[1]:.1%}"
+    return [f"{at.relative:.4g}", f"{at.l2:.4g}", f"{at.largest:.4g}", cosine, changed, zeros]
 
 
 COMMANDS = (diff,)

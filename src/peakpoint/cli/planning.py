@@ -17,11 +17,11 @@ from peakpoint.cli.arguments import JSON, reads
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError
 from peakpoint.intervals import Failures, daly, young
-from peakpoint.journal import history
+from peakpoint.journal import Reported, history
 from peakpoint.planner import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.refs import near
 from peakpoint.repository import Run, open_repository, rules_of
-from peakpoint.rules import FORMS, Rule, parse_all, watched
+from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, watched
 from peakpoint.units import read_count, read_duration, read_rate
 
 GB = 1e9
@@ -39,8 +39,6 @@ def _points(name: str, text: str) -> dict[int, float]:
             ) from error
     return points
 
-
-# --- plan ---------------------------------------------------------------------------------------------------------
 
 _DURATION = reads(read_duration)
 _PRICE = click.FloatRange(min=0)
@@ -109,7 +107,7 @@ def plan(
             reports_per_epoch=basis.reports_per_epoch,
             steps_per_epoch=basis.steps_per_epoch,
             epoch_time=basis.epoch_time,
-            sparsity=given["sparsity"],
+            sparsity=basis.sparsity,
             seed=given["seed"],
         )
     costs, saving = _costs(found, basis, given), _saving(found, given)
@@ -129,6 +127,7 @@ class _Basis:
     reports_per_epoch: int
     steps_per_epoch: int | None
     epoch_time: timedelta | None
+    sparsity: dict[int, float] | None
     packed: float | None = None  # of a byte, in the archive of this run
 
 
@@ -151,7 +150,13 @@ def _of_numbers(rules: Sequence[Rule] | None, given: dict[str, Any]) -> _Basis:
             master=given["master"],
         )
     return _Basis(
-        size, rules, given["epochs"], given["reports_per_epoch"] or 1, given["steps_per_epoch"], given["epoch_time"]
+        size,
+        rules,
+        given["epochs"],
+        given["reports_per_epoch"] or 1,
+        given["steps_per_epoch"],
+        given["epoch_time"],
+        given["sparsity"],
     )
 
 
@@ -184,8 +189,16 @@ def _of_run(run: Run, rules: Sequence[Rule] | None, given: dict[str, Any]) -> _B
         per_epoch,
         given["steps_per_epoch"] or (None if measured.steps is None else max(1, round(measured.steps * per_epoch))),
         given["epoch_time"] if given["epoch_time"] is not None or not seconds else timedelta(seconds=seconds),
+        given["sparsity"] or _recorded(reports, rules),
         sum(packed.values()) / whole if whole else None,
     )
+
+
+def _recorded(reports: Sequence[Reported], rules: Sequence[Rule]) -> dict[int, float]:
+    """The sparsity that a run has reported, by epoch, if rules look at one."""
+    name = next((rule.sparsity for rule in rules if isinstance(rule, BestAtSparsity)), "")
+    found = {one.epoch: one.metrics[name] for one in reports if one.epoch is not None and name in one.metrics}
+    return {epoch: value for epoch, value in found.items() if 0 <= value <= 1}
 
 
 def _costs(found: Forecast, basis: _Basis, given: dict[str, Any]) -> dict[str, Any]:
@@ -241,23 +254,10 @@ def _saving(found: Forecast, given: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _plan_json(found: Forecast) -> dict[str, Any]:
-    outlooks = []
-    for outlook in found.outlooks:
-        record = asdict(outlook)
-        gaps = record.pop("gaps")
-        outlooks.append(record | {"longest_gap": max(gaps, default=0)})
-    return {
-        "source": found.sizes.source,
-        "parts": [asdict(part) for part in found.sizes.parts],
-        "checkpoint_bytes": found.sizes.bytes,
-        "rules": found.rules,
-        "idle_rules": found.idle,
-        "epochs": found.epochs,
-        "reports": found.reports,
-        "epoch_seconds": found.epoch_seconds,
-        "outlooks": outlooks,
-        "naive_bytes": found.naive_bytes,
-    }
+    record = asdict(found)
+    for outlook in record["outlooks"]:
+        outlook["longest_gap"] = max(outlook.pop("gaps"))
+    return record | {"checkpoint_bytes": found.sizes.bytes, "naive_bytes": found.naive_bytes}
 
 
 def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -321,8 +321,8 @@ def _print_costs(console: Console, found: Forecast, costs: dict[str, Any]) -> No
     )
     if costs["upload_checkpoint_seconds"] is not None:
         console.print(
-            f"upload: {render.seconds(costs['upload_checkpoint_seconds'])} a checkpoint, "
-            f"{_span(costs['upload_kept_seconds'], render.seconds)} for what is kept at the end"
+            f"upload: {_time(costs['upload_checkpoint_seconds'])} a checkpoint, "
+            f"{_span(costs['upload_kept_seconds'], _time)} for what is kept at the end"
         )
     if costs["per_month"] is not None:
         console.print(
@@ -354,6 +354,9 @@ def _print_saving(console: Console, saving: dict[str, Any], basis: _Basis) -> No
     )
     loss = "" if saving["best_overhead"] is None else f": costs {saving['best_overhead']:.2%} of the work"
     console.print(f"the best interval is [bold]{given['best']}[/] (Young {given['young']}, Daly {given['daly']}){loss}")
+    if saving["best_seconds"] >= 1:
+        rule = f"every:{saving['best_seconds'] / 60:.3g}min:1"
+        console.print(f"as a rule that is {rule}, for a loop that reports as often")
     if saving["rules_overhead"] is not None:
         console.print(f"these rules cost {saving['rules_overhead']:.2%} of the work")
     elif basis.epoch_time is None:
