@@ -151,6 +151,16 @@ def test_optimizers_hold_what_was_foreseen(name, dtype, tmp_path):
     assert expected["state"] == pytest.approx(written["state"], rel=0.1)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_holds_what_was_foreseen():
+    model = nn.Linear(30, 40, bias=False)
+    optimizer = torch.optim.Muon(model.parameters())
+    foreseen = parts(sizes.live({"optimizer": optimizer}))
+    model(torch.randn(2, 30)).sum().backward()
+    optimizer.step()
+    assert parts(sizes.live({"optimizer": optimizer})) == foreseen
+
+
 def test_tied_frozen_and_meta():
     one = nn.Linear(300, 300)
     two = nn.Linear(300, 300)
@@ -162,6 +172,8 @@ def test_tied_frozen_and_meta():
     part = sizes.live({"model": model, "optimizer": head}).parts[0]
     assert part.frozen == 4096 + 4 * (300 * 300 + 3 * 300)
     assert part.bytes == part.frozen + 4096 + 4 * (10 * 300 + 10 + 2 * 300) + 8
+    average = torch.optim.swa_utils.AveragedModel(model)  # no optimizer trains it, and it changes all the same
+    assert sizes.live({"model": model, "ema": average, "optimizer": head}).parts[1].frozen == 0
     with torch.device("meta"):
         ghost = nn.Linear(50_000, 50_000)
     state = {"model": ghost, "optimizer": torch.optim.Adam(ghost.parameters())}

@@ -24,7 +24,7 @@ from peakpoint.repository import open_repository
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.store import Chunk, Store
 
-_PIECE = 1 << 20  # elements that are compared at a time, in double precision
+_PIECE = 1 << 18  # elements that are compared at a time, in double precision: a few megabytes
 
 
 def diff(

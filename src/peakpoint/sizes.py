@@ -220,7 +220,9 @@ def _live_part(name: str, value: Any, stepped: set[tuple[int, int]], dtypes: set
         coming = list(_coming(value, dtypes))
         why += f", and {len(coming)} to come with the first step" if coming else ""
     elif stepped and callable(getattr(value, "parameters", None)):
-        still = {_place(parameter) for parameter in value.parameters()} - stepped
+        own = {_place(parameter) for parameter in value.parameters()}
+        # a part of which nothing is trained may stand still or be an average that moves: the worse is assumed
+        still = own - stepped if own & stepped else set()
     frozen = [tensor for place, tensor in once.items() if place in still]
     if sum(tensor.bytes for tensor in frozen) < _WORTH_A_FILE:
         still, frozen = set(), []
