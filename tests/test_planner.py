@@ -450,6 +450,10 @@ def test_the_command_plans_from_numbers():
     assert "at the price" not in text
 
 
+def test_metrics_that_are_called_like_pictures_are_printed_as_they_are():
+    assert "under best:fire:max last:1\n" in invoke(*PLAN, "--rules", "best:fire:max last:1").output
+
+
 def test_the_command_says_how_often_to_save():
     words = ["--mtbf", "8h", "--stall", "10s", "--restart", "2min", "--epoch-time", "1h"]
     told = as_json(*PLAN, "--rules", "last:3", *words)["interval"]
