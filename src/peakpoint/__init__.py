@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peakpoint.catalogue import Selection as Selection
     from peakpoint.checkpoint import Checkpoint as Checkpoint
     from peakpoint.checkpointer import Checkpointer as Checkpointer
+    from peakpoint.diffing import Difference as Difference
+    from peakpoint.distances import diff as diff
     from peakpoint.errors import ConfigError as ConfigError
     from peakpoint.errors import ConflictError as ConflictError
     from peakpoint.errors import CorruptError as CorruptError
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
     from peakpoint.loading import load as load
+    from peakpoint.planning.forecast import Forecast as Forecast
+    from peakpoint.planning.forecast import forecast as forecast
     from peakpoint.preempt import Preempt as Preempt
     from peakpoint.ranking import WithinSE as WithinSE
     from peakpoint.report import Outcome as Outcome
@@ -67,9 +71,11 @@ _HOMES = {
     "ConfigError": ("errors", "ConfigError"),
     "ConflictError": ("errors", "ConflictError"),
     "CorruptError": ("errors", "CorruptError"),
+    "Difference": ("diffing", "Difference"),
     "EarlyStopping": ("stopping", "EarlyStopping"),
     "Error": ("errors", "Error"),
     "Every": ("rules", "Every"),
+    "Forecast": ("planning.forecast", "Forecast"),
     "FormatError": ("errors", "FormatError"),
     "Last": ("rules", "Last"),
     "LoadReport": ("restore", "LoadReport"),
@@ -90,6 +96,8 @@ _HOMES = {
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
     "WithinSE": ("ranking", "WithinSE"),
+    "diff": ("distances", "diff"),
+    "forecast": ("planning.forecast", "forecast"),
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }

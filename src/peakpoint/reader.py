@@ -157,6 +157,11 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 
 
 def read_tensor(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytearray:
+    """``tensor_bytes`` in memory that may be written to."""
+    return bytearray(tensor_bytes(store, manifest, file, tensor))
+
+
+def tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytes:
     """The bytes of one tensor, compared with its digest; nothing else is read.
 
     Raises:
@@ -172,7 +177,7 @@ def read_tensor(store: Store, manifest: Manifest, file: FileRecord, tensor: Tens
             data = _unpacked_range(store, manifest, file, begin, end, error)
     if len(data) != end - begin or blake3(data, max_threads=blake3.AUTO).hexdigest() != tensor.digest:
         raise _differs(manifest, file, _Piece(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest))
-    return bytearray(data)
+    return data
 
 
 def _unpacked(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> memoryview:

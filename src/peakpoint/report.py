@@ -15,6 +15,7 @@ import torch
 from peakpoint._version import __version__
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_metric
+from peakpoint.revision import script_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +77,15 @@ def say(text: str) -> None:
 
 
 def written_by() -> dict[str, str]:
-    """This process, for records: host, process id, versions."""
+    """This process, for records: host, process id, versions; that of the code where git knows it."""
+    code = script_version()
     return {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
         "peakpoint": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        **({} if code is None else {"code": code}),
     }
 
 

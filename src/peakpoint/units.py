@@ -3,6 +3,7 @@
 import os
 import re
 from datetime import timedelta
+from decimal import Decimal
 
 from peakpoint.errors import ConfigError
 
@@ -48,8 +49,8 @@ def read_bytes(name: str, given: object) -> int:
     return int(amount)
 
 
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d|w)\s*")
+_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|h|d|w)\s*")
 _LONGEST = 36525 * 86400  # a century
 
 
@@ -78,6 +79,57 @@ def read_duration(name: str, given: object) -> timedelta:
     if not 0 <= seconds <= _LONGEST:
         raise ConfigError(f'{name}={given!r} is no time span; give a timedelta or text such as "90min", "24h" or "7d"')
     return timedelta(seconds=seconds)
+
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_COUNT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KkMmBbGgTt]?)\s*")
+
+
+def read_count(name: str, given: str) -> int:
+    """A number of things from text such as ``"25.6M"``, ``"175B"`` or ``"61,706"``.
+
+    Args:
+        name: the argument, for errors.
+        given: what was given.
+
+    Raises:
+        ConfigError: it is none, or not at least 1.
+
+    Example:
+        >>> from peakpoint.units import read_count
+        >>> read_count("params", "25.6M"), read_count("params", "61,706")
+        (25600000, 61706)
+    """
+    match = _COUNT.fullmatch(given.replace(",", ""))
+    count = int(Decimal(match[1]) * _COUNTS[match[2].lower()]) if match else 0
+    if count < 1:
+        raise ConfigError(f"{name}={given!r} is no number of at least 1; give one such as 25.6M, 175B or 61706")
+    return count
+
+
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(bit|B)/s\s*")
+
+
+def read_rate(name: str, given: str) -> float:
+    """Bytes in a second from text such as ``"1Gbit/s"`` or ``"125MB/s"``.
+
+    Args:
+        name: the argument, for errors.
+        given: what was given.
+
+    Raises:
+        ConfigError: it is none, or not above 0.
+
+    Example:
+        >>> from peakpoint.units import read_rate
+        >>> read_rate("bandwidth", "1Gbit/s"), read_rate("bandwidth", "20 MB/s")
+        (125000000.0, 20000000.0)
+    """
+    match = _RATE.fullmatch(given)
+    rate = float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") / (8 if match[3] == "bit" else 1) if match else 0.0
+    if rate <= 0:
+        raise ConfigError(f'{name}={given!r} is no rate; give one such as "1Gbit/s" or "125MB/s"')
+    return rate
 
 
 def cores() -> int:

@@ -1,11 +1,13 @@
 """Arguments that many commands have."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 
+from peakpoint.errors import MissingExtraError
 from peakpoint.units import read_duration
 
 ROOT = click.argument("root", type=click.Path(path_type=Path))
@@ -35,3 +37,25 @@ UNDO_FOR = click.option(
     show_default=True,
     help="How long what goes can be brought back with peakpoint undo, such as 7d; 0 frees the space at once.",
 )
+
+
+def reads(reader: Callable[[str, str], Any]) -> Any:
+    """An option's callback that reads its text, if there is any."""
+
+    def callback(_: click.Context, option: click.Parameter, value: str | None) -> Any:
+        return None if value is None else reader(option.opts[-1], value)
+
+    return callback
+
+
+def torch_side(module: str) -> Any:
+    """Import a module that needs torch."""
+    import importlib  # noqa: PLC0415 - start-up time
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = "demo" if error.name == "sklearn" else "torch"
+        raise MissingExtraError(
+            f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
+        ) from error

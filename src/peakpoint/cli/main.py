@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.markup import escape
@@ -18,9 +17,10 @@ from rich.markup import escape
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
-from peakpoint.cli import render, rules, selecting, space
+from peakpoint.cli import comparing, planning, render, rules, selecting, space
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR
-from peakpoint.errors import ConfigError, CorruptError, Error, MissingExtraError
+from peakpoint.cli.arguments import torch_side as _torch_side
+from peakpoint.errors import ConfigError, CorruptError, Error
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.refs import parse
@@ -38,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (*selecting.COMMANDS, *rules.COMMANDS, *space.COMMANDS):
+for command in (*selecting.COMMANDS, *rules.COMMANDS, *space.COMMANDS, *planning.COMMANDS, *comparing.COMMANDS):
     cli.add_command(command)
 
 
@@ -286,19 +286,6 @@ def export(root: Path, ref: str, to: Path, parts: tuple[str, ...], json: bool) -
 def demo(out: Path, epochs: int) -> None:
     """Train, kill in the middle of a save, resume: see that nothing is lost."""
     _torch_side("peakpoint.demo.show").run(out, epochs)
-
-
-def _torch_side(module: str) -> Any:
-    """Import a module that needs torch."""
-    import importlib  # noqa: PLC0415 - start-up time
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        extra = "demo" if error.name == "sklearn" else "torch"
-        raise MissingExtraError(
-            f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
-        ) from error
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

@@ -31,7 +31,8 @@ _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 def console(*, stderr: bool = False) -> Console:
     """A console with colours on a terminal, plain text otherwise."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, width=None if terminal else _WIDE, highlight=False, soft_wrap=False)
+    width = None if terminal else _WIDE
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False, emoji=False)  # best:fire:max is a rule
 
 
 def as_json(value: Any) -> None:

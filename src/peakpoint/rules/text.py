@@ -17,12 +17,12 @@ FORMS = (
     ":warmup=STEPS :pending=N, best also with :smooth=N, all but budget with :parts=model+ema"
 )
 
-_EVERY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?)(?P<unit>ep|st|min)")
+_EVERY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?)(?P<unit>ep(?:ochs?)?|st(?:eps?)?|min(?:utes?)?)")
 _OPTION = re.compile(r"(?P<name>smooth|min_epoch|warmup|pending)=(?P<value>[0-9]{1,18})")
 
 
 def parse(text: str) -> Rule:
-    """Read one rule in its compact form, the inverse of ``rule.text``.
+    """Read one rule in its compact form, the inverse of ``rule.text``; units may be written out (``every:10epochs``).
 
     Raises:
         ConfigError: the text is not a rule; the message shows the forms.
@@ -30,6 +30,8 @@ def parse(text: str) -> Rule:
     Example:
         >>> parse("every:10ep").epochs
         10
+        >>> parse("every:90minutes:24").text
+        'every:90min:24'
         >>> parse("best:loss:min:smooth=5").smooth
         5
     """
@@ -92,7 +94,7 @@ def _other_rule(kind: str, rest: list[str], parts: tuple[str, ...] | None) -> Ru
         case "every", [interval, *keep] if len(keep) < 2 and (found := _EVERY.fullmatch(interval)):
             count = whole(keep[0]) if keep else None
             number = found["number"]
-            match found["unit"]:
+            match found["unit"][:2]:
                 case "ep":
                     return Every(epochs=int(number), keep=count, parts=parts)
                 case "st":

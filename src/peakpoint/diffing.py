@@ -1,0 +1,362 @@
+"""What differs between two checkpoints, from their manifests and journals: no weight file is opened, nothing is torch.
+
+Tensors with the same digest are the same, so that all that has changed is known in milliseconds. How far the values of
+the others are apart is for ``peakpoint.distances``.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import msgspec
+
+from peakpoint import journal as journals
+from peakpoint import layout, reader
+from peakpoint.errors import FormatError
+from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.notes import known, notes
+from peakpoint.repository import Repository
+from peakpoint.rules import Mode, watched
+from peakpoint.rules import parse as parse_rule
+from peakpoint.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two checkpoints.
+
+    Attributes:
+        ref: names it and no other.
+        id: its identity.
+        step: optimizer steps completed.
+        epoch: from 0; None outside epochs.
+        created_at: when it was taken.
+        metrics: all that is known of it, also what was measured later.
+        reasons: why it was saved.
+        rules: in force when it was saved, in their text form.
+        written_by: host, versions, the commit of the code.
+        classes: part name to the class that was given for it; empty when the journal does not tell.
+        size_bytes: of all its files.
+    """
+
+    ref: str
+    id: str
+    step: int
+    epoch: int | None
+    created_at: datetime
+    metrics: Mapping[str, float]
+    reasons: tuple[str, ...]
+    rules: tuple[str, ...]
+    written_by: Mapping[str, str]
+    classes: Mapping[str, str]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricDifference:
+    """One metric of both.
+
+    Attributes:
+        name: the metric.
+        a: its value in the first, None when it has none.
+        b: its value in the second.
+        mode: the direction, if the rules of either give one and do not contradict one another.
+        better: which is better; None when that cannot be said, or both are equal.
+    """
+
+    name: str
+    a: float | None
+    b: float | None
+    mode: Mode | None
+    better: Literal["a", "b"] | None
+
+    @property
+    def change(self) -> float | None:
+        """The second less the first."""
+        return None if self.a is None or self.b is None else self.b - self.a
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """How far the values of two tensors are apart; computed in double precision.
+
+    Pairs with a value that is not finite are counted in ``not_finite`` and left out of everything else. Of complex
+    numbers both components count.
+
+    Attributes:
+        norm: the L2 norm of the first.
+        l2: the L2 norm of the difference.
+        relative: ``l2 / norm``; infinite when the first is zero and the second is not.
+        largest: the largest absolute difference.
+        cosine: of the angle between the two, from -1 to 1; None when one is zero.
+        changed: how many elements have other bits; None when the element types differ.
+        zeros: the fraction of exact zeros in the first and in the second.
+        not_finite: how many elements of the first and of the second are NaN or infinite.
+    """
+
+    norm: float
+    l2: float
+    relative: float
+    largest: float
+    cosine: float | None
+    changed: int | None
+    zeros: tuple[float, float]
+    not_finite: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDifference:
+    """One tensor that is not the same in both.
+
+    Attributes:
+        part: the part.
+        name: its name there.
+        what: ``only in a``, ``only in b``, ``shape`` (of different shapes), ``dtype`` or ``values``.
+        a: element type and shape in the first, None when it has none.
+        b: in the second.
+        bytes: of the larger of the two.
+        distance: how far the values are apart; None when they were not read, or the shapes differ.
+    """
+
+    part: str
+    name: str
+    what: Literal["only in a", "only in b", "shape", "dtype", "values"]
+    a: tuple[str, tuple[int, ...]] | None
+    b: tuple[str, tuple[int, ...]] | None
+    bytes: int
+    distance: Distance | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainDifference:
+    """A plain value of the state that is not the same in both, such as a learning rate.
+
+    Attributes:
+        path: the part and the keys that lead to it, joined with dots.
+        a: its value in the first, as text; None when it has none.
+        b: in the second.
+    """
+
+    path: str
+    a: str | None
+    b: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """What differs between two checkpoints.
+
+    Attributes:
+        a: the first.
+        b: the second.
+        metrics: of both, by name.
+        tensors: those that are not the same; by the largest relative change when values were read.
+        same_tensors: how many are the same, bit for bit.
+        same_bytes: bytes of these.
+        changed_bytes: bytes of the others, of the larger where both have one.
+        parts_only_in_a: names of parts.
+        parts_only_in_b: names of parts.
+        plain: values other than tensors; None when they were not read.
+        generators_same: whether the random generators are in the same state; None when that was not read.
+    """
+
+    a: Side
+    b: Side
+    metrics: tuple[MetricDifference, ...]
+    tensors: tuple[TensorDifference, ...]
+    same_tensors: int
+    same_bytes: int
+    changed_bytes: int
+    parts_only_in_a: tuple[str, ...]
+    parts_only_in_b: tuple[str, ...]
+    plain: tuple[PlainDifference, ...] | None = None
+    generators_same: bool | None = None
+
+    @property
+    def identical(self) -> bool:
+        """Whether the tensors are the same, and so is everything else that was read."""
+        return not self.tensors and not self.plain
+
+
+def records_differ(repository: Repository, a: str, b: str) -> Difference:
+    """What differs between two checkpoints, without opening a weight file.
+
+    Args:
+        repository: where both are.
+        a: the ref of the first.
+        b: the ref of the second.
+
+    Raises:
+        NotFoundError: there is no such run or checkpoint.
+        ConfigError: a ref that is none.
+
+    Example:
+        >>> import tempfile, peakpoint as pp
+        >>> from peakpoint.diffing import records_differ
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Best("loss", "min"), pp.Last(2)]) as ckpt:
+        ...     for epoch in ckpt.epochs(2):
+        ...         _ = ckpt.report(loss=1.0 - epoch / 4)
+        >>> found = records_differ(pp.open(root), "r:epoch=0", "r:epoch=1")
+        >>> found.metrics[0].change, found.metrics[0].better
+        (-0.25, 'b')
+    """
+    return manifests_differ(repository, repository.find_manifest(a), repository.find_manifest(b))
+
+
+def manifests_differ(repository: Repository, one: Manifest, other: Manifest) -> Difference:
+    """``records_differ`` of checkpoints that have been found."""
+    first, second = _side(repository, one), _side(repository, other)
+    mine, others = dict(tensors_of(one)), dict(tensors_of(other))
+    tensors, same = [], []
+    for key in dict.fromkeys([*mine, *others]):
+        left, right = mine.get(key), others.get(key)
+        found = _tensor(key, left and left[1], right and right[1])
+        if found is not None:
+            tensors.append(found)
+        elif left is not None:
+            same.append(left[1].end - left[1].begin)
+    return Difference(
+        a=first,
+        b=second,
+        metrics=tuple(_metrics(first, second)),
+        tensors=tuple(tensors),
+        same_tensors=len(same),
+        same_bytes=sum(same),
+        changed_bytes=sum(one.bytes for one in tensors),
+        parts_only_in_a=tuple(part for part in one.parts if part not in other.parts),
+        parts_only_in_b=tuple(part for part in other.parts if part not in one.parts),
+    )
+
+
+def tensors_of(manifest: Manifest) -> Iterator[tuple[tuple[str, str], tuple[FileRecord, TensorRecord]]]:
+    """Every stored tensor: part and name, with its file and record."""
+    for part, names in manifest.parts.items():
+        for name in names:
+            file = manifest.file(name)
+            for record in file.tensors:
+                yield (part, record.name), (file, record)
+
+
+def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None) -> TensorDifference | None:
+    what: Literal["only in a", "only in b", "shape", "dtype", "values"]
+    if a is None or b is None:
+        what = "only in b" if a is None else "only in a"
+    elif tuple(a.shape) != tuple(b.shape):
+        what = "shape"
+    elif a.dtype != b.dtype:
+        what = "dtype"
+    elif a.digest != b.digest:
+        what = "values"
+    else:
+        return None
+    return TensorDifference(
+        part=key[0],
+        name=key[1],
+        what=what,
+        a=a and (a.dtype, tuple(a.shape)),
+        b=b and (b.dtype, tuple(b.shape)),
+        bytes=max(one.end - one.begin for one in (a, b) if one is not None),
+    )
+
+
+def _side(repository: Repository, manifest: Manifest) -> Side:
+    events = repository.run(manifest.run).events()
+    opened = _opened(events, manifest)
+    return Side(
+        ref=f"{manifest.run}/{manifest.name}",
+        id=manifest.id,
+        step=manifest.step,
+        epoch=manifest.epoch,
+        created_at=manifest.created_at,
+        metrics=known(manifest, notes(events), {}).metrics,
+        reasons=manifest.reasons,
+        rules=opened.rules if opened else (),
+        written_by=manifest.written_by,
+        classes=opened.state if opened else {},
+        size_bytes=manifest.size_bytes,
+    )
+
+
+def _opened(events: Sequence[journals.Event], manifest: Manifest) -> journals.Opened | None:
+    """Who wrote a checkpoint: the process that had opened the run last when it was saved."""
+    opened = None
+    for event in events:
+        match event:
+            case journals.Opened():
+                if event.at > manifest.created_at:
+                    break  # whose process was killed before it could say so
+                opened = event
+            case journals.Saved(checkpoint=manifest.id):
+                break
+            case _:
+                pass
+    return opened
+
+
+def _metrics(a: Side, b: Side) -> Iterator[MetricDifference]:
+    pairs = set(watched(parse_rule(text) for text in dict.fromkeys([*a.rules, *b.rules])))
+    for name in dict.fromkeys([*a.metrics, *b.metrics]):
+        modes = [mode for metric, mode in pairs if metric == name]
+        mode = modes[0] if len(modes) == 1 else None
+        left, right = a.metrics.get(name), b.metrics.get(name)
+        better: Literal["a", "b"] | None = None
+        if mode and left is not None and right is not None and left != right and math.isfinite(left + right):
+            better = "a" if (left > right) == (mode == "max") else "b"
+        yield MetricDifference(name=name, a=left, b=right, mode=mode, better=better)
+
+
+# --- plain values -------------------------------------------------------------------------------------------------
+
+
+def plain_values_differ(store: Store, one: Manifest, other: Manifest) -> tuple[tuple[PlainDifference, ...], bool]:
+    """The values of the state that are no tensors and differ, and whether the random generators are the same.
+
+    Reads ``state.json`` of both, and compares it with its digest.
+
+    Raises:
+        CorruptError: it is missing or damaged.
+        FormatError: it cannot be read.
+    """
+    first, second = _state(store, one), _state(store, other)
+    left = dict(_leaves({part: first["parts"].get(part) for part in one.parts if part in first["parts"]}))
+    right = dict(_leaves({part: second["parts"].get(part) for part in other.parts if part in second["parts"]}))
+    shared = one.parts.keys() & other.parts.keys()  # a part that only one has is said once
+    found = [
+        PlainDifference(path=".".join(path), a=left.get(path), b=right.get(path))
+        for path in dict.fromkeys([*left, *right])
+        if left.get(path) != right.get(path) and path[0] in shared
+    ]
+    return tuple(found), first["rng"] == second["rng"]
+
+
+def _state(store: Store, manifest: Manifest) -> dict[str, Any]:
+    file = next((file for file in manifest.files if file.name == layout.STATE), None)
+    if file is None:
+        raise FormatError(f"the manifest of {manifest.name} names no {layout.STATE}")
+    try:
+        record = msgspec.json.decode(reader.read(store, manifest, file))
+        return {"parts": dict(record["parts"]), "rng": record["rng"]}
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every value in a tree that is no tensor, as text; see docs/format.md, "state.json"."""
+    tag = tree.get("$") if isinstance(tree, dict) else None
+    inside = tree.get("v") if tag else tree
+    if tag == "tensor":
+        return
+    if isinstance(inside, list) and tag == "dict":
+        for key, child in inside:
+            yield from _leaves(child, (*path, key if isinstance(key, str) else msgspec.json.encode(key).decode()))
+    elif isinstance(inside, dict):
+        for key, child in inside.items():
+            yield from _leaves(child, (*path, key))
+    elif isinstance(inside, list) and any(isinstance(child, dict | list) for child in inside):
+        for number, child in enumerate(inside):
+            yield from _leaves(child, (*path, str(number)))
+    else:
+        yield path, msgspec.json.encode(inside if tag and "v" in tree else tree).decode()

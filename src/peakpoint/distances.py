@@ -1,0 +1,212 @@
+"""How far the values of two checkpoints are apart, tensor by tensor."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from peakpoint import reader
+from peakpoint.diffing import (
+    Difference,
+    Distance,
+    TensorDifference,
+    manifests_differ,
+    plain_values_differ,
+    tensors_of,
+)
+from peakpoint.errors import FormatError
+from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.repository import open_repository
+from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.store import Chunk, Store
+
+_PIECE = 1 << 18  # elements that are compared at a time, in double precision: a few megabytes
+
+
+def diff(
+    a: str,
+    b: str,
+    *,
+    root: str | os.PathLike[str] | Store,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Difference:
+    """What differs between two checkpoints of a repository, and how far the values of their tensors are apart.
+
+    Tensors with the same digest are not read. Of the others, two are in memory at a time, and each is compared with its
+    digest. ``peakpoint.diffing.records_differ`` says everything but the values, without torch.
+
+    Args:
+        a: the ref of the first, such as ``"resnet50@best:val_accuracy"``.
+        b: the ref of the second, of the same run or another.
+        root: the repository.
+        progress: called with the bytes of each tensor once it is compared.
+
+    Raises:
+        NotFoundError: there is no such run or checkpoint.
+        CorruptError: a tensor that had to be read is damaged; the message names it.
+
+    Example:
+        >>> import tempfile, torch, peakpoint as pp
+        >>> root, weight = tempfile.mkdtemp(), torch.tensor([3.0, 4.0])
+        >>> with pp.Checkpointer(root, run="r", state={"weight": weight}, keep=[pp.Last(2)]) as ckpt:
+        ...     for epoch in ckpt.epochs(2):
+        ...         _ = weight.add_(torch.tensor([0.0, 0.5]))
+        ...         _ = ckpt.report()
+        >>> found = pp.diff("r:epoch=0", "r:epoch=1", root=root).tensors[0]
+        >>> isinstance(pp.diff("r:epoch=0", "r:epoch=0", root=root), pp.Difference)
+        True
+        >>> found.what, found.distance.l2, found.distance.largest, found.distance.changed
+        ('values', 0.5, 0.5, 1)
+    """
+    repository = open_repository(root)
+    one, other = repository.find_manifest(a), repository.find_manifest(b)
+    return measured(repository.store, one, other, manifests_differ(repository, one, other), progress)
+
+
+def measured(
+    store: Store, one: Manifest, other: Manifest, found: Difference, progress: Callable[[int], None]
+) -> Difference:
+    """A difference with the distances of all tensors, and with plain values; see ``diff``."""
+    with contextlib.ExitStack() as holds:  # no rule removes what is being read
+        for manifest in (one, other):
+            hold = reader.reading(store, manifest)
+            if hold is not None:
+                holds.callback(hold.release)
+        return _measured(store, one, other, found, progress)
+
+
+def _measured(
+    store: Store, one: Manifest, other: Manifest, found: Difference, progress: Callable[[int], None]
+) -> Difference:
+    mine, others = dict(tensors_of(one)), dict(tensors_of(other))
+    tensors = []
+    for tensor in found.tensors:
+        if tensor.what in {"dtype", "values"}:
+            key = (tensor.part, tensor.name)
+            between = _between(store, (one, *mine[key]), (other, *others[key]))
+            tensors.append(replace(tensor, distance=between))
+            progress(tensor.bytes)
+        else:
+            tensors.append(tensor)
+    plain, same = plain_values_differ(store, one, other)
+    return replace(found, tensors=tuple(sorted(tensors, key=_order)), plain=plain, generators_same=same)
+
+
+def _order(tensor: TensorDifference) -> tuple[bool, float]:
+    """What cannot be compared first, then the largest relative change."""
+    return (tensor.distance is not None, -tensor.distance.relative if tensor.distance else 0.0)
+
+
+Stored = tuple[Manifest, FileRecord, TensorRecord]
+
+
+def _between(store: Store, a: Stored, b: Stored) -> Distance:
+    return distance(_read(store, a), a[2].dtype, _read(store, b), b[2].dtype)
+
+
+def _read(store: Store, stored: Stored) -> Chunk:
+    manifest, file, record = stored
+    if record.dtype not in TORCH_DTYPES:
+        raise FormatError(f"tensor {record.name!r} in {file.name} has elements {record.dtype!r}: update Peakpoint")
+    return reader.tensor_bytes(store, manifest, file, record)
+
+
+class _Values:
+    """Elements in double precision, a piece at a time."""
+
+    def __init__(self, data: Chunk, dtype: str) -> None:
+        self._data, self._dtype = memoryview(data).cast("B"), TORCH_DTYPES[dtype]
+        self.count = len(self._data) // self._dtype.itemsize
+
+    def piece(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The values from ``begin`` on, and their bytes, a row for each element."""
+        width = self._dtype.itemsize
+        raw = bytearray(self._data[begin * width : (begin + _PIECE) * width])
+        flat = torch.frombuffer(raw, dtype=self._dtype)
+        values = torch.view_as_real(flat) if flat.is_complex() else flat.unsqueeze(1)
+        return values.to(torch.float64), torch.frombuffer(raw, dtype=torch.uint8).view(-1, width)
+
+
+def distance(a: Chunk, a_dtype: str, b: Chunk, b_dtype: str) -> Distance:
+    """How far the values of two tensors of the same shape are apart; see ``Distance``.
+
+    Args:
+        a: the bytes of the first, little-endian.
+        a_dtype: its element type, as safetensors calls it.
+        b: the bytes of the second.
+        b_dtype: its element type.
+
+    Example:
+        >>> import struct
+        >>> apart = distance(struct.pack("<2f", 1, 0), "F32", struct.pack("<2f", 0, 0), "F32")
+        >>> apart.relative, apart.cosine, apart.zeros
+        (1.0, None, (0.5, 1.0))
+    """
+    first, second = _Values(a, a_dtype), _Values(b, b_dtype)
+    totals = _Totals()
+    for begin in range(0, first.count, _PIECE):
+        totals.add(first.piece(begin), second.piece(begin), bits=a_dtype == b_dtype)
+    return totals.distance(first.count, bits=a_dtype == b_dtype)
+
+
+class _Totals:
+    """Sums over the pieces. Norms are added with ``hypot``, so that squares of large numbers do not overflow."""
+
+    def __init__(self) -> None:
+        self.norms = [0.0, 0.0]
+        self.l2 = self.largest = 0.0
+        self.dots: list[tuple[float, float, float]] = []  # the cosine of a piece, with the norms of both
+        self.changed = 0
+        self.zeros = [0, 0]
+        self.not_finite = [0, 0]
+
+    def add(self, a: tuple[Any, Any], b: tuple[Any, Any], *, bits: bool) -> None:
+        """Take a piece into account."""
+        values = [a[0], b[0]]
+        if bits:
+            self.changed += int((a[1] != b[1]).any(dim=1).sum())
+        if values[0].shape != values[1].shape:  # one is complex, the other is not
+            values = [torch.nn.functional.pad(one, (0, 2 - one.shape[1])) for one in values]
+        finite = [torch.isfinite(one).all(dim=1) for one in values]
+        for number, one in enumerate(values):
+            self.zeros[number] += int((one == 0).all(dim=1).sum())
+            self.not_finite[number] += int((~finite[number]).sum())
+        both = finite[0] & finite[1]
+        left, right = (one[both].reshape(-1) for one in values)
+        norms = _norm(left), _norm(right)
+        self.norms = [math.hypot(total, new) for total, new in zip(self.norms, norms, strict=True)]
+        between = right - left
+        self.l2 = math.hypot(self.l2, _norm(between))
+        self.largest = max(self.largest, float(between.abs().max()) if len(between) else 0.0)
+        if all(norms):
+            self.dots.append((float(torch.dot(left / norms[0], right / norms[1])), *norms))
+
+    def distance(self, count: int, *, bits: bool) -> Distance:
+        """The whole."""
+        norm, other = self.norms
+        cosine = None
+        if norm and other and math.isfinite(norm) and math.isfinite(other):
+            cosine = math.fsum(cos * (left / norm) * (right / other) for cos, left, right in self.dots)
+            cosine = max(-1.0, min(1.0, cosine))
+        relative = self.l2 / norm if norm else (math.inf if self.l2 else 0.0)
+        return Distance(
+            norm=norm,
+            l2=self.l2,
+            relative=relative,
+            largest=self.largest,
+            cosine=cosine,
+            changed=self.changed if bits else None,
+            zeros=(self.zeros[0] / count if count else 0.0, self.zeros[1] / count if count else 0.0),
+            not_finite=(self.not_finite[0], self.not_finite[1]),
+        )
+
+
+def _norm(values: torch.Tensor) -> float:
+    largest = float(values.abs().max()) if len(values) else 0.0
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(values / largest))

@@ -1,0 +1,58 @@
+"""The version of the training's code: the git commit that its script's directory is at."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+PATIENCE = 2.0  # seconds; a directory on a slow network must not keep a training waiting
+_NOT_OURS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # what a hook that starts the training would leave behind
+
+
+def code_version(directory: str | os.PathLike[str], patience: float = PATIENCE) -> str | None:
+    """The commit, 40 or 64 hexadecimal digits, with ``-dirty`` when files that git knows have uncommitted changes.
+
+    Asks ``git`` once. Takes no lock, changes nothing and starts none of git's helpers.
+
+    Args:
+        directory: anywhere inside the repository.
+        patience: seconds to wait for an answer.
+
+    Returns:
+        None where there is no git, no repository, no commit yet, or no answer in time.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS}
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", os.fspath(directory), "status"]
+    command += ["--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty"]
+    try:
+        done = subprocess.run(  # noqa: S603 - git, found as the user's shell would find it
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=patience,
+            check=False,
+            env=environment,
+            text=True,
+            errors="replace",
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.splitlines()
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "")
+    if done.returncode or not set(commit) <= set("0123456789abcdef") or not commit:
+        return None
+    return commit + ("-dirty" if any(not line.startswith("#") for line in lines) else "")
+
+
+@cache
+def script_version() -> str | None:
+    """``code_version`` of the directory of the running script, or of the working directory in a session without one.
+
+    Asked once in a process: what the process runs is what was there when it began.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    try:
+        return code_version(Path(script).resolve().parent if script else Path.cwd())
+    except OSError:  # the working directory is gone
+        return None
