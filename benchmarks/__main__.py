@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import archiving, loading, memory, page, reports, saving, space, training
+from benchmarks import archiving, catalogue, loading, memory, page, reports, saving, space, training
 from benchmarks.cases import CASES
 
-FIGURES = ("saving", "training", "loading", "memory", "space", "archive", "reports")
+FIGURES = ("saving", "training", "loading", "memory", "space", "archive", "reports", "catalogue")
 
 
 def machine():
@@ -65,6 +65,7 @@ def measure(options, place, progress):
         "space": None,
         "archive": None,
         "reports": None,
+        "catalogue": None,
     }
     task = progress.add_task("", total=None)
 
@@ -94,13 +95,22 @@ def measure(options, place, progress):
             figures["memory"][side] = json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(place / "m")
             tell()
+    return figures | others(options, place, step)
+
+
+def others(options, place, step):
+    """Figures that are made of runs and not of single states."""
+    figures, scale, whole = {}, options.scale, options.scale == 1
     if "space" in options.figures:
-        figures["space"] = space.measure(place / "s", options.scale, options.repeats, step("space"))
+        figures["space"] = space.measure(place / "s", scale, options.repeats, step("space"))
     if "archive" in options.figures:
-        figures["archive"] = archiving.measure(place / "a", options.scale, options.repeats, step("archive"))
+        figures["archive"] = archiving.measure(place / "a", scale, options.repeats, step("archive"))
     if "reports" in options.figures:
-        count = reports.REPORTS if options.scale == 1 else reports.FEW
+        count = reports.REPORTS if whole else reports.FEW
         figures["reports"] = reports.measure(place / "r", count, options.repeats, step("reports"))
+    if "catalogue" in options.figures:
+        size = (catalogue.RUNS, catalogue.EACH) if whole else (20, 20)
+        figures["catalogue"] = catalogue.measure(place / "c", *size, options.repeats, step("catalogue"))
     return figures
 
 

@@ -17,6 +17,7 @@ from statistics import median
 import torch
 
 import peakpoint as pp
+from benchmarks.page import ALONE, BEST, BEST_OF_ALL, CASE, SELECTION
 from peakpoint import journal as journals
 from peakpoint import layout
 from peakpoint.catalogue import Catalogue, Wish
@@ -30,12 +31,11 @@ from peakpoint.store import LocalStore
 RUNS = 2000
 EACH = 500
 NAMES = ("resnet50", "resnet18", "vgg16", "mobilenet")
-SELECTION = 'val_accuracy > 0.70 and sparsity >= 0.5 and epoch > 20 and run ~ "resnet50*"'
 CASES = {
-    "the first 20 of the selection, newest first": (SELECTION, {}, 20),
-    "the best 5 of the selection by val_accuracy": (SELECTION, {"val_accuracy": "max"}, 5),
+    CASE: (SELECTION, {}, 20),
+    BEST: (SELECTION, {"val_accuracy": "max"}, 5),
     "the smallest of the selection, then the best": (SELECTION, {"size": "min", "val_accuracy": "max"}, 1),
-    "the best of all by val_accuracy": ("", {"val_accuracy": "max"}, 1),
+    BEST_OF_ALL: ("", {"val_accuracy": "max"}, 1),
     "the smallest loss outside two models": ('not (run ~ "vgg*" or run ~ "mob*")', {"val_loss": "min"}, 1),
     "what nothing matches": ("val_accuracy > 0.70 and sparsity > 0.99 and epoch > 20", {"val_accuracy": "max"}, 5),
     "what hardly anything matches": ("latency_ms < 5.0001 and val_accuracy > 0.5", {"val_accuracy": "max"}, 5),
@@ -198,7 +198,7 @@ def adding(root, turns):
     journal.append(journals.Closed(at=dt.datetime.now(dt.UTC), why="closed"))
     journal.close()
     catalogue.close()
-    return {"that run is looked at": alone, "every run is looked at": whole}
+    return {ALONE: alone, "every run is looked at": whole}
 
 
 def listing(root, turns):

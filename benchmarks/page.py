@@ -15,6 +15,11 @@ THIN = 'peakpoint, parts="model"'
 LEAN = 'peakpoint, parts="model" but for the newest'
 PACKED = "the same, archived at the end"
 NAIVE = "torch.save, a file for each policy"
+SELECTION = 'val_accuracy > 0.70 and sparsity >= 0.5 and epoch > 20 and run ~ "resnet50*"'
+CASE = "the first 20 of the selection, newest first"
+BEST = "the best 5 of the selection by val_accuracy"
+BEST_OF_ALL = "the best of all by val_accuracy"
+ALONE = "that run is looked at"
 NAIVE_THIN = "torch.save, weights only but for the last"
 
 
@@ -173,6 +178,37 @@ def _reports(result):
     ]
 
 
+def _catalogue(result):
+    sides = {**result["queries"], **result["limits"]}
+    rows = [[name, f"{median(seconds) * 1e3:.2f}"] for name, seconds in sides.items()]
+    rows += [[f"one more checkpoint, {name}", f"{median(s) * 1e3:.2f}"] for name, s in result["adding"].items()]
+    naive = result["naive"]
+    ours, loop = median(naive["peakpoint"]), median(naive["glob and torch.load"])
+    built = "" if result["build_seconds"] is None else f" Made from the files in {result['build_seconds']:.0f} s."
+    return [
+        *_text(
+            f"{result['checkpoints']:,} checkpoints with 8 metrics in {result['runs']:,} runs, SQLite, a file of",
+            f"{result['bytes'] / 1e9:.2f} GB, in a process that has asked before.{built} The selection is",
+            f"`{SELECTION}`. Every time contains the look at the files.",
+            f"`peakpoint ls` as a whole process: {median(result['ls_seconds']):.2f} s.",
+        ),
+        "",
+        *_table(["", "ms"], rows),
+        *_text(
+            f"The best of {naive['checkpoints']} real checkpoints, {naive['bytes'] / 1e9:.1f} GB, files in the page cache",
+            "as far as they fit:",
+        ),
+        "",
+        *_table(
+            ["", "ms", "times faster"],
+            [
+                ["`Repository.select`", f"{ours * 1e3:.2f}", f"{loop / ours:,.0f}"],
+                ["a loop over the files with `torch.load`", f"{loop * 1e3:,.0f}", "1"],
+            ],
+        ),
+    ]
+
+
 def _saving_bars(results):
     saves = {result["key"]: result for result in results}
 
@@ -241,6 +277,18 @@ def _reports_bars(result):
     yield f"{result['reports']:,} reports: the last against the first", "<=", 1.2, ratio
 
 
+def _catalogue_bars(result):
+    million = f"{result['checkpoints']:,} checkpoints"
+    for name, seconds in result["queries"].items():
+        if name in (CASE, BEST, BEST_OF_ALL):
+            yield f"{million}: {name}, ms", "<=", 20.0, median(seconds) * 1e3
+    yield f"{million}: peakpoint ls, s", "<=", 0.5, median(result["ls_seconds"])
+    yield f"{million}: one more, ms", "<=", 2.0, median(result["adding"][ALONE]) * 1e3
+    naive = result["naive"]
+    ratio = median(naive["glob and torch.load"]) / median(naive["peakpoint"])
+    yield f"{naive['checkpoints']} checkpoints of 100 MB: times faster than loading them all", ">=", 1000.0, ratio
+
+
 BARS = {
     "saving": _saving_bars,
     "loading": _loading_bars,
@@ -249,6 +297,7 @@ BARS = {
     "space": _space_bars,
     "archive": _archive_bars,
     "reports": _reports_bars,
+    "catalogue": _catalogue_bars,
 }
 
 
@@ -318,6 +367,8 @@ def render(figures):
     lines += ["## Reports", ""]
     if figures["reports"]:
         lines += _reports(figures["reports"])
+    if figures.get("catalogue"):
+        lines += ["## Catalogue", "", *_catalogue(figures["catalogue"])]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -13,7 +13,17 @@ ROOT = Path(__file__).parents[1]
 def test_a_small_benchmark_runs(tmp_path):
     figures = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks", "--scale", "0.02", "--repeats", "1", "--json", str(figures)]
-    command += ["--place", str(tmp_path), "--no-peers", "--figures", "saving", "loading", "training", "reports"]
+    command += [
+        "--place",
+        str(tmp_path),
+        "--no-peers",
+        "--figures",
+        "saving",
+        "loading",
+        "training",
+        "reports",
+        "catalogue",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "peakpoint" in done.stdout
@@ -21,6 +31,8 @@ def test_a_small_benchmark_runs(tmp_path):
     assert [result["tensors"] for result in found["saving"]] == [592, 322, 400, 3, 548]
     assert all(values["durable"] for result in found["saving"] for values in result["sides"].values())
     assert found["reports"]["reports"] == 10_000
+    assert found["catalogue"]["checkpoints"] == 400
+    assert all(found["catalogue"]["queries"].values())
     assert not list(tmp_path.glob(".benchmark-*")), "it cleans up"
 
 

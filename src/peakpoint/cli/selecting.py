@@ -12,6 +12,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from peakpoint import layout
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
@@ -63,19 +64,22 @@ def rebuild(repository: Repository) -> str:
 def ls(root: Path, names: tuple[str, ...], everything: bool, catalogue: str | None, json: bool) -> None:  # noqa: FBT001
     """List runs: peak against last, and sizes; of one run, or those named, each checkpoint and why it is kept."""
     repository = open_repository(root, catalogue=catalogue)
-    runs = [repository.run(name) for name in names]
-    if not names:
-        with _progress() as progress:
-            repository.catalogue().refresh(progress)
-        listed = repository.catalogue().runs()
-        runs = [repository.run(listed[0].name)] if len(listed) == 1 else []
-    if runs:
-        if json:
-            render.as_json({"root": repository.store.location, "runs": [render.run_json(run) for run in runs]})
-            return
+    alone = not names and len(repository.store.children(layout.RUNS)) == 1
+    runs = repository.runs() if alone else [repository.run(name) for name in names]
+    if not runs:
+        _list(root, repository, everything=everything, json=json)
+    elif json:
+        render.as_json({"root": repository.store.location, "runs": [render.run_json(run) for run in runs]})
+    else:
         for run in runs:
             render.print_run(render.console(), run)
-        return
+
+
+def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -> None:
+    """A line for each run."""
+    with _progress() as progress:
+        repository.catalogue().refresh(progress)
+    listed = repository.catalogue().runs()
     listed.sort(key=lambda run: (run.newest is None, run.newest and -run.newest.timestamp(), run.name))
     if json:
         found = [render.listed_json(run, Run(repository.store, run.name).holder()) for run in listed]
