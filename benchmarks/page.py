@@ -195,7 +195,7 @@ def _catalogue(result):
         "",
         *_table(["", "ms"], rows),
         *_text(
-            f"The best of {naive['checkpoints']} real checkpoints, {naive['bytes'] / 1e9:.1f} GB, files in the page cache",
+            f"The best of {naive['checkpoints']} real checkpoints, {naive['bytes'] / 1e9:.1f} GB, in the page cache",
             "as far as they fit:",
         ),
         "",
