@@ -9,17 +9,26 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import URL, Engine, select
+from sqlalchemy import URL, Engine, func, select
 
 from peakpoint import layout
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, connect, discard, place, set_aside, translated
-from peakpoint.catalogue.refresh import Known, damage_of, is_current, known_runs, read_peaks, refresh_run, remove_run
+from peakpoint.catalogue.refresh import (
+    Known,
+    Remembered,
+    damage_of,
+    is_current,
+    known_runs,
+    read_peaks,
+    refresh_run,
+    remove_run,
+)
 from peakpoint.catalogue.search import WINDOW
 from peakpoint.catalogue.selection import Clause, Selection, Why, Wish, make_checkpoint
 from peakpoint.checkpoint import Checkpoint
@@ -31,6 +40,7 @@ from peakpoint.store import LocalStore, Store
 Progress = Callable[[int, int], None]
 """Called with the number of runs that were read, and of how many."""
 
+_REMEMBERED = 16
 __all__ = ["FILE", "VARIABLE", "Catalogue", "Clause", "Listed", "Progress", "Selection", "Why", "Wish"]
 
 
@@ -93,6 +103,7 @@ class Catalogue:
         self._finalizer = weakref.finalize(self, _dispose, self._engine, self._reading)
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
+        self._remembered: dict[str, Remembered] = {}  # those that were refreshed last
         self._tick = -1
         try:
             self._mended(self._open)
@@ -147,7 +158,7 @@ class Catalogue:
     def _replace(self, clear: Callable[[URL], None] = set_aside) -> None:
         self.close()
         clear(self._url)
-        self._known, self._tick = {}, -1
+        self._known, self._tick, self._remembered = {}, -1, {}
         self._open()
 
     # --- keeping up
@@ -185,9 +196,13 @@ class Catalogue:
                 progress(number, len(stale))
 
     def _refresh_run(self, run: str) -> None:
-        tick, known = refresh_run(self._engine, self._store, run)
-        if known is not None and tick == self._tick + 1:
-            self._known[run] = known
+        tick, now = refresh_run(self._engine, self._store, run, self._remembered.pop(run, None))
+        if now is not None:
+            self._remembered[run] = now
+            if len(self._remembered) > _REMEMBERED:
+                self._remembered.pop(next(iter(self._remembered)))
+        if now is not None and tick == self._tick + 1:
+            self._known[run] = now.known
             self._tick = tick
         elif tick != self._tick:  # others have changed it as well: ask anew next time
             self._tick = -1
@@ -227,7 +242,7 @@ class Catalogue:
                 with translated(self._url), self._engine.begin() as connection:
                     schema.drop_all(connection)
                     schema.migrate(connection, identity, self._store.location)
-                self._known, self._tick = {}, -1
+                self._known, self._tick, self._remembered = {}, -1, {}
             self._refresh(progress)
 
     # --- asking
@@ -241,23 +256,31 @@ class Catalogue:
         self.refresh()
         return Selection(self._reading, wish, self._checkpoint, self.window)
 
-    def _checkpoint(self, run: str, row: Any, detail: Any) -> Checkpoint:
-        prefix = layout.checkpoint_prefix(run, detail.name)
-        return make_checkpoint(
-            run, row, detail, self._store.path(prefix) if isinstance(self._store, LocalStore) else None
-        )
+    def _checkpoint(self, row: Any) -> Checkpoint:
+        prefix = layout.checkpoint_prefix(row.run, row.name)
+        return make_checkpoint(row, self._store.path(prefix) if isinstance(self._store, LocalStore) else None)
 
     def metrics(self) -> tuple[str, ...]:
         """The names of all metrics, by name."""
         with translated(self._url), self._reading.connect() as connection:
             return tuple(sorted(schema.Columns.read(connection).keys))
 
-    def runs(self, names: Iterable[str] | None = None) -> list[Listed]:
-        """Every run, or some, by name."""
+    def totals(self) -> tuple[int, int, int]:
+        """How many runs and checkpoints there are, and the bytes of their files."""
         table = schema.runs.c
-        statement = select(schema.runs).order_by(table.name)
-        if names is not None:
-            statement = statement.where(table.name.in_(list(names)))
+        columns = (func.count(), func.sum(table.checkpoints), func.sum(table.size))
+        with translated(self._url), self._reading.connect() as connection:
+            count, checkpoints, size = connection.execute(select(*columns)).one()
+        return count, int(checkpoints or 0), int(size or 0)
+
+    def runs(self, top: int | None = None) -> list[Listed]:
+        """Every run, or so many at most; those that saved last come first.
+
+        Args:
+            top: how many.
+        """
+        table = schema.runs.c
+        statement = select(schema.runs).order_by(table.newest.desc().nulls_last(), table.name).limit(top)
         with translated(self._url), self._reading.connect() as connection:
             return [
                 Listed(

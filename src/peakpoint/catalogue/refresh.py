@@ -14,7 +14,7 @@ the second waits, and then finds nothing to do.
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -73,6 +73,7 @@ class Known:
         segments: how many there are up to that one.
         growing: those that may still grow.
         unsettled: directories to look at again when they change.
+        changed: the catalogue's tick when the run was changed last.
     """
 
     key: int
@@ -82,6 +83,20 @@ class Known:
     segments: int = 0
     growing: Mapping[str, Growing] = field(default_factory=dict)
     unsettled: Mapping[str, Unsettled] = field(default_factory=dict)
+    changed: int = 0
+
+
+Rows = dict[str, tuple[int, str]]
+"""The checkpoints of a run in the catalogue: name to key and id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What a process remembers of a run that it has refreshed."""
+
+    known: Known
+    rows: Rows
+    columns: Columns
 
 
 def _known(key: int, text: str) -> Known:
@@ -121,22 +136,33 @@ def _same(store: Store, prefix: str, stamp: str | None) -> bool:
 def remove_run(engine: Engine, name: str) -> None:
     """Forget a run whose directory is gone."""
     with engine.begin() as connection:
+        _lock(connection)
         _count(connection)
         connection.execute(delete(schema.runs).where(schema.runs.c.name == name))
 
 
-def refresh_run(engine: Engine, store: Store, run: str) -> tuple[int, Known | None]:
+def refresh_run(
+    engine: Engine, store: Store, run: str, before: Remembered | None = None
+) -> tuple[int, Remembered | None]:
     """Bring one run up to date, in one transaction.
 
+    Args:
+        engine: one that writes.
+        store: where the files are.
+        run: which.
+        before: what was returned the last time.
+
     Returns:
-        The catalogue's tick after it, and how far the run is read; None when another process was faster.
+        The catalogue's tick after it, and what to remember; None when another process was faster.
     """
     with engine.begin() as connection:
-        # nobody else changes the catalogue from here on: in SQLite, transactions that write begin with the lock
+        _lock(connection)
         table = schema.runs.c
-        columns = (schema.meta.c.tick, table.key, table.read, table.rules, table.peaks, table.reports)
+        free = select(func.coalesce(func.max(schema.checkpoints.c.key), 0) + 1).scalar_subquery().label("free")
+        metrics = select(func.count()).select_from(schema.metrics).scalar_subquery().label("metrics")
+        columns = (schema.meta.c.tick, table.key, table.read, table.rules, table.peaks, table.reports, free, metrics)
         joined = schema.meta.outerjoin(schema.runs, table.name == run)
-        row = connection.execute(select(*columns).select_from(joined).with_for_update(of=schema.meta)).one()
+        row = connection.execute(select(*columns).select_from(joined)).one()
         known = None if row.key is None else _known(row.key, row.read)
         if known is not None and is_current(store, run, known):
             return row.tick, None
@@ -145,9 +171,26 @@ def refresh_run(engine: Engine, store: Store, run: str) -> tuple[int, Known | No
             connection.execute(delete(schema.runs).where(table.key == known.key))
             known, news = None, _news(store, run, None)
         assert news is not None
-        before = _Said(json.loads(row.rules), read_peaks(row.peaks), row.reports) if known is not None else _Said()
-        changed = _Update(connection, store, run, known, news, before).carry_out()
-        return (row.tick, known) if changed is None else (row.tick + 1, changed)
+        said = _Said(json.loads(row.rules), read_peaks(row.peaks), row.reports) if known is not None else _Said()
+        if known is None or before is None or before.known.changed != known.changed:
+            before = None
+        work = _Update(connection, store, run, known, news, said, before, row.free)
+        if before is not None and len(before.columns.keys) == row.metrics:
+            work.columns = before.columns
+        changed = work.carry_out(row.tick + 1)
+        if changed is not None:
+            return row.tick + 1, Remembered(changed, work.rows, work.columns)
+        assert known is not None
+        return row.tick, Remembered(known, work.rows, work.columns)
+
+
+def _lock(connection: Connection) -> None:
+    """Let nobody else change the catalogue before this transaction ends.
+
+    In PostgreSQL a statement of its own: one that waits for the lock still sees the other tables as they were before.
+    """
+    if connection.dialect.name != "sqlite":  # there, transactions that write begin with the lock
+        connection.execute(select(schema.meta.c.tick).with_for_update())
 
 
 def _count(connection: Connection) -> None:
@@ -214,12 +257,22 @@ class _Update:
     """One run on its way into the catalogue."""
 
     def __init__(
-        self, connection: Connection, store: Store, run: str, known: Known | None, news: _News, before: _Said
+        self,
+        connection: Connection,
+        store: Store,
+        run: str,
+        known: Known | None,
+        news: _News,
+        said: _Said,
+        before: Remembered | None,
+        free: int,
     ) -> None:
         self._connection, self._store, self._run, self._news = connection, store, run, news
-        self._known, self._before = known, before
+        self._known, self._said, self._free = known, said, free
         self._stamp = store.stamp(layout.checkpoints_prefix(run))
         self._key = self._new_run() if known is None else known.key
+        self.rows = self._read_rows() if before is None else dict(before.rows)
+        self.columns = Columns({})
 
     def _new_run(self) -> int:
         key = _next(self._connection, schema.runs.c.key)
@@ -227,8 +280,11 @@ class _Update:
         self._connection.execute(insert(schema.runs).values(key=key, name=self._run, **empty))
         return key
 
-    def carry_out(self) -> Known | None:
+    def carry_out(self, tick: int) -> Known | None:
         """Everything, in the order in which one thing needs the other.
+
+        Args:
+            tick: the catalogue's, once it is done.
 
         Returns:
             How far the run is read now; None when nothing has changed.
@@ -250,8 +306,9 @@ class _Update:
             growing=self._news.growing,
             unsettled=unsettled,
         )
-        if not values and known == self._known:
+        if not values and self._known is not None and known == replace(self._known, changed=0):
             return None
+        known = replace(known, changed=tick)
         values["read"] = msgspec.json.encode(known).decode()
         self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values))
         _count(self._connection)
@@ -304,7 +361,7 @@ class _Update:
         """
         touched, moving, ids = self._touched()
         waiting = dict(self._known.unsettled) if self._known else {}
-        rows = self._rows()
+        rows = self.rows
         prefix = layout.checkpoints_prefix(self._run)
         present = {child.removesuffix("/") for child in self._store.children(prefix) if child.endswith("/")}
         touched |= {name for name, (_, id) in rows.items() if id in ids}  # noqa: A001 - the vocabulary's word
@@ -322,7 +379,7 @@ class _Update:
                     unsettled[name] = Unsettled(stamp, str(error))
                 case None:
                     unsettled[name] = Unsettled(stamp)
-        stale = [key for name, (key, _) in rows.items() if name not in present or name in touched]
+        stale = [rows.pop(name)[0] for name in list(rows) if name not in present or name in touched]
         self._forget(stale)
         self._add(found)
         return bool(stale or found), unsettled
@@ -330,8 +387,7 @@ class _Update:
     def _is_same(self, name: str, stamp: str | None) -> bool:
         return _same(self._store, layout.checkpoint_prefix(self._run, name), stamp)
 
-    def _rows(self) -> dict[str, tuple[int, str]]:
-        """The checkpoints that are in the catalogue: name to key and id."""
+    def _read_rows(self) -> Rows:
         if self._known is None:
             return {}
         a, b = schema.checkpoints.c, schema.details.c
@@ -355,16 +411,19 @@ class _Update:
             late, pinned = noted.get(standing.manifest.id, ({}, None))
             entries.append((standing, {**standing.manifest.metrics, **late}, pinned))
         names = [name for _, metrics, _ in entries for name in metrics]
-        columns = Columns.read(self._connection).including(self._connection, names)
-        key = _next(self._connection, schema.checkpoints.c.key)
-        _insert(self._connection, columns, self._key, key, entries)
+        if not self.columns.keys:
+            self.columns = Columns.read(self._connection)
+        self.columns = self.columns.including(self._connection, names)
+        _insert(self._connection, self.columns, self._key, self._free, entries)
+        for place, standing in enumerate(found, self._free):
+            self.rows[standing.manifest.name] = (place, standing.manifest.id)
 
     # --- the run as a whole
 
     def _reported(self) -> dict[str, Any]:
         """Rules, peaks and the number of reports."""
         events: Sequence[Event] = self._news.events
-        texts, before, reports = self._before.rules, self._before.peaks, self._before.reports
+        texts, before, reports = self._said.rules, self._said.peaks, self._said.reports
         opened = journals.newest(events, journals.Opened)
         if opened is not None:
             texts = opened.rules

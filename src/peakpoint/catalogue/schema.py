@@ -8,6 +8,7 @@ row a value, which is slower and has no limit. NaN is NULL here: it never matche
 Nothing here is truth. A damaged SQLite file is thrown away and made anew from the repository.
 """
 
+import secrets
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -175,7 +176,9 @@ def migrate(
     for step in migrations[version:]:
         step(connection)
     if version == 0:
-        given = {"version": len(migrations), "repository": repository, "location": location, "tick": 0}
+        # from anywhere, so that nobody takes one that was made anew for the one that they knew
+        tick = secrets.randbits(60)
+        given = {"version": len(migrations), "repository": repository, "location": location, "tick": tick}
         connection.execute(insert(meta).values(given))
     elif version < len(migrations):
         connection.execute(update(meta).values(version=len(migrations)))

@@ -6,7 +6,7 @@ index. Otherwise one pass over the whole table is the fastest there is. Left to 
 a look into the table for every row, which takes ten times as long when hardly anything matches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Select, func, select
@@ -48,11 +48,9 @@ class Search:
         found = [self._sql.where(clause) for clause in self._clauses]
         return [*found, *(self._sql.finite(key.value) for key in self._keys), *self._more]
 
-    def rows(self, columns: Sequence[Expression], limit: int | None) -> Iterator[Sequence[Any]]:
-        """The rows in order, in groups."""
-        statement = self._statement(columns, limit)
-        with self._connection.execute(statement.execution_options(yield_per=200)) as found:
-            yield from found.partitions()
+    def rows(self, columns: Sequence[Expression], limit: int | None) -> Sequence[Any]:
+        """The rows in order."""
+        return self._connection.execute(self._statement(columns, limit)).all()
 
     def _statement(self, columns: Sequence[Expression], limit: int | None) -> Select[Any]:
         ranked = select(*columns).order_by(*self._order(self._sql)).limit(limit)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, func, select
@@ -24,6 +25,7 @@ from peakpoint.ranking import Key, WithinSE
 from peakpoint.refs import near
 
 _RUNNERS_UP = 3
+_CHUNK = 200
 _EARLIEST = (Key(Field("step", (0, 0)), "min"),)
 
 
@@ -90,11 +92,11 @@ class Selection:
     Args:
         engine: one that reads.
         wish: what is wanted.
-        make: makes a checkpoint of its run's name and two rows of the catalogue.
+        make: makes a checkpoint of a row of the catalogue.
         window: see ``Search``.
     """
 
-    def __init__(self, engine: Engine, wish: Wish, make: Callable[..., Checkpoint], window: int = WINDOW) -> None:
+    def __init__(self, engine: Engine, wish: Wish, make: Callable[[Any], Checkpoint], window: int = WINDOW) -> None:
         self._engine, self._wish, self._make, self._window = engine, wish, make, window
         with self._connected() as connection:
             columns = Columns.read(connection)
@@ -178,7 +180,7 @@ class Selection:
         finite = [self._sql.finite(other.value) for other in self._wish.keys[1:]]
         value = self._sql.value(key.value)
         search = Search(connection, self._sql, self._wish.query.clauses, finite, (key,), self._window)
-        for [best] in search.rows((self._sql.table.key, value), 1):
+        for best in search.rows((self._sql.table.key, value), 1):
             record = connection.scalar(select(schema.details.c.record).where(schema.details.c.checkpoint == best[0]))
             metrics = metrics_from_json(json.loads(record or "{}").get("metrics", {}))
             error = self._wish.within.error_of(best[1], metrics)
@@ -187,37 +189,36 @@ class Selection:
         return None
 
     def _ranked(self, limit: int | None = None) -> Iterator[Checkpoint]:
-        table = self._sql.table
-        columns = (table.key, table.run, table.sequence, table.epoch, table.step, table.size)
+        """The keys at once, what belongs to them as it is asked for.
+
+        No transaction stays open meanwhile: one would keep SQLite's log from ending, and lock the table in PostgreSQL.
+        """
+        limit = limit if limit is not None else self._wish.top
         with self._connected() as connection:
-            limit = limit if limit is not None else self._wish.top
-            for rows in self._search(connection).rows(columns, limit):
-                yield from self._checkpoints(connection, rows)
+            keys = [row[0] for row in self._search(connection).rows((self._sql.table.key,), limit)]
+        for begin in range(0, len(keys), _CHUNK):
+            with self._connected() as connection:
+                found = self._checkpoints(connection, keys[begin : begin + _CHUNK])
+            yield from found
 
-    def _checkpoints(self, connection: Connection, rows: Sequence[Any]) -> Iterator[Checkpoint]:
-        details = schema.details.c
-        keys = [row.key for row in rows]
-        known = {
-            row.checkpoint: row
-            for row in connection.execute(
-                select(details.checkpoint, details.id, details.name, details.record).where(details.checkpoint.in_(keys))
-            )
-        }
-        runs = schema.runs.c
-        of_these = select(runs.key, runs.name).where(runs.key.in_({row.run for row in rows}))
-        names = {key: name for key, name in connection.execute(of_these)}  # noqa: C416 - rows are no pairs
-        for row in rows:
-            detail = known[row.key]
-            yield self._make(names[row.run], row, detail)
+    def _checkpoints(self, connection: Connection, keys: Sequence[int]) -> list[Checkpoint]:
+        """Those of the checkpoints that are still there."""
+        table, details, runs = schema.checkpoints, schema.details, schema.runs
+        moment = (table.c.sequence, table.c.epoch, table.c.step, table.c.size)
+        columns = (table.c.key, runs.c.name.label("run"), *moment, details.c.id, details.c.name, details.c.record)
+        joined = table.join(details, details.c.checkpoint == table.c.key).join(runs, runs.c.key == table.c.run)
+        rows = connection.execute(select(*columns).select_from(joined).where(table.c.key.in_(keys)))
+        known = {row.key: row for row in rows}
+        return [self._make(known[key]) for key in keys if key in known]
 
 
-def make_checkpoint(run: str, row: Any, detail: Any, path: Any) -> Checkpoint:
+def make_checkpoint(row: Any, path: Path | None) -> Checkpoint:
     """A checkpoint from what the catalogue holds."""
-    record = json.loads(detail.record)
+    record = json.loads(row.record)
     return Checkpoint(
-        run=run,
-        name=detail.name,
-        id=detail.id,
+        run=row.run,
+        name=row.name,
+        id=row.id,
         sequence=row.sequence,
         step=row.step,
         epoch=row.epoch,

@@ -61,7 +61,7 @@ def size(count: float) -> str:
 
 def count(number: int, thing: str) -> str:
     """``"1 checkpoint"``, ``"2 checkpoints"``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def seconds(value: float) -> str:

@@ -79,8 +79,7 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
     """A line for each run."""
     with _progress() as progress:
         repository.catalogue().refresh(progress)
-    listed = repository.catalogue().runs()
-    listed.sort(key=lambda run: (run.newest is None, run.newest and -run.newest.timestamp(), run.name))
+    listed = repository.catalogue().runs(None if everything or json else _RUNS)
     if json:
         found = [render.listed_json(run, Run(repository.store, run.name).holder()) for run in listed]
         render.as_json({"root": repository.store.location, "runs": found})
@@ -89,13 +88,12 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
     if not listed:
         console.print(f"{escape(repository.store.location)} has no runs yet")
         return
-    shown = listed if everything else listed[:_RUNS]
-    writing = {run.name for run in shown if Run(repository.store, run.name).holder() is not None}
-    console.print(render.runs_table(shown, writing))
-    if len(shown) < len(listed):
-        console.print(f"[dim]and {len(listed) - len(shown):,} more runs; --all lists them all[/]")
-    total, count = sum(run.size_bytes for run in listed), sum(run.checkpoints for run in listed)
-    console.print(f"{render.count(len(listed), 'run')}, {render.count(count, 'checkpoint')}, {render.size(total)}")
+    writing = {run.name for run in listed if Run(repository.store, run.name).holder() is not None}
+    console.print(render.runs_table(listed, writing))
+    runs, checkpoints, size = repository.catalogue().totals()
+    if len(listed) < runs:
+        console.print(f"[dim]and {render.count(runs - len(listed), 'more run')}; --all lists them all[/]")
+    console.print(f"{render.count(runs, 'run')}, {render.count(checkpoints, 'checkpoint')}, {render.size(size)}")
     console.print(f"[dim]peakpoint ls {escape(str(root))} RUN tells why each checkpoint of a run is kept[/]")
 
 

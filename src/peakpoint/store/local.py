@@ -239,7 +239,7 @@ class LocalStore:
         directory = self.path(prefix) if prefix else self.root
         try:
             with translated("list", directory), os.scandir(directory) as entries:
-                return sorted(entries, key=lambda entry: entry.name)
+                return list(entries)
         except NotFoundError:
             return []
 
@@ -266,7 +266,7 @@ class LocalStore:
     def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: files with temporary names."""
         start = f"{prefix}/" if prefix else ""
-        return [start + entry.name for entry in self._entries(prefix) if entry.name.startswith(_TEMPORARY)]
+        return sorted(start + entry.name for entry in self._entries(prefix) if entry.name.startswith(_TEMPORARY))
 
     def delete(self, key: str) -> None:
         """See ``Store.delete``."""
