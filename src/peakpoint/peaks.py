@@ -21,6 +21,10 @@ class Peak:
         last: the last value that was reported; may be NaN.
         last_step: where.
         last_epoch: where; None outside epochs.
+        best_report: the report's number in the run.
+        last_report: the report's number in the run.
+        count: finite values that were reported.
+        missing: values that were NaN or infinite.
     """
 
     metric: str
@@ -31,6 +35,10 @@ class Peak:
     last: float
     last_step: int
     last_epoch: int | None
+    best_report: int
+    last_report: int
+    count: int
+    missing: int
 
     @property
     def lost(self) -> float:
@@ -64,6 +72,10 @@ def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> l
                 last.metrics[metric],
                 last.step,
                 last.epoch,
+                best.report,
+                last.report,
+                len(finite),
+                len(having) - len(finite),
             )
         )
     return found

@@ -18,7 +18,7 @@ from rich.markup import escape
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
-from peakpoint.cli import render, rules, space
+from peakpoint.cli import render, reporting, rules, space
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
 from peakpoint.errors import ConfigError, CorruptError, Error, MissingExtraError
 from peakpoint.manifest import Manifest
@@ -38,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (*rules.COMMANDS, *space.COMMANDS):
+for command in (*rules.COMMANDS, *space.COMMANDS, *reporting.COMMANDS):
     cli.add_command(command)
 
 
