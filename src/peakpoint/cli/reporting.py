@@ -103,13 +103,11 @@ def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:
 
 
 def _print(found: evaluation.Evaluation, console: Console) -> None:
-    plain = console.encoding.lower().replace("-", "") != "utf8"
-    shown = tables.tables(found)
     if not found.materials:
         console.print(f"{escape(found.location)} has no runs yet")
-    for table in shown:
+    for table in tables.tables(found):
         console.print(f"[bold]{_text(table.title)}[/]")
-        console.print(_rich(table, plain=plain))
+        console.print(_rich(table))
         for note in table.notes:
             console.print(f"[dim]{_text(note)}[/]")
         console.print()
@@ -121,19 +119,18 @@ def _text(text: str) -> str:
     return escape(tables.printable(text))
 
 
-def _rich(table: tables.Table, *, plain: bool) -> Table:
+def _rich(table: tables.Table) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    left_out = {at for at, (head, _) in enumerate(table.heads) if head == "curve" and plain}
-    for at, (head, is_number) in enumerate(table.heads):
-        if at not in left_out:
-            whole = head in ("curve", "at", "verdict")
-            made.add_column(_text(head), justify="right" if is_number else "left", overflow="fold", no_wrap=whole)
+    for head, is_number in table.heads:
+        whole = head in (tables.CURVE, "at", "verdict")
+        made.add_column(_text(head), justify="right" if is_number else "left", overflow="fold", no_wrap=whole)
     for cells in table.rows:
-        styled = [
-            f"[{_STYLES[cell]}]{cell}[/]" if head == "verdict" and cell in _STYLES else _text(cell)
-            for (head, _), cell in zip(table.heads, cells, strict=True)
-        ]
-        made.add_row(*(cell for at, cell in enumerate(styled) if at not in left_out))
+        made.add_row(
+            *(
+                f"[{_STYLES[cell]}]{cell}[/]" if head == "verdict" and cell in _STYLES else _text(cell)
+                for (head, _), cell in zip(table.heads, cells, strict=True)
+            )
+        )
     return made
 
 

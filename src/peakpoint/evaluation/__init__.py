@@ -24,6 +24,7 @@ from peakpoint.evaluation.groups import compare as compare_groups
 from peakpoint.evaluation.judging import Examples, Judged, directions, judge
 from peakpoint.evaluation.material import Material, gather, ref_of
 from peakpoint.evaluation.noise import Interval, Noise
+from peakpoint.evaluation.tables import printable
 from peakpoint.evaluation.tradeoff import AtTarget, Spot, Tradeoff, tradeoff
 from peakpoint.evaluation.weighing import Comparison, Difference, Weight
 from peakpoint.evaluation.weighing import compare as compare_weights
@@ -173,7 +174,7 @@ def _check_known(materials: Iterable[Material], metrics: Iterable[str]) -> None:
         if metric not in have:
             shown = ", ".join(have[:20]) + (", ..." if len(have) > 20 else "")
             raise NotFoundError(
-                f"no run here has a metric {metric!r}{refs.near(metric, have)}; metrics: {shown or 'none'}"
+                f"no run here has a metric {metric!r}{refs.near(metric, have)}; metrics: {printable(shown) or 'none'}"
             )
 
 

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from peakpoint.evaluation.judging import Judged
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.tables import printable
-from peakpoint.evaluation.thinning import thin
+from peakpoint.evaluation.thinning import Points, thin
 from peakpoint.evaluation.tradeoff import Tradeoff
 from peakpoint.journal import Reported
 
@@ -37,6 +37,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _SHAPES = ("o", "s", "^", "D", "v", "P")
 _LARGEST = 1e100  # Matplotlib's own arithmetic overflows some way above
 _MOST_DOTS = 100
+_LONG = 20  # points of a curve
+_MANY_STEPS = 20_000
 _SPLIT = re.compile(r"(?:train|training|val|valid|validation|test|eval|dev)[_/.-](?=.)", re.IGNORECASE)
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -76,12 +78,14 @@ class Panel:
     Attributes:
         name: of a file, without suffix.
         alt: what it shows, in words.
-        draw: draws it and returns the legend.
+        draw: draws it.
+        legend: what stands below it; each line has a label.
     """
 
     name: str
     alt: str
-    draw: Callable[[Axes], list[Line2D]]
+    draw: Callable[[Axes], None]
+    legend: Callable[[], list[Line2D]]
 
 
 def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
@@ -99,7 +103,7 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
         materials = {run.name: run for run in found.materials if run.name in names}
         for title in dict.fromkeys(_split_off(one.peak.metric) for one in mine):
             shown = [one for one in mine if _split_off(one.peak.metric) == title]
-            made.append(_curves(title, shown, materials, alone=separate))
+            made.append(_curves(title, shown, materials))
     return made + [_front(one) for one in found.tradeoffs]
 
 
@@ -129,20 +133,25 @@ def _style() -> Iterator[None]:
 
 
 def _figure(chosen: Sequence[Panel]) -> Figure:
-    figure = Figure(figsize=(7.2, 3.9 * len(chosen)), layout="constrained", facecolor="white")
-    places = [figure] if len(chosen) == 1 else list(figure.subfigures(len(chosen), 1, squeeze=False)[:, 0])
-    for place, panel in zip(places, chosen, strict=True):
-        _draw(place, panel)
+    """Pictures below one another, each as high as its legend needs."""
+    legends = [panel.legend() for panel in chosen]
+    columns = [_columns(legend) for legend in legends]
+    heights = [3.5 + 0.19 * math.ceil(len(legend) / count) for legend, count in zip(legends, columns, strict=True)]
+    figure = Figure(figsize=(7.2, sum(heights)), layout="constrained", facecolor="white")
+    places: list[Figure | SubFigure] = [figure]
+    if len(chosen) > 1:
+        places = list(figure.subfigures(len(chosen), 1, squeeze=False, height_ratios=heights)[:, 0])
+    for place, panel, legend, count in zip(places, chosen, legends, columns, strict=True):
+        panel.draw(place.subplots())
+        # a label that begins with an underscore would be left out
+        labels = [f"\u2009{text}" if (text := str(line.get_label())).startswith("_") else text for line in legend]
+        place.legend(legend, labels, loc="outside lower left", ncols=count, frameon=False, fontsize=8)
     return figure
 
 
-def _draw(place: Figure | SubFigure, panel: Panel) -> None:
-    axes = place.subplots()
-    handles = panel.draw(axes)
-    # a label that begins with an underscore would be left out
-    labels = [f"\u2009{text}" if (text := str(line.get_label())).startswith("_") else text for line in handles]
-    columns = max(1, min(4, 84 // (max(map(len, labels), default=0) + 8)))
-    place.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
+def _columns(legend: Sequence[Line2D]) -> int:
+    longest = max((len(str(line.get_label())) for line in legend), default=0)
+    return max(1, min(4, 100 // (longest + 8)))
 
 
 def _saved(figure: Figure, kind: str, *, transparent: bool) -> bytes:
@@ -165,139 +174,193 @@ def _short(name: str, most: int = 40) -> str:
     return shown if len(shown) <= most else f"{shown[: most // 2 - 1]}…{shown[-most // 2 :]}"
 
 
-def _curves(title: str, judged: Sequence[Judged], materials: dict[str, Material], *, alone: bool) -> Panel:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Curves:
+    """One metric of some runs, with that of the other splits.
+
+    Attributes:
+        title: what the metrics are about.
+        judged: the peaks, the best first.
+        materials: the runs.
+        by_epoch: whether epochs stand below, or steps.
+    """
+
+    title: str
+    judged: Sequence[Judged]
+    materials: Mapping[str, Material]
+    by_epoch: bool
+
+    @property
+    def chosen(self) -> list[str]:
+        """The runs with a colour of their own: the best, by name."""
+        return sorted(list(dict.fromkeys(one.run for one in self.judged))[: len(_COLOURS)])
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """How the line of each metric is drawn: those with a peak are solid."""
+        solid = dict.fromkeys(one.peak.metric for one in self.judged)
+        names = dict.fromkeys(name for run in self.chosen for name in self.materials[run].metrics)
+        others = [name for name in names if name not in solid and _split_off(name) == self.title]
+        return dict(zip([*solid, *others], [*("-" for _ in solid), *("--", ":", "-.")], strict=False))
+
+    def draw(self, axes: Axes) -> None:
+        """Grey runs below, coloured ones above, their peaks on top."""
+        axes.set_title(_short(f"{self.chosen[0]}: {self.title}" if len(self.materials) == 1 else self.title, 80))
+        axes.set_xlabel("epoch" if self.by_epoch else "step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        drawn = [self._line(axes, one, name) for one in self.judged for name in self._names(one)]
+        _scale(axes, drawn)
+        low, high = axes.get_xlim()
+        if high >= _MANY_STEPS:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        elif high - low < 1:
+            axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)  # one report
+        for one in self.judged:
+            if one.run in self.chosen:
+                self._marks(axes, one)
+
+    def _names(self, one: Judged) -> list[str]:
+        """The lines of a run: its metric, and the other splits' when it has a colour."""
+        own = self.materials[one.run].metrics
+        others = [name for name, style in self.metrics.items() if style != "-" and name in own]
+        return [one.peak.metric, *others] if one.run in self.chosen else [one.peak.metric]
+
+    def _line(self, axes: Axes, one: Judged, metric: str) -> Points:
+        style: Any = {"linestyle": self.metrics[metric], "linewidth": 1.6 if metric == one.peak.metric else 1.1}
+        if one.run not in self.chosen:
+            style |= {"color": INK, "alpha": 0.25, "zorder": 1}
+        else:
+            style |= {"color": self._colour(one.run)}
+        material = self.materials[one.run]
+        for branch in material.abandoned if one.run in self.chosen and metric == one.peak.metric else ():
+            points = self._points(branch, metric)
+            axes.plot(
+                *_unzipped(points), "x:", color=self._colour(one.run), markersize=4, linewidth=1, alpha=0.6, zorder=6
+            )
+        points = self._points(material.history, metric)
+        axes.plot(*_unzipped(points), **style)
+        return points
+
+    def _points(self, reports: Iterable[Reported], metric: str) -> Points:
+        found = []
+        for report in reports:
+            if metric in report.metrics:
+                value = report.metrics[metric]
+                place = report.epoch if self.by_epoch else report.step
+                found.append((float(place or 0), value if abs(value) < _LARGEST else math.nan))
+        return thin(found)
+
+    def _colour(self, run: str) -> str:
+        return _COLOURS[self.chosen.index(run)]
+
+    def _marks(self, axes: Axes, one: Judged) -> None:
+        peak, colour, shape = one.peak, self._colour(one.run), _SHAPES[self.chosen.index(one.run)]
+        for reports, face in ((_gone(self.materials[one.run]), "none"), (_there(self.materials[one.run]), colour)):
+            if len(self.materials) == 1 and len(reports) <= _MOST_DOTS:
+                points = _unzipped(self._points(reports, peak.metric))
+                axes.plot(*points, ".", color=colour, markerfacecolor=face, markersize=7)
+        best, last = (peak.best_epoch, peak.last_epoch) if self.by_epoch else (peak.best_step, peak.last_step)
+        for place, value, mark, area in ((last, peak.last, shape, 7), (best, peak.best, "*", 14)):
+            if abs(value) < _LARGEST:
+                axes.plot([place or 0], [value], mark, color=colour, markersize=area, markeredgecolor=INK, zorder=area)
+
+    def legend(self) -> list[Line2D]:
+        """Runs by colour and marker, metrics by the kind of line, then the marks."""
+        ink: Any = {"color": INK, "linestyle": "none"}
+        runs = [
+            Line2D([], [], color=self._colour(run), marker=_SHAPES[at], label=_short(run))
+            for at, run in enumerate(self.chosen)
+        ]
+        others = len({one.run for one in self.judged}) - len(runs)
+        grey = [Line2D([], [], color=INK, alpha=0.25, label=f"{others} other runs")] if others else []
+        lines = [
+            Line2D([], [], color=INK, linestyle=style, label=_short(metric))  # type: ignore[arg-type]
+            for metric, style in self.metrics.items()
+        ]
+        peak = Line2D([], [], **ink, marker="*", markersize=11, label="peak")
+        return [*runs, *grey, *lines, peak, *self._more(ink)]
+
+    def _more(self, ink: Any) -> Iterator[Line2D]:
+        """The marks that are there."""
+        materials = [self.materials[run] for run in self.chosen]
+        ends = {one.ended for one in materials if one.ended not in ("closed", None)}
+        how = f" (ended: {_short(', '.join(sorted(filter(None, ends))))})" if ends else ""
+        yield Line2D([], [], **ink, marker="o", label=f"last{how}")
+        if len(self.materials) == 1:
+            if 0 < len(_gone(materials[0])) <= _MOST_DOTS:
+                yield Line2D([], [], **ink, marker=".", markerfacecolor="none", markersize=8, label="saved, gone since")
+            if 0 < len(_there(materials[0])) <= _MOST_DOTS:
+                yield Line2D([], [], **ink, marker=".", markersize=8, label="kept")
+        if any(material.abandoned for material in materials):
+            yield Line2D(
+                [], [], color=INK, marker="x", markersize=4, linestyle=":", alpha=0.5, label="abandoned branch"
+            )
+
+
+def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material]) -> Panel:
     ranking = sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
-    chosen = list(dict.fromkeys(one.run for one in ranking))[: len(_COLOURS)]
-    colours = {name: number for number, name in enumerate(sorted(chosen))}
-    by_epoch = all(materials[one.run].counts_epochs() for one in judged)
-    name = f"{judged[0].run}-{title}" if alone else title
+    mine = {one.run: materials[one.run] for one in ranking}
+    by_epoch = all(material.counts_epochs() for material in mine.values())
+    curves = _Curves(title=title, judged=ranking, materials=mine, by_epoch=by_epoch)
+    name = f"{ranking[0].run}-{title}" if len(mine) == 1 else title
     shown = ", ".join(
         f"{one.run} {one.peak.metric}: best {one.peak.best:.5g}, last {one.peak.last:.5g}" for one in ranking[:6]
     )
-
-    def draw(axes: Axes) -> list[Line2D]:
-        axes.set_title(_short(name if alone else title, 80))
-        axes.set_xlabel("epoch" if by_epoch else "step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles: list[Line2D] = []
-        for one in sorted(judged, key=lambda one: one.run in colours):  # grey ones below
-            handles += _one_run(axes, one, materials[one.run], title, colours.get(one.run), by_epoch=by_epoch)
-        others = len({one.run for one in judged}) - len(chosen)
-        if others:
-            handles.append(Line2D([], [], color=INK, alpha=0.25, label=f"{others} other runs"))
-        return handles + _marks([materials[name] for name in chosen])
-
-    return Panel(name=name, alt=printable(f"Curves of {title}. {shown}"), draw=draw)
+    return Panel(name=name, alt=printable(f"Curves of {title}. {shown}"), draw=curves.draw, legend=curves.legend)
 
 
-def _points(reports: Sequence[Reported], metric: str, *, by_epoch: bool) -> list[tuple[float, float]]:
-    found = []
-    for report in reports:
-        if metric in report.metrics:
-            value = report.metrics[metric]
-            place = report.epoch if by_epoch else report.step
-            found.append((float(place or 0), value if abs(value) < _LARGEST else math.nan))
-    return thin(found)
+def _unzipped(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
-def _one_run(
-    axes: Axes, one: Judged, material: Material, title: str, number: int | None, *, by_epoch: bool
-) -> list[Line2D]:
-    metric = one.peak.metric
-    colour, shape = (INK, "") if number is None else (_COLOURS[number], _SHAPES[number])
-    style: dict[str, Any] = {"color": colour, "alpha": 0.25 if number is None else 1.0}
-    handles: list[Line2D] = []
-
-    def line(reports: Sequence[Reported], name: str, **how: Any) -> list[Line2D]:
-        points = _points(reports, name, by_epoch=by_epoch)
-        return axes.plot([x for x, _ in points], [y for _, y in points], **style | how)
-
-    if number is not None:
-        others = [name for name in material.metrics if name != metric and _split_off(name) == title]
-        for other, dashes in zip(others, ("--", ":", "-."), strict=False):
-            line(material.history, other, linestyle=dashes, linewidth=1.1)
-            handles.append(Line2D([], [], **style | {"linestyle": dashes}, label=_short(f"{one.run}: {other}")))
-        for branch in material.abandoned:
-            line(branch, metric, linestyle=":", linewidth=1, alpha=0.5)
-    line(material.history, metric, linewidth=1.6)
-    if number is None:
-        return []
-    _dots(axes, material, metric, colour, by_epoch=by_epoch)
-    peak = one.peak
-    best, last = (peak.best_epoch, peak.last_epoch) if by_epoch else (peak.best_step, peak.last_step)
-    if abs(peak.last) < _LARGEST:
-        axes.plot([last or 0], [peak.last], shape, color=colour, markersize=7, markeredgecolor=INK, zorder=4)
-    if abs(peak.best) < _LARGEST:
-        axes.plot([best or 0], [peak.best], "*", color=colour, markersize=14, markeredgecolor=INK, zorder=5)
-    return [Line2D([], [], color=colour, marker=shape, label=_short(f"{one.run}: {metric}")), *handles]
+def _gone(material: Material) -> list[Reported]:
+    return [one for one in material.history if one.report in material.saved and one.report not in material.kept]
 
 
-def _dots(axes: Axes, material: Material, metric: str, colour: str, *, by_epoch: bool) -> None:
-    """What was saved, and what is kept, on the curve; no saved ones where they would be a thick line."""
-    kept = [report for report in material.history if report.report in material.kept]
-    gone = [r for r in material.history if r.report in material.saved and r.report not in material.kept]
-    for reports, face in ((gone, "none"), (kept, colour)):
-        points = _points(reports, metric, by_epoch=by_epoch) if len(reports) <= _MOST_DOTS else []
-        axes.plot([x for x, _ in points], [y for _, y in points], ".", color=colour, markerfacecolor=face, markersize=7)
+def _there(material: Material) -> list[Reported]:
+    return [one for one in material.history if one.report in material.kept]
 
 
-def _marks(materials: Sequence[Material]) -> list[Line2D]:
-    """The legend of the marks that are there."""
-    grey: dict[str, Any] = {"color": INK, "linestyle": "none"}
-    marks = [Line2D([], [], **grey, marker="*", markersize=11, label="peak")]
-    if len(materials) == 1:
-        ended = materials[0].ended
-        how = "" if ended in ("closed", None) else f" (ended: {printable(ended)})"
-        marks.append(Line2D([], [], **grey, marker="o", label=f"last{how}"))
-    counts = [(len(material.saved - set(material.kept)), len(material.kept)) for material in materials]
-    if any(0 < gone <= _MOST_DOTS for gone, _ in counts):
-        marks.append(
-            Line2D([], [], **grey, marker=".", markerfacecolor="none", markersize=8, label="saved, gone since")
-        )
-    if any(0 < kept <= _MOST_DOTS for _, kept in counts):
-        marks.append(Line2D([], [], **grey, marker=".", markersize=8, label="kept"))
-    if any(material.abandoned for material in materials):
-        marks.append(Line2D([], [], color=INK, linestyle=":", alpha=0.5, label="abandoned branch"))
-    return marks
+def _scale(axes: Axes, drawn: Sequence[Points]) -> None:
+    """Let the first tenth of long curves run out of the picture: what happens near the peaks is to be seen."""
+    values = [y for points in drawn for _, y in points[len(points) // 10 if len(points) >= _LONG else 0 :]]
+    finite = [y for y in values if math.isfinite(y)]
+    if finite and max(finite) > min(finite):
+        room = (max(finite) - min(finite)) * 0.06
+        axes.set_ylim(min(finite) - room, max(finite) + room)
 
 
 # --- accuracy against sparsity ------------------------------------------------------------------------------------
 
 
 def _front(found: Tradeoff) -> Panel:
-    def draw(axes: Axes) -> list[Line2D]:
+    runs = list(dict.fromkeys(one.run for one in found.spots))
+    front = sorted((one for one in found.spots if one.on_front), key=lambda one: one.sparsity)
+
+    def look(run: str) -> tuple[str, str]:
+        at = runs.index(run) % len(_COLOURS)
+        return _COLOURS[at], _SHAPES[at]
+
+    def draw(axes: Axes) -> None:
         axes.set_title(_short(f"{found.metric} against {found.sparsity}", 80))
         axes.set_xlabel(_short(found.sparsity))
         axes.set_ylabel(_short(found.metric))
-        front = sorted((one for one in found.spots if one.on_front), key=lambda one: one.sparsity)
-        handles = axes.plot(
-            [one.sparsity for one in front],
-            [one.value for one in front],
-            color=INK,
-            linewidth=1,
-            drawstyle="steps-pre",
-            label="front: no other is as good in both",
-        )
-        runs = list(dict.fromkeys(one.run for one in found.spots))
-        for number, run in enumerate(runs):
-            at = number % len(_COLOURS)
-            for on_front in (False, True):
-                mine = [one for one in found.spots if one.run == run and one.on_front == on_front]
-                axes.plot(
-                    [one.sparsity for one in mine],
-                    [one.value for one in mine],
-                    _SHAPES[at],
-                    color=_COLOURS[at],
-                    markersize=8 if on_front else 5,
-                    markeredgecolor=INK if on_front else _COLOURS[at],
-                    markerfacecolor=_COLOURS[at] if on_front else "none",
-                    zorder=3 + on_front,
-                )
-            if number < 2 * len(_COLOURS):
-                shown: dict[str, Any] = {"color": _COLOURS[at], "marker": _SHAPES[at], "linestyle": "none"}
-                handles.append(Line2D([], [], **shown, label=_short(run)))
-        return handles
+        steps = [one.sparsity for one in front], [one.value for one in front]
+        axes.plot(*steps, color=INK, linewidth=1, drawstyle="steps-pre")
+        for one in found.spots:
+            if abs(one.value) < _LARGEST and abs(one.sparsity) < _LARGEST:
+                colour, shape = look(one.run)
+                face, edge = (colour, INK) if one.on_front else ("none", colour)
+                style: Any = {"color": colour, "markerfacecolor": face, "markeredgecolor": edge}
+                size = 8 if one.on_front else 5
+                axes.plot([one.sparsity], [one.value], shape, **style, markersize=size, zorder=size)
 
-    front = sum(one.on_front for one in found.spots)
-    alt = f"{found.metric} against {found.sparsity} of {len(found.spots)} checkpoints, {front} on the front"
-    return Panel(name=f"{found.metric}-against-{found.sparsity}", alt=printable(alt), draw=draw)
+    def legend() -> list[Line2D]:
+        shown = [Line2D([], [], color=INK, linewidth=1, label="front (filled): no other is as good in both")]
+        for run in runs[: 2 * len(_COLOURS)]:
+            colour, shape = look(run)
+            shown.append(Line2D([], [], color=colour, marker=shape, linestyle="none", label=_short(run)))
+        return shown
+
+    alt = f"{found.metric} against {found.sparsity} of {len(found.spots)} checkpoints, {len(front)} on the front"
+    return Panel(name=f"{found.metric}-against-{found.sparsity}", alt=printable(alt), draw=draw, legend=legend)

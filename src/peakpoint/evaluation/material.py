@@ -31,6 +31,7 @@ class Material:
         saved: numbers of the reports of the history that became checkpoints.
         kept: report number to the checkpoint of it that exists now.
         ended: how the last training ended: ``"closed"``, a signal or an error; None when nothing says so.
+        writer: who is writing the run at present; None when nobody is.
         remarks: what a reader should know, a sentence each.
     """
 
@@ -44,6 +45,7 @@ class Material:
     saved: frozenset[int]
     kept: Mapping[int, Manifest]
     ended: str | None
+    writer: str | None
     remarks: tuple[str, ...]
 
     @property
@@ -114,6 +116,7 @@ def gather(run: Run) -> Material:
         saved=frozenset(kept) | {report.report for report in saved.values()},
         kept=kept,
         ended=_ended(reading),
+        writer=run.holder(),
         remarks=tuple(f"left out, because it is damaged: {text}" for text in damage),
     )
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from peakpoint.evaluation.tables import PEAKS, Table, printable, tables
+from peakpoint.evaluation.tables import CURVE, PEAKS, Table, printable, tables
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
@@ -23,16 +23,18 @@ _CSS = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e3; --paper: #171716; --soft: #a3a39c; --rule: #3a3a37;
   --good: #4fd1a5; --warn: #f0a860 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 80rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; overflow-wrap: anywhere }
 p, li { max-width: 46rem; overflow-wrap: anywhere }
-.soft, .notes { color: var(--soft); font-size: .87rem; margin: .4rem 0 }
+.soft, .notes { color: var(--soft); font-size: .87rem; margin: .4rem 0 } .notes { padding-left: 1.2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } td { max-width: 22rem; overflow-wrap: anywhere }
-.n { text-align: right; white-space: nowrap } .peak { color: var(--warn); font-weight: 600 }
-.steady { color: var(--good) } figure { margin: 1.2rem 0; max-width: 46rem } svg { width: 100%; height: auto }
+th { color: var(--soft); font-weight: 600 } td { min-width: 8rem; overflow-wrap: anywhere }
+td.n, td.tight { min-width: 0; white-space: nowrap }
+.n { text-align: right } .peak { color: var(--warn); font-weight: 600 }
+.steady { color: var(--good) } figure { margin: 1.2rem 0; overflow-x: auto }
+svg { width: 46rem; max-width: 100%; min-width: 34rem; height: auto }
 @media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --rule: #bbb }
   body { max-width: none; padding: 0; font-size: 11px } .wide { overflow: visible } figure, tr { break-inside: avoid } }
 """
@@ -59,7 +61,7 @@ def html(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
     body = ET.SubElement(root, "body")
     ET.SubElement(body, "h1").text = TITLE
     ET.SubElement(body, "p", {"class": "soft"}).text = about(found)
-    shown = tables(found)
+    shown = [table.without(CURVE) for table in tables(found)]
     above = max((at + 1 for at, table in enumerate(shown) if table.title == PEAKS), default=0)
     for table in shown[:above]:
         _table(body, table)
@@ -90,9 +92,13 @@ def _table(body: ET.Element, table: Table) -> None:
     for cells in table.rows:
         row = ET.SubElement(rows, "tr")
         for (head, is_number), cell in zip(table.heads, cells, strict=True):
-            kind = "n" if is_number else _CLASSES.get(cell, "") if head == "verdict" else ""
+            kind = "n" if is_number else _kind(head, cell)
             ET.SubElement(row, "td", {"class": kind} if kind else {}).text = printable(cell)
     _notes(body, table.notes)
+
+
+def _kind(head: str, cell: str) -> str:
+    return f"tight {_CLASSES.get(cell, '')}".rstrip() if head == "verdict" else ""
 
 
 def _notes(body: ET.Element, notes: Sequence[str]) -> None:
@@ -143,7 +149,7 @@ def markdown(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
         pictures: the path, relative to the page, and what it shows, of each picture.
     """
     lines = [f"<!-- {MARK} -->", "", f"# {TITLE}", "", escaped(about(found)), ""]
-    for table in tables(found):
+    for table in [table.without(CURVE) for table in tables(found)]:
         lines += [f"## {escaped(table.title)}", ""]
         lines.append("| " + " | ".join(escaped(head) for head, _ in table.heads) + " |")
         lines.append("|" + "|".join("---:" if is_number else "---" for _, is_number in table.heads) + "|")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peakpoint.evaluation.groups import Grouping
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
 
 PEAKS = "Peak against last"
+CURVE = "curve"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,12 @@ class Table:
     def heads(self) -> list[tuple[str, bool]]:
         """Each head, and whether numbers stand below it."""
         return [(column.removeprefix(">"), column.startswith(">")) for column in self.columns]
+
+    def without(self, head: str) -> "Table":
+        """The same without a column."""
+        left = [at for at, (title, _) in enumerate(self.heads) if title != head]
+        rows = tuple(tuple(cells[at] for at in left) for cells in self.rows)
+        return replace(self, columns=tuple(self.columns[at] for at in left), rows=rows)
 
 
 def printable(text: str) -> str:
@@ -107,8 +114,10 @@ def _runs(found: "Evaluation") -> Table:
 
 
 def _ended(material: Material) -> str:
+    if material.writer is not None:
+        return f"not yet: being written by {material.writer}"
     if material.ended is None:
-        return "nothing says so: it runs, or was killed" if material.history else ""
+        return "no word of an end: killed?" if material.history else ""
     return "in good order" if material.ended == "closed" else material.ended
 
 
@@ -118,7 +127,7 @@ def _peaks(found: "Evaluation") -> Table:
     columns = (
         "run",
         "metric",
-        "curve",
+        CURVE,
         ">best",
         ">at",
         ">last",
@@ -134,7 +143,7 @@ def _peaks(found: "Evaluation") -> Table:
 
 def _peak_row(one: Judged, material: Material) -> tuple[str, ...]:
     peak, noise = one.peak, one.noise
-    lost = "nothing" if peak.lost == 0 else number(peak.lost) if math.isfinite(peak.lost) else "?"
+    lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
     chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
     points = list(enumerate(material.series(peak.metric)))
     return (
@@ -162,7 +171,7 @@ def _where(one: Judged, material: Material) -> str:
     if one.nearest is None:
         return gone
     ref, value = one.nearest
-    return f"{gone}; best there is: {number(value)}, {short[ref]}"
+    return f"{gone}; the best kept is {short[ref]} with {number(value)}"
 
 
 def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
@@ -220,7 +229,7 @@ def _tradeoff(found: Tradeoff) -> Iterator[Table]:
             f"{at.target:g} ± {at.tolerance:g}",
             "" if at.spot is None else number(at.spot.sparsity),
             "" if at.spot is None else number(at.spot.value),
-            "" if at.cost is None else signed(-at.cost if found.mode == "max" else at.cost),
+            "" if at.cost is None or at.spot in found.dense else signed(-at.cost if found.mode == "max" else at.cost),
             "none at this sparsity" if at.spot is None else at.spot.ref,
         )
         for at in found.targets
@@ -247,7 +256,7 @@ def _comparison(found: Comparison) -> Table:
         rows.append((item.metric, *both, interval_text(item.interval) or signed(item.compressed - item.original)))
     rows += _weight_rows(one, other)
     sources = dict.fromkeys(item.source for item in found.differences if item.source)
-    notes = [f"Intervals are 95 %, each checkpoint on its own: {source}." for source in sources]
+    notes = [f"Intervals are 95 %, as if each was measured on other examples: {source}." for source in sources]
     if any(weight.nonzero is not None for weight in (one, other)):
         notes.append(
             "As sparse storage: an estimate, a bit for each parameter and the values that are not zero; no such file "
@@ -255,7 +264,7 @@ def _comparison(found: Comparison) -> Table:
         )
     counted = dict.fromkeys(weight.source for weight in (one, other))
     notes += [f"Non-zero parameters of {one.part}: {source}." for source in counted]
-    columns = ("", "original", "compressed", ">difference")
+    columns = ("", "original", "compressed", ">difference or share")
     return Table(
         title=f"Compressed against original: {found.why}", columns=columns, rows=tuple(rows), notes=tuple(notes)
     )

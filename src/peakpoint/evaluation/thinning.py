@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 Points = Sequence[tuple[float, float]]
 
 
-def thin(points: Points, most: int = 2000) -> list[tuple[float, float]]:
+def thin(points: Points, most: int = 2000) -> Points:
     """A curve with at most about ``most`` points that looks the same when it is drawn ``most / 4`` pixels wide.
 
     Of each piece of the curve the first, the last, the smallest and the largest finite value stay, so no extreme of the

@@ -3,11 +3,11 @@
 import csv
 import importlib
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ def write(
         StoreError: the disk said no.
     """
     target = Path(path)
+    if not target.suffix and target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file without a suffix; give a name that ends with {', '.join(SUFFIXES)}")
     if target.is_dir() or not target.suffix:
         files = _folder(found, target, separate=separate)
     elif target.suffix.lower() in SUFFIXES:
@@ -67,7 +69,12 @@ def write(
 
 def _folder(found: "Evaluation", folder: Path, *, separate: bool) -> dict[Path, bytes]:
     figures = _figures()
-    pictures = {f"{safe(panel.name)}.png": panel for panel in figures.panels(found, separate=separate)}
+    pictures: dict[str, Any] = {}
+    for panel in figures.panels(found, separate=separate):
+        names = (
+            f"{safe(panel.name)}{more}.png" for more in itertools.chain([""], map("-{}".format, itertools.count(2)))
+        )
+        pictures[next(name for name in names if name not in pictures)] = panel
     files = {folder / name: figures.save([panel], ".png") for name, panel in pictures.items()}
     shown = [(name, panel.alt) for name, panel in pictures.items()]
     files |= {
@@ -164,7 +171,7 @@ def _parquet(found: "Evaluation") -> bytes:
     buffer = io.BytesIO()
     rows = iter(_rows(found))
     with parquet.ParquetWriter(buffer, schema) as writer:
-        while batch := list(islice(rows, _BATCH)):
+        while batch := list(itertools.islice(rows, _BATCH)):
             columns = [arrow.array(column, kind) for column, kind in zip(zip(*batch, strict=True), types, strict=True)]
             writer.write_table(arrow.Table.from_arrays(columns, schema=schema))
     return buffer.getvalue()
