@@ -201,6 +201,7 @@ def welch(one: Sequence[float], other: Sequence[float], confidence: float = CONF
     return Interval(difference=difference, low=difference - reach, high=difference + reach, confidence=confidence)
 
 
+@lru_cache(maxsize=256)
 def student(probability: float, freedom: float) -> float:
     """The quantile of Student's t distribution.
 
