@@ -43,7 +43,8 @@ class Peak:
     @property
     def lost(self) -> float:
         """How much worse the last value is than the best, in the metric's unit; never negative, may be NaN."""
-        return self.best - self.last if self.mode == "max" else self.last - self.best
+        lost = self.best - self.last if self.mode == "max" else self.last - self.best
+        return math.nan if lost < 0 else lost  # negative only when the last is an infinity, which is no improvement
 
 
 def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> list[Peak]:
