@@ -132,7 +132,7 @@ def evaluate(
     key_of(group_by)
     chosen = [repository.run(name) for name in dict.fromkeys(runs)] if runs else repository.runs()
     # what is compared need not be evaluated
-    named = [refs_run for pair in compare for refs_run in map(_run_of, pair)]
+    named = [name for pair in compare for name in map(_run_of, pair)]
     materials = {run.name: gather(run) for run in chosen}
     others = {name: gather(repository.run(name)) for name in dict.fromkeys(named) if name not in materials}
     read = tuple(materials.values())
@@ -140,7 +140,8 @@ def evaluate(
     pairs = {one.name: tuple(wanted.items()) or directions(one.rules, sparsity) for one in read}
     peaks = [found for one in read for name, mode in pairs[one.name] for found in judge(one, name, mode, examples)]
     every = tuple(dict.fromkeys(pair for some in pairs.values() for pair in some))
-    tradeoffs = [found for name, mode in every if (found := tradeoff(read, name, mode, sparsity))]
+    watching = {pair: [one for one in read if pair in pairs[one.name]] for pair in every}
+    tradeoffs = [found for (name, mode), some in watching.items() if (found := tradeoff(some, name, mode, sparsity))]
     sides = _Sides(materials | others, dict(every), wanted, repository)
     asked = [(f"{one} and {other}", sides.find(one), sides.find(other)) for one, other in compare]
     return Evaluation(

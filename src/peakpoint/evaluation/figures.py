@@ -101,9 +101,10 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
     for names in sets:
         mine = [one for one in every if one.run in names]
         materials = {run.name: run for run in found.materials if run.name in names}
-        for title in dict.fromkeys(_split_off(one.peak.metric) for one in mine):
-            shown = [one for one in mine if _split_off(one.peak.metric) == title]
-            made.append(_curves(title, shown, materials))
+        titles = dict.fromkeys(_split_off(one.peak.metric) for one in mine)
+        groups = [[one for one in mine if _split_off(one.peak.metric) == title] for title in titles]
+        given = _looks((one.run for one in _ranking(groups[0])), {}) if groups else {}
+        made += [_curves(title, shown, materials, given) for title, shown in zip(titles, groups, strict=True)]
     return made + [_front(one) for one in found.tradeoffs]
 
 
@@ -157,7 +158,7 @@ def _columns(legend: Sequence[Line2D]) -> int:
 def _saved(figure: Figure, kind: str, *, transparent: bool) -> bytes:
     metadata = {"Creator": MARK, "Date": None} if kind == "svg" else {"Software": MARK}
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150, transparent=transparent, metadata=metadata)
+    figure.savefig(buffer, format=kind, dpi=120, transparent=transparent, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -182,18 +183,20 @@ class _Curves:
         title: what the metrics are about.
         judged: the peaks, the best first.
         materials: the runs.
+        looks: the colour and marker of those runs that have some of their own.
         by_epoch: whether epochs stand below, or steps.
     """
 
     title: str
     judged: Sequence[Judged]
     materials: Mapping[str, Material]
+    looks: Mapping[str, int]
     by_epoch: bool
 
     @property
     def chosen(self) -> list[str]:
-        """The runs with a colour of their own: the best, by name."""
-        return sorted(list(dict.fromkeys(one.run for one in self.judged))[: len(_COLOURS)])
+        """The runs with a colour of their own, by name."""
+        return sorted(self.looks)
 
     @property
     def metrics(self) -> dict[str, str]:
@@ -251,10 +254,10 @@ class _Curves:
         return thin(found)
 
     def _colour(self, run: str) -> str:
-        return _COLOURS[self.chosen.index(run)]
+        return _COLOURS[self.looks[run]]
 
     def _marks(self, axes: Axes, one: Judged) -> None:
-        peak, colour, shape = one.peak, self._colour(one.run), _SHAPES[self.chosen.index(one.run)]
+        peak, colour, shape = one.peak, self._colour(one.run), _SHAPES[self.looks[one.run]]
         for reports, face in ((_gone(self.materials[one.run]), "none"), (_there(self.materials[one.run]), colour)):
             if len(self.materials) == 1 and len(reports) <= _MOST_DOTS:
                 points = _unzipped(self._points(reports, peak.metric))
@@ -268,11 +271,15 @@ class _Curves:
         """Runs by colour and marker, metrics by the kind of line, then the marks."""
         ink: Any = {"color": INK, "linestyle": "none"}
         runs = [
-            Line2D([], [], color=self._colour(run), marker=_SHAPES[at], label=_short(run))
-            for at, run in enumerate(self.chosen)
+            Line2D([], [], color=self._colour(run), marker=_SHAPES[self.looks[run]], label=_short(run))
+            for run in self.chosen
         ]
         others = len({one.run for one in self.judged}) - len(runs)
-        grey = [Line2D([], [], color=INK, alpha=0.25, label=f"{others} other runs")] if others else []
+        grey = (
+            [Line2D([], [], color=INK, alpha=0.25, label=f"{others} other {'run' if others == 1 else 'runs'}")]
+            if others
+            else []
+        )
         lines = [
             Line2D([], [], color=INK, linestyle=style, label=_short(metric))  # type: ignore[arg-type]
             for metric, style in self.metrics.items()
@@ -297,11 +304,24 @@ class _Curves:
             )
 
 
-def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material]) -> Panel:
-    ranking = sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
+def _ranking(judged: Sequence[Judged]) -> list[Judged]:
+    return sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
+
+
+def _looks(runs: Iterable[str], given: Mapping[str, int]) -> dict[str, int]:
+    """Colours of the first runs: those that they have in another picture, and otherwise one that is free."""
+    chosen = list(dict.fromkeys(runs))[: len(_COLOURS)]
+    found = {run: given[run] for run in chosen if run in given}
+    free = (at for at in range(len(_COLOURS)) if at not in found.values())
+    return found | {run: next(free) for run in sorted(chosen) if run not in found}
+
+
+def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material], given: Mapping[str, int]) -> Panel:
+    ranking = _ranking(judged)
+    looks = _looks((one.run for one in ranking), given)
     mine = {one.run: materials[one.run] for one in ranking}
     by_epoch = all(material.counts_epochs() for material in mine.values())
-    curves = _Curves(title=title, judged=ranking, materials=mine, by_epoch=by_epoch)
+    curves = _Curves(title=title, judged=ranking, materials=mine, looks=looks, by_epoch=by_epoch)
     name = f"{ranking[0].run}-{title}" if len(mine) == 1 else title
     shown = ", ".join(
         f"{one.run} {one.peak.metric}: best {one.peak.best:.5g}, last {one.peak.last:.5g}" for one in ranking[:6]
