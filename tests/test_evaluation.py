@@ -127,7 +127,17 @@ def test_a_reported_standard_error_counts_before_the_scatter(tmp_path):
     assert one.verdict == "within noise"
     assert one.noise.source == "reported as acc_se"
     assert 0.3 <= one.noise.se <= 0.5
-    assert "on these same examples the best is better" in one.why
+    assert "on these same examples the best is better" in one.aside
+
+
+def test_an_unlucky_last_report_is_told_from_a_decline(tmp_path):
+    wobbling = [*noisy(39, noise=0.03), 0.6]
+    write(tmp_path, "wobbling", acc=wobbling)
+    write(tmp_path, "declining", acc=noisy(40, drop=0.2))
+    declining, unlucky = found(tmp_path, n_eval=100_000).peaks
+    assert declining.verdict == unlucky.verdict == "peak"
+    assert declining.aside == ""
+    assert "unlucky moment" in unlucky.aside
 
 
 def test_smoothed_peaks_stand_beside(tmp_path):

@@ -17,9 +17,6 @@ from peakpoint.rules import Mode, Rule, ranked, watched
 
 Verdict = Literal["peak", "within noise", "still improving", "noise unknown", "one value", "not finite"]
 COMPANION = "_se"
-SAME_EXAMPLES = (
-    "; but the curve itself wobbles by {:.2g} only: on these same examples the best is better, on others it may not be"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +82,7 @@ class Judged:
         points: ``peak.lost`` in percentage points; None unless the metric was said to be a proportion.
         verdict: in two words.
         why: in a sentence.
+        aside: what the curve's own scatter says besides; "" when it says the same.
         saved: whether the best moment became a checkpoint.
         checkpoint: ref of the best moment's checkpoint; None when there is none now.
         nearest: ref of the best checkpoint that exists, and its value; None when none has a value.
@@ -100,6 +98,7 @@ class Judged:
     points: float | None
     verdict: Verdict
     why: str
+    aside: str
     saved: bool
     checkpoint: str | None
     nearest: tuple[str, float] | None
@@ -184,9 +183,6 @@ def _judged(
     if margin is not None:
         contenders = sum(abs(value - peak.best) <= margin for value in values)
     verdict, why = _verdict(peak, noise, margin)
-    wobble = _averaged(noises.of_curve(material.series(peak.metric)), window)
-    if verdict == "within noise" and wobble is not None and peak.lost > wobble.margin(peak.count):
-        why += SAME_EXAMPLES.format(wobble.se)
     manifest = material.kept.get(peak.best_report)
     ranking = ranked(material.checkpoints, peak.metric, peak.mode) if window == 1 else []
     there = [one for one in material.checkpoints if ranking and one.id == ranking[0].id]
@@ -202,6 +198,7 @@ def _judged(
         points=peak.lost / examples.whole * 100 if proportion else None,
         verdict=verdict,
         why=why,
+        aside=_aside(peak, verdict, _averaged(noises.of_curve(material.series(peak.metric)), window)),
         saved=peak.best_report in material.saved,
         checkpoint=None if manifest is None else ref_of(manifest),
         nearest=(ref_of(there[0]), there[0].metrics[peak.metric]) if there else None,
@@ -224,3 +221,18 @@ def _verdict(peak: Peak, noise: Noise | None, margin: float | None) -> tuple[Ver
     if peak.lost > margin:
         return "peak", f"chance alone would make a difference of up to {margin:.3g} among {peak.count} equal values"
     return "within noise", f"chance alone makes a difference of up to {margin:.3g} among {peak.count} equal values"
+
+
+def _aside(peak: Peak, verdict: Verdict, wobble: Noise | None) -> str:
+    """Two things that ``n_eval`` does not know: the examples are the same every time, and training itself wobbles."""
+    if wobble is None or not peak.lost:
+        return ""
+    declined = peak.lost > wobble.margin(peak.count)
+    if verdict == "within noise" and declined:
+        return f"the curve wobbles by {wobble.se:.2g} only: on these same examples the best is better, on others it may not be"
+    if verdict == "peak" and not declined:
+        return (
+            f"the best is better than the last, but training wobbles by {wobble.se:.2g} from one report to the next: "
+            "the last may have been an unlucky moment rather than the end of a decline"
+        )
+    return ""

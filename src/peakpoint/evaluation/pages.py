@@ -31,12 +31,14 @@ p, li { max-width: 46rem; overflow-wrap: anywhere }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
 th { color: var(--soft); font-weight: 600 } td { min-width: 8rem; overflow-wrap: anywhere }
-td.n, td.tight { min-width: 0; white-space: nowrap }
+td.n, td.tight { min-width: 0; white-space: nowrap; overflow-wrap: normal }
 .n { text-align: right } .peak { color: var(--warn); font-weight: 600 }
 .steady { color: var(--good) } figure { margin: 1.2rem 0; overflow-x: auto }
 svg { width: 46rem; max-width: 100%; min-width: 34rem; height: auto }
 @media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --rule: #bbb }
-  body { max-width: none; padding: 0; font-size: 11px } .wide { overflow: visible } figure, tr { break-inside: avoid } }
+  body { max-width: none; padding: 0; font-size: 11px } .wide { overflow: visible } figure, tr { break-inside: avoid }
+  table { font-size: 8.5px; width: 100% }
+  td, td.n, td.tight { min-width: 0; white-space: normal; padding-right: .4rem } }
 """
 _CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}
 
@@ -154,7 +156,7 @@ def markdown(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
         lines.append("| " + " | ".join(escaped(head) for head, _ in table.heads) + " |")
         lines.append("|" + "|".join("---:" if is_number else "---" for _, is_number in table.heads) + "|")
         lines += ["| " + " | ".join(map(escaped, cells)) + " |" for cells in table.rows]
-        lines += ["", *(f"- {escaped(note)}" for note in table.notes), ""]
+        lines += ["", *(f"- {escaped(note)}" for note in table.notes), *([""] if table.notes else [])]
     lines += [line for path, alt in pictures for line in (f"![{escaped(alt)}]({path})", "")]
     lines += [f"- {escaped(remark)}" for remark in found.remarks]
     return "\n".join(lines).rstrip() + "\n"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peakpoint.evaluation.groups import Grouping
-from peakpoint.evaluation.judging import SAME_EXAMPLES, Judged
+from peakpoint.evaluation.judging import Judged
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.noise import Interval
 from peakpoint.evaluation.thinning import sparkline, thin
@@ -185,8 +185,9 @@ def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
     for source in dict.fromkeys(one.noise.source for one in known if one.noise):
         yield f"± is the standard error of one value: {source}."
     for one in peaks:
-        if one.verdict in ("noise unknown", "not finite") or SAME_EXAMPLES[:9] in one.why:
-            yield f"{one.run}, {one.label}: {one.why}."
+        text = one.why if one.verdict in ("noise unknown", "not finite") else one.aside
+        if text:
+            yield f"{one.run}, {one.label}: {text}."
 
 
 def _group(grouping: Grouping) -> Table:
