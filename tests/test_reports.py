@@ -11,13 +11,16 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import peakpoint as pp
+from peakpoint.cli import reporting
 from peakpoint.cli.main import cli
 from peakpoint.evaluation import evaluate, pages, tables, write, writing
 from peakpoint.evaluation.tables import Table
@@ -66,9 +69,7 @@ def process(*arguments, **environment):
 def test_a_terminal_gets_tables(root):
     text = invoke(root, "one", "_two", "--n-eval", "val_acc=10000")
     assert "Peak against last" in text
-    assert re.search(
-        r"one +val_acc max .* 0\.8 ± 0\.0\d+ +epoch 20 +0\.71 +epoch 29 +0\.09 \(9\.00 points\) .* peak", text
-    )
+    assert re.search(r"one +val_acc max .* 0\.8 ± 0\.0\d+ +epoch 20 +0\.71 +epoch 29 +9\.00 points .* peak", text)
     assert "\x1b" not in text
 
 
@@ -167,6 +168,26 @@ def _umask():
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def test_a_full_disk_leaves_the_earlier_report_and_nothing_else(root, tmp_path):
+    path = tmp_path / "report.json"
+    invoke(root, "one", "--to", path)
+    first = path.read_bytes()
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+    command = [sys.executable, "-c", limit + RUN, "report", root, "--to", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 20, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert path.read_bytes() == first
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_is_no_file_is_not_replaced(root, tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(pp.StoreError, match="cannot look at"):
+        write(evaluate(pp.open(root), ["one"]), tmp_path)
 
 
 def test_a_directory_gets_all_of_it(root, tmp_path):
@@ -289,6 +310,49 @@ def test_nothing_can_be_reported_but_not_drawn(tmp_path):
     with pytest.raises(pp.ConfigError, match="nothing to draw"):
         write(found, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+@given(
+    st.lists(st.text("ab \\[]", min_size=1, max_size=12), min_size=2, max_size=6).flatmap(
+        lambda cells: st.tuples(st.just(cells), st.integers(10, 80))
+    )
+)
+def test_on_a_narrow_terminal_every_cell_is_there(given):
+    cells, width = given
+    table = Table(title="t", columns=tuple(f"head{at}" for at in range(len(cells))), rows=(tuple(cells),))
+    lines = [line.plain for line in reporting._paragraph(table, cells, width)]
+    assert "".join(lines) == cells[0] + "".join(f"  head{at} {cell}" for at, cell in enumerate(cells) if at)
+    longest = max(len(f"  head{at} {cell}") for at, cell in enumerate(cells))
+    assert all(len(line) <= max(width, longest) for line in lines)
+    console = Console(width=200, file=io.StringIO())
+    console.print(reporting._rich(table, 0))
+    printed = [line.rstrip() for line in console.file.getvalue().split("\n")]
+    assert printed[:-1] == [line.plain.rstrip() for line in reporting._paragraph(table, cells, 0)]
+
+
+def test_a_run_that_is_being_written_can_be_reported(tmp_path):
+    with checkpointer(tmp_path / "r", run="r", state={"x": 1}, keep=[pp.Best("acc", "max")]) as ckpt:
+        ckpt.report(step=1, acc=0.5)
+        assert "being written by" in invoke(tmp_path / "r")
+    assert "in good order" in invoke(tmp_path / "r")
+
+
+@pytest.mark.slow
+def test_the_report_in_the_documentation_is_what_the_example_gives(tmp_path):
+    """Its tables and their columns; the numbers depend on the machine."""
+    here = Path(__file__).parents[1]
+    script = here / "examples" / "compare_optimizers.py"
+    subprocess.run([sys.executable, "-W", "error", script, tmp_path / "runs"], capture_output=True, check=True)
+    found = evaluate(pp.open(tmp_path / "runs"), n_eval={"val_accuracy": 1197})
+    files = {file.name for file in write(found, tmp_path / "report")}
+    shown = (here / "docs" / "report" / "report.md").read_text()
+    now = (tmp_path / "report" / "report.md").read_text()
+    heads = re.compile(r"^(?:## .*|\| .* \|\n\|[-:|]+\|)$", re.MULTILINE)
+    assert heads.findall(now) == heads.findall(shown)
+    assert {file.name for file in (here / "docs" / "report").iterdir()} == {
+        name for name in files if name.endswith((".png", ".md"))
+    }
+    assert {"peak", "within noise"} <= {one.verdict for one in found.peaks}
 
 
 # --- a real browser -----------------------------------------------------------------------------------------------

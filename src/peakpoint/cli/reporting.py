@@ -1,12 +1,14 @@
 """The command ``report``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from peakpoint import evaluation
 from peakpoint.cli import render
@@ -16,6 +18,8 @@ from peakpoint.evaluation import tables, writing
 from peakpoint.repository import open_repository
 from peakpoint.rules import Mode, mode_of
 
+_WHOLE = (tables.CURVE, "verdict")
+_FOLDED = 14  # columns of text that is folded
 _STYLES = {
     "peak": "bold yellow",
     "not finite": "bold red",
@@ -104,34 +108,53 @@ def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:
 
 def _print(found: evaluation.Evaluation, console: Console) -> None:
     if not found.materials:
-        console.print(f"{escape(found.location)} has no runs yet")
+        console.print(_text(f"{found.location} has no runs yet"))
     for table in tables.tables(found):
-        console.print(f"[bold]{_text(table.title)}[/]")
-        console.print(_rich(table))
+        console.print(_text(table.title, "bold"))
+        console.print(_rich(table, console.width))
         for note in table.notes:
-            console.print(f"[dim]{_text(note)}[/]")
+            console.print(_text(note, "dim"))
         console.print()
     for remark in found.remarks:
-        console.print(f"[dim]{_text(remark)}[/]")
+        console.print(_text(remark, "dim"))
 
 
-def _text(text: str) -> str:
-    return escape(tables.printable(text))
+def _text(text: str, style: str = "") -> Text:
+    """Text from users: no markup is read in it."""
+    return Text(tables.printable(text), style)
 
 
-def _rich(table: tables.Table) -> Table:
-    made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for head, is_number in table.heads:
-        whole = head in (tables.CURVE, "at", "verdict")
-        made.add_column(_text(head), justify="right" if is_number else "left", overflow="fold", no_wrap=whole)
+def _rich(table: tables.Table, width: int) -> RenderableType:
+    """A table; where it is too narrow for one, a paragraph for each row."""
+    lengths = [
+        max(map(cell_len, column)) for column in zip([head for head, _ in table.heads], *table.rows, strict=True)
+    ]
+    whole = [is_number or head in _WHOLE for head, is_number in table.heads]
+    least = [length if keep else min(length, _FOLDED) for length, keep in zip(lengths, whole, strict=True)]
+    if sum(least) + 2 * (len(least) - 1) > width:
+        return Group(*(line for cells in table.rows for line in _paragraph(table, cells, width)))
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for (head, is_number), keep in zip(table.heads, whole, strict=True):
+        made.add_column(_text(head), justify="right" if is_number else "left", overflow="fold", no_wrap=keep)
     for cells in table.rows:
-        made.add_row(
-            *(
-                f"[{_STYLES[cell]}]{cell}[/]" if head == "verdict" and cell in _STYLES else _text(cell)
-                for (head, _), cell in zip(table.heads, cells, strict=True)
-            )
-        )
+        made.add_row(*(_styled(head, cell) for (head, _), cell in zip(table.heads, cells, strict=True)))
     return made
+
+
+def _paragraph(table: tables.Table, cells: Sequence[str], width: int) -> list[Text]:
+    """The first cell, then heads with their cells, as many on a line as fit."""
+    lines = [Text.assemble(_text(cells[0], "bold"))]
+    for (head, _), cell in list(zip(table.heads, cells, strict=True))[1:]:
+        pair = Text.assemble("  ", _text(head, "dim"), " ", _styled(head, cell))
+        if cell and lines[-1].cell_len + pair.cell_len > width:
+            lines.append(pair)
+        elif cell:
+            lines[-1].append_text(pair)
+    return lines
+
+
+def _styled(head: str, cell: str) -> Text:
+    return _text(cell, _STYLES.get(cell, "") if head == "verdict" else "")
 
 
 COMMANDS = (report,)

@@ -229,7 +229,10 @@ def _aside(peak: Peak, verdict: Verdict, wobble: Noise | None) -> str:
         return ""
     declined = peak.lost > wobble.margin(peak.count)
     if verdict == "within noise" and declined:
-        return f"the curve wobbles by {wobble.se:.2g} only: on these same examples the best is better, on others it may not be"
+        return (
+            f"the curve wobbles by {wobble.se:.2g} only: on these same examples the best is better, "
+            "on others it may not be"
+        )
     if verdict == "peak" and not declined:
         return (
             f"the best is better than the last, but training wobbles by {wobble.se:.2g} from one report to the next: "

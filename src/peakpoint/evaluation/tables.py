@@ -144,6 +144,8 @@ def _peaks(found: "Evaluation") -> Table:
 def _peak_row(one: Judged, material: Material) -> tuple[str, ...]:
     peak, noise = one.peak, one.noise
     lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
+    if one.points:
+        lost = f"{one.points:.2f} points"
     chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
     points = list(enumerate(material.series(peak.metric)))
     return (
@@ -154,7 +156,7 @@ def _peak_row(one: Judged, material: Material) -> tuple[str, ...]:
         moment(peak.best_step, peak.best_epoch),
         number(peak.last),
         moment(peak.last_step, peak.last_epoch),
-        lost + (f" ({one.points:.2f} points)" if one.points else ""),
+        lost,
         chance,
         "" if one.contenders is None else f"{one.contenders} of {peak.count}",
         one.verdict,
@@ -206,11 +208,11 @@ def _group(grouping: Grouping) -> Table:
     columns = (
         grouping.by if grouping.by == "optimizer" or grouping.by.startswith("state:") else "group",
         ">runs",
-        ">best: mean ± spread of runs",
-        ">best of all",
-        ">last: mean",
-        ">lost: mean",
-        ">best against the first group",
+        ">mean best ± spread",
+        ">best run",
+        ">mean last",
+        ">mean lost",
+        ">against the first",
     )
     title = f"{grouping.metric} ({grouping.mode}) by {grouping.by}"
     return Table(title=title, columns=columns, rows=rows, notes=(f"{grouping.note[:1].upper()}{grouping.note[1:]}.",))

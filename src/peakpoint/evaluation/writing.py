@@ -179,24 +179,31 @@ def _parquet(found: "Evaluation") -> bytes:
 
 def _is_ours(file: Path) -> bool:
     """Whether a file is a report that was written earlier."""
-    with file.open("rb") as opened:
-        head = opened.read(_LOOK)
-        opened.seek(max(0, file.stat().st_size - _LOOK))
-        tail = opened.read()
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(_LOOK)
+            opened.seek(max(0, file.stat().st_size - _LOOK))
+            tail = opened.read()
+    except OSError as error:
+        raise StoreError(error.errno, f"cannot look at {file}: {error.strerror}") from error
     return pages.MARK.encode() in head + tail or head.startswith(",".join(_COLUMNS).encode())
 
 
 def _replace(file: Path, content: bytes) -> None:
     """Write a file under another name, then rename it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".tmp-", delete=False) as opened:
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".tmp-")
+        with open(descriptor, "wb") as opened:  # noqa: PTH123 - a descriptor
             opened.write(content)
             opened.flush()
-            os.fsync(opened.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(opened.name).chmod(0o666 & ~umask)
-        Path(opened.name).replace(file)
+            os.fsync(descriptor)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(file)
     except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         raise StoreError(error.errno, f"cannot write {file}: {error.strerror}") from error
