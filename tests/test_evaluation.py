@@ -238,6 +238,7 @@ def test_runs_are_compared_by_the_class_of_their_optimizer(seeds):
     assert first.against is None
     assert second.against == welch(mine[1], mine[0])
     assert "95 %" in grouping.note
+    assert "values on average" not in grouping.note
 
 
 @pytest.mark.parametrize(
@@ -259,6 +260,13 @@ def test_one_run_of_a_kind_is_no_evidence(seeds):
     [grouping] = found(seeds, "net-sgd-seed0", "net-adamw-seed0").groups
     assert all(group.against is None for group in grouping.groups)
     assert "several seeds" in grouping.note
+
+
+def test_groups_with_more_values_are_not_taken_for_better(tmp_path):
+    for run, count in (("short-1", 4), ("short-2", 4), ("long-1", 9), ("long-2", 9)):
+        write(tmp_path, run, acc=noisy(count, seed=count))
+    [grouping] = found(tmp_path, group_by="(short|long)").groups
+    assert "4 to 9 values" in grouping.note
 
 
 @pytest.mark.parametrize("by", ["(", "net", "(a)(b)"])

@@ -231,7 +231,7 @@ class _Curves:
     def _line(self, axes: Axes, one: Judged, metric: str) -> Points:
         style: Any = {"linestyle": self.metrics[metric], "linewidth": 1.6 if metric == one.peak.metric else 1.1}
         if one.run not in self.chosen:
-            style |= {"color": INK, "alpha": 0.25, "zorder": 1}
+            style |= {"color": INK, "alpha": max(0.02, min(0.25, 5 / len(self.materials))), "zorder": 1}
         else:
             style |= {"color": self._colour(one.run)}
         material = self.materials[one.run]

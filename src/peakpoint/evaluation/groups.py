@@ -30,6 +30,7 @@ class Group:
         best_of_all: the best value of any of the runs.
         last: the mean of the last value; may be NaN.
         lost: the mean of what was lost since the best; may be NaN.
+        values: the mean number of values of a run; the best of more values is better by chance.
         against: the difference of ``best`` to that of the group with the best mean, with its interval; None for that
             group, and where there are not two runs in each, or none of them differ.
     """
@@ -41,6 +42,7 @@ class Group:
     best_of_all: float
     last: float
     lost: float
+    values: float
     against: Interval | None
 
 
@@ -153,6 +155,7 @@ def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[Judged]]) -
                 best_of_all=max(best) if mode == "max" else min(best),
                 last=mean(one.peak.last for one in sets[name]),
                 lost=mean(one.peak.lost for one in sets[name]),
+                values=mean(one.peak.count for one in sets[name]),
                 against=None if name == ordered[0] else welch(best, first, confidence),
             )
         )
@@ -169,14 +172,22 @@ def _spread(values: Sequence[float]) -> float | None:
 def _note(groups: Sequence[Group], pairs: int) -> str:
     if len(groups) == 1:
         return "all runs are of one kind: there is nothing to compare"
+    counts = [group.values for group in groups]
+    unequal = ""
+    if max(counts) > 1.1 * min(counts):
+        unequal = (
+            f"; runs have {min(counts):.0f} to {max(counts):.0f} values on average, and the best of more values is better "
+            "by chance"
+        )
     single = [group.name for group in groups if len(group.runs) == 1]
     if single:
         shown = ", ".join(single[:5]) + (", ..." if len(single) > 5 else "")
         return (
             f"one run each of {shown}: whether the kind or the seed made the difference cannot be told; "
-            "train each kind with several seeds"
+            f"train each kind with several seeds{unequal}"
         )
     together = f", together for the {pairs} pairs" if pairs > 1 else ""
     return (
-        f"intervals hold the true difference with a probability of 95 %{together} (Welch); those around 0 tell nothing"
+        f"intervals hold the true difference with a probability of 95 %{together} (Welch); those around 0 tell "
+        f"nothing{unequal}"
     )

@@ -25,6 +25,7 @@ SUFFIXES = (".html", ".md", ".png", ".svg", ".json", ".csv", ".parquet")
 _COLUMNS = ("run", "report", "step", "epoch", "metric", "value", "saved", "kept", "checkpoint")
 _LOOK = 4096  # bytes at each end of a file in which its mark stands
 _BATCH = 100_000  # rows
+_MOST_PICTURES = 60  # in one file
 
 
 def write(
@@ -99,6 +100,8 @@ def _content(found: "Evaluation", suffix: str, *, separate: bool) -> bytes:
         return pages.html(found, [(figures.svg(panel), panel.alt) for panel in panels]).encode()
     if not panels:
         raise ConfigError("there is nothing to draw: no run here has a finite value of a metric that is looked at")
+    if len(panels) > _MOST_PICTURES:
+        raise ConfigError(f"{len(panels)} pictures are too many for one file; give a directory, or name fewer runs")
     return bytes(figures.save(panels, suffix))
 
 
