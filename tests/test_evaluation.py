@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import peakpoint as pp
@@ -55,6 +55,8 @@ def verdict(root, run, **options):
     st.lists(st.one_of(st.none(), st.floats(), st.sampled_from([0.0, 1.0])), max_size=30),
     st.sampled_from(["max", "min"]),
 )
+@example([0.0, -math.inf], "min")
+@example([0.0, math.inf], "max")
 def test_peaks_are_those_of_brute_force(values, mode):
     at = datetime(2026, 1, 1, tzinfo=UTC)
     history = [
@@ -176,6 +178,16 @@ def test_abandoned_branches_do_not_count(tmp_path):
     assert (one.peak.best, one.peak.best_epoch) == (0.7, 2)
     assert pp.open(tmp_path).find(one.checkpoint).metrics["acc"] == 0.7
     assert "2 reports of abandoned branches" in " ".join(report.remarks)
+
+
+def test_checkpoints_of_abandoned_branches_are_not_those_of_the_history(tmp_path):
+    write(tmp_path, "r", acc=[0.5, 0.6, 0.9, 0.95], keep=[pp.Last(4)])
+    write(tmp_path, "r", acc=[0.1, 0.2], keep=[pp.TopK("acc", "max", 4)], resume="r:epoch=1", start=2)
+    report = found(tmp_path)
+    [material] = report.materials
+    assert set(material.kept) == material.saved == {1, 2}
+    assert [row[-1] is not None for row in material.rows()] == [True, True, False, False]
+    assert report.peaks[0].checkpoint == pp.open(tmp_path).find("r:epoch=1").ref
 
 
 def test_what_was_measured_later_counts(tmp_path):
@@ -326,6 +338,13 @@ def test_the_best_at_each_target_and_what_it_costs(pruned):
     ]
     assert [at.cost for at in one.targets] == pytest.approx([0, 0.005, 0.22])
     assert [spot.value for spot in one.spots if spot.on_front] == [0.72, 0.715, 0.6, 0.5]
+
+
+def test_only_metrics_that_a_run_watches_are_traded_off(tmp_path):
+    sparsities = [0.0, 0.5]
+    write(tmp_path, "p", acc=[0.5, 0.6], loss=[1.0, 0.9], sparsity=sparsities, keep=[pp.Best("acc", "max"), pp.Last(2)])
+    write(tmp_path, "q", acc=[0.5, 0.6], loss=[1.0, 0.9], keep=[pp.Best("loss", "min"), pp.Last(2)])
+    assert [one.metric for one in found(tmp_path).tradeoffs] == ["acc"]
 
 
 @given(

@@ -28,7 +28,9 @@ from training import checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*never counts as best:peakpoint.PeakpointWarning")
 
-EVIL = '</style><script>alert(1)</script>"|[red]$\\frac`_x_`{<!--&amp;' + chr(0x9B) + chr(0xFFFE) + chr(0x202E) + "精度"
+EVIL = (
+    '</style><script>alert(1)</script>"|[red]$\\frac$`_x_`{<!--&amp;' + chr(0x9B) + chr(0xFFFE) + chr(0x202E) + "精度"
+)
 SHOWN = EVIL.replace(chr(0x9B), "\\x9b").replace(chr(0xFFFE), "\\ufffe").replace(chr(0x202E), "\\u202e")
 RUN = "from peakpoint.cli.main import run; run()"
 
@@ -248,6 +250,7 @@ def test_a_page_is_one_file_and_hostile_names_are_text(root):
     assert found.tags.count("svg") == len(svgs(root)) >= 3
     assert f"{SHOWN} max" in found.text
     assert any(SHOWN[:19] in text for text in found.text if "…" in text), "in the legend of a picture"
+    assert any(text == "\u2009_two" for text in found.text), "in a legend"
     for name, value in found.attributes:
         assert not name.startswith("on")
         if name in ("src", "href", "xlink:href"):
