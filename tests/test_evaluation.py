@@ -481,6 +481,13 @@ def test_directions_must_be_said(tmp_path):
         found(tmp_path, compare=[("r", "r")])
 
 
+@pytest.mark.parametrize("options", [{"runs": "r"}, {"metrics": ["acc"]}, {"metrics": "acc"}])
+def test_what_is_no_list_or_dict_is_refused(tmp_path, options):
+    write(tmp_path, "r", acc=[0.5])
+    with pytest.raises(pp.ConfigError, match="runs is a list"):
+        evaluate(pp.open(tmp_path), **options)
+
+
 def test_runs_with_little_in_them_are_no_errors(tmp_path):
     write(tmp_path, "empty")
     write(tmp_path, "nan", acc=[math.nan], keep=[pp.Best("acc", "max"), pp.Last(1)])

@@ -1,5 +1,7 @@
 """The command ``report``."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,15 +68,17 @@ def report(
     **options: Any,
 ) -> None:
     """Report what runs came to: peak against last, by optimizer, by sparsity, compressed against original."""
-    found = evaluation.evaluate(
-        open_repository(root),
-        names,
-        metrics=dict(map(_direction, metrics)),
-        n_eval=_examples(counts),
-        group_by=group_by,
-        compare=compare,
-        **options,
-    )
+    working = render.console(stderr=True).status("reading") if sys.stderr.isatty() else contextlib.nullcontext()
+    with working:
+        found = evaluation.evaluate(
+            open_repository(root),
+            names,
+            metrics=dict(map(_direction, metrics)),
+            n_eval=_examples(counts),
+            group_by=group_by,
+            compare=compare,
+            **options,
+        )
     written = [file for target in targets for file in evaluation.write(found, target, force=force, separate=separate)]
     if json:
         render.as_json(writing.as_json(found) | {"files": [str(file) for file in written]})

@@ -125,6 +125,8 @@ def evaluate(
         >>> found.verdict, found.peak.best_step, round(found.points)
         ('peak', 1, 11)
     """
+    if isinstance(runs, str) or not isinstance(metrics, Mapping | None):
+        raise ConfigError('runs is a list of names, and metrics a dict such as {"val_accuracy": "max"}')
     examples = _examples(n_eval, percent=percent)
     wanted = {check_metric(name): mode for name, mode in (metrics or {}).items()}
     for name, mode in wanted.items():
@@ -142,7 +144,8 @@ def evaluate(
     every = tuple(dict.fromkeys(pair for some in pairs.values() for pair in some))
     watching = {pair: [one for one in read if pair in pairs[one.name]] for pair in every}
     tradeoffs = [found for (name, mode), some in watching.items() if (found := tradeoff(some, name, mode, sparsity))]
-    sides = _Sides(materials | others, dict(every), wanted, repository)
+    modes = dict(pair for one in others.values() for pair in directions(one.rules, sparsity)) | dict(every)
+    sides = _Sides(materials | others, modes, wanted, repository)
     asked = [(f"{one} and {other}", sides.find(one), sides.find(other)) for one, other in compare]
     return Evaluation(
         location=repository.store.location,
@@ -152,7 +155,7 @@ def evaluate(
         groups=tuple(compare_groups(read, peaks, group_by)),
         tradeoffs=tuple(tradeoffs),
         comparisons=tuple(
-            compare_weights(one, other, dict(every), examples, why=why, part=part, sparsity=sparsity, recount=recount)
+            compare_weights(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
             for why, one, other in (asked if compare else _at_targets(sides, tradeoffs, part))
         ),
         remarks=tuple(_remarks(read, peaks, pairs, asked=bool(wanted))),

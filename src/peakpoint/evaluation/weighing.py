@@ -11,8 +11,9 @@ from peakpoint.errors import MissingExtraError, NotFoundError
 from peakpoint.evaluation.judging import Examples, noise_of
 from peakpoint.evaluation.material import Material, ref_of
 from peakpoint.evaluation.noise import Interval
-from peakpoint.manifest import Manifest, TensorRecord
+from peakpoint.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.rules import Mode
+from peakpoint.store import Store
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64"})
 _NORMAL_95 = 1.959964
@@ -161,12 +162,7 @@ def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, r
     nonzero, source = None, f"not known: no metric {sparsity}; --recount counts"
     recorded = manifest.metrics.get(sparsity, math.nan)
     if recount:
-        nonzero = sum(
-            _nonzero(reader.read_tensor(material.run.store, manifest, file, tensor), tensor)
-            for file in files
-            for tensor in file.tensors
-            if tensor.dtype in _FLOATS
-        )
+        nonzero = _recounted(material.run.store, manifest, files)
         source = "counted in the weights"
     elif 0 <= recorded <= 1:
         nonzero = round(parameters * (1 - recorded))
@@ -183,6 +179,20 @@ def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, r
         packed_bytes=material.packed.get(manifest.id),
         metrics=manifest.metrics,
     )
+
+
+def _recounted(store: Store, manifest: Manifest, files: Sequence[FileRecord]) -> int:
+    hold = reader.reading(store, manifest)  # a training leaves it alone meanwhile
+    try:
+        return sum(
+            _nonzero(reader.read_tensor(store, manifest, file, tensor), tensor)
+            for file in files
+            for tensor in file.tensors
+            if tensor.dtype in _FLOATS
+        )
+    finally:
+        if hold is not None:
+            hold.release()
 
 
 def _elements(tensor: TensorRecord) -> int:
