@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test slow check bench clean
+.PHONY: demo test slow check bench reports clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,12 @@ check: $(VENV)/installed     ## style, types, import layers
 bench: $(VENV)/installed     ## the benchmarks, in minutes; writes docs/performance.md
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks --page
+
+reports: $(VENV)/installed   ## trains in seconds what docs/reports.md shows, and draws it
+	rm -rf build/reports && mkdir -p build/reports
+	cd build/reports && ../../$(BIN)/python ../../examples/compare_optimizers.py runs
+	cd build/reports && ../../$(BIN)/peakpoint report runs --n-eval val_accuracy=1197 --to report
+	cp build/reports/report/*.png build/reports/report/report.md docs/report/
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis peakpoint-demo

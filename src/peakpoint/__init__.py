@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from peakpoint._version import __version__
 
 if TYPE_CHECKING:
+    from peakpoint import evaluation as evaluation
     from peakpoint import rules as rules
     from peakpoint import upkeep as upkeep
     from peakpoint.catalogue import Catalogue as Catalogue
@@ -101,7 +102,7 @@ _HOMES = {
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }
-_MODULES = ("rules", "upkeep")
+_MODULES = ("evaluation", "rules", "upkeep")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered
 

@@ -223,7 +223,7 @@ class Closed:
 
     Attributes:
         at: when.
-        why: ``"closed"``, or the signal or error that ended it.
+        why: ``"closed"``, why the training was stopped early, or the signal or error that ended it.
     """
 
     at: datetime

@@ -1,8 +1,9 @@
 """Peak against last: how far a run fell from its best."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from peakpoint.journal import Reported
 from peakpoint.rules import Mode
@@ -21,6 +22,10 @@ class Peak:
         last: the last value that was reported; may be NaN.
         last_step: where.
         last_epoch: where; None outside epochs.
+        best_report: the report's number in the run.
+        last_report: the report's number in the run.
+        count: finite values that were reported.
+        missing: values that were NaN or infinite.
     """
 
     metric: str
@@ -31,11 +36,16 @@ class Peak:
     last: float
     last_step: int
     last_epoch: int | None
+    best_report: int
+    last_report: int
+    count: int
+    missing: int
 
     @property
     def lost(self) -> float:
         """How much worse the last value is than the best, in the metric's unit; never negative, may be NaN."""
-        return self.best - self.last if self.mode == "max" else self.last - self.best
+        lost = self.best - self.last if self.mode == "max" else self.last - self.best
+        return math.nan if lost < 0 else lost  # negative only when the last is an infinity, which is no improvement
 
 
 def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> list[Peak]:
@@ -64,6 +74,56 @@ def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> l
                 last.metrics[metric],
                 last.step,
                 last.epoch,
+                best.report,
+                last.report,
+                len(finite),
+                len(having) - len(finite),
             )
         )
     return found
+
+
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+def go_on(
+    before: Iterable[Peak], missing: Mapping[str, int], history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]
+) -> tuple[list[Peak], dict[str, int]]:
+    """What ``peaks`` says of a longer history, from what it said before and the reports since.
+
+    Args:
+        before: what it said.
+        missing: how many values were not finite of metrics that it left out.
+        history: the further reports.
+        watched: as before; a metric that was not watched then begins here.
+
+    Returns:
+        The peaks, and ``missing`` as it is now.
+    """
+    known = {(peak.metric, peak.mode): peak for peak in before}
+    found, left_out = [], {}
+    for metric, mode in watched:
+        earlier = known.get((metric, mode))
+        values = [report.metrics[metric] for report in history if metric in report.metrics]
+        odd = sum(not math.isfinite(value) for value in values) + (
+            earlier.missing if earlier else missing.get(metric, 0)
+        )
+        now = peaks([*_stand_ins(earlier), *history], [(metric, mode)])
+        if now:
+            finite = sum(map(math.isfinite, values)) + (earlier.count if earlier else 0)
+            found.append(replace(now[0], count=finite, missing=odd))
+        elif odd:
+            left_out[metric] = odd
+    return found, left_out
+
+
+def _stand_ins(peak: Peak | None) -> list[Reported]:
+    """Two reports that stand for all that a peak was found among."""
+    if peak is None:
+        return []
+    best = (peak.best_report, peak.best_step, peak.best_epoch, peak.best)
+    last = (peak.last_report, peak.last_step, peak.last_epoch, peak.last)
+    return [
+        Reported(at=_LONG_AGO, report=report, step=step, epoch=epoch, metrics={peak.metric: value})
+        for report, step, epoch, value in (best, last)
+    ]

@@ -13,9 +13,8 @@ the second waits, and then finds nothing to do.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -28,11 +27,9 @@ from peakpoint.catalogue.schema import Columns
 from peakpoint.journal import Event
 from peakpoint.manifest import Manifest, metrics_from_json, metrics_to_json
 from peakpoint.notes import Notes
-from peakpoint.peaks import Peak, peaks
+from peakpoint.peaks import Peak, go_on
 from peakpoint.rules import parse, watched
 from peakpoint.store import Store
-
-_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +168,10 @@ def refresh_run(
             connection.execute(delete(schema.runs).where(table.key == known.key))
             known, news = None, _news(store, run, None)
         assert news is not None
-        said = _Said(json.loads(row.rules), read_peaks(row.peaks), row.reports) if known is not None else _Said()
+        said = _Said()
+        if known is not None:
+            missing = json.loads(row.peaks).get("missing", {})
+            said = _Said(json.loads(row.rules), read_peaks(row.peaks), missing, row.reports)
         if known is None or before is None or before.known.changed != known.changed:
             before = None
         work = _Update(connection, store, run, known, news, said, before, row.free)
@@ -223,6 +223,7 @@ class _Said:
 
     rules: Sequence[str] = ()
     peaks: Sequence[Peak] = ()
+    missing: Mapping[str, int] = field(default_factory=dict)
     reports: int = 0
 
 
@@ -276,7 +277,7 @@ class _Update:
 
     def _new_run(self) -> int:
         key = _next(self._connection, schema.runs.c.key)
-        empty = {"rules": "[]", "peaks": "[]", "reports": 0, "checkpoints": 0, "size": 0, "read": "{}"}
+        empty = {"rules": "[]", "peaks": "{}", "reports": 0, "checkpoints": 0, "size": 0, "read": "{}"}
         self._connection.execute(insert(schema.runs).values(key=key, name=self._run, **empty))
         return key
 
@@ -423,19 +424,19 @@ class _Update:
     def _reported(self) -> dict[str, Any]:
         """Rules, peaks and the number of reports."""
         events: Sequence[Event] = self._news.events
-        texts, before, reports = self._said.rules, self._said.peaks, self._said.reports
+        said = self._said
+        texts = said.rules
         opened = journals.newest(events, journals.Opened)
         if opened is not None:
             texts = opened.rules
         if self._known is not None and any(isinstance(e, journals.Opened | journals.Started) for e in events):
-            events, before, reports = journals.read(self._store, self._run).events, [], 0
+            events, said = journals.read(self._store, self._run).events, _Said()
         history = journals.history(events)
-        pairs = watched([parse(text) for text in texts])
-        found = [peak for pair in pairs for peak in peaks(_remembered(before, pair[0]) + history, [pair])]
+        found, missing = go_on(said.peaks, said.missing, history, watched([parse(text) for text in texts]))
         return {
             "rules": json.dumps(texts),
-            "peaks": json.dumps([asdict(peak) for peak in found]),
-            "reports": reports + len(history),
+            "peaks": json.dumps({"peaks": [asdict(peak) for peak in found], "missing": missing}),
+            "reports": said.reports + len(history),
         }
 
     def _totals(self) -> dict[str, Any]:
@@ -446,22 +447,9 @@ class _Update:
         return {"checkpoints": count, "size": int(size or 0), "newest": newest}
 
 
-def _remembered(before: Iterable[Peak], metric: str) -> list[journals.Reported]:
-    """Two reports that stand for all that were made before, as far as the peak of a metric is concerned."""
-    found = []
-    for peak in before:
-        if peak.metric == metric:
-            for step, epoch, value in (
-                (peak.best_step, peak.best_epoch, peak.best),
-                (peak.last_step, peak.last_epoch, peak.last),
-            ):
-                found.append(journals.Reported(at=_LONG_AGO, report=0, step=step, epoch=epoch, metrics={metric: value}))
-    return found
-
-
 def read_peaks(text: str) -> list[Peak]:
     """The peaks of a run, as the catalogue keeps them."""
-    return [Peak(**peak) for peak in json.loads(text)]
+    return [Peak(**peak) for peak in json.loads(text).get("peaks", [])]
 
 
 def damage_of(text: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
-from peakpoint.cli import comparing, planning, render, rules, selecting, space
+from peakpoint.cli import comparing, planning, render, reporting, rules, selecting, space
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR
 from peakpoint.cli.arguments import torch_side as _torch_side
 from peakpoint.errors import ConfigError, CorruptError, Error
@@ -38,8 +38,9 @@ def cli() -> None:
     """
 
 
-for command in (*selecting.COMMANDS, *rules.COMMANDS, *space.COMMANDS, *planning.COMMANDS, *comparing.COMMANDS):
-    cli.add_command(command)
+for module in (selecting, reporting, rules, space, planning, comparing):
+    for command in module.COMMANDS:
+        cli.add_command(command)
 
 
 # --- show ---------------------------------------------------------------------------------------------------------

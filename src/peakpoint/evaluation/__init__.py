@@ -1,0 +1,260 @@
+"""Reports: what the runs of a repository came to, and what of it is more than chance.
+
+::
+
+    import peakpoint as pp
+
+    found = pp.evaluation.evaluate(pp.open("runs"), n_eval=10_000)
+    for one in found.peaks:
+        print(one.run, one.label, one.peak.best, one.peak.lost, one.verdict)
+    pp.evaluation.write(found, "report.html")
+
+``material`` reads, ``noise`` knows what chance does, ``judging`` compares best and last, ``groups`` compares runs,
+``tradeoff`` and ``weighing`` are about compressed models; ``tables``, ``figures``, ``pages`` and ``writing`` show it.
+Matplotlib and pyarrow are imported when they are used.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from peakpoint import refs
+from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.evaluation.groups import Group, Grouping, key_of, optimizer_of
+from peakpoint.evaluation.groups import compare as compare_groups
+from peakpoint.evaluation.judging import Examples, Judged, directions, judge
+from peakpoint.evaluation.material import Material, gather, ref_of
+from peakpoint.evaluation.noise import Interval, Noise
+from peakpoint.evaluation.tables import printable
+from peakpoint.evaluation.tradeoff import AtTarget, Spot, Tradeoff, tradeoff
+from peakpoint.evaluation.weighing import Comparison, Difference, Weight
+from peakpoint.evaluation.weighing import compare as compare_weights
+from peakpoint.evaluation.writing import write
+from peakpoint.manifest import Manifest
+from peakpoint.names import check_metric
+from peakpoint.repository import Repository
+from peakpoint.rules import Mode, check_mode, ranked
+
+__all__ = [
+    "AtTarget",
+    "Comparison",
+    "Difference",
+    "Evaluation",
+    "Examples",
+    "Group",
+    "Grouping",
+    "Interval",
+    "Judged",
+    "Material",
+    "Noise",
+    "Spot",
+    "Tradeoff",
+    "Weight",
+    "evaluate",
+    "write",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What ``evaluate`` found.
+
+    Attributes:
+        location: the repository.
+        materials: each run as it was read; ``Material.rows`` is every value.
+        optimizers: run to the class of its optimizer.
+        peaks: best against last, by run and metric.
+        groups: runs side by side, by metric.
+        tradeoffs: accuracy against sparsity, by metric.
+        comparisons: compressed against original.
+        remarks: what a reader should know, a sentence each.
+    """
+
+    location: str
+    materials: tuple[Material, ...]
+    optimizers: Mapping[str, str]
+    peaks: tuple[Judged, ...]
+    groups: tuple[Grouping, ...]
+    tradeoffs: tuple[Tradeoff, ...]
+    comparisons: tuple[Comparison, ...]
+    remarks: tuple[str, ...]
+
+
+def evaluate(
+    repository: Repository,
+    runs: Sequence[str] | None = None,
+    *,
+    metrics: Mapping[str, Mode] | None = None,
+    n_eval: int | Mapping[str, int] | None = None,
+    percent: bool = False,
+    group_by: str = "optimizer",
+    sparsity: str = "sparsity",
+    compare: Sequence[tuple[str, str]] = (),
+    part: str = "model",
+    recount: bool = False,
+) -> Evaluation:
+    """Evaluate runs; reads journals and manifests, and weights only to recount.
+
+    Args:
+        repository: where they are.
+        runs: their names; all by default.
+        metrics: which to look at, with their directions; by default those that the rules of each run rank by.
+        n_eval: on how many examples each value of a metric was measured, for metrics that are proportions of them: a
+            number for every metric that is to be maximised, or the number by metric.
+        percent: these proportions are percentages, from 0 to 100, instead of fractions.
+        group_by: ``"optimizer"``, ``"state:PART"``, or a regular expression with one group for the run's name.
+        sparsity: the metric that holds the sparsity, from 0 to 1.
+        compare: pairs of original and compressed, each a ref, or a run whose best checkpoint is meant. By default the
+            best dense checkpoint of a run with its best at each target of a ``BestAtSparsity`` rule.
+        part: the part whose parameters are counted.
+        recount: count zeros in the weights instead of trusting the metric.
+
+    Returns:
+        Frozen values; nothing is printed or written.
+
+    Raises:
+        NotFoundError: a run, metric or checkpoint that does not exist; names near ones.
+        ConfigError: an argument that cannot be.
+
+    Example:
+        >>> import tempfile, peakpoint as pp
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Best("acc", "max")]) as ckpt:
+        ...     for step, acc in enumerate([0.50, 0.72, 0.70, 0.61]):
+        ...         _ = ckpt.report(acc=acc, step=step)
+        >>> [found] = evaluate(pp.open(root), n_eval=10_000).peaks
+        >>> found.verdict, found.peak.best_step, round(found.points)
+        ('peak', 1, 11)
+    """
+    if isinstance(runs, str) or not isinstance(metrics, Mapping | None):
+        raise ConfigError('runs is a list of names, and metrics a dict such as {"val_accuracy": "max"}')
+    examples = _examples(n_eval, percent=percent)
+    wanted = {check_metric(name): mode for name, mode in (metrics or {}).items()}
+    for name, mode in wanted.items():
+        check_mode(f"metric {name!r}", mode)
+    key_of(group_by)
+    chosen = [repository.run(name) for name in dict.fromkeys(runs)] if runs else repository.runs()
+    # what is compared need not be evaluated
+    named = [name for pair in compare for name in map(_run_of, pair)]
+    materials = {run.name: gather(run) for run in chosen}
+    others = {name: gather(repository.run(name)) for name in dict.fromkeys(named) if name not in materials}
+    read = tuple(materials.values())
+    _check_known(read, [*wanted, *examples.by_metric])
+    pairs = {one.name: tuple(wanted.items()) or directions(one.rules, sparsity) for one in read}
+    peaks = [found for one in read for name, mode in pairs[one.name] for found in judge(one, name, mode, examples)]
+    every = tuple(dict.fromkeys(pair for some in pairs.values() for pair in some))
+    watching = {pair: [one for one in read if pair in pairs[one.name]] for pair in every}
+    tradeoffs = [found for (name, mode), some in watching.items() if (found := tradeoff(some, name, mode, sparsity))]
+    modes = dict(pair for one in others.values() for pair in directions(one.rules, sparsity)) | dict(every)
+    sides = _Sides(materials | others, modes, wanted, repository)
+    asked = [(f"{one} and {other}", sides.find(one), sides.find(other)) for one, other in compare]
+    return Evaluation(
+        location=repository.store.location,
+        materials=read,
+        optimizers={one.name: optimizer_of(one.state) for one in read},
+        peaks=tuple(peaks),
+        groups=tuple(compare_groups(read, peaks, group_by)),
+        tradeoffs=tuple(tradeoffs),
+        comparisons=tuple(
+            compare_weights(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
+            for why, one, other in (asked if compare else _at_targets(sides, tradeoffs, part))
+        ),
+        remarks=tuple(_remarks(read, peaks, pairs, asked=bool(wanted))),
+    )
+
+
+def _examples(n_eval: int | Mapping[str, int] | None, *, percent: bool) -> Examples:
+    if isinstance(n_eval, Mapping):
+        return Examples(by_metric={check_metric(name): count for name, count in n_eval.items()}, percent=percent)
+    return Examples(default=n_eval, percent=percent)
+
+
+def _run_of(name: str) -> str:
+    return refs.parse(name).run if any(mark in name for mark in "@:/") else name
+
+
+def _check_known(materials: Iterable[Material], metrics: Iterable[str]) -> None:
+    have = sorted({name for material in materials for name in material.metrics})
+    for metric in metrics:
+        if metric not in have:
+            shown = ", ".join(have[:20]) + (", ..." if len(have) > 20 else "")
+            raise NotFoundError(
+                f"no run here has a metric {metric!r}{refs.near(metric, have)}; metrics: {printable(shown) or 'none'}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Finds what is to be compared."""
+
+    materials: Mapping[str, Material]
+    modes: Mapping[str, Mode]
+    wanted: Mapping[str, Mode]
+    repository: Repository
+
+    def find(self, name: str) -> tuple[Material, Manifest]:
+        """A ref, or a run whose best checkpoint is meant."""
+        material = self.materials[_run_of(name)]
+        if name != material.name:
+            return material, self.known(material, self.repository.find_manifest(name).id)
+        pairs = tuple(self.wanted.items()) or directions(material.rules, "") or tuple(self.modes.items())
+        if not pairs:
+            raise ConfigError(f"which checkpoint of {name} is its best? no rule says; give --metric NAME:max, or a ref")
+        best = ranked(material.checkpoints, *pairs[0])
+        if not best:
+            raise NotFoundError(f"no checkpoint of run {name!r} has a finite value of {pairs[0][0]!r}; give a ref")
+        return material, self.known(material, best[0].id)
+
+    @staticmethod
+    def known(material: Material, identity: str) -> Manifest:
+        """A manifest with all that is known of its metrics."""
+        return next(manifest for manifest in material.checkpoints if manifest.id == identity)
+
+
+def _at_targets(
+    sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str
+) -> Iterator[tuple[str, tuple[Material, Manifest], tuple[Material, Manifest]]]:
+    """The best dense checkpoint of a run with its best at each target."""
+    seen = set()
+    for found in tradeoffs:
+        dense = {spot.run: spot for spot in found.dense}
+        for at in found.targets:
+            if at.spot is None or at.run not in dense or at.spot == dense[at.run]:
+                continue
+            material = sides.materials[at.run]
+            by_ref = {ref_of(manifest): manifest for manifest in material.checkpoints}
+            pair = by_ref[dense[at.run].ref], by_ref[at.spot.ref]
+            if all(part in manifest.parts for manifest in pair) and (pair[0].id, pair[1].id) not in seen:
+                seen.add((pair[0].id, pair[1].id))
+                why = f"{at.run}: dense, and the best {found.metric} at {found.sparsity} {at.target:g}"
+                yield why, (material, pair[0]), (material, pair[1])
+
+
+def _remarks(
+    materials: Sequence[Material],
+    peaks: Sequence[Judged],
+    pairs: Mapping[str, Sequence[tuple[str, Mode]]],
+    *,
+    asked: bool,
+) -> Iterator[str]:
+    shown = {one.run for one in peaks}
+    for one in materials:
+        yield from (f"{one.name}: {remark}" for remark in one.remarks)
+        if not one.history:
+            yield f"{one.name} has no reports yet"
+        elif not one.metrics:
+            yield f"{one.name}: none of its reports has a metric"
+        elif not pairs[one.name]:
+            yield f"{one.name}: no rule ranks by a metric; give --metric NAME:max, of {', '.join(one.metrics[:10])}"
+        elif one.name not in shown:
+            which = ", ".join(name for name, _ in pairs[one.name])
+            yield f"{one.name} has no finite value of {which}" + ("" if asked else " yet")
+        if one.abandoned:
+            count = sum(map(len, one.abandoned))
+            yield (
+                f"{one.name}: {count} {'reports' if count > 1 else 'report'} of abandoned branches left out "
+                "(the run was continued from before them)"
+            )
+    for judged in peaks:
+        peak = judged.peak
+        if peak.missing and judged.window == 1:
+            yield f"{judged.run}: {peak.missing} values of {peak.metric} are NaN or infinite, and left out"

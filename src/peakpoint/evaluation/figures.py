@@ -1,0 +1,386 @@
+"""Pictures, drawn with Matplotlib: curves with their peaks, and accuracy against sparsity.
+
+Colours are those of Okabe & Ito, "Color Universal Design", 2008, which people with any kind of colour vision tell
+apart; runs also differ in their markers. The same values give the same bytes.
+"""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from peakpoint.evaluation.judging import Judged
+from peakpoint.evaluation.material import Material
+from peakpoint.evaluation.tables import printable
+from peakpoint.evaluation.thinning import Points, thin
+from peakpoint.evaluation.tradeoff import Tradeoff
+from peakpoint.journal import Reported
+
+if TYPE_CHECKING:
+    from peakpoint.evaluation import Evaluation
+
+INK = "#1f1f1e"
+"""The colour of everything that is no data; a page replaces it by its own."""
+
+MARK = "peakpoint report"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_SHAPES = ("o", "s", "^", "D", "v", "P")
+_LARGEST = 1e100  # Matplotlib's own arithmetic overflows some way above
+_MOST_DOTS = 100
+_LONG = 20  # points of a curve
+_MANY_STEPS = 20_000
+_SPLIT = re.compile(r"(?:train|training|val|valid|validation|test|eval|dev)[_/.-](?=.)", re.IGNORECASE)
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.parse_math": False,  # a metric may be called $x$
+    "axes.unicode_minus": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": MARK,
+    **dict.fromkeys(
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "axes.titlecolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ),
+        INK,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One picture.
+
+    Attributes:
+        name: of a file, without suffix.
+        alt: what it shows, in words.
+        draw: draws it.
+        legend: what stands below it; each line has a label.
+    """
+
+    name: str
+    alt: str
+    draw: Callable[[Axes], None]
+    legend: Callable[[], list[Line2D]]
+
+
+def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
+    """Every picture: one for each metric (train and validation together), and one for each trade-off.
+
+    Args:
+        found: what to show.
+        separate: a picture for each run instead of all runs in one.
+    """
+    every = [one for one in found.peaks if one.window == 1]
+    sets = [[run.name] for run in found.materials] if separate else [[run.name for run in found.materials]]
+    made = []
+    for names in sets:
+        mine = [one for one in every if one.run in names]
+        materials = {run.name: run for run in found.materials if run.name in names}
+        titles = dict.fromkeys(_split_off(one.peak.metric) for one in mine)
+        groups = [[one for one in mine if _split_off(one.peak.metric) == title] for title in titles]
+        given = _looks((one.run for one in _ranking(groups[0])), {}) if groups else {}
+        made += [_curves(title, shown, materials, given) for title, shown in zip(titles, groups, strict=True)]
+    return made + [_front(one) for one in found.tradeoffs]
+
+
+def svg(panel: Panel) -> str:
+    """One picture as SVG without a background."""
+    with _style():
+        return _saved(_figure([panel]), "svg", transparent=True).decode()
+
+
+def save(chosen: Sequence[Panel], suffix: str) -> bytes:
+    """Pictures below one another in one file, on white.
+
+    Args:
+        chosen: at least one.
+        suffix: ``".png"`` or ``".svg"``.
+    """
+    with _style():
+        return _saved(_figure(chosen), suffix.removeprefix("."), transparent=False)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # letters that the font lacks: a browser finds them elsewhere, a PNG shows boxes
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+        yield
+
+
+def _figure(chosen: Sequence[Panel]) -> Figure:
+    """Pictures below one another, each as high as its legend needs."""
+    legends = [panel.legend() for panel in chosen]
+    columns = [_columns(legend) for legend in legends]
+    heights = [3.5 + 0.19 * math.ceil(len(legend) / count) for legend, count in zip(legends, columns, strict=True)]
+    figure = Figure(figsize=(7.2, sum(heights)), layout="constrained", facecolor="white")
+    places: list[Figure | SubFigure] = [figure]
+    if len(chosen) > 1:
+        places = list(figure.subfigures(len(chosen), 1, squeeze=False, height_ratios=heights)[:, 0])
+    for place, panel, legend, count in zip(places, chosen, legends, columns, strict=True):
+        panel.draw(place.subplots())
+        # a label that begins with an underscore would be left out
+        labels = [f"\u2009{text}" if (text := str(line.get_label())).startswith("_") else text for line in legend]
+        place.legend(legend, labels, loc="outside lower left", ncols=count, frameon=False, fontsize=8)
+    return figure
+
+
+def _columns(legend: Sequence[Line2D]) -> int:
+    longest = max((len(str(line.get_label())) for line in legend), default=0)
+    return max(1, min(4, 100 // (longest + 8)))
+
+
+def _saved(figure: Figure, kind: str, *, transparent: bool) -> bytes:
+    metadata = {"Creator": MARK, "Date": None} if kind == "svg" else {"Software": MARK}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=120, transparent=transparent, metadata=metadata)
+    return buffer.getvalue()
+
+
+# --- curves -------------------------------------------------------------------------------------------------------
+
+
+def _split_off(metric: str) -> str:
+    """``val_loss`` and ``train/loss`` are both about the ``loss``."""
+    return _SPLIT.sub("", metric, count=1) if _SPLIT.match(metric) else metric
+
+
+def _short(name: str, most: int = 40) -> str:
+    shown = printable(name)
+    return shown if len(shown) <= most else f"{shown[: most // 2 - 1]}…{shown[-most // 2 :]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Curves:
+    """One metric of some runs, with that of the other splits.
+
+    Attributes:
+        title: what the metrics are about.
+        judged: the peaks, the best first.
+        materials: the runs.
+        looks: the colour and marker of those runs that have some of their own.
+        by_epoch: whether epochs stand below, or steps.
+    """
+
+    title: str
+    judged: Sequence[Judged]
+    materials: Mapping[str, Material]
+    looks: Mapping[str, int]
+    by_epoch: bool
+
+    @property
+    def chosen(self) -> list[str]:
+        """The runs with a colour of their own, by name."""
+        return sorted(self.looks)
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """How the line of each metric is drawn: those with a peak are solid."""
+        solid = dict.fromkeys(one.peak.metric for one in self.judged)
+        names = dict.fromkeys(name for run in self.chosen for name in self.materials[run].metrics)
+        others = [name for name in names if name not in solid and _split_off(name) == self.title]
+        return dict(zip([*solid, *others], [*("-" for _ in solid), *("--", ":", "-.")], strict=False))
+
+    def draw(self, axes: Axes) -> None:
+        """Grey runs below, coloured ones above, their peaks on top."""
+        axes.set_title(_short(f"{self.chosen[0]}: {self.title}" if len(self.materials) == 1 else self.title, 80))
+        axes.set_xlabel("epoch" if self.by_epoch else "step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        drawn = [self._line(axes, one, name) for one in self.judged for name in self._names(one)]
+        _scale(axes, drawn)
+        low, high = axes.get_xlim()
+        if high >= _MANY_STEPS:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        elif high - low < 1:
+            axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)  # one report
+        for one in self.judged:
+            if one.run in self.chosen:
+                self._marks(axes, one)
+
+    def _names(self, one: Judged) -> list[str]:
+        """The lines of a run: its metric, and the other splits' when it has a colour."""
+        own = self.materials[one.run].metrics
+        others = [name for name, style in self.metrics.items() if style != "-" and name in own]
+        return [one.peak.metric, *others] if one.run in self.chosen else [one.peak.metric]
+
+    def _line(self, axes: Axes, one: Judged, metric: str) -> Points:
+        style: Any = {"linestyle": self.metrics[metric], "linewidth": 1.6 if metric == one.peak.metric else 1.1}
+        if one.run not in self.chosen:
+            style |= {"color": INK, "alpha": max(0.02, min(0.25, 5 / len(self.materials))), "zorder": 1}
+        else:
+            style |= {"color": self._colour(one.run)}
+        material = self.materials[one.run]
+        for branch in material.abandoned if one.run in self.chosen and metric == one.peak.metric else ():
+            points = self._points(branch, metric)
+            axes.plot(
+                *_unzipped(points), "x:", color=self._colour(one.run), markersize=4, linewidth=1, alpha=0.6, zorder=6
+            )
+        points = self._points(material.history, metric)
+        axes.plot(*_unzipped(points), **style)
+        return points
+
+    def _points(self, reports: Iterable[Reported], metric: str) -> Points:
+        found = []
+        for report in reports:
+            if metric in report.metrics:
+                value = report.metrics[metric]
+                place = report.epoch if self.by_epoch else report.step
+                found.append((float(place or 0), value if abs(value) < _LARGEST else math.nan))
+        return thin(found)
+
+    def _colour(self, run: str) -> str:
+        return _COLOURS[self.looks[run]]
+
+    def _marks(self, axes: Axes, one: Judged) -> None:
+        peak, colour, shape = one.peak, self._colour(one.run), _SHAPES[self.looks[one.run]]
+        for reports, face in ((_gone(self.materials[one.run]), "none"), (_there(self.materials[one.run]), colour)):
+            if len(self.materials) == 1 and len(reports) <= _MOST_DOTS:
+                points = _unzipped(self._points(reports, peak.metric))
+                axes.plot(*points, ".", color=colour, markerfacecolor=face, markersize=7)
+        best, last = (peak.best_epoch, peak.last_epoch) if self.by_epoch else (peak.best_step, peak.last_step)
+        for place, value, mark, area in ((last, peak.last, shape, 7), (best, peak.best, "*", 14)):
+            if abs(value) < _LARGEST:
+                axes.plot([place or 0], [value], mark, color=colour, markersize=area, markeredgecolor=INK, zorder=area)
+
+    def legend(self) -> list[Line2D]:
+        """Runs by colour and marker, metrics by the kind of line, then the marks."""
+        ink: Any = {"color": INK, "linestyle": "none"}
+        runs = [
+            Line2D([], [], color=self._colour(run), marker=_SHAPES[self.looks[run]], label=_short(run))
+            for run in self.chosen
+        ]
+        others = len({one.run for one in self.judged}) - len(runs)
+        grey = (
+            [Line2D([], [], color=INK, alpha=0.25, label=f"{others} other {'run' if others == 1 else 'runs'}")]
+            if others
+            else []
+        )
+        lines = [
+            Line2D([], [], color=INK, linestyle=style, label=_short(metric))  # type: ignore[arg-type]
+            for metric, style in self.metrics.items()
+        ]
+        peak = Line2D([], [], **ink, marker="*", markersize=11, label="peak")
+        return [*runs, *grey, *lines, peak, *self._more(ink)]
+
+    def _more(self, ink: Any) -> Iterator[Line2D]:
+        """The marks that are there."""
+        materials = [self.materials[run] for run in self.chosen]
+        ends = {one.ended for one in materials if one.ended not in ("closed", None)}
+        how = f" (ended: {_short(', '.join(sorted(filter(None, ends))))})" if ends else ""
+        yield Line2D([], [], **ink, marker="o", label=f"last{how}")
+        if len(self.materials) == 1:
+            if 0 < len(_gone(materials[0])) <= _MOST_DOTS:
+                yield Line2D([], [], **ink, marker=".", markerfacecolor="none", markersize=8, label="saved, gone since")
+            if 0 < len(_there(materials[0])) <= _MOST_DOTS:
+                yield Line2D([], [], **ink, marker=".", markersize=8, label="kept")
+        if any(material.abandoned for material in materials):
+            yield Line2D(
+                [], [], color=INK, marker="x", markersize=4, linestyle=":", alpha=0.5, label="abandoned branch"
+            )
+
+
+def _ranking(judged: Sequence[Judged]) -> list[Judged]:
+    return sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
+
+
+def _looks(runs: Iterable[str], given: Mapping[str, int]) -> dict[str, int]:
+    """Colours of the first runs: those that they have in another picture, and otherwise one that is free."""
+    chosen = list(dict.fromkeys(runs))[: len(_COLOURS)]
+    found = {run: given[run] for run in chosen if run in given}
+    free = (at for at in range(len(_COLOURS)) if at not in found.values())
+    return found | {run: next(free) for run in sorted(chosen) if run not in found}
+
+
+def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material], given: Mapping[str, int]) -> Panel:
+    ranking = _ranking(judged)
+    looks = _looks((one.run for one in ranking), given)
+    mine = {one.run: materials[one.run] for one in ranking}
+    by_epoch = all(material.counts_epochs() for material in mine.values())
+    curves = _Curves(title=title, judged=ranking, materials=mine, looks=looks, by_epoch=by_epoch)
+    name = f"{ranking[0].run}-{title}" if len(mine) == 1 else title
+    shown = ", ".join(
+        f"{one.run} {one.peak.metric}: best {one.peak.best:.5g}, last {one.peak.last:.5g}" for one in ranking[:6]
+    )
+    return Panel(name=name, alt=printable(f"Curves of {title}. {shown}"), draw=curves.draw, legend=curves.legend)
+
+
+def _unzipped(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _gone(material: Material) -> list[Reported]:
+    return [one for one in material.history if one.report in material.saved and one.report not in material.kept]
+
+
+def _there(material: Material) -> list[Reported]:
+    return [one for one in material.history if one.report in material.kept]
+
+
+def _scale(axes: Axes, drawn: Sequence[Points]) -> None:
+    """Let the first tenth of long curves run out of the picture: what happens near the peaks is to be seen."""
+    values = [y for points in drawn for _, y in points[len(points) // 10 if len(points) >= _LONG else 0 :]]
+    finite = [y for y in values if math.isfinite(y)]
+    if finite and max(finite) > min(finite):
+        room = (max(finite) - min(finite)) * 0.06
+        axes.set_ylim(min(finite) - room, max(finite) + room)
+
+
+# --- accuracy against sparsity ------------------------------------------------------------------------------------
+
+
+def _front(found: Tradeoff) -> Panel:
+    runs = list(dict.fromkeys(one.run for one in found.spots))
+    front = sorted((one for one in found.spots if one.on_front), key=lambda one: one.sparsity)
+
+    def look(run: str) -> tuple[str, str]:
+        at = runs.index(run) % len(_COLOURS)
+        return _COLOURS[at], _SHAPES[at]
+
+    def draw(axes: Axes) -> None:
+        axes.set_title(_short(f"{found.metric} against {found.sparsity}", 80))
+        axes.set_xlabel(_short(found.sparsity))
+        axes.set_ylabel(_short(found.metric))
+        steps = [one.sparsity for one in front], [one.value for one in front]
+        axes.plot(*steps, color=INK, linewidth=1, drawstyle="steps-pre")
+        for one in found.spots:
+            if abs(one.value) < _LARGEST and abs(one.sparsity) < _LARGEST:
+                colour, shape = look(one.run)
+                face, edge = (colour, INK) if one.on_front else ("none", colour)
+                style: Any = {"color": colour, "markerfacecolor": face, "markeredgecolor": edge}
+                size = 8 if one.on_front else 5
+                axes.plot([one.sparsity], [one.value], shape, **style, markersize=size, zorder=size)
+
+    def legend() -> list[Line2D]:
+        shown = [Line2D([], [], color=INK, linewidth=1, label="front (filled): no other is as good in both")]
+        for run in runs[: 2 * len(_COLOURS)]:
+            colour, shape = look(run)
+            shown.append(Line2D([], [], color=colour, marker=shape, linestyle="none", label=_short(run)))
+        return shown
+
+    alt = f"{found.metric} against {found.sparsity} of {len(found.spots)} checkpoints, {len(front)} on the front"
+    return Panel(name=f"{found.metric}-against-{found.sparsity}", alt=printable(alt), draw=draw, legend=legend)

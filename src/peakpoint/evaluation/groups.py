@@ -1,0 +1,193 @@
+"""Runs side by side: by optimizer, by another part of the state, or by their names."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from peakpoint.errors import ConfigError
+from peakpoint.evaluation.judging import Judged
+from peakpoint.evaluation.material import Material
+from peakpoint.evaluation.noise import CONFIDENCE, Interval, welch
+from peakpoint.rules import Mode
+
+UNKNOWN = "(not known)"
+_STATE = "state:"
+_OTHERS_IN_OPTIM = ("torch.optim.lr_scheduler.", "torch.optim.swa_utils.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What the runs of one kind came to.
+
+    Attributes:
+        name: what they have in common.
+        runs: their names.
+        best: the mean over runs of the best value.
+        best_spread: the standard deviation of it; None for one run.
+        best_of_all: the best value of any of the runs.
+        last: the mean of the last value; may be NaN.
+        lost: the mean of what was lost since the best; may be NaN.
+        values: the mean number of values of a run; the best of more values is better by chance.
+        against: the difference of ``best`` to that of the group with the best mean, with its interval; None for that
+            group, and where there are not two runs in each, or none of them differ.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    best: float
+    best_spread: float | None
+    best_of_all: float
+    last: float
+    lost: float
+    values: float
+    against: Interval | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouping:
+    """One metric, by groups; the group with the best mean comes first.
+
+    Attributes:
+        by: what the runs are grouped by.
+        metric: which metric.
+        mode: its direction.
+        groups: at least one.
+        note: how to read it.
+    """
+
+    by: str
+    metric: str
+    mode: Mode
+    groups: tuple[Group, ...]
+    note: str
+
+
+def key_of(by: str) -> Callable[[Material], str]:
+    r"""What says to which group a run belongs.
+
+    Args:
+        by: ``"optimizer"``; ``"state:PART"``, the class of a part; or a regular expression with one group, which is
+            searched for in the run's name.
+
+    Raises:
+        ConfigError: it is none of these.
+
+    Example:
+        >>> from types import SimpleNamespace as Run
+        >>> key_of(r"-(\w+)-seed")(Run(name="resnet50-adamw-seed1"))
+        'adamw'
+    """
+    if by == "optimizer":
+        return lambda material: optimizer_of(material.state)
+    if by.startswith(_STATE):
+        part = by.removeprefix(_STATE)
+        return lambda material: _short(material.state.get(part, "")) or UNKNOWN
+    try:
+        pattern = re.compile(by)
+    except re.error as error:
+        raise ConfigError(f"--group-by {by!r} is no regular expression: {error}") from error
+    if pattern.groups != 1:
+        raise ConfigError(
+            f"--group-by {by!r} must be optimizer, state:PART, or a regular expression with exactly one group, such as "
+            r"'-(sgd|adamw)-'"
+        )
+
+    def found(material: Material) -> str:
+        match = pattern.search(material.name)
+        return (match and match[1]) or UNKNOWN
+
+    return found
+
+
+def optimizer_of(state: Mapping[str, str]) -> str:
+    """The classes of the optimizers among the parts: those of torch.optim, and parts that are called so.
+
+    Example:
+        >>> optimizer_of({"model": "torch.nn.modules.linear.Linear", "optimizer": "torch.optim.adamw.AdamW"})
+        'AdamW'
+    """
+    names = [
+        _short(kind)
+        for part, kind in state.items()
+        if (kind.startswith("torch.optim.") and not kind.startswith(_OTHERS_IN_OPTIM)) or part.startswith("optim")
+    ]
+    return " + ".join(names) or UNKNOWN
+
+
+def _short(kind: str) -> str:
+    return kind.rpartition(".")[2]
+
+
+def compare(materials: Sequence[Material], judged: Sequence[Judged], by: str) -> list[Grouping]:
+    """Group the peaks by metric and kind of run; metrics of a single run are left out."""
+    key = key_of(by)
+    kinds = {material.name: key(material) for material in materials}
+    found = []
+    for metric, mode in dict.fromkeys((one.peak.metric, one.peak.mode) for one in judged):
+        mine = [one for one in judged if (one.peak.metric, one.peak.mode, one.window) == (metric, mode, 1)]
+        if len(mine) > 1:
+            sets: dict[str, list[Judged]] = {}
+            for one in mine:
+                sets.setdefault(kinds[one.run], []).append(one)
+            found.append(_grouping(by, metric, mode, sets))
+    return found
+
+
+def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[Judged]]) -> Grouping:
+    sign = -1 if mode == "max" else 1
+    ordered = sorted(sets, key=lambda name: (sign * mean(one.peak.best for one in sets[name]), name))
+    # each pair could have been the one that is looked at: Bonferroni. Source: Dunn, JASA 56, 1961
+    pairs = max(1, len(list(itertools.combinations(ordered, 2))))
+    confidence = 1 - (1 - CONFIDENCE) / pairs
+    first = [one.peak.best for one in sets[ordered[0]]]
+    groups = []
+    for name in ordered:
+        best = [one.peak.best for one in sets[name]]
+        groups.append(
+            Group(
+                name=name,
+                runs=tuple(one.run for one in sets[name]),
+                best=mean(best),
+                best_spread=_spread(best),
+                best_of_all=max(best) if mode == "max" else min(best),
+                last=mean(one.peak.last for one in sets[name]),
+                lost=mean(one.peak.lost for one in sets[name]),
+                values=mean(one.peak.count for one in sets[name]),
+                against=None if name == ordered[0] else welch(best, first, confidence),
+            )
+        )
+    return Grouping(by=by, metric=metric, mode=mode, groups=tuple(groups), note=_note(groups, pairs))
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    try:
+        return stdev(values) if len(values) > 1 else None
+    except OverflowError:  # values near the largest numbers
+        return math.inf
+
+
+def _note(groups: Sequence[Group], pairs: int) -> str:
+    if len(groups) == 1:
+        return "all runs are of one kind: there is nothing to compare"
+    counts = [group.values for group in groups]
+    unequal = ""
+    if max(counts) > 1.1 * min(counts):
+        unequal = (
+            f"; runs have {min(counts):.0f} to {max(counts):.0f} values on average, and the best of more values is "
+            "better by chance"
+        )
+    single = [group.name for group in groups if len(group.runs) == 1]
+    if single:
+        shown = ", ".join(single[:5]) + (", ..." if len(single) > 5 else "")
+        return (
+            f"one run each of {shown}: whether the kind or the seed made the difference cannot be told; "
+            f"train each kind with several seeds{unequal}"
+        )
+    together = f", together for the {pairs} pairs" if pairs > 1 else ""
+    return (
+        f"intervals hold the true difference with a probability of 95 %{together} (Welch); those around 0 tell "
+        f"nothing{unequal}"
+    )

@@ -1,0 +1,162 @@
+"""A report as one HTML page that needs nothing else, or as Markdown.
+
+Pages are trees that the standard library serializes, so no text from users can become markup.
+"""
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from peakpoint.evaluation.tables import CURVE, PEAKS, Table, printable, tables
+
+if TYPE_CHECKING:
+    from peakpoint.evaluation import Evaluation
+
+MARK = "peakpoint report"
+TITLE = "Training report"
+
+_SECURITY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_CSS = """
+:root { color-scheme: light dark; --ink: #1f1f1e; --paper: #fff; --soft: #6a6a66; --rule: #ddddd8; --good: #00644b;
+  --warn: #9a4a00 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e3; --paper: #171716; --soft: #a3a39c; --rule: #3a3a37;
+  --good: #4fd1a5; --warn: #f0a860 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 80rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; overflow-wrap: anywhere }
+p, li { max-width: 46rem; overflow-wrap: anywhere }
+.soft, .notes { color: var(--soft); font-size: .87rem; margin: .4rem 0 } .notes { padding-left: 1.2rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
+th { color: var(--soft); font-weight: 600 } td { min-width: 8rem; overflow-wrap: anywhere }
+td.n, td.tight { min-width: 0; white-space: nowrap; overflow-wrap: normal }
+.n { text-align: right } .peak { color: var(--warn); font-weight: 600 }
+.steady { color: var(--good) } figure { margin: 1.2rem 0; overflow-x: auto }
+svg { width: 46rem; max-width: 100%; min-width: 34rem; height: auto }
+@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --rule: #bbb }
+  body { max-width: none; padding: 0; font-size: 11px } .wide { overflow: visible } figure, tr { break-inside: avoid }
+  table { font-size: 8.5px; width: 100% }
+  td, td.n, td.tight { min-width: 0; white-space: normal; padding-right: .4rem } }
+"""
+_CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}
+
+
+def html(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
+    """The page.
+
+    Args:
+        found: what to show.
+        pictures: SVG and what it shows, of each picture.
+    """
+    root = ET.Element("html", lang="en")
+    head = ET.SubElement(root, "head")
+    ET.SubElement(head, "meta", charset="utf-8")
+    ET.SubElement(head, "meta", {"http-equiv": "Content-Security-Policy", "content": _SECURITY})
+    ET.SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
+    ET.SubElement(head, "meta", name="generator", content=MARK)
+    # browsers ask for an icon otherwise
+    ET.SubElement(head, "link", rel="icon", href="data:,")
+    ET.SubElement(head, "title").text = f"{TITLE}: {printable(found.location)}"
+    ET.SubElement(head, "style").text = _CSS
+    body = ET.SubElement(root, "body")
+    ET.SubElement(body, "h1").text = TITLE
+    ET.SubElement(body, "p", {"class": "soft"}).text = about(found)
+    shown = [table.without(CURVE) for table in tables(found)]
+    above = max((at + 1 for at, table in enumerate(shown) if table.title == PEAKS), default=0)
+    for table in shown[:above]:
+        _table(body, table)
+    for number, (picture, alt) in enumerate(pictures):
+        ET.SubElement(body, "figure").append(_inline(picture, alt, f"p{number}-"))
+    for table in shown[above:]:
+        _table(body, table)
+    _notes(body, found.remarks)
+    ET.indent(head)
+    return f"<!DOCTYPE html>\n{ET.tostring(root, encoding='unicode', method='html')}\n"
+
+
+def about(found: "Evaluation") -> str:
+    """What the report is of, in a sentence."""
+    times = [one.history[-1].at for one in found.materials if one.history]
+    newest = f", newest report {max(times):%Y-%m-%d %H:%M} UTC" if times else ""
+    count = len(found.materials)
+    return f"{printable(found.location)}: {count} run{'' if count == 1 else 's'}{newest}"
+
+
+def _table(body: ET.Element, table: Table) -> None:
+    ET.SubElement(body, "h2").text = printable(table.title)
+    element = ET.SubElement(ET.SubElement(body, "div", {"class": "wide"}), "table")
+    row = ET.SubElement(ET.SubElement(element, "thead"), "tr")
+    for head, is_number in table.heads:
+        ET.SubElement(row, "th", {"class": "n"} if is_number else {}, scope="col").text = printable(head)
+    rows = ET.SubElement(element, "tbody")
+    for cells in table.rows:
+        row = ET.SubElement(rows, "tr")
+        for (head, is_number), cell in zip(table.heads, cells, strict=True):
+            kind = "n" if is_number else _kind(head, cell)
+            ET.SubElement(row, "td", {"class": kind} if kind else {}).text = printable(cell)
+    _notes(body, table.notes)
+
+
+def _kind(head: str, cell: str) -> str:
+    return f"tight {_CLASSES.get(cell, '')}".rstrip() if head == "verdict" else ""
+
+
+def _notes(body: ET.Element, notes: Sequence[str]) -> None:
+    if notes:
+        listed = ET.SubElement(body, "ul", {"class": "notes"})
+        for note in notes:
+            ET.SubElement(listed, "li").text = printable(note)
+
+
+def _inline(picture: str, alt: str, prefix: str) -> ET.Element:
+    """A picture as a part of a page: without namespaces, in the page's ink, with ids of its own."""
+    root = ET.fromstring(picture)  # noqa: S314 - drawn by ourselves a moment ago
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for key in list(element.attrib):
+            value = element.attrib.pop(key)
+            if key == "id":
+                value = prefix + value
+            value = re.sub(r"(?<=url\(#)|(?<=^#)", prefix, value)
+            element.set(key.rpartition("}")[2], value.replace("#1f1f1e", "currentColor"))
+    for metadata in root.findall("metadata"):
+        root.remove(metadata)
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("role", "img")
+    root.set("aria-label", alt)
+    return root
+
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|&~$#!])")
+
+
+def escaped(text: str) -> str:
+    r"""Text that Markdown shows as it is.
+
+    Example:
+        >>> print(escaped("val_<b>|acc"))
+        val\_\<b\>\|acc
+    """
+    return _SPECIAL.sub(r"\\\1", printable(text))
+
+
+def markdown(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
+    """The report as Markdown.
+
+    Args:
+        found: what to show.
+        pictures: the path, relative to the page, and what it shows, of each picture.
+    """
+    lines = [f"<!-- {MARK} -->", "", f"# {TITLE}", "", escaped(about(found)), ""]
+    for table in [table.without(CURVE) for table in tables(found)]:
+        lines += [f"## {escaped(table.title)}", ""]
+        lines.append("| " + " | ".join(escaped(head) for head, _ in table.heads) + " |")
+        lines.append("|" + "|".join("---:" if is_number else "---" for _, is_number in table.heads) + "|")
+        lines += ["| " + " | ".join(map(escaped, cells)) + " |" for cells in table.rows]
+        lines += ["", *(f"- {escaped(note)}" for note in table.notes), *([""] if table.notes else [])]
+    lines += [line for path, alt in pictures for line in (f"![{escaped(alt)}]({path})", "")]
+    lines += [f"- {escaped(remark)}" for remark in found.remarks]
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,291 @@
+"""What was found, as tables of text that a terminal, a page or a file shows in its own way."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from peakpoint.evaluation.groups import Grouping
+from peakpoint.evaluation.judging import Judged
+from peakpoint.evaluation.material import Material
+from peakpoint.evaluation.noise import Interval
+from peakpoint.evaluation.thinning import sparkline, thin
+from peakpoint.evaluation.tradeoff import Tradeoff
+from peakpoint.evaluation.weighing import Comparison, Weight
+
+if TYPE_CHECKING:
+    from peakpoint.evaluation import Evaluation
+
+PEAKS = "Peak against last"
+CURVE = "curve"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows of text; nothing is escaped yet.
+
+    Attributes:
+        title: what it shows.
+        columns: the heads; one that begins with ``>`` stands over numbers.
+        rows: the cells.
+        notes: how to read it, a sentence each.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def heads(self) -> list[tuple[str, bool]]:
+        """Each head, and whether numbers stand below it."""
+        return [(column.removeprefix(">"), column.startswith(">")) for column in self.columns]
+
+    def without(self, head: str) -> "Table":
+        """The same without a column."""
+        left = [at for at, (title, _) in enumerate(self.heads) if title != head]
+        rows = tuple(tuple(cells[at] for at in left) for cells in self.rows)
+        return replace(self, columns=tuple(self.columns[at] for at in left), rows=rows)
+
+
+def printable(text: str) -> str:
+    r"""Text from users without what moves a cursor, reorders a line or cannot be seen.
+
+    Example:
+        >>> printable("val" + chr(0x9b) + "acc")
+        'val\\x9bacc'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def number(value: float | None) -> str:
+    """Five significant digits; nothing for None."""
+    return "" if value is None else f"{value:.5g}"
+
+
+def signed(value: float) -> str:
+    """Three significant digits with their sign."""
+    return f"{value:+.3g}" if math.isfinite(value) else str(value)
+
+
+def moment(step: int, epoch: int | None) -> str:
+    """``"epoch 3"`` or ``"step 400"``."""
+    return f"step {step}" if epoch is None else f"epoch {epoch}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def tables(found: "Evaluation") -> list[Table]:
+    """Every table that has a row."""
+    every = [
+        _runs(found),
+        _peaks(found),
+        *(_group(grouping) for grouping in found.groups if len(grouping.groups) > 1),
+        *(table for one in found.tradeoffs for table in _tradeoff(one)),
+        *map(_comparison, found.comparisons),
+    ]
+    return [table for table in every if table.rows]
+
+
+def _runs(found: "Evaluation") -> Table:
+    rows = []
+    for one in found.materials:
+        last = one.history[-1] if one.history else None
+        rows.append(
+            (
+                one.name,
+                found.optimizers[one.name],
+                str(len(one.history)),
+                moment(last.step, last.epoch) if last else "",
+                f"{len(one.saved)} / {len(one.checkpoints)}",
+                size(sum(one.packed.get(manifest.id, manifest.size_bytes) for manifest in one.checkpoints)),
+                _ended(one),
+            )
+        )
+    columns = ("run", "optimizer", ">reports", ">last at", ">saved / kept", ">size", "ended")
+    return Table(title="Runs", columns=columns, rows=tuple(rows))
+
+
+def _ended(material: Material) -> str:
+    if material.writer is not None:
+        return f"not yet: being written by {material.writer}"
+    if material.ended is None:
+        return "no word of an end: killed?" if material.history else ""
+    return "in good order" if material.ended == "closed" else material.ended
+
+
+def _peaks(found: "Evaluation") -> Table:
+    series = {one.name: one for one in found.materials}
+    rows = tuple(_peak_row(one, series[one.run]) for one in found.peaks)
+    columns = (
+        "run",
+        "metric",
+        CURVE,
+        ">best",
+        ">at",
+        ">last",
+        ">at",
+        ">lost",
+        ">by chance",
+        ">as good",
+        "verdict",
+        "checkpoint",
+    )
+    return Table(title=PEAKS, columns=columns, rows=rows, notes=tuple(_peak_notes(found.peaks)))
+
+
+def _peak_row(one: Judged, material: Material) -> tuple[str, ...]:
+    peak, noise = one.peak, one.noise
+    lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
+    if one.points:
+        lost = f"{one.points:.2f} points"
+    chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
+    points = list(enumerate(material.series(peak.metric)))
+    return (
+        one.run,
+        f"{one.label} {peak.mode}",
+        sparkline([value for _, value in thin(points, 200)], 12) if one.window == 1 else "",
+        number(peak.best) + (f" ± {noise.se:.2g}" if noise else ""),
+        moment(peak.best_step, peak.best_epoch),
+        number(peak.last),
+        moment(peak.last_step, peak.last_epoch),
+        lost,
+        chance,
+        "" if one.contenders is None else f"{one.contenders} of {peak.count}",
+        one.verdict,
+        _where(one, material),
+    )
+
+
+def _where(one: Judged, material: Material) -> str:
+    """A short ref of the best moment's checkpoint, or what there is instead."""
+    short = {f"{each.run}/{each.name}": f"{each.run}/{each.id[:8]}" for each in material.checkpoints}
+    if one.checkpoint is not None:
+        return short[one.checkpoint]
+    gone = "removed" if one.saved else "never saved"
+    if one.nearest is None:
+        return gone
+    ref, value = one.nearest
+    return f"{gone}; the best kept is {short[ref]} with {number(value)}"
+
+
+def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
+    known = [one for one in peaks if one.margin is not None]
+    if known:
+        yield (
+            "By chance: how far the best of so many equal values lies above the others on average, and how far it lies "
+            "above the last in 19 of 20 cases. As good: how many are that near the best. The best was chosen for being "
+            "the best, so expect less of it on new data."
+        )
+    for source in dict.fromkeys(one.noise.source for one in known if one.noise):
+        yield f"± is the standard error of one value: {source}."
+    for one in peaks:
+        text = one.why if one.verdict in ("noise unknown", "not finite") else one.aside
+        if text:
+            yield f"{one.run}, {one.label}: {text}."
+
+
+def _group(grouping: Grouping) -> Table:
+    rows = tuple(
+        (
+            group.name,
+            str(len(group.runs)),
+            number(group.best) + ("" if group.best_spread is None else f" ± {group.best_spread:.2g}"),
+            number(group.best_of_all),
+            number(group.last),
+            number(group.lost),
+            "the best mean" if group is grouping.groups[0] else interval_text(group.against) or "not known",
+        )
+        for group in grouping.groups
+    )
+    columns = (
+        grouping.by if grouping.by == "optimizer" or grouping.by.startswith("state:") else "group",
+        ">runs",
+        ">mean best ± spread",
+        ">best run",
+        ">mean last",
+        ">mean lost",
+        ">against the first",
+    )
+    title = f"{grouping.metric} ({grouping.mode}) by {grouping.by}"
+    return Table(title=title, columns=columns, rows=rows, notes=(f"{grouping.note[:1].upper()}{grouping.note[1:]}.",))
+
+
+def interval_text(interval: Interval | None) -> str:
+    """``"-0.02 (-0.05 to +0.01)"``."""
+    if interval is None:
+        return ""
+    return f"{signed(interval.difference)} ({signed(interval.low)} to {signed(interval.high)})"
+
+
+def _tradeoff(found: Tradeoff) -> Iterator[Table]:
+    rows = tuple(
+        (
+            at.run,
+            f"{at.target:g} ± {at.tolerance:g}",
+            "" if at.spot is None else number(at.spot.sparsity),
+            "" if at.spot is None else number(at.spot.value),
+            "" if at.cost is None or at.spot in found.dense else signed(-at.cost if found.mode == "max" else at.cost),
+            "none at this sparsity" if at.spot is None else at.spot.ref,
+        )
+        for at in found.targets
+    )
+    columns = ("run", f">{found.sparsity} wanted", ">has", f">best {found.metric}", ">against dense", "checkpoint")
+    without = {at.run for at in found.targets} - {spot.run for spot in found.dense}
+    notes = tuple(f"{run} has no dense checkpoint to compare with." for run in sorted(without))
+    title = f"{found.metric} ({found.mode}) at each {found.sparsity}"
+    yield Table(title=title, columns=columns, rows=rows, notes=notes)
+    front = sorted((spot for spot in found.spots if spot.on_front), key=lambda spot: spot.sparsity)
+    yield Table(
+        title=f"The front of {found.metric} ({found.mode}) and {found.sparsity} (max)",
+        columns=(f">{found.sparsity}", f">{found.metric}", ">at", "checkpoint"),
+        rows=tuple((number(one.sparsity), number(one.value), moment(one.step, one.epoch), one.ref) for one in front),
+        notes=(f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both.",),
+    )
+
+
+def _comparison(found: Comparison) -> Table:
+    one, other = found.original, found.compressed
+    rows = [("checkpoint", one.ref, other.ref, "")]
+    for item in found.differences:
+        both = number(item.original), number(item.compressed)
+        rows.append((item.metric, *both, interval_text(item.interval) or signed(item.compressed - item.original)))
+    rows += _weight_rows(one, other)
+    sources = dict.fromkeys(item.source for item in found.differences if item.source)
+    notes = [f"Intervals are 95 %, as if each was measured on other examples: {source}." for source in sources]
+    if any(weight.nonzero is not None for weight in (one, other)):
+        notes.append(
+            "As sparse storage: an estimate, a bit for each parameter and the values that are not zero; no such file "
+            "was written."
+        )
+    counted = dict.fromkeys(weight.source for weight in (one, other))
+    notes += [f"Non-zero parameters of {one.part}: {source}." for source in counted]
+    columns = ("", "original", "compressed", ">difference or share")
+    return Table(
+        title=f"Compressed against original: {found.why}", columns=columns, rows=tuple(rows), notes=tuple(notes)
+    )
+
+
+def _weight_rows(one: Weight, other: Weight) -> Iterator[tuple[str, str, str, str]]:
+    def row(what: str, before: int | None, after: int | None, *, as_bytes: bool = True) -> tuple[str, str, str, str]:
+        def shown(count: int | None) -> str:
+            return "not known" if count is None else size(count) if as_bytes else f"{count:,}"
+
+        share = "" if before is None or after is None or not before else f"{after / before:.1%}"
+        return what, shown(before), shown(after), share
+
+    part = one.part
+    yield row(f"parameters of {part}", one.parameters, other.parameters, as_bytes=False)
+    yield row("not zero", one.nonzero, other.nonzero, as_bytes=False)
+    yield row(f"bytes of {part}", one.part_bytes, other.part_bytes)
+    yield row("as sparse storage (estimate)", one.sparse_bytes, other.sparse_bytes)
+    yield row("all files", one.files_bytes, other.files_bytes)
+    if one.packed_bytes is not None or other.packed_bytes is not None:
+        yield row("in the archive", one.packed_bytes, other.packed_bytes)

@@ -1,0 +1,131 @@
+"""What sparsity costs: checkpoints by sparsity, the front that no other beats, the best at each target."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peakpoint.evaluation.material import Material, ref_of
+from peakpoint.manifest import Manifest
+from peakpoint.rules import BestAtSparsity, Mode, Pareto, ranked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spot:
+    """One checkpoint in the plane of sparsity and metric.
+
+    Attributes:
+        run: its run.
+        ref: its ref.
+        step: optimizer steps completed.
+        epoch: the epoch's index; None outside epochs.
+        sparsity: from 0 (dense) to 1, as recorded.
+        value: of the metric.
+        on_front: whether no other checkpoint beats it in both.
+    """
+
+    run: str
+    ref: str
+    step: int
+    epoch: int | None
+    sparsity: float
+    value: float
+    on_front: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtTarget:
+    """The best checkpoint of a run at one sparsity.
+
+    Attributes:
+        run: the run.
+        target: the sparsity that a rule asks for.
+        tolerance: how far from it still counts.
+        spot: the checkpoint; None when there is none.
+        cost: how much worse it is than the best dense checkpoint of the run, in the metric's unit; negative when it is
+            better; None when either is missing.
+    """
+
+    run: str
+    target: float
+    tolerance: float
+    spot: Spot | None
+    cost: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tradeoff:
+    """Accuracy against sparsity, for one metric.
+
+    Attributes:
+        metric: which metric.
+        mode: its direction.
+        sparsity: the metric that holds the sparsity.
+        spots: every checkpoint that has both, by run and sparsity.
+        targets: by run and target; none without a ``BestAtSparsity`` rule.
+        dense: the best dense checkpoint of each run that has one.
+    """
+
+    metric: str
+    mode: Mode
+    sparsity: str
+    spots: tuple[Spot, ...]
+    targets: tuple[AtTarget, ...]
+    dense: tuple[Spot, ...]
+
+
+def tradeoff(materials: Sequence[Material], metric: str, mode: Mode, sparsity: str) -> Tradeoff | None:
+    """The trade-off among the checkpoints of some runs; None when fewer than two sparsities are there.
+
+    Args:
+        materials: the runs.
+        metric: which metric.
+        mode: its direction.
+        sparsity: the metric that holds the sparsity, of which more is better.
+    """
+    having = [
+        manifest
+        for material in materials
+        for manifest in material.checkpoints
+        if all(math.isfinite(manifest.metrics.get(name, math.nan)) for name in (metric, sparsity))
+    ]
+    if len({manifest.metrics[sparsity] for manifest in having}) < 2:
+        return None
+    front = set(Pareto({metric: mode, sparsity: "max"}).claims(having))
+    spots = {one.id: _spot(one, metric, sparsity, on_front=one.id in front) for one in having}
+    targets, dense = [], []
+    for material in materials:
+        mine = [manifest for manifest in having if manifest.run == material.name]
+        rules = [rule for rule in material.rules if isinstance(rule, BestAtSparsity)]
+        rules = [rule for rule in rules if (rule.metric, rule.mode, rule.sparsity) == (metric, mode, sparsity)]
+        within = min((rule.tolerance for rule in rules), default=0.01)
+        unpruned = ranked([one for one in mine if abs(one.metrics[sparsity]) <= within], metric, mode)
+        best = spots[unpruned[0].id] if unpruned else None
+        dense += [best] if best else []
+        for rule in rules:
+            for target in rule.targets:
+                at = ranked([one for one in rule.considered(mine) if rule.target_of(one) == target], metric, mode)
+                spot = spots[at[0].id] if at else None
+                cost = None if spot is None or best is None else (spot.value - best.value) * _sign(mode)
+                targets.append(
+                    AtTarget(run=material.name, target=target, tolerance=rule.tolerance, spot=spot, cost=cost)
+                )
+    ordered = sorted(spots.values(), key=lambda spot: (spot.run, spot.sparsity, spot.step))
+    return Tradeoff(
+        metric=metric, mode=mode, sparsity=sparsity, spots=tuple(ordered), targets=tuple(targets), dense=tuple(dense)
+    )
+
+
+def _sign(mode: Mode) -> float:
+    return -1.0 if mode == "max" else 1.0
+
+
+def _spot(manifest: Manifest, metric: str, sparsity: str, *, on_front: bool) -> Spot:
+    return Spot(
+        run=manifest.run,
+        ref=ref_of(manifest),
+        step=manifest.step,
+        epoch=manifest.epoch,
+        sparsity=manifest.metrics[sparsity],
+        value=manifest.metrics[metric],
+        on_front=on_front,
+    )

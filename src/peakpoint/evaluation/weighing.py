@@ -1,0 +1,225 @@
+"""Compressed against original: what a checkpoint is, weighs and takes, beside another."""
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peakpoint import reader
+from peakpoint.errors import MissingExtraError, NotFoundError
+from peakpoint.evaluation.judging import Examples, noise_of
+from peakpoint.evaluation.material import Material, ref_of
+from peakpoint.evaluation.noise import Interval
+from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.rules import Mode
+from peakpoint.store import Store
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64"})
+_NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """What one checkpoint weighs.
+
+    Attributes:
+        ref: which checkpoint.
+        part: the part that was looked at.
+        parameters: elements of the part's floating-point tensors.
+        nonzero: those that are not zero; None when nothing says.
+        source: where ``nonzero`` comes from, in words.
+        part_bytes: bytes of the part's tensors.
+        sparse_bytes: an estimate of what the part would take with a bit for each element and the values that are not
+            zero; never more than ``part_bytes``; None when ``nonzero`` is.
+        files_bytes: bytes of all files of the checkpoint.
+        packed_bytes: bytes in the archive; None when it is not archived.
+        metrics: all that is known.
+    """
+
+    ref: str
+    part: str
+    parameters: int
+    nonzero: int | None
+    source: str
+    part_bytes: int
+    sparse_bytes: int | None
+    files_bytes: int
+    packed_bytes: int | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One metric of two checkpoints.
+
+    Attributes:
+        metric: its name.
+        mode: its direction; None when it was not said.
+        original: the value there.
+        compressed: the value there.
+        interval: of compressed less original, 95 %; None when the noise is not known.
+        source: where the noise comes from; "" when it is not known.
+    """
+
+    metric: str
+    mode: Mode | None
+    original: float
+    compressed: float
+    interval: Interval | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two checkpoints side by side.
+
+    Attributes:
+        why: why these two.
+        original: the one that is compared with.
+        compressed: the other.
+        differences: of every metric that both have.
+    """
+
+    why: str
+    original: Weight
+    compressed: Weight
+    differences: tuple[Difference, ...]
+
+
+Side = tuple[Material, Manifest]
+
+
+def compare(
+    original: Side,
+    compressed: Side,
+    modes: Mapping[str, Mode],
+    examples: Examples,
+    *,
+    why: str,
+    part: str = "model",
+    sparsity: str = "sparsity",
+    recount: bool = False,
+) -> Comparison:
+    """Put two checkpoints side by side.
+
+    Args:
+        original: a run, and which of its checkpoints.
+        compressed: the same of the other.
+        modes: directions of metrics, as far as they are known.
+        examples: what is known of the evaluation.
+        why: why these two.
+        part: the part to weigh.
+        sparsity: the metric that holds the sparsity.
+        recount: count zeros in the weights, one tensor at a time, instead of trusting that metric.
+
+    Raises:
+        NotFoundError: a checkpoint has no such part.
+    """
+    shared = [name for name in original[1].metrics if name in compressed[1].metrics]
+    return Comparison(
+        why=why,
+        original=weigh(*original, part=part, sparsity=sparsity, recount=recount),
+        compressed=weigh(*compressed, part=part, sparsity=sparsity, recount=recount),
+        differences=tuple(_difference(name, original, compressed, modes.get(name), examples) for name in shared),
+    )
+
+
+def _difference(metric: str, one: Side, other: Side, mode: Mode | None, examples: Examples) -> Difference:
+    values = one[1].metrics[metric], other[1].metrics[metric]
+    interval, source = None, ""
+    if mode is None:
+        return Difference(
+            metric=metric, mode=mode, original=values[0], compressed=values[1], interval=interval, source=source
+        )
+    noises = [noise_of(material, metric, mode, (manifest.report,), examples) for material, manifest in (one, other)]
+    known = [noise for noise in noises if noise is not None]
+    if len(known) == 2 and all(map(math.isfinite, values)):
+        reach = _NORMAL_95 * math.hypot(*(noise.se for noise in known))
+        difference = values[1] - values[0]
+        interval = Interval(difference=difference, low=difference - reach, high=difference + reach, confidence=0.95)
+        source = "; ".join(dict.fromkeys(noise.source for noise in known))
+    return Difference(
+        metric=metric, mode=mode, original=values[0], compressed=values[1], interval=interval, source=source
+    )
+
+
+def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, recount: bool) -> Weight:
+    """What a part of a checkpoint weighs.
+
+    Raises:
+        NotFoundError: there is no such part.
+        CorruptError: its files are damaged (with ``recount``).
+        MissingExtraError: NumPy is not installed (with ``recount``).
+    """
+    if part not in manifest.parts:
+        parts = ", ".join(manifest.parts) or "none"
+        raise NotFoundError(f"{ref_of(manifest)} has no part {part!r}; parts: {parts}; choose one with --part")
+    files = [manifest.file(name) for name in manifest.parts[part]]
+    tensors = [tensor for file in files for tensor in file.tensors]
+    floats = [tensor for tensor in tensors if tensor.dtype in _FLOATS]
+    parameters = sum(_elements(tensor) for tensor in floats)
+    nonzero, source = None, f"not known: no metric {sparsity}; --recount counts"
+    recorded = manifest.metrics.get(sparsity, math.nan)
+    if recount:
+        nonzero = _recounted(material.run.store, manifest, files)
+        source = "counted in the weights"
+    elif 0 <= recorded <= 1:
+        nonzero = round(parameters * (1 - recorded))
+        source = f"if the recorded {sparsity} is that of all parameters"
+    return Weight(
+        ref=ref_of(manifest),
+        part=part,
+        parameters=parameters,
+        nonzero=nonzero,
+        source=source,
+        part_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
+        sparse_bytes=None if nonzero is None else _sparse_bytes(tensors, floats, nonzero),
+        files_bytes=manifest.size_bytes,
+        packed_bytes=material.packed.get(manifest.id),
+        metrics=manifest.metrics,
+    )
+
+
+def _recounted(store: Store, manifest: Manifest, files: Sequence[FileRecord]) -> int:
+    hold = reader.reading(store, manifest)  # a training leaves it alone meanwhile
+    try:
+        return sum(
+            _nonzero(reader.read_tensor(store, manifest, file, tensor), tensor)
+            for file in files
+            for tensor in file.tensors
+            if tensor.dtype in _FLOATS
+        )
+    finally:
+        if hold is not None:
+            hold.release()
+
+
+def _elements(tensor: TensorRecord) -> int:
+    return math.prod(tensor.shape)
+
+
+def _sparse_bytes(tensors: Sequence[TensorRecord], floats: Sequence[TensorRecord], nonzero: int) -> int:
+    """A bit for each element and the values that are not zero; as it is where that is no smaller."""
+    whole = sum(tensor.end - tensor.begin for tensor in tensors)
+    dense = sum(tensor.end - tensor.begin for tensor in floats)
+    count = sum(_elements(tensor) for tensor in floats)
+    packed = math.ceil(count / 8) + round(dense * nonzero / count) if count else 0
+    return whole - dense + min(dense, packed)
+
+
+def _nonzero(data: bytearray, tensor: TensorRecord) -> int:
+    """How many elements are not zero; a negative zero is one."""
+    try:
+        numpy: Any = importlib.import_module("numpy")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "--recount needs numpy, which is not installed: pip install 'peakpoint[torch]'"
+        ) from error
+    if not data:
+        return 0
+    if tensor.dtype == "C64":
+        return int(numpy.count_nonzero(numpy.frombuffer(data, numpy.complex64)))
+    width = len(data) // _elements(tensor)
+    words = numpy.frombuffer(data, f"<u{width}")
+    return int(numpy.count_nonzero(words & numpy.array((1 << (8 * width - 1)) - 1, words.dtype)))
