@@ -505,3 +505,21 @@ def test_values_that_are_not_finite_are_counted(tmp_path):
     report = found(tmp_path)
     assert (report.peaks[0].peak.count, report.peaks[0].peak.missing) == (3, 2)
     assert any("2 values of acc are NaN or infinite" in remark for remark in report.remarks)
+
+
+def test_a_training_that_was_stopped_early_says_so(tmp_path):
+    for run, patience in (("stopped", 3), ("whole", 50)):
+        stop = pp.EarlyStopping("acc", "max", patience=patience)
+        with pp.Checkpointer(
+            tmp_path, run=run, state={"x": 1}, keep=[pp.Best("acc", "max")], stop=stop, preempt=None, announce=[].append
+        ) as ckpt:
+            for epoch in ckpt.epochs(12):
+                ckpt.report(acc=1 - abs(5 - epoch) / 10)
+    found = pp.evaluation.evaluate(pp.open(tmp_path))
+    ended = {one.name: (one.stopped_early, one.ended, len(one.history)) for one in found.materials}
+    assert ended["whole"] == (False, "closed", 12)
+    assert ended["stopped"][0] is True
+    assert ended["stopped"][1].startswith("stopped early: acc has not improved")
+    assert ended["stopped"][2] == 9
+    pp.evaluation.write(found, tmp_path / "curves.svg")
+    assert "stopped early" in (tmp_path / "curves.svg").read_text()

@@ -360,7 +360,7 @@ class Checkpointer:
         if self._closed:
             return
         try:
-            failure = self._finish("closed" if self.why_stop is None else f"stopped early: {self.why_stop}")
+            failure = self._finish("closed" if self.why_stop is None else f"{journals.STOPPED}{self.why_stop}")
         finally:
             arrived = self._watch.stop()
         self._tell_notices()

@@ -230,6 +230,8 @@ class Closed:
     why: str
 
 
+STOPPED = "stopped early: "  # and why, in ``Closed.why``
+
 Event = (
     Opened
     | Started

@@ -266,6 +266,8 @@ class _Curves:
         for place, value, mark, area in ((last, peak.last, shape, 7), (best, peak.best, "*", 14)):
             if abs(value) < _LARGEST:
                 axes.plot([place or 0], [value], mark, color=colour, markersize=area, markeredgecolor=INK, zorder=area)
+        if self.materials[one.run].stopped_early and abs(peak.last) < _LARGEST:
+            axes.plot([last or 0], [peak.last], "|", color=INK, markersize=22, markeredgewidth=1.5, zorder=6)
 
     def legend(self) -> list[Line2D]:
         """Runs by colour and marker, metrics by the kind of line, then the marks."""
@@ -290,9 +292,11 @@ class _Curves:
     def _more(self, ink: Any) -> Iterator[Line2D]:
         """The marks that are there."""
         materials = [self.materials[run] for run in self.chosen]
-        ends = {one.ended for one in materials if one.ended not in ("closed", None)}
+        ends = {one.ended for one in materials if one.ended not in ("closed", None) and not one.stopped_early}
         how = f" (ended: {_short(', '.join(sorted(filter(None, ends))))})" if ends else ""
         yield Line2D([], [], **ink, marker="o", label=f"last{how}")
+        if any(one.stopped_early for one in materials):
+            yield Line2D([], [], **ink, marker="|", markersize=12, label="stopped early")
         if len(self.materials) == 1:
             if 0 < len(_gone(materials[0])) <= _MOST_DOTS:
                 yield Line2D([], [], **ink, marker=".", markerfacecolor="none", markersize=8, label="saved, gone since")

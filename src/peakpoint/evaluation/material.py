@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from peakpoint import journal as journals
 from peakpoint import packs, reader
-from peakpoint.journal import Closed, Event, Measured, Opened, Reported, Saved, Started
+from peakpoint.journal import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
 from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known
 from peakpoint.repository import Run, rules_of
@@ -52,6 +52,11 @@ class Material:
     def name(self) -> str:
         """The run's name."""
         return self.run.name
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended the last training."""
+        return self.ended is not None and self.ended.startswith(STOPPED)
 
     @property
     def metrics(self) -> tuple[str, ...]:
