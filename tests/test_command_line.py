@@ -14,6 +14,7 @@ import peakpoint as pp
 from peakpoint.cli.main import cli
 from training import checkpointer
 
+MODULE = [sys.executable, "-m", "peakpoint"]
 RUN = "from peakpoint.cli.main import run; run()"
 
 
@@ -157,6 +158,11 @@ def test_a_run_that_is_being_written_is_left_alone(root):
         assert "being written by process" in invoke("ls", root, "two").output
     with checkpointer(root, run="two"):
         assert not bare.exists(), "opening a run removes what its last writer left"
+
+
+def test_it_is_a_module_as_well(root):
+    done = subprocess.run([*MODULE, "ls", str(root), "--json"], capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["runs"][0]["name"]) == (0, "one")
 
 
 def test_rm_shows_a_plan_and_removes_with_yes(root):
