@@ -159,9 +159,9 @@ def limits(root, turns):
     """SQLite without us: one look into an index, and one pass over the table."""
     connection = sqlite3.connect(root / "catalogue.sqlite")
     connection.execute("PRAGMA mmap_size=1073741824")
-    [[key]] = connection.execute("SELECT key FROM metrics WHERE name = 'val_accuracy'")
-    best = f"SELECT key FROM checkpoints WHERE m{key} IS NOT NULL ORDER BY m{key} DESC LIMIT 1"
-    scan = f"SELECT count(*) FROM checkpoints WHERE m{key} + 0 > 0.7"
+    [[key]] = connection.execute("SELECT key FROM peakpoint_metrics WHERE name = 'val_accuracy'")
+    best = f"SELECT key FROM peakpoint_checkpoints WHERE m{key} IS NOT NULL ORDER BY m{key} DESC LIMIT 1"
+    scan = f"SELECT count(*) FROM peakpoint_checkpoints WHERE m{key} + 0 > 0.7"
     found = {
         "SQLite, the best by an index": _timed(lambda: connection.execute(best).fetchall(), turns),
         "SQLite, a pass over all rows": _timed(lambda: connection.execute(scan).fetchall(), max(1, turns // 5)),

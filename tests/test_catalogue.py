@@ -1,5 +1,6 @@
 """The catalogue says what the files say, at once, whatever is done to them and to it."""
 
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import sqlalchemy
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -29,11 +31,13 @@ from peakpoint.errors import (
     MissingExtraError,
     NotFoundError,
     StoreError,
+    TransientStoreError,
 )
-from peakpoint.journal import Journal, history
+from peakpoint.journal import Closed, Journal, Opened, Pinned, history
 from peakpoint.manifest import encode
 from peakpoint.peaks import peaks
 from peakpoint.query import parse
+from peakpoint.ranking import read_keys
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.rules import watched
 from peakpoint.store import LocalStore, MemoryStore
@@ -286,10 +290,14 @@ def test_what_is_deleted_by_hand_is_missed(tmp_path):
     watchful.close()
 
 
+LONG_AGO = itertools.count(1000)
+
+
 def settle(root):
-    """Make every directory look as if it had not changed for long."""
+    """Make every directory that has just changed look as if that had been long ago, each time later than before."""
     for directory, _, _ in os.walk(root):
-        os.utime(directory, (1000, 1000))
+        if os.stat(directory).st_mtime > 1e9:  # noqa: PTH116
+            os.utime(directory, (next(LONG_AGO),) * 2)
 
 
 def test_nothing_is_read_again_that_has_not_changed(tmp_path):
@@ -315,7 +323,8 @@ def test_nothing_is_read_again_that_has_not_changed(tmp_path):
         ckpt.report(step=4, acc=0.5)
         ckpt.wait()
         assert len(everything(catalogue)) == 4
-        assert sorted(key.rpartition("/")[2] for key in store.read) == ["000001.jsonl", "manifest.json"]
+        assert {key.rpartition("/")[2] for key in store.read} == {"000001.jsonl", "manifest.json", "run.json"}
+        assert sum(key.endswith("manifest.json") for key in store.read) == 1
         catalogue.close()
 
 
@@ -402,8 +411,9 @@ def test_a_damaged_one_is_made_anew(small, damage):
         old.unlink()
     file.write_bytes(data)
     assert [one.step for one in pp.open(small).select("late == 0.25")] == [1]
-    assert (small / "catalogue.damaged.sqlite").read_bytes()[:14] == data[:14], "it is kept: it may be somebody's"
-    assert audit(pp.open(small)).findings == []
+    [kept] = small.glob("catalogue.damaged-*.sqlite")
+    assert kept.read_bytes() == data, "it may be somebody's"
+    assert [(one.kind, one.where) for one in audit(pp.open(small)).findings] == [("foreign", kept.name)]
 
 
 def test_a_file_that_was_named_is_never_replaced(small, tmp_path):
@@ -431,13 +441,13 @@ def test_an_older_one_is_brought_up_to_date_in_one_step(small, catalogue_url):
     catalogue.refresh()
 
     def more(connection):
-        connection.execute(sqlalchemy.text("ALTER TABLE runs ADD COLUMN colour TEXT"))
+        connection.execute(sqlalchemy.text("ALTER TABLE peakpoint_runs ADD COLUMN colour TEXT"))
 
     def fails(connection):
-        connection.execute(sqlalchemy.text("ALTER TABLE runs ADD COLUMN taste TEXT"))
+        connection.execute(sqlalchemy.text("ALTER TABLE peakpoint_runs ADD COLUMN taste TEXT"))
         raise ZeroDivisionError
 
-    columns = lambda: {one["name"] for one in sqlalchemy.inspect(catalogue._engine).get_columns("runs")}  # noqa: E731
+    columns = lambda: {one["name"] for one in sqlalchemy.inspect(catalogue._engine).get_columns("peakpoint_runs")}  # noqa: E731
     for last in (fails, None):
         steps = [*schema.MIGRATIONS, more, *([last] if last else [])]
         try:
@@ -512,14 +522,17 @@ def test_the_environment_names_it(small, tmp_path, monkeypatch):
     assert not (small / "catalogue.sqlite").exists()
 
 
-def test_in_a_store_without_directories_it_is_in_memory():
+def test_of_a_store_without_directories_it_is_a_file_for_as_long_as_it_is_used():
     store = MemoryStore()
     with checkpointer(store, keep=[pp.Last(2)]) as ckpt:
         for _ in ckpt.steps(3):
             ckpt.report(acc=0.5)
     repository = pp.open(store)
     assert [one.step for one in repository.select("acc == 0.5", by={"step": "max"})] == [3, 2]
-    assert repository.catalogue().location == "memory"
+    file = Path(repository.catalogue().location)
+    assert file.exists()
+    del repository
+    assert not file.exists()
 
 
 # --- odd things ---------------------------------------------------------------------------------------------------
@@ -536,21 +549,22 @@ def test_more_metrics_than_there_are_columns(tmp_path, catalogue_url):
     last = f"metric('layer{schema.WIDEST + 19:03d}/sparsity')"
     found = catalogue.select(Wish(query=parse(f"{last} > 1 and {last} < 2.1 or has(rare)")))
     assert [one.sequence for one in found] == [2]
-    by = catalogue.select(Wish(query=parse(f"{last} > 0"), keys=pp.ranking.read_keys({last[8:-2]: "max"}), top=2))
+    by = catalogue.select(Wish(query=parse(f"{last} > 0"), keys=read_keys({last[8:-2]: "max"}), top=2))
     assert [one.sequence for one in by] == [3, 2]
     assert [clause.left for clause in by.why().clauses] == [3, 3]
     catalogue.close()
 
 
 def test_hostile_names_are_data(tmp_path, catalogue_url):
-    names = ["x'; DROP TABLE runs; --", 'a"b', "m1", "key", "%s", "?", "\u202e", "``"]
+    names = ["x'; DROP TABLE peakpoint_runs; --", 'a"b', "m1", "key", "%s", "?", "\u202e", "``"]
     names = [name.replace(" ", "_") for name in names]
     with checkpointer(tmp_path / "runs", keep=[pp.Last(1)]) as ckpt:
         ckpt.report(dict.fromkeys(names, 0.5), step=1)
         ckpt.save("nul \x00 'quote\" \u202e")
     catalogue = Catalogue(LocalStore(tmp_path / "runs"), catalogue_url)
     for name in names:
-        text = f"metric({name!r}) == 0.5"
+        quoted = name.replace('"', '\\"')
+        text = f'metric("{quoted}") == 0.5'
         assert len(list(catalogue.select(Wish(query=parse(text))))) >= 1, name
     assert catalogue.metrics() == tuple(sorted(names))
     check(tmp_path / "runs", catalogue)
@@ -604,3 +618,317 @@ def test_audit_knows_its_files(small):
     list(repository.select(""))
     assert [finding for finding in audit(repository).findings if "catalogue" in finding.where] == []
     assert json.dumps([one.step for one in repository.select("")]) == "[1]"
+
+
+# --- somebody looks in the middle ---------------------------------------------------------------------------------
+
+
+class Followed(LocalStore):
+    """A disk that somebody looks at before and after everything that is done to it, and that can fail."""
+
+    look = staticmethod(lambda: None)
+    left = math.inf
+
+    def _follow(self, action):
+        if self.left <= 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.look()
+        found = action()
+        self.look()
+        return found
+
+    def put(self, key, chunks, size=None):
+        return self._follow(lambda: super(Followed, self).put(key, chunks, size))
+
+    def create(self, key, data):
+        return self._follow(lambda: super(Followed, self).create(key, data))
+
+    def delete(self, key):
+        return self._follow(lambda: super(Followed, self).delete(key))
+
+    def prune(self, prefix):
+        return self._follow(lambda: super(Followed, self).prune(prefix))
+
+
+def _remove(run):
+    pp.upkeep.remove(run, run.manifests()[:2], "x", undo_for=DAY)
+
+
+def _remove_for_good(run):
+    pp.upkeep.remove(run, run.manifests()[:2], "x")
+
+
+def _take_back(run):
+    for one in pp.upkeep.in_trash(run):
+        pp.upkeep.undo(run, [one.manifest.id])
+
+
+def _drop(run):
+    rules = (pp.Best("acc", "max", parts="model"), pp.Last(3, parts="model"))
+    pp.upkeep.apply_plan(run, run.plan(rules), rules, undo_for=DAY)
+
+
+def _measure(run):
+    run.record("r@latest", {"late": 0.5})
+    run.pin("r@latest", "why")
+
+
+DONE = {
+    "remove": [_remove],
+    "remove for good": [_remove_for_good],
+    "take back": [_remove, _take_back],
+    "drop and take back parts": [_drop, _take_back],
+    "archive": [pp.upkeep.archive],
+    "restore": [pp.upkeep.archive, pp.upkeep.restore],
+    "measure": [_measure, _remove, _measure],
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    root = tmp_path_factory.mktemp("three")
+    with checkpointer(root, state={"model": torch.nn.Linear(2, 2), "more": torch.ones(3)}, keep=[pp.Last(3)]) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.report(step=step, acc=step / 10)
+    return root
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["fresh", "old"])
+@pytest.mark.parametrize("what", DONE)
+def test_who_looks_in_the_middle_of_something_sees_its_end(three, tmp_path, what, old):
+    root = shutil.copytree(three, tmp_path / "runs")
+    catalogue = Catalogue(LocalStore(root), by_hand=0)
+    store = Followed(root)
+    store.look = lambda: (settle(root / "runs") if old else None, everything(catalogue))
+    for action in DONE[what]:
+        action(pp.open(store).run("r"))
+    if old:
+        settle(root / "runs")
+    check(root, catalogue)
+    catalogue.close()
+
+
+@pytest.mark.parametrize("what", ["take back", "drop and take back parts", "archive", "restore"])
+def test_who_looks_after_a_crash_sees_what_it_left(three, tmp_path, what):
+    for count in range(100):
+        root = shutil.copytree(three, tmp_path / f"runs{count}")
+        catalogue = Catalogue(LocalStore(root))
+        store = Followed(root)
+        store.look = lambda root=root, catalogue=catalogue: (settle(root / "runs"), everything(catalogue))
+        for action in DONE[what][:-1]:
+            action(pp.open(store).run("r"))
+        store.left = count
+        try:
+            DONE[what][-1](pp.open(store).run("r"))
+        except KeyboardInterrupt:
+            settle(root / "runs")
+            check(root, catalogue)
+        else:
+            return
+        finally:
+            catalogue.close()
+            shutil.rmtree(root)
+    pytest.fail("it never ends")
+
+
+# --- other pasts --------------------------------------------------------------------------------------------------
+
+
+def short(root, values, run="r", **more):
+    with checkpointer(root, run=run, keep=[pp.Best("acc", "max"), pp.Last(9)], name="{run}_{step}") as ckpt:
+        ckpt.resume()
+        for step, acc in enumerate(values, 1):
+            ckpt.report(step=step, acc=acc, **more)
+            ckpt.wait()
+
+
+def test_a_run_of_the_same_name_is_another_run(tmp_path, catalogue_url):
+    short(tmp_path / "runs", [0.1, 0.2])
+    catalogue = Catalogue(LocalStore(tmp_path / "runs"), catalogue_url)
+    check(tmp_path / "runs", catalogue)
+    shutil.rmtree(tmp_path / "runs" / "runs" / "r")
+    short(tmp_path / "runs", [0.4, 0.8])
+    check(tmp_path / "runs", catalogue)
+    assert len(list(catalogue.select(Wish(query=parse("acc > 0.5"))))) == 1
+    catalogue.close()
+
+
+def test_a_backup_that_is_put_back_is_what_there_is(tmp_path):
+    root = tmp_path / "runs"
+    short(root, [0.1, 0.2])
+    shutil.copytree(root / "runs", tmp_path / "backup")
+    run = pp.open(root).run("r")
+    run.pin("r@latest", "soon forgotten")
+    catalogue = pp.open(root).catalogue()
+    check(root, catalogue)
+    shutil.rmtree(root / "runs")
+    shutil.copytree(tmp_path / "backup", root / "runs")
+    pp.open(root).run("r").record("r:1", {"new": 0.5})
+    check(root, catalogue)
+    assert not list(catalogue.select(Wish(query=parse("pinned"))))
+    assert len(list(catalogue.select(Wish(query=parse("new == 0.5"))))) == 1
+
+
+def test_two_copies_can_share_one_catalogue_and_are_not_confused(tmp_path, catalogue_url):
+    short(tmp_path / "one", [0.1, 0.2])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for root, value in (("one", 1.0), ("two", 2.0)):
+        pp.open(tmp_path / root).run("r").record("r@latest", {"late": value})
+    for _ in range(2):
+        for root, value in (("one", 1.0), ("two", 2.0)):
+            found = pp.open(tmp_path / root, catalogue=catalogue_url).select("has(late)")
+            assert [(one.metrics["late"], one.path.exists()) for one in found] == [(value, True)]
+
+
+# --- held over a change -------------------------------------------------------------------------------------------
+
+
+def test_what_is_held_over_a_change_stays_right(tmp_path, catalogue_url):
+    root = tmp_path / "runs"
+    short(root, [0.6] * 3 + [0.5 + step / 1000 for step in range(300)], run="many")
+    with checkpointer(root, run="many", keep=[pp.Last(400)], resume="auto") as ckpt:
+        ckpt.resume()
+        for step in range(304, 560):
+            ckpt.report(step=step, acc=0.7)
+    catalogue = Catalogue(LocalStore(root), catalogue_url)
+    selection = catalogue.select(Wish(query=parse("acc > 0.5"), keys=read_keys({"step": "min"})))
+    count = selection.count()
+    assert count > 250
+    walk = iter(selection)
+    begin = [next(walk) for _ in range(3)]
+    late = list(selection)[-1]
+    pp.open(root).run("many").pin(late.ref, "read again, and its key stays")
+    other = Catalogue(LocalStore(root), catalogue_url)
+    assert other.select(Wish(query=parse("pinned"))).count() == 1
+    pp.upkeep.remove(pp.open(root).run("many"), pp.open(root).run("many").manifests()[-2:-1], "x")
+    short(root, [0.0], run="new")
+    other.refresh()
+    rest = list(walk)
+    assert late.id in {one.id for one in rest}
+    assert all(one.metrics["acc"] > 0.5 for one in begin + rest)
+    assert len(begin) + len(rest) == count - 1
+    walk = iter(selection)
+    next(walk)
+    other.rebuild()
+    if catalogue_url.startswith("postgresql"):  # a file that was deleted lives on for those who have it open
+        with pytest.raises(TransientStoreError, match="made anew"):
+            list(walk)
+    catalogue.close()
+    other.close()
+
+
+def test_a_selection_that_is_held_asks_the_catalogue_that_is_there(tmp_path, postgres):
+    root = tmp_path / "runs"
+    short(root, [0.1], run="b", loss=0.1)
+    catalogue = Catalogue(LocalStore(root), postgres)
+    held = catalogue.select(Wish(query=parse("loss < 0.5")))
+    assert [one.run for one in held] == ["b"]
+    with checkpointer(root, run="a", keep=[pp.Last(1)]) as ckpt:
+        ckpt.report(step=1, first=0.9)
+    Catalogue(LocalStore(root), postgres).rebuild()
+    assert [one.run for one in held] == ["b"]
+    catalogue.close()
+
+
+# --- one bad thing ------------------------------------------------------------------------------------------------
+
+
+def test_one_run_that_cannot_be_read_keeps_nobody_from_the_others(small, recwarn):
+    for run in ("bad", "newer"):
+        short(small, [0.3], run=run)
+    write(LocalStore(small), manifest(run="bad", sequence=9, step=2**63))
+    journal = Journal(LocalStore(small), "newer", lambda: START)
+    journal.append(Opened(at=START, by={}, rules=("best:acc:max", "brightest:acc")))
+    journal.append(Closed(at=START, why="closed"))
+    journal.close()
+    (small / "runs" / "newer" / "checkpoints" / os.fsdecode(b"\xff\xfe")).mkdir()
+    repository = pp.open(small)
+    found = repository.select("")
+    assert sorted(one.run for one in found) == ["newer", "r"]
+    assert any("'bad' is not considered" in str(warning.message) for warning in recwarn)
+    assert list(repository.catalogue().unread) == ["bad"]
+    [newer] = [run for run in repository.catalogue().runs() if run.name == "newer"]
+    assert [peak.metric for peak in newer.peaks] == ["acc"]
+
+
+def test_numbers_that_no_database_takes_are_refused_when_they_are_reported(tmp_path):
+    with checkpointer(tmp_path) as ckpt:
+        for wrong in (2**63, -1):
+            with pytest.raises(ConfigError, match="less than"):
+                ckpt.report(step=wrong)
+
+
+def test_tables_of_others_are_left_alone(small, catalogue_url):
+    url = catalogue_url.replace("postgresql://", "postgresql+psycopg://")
+    engine = sqlalchemy.create_engine(url if "://" in url else f"sqlite:///{url}")
+    with engine.begin() as connection:
+        for table in ("files", "runs", "details", "reasons"):
+            connection.execute(sqlalchemy.text(f"CREATE TABLE {table} (x TEXT)"))
+            connection.execute(sqlalchemy.text(f"INSERT INTO {table} VALUES ('precious')"))
+    catalogue = Catalogue(LocalStore(small), catalogue_url)
+    assert len(everything(catalogue)) == 1
+    catalogue.rebuild()
+    assert len(everything(catalogue)) == 1
+    with engine.begin() as connection:
+        for table in ("files", "runs", "details", "reasons"):
+            assert connection.scalar(sqlalchemy.text(f"SELECT x FROM {table}")) == "precious"
+    catalogue.close()
+    engine.dispose()
+
+
+def test_a_damaged_file_is_set_aside_once(small):
+    one, two = Catalogue(LocalStore(small)), Catalogue(LocalStore(small))
+    everything(one)
+    everything(two)
+    file = small / "catalogue.sqlite"
+    with sqlite3.connect(file) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    with file.open("r+b") as raw:
+        raw.write(b"precious" * 100_000)
+    for catalogue in (one, two, one, two):
+        try:
+            assert len(everything(catalogue)) == 1
+        except CorruptError:  # in the middle of reading; it is made anew by the next refresh
+            assert len(everything(catalogue)) == 1
+    kept = [path.read_bytes()[:8] for path in small.glob("catalogue.damaged-*.sqlite")]
+    assert kept == [b"precious"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_forks_shares_nothing(small, catalogue_url):
+    catalogue = Catalogue(LocalStore(small), catalogue_url)
+    assert len(everything(catalogue)) == 1
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            good = False
+            try:
+                good = all(len(everything(catalogue)) == 1 for _ in range(20))
+            finally:
+                os._exit(0 if good else 1)
+        children.append(child)
+    assert all(len(everything(catalogue)) == 1 for _ in range(20))
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    catalogue.close()
+
+
+def test_many_notes_are_read_in_portions(tmp_path, catalogue_url):
+    short(tmp_path / "runs", [0.1])
+    store = LocalStore(tmp_path / "runs")
+    journal = Journal(store, "r", lambda: START)
+    for number in range(70_000):
+        journal.append(Pinned(at=START, checkpoint=f"{number:016x}", why="x", by="me"))
+    journal.append(Closed(at=START, why="noted"))
+    journal.close()
+    catalogue = Catalogue(store, catalogue_url)
+    check(tmp_path / "runs", catalogue)
+    catalogue.close()
+
+
+def test_many_clauses_are_told_in_no_time(small):
+    text = " and ".join(f"step > -{number}" for number in range(400))
+    why = pp.open(small).select(text).why()
+    assert (why.candidates, len(why.clauses), why.chosen) == (1, 400, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from peakpoint import layout, packs
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.journal import Archived as ArchivedEvent
-from peakpoint.journal import Journal, Restored
+from peakpoint.journal import Changing, Journal, Restored
 from peakpoint.manifest import FileRecord, Manifest
 from peakpoint.packs import Base, Index, PlainSource, Source
 from peakpoint.store import Store
@@ -94,6 +94,8 @@ def archive(
                 failures.append(str(error))
                 continue
             size = store.size(layout.pack_key(manifest.run, manifest.id)) or 0
+            journal.append(Changing(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
+            journal.sync()
             packs.note_archived(store, manifest, size, at=journal.now(), by=by)
             journal.append(
                 ArchivedEvent(at=journal.now(), checkpoint=manifest.id, name=manifest.name, packed_bytes=size, by=by)

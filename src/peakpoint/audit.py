@@ -96,7 +96,9 @@ def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Findi
     for key in store.litter(prefix):
         yield Finding("litter", key, "an unfinished write")
     for child in store.children(prefix):
-        if (known is not None and child not in known) or (known is None and not child.endswith("/")):
+        if not prefix and _SET_ASIDE.fullmatch(child):
+            yield Finding("foreign", child, "a catalogue that was damaged and set aside; delete it when you will")
+        elif (known is not None and child not in known) or (known is None and not child.endswith("/")):
             where = f"{prefix}/{child}" if prefix else child
             yield Finding("foreign", where, "not written by Peakpoint; left alone")
 
@@ -135,7 +137,7 @@ def _run(
 
 _INDEX = "catalogue.sqlite"  # with the log and the shared memory of SQLite, and one that was damaged
 _OF_A_REPOSITORY = {layout.REPOSITORY, f"{layout.RUNS}/", _INDEX, f"{_INDEX}-wal", f"{_INDEX}-shm", "aliases/"}
-_OF_A_REPOSITORY |= {"catalogue.damaged.sqlite"}
+_SET_ASIDE = re.compile(r"catalogue\.damaged-[0-9a-f]{8}\.sqlite(-wal|-shm)?")
 _OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", "archive/"}
 
 

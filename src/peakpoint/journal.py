@@ -176,6 +176,19 @@ class Undone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Changing:
+    """What a checkpoint's directory holds is about to change; recorded before.
+
+    Whoever follows the journal looks at the directory until word comes of what was done, in a later event.
+    """
+
+    at: datetime
+    checkpoint: str
+    name: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """A checkpoint was evaluated after its commit, here or elsewhere.
 
@@ -243,6 +256,7 @@ Event = (
     | Undone
     | Archived
     | Restored
+    | Changing
     | Measured
     | Pinned
     | Unpinned
@@ -260,6 +274,7 @@ _KINDS: dict[str, type[Event]] = {
     "undone": Undone,
     "archived": Archived,
     "restored": Restored,
+    "changing": Changing,
     "measured": Measured,
     "pinned": Pinned,
     "unpinned": Unpinned,

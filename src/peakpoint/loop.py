@@ -20,8 +20,8 @@ def count(name: str, value: SupportsIndex) -> int:
         number = operator.index(value)
     except TypeError as error:
         raise ConfigError(f"{name}={value!r} must be a whole number") from error
-    if number < 0:
-        raise ConfigError(f"{name}={value!r} must not be negative")
+    if not 0 <= number < 2**63:
+        raise ConfigError(f"{name}={str(number)[:30]} must not be negative, and be less than 2**63")
     return number
 
 

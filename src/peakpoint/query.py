@@ -217,18 +217,20 @@ _TOKEN = re.compile(
     r"""(?P<space>\s+)
       | (?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
       | (?P<quoted>`[^`]+`)
-      | (?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
+      | (?P<number>(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?(?![\w.]))
       | (?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)
       | (?P<sign><=|>=|==|!=|<>|=|~|[()\[\]<>+*/%,-])
     """,
     re.VERBOSE,
 )
 _WORDS = {"and": "and", "or": "or", "not": "not", "in": "in", "between": "|"}
+_ODD_ESCAPE = re.compile(r"\\[^\"']")
 _FOREIGN = dict.fromkeys(("is", "null", "none", "nan"), "ask with has(x) or not has(x)")
 _FOREIGN |= dict.fromkeys(("true", "false"), "write pinned or not pinned, for example")
 _FOREIGN |= {"like": 'write name ~ "pattern*"'}
 _SIGNS = {"=": "==", "<>": "!=", "~": "@"}
 _MOST_TOKENS = 2000
+_LONGEST = 50_000
 _DEEPEST = 40
 
 
@@ -275,11 +277,17 @@ class _Reader:
             raise ConfigError("the selection is nested too deeply; write it with fewer parentheses") from error
 
     def _cut(self) -> None:
+        if len(self.text) > _LONGEST:
+            raise ConfigError(f"the selection is too long: more than {_LONGEST:,} characters")
         position = 0
         while position < len(self.text):
             found = _TOKEN.match(self.text, position)
             if found is None or found.lastgroup is None:
+                if self.text[position] in "\"'`":
+                    raise self.error((position, len(self.text)), f"what begins with {self.text[position]} has no end")
                 raise self.error((position, position + 1), f"{self.text[position]!r} has no meaning in a selection")
+            if not found[0].isascii() and any("\ud800" <= character <= "\udfff" for character in found[0]):
+                raise self.error(found.span(), "broken bytes, which are no text")
             position = found.end()
             if found.lastgroup != "space":
                 self.tokens.append(self._token(found.lastgroup, found[0], found.span()))
@@ -404,6 +412,8 @@ class _Reader:
     def _among(self, left: ast.expr, right: ast.expr, at: Span) -> Among:
         value = self.value(left)
         nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
+        if not nodes:
+            raise self.error(at, "in takes at least one number or text")
         options = []
         for node in nodes:
             option = self.value(node)
@@ -492,10 +502,9 @@ class _Reader:
 
     def _name(self, token: _Token) -> Value:
         if token.kind == "text":
-            try:
-                return Constant(ast.literal_eval(token.text), token.at)
-            except (SyntaxError, ValueError) as error:
-                raise self.error(token.at, "a text with an escape that is none") from error
+            if _ODD_ESCAPE.search(token.text.replace("\\\\", "")):
+                raise self.error(token.at, "in a text, \\ stands only before a quote or another \\")
+            return Constant(re.sub(r"\\(.)", r"\1", token.text[1:-1], flags=re.DOTALL), token.at)
         if token.kind == "quoted":
             return Metric(check_metric(token.text[1:-1]), token.at)
         return Field(token.text, token.at) if token.text in FIELDS else Metric(token.text, token.at)

@@ -173,6 +173,9 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[tupl
         removed = {manifest.id: record for record, manifest in trash.contents(run.store, run.name)}
         back = []
         for checkpoint, one in chosen.items():
+            name = one.manifest.name
+            events.append(journal.Changing(at=clock(), checkpoint=checkpoint, name=name, by=present_user()))
+            events.sync()
             if one.parts:
                 parts = dropping.bring_back(run.store, one.manifest)
             else:

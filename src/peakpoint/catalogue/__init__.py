@@ -6,10 +6,12 @@ checkpoint is found as soon as it is committed. See ``catalogue.refresh`` for ho
 
 import json
 import math
+import os
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,20 +21,12 @@ from sqlalchemy import URL, Engine, func, select
 from peakpoint import layout
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, connect, discard, place, set_aside, translated
-from peakpoint.catalogue.refresh import (
-    Known,
-    Remembered,
-    damage_of,
-    is_current,
-    known_runs,
-    read_peaks,
-    refresh_run,
-    remove_run,
-)
+from peakpoint.catalogue.reading import Known, is_current
+from peakpoint.catalogue.refresh import Remembered, decoded, known_runs, read_peaks, refresh_run, remove_run
 from peakpoint.catalogue.search import WINDOW
 from peakpoint.catalogue.selection import Clause, Selection, Why, Wish, make_checkpoint
 from peakpoint.checkpoint import Checkpoint
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, CorruptError, Error, NotFoundError, PeakpointWarning, StoreError
 from peakpoint.peaks import Peak
 from peakpoint.seal import digest
 from peakpoint.store import LocalStore, Store
@@ -40,8 +34,18 @@ from peakpoint.store import LocalStore, Store
 Progress = Callable[[int, int], None]
 """Called with the number of runs that were read, and of how many."""
 
-_REMEMBERED = 16
 __all__ = ["FILE", "VARIABLE", "Catalogue", "Clause", "Listed", "Progress", "Selection", "Why", "Wish"]
+_REMEMBERED = 16
+_OPEN: "weakref.WeakSet[Catalogue]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for catalogue in _OPEN:
+        catalogue._after_fork()  # noqa: SLF001 - of this module
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +71,11 @@ class Listed:
     size_bytes: int
     newest: datetime | None
     damaged: tuple[str, ...]
+
+
+def _damage(text: str) -> tuple[str, ...]:
+    """What is damaged in a run, of how far it is read."""
+    return tuple(one.damage for one in decoded(text).unsettled.values() if one.damage is not None)
 
 
 def _dispose(*engines: Engine) -> None:
@@ -100,10 +109,14 @@ class Catalogue:
         self.window = WINDOW
         self._url, self._disposable = place(store, where)
         self._engine, self._reading = connect(self._url)
-        self._finalizer = weakref.finalize(self, _dispose, self._engine, self._reading)
+        weakref.finalize(self, _dispose, self._engine, self._reading)
+        if not isinstance(store, LocalStore) and self._disposable:  # a file of its own, for as long as it is used
+            weakref.finalize(self, discard, self._url)
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
         self._remembered: dict[str, Remembered] = {}  # those that were refreshed last
+        self._unread: dict[str, str] = {}
+        _OPEN.add(self)
         self._tick = -1
         try:
             self._mended(self._open)
@@ -114,7 +127,19 @@ class Catalogue:
     @property
     def location(self) -> str:
         """The file or the URL, without a password."""
-        return self._url.database or "memory" if self._is_file else self._url.render_as_string()
+        return str(self._url.database) if self._is_file else self._url.render_as_string()
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """Runs that could not be read when they were looked at last, and why."""
+        return dict(self._unread)
+
+    def _after_fork(self) -> None:
+        """A child has no right to its parent's connections."""
+        self._engine.dispose(close=False)
+        self._reading.dispose(close=False)
+        self._lock = threading.Lock()
+        self._tick = -1
 
     @property
     def _is_file(self) -> bool:
@@ -150,16 +175,29 @@ class Catalogue:
         try:
             action()
         except DamagedError:
-            if not (self._disposable and self._is_file and self._url.database):
+            if not (self._disposable and self._is_file):
                 raise
             self._replace()
             action()
 
     def _replace(self, clear: Callable[[URL], None] = set_aside) -> None:
         self.close()
-        clear(self._url)
+        if clear is discard or not self._is_sound():  # another process may have mended it already
+            clear(self._url)
         self._known, self._tick, self._remembered = {}, -1, {}
         self._open()
+
+    def _is_sound(self) -> bool:
+        """Whether the file that is there now is a catalogue of this repository."""
+        identity = digest(self._store.get(layout.REPOSITORY))
+        try:
+            with translated(self._url), self._engine.connect() as connection:
+                checked = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+                return checked == "ok" and connection.scalar(select(schema.meta.c.repository)) == identity
+        except (StoreError, CorruptError):
+            return False
+        finally:
+            self.close()
 
     # --- keeping up
 
@@ -192,11 +230,22 @@ class Catalogue:
                 remove_run(self._engine, name)
                 self._known.pop(name)
             for number, run in enumerate(stale, 1):
-                self._refresh_run(run)
+                self._try(run)
                 progress(number, len(stale))
 
+    def _try(self, run: str) -> None:
+        """Read a run; one that cannot be read keeps nobody from the others."""
+        self._unread.pop(run, None)
+        try:
+            self._refresh_run(run)
+        except NotFoundError:
+            return  # gone in between
+        except (Error, UnicodeError, OverflowError) as error:
+            self._unread[run] = f"{type(error).__name__}: {error}"
+
     def _refresh_run(self, run: str) -> None:
-        tick, now = refresh_run(self._engine, self._store, run, self._remembered.pop(run, None))
+        engines = (self._engine, self._reading)
+        tick, now = refresh_run(engines, self._store, run, self._remembered.pop(run, None))
         if now is not None:
             self._remembered[run] = now
             if len(self._remembered) > _REMEMBERED:
@@ -235,7 +284,7 @@ class Catalogue:
             progress: called with each run that was read.
         """
         with self._lock:
-            if self._disposable and self._is_file and self._url.database:
+            if self._disposable and self._is_file:
                 self._replace(discard)
             else:
                 identity = digest(self._store.get(layout.REPOSITORY))
@@ -254,6 +303,8 @@ class Catalogue:
             NotFoundError: a metric that no checkpoint has; names near ones.
         """
         self.refresh()
+        for run, why in self._unread.items():
+            warnings.warn(f"run {run!r} is not considered: {why}", PeakpointWarning, stacklevel=3)
         return Selection(self._reading, wish, self._checkpoint, self.window)
 
     def _checkpoint(self, row: Any) -> Checkpoint:
@@ -291,7 +342,7 @@ class Catalogue:
                     checkpoints=row.checkpoints,
                     size_bytes=row.size,
                     newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
-                    damaged=damage_of(row.read),
+                    damaged=_damage(row.read),
                 )
                 for row in connection.execute(statement)
             ]

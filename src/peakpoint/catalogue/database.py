@@ -2,13 +2,13 @@
 
 import contextlib
 import os
+import secrets
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, exc, make_url
-from sqlalchemy.pool import StaticPool
 
 from peakpoint.errors import ConfigError, CorruptError, MissingExtraError, StoreError, TransientStoreError
 from peakpoint.seal import digest
@@ -39,7 +39,9 @@ def place(store: Store, given: str | None) -> tuple[URL, bool]:
     if text:
         return _read_url(text), False
     if not isinstance(store, LocalStore):
-        return make_url("sqlite://"), True
+        handle, name = tempfile.mkstemp(prefix="peakpoint-", suffix=".sqlite")
+        os.close(handle)
+        return URL.create("sqlite", database=name), True
     path = store.root.absolute() / FILE
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -58,7 +60,7 @@ def _read_url(text: str) -> URL:
         raise ConfigError(f"the catalogue's URL cannot be read: {error}") from error
     if kind in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")
-    if kind == "sqlite":
+    if kind == "sqlite" and url.database:
         return url
     raise ConfigError(
         f"a catalogue of kind {kind!r} is not served; give postgresql://user@host/database or the path of a file"
@@ -108,14 +110,11 @@ def connect(url: URL) -> tuple[Engine, Engine]:
 
 
 def _sqlite(url: URL) -> tuple[Engine, Engine]:
-    pool: dict[str, Any] = {} if url.database else {"poolclass": StaticPool}
     arguments = {"timeout": _PATIENCE, "check_same_thread": False}
-    writing = create_engine(url, connect_args=arguments, **pool)
+    writing = create_engine(url, connect_args=arguments)
     event.listen(writing, "connect", _prepare)
     # of two that write, the second waits before it has read anything
     event.listen(writing, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    if not url.database:
-        return writing, writing
     reading = create_engine(url, connect_args=arguments)
     event.listen(reading, "connect", _prepare)
     event.listen(reading, "connect", _lock)
@@ -158,12 +157,13 @@ def _authorize(action: int, first: str | None, second: str | None, *_: object) -
 
 
 def set_aside(url: URL) -> None:
-    """Move a damaged SQLite file out of the way: it may have been somebody's."""
+    """Move a damaged SQLite file and its log out of the way: it may have been somebody's. Replaces nothing."""
     assert url.database is not None
     path = Path(url.database)
-    with contextlib.suppress(FileNotFoundError):
-        path.replace(path.with_name(f"{path.stem}.damaged.sqlite"))
-    discard(url)
+    stem = path.with_name(f"{path.stem}.damaged-{secrets.token_hex(4)}.sqlite")
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{path}{suffix}").rename(f"{stem}{suffix}")
 
 
 def discard(url: URL) -> None:

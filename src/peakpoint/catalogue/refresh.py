@@ -1,150 +1,81 @@
-"""Keeping the catalogue in step with the files.
+"""Bringing one run up to date in the catalogue.
 
-The files are the truth, and nobody who writes them knows of the catalogue. Before it is asked, each run is compared
-with what was read of it last: the stamps of two directories, and the lengths of the journal's segments that may still
-grow (a segment whose last event is ``closed`` never does). For a run where one of these differs, new lines of the
-journal and new directories are read, and nothing else.
-
-A directory that was seen in the middle of something (a save before its manifest, a removal after its event) is noted
-with a stamp of its own, and read again when that differs. So a crash at any instant leaves nothing unseen.
-
-Every run is one transaction, and its files are read inside of it: of two that refresh the same run at the same time,
-the second waits, and then finds nothing to do.
+Its files are read first (see ``catalogue.reading``), without holding anything up; then one short transaction writes
+what is new, unless somebody else has changed the run meanwhile: then it is read again from there. A row keeps its key
+as long as its checkpoint exists, and no key is used twice.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
 from peakpoint import journal as journals
-from peakpoint import layout, reader
+from peakpoint import reader
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.reading import NOTES, Known, Reading, is_current, read
 from peakpoint.catalogue.schema import Columns
+from peakpoint.errors import ConfigError
 from peakpoint.journal import Event
 from peakpoint.manifest import Manifest, metrics_from_json, metrics_to_json
 from peakpoint.notes import Notes
 from peakpoint.peaks import Peak, go_on
-from peakpoint.rules import parse, watched
+from peakpoint.rules import Mode, parse, watched
 from peakpoint.store import Store
 
-
-@dataclass(frozen=True, slots=True)
-class Unsettled:
-    """A directory that was seen in the middle of something, or is damaged.
-
-    Attributes:
-        stamp: of the directory, before it was read; None when that could not be told.
-        damage: what is wrong with its manifest.
-    """
-
-    stamp: str | None
-    damage: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Growing:
-    """A segment of the journal that may still grow.
-
-    Attributes:
-        read: bytes that were read, in whole lines.
-        seen: bytes that were there, with a line that was torn.
-    """
-
-    read: int
-    seen: int
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """How far the files of a run are read.
-
-    Attributes:
-        key: of the run in the catalogue.
-        journal: the stamp of its journal when it was listed; None when that could not be told.
-        checkpoints: the same of its checkpoints.
-        last: the newest segment; those before it are known, as numbers only rise.
-        segments: how many there are up to that one.
-        growing: those that may still grow.
-        unsettled: directories to look at again when they change.
-        changed: the catalogue's tick when the run was changed last.
-    """
-
-    key: int
-    journal: str | None = None
-    checkpoints: str | None = None
-    last: str = ""
-    segments: int = 0
-    growing: Mapping[str, Growing] = field(default_factory=dict)
-    unsettled: Mapping[str, Unsettled] = field(default_factory=dict)
-    changed: int = 0
-
-
 Rows = dict[str, tuple[int, str]]
-"""The checkpoints of a run in the catalogue: name to key and id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What a process remembers of a run that it has refreshed."""
+    """What a process remembers of a run that it has refreshed.
 
+    Attributes:
+        text: how far the run is read, as the catalogue has it.
+        known: the same.
+        rows: its checkpoints in the catalogue: name to key and id.
+    """
+
+    text: str
     known: Known
     rows: Rows
-    columns: Columns
 
 
-def _known(key: int, text: str) -> Known:
-    return msgspec.convert(msgspec.json.decode(text) | {"key": key}, Known)
+def decoded(text: str) -> Known:
+    """How far a run is read, from the column of the catalogue."""
+    return msgspec.json.decode(text, type=_Read).known
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    known: Known
+    number: int  # another one with every change, so that the same text means the same rows
 
 
 def known_runs(connection: Connection) -> dict[str, Known]:
     """How far every run is read."""
-    table = schema.runs.c
-    rows = connection.execute(select(table.name, table.key, table.read)).all()
-    return {name: _known(key, text) for name, key, text in rows}
-
-
-def is_current(store: Store, run: str, known: Known, *, by_hand: bool = True) -> bool:
-    """Whether a run's files are as they were when they were read.
-
-    Args:
-        store: where.
-        run: which.
-        known: what was read.
-        by_hand: also look for directories that were deleted, or copied there, without Peakpoint. Everything that it
-            does itself begins with a line in the journal; where no segment can grow, that is a new segment.
-    """
-    journal = layout.journal_prefix(run)
-    return (
-        _same(store, journal, known.journal)
-        and (not (by_hand or known.growing) or _same(store, layout.checkpoints_prefix(run), known.checkpoints))
-        and all(store.size(f"{journal}/{segment}") == one.seen for segment, one in known.growing.items())
-        and all(_same(store, layout.checkpoint_prefix(run, name), one.stamp) for name, one in known.unsettled.items())
-    )
-
-
-def _same(store: Store, prefix: str, stamp: str | None) -> bool:
-    return stamp is not None and store.stamp(prefix) == stamp
+    rows = connection.execute(select(schema.runs.c.name, schema.runs.c.read)).all()
+    return {name: decoded(text) for name, text in rows}
 
 
 def remove_run(engine: Engine, name: str) -> None:
     """Forget a run whose directory is gone."""
     with engine.begin() as connection:
         _lock(connection)
-        _count(connection)
+        connection.execute(update(schema.meta).values(tick=schema.meta.c.tick + 1))
         connection.execute(delete(schema.runs).where(schema.runs.c.name == name))
 
 
 def refresh_run(
-    engine: Engine, store: Store, run: str, before: Remembered | None = None
+    engines: tuple[Engine, Engine], store: Store, run: str, before: Remembered | None = None
 ) -> tuple[int, Remembered | None]:
-    """Bring one run up to date, in one transaction.
+    """Bring one run up to date.
 
     Args:
-        engine: one that writes.
+        engines: one that writes, and one that reads.
         store: where the files are.
         run: which.
         before: what was returned the last time.
@@ -152,36 +83,38 @@ def refresh_run(
     Returns:
         The catalogue's tick after it, and what to remember; None when another process was faster.
     """
-    with engine.begin() as connection:
-        _lock(connection)
-        table = schema.runs.c
-        free = select(func.coalesce(func.max(schema.checkpoints.c.key), 0) + 1).scalar_subquery().label("free")
-        metrics = select(func.count()).select_from(schema.metrics).scalar_subquery().label("metrics")
-        columns = (schema.meta.c.tick, table.key, table.read, table.rules, table.peaks, table.reports, free, metrics)
-        joined = schema.meta.outerjoin(schema.runs, table.name == run)
-        row = connection.execute(select(*columns).select_from(joined)).one()
-        known = None if row.key is None else _known(row.key, row.read)
-        if known is not None and is_current(store, run, known):
+    writing, reading = engines
+    while True:
+        with reading.connect() as connection:
+            row = connection.execute(_state(run)).one()
+            if row.read is None or before is None or before.text != row.read:
+                rows = {} if row.read is None else _rows(connection, row.key)
+                before = None if row.read is None else Remembered(row.read, decoded(row.read), rows)
+        if before is not None and is_current(store, run, before.known):
             return row.tick, None
-        news = _news(store, run, known)
-        if known is not None and news is None:
-            connection.execute(delete(schema.runs).where(table.key == known.key))
-            known, news = None, _news(store, run, None)
-        assert news is not None
-        said = _Said()
-        if known is not None:
-            missing = json.loads(row.peaks).get("missing", {})
-            said = _Said(json.loads(row.rules), read_peaks(row.peaks), missing, row.reports)
-        if known is None or before is None or before.known.changed != known.changed:
-            before = None
-        work = _Update(connection, store, run, known, news, said, before, row.free)
-        if before is not None and len(before.columns.keys) == row.metrics:
-            work.columns = before.columns
-        changed = work.carry_out(row.tick + 1)
-        if changed is not None:
-            return row.tick + 1, Remembered(changed, work.rows, work.columns)
-        assert known is not None
-        return row.tick, Remembered(known, work.rows, work.columns)
+        news = read(store, run, None if before is None else before.known, {} if before is None else before.rows)
+        if before is not None and news.known == before.known and news.is_empty:
+            return row.tick, before
+        with writing.begin() as connection:
+            _lock(connection)
+            row = connection.execute(_state(run)).one()
+            if row.read == (None if before is None else before.text):
+                return _Update(connection, run, row, news, {} if before is None else before.rows).carry_out()
+        before = None  # somebody else was here; what was read is read again
+
+
+def _state(run: str) -> Any:
+    """The catalogue's own state, and what it has of a run."""
+    table = schema.runs.c
+    metrics = select(func.count()).select_from(schema.metrics).scalar_subquery().label("metrics")
+    columns = (schema.meta.c.tick, schema.meta.c.free, table.key, table.read, table.rules, table.peaks, table.reports)
+    return select(*columns, metrics).select_from(schema.meta.outerjoin(schema.runs, table.name == run))
+
+
+def _rows(connection: Connection, run: int) -> Rows:
+    a, b = schema.checkpoints.c, schema.details.c
+    joined = select(b.name, a.key, b.id).join_from(schema.checkpoints, schema.details, b.checkpoint == a.key)
+    return {name: (key, identity) for name, key, identity in connection.execute(joined.where(a.run == run)).all()}
 
 
 def _lock(connection: Connection) -> None:
@@ -193,250 +126,114 @@ def _lock(connection: Connection) -> None:
         connection.execute(select(schema.meta.c.tick).with_for_update())
 
 
-def _count(connection: Connection) -> None:
-    connection.execute(update(schema.meta).values(tick=schema.meta.c.tick + 1))
-
-
-# --- what is new --------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _News:
-    """What the journal says that was not read before.
-
-    Attributes:
-        stamp: of the journal, before it was listed.
-        segments: all of them, in order.
-        growing: those that may still grow.
-        events: what is new.
-    """
-
-    stamp: str | None
-    segments: list[str]
-    growing: dict[str, Growing] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """What the journal has said before."""
-
-    rules: Sequence[str] = ()
-    peaks: Sequence[Peak] = ()
-    missing: Mapping[str, int] = field(default_factory=dict)
-    reports: int = 0
-
-
-_NOTES = (journals.Measured, journals.Pinned, journals.Unpinned)
-
-
-def _news(store: Store, run: str, known: Known | None) -> _News | None:
-    """What the journal says that was not read before; None when all of it must be read again."""
-    prefix = layout.journal_prefix(run)
-    news = _News(store.stamp(prefix), journals.segments_of(store, run))
-    last = (0, "") if known is None else (len(known.last), known.last)
-    before = sum((len(name), name) <= last for name in news.segments)
-    if known is not None and before != known.segments:
-        return None
-    for place, segment in enumerate(news.segments):
-        one = known.growing.get(segment) if known is not None else None
-        if place < before and one is None:
-            continue
-        begin = 0 if one is None else one.read
-        seen = store.size(f"{prefix}/{segment}") or 0
-        events, end = journals.read_on(store, run, segment, begin)
-        # notes count in the order of segments, and segments only grow
-        if seen < begin or (place < before - 1 and any(isinstance(event, _NOTES) for event in events)):
-            return None
-        news.events += events
-        if not (events and isinstance(events[-1], journals.Closed)):
-            news.growing[segment] = Growing(end, max(seen, end))
-    return news
-
-
 class _Update:
     """One run on its way into the catalogue."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        store: Store,
-        run: str,
-        known: Known | None,
-        news: _News,
-        said: _Said,
-        before: Remembered | None,
-        free: int,
-    ) -> None:
-        self._connection, self._store, self._run, self._news = connection, store, run, news
-        self._known, self._said, self._free = known, said, free
-        self._stamp = store.stamp(layout.checkpoints_prefix(run))
-        self._key = self._new_run() if known is None else known.key
-        self.rows = self._read_rows() if before is None else dict(before.rows)
-        self.columns = Columns({})
+    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, rows: Rows) -> None:
+        self._connection, self._run, self._row, self._news = connection, run, row, news
+        self._free = row.free
+        self._new = row.read is None or news.whole
+        self._rows: Rows = {} if self._new else dict(rows)
+        self._keys = {identity: key for key, identity in rows.values()}  # which a checkpoint keeps
+        self._key = row.key if row.key is not None else self._new_run()
 
     def _new_run(self) -> int:
-        key = _next(self._connection, schema.runs.c.key)
-        empty = {"rules": "[]", "peaks": "{}", "reports": 0, "checkpoints": 0, "size": 0, "read": "{}"}
+        key = (self._connection.scalar(select(func.max(schema.runs.c.key))) or 0) + 1
+        empty = {"rules": "[]", "peaks": "{}", "reports": 0, "checkpoints": 0, "size": 0, "read": ""}
         self._connection.execute(insert(schema.runs).values(key=key, name=self._run, **empty))
-        return key
+        return int(key)
 
-    def carry_out(self, tick: int) -> Known | None:
-        """Everything, in the order in which one thing needs the other.
-
-        Args:
-            tick: the catalogue's, once it is done.
-
-        Returns:
-            How far the run is read now; None when nothing has changed.
-        """
+    def carry_out(self) -> tuple[int, Remembered]:
+        """Everything, in the order in which one thing needs the other."""
+        news, row = self._news, self._row
+        if self._new:
+            self._forget(list(self._keys.values()))
+            self._connection.execute(delete(schema.noted).where(schema.noted.c.run == self._key))
         self._note()
-        changed, unsettled = self._directories()
+        self._forget([self._rows.pop(name)[0] for name in news.gone if name in self._rows])
+        self._add(news.found)
         values: dict[str, Any] = {}
-        if self._news.events or self._known is None:
+        if news.events or self._new:
             values |= self._reported()
-        if changed or self._known is None:
+        if news.found or news.gone or self._new:
             values |= self._totals()
-        segments = self._news.segments
-        known = Known(
-            key=self._key,
-            journal=self._news.stamp,
-            checkpoints=self._stamp,
-            last=segments[-1] if segments else "",
-            segments=len(segments),
-            growing=self._news.growing,
-            unsettled=unsettled,
-        )
-        if not values and self._known is not None and known == replace(self._known, changed=0):
-            return None
-        known = replace(known, changed=tick)
-        values["read"] = msgspec.json.encode(known).decode()
-        self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values))
-        _count(self._connection)
-        return known
-
-    def _put(self, table: Any, where: dict[str, Any], values: dict[str, Any]) -> None:
-        """Change a row, or add it."""
-        found = and_(*(table.c[name] == value for name, value in where.items()))
-        if self._connection.execute(update(table).where(found).values(**values)).rowcount == 0:
-            self._connection.execute(insert(table).values(**where, **values))
+        tick = row.tick + 1
+        text = msgspec.json.encode(_Read(news.known, tick)).decode()
+        self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values, read=text))
+        self._connection.execute(update(schema.meta).values(tick=tick, free=self._free))
+        return tick, Remembered(text, news.known, self._rows)
 
     # --- measured later, pinned
 
     def _note(self) -> None:
         fresh = Notes()
-        named = {event.checkpoint for event in self._news.events if isinstance(event, _NOTES)}
-        before = _noted(self._connection, self._key, named) if named else {}
-        for id, (metrics, pinned) in before.items():  # noqa: A001 - the vocabulary's word
-            fresh.metrics[id] = dict(metrics)
+        named = {event.checkpoint for event in self._news.events if isinstance(event, NOTES)}
+        if not named:
+            return
+        for identity, (metrics, pinned) in _noted(self._connection, self._key, named).items():
+            fresh.metrics[identity] = dict(metrics)
             if pinned is not None:
-                fresh.pinned[id] = pinned
+                fresh.pinned[identity] = pinned
         for event in self._news.events:
             fresh.take(event)
-        for id in named:  # noqa: A001
-            values = {
-                "metrics": json.dumps(metrics_to_json(fresh.metrics.get(id, {}))),
-                "pinned": fresh.pinned.get(id),
+        table = schema.noted
+        for some in _portions(sorted(named)):
+            self._connection.execute(delete(table).where(table.c.run == self._key, table.c.checkpoint.in_(some)))
+        rows = [
+            {
+                "run": self._key,
+                "checkpoint": identity,
+                "metrics": json.dumps(metrics_to_json(fresh.metrics.get(identity, {}))),
+                "pinned": _plain(fresh.pinned.get(identity)),
             }
-            self._put(schema.noted, {"run": self._key, "checkpoint": id}, values)
+            for identity in named
+        ]
+        self._connection.execute(insert(table), rows)
 
-    # --- directories
-
-    def _touched(self) -> tuple[set[str], set[str], set[str]]:
-        """Names to read again; those of them that may still be changing; ids that were noted."""
-        again, moving, ids = set(), set(), set()
-        for event in self._news.events:
-            if isinstance(event, journals.Removed | journals.PartsDropped):
-                moving.add(event.name)
-            elif isinstance(event, journals.Saved | journals.Undone | journals.Archived | journals.Restored):
-                again.add(event.name)
-            elif isinstance(event, _NOTES):
-                ids.add(event.checkpoint)
-        return again | moving, moving, ids
-
-    def _directories(self) -> tuple[bool, dict[str, Unsettled]]:
-        """Read what is new or was touched.
-
-        Returns:
-            Whether a checkpoint came, went or changed, and what is unsettled now.
-        """
-        touched, moving, ids = self._touched()
-        waiting = dict(self._known.unsettled) if self._known else {}
-        rows = self.rows
-        prefix = layout.checkpoints_prefix(self._run)
-        present = {child.removesuffix("/") for child in self._store.children(prefix) if child.endswith("/")}
-        touched |= {name for name, (_, id) in rows.items() if id in ids}  # noqa: A001 - the vocabulary's word
-        touched |= {name for name, one in waiting.items() if not self._is_same(name, one.stamp)}
-        unsettled = {name: known for name, known in waiting.items() if name in present - touched}
-        found: list[reader.Standing] = []
-        for name in sorted(name for name in present if name in touched or (name not in rows and name not in unsettled)):
-            stamp = self._store.stamp(layout.checkpoint_prefix(self._run, name))
-            match reader.look(self._store, self._run, name):
-                case reader.Standing() as standing:
-                    found.append(standing)
-                    if name in moving:
-                        unsettled[name] = Unsettled(stamp)
-                case reader.Damaged(error=error):
-                    unsettled[name] = Unsettled(stamp, str(error))
-                case None:
-                    unsettled[name] = Unsettled(stamp)
-        stale = [rows.pop(name)[0] for name in list(rows) if name not in present or name in touched]
-        self._forget(stale)
-        self._add(found)
-        return bool(stale or found), unsettled
-
-    def _is_same(self, name: str, stamp: str | None) -> bool:
-        return _same(self._store, layout.checkpoint_prefix(self._run, name), stamp)
-
-    def _read_rows(self) -> Rows:
-        if self._known is None:
-            return {}
-        a, b = schema.checkpoints.c, schema.details.c
-        joined = select(b.name, a.key, b.id).join_from(schema.checkpoints, schema.details, b.checkpoint == a.key)
-        found = self._connection.execute(joined.where(a.run == self._key)).all()
-        return {name: (key, identity) for name, key, identity in found}
+    # --- checkpoints
 
     def _forget(self, keys: Sequence[int]) -> None:
-        if keys:
-            for begin in range(0, len(keys), 500):
-                some = keys[begin : begin + 500]
-                self._connection.execute(delete(schema.checkpoints).where(schema.checkpoints.c.key.in_(some)))
+        for some in _portions(keys):
+            self._connection.execute(delete(schema.checkpoints).where(schema.checkpoints.c.key.in_(some)))
 
     def _add(self, found: Sequence[reader.Standing]) -> None:
         if not found:
             return
-        ids = {standing.manifest.id for standing in found}
-        noted = _noted(self._connection, self._key, ids if len(ids) <= 500 else None)
+        noted = _noted(self._connection, self._key, {standing.manifest.id for standing in found})
         entries = []
         for standing in found:
-            late, pinned = noted.get(standing.manifest.id, ({}, None))
-            entries.append((standing, {**standing.manifest.metrics, **late}, pinned))
-        names = [name for _, metrics, _ in entries for name in metrics]
-        if not self.columns.keys:
-            self.columns = Columns.read(self._connection)
-        self.columns = self.columns.including(self._connection, names)
-        _insert(self._connection, self.columns, self._key, self._free, entries)
-        for place, standing in enumerate(found, self._free):
-            self.rows[standing.manifest.name] = (place, standing.manifest.id)
+            one = standing.manifest
+            key = self._keys.get(one.id)
+            if key is None:
+                key, self._free = self._free, self._free + 1
+            self._rows[one.name] = (key, one.id)
+            late, pinned = noted.get(one.id, ({}, None))
+            entries.append((key, standing, {**one.metrics, **late}, pinned is not None))
+        names = [name for _, _, metrics, _ in entries for name in metrics]
+        columns = Columns.read(self._connection).including(self._connection, names)
+        _insert(self._connection, columns, self._key, entries)
 
     # --- the run as a whole
 
     def _reported(self) -> dict[str, Any]:
         """Rules, peaks and the number of reports."""
-        events: Sequence[Event] = self._news.events
-        said = self._said
-        texts = said.rules
+        news, row = self._news, self._row
+        events: Sequence[Event] = news.events
         opened = journals.newest(events, journals.Opened)
-        if opened is not None:
-            texts = opened.rules
-        if self._known is not None and any(isinstance(e, journals.Opened | journals.Started) for e in events):
-            events, said = journals.read(self._store, self._run).events, _Said()
+        texts = list(opened.rules) if opened is not None else [] if self._new else json.loads(row.rules)
+        if self._new or news.past is not None:
+            before: Sequence[Peak] = ()
+            missing: Mapping[str, int] = {}
+            reports = 0
+            events = events if news.past is None else news.past
+        else:
+            before, missing, reports = read_peaks(row.peaks), json.loads(row.peaks).get("missing", {}), row.reports
         history = journals.history(events)
-        found, missing = go_on(said.peaks, said.missing, history, watched([parse(text) for text in texts]))
+        found, missing = go_on(before, missing, history, _watched(texts))
         return {
             "rules": json.dumps(texts),
             "peaks": json.dumps({"peaks": [asdict(peak) for peak in found], "missing": missing}),
-            "reports": said.reports + len(history),
+            "reports": reports + len(history),
         }
 
     def _totals(self) -> dict[str, Any]:
@@ -447,36 +244,47 @@ class _Update:
         return {"checkpoints": count, "size": int(size or 0), "newest": newest}
 
 
+def _watched(texts: Iterable[str]) -> list[tuple[str, Mode]]:
+    """The metrics that rules rank by; a rule of a newer release is passed over here."""
+    known = []
+    for text in texts:
+        try:
+            known.append(parse(text))
+        except ConfigError:
+            continue
+    return list(watched(known))
+
+
 def read_peaks(text: str) -> list[Peak]:
     """The peaks of a run, as the catalogue keeps them."""
     return [Peak(**peak) for peak in json.loads(text).get("peaks", [])]
 
 
-def damage_of(text: str) -> tuple[str, ...]:
-    """What is damaged in a run, of what is known of it."""
-    return tuple(one.damage for one in _known(0, text).unsettled.values() if one.damage is not None)
+_MANY = 500  # parameters of one statement; PostgreSQL takes 65,535, some builds of SQLite 32,766
 
 
-def _next(connection: Connection, column: Any) -> int:
-    return (connection.scalar(select(func.max(column))) or 0) + 1
+def _portions(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    for begin in range(0, len(values), _MANY):
+        yield values[begin : begin + _MANY]
 
 
-def _noted(
-    connection: Connection, run: int, ids: Collection[str] | None
-) -> dict[str, tuple[dict[str, float], str | None]]:
+def _noted(connection: Connection, run: int, ids: Collection[str]) -> dict[str, tuple[dict[str, float], str | None]]:
     table = schema.noted.c
     statement = select(table.checkpoint, table.metrics, table.pinned).where(table.run == run)
-    if ids is not None:
+    if len(ids) <= _MANY:
         statement = statement.where(table.checkpoint.in_(ids))
-    return {
-        id: (metrics_from_json(json.loads(metrics)), pinned)
-        for id, metrics, pinned in connection.execute(statement)  # noqa: A001
-    }
+    rows = connection.execute(statement).all()
+    return {identity: (metrics_from_json(json.loads(metrics)), pinned) for identity, metrics, pinned in rows}
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
-Entry = tuple[reader.Standing, dict[str, float], str | None]  # with all its metrics, and why it is pinned
+Entry = tuple[int, reader.Standing, dict[str, float], bool]  # its key, all its metrics, whether it is pinned
+
+
+def _plain(text: str | None) -> str | None:
+    """A text that PostgreSQL takes: it has no NUL."""
+    return None if text is None else text.replace("\x00", "\ufffd")
 
 
 def record_of(manifest: Manifest, metrics: dict[str, float]) -> str:
@@ -491,14 +299,13 @@ def record_of(manifest: Manifest, metrics: dict[str, float]) -> str:
     return msgspec.json.encode(record).decode()
 
 
-def _insert(connection: Connection, columns: Columns, run: int, first: int, entries: Sequence[Entry]) -> None:
+def _insert(connection: Connection, columns: Columns, run: int, entries: Sequence[Entry]) -> None:
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("checkpoints", "rarities", "details", "reasons", "files")
     }
-    wide = [column.name for column in columns.table.columns if column.name not in schema.checkpoints.columns]
-    used = {name: f"m{columns.keys[name]}" for _, metrics, _ in entries for name in metrics}
-    wide = [name for name in wide if name in set(used.values())]
-    for key, (standing, metrics, pinned) in enumerate(entries, first):
+    used = {name: f"m{columns.keys[name]}" for _, _, metrics, _ in entries for name in metrics}
+    wide = {name for name in used.values() if name in columns.table.columns}
+    for key, standing, metrics, pinned in entries:
         one = standing.manifest
         row: dict[str, Any] = dict.fromkeys(wide)
         for name, value in metrics.items():
@@ -508,25 +315,19 @@ def _insert(connection: Connection, columns: Columns, run: int, first: int, entr
                 else:
                     rows["rarities"].append({"checkpoint": key, "metric": columns.keys[name], "value": value})
         row |= {"key": key, "run": run, "sequence": one.sequence, "epoch": one.epoch, "step": one.step}
-        row |= {"size": one.size_bytes, "created": one.created_at.timestamp(), "pinned": pinned is not None}
+        row |= {"size": one.size_bytes, "created": one.created_at.timestamp(), "pinned": pinned}
         row |= {"archived": standing.archived, "whole": not standing.cut}
         rows["checkpoints"].append(row)
         detail = {"checkpoint": key, "id": one.id, "name": one.name, "record": record_of(one, metrics)}
         rows["details"].append(detail)
         rows["reasons"] += [
-            {"checkpoint": key, "number": number, "reason": reason.replace("\x00", "\ufffd")}
-            for number, reason in enumerate(one.reasons)
+            {"checkpoint": key, "number": number, "reason": _plain(reason)} for number, reason in enumerate(one.reasons)
         ]
         rows["files"] += [
             {"checkpoint": key, "name": file.name, "size": file.size, "digest": file.digest, "shared": file.shared}
             for file in one.files
         ]
-    for name, table in (
-        ("checkpoints", columns.table),
-        ("rarities", schema.rarities),
-        ("details", schema.details),
-        ("reasons", schema.reasons),
-        ("files", schema.files),
-    ):
+    tables = {"checkpoints": columns.table, "rarities": schema.rarities, "details": schema.details}
+    for name, table in {**tables, "reasons": schema.reasons, "files": schema.files}.items():
         if rows[name]:
             connection.execute(insert(table), rows[name])

@@ -36,24 +36,28 @@ from peakpoint.errors import FormatError
 
 WIDEST = 200  # metrics with a column; PostgreSQL takes 1,600 columns, SQLite 2,000, and each index costs its share
 
+PREFIX = "peakpoint_"  # a team's database may have tables of its own that are called runs or files
+
 _TABLES = MetaData()
 _Key = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only as INTEGER
 
 
-def _owner(of: str = "runs.key") -> ForeignKey:
-    return ForeignKey(of, ondelete="CASCADE")
+def _owner(of: str = "runs") -> ForeignKey:
+    return ForeignKey(f"{PREFIX}{of}.key", ondelete="CASCADE")
 
 
 meta = Table(
-    "meta",
+    PREFIX + "meta",
     _TABLES,
     Column("version", Integer, nullable=False),
     Column("repository", Text, nullable=False),  # the seal of peakpoint.json
     Column("location", Text, nullable=False),
+    Column("born", BigInteger, nullable=False),  # another number when it is made anew: keys mean something else then
     Column("tick", BigInteger, nullable=False),  # one more with every change
+    Column("free", BigInteger, nullable=False),  # the next key of a checkpoint
 )
 runs = Table(
-    "runs",
+    PREFIX + "runs",
     _TABLES,
     Column("key", _Key, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
@@ -63,10 +67,10 @@ runs = Table(
     Column("checkpoints", BigInteger, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("newest", Double),  # when the newest checkpoint was made
-    Column("read", Text, nullable=False),  # how far its files are read: ``refresh.Known`` as JSON
+    Column("read", Text, nullable=False),  # how far its files are read: ``reading.Known`` as JSON
 )
 noted = Table(
-    "noted",
+    PREFIX + "noted",
     _TABLES,
     Column("run", _Key, _owner(), primary_key=True),
     Column("checkpoint", Text, primary_key=True),
@@ -74,13 +78,13 @@ noted = Table(
     Column("pinned", Text),
 )
 metrics = Table(
-    "metrics",
+    PREFIX + "metrics",
     _TABLES,
     Column("key", _Key, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
 )
 checkpoints = Table(
-    "checkpoints",
+    PREFIX + "checkpoints",
     _TABLES,
     Column("key", _Key, primary_key=True),
     Column("run", _Key, _owner(), nullable=False),
@@ -92,46 +96,46 @@ checkpoints = Table(
     Column("pinned", Boolean, nullable=False),
     Column("archived", Boolean, nullable=False),
     Column("whole", Boolean, nullable=False),
-    Index("checkpoints_run", "run", "sequence"),
-    Index("checkpoints_epoch", "epoch"),
-    Index("checkpoints_step", "step"),
-    Index("checkpoints_size", "size"),
-    Index("checkpoints_created", "created"),
+    Index(PREFIX + "checkpoints_run", "run", "sequence"),
+    Index(PREFIX + "checkpoints_epoch", "epoch"),
+    Index(PREFIX + "checkpoints_step", "step"),
+    Index(PREFIX + "checkpoints_size", "size"),
+    Index(PREFIX + "checkpoints_created", "created"),
 )
 rarities = Table(
-    "rarities",
+    PREFIX + "rarities",
     _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
-    Column("metric", _Key, _owner("metrics.key"), primary_key=True),
+    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
+    Column("metric", _Key, _owner("metrics"), primary_key=True),
     Column("value", Double, nullable=False),
-    Index("rarities_value", "metric", "value"),
+    Index(PREFIX + "rarities_value", "metric", "value"),
 )
 details = Table(
-    "details",
+    PREFIX + "details",
     _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
+    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
     Column("id", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("record", Text, nullable=False),
-    Index("details_id", "id"),
-    Index("details_name", "name"),
+    Index(PREFIX + "details_id", "id"),
+    Index(PREFIX + "details_name", "name"),
 )
 reasons = Table(
-    "reasons",
+    PREFIX + "reasons",
     _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
+    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("reason", Text, nullable=False),
 )
 files = Table(
-    "files",
+    PREFIX + "files",
     _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints.key"), primary_key=True),
+    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
     Column("name", Text, primary_key=True),
     Column("size", BigInteger, nullable=False),
     Column("digest", Text, nullable=False),
     Column("shared", Text),
-    Index("files_digest", "digest"),
+    Index(PREFIX + "files_digest", "digest"),
 )
 
 
@@ -141,7 +145,7 @@ Migration = Callable[[Connection], None]
 
 
 def _first(connection: Connection) -> None:
-    _TABLES.create_all(connection)
+    _TABLES.create_all(connection, checkfirst=False)  # what is there is somebody's
 
 
 MIGRATIONS: tuple[Migration, ...] = (_first,)
@@ -150,7 +154,7 @@ MIGRATIONS: tuple[Migration, ...] = (_first,)
 
 def version_of(connection: Connection) -> int:
     """The version of the catalogue in a database; 0 when there is none."""
-    if not inspect(connection).has_table("meta"):
+    if not inspect(connection).has_table(PREFIX + "meta"):
         return 0
     found = connection.scalar(select(meta.c.version))
     return 0 if found is None else int(found)
@@ -170,15 +174,16 @@ def migrate(
     version = version_of(connection)
     if version > len(migrations):
         raise FormatError(
-            f"the catalogue {connection.engine.url.render_as_string()} has version {version}; this release knows up to "
-            f"{len(migrations)}: update Peakpoint, or give another database (PEAKPOINT_CATALOGUE)"
+            f"the catalogue {connection.engine.url.render_as_string()} has version {version}; this release knows up "
+            f"to {len(migrations)}: update Peakpoint, or give another database (PEAKPOINT_CATALOGUE)"
         )
     for step in migrations[version:]:
         step(connection)
     if version == 0:
         # from anywhere, so that nobody takes one that was made anew for the one that they knew
         tick = secrets.randbits(60)
-        given = {"version": len(migrations), "repository": repository, "location": location, "tick": tick}
+        given = {"version": len(migrations), "repository": repository, "location": location}
+        given |= {"born": secrets.randbits(60), "tick": tick, "free": 1}
         connection.execute(insert(meta).values(given))
     elif version < len(migrations):
         connection.execute(update(meta).values(version=len(migrations)))
@@ -186,7 +191,7 @@ def migrate(
 
 def drop_all(connection: Connection) -> None:
     """Remove every table of the catalogue; it is made anew from the files."""
-    if inspect(connection).has_table("metrics"):
+    if inspect(connection).has_table(PREFIX + "meta"):
         _TABLES.drop_all(connection)
 
 
@@ -197,7 +202,9 @@ def drop_all(connection: Connection) -> None:
 def _table(metrics: int) -> Table:
     """The table of checkpoints with so many metrics in it; the same object again, so that SQL is compiled once."""
     columns = [Column(column.name, column.type, primary_key=column.primary_key) for column in checkpoints.columns]
-    return Table("checkpoints", MetaData(), *columns, *(Column(f"m{key}", Double) for key in range(1, metrics + 1)))
+    return Table(
+        PREFIX + "checkpoints", MetaData(), *columns, *(Column(f"m{key}", Double) for key in range(1, metrics + 1))
+    )
 
 
 class Columns:
@@ -232,9 +239,9 @@ class Columns:
             if key <= WIDEST:
                 # a number of ours: no name of a user becomes part of a statement
                 kind = Double().compile(connection.dialect)
-                connection.execute(text(f"ALTER TABLE checkpoints ADD COLUMN m{key} {kind}"))
-                connection.execute(
-                    text(f"CREATE INDEX checkpoints_m{key} ON checkpoints (m{key}) WHERE m{key} IS NOT NULL")
-                )
+                connection.execute(text(f"ALTER TABLE {PREFIX}checkpoints ADD COLUMN m{key} {kind}"))
+                index, on = f"{PREFIX}checkpoints_m{key}", f"{PREFIX}checkpoints (m{key})"
+                # who has not got it does not pay for it
+                connection.execute(text(f"CREATE INDEX {index} ON {on} WHERE m{key} IS NOT NULL"))
             known[name] = key
         return Columns(known)

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, case, func, literal, not_, select
 
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import translated
@@ -18,7 +19,7 @@ from peakpoint.catalogue.schema import Columns
 from peakpoint.catalogue.search import WINDOW, Search
 from peakpoint.catalogue.sql import Expression, Translator
 from peakpoint.checkpoint import Checkpoint
-from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.errors import ConfigError, NotFoundError, TransientStoreError
 from peakpoint.manifest import metrics_from_json
 from peakpoint.query import FIELDS, Field, Metric, Query, point
 from peakpoint.ranking import Key, WithinSE
@@ -26,6 +27,7 @@ from peakpoint.refs import near
 
 _RUNNERS_UP = 3
 _CHUNK = 200
+_MOST = 10**9
 _EARLIEST = (Key(Field("step", (0, 0)), "min"),)
 
 
@@ -80,8 +82,9 @@ class Wish:
     within: WithinSE | None = None
 
     def __post_init__(self) -> None:
-        if self.top is not None and (isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1):
-            raise ConfigError(f"top={self.top!r}: give a whole number of at least 1")
+        good = isinstance(self.top, int) and not isinstance(self.top, bool) and 1 <= self.top <= _MOST
+        if self.top is not None and not good:
+            raise ConfigError(f"top={str(self.top)[:50]}: give a whole number from 1 to {_MOST:,}")
         if self.within is not None and (not self.keys or not isinstance(self.keys[0].value, Metric)):
             raise ConfigError("within one standard error of what? rank by a metric first, as in --max val_accuracy")
 
@@ -98,19 +101,19 @@ class Selection:
 
     def __init__(self, engine: Engine, wish: Wish, make: Callable[[Any], Checkpoint], window: int = WINDOW) -> None:
         self._engine, self._wish, self._make, self._window = engine, wish, make, window
-        with self._connected() as connection:
-            columns = Columns.read(connection)
-        _check_metrics(wish, columns)
-        self._columns = columns
-        self._sql = Translator(columns, engine.dialect.name)
+        with self._asked():  # which refuses names that do not exist
+            pass
 
     @contextmanager
-    def _connected(self) -> Iterator[Connection]:
+    def _asked(self) -> Iterator["_Question"]:
+        """A question to the catalogue as it is now."""
         with translated(self._engine.url), self._engine.connect() as connection:
-            yield connection
+            columns = Columns.read(connection)
+            _check_metrics(self._wish, columns)
+            yield _Question(connection, Translator(columns, connection.dialect.name), columns, self._wish, self._window)
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        yield from islice(self._ranked(), self._wish.top)
+        yield from self._ranked(self._wish.top)
 
     def first(self) -> Checkpoint:
         """The first checkpoint.
@@ -118,98 +121,113 @@ class Selection:
         Raises:
             NotFoundError: there is none.
         """
-        for checkpoint in islice(self._ranked(1), 1):
+        for checkpoint in self._ranked(1):
             return checkpoint
         raise NotFoundError(f"no checkpoint matches {self._wish.query.text or 'this'}")
 
     def count(self) -> int:
         """How many checkpoints there are in the selection; counts them all."""
-        with self._connected() as connection:
-            statement = (
-                select(func.count()).select_from(self._columns.table).where(*self._search(connection).conditions())
-            )
-            found = int(connection.scalar(statement) or 0)
+        with self._asked() as question:
+            found = question.count()
         return found if self._wish.top is None else min(found, self._wish.top)
 
     def why(self) -> Why:
         """What each clause removed, and what would have come next; looks at every checkpoint."""
-        with self._connected() as connection:
-            clauses = [(self._wish.query.quote(clause), self._sql.where(clause)) for clause in self._wish.query.clauses]
-            clauses += [
-                (f"{key.value.name} has a finite value", self._sql.finite(key.value)) for key in self._wish.keys
-            ]
-            within = self._within(connection)
-            if within is not None:
-                clauses.append(within)
-            counts = self._counts(connection, [condition for _, condition in clauses])
-        told = []
-        left = counts[0]
-        for number, (text, _) in enumerate(clauses):
-            after, missing = counts[1 + 2 * number : 3 + 2 * number]
-            told.append(Clause(text=text, removed=left - after, missing=missing, left=after))
-            left = after
-        top = self._wish.top
+        with self._asked() as question:
+            candidates, clauses = question.told()
+        left, top = clauses[-1].left if clauses else candidates, self._wish.top
         chosen = left if top is None else min(left, top)
-        runners = () if top is None else tuple(islice(self._ranked(top + _RUNNERS_UP), top, top + _RUNNERS_UP))
-        return Why(candidates=counts[0], clauses=tuple(told), chosen=chosen, runners_up=runners)
+        runners = () if top is None else tuple(islice(self._ranked(top + _RUNNERS_UP), top, None))
+        return Why(candidates=candidates, clauses=clauses, chosen=chosen, runners_up=runners)
 
-    def _counts(self, connection: Connection, conditions: Sequence[Expression]) -> tuple[int, ...]:
-        """All, and for each condition how many it leaves, and for how many it is neither true nor false."""
-        columns: list[Any] = [func.count()]
-        before: list[Expression] = []
-        for condition in conditions:
-            columns.append(func.count().filter(*before, condition))
-            columns.append(func.count().filter(*before, condition.is_(None)))
-            before.append(condition)
-        row = connection.execute(select(*columns).select_from(self._columns.table)).one()
-        return tuple(int(number) for number in row)
+    def _ranked(self, limit: int | None) -> Iterator[Checkpoint]:
+        """The keys at once, what belongs to them as it is asked for.
 
-    # --- in order
+        No transaction stays open meanwhile: one would keep SQLite's log from ending, and lock the table in PostgreSQL.
+        """
+        with self._asked() as question:
+            born, keys = question.born(), question.keys(limit)
+        for begin in range(0, len(keys), _CHUNK):
+            with self._asked() as question:
+                if question.born() != born:
+                    raise TransientStoreError("the catalogue was made anew while it was being read; select again")
+                rows = question.rows(keys[begin : begin + _CHUNK])
+            yield from map(self._make, rows)
 
-    def _search(self, connection: Connection) -> Search:
-        within = self._within(connection)
+
+class _Question:
+    """One transaction that reads; see ``Selection``."""
+
+    def __init__(self, connection: Connection, sql: Translator, columns: Columns, wish: Wish, window: int) -> None:
+        self._connection, self._sql, self._columns = connection, sql, columns
+        self._wish, self._window = wish, window
+
+    def born(self) -> int:
+        """Another number when keys mean something else."""
+        return int(self._connection.execute(select(schema.meta.c.born)).scalar_one())
+
+    def count(self) -> int:
+        """How many match."""
+        conditions = self._search().conditions()
+        return self._connection.scalar(select(func.count()).select_from(self._columns.table).where(*conditions)) or 0
+
+    def keys(self, limit: int | None) -> "array[int]":
+        """The keys of what matches, in order."""
+        return array("q", (row[0] for row in self._search().rows((self._sql.table.key,), limit)))
+
+    def rows(self, keys: Sequence[int]) -> list[Any]:
+        """What belongs to those of the keys that still exist, in their order."""
+        table, details, runs = self._columns.table, schema.details, schema.runs
+        moment = (table.c.sequence, table.c.epoch, table.c.step, table.c.size)
+        columns = (table.c.key, runs.c.name.label("run"), *moment, details.c.id, details.c.name, details.c.record)
+        joined = table.join(details, details.c.checkpoint == table.c.key).join(runs, runs.c.key == table.c.run)
+        rows = self._connection.execute(select(*columns).select_from(joined).where(table.c.key.in_(list(keys))))
+        known = {row.key: row for row in rows}
+        return [known[key] for key in keys if key in known]
+
+    def told(self) -> tuple[int, tuple[Clause, ...]]:
+        """How many checkpoints there are, and what each clause does to them."""
+        clauses = [(self._wish.query.quote(clause), self._sql.where(clause)) for clause in self._wish.query.clauses]
+        clauses += [(f"{key.value.name} has a finite value", self._sql.finite(key.value)) for key in self._wish.keys]
+        within = self._within()
+        clauses += [] if within is None else [within]
+        # for each row the first clause that does not hold, in one pass
+        first: list[tuple[Expression, Any]] = []
+        for number, (_, condition) in enumerate(clauses):
+            first += [(condition.is_(None), literal(2 * number)), (not_(condition), literal(2 * number + 1))]
+        place = case(*first, else_=literal(-1)) if first else literal(-1)
+        grouped = select(place.label("place"), func.count()).select_from(self._columns.table).group_by("place")
+        counts = {number: count for number, count in self._connection.execute(grouped).all()}  # noqa: C416 - rows
+        left = candidates = sum(counts.values())
+        told = []
+        for number, (text, _) in enumerate(clauses):
+            missing, wrong = counts.get(2 * number, 0), counts.get(2 * number + 1, 0)
+            left -= missing + wrong
+            told.append(Clause(text=text, removed=missing + wrong, missing=missing, left=left))
+        return candidates, tuple(told)
+
+    def _search(self) -> Search:
+        within = self._within()
         keys = self._wish.keys if within is None else self._wish.keys[1:] or _EARLIEST
         more = () if within is None else (within[1],)
-        return Search(connection, self._sql, self._wish.query.clauses, more, keys, self._window)
+        return Search(self._connection, self._sql, self._wish.query.clauses, more, keys, self._window)
 
-    def _within(self, connection: Connection) -> tuple[str, Expression] | None:
+    def _within(self) -> tuple[str, Expression] | None:
         """What is as good as the best."""
         if self._wish.within is None:
             return None
         key = self._wish.keys[0]
         finite = [self._sql.finite(other.value) for other in self._wish.keys[1:]]
         value = self._sql.value(key.value)
-        search = Search(connection, self._sql, self._wish.query.clauses, finite, (key,), self._window)
+        search = Search(self._connection, self._sql, self._wish.query.clauses, finite, (key,), self._window)
         for best in search.rows((self._sql.table.key, value), 1):
-            record = connection.scalar(select(schema.details.c.record).where(schema.details.c.checkpoint == best[0]))
+            details = schema.details.c
+            record = self._connection.scalar(select(details.record).where(details.checkpoint == best[0]))
             metrics = metrics_from_json(json.loads(record or "{}").get("metrics", {}))
             error = self._wish.within.error_of(best[1], metrics)
             text = f"{key.value.name} within one standard error ({error:.3g}) of the best ({best[1]:.6g})"
             return text, (value >= best[1] - error if key.mode == "max" else value <= best[1] + error)
         return None
-
-    def _ranked(self, limit: int | None = None) -> Iterator[Checkpoint]:
-        """The keys at once, what belongs to them as it is asked for.
-
-        No transaction stays open meanwhile: one would keep SQLite's log from ending, and lock the table in PostgreSQL.
-        """
-        limit = limit if limit is not None else self._wish.top
-        with self._connected() as connection:
-            keys = [row[0] for row in self._search(connection).rows((self._sql.table.key,), limit)]
-        for begin in range(0, len(keys), _CHUNK):
-            with self._connected() as connection:
-                found = self._checkpoints(connection, keys[begin : begin + _CHUNK])
-            yield from found
-
-    def _checkpoints(self, connection: Connection, keys: Sequence[int]) -> list[Checkpoint]:
-        """Those of the checkpoints that are still there."""
-        table, details, runs = schema.checkpoints, schema.details, schema.runs
-        moment = (table.c.sequence, table.c.epoch, table.c.step, table.c.size)
-        columns = (table.c.key, runs.c.name.label("run"), *moment, details.c.id, details.c.name, details.c.record)
-        joined = table.join(details, details.c.checkpoint == table.c.key).join(runs, runs.c.key == table.c.run)
-        rows = connection.execute(select(*columns).select_from(joined).where(table.c.key.in_(keys)))
-        known = {row.key: row for row in rows}
-        return [self._make(known[key]) for key in keys if key in known]
 
 
 def make_checkpoint(row: Any, path: Path | None) -> Checkpoint:

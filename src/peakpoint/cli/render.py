@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import packs
+from peakpoint import packs, reader
 from peakpoint.audit import Audit, Finding
 from peakpoint.journal import history
 from peakpoint.manifest import Manifest
@@ -320,11 +320,17 @@ def run_json(run: Run) -> dict[str, Any]:
     in_force = rules_of(events)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     packed = packed_sizes(run, manifests)
+    past = history(events)
     return {
         "name": run.name,
         "rules": [rule.text for rule in in_force],
         "writer": run.holder(),
-        "peaks": [_peak_json(peak) for peak in peaks(history(events), watched(in_force))],
+        "reports": len(past),
+        "checkpoint_count": len(manifests),
+        "size_bytes": sum(manifest.size_bytes for manifest in manifests),
+        "newest": max((manifest.created_at for manifest in manifests), default=None),
+        "damaged": [str(one.error) for one in reader.shelf(run.store, run.name).damaged],
+        "peaks": [_peak_json(peak) for peak in peaks(past, watched(in_force))],
         "checkpoints": [
             manifest_json(manifest, kept.get(manifest.id, ())) | {"packed_bytes": packed.get(manifest.id)}
             for manifest in manifests

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from peakpoint.query import parse as parse_query
 from peakpoint.ranking import WithinSE
 from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Mode
+from peakpoint.units import read_count
 
 if TYPE_CHECKING:
     from peakpoint.catalogue import Why
@@ -63,6 +63,8 @@ def rebuild(repository: Repository) -> str:
 @JSON
 def ls(root: Path, names: tuple[str, ...], everything: bool, catalogue: str | None, json: bool) -> None:  # noqa: FBT001
     """List runs: peak against last, and sizes; of one run, or those named, each checkpoint and why it is kept."""
+    if names and everything:
+        raise ConfigError("--all lists all runs; leave it out, or the names")
     repository = open_repository(root, catalogue=catalogue)
     alone = not names and len(repository.store.children(layout.RUNS)) == 1
     runs = repository.runs() if alone else [repository.run(name) for name in names]
@@ -79,6 +81,7 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
     """A line for each run."""
     with _progress() as progress:
         repository.catalogue().refresh(progress)
+    _tell_unread(repository)
     listed = repository.catalogue().runs(None if everything or json else _RUNS)
     if json:
         found = [render.listed_json(run, Run(repository.store, run.name).holder()) for run in listed]
@@ -95,6 +98,11 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
         console.print(f"[dim]and {render.count(runs - len(listed), 'more run')}; --all lists them all[/]")
     console.print(f"{render.count(runs, 'run')}, {render.count(checkpoints, 'checkpoint')}, {render.size(size)}")
     console.print(f"[dim]peakpoint ls {escape(str(root))} RUN tells why each checkpoint of a run is kept[/]")
+
+
+def _tell_unread(repository: Repository) -> None:
+    for run, why in repository.catalogue().unread.items():
+        click.echo(f"peakpoint: run {run!r} cannot be read and is left out: {why}", err=True)
 
 
 # --- select -------------------------------------------------------------------------------------------------------
@@ -164,18 +172,21 @@ def select(
     Names are metrics, or run, name, id, epoch, step, sequence, size, created, reason, pinned, archived, whole.
     Joined by and, or, not and parentheses; < <= == != in between ~ + - * / %, has(x), abs(x), metric('val/loss').
     """
+    if top is not None and everything:
+        raise ConfigError("--top or --all, not both")
+    if sum((refs, json, explain)) > 1 and refs:
+        raise ConfigError("--refs prints refs and nothing else; leave out --json and --why")
     query = parse_query(where)
     keys = _keys(ctx.meta["order"], {"max": max, "min": min})
     within = _within(within_se, n_eval, se, percent=percent)
     repository = open_repository(root, catalogue=catalogue)
     with _progress() as progress:
         repository.catalogue().refresh(progress)
-    limit = None if everything else top
-    selection = repository.select(where, by=keys, top=limit, within=within)
-    shown = list(islice(selection, None if everything or top else _SHOWN + 1))
-    more = not (everything or top) and len(shown) > _SHOWN
+    few = top is None and not everything and not refs
+    shown = list(repository.select(where, by=keys, top=_SHOWN + 1 if few else top, within=within))
+    more = few and len(shown) > _SHOWN
     shown = shown[:_SHOWN] if more else shown
-    why = selection.why() if explain else None
+    why = repository.select(where, by=keys, top=top, within=within).why() if explain else None
     if json:
         found = {"selected": [_json(checkpoint) for checkpoint in shown], "more": more}
         render.as_json(found | ({} if why is None else {"why": _why_json(why)}))
@@ -183,7 +194,7 @@ def select(
         for checkpoint in shown:
             click.echo(checkpoint.ref)
     else:
-        _print(shown, _columns(query, keys), more=more)
+        _print(shown, _columns(query, keys), more=more, explained=explain)
         if why is not None:
             _print_why(why, keys)
 
@@ -193,7 +204,17 @@ def _within(wanted: bool, n_eval: str | None, se: str | None, *, percent: bool) 
         if n_eval or se or percent:
             raise ConfigError("--n-eval, --se and --percent are for --within-se; add it, or leave them out")
         return None
-    return WithinSE(n_eval=int(n_eval) if n_eval and n_eval.isdecimal() else n_eval, se=se, percent=percent)
+    return WithinSE(n_eval=_examples(n_eval), se=se, percent=percent)
+
+
+def _examples(text: str | None) -> int | str | None:
+    """A number of examples, such as 10000 or 1e4, or the name of a metric."""
+    try:
+        return None if text is None else read_count("--n-eval", text)
+    except ConfigError:
+        if text is not None and text[:1].isdigit():
+            raise
+        return text
 
 
 def _columns(query: Query, keys: dict[str, Mode]) -> list[str]:
@@ -205,10 +226,10 @@ def _columns(query: Query, keys: dict[str, Mode]) -> list[str]:
 _FIXED = ("epoch", "step", "size", "created", "sequence")
 
 
-def _print(shown: Sequence[Checkpoint], names: Sequence[str], *, more: bool) -> None:
+def _print(shown: Sequence[Checkpoint], names: Sequence[str], *, more: bool, explained: bool) -> None:
     console = render.console()
     if not shown:
-        console.print("nothing matches; --why says what each clause removed")
+        console.print("nothing matches" + ("" if explained else "; --why says what each clause removed"))
         return
     metrics = [name for name in names if name not in _FIXED] or sorted({n for one in shown for n in one.metrics})[:4]
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
