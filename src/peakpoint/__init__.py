@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from peakpoint.errors import SaveFailedError as SaveFailedError
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
+    from peakpoint.importing import ImportReport as ImportReport
+    from peakpoint.importing import import_checkpoints as import_checkpoints
     from peakpoint.loading import load as load
     from peakpoint.preempt import Preempt as Preempt
     from peakpoint.report import Outcome as Outcome
@@ -67,6 +69,7 @@ _HOMES = {
     "Error": ("errors", "Error"),
     "Every": ("rules", "Every"),
     "FormatError": ("errors", "FormatError"),
+    "ImportReport": ("importing", "ImportReport"),
     "Last": ("rules", "Last"),
     "LoadReport": ("restore", "LoadReport"),
     "Loaded": ("stored", "Loaded"),
@@ -84,6 +87,7 @@ _HOMES = {
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
+    "import_checkpoints": ("importing", "import_checkpoints"),
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }

@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.markup import escape
@@ -18,9 +17,9 @@ from rich.markup import escape
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
-from peakpoint.cli import render, rules, space
+from peakpoint.cli import importing, render, rules, space
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
-from peakpoint.errors import ConfigError, CorruptError, Error, MissingExtraError
+from peakpoint.errors import ConfigError, CorruptError, Error
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.refs import parse
@@ -38,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in (*rules.COMMANDS, *space.COMMANDS):
+for command in (*rules.COMMANDS, *space.COMMANDS, *importing.COMMANDS):
     cli.add_command(command)
 
 
@@ -264,26 +263,6 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
             console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
 
 
-# --- export -------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@ROOT
-@REF
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="FILE.safetensors, FILE.pth or FILE.pt.")
-@click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
-@JSON
-def export(root: Path, ref: str, to: Path, parts: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
-    """Write a checkpoint to one file that other tools open."""
-    repository = open_repository(root)
-    exports = _torch_side("peakpoint.export")
-    manifest = exports.export(repository, ref, to, parts)
-    if json:
-        render.as_json({"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": to.stat().st_size})
-    else:
-        click.echo(f"{manifest.run}/{manifest.name} -> {to} ({render.size(to.stat().st_size)})")
-
-
 # --- demo ---------------------------------------------------------------------------------------------------------
 
 
@@ -292,20 +271,7 @@ def export(root: Path, ref: str, to: Path, parts: tuple[str, ...], json: bool) -
 @click.option("--epochs", type=click.IntRange(min=6), default=60, show_default=True, help="Epochs of each training.")
 def demo(out: Path, epochs: int) -> None:
     """Train, kill in the middle of a save, resume: see that nothing is lost."""
-    _torch_side("peakpoint.demo.show").run(out, epochs)
-
-
-def _torch_side(module: str) -> Any:
-    """Import a module that needs torch."""
-    import importlib  # noqa: PLC0415 - start-up time
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        extra = "demo" if error.name == "sklearn" else "torch"
-        raise MissingExtraError(
-            f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
-        ) from error
+    importing.torch_side("peakpoint.demo.show").run(out, epochs)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

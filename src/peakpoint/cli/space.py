@@ -20,7 +20,7 @@ from peakpoint.repository import Repository, Run, open_repository
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda _: None
@@ -72,7 +72,7 @@ def archive(
         else:
             click.echo(f"would archive {render.count(len(chosen), 'checkpoint')}, {render.size(total)}")
         return
-    with _progress("packing", total) as advance:
+    with progress_bar("packing", total) as advance:
         done, failures = upkeep.archive(run, chosen, level=level, progress=lambda one: advance(one.size_bytes))
     if json:
         render.as_json(
@@ -128,7 +128,7 @@ def restore(root: Path, name: str, names: tuple[str, ...], json: bool) -> None: 
     """Put the files of archived checkpoints back, bit for bit; of the whole run by default."""
     run, chosen = _chosen(open_repository(root), name, names)
     chosen = [manifest for manifest in chosen if packs.archived(run.store, run.name, manifest.name) is not None]
-    with _progress("unpacking", sum(manifest.size_bytes for manifest in chosen)) as advance:
+    with progress_bar("unpacking", sum(manifest.size_bytes for manifest in chosen)) as advance:
         done = upkeep.restore(run, chosen, progress=lambda manifest: advance(manifest.size_bytes))
     if json:
         render.as_json({"run": name, "restored": [_json(manifest) for manifest in done]})
