@@ -398,8 +398,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         try:
             header = msgspec.json.decode(file.read(length))
             metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
-            rows = [(name, one["dtype"], one["shape"], *one["data_offsets"], "") for name, one in header.items()]
-            rows = sorted(msgspec.convert(rows, list[TensorRecord]), key=lambda row: (row.begin, row.end))
+            given = [(name, one["dtype"], one["shape"], *one["data_offsets"], "") for name, one in header.items()]
+            rows = msgspec.convert(given, list[TensorRecord])
+            rows.sort(key=lambda row: (row.begin, row.end))
         except (msgspec.MsgspecError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path} is no safetensors file: its header cannot be read: {error}") from error
         at = 0

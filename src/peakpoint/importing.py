@@ -307,7 +307,7 @@ class _Plan:
             if old.report != report if old is not None else self._is_new(number) and report < newest:
                 raise ConflictError(
                     f"run {self._run!r} was imported with other files or metrics, and "
-                    f"{self._seen[number].source.path} is not where it would be now: import the whole folder into another run"
+                    f"{self._seen[number].source.path} is not where it would be now: import all into another run"
                 )
 
     def _is_new(self, number: int) -> bool:
@@ -416,8 +416,8 @@ class _Plan:
         if free is not None and not self._link and free < needed + _SLACK:
             raise StoreError(
                 errno.ENOSPC,
-                f"no space in {self._store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
-                "free; free some space. Nothing was imported",
+                f"no space in {self._store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
+                "are free; free some space. Nothing was imported",
             )
 
     def _unpin(self, journal: Journal) -> None:
