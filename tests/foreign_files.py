@@ -1,7 +1,7 @@
 """Checkpoints as scripts and other tools write them, and files that mean harm."""
 
 import argparse
-import datetime
+import datetime as dt
 import os
 import pathlib
 import pickle
@@ -61,7 +61,7 @@ def script(folder, epochs=5, **options):
                 "best_acc1": torch.tensor(max(ACCURACY[: epoch + 1]), dtype=torch.float64),
                 "sparsity": np.float32(0.5),
                 "curve": np.arange(6, dtype=">f8").reshape(2, 3).T,
-                "when": datetime.datetime(2025, 3, 1, tzinfo=datetime.UTC),
+                "when": dt.datetime(2025, 3, 1, tzinfo=dt.UTC),
                 "classes": Counter("aab"),
                 "args": args,
             },
@@ -101,7 +101,7 @@ def hostile(kind, path, mark):
         torch.save({"model": weights, "x": Call(eval, f"open({str(mark)!r}, 'w')")}, path)
         return "builtins.eval"
     if kind == "getattr":
-        torch.save({"model": weights, "x": Call(getattr, os, "system")} if False else Call(getattr, Net, "mro"), path)
+        torch.save({"model": weights, "x": Call(getattr, Net, "mro")}, path)
         return "builtins.getattr"
     if kind == "optimizer":
         state = {"state": {0: {"exp_avg": torch.ones(2), "x": Call(os.system, command)}}, "param_groups": []}

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from peakpoint import unpickling
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.logs import EPOCH, STEPS, Row, as_number, metric_name, row_of
+from peakpoint.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of
 from peakpoint.manifest import FileRecord, TensorRecord
 from peakpoint.store import translated
 from peakpoint.tensors import tensors_of
@@ -461,7 +461,7 @@ def _huggingface(source: Source, how: Reading) -> Foreign:
     notes += [f"{name}.json -> {EXTRA}" for name in extra]
     state = extra.get("trainer_state", {})
     log = [record for record in state.get("log_history") or () if isinstance(record, dict)]
-    history = [row for record in log if (row := _hf_row(record)) is not None]
+    history = merged((row for record in log if (row := _hf_row(record)) is not None), by=STEP)
     step = _whole(as_number(state.get("global_step")))
     epoch = as_number(state.get("epoch"))
     here = {name: value for row in history if row.step == step for name, value in row.metrics.items()}

@@ -1,8 +1,8 @@
 """Metrics that other tools have logged: JSON, JSON lines, CSV, TensorBoard. Read into rows, joined to moments.
 
 A row belongs to an epoch, a step or both. Where every row has an epoch in whole numbers, they are merged by epoch
-and the last value of each column in an epoch counts, as in Lightning's ``metrics.csv`` with its many rows and blanks; others
-are merged by step.
+and the last value of each column in an epoch counts, as in Lightning's ``metrics.csv`` with its many rows and blanks;
+others are merged by step.
 """
 
 import csv
@@ -125,10 +125,10 @@ def row_of(record: Mapping[str, Any]) -> Row | None:
     return Row(int(epoch) if whole and epoch is not None else None, at, metrics)
 
 
-def merged(rows: Iterable[Row]) -> list[Row]:
-    """One row for each epoch if every row has one, otherwise for each step; later values count."""
+def merged(rows: Iterable[Row], *, by: str = "auto") -> list[Row]:
+    """One row for each epoch if every row has one, otherwise for each step, or as said; later values count."""
     rows = list(rows)
-    by_epoch = all(row.epoch is not None for row in rows)
+    by_epoch = by != STEP and all(row.epoch is not None for row in rows)
     found: dict[int, Row] = {}
     for row in rows:
         key = row.epoch if by_epoch else row.step if row.step is not None else row.epoch

@@ -288,12 +288,18 @@ def scan(pickles: Collection[bytes], where: str) -> list[str]:
                 module, _, name = str(argument).partition(" ")
                 module, name = names.get((module, name), (module, name))
                 found[f"{modules.get(module, module)}.{name}"] = None
+            elif operation.name == "PROTO" and argument != 2:
+                raise FormatError(_other_protocol(where, f"protocol {argument}"))
             elif operation.name in {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}:
-                raise FormatError(
-                    f"{where} is a pickle with {operation.name}, of another protocol than torch.save's own: load it "
-                    "where you trust it and save it again with torch.save"
-                )
+                raise FormatError(_other_protocol(where, operation.name))
     return list(found)
+
+
+def _other_protocol(where: str, what: str) -> str:
+    return (
+        f"{where} is a pickle with {what}, and not of the protocol that torch.save uses: load it where you trust it "
+        "and save it again without pickle_protocol="
+    )
 
 
 def check_globals(names: Collection[str], where: str, inert: Collection[str] = ()) -> None:

@@ -2,11 +2,11 @@
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from rich.markup import escape
 from rich.table import Table
 
@@ -101,7 +101,7 @@ def import_(
             progress=advance,
         )
     if json:
-        render.as_json({"dry_run": dry_run, **asdict(report)})
+        render.as_json({"dry_run": dry_run, **msgspec.to_builtins(report, enc_hook=str)})
     else:
         _print_report(root, report, dry_run=dry_run, ruled=rules is not None)
     unreadable = [one for one in report.checkpoints if one.status == "unreadable"]
