@@ -212,6 +212,37 @@ def test_two_files_of_one_moment_both_come_in(made, tmp_path):
     assert run.latest().epoch == 4
 
 
+def test_a_copy_comes_in_once(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    shutil.copy(folder / "e7.pth", folder / "z_best.pth")
+    for again in (False, True):
+        done = {one.path.name: one for one in bring(folder, tmp_path / "root").checkpoints}
+        assert done["e7.pth"].status == ("there" if again else "imported")
+        assert done["z_best.pth"].status == "twin"
+        assert "same bytes as e7.pth" in done["z_best.pth"].notes[-1]
+    assert len(pp.open(tmp_path / "root").run("r").checkpoints()) == 5
+
+
+def test_other_options_for_what_is_there_are_refused(tmp_path):
+    torch.save({"model": Net().state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root")
+    with pytest.raises(pp.ConflictError, match="other files, metrics or options"):
+        bring(tmp_path / "a.pth", tmp_path / "root", epochs_from=1)
+
+
+def test_names_that_parts_and_metrics_cannot_have_are_changed(tmp_path):
+    state = {"net/G": Net().state_dict(), "extra": Net().state_dict(), "acc @1: \udcff": 0.5, "epoch": 1e300}
+    torch.save(state, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root", parts={"net/G": "model"})
+    [one] = pp.open(tmp_path / "root").run("r").checkpoints()
+    assert (one.epoch, one.metrics) == (None, {"acc_@1_?": 0.5})
+    assert {"model", "my_extra", "extra"} <= one.parts.keys()
+    odd = tmp_path / os.fsdecode(b"b\xff.pth")
+    shutil.copy(tmp_path / "a.pth", odd)
+    with pytest.raises(pp.ConfigError, match="cannot be written as UTF-8"):
+        bring(odd, tmp_path / "other", parts={"net/G": "model"})
+
+
 def test_prefixes_parts_and_first_epochs_are_as_said(tmp_path):
     model = torch.nn.DataParallel(torch.nn.Linear(2, 1))
     torch.save({"gen": model.state_dict(), "disc": Net().state_dict(), "epoch": 1, "step": 7}, tmp_path / "a.pth")

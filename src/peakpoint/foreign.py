@@ -5,6 +5,7 @@ Every reader here changes nothing, runs nothing, and says what became of everyth
 
 import math
 import mmap
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from blake3 import blake3
 
 from peakpoint import unpickling
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of
+from peakpoint.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, readable, row_of, whole
 from peakpoint.manifest import FileRecord, TensorRecord
 from peakpoint.store import translated
 from peakpoint.tensors import tensors_of
 
 EXTRA = "extra"
+_NO_PART = re.compile(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]+")
 PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 SAFETENSORS = ".safetensors"
 _LARGEST_HEADER = 100 * 1024**2
@@ -281,8 +283,14 @@ def _parts(given: Mapping[str, Any], how: Reading) -> tuple[dict[str, Any], dict
             named[free[0]] = part
     for key, value in given.items():
         if key not in named and key not in how.parts and (_is_weights(value) or _is_optimizer(value)):
-            named[key] = key
+            named[key] = _part_name(key)
     return {part: _with_numbers(part, given[key]) for key, part in named.items()}, named
+
+
+def _part_name(key: str) -> str:
+    """A name of the file's as the name of a part."""
+    name = _NO_PART.sub("_", key)[:60].rstrip(".") or "part"
+    return f"my_{name}" if name in {EXTRA, "state", "manifest", "rng", "loop"} else name
 
 
 def _with_numbers(part: str, value: Any) -> Any:
@@ -295,9 +303,9 @@ def _with_numbers(part: str, value: Any) -> Any:
 def _numbers(extra: Mapping[str, Any]) -> tuple[int | None, int | None, dict[str, float], list[str]]:
     """Epoch, step, metrics, and what was made of them."""
     values = {key: number for key, value in extra.items() if (number := _number(value)) is not None}
-    epoch = _whole(values.pop(EPOCH, None))
+    epoch = whole(values.pop(EPOCH, None))
     found = next((name for name in STEPS if name in values), None)
-    step = None if found is None else _whole(values.pop(found))
+    step = None if found is None else whole(values.pop(found))
     metrics = {metric_name(key): value for key, value in values.items()}
     for key in ("metrics", "scores", "results"):
         if isinstance(extra.get(key), dict):
@@ -323,15 +331,11 @@ def _number(value: Any) -> float | None:
     return None if isinstance(value, str) else as_number(value)
 
 
-def _whole(value: float | None) -> int | None:
-    return int(value) if value is not None and value >= 0 and value.is_integer() else None
-
-
 def _steps_of(optimizer: Any) -> int | None:
     if not _is_optimizer(optimizer) or not isinstance(optimizer["state"], dict):
         return None
     moments = [one for one in optimizer["state"].values() if isinstance(one, dict)]
-    counts = [count for one in moments if (count := _whole(_number(one.get("step")))) is not None]
+    counts = [count for one in moments if (count := whole(_number(one.get("step")))) is not None]
     return max(counts, default=None)
 
 
@@ -341,7 +345,7 @@ def _optimizer_name(extra: Mapping[str, Any]) -> str:
         options = options if isinstance(options, dict) else getattr(options, "__dict__", {})
         for name in ("optimizer", "optim", "opt", "optimizer_name"):
             if isinstance(options.get(name), str):
-                return str(options[name])
+                return readable(options[name])[:100]
     return ""
 
 
@@ -424,8 +428,8 @@ def _safetensors(source: Source, how: Reading) -> Foreign:  # noqa: ARG001 - all
     extra = {"metadata": metadata} if metadata.keys() - {"format"} else {}
     return Foreign(
         tool="safetensors",
-        epoch=_whole(given.get(EPOCH)),
-        step=_whole(step),
+        epoch=whole(given.get(EPOCH)),
+        step=whole(step),
         parts={"model": tensors},
         extra=extra,
         notes=("all tensors -> model", *(["metadata -> extra"] if extra else [])),
@@ -462,7 +466,7 @@ def _huggingface(source: Source, how: Reading) -> Foreign:
     state = extra.get("trainer_state", {})
     log = [record for record in state.get("log_history") or () if isinstance(record, dict)]
     history = merged((row for record in log if (row := _hf_row(record)) is not None), by=STEP)
-    step = _whole(as_number(state.get("global_step")))
+    step = whole(as_number(state.get("global_step")))
     epoch = as_number(state.get("epoch"))
     here = {name: value for row in history if row.step == step for name, value in row.metrics.items()}
     return Foreign(

@@ -53,7 +53,7 @@ class Imported:
         notes: what became of what, a sentence each.
         name: of the checkpoint; None when there is none: dry run, or unreadable.
         status: ``"imported"``, ``"linked"``, ``"there"`` (imported earlier), ``"removed"`` (imported earlier,
-            and gone since), ``"planned"`` or ``"unreadable"``.
+            and gone since), ``"twin"`` (the same bytes as another source), ``"planned"`` or ``"unreadable"``.
         error: why it is unreadable.
     """
 
@@ -237,6 +237,7 @@ def _natural(path: Path) -> list[Any]:
 
 
 def _see(source: Source, how: Reading) -> _Seen:
+    names.check_text("the name of the source", str(source.path.absolute()))
     stamp = source.stamp()
     found, dropped = _keepable(foreign.read(source, how))
     summary = replace(found, parts=dict.fromkeys(found.parts), extra=dict.fromkeys(found.extra))
@@ -302,11 +303,12 @@ class _Plan:
             if one.digest not in self._there and any(one.digest[:_SHORT] in reason for reason in reasons)
         }
         newest = self._manifests[-1].report if self._manifests else 0
-        for report, number, _ in self._each():
+        for report, number, moment in self._each():
             old = self._there.get(self._seen[number].digest)
-            if old.report != report if old is not None else self._is_new(number) and report < newest:
+            moved = old is not None and (old.report, old.step, old.epoch) != (report, moment.step, moment.epoch)
+            if moved if old is not None else self._is_new(number) and report < newest:
                 raise ConflictError(
-                    f"run {self._run!r} was imported with other files or metrics, and "
+                    f"run {self._run!r} was imported with other files, metrics or options, and "
                     f"{self._seen[number].source.path} is not where it would be now: import all into another run"
                 )
 
@@ -318,6 +320,12 @@ class _Plan:
         """Whether there is nothing to do."""
         new = any(self._is_new(number) for number in range(len(self._seen)))
         return not new and self._rules is None and len(journals.history(self._events)) >= len(self._moments)
+
+    def _twin(self, number: int) -> str | None:
+        """Which earlier source has the very same bytes, in words."""
+        first = next(place for place, one in enumerate(self._seen) if one.digest == self._seen[number].digest)
+        mine, other = self._seen[number].source.path.name, self._seen[first].source.path.name
+        return None if first == number else f"{mine} has the same bytes as {other}, and comes in once"
 
     def _told(self, number: int, moment: Moment, name: str | None, status: str, *more: str) -> Imported:
         one = self._seen[number]
@@ -345,6 +353,9 @@ class _Plan:
         done = {}
         for _, number, moment in self._each():
             old = self._there.get(self._seen[number].digest)
+            if (twin := self._twin(number)) is not None:
+                done[number] = self._told(number, moment, None, "twin", twin)
+                continue
             status = "planned" if self._is_new(number) else "removed" if old is None else "there"
             done[number] = self._told(number, moment, None if old is None else old.name, status)
         return done
@@ -397,7 +408,9 @@ class _Plan:
                 )
             for number in moment.taken:
                 old = self._there.get(self._seen[number].digest)
-                if old is not None:
+                if (twin := self._twin(number)) is not None:
+                    done[number] = self._told(number, moment, None, "twin", twin)
+                elif old is not None:
                     done[number] = self._told(number, moment, old.name, "there")
                 elif self._seen[number].digest in self._gone:
                     done[number] = self._told(number, moment, None, "removed")

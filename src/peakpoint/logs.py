@@ -18,6 +18,7 @@ from peakpoint.store import translated
 
 EPOCH, STEP = "epoch", "step"
 STEPS = (STEP, "global_step", "iteration", "iter")  # names that scripts give it
+_MOST = 2**53  # up to which floats count one by one
 _UNFIT = re.compile(r"[\s:\x00-\x1f]+")
 
 
@@ -36,6 +37,21 @@ class Row:
     metrics: Mapping[str, float]
 
 
+def readable(given: str) -> str:
+    """A text that can be written down; lone surrogates cannot."""
+    return given.encode("utf-8", "replace").decode()
+
+
+def whole(value: float | None) -> int | None:
+    """A count from a number; None from everything else.
+
+    Example:
+        >>> whole(3.0), whole(2.5), whole(-1.0), whole(float("nan"))
+        (3, None, None, None)
+    """
+    return int(value) if value is not None and value.is_integer() and 0 <= value < _MOST else None
+
+
 def metric_name(given: str) -> str:
     """A name as metrics have it: without spaces and colons.
 
@@ -43,7 +59,7 @@ def metric_name(given: str) -> str:
         >>> metric_name("Loss/val: top 5")
         'Loss/val_top_5'
     """
-    return _UNFIT.sub("_", given)[:200] or "unnamed"
+    return _UNFIT.sub("_", readable(given))[:200] or "unnamed"
 
 
 def as_number(value: Any) -> float | None:
@@ -117,12 +133,10 @@ def row_of(record: Mapping[str, Any]) -> Row | None:
     step = next((values.pop(name) for name in STEPS if name in values), None)
     if not values or (epoch is None and step is None):
         return None
-    whole = epoch is not None and epoch.is_integer() and epoch >= 0
-    at = None if step is None or not step.is_integer() or step < 0 else int(step)
-    if not whole and at is None:
+    at_epoch, at_step = whole(epoch), whole(step)
+    if at_epoch is None and at_step is None:
         return None
-    metrics = {metric_name(name): value for name, value in values.items()}
-    return Row(int(epoch) if whole and epoch is not None else None, at, metrics)
+    return Row(at_epoch, at_step, {metric_name(name): value for name, value in values.items()})
 
 
 def merged(rows: Iterable[Row], *, by: str = "auto") -> list[Row]:
@@ -179,8 +193,8 @@ def joined_by(rows: Sequence[Row], epochs: Iterable[int | None], steps: Iterable
     """
     by_step = len({row.step for row in rows} & ({*steps} - {None}))
     by_epoch = len({key(row, EPOCH) for row in rows} & ({*epochs} - {None}))
-    whole = bool(rows) and all(row.epoch is not None for row in rows)
-    return EPOCH if by_epoch > by_step or (by_epoch == by_step and whole) else STEP
+    all_have = bool(rows) and all(row.epoch is not None for row in rows)
+    return EPOCH if by_epoch > by_step or (by_epoch == by_step and all_have) else STEP
 
 
 def key(row: Row, how: str) -> int | None:
