@@ -773,3 +773,38 @@ def test_what_transformers_writes(tmp_path):
     loaded = pp.load("r@latest", root=tmp_path / "root")
     assert {"model", "optimizer", "scheduler", "extra"} <= set(loaded)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded["model"].items())
+
+
+RANK = """
+import sys, warnings
+import torch, torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+warnings.simplefilter("ignore")
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}.store", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+whole = torch.arange(35.0).reshape(5, 7)
+sharded = {"rows": distribute_tensor(whole, mesh, [Shard(0)]), "columns": distribute_tensor(whole, mesh, [Shard(1)])}
+dcp.save({"model": {**sharded, "same": torch.ones(3)}, "epoch": 4, "step": 50}, checkpoint_id=folder)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_what_two_ranks_write_is_put_together(tmp_path):
+    folder = tmp_path / "dcp"
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(folder)]) for rank in (0, 1)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    bring(folder, tmp_path / "root")
+    [one] = pp.open(tmp_path / "root").run("r").checkpoints()
+    assert (one.epoch, one.step) == (4, 50)
+    model = pp.load("r@latest", root=tmp_path / "root")["model"]
+    whole = torch.arange(35.0).reshape(5, 7)
+    assert torch.equal(model["rows"], whole)
+    assert torch.equal(model["columns"], whole)
+    next(folder.glob("__1_*.distcp")).unlink()
+    with pytest.raises(pp.CorruptError, match="which is not in it"):
+        bring(folder, tmp_path / "other")

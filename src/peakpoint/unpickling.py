@@ -17,6 +17,7 @@ import pickle
 import pickletools
 import re
 import tarfile
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator
@@ -39,7 +40,7 @@ _PLAIN = frozenset(
         *("collections.OrderedDict", "collections.Counter", "_codecs.encode"),
         *(f"builtins.{name}" for name in ("bytearray", "set", "complex")),
         # torch's own, but for sparse, quantized, nested and foreign tensors, which no checkpoint of ours can hold
-        *(f"torch.{name}" for name in ("Size", "device", "Tensor", "nn.parameter.Parameter")),
+        *(f"torch.{name}" for name in ("Size", "device", "nn.parameter.Parameter")),
         *(f"{kind.__module__}.{kind.__name__}" for kind in torch._storage_classes),  # noqa: SLF001 - torch's list
         *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
         *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
@@ -169,7 +170,8 @@ def load(source: Path | bytes, *, where: str = "", inert: Collection[str] = ()) 
     """
     require_torch()
     where = where or str(source)
-    with translated("read", Path(where)):
+    with translated("read", Path(where)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch and pickletools, about their own ways
         is_zip = _check_kind(source, where)
         pickles = _zipped_pickle(source, where) if is_zip else _legacy_pickles(source, where)
         check_globals(scan(pickles, where), where, inert)
@@ -283,9 +285,9 @@ def scan(pickles: Collection[bytes], where: str) -> list[str]:
     found: dict[str, None] = {}
     names, modules = torch._utils.NAME_MAPPING, torch._utils.IMPORT_MAPPING  # noqa: SLF001 - of Python 2, as torch.load
     for data in pickles:
-        for operation, argument, _ in _operations(io.BytesIO(data), where):
+        for operation, argument, place in _operations(io.BytesIO(data), where):
             if operation.name == "GLOBAL":
-                module, _, name = str(argument).partition(" ")
+                module, name = _name_at(data, place + 1)  # as torch reads it: pickletools would undo escapes
                 module, name = names.get((module, name), (module, name))
                 found[f"{modules.get(module, module)}.{name}"] = None
             elif operation.name == "PROTO" and argument != 2:
@@ -293,6 +295,12 @@ def scan(pickles: Collection[bytes], where: str) -> list[str]:
             elif operation.name in {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}:
                 raise FormatError(_other_protocol(where, operation.name))
     return list(found)
+
+
+def _name_at(data: bytes, begin: int) -> tuple[str, str]:
+    middle = data.index(b"\n", begin)
+    end = data.index(b"\n", middle + 1)
+    return data[begin:middle].decode("utf-8", "replace"), data[middle + 1 : end].decode("utf-8", "replace")
 
 
 def _other_protocol(where: str, what: str) -> str:
