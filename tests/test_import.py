@@ -32,9 +32,10 @@ from foreign_files import (
     script,
     train_epoch,
 )
-from peakpoint import audit, foreign, journal, logs, unpickling
+from peakpoint import audit, journal, logs, unpickling
 from peakpoint.cli.main import cli
 from peakpoint.logs import Row
+from peakpoint.sources import read_safetensors
 from peakpoint.timeline import timeline
 from training import same
 
@@ -423,7 +424,7 @@ def test_no_safetensors_header_gets_past_with_another_error(data, tmp_path_facto
     path = tmp_path_factory.getbasetemp() / "h.safetensors"
     path.write_bytes(len(data).to_bytes(8, "little") + data)
     try:
-        assert foreign.read_safetensors(path)[0] == {}, "a header without tensors is one"
+        assert read_safetensors(path)[0] == {}, "a header without tensors is one"
     except (pp.FormatError, pp.CorruptError) as error:
         assert "h.safetensors" in str(error)  # noqa: PT017 - see above
 

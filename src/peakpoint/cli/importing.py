@@ -18,7 +18,7 @@ from peakpoint.repository import open_repository
 from peakpoint.rules import parse_all
 
 
-def torch_side(module: str) -> Any:
+def torch_side(module: str, extra: str = "torch") -> Any:
     """Import a module that needs torch.
 
     Raises:
@@ -27,7 +27,7 @@ def torch_side(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        extra = "demo" if error.name == "sklearn" else "torch"
+        extra = "demo" if error.name == "sklearn" else extra
         raise MissingExtraError(
             f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
         ) from error
@@ -82,7 +82,7 @@ def import_(
     """Bring checkpoints of other tools into a run; no code of a file's is run, and no file is changed."""
     renamed = dict(_pair(part) for part in parts)
     rules = None if texts is None else parse_all(texts)
-    importing = torch_side("peakpoint.importing")
+    importing = torch_side("peakpoint.importing", "import")
     with progress_bar("importing", _size(path)) as advance:
         report = importing.import_checkpoints(
             path,
@@ -208,7 +208,7 @@ def export(
     if to.suffix == ".onnx":
         if factory is None:
             raise ConfigError("--to FILE.onnx needs --model MODULE:FUNCTION, your function that makes the model")
-        manifest, checked = torch_side("peakpoint.onnx_export").export_onnx(
+        manifest, checked = torch_side("peakpoint.onnx_export", "onnx").export_onnx(
             repository, ref, to, factory, inputs, parts[0] if parts else "model"
         )
     elif form == "hf":
