@@ -202,6 +202,19 @@ def test_an_import_that_is_killed_goes_on(made, tmp_path):
     assert audit.audit(pp.open(root), deep=True).clean
 
 
+def test_a_file_that_changes_meanwhile_is_noticed(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+
+    def write(_):
+        with (folder / "e7.pth").open("ab") as file:
+            file.write(b"more")
+
+    with pytest.raises(pp.CorruptError, match=r"e7\.pth"):
+        bring(folder, tmp_path / "root", progress=write)
+    assert [one.epoch for one in pp.open(tmp_path / "root").run("r").checkpoints()] == [0, 1]
+    assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
+
+
 def test_two_files_of_one_moment_both_come_in(made, tmp_path):
     folder = shutil.copytree(made[0], tmp_path / "copy")
     best = torch.load(folder / "e7.pth", weights_only=False)
@@ -265,6 +278,24 @@ def test_prefixes_parts_and_first_epochs_are_as_said(tmp_path):
     assert pp.open(tmp_path / "root").run("bare").latest().epoch == 0
     with pytest.raises(pp.FormatError, match="the file has no 'generator'; it has gen"):
         bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"generator": "model"})
+
+
+def test_parts_of_files_without_names_are_renamed_too(tmp_path):
+    save_file(Net().state_dict(), tmp_path / "a.safetensors")
+    torch.save(Net().state_dict(), tmp_path / "b.pth")
+    for number, name in enumerate(("a.safetensors", "b.pth")):
+        bring(tmp_path / name, tmp_path / "root", run=f"r{number}", parts={"model": "teacher"})
+        assert list(pp.load(f"r{number}@latest", root=tmp_path / "root")) == ["teacher"]
+        with pytest.raises(pp.FormatError, match="has no 'modell'; it has model"):
+            bring(tmp_path / name, tmp_path / "root", run="x", parts={"modell": "teacher"})
+
+
+def test_a_repository_is_no_source(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    bring(folder, folder / "runs")
+    again = bring(folder, folder / "runs")
+    assert [one.status for one in again.checkpoints] == ["there"] * 5
+    assert again.others == (folder / "runs",)
 
 
 def test_bare_weights_come_before_what_knows_its_moment(made, tmp_path):
@@ -657,14 +688,14 @@ def test_the_command_shows_then_imports(made, tmp_path):
     text = invoke("import", made[0], root, "--run", "r", "--dry-run")
     assert "e7.pth" in text
     assert "model_state_dict -> model" in text
-    assert "5 files would become checkpoints of run r" in text
+    assert "5 checkpoints would be imported into run r; 5 moments in its history" in text
     assert not root.exists()
     found = json.loads(invoke("import", made[0], root, "--run", "r", "--json"))
     assert [one["epoch"] for one in found["checkpoints"]] == [0, 1, 2, 3, 4]
     assert "pinned: imported from e7.pth" in invoke("ls", root)
     assert "is here (epoch 2, step 6)" in invoke("explain", root, "r:epoch=2")
     assert "10 of" not in invoke("keep", root, "r", "--rules", "last:1", "--dry-run")
-    assert "0 files became" in invoke("import", made[0], root, "--run", "r", "--rules", "best:val_accuracy:max")
+    assert "0 checkpoints imported" in invoke("import", made[0], root, "--run", "r", "--rules", "best:val_accuracy:max")
     assert "4 would" not in invoke("ls", root)
 
 

@@ -83,7 +83,7 @@ def from_dict(given: Any, where: Path, how: Reading) -> Foreign:
     if not isinstance(given, dict) or not given:
         raise FormatError(f"{where} holds a {type(given).__name__}, and not a dict with state dicts")
     if is_weights(given):
-        return Foreign(tool="torch.save", parts={"model": given}, notes=("all of it -> model",))
+        return renamed(Foreign(tool="torch.save", parts={"model": given}, notes=("all of it -> model",)), where, how)
     if not all(isinstance(key, str) for key in given):
         raise FormatError(f"{where} holds a dict whose keys are no text")
     lightning = "pytorch-lightning_version" in given
@@ -113,6 +113,21 @@ def from_dict(given: Any, where: Path, how: Reading) -> Foreign:
         notes=tuple(notes),
         optimizer=_optimizer_name(extra),
     )
+
+
+def renamed(found: Foreign, where: Path, how: Reading) -> Foreign:
+    """Give parts other names, of files that name no parts themselves.
+
+    Raises:
+        FormatError: there is no such part.
+    """
+    parts, extra = dict(found.parts), dict(found.extra)
+    for name, part in how.parts.items():
+        if name not in found.parts:
+            raise FormatError(f"--part {name}={part}: {where} has no {name!r}; it has {', '.join(found.parts)}")
+        (extra if part == EXTRA else parts)[name if part == EXTRA else part] = parts.pop(name)
+    kept = found.linkable if parts.get("model") is found.parts.get("model") else None
+    return replace(found, parts=parts, extra=extra, linkable=kept)
 
 
 def is_weights(value: Any) -> bool:

@@ -17,7 +17,8 @@ from blake3 import blake3
 from peakpoint import unpickling
 from peakpoint.distributed import read_folder
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.foreign import EXTRA, Foreign, Reading, from_dict, is_weights
+from peakpoint.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed
+from peakpoint.layout import REPOSITORY
 from peakpoint.logs import EPOCH, STEP, STEPS, Row, as_number, merged, row_of, whole
 from peakpoint.manifest import FileRecord, TensorRecord
 from peakpoint.store import translated
@@ -102,6 +103,8 @@ def _folder(path: Path) -> tuple[list[Source], list[Path]]:
     names = {child.name for child in files}
     found: list[Source] = []
     others: list[Path] = []
+    if REPOSITORY in names:
+        return [], [path]  # one of ours
     if ".metadata" in names:
         return [Source(path=path, kind="dcp", files=tuple(files))], []
     if names & set(_WEIGHTS) and (names & set(_HF_JSON) or any(name.endswith(".index.json") for name in names)):
@@ -133,6 +136,8 @@ def read(source: Source, how: Reading) -> Foreign:
     """
     with translated("read", source.path):
         found = _READERS[source.kind](source, how)
+        if source.kind in {"safetensors", "huggingface"}:
+            found = renamed(found, source.path, how)
     if found.epoch is not None and source.kind != "huggingface":
         if found.epoch < how.epochs_from:
             raise FormatError(f"{source.path} is of epoch {found.epoch}, but epochs count from {how.epochs_from}")

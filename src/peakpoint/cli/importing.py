@@ -148,10 +148,10 @@ def _print_report(root: Path, report: Any, *, dry_run: bool, ruled: bool) -> Non
     if report.others:
         console.print(f"  not looked at: {escape(', '.join(path.name for path in report.others[:20]))}")
     new = [one for one in report.checkpoints if one.status in {"imported", "linked", "planned"}]
-    did = "would become" if dry_run else "became"
+    did = "would be imported" if dry_run else "imported"
+    moments = render.count(report.reports, "moment")
     console.print(
-        f"{render.count(len(new), 'file')} {did} checkpoints of run {escape(report.run)}, "
-        f"{report.reports} moments in its history"
+        f"{render.count(len(new), 'checkpoint')} {did} into run {escape(report.run)}; {moments} in its history"
     )
     if new and not dry_run:
         where = f"{escape(str(root))} {escape(report.run)}"
