@@ -542,6 +542,23 @@ def test_folders_of_hugging_face(tmp_path):
         bring(tmp_path / "out", tmp_path / "other")
 
 
+def test_a_hostile_optimizer_in_a_folder_of_hugging_face(tmp_path):
+    hugging_face(tmp_path / "checkpoint-4", 4)
+    hostile("os.system", tmp_path / "checkpoint-4" / "optimizer.pt", tmp_path / "PWNED")
+    with pytest.raises(pp.FormatError, match=r"optimizer\.pt names posix\.system"):
+        bring(tmp_path / "checkpoint-4", tmp_path / "root")
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_file_inside_of_a_file_stays_bytes(tmp_path):
+    hostile("os.system", tmp_path / "inner.bin", tmp_path / "PWNED")
+    inner = (tmp_path / "inner.bin").read_bytes()
+    torch.save({"model": Net().state_dict(), "inner": inner}, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root")
+    assert pp.load("r@latest", root=tmp_path / "root")["extra"]["inner"] == inner
+    assert not (tmp_path / "PWNED").exists()
+
+
 def test_folders_of_torch_distributed(tmp_path):
     model, optimizer, scheduler = objects()
     train_epoch(model, optimizer, scheduler)
@@ -775,6 +792,23 @@ def test_what_lightning_writes(tmp_path):
         pp.Checkpointer(tmp_path / "root", run="r", state=state, keep=[pp.Last(1)], preempt=None) as ckpt,
     ):
         assert next(ckpt.epochs(9)) == 3
+
+
+@pytest.mark.slow
+def test_what_accelerate_writes(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer, scheduler = accelerator.prepare(*objects())
+    train_epoch(model, optimizer, scheduler, steps=3)
+    accelerator.save_state(str(tmp_path / "state"))
+    report = bring(tmp_path / "state", tmp_path / "root")
+    assert [path.name for path in report.others] == ["random_states_0.pkl"]
+    [one] = pp.open(tmp_path / "root").run("r").checkpoints()
+    assert one.step == 3
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert list(loaded) == ["model", "optimizer", "scheduler"]
+    assert same(loaded["optimizer"]["state"], optimizer.state_dict()["state"])
+    assert all(torch.equal(loaded["model"][name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def from_dict(given: Any, where: Path, how: Reading) -> Foreign:
         metrics |= _lightning_scores(extra, where.name)
         complete = _lightning_complete(extra)
     if step is None:
-        step = _steps_of(parts.get("optimizer"))
+        step = steps_of(parts.get("optimizer"))
         notes += [] if step is None else [f"step {step} from the optimizer's state"]
     return Foreign(
         tool=f"lightning {given['pytorch-lightning_version']}" if lightning else "torch.save",
@@ -205,7 +205,8 @@ def _number(value: Any) -> float | None:
     return None if isinstance(value, str) else as_number(value)
 
 
-def _steps_of(optimizer: Any) -> int | None:
+def steps_of(optimizer: Any) -> int | None:
+    """The steps that an optimizer's state counts, None when it does not."""
     if not _is_optimizer(optimizer) or not isinstance(optimizer["state"], dict):
         return None
     moments = [one for one in optimizer["state"].values() if isinstance(one, dict)]

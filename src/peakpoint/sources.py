@@ -17,7 +17,7 @@ from blake3 import blake3
 from peakpoint import unpickling
 from peakpoint.distributed import read_folder
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed
+from peakpoint.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
 from peakpoint.layout import REPOSITORY
 from peakpoint.logs import EPOCH, STEP, STEPS, Row, as_number, merged, row_of, whole
 from peakpoint.manifest import FileRecord, TensorRecord
@@ -28,7 +28,10 @@ PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 SAFETENSORS = ".safetensors"
 _LARGEST_HEADER = 100 * 1024**2
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_HF_PARTS = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "scaler": "scaler.pt"}
+_HF_PARTS = {  # of transformers, and of accelerate's save_state
+    **{f"{part}.pt": part for part in ("optimizer", "scheduler", "scaler")},
+    **{f"{part}.bin": part for part in ("optimizer", "scheduler")},
+}
 _HF_JSON = ("config.json", "generation_config.json", "trainer_state.json")
 
 
@@ -107,7 +110,8 @@ def _folder(path: Path) -> tuple[list[Source], list[Path]]:
         return [], [path]  # one of ours
     if ".metadata" in names:
         return [Source(path=path, kind="dcp", files=tuple(files))], []
-    if names & set(_WEIGHTS) and (names & set(_HF_JSON) or any(name.endswith(".index.json") for name in names)):
+    beside = names & {*_HF_JSON, *_HF_PARTS} or any(name.endswith(".index.json") for name in names)
+    if names & set(_WEIGHTS) and beside:
         mine = [file for file in files if _is_of_huggingface(file.name)]
         found.append(Source(path=path, kind="huggingface", files=tuple(mine)))
         others += [file for file in files if file not in mine]
@@ -116,7 +120,9 @@ def _folder(path: Path) -> tuple[list[Source], list[Path]]:
             more, no = _file(file)
             found, others = found + more, others + no
     for child in children:
-        if child.is_dir() and not child.is_symlink():
+        if child.is_dir() and child.is_symlink():
+            others.append(child)  # it leads to what is found elsewhere, or in circles
+        elif child.is_dir():
             more, no = _folder(child)
             found, others = found + more, others + no
     return found, others
@@ -124,7 +130,7 @@ def _folder(path: Path) -> tuple[list[Source], list[Path]]:
 
 def _is_of_huggingface(name: str) -> bool:
     weights = name.startswith(("model", "pytorch_model")) and name.endswith((SAFETENSORS, ".bin", ".index.json"))
-    return weights or name in {*_HF_PARTS.values(), *_HF_JSON}
+    return weights or name in {*_HF_PARTS, *_HF_JSON}
 
 
 def read(source: Source, how: Reading) -> Foreign:
@@ -234,8 +240,8 @@ def _huggingface(source: Source, how: Reading) -> Foreign:
             model |= more
     notes.append(f"{weights} -> model")
     parts: dict[str, Any] = {"model": model}
-    for part, name in _HF_PARTS.items():
-        if name in names:
+    for name, part in _HF_PARTS.items():
+        if name in names and part not in parts:
             parts[part] = unpickling.load(folder / name, inert=how.inert)
             notes.append(f"{name} -> {part}")
     extra = {name.removesuffix(".json"): _json(folder / name) for name in _HF_JSON if name in names}
@@ -247,9 +253,9 @@ def _huggingface(source: Source, how: Reading) -> Foreign:
     epoch = as_number(state.get("epoch"))
     here = {name: value for row in history if row.step == step for name, value in row.metrics.items()}
     return Foreign(
-        tool="transformers",
+        tool="transformers" if state else "huggingface",
         epoch=_hf_epoch(epoch),
-        step=step,
+        step=steps_of(parts.get("optimizer")) if step is None else step,
         complete=epoch is None or epoch.is_integer(),
         metrics=here,
         parts=parts,
