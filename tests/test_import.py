@@ -229,12 +229,15 @@ def test_two_files_of_one_moment_both_come_in(made, tmp_path):
 def test_a_copy_comes_in_once(made, tmp_path):
     folder = shutil.copytree(made[0], tmp_path / "copy")
     shutil.copy(folder / "e7.pth", folder / "z_best.pth")
+    torch.save(Net().state_dict(), folder / "bare.pth")
+    shutil.copy(folder / "bare.pth", folder / "bare-2.pth")
     for again in (False, True):
         done = {one.path.name: one for one in bring(folder, tmp_path / "root").checkpoints}
         assert done["e7.pth"].status == ("there" if again else "imported")
         assert done["z_best.pth"].status == "twin"
         assert "same bytes as e7.pth" in done["z_best.pth"].notes[-1]
-    assert len(pp.open(tmp_path / "root").run("r").checkpoints()) == 5
+        assert "same bytes as bare-2.pth" in done["bare.pth"].notes[-1]
+    assert len(pp.open(tmp_path / "root").run("r").checkpoints()) == 6
 
 
 def test_other_options_for_what_is_there_are_refused(tmp_path):
@@ -242,6 +245,11 @@ def test_other_options_for_what_is_there_are_refused(tmp_path):
     bring(tmp_path / "a.pth", tmp_path / "root")
     with pytest.raises(pp.ConflictError, match="other files, metrics or options"):
         bring(tmp_path / "a.pth", tmp_path / "root", epochs_from=1)
+    (tmp_path / "m.json").write_text('[{"epoch": 3, "acc": NaN}]')
+    with pytest.raises(pp.ConflictError, match="other files, metrics or options"):
+        bring(tmp_path / "a.pth", tmp_path / "root", metrics=tmp_path / "m.json")
+    for _ in range(2):
+        bring(tmp_path / "a.pth", tmp_path / "root", run="s", metrics=tmp_path / "m.json")
 
 
 def test_names_that_parts_and_metrics_cannot_have_are_changed(tmp_path):

@@ -107,6 +107,7 @@ def import_checkpoints(
     given = None if rules is None else check_rules(rules)
     sources, others = find(Path(path))
     seen, unreadable = _look(sources, how, skip=skip_unreadable or dry_run)
+    seen, twins = _without_twins(seen)
     rows = [] if metrics is None else _shifted(logs.read(Path(metrics)), epochs_from)
     own = max((one.found.rows for one in seen), key=len, default=())
     moments, notes = timeline(seen, [*rows, *own], "step" if own and not rows else join)
@@ -119,7 +120,7 @@ def import_checkpoints(
         notes.append(f"{len(moments) - known} say neither epoch nor step: they come before all others")
     return ImportReport(
         run=run,
-        checkpoints=(*(done[number] for number in order), *unreadable),
+        checkpoints=(*(done[number] for number in order), *twins, *unreadable),
         reports=len(moments),
         others=tuple(others),
         notes=tuple(notes),
@@ -160,6 +161,28 @@ def _look(sources: Sequence[Source], how: Reading, *, skip: bool) -> tuple[list[
                 )
             )
     return seen, unreadable
+
+
+def _without_twins(seen: Sequence[Seen]) -> tuple[list[Seen], list[Imported]]:
+    """The first of each source that is there several times, and what is said of the others."""
+    first: dict[str, Seen] = {}
+    twins = []
+    for one in seen:
+        other = first.setdefault(one.digest, one)
+        if other is not one:
+            twins.append(
+                Imported(
+                    path=one.source.path,
+                    tool=one.found.tool,
+                    epoch=one.epoch,
+                    step=one.step,
+                    metrics=one.metrics,
+                    size_bytes=one.source.size_bytes,
+                    notes=(f"{one.source.path.name} has the same bytes as {other.source.path.name}: it comes in once",),
+                    status="twin",
+                )
+            )
+    return list(first.values()), twins
 
 
 def _with_hint(error: Error, count: int) -> Error:

@@ -17,7 +17,7 @@ from peakpoint.copying import NOTHING
 from peakpoint.errors import ConflictError, CorruptError, StoreError
 from peakpoint.foreign import EXTRA, Foreign, Reading, keepable
 from peakpoint.journal import Journal
-from peakpoint.manifest import FileRecord, Manifest
+from peakpoint.manifest import FileRecord, Manifest, metrics_to_json
 from peakpoint.notes import notes as notes_of
 from peakpoint.position import Position
 from peakpoint.reader import shelf
@@ -133,8 +133,11 @@ class Intake:
         newest = self._manifests[-1].report if self._manifests else 0
         for report, number, moment in self._each():
             old = self._there.get(self._seen[number].digest)
-            moved = old is not None and (old.report, old.step, old.epoch) != (report, moment.step, moment.epoch)
-            if moved if old is not None else self._is_new(number) and report < newest:
+            if old is not None:
+                fits = _facts(old.report, old) == _facts(report, moment)
+            else:
+                fits = report >= newest or not self._is_new(number)
+            if not fits:
                 raise ConflictError(
                     f"run {self._run!r} was imported with other files, metrics or options, and "
                     f"{self._seen[number].source.path} is not where it would be now: import all into another run"
@@ -148,12 +151,6 @@ class Intake:
         """Whether there is nothing to do."""
         new = any(self._is_new(number) for number in range(len(self._seen)))
         return not new and self._rules is None and len(journals.history(self._events)) >= len(self._moments)
-
-    def _twin(self, number: int) -> str | None:
-        """Which earlier source has the very same bytes, in words."""
-        first = next(place for place, one in enumerate(self._seen) if one.digest == self._seen[number].digest)
-        mine, other = self._seen[number].source.path.name, self._seen[first].source.path.name
-        return None if first == number else f"{mine} has the same bytes as {other}, and comes in once"
 
     def _told(self, number: int, moment: Moment, name: str | None, status: str, *more: str) -> Imported:
         one = self._seen[number]
@@ -181,9 +178,6 @@ class Intake:
         done = {}
         for _, number, moment in self._each():
             old = self._there.get(self._seen[number].digest)
-            if (twin := self._twin(number)) is not None:
-                done[number] = self._told(number, moment, None, "twin", twin)
-                continue
             status = "planned" if self._is_new(number) else "removed" if old is None else "there"
             done[number] = self._told(number, moment, None if old is None else old.name, status)
         return done
@@ -236,9 +230,7 @@ class Intake:
                 )
             for number in moment.taken:
                 old = self._there.get(self._seen[number].digest)
-                if (twin := self._twin(number)) is not None:
-                    done[number] = self._told(number, moment, None, "twin", twin)
-                elif old is not None:
+                if old is not None:
                     done[number] = self._told(number, moment, old.name, "there")
                 elif self._seen[number].digest in self._gone:
                     done[number] = self._told(number, moment, None, "removed")
@@ -383,6 +375,11 @@ class Intake:
 _PINNED = "imported from "
 _ALIGNED = 8  # bytes: what tensors of every element type need
 _SHORT = 16
+
+
+def _facts(report: int, of: Manifest | Moment) -> tuple[object, ...]:
+    """What makes an import another one; NaN is the same as NaN."""
+    return report, of.step, of.epoch, metrics_to_json(of.metrics)
 
 
 def _spans(record: FileRecord) -> tuple[Span, ...]:
