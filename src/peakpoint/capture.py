@@ -305,7 +305,7 @@ def _capture(
     }
     assert not extra.tensors
     if foreign is not None:
-        record["optional"] = list(foreign.optional)
+        record["optional"] = [*foreign.optional, "rng"]
     text = msgspec.json.encode(record)
     named, stable = encoder.split(state, files, stepped)
     there = {} if foreign is None else foreign.images

@@ -159,7 +159,8 @@ class Resumption:
         position = Position.from_plain(plain.decode(saved.loop))
         generators = plain.decode(saved.rng)
         restored, missing = restore_into(saved, live, strict=strict)
-        if not generators:
+        elsewhere = not generators and "rng" in saved.optional
+        if elsewhere:
             missing = (*missing, "the random generators: they are not in this checkpoint, and stay as they are")
         report = LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
         sequence = self._sequence
@@ -180,7 +181,7 @@ class Resumption:
             why="",
             position=position,
             history=history,
-            generators=generators or None,
+            generators=None if elsewhere else generators,
             parent=manifest.id,
             forks=forks,
             sequence=sequence,

@@ -27,7 +27,7 @@ class Trees:
         parts: part name to its tree.
         rng: the tree of the generators.
         loop: the tree of the loop's position.
-        optional: parts that a training which continues from it need not have.
+        optional: what a training that continues from it need not have; ``rng`` when generators were not saved.
     """
 
     parts: Mapping[str, Any]
