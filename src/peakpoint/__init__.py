@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from peakpoint.errors import SaveFailedError as SaveFailedError
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
+    from peakpoint.importing.everything import ImportReport as ImportReport
+    from peakpoint.importing.everything import import_checkpoints as import_checkpoints
     from peakpoint.loading import load as load
     from peakpoint.planning.forecast import Forecast as Forecast
     from peakpoint.planning.forecast import forecast as forecast
@@ -78,6 +80,7 @@ _HOMES = {
     "Every": ("rules", "Every"),
     "Forecast": ("planning.forecast", "Forecast"),
     "FormatError": ("errors", "FormatError"),
+    "ImportReport": ("importing.everything", "ImportReport"),
     "Last": ("rules", "Last"),
     "LoadReport": ("restore", "LoadReport"),
     "Loaded": ("stored", "Loaded"),
@@ -99,6 +102,7 @@ _HOMES = {
     "WithinSE": ("ranking", "WithinSE"),
     "diff": ("distances", "diff"),
     "forecast": ("planning.forecast", "forecast"),
+    "import_checkpoints": ("importing.everything", "import_checkpoints"),
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }

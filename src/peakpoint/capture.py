@@ -5,7 +5,7 @@ The copy of the state that is written is taken here, in one go, so that training
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
@@ -206,6 +206,19 @@ class StateEncoder:
                 self._standing[part].inherit(_digests(manifest, names), apart.keys(), shared.keys())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromElsewhere:
+    """What is special about a state that another tool has saved: the random generators are not in it.
+
+    Attributes:
+        optional: parts that are kept, and that a training which continues from it need not have.
+        images: files that exist already and hold what would be copied otherwise, by name.
+    """
+
+    optional: tuple[str, ...] = ()
+    images: Mapping[str, FileImage] = field(default_factory=dict)
+
+
 FROZEN = "+frozen"  # no part can have such a name
 
 
@@ -251,6 +264,7 @@ def capture(
     buffer: Staging | Ring,
     owned: frozenset[Storage],
     stepped: frozenset[Storage],
+    foreign: "FromElsewhere | None" = None,
 ) -> Captured:
     """Copy the state.
 
@@ -263,12 +277,13 @@ def capture(
         buffer: receives the tensors.
         owned: memory that may be copied later; empty to copy everything now.
         stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own at once.
+        foreign: for a state of another tool.
 
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
     with no_collection():
-        return _capture(state, loop, encoder, buffer, owned, stepped)
+        return _capture(state, loop, encoder, buffer, owned, stepped, foreign)
 
 
 def _capture(
@@ -278,18 +293,24 @@ def _capture(
     buffer: Staging | Ring,
     owned: frozenset[Storage],
     stepped: frozenset[Storage],
+    foreign: "FromElsewhere | None",
 ) -> Captured:
     trees, files, _ = encoder.encode(state)
     extra = Encoder()
     record = {
         "format": 1,
         "parts": trees,
-        "rng": extra.encode(rng.take(), "the random number generators"),
+        "rng": extra.encode(rng.take() if foreign is None else {}, "the random number generators"),
         "loop": extra.encode(dict(loop), "the loop's position"),
     }
     assert not extra.tensors
+    if foreign is not None:
+        record["optional"] = [*foreign.optional, "rng"]
     text = msgspec.json.encode(record)
     named, stable = encoder.split(state, files, stepped)
+    there = {} if foreign is None else foreign.images
+    names = list(named)
+    named = {name: tensors for name, tensors in named.items() if name not in there}
     images: Sequence[FileImage]
     copying: Transfer
     if isinstance(buffer, Ring):
@@ -297,9 +318,9 @@ def _capture(
     else:
         images, copying = buffer.capture(named, owned, encoder.places)
     images = [replace(image, stable=True) if image.name in stable else image for image in images]
-    parts = {part: tuple(name for name in named if _part_of(name) == part) for part in trees}
+    parts = {part: tuple(name for name in names if _part_of(name) == part) for part in trees}
     return Captured(
-        (*images, WholeImage(layout.STATE, text)),
+        (*images, *there.values(), WholeImage(layout.STATE, text)),
         {**parts, "rng": (), "loop": ()},
         copying,
         isinstance(buffer, Staging),

@@ -335,7 +335,7 @@ def restore_into(
         else:
             by_part[name] = _differences(name, value, saved.value(name))
     if exhaustive:
-        for name in [name for name in saved.trees if name not in live]:
+        for name in [name for name in saved.trees if name not in live and name not in saved.optional]:
             by_part[name] = [f"{name}: it is in the checkpoint, but state= names no part {name!r} to restore it into"]
     differences = tuple(line for lines in by_part.values() for line in lines)
     if differences and strict:

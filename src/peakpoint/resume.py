@@ -27,7 +27,7 @@ class Found:
         why: for a start from nothing: why.
         position: the loop's position.
         history: the reports that still count.
-        generators: the states of the random generators, None for a start from nothing.
+        generators: the states of the random generators, None for a start from nothing and when they were not saved.
         parent: id of the checkpoint, None for a start from nothing.
         forks: the abandoned branches, as in ``Manifest``.
         sequence: the highest sequence number that was ever used in this run.
@@ -159,6 +159,9 @@ class Resumption:
         position = Position.from_plain(plain.decode(saved.loop))
         generators = plain.decode(saved.rng)
         restored, missing = restore_into(saved, live, strict=strict)
+        elsewhere = not generators and "rng" in saved.optional
+        if elsewhere:
+            missing = (*missing, "the random generators: they are not in this checkpoint, and stay as they are")
         report = LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
         sequence = self._sequence
         if manifest.run == self.run:
@@ -178,7 +181,7 @@ class Resumption:
             why="",
             position=position,
             history=history,
-            generators=generators,
+            generators=None if elsewhere else generators,
             parent=manifest.id,
             forks=forks,
             sequence=sequence,

@@ -27,11 +27,13 @@ class Trees:
         parts: part name to its tree.
         rng: the tree of the generators.
         loop: the tree of the loop's position.
+        optional: what a training that continues from it need not have; ``rng`` when generators were not saved.
     """
 
     parts: Mapping[str, Any]
     rng: Any
     loop: Any
+    optional: frozenset[str] = frozenset()
 
 
 def read_trees(store: Store, manifest: Manifest) -> Trees:
@@ -46,7 +48,7 @@ def read_trees(store: Store, manifest: Manifest) -> Trees:
         with no_collection():
             record = msgspec.json.decode(text)
         parts = {part: tree for part, tree in dict(record["parts"]).items() if part in manifest.parts}
-        trees = Trees(parts, record["rng"], record["loop"])
+        trees = Trees(parts, record["rng"], record["loop"], frozenset(record.get("optional", ())))
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
     check_format(record, where=f"{layout.STATE} of {manifest.name}")
@@ -93,6 +95,7 @@ class SavedState:
         tensors: part name to its stored tensors, in memory of their own or mapped from the file.
         rng: the tree of the generators.
         loop: the tree of the loop's position.
+        optional: see ``Trees``.
     """
 
     manifest: Manifest
@@ -100,6 +103,7 @@ class SavedState:
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     rng: Any
     loop: Any
+    optional: frozenset[str] = frozenset()
 
     def value(self, part: str, *, devices: bool = False, own: bool = False) -> Any:
         """One part, decoded.
@@ -138,7 +142,7 @@ def _read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None, *
     trees = read_trees(store, manifest)
     wanted = [part for part in manifest.parts if parts is None or part in parts]
     tensors = {part: read_tensors(store, manifest, part, verify=verify) for part in wanted}
-    return SavedState(manifest, trees.parts, tensors, trees.rng, trees.loop)
+    return SavedState(manifest, trees.parts, tensors, trees.rng, trees.loop, trees.optional)
 
 
 def check_part_of(manifest: Manifest, part: str) -> str:

@@ -184,6 +184,7 @@ def commit(
     first: Callable[[], None],
     before: Manifest | None = None,
     timing: Callable[[], Mapping[str, float]] = dict,
+    adopt: Callable[[str, str], bool] = lambda *_: False,
 ) -> Manifest:
     """Make a checkpoint exist.
 
@@ -196,6 +197,8 @@ def commit(
         before: a checkpoint of the same run whose files may be shared, where bytes are the same.
         first: makes durable what must be so before the manifest is: the journal up to this moment.
         timing: what is known about the time it took, asked for when all files are durable.
+        adopt: puts a file that exists already under a key, durably, and says whether it could; takes the name of the
+            image and the key. What it has put there is only hashed.
 
     Raises:
         ConflictError: a checkpoint of that name exists.
@@ -207,6 +210,7 @@ def commit(
             begin = time.perf_counter()
             records = [
                 _share(store, draft, image, before)
+                or _adopt(draft, image, adopt)
                 or _write(store, layout.file_key(draft.run, draft.name, image.name), image, hashing)
                 for image in images
             ]
@@ -251,6 +255,12 @@ def _share(store: Store, draft: Manifest, image: FileImage, before: Manifest | N
     if not store.link(source, layout.file_key(draft.run, draft.name, image.name)):
         return None
     return lambda: replace(mine, shared=other.shared or before.id)
+
+
+def _adopt(draft: Manifest, image: FileImage, adopt: Callable[[str, str], bool]) -> Callable[[], FileRecord] | None:
+    if not adopt(image.name, layout.file_key(draft.run, draft.name, image.name)):
+        return None
+    return lambda: file_record(image)
 
 
 def put_file(store: Store, key: str, image: FileImage) -> FileRecord:

@@ -48,14 +48,18 @@ def reads(reader: Callable[[str, str], Any]) -> Any:
     return callback
 
 
-def torch_side(module: str) -> Any:
-    """Import a module that needs torch."""
+def torch_side(module: str, extra: str = "torch") -> Any:
+    """Import a module that needs torch, or something else of an extra.
+
+    Raises:
+        MissingExtraError: what it needs is not installed.
+    """
     import importlib  # noqa: PLC0415 - start-up time
 
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        extra = "demo" if error.name == "sklearn" else "torch"
+        extra = "demo" if error.name == "sklearn" else extra
         raise MissingExtraError(
             f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
         ) from error

@@ -17,7 +17,7 @@ from rich.markup import escape
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
-from peakpoint.cli import comparing, planning, render, reporting, rules, selecting, space
+from peakpoint.cli import comparing, importing, planning, render, reporting, rules, selecting, space
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR
 from peakpoint.cli.arguments import torch_side as _torch_side
 from peakpoint.errors import ConfigError, CorruptError, Error
@@ -38,7 +38,7 @@ def cli() -> None:
     """
 
 
-for module in (selecting, reporting, rules, space, planning, comparing):
+for module in (selecting, reporting, rules, space, planning, comparing, importing):
     for command in module.COMMANDS:
         cli.add_command(command)
 
@@ -256,26 +256,6 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
         console.print(f"  frees {render.size(manifest.size_bytes)}; was kept because:")
         for claim in claims:
             console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
-
-
-# --- export -------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@ROOT
-@REF
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="FILE.safetensors, FILE.pth or FILE.pt.")
-@click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
-@JSON
-def export(root: Path, ref: str, to: Path, parts: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
-    """Write a checkpoint to one file that other tools open."""
-    repository = open_repository(root)
-    exports = _torch_side("peakpoint.export")
-    manifest = exports.export(repository, ref, to, parts)
-    if json:
-        render.as_json({"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": to.stat().st_size})
-    else:
-        click.echo(f"{manifest.run}/{manifest.name} -> {to} ({render.size(to.stat().st_size)})")
 
 
 # --- demo ---------------------------------------------------------------------------------------------------------

@@ -108,7 +108,24 @@ class LocalStore:
 
     def link(self, source: str, key: str) -> bool:
         """See ``Store.link``: a hard link, where the file system has them."""
-        origin, path = self.path(source), self.path(key)
+        return self._link(self.path(source), key)
+
+    def adopt(self, origin: Path, key: str) -> bool:
+        """Give a file from outside the store the further name ``key``, durably; whoever writes to it changes both.
+
+        Returns:
+            False when it is on another file system, or there are no hard links here; then nothing has happened.
+        """
+        with translated("read", origin):
+            fd = os.open(origin, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._ops.fsync(fd)
+            finally:
+                os.close(fd)
+        return self._link(origin.resolve(), key)
+
+    def _link(self, origin: Path, key: str) -> bool:
+        path = self.path(key)
         with translated("link", path):
             self._make_dirs(path.parent)
             temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")

@@ -52,7 +52,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     if to.exists():
         raise ConflictError(f"{to} exists; remove it first, or export to another name")
     manifest = repository.find_manifest(ref)
-    chosen = list(parts) or [_default_part(manifest)]
+    chosen = list(parts) or [default_part(manifest)]
     for part in chosen:
         check_part_of(manifest, part)
     hold = reader.reading(repository.store, manifest)
@@ -66,7 +66,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
             else:
                 with temporary.open("wb") as file:  # a file of ours: its errors are OSErrors, not torch's own
                     torch.save(values[chosen[0]] if len(chosen) == 1 else values, file)
-            _publish(temporary, to)
+            publish(temporary, to)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
@@ -75,7 +75,8 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     return manifest
 
 
-def _default_part(manifest: Manifest) -> str:
+def default_part(manifest: Manifest) -> str:
+    """``model``, or the only part with tensors."""
     having = [part for part, files in manifest.parts.items() if files]
     if "model" in having or len(having) != 1:
         return "model"
@@ -86,17 +87,27 @@ def _write_safetensors(path: Path, values: dict[str, Any]) -> None:
     if len(values) > 1:
         raise ConfigError(f"a .safetensors file holds one part, not {', '.join(values)}; export to .pth for several")
     (part, value), *_ = values.items()
+    check_weights(part, value)
+    image = Staging().fill({path.name: value})[0]
+    path.write_bytes(image.data)
+
+
+def check_weights(part: str, value: Any) -> None:
+    """Refuse what is no dict of tensors.
+
+    Raises:
+        ConfigError: it is not; the message says where, and what to do.
+    """
     if not isinstance(value, dict) or not value:
         raise ConfigError(f"part {part!r} is a {kind_of(value)} and not a dict of tensors; export it to .pth")
     for key, tensor in value.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise ConfigError(f"part {part!r} holds {key!r}, a {kind_of(tensor)}: export it to .pth instead")
         check_tensor(tensor, key)
-    image = Staging().fill({path.name: value})[0]
-    path.write_bytes(image.data)
 
 
-def _publish(temporary: Path, to: Path) -> None:
+def publish(temporary: Path, to: Path) -> None:
+    """Give a finished file or folder its name, durably."""
     ops = FileOps()
     fd = os.open(temporary, os.O_RDONLY)
     try:

@@ -1,0 +1,212 @@
+"""Commands that bring checkpoints in and out: import, export."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint.cli import render
+from peakpoint.cli.arguments import JSON, REF, ROOT, torch_side
+from peakpoint.cli.space import progress
+from peakpoint.errors import ConfigError
+from peakpoint.repository import open_repository
+from peakpoint.rules import parse_all
+
+# --- import -------------------------------------------------------------------------------------------------------
+
+
+@click.command("import")
+@click.argument("path", metavar="DIR_OR_FILE", type=click.Path(path_type=Path))
+@ROOT
+@click.option("--run", "run", required=True, help="The run that they become; a new one.")
+@click.option("--metrics", type=click.Path(path_type=Path), help="A log: JSON, JSON lines, CSV, or TensorBoard's.")
+@click.option(
+    "--join",
+    type=click.Choice(["auto", "epoch", "step"]),
+    default="auto",
+    show_default=True,
+    help="What the log and the checkpoints have in common.",
+)
+@click.option(
+    "--epochs-from",
+    type=click.IntRange(0, 1),
+    default=0,
+    show_default=True,
+    help="The number that files and log give to the first epoch.",
+)
+@click.option("--part", "parts", multiple=True, metavar="FROM=TO", help="A name in the files, and the part it becomes.")
+@click.option("--strip-prefix", default="", help="Taken from the names of the model's tensors, such as module.")
+@click.option("--inert", multiple=True, metavar="MODULE.CLASS", help="Keep objects of it as records of their values.")
+@click.option("--rules", "texts", help="Put these rules in force, and pin nothing.")
+@click.option("--link", is_flag=True, help="Hard-link safetensors files that can serve as they are.")
+@click.option("--skip-unreadable", is_flag=True, help="Import the others when a file cannot be read.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be imported.")
+@JSON
+def import_(
+    path: Path,
+    root: Path,
+    run: str,
+    metrics: Path | None,
+    join: str,
+    epochs_from: int,
+    parts: tuple[str, ...],
+    strip_prefix: str,
+    inert: tuple[str, ...],
+    texts: str | None,
+    link: bool,  # noqa: FBT001
+    skip_unreadable: bool,  # noqa: FBT001
+    dry_run: bool,  # noqa: FBT001
+    json: bool,  # noqa: FBT001
+) -> None:
+    """Bring checkpoints of other tools into a run; no code of a file's is run, and no file is changed."""
+    renamed = dict(_pair(part) for part in parts)
+    rules = None if texts is None else parse_all(texts)
+    importing = torch_side("peakpoint.importing.everything", "import")
+    with progress("importing", _size(path)) as advance:
+        report = importing.import_checkpoints(
+            path,
+            root,
+            run=run,
+            metrics=metrics,
+            join=join,
+            parts=renamed,
+            strip_prefix=strip_prefix,
+            epochs_from=epochs_from,
+            inert=inert,
+            rules=rules,
+            link=link,
+            skip_unreadable=skip_unreadable,
+            dry_run=dry_run,
+            progress=advance,
+        )
+    if json:
+        render.as_json({"dry_run": dry_run, **msgspec.to_builtins(report, enc_hook=str)})
+    else:
+        _print_report(root, report, dry_run=dry_run, ruled=rules is not None)
+    unreadable = [one for one in report.checkpoints if one.status == "unreadable"]
+    for one in unreadable:
+        click.echo(f"peakpoint: not imported: {one.error}", err=True)
+    if unreadable:
+        raise SystemExit(13)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, part = text.rpartition("=")
+    if not (name and equals and part):
+        raise ConfigError(f"--part {text} says no part; give FROM=TO, such as --part generator=model")
+    return name, part
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _print_report(root: Path, report: Any, *, dry_run: bool, ruled: bool) -> None:
+    console = render.console()
+    metrics = _columns(report.checkpoints)
+    table = Table(box=None, header_style="bold")
+    for title in ("file", "kind", "epoch", "step", *metrics, "parts", "size", "what"):
+        right = title in {"epoch", "step", "size", *metrics}
+        table.add_column(escape(title), justify="right" if right else "left", overflow="fold")
+    for one in report.checkpoints:
+        values = [render.number(one.metrics.get(metric)) for metric in metrics]
+        epoch = "" if one.epoch is None else str(one.epoch)
+        step = "" if one.step is None else str(one.step)
+        parts = escape(", ".join(one.parts))
+        what = "[red]unreadable[/]" if one.status == "unreadable" else one.status
+        table.add_row(
+            escape(one.path.name), escape(one.tool), epoch, step, *values, parts, render.size(one.size_bytes), what
+        )
+    console.print(table)
+    for note, count in _counted(report):
+        every = "" if count == len(report.checkpoints) else f" ({render.count(count, 'file')})"
+        console.print(f"  {escape(note)}{every}")
+    for note in report.notes:
+        console.print(f"  {escape(note)}")
+    if report.others:
+        console.print(f"  not looked at: {escape(', '.join(path.name for path in report.others[:20]))}")
+    new = [one for one in report.checkpoints if one.status in {"imported", "linked", "planned"}]
+    did = "would be imported" if dry_run else "imported"
+    moments = render.count(report.reports, "moment")
+    console.print(
+        f"{render.count(len(new), 'checkpoint')} {did} into run {escape(report.run)}; {moments} in its history"
+    )
+    if new and not dry_run:
+        where = f"{escape(str(root))} {escape(report.run)}"
+        console.print(f"see them with peakpoint ls {where}")
+        if not ruled:
+            console.print(
+                'all are pinned: give --rules "best:METRIC:max last:3" in the same command to let rules have them'
+            )
+
+
+def _columns(checkpoints: Sequence[Any]) -> list[str]:
+    """The first metrics, as many as a table has room for."""
+    found = list({name: None for one in checkpoints for name in one.metrics})
+    return sorted(found, key=lambda name: name.startswith("best"))[:3]
+
+
+def _counted(report: Any) -> list[tuple[str, int]]:
+    found: dict[str, int] = {}
+    for one in report.checkpoints:
+        for note in one.notes:
+            found[note] = found.get(note, 0) + 1
+    return list(found.items())
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@REF
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="FILE.safetensors, .pth, .pt, .onnx or DIR.")
+@click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
+@click.option("--format", "form", type=click.Choice(["hf"]), help="hf: a folder as Hugging Face's tools write it.")
+@click.option("--shard", default="5 GB", show_default=True, help="hf: the most bytes of one file.")
+@click.option("--config", type=click.Path(path_type=Path), help="hf: becomes config.json.")
+@click.option("--model", "factory", metavar="MODULE:FUNCTION", help="onnx: your function that makes the model.")
+@click.option("--input", "inputs", multiple=True, metavar="1x3x224x224[:float32]", help="onnx: shape of an input.")
+@JSON
+def export(
+    root: Path,
+    ref: str,
+    to: Path,
+    parts: tuple[str, ...],
+    form: str | None,
+    shard: str,
+    config: Path | None,
+    factory: str | None,
+    inputs: tuple[str, ...],
+    json: bool,  # noqa: FBT001
+) -> None:
+    """Write a checkpoint to a file or folder that other tools open."""
+    repository = open_repository(root)
+    checked = ""
+    if to.suffix == ".onnx":
+        if factory is None:
+            raise ConfigError("--to FILE.onnx needs --model MODULE:FUNCTION, your function that makes the model")
+        manifest, checked = torch_side("peakpoint.export.onnx_file", "onnx").export_onnx(
+            repository, ref, to, factory, inputs, parts[0] if parts else "model"
+        )
+    elif form == "hf":
+        folders = torch_side("peakpoint.export.huggingface")
+        manifest = folders.export_folder(repository, ref, to, parts[0] if parts else "", shard=shard, config=config)
+    else:
+        manifest = torch_side("peakpoint.export.files").export(repository, ref, to, parts)
+    size = to.stat().st_size if to.is_file() else sum(file.stat().st_size for file in to.iterdir())
+    if json:
+        told = {"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": size}
+        render.as_json(told | ({"checked": checked} if checked else {}))
+    else:
+        click.echo(
+            f"{manifest.run}/{manifest.name} -> {to} ({render.size(size)})" + (f"; {checked}" if checked else "")
+        )
+
+
+COMMANDS = (import_, export)

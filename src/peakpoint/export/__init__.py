@@ -1,0 +1,1 @@
+"""Checkpoints as files that other tools open; see ``export.files``."""

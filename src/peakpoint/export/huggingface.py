@@ -1,0 +1,159 @@
+"""Export to a folder as Hugging Face's tools write it: weights, an index of shards, config, history of metrics."""
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peakpoint import reader
+from peakpoint.errors import ConflictError, FormatError, NotFoundError
+from peakpoint.export.files import check_weights, default_part, publish
+from peakpoint.journal import history
+from peakpoint.manifest import Manifest, metrics_to_json
+from peakpoint.repository import Repository
+from peakpoint.store import FileOps, translated
+from peakpoint.stored import SavedState, check_part_of, read_state
+from peakpoint.tensors import Staging
+from peakpoint.units import read_bytes
+
+
+def export_folder(
+    repository: Repository, ref: str, to: Path, part: str = "", *, shard: int | str = "5 GB", config: Path | None = None
+) -> Manifest:
+    """Write one part of a checkpoint to a folder of its own; atomic and durable.
+
+    The folder has ``model.safetensors``, or shards with ``model.safetensors.index.json``; ``config.json`` when it is
+    given or was imported with the checkpoint; and ``trainer_state.json`` with the metrics of the checkpoint's history.
+
+    Args:
+        repository: where from.
+        ref: which checkpoint.
+        to: the folder; must not exist.
+        part: which part; by default ``model``, or the only part with tensors.
+        shard: the most bytes of tensors in one file; one tensor may be larger.
+        config: a JSON file to become ``config.json``.
+
+    Returns:
+        The manifest of the checkpoint.
+
+    Raises:
+        ConfigError: a part that is no dict of tensors, or a size that cannot be.
+        ConflictError: the folder exists.
+        NotFoundError: no such checkpoint, part or file.
+        CorruptError: the checkpoint is damaged.
+    """
+    most = read_bytes("shard", shard)
+    if to.exists():
+        raise ConflictError(f"{to} exists; remove it first, or export to another name")
+    if not to.absolute().parent.is_dir():
+        raise NotFoundError(
+            f"cannot export to {to}: the directory {to.absolute().parent} does not exist; make it first"
+        )
+    settings = None if config is None else _read_config(config)
+    manifest = repository.find_manifest(ref)
+    part = part or default_part(manifest)
+    check_part_of(manifest, part)
+    hold = reader.reading(repository.store, manifest)
+    kept = [name for name in ("config", "extra") if name in manifest.parts]
+    saved = read_state(repository.store, manifest, [part, *kept])
+    weights = saved.value(part)
+    check_weights(part, weights)
+    texts = {"trainer_state.json": _trainer_state(repository, manifest)}
+    settings = _kept_config(saved, kept) if settings is None else settings
+    if settings is not None:
+        texts["config.json"] = settings
+    temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
+    with translated("write", to):
+        try:
+            temporary.mkdir()
+            _write(temporary, weights, most, texts)
+            publish(temporary, to)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if hold is not None:
+        hold.release()
+    return manifest
+
+
+def _write(folder: Path, weights: Mapping[str, torch.Tensor], most: int, texts: Mapping[str, Any]) -> None:
+    shards = list(_shards(weights, most))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        places = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
+        total = sum(tensor.nbytes for tensor in weights.values())
+        texts = {
+            **texts,
+            "model.safetensors.index.json": {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(places.items())),
+            },
+        }
+    buffer = Staging()
+    for name, tensors in zip(names, shards, strict=True):
+        (folder / name).write_bytes(buffer.fill({name: tensors})[0].data)
+    for name, value in texts.items():
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+    ops = FileOps()
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            ops.fsync(stream.fileno())
+
+
+def _shards(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors in their order, in groups of at most ``most`` bytes."""
+    group: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights.items():
+        if group and size + tensor.nbytes > most:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        with translated("read", path):
+            found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} holds no JSON object")
+    return found
+
+
+def _kept_config(saved: SavedState, kept: list[str]) -> Any:
+    """The config among the state, if it is there and is JSON."""
+    for name in kept:
+        value = saved.value(name)
+        value = value.get("config") if name == "extra" and isinstance(value, dict) else value
+        if isinstance(value, dict):
+            try:
+                return json.loads(json.dumps(value))
+            except (TypeError, ValueError):
+                continue
+    return None
+
+
+def _trainer_state(repository: Repository, manifest: Manifest) -> dict[str, Any]:
+    """What transformers' ``TrainerState`` reads; epochs are those completed."""
+    events = repository.run(manifest.run).events()
+    return {
+        "global_step": manifest.step,
+        "epoch": None if manifest.epoch is None else manifest.epoch + 1.0,
+        "log_history": [
+            {
+                **metrics_to_json(report.metrics),
+                "step": report.step,
+                **({} if report.epoch is None else {"epoch": report.epoch + 1.0}),
+            }
+            for report in history(events, manifest.id)
+        ],
+    }

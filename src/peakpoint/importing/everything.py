@@ -1,0 +1,211 @@
+"""Import: checkpoints of other tools become committed checkpoints of a run."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peakpoint import names
+from peakpoint.clock import Clock, utc_now
+from peakpoint.errors import ConfigError, CorruptError, Error, FormatError
+from peakpoint.importing import logs
+from peakpoint.importing.foreign import EXTRA, Reading, keepable
+from peakpoint.importing.intake import Imported, Intake, Seen
+from peakpoint.importing.sources import Source, find, read
+from peakpoint.importing.timeline import timeline
+from peakpoint.rules import Rule, check_rules
+from peakpoint.store import Store, open_store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportReport:
+    """What an import did, or would do.
+
+    Attributes:
+        run: the run.
+        checkpoints: each source, in the order of the moments.
+        reports: how many moments the history has, also those without a checkpoint.
+        others: files that were not looked at.
+        notes: what people should know.
+    """
+
+    run: str
+    checkpoints: tuple[Imported, ...]
+    reports: int
+    others: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def import_checkpoints(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | Store,
+    *,
+    run: str,
+    metrics: str | os.PathLike[str] | None = None,
+    join: str = "auto",
+    parts: Mapping[str, str] | None = None,
+    strip_prefix: str = "",
+    epochs_from: int = 0,
+    inert: Iterable[str] = (),
+    rules: Iterable[Rule] | None = None,
+    link: bool = False,
+    skip_unreadable: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+    clock: Clock = utc_now,
+) -> ImportReport:
+    """Bring checkpoints of other tools into a run, as if they had been saved there.
+
+    Reads files of ``torch.save`` (also Lightning's), safetensors files, folders of Hugging Face and of
+    ``torch.distributed.checkpoint``. Runs no code of a file's; changes no source. Each checkpoint comes in whole or not
+    at all. An import that was cut short goes on when it is repeated: what is there is known by its digest.
+
+    Without ``rules`` every imported checkpoint is pinned, so that no later training removes it.
+
+    Args:
+        path: a file, or a folder that is searched with all folders below it.
+        root: the repository, created when it does not exist.
+        run: the run: a new one, or one that holds nothing but what was imported.
+        metrics: a log to be joined; see ``peakpoint.importing.logs.read``.
+        join: what its rows are joined by: ``"epoch"``, ``"step"``, or ``"auto"``.
+        parts: names in the files to names of parts, besides those that are known.
+        strip_prefix: taken from the names of a model's tensors, such as ``"module."``.
+        epochs_from: what the files and the log call the first epoch: 0 or 1.
+        inert: full names of classes to be kept as records of their values; see ``peakpoint.importing.unpickling``.
+        rules: put these in force, and pin nothing.
+        link: give safetensors files that can serve as they are a second name instead of copying them. Whoever writes
+            into one of the two afterwards changes both.
+        skip_unreadable: leave out what cannot be read; by default nothing is imported then.
+        dry_run: write nothing.
+        progress: called with the bytes of each source that is done.
+        clock: tells the time.
+
+    Raises:
+        NotFoundError: there is nothing of that name.
+        FormatError: no checkpoint, or one that names what is not built from files.
+        CorruptError: a file is cut short, or was changed during the import.
+        ConflictError: the run holds checkpoints of a training, or newer ones than those to be imported.
+        StoreError: the repository cannot be written.
+
+    Example:
+        >>> import tempfile, pathlib, torch, peakpoint as pp
+        >>> here = pathlib.Path(tempfile.mkdtemp())
+        >>> model = torch.nn.Linear(2, 1)
+        >>> torch.save({"model_state_dict": model.state_dict(), "epoch": 4, "val_acc": 0.7}, here / "epoch_4.pth")
+        >>> done = pp.import_checkpoints(here / "epoch_4.pth", here / "runs", run="old")
+        >>> dict(pp.open(here / "runs").run("old").latest().metrics)
+        {'val_acc': 0.7}
+    """
+    names.check_run(run)
+    how = Reading(
+        parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=frozenset(inert), epochs_from=epochs_from
+    )
+    if epochs_from not in (0, 1):
+        raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is called 0 or 1")
+    logs.check_how(join)
+    given = None if rules is None else check_rules(rules)
+    sources, others = find(Path(path))
+    seen, unreadable = _look(sources, how, skip=skip_unreadable or dry_run)
+    seen, twins = _without_twins(seen)
+    rows = [] if metrics is None else _shifted(logs.read(Path(metrics)), epochs_from)
+    own = max((one.found.rows for one in seen), key=len, default=())
+    moments, notes = timeline(seen, [*rows, *own], "step" if own and not rows else join)
+    store = open_store(root)
+    intake = Intake(store, run, seen, moments, given, how, link=link)
+    done = intake.preview() if dry_run or intake.complete else intake.write(clock, progress)
+    order = [number for moment in moments for number in moment.taken]
+    known = sum(moment.known for moment in moments)
+    if known < len(moments):
+        notes.append(f"{len(moments) - known} say neither epoch nor step: they come before all others")
+    return ImportReport(
+        run=run,
+        checkpoints=(*(done[number] for number in order), *twins, *unreadable),
+        reports=len(moments),
+        others=tuple(others),
+        notes=tuple(notes),
+    )
+
+
+def _checked(parts: Mapping[str, str]) -> dict[str, str]:
+    for part in parts.values():
+        names.check_part(part)
+    if len({part for part in parts.values() if part != EXTRA}) < sum(part != EXTRA for part in parts.values()):
+        raise ConfigError(f"two names become one part: {', '.join(parts.values())}")
+    return dict(parts)
+
+
+def _shifted(rows: Sequence[logs.Row], first: int) -> list[logs.Row]:
+    if any(row.epoch is not None and row.epoch < first for row in rows):
+        raise ConfigError(f"the log has an epoch before {first}, which was said to be the first")
+    return [row if row.epoch is None else replace(row, epoch=row.epoch - first) for row in rows]
+
+
+def _look(sources: Sequence[Source], how: Reading, *, skip: bool) -> tuple[list[Seen], list[Imported]]:
+    """Read every source once, so that what cannot be read is found before anything is written."""
+    seen, unreadable = [], []
+    for source in sorted(sources, key=lambda source: _natural(source.path)):
+        try:
+            seen.append(_see(source, how))
+        except (FormatError, CorruptError, ConfigError) as error:
+            if not skip:
+                raise _with_hint(error, len(sources)) from error
+            unreadable.append(
+                Imported(
+                    path=source.path,
+                    tool=source.kind,
+                    metrics={},
+                    status="unreadable",
+                    error=str(error),
+                    size_bytes=source.size_bytes,
+                )
+            )
+    return seen, unreadable
+
+
+def _without_twins(seen: Sequence[Seen]) -> tuple[list[Seen], list[Imported]]:
+    """The first of each source that is there several times, and what is said of the others."""
+    first: dict[str, Seen] = {}
+    twins = []
+    for one in seen:
+        other = first.setdefault(one.digest, one)
+        if other is not one:
+            twins.append(
+                Imported(
+                    path=one.source.path,
+                    tool=one.found.tool,
+                    epoch=one.epoch,
+                    step=one.step,
+                    metrics=one.metrics,
+                    size_bytes=one.source.size_bytes,
+                    notes=(f"{one.source.path.name} has the same bytes as {other.source.path.name}: it comes in once",),
+                    status="twin",
+                )
+            )
+    return list(first.values()), twins
+
+
+def _with_hint(error: Error, count: int) -> Error:
+    hint = "; --skip-unreadable imports the others" if count > 1 else ""
+    return type(error)(f"{error}{hint}. Nothing was imported")
+
+
+def _natural(path: Path) -> list[Any]:
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", str(path))]
+
+
+def _see(source: Source, how: Reading) -> Seen:
+    names.check_text("the name of the source", str(source.path.absolute()))
+    stamp = source.stamp()
+    found, dropped = keepable(read(source, how))
+    summary = replace(found, parts=dict.fromkeys(found.parts), extra=dict.fromkeys(found.extra))
+    return Seen(
+        source=source,
+        stamp=stamp,
+        digest=source.digest(),
+        found=replace(summary, notes=(*found.notes, *dropped)),
+        epoch=found.epoch,
+        step=found.step,
+        metrics=found.metrics,
+    )

@@ -1,0 +1,142 @@
+"""Checkpoints as scripts and other tools write them, and files that mean harm."""
+
+import argparse
+import datetime as dt
+import os
+import pathlib
+import pickle
+import warnings
+from collections import Counter, OrderedDict
+
+import numpy as np
+import torch
+
+
+class Net(torch.nn.Module):
+    """A small residual network."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.head((y + torch.relu(self.norm(y))).mean((2, 3)))
+
+
+def objects(seed=0):
+    torch.manual_seed(seed)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
+
+
+def train_epoch(model, optimizer, scheduler, steps=2):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(2, 1, 4, 4)).square().sum().backward()
+        optimizer.step()
+    scheduler.step()
+
+
+ACCURACY = [0.3, 0.5, 0.7, 0.6, 0.4]
+
+
+def script(folder, epochs=5, **options):
+    """A training script with a checkpoint an epoch; returns what is live at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, optimizer, scheduler = objects()
+    args = argparse.Namespace(arch="net", optimizer="adamw", lr=0.01, out=pathlib.Path("runs/x"), seed=None)
+    for epoch in range(epochs):
+        train_epoch(model, optimizer, scheduler)
+        torch.save(
+            {
+                "epoch": epoch,
+                "model_state_dict": model.state_dict(),
+                "optimizer_state_dict": optimizer.state_dict(),
+                "scheduler_state_dict": scheduler.state_dict(),
+                "metrics": {"val_accuracy": ACCURACY[epoch], "val": {"loss": np.float64(1 - ACCURACY[epoch])}},
+                "best_acc1": torch.tensor(max(ACCURACY[: epoch + 1]), dtype=torch.float64),
+                "sparsity": np.float32(0.5),
+                "curve": np.arange(6, dtype=">f8").reshape(2, 3).T,
+                "when": dt.datetime(2025, 3, 1, tzinfo=dt.UTC),
+                "classes": Counter("aab"),
+                "args": args,
+            },
+            # names that sort wrongly on purpose
+            folder / f"e{9 - epoch}.pth",
+            **options,
+        )
+    return model, optimizer, scheduler
+
+
+def on_distributed(folder, state):
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=folder)
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(kind, path, mark):
+    """Write a file that creates ``mark`` when it is unpickled without care; returns the global to be named."""
+    command = f"touch {mark}"
+    weights = {"w": torch.ones(2)}
+    if kind == "os.system":
+        torch.save({"model": weights, "x": Call(os.system, command)}, path)
+        return f"{os.system.__module__}.system"
+    if kind == "eval":
+        torch.save({"model": weights, "x": Call(eval, f"open({str(mark)!r}, 'w')")}, path)
+        return "builtins.eval"
+    if kind == "getattr":
+        torch.save({"model": weights, "x": Call(getattr, Net, "mro")}, path)
+        return "builtins.getattr"
+    if kind == "optimizer":
+        state = {"state": {0: {"exp_avg": torch.ones(2), "x": Call(os.system, command)}}, "param_groups": []}
+        torch.save({"model": weights, "optimizer": state}, path)
+        return f"{os.system.__module__}.system"
+    if kind == "legacy":
+        torch.save({"model": weights, "x": Call(os.system, command)}, path, _use_new_zipfile_serialization=False)
+        return f"{os.system.__module__}.system"
+    if kind == "class":
+        torch.save(OrderedDict(weights, net=Net()), path)
+        return "Net"
+    raise AssertionError(kind)
+
+
+def replace_in_pickle(path, change):
+    """Rewrite the pickle of a file of torch.save, as an attacker would."""
+    reader = torch._C.PyTorchFileReader(str(path))
+    records = {name: reader.get_record(name) for name in reader.get_all_records()}
+    del reader
+    writer = torch._C.PyTorchFileWriter(str(path))
+    records["data.pkl"] = change(records["data.pkl"])
+    for name, data in records.items():
+        if not name.startswith(".") and name != "version":
+            writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+
+
+def lying_dtype():
+    """An array of objects whose dtype says that it holds none: NumPy would take its bytes for pointers."""
+    kind = Call(np.dtype, "O8", False, True)
+    kind.call = (np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+    array = Call(np._core.multiarray._reconstruct, np.ndarray, (0,), b"b")
+    array.call = (*array.call, (1, (1,), kind, False, b"\x41" * 8))
+    return array
+
+
+def plain_pickle(path):
+    path.write_bytes(pickle.dumps({"a": 1}))

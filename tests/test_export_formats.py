@@ -1,0 +1,168 @@
+"""Export to a Hugging Face folder and to ONNX, and the way back."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import peakpoint as pp
+from foreign_files import script
+from peakpoint import journal
+from peakpoint.cli.main import cli
+from training import same
+
+FACTORY = """
+import torch
+from foreign_files import Net
+
+def build():
+    return Net()
+
+def build_with_input():
+    return Net(), torch.zeros(2, 1, 4, 4)
+
+def broken():
+    raise ValueError("no weights today")
+
+def other():
+    return torch.nn.Linear(2, 2)
+
+def text():
+    return "net"
+"""
+
+
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    script(folder / "script")
+    pp.import_checkpoints(folder / "script", folder / "root", run="r")
+    return folder / "root"
+
+
+def test_a_file_that_was_exported_comes_back_the_same(root, tmp_path):
+    for to, parts in (("a.pth", ["model", "optimizer", "scheduler", "extra"]), ("b.safetensors", ["model"])):
+        invoke(
+            "export", root, "r:epoch=2", "--to", tmp_path / to, *[word for part in parts for word in ("--part", part)]
+        )
+    with (tmp_path / "a.pth").open("rb"):
+        pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "back", run="r")
+        pp.import_checkpoints(tmp_path / "b.safetensors", tmp_path / "back", run="s")
+    there, back = pp.load("r:epoch=2", root=root), pp.load("r@latest", root=tmp_path / "back")
+    for part in ("model", "optimizer", "scheduler"):
+        assert same(back[part], there[part])
+    weights = pp.load("s@latest", root=tmp_path / "back")["model"]
+    assert weights.keys() == there["model"].keys()
+    assert all(same(weights[name], tensor) for name, tensor in there["model"].items())
+
+
+@pytest.mark.parametrize("shard", ["5 GB", "100 B"])
+def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
+    (tmp_path / "c.json").write_text('{"model_type": "net", "width": 4}')
+    invoke(
+        "export",
+        root,
+        "r:epoch=2",
+        "--to",
+        tmp_path / "hf",
+        "--format",
+        "hf",
+        "--shard",
+        shard,
+        "--config",
+        tmp_path / "c.json",
+    )
+    files = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    weights = {}
+    if shard == "5 GB":
+        assert files == ["config.json", "model.safetensors", "trainer_state.json"]
+        weights = load_file(tmp_path / "hf" / "model.safetensors")
+    else:
+        index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+        for name, place in index["weight_map"].items():
+            weights[name] = load_file(tmp_path / "hf" / place)[name]
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
+        sizes = [load_file(tmp_path / "hf" / place) for place in set(index["weight_map"].values())]
+        assert all(len(one) == 1 or sum(tensor.nbytes for tensor in one.values()) <= 100 for one in sizes)
+    there = pp.load("r:epoch=2", root=root)["model"]
+    assert weights.keys() == there.keys()
+    assert all(same(weights[name], tensor) for name, tensor in there.items())
+    pp.import_checkpoints(tmp_path / "hf", tmp_path / "back", run="r")
+    run, origin = pp.open(tmp_path / "back").run("r"), pp.open(root).run("r")
+    assert (run.latest().epoch, run.latest().step) == (2, 6)
+    expected = journal.history(origin.events(), origin.find("r:epoch=2").id)
+    assert [(one.epoch, one.step, one.metrics) for one in run.history()] == [
+        (one.epoch, one.step, one.metrics) for one in expected
+    ]
+    loaded = pp.load("r@latest", root=tmp_path / "back")
+    assert all(same(loaded["model"][name], tensor) for name, tensor in there.items())
+    assert loaded["extra"]["config"] == {"model_type": "net", "width": 4}
+    invoke("export", tmp_path / "back", "r@latest", "--to", tmp_path / "again", "--format", "hf")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == {"model_type": "net", "width": 4}
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    """A folder with the user's module, which is the present directory."""
+    (tmp_path / "factory.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("factory", None)
+
+
+@pytest.mark.parametrize(
+    "options", [["--model", "factory:build", "--input", "2x1x4x4"], ["--model", "factory:build_with_input"]]
+)
+def test_an_onnx_file_computes_the_same(options, root, factory):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    told = json.loads(invoke("export", root, "r:epoch=2", "--to", "m.onnx", *options, "--json"))
+    assert "of the model" in told["checked"]
+    assert sorted(path.name for path in factory.iterdir() if path.suffix != ".py" and path.is_file()) == ["m.onnx"]
+    from onnx.reference import ReferenceEvaluator
+
+    from foreign_files import Net
+
+    model = Net()
+    pp.load("r:epoch=2", root=root, into=model)
+    evaluator = ReferenceEvaluator(onnx.load(factory / "m.onnx"))
+    x = torch.randn(2, 1, 4, 4)
+    [found] = evaluator.run(None, {evaluator.input_names[0]: x.numpy()})
+    assert torch.allclose(torch.tensor(found), model.eval()(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--to", "m.onnx"], 2, "needs --model"),
+        (["--to", "m.onnx", "--model", "factory"], 2, "MODULE:FUNCTION"),
+        (["--to", "m.onnx", "--model", "nothing:build"], 2, "No module named 'nothing'"),
+        (["--to", "m.onnx", "--model", "factory:broken"], 2, "no weights today"),
+        (["--to", "m.onnx", "--model", "factory:text"], 2, "no torch.nn.Module"),
+        (["--to", "m.onnx", "--model", "factory:build"], 2, "give --input"),
+        (["--to", "m.onnx", "--model", "factory:build", "--input", "2x1:float99"], 2, "is no shape"),
+        (["--to", "m.onnx", "--model", "factory:other", "--input", "2x2"], 14, "does not fit"),
+        (["--to", "hf", "--format", "hf", "--config", "none.json"], 10, "does not exist"),
+        (["--to", "hf", "--format", "hf", "--config", "factory.py"], 13, "no JSON"),
+        (["--to", "hf", "--format", "hf", "--part", "optimizer"], 2, "export it to .pth"),
+        (["--to", "no/hf", "--format", "hf"], 10, "make it first"),
+        (["--to", ".", "--format", "hf"], 11, "exists"),
+        (["--to", "hf", "--format", "hf", "--shard", "x"], 2, "number of bytes"),
+        (["--to", "hf"], 2, "must end with"),
+    ],
+)
+def test_what_cannot_be_exported_leaves_nothing_behind(arguments, code, words, root, factory):
+    with pytest.raises(pp.Error, match=re.escape(words)) as caught:
+        invoke("export", root, "r@latest", *arguments)
+    assert caught.value.exit_code == code
+    assert [path.name for path in factory.iterdir() if path.name != "__pycache__"] == ["factory.py"]

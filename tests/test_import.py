@@ -1,0 +1,885 @@
+"""Import: what scripts and tools have written becomes a run like any other, and nothing in a file is ever run."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import peakpoint as pp
+from foreign_files import (
+    ACCURACY,
+    Call,
+    Net,
+    hostile,
+    lying_dtype,
+    objects,
+    on_distributed,
+    plain_pickle,
+    replace_in_pickle,
+    script,
+    train_epoch,
+)
+from peakpoint import audit, journal
+from peakpoint.cli.main import cli
+from peakpoint.importing import logs, unpickling
+from peakpoint.importing.logs import Row
+from peakpoint.importing.sources import read_safetensors
+from peakpoint.importing.timeline import timeline
+from training import same
+
+BEST = "val_accuracy"
+
+
+def bring(path, root, run="r", **options):
+    return pp.import_checkpoints(path, root, run=run, **options)
+
+
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def process(*arguments):
+    command = [sys.executable, "-c", "from peakpoint.cli.main import run; run()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of a script, and its live objects at the end."""
+    folder = tmp_path_factory.mktemp("foreign") / "script"
+    return folder, script(folder)
+
+
+# --- a script's folder --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_a_run_with_its_history(made, tmp_path):
+    folder, _ = made
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    report = bring(folder, tmp_path / "root")
+    run = pp.open(tmp_path / "root").run("r")
+    found = run.checkpoints()
+    assert [one.epoch for one in found] == [0, 1, 2, 3, 4], "by epoch, not by name"
+    assert [one.step for one in found] == [2, 4, 6, 8, 10], "from the optimizer's state"
+    assert [one.metrics["val_accuracy"] for one in found] == ACCURACY
+    assert [one.metrics["best_acc1"] for one in found] == [0.3, 0.5, 0.7, 0.7, 0.7]
+    assert found[2].metrics.keys() == {"val_accuracy", "val/loss", "best_acc1", "sparsity"}
+    assert run.best("val_accuracy", mode="max").epoch == 2
+    assert [one.metrics["val_accuracy"] for one in run.history()] == ACCURACY
+    assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
+    assert {one.status for one in report.checkpoints} == {"imported"}
+    opened = journal.newest(run.events(), journal.Opened)
+    assert "adamw" in opened.state["optimizer"]
+    assert opened.by["source"] == str(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_everything_that_is_no_part_is_kept_as_it_was(made, tmp_path):
+    folder, _ = made
+    bring(folder, tmp_path / "root")
+    given = torch.load(folder / "e7.pth", weights_only=False)
+    loaded = pp.load("r:epoch=2", root=tmp_path / "root")
+    assert same(dict(loaded["model"]), dict(given["model_state_dict"]))
+    assert same(loaded["optimizer"], given["optimizer_state_dict"])
+    assert loaded["scheduler"] == given["scheduler_state_dict"]
+    extra = loaded["extra"]
+    assert extra["args"] == vars(given["args"])
+    assert (extra["when"], extra["classes"], extra["epoch"]) == (given["when"], given["classes"], 2)
+    assert np.array_equal(extra["curve"], given["curve"])
+    assert extra["curve"].dtype == np.dtype(">f8"), "which NumPy itself does not keep"
+    assert extra["sparsity"].dtype == np.float32
+    assert {*loaded, *extra} >= given.keys() - {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict"}
+
+
+def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
+    folder, (model, optimizer, scheduler) = made
+    root = tmp_path / "root"
+    bring(folder, root)
+    mine, ours, schedule = objects(seed=9)
+    state = {"model": mine, "optimizer": ours, "scheduler": schedule}
+    epochs = []
+
+    def go_on():
+        with pp.Checkpointer(root, run="r", state=state, keep=[pp.Last(1)], preempt=None, announce=[].append) as ckpt:
+            for epoch in ckpt.epochs(7):
+                if not epochs:
+                    assert same(dict(mine.state_dict()), dict(model.state_dict()))
+                    assert same(ours.state_dict(), optimizer.state_dict())
+                    assert schedule.state_dict() == scheduler.state_dict()
+                epochs.append(epoch)
+                train_epoch(mine, ours, schedule)
+                outcome = ckpt.report(val_accuracy=0.1)
+        return outcome
+
+    with pytest.warns(pp.PeakpointWarning, match="random generators: they are not in this checkpoint"):
+        outcome = go_on()
+    assert epochs == [5, 6]
+    assert outcome.step == 14
+    there = pp.open(root).run("r").checkpoints()
+    assert [one.epoch for one in there] == [0, 1, 2, 3, 4, 6], "the training's rules do not take what was imported"
+    assert len(pp.open(root).run("r").history()) == 7
+    with pytest.raises(pp.ConflictError, match="was not imported"):
+        bring(folder, root)
+
+
+def test_parts_that_the_training_has_not_are_still_a_mismatch(made, tmp_path):
+    bring(made[0], tmp_path / "root")
+    model = Net()
+    with (
+        pp.Checkpointer(
+            tmp_path / "root", run="r", state={"model": model}, keep=[pp.Last(1)], preempt=None, announce=[].append
+        ) as ckpt,
+        pytest.raises(pp.MismatchError, match="names no part 'optimizer'") as caught,
+    ):
+        ckpt.resume()
+    assert "extra" not in str(caught.value)
+
+
+def test_with_rules_nothing_is_pinned_and_rules_decide(made, tmp_path):
+    root = tmp_path / "root"
+    bring(made[0], root)
+    assert len(pp.open(root).run("r").pinned()) == 5
+    assert bring(made[0], root, rules=[pp.Best("val_accuracy", "max"), pp.Last(1)]).reports == 5
+    run = pp.open(root).run("r")
+    assert run.pinned() == {}
+    assert [rule.text for rule in run.rules()] == ["best:val_accuracy:max", "last:1"]
+    assert {removal.manifest.epoch for removal in run.plan().remove} == {0, 1, 3}
+    invoke("keep", root, "r", "--yes")
+    assert {one.status for one in bring(made[0], root).checkpoints} == {"there", "removed"}
+    assert [one.epoch for one in run.checkpoints()] == [2, 4], "what the rules have taken does not come back"
+
+
+def test_repeating_changes_nothing_and_new_files_are_added(made, tmp_path):
+    root, folder = tmp_path / "root", shutil.copytree(made[0], tmp_path / "copy")
+    later = folder / "e5.pth"
+    later.rename(tmp_path / "later.pth")
+    bring(folder, root)
+    events = pp.open(root).run("r").events()
+    again = bring(folder, root)
+    assert {one.status for one in again.checkpoints} == {"there"}
+    assert pp.open(root).run("r").events() == events
+    (tmp_path / "later.pth").rename(later)
+    assert [one.status for one in bring(folder, root).checkpoints] == ["there"] * 4 + ["imported"]
+    assert [one.epoch for one in pp.open(root).run("r").history()] == [0, 1, 2, 3, 4]
+    torch.save({"model": Net().state_dict(), "epoch": 1, "step": 4}, folder / "late.pth")
+    with pytest.raises(pp.ConflictError, match="into another run"):
+        bring(folder, root)
+
+
+def test_an_import_that_is_killed_goes_on(made, tmp_path):
+    root = tmp_path / "root"
+    code = (
+        "import os, signal, sys, peakpoint as pp\n"
+        "n = 0\n"
+        "def die(_):\n"
+        "    global n\n"
+        "    n += 1\n"
+        "    if n == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pp.import_checkpoints(sys.argv[1], sys.argv[2], run='r', progress=die)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(made[0]), str(root)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(pp.open(root).run("r").checkpoints()) == 3
+    assert [one.status for one in bring(made[0], root).checkpoints] == ["there"] * 3 + ["imported"] * 2
+    run = pp.open(root).run("r")
+    assert [one.epoch for one in run.history()] == [0, 1, 2, 3, 4]
+    assert [one.sequence for one in run.checkpoints()] == [1, 2, 3, 4, 5]
+    assert len(run.pinned()) == 5
+    assert audit.audit(pp.open(root), deep=True).clean
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+
+    def write(_):
+        with (folder / "e7.pth").open("ab") as file:
+            file.write(b"more")
+
+    with pytest.raises(pp.CorruptError, match=r"e7\.pth"):
+        bring(folder, tmp_path / "root", progress=write)
+    assert [one.epoch for one in pp.open(tmp_path / "root").run("r").checkpoints()] == [0, 1]
+    assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
+
+
+def test_two_files_of_one_moment_both_come_in(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    best = torch.load(folder / "e7.pth", weights_only=False)
+    torch.save({**best, "note": "the best"}, folder / "best.pth")
+    bring(folder, tmp_path / "root")
+    run = pp.open(tmp_path / "root").run("r")
+    assert [one.epoch for one in run.checkpoints()] == [0, 1, 2, 2, 3, 4]
+    assert [one.epoch for one in run.history()] == [0, 1, 2, 3, 4]
+    assert run.latest().epoch == 4
+
+
+def test_a_copy_comes_in_once(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    shutil.copy(folder / "e7.pth", folder / "z_best.pth")
+    torch.save(Net().state_dict(), folder / "bare.pth")
+    shutil.copy(folder / "bare.pth", folder / "bare-2.pth")
+    for again in (False, True):
+        done = {one.path.name: one for one in bring(folder, tmp_path / "root").checkpoints}
+        assert done["e7.pth"].status == ("there" if again else "imported")
+        assert done["z_best.pth"].status == "twin"
+        assert "same bytes as e7.pth" in done["z_best.pth"].notes[-1]
+        assert "same bytes as bare-2.pth" in done["bare.pth"].notes[-1]
+    assert len(pp.open(tmp_path / "root").run("r").checkpoints()) == 6
+
+
+def test_other_options_for_what_is_there_are_refused(tmp_path):
+    torch.save({"model": Net().state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root")
+    with pytest.raises(pp.ConflictError, match="other files, metrics or options"):
+        bring(tmp_path / "a.pth", tmp_path / "root", epochs_from=1)
+    (tmp_path / "m.json").write_text('[{"epoch": 3, "acc": NaN}]')
+    with pytest.raises(pp.ConflictError, match="other files, metrics or options"):
+        bring(tmp_path / "a.pth", tmp_path / "root", metrics=tmp_path / "m.json")
+    for _ in range(2):
+        bring(tmp_path / "a.pth", tmp_path / "root", run="s", metrics=tmp_path / "m.json")
+
+
+def test_names_that_parts_and_metrics_cannot_have_are_changed(tmp_path):
+    state = {"net/G": Net().state_dict(), "extra": Net().state_dict(), "acc @1: \udcff": 0.5, "epoch": 1e300}
+    torch.save(state, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root", parts={"net/G": "model"})
+    [one] = pp.open(tmp_path / "root").run("r").checkpoints()
+    assert (one.epoch, one.metrics) == (None, {"acc_@1_?": 0.5})
+    assert {"model", "my_extra", "extra"} <= one.parts.keys()
+    odd = tmp_path / os.fsdecode(b"b\xff.pth")
+    shutil.copy(tmp_path / "a.pth", odd)
+    with pytest.raises(pp.ConfigError, match="cannot be written as UTF-8"):
+        bring(odd, tmp_path / "other", parts={"net/G": "model"})
+
+
+def test_prefixes_parts_and_first_epochs_are_as_said(tmp_path):
+    model = torch.nn.DataParallel(torch.nn.Linear(2, 1))
+    torch.save({"gen": model.state_dict(), "disc": Net().state_dict(), "epoch": 1, "step": 7}, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root", run="kept", parts={"gen": "model"})
+    loaded = pp.load("kept@latest", root=tmp_path / "root")
+    assert list(loaded["model"]) == ["module.weight", "module.bias"]
+    assert list(loaded) == ["model", "disc", "extra"]
+    bring(
+        tmp_path / "a.pth",
+        tmp_path / "root",
+        run="bare",
+        parts={"gen": "model", "disc": "extra"},
+        strip_prefix="module.",
+        epochs_from=1,
+    )
+    loaded = pp.load("bare@latest", root=tmp_path / "root")
+    assert list(loaded["model"]) == ["weight", "bias"]
+    assert list(loaded) == ["model", "extra"]
+    assert pp.open(tmp_path / "root").run("bare").latest().epoch == 0
+    with pytest.raises(pp.FormatError, match="the file has no 'generator'; it has gen"):
+        bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"generator": "model"})
+
+
+def test_parts_of_files_without_names_are_renamed_too(tmp_path):
+    save_file(Net().state_dict(), tmp_path / "a.safetensors")
+    torch.save(Net().state_dict(), tmp_path / "b.pth")
+    for number, name in enumerate(("a.safetensors", "b.pth")):
+        bring(tmp_path / name, tmp_path / "root", run=f"r{number}", parts={"model": "teacher"})
+        assert list(pp.load(f"r{number}@latest", root=tmp_path / "root")) == ["teacher"]
+        with pytest.raises(pp.FormatError, match="has no 'modell'; it has model"):
+            bring(tmp_path / name, tmp_path / "root", run="x", parts={"modell": "teacher"})
+
+
+def test_a_repository_is_no_source(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    bring(folder, folder / "runs")
+    again = bring(folder, folder / "runs")
+    assert [one.status for one in again.checkpoints] == ["there"] * 5
+    assert again.others == (folder / "runs",)
+
+
+def test_bare_weights_come_before_what_knows_its_moment(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    torch.save(Net().state_dict(), folder / "zz_final.pth")
+    report = bring(folder, tmp_path / "root")
+    assert report.checkpoints[0].path.name == "zz_final.pth"
+    assert any("neither epoch nor step" in note for note in report.notes)
+    assert pp.open(tmp_path / "root").run("r").latest().epoch == 4
+
+
+@pytest.mark.parametrize("options", [{"_use_new_zipfile_serialization": False}, {}])
+def test_both_formats_of_torch_are_read(options, tmp_path):
+    script(tmp_path / "s", epochs=1, **options)
+    bring(tmp_path / "s", tmp_path / "root")
+    given = torch.load(tmp_path / "s" / "e9.pth", weights_only=False)
+    assert same(pp.load("r@latest", root=tmp_path / "root")["optimizer"], given["optimizer_state_dict"])
+
+
+# --- what means harm ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["os.system", "eval", "getattr", "optimizer", "legacy", "class"])
+def test_a_hostile_file_is_refused_by_name_and_nothing_is_run(kind, made, tmp_path):
+    folder, mark = shutil.copytree(made[0], tmp_path / "copy"), tmp_path / "PWNED"
+    named = hostile(kind, folder / "model.pth", mark)
+    with pytest.raises(pp.FormatError) as caught:
+        bring(folder, tmp_path / "root")
+    for word in (named, "model.pth", "has run nothing of it", "--skip-unreadable", "Nothing was imported"):
+        assert word in str(caught.value)
+    assert not mark.exists()
+    assert not (tmp_path / "root").exists()
+    done = process("import", folder, tmp_path / "root", "--run", "r", "--skip-unreadable")
+    assert done.returncode == 13
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(pp.open(tmp_path / "root").run("r").checkpoints()) == 5
+    assert not mark.exists()
+
+
+def test_the_hostile_files_would_work_elsewhere(tmp_path):
+    mark = tmp_path / "PWNED"
+    hostile("os.system", tmp_path / "a.pth", mark)
+    torch.load(tmp_path / "a.pth", weights_only=False)
+    assert mark.exists(), "otherwise the tests above could not fail"
+
+
+def test_a_hostile_file_inside_an_item_of_dcp_is_not_run(tmp_path):
+    mark = tmp_path / "PWNED"
+    on_distributed(tmp_path / "dcp", {"model": Net().state_dict(), "x": Call(os.system, f"touch {mark}")})
+    with pytest.raises(pp.FormatError, match=r"names posix\.system"):
+        bring(tmp_path / "dcp", tmp_path / "root")
+    assert not mark.exists()
+
+
+def test_metadata_of_dcp_names_its_own_classes_only(tmp_path):
+    import pickle
+
+    mark = tmp_path / "PWNED"
+    on_distributed(tmp_path / "dcp", {"model": Net().state_dict()})
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Call(os.system, f"touch {mark}")))
+    with pytest.raises(pp.FormatError, match=r"\.metadata names posix\.system"):
+        bring(tmp_path / "dcp", tmp_path / "root")
+    assert not mark.exists()
+
+
+def test_torch_allowing_more_does_not_allow_it_here(tmp_path):
+    torch.save({"model": Net().state_dict(), "x": Call(os.getcwd)}, tmp_path / "a.pth")
+    with torch.serialization.safe_globals([(os.getcwd, "posix.getcwd")]), pytest.raises(pp.FormatError, match="getcwd"):
+        bring(tmp_path / "a.pth", tmp_path / "root")
+
+
+def test_a_dtype_cannot_hide_pointers_in_bytes(tmp_path):
+    torch.save({"model": Net().state_dict(), "x": lying_dtype()}, tmp_path / "a.pth")
+    with pytest.raises(pp.FormatError, match="NumPy element type 'O8'"):
+        bring(tmp_path / "a.pth", tmp_path / "root")
+
+
+def test_a_plain_class_can_be_kept_as_a_record(tmp_path):
+    net = Call(Net)
+    net.call = (Net, (), {"training": False, "size": 3})
+    torch.save({"model": Net().state_dict(), "config": net}, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root", inert=["foreign_files.Net"])
+    kept = pp.load("r@latest", root=tmp_path / "root")["extra"]["config"]
+    assert kept == {"class": "foreign_files.Net", "state": {"training": False, "size": 3}}
+    mark = tmp_path / "PWNED"
+    hostile("eval", tmp_path / "b.pth", mark)
+    bring(tmp_path / "b.pth", tmp_path / "root", run="b", inert=["builtins.eval"])
+    assert not mark.exists()
+    assert pp.load("b@latest", root=tmp_path / "root")["extra"]["x"]["class"] == "builtins.eval"
+
+
+def test_odd_files_get_clear_errors(made, tmp_path):
+    source = (made[0] / "e9.pth").read_bytes()
+    files = {
+        "empty.pth": (b"", pp.CorruptError, "is empty"),
+        "text.pth": (b"hello, this is text", pp.FormatError, "no file of torch.save"),
+        "short.pth": (source[: len(source) // 2], pp.CorruptError, "cut short or damaged"),
+        "picture.safetensors": (b"\x89PNG" * 30, pp.FormatError, "no safetensors file"),
+        "tensors.pth": ((made[0] / "e9.pth").read_bytes()[:3000], pp.CorruptError, "cut short"),
+    }
+    for name, (data, kind, words) in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(kind, match=words):
+            bring(tmp_path / name, tmp_path / "root")
+    plain_pickle(tmp_path / "p.pth")
+    with pytest.raises(pp.FormatError, match="plain pickle"):
+        bring(tmp_path / "p.pth", tmp_path / "root")
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    with pytest.raises(pp.FormatError, match="holds a list"):
+        bring(tmp_path / "list.pth", tmp_path / "root")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch does not want to be asked for this any more
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 1)), tmp_path / "script.pt")
+    with pytest.raises(pp.FormatError, match="TorchScript"):
+        bring(tmp_path / "script.pt", tmp_path / "root")
+    with pytest.raises(pp.NotFoundError, match="does not exist"):
+        bring(tmp_path / "nothing", tmp_path / "root")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(pp.FormatError, match="holds no checkpoint"):
+        bring(tmp_path / "none", tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_zip_that_claims_more_than_it_has_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/data/0", bytes(50_000_000))
+    with pytest.raises(pp.FormatError, match=r"torch\.save wrote no such file"):
+        bring(tmp_path / "bomb.pth", tmp_path / "root")
+
+
+def test_a_pickle_of_another_protocol_is_refused(tmp_path):
+    import pickle
+
+    torch.save({"model": Net().state_dict()}, tmp_path / "a.pth")
+    replace_in_pickle(tmp_path / "a.pth", lambda _: pickle.dumps(Net, protocol=4))
+    with pytest.raises(pp.FormatError, match="protocol 4"):
+        bring(tmp_path / "a.pth", tmp_path / "root")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_flipped_byte_gets_past_with_another_error(data, made):
+    source = bytearray((made[0] / "e9.pth").read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        source[data.draw(st.integers(0, len(source) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        unpickling.load(bytes(source), where="x.pth")
+    except (pp.FormatError, pp.CorruptError) as error:
+        assert "x.pth" in str(error)  # noqa: PT017 - it may well load, when the byte is one of a tensor
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=60))
+def test_no_safetensors_header_gets_past_with_another_error(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "h.safetensors"
+    path.write_bytes(len(data).to_bytes(8, "little") + data)
+    try:
+        assert read_safetensors(path)[0] == {}, "a header without tensors is one"
+    except (pp.FormatError, pp.CorruptError) as error:
+        assert "h.safetensors" in str(error)  # noqa: PT017 - see above
+
+
+def test_an_old_torch_is_refused(monkeypatch, tmp_path):
+    torch.save({"model": Net().state_dict()}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    with pytest.raises(pp.MissingExtraError, match="CVE-2025-32434"):
+        bring(tmp_path / "a.pth", tmp_path / "root")
+
+
+# --- safetensors, Hugging Face, DCP -------------------------------------------------------------------------------
+
+
+def test_a_linked_file_is_the_same_file(tmp_path):
+    save_file(Net().state_dict(), tmp_path / "a.safetensors", metadata={"format": "pt", "epoch": "3", "step": "90"})
+    done = bring(tmp_path / "a.safetensors", tmp_path / "root", link=True)
+    assert done.checkpoints[0].status == "linked"
+    [one] = pp.open(tmp_path / "root").run("r").checkpoints()
+    assert (one.epoch, one.step) == (3, 90)
+    assert (one.path / "model.safetensors").samefile(tmp_path / "a.safetensors")
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert loaded["model"].keys() == load_file(tmp_path / "a.safetensors").keys()
+    for name, tensor in load_file(tmp_path / "a.safetensors").items():
+        assert torch.equal(loaded["model"][name], tensor)
+    assert torch.equal(loaded.tensor("model", "conv.weight"), loaded["model"]["conv.weight"])
+    assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
+    with (tmp_path / "a.safetensors").open("r+b") as file:  # the danger of a link, which digests tell
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    assert audit.audit(pp.open(tmp_path / "root"), deep=True).of_kind("damage")
+
+
+def test_what_cannot_be_linked_is_copied_and_says_so(made, tmp_path):
+    done = bring(made[0], tmp_path / "root", link=True)
+    assert all("copied, not linked" in one.notes[-1] for one in done.checkpoints)
+    save_file({"a b": torch.ones(2)}, tmp_path / "a.safetensors")
+    done = bring(tmp_path / "a.safetensors", tmp_path / "root", run="s", link=True, strip_prefix="a ")
+    assert done.checkpoints[0].status == "imported"
+    assert list(pp.load("s@latest", root=tmp_path / "root")["model"]) == ["b"]
+
+
+def hugging_face(folder, step, *, sharded=False):
+    folder.mkdir(parents=True)
+    model, optimizer, scheduler = objects()
+    train_epoch(model, optimizer, scheduler)
+    state = model.state_dict()
+    if sharded:
+        names = sorted(state)
+        places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+        for place in set(places.values()):
+            save_file({name: state[name].clone() for name in names if places[name] == place}, folder / place)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    else:
+        save_file(state, folder / "model.safetensors")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+    (folder / "config.json").write_text('{"model_type": "net"}')
+    torch.save({"a": 1}, folder / "rng_state.pth")
+    log = [{"epoch": at / 4, "step": at, "loss": 1 / at} for at in range(1, step + 1)]
+    log += [{"epoch": at / 4, "step": at, "eval_loss": 2 / at} for at in range(4, step + 1, 4)]
+    (folder / "trainer_state.json").write_text(json.dumps({"epoch": step / 4, "global_step": step, "log_history": log}))
+    return state
+
+
+def test_folders_of_hugging_face(tmp_path):
+    states = {step: hugging_face(tmp_path / "out" / f"checkpoint-{step}", step, sharded=step == 10) for step in (4, 10)}
+    bring(tmp_path / "out", tmp_path / "root")
+    run = pp.open(tmp_path / "root").run("r")
+    first, second = run.checkpoints()
+    assert (first.step, first.epoch, first.metrics) == (4, 0, {"loss": 0.25, "eval_loss": 0.5})
+    assert (second.step, second.epoch, second.metrics) == (10, 2, {"loss": 0.1})
+    assert [one.step for one in run.history()] == list(range(1, 11)), "also moments without a checkpoint"
+    assert run.history()[7].metrics == {"loss": 0.125, "eval_loss": 0.25}
+    for one in (first, second):
+        loaded = pp.load(one.ref, root=tmp_path / "root")
+        assert list(loaded) == ["model", "optimizer", "scheduler", "extra"]
+        assert {name: tensor.tolist() for name, tensor in loaded["model"].items()} == {
+            name: tensor.tolist() for name, tensor in states[one.step].items()
+        }
+        assert loaded["extra"]["config"] == {"model_type": "net"}
+    (tmp_path / "out" / "checkpoint-10" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
+    with pytest.raises(pp.CorruptError, match=r"lists '\.\./x'"):
+        bring(tmp_path / "out", tmp_path / "other")
+
+
+def test_a_hostile_optimizer_in_a_folder_of_hugging_face(tmp_path):
+    hugging_face(tmp_path / "checkpoint-4", 4)
+    hostile("os.system", tmp_path / "checkpoint-4" / "optimizer.pt", tmp_path / "PWNED")
+    with pytest.raises(pp.FormatError, match=r"optimizer\.pt names posix\.system"):
+        bring(tmp_path / "checkpoint-4", tmp_path / "root")
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_file_inside_of_a_file_stays_bytes(tmp_path):
+    hostile("os.system", tmp_path / "inner.bin", tmp_path / "PWNED")
+    inner = (tmp_path / "inner.bin").read_bytes()
+    torch.save({"model": Net().state_dict(), "inner": inner}, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root")
+    assert pp.load("r@latest", root=tmp_path / "root")["extra"]["inner"] == inner
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_folders_of_torch_distributed(tmp_path):
+    model, optimizer, scheduler = objects()
+    train_epoch(model, optimizer, scheduler)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 0, "list": [torch.ones(2), 3]}
+    on_distributed(tmp_path / "dcp", state)
+    bring(tmp_path / "dcp", tmp_path / "root")
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert {name: tensor.tolist() for name, tensor in loaded["model"].items()} == {
+        name: tensor.tolist() for name, tensor in model.state_dict().items()
+    }
+    assert same(loaded["optimizer"]["state"], optimizer.state_dict()["state"])
+    assert loaded["extra"]["list"][1] == 3
+    into = torch.optim.AdamW(Net().parameters(), lr=0.5)
+    pp.load("r@latest", root=tmp_path / "root", into=into, part="optimizer")
+    assert into.param_groups[0]["lr"] == 0.01
+    piece = next((tmp_path / "dcp").glob("*.distcp"))
+    piece.write_bytes(piece.read_bytes()[:-100])
+    with pytest.raises(pp.CorruptError, match="cut short"):
+        bring(tmp_path / "dcp", tmp_path / "other")
+
+
+# --- logs ---------------------------------------------------------------------------------------------------------
+
+
+def write_csv(path, rows):
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_lightning_s_rows_are_merged_by_epoch(tmp_path):
+    rows = []
+    for epoch in range(3):
+        rows += [{"epoch": epoch, "step": 10 * epoch + at, "train_loss": 1 / (10 * epoch + at + 1)} for at in (4, 9)]
+        rows.append({"epoch": epoch, "step": 10 * epoch + 9, "val_loss": 0.5 - epoch})
+    write_csv(tmp_path / "metrics.csv", rows)
+    assert logs.read(tmp_path / "metrics.csv") == [
+        Row(epoch, 10 * epoch + 9, {"train_loss": 1 / (10 * epoch + 10), "val_loss": 0.5 - epoch}) for epoch in range(3)
+    ]
+
+
+RECORDS = [{"epoch": epoch, "val/acc top": 0.1 * epoch, "ok": True, "note": "x"} for epoch in range(3)]
+WANTED = [Row(epoch, None, {"val/acc_top": 0.1 * epoch}) for epoch in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps(RECORDS)),
+        ("b.json", json.dumps({record["epoch"]: {"val/acc top": record["val/acc top"]} for record in RECORDS})),
+        ("c.json", json.dumps({"epoch": [0, 1, 2], "val/acc top": [0.0, 0.1, 0.2]})),
+        ("d.jsonl", "\n".join(map(json.dumps, RECORDS))),
+        ("e.json", json.dumps({"log_history": RECORDS})),
+    ],
+)
+def test_forms_of_json(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert logs.read(tmp_path / name) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.json", "{", "no JSON"),
+        ("a.json", "[1]", "neither a list"),
+        ("a.csv", "x,y\n1,2\n", "no row with an epoch or a step"),
+        ("a.json", '{"epoch": [1], "a": [1, 2]}', "different lengths"),
+    ],
+)
+def test_logs_that_cannot_be_are_refused(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(pp.FormatError, match=words):
+        logs.read(tmp_path / name)
+
+
+def test_tensorboard_is_read_and_joined(made, tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path / "tb") as writer:
+        for epoch in range(7):
+            writer.add_scalar("test/acc", epoch / 10, epoch)
+            writer.add_scalar("new style", epoch, epoch, new_style=True)
+    rows = logs.read(tmp_path / "tb")
+    assert [row.step for row in rows] == list(range(7))
+    assert rows[3].metrics == pytest.approx({"test/acc": 0.3, "new_style": 3.0})
+    report = bring(made[0], tmp_path / "root", metrics=tmp_path / "tb", join="epoch")
+    run = pp.open(tmp_path / "root").run("r")
+    assert run.checkpoints()[3].metrics["test/acc"] == pytest.approx(0.3)
+    assert [one.epoch for one in run.history()] == list(range(7)), "later epochs without a checkpoint count"
+    assert run.best("test/acc", mode="max").epoch == 4
+    assert "5 of 7 rows of metrics join a checkpoint, by epoch" in report.notes
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(pp.FormatError, match="without event files"):
+        logs.read(tmp_path / "empty")
+
+
+def test_rows_that_join_nothing_are_said(made, tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps([{"step": 1000, "a": 1.0}, {"epoch": 1, "a": 2.0}]))
+    report = bring(made[0], tmp_path / "root", metrics=tmp_path / "m.json", join="epoch", dry_run=True)
+    assert "1 of 2 rows of metrics join a checkpoint, by epoch" in report.notes
+
+
+class At:
+    def __init__(self, epoch, step):
+        self.epoch, self.step, self.metrics = epoch, step, {}
+
+    def __repr__(self):
+        return f"At({self.epoch}, {self.step})"
+
+
+POINTS = st.builds(At, st.none() | st.integers(0, 5), st.none() | st.integers(0, 30))
+ROWS = st.builds(
+    lambda epoch, step: Row(epoch, step, {"a": 1.0}), st.none() | st.integers(0, 7), st.none() | st.integers(0, 40)
+).filter(lambda row: (row.epoch, row.step) != (None, None))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    points=st.lists(POINTS, max_size=6), rows=st.lists(ROWS, max_size=6), how=st.sampled_from(["auto", "epoch", "step"])
+)
+def test_every_checkpoint_has_one_place_and_places_are_in_order(points, rows, how):
+    moments, _ = timeline(points, rows, how)
+    taken = [number for moment in moments for number in moment.taken]
+    assert sorted(taken) == list(range(len(points)))
+    known = [moment for moment in moments if moment.known and moment.taken]
+    assert all(moment.step >= 0 for moment in moments)
+    order = [points[moment.taken[0]] for moment in known]
+    steps, epochs = [point.step for point in order], [point.epoch for point in order]
+    in_order = {"step": None not in steps and steps == sorted(steps), "epoch": epochs == sorted(e or 0 for e in epochs)}
+    if None not in steps:
+        assert in_order["step"] or (rows and None not in epochs and in_order["epoch"])
+    elif None not in epochs:
+        assert in_order["epoch"]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_then_imports(made, tmp_path):
+    root = tmp_path / "root"
+    text = invoke("import", made[0], root, "--run", "r", "--dry-run")
+    assert "e7.pth" in text
+    assert "model_state_dict -> model" in text
+    assert "5 checkpoints would be imported into run r; 5 moments in its history" in text
+    assert not root.exists()
+    found = json.loads(invoke("import", made[0], root, "--run", "r", "--json"))
+    assert [one["epoch"] for one in found["checkpoints"]] == [0, 1, 2, 3, 4]
+    assert "pinned: imported from e7.pth" in invoke("ls", root)
+    assert "is here (epoch 2, step 6)" in invoke("explain", root, "r:epoch=2")
+    assert "10 of" not in invoke("keep", root, "r", "--rules", "last:1", "--dry-run")
+    assert "0 checkpoints imported" in invoke("import", made[0], root, "--run", "r", "--rules", "best:val_accuracy:max")
+    assert "4 would" not in invoke("ls", root)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{made}/nothing", "--run", "r"], 10, "does not exist"),
+        (["{made}", "--run", "r", "--part", "x"], 2, "FROM=TO"),
+        (["{made}", "--run", "a b"], 2, "a b"),
+        (["{made}", "--run", "r", "--metrics", "{made}/no.csv"], 10, "does not exist"),
+        (["{made}", "--run", "r", "--rules", "bset:x"], 2, "bset"),
+        (["{made}"], 2, "--run"),
+    ],
+)
+def test_wrong_input_of_the_command(arguments, code, words, made, tmp_path):
+    path, *rest = [argument.format(made=made[0]) for argument in arguments]
+    done = process("import", path, tmp_path / "root", *rest)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- frameworks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_lightning_writes(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Module(lightning.LightningModule):
+        def __init__(self, optim="adam", lr=0.1):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, _):
+            loss = self.layer(batch[0]).square().mean()
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+        def validation_step(self, batch, _):
+            self.log("val_loss", self.layer(batch[0]).abs().mean())
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 2)), batch_size=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            max_epochs=3,
+            logger=CSVLogger(tmp_path / "logs"),
+            callbacks=[ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", save_top_k=-1)],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            log_every_n_steps=1,
+        )
+        trainer.fit(Module(), data, data)
+    log = next((tmp_path / "logs").rglob("metrics.csv"))
+    bring(tmp_path / "ckpt", tmp_path / "root", metrics=log)
+    run = pp.open(tmp_path / "root").run("r")
+    assert [(one.epoch, one.step) for one in run.checkpoints()] == [(0, 4), (1, 8), (2, 12)]
+    assert {"val_loss", "train_loss_epoch", "best_val_loss"} <= run.latest().metrics.keys()
+    assert len(run.history()) == 3
+    model = Module()
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    model.load_state_dict(loaded["model"])
+    assert loaded["extra"]["hyper_parameters"] == {"optim": "adam", "lr": 0.1}
+    optimizer = torch.optim.Adam(model.parameters())
+    state = {"model": model, "optimizer": optimizer, "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+    with (
+        pytest.warns(pp.PeakpointWarning, match="random generators"),
+        pp.Checkpointer(tmp_path / "root", run="r", state=state, keep=[pp.Last(1)], preempt=None) as ckpt,
+    ):
+        assert next(ckpt.epochs(9)) == 3
+
+
+@pytest.mark.slow
+def test_what_accelerate_writes(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer, scheduler = accelerator.prepare(*objects())
+    train_epoch(model, optimizer, scheduler, steps=3)
+    accelerator.save_state(str(tmp_path / "state"))
+    report = bring(tmp_path / "state", tmp_path / "root")
+    assert [path.name for path in report.others] == ["random_states_0.pkl"]
+    [one] = pp.open(tmp_path / "root").run("r").checkpoints()
+    assert one.step == 3
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert list(loaded) == ["model", "optimizer", "scheduler"]
+    assert same(loaded["optimizer"]["state"], optimizer.state_dict()["state"])
+    assert all(torch.equal(loaded["model"][name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_what_transformers_writes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.GPT2LMHeadModel(config)
+        options = transformers.TrainingArguments(
+            tmp_path / "out",
+            num_train_epochs=2,
+            per_device_train_batch_size=2,
+            save_steps=3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        transformers.Trainer(model, options, train_dataset=rows).train()
+    bring(tmp_path / "out", tmp_path / "root")
+    run = pp.open(tmp_path / "root").run("r")
+    assert [one.step for one in run.checkpoints()] == [3, 6, 8]
+    assert [one.step for one in run.history()] == list(range(1, 9))
+    assert "loss" in run.latest().metrics
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert {"model", "optimizer", "scheduler", "extra"} <= set(loaded)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded["model"].items())
+
+
+RANK = """
+import sys, warnings
+import torch, torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+warnings.simplefilter("ignore")
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}.store", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+whole = torch.arange(35.0).reshape(5, 7)
+sharded = {"rows": distribute_tensor(whole, mesh, [Shard(0)]), "columns": distribute_tensor(whole, mesh, [Shard(1)])}
+dcp.save({"model": {**sharded, "same": torch.ones(3)}, "epoch": 4, "step": 50}, checkpoint_id=folder)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_what_two_ranks_write_is_put_together(tmp_path):
+    folder = tmp_path / "dcp"
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(folder)]) for rank in (0, 1)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    bring(folder, tmp_path / "root")
+    [one] = pp.open(tmp_path / "root").run("r").checkpoints()
+    assert (one.epoch, one.step) == (4, 50)
+    model = pp.load("r@latest", root=tmp_path / "root")["model"]
+    whole = torch.arange(35.0).reshape(5, 7)
+    assert torch.equal(model["rows"], whole)
+    assert torch.equal(model["columns"], whole)
+    next(folder.glob("__1_*.distcp")).unlink()
+    with pytest.raises(pp.CorruptError, match="which is not in it"):
+        bring(folder, tmp_path / "other")
