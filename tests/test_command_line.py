@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import peakpoint as pp
-from peakpoint.cli.main import cli
+from peakpoint.cli import render
+from peakpoint.cli.main import _MODULES, cli
 from training import checkpointer
 
 MODULE = [sys.executable, "-m", "peakpoint"]
@@ -158,6 +160,15 @@ def test_a_run_that_is_being_written_is_left_alone(root):
         assert "being written by process" in invoke("ls", root, "two").output
     with checkpointer(root, run="two"):
         assert not bare.exists(), "opening a run removes what its last writer left"
+
+
+def test_every_command_of_every_module_is_there():
+    homes = {module: __import__(f"peakpoint.cli.{module}", fromlist=["COMMANDS"]).COMMANDS for module in _MODULES}
+    assert {module: sorted(command.name for command in found) for module, found in homes.items()} == {
+        module: sorted(names) for module, names in _MODULES.items()
+    }
+    modules = {path.stem for path in Path(render.__file__).parent.glob("*.py")}
+    assert modules == {"__init__", "main", "arguments", "render", *_MODULES}
 
 
 def test_it_is_a_module_as_well(root):

@@ -925,7 +925,10 @@ def test_nothing_in_the_package_runs_code_from_files():
     assert re.findall(r"torch\.load\(.*\)", (SOURCE / "importing/unpickling.py").read_text()) == [
         'torch.load(given, map_location="cpu", weights_only=True, mmap=mapped)'
     ]
-    assert "pickle.load" not in (SOURCE / "importing/distributed.py").read_text() + (SOURCE / "importing/unpickling.py").read_text()
+    assert (
+        "pickle.load"
+        not in (SOURCE / "importing/distributed.py").read_text() + (SOURCE / "importing/unpickling.py").read_text()
+    )
 
 
 def test_a_pickle_in_place_of_a_file_is_not_opened(alone, tmp_path):

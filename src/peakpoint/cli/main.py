@@ -3,32 +3,46 @@
 Exit codes are those of the errors (see ``peakpoint.errors``); 0 is success, 2 a bad command line, 130 Ctrl-C.
 """
 
+import importlib
 import os
 import sys
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import asdict
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Sequence
 
 import click
-from rich.markup import escape
 
-from peakpoint import audit as audits
-from peakpoint import layout, packs, reader, upkeep
 from peakpoint._version import __version__
-from peakpoint.cli import comparing, importing, planning, render, reporting, rules, selecting, space
-from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR
-from peakpoint.cli.arguments import torch_side as _torch_side
-from peakpoint.errors import ConfigError, CorruptError, Error
-from peakpoint.manifest import Manifest
-from peakpoint.names import check_text
-from peakpoint.refs import parse
-from peakpoint.repository import Repository, Run, open_repository
-from peakpoint.rules import Claim
+from peakpoint.errors import Error
+
+_MODULES = {
+    "basics": ("audit", "demo", "rm", "show"),
+    "comparing": ("diff",),
+    "importing": ("export", "import"),
+    "planning": ("plan",),
+    "reporting": ("report",),
+    "rules": ("explain", "keep", "pin", "record", "unpin"),
+    "selecting": ("ls", "select"),
+    "space": ("archive", "restore", "trash", "undo"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Imports a command when it is asked for: most need little of what all of them need together."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - of click
+        """Every name."""
+        return sorted(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - of click
+        """One command; None when there is none of that name."""
+        if cmd_name not in _HOMES:
+            return None
+        found: Sequence[click.Command] = importlib.import_module(f"peakpoint.cli.{_HOMES[cmd_name]}").COMMANDS
+        return next(command for command in found if command.name == cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="peakpoint")
 def cli() -> None:
     """Keep, find and ship the best checkpoints of a model's training.
@@ -36,237 +50,6 @@ def cli() -> None:
     ROOT is a repository: the directory that was given to Checkpointer. REF names a checkpoint: RUN@latest,
     RUN@best:METRIC, RUN@best:METRIC:min, RUN:epoch=N, RUN:STEP or RUN/NAME.
     """
-
-
-for module in (selecting, reporting, rules, space, planning, comparing, importing):
-    for command in module.COMMANDS:
-        cli.add_command(command)
-
-
-# --- show ---------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@ROOT
-@REF
-@JSON
-def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
-    """Show one checkpoint: metrics, reasons, parts, files, digests."""
-    repository = open_repository(root)
-    run = repository.run(parse(ref).run)
-    manifest = run.find_manifest(ref)
-    manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
-    claims = run.kept().get(manifest.id, ())
-    packed = packs.archived(run.store, run.name, manifest.name)
-    if json:
-        extra = {
-            "packed_bytes": None if packed is None else packed.packed_bytes,
-            "parts": manifest.parts,
-            "files": [
-                {"name": file.name, "size": file.size, "digest": file.digest, "tensors": len(file.tensors)}
-                for file in manifest.files
-            ],
-            "parent": manifest.parent,
-            "written_by": manifest.written_by,
-            "timing": manifest.timing,
-            "asked": manifest.asked,
-            "path": str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
-        }
-        render.as_json(render.manifest_json(manifest, claims) | extra)
-        return
-    console = render.console()
-    console.print(render.facts(_facts(root, manifest, claims, packed)))
-    console.print()
-    console.print(render.files_table(manifest))
-
-
-def _facts(
-    root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
-) -> list[tuple[str, str]]:
-    where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
-    metrics = "\n".join(f"{name} = {value:.9g}" for name, value in manifest.metrics.items())
-    return [
-        ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
-        ("id", manifest.id),
-        ("directory", escape(str(root / layout.checkpoint_prefix(manifest.run, manifest.name)))),
-        ("taken at", f"{where}; commit {manifest.sequence} of the run, report {manifest.report}"),
-        ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),
-        ("metrics", escape(metrics) or "none"),
-        ("saved because", escape("\n".join(manifest.reasons))),
-        ("kept because", render.claims_text(claims)),
-        ("size", render.size(manifest.size_bytes)),
-        ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
-        ("parts", escape(", ".join(manifest.parts))),
-        ("continues", manifest.parent or "nothing: the first of its run"),
-        ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
-        ("written", render.written(manifest)),
-        ("the loop waited", render.waits(manifest)),
-    ]
-
-
-# --- audit --------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@ROOT
-@click.option("--deep", is_flag=True, help="Compare every byte of every file with its digest.")
-@click.option("--clean", is_flag=True, help="Remove what crashes have left behind; damage is never touched.")
-@click.option("--dry-run", is_flag=True, help="With --clean: only say what would be removed.")
-@click.option("--rebuild", is_flag=True, help="Make the catalogue anew from the files.")
-@CATALOGUE
-@JSON
-def audit(
-    root: Path,
-    deep: bool,  # noqa: FBT001
-    clean: bool,  # noqa: FBT001
-    dry_run: bool,  # noqa: FBT001
-    rebuild: bool,  # noqa: FBT001
-    catalogue: str | None,
-    json: bool,  # noqa: FBT001
-) -> None:
-    """Find damage, and what crashes have left behind. Exits with 12 when there is damage."""
-    repository = open_repository(root, catalogue=catalogue)
-    removed = audits.clean(repository) if clean and not dry_run else []
-    result = _with_progress(repository, deep=deep)
-    rebuilt = selecting.rebuild(repository) if rebuild else None
-    if json:
-        render.as_json(
-            {
-                "findings": [asdict(finding) for finding in result.findings],
-                "removed": [asdict(finding) for finding in removed],
-                "runs": result.runs,
-                "checkpoints": result.checkpoints,
-                "bytes": result.bytes,
-                "deep": deep,
-                "clean": result.clean,
-                "catalogue": rebuilt,
-            }
-        )
-    else:
-        _print_audit(result, removed)
-        if rebuilt is not None:
-            click.echo(f"the catalogue {rebuilt} is made anew from the files")
-    if result.of_kind("damage"):
-        sys.exit(CorruptError.exit_code)
-
-
-def _with_progress(repository: Repository, *, deep: bool) -> audits.Audit:
-    if not deep or not sys.stderr.isatty():
-        return audits.audit(repository, deep=deep)
-    from rich.progress import Progress  # noqa: PLC0415 - start-up time: only a deep audit on a terminal needs it
-
-    total = sum(manifest.size_bytes for run in repository.runs() for manifest in run.manifests())
-    with Progress(console=render.console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=total)
-        return audits.audit(
-            repository, deep=True, progress=lambda manifest: progress.advance(task, manifest.size_bytes)
-        )
-
-
-def _print_audit(result: audits.Audit, removed: list[audits.Finding]) -> None:
-    console = render.console()
-    rows = [audits.Finding("removed", finding.where, finding.what) for finding in removed] + result.findings
-    if rows:
-        console.print(render.findings_table(rows))
-    console.print(render.audit_sentence(result))
-    damage, litter = result.of_kind("damage"), result.of_kind("litter")
-    if damage:
-        console.print(f"[bold red]{len(damage)} damaged[/]: a resume passes over damaged checkpoints by itself")
-    if litter:
-        console.print(f"[yellow]{len(litter)} leftovers of a crash[/], harmless: peakpoint audit --clean removes them")
-    if result.clean:
-        console.print("[green]clean[/]")
-
-
-# --- rm -----------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@ROOT
-@click.argument("names", metavar="REF...", nargs=-1, required=True)
-@click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
-@click.option("--why", default="removed by hand", help="The reason, for the journal.")
-@UNDO_FOR
-@JSON
-def rm(
-    root: Path,
-    names: tuple[str, ...],
-    yes: bool,  # noqa: FBT001
-    dry_run: bool,  # noqa: FBT001
-    why: str,
-    undo_for: timedelta,
-    json: bool,  # noqa: FBT001
-) -> None:
-    """Remove checkpoints: shows the plan, and carries it out with --yes."""
-    check_text("--why", why)
-    repository = open_repository(root)
-    chosen = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
-    for name in dict.fromkeys(manifest.run for manifest in chosen.values()):
-        _spare_the_newest_good(repository.run(name), chosen)
-    failures: list[str] = []
-    apply_now = yes and not dry_run
-    if not json:
-        _print_removal(repository, list(chosen.values()))
-    if apply_now:
-        for run in dict.fromkeys(manifest.run for manifest in chosen.values()):
-            mine = [manifest for manifest in chosen.values() if manifest.run == run]
-            failures += upkeep.remove(repository.run(run), mine, why, undo_for=undo_for)
-    if json:
-        render.as_json(
-            {
-                "removed" if apply_now else "would_remove": [render.manifest_json(m, ()) for m in chosen.values()],
-                "freed_bytes": sum(manifest.size_bytes for manifest in chosen.values()),
-                "failures": failures,
-            }
-        )
-    elif apply_now:
-        click.echo(f"removed {render.count(len(chosen) - len(failures), 'checkpoint')}")
-        click.echo(render.undo_hint(root, undo_for))
-    else:
-        click.echo("nothing is removed yet; add --yes to remove")
-    for failure in failures:
-        click.echo(f"peakpoint: {failure}", err=True)
-    if failures:
-        sys.exit(20)
-
-
-def _spare_the_newest_good(run: Run, chosen: Collection[str]) -> None:
-    """Refuse to remove what the run would continue from while newer ones stay that it cannot continue from."""
-    shelf = reader.shelf(run.store, run.name)
-    damaged = reader.damage(run.store, shelf.manifests)
-    useless: list[str] = []
-    for manifest in reversed(shelf.manifests):
-        if manifest.id not in damaged and manifest.id not in shelf.cut:
-            if manifest.id in chosen and useless:
-                raise ConfigError(
-                    f"{run.name}/{manifest.name} is the newest good checkpoint of run {run.name!r}, and stays: "
-                    f"{'; '.join(useless)}. To remove it all the same, name the newer ones, too"
-                )
-            return
-        if manifest.id not in chosen:
-            useless.append(damaged.get(manifest.id, f"{manifest.name} is newer, but has lost parts"))
-
-
-def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> None:
-    console = render.console()
-    for manifest in manifests:
-        claims = repository.run(manifest.run).kept().get(manifest.id, ())
-        console.print(f"[bold]{escape(manifest.run)}/{escape(manifest.name)}[/]")
-        console.print(f"  frees {render.size(manifest.size_bytes)}; was kept because:")
-        for claim in claims:
-            console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
-
-
-# --- demo ---------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("peakpoint-demo"), help="Where to work.")
-@click.option("--epochs", type=click.IntRange(min=6), default=60, show_default=True, help="Epochs of each training.")
-def demo(out: Path, epochs: int) -> None:
-    """Train, kill in the middle of a save, resume: see that nothing is lost."""
-    _torch_side("peakpoint.demo.show").run(out, epochs)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
