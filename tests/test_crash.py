@@ -11,8 +11,14 @@ KINDS = ["single", "several", "frozen", "thinned"]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("what", ["kill", "power"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        *(("power", kind) for kind in KINDS),
+        ("kill", "single"),
+        *(pytest.param("kill", kind, marks=pytest.mark.slow) for kind in KINDS if kind != "single"),  # minutes
+    ],
+)
 def test_nothing_durable_is_lost(what, kind, record_property):
     enumerate_points("crashes.py", what, kind, record_property)
 

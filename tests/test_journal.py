@@ -15,6 +15,7 @@ from peakpoint import journal as j
 from peakpoint.errors import CorruptError, StoreError
 from peakpoint.journal import (
     Archived,
+    Changing,
     Closed,
     Journal,
     Measured,
@@ -39,7 +40,13 @@ from strategies import START, any_metrics, text_tuples, texts, times
 
 naturals = st.integers(0, 2**63 - 1)
 events_of = {
-    Opened: st.builds(Opened, at=times, by=st.dictionaries(texts, texts, max_size=2), rules=text_tuples),
+    Opened: st.builds(
+        Opened,
+        at=times,
+        by=st.dictionaries(texts, texts, max_size=2),
+        rules=text_tuples,
+        state=st.dictionaries(texts, texts, max_size=2),
+    ),
     Started: st.builds(Started, at=times, checkpoint=st.none() | texts, report=naturals, requested=st.none() | texts),
     Reported: st.builds(
         Reported, at=times, report=naturals, step=naturals, epoch=st.none() | naturals, metrics=any_metrics
@@ -72,6 +79,7 @@ events_of = {
     Undone: st.builds(Undone, at=times, checkpoint=texts, name=texts, parts=text_tuples, by=texts),
     Archived: st.builds(Archived, at=times, checkpoint=texts, name=texts, packed_bytes=naturals, by=texts),
     Restored: st.builds(Restored, at=times, checkpoint=texts, name=texts, by=texts),
+    Changing: st.builds(Changing, at=times, checkpoint=texts, name=texts, by=texts),
     Measured: st.builds(
         Measured,
         at=times,

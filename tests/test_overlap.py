@@ -152,7 +152,7 @@ def memory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("capture_bytes", [None, "1 MiB"])
+@pytest.mark.parametrize("capture_bytes", [None, pytest.param("1 MiB", marks=pytest.mark.slow)])
 def test_a_thousand_saves_leave_no_files_open_no_threads_and_no_memory(tmp_path, capture_bytes):
     def used():
         gc.collect()

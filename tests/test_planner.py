@@ -293,6 +293,7 @@ def lenet(tmp_path_factory):
     return root, found
 
 
+@pytest.mark.slow
 def test_a_short_training_writes_what_was_foreseen(lenet):
     root, found = lenet
     run = pp.open(root).run("lenet")
