@@ -283,7 +283,8 @@ class _Directories:
     def _heed(self, events: Sequence[Event]) -> set[str]:
         """Note what the events announce; the names that they are about."""
         touched = set()
-        ids = {identity: name for name, (_, identity) in self._rows.items()}
+        noted = any(isinstance(event, NOTES) for event in events)
+        ids = {identity: name for name, (_, identity) in self._rows.items()} if noted else {}
         for event in events:
             if isinstance(event, NOTES):
                 touched |= {ids[event.checkpoint]} if event.checkpoint in ids else set()

@@ -37,11 +37,14 @@ class Remembered:
         text: how far the run is read, as the catalogue has it.
         known: the same.
         rows: its checkpoints in the catalogue: name to key and id.
+        columns: of the catalogue that was born as ``born``.
     """
 
     text: str
     known: Known
     rows: Rows
+    columns: Columns | None = None
+    born: int = 0
 
 
 def decoded(text: str) -> Known:
@@ -89,7 +92,9 @@ def refresh_run(
             row = connection.execute(_state(run)).one()
             if row.read is None or before is None or before.text != row.read:
                 rows = {} if row.read is None else _rows(connection, row.key)
-                before = None if row.read is None else Remembered(row.read, decoded(row.read), rows)
+                columns, born = (None, 0) if before is None else (before.columns, before.born)
+                known = None if row.read is None else decoded(row.read)
+                before = None if known is None else Remembered(row.read, known, rows, columns, born)
         if before is not None and is_current(store, run, before.known):
             return row.tick, None
         news = read(store, run, None if before is None else before.known, {} if before is None else before.rows)
@@ -99,7 +104,7 @@ def refresh_run(
             _lock(connection)
             row = connection.execute(_state(run)).one()
             if row.read == (None if before is None else before.text):
-                return _Update(connection, run, row, news, {} if before is None else before.rows).carry_out()
+                return _Update(connection, run, row, news, before).carry_out()
         before = None  # somebody else was here; what was read is read again
 
 
@@ -107,7 +112,9 @@ def _state(run: str) -> Any:
     """The catalogue's own state, and what it has of a run."""
     table = schema.runs.c
     metrics = select(func.count()).select_from(schema.metrics).scalar_subquery().label("metrics")
-    columns = (schema.meta.c.tick, schema.meta.c.free, table.key, table.read, table.rules, table.peaks, table.reports)
+    totals = (table.checkpoints, table.size, table.newest)
+    own = (schema.meta.c.tick, schema.meta.c.free, schema.meta.c.born)
+    columns = (*own, table.key, table.read, table.rules, table.peaks, table.reports, *totals)
     return select(*columns, metrics).select_from(schema.meta.outerjoin(schema.runs, table.name == run))
 
 
@@ -129,8 +136,11 @@ def _lock(connection: Connection) -> None:
 class _Update:
     """One run on its way into the catalogue."""
 
-    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, rows: Rows) -> None:
+    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, before: Remembered | None) -> None:
         self._connection, self._run, self._row, self._news = connection, run, row, news
+        rows = {} if before is None else before.rows
+        known = None if before is None or before.born != row.born else before.columns
+        self._columns = known if known is not None and len(known.keys) == row.metrics else None
         self._free = row.free
         self._new = row.read is None or news.whole
         self._rows: Rows = {} if self._new else dict(rows)
@@ -161,7 +171,7 @@ class _Update:
         text = msgspec.json.encode(_Read(news.known, tick)).decode()
         self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values, read=text))
         self._connection.execute(update(schema.meta).values(tick=tick, free=self._free))
-        return tick, Remembered(text, news.known, self._rows)
+        return tick, Remembered(text, news.known, self._rows, self._columns, row.born)
 
     # --- measured later, pinned
 
@@ -210,8 +220,9 @@ class _Update:
             late, pinned = noted.get(one.id, ({}, None))
             entries.append((key, standing, {**one.metrics, **late}, pinned is not None))
         names = [name for _, _, metrics, _ in entries for name in metrics]
-        columns = Columns.read(self._connection).including(self._connection, names)
-        _insert(self._connection, columns, self._key, entries)
+        known = self._columns or Columns.read(self._connection)
+        self._columns = known.including(self._connection, names)
+        _insert(self._connection, self._columns, self._key, entries)
 
     # --- the run as a whole
 
@@ -237,6 +248,12 @@ class _Update:
         }
 
     def _totals(self) -> dict[str, Any]:
+        if not (self._new or self._news.gone):
+            row, found = self._row, [standing.manifest for standing in self._news.found]
+            newest = max(one.created_at.timestamp() for one in found)
+            newest = newest if row.newest is None else max(newest, row.newest)
+            size = row.size + sum(one.size_bytes for one in found)
+            return {"checkpoints": row.checkpoints + len(found), "size": size, "newest": newest}
         table = schema.checkpoints.c
         count, size, newest = self._connection.execute(
             select(func.count(), func.sum(table.size), func.max(table.created)).where(table.run == self._key)
