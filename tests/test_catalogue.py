@@ -70,6 +70,8 @@ def check(root, catalogue):
         assert one.rules == tuple(rule.text for rule in run.rules())
         assert repr(one.peaks) == repr(tuple(peaks(history(events), watched(run.rules()))))
         assert (one.checkpoints, one.size_bytes) == (len(mine), sum(checkpoint.size_bytes for checkpoint in mine))
+        steps = {checkpoint.step for checkpoint in mine}
+        assert dict(one.kept) == {peak.metric: peak.best_step in steps for peak in one.peaks}
         assert one.newest == max((checkpoint.created_at for checkpoint in mine), default=None)
         pinned = set(run.pinned()) & {checkpoint.id for checkpoint in mine}
         chosen = catalogue.select(Wish(query=parse(f"pinned and run == '{run.name}'")))
@@ -419,7 +421,7 @@ def test_a_damaged_one_is_made_anew(small, damage):
 def test_a_file_that_was_named_is_never_replaced(small, tmp_path):
     weights = tmp_path / "weights.bin"
     weights.write_bytes(b"precious weights" * 100)
-    with pytest.raises(CorruptError, match="delete it"):
+    with pytest.raises(ConfigError, match="is no catalogue, or a damaged one"):
         pp.open(small, catalogue=str(weights)).catalogue()
     assert weights.read_bytes() == b"precious weights" * 100
 
@@ -508,7 +510,7 @@ def test_what_cannot_be_reached_is_said(small, monkeypatch):
         pp.open(small, catalogue="mysql://x/y").catalogue()
     with pytest.raises(ConfigError, match="cannot be read"):
         pp.open(small, catalogue="://").catalogue()
-    with pytest.raises(StoreError, match="cannot be used"):
+    with pytest.raises(ConfigError, match="does not exist"):
         pp.open(small, catalogue=str(small / "no" / "such" / "place.sqlite")).catalogue()
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingExtraError, match=r"peakpoint\[postgres\]"):

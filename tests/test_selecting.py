@@ -167,3 +167,24 @@ def test_selecting_starts_without_torch(root):
     code += "    assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules), 'too much'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_damaged_or_gone_is_marked(tmp_path):
+    for run in ("one", "two"):
+        with checkpointer(tmp_path, run=run, keep=[pp.Best("acc", "max"), pp.Last(2)]) as ckpt:
+            for epoch in ckpt.epochs(4):
+                ckpt.report(acc=0.9 - epoch / 10)
+    best = pp.open(tmp_path).find("one@best:acc")
+    (best.path / "model.safetensors").unlink()
+    assert re.search(r"one/\S+ \(damaged\) ", invoke("select", tmp_path, "--max", "acc", "--top", "2").output)
+    assert "model.safetensors is missing" in found(tmp_path, "run == 'one'", "--max", "acc")["selected"][0]["damaged"]
+    piped = process("select", tmp_path, "run == 'one'", "--max", "acc", "--top", "1", "--refs")
+    assert piped.stdout.strip() == best.ref
+    assert "is missing" in piped.stderr
+    assert "(gone)" not in invoke("ls", tmp_path).output
+    pp.upkeep.remove(pp.open(tmp_path).run("two"), [pp.open(tmp_path).find_manifest("two@best:acc")], "x")
+    assert re.search(r"two .* 0.9 +epoch 0 \(gone\)", invoke("ls", tmp_path).output)
+    assert re.search(r"acc +max +0.9 +epoch 0 \(gone\)", invoke("ls", tmp_path, "two").output)
+    listed = {run["name"]: run["best_exists"] for run in json.loads(invoke("ls", tmp_path, "--json").output)["runs"]}
+    assert listed == {"one": {"acc": True}, "two": {"acc": False}}
+    assert json.loads(invoke("ls", tmp_path, "two", "--json").output)["runs"][0]["best_exists"] == {"acc": False}

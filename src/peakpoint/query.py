@@ -271,10 +271,20 @@ class _Reader:
             end = self.tokens[-1].at[1]
             offset = error.offset or 0
             at = self._token_at(offset - 1).at if 0 < offset < position else (end, end + 1)
+            hint = self._hint(self.tokens.index(self._token_at(offset - 1)) if 0 < offset < position else None)
             closing = "" if "closed" not in error.msg and "unmatched" not in error.msg else ": parentheses do not match"
-            raise self.error(at, f"the selection is not understood here{closing}") from error
+            raise self.error(at, f"the selection is not understood here{closing}{hint}") from error
         except (MemoryError, RecursionError) as error:
             raise ConfigError("the selection is nested too deeply; write it with fewer parentheses") from error
+
+    def _hint(self, place: int | None) -> str:
+        """What may have been meant around a token."""
+        before = self.tokens[: len(self.tokens) if place is None else place + 1][-3:]
+        if any(token.text == "~" for token in before) and before[-1].kind != "text":
+            return '; a pattern stands in quotes, as in run ~ "resnet50*"'
+        if len(before) > 1 and before[-2].kind == "number" and before[-1].kind == "name":
+            return '; sizes and dates stand in quotes, as in size < "40 MB"'
+        return ""
 
     def _cut(self) -> None:
         if len(self.text) > _LONGEST:
@@ -285,7 +295,9 @@ class _Reader:
             if found is None or found.lastgroup is None:
                 if self.text[position] in "\"'`":
                     raise self.error((position, len(self.text)), f"what begins with {self.text[position]} has no end")
-                raise self.error((position, position + 1), f"{self.text[position]!r} has no meaning in a selection")
+                odd = self.text[position]
+                hint = '; sizes and dates stand in quotes, as in size < "40 MB"' if odd.isdigit() else ""
+                raise self.error((position, position + 1), f"{odd!r} has no meaning in a selection{hint}")
             if not found[0].isascii() and any("\ud800" <= character <= "\udfff" for character in found[0]):
                 raise self.error(found.span(), "broken bytes, which are no text")
             position = found.end()
@@ -392,7 +404,8 @@ class _Reader:
         elif a == "text" and isinstance(left, Constant) and b in ("bytes", "time"):
             left = self._read_constant(b, left)
         elif {a, b} - {"text"} and {a, b} - {"number", "bytes"}:
-            raise self.error(at, _cannot_compare(a, b))
+            other = right if a == "text" else left
+            raise self.error(other.at if "text" in (a, b) else at, _cannot_compare(a, b))
         if a == b == "text" and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant)):
             raise self.error(
                 at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason with a text in quotes"
@@ -401,10 +414,13 @@ class _Reader:
 
     def _between(self, left: ast.expr, low: ast.expr, high: ast.expr, at: Span) -> All:
         value = self.value(left)
+        lower, upper = self.value(low), self.value(high)
+        if isinstance(lower, Constant) and isinstance(upper, Constant) and _is_larger(lower, upper):
+            raise self.error((lower.at[0], upper.at[1]), "between takes the smaller value first")
         return All(
             (
-                self._compare(">=", value, self.value(low), at),
-                self._compare("<=", value, self.value(high), at),
+                self._compare(">=", value, lower, at),
+                self._compare("<=", value, upper, at),
             ),
             at,
         )
@@ -553,11 +569,17 @@ def _is_whole(value: Value) -> bool:
     return isinstance(value, Field) and value.name in WHOLE_NUMBERS
 
 
+def _is_larger(one: Constant, other: Constant) -> bool:
+    return isinstance(one.value, float) and isinstance(other.value, float) and one.value > other.value
+
+
 def _cannot_compare(a: Kind, b: Kind) -> str:
     if "truth" in (a, b):
         return "this is true or false by itself: write pinned, or not pinned"
     if "time" in (a, b):
         return 'a time is compared with a date in quotes, such as created > "2026-03-01"'
+    if "text" in (a, b):
+        return "a text is compared with a text in quotes, a number with a number"
     return f"a {a} cannot be compared with a {b}"
 
 

@@ -61,6 +61,7 @@ class Listed:
         size_bytes: of their files.
         newest: when the newest was made; None without any.
         damaged: one sentence for each manifest that cannot be read.
+        kept: for each metric of ``peaks``, whether a checkpoint of its best exists.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Listed:
     size_bytes: int
     newest: datetime | None
     damaged: tuple[str, ...]
+    kept: Mapping[str, bool]
 
 
 def _damage(text: str) -> tuple[str, ...]:
@@ -174,9 +176,12 @@ class Catalogue:
         """Do something; where a file that is only an index turns out to be damaged, make it anew, and do it again."""
         try:
             action()
-        except DamagedError:
+        except DamagedError as error:
             if not (self._disposable and self._is_file):
-                raise
+                raise ConfigError(
+                    f"{self.location} is no catalogue, or a damaged one: {error}. Give another path or URL "
+                    f"(--catalogue, {VARIABLE}); a catalogue can be made anew from the files"
+                ) from error
             self._replace()
             action()
 
@@ -343,6 +348,7 @@ class Catalogue:
                     size_bytes=row.size,
                     newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
                     damaged=_damage(row.read),
+                    kept=json.loads(row.peaks).get("kept", {}),
                 )
                 for row in connection.execute(statement)
             ]

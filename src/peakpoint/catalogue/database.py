@@ -52,7 +52,10 @@ def place(store: Store, given: str | None) -> tuple[URL, bool]:
 
 def _read_url(text: str) -> URL:
     if "://" not in text:
-        return URL.create("sqlite", database=str(Path(text).expanduser().absolute()))
+        path = Path(text).expanduser().absolute()
+        if not path.parent.is_dir():
+            raise ConfigError(f"the catalogue cannot be at {path}: the directory {path.parent} does not exist")
+        return URL.create("sqlite", database=str(path))
     try:
         url = make_url(text)
         kind = url.get_backend_name()
@@ -76,9 +79,7 @@ def translated(url: URL) -> Iterator[None]:
     except exc.DBAPIError as error:
         said = str(error.orig).strip()
         if _is_damaged(error.orig):
-            raise DamagedError(
-                f"the catalogue {where} is damaged ({said}); it holds nothing of its own: delete it"
-            ) from error
+            raise DamagedError(said) from error
         if "locked" in said:
             raise TransientStoreError(f"another process is writing the catalogue {where}; try again") from error
         if isinstance(error, exc.DataError):

@@ -167,6 +167,7 @@ class _Update:
             values |= self._reported()
         if news.found or news.gone or self._new:
             values |= self._totals()
+        values["peaks"] = self._with_kept(values.get("peaks", row.peaks or "{}"))
         tick = row.tick + 1
         text = msgspec.json.encode(_Read(news.known, tick)).decode()
         self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values, read=text))
@@ -246,6 +247,28 @@ class _Update:
             "peaks": json.dumps({"peaks": [asdict(peak) for peak in found], "missing": missing}),
             "reports": reports + len(history),
         }
+
+    def _with_kept(self, text: str) -> str:
+        """The peaks, and whether there is a checkpoint of that step."""
+        said = json.loads(text)
+        old = {} if self._new else json.loads(self._row.peaks or "{}")
+        steps = {peak["metric"]: peak["best_step"] for peak in old.get("peaks", [])}
+        found = {standing.manifest.step for standing in self._news.found}
+        kept = {}
+        for peak in said.get("peaks", []):
+            metric, step = peak["metric"], peak["best_step"]
+            if step in found:
+                kept[metric] = True
+            elif not self._news.gone and steps.get(metric) == step:
+                kept[metric] = old.get("kept", {}).get(metric, False)
+            else:
+                kept[metric] = self._has(step)
+        return json.dumps(said | {"kept": kept})
+
+    def _has(self, step: int) -> bool:
+        table = schema.checkpoints.c
+        found = select(func.count()).where(table.run == self._key, table.step == step)
+        return bool(self._connection.scalar(found))
 
     def _totals(self) -> dict[str, Any]:
         if not (self._new or self._news.gone):

@@ -23,7 +23,6 @@ from peakpoint.errors import ConfigError, NotFoundError, TransientStoreError
 from peakpoint.manifest import metrics_from_json
 from peakpoint.query import FIELDS, Field, Metric, Query, point
 from peakpoint.ranking import Key, WithinSE
-from peakpoint.refs import near
 
 _RUNNERS_UP = 3
 _CHUNK = 200
@@ -270,7 +269,9 @@ def _check_metrics(wish: Wish, columns: Columns) -> None:
 def _unknown(name: str, columns: Columns) -> str:
     names = [*columns.keys, *FIELDS]
     found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    found = [one for one in names if one.casefold() == name.casefold()] or found
     odd = [one for one in found if not one.replace(".", "_").isidentifier()]
     how = f" (write metric('{odd[0]}'))" if odd else ""
     some = ", ".join(sorted(columns.keys)[:20]) or "none"
-    return f"no checkpoint has a metric {name!r}{near(name, names)}{how}; metrics: {some}"
+    meant = f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    return f"no checkpoint has a metric {name!r}{meant}{how}; metrics: {some}"

@@ -169,8 +169,17 @@ def claims_text(claims: Iterable[Claim]) -> str:
     return "\n".join(lines) or "[yellow]nothing claims it: it goes with the next save[/]"
 
 
-def peaks_table(peaks: Sequence[Peak]) -> Table:
-    """Best against last."""
+GONE = " [bold red](gone)[/]"  # no checkpoint of the best exists
+
+
+def best_exist(peaks: Iterable[Peak], manifests: Sequence[Manifest]) -> dict[str, bool]:
+    """For each metric, whether a checkpoint of its best step exists."""
+    steps = {one.step for one in manifests}
+    return {peak.metric: peak.best_step in steps for peak in peaks}
+
+
+def peaks_table(peaks: Sequence[Peak], exist: Mapping[str, bool]) -> Table:
+    """Best against last, and whether a checkpoint of the best exists."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for name in ("metric", "mode"):
         table.add_column(name)
@@ -182,7 +191,7 @@ def peaks_table(peaks: Sequence[Peak]) -> Table:
             escape(peak.metric),
             peak.mode,
             f"[bold green]{number(peak.best)}[/]",
-            at(peak.best_step, peak.best_epoch),
+            at(peak.best_step, peak.best_epoch) + ("" if exist.get(peak.metric) else GONE),
             number(peak.last),
             at(peak.last_step, peak.last_epoch),
             lost if peak.lost == 0 else f"[yellow]{lost}[/]",
@@ -265,10 +274,11 @@ def print_run(console: Console, run: Run) -> None:
     console.print(f"rules: {escape(' '.join(rule.text for rule in in_force)) or 'none'}")
     found = peaks(history(events), pairs)
     if found:
-        console.print(peaks_table(found))
+        console.print(peaks_table(found, best_exist(found, manifests)))
     if manifests:
+        metrics = [metric for metric, _ in pairs] or sorted({name for one in manifests for name in one.metrics})
         best = {metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))}
-        console.print(kept_table(manifests, kept, [metric for metric, _ in pairs][:4], best, packed))
+        console.print(kept_table(manifests, kept, metrics[:4], best, packed))
     console.print()
 
 
@@ -292,7 +302,7 @@ def runs_table(runs: Sequence["Listed"], writing: Collection[str]) -> Table:
             "[cyan]being written[/]" if run.name in writing else "" if run.newest is None else age(run.newest),
             "" if peak is None else f"{escape(peak.metric)} ({peak.mode})",
             "" if peak is None else f"[bold green]{number(peak.best)}[/]",
-            "" if peak is None else at(peak.best_step, peak.best_epoch),
+            "" if peak is None else at(peak.best_step, peak.best_epoch) + ("" if run.kept.get(peak.metric) else GONE),
             "" if peak is None else number(peak.last),
             lost,
         )
@@ -311,6 +321,7 @@ def listed_json(run: "Listed", writer: str | None) -> dict[str, Any]:
         "size_bytes": run.size_bytes,
         "newest": run.newest,
         "damaged": run.damaged,
+        "best_exists": dict(run.kept),
     }
 
 
@@ -321,6 +332,7 @@ def run_json(run: Run) -> dict[str, Any]:
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     packed = packed_sizes(run, manifests)
     past = history(events)
+    found = peaks(past, watched(in_force))
     return {
         "name": run.name,
         "rules": [rule.text for rule in in_force],
@@ -330,7 +342,8 @@ def run_json(run: Run) -> dict[str, Any]:
         "size_bytes": sum(manifest.size_bytes for manifest in manifests),
         "newest": max((manifest.created_at for manifest in manifests), default=None),
         "damaged": [str(one.error) for one in reader.shelf(run.store, run.name).damaged],
-        "peaks": [_peak_json(peak) for peak in peaks(past, watched(in_force))],
+        "peaks": [_peak_json(peak) for peak in found],
+        "best_exists": best_exist(found, manifests),
         "checkpoints": [
             manifest_json(manifest, kept.get(manifest.id, ())) | {"packed_bytes": packed.get(manifest.id)}
             for manifest in manifests

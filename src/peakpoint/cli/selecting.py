@@ -1,7 +1,7 @@
 """Commands that ask the catalogue: ls, select."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +11,11 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import layout
+from peakpoint import layout, reader
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.query import Metric, Query
 from peakpoint.query import parse as parse_query
 from peakpoint.ranking import WithinSE
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _RUNS = 30  # lines of runs that fit on a screen
 _SHOWN = 20
+_LOOKED_AT = 200  # checkpoints whose files are looked at
 _SLOW = 20  # runs to read that are worth a bar
 
 
@@ -187,14 +188,17 @@ def select(
     more = few and len(shown) > _SHOWN
     shown = shown[:_SHOWN] if more else shown
     why = repository.select(where, by=keys, top=top, within=within).why() if explain else None
+    damaged = _damaged(repository, shown)
+    for ref, what in damaged.items() if refs else ():
+        click.echo(f"peakpoint: {ref}: {what}", err=True)
     if json:
-        found = {"selected": [_json(checkpoint) for checkpoint in shown], "more": more}
+        found = {"selected": [_json(one) | {"damaged": damaged.get(one.ref)} for one in shown], "more": more}
         render.as_json(found | ({} if why is None else {"why": _why_json(why)}))
     elif refs:
         for checkpoint in shown:
             click.echo(checkpoint.ref)
     else:
-        _print(shown, _columns(query, keys), more=more, explained=explain)
+        _print(shown, _columns(query, keys), damaged, more=more, explained=explain)
         if why is not None:
             _print_why(why, keys)
 
@@ -226,7 +230,21 @@ def _columns(query: Query, keys: dict[str, Mode]) -> list[str]:
 _FIXED = ("epoch", "step", "size", "created", "sequence")
 
 
-def _print(shown: Sequence[Checkpoint], names: Sequence[str], *, more: bool, explained: bool) -> None:
+def _damaged(repository: Repository, shown: Sequence[Checkpoint]) -> dict[str, str]:
+    """Those with files that are missing or of another size: ref to what is wrong. The catalogue knows of no files."""
+    manifests = []
+    for one in shown[:_LOOKED_AT]:
+        try:
+            manifests.append(reader.read_manifest(repository.store, one.run, one.name))
+        except NotFoundError:  # removed since it was selected
+            continue
+    wrong = reader.damage(repository.store, manifests)
+    return {f"{one.run}/{one.name}": wrong[one.id] for one in manifests if one.id in wrong}
+
+
+def _print(
+    shown: Sequence[Checkpoint], names: Sequence[str], damaged: Mapping[str, str], *, more: bool, explained: bool
+) -> None:
     console = render.console()
     if not shown:
         console.print("nothing matches" + ("" if explained else "; --why says what each clause removed"))
@@ -239,8 +257,14 @@ def _print(shown: Sequence[Checkpoint], names: Sequence[str], *, more: bool, exp
     for one in shown:
         epoch = "" if one.epoch is None else str(one.epoch)
         values = [render.number(one.metrics.get(name)) for name in metrics]
+        mark = " [bold red](damaged)[/]" if one.ref in damaged else ""
         table.add_row(
-            escape(one.ref), epoch, str(one.step), *values, render.size(one.size_bytes), render.age(one.created_at)
+            escape(one.ref) + mark,
+            epoch,
+            str(one.step),
+            *values,
+            render.size(one.size_bytes),
+            render.age(one.created_at),
         )
     console.print(table)
     if more:
