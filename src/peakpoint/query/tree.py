@@ -1,0 +1,194 @@
+"""What a selection means: a tree of frozen values."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["number", "text", "truth", "bytes", "time"]
+Span = tuple[int, int]
+
+FIELDS: dict[str, Kind] = {
+    "run": "text",
+    "name": "text",
+    "id": "text",
+    "reason": "text",
+    "epoch": "number",
+    "step": "number",
+    "sequence": "number",
+    "size": "bytes",
+    "created": "time",
+    "pinned": "truth",
+    "archived": "truth",
+    "whole": "truth",
+}
+"""What every checkpoint has; every other name is a metric. ``whole``: no part was dropped. ``reason``: any of them."""
+WHOLE_NUMBERS = frozenset({"epoch", "step", "sequence", "size"})
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A number, a text or a time (seconds since 1970)."""
+
+    value: float | str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One of ``FIELDS``."""
+
+    name: str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric, by its name."""
+
+    name: str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """``left op right``; ``op`` is one of ``+ - * / %``. ``abs(x)`` and ``-x`` have no ``right``."""
+
+    op: Literal["+", "-", "*", "/", "%", "abs", "neg"]
+    left: "Value"
+    right: "Value | None"
+    at: Span
+
+
+Value = Constant | Field | Metric | Arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """``left op right``."""
+
+    op: Literal["<", "<=", ">", ">=", "==", "!="]
+    left: Value
+    right: Value
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Among:
+    """``value in (...)``."""
+
+    value: Value
+    options: tuple[Constant, ...]
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Like:
+    """``field ~ pattern``: ``*`` stands for any characters, ``?`` for one; case counts."""
+
+    field: Field
+    pattern: str
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """``has(name)``: whether there is a value that is not NaN."""
+
+    value: Field | Metric
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A field that is true or false by itself."""
+
+    field: Field
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """``not condition``."""
+
+    condition: "Condition"
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """Conditions joined by ``and``."""
+
+    conditions: tuple["Condition", ...]
+    at: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Any:
+    """Conditions joined by ``or``."""
+
+    conditions: tuple["Condition", ...]
+    at: Span
+
+
+Condition = Compare | Among | Like | Has | Flag | Not | All | Any
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A text that was read.
+
+    Attributes:
+        text: as it was given.
+        condition: its meaning; None for an empty text, which every checkpoint matches.
+    """
+
+    text: str
+    condition: Condition | None
+
+    @property
+    def clauses(self) -> tuple[Condition, ...]:
+        """The conditions that must all hold, in their order."""
+        if self.condition is None:
+            return ()
+        return self.condition.conditions if isinstance(self.condition, All) else (self.condition,)
+
+    def quote(self, condition: Condition) -> str:
+        """The part of the text that a condition was read from."""
+        return " ".join(self.text[slice(*condition.at)].split())
+
+    def metrics(self) -> Iterator[Metric]:
+        """Every mention of a metric, in order."""
+        if self.condition is not None:
+            yield from _metrics(self.condition)
+
+
+def _metrics(node: Condition | Value | None) -> Iterator[Metric]:
+    match node:
+        case Metric():
+            yield node
+        case Compare(left=left, right=right) | Arithmetic(left=left, right=right):
+            yield from _metrics(left)
+            yield from _metrics(right)
+        case Among(value=value) | Has(value=value):
+            yield from _metrics(value)
+        case Not(condition=condition):
+            yield from _metrics(condition)
+        case All(conditions=conditions) | Any(conditions=conditions):
+            for condition in conditions:
+                yield from _metrics(condition)
+        case _:
+            return
+
+
+def point(text: str, at: Span, message: str) -> str:
+    """A message under the text, with a mark below the place that it is about.
+
+    Example:
+        >>> print(point("acc >> 1", (4, 6), "not understood"))
+        not understood
+          acc >> 1
+              ^^
+    """
+    line = re.sub(r"\s", " ", text)
+    return f"{message}\n  {line}\n  {' ' * at[0]}{'^' * max(1, at[1] - at[0])}"
