@@ -502,6 +502,22 @@ def test_where_nothing_can_be_written_it_is_in_the_cache(small, tmp_path, monkey
     assert not (small / "catalogue.sqlite").exists()
 
 
+def test_where_sqlite_cannot_work_it_is_elsewhere(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (small / "catalogue.sqlite").mkdir()  # what a file system without the right locks comes to
+    repository = pp.open(small)
+    assert len(list(repository.select(""))) == 1
+    assert repository.catalogue().location.startswith(str(tmp_path / "cache" / "peakpoint"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    homeless = pp.open(small)
+    assert len(list(homeless.select(""))) == 1
+    file = Path(homeless.catalogue().location)
+    assert file.exists()
+    del homeless
+    assert not file.exists()
+
+
 def test_what_cannot_be_reached_is_said(small, monkeypatch):
     with pytest.raises(StoreError, match="cannot be used") as caught:
         pp.open(small, catalogue="postgresql://me:secret@127.0.0.1:1/none").catalogue()

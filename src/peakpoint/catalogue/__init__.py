@@ -109,10 +109,11 @@ class Catalogue:
         self._by_hand, self._looked = by_hand, -math.inf
         self._names: tuple[str | None, list[str]] = (None, [])
         self.window = WINDOW
-        self._url, self._disposable = place(store, where)
+        self._url, standing = place(store, where)
+        self._disposable = standing != "named"
         self._engine, self._reading = connect(self._url)
         weakref.finalize(self, _dispose, self._engine, self._reading)
-        if not isinstance(store, LocalStore) and self._disposable:  # a file of its own, for as long as it is used
+        if standing == "temporary":
             weakref.finalize(self, discard, self._url)
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}

@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from sqlalchemy import URL, Engine, create_engine, event, exc, make_url
 
@@ -23,31 +24,54 @@ class DamagedError(CorruptError):
     """The database is none any more."""
 
 
-def place(store: Store, given: str | None) -> tuple[URL, bool]:
-    """Where the catalogue of a repository is, and whether it is ours to throw away.
+Standing = Literal["named", "derived", "temporary"]
+"""Named by somebody, whose it is; ours to throw away; ours, and of no use to any other process."""
+
+
+def place(store: Store, given: str | None) -> tuple[URL, Standing]:
+    """Where the catalogue of a repository is, and whose it is.
 
     Args:
         store: where the repository is.
         given: a URL of PostgreSQL or SQLite, or the path of a file; by default what the environment variable
             ``PEAKPOINT_CATALOGUE`` says, and without one ``catalogue.sqlite`` in the repository. Where that cannot be
-            written, a file in the user's cache directory.
+            written, a file in the user's cache directory, or one that goes with this process.
 
     Raises:
         ConfigError: a URL of a kind that is not served.
     """
     text = given or os.environ.get(VARIABLE, "")
     if text:
-        return _read_url(text), False
-    if not isinstance(store, LocalStore):
-        handle, name = tempfile.mkstemp(prefix="peakpoint-", suffix=".sqlite")
-        os.close(handle)
-        return URL.create("sqlite", database=name), True
-    path = store.root.absolute() / FILE
+        return _read_url(text), "named"
+    if isinstance(store, LocalStore):
+        path = store.root.absolute() / FILE
+        if _is_usable(path):
+            return URL.create("sqlite", database=str(path)), "derived"
+        with contextlib.suppress(OSError, RuntimeError):  # nobody's home
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            cached = home / "peakpoint" / f"{digest(os.fsencode(path))[:16]}.sqlite"
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            if _is_usable(cached):
+                return URL.create("sqlite", database=str(cached)), "derived"
+    handle, name = tempfile.mkstemp(prefix="peakpoint-", suffix=".sqlite")
+    os.close(handle)
+    return URL.create("sqlite", database=name), "temporary"
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether SQLite can write there: not where nobody may, nor on a network file system without its kind of locks."""
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = home / "peakpoint" / f"{digest(os.fsencode(path))[:16]}.sqlite"
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return URL.create("sqlite", database=str(path)), True
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        return "locked" in str(error)
+    except sqlite3.DatabaseError:
+        return True  # damaged: that is mended
+    return True
 
 
 def _read_url(text: str) -> URL:
