@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from peakpoint.evaluation import evaluate
 from peakpoint.evaluation.groups import optimizer_of
+from peakpoint.evaluation.judging import Examples, judge
 from peakpoint.evaluation.noise import margin_of_best, of_proportion, welch
 from peakpoint.evaluation.tradeoff import tradeoff
 from peakpoint.journal import Reported
@@ -99,6 +101,54 @@ def test_peaks_are_those_of_brute_force(values, mode):
 def test_the_verdict_depends_on_the_noise(tmp_path, curve, options, expected):
     write(tmp_path, "r", acc=curve)
     assert verdict(tmp_path, "r", **options) == expected
+
+
+@given(
+    st.sampled_from([100, 1000, 10_000]),
+    st.lists(st.floats(0, 1), max_size=40),
+    st.floats(0, 1),
+    st.lists(st.integers(0, 1), min_size=6, max_size=40),
+    st.sampled_from(["max", "min"]),
+)
+def test_what_is_rounded_and_anneals_to_a_constant_is_never_a_peak(examples, early, level, tail, mode):
+    early = early[: 3 * len(tail)]  # the constant is a quarter at least
+    counts = [*(round(value * examples) for value in early), *(round(level * examples) + more for more in tail)]
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    history = tuple(
+        Reported(at=at, report=number, step=number, epoch=None, metrics={"m": count / examples})
+        for number, count in enumerate(counts, 1)
+    )
+    nothing = SimpleNamespace(
+        name="r", history=history, rules=(), kept={}, saved=frozenset(), checkpoints=(),
+        series=lambda metric: [report.metrics[metric] for report in history],
+    )  # fmt: skip
+    [one] = judge(nothing, "m", mode, Examples())
+    assert one.verdict != "peak"
+    assert one.noise is None
+
+
+def annealed(level=0.706):
+    """Forty epochs with a learning rate that decays, on 1000 examples."""
+    chance = random.Random(3)
+    first = [round(1000 * (level - 0.3 * math.exp(-at / 4) + chance.gauss(0, 0.004))) / 1000 for at in range(20)]
+    return [*first[:-1], level + 0.002, *[level] * 20]
+
+
+def test_the_noise_of_a_curve_that_anneals_is_not_known(tmp_path):
+    write(tmp_path, "r", acc=annealed(), loss=[1 - acc + at * 1e-9 for at, acc in enumerate(annealed())])
+    write(tmp_path, "q", acc=annealed(0.71))
+    for one in found(tmp_path, "r", metrics={"acc": "max", "loss": "min"}).peaks:
+        assert (one.verdict, one.noise, one.margin) == ("noise unknown", None, None)
+        assert "hardly scatter" in one.why
+        assert "--n-eval" in one.why
+    assert verdict(tmp_path, "r", n_eval=1000) == "within noise"
+    [both] = found(tmp_path, compare=[("r", "q")], part="x").comparisons
+    assert [item.interval for item in both.differences] == [None]
+
+
+def test_a_reported_standard_error_of_nothing_is_none(tmp_path):
+    write(tmp_path, "r", acc=[0.5, 0.7, 0.6], acc_se=[0, 0, 0])
+    assert verdict(tmp_path, "r") == "noise unknown"
 
 
 def test_the_numbers_behind_a_verdict(tmp_path):
