@@ -144,8 +144,6 @@ def _peaks(found: "Evaluation") -> Table:
 def _peak_row(one: Judged, material: Material) -> tuple[str, ...]:
     peak, noise = one.peak, one.noise
     lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
-    if one.points:
-        lost = f"{one.points:.2f} points"
     chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
     points = list(enumerate(material.series(peak.metric)))
     return (
@@ -180,7 +178,7 @@ def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
     known = [one for one in peaks if one.margin is not None]
     if known:
         yield (
-            "By chance: how far the best of so many equal values lies above the others on average, and how far it lies "
+            "All in the metric's unit. By chance: how far the best of so many equal values lies above the others on average, and how far it lies "
             "above the last in 19 of 20 cases. As good: how many are that near the best. The best was chosen for being "
             "the best, so expect less of it on new data."
         )
