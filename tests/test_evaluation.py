@@ -173,6 +173,16 @@ def test_percentages_are_never_guessed(tmp_path):
     assert one.points == pytest.approx(2)
 
 
+def test_fractions_that_are_called_percentages_are_doubted(tmp_path):
+    write(tmp_path, "fractions", acc=[0.5, 0.72, 0.70])
+    write(tmp_path, "percent", acc=[0.9, 72, 70])
+    doubts = [text for text in found(tmp_path, n_eval=1000, percent=True).remarks if "--percent" in text]
+    assert len(doubts) == 1
+    assert doubts[0].startswith("fractions: acc is never above 1")
+    beside = found(tmp_path, "percent", n_eval=1000, percent=True, compare=[("fractions", "percent")], part="x")
+    assert [text for text in beside.remarks if "--percent" in text] == doubts
+
+
 def test_a_reported_standard_error_counts_before_the_scatter(tmp_path):
     write(tmp_path, "r", acc=noisy(40, drop=0.1), acc_se=[0.3] * 38 + [0.5, 0.5])
     [one] = found(tmp_path).peaks
@@ -485,6 +495,18 @@ def test_dense_is_compared_with_each_target_by_itself(pruned):
     [acc] = [item for item in report.comparisons[1].differences if item.metric == "acc"]
     reach = 1.96 * math.hypot(of_proportion(0.72, 1000), of_proportion(0.5, 1000))
     assert (acc.interval.low, acc.interval.high) == pytest.approx((-0.22 - reach, -0.22 + reach), rel=1e-4)
+
+
+def test_it_is_said_where_the_part_is_missing(tmp_path):
+    rules = [pp.BestAtSparsity("acc", "max", targets=(0.0, 0.5)), pp.Last(2)]
+    for run, name in (("p", "model"), ("q", "net")):
+        write(tmp_path, run, acc=[0.7, 0.6], sparsity=[0.0, 0.5], state={name: {"w": 1.5}}, keep=rules)
+    report = found(tmp_path)
+    assert [one.why.partition(":")[0] for one in report.comparisons] == ["p"]
+    [said] = [text for text in report.remarks if "--part" in text]
+    assert said.startswith("q: compressed is not compared with original where there is no part 'model'; parts: net")
+    assert len(found(tmp_path, "q", part="net").comparisons) == 1
+    assert not any("--part" in text for text in found(tmp_path, "q", part="net").remarks)
 
 
 def test_latency_is_what_was_recorded_and_nothing_else(pruned, tmp_path):

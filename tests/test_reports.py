@@ -71,7 +71,8 @@ def process(*arguments, **environment):
 def test_a_terminal_gets_tables(root):
     text = invoke(root, "one", "_two", "--n-eval", "val_acc=10000")
     assert "Peak against last" in text
-    assert re.search(r"one +val_acc max .* 0\.8 ± 0\.0\d+ +epoch 20 +0\.71 +epoch 29 +0\.09 +0\.00\d+, 0\.0[12]\d* .* peak", text)
+    numbers = r"0\.8 ± 0\.0\d+ +epoch 20 +0\.71 +epoch 29 +0\.09 +0\.00\d+, 0\.0[12]\d*"
+    assert re.search(rf"one +val_acc max .* {numbers} .* peak", text), "lost and by chance are in the same unit"
     assert "\x1b" not in text
 
 
@@ -100,6 +101,8 @@ def test_json_has_everything(root):
         (["--metric", "val_acc"], 2, "is larger better?"),
         (["--metric", "val_acc:up"], 2, "max"),
         (["--metric", "val_ac:max"], 10, "did you mean 'val_acc'"),
+        (["--sparsity", "sparsty"], 10, "did you mean 'sparsity'"),
+        (["--part", "nope"], 10, "no checkpoint here has a part 'nope'; parts: x, "),
         (["--n-eval", "many"], 2, "no number of examples"),
         (["--n-eval", "5", "--n-eval", "6"], 2, "given twice"),
         (["--n-eval", "100"], 2, "is 1e+308 somewhere"),

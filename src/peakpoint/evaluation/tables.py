@@ -178,9 +178,9 @@ def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
     known = [one for one in peaks if one.margin is not None]
     if known:
         yield (
-            "All in the metric's unit. By chance: how far the best of so many equal values lies above the others on average, and how far it lies "
-            "above the last in 19 of 20 cases. As good: how many are that near the best. The best was chosen for being "
-            "the best, so expect less of it on new data."
+            "All in the metric's unit. By chance: how far the best of so many equal values lies above the others on "
+            "average, and how far it lies above the last in 19 of 20 cases. As good: how many are that near the best. "
+            "The best was chosen for being the best, so expect less of it on new data."
         )
     for source in dict.fromkeys(one.noise.source for one in known if one.noise):
         yield f"± is the standard error of one value: {source}."
