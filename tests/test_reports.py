@@ -102,7 +102,7 @@ def test_json_has_everything(root):
         (["--metric", "val_acc:up"], 2, "max"),
         (["--metric", "val_ac:max"], 10, "did you mean 'val_acc'"),
         (["--sparsity", "sparsty"], 10, "did you mean 'sparsity'"),
-        (["--part", "nope"], 10, "no checkpoint here has a part 'nope'; parts: x, "),
+        (["--part", "nope"], 10, "no checkpoint here has a part 'nope'"),
         (["--n-eval", "many"], 2, "no number of examples"),
         (["--n-eval", "5", "--n-eval", "6"], 2, "given twice"),
         (["--n-eval", "100"], 2, "is 1e+308 somewhere"),
@@ -262,6 +262,40 @@ def test_a_page_is_one_file_and_hostile_names_are_text(root):
     ids = [value for name, value in found.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert {value[5:-1] for _, value in found.attributes if (value or "").startswith("url(#")} <= set(ids)
+
+
+def test_a_run_looks_the_same_in_every_picture_of_a_page(tmp_path):
+    both = [pp.Best("acc", "max"), pp.Best("loss", "min"), pp.Last(1)]
+    rules = {"a": both, "b": [pp.BestAtSparsity("acc", "max", targets=(0.0, 0.5)), pp.Last(2)], "c": both[1:]}
+    for run, keep in rules.items():
+        with checkpointer(tmp_path, run=run, state={"model": {"w": 1.5}}, keep=keep) as ckpt:
+            for step, sparsity in enumerate([0.0, 0.5]):
+                ckpt.report(acc=0.5 + step / 10, loss=0.5 - step / 10, sparsity=sparsity, step=step)
+    found = evaluate(pp.open(tmp_path))
+    from peakpoint.evaluation import figures
+
+    looks = {}
+    for panel in figures.panels(found):
+        for line in panel.legend():
+            if line.get_label() in rules:
+                looks.setdefault(line.get_label(), []).append((line.get_color(), line.get_marker()))
+    assert {run: len(some) for run, some in looks.items()} == {"a": 3, "b": 2, "c": 1}
+    assert all(len(set(some)) == 1 for some in looks.values())
+    assert len({some[0] for some in looks.values()}) == len({some[0][0] for some in looks.values()}) == 3
+    said = [text for text in found.remarks if "in no picture" in text]
+    assert [text.partition(" is in")[0] for text in said] == ["acc of c", "loss of b"]
+
+
+@given(st.lists(st.lists(st.integers(0, 20), unique=True, min_size=1, max_size=6), max_size=8))
+def test_no_two_runs_look_the_same(pictures):
+    from peakpoint.evaluation import figures
+
+    looks = figures._Looks({})
+    shown = [looks.of(map(str, runs)) for runs in pictures]
+    assert all(looks.given[run] == look for picture in shown for run, look in picture.items())
+    assert len(set(looks.given.values())) == len(looks.given)
+    if len(looks.given) <= 6:
+        assert len({colour for colour, _ in looks.given.values()}) == len(looks.given)
 
 
 def svgs(root):

@@ -279,6 +279,25 @@ def _dense_pairs(sides: _Sides, tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair
                 yield why, (material, pair[0]), (material, pair[1])
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _not_ranked(materials: Sequence[Material], pairs: Mapping[str, Sequence[tuple[str, Mode]]]) -> Iterator[str]:
+    """Metrics that are shown of other runs only."""
+    for name, mode in dict.fromkeys(pair for some in pairs.values() for pair in some):
+        without = [
+            one.name
+            for one in materials
+            if pairs[one.name] and one.series(name) and name not in {metric for metric, _ in pairs[one.name]}
+        ]
+        if without:
+            yield (
+                f"{name} of {_few(without)} is in no picture or table: no rule there ranks by it; "
+                f"--metric {name}:{mode} shows it of all runs"
+            )
+
+
 def _remarks(
     materials: Sequence[Material],
     peaks: Sequence[Judged],
@@ -304,6 +323,7 @@ def _remarks(
                 f"{one.name}: {count} {'reports' if count > 1 else 'report'} of abandoned branches left out "
                 "(the run was continued from before them)"
             )
+    yield from _not_ranked(materials, pairs)
     for judged in peaks:
         peak = judged.peak
         if peak.missing and judged.window == 1:

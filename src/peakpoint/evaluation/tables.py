@@ -245,7 +245,9 @@ def _tradeoff(found: Tradeoff) -> Iterator[Table]:
         title=f"The front of {found.metric} ({found.mode}) and {found.sparsity} (max)",
         columns=(f">{found.sparsity}", f">{found.metric}", ">at", "checkpoint"),
         rows=tuple((number(one.sparsity), number(one.value), moment(one.step, one.epoch), one.ref) for one in front),
-        notes=(f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both.",),
+        notes=(
+            f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both and better in one.",
+        ),
     )
 
 
