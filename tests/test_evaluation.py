@@ -315,11 +315,19 @@ def test_runs_are_compared_by_the_class_of_their_optimizer(seeds):
 
 @pytest.mark.parametrize(
     ("by", "names"),
-    [(r"-(sgd|adamw)-", ["sgd", "adamw"]), (r"seed([01])", ["0", "1", "(not known)"]), ("state:model", ["Linear"])],
+    [(r"-(sgd|adamw)-", ["sgd", "adamw"]), (r"seed([01])", ["0", "1", "(no match)"]), ("state:model", ["Linear"])],
 )
 def test_runs_are_compared_by_anything_else(seeds, by, names):
     [grouping] = found(seeds, group_by=by).groups
     assert {group.name for group in grouping.groups} == set(names)
+
+
+def test_runs_that_do_not_match_are_no_reference(seeds):
+    [grouping] = found(seeds, group_by=r"(adamw)").groups
+    matched, others = grouping.groups
+    assert (matched.name, others.name) == ("adamw", "(no match)")
+    assert matched.best < others.best
+    assert matched.against is None
 
 
 def test_three_groups_share_the_risk(seeds):

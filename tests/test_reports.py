@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -147,6 +148,37 @@ def test_a_missing_extra_is_named(root, tmp_path, name, extra):
     done = process(root, "--to", tmp_path / name, PYTHONPATH=path)
     assert done.returncode == 2
     assert f"pip install 'peakpoint[{extra}]'" in done.stderr
+
+
+def test_notes_say_what_they_are_about(tmp_path):
+    chance = random.Random(1)
+    for run, count in (("long", 40), ("short", 24), ("said", 24)):
+        with checkpointer(tmp_path, run=run, state={"x": 1}, keep=[pp.Best("acc", "max"), pp.Last(1)]) as ckpt:
+            for step in range(count):
+                more = {"loss": 0.25, "loss_se": 0.1} if run == "said" else {"loss": chance.random()}
+                ckpt.report(acc=chance.random() / 2, **more, step=step)
+    text = " ".join(invoke(tmp_path, "--metric", "acc:max", "--metric", "loss:min").split())
+    assert (
+        "± of acc in long; loss in long is the standard error of one value: the scatter of the last 20 values" in text
+    )
+    assert (
+        "± of acc in said, short; loss in short is the standard error of one value: the scatter of the last 12" in text
+    )
+    assert "± of loss in said is the standard error of one value: reported as loss_se" in text
+    assert "± of acc is the standard error of one value: a proportion of 9 " in invoke(tmp_path, "--n-eval", "acc=9")
+    both = invoke(tmp_path, "--metric", "acc:max", "--metric", "loss:min", "--compare", "long", "said", "--part", "x")
+    both = " ".join(both.split())
+    assert "The interval of acc is one of 95 %" in both
+    assert "the scatter of the last 20 values (original) and the scatter of the last 12 values (compressed)" in both
+    assert "the scatter of the last 20 values (original) and reported as loss_se (compressed)" in both
+
+
+def test_another_checkpoint_with_the_same_value_is_as_good(tmp_path):
+    with checkpointer(tmp_path, run="r", state={"x": 1}, keep=[pp.Last(1)]) as ckpt:
+        for step, acc in enumerate([0.7, 0.6, 0.7]):
+            ckpt.report(acc=acc, step=step)
+    text = " ".join(invoke(tmp_path, "--metric", "acc:max").split())
+    assert re.search(r"removed; r/\w{8} is as good", text)
 
 
 # --- files --------------------------------------------------------------------------------------------------------

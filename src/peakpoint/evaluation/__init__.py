@@ -24,7 +24,7 @@ from peakpoint.evaluation.groups import compare as compare_groups
 from peakpoint.evaluation.judging import Examples, Judged, directions, judge
 from peakpoint.evaluation.material import Material, gather, ref_of
 from peakpoint.evaluation.noise import Interval, Noise
-from peakpoint.evaluation.tables import printable
+from peakpoint.evaluation.tables import few, printable
 from peakpoint.evaluation.tradeoff import AtTarget, Spot, Tradeoff, tradeoff
 from peakpoint.evaluation.weighing import Comparison, Difference, Weight
 from peakpoint.evaluation.weighing import compare as compare_weights
@@ -279,10 +279,6 @@ def _dense_pairs(sides: _Sides, tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair
                 yield why, (material, pair[0]), (material, pair[1])
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _not_ranked(materials: Sequence[Material], pairs: Mapping[str, Sequence[tuple[str, Mode]]]) -> Iterator[str]:
     """Metrics that are shown of other runs only."""
     for name, mode in dict.fromkeys(pair for some in pairs.values() for pair in some):
@@ -293,7 +289,7 @@ def _not_ranked(materials: Sequence[Material], pairs: Mapping[str, Sequence[tupl
         ]
         if without:
             yield (
-                f"{name} of {_few(without)} is in no picture or table: no rule there ranks by it; "
+                f"{name} of {few(without)} is in no picture or table: no rule there ranks by it; "
                 f"--metric {name}:{mode} shows it of all runs"
             )
 
