@@ -342,8 +342,24 @@ def test_no_text_becomes_markup(rows, title):
     body = ET.Element("body")
     pages._table(body, table)
     found = Tags(ET.tostring(body, encoding="unicode", method="html"))
-    assert set(found.tags) <= {"body", "h2", "div", "table", "thead", "tr", "th", "tbody", "td", "ul", "li"}
+    assert set(found.tags) <= {"body", "h2", "div", "table", "thead", "tr", "th", "tbody", "td", "span", "ul", "li"}
     assert "".join(found.text).count(pages.printable(title)) >= 2 * bool(title)
+
+
+def test_ids_and_short_cells_are_not_broken():
+    """What a browser makes of it is in the slow tests."""
+    cells = (
+        "a" * 20,
+        "a" * 21,
+        "removed; the best kept is some-long-run/9e689312 with 0.89",
+        "run/9e689312_epoch0_step0",
+    )
+    body = ET.Element("body")
+    pages._table(body, Table(title="t", columns=("a", "b", "c", "d"), rows=(cells,)))
+    found = [(cell.get("class"), "".join(cell.itertext())) for cell in body.iter("td")]
+    assert found == [("tight", cells[0]), *((None, cell) for cell in cells[1:])]
+    assert [span.text for span in body.iter("span")] == ["/9e689312"]
+    assert "td span { white-space: nowrap }" in pages._CSS
 
 
 @given(st.text(max_size=30))

@@ -183,7 +183,7 @@ def _note(groups: Sequence[Group], pairs: int) -> str:
             f"; runs have {min(counts):.0f} to {max(counts):.0f} values on average, and the best of more values is "
             "better by chance"
         )
-    single = [group.name for group in groups if len(group.runs) == 1]
+    single = [group.name for group in groups if len(group.runs) == 1 and group.name != NO_MATCH]
     if single:
         shown = ", ".join(single[:5]) + (", ..." if len(single) > 5 else "")
         return (

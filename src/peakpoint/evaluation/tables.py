@@ -186,10 +186,13 @@ def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
         )
     for source in dict.fromkeys(one.noise.source for one in known if one.noise):
         yield f"± of {_which(known, source)} is the standard error of one value: {source}."
+    runs: dict[tuple[str, str], list[str]] = {}
     for one in peaks:
         text = one.why if one.verdict in ("noise unknown", "not finite") else one.aside
         if text:
-            yield f"{one.run}, {one.label}: {text}."
+            runs.setdefault((one.label, text), []).append(one.run)
+    for (label, text), names in runs.items():
+        yield f"{few(names)}, {label}: {text}."
 
 
 def _which(known: Iterable[Judged], source: str) -> str:
