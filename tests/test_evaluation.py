@@ -139,7 +139,7 @@ def test_the_noise_of_a_curve_that_anneals_is_not_known(tmp_path):
     write(tmp_path, "q", acc=annealed(0.71))
     for one in found(tmp_path, "r", metrics={"acc": "max", "loss": "min"}).peaks:
         assert (one.verdict, one.noise, one.margin) == ("noise unknown", None, None)
-        assert "hardly scatter" in one.why
+        assert "scatter hardly" in one.why
         assert "--n-eval" in one.why
     assert verdict(tmp_path, "r", n_eval=1000) == "within noise"
     [both] = found(tmp_path, compare=[("r", "q")], part="x").comparisons

@@ -219,7 +219,7 @@ def _verdict(peak: Peak, noise: Noise | None, margin: float | None, count: int) 
         why = (
             f"{count} values are too few to show their noise"
             if count < noises.LEAST_VALUES
-            else "the last values hardly scatter (rounded, or an annealed learning rate), which says nothing of chance"
+            else "the last values scatter hardly, or far less than others (a learning rate that decays?)"
         )
         return "noise unknown", f"{why}; give --n-eval, or report {peak.metric}_se"
     if peak.lost > margin:

@@ -17,7 +17,7 @@ LEAST_VALUES = 12
 
 _LEAST_TAIL = 6
 _GRAINS = 2  # a scatter of so many of the smallest steps between values may be rounding
-_FAR = 3  # times smaller than before: another kind of training, such as one with an annealed learning rate
+_FAR = 2.5  # times smaller than before: another kind of training, such as one with an annealed learning rate
 _ROUNDING = 1e-9  # of the largest value: nearer ones are the same
 
 _NORMAL = NormalDist()
@@ -139,8 +139,8 @@ def of_curve(values: Sequence[float]) -> Noise | None:
 
     None when there are fewer than 12 values, and when the end is too quiet to say anything about the best, which may
     stem from a less quiet time: the scatter of the second half or of the last quarter is 0, no more than two of the
-    smallest steps between the values, or less than a third of that of the values before the last quarter. So it is
-    where a learning rate decays.
+    smallest steps between the values, or, as a mean, less than two fifths of that of the values before the last
+    quarter. So it is where a learning rate decays.
 
     Source: pseudo-residuals, (x[i-1] + x[i+1]) / 2 - x[i], whose variance is 3/2 of the noise's; Gasser, Sroka &
     Jennen-Steinmetz, Biometrika 73, 1986. The median of their absolute values over the normal distribution's third
@@ -161,16 +161,25 @@ def of_curve(values: Sequence[float]) -> Noise | None:
     late = values[-max(LEAST_VALUES, len(values) // 2) :]
     se = _scatter(late)
     end = max(_LEAST_TAIL, len(values) // 4)
-    quietest = min(se, _scatter(values[-end:]))
-    if quietest <= _GRAINS * _grain(values) or _FAR * quietest < _scatter(values[:-end]):
+    quiet = min(_scatter(late), _scatter(values[-end:])) <= _GRAINS * _grain(values)
+    # the mean of a few varies less than their median, and few curves of equal noise are taken for quiet ones
+    if quiet or _FAR * min(_mean_scatter(late), _mean_scatter(values[-end:])) < _scatter(values[:-end]):
         return None
     return Noise(se=se, source=f"the scatter of the last {len(late)} values", freedom=len(late) / 3)
 
 
+def _residuals(values: Sequence[float]) -> list[float]:
+    """How far each value is from the line between its neighbours; of at least 3 values."""
+    return [abs(before / 2 + after / 2 - at) for before, at, after in zip(values, values[1:], values[2:], strict=False)]
+
+
 def _scatter(values: Sequence[float]) -> float:
-    """From each value to the line between its neighbours; of at least 3 values."""
-    each = [abs(before / 2 + after / 2 - at) for before, at, after in zip(values, values[1:], values[2:], strict=False)]
-    return median(each) / _QUARTILE / math.sqrt(1.5)
+    return median(_residuals(values)) / _QUARTILE / math.sqrt(1.5)
+
+
+def _mean_scatter(values: Sequence[float]) -> float:
+    """As ``_scatter``, from the mean: that of a normal distribution's absolute values is sqrt(2 / pi)."""
+    return mean(_residuals(values)) / math.sqrt(2 / math.pi) / math.sqrt(1.5)
 
 
 def _grain(values: Sequence[float]) -> float:

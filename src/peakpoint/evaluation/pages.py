@@ -29,7 +29,7 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5r
 p, li { max-width: 46rem; overflow-wrap: anywhere }
 .soft, .notes { color: var(--soft); font-size: .87rem; margin: .4rem 0 } .notes { padding-left: 1.2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
+th, td { text-align: left; padding: .3rem .65rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
 th { color: var(--soft); font-weight: 600 } td { min-width: 11rem; overflow-wrap: anywhere }
 td.n, td.tight { min-width: 0; white-space: nowrap; overflow-wrap: normal } td span { white-space: nowrap }
 .n { text-align: right } .peak { color: var(--warn); font-weight: 600 }
