@@ -325,9 +325,9 @@ class _Looks:
         """Those of the runs of one picture: new ones have a colour that it lacks, as long as there is one."""
         chosen = list(dict.fromkeys(runs))
         for run in sorted(run for run in chosen if run not in self.given):
-            here = {self.given[one][0] for one in chosen if one in self.given}
+            here = {what for one in chosen if one in self.given for what in self.given[one]}
             taken = set(self.given.values())
-            self.given[run] = min(_PAIRS, key=lambda pair: (pair in taken, pair[0] in here))
+            self.given[run] = min(_PAIRS, key=lambda pair: (pair in taken, pair[0] in here, pair[1] in here))
         return {run: self.given[run] for run in chosen}
 
 
