@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from peakpoint.evaluation import evaluate
 from peakpoint.evaluation.groups import optimizer_of
+from peakpoint.evaluation.judging import Examples, judge
 from peakpoint.evaluation.noise import margin_of_best, of_proportion, welch
 from peakpoint.evaluation.tradeoff import tradeoff
 from peakpoint.journal import Reported
@@ -101,6 +103,54 @@ def test_the_verdict_depends_on_the_noise(tmp_path, curve, options, expected):
     assert verdict(tmp_path, "r", **options) == expected
 
 
+@given(
+    st.sampled_from([100, 1000, 10_000]),
+    st.lists(st.floats(0, 1), max_size=40),
+    st.floats(0, 1),
+    st.lists(st.integers(0, 1), min_size=6, max_size=40),
+    st.sampled_from(["max", "min"]),
+)
+def test_what_is_rounded_and_anneals_to_a_constant_is_never_a_peak(examples, early, level, tail, mode):
+    early = early[: 3 * len(tail)]  # the constant is a quarter at least
+    counts = [*(round(value * examples) for value in early), *(round(level * examples) + more for more in tail)]
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    history = tuple(
+        Reported(at=at, report=number, step=number, epoch=None, metrics={"m": count / examples})
+        for number, count in enumerate(counts, 1)
+    )
+    nothing = SimpleNamespace(
+        name="r", history=history, rules=(), kept={}, saved=frozenset(), checkpoints=(),
+        series=lambda metric: [report.metrics[metric] for report in history],
+    )  # fmt: skip
+    [one] = judge(nothing, "m", mode, Examples())
+    assert one.verdict != "peak"
+    assert one.noise is None
+
+
+def annealed(level=0.706):
+    """Forty epochs with a learning rate that decays, on 1000 examples."""
+    chance = random.Random(3)
+    first = [round(1000 * (level - 0.3 * math.exp(-at / 4) + chance.gauss(0, 0.004))) / 1000 for at in range(20)]
+    return [*first[:-1], level + 0.002, *[level] * 20]
+
+
+def test_the_noise_of_a_curve_that_anneals_is_not_known(tmp_path):
+    write(tmp_path, "r", acc=annealed(), loss=[1 - acc + at * 1e-9 for at, acc in enumerate(annealed())])
+    write(tmp_path, "q", acc=annealed(0.71))
+    for one in found(tmp_path, "r", metrics={"acc": "max", "loss": "min"}).peaks:
+        assert (one.verdict, one.noise, one.margin) == ("noise unknown", None, None)
+        assert "scatter hardly" in one.why
+        assert "--n-eval" in one.why
+    assert verdict(tmp_path, "r", n_eval=1000) == "within noise"
+    [both] = found(tmp_path, compare=[("r", "q")], part="x").comparisons
+    assert [item.interval for item in both.differences] == [None]
+
+
+def test_a_reported_standard_error_of_nothing_is_none(tmp_path):
+    write(tmp_path, "r", acc=[0.5, 0.7, 0.6], acc_se=[0, 0, 0])
+    assert verdict(tmp_path, "r") == "noise unknown"
+
+
 def test_the_numbers_behind_a_verdict(tmp_path):
     write(tmp_path, "r", acc=[0.5, 0.72, 0.70, 0.66], loss=[1.0, 0.5, 0.4, 0.6], keep=[pp.Best("acc", "max")])
     [one] = found(tmp_path, "r", n_eval=10_000).peaks
@@ -121,6 +171,16 @@ def test_percentages_are_never_guessed(tmp_path):
     [one] = found(tmp_path, n_eval=10_000, percent=True).peaks
     assert one.noise.se == pytest.approx(100 * of_proportion(0.71, 10_000))
     assert one.points == pytest.approx(2)
+
+
+def test_fractions_that_are_called_percentages_are_doubted(tmp_path):
+    write(tmp_path, "fractions", acc=[0.5, 0.72, 0.70])
+    write(tmp_path, "percent", acc=[0.9, 72, 70])
+    doubts = [text for text in found(tmp_path, n_eval=1000, percent=True).remarks if "--percent" in text]
+    assert len(doubts) == 1
+    assert doubts[0].startswith("fractions: acc is never above 1")
+    beside = found(tmp_path, "percent", n_eval=1000, percent=True, compare=[("fractions", "percent")], part="x")
+    assert [text for text in beside.remarks if "--percent" in text] == doubts
 
 
 def test_a_reported_standard_error_counts_before_the_scatter(tmp_path):
@@ -255,11 +315,19 @@ def test_runs_are_compared_by_the_class_of_their_optimizer(seeds):
 
 @pytest.mark.parametrize(
     ("by", "names"),
-    [(r"-(sgd|adamw)-", ["sgd", "adamw"]), (r"seed([01])", ["0", "1", "(not known)"]), ("state:model", ["Linear"])],
+    [(r"-(sgd|adamw)-", ["sgd", "adamw"]), (r"seed([01])", ["0", "1", "(no match)"]), ("state:model", ["Linear"])],
 )
 def test_runs_are_compared_by_anything_else(seeds, by, names):
     [grouping] = found(seeds, group_by=by).groups
     assert {group.name for group in grouping.groups} == set(names)
+
+
+def test_runs_that_do_not_match_are_no_reference(seeds):
+    [grouping] = found(seeds, group_by=r"(adamw)").groups
+    matched, others = grouping.groups
+    assert (matched.name, others.name) == ("adamw", "(no match)")
+    assert matched.best < others.best
+    assert matched.against is None
 
 
 def test_three_groups_share_the_risk(seeds):
@@ -435,6 +503,18 @@ def test_dense_is_compared_with_each_target_by_itself(pruned):
     [acc] = [item for item in report.comparisons[1].differences if item.metric == "acc"]
     reach = 1.96 * math.hypot(of_proportion(0.72, 1000), of_proportion(0.5, 1000))
     assert (acc.interval.low, acc.interval.high) == pytest.approx((-0.22 - reach, -0.22 + reach), rel=1e-4)
+
+
+def test_it_is_said_where_the_part_is_missing(tmp_path):
+    rules = [pp.BestAtSparsity("acc", "max", targets=(0.0, 0.5)), pp.Last(2)]
+    for run, name in (("p", "model"), ("q", "net")):
+        write(tmp_path, run, acc=[0.7, 0.6], sparsity=[0.0, 0.5], state={name: {"w": 1.5}}, keep=rules)
+    report = found(tmp_path)
+    assert [one.why.partition(":")[0] for one in report.comparisons] == ["p"]
+    [said] = [text for text in report.remarks if "--part" in text]
+    assert said.startswith("q: compressed is not compared with original where there is no part 'model'; parts: net")
+    assert len(found(tmp_path, "q", part="net").comparisons) == 1
+    assert not any("--part" in text for text in found(tmp_path, "q", part="net").remarks)
 
 
 def test_latency_is_what_was_recorded_and_nothing_else(pruned, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -71,7 +72,8 @@ def process(*arguments, **environment):
 def test_a_terminal_gets_tables(root):
     text = invoke(root, "one", "_two", "--n-eval", "val_acc=10000")
     assert "Peak against last" in text
-    assert re.search(r"one +val_acc max .* 0\.8 ± 0\.0\d+ +epoch 20 +0\.71 +epoch 29 +9\.00 points .* peak", text)
+    numbers = r"0\.8 ± 0\.0\d+ +epoch 20 +0\.71 +epoch 29 +0\.09 +0\.00\d+, 0\.0[12]\d*"
+    assert re.search(rf"one +val_acc max .* {numbers} .* peak", text), "lost and by chance are in the same unit"
     assert "\x1b" not in text
 
 
@@ -100,6 +102,8 @@ def test_json_has_everything(root):
         (["--metric", "val_acc"], 2, "is larger better?"),
         (["--metric", "val_acc:up"], 2, "max"),
         (["--metric", "val_ac:max"], 10, "did you mean 'val_acc'"),
+        (["--sparsity", "sparsty"], 10, "did you mean 'sparsity'"),
+        (["--part", "nope"], 10, "no checkpoint here has a part 'nope'"),
         (["--n-eval", "many"], 2, "no number of examples"),
         (["--n-eval", "5", "--n-eval", "6"], 2, "given twice"),
         (["--n-eval", "100"], 2, "is 1e+308 somewhere"),
@@ -144,6 +148,37 @@ def test_a_missing_extra_is_named(root, tmp_path, name, extra):
     done = process(root, "--to", tmp_path / name, PYTHONPATH=path)
     assert done.returncode == 2
     assert f"pip install 'peakpoint[{extra}]'" in done.stderr
+
+
+def test_notes_say_what_they_are_about(tmp_path):
+    chance = random.Random(1)
+    for run, count in (("long", 40), ("short", 24), ("said", 24)):
+        with checkpointer(tmp_path, run=run, state={"x": 1}, keep=[pp.Best("acc", "max"), pp.Last(1)]) as ckpt:
+            for step in range(count):
+                more = {"loss": 0.25, "loss_se": 0.1} if run == "said" else {"loss": chance.random()}
+                ckpt.report(acc=chance.random() / 2, **more, step=step)
+    text = " ".join(invoke(tmp_path, "--metric", "acc:max", "--metric", "loss:min").split())
+    assert (
+        "± of acc in long; loss in long is the standard error of one value: the scatter of the last 20 values" in text
+    )
+    assert (
+        "± of acc in said, short; loss in short is the standard error of one value: the scatter of the last 12" in text
+    )
+    assert "± of loss in said is the standard error of one value: reported as loss_se" in text
+    assert "± of acc is the standard error of one value: a proportion of 9 " in invoke(tmp_path, "--n-eval", "acc=9")
+    both = invoke(tmp_path, "--metric", "acc:max", "--metric", "loss:min", "--compare", "long", "said", "--part", "x")
+    both = " ".join(both.split())
+    assert "The interval of acc is one of 95 %" in both
+    assert "the scatter of the last 20 values (original) and the scatter of the last 12 values (compressed)" in both
+    assert "the scatter of the last 20 values (original) and reported as loss_se (compressed)" in both
+
+
+def test_another_checkpoint_with_the_same_value_is_as_good(tmp_path):
+    with checkpointer(tmp_path, run="r", state={"x": 1}, keep=[pp.Last(1)]) as ckpt:
+        for step, acc in enumerate([0.7, 0.6, 0.7]):
+            ckpt.report(acc=acc, step=step)
+    text = " ".join(invoke(tmp_path, "--metric", "acc:max").split())
+    assert re.search(r"removed; r/\w{8} is as good", text)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -261,6 +296,40 @@ def test_a_page_is_one_file_and_hostile_names_are_text(root):
     assert {value[5:-1] for _, value in found.attributes if (value or "").startswith("url(#")} <= set(ids)
 
 
+def test_a_run_looks_the_same_in_every_picture_of_a_page(tmp_path):
+    both = [pp.Best("acc", "max"), pp.Best("loss", "min"), pp.Last(1)]
+    rules = {"a": both, "b": [pp.BestAtSparsity("acc", "max", targets=(0.0, 0.5)), pp.Last(2)], "c": both[1:]}
+    for run, keep in rules.items():
+        with checkpointer(tmp_path, run=run, state={"model": {"w": 1.5}}, keep=keep) as ckpt:
+            for step, sparsity in enumerate([0.0, 0.5]):
+                ckpt.report(acc=0.5 + step / 10, loss=0.5 - step / 10, sparsity=sparsity, step=step)
+    found = evaluate(pp.open(tmp_path))
+    from peakpoint.evaluation import figures
+
+    looks = {}
+    for panel in figures.panels(found):
+        for line in panel.legend():
+            if line.get_label() in rules:
+                looks.setdefault(line.get_label(), []).append((line.get_color(), line.get_marker()))
+    assert {run: len(some) for run, some in looks.items()} == {"a": 3, "b": 2, "c": 1}
+    assert all(len(set(some)) == 1 for some in looks.values())
+    assert len({some[0] for some in looks.values()}) == len({some[0][0] for some in looks.values()}) == 3
+    said = [text for text in found.remarks if "in no picture" in text]
+    assert [text.partition(" is in")[0] for text in said] == ["acc of c", "loss of b"]
+
+
+@given(st.lists(st.lists(st.integers(0, 20), unique=True, min_size=1, max_size=6), max_size=8))
+def test_no_two_runs_look_the_same(pictures):
+    from peakpoint.evaluation import figures
+
+    looks = figures._Looks({})
+    shown = [looks.of(map(str, runs)) for runs in pictures]
+    assert all(looks.given[run] == look for picture in shown for run, look in picture.items())
+    assert len(set(looks.given.values())) == len(looks.given)
+    if len(looks.given) <= 6:
+        assert len({colour for colour, _ in looks.given.values()}) == len(looks.given)
+
+
 def svgs(root):
     from peakpoint.evaluation import figures
 
@@ -273,8 +342,24 @@ def test_no_text_becomes_markup(rows, title):
     body = ET.Element("body")
     pages._table(body, table)
     found = Tags(ET.tostring(body, encoding="unicode", method="html"))
-    assert set(found.tags) <= {"body", "h2", "div", "table", "thead", "tr", "th", "tbody", "td", "ul", "li"}
+    assert set(found.tags) <= {"body", "h2", "div", "table", "thead", "tr", "th", "tbody", "td", "span", "ul", "li"}
     assert "".join(found.text).count(pages.printable(title)) >= 2 * bool(title)
+
+
+def test_ids_and_short_cells_are_not_broken():
+    """What a browser makes of it is in the slow tests."""
+    cells = (
+        "a" * 20,
+        "a" * 21,
+        "removed; the best kept is some-long-run/9e689312 with 0.89",
+        "run/9e689312_epoch0_step0",
+    )
+    body = ET.Element("body")
+    pages._table(body, Table(title="t", columns=("a", "b", "c", "d"), rows=(cells,)))
+    found = [(cell.get("class"), "".join(cell.itertext())) for cell in body.iter("td")]
+    assert found == [("tight", cells[0]), *((None, cell) for cell in cells[1:])]
+    assert [span.text for span in body.iter("span")] == ["/9e689312"]
+    assert "td span { white-space: nowrap }" in pages._CSS
 
 
 @given(st.text(max_size=30))

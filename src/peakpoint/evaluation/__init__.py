@@ -24,7 +24,7 @@ from peakpoint.evaluation.groups import compare as compare_groups
 from peakpoint.evaluation.judging import Examples, Judged, directions, judge
 from peakpoint.evaluation.material import Material, gather, ref_of
 from peakpoint.evaluation.noise import Interval, Noise
-from peakpoint.evaluation.tables import printable
+from peakpoint.evaluation.tables import few, printable
 from peakpoint.evaluation.tradeoff import AtTarget, Spot, Tradeoff, tradeoff
 from peakpoint.evaluation.weighing import Comparison, Difference, Weight
 from peakpoint.evaluation.weighing import compare as compare_weights
@@ -52,6 +52,8 @@ __all__ = [
     "evaluate",
     "write",
 ]
+
+_SPARSITY, _PART = "sparsity", "model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +89,9 @@ def evaluate(
     n_eval: int | Mapping[str, int] | None = None,
     percent: bool = False,
     group_by: str = "optimizer",
-    sparsity: str = "sparsity",
+    sparsity: str = _SPARSITY,
     compare: Sequence[tuple[str, str]] = (),
-    part: str = "model",
+    part: str = _PART,
     recount: bool = False,
 ) -> Evaluation:
     """Evaluate runs; reads journals and manifests, and weights only to recount.
@@ -112,7 +114,7 @@ def evaluate(
         Frozen values; nothing is printed or written.
 
     Raises:
-        NotFoundError: a run, metric or checkpoint that does not exist; names near ones.
+        NotFoundError: a run, metric, part or checkpoint that does not exist; names near ones.
         ConfigError: an argument that cannot be.
 
     Example:
@@ -139,6 +141,7 @@ def evaluate(
     others = {name: gather(repository.run(name)) for name in dict.fromkeys(named) if name not in materials}
     read = tuple(materials.values())
     _check_known(read, [*wanted, *examples.by_metric])
+    _check_compressed([*read, *others.values()], sparsity, part)
     pairs = {one.name: tuple(wanted.items()) or directions(one.rules, sparsity) for one in read}
     peaks = [found for one in read for name, mode in pairs[one.name] for found in judge(one, name, mode, examples)]
     every = tuple(dict.fromkeys(pair for some in pairs.values() for pair in some))
@@ -158,7 +161,11 @@ def evaluate(
             compare_weights(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
             for why, one, other in (asked if compare else _at_targets(sides, tradeoffs, part))
         ),
-        remarks=tuple(_remarks(read, peaks, pairs, asked=bool(wanted))),
+        remarks=(
+            *_doubts([*read, *others.values()], modes, examples),
+            *(() if compare else _without(sides, tradeoffs, part)),
+            *_remarks(read, peaks, pairs, asked=bool(wanted)),
+        ),
     )
 
 
@@ -180,6 +187,29 @@ def _check_known(materials: Iterable[Material], metrics: Iterable[str]) -> None:
             raise NotFoundError(
                 f"no run here has a metric {metric!r}{refs.near(metric, have)}; metrics: {printable(shown) or 'none'}"
             )
+
+
+def _check_compressed(materials: Sequence[Material], sparsity: str, part: str) -> None:
+    """What was named must be there; that nothing is sparse, or no part is called model, is no mistake."""
+    if sparsity != _SPARSITY:
+        _check_known(materials, [sparsity])
+    manifests = [manifest for material in materials for manifest in material.checkpoints]
+    parts = list(dict.fromkeys(name for manifest in manifests for name in manifest.parts))
+    if part not in (_PART, *parts):
+        raise NotFoundError(
+            f"no checkpoint here has a part {part!r}{refs.near(part, parts)}; parts: {', '.join(parts)}"
+        )
+
+
+def _doubts(materials: Iterable[Material], modes: Mapping[str, Mode], examples: Examples) -> Iterator[str]:
+    """Percentages that look like fractions."""
+    for material in materials if examples.percent else ():
+        for name, mode in modes.items():
+            if examples.of(name, mode) is not None and 0 < max(material.series(name), default=0) <= 1:
+                yield (
+                    f"{material.name}: {name} is never above 1, and --percent takes it for 1 % at most; if it is a "
+                    "fraction, leave --percent out: its ±, verdict and intervals are wrong otherwise"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +240,30 @@ class _Sides:
         return next(manifest for manifest in material.checkpoints if manifest.id == identity)
 
 
-def _at_targets(
-    sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str
-) -> Iterator[tuple[str, tuple[Material, Manifest], tuple[Material, Manifest]]]:
-    """The best dense checkpoint of a run with its best at each target."""
+_Pair = tuple[str, tuple[Material, Manifest], tuple[Material, Manifest]]
+
+
+def _at_targets(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterator[_Pair]:
+    """The best dense checkpoint of a run with its best at each target, of those that have the part."""
+    for why, one, other in _dense_pairs(sides, tradeoffs):
+        if all(part in manifest.parts for _, manifest in (one, other)):
+            yield why, one, other
+
+
+def _without(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterator[str]:
+    """The runs of which nothing was compared because the part is not there."""
+    pairs = list(_dense_pairs(sides, tradeoffs))
+    for name in dict.fromkeys(one.name for _, (one, _), _ in pairs):
+        manifests = [manifest for _, *both in pairs for material, manifest in both if material.name == name]
+        lacking = [manifest for manifest in manifests if part not in manifest.parts]
+        if lacking:
+            yield (
+                f"{name}: compressed is not compared with original where there is no part {part!r}; parts: "
+                f"{', '.join(lacking[0].parts)}; choose one with --part"
+            )
+
+
+def _dense_pairs(sides: _Sides, tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:
     seen = set()
     for found in tradeoffs:
         dense = {spot.run: spot for spot in found.dense}
@@ -223,10 +273,25 @@ def _at_targets(
             material = sides.materials[at.run]
             by_ref = {ref_of(manifest): manifest for manifest in material.checkpoints}
             pair = by_ref[dense[at.run].ref], by_ref[at.spot.ref]
-            if all(part in manifest.parts for manifest in pair) and (pair[0].id, pair[1].id) not in seen:
+            if (pair[0].id, pair[1].id) not in seen:
                 seen.add((pair[0].id, pair[1].id))
                 why = f"{at.run}: dense, and the best {found.metric} at {found.sparsity} {at.target:g}"
                 yield why, (material, pair[0]), (material, pair[1])
+
+
+def _not_ranked(materials: Sequence[Material], pairs: Mapping[str, Sequence[tuple[str, Mode]]]) -> Iterator[str]:
+    """Metrics that are shown of other runs only."""
+    for name, mode in dict.fromkeys(pair for some in pairs.values() for pair in some):
+        without = [
+            one.name
+            for one in materials
+            if pairs[one.name] and one.series(name) and name not in {metric for metric, _ in pairs[one.name]}
+        ]
+        if without:
+            yield (
+                f"{name} of {few(without)} is in no picture or table: no rule there ranks by it; "
+                f"--metric {name}:{mode} shows it of all runs"
+            )
 
 
 def _remarks(
@@ -254,6 +319,7 @@ def _remarks(
                 f"{one.name}: {count} {'reports' if count > 1 else 'report'} of abandoned branches left out "
                 "(the run was continued from before them)"
             )
+    yield from _not_ranked(materials, pairs)
     for judged in peaks:
         peak = judged.peak
         if peak.missing and judged.window == 1:

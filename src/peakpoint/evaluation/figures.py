@@ -5,6 +5,7 @@ apart; runs also differ in their markers. The same values give the same bytes.
 """
 
 import io
+import itertools
 import math
 import re
 import warnings
@@ -35,6 +36,9 @@ INK = "#1f1f1e"
 MARK = "peakpoint report"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _SHAPES = ("o", "s", "^", "D", "v", "P")
+_PAIRS = [
+    (colour, _SHAPES[(at + more) % len(_SHAPES)]) for more in range(len(_SHAPES)) for at, colour in enumerate(_COLOURS)
+]
 _LARGEST = 1e100  # Matplotlib's own arithmetic overflows some way above
 _MOST_DOTS = 100
 _LONG = 20  # points of a curve
@@ -98,14 +102,14 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
     every = [one for one in found.peaks if one.window == 1]
     sets = [[run.name] for run in found.materials] if separate else [[run.name for run in found.materials]]
     made = []
+    looks = _Looks({})
     for names in sets:
         mine = [one for one in every if one.run in names]
         materials = {run.name: run for run in found.materials if run.name in names}
         titles = dict.fromkeys(_split_off(one.peak.metric) for one in mine)
         groups = [[one for one in mine if _split_off(one.peak.metric) == title] for title in titles]
-        given = _looks((one.run for one in _ranking(groups[0])), {}) if groups else {}
-        made += [_curves(title, shown, materials, given) for title, shown in zip(titles, groups, strict=True)]
-    return made + [_front(one) for one in found.tradeoffs]
+        made += [_curves(title, shown, materials, looks) for title, shown in zip(titles, groups, strict=True)]
+    return made + [_front(one, looks) for one in found.tradeoffs]
 
 
 def svg(panel: Panel) -> str:
@@ -190,7 +194,7 @@ class _Curves:
     title: str
     judged: Sequence[Judged]
     materials: Mapping[str, Material]
-    looks: Mapping[str, int]
+    looks: Mapping[str, tuple[str, str]]
     by_epoch: bool
 
     @property
@@ -254,10 +258,10 @@ class _Curves:
         return thin(found)
 
     def _colour(self, run: str) -> str:
-        return _COLOURS[self.looks[run]]
+        return self.looks[run][0]
 
     def _marks(self, axes: Axes, one: Judged) -> None:
-        peak, colour, shape = one.peak, self._colour(one.run), _SHAPES[self.looks[one.run]]
+        peak, colour, shape = one.peak, *self.looks[one.run]
         for reports, face in ((_gone(self.materials[one.run]), "none"), (_there(self.materials[one.run]), colour)):
             if len(self.materials) == 1 and len(reports) <= _MOST_DOTS:
                 points = _unzipped(self._points(reports, peak.metric))
@@ -273,8 +277,7 @@ class _Curves:
         """Runs by colour and marker, metrics by the kind of line, then the marks."""
         ink: Any = {"color": INK, "linestyle": "none"}
         runs = [
-            Line2D([], [], color=self._colour(run), marker=_SHAPES[self.looks[run]], label=_short(run))
-            for run in self.chosen
+            Line2D([], [], color=self._colour(run), marker=self.looks[run][1], label=_short(run)) for run in self.chosen
         ]
         others = len({one.run for one in self.judged}) - len(runs)
         grey = (
@@ -312,17 +315,25 @@ def _ranking(judged: Sequence[Judged]) -> list[Judged]:
     return sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
 
 
-def _looks(runs: Iterable[str], given: Mapping[str, int]) -> dict[str, int]:
-    """Colours of the first runs: those that they have in another picture, and otherwise one that is free."""
-    chosen = list(dict.fromkeys(runs))[: len(_COLOURS)]
-    found = {run: given[run] for run in chosen if run in given}
-    free = (at for at in range(len(_COLOURS)) if at not in found.values())
-    return found | {run: next(free) for run in sorted(chosen) if run not in found}
+@dataclass(frozen=True, slots=True)
+class _Looks:
+    """The colour and marker of each run, the same in every picture of a page."""
+
+    given: dict[str, tuple[str, str]]
+
+    def of(self, runs: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Those of the runs of one picture: new ones have a colour that it lacks, as long as there is one."""
+        chosen = list(dict.fromkeys(runs))
+        for run in sorted(run for run in chosen if run not in self.given):
+            here = {what for one in chosen if one in self.given for what in self.given[one]}
+            taken = set(self.given.values())
+            self.given[run] = min(_PAIRS, key=lambda pair: (pair in taken, pair[0] in here, pair[1] in here))
+        return {run: self.given[run] for run in chosen}
 
 
-def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material], given: Mapping[str, int]) -> Panel:
+def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material], given: _Looks) -> Panel:
     ranking = _ranking(judged)
-    looks = _looks((one.run for one in ranking), given)
+    looks = given.of(list(dict.fromkeys(one.run for one in ranking))[: len(_COLOURS)])
     mine = {one.run: materials[one.run] for one in ranking}
     by_epoch = all(material.counts_epochs() for material in mine.values())
     curves = _Curves(title=title, judged=ranking, materials=mine, looks=looks, by_epoch=by_epoch)
@@ -357,13 +368,9 @@ def _scale(axes: Axes, drawn: Sequence[Points]) -> None:
 # --- accuracy against sparsity ------------------------------------------------------------------------------------
 
 
-def _front(found: Tradeoff) -> Panel:
-    runs = list(dict.fromkeys(one.run for one in found.spots))
+def _front(found: Tradeoff, given: _Looks) -> Panel:
+    looks = given.of(one.run for one in found.spots)
     front = sorted((one for one in found.spots if one.on_front), key=lambda one: one.sparsity)
-
-    def look(run: str) -> tuple[str, str]:
-        at = runs.index(run) % len(_COLOURS)
-        return _COLOURS[at], _SHAPES[at]
 
     def draw(axes: Axes) -> None:
         axes.set_title(_short(f"{found.metric} against {found.sparsity}", 80))
@@ -373,16 +380,15 @@ def _front(found: Tradeoff) -> Panel:
         axes.plot(*steps, color=INK, linewidth=1, drawstyle="steps-pre")
         for one in found.spots:
             if abs(one.value) < _LARGEST and abs(one.sparsity) < _LARGEST:
-                colour, shape = look(one.run)
+                colour, shape = looks[one.run]
                 face, edge = (colour, INK) if one.on_front else ("none", colour)
                 style: Any = {"color": colour, "markerfacecolor": face, "markeredgecolor": edge}
                 size = 8 if one.on_front else 5
                 axes.plot([one.sparsity], [one.value], shape, **style, markersize=size, zorder=size)
 
     def legend() -> list[Line2D]:
-        shown = [Line2D([], [], color=INK, linewidth=1, label="front (filled): no other is as good in both")]
-        for run in runs[: 2 * len(_COLOURS)]:
-            colour, shape = look(run)
+        shown = [Line2D([], [], color=INK, linewidth=1, label="front (filled): no other beats it")]
+        for run, (colour, shape) in itertools.islice(looks.items(), 2 * len(_COLOURS)):
             shown.append(Line2D([], [], color=colour, marker=shape, linestyle="none", label=_short(run)))
         return shown
 

@@ -14,6 +14,10 @@ from peakpoint.evaluation.noise import CONFIDENCE, Interval, welch
 from peakpoint.rules import Mode
 
 UNKNOWN = "(not known)"
+NO_MATCH = "(no match)"
+LEFT_OVER = (UNKNOWN, NO_MATCH)
+"""Groups of runs that have nothing in common; nothing is compared with them."""
+
 _STATE = "state:"
 _OTHERS_IN_OPTIM = ("torch.optim.lr_scheduler.", "torch.optim.swa_utils.")
 
@@ -48,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grouping:
-    """One metric, by groups; the group with the best mean comes first.
+    """One metric, by groups; the group with the best mean comes first, runs of no group last.
 
     Attributes:
         by: what the runs are grouped by.
@@ -97,7 +101,7 @@ def key_of(by: str) -> Callable[[Material], str]:
 
     def found(material: Material) -> str:
         match = pattern.search(material.name)
-        return (match and match[1]) or UNKNOWN
+        return (match and match[1]) or NO_MATCH
 
     return found
 
@@ -138,7 +142,7 @@ def compare(materials: Sequence[Material], judged: Sequence[Judged], by: str) ->
 
 def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[Judged]]) -> Grouping:
     sign = -1 if mode == "max" else 1
-    ordered = sorted(sets, key=lambda name: (sign * mean(one.peak.best for one in sets[name]), name))
+    ordered = sorted(sets, key=lambda name: (name in LEFT_OVER, sign * mean(one.peak.best for one in sets[name]), name))
     # each pair could have been the one that is looked at: Bonferroni. Source: Dunn, JASA 56, 1961
     pairs = max(1, len(list(itertools.combinations(ordered, 2))))
     confidence = 1 - (1 - CONFIDENCE) / pairs
@@ -179,7 +183,7 @@ def _note(groups: Sequence[Group], pairs: int) -> str:
             f"; runs have {min(counts):.0f} to {max(counts):.0f} values on average, and the best of more values is "
             "better by chance"
         )
-    single = [group.name for group in groups if len(group.runs) == 1]
+    single = [group.name for group in groups if len(group.runs) == 1 and group.name != NO_MATCH]
     if single:
         shown = ", ".join(single[:5]) + (", ..." if len(single) > 5 else "")
         return (

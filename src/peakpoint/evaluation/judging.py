@@ -151,7 +151,7 @@ def noise_of(material: Material, metric: str, mode: Mode, reports: Sequence[int]
         return Noise(se=se, source=f"a proportion of {count} examples")
     said = [one.metrics.get(metric + COMPANION, math.nan) for one in chosen]
     said = [value for value in said if math.isfinite(value) and value >= 0]
-    if said:
+    if any(said):  # 0 says nothing
         return Noise(
             se=math.sqrt(sum(value**2 for value in said) / len(said)), source=f"reported as {metric}{COMPANION}"
         )
@@ -182,7 +182,7 @@ def _judged(
     contenders = None
     if margin is not None:
         contenders = sum(abs(value - peak.best) <= margin for value in values)
-    verdict, why = _verdict(peak, noise, margin)
+    verdict, why = _verdict(peak, noise, margin, peak.count + window - 1)
     manifest = material.kept.get(peak.best_report)
     ranking = ranked(material.checkpoints, peak.metric, peak.mode) if window == 1 else []
     there = [one for one in material.checkpoints if ranking and one.id == ranking[0].id]
@@ -205,7 +205,8 @@ def _judged(
     )
 
 
-def _verdict(peak: Peak, noise: Noise | None, margin: float | None) -> tuple[Verdict, str]:
+def _verdict(peak: Peak, noise: Noise | None, margin: float | None, count: int) -> tuple[Verdict, str]:
+    """What to call it, and why; ``count`` is the number of single values."""
     if not math.isfinite(peak.last):
         return "not finite", f"the last value is {peak.last}"
     if peak.count == 1:
@@ -215,9 +216,12 @@ def _verdict(peak: Peak, noise: Noise | None, margin: float | None) -> tuple[Ver
     if not peak.lost:
         return "within noise", "the last value is as good as the best"
     if noise is None or margin is None:
-        return "noise unknown", (
-            f"{peak.count} values are too few to show their noise; give --n-eval, or report {peak.metric}_se"
+        why = (
+            f"{count} values are too few to show their noise"
+            if count < noises.LEAST_VALUES
+            else "the last values scatter hardly, or far less than others (a learning rate that decays?)"
         )
+        return "noise unknown", f"{why}; give --n-eval, or report {peak.metric}_se"
     if peak.lost > margin:
         return "peak", f"chance alone would make a difference of up to {margin:.3g} among {peak.count} equal values"
     return "within noise", f"chance alone makes a difference of up to {margin:.3g} among {peak.count} equal values"

@@ -4,6 +4,7 @@ The best of many noisy values is too good: it was chosen for being high. Everyth
 distribution and short integrals, so that no package is needed.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from statistics import NormalDist, mean, median, variance
 CONFIDENCE = 0.95
 LEAST_VALUES = 12
 """Fewer values than these say nothing about their own scatter."""
+
+_LEAST_TAIL = 6
+_GRAINS = 2  # a scatter of so many of the smallest steps between values may be rounding
+_FAR = 2.5  # times smaller than before: another kind of training, such as one with an annealed learning rate
+_ROUNDING = 1e-9  # of the largest value: nearer ones are the same
 
 _NORMAL = NormalDist()
 _QUARTILE = _NORMAL.inv_cdf(0.75)
@@ -128,8 +134,13 @@ def of_proportion(share: float, count: int) -> float:
 def of_curve(values: Sequence[float]) -> Noise | None:
     """The noise in a curve: how far each value of its second half is from the line between its neighbours.
 
-    None when there are fewer than 12 values. A straight trend does not count as noise, and a few outliers hardly change
-    it. Values that are averages over time themselves, such as a running loss, look steadier than they are.
+    A straight trend does not count as noise, and a few outliers hardly change it. Values that are averages over time
+    themselves, such as a running loss, look steadier than they are.
+
+    None when there are fewer than 12 values, and when the end is too quiet to say anything about the best, which may
+    stem from a less quiet time: the scatter of the second half or of the last quarter is 0, no more than two of the
+    smallest steps between the values, or, as a mean, less than two fifths of that of the values before the last
+    quarter. So it is where a learning rate decays.
 
     Source: pseudo-residuals, (x[i-1] + x[i+1]) / 2 - x[i], whose variance is 3/2 of the noise's; Gasser, Sroka &
     Jennen-Steinmetz, Biometrika 73, 1986. The median of their absolute values over the normal distribution's third
@@ -140,17 +151,43 @@ def of_curve(values: Sequence[float]) -> Noise | None:
         values: finite, earliest first.
 
     Example:
-        >>> of_curve([2.0 * x for x in range(20)]).se
-        0.0
-        >>> of_curve([1.0, 2.0]) is None
+        >>> of_curve([0.7, 0.71, 0.698, 0.7043] * 5).source
+        'the scatter of the last 12 values'
+        >>> of_curve([0.7, 0.71, 0.698, 0.7043] * 5 + [0.706] * 20) is None
         True
     """
     if len(values) < LEAST_VALUES:
         return None
     late = values[-max(LEAST_VALUES, len(values) // 2) :]
-    residuals = [abs(before / 2 + after / 2 - at) for before, at, after in zip(late, late[1:], late[2:], strict=False)]
-    se = median(residuals) / _QUARTILE / math.sqrt(1.5)
+    se = _scatter(late)
+    end = max(_LEAST_TAIL, len(values) // 4)
+    quiet = min(_scatter(late), _scatter(values[-end:])) <= _GRAINS * _grain(values)
+    # the mean of a few varies less than their median, and few curves of equal noise are taken for quiet ones
+    if quiet or _FAR * min(_mean_scatter(late), _mean_scatter(values[-end:])) < _scatter(values[:-end]):
+        return None
     return Noise(se=se, source=f"the scatter of the last {len(late)} values", freedom=len(late) / 3)
+
+
+def _residuals(values: Sequence[float]) -> list[float]:
+    """How far each value is from the line between its neighbours; of at least 3 values."""
+    return [abs(before / 2 + after / 2 - at) for before, at, after in zip(values, values[1:], values[2:], strict=False)]
+
+
+def _scatter(values: Sequence[float]) -> float:
+    return median(_residuals(values)) / _QUARTILE / math.sqrt(1.5)
+
+
+def _mean_scatter(values: Sequence[float]) -> float:
+    """As ``_scatter``, from the mean: that of a normal distribution's absolute values is sqrt(2 / pi)."""
+    return mean(_residuals(values)) / math.sqrt(2 / math.pi) / math.sqrt(1.5)
+
+
+def _grain(values: Sequence[float]) -> float:
+    """The smallest step between different values; 0 when there is none."""
+    same = _ROUNDING * max(map(abs, values))
+    ordered = sorted(values)
+    steps = [high - low for low, high in itertools.pairwise(ordered) if high - low > same]
+    return min(steps, default=0.0)
 
 
 # --- groups of runs -----------------------------------------------------------------------------------------------

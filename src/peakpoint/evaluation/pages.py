@@ -29,17 +29,20 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5r
 p, li { max-width: 46rem; overflow-wrap: anywhere }
 .soft, .notes { color: var(--soft); font-size: .87rem; margin: .4rem 0 } .notes { padding-left: 1.2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } td { min-width: 8rem; overflow-wrap: anywhere }
-td.n, td.tight { min-width: 0; white-space: nowrap; overflow-wrap: normal }
+th, td { text-align: left; padding: .3rem .65rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
+th { color: var(--soft); font-weight: 600 } td { min-width: 11rem; overflow-wrap: anywhere }
+td.n, td.tight { min-width: 0; white-space: nowrap; overflow-wrap: normal } td span { white-space: nowrap }
 .n { text-align: right } .peak { color: var(--warn); font-weight: 600 }
 .steady { color: var(--good) } figure { margin: 1.2rem 0; overflow-x: auto }
 svg { width: 46rem; max-width: 100%; min-width: 34rem; height: auto }
+@media (max-width: 60rem) { th { white-space: nowrap } td:not(.tight, .n):last-child { min-width: 28rem } }
 @media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --rule: #bbb }
   body { max-width: none; padding: 0; font-size: 11px } .wide { overflow: visible } figure, tr { break-inside: avoid }
   table { font-size: 8.5px; width: 100% }
-  td, td.n, td.tight { min-width: 0; white-space: normal; padding-right: .4rem } }
+  th, td, td.n, td.tight, td:last-child { min-width: 0 !important; white-space: normal; padding-right: .4rem } }
 """
+_SHORT = 20  # characters
+_ID = re.compile(r"(/[0-9a-f]{8}(?![^\s;,]))")
 _CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}
 
 
@@ -95,12 +98,23 @@ def _table(body: ET.Element, table: Table) -> None:
         row = ET.SubElement(rows, "tr")
         for (head, is_number), cell in zip(table.heads, cells, strict=True):
             kind = "n" if is_number else _kind(head, cell)
-            ET.SubElement(row, "td", {"class": kind} if kind else {}).text = printable(cell)
+            _filled(ET.SubElement(row, "td", {"class": kind} if kind else {}), printable(cell))
     _notes(body, table.notes)
 
 
 def _kind(head: str, cell: str) -> str:
-    return f"tight {_CLASSES.get(cell, '')}".rstrip() if head == "verdict" else ""
+    if head == "verdict":
+        return f"tight {_CLASSES.get(cell, '')}".rstrip()
+    return "tight" if len(cell) <= _SHORT else ""  # a short one is not broken, a long one has room
+
+
+def _filled(element: ET.Element, text: str) -> None:
+    """Text in which no id of a ref is broken in two."""
+    before, *rest = _ID.split(text)
+    element.text = before
+    for id, after in zip(rest[::2], rest[1::2], strict=True):  # noqa: A001
+        unbroken = ET.SubElement(element, "span")
+        unbroken.text, unbroken.tail = id, after
 
 
 def _notes(body: ET.Element, notes: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """What was found, as tables of text that a terminal, a page or a file shows in its own way."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -144,8 +144,6 @@ def _peaks(found: "Evaluation") -> Table:
 def _peak_row(one: Judged, material: Material) -> tuple[str, ...]:
     peak, noise = one.peak, one.noise
     lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
-    if one.points:
-        lost = f"{one.points:.2f} points"
     chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
     points = list(enumerate(material.series(peak.metric)))
     return (
@@ -173,6 +171,8 @@ def _where(one: Judged, material: Material) -> str:
     if one.nearest is None:
         return gone
     ref, value = one.nearest
+    if value == one.peak.best:
+        return f"{gone}; {short[ref]} is as good"
     return f"{gone}; the best kept is {short[ref]} with {number(value)}"
 
 
@@ -180,16 +180,41 @@ def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
     known = [one for one in peaks if one.margin is not None]
     if known:
         yield (
-            "By chance: how far the best of so many equal values lies above the others on average, and how far it lies "
-            "above the last in 19 of 20 cases. As good: how many are that near the best. The best was chosen for being "
-            "the best, so expect less of it on new data."
+            "All in the metric's unit. By chance: how far the best of so many equal values lies above the others on "
+            "average, and how far it lies above the last in 19 of 20 cases. As good: how many are that near the best. "
+            "The best was chosen for being the best, so expect less of it on new data."
         )
     for source in dict.fromkeys(one.noise.source for one in known if one.noise):
-        yield f"± is the standard error of one value: {source}."
+        yield f"± of {_which(known, source)} is the standard error of one value: {source}."
+    runs: dict[tuple[str, str], list[str]] = {}
     for one in peaks:
         text = one.why if one.verdict in ("noise unknown", "not finite") else one.aside
         if text:
-            yield f"{one.run}, {one.label}: {text}."
+            runs.setdefault((one.label, text), []).append(one.run)
+    for (label, text), names in runs.items():
+        yield f"{few(names)}, {label}: {text}."
+
+
+def _which(known: Iterable[Judged], source: str) -> str:
+    """The metrics whose noise has this source, with their runs where it is not that of all."""
+    runs: dict[str, dict[str, bool]] = {}
+    for one in known:
+        runs.setdefault(one.label, {})[one.run] = one.noise is not None and one.noise.source == source
+    return "; ".join(
+        label if all(having.values()) else f"{label} in {few([run for run, has in having.items() if has])}"
+        for label, having in runs.items()
+        if any(having.values())
+    )
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> few(["a", "b", "c", "d", "e", "f", "g"])
+        'a, b, c, d, e and 2 more'
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _group(grouping: Grouping) -> Table:
@@ -247,7 +272,9 @@ def _tradeoff(found: Tradeoff) -> Iterator[Table]:
         title=f"The front of {found.metric} ({found.mode}) and {found.sparsity} (max)",
         columns=(f">{found.sparsity}", f">{found.metric}", ">at", "checkpoint"),
         rows=tuple((number(one.sparsity), number(one.value), moment(one.step, one.epoch), one.ref) for one in front),
-        notes=(f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both.",),
+        notes=(
+            f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both and better in one.",
+        ),
     )
 
 
@@ -258,8 +285,14 @@ def _comparison(found: Comparison) -> Table:
         both = number(item.original), number(item.compressed)
         rows.append((item.metric, *both, interval_text(item.interval) or signed(item.compressed - item.original)))
     rows += _weight_rows(one, other)
-    sources = dict.fromkeys(item.source for item in found.differences if item.source)
-    notes = [f"Intervals are 95 %, as if each was measured on other examples: {source}." for source in sources]
+    sources: dict[str, list[str]] = {}
+    for item in found.differences:
+        if item.interval is not None:
+            sources.setdefault(item.source, []).append(item.metric)
+    notes = [
+        f"The interval of {few(metrics)} is one of 95 %, as if each was measured on other examples: {source}."
+        for source, metrics in sources.items()
+    ]
     if any(weight.nonzero is not None for weight in (one, other)):
         notes.append(
             "As sparse storage: an estimate, a bit for each parameter and the values that are not zero; no such file "

@@ -138,7 +138,8 @@ def _difference(metric: str, one: Side, other: Side, mode: Mode | None, examples
         reach = _NORMAL_95 * math.hypot(*(noise.se for noise in known))
         difference = values[1] - values[0]
         interval = Interval(difference=difference, low=difference - reach, high=difference + reach, confidence=0.95)
-        source = "; ".join(dict.fromkeys(noise.source for noise in known))
+        one_is, other_is = (noise.source for noise in known)
+        source = one_is if one_is == other_is else f"{one_is} (original) and {other_is} (compressed)"
     return Difference(
         metric=metric, mode=mode, original=values[0], compressed=values[1], interval=interval, source=source
     )
