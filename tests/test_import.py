@@ -181,6 +181,51 @@ def test_repeating_changes_nothing_and_new_files_are_added(made, tmp_path):
         bring(folder, root)
 
 
+def test_only_what_comes_after_goes_into_a_run_whichever_files_are_given(made, tmp_path):
+    root = tmp_path / "root"
+    bring(made[0] / "e7.pth", root)
+    for name in ("e8.pth", "e9.pth"):
+        with pytest.raises(pp.ConflictError, match=r"epoch ., step ., and not after epoch 2, step 6, which is there"):
+            bring(made[0] / name, root)
+    bring(made[0] / "e6.pth", root)
+    bring(made[0] / "e5.pth", root)
+    run = pp.open(root).run("r")
+    assert [(one.epoch, one.step) for one in run.history()] == [(2, 6), (3, 8), (4, 10)]
+    assert [one.report for one in run.manifests()] == [1, 2, 3]
+    assert run.latest().epoch == 4
+    with pytest.raises(pp.ConflictError, match=r"e9\.pth does not go into run 'r'"):
+        bring(made[0], root)
+
+
+def test_steps_that_no_file_tells_go_on_where_they_were(tmp_path):
+    for epoch in range(7):
+        torch.save({"model": Net().state_dict(), "epoch": epoch}, tmp_path / f"{epoch}.pth")
+    (tmp_path / "few").mkdir()
+    for epoch in range(3):
+        (tmp_path / f"{epoch}.pth").rename(tmp_path / "few" / f"{epoch}.pth")
+    root = tmp_path / "root"
+    bring(tmp_path / "few", root)
+    bring(tmp_path / "4.pth", root)
+    with pytest.raises(pp.ConflictError, match="it is of epoch 3, and not after epoch 4"):
+        bring(tmp_path / "3.pth", root)
+    (tmp_path / "3.pth").unlink()
+    torch.save({"model": Net().state_dict(), "epoch": 7, "step": 3}, tmp_path / "step.pth")
+    with pytest.raises(pp.ConflictError, match="not after epoch 4"):
+        bring(tmp_path / "step.pth", root)
+    (tmp_path / "step.pth").unlink()
+    bring(tmp_path / "few", root)
+    bring(tmp_path, root, rules=[pp.Last(1)])
+    found = pp.open(root).run("r").manifests()
+    assert [(one.epoch, one.step) for one in found] == [(0, 1), (1, 2), (2, 3), (4, 4), (5, 5), (6, 6)]
+    bare = tmp_path / "bare.pth"
+    torch.save(Net().state_dict(), bare)
+    with pytest.raises(pp.ConflictError, match="no known epoch or step, and not after epoch 6"):
+        bring(bare, root)
+    bring(bare, root, run="s")
+    bring(tmp_path / "5.pth", root, run="s")
+    assert pp.open(root).run("s").latest().epoch == 5
+
+
 def test_an_import_that_is_killed_goes_on(made, tmp_path):
     root = tmp_path / "root"
     code = (

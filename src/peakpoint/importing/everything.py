@@ -122,7 +122,7 @@ def import_checkpoints(
     return ImportReport(
         run=run,
         checkpoints=(*(done[number] for number in order), *twins, *unreadable),
-        reports=len(moments),
+        reports=intake.reports,
         others=tuple(others),
         notes=tuple(notes),
     )
