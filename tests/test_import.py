@@ -164,6 +164,15 @@ def test_with_rules_nothing_is_pinned_and_rules_decide(made, tmp_path):
     assert [one.epoch for one in run.checkpoints()] == [2, 4], "what the rules have taken does not come back"
 
 
+def test_rules_by_metrics_that_nothing_has_are_refused(made, tmp_path):
+    words = r"no report has the metric 'val_acuracy' of the rule best:val_acuracy:max; did you mean 'val_accuracy'"
+    for dry_run in (True, False):
+        with pytest.raises(pp.ConfigError, match=words):
+            bring(made[0], tmp_path / "root", rules=[pp.Best("val_acuracy", "max"), pp.Last(1)], dry_run=dry_run)
+    assert not (tmp_path / "root").exists()
+    bring(made[0], tmp_path / "root", rules=[pp.Best("later", "max", pending=2), pp.Last(1)])
+
+
 def test_repeating_changes_nothing_and_new_files_are_added(made, tmp_path):
     root, folder = tmp_path / "root", shutil.copytree(made[0], tmp_path / "copy")
     later = folder / "e5.pth"
@@ -390,6 +399,38 @@ def test_a_hostile_file_is_refused_by_name_and_nothing_is_run(kind, made, tmp_pa
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("kind", ["os.system", "eval", "getattr", "legacy"])
+def test_nobody_is_advised_to_load_what_means_harm(kind, tmp_path):
+    named = hostile(kind, tmp_path / "a.pth", tmp_path / "PWNED")
+    done = process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r")
+    assert "may mean harm" in done.stderr
+    assert "--inert" not in done.stderr
+    done = process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r", "--inert", named)
+    assert done.returncode == 2
+    assert "only plain classes of your own code" in done.stderr
+    for other in ("nt.system", "subprocess.Popen", "sys.exit", "torch._utils._rebuild_qtensor", "Config"):
+        with pytest.raises(pp.ConfigError, match="only plain classes"):
+            bring(tmp_path / "a.pth", tmp_path / "root", inert=[other])
+
+
+def test_several_plain_classes_are_all_suggested(tmp_path):
+    with pytest.raises(pp.FormatError, match=r"--inert a\.B --inert __main__\.C \(inert="):
+        unpickling.check_globals(["a.B", "__main__.C"], "x.pth")
+    for other in ("a.run", "subprocess.Popen"):
+        with pytest.raises(pp.FormatError, match=r"may mean harm\. If you trust it, load it in an environment"):
+            unpickling.check_globals(["a.B", other], "x.pth")
+
+
+def test_what_torch_says_of_a_file_is_not_passed_on(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "x": Call(int, 1)}, tmp_path / "a.pth")
+    with pytest.raises(pp.CorruptError, match="its pickle cannot be built") as caught:
+        bring(tmp_path / "a.pth", tmp_path / "root")
+    assert caught.value.__cause__.__cause__ is None, "nor does a traceback show it"
+    plain_pickle(tmp_path / "b.pth")
+    with pytest.raises(pp.FormatError, match="convert it yourself in an environment without anything to lose"):
+        bring(tmp_path / "b.pth", tmp_path / "root")
+
+
 def test_the_hostile_files_would_work_elsewhere(tmp_path):
     mark = tmp_path / "PWNED"
     hostile("os.system", tmp_path / "a.pth", mark)
@@ -437,9 +478,9 @@ def test_a_plain_class_can_be_kept_as_a_record(tmp_path):
     assert kept == {"class": "foreign_files.Net", "state": {"training": False, "size": 3}}
     mark = tmp_path / "PWNED"
     hostile("eval", tmp_path / "b.pth", mark)
-    bring(tmp_path / "b.pth", tmp_path / "root", run="b", inert=["builtins.eval"])
+    kept = unpickling.load(tmp_path / "b.pth", inert=["builtins.eval"])
     assert not mark.exists()
-    assert pp.load("b@latest", root=tmp_path / "root")["extra"]["x"]["class"] == "builtins.eval"
+    assert kept["x"]["class"] == "builtins.eval"
 
 
 def test_odd_files_get_clear_errors(made, tmp_path):

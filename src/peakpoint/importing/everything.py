@@ -15,6 +15,7 @@ from peakpoint.importing.foreign import EXTRA, Reading, keepable
 from peakpoint.importing.intake import Imported, Intake, Seen
 from peakpoint.importing.sources import Source, find, read
 from peakpoint.importing.timeline import timeline
+from peakpoint.importing.unpickling import check_inert
 from peakpoint.rules import Rule, check_rules
 from peakpoint.store import Store, open_store
 
@@ -84,6 +85,7 @@ def import_checkpoints(
 
     Raises:
         NotFoundError: there is nothing of that name.
+        ConfigError: an option that cannot be, or a rule by a metric that nothing has.
         FormatError: no checkpoint, or one that names what is not built from files.
         CorruptError: a file is cut short, or was changed during the import.
         ConflictError: the run holds checkpoints of a training, or newer ones than those to be imported.
@@ -99,9 +101,9 @@ def import_checkpoints(
         {'val_acc': 0.7}
     """
     names.check_run(run)
-    how = Reading(
-        parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=frozenset(inert), epochs_from=epochs_from
-    )
+    inert = frozenset(inert)
+    check_inert(inert)
+    how = Reading(parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=inert, epochs_from=epochs_from)
     if epochs_from not in (0, 1):
         raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is called 0 or 1")
     logs.check_how(join)

@@ -26,7 +26,7 @@ from peakpoint.position import Position
 from peakpoint.reader import shelf
 from peakpoint.report import written_by
 from peakpoint.repository import Run, ensure_repository, ensure_run
-from peakpoint.rules import Rule, watched
+from peakpoint.rules import Rule, check_watched, watched
 from peakpoint.store import LocalStore, Store, holder_note
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
@@ -96,6 +96,7 @@ class Intake:
 
     Raises:
         ConflictError: the run holds something that these sources do not fit to.
+        ConfigError: a rule ranks by a metric that none of them has.
     """
 
     def __init__(
@@ -113,6 +114,8 @@ class Intake:
         self._rules, self._how, self._link = rules, how, link
         self._in_force = rules or ()
         self._look()
+        known = (*(moment.metrics for moment in moments), *(one.metrics for one in journals.history(self._events)))
+        check_watched(self._in_force, {name for metrics in known for name in metrics})
 
     def _look(self) -> None:
         there = shelf(self._store, self._run)
