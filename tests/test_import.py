@@ -164,6 +164,21 @@ def test_with_rules_nothing_is_pinned_and_rules_decide(made, tmp_path):
     assert [one.epoch for one in run.checkpoints()] == [2, 4], "what the rules have taken does not come back"
 
 
+def test_an_import_does_not_say_which_code_has_trained(made, tmp_path):
+    command = "import sys, peakpoint as pp; pp.import_checkpoints(sys.argv[1], sys.argv[2], run='r')"
+    script = tmp_path / "checkout" / "script.py"
+    script.parent.mkdir()
+    script.write_text(command)
+    git = ["git", "-C", str(script.parent), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    subprocess.run([sys.executable, script, made[0], tmp_path / "root"], check=True)
+    run = pp.open(tmp_path / "root").run("r")
+    told = [event.by for event in run.events() if isinstance(event, journal.Opened)]
+    assert told
+    assert not any("code" in by for by in (*told, *(one.written_by for one in run.manifests())))
+
+
 def test_rules_by_metrics_that_nothing_has_are_refused(made, tmp_path):
     words = r"no report has the metric 'val_acuracy' of the rule best:val_acuracy:max; did you mean 'val_accuracy'"
     for dry_run in (True, False):

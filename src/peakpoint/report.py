@@ -76,9 +76,9 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def written_by() -> dict[str, str]:
-    """This process, for records: host, process id, versions; that of the code where git knows it."""
-    code = script_version()
+def written_by(*, trains: bool = True) -> dict[str, str]:
+    """This process, for records: host, process id, versions; if it trains, that of the code where git knows it."""
+    code = script_version() if trains else None
     return {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),

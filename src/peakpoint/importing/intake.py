@@ -205,7 +205,7 @@ class Intake:
         hold = self._store.hold(layout.writer_lock(self._run), holder_note(now))
         try:
             self._look()  # somebody may have written since
-            by = written_by() | {"tool": "peakpoint import", "source": str(self._seen[0].source.path.parent.absolute())}
+            by = written_by(trains=False) | {"tool": "peakpoint import", "source": str(self._seen[0].source.path.parent.absolute())}
             ensure_run(self._store, self._run, now, by, self._rules or ())
             clean_run(self._store, self._run, now)
             there = Run(self._store, self._run)
@@ -383,7 +383,7 @@ class Intake:
             forks=() if parent is None else parent.forks,
             created_at=datetime.fromtimestamp(max(time for _, time in one.stamp) / 1e9, UTC),
             written_by={
-                **written_by(),
+                **written_by(trains=False),
                 PLACE: str(path.absolute()),
                 DIGEST: one.digest,
                 **({COUNTED: "no file tells it"} if moment.counted else {}),
