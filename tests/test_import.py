@@ -353,6 +353,10 @@ def test_prefixes_parts_and_first_epochs_are_as_said(tmp_path):
     loaded = pp.load("bare@latest", root=tmp_path / "root")
     assert list(loaded["model"]) == ["weight", "bias"]
     assert list(loaded) == ["model", "extra"]
+    with pytest.raises(pp.ConfigError, match="no name of a tensor begins with it"):
+        bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"gen": "model"}, strip_prefix="modul.")
+    report = bring(tmp_path / "a.pth", tmp_path / "b", parts={"gen": "model"}, strip_prefix="module.w", dry_run=True)
+    assert "'module.w' was taken from 1 of 2 names of tensors" in report.checkpoints[0].notes
     assert pp.open(tmp_path / "root").run("bare").latest().epoch == 0
     with pytest.raises(pp.FormatError, match="the file has no 'generator'; it has gen"):
         bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"generator": "model"})
@@ -772,6 +776,32 @@ def test_rows_that_join_nothing_are_said(made, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps([{"step": 1000, "a": 1.0}, {"epoch": 1, "a": 2.0}]))
     report = bring(made[0], tmp_path / "root", metrics=tmp_path / "m.json", join="epoch", dry_run=True)
     assert "1 of 2 rows of metrics join a checkpoint, by epoch" in report.notes
+
+
+def test_a_log_that_joins_nothing_is_an_error_that_says_why(made, tmp_path):
+    log = tmp_path / "m.json"
+    log.write_text(json.dumps([{"epoch": epoch, "a": 1.0} for epoch in range(10)]))
+    words = (
+        r"no row of .*m.json joins a checkpoint by step: its 10 rows have epochs 0 to 9 and no steps, and the files "
+        r"have epochs 0 to 4 and steps 2 to 10; --join epoch would join 5 of them"
+    )
+    with pytest.raises(pp.ConfigError, match=words):
+        bring(made[0], tmp_path / "root", metrics=log, join="step", dry_run=True)
+    torch.save(Net().state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(pp.ConfigError, match=r"the files have no epochs and no steps$"):
+        bring(tmp_path / "bare.pth", tmp_path / "root", metrics=log)
+    assert not (tmp_path / "root").exists()
+
+
+def test_epochs_that_seem_to_count_from_one_are_said(tmp_path):
+    for epoch in (1, 2):
+        torch.save({"model": Net().state_dict(), "epoch": epoch}, tmp_path / f"{epoch}.pth")
+    [note] = [note for note in bring(tmp_path, tmp_path / "root", dry_run=True).notes if "--epochs-from 1" in note]
+    assert note.startswith("the first epoch is 1")
+    assert not bring(tmp_path, tmp_path / "root", epochs_from=1, dry_run=True).notes
+    (tmp_path / "m.json").write_text('[{"epoch": 0, "a": 1}, {"epoch": 1, "a": 1}]')
+    report = bring(tmp_path, tmp_path / "root", metrics=tmp_path / "m.json", dry_run=True)
+    assert not any("--epochs-from" in note for note in report.notes)
 
 
 class At:

@@ -205,7 +205,10 @@ class Intake:
         hold = self._store.hold(layout.writer_lock(self._run), holder_note(now))
         try:
             self._look()  # somebody may have written since
-            by = written_by(trains=False) | {"tool": "peakpoint import", "source": str(self._seen[0].source.path.parent.absolute())}
+            by = written_by(trains=False) | {
+                "tool": "peakpoint import",
+                "source": str(self._seen[0].source.path.parent.absolute()),
+            }
             ensure_run(self._store, self._run, now, by, self._rules or ())
             clean_run(self._store, self._run, now)
             there = Run(self._store, self._run)

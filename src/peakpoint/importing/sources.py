@@ -152,15 +152,19 @@ def read(source: Source, how: Reading) -> Foreign:
 
 
 def _stripped(found: Foreign, prefix: str) -> Foreign:
-    parts = dict(found.parts)
+    parts, count, total = dict(found.parts), 0, 0
     for part in ("model", "ema"):
         if part in parts:
+            count += sum(key.startswith(prefix) for key in parts[part])
+            total += len(parts[part])
             renamed = {key.removeprefix(prefix): value for key, value in parts[part].items()}
             if len(renamed) < len(parts[part]):
                 raise FormatError(f"taking {prefix!r} from the names of {part} makes two of them the same")
             parts[part] = renamed
-    note = f"{prefix!r} was taken from the names of tensors"
-    return replace(found, parts=parts, notes=(*found.notes, note), linkable=None)
+    note = f"{prefix!r} was taken from {count} of {total} names of tensors"
+    return replace(
+        found, parts=parts, notes=(*found.notes, note), linkable=None if count else found.linkable, stripped=count
+    )
 
 
 def _torch(source: Source, how: Reading) -> Foreign:
