@@ -18,7 +18,7 @@ from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.importing import unpickling
 from peakpoint.importing.distributed import read_folder
 from peakpoint.importing.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
-from peakpoint.importing.logs import EPOCH, STEP, STEPS, Row, as_number, merged, row_of, whole
+from peakpoint.importing.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of, whole
 from peakpoint.layout import REPOSITORY
 from peakpoint.manifest import FileRecord, TensorRecord
 from peakpoint.store import translated
@@ -217,11 +217,22 @@ def _safetensors(source: Source, how: Reading) -> Foreign:  # noqa: ARG001 - all
         tool="safetensors",
         epoch=whole(given.get(EPOCH)),
         step=whole(step),
+        metrics=_metrics(metadata.get("metrics", "")),
         parts={"model": tensors},
         extra=extra,
         notes=("all tensors -> model", *(["metadata -> extra"] if extra else [])),
         linkable=(source.path, record),
     )
+
+
+def _metrics(text: str) -> dict[str, float]:
+    """The metrics that an export of Peakpoint tells as JSON; nothing from another text."""
+    try:
+        found = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+    given = found.items() if isinstance(found, dict) else ()
+    return {metric_name(key): number for key, value in given if (number := as_number(value)) is not None}
 
 
 # --- folders of Hugging Face --------------------------------------------------------------------------------------
