@@ -112,10 +112,10 @@ def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
     bring(folder, root)
     mine, ours, schedule = objects(seed=9)
     state = {"model": mine, "optimizer": ours, "scheduler": schedule}
-    epochs = []
+    epochs, said = [], []
 
     def go_on():
-        with pp.Checkpointer(root, run="r", state=state, keep=[pp.Last(1)], preempt=None, announce=[].append) as ckpt:
+        with pp.Checkpointer(root, run="r", state=state, keep=[pp.Last(1)], preempt=None, announce=said.append) as ckpt:
             for epoch in ckpt.epochs(7):
                 if not epochs:
                     assert same(dict(mine.state_dict()), dict(model.state_dict()))
@@ -126,8 +126,10 @@ def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
                 outcome = ckpt.report(val_accuracy=0.1)
         return outcome
 
-    with pytest.warns(pp.PeakpointWarning, match="random generators: they are not in this checkpoint"):
+    with pytest.warns(pp.PeakpointWarning, match="random generators: they are not in this checkpoint") as caught:
         outcome = go_on()
+    assert [warning.filename for warning in caught] == [__file__], "at the line of the training"
+    assert not any("random generators" in text for text in said), "once"
     assert epochs == [5, 6]
     assert outcome.step == 14
     there = pp.open(root).run("r").checkpoints()

@@ -5,6 +5,7 @@ import os
 import platform
 import socket
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from peakpoint._version import __version__
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, PeakpointWarning
 from peakpoint.names import check_metric
 from peakpoint.revision import script_version
 
@@ -74,6 +75,14 @@ def say(text: str) -> None:
     """Print to standard error, where it disturbs no output that is piped on."""
     sys.stderr.write(f"peakpoint: {text}\n")
     sys.stderr.flush()
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the training, however many frames of ours are between."""
+    frame, level = sys._getframe(), 1  # noqa: SLF001 - from Python 3.12 on: skip_file_prefixes
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("peakpoint."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PeakpointWarning, stacklevel=level)
 
 
 def written_by(*, trains: bool = True) -> dict[str, str]:
