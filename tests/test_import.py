@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -858,9 +860,71 @@ def test_the_command_shows_then_imports(made, tmp_path):
     assert "4 would" not in invoke("ls", root)
 
 
+def test_the_command_says_what_was_there_and_what_it_has_not_looked_at(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "rng.npy").write_text("x")
+    shutil.copy(folder / "e7.pth", folder / "z.pth")
+    assert "not looked at: a/rng.npy, b/rng.npy\n" in invoke("import", folder, tmp_path / "root", "--run", "r")
+    text = invoke("import", folder, tmp_path / "root", "--run", "r")
+    assert "0 checkpoints imported into run r, 5 were there already, 1 was the same as another; 5 moments" in text
+
+
+def test_the_command_marks_steps_that_are_made_up_and_shows_metrics_that_tell(tmp_path):
+    for epoch in range(2):
+        state = {"model": Net().state_dict(), "epoch": epoch, "lr": 1.5, "wd": 2.5, "momentum": 3.5, "best_acc1": 4.5}
+        torch.save(state, tmp_path / f"{epoch}.pth")
+    text = invoke("import", tmp_path, tmp_path / "root", "--run", "r", "--dry-run")
+    assert re.search(r"0\.pth +torch\.save +0 +\(1\) +4\.5", text)
+    assert "(N): no file tells this step" in text
+    found = json.loads(invoke("import", tmp_path, tmp_path / "root", "--run", "r", "--dry-run", "--json"))
+    assert [one["step_counted"] for one in found["checkpoints"]] == [True, True]
+
+
+def test_a_narrow_terminal_has_fewer_columns(made, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", "from peakpoint.cli.main import run; run()"]
+    command += ["import", str(made[0]), str(tmp_path / "root"), "--run", "r", "--dry-run"]
+    subprocess.run(command, stdout=theirs, check=True, env={**os.environ, "COLUMNS": "60", "TERM": "dumb"})
+    os.close(theirs)
+    text = os.read(ours, 100_000).decode()
+    os.close(ours)
+    rows = [line for line in text.splitlines() if line.startswith(" e")]
+    assert len(rows) == 5, text
+    assert all(row.rstrip().endswith("planned") for row in rows)
+    assert "torch.save" not in text
+    assert "val_accuracy" in text
+
+
+def test_an_import_that_is_interrupted_says_what_came_in(made, tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "n = 0\n"
+        "def hook(event, arguments):\n"
+        "    global n\n"
+        "    if event == 'open' and str(arguments[0]).endswith('e7.pth') and os.path.exists(sys.argv[3]):\n"
+        "        n += 1\n"
+        "        if n == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.addaudithook(hook)\n"
+        "from peakpoint.cli.main import run; run()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "import", made[0], tmp_path / "root", "--run", "r"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    there = len(pp.open(tmp_path / "root").run("r").checkpoints())
+    assert there == 2
+    assert "2 checkpoints in run r, each of them whole; the same command goes on with the others" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
+        (["{made}", "--run", "größe läuft"], 2, "ASCII letters"),
         (["{made}/nothing", "--run", "r"], 10, "does not exist"),
         (["{made}", "--run", "r", "--part", "x"], 2, "FROM=TO"),
         (["{made}", "--run", "a b"], 2, "a b"),

@@ -46,6 +46,7 @@ class Imported:
         tool: what wrote it, as far as can be told; its kind when it cannot be read.
         epoch: the epoch's index from 0, None when nothing tells it.
         step: steps completed; see ``peakpoint.importing.timeline`` for those that do not tell it.
+        step_counted: whether no file tells the step.
         metrics: of the moment, those of logs included.
         parts: names of the parts.
         size_bytes: of the source.
@@ -60,6 +61,7 @@ class Imported:
     tool: str
     epoch: int | None = None
     step: int | None = None
+    step_counted: bool = False
     metrics: Mapping[str, float]
     parts: tuple[str, ...] = ()
     size_bytes: int = 0
@@ -175,6 +177,7 @@ class Intake:
             tool=one.found.tool,
             epoch=moment.epoch,
             step=moment.step,
+            step_counted=moment.counted,
             metrics=moment.metrics,
             parts=(*one.found.parts, *([EXTRA] if one.found.extra else ())),
             size_bytes=one.source.size_bytes,
