@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,11 +39,20 @@ from peakpoint import audit, journal
 from peakpoint.cli.main import cli
 from peakpoint.importing import logs, unpickling
 from peakpoint.importing.logs import Row
+from peakpoint.importing.placing import COUNTED, placed
 from peakpoint.importing.sources import read_safetensors
 from peakpoint.importing.timeline import timeline
 from training import same
 
 BEST = "val_accuracy"
+
+
+class At:
+    def __init__(self, epoch, step):
+        self.epoch, self.step, self.metrics = epoch, step, {}
+
+    def __repr__(self):
+        return f"At({self.epoch}, {self.step})"
 
 
 def bring(path, root, run="r", **options):
@@ -223,6 +233,51 @@ def test_only_what_comes_after_goes_into_a_run_whichever_files_are_given(made, t
     assert run.latest().epoch == 4
     with pytest.raises(pp.ConflictError, match=r"e9\.pth does not go into run 'r'"):
         bring(made[0], root)
+
+
+def test_what_a_log_has_told_stays_when_more_files_come(made, tmp_path):
+    root = tmp_path / "root"
+    (tmp_path / "m.json").write_text(json.dumps([{"epoch": epoch, "a": 1.0 * epoch} for epoch in range(7)]))
+    bring(made[0] / "e9.pth", root, metrics=tmp_path / "m.json")
+    bring(made[0] / "e7.pth", root)
+    run = pp.open(root).run("r")
+    assert [(one.epoch, one.metrics["a"]) for one in run.history()] == [(epoch, epoch) for epoch in range(7)]
+    assert (run.latest().epoch, run.latest().step, run.latest().metrics["a"]) == (2, 6, 2.0)
+    bring(made[0] / "e7.pth", root, rules=[pp.Last(2)])
+    assert len(run.history()) == 7
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    epochs=st.lists(st.integers(0, 30), min_size=1, max_size=8, unique=True).map(sorted),
+    told=st.booleans(),
+    cut=st.integers(0, 8),
+)
+def test_imports_in_turn_are_one_import_and_nothing_comes_before(epochs, told, cut):
+    points = [At(epoch, 10 * epoch if told else None) for epoch in epochs]
+    whole, _ = timeline(points, [])
+    first, _ = timeline(points[:cut], [])
+    second, _ = timeline(points[cut:], [])
+    there = [
+        SimpleNamespace(
+            report=place.report,
+            epoch=place.moment.epoch,
+            step=place.moment.step,
+            metrics={},
+            written_by={COUNTED: "x"} if place.moment.counted else {},
+        )
+        for place in placed(first, {}, frozenset(), None, [])
+    ]
+    newest = there[-1] if there else None
+    after = placed(second, {}, frozenset(), newest, [])
+    assert [(one.report, one.moment.step) for one in after] == [
+        (report, moment.step) for report, moment in enumerate(whole, 1) if report > len(there)
+    ]
+    again = placed(whole, dict(enumerate(there)), frozenset(), newest, [])
+    assert [place.new for place in again] == [False] * len(there) + [True] * len(second)
+    for point in points[:cut]:
+        with pytest.raises(pp.ConflictError, match="not after"):
+            placed(timeline([point], [])[0], {}, frozenset(), newest, [])
 
 
 def test_steps_that_no_file_tells_go_on_where_they_were(tmp_path):
@@ -806,14 +861,6 @@ def test_epochs_that_seem_to_count_from_one_are_said(tmp_path):
     (tmp_path / "m.json").write_text('[{"epoch": 0, "a": 1}, {"epoch": 1, "a": 1}]')
     report = bring(tmp_path, tmp_path / "root", metrics=tmp_path / "m.json", dry_run=True)
     assert not any("--epochs-from" in note for note in report.notes)
-
-
-class At:
-    def __init__(self, epoch, step):
-        self.epoch, self.step, self.metrics = epoch, step, {}
-
-    def __repr__(self):
-        return f"At({self.epoch}, {self.step})"
 
 
 POINTS = st.builds(At, st.none() | st.integers(0, 5), st.none() | st.integers(0, 30))

@@ -148,6 +148,7 @@ class Intake:
                 frozenset(number for number, digest in digests.items() if digest in self._gone),
                 newest,
                 [] if newest is None else journals.history(self._events, newest.id),
+                [] if newest is None else [one for one in journals.history(self._events) if one.report > newest.report],
             )
         except OutOfPlaceError as error:
             which = "a row of the metrics" if error.number is None else str(self._seen[error.number].source.path)
