@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import peakpoint as pp
 from foreign_files import script
@@ -64,6 +65,33 @@ def test_a_file_that_was_exported_comes_back_the_same(root, tmp_path):
     weights = pp.load("s@latest", root=tmp_path / "back")["model"]
     assert weights.keys() == there["model"].keys()
     assert all(same(weights[name], tensor) for name, tensor in there["model"].items())
+
+
+def test_a_safetensors_file_says_which_checkpoint_it_is(root, tmp_path):
+    invoke("export", root, "r:epoch=2", "--to", tmp_path / "b.safetensors")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        told = file.metadata()
+    there = pp.open(root).run("r").manifests()[2]
+    assert told == {
+        "format": "pt",
+        "written_by": "peakpoint",
+        "run": "r",
+        "name": there.name,
+        "epoch": "2",
+        "step": "6",
+        "metrics": json.dumps(dict(there.metrics)),
+    }
+    pp.import_checkpoints(tmp_path / "b.safetensors", tmp_path / "back", run="s", link=True)
+    [back] = pp.open(tmp_path / "back").run("s").manifests()
+    assert (back.epoch, back.step, back.metrics) == (2, 6, there.metrics)
+    assert (tmp_path / "b.safetensors").stat().st_nlink == 2, "its tensors can be read in place"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": "x"}', "[" * 100_000])
+def test_other_metadata_called_metrics_is_none(text, tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors", {"metrics": text})
+    pp.import_checkpoints(tmp_path / "a.safetensors", tmp_path / "root", run="r")
+    assert pp.open(tmp_path / "root").run("r").latest().metrics == {}
 
 
 @pytest.mark.parametrize("shard", ["5 GB", "100 B"])
@@ -151,6 +179,12 @@ def test_an_onnx_file_computes_the_same(options, root, factory):
         (["--to", "m.onnx", "--model", "factory:text"], 2, "no torch.nn.Module"),
         (["--to", "m.onnx", "--model", "factory:build"], 2, "give --input"),
         (["--to", "m.onnx", "--model", "factory:build", "--input", "2x1:float99"], 2, "is no shape"),
+        (["--to", "noformat"], 2, "or .onnx; for a folder, say --format hf"),
+        (
+            ["--to", "m.onnx", "--model", "factory:build", "--input", "1x21"],
+            2,
+            "the model does not compute this input, [1, 21]: RuntimeError: Expected 3D",
+        ),
         (["--to", "m.onnx", "--model", "factory:other", "--input", "2x2"], 14, "does not fit"),
         (["--to", "hf", "--format", "hf", "--config", "none.json"], 10, "does not exist"),
         (["--to", "hf", "--format", "hf", "--config", "factory.py"], 13, "no JSON"),

@@ -3,12 +3,15 @@
 import csv
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,11 +39,20 @@ from peakpoint import audit, journal
 from peakpoint.cli.main import cli
 from peakpoint.importing import logs, unpickling
 from peakpoint.importing.logs import Row
+from peakpoint.importing.placing import COUNTED, placed
 from peakpoint.importing.sources import read_safetensors
 from peakpoint.importing.timeline import timeline
 from training import same
 
 BEST = "val_accuracy"
+
+
+class At:
+    def __init__(self, epoch, step):
+        self.epoch, self.step, self.metrics = epoch, step, {}
+
+    def __repr__(self):
+        return f"At({self.epoch}, {self.step})"
 
 
 def bring(path, root, run="r", **options):
@@ -112,10 +124,10 @@ def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
     bring(folder, root)
     mine, ours, schedule = objects(seed=9)
     state = {"model": mine, "optimizer": ours, "scheduler": schedule}
-    epochs = []
+    epochs, said = [], []
 
     def go_on():
-        with pp.Checkpointer(root, run="r", state=state, keep=[pp.Last(1)], preempt=None, announce=[].append) as ckpt:
+        with pp.Checkpointer(root, run="r", state=state, keep=[pp.Last(1)], preempt=None, announce=said.append) as ckpt:
             for epoch in ckpt.epochs(7):
                 if not epochs:
                     assert same(dict(mine.state_dict()), dict(model.state_dict()))
@@ -126,8 +138,10 @@ def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
                 outcome = ckpt.report(val_accuracy=0.1)
         return outcome
 
-    with pytest.warns(pp.PeakpointWarning, match="random generators: they are not in this checkpoint"):
+    with pytest.warns(pp.PeakpointWarning, match="random generators: they are not in this checkpoint") as caught:
         outcome = go_on()
+    assert [warning.filename for warning in caught] == [__file__], "at the line of the training"
+    assert not any("random generators" in text for text in said), "once"
     assert epochs == [5, 6]
     assert outcome.step == 14
     there = pp.open(root).run("r").checkpoints()
@@ -164,6 +178,30 @@ def test_with_rules_nothing_is_pinned_and_rules_decide(made, tmp_path):
     assert [one.epoch for one in run.checkpoints()] == [2, 4], "what the rules have taken does not come back"
 
 
+def test_an_import_does_not_say_which_code_has_trained(made, tmp_path):
+    command = "import sys, peakpoint as pp; pp.import_checkpoints(sys.argv[1], sys.argv[2], run='r')"
+    script = tmp_path / "checkout" / "script.py"
+    script.parent.mkdir()
+    script.write_text(command)
+    git = ["git", "-C", str(script.parent), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    subprocess.run([sys.executable, script, made[0], tmp_path / "root"], check=True)
+    run = pp.open(tmp_path / "root").run("r")
+    told = [event.by for event in run.events() if isinstance(event, journal.Opened)]
+    assert told
+    assert not any("code" in by for by in (*told, *(one.written_by for one in run.manifests())))
+
+
+def test_rules_by_metrics_that_nothing_has_are_refused(made, tmp_path):
+    words = r"no report has the metric 'val_acuracy' of the rule best:val_acuracy:max; did you mean 'val_accuracy'"
+    for dry_run in (True, False):
+        with pytest.raises(pp.ConfigError, match=words):
+            bring(made[0], tmp_path / "root", rules=[pp.Best("val_acuracy", "max"), pp.Last(1)], dry_run=dry_run)
+    assert not (tmp_path / "root").exists()
+    bring(made[0], tmp_path / "root", rules=[pp.Best("later", "max", pending=2), pp.Last(1)])
+
+
 def test_repeating_changes_nothing_and_new_files_are_added(made, tmp_path):
     root, folder = tmp_path / "root", shutil.copytree(made[0], tmp_path / "copy")
     later = folder / "e5.pth"
@@ -179,6 +217,96 @@ def test_repeating_changes_nothing_and_new_files_are_added(made, tmp_path):
     torch.save({"model": Net().state_dict(), "epoch": 1, "step": 4}, folder / "late.pth")
     with pytest.raises(pp.ConflictError, match="into another run"):
         bring(folder, root)
+
+
+def test_only_what_comes_after_goes_into_a_run_whichever_files_are_given(made, tmp_path):
+    root = tmp_path / "root"
+    bring(made[0] / "e7.pth", root)
+    for name in ("e8.pth", "e9.pth"):
+        with pytest.raises(pp.ConflictError, match=r"epoch ., step ., and not after epoch 2, step 6, which is there"):
+            bring(made[0] / name, root)
+    bring(made[0] / "e6.pth", root)
+    bring(made[0] / "e5.pth", root)
+    run = pp.open(root).run("r")
+    assert [(one.epoch, one.step) for one in run.history()] == [(2, 6), (3, 8), (4, 10)]
+    assert [one.report for one in run.manifests()] == [1, 2, 3]
+    assert run.latest().epoch == 4
+    with pytest.raises(pp.ConflictError, match=r"e9\.pth does not go into run 'r'"):
+        bring(made[0], root)
+
+
+def test_what_a_log_has_told_stays_when_more_files_come(made, tmp_path):
+    root = tmp_path / "root"
+    (tmp_path / "m.json").write_text(json.dumps([{"epoch": epoch, "a": 1.0 * epoch} for epoch in range(7)]))
+    bring(made[0] / "e9.pth", root, metrics=tmp_path / "m.json")
+    bring(made[0] / "e7.pth", root)
+    run = pp.open(root).run("r")
+    assert [(one.epoch, one.metrics["a"]) for one in run.history()] == [(epoch, epoch) for epoch in range(7)]
+    assert (run.latest().epoch, run.latest().step, run.latest().metrics["a"]) == (2, 6, 2.0)
+    bring(made[0] / "e7.pth", root, rules=[pp.Last(2)])
+    assert len(run.history()) == 7
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    epochs=st.lists(st.integers(0, 30), min_size=1, max_size=8, unique=True).map(sorted),
+    told=st.booleans(),
+    cut=st.integers(0, 8),
+)
+def test_imports_in_turn_are_one_import_and_nothing_comes_before(epochs, told, cut):
+    points = [At(epoch, 10 * epoch if told else None) for epoch in epochs]
+    whole, _ = timeline(points, [])
+    first, _ = timeline(points[:cut], [])
+    second, _ = timeline(points[cut:], [])
+    there = [
+        SimpleNamespace(
+            report=place.report,
+            epoch=place.moment.epoch,
+            step=place.moment.step,
+            metrics={},
+            written_by={COUNTED: "x"} if place.moment.counted else {},
+        )
+        for place in placed(first, {}, frozenset(), None, [])
+    ]
+    newest = there[-1] if there else None
+    after = placed(second, {}, frozenset(), newest, [])
+    assert [(one.report, one.moment.step) for one in after] == [
+        (report, moment.step) for report, moment in enumerate(whole, 1) if report > len(there)
+    ]
+    again = placed(whole, dict(enumerate(there)), frozenset(), newest, [])
+    assert [place.new for place in again] == [False] * len(there) + [True] * len(second)
+    for point in points[:cut]:
+        with pytest.raises(pp.ConflictError, match="not after"):
+            placed(timeline([point], [])[0], {}, frozenset(), newest, [])
+
+
+def test_steps_that_no_file_tells_go_on_where_they_were(tmp_path):
+    for epoch in range(7):
+        torch.save({"model": Net().state_dict(), "epoch": epoch}, tmp_path / f"{epoch}.pth")
+    (tmp_path / "few").mkdir()
+    for epoch in range(3):
+        (tmp_path / f"{epoch}.pth").rename(tmp_path / "few" / f"{epoch}.pth")
+    root = tmp_path / "root"
+    bring(tmp_path / "few", root)
+    bring(tmp_path / "4.pth", root)
+    with pytest.raises(pp.ConflictError, match="it is of epoch 3, and not after epoch 4"):
+        bring(tmp_path / "3.pth", root)
+    (tmp_path / "3.pth").unlink()
+    torch.save({"model": Net().state_dict(), "epoch": 7, "step": 3}, tmp_path / "step.pth")
+    with pytest.raises(pp.ConflictError, match="not after epoch 4"):
+        bring(tmp_path / "step.pth", root)
+    (tmp_path / "step.pth").unlink()
+    bring(tmp_path / "few", root)
+    bring(tmp_path, root, rules=[pp.Last(1)])
+    found = pp.open(root).run("r").manifests()
+    assert [(one.epoch, one.step) for one in found] == [(0, 1), (1, 2), (2, 3), (4, 4), (5, 5), (6, 6)]
+    bare = tmp_path / "bare.pth"
+    torch.save(Net().state_dict(), bare)
+    with pytest.raises(pp.ConflictError, match="no known epoch or step, and not after epoch 6"):
+        bring(bare, root)
+    bring(bare, root, run="s")
+    bring(tmp_path / "5.pth", root, run="s")
+    assert pp.open(root).run("s").latest().epoch == 5
 
 
 def test_an_import_that_is_killed_goes_on(made, tmp_path):
@@ -284,6 +412,10 @@ def test_prefixes_parts_and_first_epochs_are_as_said(tmp_path):
     loaded = pp.load("bare@latest", root=tmp_path / "root")
     assert list(loaded["model"]) == ["weight", "bias"]
     assert list(loaded) == ["model", "extra"]
+    with pytest.raises(pp.ConfigError, match="no name of a tensor begins with it"):
+        bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"gen": "model"}, strip_prefix="modul.")
+    report = bring(tmp_path / "a.pth", tmp_path / "b", parts={"gen": "model"}, strip_prefix="module.w", dry_run=True)
+    assert "'module.w' was taken from 1 of 2 names of tensors" in report.checkpoints[0].notes
     assert pp.open(tmp_path / "root").run("bare").latest().epoch == 0
     with pytest.raises(pp.FormatError, match="the file has no 'generator'; it has gen"):
         bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"generator": "model"})
@@ -345,6 +477,38 @@ def test_a_hostile_file_is_refused_by_name_and_nothing_is_run(kind, made, tmp_pa
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("kind", ["os.system", "eval", "getattr", "legacy"])
+def test_nobody_is_advised_to_load_what_means_harm(kind, tmp_path):
+    named = hostile(kind, tmp_path / "a.pth", tmp_path / "PWNED")
+    done = process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r")
+    assert "may mean harm" in done.stderr
+    assert "--inert" not in done.stderr
+    done = process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r", "--inert", named)
+    assert done.returncode == 2
+    assert "only plain classes of your own code" in done.stderr
+    for other in ("nt.system", "subprocess.Popen", "sys.exit", "torch._utils._rebuild_qtensor", "Config"):
+        with pytest.raises(pp.ConfigError, match="only plain classes"):
+            bring(tmp_path / "a.pth", tmp_path / "root", inert=[other])
+
+
+def test_several_plain_classes_are_all_suggested(tmp_path):
+    with pytest.raises(pp.FormatError, match=r"--inert a\.B --inert __main__\.C \(inert="):
+        unpickling.check_globals(["a.B", "__main__.C"], "x.pth")
+    for other in ("a.run", "subprocess.Popen"):
+        with pytest.raises(pp.FormatError, match=r"may mean harm\. If you trust it, load it in an environment"):
+            unpickling.check_globals(["a.B", other], "x.pth")
+
+
+def test_what_torch_says_of_a_file_is_not_passed_on(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "x": Call(int, 1)}, tmp_path / "a.pth")
+    with pytest.raises(pp.CorruptError, match="its pickle cannot be built") as caught:
+        bring(tmp_path / "a.pth", tmp_path / "root")
+    assert caught.value.__cause__.__cause__ is None, "nor does a traceback show it"
+    plain_pickle(tmp_path / "b.pth")
+    with pytest.raises(pp.FormatError, match="convert it yourself in an environment without anything to lose"):
+        bring(tmp_path / "b.pth", tmp_path / "root")
+
+
 def test_the_hostile_files_would_work_elsewhere(tmp_path):
     mark = tmp_path / "PWNED"
     hostile("os.system", tmp_path / "a.pth", mark)
@@ -392,9 +556,9 @@ def test_a_plain_class_can_be_kept_as_a_record(tmp_path):
     assert kept == {"class": "foreign_files.Net", "state": {"training": False, "size": 3}}
     mark = tmp_path / "PWNED"
     hostile("eval", tmp_path / "b.pth", mark)
-    bring(tmp_path / "b.pth", tmp_path / "root", run="b", inert=["builtins.eval"])
+    kept = unpickling.load(tmp_path / "b.pth", inert=["builtins.eval"])
     assert not mark.exists()
-    assert pp.load("b@latest", root=tmp_path / "root")["extra"]["x"]["class"] == "builtins.eval"
+    assert kept["x"]["class"] == "builtins.eval"
 
 
 def test_odd_files_get_clear_errors(made, tmp_path):
@@ -673,12 +837,30 @@ def test_rows_that_join_nothing_are_said(made, tmp_path):
     assert "1 of 2 rows of metrics join a checkpoint, by epoch" in report.notes
 
 
-class At:
-    def __init__(self, epoch, step):
-        self.epoch, self.step, self.metrics = epoch, step, {}
+def test_a_log_that_joins_nothing_is_an_error_that_says_why(made, tmp_path):
+    log = tmp_path / "m.json"
+    log.write_text(json.dumps([{"epoch": epoch, "a": 1.0} for epoch in range(10)]))
+    words = (
+        r"no row of .*m.json joins a checkpoint by step: its 10 rows have epochs 0 to 9 and no steps, and the files "
+        r"have epochs 0 to 4 and steps 2 to 10; --join epoch would join 5 of them"
+    )
+    with pytest.raises(pp.ConfigError, match=words):
+        bring(made[0], tmp_path / "root", metrics=log, join="step", dry_run=True)
+    torch.save(Net().state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(pp.ConfigError, match=r"the files have no epochs and no steps$"):
+        bring(tmp_path / "bare.pth", tmp_path / "root", metrics=log)
+    assert not (tmp_path / "root").exists()
 
-    def __repr__(self):
-        return f"At({self.epoch}, {self.step})"
+
+def test_epochs_that_seem_to_count_from_one_are_said(tmp_path):
+    for epoch in (1, 2):
+        torch.save({"model": Net().state_dict(), "epoch": epoch}, tmp_path / f"{epoch}.pth")
+    [note] = [note for note in bring(tmp_path, tmp_path / "root", dry_run=True).notes if "--epochs-from 1" in note]
+    assert note.startswith("the first epoch is 1")
+    assert not bring(tmp_path, tmp_path / "root", epochs_from=1, dry_run=True).notes
+    (tmp_path / "m.json").write_text('[{"epoch": 0, "a": 1}, {"epoch": 1, "a": 1}]')
+    report = bring(tmp_path, tmp_path / "root", metrics=tmp_path / "m.json", dry_run=True)
+    assert not any("--epochs-from" in note for note in report.notes)
 
 
 POINTS = st.builds(At, st.none() | st.integers(0, 5), st.none() | st.integers(0, 30))
@@ -725,9 +907,71 @@ def test_the_command_shows_then_imports(made, tmp_path):
     assert "4 would" not in invoke("ls", root)
 
 
+def test_the_command_says_what_was_there_and_what_it_has_not_looked_at(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "copy")
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "rng.npy").write_text("x")
+    shutil.copy(folder / "e7.pth", folder / "z.pth")
+    assert "not looked at: a/rng.npy, b/rng.npy\n" in invoke("import", folder, tmp_path / "root", "--run", "r")
+    text = invoke("import", folder, tmp_path / "root", "--run", "r")
+    assert "0 checkpoints imported into run r, 5 were there already, 1 was the same as another; 5 moments" in text
+
+
+def test_the_command_marks_steps_that_are_made_up_and_shows_metrics_that_tell(tmp_path):
+    for epoch in range(2):
+        state = {"model": Net().state_dict(), "epoch": epoch, "lr": 1.5, "wd": 2.5, "momentum": 3.5, "best_acc1": 4.5}
+        torch.save(state, tmp_path / f"{epoch}.pth")
+    text = invoke("import", tmp_path, tmp_path / "root", "--run", "r", "--dry-run")
+    assert re.search(r"0\.pth +torch\.save +0 +\(1\) +4\.5", text)
+    assert "(N): no file tells this step" in text
+    found = json.loads(invoke("import", tmp_path, tmp_path / "root", "--run", "r", "--dry-run", "--json"))
+    assert [one["step_counted"] for one in found["checkpoints"]] == [True, True]
+
+
+def test_a_narrow_terminal_has_fewer_columns(made, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", "from peakpoint.cli.main import run; run()"]
+    command += ["import", str(made[0]), str(tmp_path / "root"), "--run", "r", "--dry-run"]
+    subprocess.run(command, stdout=theirs, check=True, env={**os.environ, "COLUMNS": "60", "TERM": "dumb"})
+    os.close(theirs)
+    text = os.read(ours, 100_000).decode()
+    os.close(ours)
+    rows = [line for line in text.splitlines() if line.startswith(" e")]
+    assert len(rows) == 5, text
+    assert all(row.rstrip().endswith("planned") for row in rows)
+    assert "torch.save" not in text
+    assert "val_accuracy" in text
+
+
+def test_an_import_that_is_interrupted_says_what_came_in(made, tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "n = 0\n"
+        "def hook(event, arguments):\n"
+        "    global n\n"
+        "    if event == 'open' and str(arguments[0]).endswith('e7.pth') and os.path.exists(sys.argv[3]):\n"
+        "        n += 1\n"
+        "        if n == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.addaudithook(hook)\n"
+        "from peakpoint.cli.main import run; run()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "import", made[0], tmp_path / "root", "--run", "r"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    there = len(pp.open(tmp_path / "root").run("r").checkpoints())
+    assert there == 2
+    assert "2 checkpoints in run r, each of them whole; the same command goes on with the others" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
+        (["{made}", "--run", "größe läuft"], 2, "ASCII letters"),
         (["{made}/nothing", "--run", "r"], 10, "does not exist"),
         (["{made}", "--run", "r", "--part", "x"], 2, "FROM=TO"),
         (["{made}", "--run", "a b"], 2, "a b"),

@@ -32,7 +32,7 @@ from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
 from peakpoint.reader import damage
 from peakpoint.refs import near
-from peakpoint.report import Outcome, classes, read_metrics, say, written_by
+from peakpoint.report import Outcome, classes, read_metrics, say, warn, written_by
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
 from peakpoint.resume import Resumption, restore_generators, resumption
@@ -198,11 +198,11 @@ class Checkpointer:
             self._announce(f"run {self.run!r} starts from the beginning ({found.why})")
         else:
             for line in self._load.skipped:
-                warnings.warn(f"passed over a checkpoint: {line}", PeakpointWarning, stacklevel=2)
+                warn(f"passed over a checkpoint: {line}")
             for line in self._load.missing:
-                warnings.warn(f"not restored: {line}", PeakpointWarning, stacklevel=2)
+                warn(f"not restored: {line}")
             self._restore_generators()
-            self._announce(f"resumed {self._load}")
+            self._announce(f"resumed {replace(self._load, missing=(), skipped=())}")  # the warnings have said those
         return self._load
 
     def epochs(self, n: int) -> Iterator[int]:

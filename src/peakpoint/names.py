@@ -43,7 +43,7 @@ def check_run(name: str) -> str:
     if not isinstance(name, str) or not _RUN.fullmatch(name) or name.endswith("."):
         proposal = safe(str(name)).lstrip("+-.")[:100].rstrip("-.") or "run"
         raise ConfigError(
-            f"run={name!r} cannot name a run: letters, digits and ._+- only, at most 100; try {proposal!r}"
+            f"run={name!r} cannot name a run: ASCII letters, digits and ._+- only, at most 100; try {proposal!r}"
         )
     return name
 
@@ -70,7 +70,7 @@ def check_part(name: str) -> str:
         ConfigError: it cannot, or Peakpoint uses it itself.
     """
     if not isinstance(name, str) or not _PART.fullmatch(name) or name.endswith("."):
-        raise ConfigError(f"state has a part {name!r}: a part's name is letters, digits and ._- only, at most 64")
+        raise ConfigError(f"state has a part {name!r}: a part's name is ASCII letters, digits and ._- only, at most 64")
     if name in _RESERVED_PARTS:
         raise ConfigError(
             f"state has a part {name!r}, a name that Peakpoint uses itself; call it my_{name}, for example"

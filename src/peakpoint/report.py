@@ -5,6 +5,7 @@ import os
 import platform
 import socket
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from peakpoint._version import __version__
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, PeakpointWarning
 from peakpoint.names import check_metric
 from peakpoint.revision import script_version
 
@@ -76,9 +77,17 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def written_by() -> dict[str, str]:
-    """This process, for records: host, process id, versions; that of the code where git knows it."""
-    code = script_version()
+def warn(message: str) -> None:
+    """Warn at the line of the training, however many frames of ours are between."""
+    frame, level = sys._getframe(), 1  # noqa: SLF001 - from Python 3.12 on: skip_file_prefixes
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("peakpoint."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PeakpointWarning, stacklevel=level)
+
+
+def written_by(*, trains: bool = True) -> dict[str, str]:
+    """This process, for records: host, process id, versions; if it trains, that of the code where git knows it."""
+    code = script_version() if trains else None
     return {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),

@@ -1,18 +1,22 @@
 """Commands that bring checkpoints in and out: import, export."""
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
 from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT, torch_side
 from peakpoint.cli.space import progress
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, Error
 from peakpoint.repository import open_repository
 from peakpoint.rules import parse_all
 
@@ -66,7 +70,7 @@ def import_(
     renamed = dict(_pair(part) for part in parts)
     rules = None if texts is None else parse_all(texts)
     importing = torch_side("peakpoint.importing.everything", "import")
-    with progress("importing", _size(path)) as advance:
+    with _saying_what_came(root, run), progress("importing", _size(path)) as advance:
         report = importing.import_checkpoints(
             path,
             root,
@@ -86,12 +90,30 @@ def import_(
     if json:
         render.as_json({"dry_run": dry_run, **msgspec.to_builtins(report, enc_hook=str)})
     else:
-        _print_report(root, report, dry_run=dry_run, ruled=rules is not None)
+        _print_report(root, path, report, dry_run=dry_run, ruled=rules is not None)
     unreadable = [one for one in report.checkpoints if one.status == "unreadable"]
     for one in unreadable:
         click.echo(f"peakpoint: not imported: {one.error}", err=True)
     if unreadable:
         raise SystemExit(13)
+
+
+@contextlib.contextmanager
+def _saying_what_came(root: Path, run: str) -> Iterator[None]:
+    """After Ctrl-C, say what has come in."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        try:
+            there = len(open_repository(root).run(run).manifests())
+        except Error:
+            there = 0
+        click.echo(
+            f"peakpoint: {render.count(there, 'checkpoint')} in run {run}, each of them whole; the same command goes "
+            "on with the others",
+            err=True,
+        )
+        raise
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -106,35 +128,26 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _print_report(root: Path, report: Any, *, dry_run: bool, ruled: bool) -> None:
+def _print_report(root: Path, path: Path, report: Any, *, dry_run: bool, ruled: bool) -> None:
     console = render.console()
-    metrics = _columns(report.checkpoints)
-    table = Table(box=None, header_style="bold")
-    for title in ("file", "kind", "epoch", "step", *metrics, "parts", "size", "what"):
-        right = title in {"epoch", "step", "size", *metrics}
-        table.add_column(escape(title), justify="right" if right else "left", overflow="fold")
-    for one in report.checkpoints:
-        values = [render.number(one.metrics.get(metric)) for metric in metrics]
-        epoch = "" if one.epoch is None else str(one.epoch)
-        step = "" if one.step is None else str(one.step)
-        parts = escape(", ".join(one.parts))
-        what = "[red]unreadable[/]" if one.status == "unreadable" else one.status
-        table.add_row(
-            escape(one.path.name), escape(one.tool), epoch, step, *values, parts, render.size(one.size_bytes), what
-        )
-    console.print(table)
+    console.print(_table(report.checkpoints, console.width))
     for note, count in _counted(report):
         every = "" if count == len(report.checkpoints) else f" ({render.count(count, 'file')})"
         console.print(f"  {escape(note)}{every}")
     for note in report.notes:
         console.print(f"  {escape(note)}")
+    if any(one.step_counted for one in report.checkpoints):
+        console.print("  (N): no file tells this step: it is that of the moment before, or the number of the report")
     if report.others:
-        console.print(f"  not looked at: {escape(', '.join(path.name for path in report.others[:20]))}")
+        names = ", ".join(str(one.relative_to(path) if one != path else one) for one in report.others[:_NAMED])
+        more = f" and {len(report.others) - _NAMED} more" if len(report.others) > _NAMED else ""
+        console.print(f"  not looked at: {escape(names)}{more}")
     new = [one for one in report.checkpoints if one.status in {"imported", "linked", "planned"}]
     did = "would be imported" if dry_run else "imported"
     moments = render.count(report.reports, "moment")
     console.print(
-        f"{render.count(len(new), 'checkpoint')} {did} into run {escape(report.run)}; {moments} in its history"
+        f"{render.count(len(new), 'checkpoint')} {did} into run {escape(report.run)}{_others(report)}; "
+        f"{moments} in its history"
     )
     if new and not dry_run:
         where = f"{escape(str(root))} {escape(report.run)}"
@@ -145,10 +158,56 @@ def _print_report(root: Path, report: Any, *, dry_run: bool, ruled: bool) -> Non
             )
 
 
+def _others(report: Any) -> str:
+    """What has not come in now, and why not."""
+    counts = Counter(one.status for one in report.checkpoints)
+    words = {"there": "there already", "removed": "there once and removed since", "twin": "the same as another"}
+    return "".join(
+        f", {counts[status]} {_be(counts[status])} {text}" for status, text in words.items() if counts[status]
+    )
+
+
+def _be(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
+_NAMED = 20  # files that are named
+_TELLING = re.compile(r"(^|[/_.-])(val|acc|loss)", re.IGNORECASE)
+_RIGHT = {"epoch", "step", "size"}
+
+
 def _columns(checkpoints: Sequence[Any]) -> list[str]:
-    """The first metrics, as many as a table has room for."""
+    """The metrics that tell most, as many as a table has room for."""
     found = list({name: None for one in checkpoints for name in one.metrics})
-    return sorted(found, key=lambda name: name.startswith("best"))[:3]
+    return sorted(found, key=lambda name: (_TELLING.search(name) is None, name.startswith("best")))[:3]
+
+
+def _table(checkpoints: Sequence[Any], width: int) -> Table:
+    """One row for each source, with the columns that there is room for."""
+    metrics = _columns(checkpoints)
+    columns = {
+        "file": [one.path.name for one in checkpoints],
+        "kind": [one.tool for one in checkpoints],
+        "epoch": ["" if one.epoch is None else str(one.epoch) for one in checkpoints],
+        "step": [
+            "" if one.step is None else f"({one.step})" if one.step_counted else str(one.step) for one in checkpoints
+        ],
+        **{name: [render.number(one.metrics.get(name)) for one in checkpoints] for name in metrics},
+        "parts": [", ".join(one.parts) for one in checkpoints],
+        "size": [render.size(one.size_bytes) for one in checkpoints],
+        "what": [one.status for one in checkpoints],
+    }
+    for title in ("parts", "kind", "size", *reversed(metrics)):
+        if sum(2 + max(map(cell_len, (name, *cells))) for name, cells in columns.items()) > width:
+            del columns[title]
+    table = Table(box=None, header_style="bold")
+    for title in columns:
+        right = title in {*_RIGHT, *metrics}
+        table.add_column(escape(title), justify="right" if right else "left", overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
+        shown = ["[red]unreadable[/]" if cell == "unreadable" else escape(cell) for cell in cells]
+        table.add_row(*shown)
+    return table
 
 
 def _counted(report: Any) -> list[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """Export: a checkpoint, or parts of it, as one file that other tools open."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 
 from peakpoint import reader
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
-from peakpoint.manifest import Manifest
+from peakpoint.manifest import Manifest, metrics_to_json
 from peakpoint.repository import Repository
 from peakpoint.store import FileOps, translated
 from peakpoint.stored import check_part_of, read_state
@@ -25,8 +26,8 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     """Write parts of a checkpoint to a file of their own; atomic and durable.
 
     ``.safetensors`` holds the tensors of one part, under the keys of its state dict: tied weights are written under
-    each of their names. ``.pth`` and ``.pt`` are for ``torch.load``: the state dict itself for one part, a dict of
-    parts for several.
+    each of their names; its metadata tells run, name, step, epoch and metrics. ``.pth`` and ``.pt`` are for
+    ``torch.load``: the state dict itself for one part, a dict of parts for several.
 
     Args:
         repository: where from.
@@ -44,7 +45,8 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
         CorruptError: the checkpoint is damaged.
     """
     if to.suffix not in SUFFIXES:
-        raise ConfigError(f"cannot export to {to}: its name must end with {', '.join(SUFFIXES)}")
+        endings = f"{', '.join(SUFFIXES)} or .onnx"
+        raise ConfigError(f"cannot export to {to}: its name must end with {endings}; for a folder, say --format hf")
     if not to.absolute().parent.is_dir():
         raise NotFoundError(
             f"cannot export to {to}: the directory {to.absolute().parent} does not exist; make it first"
@@ -62,7 +64,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     with translated("write", to):
         try:
             if to.suffix == ".safetensors":
-                _write_safetensors(temporary, values)
+                _write_safetensors(temporary, values, manifest)
             else:
                 with temporary.open("wb") as file:  # a file of ours: its errors are OSErrors, not torch's own
                     torch.save(values[chosen[0]] if len(chosen) == 1 else values, file)
@@ -83,13 +85,31 @@ def default_part(manifest: Manifest) -> str:
     return having[0]
 
 
-def _write_safetensors(path: Path, values: dict[str, Any]) -> None:
+def _write_safetensors(path: Path, values: dict[str, Any], manifest: Manifest) -> None:
     if len(values) > 1:
         raise ConfigError(f"a .safetensors file holds one part, not {', '.join(values)}; export to .pth for several")
     (part, value), *_ = values.items()
     check_weights(part, value)
-    image = Staging().fill({path.name: value})[0]
-    path.write_bytes(image.data)
+    image = memoryview(Staging().fill({path.name: value})[0].data)
+    begin = 8 + int.from_bytes(image[:8], "little")
+    header = json.loads(bytes(image[8:begin]))
+    header["__metadata__"] |= _told(manifest)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors can be read in place
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(image[begin:])
+
+
+def _told(manifest: Manifest) -> dict[str, str]:
+    """What a file says of its checkpoint; the format has texts only."""
+    return {
+        "run": manifest.run,
+        "name": manifest.name,
+        "step": str(manifest.step),
+        **({} if manifest.epoch is None else {"epoch": str(manifest.epoch)}),
+        "metrics": json.dumps(metrics_to_json(manifest.metrics)),
+    }
 
 
 def check_weights(part: str, value: Any) -> None:

@@ -67,6 +67,7 @@ def export_onnx(
     if size > _LARGEST:
         raise ConfigError(f"the model has {size} bytes, and an ONNX file holds no more than {_LARGEST}")
     model.eval()
+    _try(model, arguments)
     temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
     with translated("write", to):
         try:
@@ -117,6 +118,24 @@ def _input(text: str) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def _try(model: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Run the model once: what is wrong with an input is said shortest by the model itself."""
+    try:
+        with torch.no_grad():
+            model(*arguments)
+    except _OF_THE_USER as error:
+        shapes = ", ".join(str(list(one.shape)) for one in arguments if isinstance(one, torch.Tensor))
+        raise ConfigError(f"the model does not compute this input, {shapes or arguments}: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost error in one line; torch's exporter wraps it in pages of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:500]}"
+
+
 def _write(model: torch.nn.Module, arguments: tuple[Any, ...], path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it would say which packages it has not found
     try:
@@ -126,7 +145,7 @@ def _write(model: torch.nn.Module, arguments: tuple[Any, ...], path: Path) -> No
         assert program is not None
         program.save(str(path), external_data=False)
     except _OF_THE_USER as error:
-        raise ConfigError(f"torch cannot export this model to ONNX: {str(error)[:1500]}") from error
+        raise ConfigError(f"torch cannot export this model to ONNX: {_cause(error)}") from error
 
 
 def _check(onnx: Any, path: Path, model: torch.nn.Module, arguments: tuple[Any, ...], *, compare: bool) -> str:

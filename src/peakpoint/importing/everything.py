@@ -15,6 +15,7 @@ from peakpoint.importing.foreign import EXTRA, Reading, keepable
 from peakpoint.importing.intake import Imported, Intake, Seen
 from peakpoint.importing.sources import Source, find, read
 from peakpoint.importing.timeline import timeline
+from peakpoint.importing.unpickling import check_inert
 from peakpoint.rules import Rule, check_rules
 from peakpoint.store import Store, open_store
 
@@ -84,6 +85,7 @@ def import_checkpoints(
 
     Raises:
         NotFoundError: there is nothing of that name.
+        ConfigError: an option that cannot be, or a rule by a metric that nothing has.
         FormatError: no checkpoint, or one that names what is not built from files.
         CorruptError: a file is cut short, or was changed during the import.
         ConflictError: the run holds checkpoints of a training, or newer ones than those to be imported.
@@ -99,9 +101,9 @@ def import_checkpoints(
         {'val_acc': 0.7}
     """
     names.check_run(run)
-    how = Reading(
-        parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=frozenset(inert), epochs_from=epochs_from
-    )
+    inert = frozenset(inert)
+    check_inert(inert)
+    how = Reading(parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=inert, epochs_from=epochs_from)
     if epochs_from not in (0, 1):
         raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is called 0 or 1")
     logs.check_how(join)
@@ -109,7 +111,10 @@ def import_checkpoints(
     sources, others = find(Path(path))
     seen, unreadable = _look(sources, how, skip=skip_unreadable or dry_run)
     seen, twins = _without_twins(seen)
+    _check_stripped(seen, strip_prefix)
     rows = [] if metrics is None else _shifted(logs.read(Path(metrics)), epochs_from)
+    if metrics is not None and seen:
+        _check_joins(seen, rows, join, Path(metrics))
     own = max((one.found.rows for one in seen), key=len, default=())
     moments, notes = timeline(seen, [*rows, *own], "step" if own and not rows else join)
     store = open_store(root)
@@ -118,11 +123,18 @@ def import_checkpoints(
     order = [number for moment in moments for number in moment.taken]
     known = sum(moment.known for moment in moments)
     if known < len(moments):
-        notes.append(f"{len(moments) - known} say neither epoch nor step: they come before all others")
+        lost = len(moments) - known
+        notes.append(
+            "1 says neither epoch nor step: it comes before all others"
+            if lost == 1
+            else f"{lost} say neither epoch nor step: they come before all others"
+        )
+    if epochs_from == 0 and min((moment.epoch for moment in moments if moment.epoch is not None), default=0) == 1:
+        notes.append("the first epoch is 1, and epochs count from 0: if they count from 1 there, say --epochs-from 1")
     return ImportReport(
         run=run,
         checkpoints=(*(done[number] for number in order), *twins, *unreadable),
-        reports=len(moments),
+        reports=intake.reports,
         others=tuple(others),
         notes=tuple(notes),
     )
@@ -140,6 +152,34 @@ def _shifted(rows: Sequence[logs.Row], first: int) -> list[logs.Row]:
     if any(row.epoch is not None and row.epoch < first for row in rows):
         raise ConfigError(f"the log has an epoch before {first}, which was said to be the first")
     return [row if row.epoch is None else replace(row, epoch=row.epoch - first) for row in rows]
+
+
+def _check_stripped(seen: Sequence[Seen], prefix: str) -> None:
+    if prefix and seen and not any(one.found.stripped for one in seen):
+        raise ConfigError(f"--strip-prefix {prefix}: no name of a tensor begins with it in any of the files")
+
+
+def _check_joins(seen: Sequence[Seen], rows: Sequence[logs.Row], how: str, path: Path) -> None:
+    """Refuse a log that has nothing to do with the files."""
+    files: dict[str, set[int | None]] = {logs.EPOCH: {one.epoch for one in seen}, logs.STEP: {one.step for one in seen}}
+    joined = {axis: sum(logs.key(row, axis) in here - {None} for row in rows) for axis, here in files.items()}
+    if any(count for axis, count in joined.items() if how in {"auto", axis}):
+        return
+    own: dict[str, set[int | None]] = {logs.EPOCH: {row.epoch for row in rows}, logs.STEP: {row.step for row in rows}}
+    other = next((f"; --join {axis} would join {count} of them" for axis, count in joined.items() if count), "")
+    raise ConfigError(
+        f"no row of {path} joins a checkpoint{'' if how == 'auto' else f' by {how}'}: its {len(rows)} rows have "
+        f"{_spread(own)}, and the files have {_spread(files)}{other}"
+    )
+
+
+def _spread(values: Mapping[str, set[int | None]]) -> str:
+    found = []
+    for axis, given in values.items():
+        numbers = sorted(number for number in given if number is not None)
+        many = f"{axis}s {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else ""
+        found.append(many or (f"{axis} {numbers[0]}" if numbers else f"no {axis}s"))
+    return " and ".join(found)
 
 
 def _look(sources: Sequence[Source], how: Reading, *, skip: bool) -> tuple[list[Seen], list[Imported]]:

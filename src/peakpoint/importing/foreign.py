@@ -58,6 +58,7 @@ class Foreign:
         rows: the history of metrics that came with it.
         notes: what became of what, a sentence each.
         optimizer: the optimizer's name as the file gives it, "" when it does not.
+        stripped: how many names of tensors were shortened.
         linkable: a safetensors file that is the whole part ``model``, with the bytes before its tensors.
     """
 
@@ -71,6 +72,7 @@ class Foreign:
     rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
     optimizer: str = ""
+    stripped: int = 0
     linkable: tuple[Path, FileRecord] | None = None
 
 

@@ -16,16 +16,17 @@ from peakpoint.clock import Clock
 from peakpoint.copying import NOTHING
 from peakpoint.errors import ConflictError, CorruptError, StoreError
 from peakpoint.importing.foreign import EXTRA, Foreign, Reading, keepable
+from peakpoint.importing.placing import COUNTED, OutOfPlaceError, Placed, placed
 from peakpoint.importing.sources import Source, read
 from peakpoint.importing.timeline import Moment
 from peakpoint.journal import Journal
-from peakpoint.manifest import FileRecord, Manifest, metrics_to_json
+from peakpoint.manifest import FileRecord, Manifest
 from peakpoint.notes import notes as notes_of
 from peakpoint.position import Position
 from peakpoint.reader import shelf
 from peakpoint.report import written_by
 from peakpoint.repository import Run, ensure_repository, ensure_run
-from peakpoint.rules import Rule, watched
+from peakpoint.rules import Rule, check_watched, watched
 from peakpoint.store import LocalStore, Store, holder_note
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
@@ -45,6 +46,7 @@ class Imported:
         tool: what wrote it, as far as can be told; its kind when it cannot be read.
         epoch: the epoch's index from 0, None when nothing tells it.
         step: steps completed; see ``peakpoint.importing.timeline`` for those that do not tell it.
+        step_counted: whether no file tells the step.
         metrics: of the moment, those of logs included.
         parts: names of the parts.
         size_bytes: of the source.
@@ -59,6 +61,7 @@ class Imported:
     tool: str
     epoch: int | None = None
     step: int | None = None
+    step_counted: bool = False
     metrics: Mapping[str, float]
     parts: tuple[str, ...] = ()
     size_bytes: int = 0
@@ -95,6 +98,7 @@ class Intake:
 
     Raises:
         ConflictError: the run holds something that these sources do not fit to.
+        ConfigError: a rule ranks by a metric that none of them has.
     """
 
     def __init__(
@@ -112,6 +116,8 @@ class Intake:
         self._rules, self._how, self._link = rules, how, link
         self._in_force = rules or ()
         self._look()
+        known = (*(moment.metrics for moment in moments), *(one.metrics for one in journals.history(self._events)))
+        check_watched(self._in_force, {name for metrics in known for name in metrics})
 
     def _look(self) -> None:
         there = shelf(self._store, self._run)
@@ -130,18 +136,23 @@ class Intake:
             for one in self._seen
             if one.digest not in self._there and any(one.digest[:_SHORT] in reason for reason in reasons)
         }
-        newest = self._manifests[-1].report if self._manifests else 0
-        for report, number, moment in self._each():
-            old = self._there.get(self._seen[number].digest)
-            if old is not None:
-                fits = _facts(old.report, old) == _facts(report, moment)
-            else:
-                fits = report >= newest or not self._is_new(number)
-            if not fits:
-                raise ConflictError(
-                    f"run {self._run!r} was imported with other files, metrics or options, and "
-                    f"{self._seen[number].source.path} is not where it would be now: import all into another run"
-                )
+        self._placed = self._places()
+
+    def _places(self) -> list[Placed]:
+        newest = self._manifests[-1] if self._manifests else None
+        digests = dict(enumerate(one.digest for one in self._seen))
+        try:
+            return placed(
+                self._moments,
+                {number: self._there[digest] for number, digest in digests.items() if digest in self._there},
+                frozenset(number for number, digest in digests.items() if digest in self._gone),
+                newest,
+                [] if newest is None else journals.history(self._events, newest.id),
+                [] if newest is None else [one for one in journals.history(self._events) if one.report > newest.report],
+            )
+        except OutOfPlaceError as error:
+            which = "a row of the metrics" if error.number is None else str(self._seen[error.number].source.path)
+            raise ConflictError(f"{which} does not go into run {self._run!r}: {error}") from error
 
     def _is_new(self, number: int) -> bool:
         return self._seen[number].digest not in {*self._there, *self._gone}
@@ -150,7 +161,15 @@ class Intake:
     def complete(self) -> bool:
         """Whether there is nothing to do."""
         new = any(self._is_new(number) for number in range(len(self._seen)))
-        return not new and self._rules is None and len(journals.history(self._events)) >= len(self._moments)
+        untold = any(place.new for place in self._placed)
+        enough = len(journals.history(self._events)) >= max((place.report for place in self._placed), default=0)
+        return not new and self._rules is None and (enough or not untold)
+
+    @property
+    def reports(self) -> int:
+        """How many moments the run has when it is done."""
+        there = self._manifests[-1].report if self._manifests else 0
+        return max([there, *(place.report for place in self._placed)])
 
     def _told(self, number: int, moment: Moment, name: str | None, status: str, *more: str) -> Imported:
         one = self._seen[number]
@@ -159,6 +178,7 @@ class Intake:
             tool=one.found.tool,
             epoch=moment.epoch,
             step=moment.step,
+            step_counted=moment.counted,
             metrics=moment.metrics,
             parts=(*one.found.parts, *([EXTRA] if one.found.extra else ())),
             size_bytes=one.source.size_bytes,
@@ -169,9 +189,9 @@ class Intake:
 
     def _each(self) -> Iterator[tuple[int, int, Moment]]:
         """Number of the report, number of the source, moment."""
-        for report, moment in enumerate(self._moments, 1):
-            for number in moment.taken:
-                yield report, number, moment
+        for place in self._placed:
+            for number in place.moment.taken:
+                yield place.report, number, place.moment
 
     def preview(self) -> dict[int, Imported]:
         """What would be done."""
@@ -189,7 +209,10 @@ class Intake:
         hold = self._store.hold(layout.writer_lock(self._run), holder_note(now))
         try:
             self._look()  # somebody may have written since
-            by = written_by() | {"tool": "peakpoint import", "source": str(self._seen[0].source.path.parent.absolute())}
+            by = written_by(trains=False) | {
+                "tool": "peakpoint import",
+                "source": str(self._seen[0].source.path.parent.absolute()),
+            }
             ensure_run(self._store, self._run, now, by, self._rules or ())
             clean_run(self._store, self._run, now)
             there = Run(self._store, self._run)
@@ -211,17 +234,16 @@ class Intake:
         state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
         journal.append(journals.Opened(at=journal.now(), by=by, rules=texts, state=state))
         parent = self._manifests[-1] if self._manifests else None
-        told = 0 if parent is None else parent.report
-        journal.append(
-            journals.Started(at=journal.now(), checkpoint=None if parent is None else parent.id, report=told)
-        )
+        origin = (None, 0) if parent is None else (parent.id, parent.report)
+        journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
         self._unpin(journal)
         used = [event.sequence for event in self._events if isinstance(event, journals.Saved)]
         sequence = max([*used, *(one.sequence for one in self._manifests)], default=0)
         buffer = Staging()
         done: dict[int, Imported] = {}
-        for report, moment in enumerate(self._moments, 1):
-            if report > told:
+        for place in self._placed:
+            report, moment = place.report, place.moment
+            if place.new:
                 at = journal.now()
                 journal.append(
                     journals.Reported(
@@ -367,7 +389,12 @@ class Intake:
             parent=None if parent is None else parent.id,
             forks=() if parent is None else parent.forks,
             created_at=datetime.fromtimestamp(max(time for _, time in one.stamp) / 1e9, UTC),
-            written_by={**written_by(), PLACE: str(path.absolute()), DIGEST: one.digest},
+            written_by={
+                **written_by(trains=False),
+                PLACE: str(path.absolute()),
+                DIGEST: one.digest,
+                **({COUNTED: "no file tells it"} if moment.counted else {}),
+            },
             timing={},
         )
 
@@ -375,11 +402,6 @@ class Intake:
 _PINNED = "imported from "
 _ALIGNED = 8  # bytes: what tensors of every element type need
 _SHORT = 16
-
-
-def _facts(report: int, of: Manifest | Moment) -> tuple[object, ...]:
-    """What makes an import another one; NaN is the same as NaN."""
-    return report, of.step, of.epoch, metrics_to_json(of.metrics)
 
 
 def _spans(record: FileRecord) -> tuple[Span, ...]:

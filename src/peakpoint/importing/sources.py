@@ -18,7 +18,7 @@ from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.importing import unpickling
 from peakpoint.importing.distributed import read_folder
 from peakpoint.importing.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
-from peakpoint.importing.logs import EPOCH, STEP, STEPS, Row, as_number, merged, row_of, whole
+from peakpoint.importing.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of, whole
 from peakpoint.layout import REPOSITORY
 from peakpoint.manifest import FileRecord, TensorRecord
 from peakpoint.store import translated
@@ -152,15 +152,19 @@ def read(source: Source, how: Reading) -> Foreign:
 
 
 def _stripped(found: Foreign, prefix: str) -> Foreign:
-    parts = dict(found.parts)
+    parts, count, total = dict(found.parts), 0, 0
     for part in ("model", "ema"):
         if part in parts:
+            count += sum(key.startswith(prefix) for key in parts[part])
+            total += len(parts[part])
             renamed = {key.removeprefix(prefix): value for key, value in parts[part].items()}
             if len(renamed) < len(parts[part]):
                 raise FormatError(f"taking {prefix!r} from the names of {part} makes two of them the same")
             parts[part] = renamed
-    note = f"{prefix!r} was taken from the names of tensors"
-    return replace(found, parts=parts, notes=(*found.notes, note), linkable=None)
+    note = f"{prefix!r} was taken from {count} of {total} names of tensors"
+    return replace(
+        found, parts=parts, notes=(*found.notes, note), linkable=None if count else found.linkable, stripped=count
+    )
 
 
 def _torch(source: Source, how: Reading) -> Foreign:
@@ -213,11 +217,22 @@ def _safetensors(source: Source, how: Reading) -> Foreign:  # noqa: ARG001 - all
         tool="safetensors",
         epoch=whole(given.get(EPOCH)),
         step=whole(step),
+        metrics=_metrics(metadata.get("metrics", "")),
         parts={"model": tensors},
         extra=extra,
         notes=("all tensors -> model", *(["metadata -> extra"] if extra else [])),
         linkable=(source.path, record),
     )
+
+
+def _metrics(text: str) -> dict[str, float]:
+    """The metrics that an export of Peakpoint tells as JSON; nothing from another text."""
+    try:
+        found = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+    given = found.items() if isinstance(found, dict) else ()
+    return {metric_name(key): number for key, value in given if (number := as_number(value)) is not None}
 
 
 # --- folders of Hugging Face --------------------------------------------------------------------------------------

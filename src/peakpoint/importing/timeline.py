@@ -33,6 +33,7 @@ class Moment:
         metrics: of this moment.
         taken: numbers of the checkpoints of this moment, as they were given.
         known: whether the checkpoints say where they were taken.
+        counted: whether the step is no file's, but made up; see ``timeline``.
     """
 
     epoch: int | None
@@ -40,6 +41,7 @@ class Moment:
     metrics: Mapping[str, float]
     taken: tuple[int, ...] = ()
     known: bool = True
+    counted: bool = False
 
 
 @dataclass(slots=True)
@@ -124,12 +126,13 @@ def _order(place: _Place, axis: str | None) -> tuple[int, int]:
 def _numbered(lost: Sequence[int], ordered: Sequence[_Place], checkpoints: Sequence[Taken]) -> list[Moment]:
     """Steps for those that have none: of the moment before; where nobody tells a step, the number of the report."""
     moments = [
-        Moment(None, 0 if ordered else report, dict(checkpoints[number].metrics), (number,), known=False)
+        Moment(None, 0 if ordered else report, dict(checkpoints[number].metrics), (number,), known=False, counted=True)
         for report, number in enumerate(lost, 1)
     ]
     told = any(place.step is not None for place in ordered)
     step = 0
     for report, place in enumerate(ordered, len(lost) + 1):
         step = place.step if place.step is not None else (step if told else report)
-        moments.append(Moment(place.epoch, step, place.metrics, tuple(place.taken)))
+        counted = place.step is None
+        moments.append(Moment(place.epoch, step, place.metrics, tuple(place.taken), counted=counted))
     return moments

@@ -16,6 +16,7 @@ import pathlib
 import pickle
 import pickletools
 import re
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -27,7 +28,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from peakpoint.errors import CorruptError, FormatError, MissingExtraError
+from peakpoint.errors import ConfigError, CorruptError, FormatError, MissingExtraError
 from peakpoint.store import translated
 
 _LARGEST_PICKLE = 1024**3  # bytes without tensors
@@ -190,8 +191,8 @@ def _build(source: Path | bytes, where: str, inert: Collection[str], *, mapped: 
         raise FormatError(f"{where}: {error}") from error
     except RecursionError as error:
         raise FormatError(f"{where} is nested too deep") from error
-    except UNREADABLE as error:
-        raise CorruptError(f"{where} is damaged, or no file of torch.save: {str(error)[:300]}") from error
+    except UNREADABLE:  # not chained: torch's text recommends to load the file without any restriction
+        raise CorruptError(f"{where} is damaged, or no file of torch.save: its pickle cannot be built") from None
 
 
 def require_torch() -> None:
@@ -219,7 +220,10 @@ def _check_kind(source: Path | bytes, where: str) -> bool:
     if not begin:
         raise CorruptError(f"{where} is empty")
     if begin[:1] == b"\x80":
-        raise FormatError(f"{where} is a plain pickle and not a file of torch.save: save its content with torch.save")
+        raise FormatError(
+            f"{where} is a plain pickle, which Peakpoint does not read, and not a file of torch.save; if you trust it, "
+            "convert it yourself in an environment without anything to lose"
+        )
     raise FormatError(f"{where} is no file of torch.save: it is neither a zip archive nor a pickle with torch's mark")
 
 
@@ -248,7 +252,7 @@ def _zipped_pickle(source: Path | bytes, where: str) -> list[bytes]:
             raise FormatError(f"{where} is a zip archive, but torch.save did not write it: it has no data.pkl")
         return [archive_reader.get_record("data.pkl")]
     except RuntimeError as error:
-        raise CorruptError(f"{where} is cut short or damaged: {str(error)[:300]}") from error
+        raise CorruptError(f"{where} is cut short or damaged: torch cannot read its archive") from error
 
 
 def _legacy_pickles(source: Path | bytes, where: str) -> list[bytes]:
@@ -305,8 +309,8 @@ def _name_at(data: bytes, begin: int) -> tuple[str, str]:
 
 def _other_protocol(where: str, what: str) -> str:
     return (
-        f"{where} is a pickle with {what}, and not of the protocol that torch.save uses: load it where you trust it "
-        "and save it again without pickle_protocol="
+        f"{where} is a pickle with {what}, and not of the protocol that torch.save uses; {_ELSEWHERE}, "
+        "without pickle_protocol="
     )
 
 
@@ -319,11 +323,46 @@ def check_globals(names: Collection[str], where: str, inert: Collection[str] = (
     foreign = [name for name in names if not (name in _PLAIN or name in _OURS or name in inert)]
     if not foreign:
         return
-    raise FormatError(
+    refused = (
         f"{where} names {', '.join(foreign)}: Peakpoint builds no such thing from a file, and has run nothing of it. "
-        f"A plain class can be kept as a record of its values with --inert {foreign[0]} (inert= in Python); otherwise "
-        "load the file where you trust it and save the state dicts again with torch.save"
     )
+    if all(_could_be_plain(name) for name in foreign):
+        options = " ".join(f"--inert {name}" for name in foreign)
+        what = "it is a plain class" if len(foreign) == 1 else "they are plain classes"
+        raise FormatError(
+            f"{refused}If {what} of yours, {options} (inert= in Python) keeps a record of the values; otherwise "
+            f"{_ELSEWHERE}"
+        )
+    raise FormatError(
+        f"{refused}A checkpoint needs no such thing, so the file may mean harm. {_ELSEWHERE.capitalize()}"
+    )
+
+
+_ELSEWHERE = "if you trust it, load it in an environment without anything to lose, and save its state dicts from there"
+_OF_OTHERS = {*sys.stdlib_module_names, "functorch", "numpy", "torch", "torchgen"} - {"__main__"}
+
+
+def _is_of_others(name: str) -> bool:
+    return name.partition(".")[0] in _OF_OTHERS or "." not in name
+
+
+def _could_be_plain(name: str) -> bool:
+    """Whether it could be a plain class of somebody's training, to judge by its name."""
+    return not _is_of_others(name) and name.rpartition(".")[2].lstrip("_")[:1].isupper()
+
+
+def check_inert(names: Collection[str]) -> None:
+    """Refuse what is no class of the user's code.
+
+    Raises:
+        ConfigError: it belongs to the standard library, NumPy or torch, or names no module.
+    """
+    for name in names:
+        if _is_of_others(name):
+            raise ConfigError(
+                f"--inert {name}: only plain classes of your own code can be kept as records, such as "
+                "mypackage.Config, and nothing of the standard library, of NumPy or of torch"
+            )
 
 
 class _Thaw:
