@@ -1,6 +1,8 @@
 """The command line by hand: what it prints, its exit codes, what it imports, and what it exports."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 import peakpoint as pp
 from peakpoint.cli import render
 from peakpoint.cli.main import _MODULES, cli
+from peakpoint.rules import check_watched, parse_all
 from training import checkpointer
 
 MODULE = [sys.executable, "-m", "peakpoint"]
@@ -271,6 +274,20 @@ def test_keep_shows_a_plan_and_removes_with_yes(root):
     assert "nothing would go" in invoke("keep", root, "one").output
 
 
+@pytest.mark.parametrize(
+    "words", [["keep", "{root}", "one", "--rules", "last:1", "--yes"], ["rm", "{root}", "one:epoch=1", "--yes"]]
+)
+def test_the_commands_that_are_printed_can_be_pasted(root, words):
+    assert " " in str(root)
+    names = {one.name for one in pp.open(root).run("one").checkpoints()}
+    text = invoke(*(word.format(root=root) for word in words)).output
+    undo, empty = (line.strip() for line in text.splitlines() if line.startswith("  peakpoint "))
+    assert len(pp.open(root).run("one").checkpoints()) < 3
+    assert "is back" in invoke(*shlex.split(undo)[1:]).output
+    assert {one.name for one in pp.open(root).run("one").checkpoints()} == names
+    assert "the trash is empty" in invoke(*shlex.split(empty)[1:]).output
+
+
 def test_neither_keep_nor_rm_takes_the_newest_good_one(root):
     best, good, newest = pp.open(root).run("one").checkpoints()
     (newest.path / "optimizer.safetensors").write_bytes(b"cut short")
@@ -307,6 +324,23 @@ def test_rules_that_cannot_be_are_refused(root, wrong):
     assert done.returncode == pp.ConfigError.exit_code
     assert done.stderr.startswith("peakpoint: ")
     assert len(pp.open(root).run("one").checkpoints()) == 3
+
+
+@pytest.mark.parametrize("how", [[], ["--yes", "--undo-for", "0"], ["--what-if"], ["--yes", "--archive"], ["--json"]])
+def test_a_metric_that_nothing_has_is_refused_before_the_best_goes(root, how):
+    for rule in ("best:val/[red]ac:max", "pareto:val/[red]acc:max:val/[red]ac:min"):
+        words = f"no report has the metric 'val/[red]ac' of the rule {rule}; did you mean 'val/[red]acc'?"
+        with pytest.raises(pp.ConfigError, match=re.escape(words)):
+            invoke("keep", root, "one", "--rules", f"{rule} last:1", *how)
+    assert len(pp.open(root).run("one").checkpoints()) == 3
+
+
+def test_metrics_that_were_measured_later_and_those_awaited_are_none_that_nothing_has(root):
+    invoke("record", root, "one:epoch=1", "bleu=0.5")
+    assert invoke("keep", root, "one", "--rules", "best:bleu:max last:1").exit_code == 0
+    assert invoke("keep", root, "one", "--rules", "best:rouge:max:pending=2 last:1").exit_code == 0
+    with pytest.raises(pp.ConfigError, match=r"'sparsty' of the rule best-at:bleu:.*; there are bleu, val/"):
+        check_watched(parse_all("best-at:bleu:max:sparsty:0.5:0.01"), {"bleu", "val/acc"})
 
 
 def test_what_if_says_whether_the_peak_survives(root):

@@ -1,6 +1,7 @@
 """Tables for people, JSON for programs. Nothing here decides anything."""
 
 import math
+import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from peakpoint.rules import Claim, ranked, watched
 if TYPE_CHECKING:
     from peakpoint.catalogue import Listed
 
+_NAMED = 10  # things that one command names
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 
 
@@ -90,14 +92,27 @@ def waits(manifest: Manifest) -> str:
     return ", ".join(known) or "not recorded"
 
 
-def undo_hint(root: Path, undo_for: timedelta) -> str:
-    """What to do when it was a mistake."""
+def command(*words: object) -> str:
+    """A command of ours that can be pasted into a shell."""
+    return "peakpoint " + shlex.join(map(str, words))
+
+
+def undo_hint(root: Path, gone: Sequence[str], undo_for: timedelta) -> str:
+    """What to do when it was a mistake.
+
+    Args:
+        root: the repository.
+        gone: what went, each as RUN/NAME.
+        undo_for: how long it can be brought back.
+    """
     if not undo_for:
         return "the space is free; this cannot be taken back"
     until = datetime.now(UTC) + undo_for
+    some = "it" if len(gone) == 1 else "them" if len(gone) <= _NAMED else "each of them by its name"
     return (
-        f"peakpoint undo brings back what is gone until {until:%Y-%m-%d %H:%M} UTC; "
-        f"peakpoint trash {root} --empty frees the space now"
+        f"until {until:%Y-%m-%d %H:%M} UTC this brings {some} back:\n"
+        f"  {command('undo', root, *(gone if len(gone) <= _NAMED else gone[:1]))}\n"
+        f"and this frees the space now:\n  {command('trash', root, '--empty')}"
     )
 
 

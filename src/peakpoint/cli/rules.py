@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from peakpoint.notes import all_known
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
 from peakpoint.retention import Plan
-from peakpoint.rules import FORMS, Rule, moment_text, parse_all
+from peakpoint.rules import FORMS, Rule, check_watched, moment_text, parse_all
 
 GB = 1e9
 
@@ -61,6 +61,8 @@ def keep(
     rules = run.rules() if text is None else parse_all(text)
     if not rules:
         raise ConfigError(f"no rules: run {name!r} has none in force; give some with --rules, such as last:3")
+    if text is not None:
+        _check_metrics(run, rules)
     if what_if:
         _what_if(run, rules, price, json=json)
         return
@@ -79,10 +81,16 @@ def keep(
     elif not decided.remove and not decided.drop:
         click.echo("nothing would go")
     elif apply_now:
-        _print_done(root, decided, failures, undo_for, archive=archive)
+        _print_done(root, run, decided, failures, undo_for, archive=archive)
     else:
         click.echo(f"nothing is removed yet; add --yes to {'archive' if archive else 'remove'}")
     _leave_with(failures)
+
+
+def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
+    """Refuse a metric that no report and no checkpoint of the run has."""
+    reported = (event.metrics for event in run.events() if isinstance(event, journals.Reported))
+    check_watched(rules, {name for metrics in (*reported, *(one.metrics for one in run.known(()))) for name in metrics})
 
 
 def _leave_with(failures: Sequence[str]) -> None:
@@ -101,14 +109,18 @@ def _carry_out(
     return failures + upkeep.apply_plan(run, replace(decided, remove=()), None, undo_for=undo_for)
 
 
-def _print_done(root: Path, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool) -> None:
+def _print_done(
+    root: Path, run: Run, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool
+) -> None:
     parts = f", dropped parts of {len(decided.drop)}" if decided.drop else ""
     failed = f"; {len(failures)} failed" if failures else ""
     click.echo(
         f"{'archived' if archive else 'removed'} {render.count(len(decided.remove), 'checkpoint')}{parts}{failed}"
     )
     if decided.drop or not archive:
-        click.echo(render.undo_hint(root, undo_for))
+        gone = [f"{run.name}/{removal.manifest.name}" for removal in decided.remove if not archive]
+        gone += [f"{run.name}/{thinning.manifest.name}" for thinning in decided.drop]
+        click.echo(render.undo_hint(root, gone, undo_for))
 
 
 def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
@@ -230,7 +242,8 @@ def explain(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         life = _gone(run, ref)
         if life is None:
             raise NotFoundError(f"{error}; the journal knows of no removed one either") from error
-        _explain_gone(life, json=json)
+        there = {one.manifest.id: one.until for one in upkeep.in_trash(run) if not one.parts}
+        _explain_gone(root, run, life, there.get(life.saved.checkpoint), json=json)
         return
     _explain_here(run, manifest, json=json)
 
@@ -297,7 +310,8 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         console.print(f"[dim]{escape(rule)} does not claim it but {escape(shown or 'nothing')}[/]")
 
 
-def _explain_gone(life: Life, *, json: bool) -> None:
+def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, json: bool) -> None:
+    """What became of it; until when it is in the trash, if it still is."""
     removed = life.removed
     assert removed is not None
     if json:
@@ -311,6 +325,7 @@ def _explain_gone(life: Life, *, json: bool) -> None:
                 "metrics": dict(life.record.metrics),
                 "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
                 "removed": {"at": removed.at, "reason": removed.reason, "by": removed.by, "until": removed.until},
+                "in_trash": until is not None,
                 "claimed_instead": {rule: list(claimed) for rule, claimed in life.beaten},
             }
         )
@@ -323,8 +338,11 @@ def _explain_gone(life: Life, *, json: bool) -> None:
     for reason in life.saved.reasons:
         console.print(f"  - {escape(reason)}")
     console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
-    if removed.until is not None:
-        console.print(f"in the trash until {removed.until:%Y-%m-%d %H:%M} UTC; peakpoint undo brings it back")
+    if until is not None:
+        back = escape(render.command("undo", root, f"{run.name}/{life.saved.name}"))
+        console.print(f"in the trash until {until:%Y-%m-%d %H:%M} UTC; {back} brings it back", soft_wrap=True)
+    elif removed.until is not None:
+        console.print("it was in the trash, and its files are gone for good")
     for rule, claimed in life.beaten:
         console.print(f"  [cyan]{escape(rule)}[/] kept instead")
         for line in claimed[:3] or ("nothing",):

@@ -97,7 +97,10 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
     if len(listed) < runs:
         console.print(f"[dim]and {render.count(runs - len(listed), 'more run')}; --all lists them all[/]")
     console.print(f"{render.count(runs, 'run')}, {render.count(checkpoints, 'checkpoint')}, {render.size(size)}")
-    console.print(f"[dim]peakpoint ls {escape(str(root))} RUN tells why each checkpoint of a run is kept[/]")
+    console.print(
+        f"[dim]{escape(render.command('ls', root, 'RUN'))} tells why each checkpoint of a run is kept[/]",
+        soft_wrap=True,
+    )
 
 
 def _tell_unread(repository: Repository) -> None:

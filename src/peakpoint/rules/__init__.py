@@ -12,7 +12,8 @@ what was claimed stays claimed after everything else but the newest is removed; 
 value that is not finite never wins; ties go to the earlier record. ``Budget`` is the exception: it wants less.
 """
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 from typing import get_args
 
 from peakpoint.errors import ConfigError
@@ -56,6 +57,7 @@ __all__ = [
     "by_sequence",
     "check_mode",
     "check_rules",
+    "check_watched",
     "claims",
     "lineage",
     "mode_of",
@@ -114,3 +116,37 @@ def wanted(rules: Iterable[Rule], existing: Sequence[Record], moment: Record) ->
 def watched(rules: Iterable[Rule]) -> tuple[tuple[str, Mode], ...]:
     """The metrics that rules rank by, with their directions, in the order of the rules, once each."""
     return tuple(dict.fromkeys(pair for rule in rules for pair in rule.ranks_by))
+
+
+def check_watched(rules: Iterable[Rule], metrics: Collection[str]) -> None:
+    """Refuse rules by metrics that nothing has: a misspelt one claims nothing, and the best would go.
+
+    Rules with ``pending=`` are left alone: they wait for values.
+
+    Args:
+        rules: those that somebody has written by hand.
+        metrics: all that reports and checkpoints have.
+
+    Raises:
+        ConfigError: a metric that none of them has; names near ones.
+
+    Example:
+        >>> check_watched(parse_all("best:val_acuracy:max"), {"val_accuracy"})
+        Traceback (most recent call last):
+        ...
+        peakpoint.errors.ConfigError: no report has the metric 'val_acuracy' of the rule best:val_acuracy:max; did you \
+mean 'val_accuracy'?
+    """
+    for rule in rules:
+        if getattr(rule, "pending", 0):
+            continue
+        names = [name for name, _ in rule.ranks_by] + ([rule.sparsity] if isinstance(rule, BestAtSparsity) else [])
+        for name in names:
+            if name not in metrics:
+                near = difflib.get_close_matches(name, metrics, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _some(metrics)
+                raise ConfigError(f"no report has the metric {name!r} of the rule {rule.text}; {hint}")
+
+
+def _some(metrics: Collection[str]) -> str:
+    return f"there are {', '.join(sorted(metrics)[:10])}" if metrics else "there are no metrics at all"
