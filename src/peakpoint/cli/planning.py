@@ -15,7 +15,7 @@ from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, reads
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError
-from peakpoint.journal import Reported, history
+from peakpoint.journal import Reported, Saved, history
 from peakpoint.planning import architectures, optimizers, sizes
 from peakpoint.planning.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.planning.intervals import Failures, daly, young
@@ -58,7 +58,7 @@ _LEAST = click.IntRange(min=1)
 @click.option("--rules", "text", help=f"Rules, separated by spaces; those of the run by default. Forms: {FORMS}.")
 @click.option("--reports-per-epoch", type=_LEAST, help="How often the loop reports; once by default.")
 @click.option("--steps-per-epoch", type=_LEAST, help="Optimizer steps of an epoch, for rules that count them.")
-@click.option("--epoch-time", callback=_DURATION, help="How long an epoch takes, such as 5min.")
+@click.option("--epoch-time", callback=_DURATION, help="How long an epoch takes without saves, such as 5min.")
 @click.option("--sparsity", callback=reads(_points), help="EPOCH:SPARSITY pairs such as 0:0,50:0.9, straight between.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the curve that rises and then degrades.")
 @click.option("--archive-ratio", type=click.FloatRange(min=0, min_open=True), help="What the archive leaves of a byte.")
@@ -176,7 +176,7 @@ def _of_run(run: Run, rules: Sequence[Rule] | None, given: dict[str, Any]) -> _B
             )
     packed = render.packed_sizes(run, manifests)
     whole = sum(one.size_bytes for one in manifests if one.id in packed)
-    measured = pace(reports)
+    measured = pace(reports, manifests, {event.report for event in events if isinstance(event, Saved)})
     per_epoch = given["reports_per_epoch"] or measured.reports_per_epoch
     epochs = given["epochs"] or measured.epochs
     if not epochs:
