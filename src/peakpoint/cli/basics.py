@@ -61,7 +61,7 @@ def _facts(
     root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
-    metrics = "\n".join(f"{name} = {value:.9g}" for name, value in manifest.metrics.items())
+    metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
     return [
         ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
         ("id", manifest.id),
@@ -234,7 +234,7 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
         console.print(f"[bold]{escape(manifest.run)}/{escape(manifest.name)}[/]")
         console.print(f"  frees {render.size(manifest.size_bytes)}; was kept because:")
         for claim in claims:
-            console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
+            console.print(f"  - {render.claim_text(claim)}")
 
 
 # --- demo ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from rich.table import Table
 from peakpoint import journal as journals
 from peakpoint import packs, upkeep
 from peakpoint.archiving import unarchived
-from peakpoint.cli import render
+from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
+from peakpoint.cli.fitting import Column
 from peakpoint.dropping import records
 from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.lives import Life, Replay, lives, replay, typical_size
@@ -127,20 +128,22 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
     console = render.console()
     console.print(f"[bold]{escape(run.name)}[/] under {escape(' '.join(rule.text for rule in rules))}")
     manifests = run.manifests()
-    table = Table(box=None, header_style="bold")
-    for title in ("", "checkpoint", "size", "why"):
-        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
     going = {removal.manifest.id: removal for removal in decided.remove}
     losing = {thinning.manifest.id: ", ".join(thinning.parts) for thinning in decided.drop}
+    marks, whys = [], []
     for manifest in manifests:
-        if manifest.id in going:
-            mark, why = "[red]goes[/]", escape(going[manifest.id].reason)
-        else:
-            lost = losing.get(manifest.id)
-            mark = "[green]stays[/]" if lost is None else f"[yellow]loses {escape(lost)}[/]"
-            why = render.claims_text(decided.keep.get(manifest.id, ()))
-        table.add_row(mark, escape(manifest.name), render.size(manifest.size_bytes), why)
-    console.print(table)
+        lost, removal = losing.get(manifest.id), going.get(manifest.id)
+        stays = "[green]stays[/]" if lost is None else f"[yellow]loses {escape(lost)}[/]"
+        marks.append(stays if removal is None else "[red]goes[/]")
+        claims = decided.keep.get(manifest.id, ())
+        whys.append(render.claims_text(claims) if removal is None else escape(removal.reason))
+    columns = [
+        Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
+        Column("", marks, right=False),
+        Column("size", [render.size(manifest.size_bytes) for manifest in manifests]),
+    ]
+    if manifests:
+        console.print(fitting.with_reasons(console, columns, ["size"], "why", whys))
     total = sum(manifest.size_bytes for manifest in manifests)
     console.print(
         f"{len(manifests) - len(going)} of {render.count(len(manifests), 'checkpoint')} stay, "
@@ -291,7 +294,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         console.print(f"  - {escape(reason)}")
     console.print("kept because" if claims else "[yellow]kept by nothing: the next save of this run removes it[/]")
     for claim in claims:
-        console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
+        console.print(f"  - {render.claim_text(claim)}")
     for record in dropped:
         console.print(
             f"without {escape(', '.join(record.parts))} since {record.at:%Y-%m-%d %H:%M}: {escape(record.why)}"
