@@ -400,6 +400,11 @@ def test_what_if_says_whether_the_peak_survives(root):
     found = json.loads(invoke("keep", root, "one", "--what-if", "--price", "10", "--json").output)
     assert [one["epoch"] for one in found["kept"]] == [1, 2, 3]
     assert found["per_month"] == pytest.approx(found["bytes_kept"] / 1e9 * 10)
+    assert json.loads(invoke("keep", root, "one", "--what-if", "--json").output)["per_month"] is None
+    assert "a month" not in invoke("keep", root, "one", "--what-if").output
+    assert re.search(
+        r"kept \(0\.\d+ a month at 10 a GB\), ", invoke("keep", root, "one", "--what-if", "--price", 10).output
+    )
     assert len(pp.open(root).run("one").checkpoints()) == 3
 
 

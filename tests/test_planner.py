@@ -520,6 +520,22 @@ def test_the_sparsity_of_a_run_is_the_one_that_it_reported(tmp_path):
     assert as_json(tmp_path, "r", "--rules", "last:2:parts=n")["outlooks"][0]["kept"] == 2
 
 
+def test_nothing_that_is_kept_takes_no_archive():
+    words = ["--params", "1e6", "--optimizer", "adamw", "--epochs", "3", "--rules", "every:5ep"]
+    assert as_json(*words)["checkpoint_bytes"] == pytest.approx(12e6, rel=0.01)
+    text = invoke(*words, "--price", 1, "--bandwidth", "1Gbit/s").output
+    assert "\nnothing is kept at the end\n" in text
+    assert "0 B, " not in text
+
+
+@pytest.mark.parametrize("command", ["keep", "plan"])
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_help_has_every_form_of_a_rule_on_a_line(command, width):
+    lines = CliRunner().invoke(cli, [command, "--help"], terminal_width=width).output.splitlines()
+    forms = rules.FORMS.partition(";")[0].split()
+    assert [line.strip() for line in lines if line.strip() in forms] == forms
+
+
 def test_the_command_lists_the_presets():
     rows = as_json("--presets")["presets"]
     assert [row["name"] for row in rows] == list(architectures.NAMES)
@@ -547,6 +563,7 @@ def test_the_page_has_the_figures_of_the_presets():
         (["--params", "abc"], "--params='abc' is no number"),
         (["--params", "10M", "--epochs", "3", "--rules", "last:1"], "what the optimizer holds"),
         (PLAN, "needs --epochs and --rules"),
+        (["--preset", "lenet5"], "there is no preset 'lenet5'; did you mean 'lenet-5'"),
         ([*PLAN, "--rules", "newest:3"], "not a rule"),
         ([*PLAN, "--rules", "last:1", "--bandwidth", "fast"], "is no rate"),
         ([*PLAN, "--rules", "last:1", "--sparsity", "half"], "is no schedule"),

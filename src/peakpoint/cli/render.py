@@ -131,6 +131,11 @@ def rounded(difference: float, *of: float) -> float:
     return round(difference, 5 - math.floor(math.log10(scale))) or difference
 
 
+def money(value: float) -> str:
+    """A price, with two digits of what is below 1."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.2g}"
+
+
 def age(moment: datetime, now: datetime | None = None) -> str:
     """``"3 min ago"``."""
     seconds = ((now or datetime.now(UTC)) - moment).total_seconds()

@@ -14,7 +14,7 @@ from peakpoint import journal as journals
 from peakpoint import packs, upkeep
 from peakpoint.archiving import unarchived
 from peakpoint.cli import fitting, render
-from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
+from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
 from peakpoint.cli.fitting import Column
 from peakpoint.dropping import records
 from peakpoint.errors import ConfigError, NotFoundError, StoreError
@@ -24,7 +24,7 @@ from peakpoint.notes import all_known
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
 from peakpoint.retention import Plan
-from peakpoint.rules import FORMS, Rule, check_watched, moment_text, parse_all
+from peakpoint.rules import Rule, check_watched, moment_text, parse_all
 
 GB = 1e9
 
@@ -35,7 +35,7 @@ GB = 1e9
 @click.command()
 @ROOT
 @click.argument("name", metavar="RUN")
-@click.option("--rules", "text", help=f"Rules, separated by spaces; those in force by default. Forms: {FORMS}.")
+@click.option("--rules", "text", help=rules_help("those in force"))
 @click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
 @UNDO_FOR
@@ -43,7 +43,7 @@ GB = 1e9
     "--archive", is_flag=True, help="Archive what would go instead of removing it; parts are dropped all the same."
 )
 @click.option("--what-if", is_flag=True, help="Replay the recorded history under the rules, from the first report on.")
-@click.option("--price", type=click.FloatRange(min=0), default=0.023, show_default=True, help="Of a GB in a month.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of a GB in a month: says what that costs.")
 @JSON
 def keep(
     root: Path,
@@ -54,7 +54,7 @@ def keep(
     undo_for: timedelta,
     archive: bool,  # noqa: FBT001
     what_if: bool,  # noqa: FBT001
-    price: float,
+    price: float | None,
     json: bool,  # noqa: FBT001
 ) -> None:
     """Say what rules keep of a run, why, and what they would remove; carry it out with --yes."""
@@ -174,7 +174,7 @@ def _plan_json(
     }
 
 
-def _what_if(run: Run, rules: Sequence[Rule], price: float, *, json: bool) -> None:
+def _what_if(run: Run, rules: Sequence[Rule], price: float | None, *, json: bool) -> None:
     events = run.events()
     found = replay(events, rules, typical_size(run.manifests()), also=run.rules())
     if json:
@@ -191,9 +191,10 @@ def _what_if(run: Run, rules: Sequence[Rule], price: float, *, json: bool) -> No
     for kept in found.kept:
         table.add_row(moment_text(kept.moment), render.claims_text(kept.claims))
     console.print(table)
+    costs = "" if price is None else f" ({render.money(found.bytes_kept / GB * price)} a month at {price:g} a GB)"
     console.print(
-        f"at {render.size(found.size_bytes)} a checkpoint: {render.size(found.bytes_kept)} kept "
-        f"({found.bytes_kept / GB * price:.2f} a month at {price:g} a GB), {render.size(found.bytes_written)} written"
+        f"at {render.size(found.size_bytes)} a checkpoint: {render.size(found.bytes_kept)} kept{costs}, "
+        f"{render.size(found.bytes_written)} written"
     )
     for peak in found.peaks:
         verdict = "[green]survives[/]" if peak.survives else "[bold red]would be lost[/]"
@@ -203,7 +204,7 @@ def _what_if(run: Run, rules: Sequence[Rule], price: float, *, json: bool) -> No
         )
 
 
-def _replay_json(run: Run, found: Replay, price: float) -> dict[str, Any]:
+def _replay_json(run: Run, found: Replay, price: float | None) -> dict[str, Any]:
     def moment(given: Any) -> dict[str, Any]:
         return {"step": given.step, "epoch": given.epoch, "metrics": dict(given.metrics)}
 
@@ -220,7 +221,7 @@ def _replay_json(run: Run, found: Replay, price: float) -> dict[str, Any]:
         "checkpoint_bytes": found.size_bytes,
         "bytes_kept": found.bytes_kept,
         "bytes_written": found.bytes_written,
-        "per_month": found.bytes_kept / GB * price,
+        "per_month": None if price is None else found.bytes_kept / GB * price,
         "peaks": [
             {"metric": peak.metric, "mode": peak.mode, "survives": peak.survives} | moment(peak.moment)
             for peak in found.peaks
