@@ -1,6 +1,7 @@
 """The command line by hand: what it prints, its exit codes, what it imports, and what it exports."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors.torch import load_file
 
 import peakpoint as pp
 from peakpoint.cli import render
 from peakpoint.cli.main import _MODULES, cli
+from peakpoint.demo import show
 from peakpoint.rules import check_watched, parse_all
 from training import checkpointer
 
@@ -336,6 +339,16 @@ def test_the_commands_that_are_printed_can_be_pasted(root, words):
     assert "the trash is empty" in invoke(*shlex.split(empty)[1:]).output
 
 
+def test_the_commands_that_the_demo_prints_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no peakpoint there
+    file = io.StringIO()
+    show._say_next(Console(file=file, width=40), tmp_path / "a place")
+    commands = [line.strip() for line in file.getvalue().splitlines() if line.startswith("  ")]
+    assert len(commands) == 4
+    done = subprocess.run(shlex.split(commands[0]), capture_output=True, text=True, check=False)
+    assert f"{tmp_path / 'a place'} is not a Peakpoint repository" in done.stderr
+
+
 def test_neither_keep_nor_rm_takes_the_newest_good_one(root):
     best, good, newest = pp.open(root).run("one").checkpoints()
     (newest.path / "optimizer.safetensors").write_bytes(b"cut short")
@@ -429,11 +442,12 @@ def test_explain_what_is_here_and_what_is_gone(root):
 
 def test_numbers_have_the_digits_that_people_read(tmp_path):
     kept = [pp.Best("acc", "max"), pp.Best("loss", "min", min_epoch=0), pp.Last(2)]
-    state = {"x": torch.zeros(2), "o": {"lr": 0.1 + 0.2, "n": 0.1}}
+    state = {"x": torch.zeros(2), "o": {"lr": 0.1 + 0.2, "n": 0.1, "s": [0.1 + 0.2, 1, "1.0.23456789"]}}
     with checkpointer(tmp_path, run="r", state=state, keep=kept) as ckpt:
         for epoch in ckpt.epochs(2):
             state["o"]["lr"] *= 1.0000000001 if epoch else 1
             state["o"]["n"] += 0.2 * epoch
+            state["o"]["s"][1] += epoch
             ckpt.report(acc=torch.tensor((0.706, 0.700)[epoch]), loss=torch.tensor((0.701, 0.9)[epoch]))
     assert pp.open(tmp_path).run("r").history()[0].metrics["loss"] != 0.701, "it is a float32"
     text = re.sub(" +\n", "\n", invoke("ls", tmp_path).output)
@@ -447,6 +461,7 @@ def test_numbers_have_the_digits_that_people_read(tmp_path):
     assert "(-0.006)" in text
     assert "0.30000000000000004" in text, "two that differ behind the sixth digit are shown as they are"
     assert re.search(r"0\.1 +0\.3\n", re.sub(" +\n", "\n", text))
+    assert '[0.3,2,"1.0.23456789"]' in text
     assert render.rounded(3e-9, 1.0, 1.0) == 3e-9
 
 

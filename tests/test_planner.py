@@ -490,6 +490,10 @@ def test_the_command_says_how_often_to_save():
     assert told["young_seconds"] == pytest.approx(math.sqrt(2 * 10 * 8 * 3600))
     assert told["best_seconds"] == told["daly_seconds"] < told["young_seconds"]
     assert 0 < told["best_overhead"] < told["rules_overhead"]
+    assert told["rules_wait"] is False
+    fast = [*words[:-1], "5s", "--durable", "18s"]
+    assert "save faster than saves become durable" in invoke(*PLAN, "--rules", "last:3", *fast).output
+    assert "save faster than saves become durable" not in invoke(*PLAN, "--rules", "every:2ep", *fast).output
     assert "the best interval is 12.5 min" in invoke(*PLAN, "--rules", "last:3", *words).output
 
 

@@ -89,17 +89,17 @@ def _print_diff(console: Console, found: Difference, listed: Sequence[TensorDiff
     _print_tensors(console, found, listed)
 
 
-_FLOAT = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
+_FLOAT = re.compile(r"(?<![\w.\"-])-?\d+(?:\.\d+(?:[eE][+-]?\d+)?|[eE][+-]?\d+)(?![\w.\"-])")
 
 
 def _plain(*sides: str | None) -> list[str]:
-    """Two values that differ, numbers with a point in six digits unless these are the same."""
+    """Two values that differ, their fractions in six digits unless that makes them the same."""
     long = [str(side)[:60] for side in sides]
     short = [
-        render.number(float(side)) if _FLOAT.fullmatch(side) and not side.lstrip("-").isdigit() else side
-        for side in long
+        side if side.startswith('"') else _FLOAT.sub(lambda found: render.number(float(found[0])), side)
+        for side in map(str, sides)
     ]
-    return short if len(set(short)) == len(short) else long
+    return [side[:60] for side in short] if len(set(short)) == len(short) else long
 
 
 def _rows(found: Difference) -> list[tuple[str, str, str]]:

@@ -250,6 +250,7 @@ def _saving(found: Forecast, given: dict[str, Any]) -> dict[str, Any] | None:
         "best_seconds": best,
         "best_overhead": failures.overhead(best) if best > 0 else None,
         "rules_overhead": found.overhead(failures),
+        "rules_wait": found.waits(failures),
     }
 
 
@@ -359,7 +360,8 @@ def _print_saving(console: Console, saving: dict[str, Any], basis: _Basis) -> No
         rule = f"every:{saving['best_seconds'] / 60:.3g}min:1"
         console.print(f"as a rule that is {rule}, for a loop that reports as often")
     if saving["rules_overhead"] is not None:
-        console.print(f"these rules cost {saving['rules_overhead']:.2%} of the work")
+        waits = "; they save faster than saves become durable, and the loop waits" if saving["rules_wait"] else ""
+        console.print(f"these rules cost {saving['rules_overhead']:.2%} of the work{waits}")
     elif basis.epoch_time is None:
         console.print("--epoch-time would say what these rules cost")
 

@@ -191,4 +191,4 @@ def _say_next(console: Console, out: Path) -> None:
         f"{program} export {place} {KILLED}@best:val_accuracy --to best.safetensors",
         f"{program} audit {place} --deep",
     ):
-        console.print(f"  {escape(command)}")
+        console.print(f"  {escape(command)}", soft_wrap=True)

@@ -108,11 +108,21 @@ class Forecast:
         Each stretch of work between two saves counts by itself; see ``Failures.overhead``. None when the time of an
         epoch is not known.
         """
-        if self.epoch_seconds is None:
+        one = self._report_seconds
+        if one is None:
             return None
-        one = self.epoch_seconds * self.epochs / self.reports
         gaps = self.likely.gaps
         return sum(gap * (1 + failures.overhead(gap * one)) for gap in gaps) / sum(gaps) - 1
+
+    def waits(self, failures: Failures) -> bool:
+        """Whether a save has to wait for the one before somewhere; False when the time of an epoch is not known."""
+        one = self._report_seconds
+        return one is not None and min(self.likely.gaps) * one + failures.stall < failures.durable
+
+    @property
+    def _report_seconds(self) -> float | None:
+        """Of work, between two reports."""
+        return None if self.epoch_seconds is None else self.epoch_seconds * self.epochs / self.reports
 
 
 def forecast(
