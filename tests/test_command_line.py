@@ -1,6 +1,13 @@
 """The command line by hand: what it prints, its exit codes, what it imports, and what it exports."""
 
+import contextlib
+import io
+import itertools
 import json
+import os
+import pty
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors.torch import load_file
 
 import peakpoint as pp
 from peakpoint.cli import render
 from peakpoint.cli.main import _MODULES, cli
+from peakpoint.demo import show
+from peakpoint.rules import check_watched, parse_all
 from training import checkpointer
 
 MODULE = [sys.executable, "-m", "peakpoint"]
@@ -59,13 +69,57 @@ def process(*arguments):
 def test_ls_says_what_is_kept_and_why(root):
     text = invoke("ls", root).output
     assert "one: 3 checkpoints" in text
-    assert "best:val/[red]acc:max best val/[red]acc (max): 0.9, next 0.7" in text
+    assert " best val/[red]acc (max): 0.9, next 0.7" in text
     assert "\x1b" not in text
     [run] = json.loads(invoke("ls", root, "--json").output)["runs"]
     assert [checkpoint["epoch"] for checkpoint in run["checkpoints"]] == [1, 2, 3]
     assert run["peaks"][0]["best"] == 0.9
     assert run["peaks"][0]["last"] == 0.6
     assert run["checkpoints"][0]["kept_because"][0]["rule"] == "best:val/[red]acc:max"
+
+
+def on_terminal(width, *arguments):
+    """The lines that a terminal of this width shows, without colours."""
+    outer, inner = pty.openpty()
+    environment = os.environ | {"COLUMNS": str(width), "TERM": "xterm"}
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=subprocess.DEVNULL, env=environment) as process:
+        os.close(inner)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other side is closed
+            while more := os.read(outer, 65536):
+                shown += more
+        os.close(outer)
+    assert process.returncode == 0
+    return [line.rstrip() for line in re.sub("\x1b[^m]*m", "", shown.decode()).splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_tables_fit_the_terminal(tmp_path, width):
+    model = Tied()
+    for run in ("resnet50-pruned-seed0", "other"):
+        state, keep = {"model": model}, [*pp.rules.pruning("val_accuracy", "max", (0.5, 0.9)), pp.Best("a_loss", "min")]
+        with checkpointer(tmp_path, run=run, state=state, keep=keep) as ckpt:
+            for epoch in ckpt.epochs(4):
+                metrics = {"val_accuracy": 0.9 - epoch / 70, "sparsity": epoch * 0.3, "a_loss": 0.5, "lr": 1e-3, "x": 1}
+                ckpt.report(metrics)
+    names = [one.name for one in pp.open(tmp_path).run("other").checkpoints()]
+    title, *rows = on_terminal(width, "ls", tmp_path)
+    assert title.endswith("lost")
+    assert all(row.endswith("0.042857") for row in rows[:2])
+    assert [row.split()[0] for row in rows[:2]] == ["other", "resnet50-pruned-seed0"]
+    assert "…" not in "".join([title, *rows])
+    for arguments in (["ls", tmp_path, "other"], ["keep", tmp_path, "other", "--rules", "last:2"]):
+        lines = on_terminal(width, *arguments)
+        assert max(map(len, lines)) <= width
+        begins = [number for number, line in enumerate(lines) if line.startswith("other_epoch")]
+        assert [lines[number].split()[0] for number in begins] == names
+        assert max(after - before for before, after in itertools.pairwise(begins)) <= 6
+    title, *rows = on_terminal(width, "select", tmp_path)
+    assert title.split()[:2] == ["checkpoint", "epoch"]
+    assert "val_accuracy" in title or "a_loss" in title
+    assert [row.split()[0] for row in rows if row.startswith("other/")] == [f"other/{name}" for name in names[::-1]]
+    assert len(rows) <= 3 * len(names)
 
 
 def test_show_tells_everything_of_one_checkpoint(root):
@@ -168,7 +222,7 @@ def test_every_command_of_every_module_is_there():
         module: sorted(names) for module, names in _MODULES.items()
     }
     modules = {path.stem for path in Path(render.__file__).parent.glob("*.py")}
-    assert modules == {"__init__", "main", "arguments", "render", *_MODULES}
+    assert modules == {"__init__", "main", "arguments", "fitting", "render", *_MODULES}
 
 
 def test_it_is_a_module_as_well(root):
@@ -182,7 +236,7 @@ def test_rm_shows_a_plan_and_removes_with_yes(root):
 
     plan = invoke("rm", root, "one:epoch=2")
     assert "nothing is removed yet" in plan.output
-    assert "last:2 number 2 from the newest" in plan.output
+    assert "number 2 from the newest, of 2 (last:2)" in plan.output
     invoke("rm", root, "one:epoch=2", "--yes", "--dry-run")
     assert count() == 3
     done = json.loads(invoke("rm", root, "one:epoch=2", "--yes", "--why", "wrong data", "--json").output)
@@ -271,6 +325,30 @@ def test_keep_shows_a_plan_and_removes_with_yes(root):
     assert "nothing would go" in invoke("keep", root, "one").output
 
 
+@pytest.mark.parametrize(
+    "words", [["keep", "{root}", "one", "--rules", "last:1", "--yes"], ["rm", "{root}", "one:epoch=1", "--yes"]]
+)
+def test_the_commands_that_are_printed_can_be_pasted(root, words):
+    assert " " in str(root)
+    names = {one.name for one in pp.open(root).run("one").checkpoints()}
+    text = invoke(*(word.format(root=root) for word in words)).output
+    undo, empty = (line.strip() for line in text.splitlines() if line.startswith("  peakpoint "))
+    assert len(pp.open(root).run("one").checkpoints()) < 3
+    assert "is back" in invoke(*shlex.split(undo)[1:]).output
+    assert {one.name for one in pp.open(root).run("one").checkpoints()} == names
+    assert "the trash is empty" in invoke(*shlex.split(empty)[1:]).output
+
+
+def test_the_commands_that_the_demo_prints_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no peakpoint there
+    file = io.StringIO()
+    show._say_next(Console(file=file, width=40), tmp_path / "a place")
+    commands = [line.strip() for line in file.getvalue().splitlines() if line.startswith("  ")]
+    assert len(commands) == 4
+    done = subprocess.run(shlex.split(commands[0]), capture_output=True, text=True, check=False)
+    assert f"{tmp_path / 'a place'} is not a Peakpoint repository" in done.stderr
+
+
 def test_neither_keep_nor_rm_takes_the_newest_good_one(root):
     best, good, newest = pp.open(root).run("one").checkpoints()
     (newest.path / "optimizer.safetensors").write_bytes(b"cut short")
@@ -309,6 +387,23 @@ def test_rules_that_cannot_be_are_refused(root, wrong):
     assert len(pp.open(root).run("one").checkpoints()) == 3
 
 
+@pytest.mark.parametrize("how", [[], ["--yes", "--undo-for", "0"], ["--what-if"], ["--yes", "--archive"], ["--json"]])
+def test_a_metric_that_nothing_has_is_refused_before_the_best_goes(root, how):
+    for rule in ("best:val/[red]ac:max", "pareto:val/[red]acc:max:val/[red]ac:min"):
+        words = f"no report has the metric 'val/[red]ac' of the rule {rule}; did you mean 'val/[red]acc'?"
+        with pytest.raises(pp.ConfigError, match=re.escape(words)):
+            invoke("keep", root, "one", "--rules", f"{rule} last:1", *how)
+    assert len(pp.open(root).run("one").checkpoints()) == 3
+
+
+def test_metrics_that_were_measured_later_and_those_awaited_are_none_that_nothing_has(root):
+    invoke("record", root, "one:epoch=1", "bleu=0.5")
+    assert invoke("keep", root, "one", "--rules", "best:bleu:max last:1").exit_code == 0
+    assert invoke("keep", root, "one", "--rules", "best:rouge:max:pending=2 last:1").exit_code == 0
+    with pytest.raises(pp.ConfigError, match=r"'sparsty' of the rule best-at:bleu:.*; there are bleu, val/"):
+        check_watched(parse_all("best-at:bleu:max:sparsty:0.5:0.01"), {"bleu", "val/acc"})
+
+
 def test_what_if_says_whether_the_peak_survives(root):
     text = invoke("keep", root, "one", "--what-if", "--rules", "last:1").output
     assert "4 reports" in text
@@ -318,13 +413,18 @@ def test_what_if_says_whether_the_peak_survives(root):
     found = json.loads(invoke("keep", root, "one", "--what-if", "--price", "10", "--json").output)
     assert [one["epoch"] for one in found["kept"]] == [1, 2, 3]
     assert found["per_month"] == pytest.approx(found["bytes_kept"] / 1e9 * 10)
+    assert json.loads(invoke("keep", root, "one", "--what-if", "--json").output)["per_month"] is None
+    assert "a month" not in invoke("keep", root, "one", "--what-if").output
+    assert re.search(
+        r"kept \(0\.\d+ a month at 10 a GB\), ", invoke("keep", root, "one", "--what-if", "--price", 10).output
+    )
     assert len(pp.open(root).run("one").checkpoints()) == 3
 
 
 def test_explain_what_is_here_and_what_is_gone(root):
     text = invoke("explain", root, "one:epoch=1").output
     assert "is here (epoch 1, step 2)" in text
-    assert "best:val/[red]acc:max best val/[red]acc (max): 0.9, next 0.7 at epoch 2, step 3" in text
+    assert "- best val/[red]acc (max): 0.9, next 0.7 at epoch 2, step 3\n" in text
     assert "last:2 does not claim it but" in text
     text = invoke("explain", root, "one:epoch=0").output
     assert "is gone (epoch 0, step 1)" in text
@@ -338,6 +438,31 @@ def test_explain_what_is_here_and_what_is_gone(root):
     done = process("explain", root, "one:epoch=77")
     assert done.returncode == pp.NotFoundError.exit_code
     assert "no removed one either" in done.stderr
+
+
+def test_numbers_have_the_digits_that_people_read(tmp_path):
+    kept = [pp.Best("acc", "max"), pp.Best("loss", "min", min_epoch=0), pp.Last(2)]
+    state = {"x": torch.zeros(2), "o": {"lr": 0.1 + 0.2, "n": 0.1, "s": [0.1 + 0.2, 1, "1.0.23456789"]}}
+    with checkpointer(tmp_path, run="r", state=state, keep=kept) as ckpt:
+        for epoch in ckpt.epochs(2):
+            state["o"]["lr"] *= 1.0000000001 if epoch else 1
+            state["o"]["n"] += 0.2 * epoch
+            state["o"]["s"][1] += epoch
+            ckpt.report(acc=torch.tensor((0.706, 0.700)[epoch]), loss=torch.tensor((0.701, 0.9)[epoch]))
+    assert pp.open(tmp_path).run("r").history()[0].metrics["loss"] != 0.701, "it is a float32"
+    text = re.sub(" +\n", "\n", invoke("ls", tmp_path).output)
+    assert re.search(r"acc +max +0\.706 +epoch 0 +0\.7 +epoch 1 +0\.006\n", text)
+    assert "best acc (max): 0.706, next 0.7 at epoch 1, step 2\n" in text, "the reason alone says it"
+    assert "best loss (min): 0.701, next 0.9 at epoch 1, step 2 (best:loss:min:min_epoch=0)" in text
+    assert "the newest (last:2)" in text
+    assert "protection:" not in text
+    assert "loss = 0.701\n" in re.sub(" +\n", "\n", invoke("show", tmp_path, "r:epoch=0").output)
+    text = invoke("diff", tmp_path, "r:epoch=0", "r:epoch=1").output
+    assert "(-0.006)" in text
+    assert "0.30000000000000004" in text, "two that differ behind the sixth digit are shown as they are"
+    assert re.search(r"0\.1 +0\.3\n", re.sub(" +\n", "\n", text))
+    assert '[0.3,2,"1.0.23456789"]' in text
+    assert render.rounded(3e-9, 1.0, 1.0) == 3e-9
 
 
 def test_record_pin_and_unpin(root):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,14 +316,10 @@ def test_a_plan_from_a_run_that_exists(lenet):
     found = sizes.measured(manifests, "lenet")
     assert found.bytes == manifests[-1].size_bytes
     assert found.stall == pytest.approx(
-        sum(
-            one.timing[name]
-            for one in manifests
-            for name in ("waited_seconds", "capture_seconds", "step_waited_seconds")
-        )
+        sum(one.timing[name] for one in manifests for name in ("capture_seconds", "step_waited_seconds"))
         / len(manifests)
     )
-    assert found.durable > 0
+    assert found.durable > found.stall
     measured = planner.pace(pp.open(root).run("lenet").history())
     assert (measured.epochs, measured.reports_per_epoch, measured.steps) == (25, 1, 11)
     with pytest.raises(NotFoundError, match="no checkpoints yet"):
@@ -358,6 +355,36 @@ def test_sparsity_follows_its_schedule():
     # at 0.5 from epoch 49 to 60, at 0.9 from epoch 70 on
     assert found.span("saves") == (2, 12 + 30)
     assert found.span("kept") == (2, 2)
+
+
+@pytest.mark.parametrize("schedule", [{0: 0.0, 10: 0.9}, {0: 0.0, 5: 0.5, 10: 0.5, 12: 0.9}, {0: 0.9, 10: 0.5}])
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_everything_is_on_the_front_when_metrics_are_traded_against_a_schedule(schedule, mode):
+    sized = sizes.counted(10**6, optimizer="adam")
+    keep = pp.rules.pruning("loss", mode, (0.5, 0.9))
+    found = planner.forecast(sized, keep=keep, epochs=20, reports_per_epoch=2, sparsity=schedule)
+    traded = found.outlooks[-1]
+    assert (traded.name, traded.kept) == ("trades off", 40)
+
+
+def test_a_schedule_stays_at_its_targets_when_metrics_are_traded():
+    keep = [at := pp.BestAtSparsity("a", "max", (0.9,), 0.0), pp.Pareto({"a": "max", "sparsity": "max"})]
+    *_, last = Curves(keep, planner.MOST_WITH_PARETO, 1, {0: 0.9}, 0).metrics("trades off")
+    assert at.target_of(SimpleNamespace(metrics=last)) == 0.9
+
+
+def test_the_time_of_a_save_is_no_work():
+    at, still = START, [0.0, 0.03, 0.05, 0.04]
+    reports = []
+    for number, waited in enumerate([*still, 0.0], 1):
+        reports.append(journal.Reported(at=at, report=number, step=number, epoch=number - 1, metrics={}))
+        at += timedelta(seconds=0.002 + waited)
+    timed = [({"waited_seconds": one / 2, "capture_seconds": one / 2}, number) for number, one in enumerate(still, 1)]
+    manifests = [SimpleNamespace(report=number, timing=timing) for timing, number in timed]
+    assert planner.pace(reports, manifests[1:], {2, 3, 4}).seconds == pytest.approx(0.002)
+    assert planner.pace(reports, [manifests[3]], {2, 4}).seconds == pytest.approx(0.002)
+    assert planner.pace(reports).seconds == pytest.approx(0.037)
+    assert planner.pace(reports[:2], [SimpleNamespace(report=1, timing={"capture_seconds": 9})], {1}).seconds == 0
 
 
 def test_rules_by_time_and_by_steps():
@@ -463,6 +490,10 @@ def test_the_command_says_how_often_to_save():
     assert told["young_seconds"] == pytest.approx(math.sqrt(2 * 10 * 8 * 3600))
     assert told["best_seconds"] == told["daly_seconds"] < told["young_seconds"]
     assert 0 < told["best_overhead"] < told["rules_overhead"]
+    assert told["rules_wait"] is False
+    fast = [*words[:-1], "5s", "--durable", "18s"]
+    assert "save faster than saves become durable" in invoke(*PLAN, "--rules", "last:3", *fast).output
+    assert "save faster than saves become durable" not in invoke(*PLAN, "--rules", "every:2ep", *fast).output
     assert "the best interval is 12.5 min" in invoke(*PLAN, "--rules", "last:3", *words).output
 
 
@@ -473,6 +504,9 @@ def test_the_command_plans_from_a_run(lenet):
     assert (told["epochs"], told["outlooks"][0]["saves"]) == (50, 50)
     assert told["interval"]["stall_seconds"] > 0
     assert told["interval"]["rules_overhead"] > 0
+    assert told["interval"]["durable_seconds"] > told["interval"]["stall_seconds"]
+    whole = planner.pace(pp.open(root).run("lenet").history()).seconds
+    assert told["epoch_seconds"] < whole
     assert as_json(root, "lenet")["epochs"] == 25
     with pytest.raises(ConfigError, match=r"'val_acc', which run 'lenet' has never reported; did you mean 'val_accur"):
         invoke(root, "lenet", "--rules", "best:val_acc:max")
@@ -488,6 +522,22 @@ def test_the_sparsity_of_a_run_is_the_one_that_it_reported(tmp_path):
     told = as_json(tmp_path, "r", "--rules", "best-at:acc:max:density:0.5,0.9:0.01", "--epochs", 20)
     assert [one["saves"] for one in told["outlooks"] if one["name"] == "always improves"] == [4 + 12]
     assert as_json(tmp_path, "r", "--rules", "last:2:parts=n")["outlooks"][0]["kept"] == 2
+
+
+def test_nothing_that_is_kept_takes_no_archive():
+    words = ["--params", "1e6", "--optimizer", "adamw", "--epochs", "3", "--rules", "every:5ep"]
+    assert as_json(*words)["checkpoint_bytes"] == pytest.approx(12e6, rel=0.01)
+    text = invoke(*words, "--price", 1, "--bandwidth", "1Gbit/s").output
+    assert "\nnothing is kept at the end\n" in text
+    assert "0 B, " not in text
+
+
+@pytest.mark.parametrize("command", ["keep", "plan"])
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_help_has_every_form_of_a_rule_on_a_line(command, width):
+    lines = CliRunner().invoke(cli, [command, "--help"], terminal_width=width).output.splitlines()
+    forms = rules.FORMS.partition(";")[0].split()
+    assert [line.strip() for line in lines if line.strip() in forms] == forms
 
 
 def test_the_command_lists_the_presets():
@@ -517,6 +567,7 @@ def test_the_page_has_the_figures_of_the_presets():
         (["--params", "abc"], "--params='abc' is no number"),
         (["--params", "10M", "--epochs", "3", "--rules", "last:1"], "what the optimizer holds"),
         (PLAN, "needs --epochs and --rules"),
+        (["--preset", "lenet5"], "there is no preset 'lenet5'; did you mean 'lenet-5'"),
         ([*PLAN, "--rules", "newest:3"], "not a rule"),
         ([*PLAN, "--rules", "last:1", "--bandwidth", "fast"], "is no rate"),
         ([*PLAN, "--rules", "last:1", "--sparsity", "half"], "is no schedule"),

@@ -1,6 +1,7 @@
 """What is removed can be brought back for the time that was said, and takes its space no longer than that."""
 
 import json
+import shlex
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -106,7 +107,13 @@ def test_when_the_time_is_over_the_space_is_free(tmp_path):
 def test_the_trash_can_be_emptied(tmp_path):
     trained(tmp_path)
     command("rm", tmp_path, "r:epoch=0", "r:epoch=1", "--yes", "--undo-for", "30d")
+    told = command("explain", tmp_path, "r:epoch=0")
+    assert f"peakpoint undo {shlex.quote(str(tmp_path))} r/" in told
     assert "2 things gone for good" in command("trash", tmp_path, "--empty")
+    told = command("explain", tmp_path, "r:epoch=0")
+    assert "gone for good" in told
+    assert "undo" not in told
+    assert json.loads(command("explain", tmp_path, "r:epoch=0", "--json"))["in_trash"] is False
     assert len(list((tmp_path / "runs/r/checkpoints").iterdir())) == 3
 
 

@@ -82,11 +82,11 @@ def read_duration(name: str, given: object) -> timedelta:
 
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_COUNT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KkMmBbGgTt]?)\s*")
+_COUNT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)\s*([KkMmBbGgTt]?)\s*")
 
 
 def read_count(name: str, given: str) -> int:
-    """A number of things from text such as ``"25.6M"``, ``"175B"`` or ``"61,706"``.
+    """A number of things from text such as ``"25.6M"``, ``"175B"``, ``"1e6"`` or ``"61,706"``.
 
     Args:
         name: the argument, for errors.
@@ -97,8 +97,8 @@ def read_count(name: str, given: str) -> int:
 
     Example:
         >>> from peakpoint.units import read_count
-        >>> read_count("params", "25.6M"), read_count("params", "61,706")
-        (25600000, 61706)
+        >>> read_count("params", "25.6M"), read_count("params", "61,706"), read_count("params", "1.5e6")
+        (25600000, 61706, 1500000)
     """
     match = _COUNT.fullmatch(given.replace(",", ""))
     count = int(Decimal(match[1]) * _COUNTS[match[2].lower()]) if match else 0

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from peakpoint.errors import MissingExtraError
+from peakpoint.rules import FORMS
 from peakpoint.units import read_duration
 
 ROOT = click.argument("root", type=click.Path(path_type=Path))
@@ -18,6 +19,18 @@ CATALOGUE = click.option(
     help="The index to use, also from PEAKPOINT_CATALOGUE; catalogue.sqlite in the repository by default.",
 )
 JSON = click.option("--json", "json", is_flag=True, help="Print JSON for programs.")
+
+
+def rules_help(default: str) -> str:
+    """What the option --rules says of itself, each form on a line of its own.
+
+    Args:
+        default: which rules are taken without it.
+    """
+    forms, _, rest = FORMS.partition("; ")
+    lines = "\n".join(forms.split())
+    more = rest[:1].upper() + rest[1:]
+    return f"Rules, separated by spaces; {default} by default. Forms:\n\n\b\n{lines}\n\n{more}."
 
 
 class _Duration(click.ParamType[timedelta]):

@@ -61,7 +61,7 @@ def _facts(
     root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
-    metrics = "\n".join(f"{name} = {value:.9g}" for name, value in manifest.metrics.items())
+    metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
     return [
         ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
         ("id", manifest.id),
@@ -120,7 +120,7 @@ def audit(
             }
         )
     else:
-        _print_audit(result, removed)
+        _print_audit(root, result, removed)
         if rebuilt is not None:
             click.echo(f"the catalogue {rebuilt} is made anew from the files")
     if result.of_kind("damage"):
@@ -140,7 +140,7 @@ def _with_progress(repository: Repository, *, deep: bool) -> audits.Audit:
         )
 
 
-def _print_audit(result: audits.Audit, removed: list[audits.Finding]) -> None:
+def _print_audit(root: Path, result: audits.Audit, removed: list[audits.Finding]) -> None:
     console = render.console()
     rows = [audits.Finding("removed", finding.where, finding.what) for finding in removed] + result.findings
     if rows:
@@ -150,7 +150,8 @@ def _print_audit(result: audits.Audit, removed: list[audits.Finding]) -> None:
     if damage:
         console.print(f"[bold red]{len(damage)} damaged[/]: a resume passes over damaged checkpoints by itself")
     if litter:
-        console.print(f"[yellow]{len(litter)} leftovers of a crash[/], harmless: peakpoint audit --clean removes them")
+        clean = escape(render.command("audit", root, "--clean"))
+        console.print(f"[yellow]{len(litter)} leftovers of a crash[/], harmless: {clean} removes them", soft_wrap=True)
     if result.clean:
         console.print("[green]clean[/]")
 
@@ -199,7 +200,8 @@ def rm(
         )
     elif apply_now:
         click.echo(f"removed {render.count(len(chosen) - len(failures), 'checkpoint')}")
-        click.echo(render.undo_hint(root, undo_for))
+        gone = [f"{one.run}/{one.name}" for one in chosen.values()]
+        click.echo(render.undo_hint(root, gone, undo_for))
     else:
         click.echo("nothing is removed yet; add --yes to remove")
     for failure in failures:
@@ -232,7 +234,7 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
         console.print(f"[bold]{escape(manifest.run)}/{escape(manifest.name)}[/]")
         console.print(f"  frees {render.size(manifest.size_bytes)}; was kept because:")
         for claim in claims:
-            console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
+            console.print(f"  - {render.claim_text(claim)}")
 
 
 # --- demo ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The command that looks at two checkpoints: diff."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,7 +68,9 @@ def _print_diff(console: Console, found: Difference, listed: Sequence[TensorDiff
         if metric.better:
             place = "ab".index(metric.better)
             shown[place] = f"[bold green]{shown[place]} *[/]"
-        change = "" if metric.change is None else f"  ({metric.change:+.6g})"
+        change = (
+            "" if metric.change is None else f"  ({render.rounded(metric.change, metric.a or 0, metric.b or 0):+.6g})"
+        )
         table.add_row(escape(metric.name), shown[0], shown[1] + change)
     console.print(table)
     console.print()
@@ -76,7 +79,7 @@ def _print_diff(console: Console, found: Difference, listed: Sequence[TensorDiff
     if found.plain:
         table = _table("value", "a", "b", right=())
         for plain in found.plain[:20]:
-            table.add_row(escape(plain.path), *(escape(str(value)[:60]) for value in (plain.a, plain.b)))
+            table.add_row(escape(plain.path), *map(escape, _plain(plain.a, plain.b)))
         console.print(table)
         if len(found.plain) > 20:
             console.print(f"and {len(found.plain) - 20} other values; --json lists them")
@@ -84,6 +87,19 @@ def _print_diff(console: Console, found: Difference, listed: Sequence[TensorDiff
     if found.generators_same is not None:
         console.print(f"random generators: {'the same' if found.generators_same else 'in different states'}")
     _print_tensors(console, found, listed)
+
+
+_FLOAT = re.compile(r"(?<![\w.\"-])-?\d+(?:\.\d+(?:[eE][+-]?\d+)?|[eE][+-]?\d+)(?![\w.\"-])")
+
+
+def _plain(*sides: str | None) -> list[str]:
+    """Two values that differ, their fractions in six digits unless that makes them the same."""
+    long = [str(side)[:60] for side in sides]
+    short = [
+        side if side.startswith('"') else _FLOAT.sub(lambda found: render.number(float(found[0])), side)
+        for side in map(str, sides)
+    ]
+    return [side[:60] for side in short] if len(set(short)) == len(short) else long
 
 
 def _rows(found: Difference) -> list[tuple[str, str, str]]:

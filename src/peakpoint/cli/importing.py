@@ -150,8 +150,7 @@ def _print_report(root: Path, path: Path, report: Any, *, dry_run: bool, ruled: 
         f"{moments} in its history"
     )
     if new and not dry_run:
-        where = f"{escape(str(root))} {escape(report.run)}"
-        console.print(f"see them with peakpoint ls {where}")
+        console.print(f"see them with {escape(render.command('ls', root, report.run))}", soft_wrap=True)
         if not ruled:
             console.print(
                 'all are pinned: give --rules "best:METRIC:max last:3" in the same command to let rules have them'

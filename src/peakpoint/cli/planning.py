@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from peakpoint.cli import render
-from peakpoint.cli.arguments import JSON, reads
+from peakpoint.cli.arguments import JSON, reads, rules_help
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError
-from peakpoint.journal import Reported, history
+from peakpoint.journal import Reported, Saved, history
 from peakpoint.planning import architectures, optimizers, sizes
 from peakpoint.planning.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.planning.intervals import Failures, daly, young
@@ -48,17 +48,17 @@ _LEAST = click.IntRange(min=1)
 @click.command()
 @click.argument("root", type=click.Path(path_type=Path), required=False)
 @click.argument("name", metavar="[RUN]", required=False)
-@click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M.")
+@click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M or 1e6.")
 @click.option("--preset", help=f"A known network instead: {', '.join(architectures.NAMES)}.")
 @click.option("--presets", is_flag=True, help="Only list the known networks with their sizes.")
 @click.option("--optimizer", help=f"One of {', '.join(optimizers.NAMES)}.")
 @click.option("--dtype", help=f"Of the weights: {', '.join(optimizers.DTYPES)}.")
 @click.option("--master", help="Of a copy of the weights in the optimizer, and of its moments, such as float32.")
 @click.option("--epochs", type=_LEAST, help="How long the run is; of a run that exists, as long as it is by default.")
-@click.option("--rules", "text", help=f"Rules, separated by spaces; those of the run by default. Forms: {FORMS}.")
+@click.option("--rules", "text", help=rules_help("those of the run"))
 @click.option("--reports-per-epoch", type=_LEAST, help="How often the loop reports; once by default.")
 @click.option("--steps-per-epoch", type=_LEAST, help="Optimizer steps of an epoch, for rules that count them.")
-@click.option("--epoch-time", callback=_DURATION, help="How long an epoch takes, such as 5min.")
+@click.option("--epoch-time", callback=_DURATION, help="How long an epoch takes without saves, such as 5min.")
 @click.option("--sparsity", callback=reads(_points), help="EPOCH:SPARSITY pairs such as 0:0,50:0.9, straight between.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the curve that rises and then degrades.")
 @click.option("--archive-ratio", type=click.FloatRange(min=0, min_open=True), help="What the archive leaves of a byte.")
@@ -132,10 +132,10 @@ class _Basis:
 
 
 def _of_numbers(rules: Sequence[Rule] | None, given: dict[str, Any]) -> _Basis:
+    network = None if given["preset"] is None else architectures.architecture(given["preset"])
     if not rules or given["epochs"] is None:
         raise ConfigError(f"a plan needs --epochs and --rules, such as 'best:val_accuracy:max last:3'. Forms: {FORMS}")
-    if given["preset"] is not None:
-        network = architectures.architecture(given["preset"])
+    if network is not None:
         size = sizes.designed(network, optimizer=given["optimizer"], dtype=given["dtype"], master=given["master"])
     else:
         if given["optimizer"] is None:
@@ -176,7 +176,7 @@ def _of_run(run: Run, rules: Sequence[Rule] | None, given: dict[str, Any]) -> _B
             )
     packed = render.packed_sizes(run, manifests)
     whole = sum(one.size_bytes for one in manifests if one.id in packed)
-    measured = pace(reports)
+    measured = pace(reports, manifests, {event.report for event in events if isinstance(event, Saved)})
     per_epoch = given["reports_per_epoch"] or measured.reports_per_epoch
     epochs = given["epochs"] or measured.epochs
     if not epochs:
@@ -250,6 +250,7 @@ def _saving(found: Forecast, given: dict[str, Any]) -> dict[str, Any] | None:
         "best_seconds": best,
         "best_overhead": failures.overhead(best) if best > 0 else None,
         "rules_overhead": found.overhead(failures),
+        "rules_wait": found.waits(failures),
     }
 
 
@@ -315,6 +316,9 @@ def _table(*titles: str) -> Table:
 
 def _print_costs(console: Console, found: Forecast, costs: dict[str, Any]) -> None:
     console.print()
+    if not costs["archive_bytes"][-1]:
+        console.print("nothing is kept at the end")
+        return
     console.print(
         f"archived at the end: {_span(costs['archive_bytes'], render.size)}, {costs['archive_ratio']:.2f} of it "
         f"({costs['archive_ratio_source']})"
@@ -326,17 +330,15 @@ def _print_costs(console: Console, found: Forecast, costs: dict[str, Any]) -> No
         )
     if costs["per_month"] is not None:
         console.print(
-            f"a month at the price given: {_span(costs['per_month'], _money)}; every epoch, whole: "
-            f"{_money(costs['naive_per_month'])}"
+            f"a month at the price given: {_span(costs['per_month'], render.money)}; every epoch, whole: "
+            f"{render.money(costs['naive_per_month'])}"
         )
     if "requests" in costs:
-        console.print(f"requests: {_span(costs['requests'], _money)} for all saves, {found.sizes.files} files each")
+        console.print(
+            f"requests: {_span(costs['requests'], render.money)} for all saves, {found.sizes.files} files each"
+        )
     if "egress_checkpoint" in costs:
-        console.print(f"one checkpoint read back: {_money(costs['egress_checkpoint'])}")
-
-
-def _money(value: float) -> str:
-    return f"{value:.2f}" if value >= 1 else f"{value:.2g}"
+        console.print(f"one checkpoint read back: {render.money(costs['egress_checkpoint'])}")
 
 
 def _time(seconds: float) -> str:
@@ -358,7 +360,8 @@ def _print_saving(console: Console, saving: dict[str, Any], basis: _Basis) -> No
         rule = f"every:{saving['best_seconds'] / 60:.3g}min:1"
         console.print(f"as a rule that is {rule}, for a loop that reports as often")
     if saving["rules_overhead"] is not None:
-        console.print(f"these rules cost {saving['rules_overhead']:.2%} of the work")
+        waits = "; they save faster than saves become durable, and the loop waits" if saving["rules_wait"] else ""
+        console.print(f"these rules cost {saving['rules_overhead']:.2%} of the work{waits}")
     elif basis.epoch_time is None:
         console.print("--epoch-time would say what these rules cost")
 

@@ -1,6 +1,7 @@
 """Tables for people, JSON for programs. Nothing here decides anything."""
 
 import math
+import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from peakpoint import packs, reader
 from peakpoint.audit import Audit, Finding
+from peakpoint.cli import fitting
+from peakpoint.cli.fitting import Column
 from peakpoint.journal import history
 from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known
@@ -25,6 +28,7 @@ from peakpoint.rules import Claim, ranked, watched
 if TYPE_CHECKING:
     from peakpoint.catalogue import Listed
 
+_NAMED = 10  # things that one command names
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 
 
@@ -90,20 +94,46 @@ def waits(manifest: Manifest) -> str:
     return ", ".join(known) or "not recorded"
 
 
-def undo_hint(root: Path, undo_for: timedelta) -> str:
-    """What to do when it was a mistake."""
+def command(*words: object) -> str:
+    """A command of ours that can be pasted into a shell."""
+    return "peakpoint " + shlex.join(map(str, words))
+
+
+def undo_hint(root: Path, gone: Sequence[str], undo_for: timedelta) -> str:
+    """What to do when it was a mistake.
+
+    Args:
+        root: the repository.
+        gone: what went, each as RUN/NAME.
+        undo_for: how long it can be brought back.
+    """
     if not undo_for:
         return "the space is free; this cannot be taken back"
     until = datetime.now(UTC) + undo_for
+    some = "it" if len(gone) == 1 else "them" if len(gone) <= _NAMED else "each of them by its name"
     return (
-        f"peakpoint undo brings back what is gone until {until:%Y-%m-%d %H:%M} UTC; "
-        f"peakpoint trash {root} --empty frees the space now"
+        f"until {until:%Y-%m-%d %H:%M} UTC this brings {some} back:\n"
+        f"  {command('undo', root, *(gone if len(gone) <= _NAMED else gone[:1]))}\n"
+        f"and this frees the space now:\n  {command('trash', root, '--empty')}"
     )
 
 
 def number(value: float | None) -> str:
     """A metric, in six significant digits."""
     return "" if value is None else f"{value:.6g}"
+
+
+def rounded(difference: float, *of: float) -> float:
+    """A difference, without the digits that six significant ones of the values do not have: 0.706 - 0.7 is 0.006."""
+    scale = max(map(abs, of))
+    if not (0 < scale < math.inf) or not math.isfinite(difference):
+        return difference
+    return round(difference, 5 - math.floor(math.log10(scale))) or difference
+
+
+def money(value: float) -> str:
+    """A price, with two digits of what is below 1."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.2g}"
 
 
 def age(moment: datetime, now: datetime | None = None) -> str:
@@ -121,52 +151,61 @@ def at(step: int, epoch: int | None) -> str:
 
 
 def kept_table(
+    console: Console,
     manifests: Sequence[Manifest],
     kept: Mapping[str, tuple[Claim, ...]],
     watched: Sequence[str],
     best: Mapping[str, str],
     packed: Mapping[str, int],
-) -> Table:
-    """Checkpoints of a run, with the reasons why each is kept.
+) -> RenderableType:
+    """Checkpoints of a run, with the reasons why each is kept: beside them, or below where it is too narrow.
 
     Args:
+        console: where it is to fit.
         manifests: the checkpoints.
         kept: id to claims.
-        watched: metrics with a column.
+        watched: metrics with a column; the last ones go first where it is too narrow.
         best: metric to the id of its best checkpoint, which is marked.
         packed: id to the bytes in the archive, of those that are there.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("checkpoint", overflow="fold")
-    table.add_column("epoch", justify="right")
-    table.add_column("step", justify="right")
-    for metric in watched:
-        table.add_column(escape(metric), justify="right", overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("kept because", overflow="fold")
-    for manifest in manifests:
-        values = [
-            f"[bold green]{number(manifest.metrics.get(metric))} *[/]"
-            if best.get(metric) == manifest.id
-            else number(manifest.metrics.get(metric)) + "  "
-            for metric in watched
-        ]
-        table.add_row(
-            escape(manifest.name),
-            "" if manifest.epoch is None else str(manifest.epoch),
-            str(manifest.step),
-            *values,
-            size(manifest.size_bytes)
-            + (f"\n[dim]packed {size(packed[manifest.id])}[/]" if manifest.id in packed else ""),
-            claims_text(kept.get(manifest.id, ())),
-        )
-    return table
+
+    def value(manifest: Manifest, metric: str) -> str:
+        shown = number(manifest.metrics.get(metric))
+        return f"[bold green]{shown} *[/]" if best.get(metric) == manifest.id else shown + "  "
+
+    def bytes_of(manifest: Manifest) -> str:
+        archived = f"\n[dim]packed {size(packed[manifest.id])}[/]" if manifest.id in packed else ""
+        return size(manifest.size_bytes) + archived
+
+    metrics = [Column(escape(metric), [value(one, metric) for one in manifests]) for metric in watched]
+    columns = [
+        Column("checkpoint", [escape(one.name) for one in manifests], right=False),
+        Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in manifests]),
+        Column("step", [str(one.step) for one in manifests]),
+        *metrics,
+        Column("size", list(map(bytes_of, manifests))),
+    ]
+    spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch"]
+    reasons = [claims_text(kept.get(one.id, ())) for one in manifests]
+    return fitting.with_reasons(console, columns, spare, "kept because", reasons)
 
 
 def claims_text(claims: Iterable[Claim]) -> str:
     """Claims, a line each."""
-    lines = [f"[cyan]{escape(claim.rule)}[/] {escape(claim.reason)}" for claim in claims]
-    return "\n".join(lines) or "[yellow]nothing claims it: it goes with the next save[/]"
+    return "\n".join(map(claim_text, claims)) or "[yellow]nothing claims it: it goes with the next save[/]"
+
+
+# how the reasons of rules begin that say all that the rule says
+_SAYING = {"best": "best ", "best-at": "best ", "topk": "rank ", "pareto": "on the ", "every": "every ", "thin": "thin"}
+
+
+def claim_text(claim: Claim) -> str:
+    """The reason, and the rule where the reason does not say it: options, and what is simply the newest."""
+    kind = claim.rule.partition(":")[0]
+    plain = "=" not in claim.rule.replace(":smooth=", "")
+    if kind == "protection" or (plain and kind in _SAYING and claim.reason.startswith(_SAYING[kind])):
+        return escape(claim.reason)
+    return f"{escape(claim.reason)} [dim]({escape(claim.rule)})[/]"
 
 
 GONE = " [bold red](gone)[/]"  # no checkpoint of the best exists
@@ -186,7 +225,6 @@ def peaks_table(peaks: Sequence[Peak], exist: Mapping[str, bool]) -> Table:
     for name in ("best", "at", "last", "at", "lost since the best"):
         table.add_column(name, justify="right")
     for peak in peaks:
-        lost = "nothing" if peak.lost == 0 else number(peak.lost)
         table.add_row(
             escape(peak.metric),
             peak.mode,
@@ -194,7 +232,7 @@ def peaks_table(peaks: Sequence[Peak], exist: Mapping[str, bool]) -> Table:
             at(peak.best_step, peak.best_epoch) + ("" if exist.get(peak.metric) else GONE),
             number(peak.last),
             at(peak.last_step, peak.last_epoch),
-            lost if peak.lost == 0 else f"[yellow]{lost}[/]",
+            lost(peak),
         )
     return table
 
@@ -278,35 +316,41 @@ def print_run(console: Console, run: Run) -> None:
     if manifests:
         metrics = [metric for metric, _ in pairs] or sorted({name for one in manifests for name in one.metrics})
         best = {metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))}
-        console.print(kept_table(manifests, kept, metrics[:4], best, packed))
+        console.print(kept_table(console, manifests, kept, metrics[:4], best, packed))
     console.print()
 
 
-def runs_table(runs: Sequence["Listed"], writing: Collection[str]) -> Table:
+def runs_table(console: Console, runs: Sequence["Listed"], writing: Collection[str]) -> Table:
     """Runs, a line each: the peak against the last of the first metric that its rules watch; some are being written."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("run", overflow="fold")
-    for name in ("checkpoints", "size", "reports", "newest"):
-        table.add_column(name, justify="right")
-    table.add_column("metric", overflow="fold")
-    for name in ("best", "at", "last", "lost"):
-        table.add_column(name, justify="right")
-    for run in runs:
-        peak = run.peaks[0] if run.peaks else None
-        lost = "" if peak is None else "nothing" if peak.lost == 0 else f"[yellow]{number(peak.lost)}[/]"
-        table.add_row(
-            escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
-            f"{run.checkpoints:,}",
-            size(run.size_bytes),
-            f"{run.reports:,}",
-            "[cyan]being written[/]" if run.name in writing else "" if run.newest is None else age(run.newest),
-            "" if peak is None else f"{escape(peak.metric)} ({peak.mode})",
-            "" if peak is None else f"[bold green]{number(peak.best)}[/]",
-            "" if peak is None else at(peak.best_step, peak.best_epoch) + ("" if run.kept.get(peak.metric) else GONE),
-            "" if peak is None else number(peak.last),
-            lost,
-        )
-    return table
+    rows = [_run_row(run, writing=run.name in writing) for run in runs]
+    titles = ("run", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")
+    cells = zip(*rows, strict=True)
+    columns = [
+        Column(title, column, right=title not in {"run", "metric"}) for title, column in zip(titles, cells, strict=True)
+    ]
+    left = fitting.fitted(columns, ["reports", "at", "checkpoints", "size", "newest", "last"], console.width)
+    return fitting.table(left, console.width)
+
+
+def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
+    peak = run.peaks[0] if run.peaks else None
+    return (
+        escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
+        f"{run.checkpoints:,}",
+        size(run.size_bytes),
+        f"{run.reports:,}",
+        "[cyan]being written[/]" if writing else "" if run.newest is None else age(run.newest),
+        "" if peak is None else f"{escape(peak.metric)} ({peak.mode})",
+        "" if peak is None else f"[bold green]{number(peak.best)}[/]",
+        "" if peak is None else at(peak.best_step, peak.best_epoch) + ("" if run.kept.get(peak.metric) else GONE),
+        "" if peak is None else number(peak.last),
+        "" if peak is None else lost(peak),
+    )
+
+
+def lost(peak: Peak) -> str:
+    """How far the last is below the best, coloured."""
+    return "nothing" if peak.lost == 0 else f"[yellow]{number(rounded(peak.lost, peak.best, peak.last))}[/]"
 
 
 def listed_json(run: "Listed", writer: str | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from rich.table import Table
 from peakpoint import journal as journals
 from peakpoint import packs, upkeep
 from peakpoint.archiving import unarchived
-from peakpoint.cli import render
-from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR
+from peakpoint.cli import fitting, render
+from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
+from peakpoint.cli.fitting import Column
 from peakpoint.dropping import records
 from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.lives import Life, Replay, lives, replay, typical_size
@@ -23,7 +24,7 @@ from peakpoint.notes import all_known
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
 from peakpoint.retention import Plan
-from peakpoint.rules import FORMS, Rule, moment_text, parse_all
+from peakpoint.rules import Rule, check_watched, moment_text, parse_all
 
 GB = 1e9
 
@@ -34,7 +35,7 @@ GB = 1e9
 @click.command()
 @ROOT
 @click.argument("name", metavar="RUN")
-@click.option("--rules", "text", help=f"Rules, separated by spaces; those in force by default. Forms: {FORMS}.")
+@click.option("--rules", "text", help=rules_help("those in force"))
 @click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
 @UNDO_FOR
@@ -42,7 +43,7 @@ GB = 1e9
     "--archive", is_flag=True, help="Archive what would go instead of removing it; parts are dropped all the same."
 )
 @click.option("--what-if", is_flag=True, help="Replay the recorded history under the rules, from the first report on.")
-@click.option("--price", type=click.FloatRange(min=0), default=0.023, show_default=True, help="Of a GB in a month.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of a GB in a month: says what that costs.")
 @JSON
 def keep(
     root: Path,
@@ -53,7 +54,7 @@ def keep(
     undo_for: timedelta,
     archive: bool,  # noqa: FBT001
     what_if: bool,  # noqa: FBT001
-    price: float,
+    price: float | None,
     json: bool,  # noqa: FBT001
 ) -> None:
     """Say what rules keep of a run, why, and what they would remove; carry it out with --yes."""
@@ -61,6 +62,8 @@ def keep(
     rules = run.rules() if text is None else parse_all(text)
     if not rules:
         raise ConfigError(f"no rules: run {name!r} has none in force; give some with --rules, such as last:3")
+    if text is not None:
+        _check_metrics(run, rules)
     if what_if:
         _what_if(run, rules, price, json=json)
         return
@@ -79,10 +82,16 @@ def keep(
     elif not decided.remove and not decided.drop:
         click.echo("nothing would go")
     elif apply_now:
-        _print_done(root, decided, failures, undo_for, archive=archive)
+        _print_done(root, run, decided, failures, undo_for, archive=archive)
     else:
         click.echo(f"nothing is removed yet; add --yes to {'archive' if archive else 'remove'}")
     _leave_with(failures)
+
+
+def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
+    """Refuse a metric that no report and no checkpoint of the run has."""
+    reported = (event.metrics for event in run.events() if isinstance(event, journals.Reported))
+    check_watched(rules, {name for metrics in (*reported, *(one.metrics for one in run.known(()))) for name in metrics})
 
 
 def _leave_with(failures: Sequence[str]) -> None:
@@ -101,34 +110,40 @@ def _carry_out(
     return failures + upkeep.apply_plan(run, replace(decided, remove=()), None, undo_for=undo_for)
 
 
-def _print_done(root: Path, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool) -> None:
+def _print_done(
+    root: Path, run: Run, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool
+) -> None:
     parts = f", dropped parts of {len(decided.drop)}" if decided.drop else ""
     failed = f"; {len(failures)} failed" if failures else ""
     click.echo(
         f"{'archived' if archive else 'removed'} {render.count(len(decided.remove), 'checkpoint')}{parts}{failed}"
     )
     if decided.drop or not archive:
-        click.echo(render.undo_hint(root, undo_for))
+        gone = [f"{run.name}/{removal.manifest.name}" for removal in decided.remove if not archive]
+        gone += [f"{run.name}/{thinning.manifest.name}" for thinning in decided.drop]
+        click.echo(render.undo_hint(root, gone, undo_for))
 
 
 def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
     console = render.console()
     console.print(f"[bold]{escape(run.name)}[/] under {escape(' '.join(rule.text for rule in rules))}")
     manifests = run.manifests()
-    table = Table(box=None, header_style="bold")
-    for title in ("", "checkpoint", "size", "why"):
-        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
     going = {removal.manifest.id: removal for removal in decided.remove}
     losing = {thinning.manifest.id: ", ".join(thinning.parts) for thinning in decided.drop}
+    marks, whys = [], []
     for manifest in manifests:
-        if manifest.id in going:
-            mark, why = "[red]goes[/]", escape(going[manifest.id].reason)
-        else:
-            lost = losing.get(manifest.id)
-            mark = "[green]stays[/]" if lost is None else f"[yellow]loses {escape(lost)}[/]"
-            why = render.claims_text(decided.keep.get(manifest.id, ()))
-        table.add_row(mark, escape(manifest.name), render.size(manifest.size_bytes), why)
-    console.print(table)
+        lost, removal = losing.get(manifest.id), going.get(manifest.id)
+        stays = "[green]stays[/]" if lost is None else f"[yellow]loses {escape(lost)}[/]"
+        marks.append(stays if removal is None else "[red]goes[/]")
+        claims = decided.keep.get(manifest.id, ())
+        whys.append(render.claims_text(claims) if removal is None else escape(removal.reason))
+    columns = [
+        Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
+        Column("", marks, right=False),
+        Column("size", [render.size(manifest.size_bytes) for manifest in manifests]),
+    ]
+    if manifests:
+        console.print(fitting.with_reasons(console, columns, ["size"], "why", whys))
     total = sum(manifest.size_bytes for manifest in manifests)
     console.print(
         f"{len(manifests) - len(going)} of {render.count(len(manifests), 'checkpoint')} stay, "
@@ -159,7 +174,7 @@ def _plan_json(
     }
 
 
-def _what_if(run: Run, rules: Sequence[Rule], price: float, *, json: bool) -> None:
+def _what_if(run: Run, rules: Sequence[Rule], price: float | None, *, json: bool) -> None:
     events = run.events()
     found = replay(events, rules, typical_size(run.manifests()), also=run.rules())
     if json:
@@ -176,9 +191,10 @@ def _what_if(run: Run, rules: Sequence[Rule], price: float, *, json: bool) -> No
     for kept in found.kept:
         table.add_row(moment_text(kept.moment), render.claims_text(kept.claims))
     console.print(table)
+    costs = "" if price is None else f" ({render.money(found.bytes_kept / GB * price)} a month at {price:g} a GB)"
     console.print(
-        f"at {render.size(found.size_bytes)} a checkpoint: {render.size(found.bytes_kept)} kept "
-        f"({found.bytes_kept / GB * price:.2f} a month at {price:g} a GB), {render.size(found.bytes_written)} written"
+        f"at {render.size(found.size_bytes)} a checkpoint: {render.size(found.bytes_kept)} kept{costs}, "
+        f"{render.size(found.bytes_written)} written"
     )
     for peak in found.peaks:
         verdict = "[green]survives[/]" if peak.survives else "[bold red]would be lost[/]"
@@ -188,7 +204,7 @@ def _what_if(run: Run, rules: Sequence[Rule], price: float, *, json: bool) -> No
         )
 
 
-def _replay_json(run: Run, found: Replay, price: float) -> dict[str, Any]:
+def _replay_json(run: Run, found: Replay, price: float | None) -> dict[str, Any]:
     def moment(given: Any) -> dict[str, Any]:
         return {"step": given.step, "epoch": given.epoch, "metrics": dict(given.metrics)}
 
@@ -205,7 +221,7 @@ def _replay_json(run: Run, found: Replay, price: float) -> dict[str, Any]:
         "checkpoint_bytes": found.size_bytes,
         "bytes_kept": found.bytes_kept,
         "bytes_written": found.bytes_written,
-        "per_month": found.bytes_kept / GB * price,
+        "per_month": None if price is None else found.bytes_kept / GB * price,
         "peaks": [
             {"metric": peak.metric, "mode": peak.mode, "survives": peak.survives} | moment(peak.moment)
             for peak in found.peaks
@@ -230,7 +246,8 @@ def explain(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         life = _gone(run, ref)
         if life is None:
             raise NotFoundError(f"{error}; the journal knows of no removed one either") from error
-        _explain_gone(life, json=json)
+        there = {one.manifest.id: one.until for one in upkeep.in_trash(run) if not one.parts}
+        _explain_gone(root, run, life, there.get(life.saved.checkpoint), json=json)
         return
     _explain_here(run, manifest, json=json)
 
@@ -278,7 +295,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         console.print(f"  - {escape(reason)}")
     console.print("kept because" if claims else "[yellow]kept by nothing: the next save of this run removes it[/]")
     for claim in claims:
-        console.print(f"  - [cyan]{escape(claim.rule)}[/] {escape(claim.reason)}")
+        console.print(f"  - {render.claim_text(claim)}")
     for record in dropped:
         console.print(
             f"without {escape(', '.join(record.parts))} since {record.at:%Y-%m-%d %H:%M}: {escape(record.why)}"
@@ -297,7 +314,8 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         console.print(f"[dim]{escape(rule)} does not claim it but {escape(shown or 'nothing')}[/]")
 
 
-def _explain_gone(life: Life, *, json: bool) -> None:
+def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, json: bool) -> None:
+    """What became of it; until when it is in the trash, if it still is."""
     removed = life.removed
     assert removed is not None
     if json:
@@ -311,6 +329,7 @@ def _explain_gone(life: Life, *, json: bool) -> None:
                 "metrics": dict(life.record.metrics),
                 "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
                 "removed": {"at": removed.at, "reason": removed.reason, "by": removed.by, "until": removed.until},
+                "in_trash": until is not None,
                 "claimed_instead": {rule: list(claimed) for rule, claimed in life.beaten},
             }
         )
@@ -323,8 +342,11 @@ def _explain_gone(life: Life, *, json: bool) -> None:
     for reason in life.saved.reasons:
         console.print(f"  - {escape(reason)}")
     console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
-    if removed.until is not None:
-        console.print(f"in the trash until {removed.until:%Y-%m-%d %H:%M} UTC; peakpoint undo brings it back")
+    if until is not None:
+        back = escape(render.command("undo", root, f"{run.name}/{life.saved.name}"))
+        console.print(f"in the trash until {until:%Y-%m-%d %H:%M} UTC; {back} brings it back", soft_wrap=True)
+    elif removed.until is not None:
+        console.print("it was in the trash, and its files are gone for good")
     for rule, claimed in life.beaten:
         console.print(f"  [cyan]{escape(rule)}[/] kept instead")
         for line in claimed[:3] or ("nothing",):

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from peakpoint import layout, reader
 from peakpoint.checkpoint import Checkpoint
-from peakpoint.cli import render
+from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
+from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.query import Metric, Query
 from peakpoint.query import parse as parse_query
@@ -93,12 +94,15 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
         console.print(f"{escape(repository.store.location)} has no runs yet")
         return
     writing = {run.name for run in listed if Run(repository.store, run.name).holder() is not None}
-    console.print(render.runs_table(listed, writing))
+    console.print(render.runs_table(console, listed, writing))
     runs, checkpoints, size = repository.catalogue().totals()
     if len(listed) < runs:
         console.print(f"[dim]and {render.count(runs - len(listed), 'more run')}; --all lists them all[/]")
     console.print(f"{render.count(runs, 'run')}, {render.count(checkpoints, 'checkpoint')}, {render.size(size)}")
-    console.print(f"[dim]peakpoint ls {escape(str(root))} RUN tells why each checkpoint of a run is kept[/]")
+    console.print(
+        f"[dim]{escape(render.command('ls', root, 'RUN'))} tells why each checkpoint of a run is kept[/]",
+        soft_wrap=True,
+    )
 
 
 def _tell_unread(repository: Repository) -> None:
@@ -242,6 +246,10 @@ def _damaged(repository: Repository, shown: Sequence[Checkpoint]) -> dict[str, s
     return {f"{one.run}/{one.name}": wrong[one.id] for one in manifests if one.id in wrong}
 
 
+def _marked(one: Checkpoint, damaged: Mapping[str, str]) -> str:
+    return escape(one.ref) + (" [bold red](damaged)[/]" if one.ref in damaged else "")
+
+
 def _print(
     shown: Sequence[Checkpoint], names: Sequence[str], damaged: Mapping[str, str], *, more: bool, explained: bool
 ) -> None:
@@ -249,28 +257,37 @@ def _print(
     if not shown:
         console.print("nothing matches" + ("" if explained else "; --why says what each clause removed"))
         return
-    metrics = [name for name in names if name not in _FIXED] or sorted({n for one in shown for n in one.metrics})[:4]
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("checkpoint", overflow="fold")
-    for name in ("epoch", "step", *map(escape, metrics), "size", "created"):
-        table.add_column(name, justify="right")
-    for one in shown:
-        epoch = "" if one.epoch is None else str(one.epoch)
-        values = [render.number(one.metrics.get(name)) for name in metrics]
-        mark = " [bold red](damaged)[/]" if one.ref in damaged else ""
-        table.add_row(
-            escape(one.ref) + mark,
-            epoch,
-            str(one.step),
-            *values,
-            render.size(one.size_bytes),
-            render.age(one.created_at),
-        )
+    asked = [name for name in names if name not in _FIXED]
+    metrics = asked or _telling(shown)[:4]
+    values = [Column(escape(name), [render.number(one.metrics.get(name)) for one in shown]) for name in metrics]
+    columns = [
+        Column("checkpoint", [_marked(one, damaged) for one in shown], right=False),
+        Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in shown]),
+        Column("step", [str(one.step) for one in shown]),
+        *values,
+        Column("size", [render.size(one.size_bytes) for one in shown]),
+        Column("created", [render.age(one.created_at) for one in shown]),
+    ]
+    # of metrics that nobody asked for those behind the second go first
+    unasked = [] if asked else [value.title for value in values[:0:-1]]
+    spare = [*unasked[:-1], *(title for title in ("created", "step") if title not in names), *unasked[-1:], "size"]
+    table = fitting.table(fitting.fitted(columns, spare, console.width), console.width)
     console.print(table)
     if more:
         console.print(
             "[dim]and more; --top N shows the first N, --all shows all, --max or --min says by what to rank[/]"
         )
+
+
+def _telling(shown: Sequence[Checkpoint]) -> list[str]:
+    """Metrics, those first for which the checkpoints were saved."""
+    reasons = [reason for one in shown for reason in one.reasons]
+
+    def place(name: str) -> tuple[int, int]:
+        found = [reason.index(name) for reason in reasons if name in reason]
+        return -len(found), sum(found)
+
+    return sorted(sorted({name for one in shown for name in one.metrics}), key=place)
 
 
 def _print_why(why: "Why", keys: dict[str, Mode]) -> None:

@@ -170,7 +170,9 @@ def trash(root: Path, empty: bool, json: bool) -> None:  # noqa: FBT001
         name = escape(f"{one.manifest.run}/{one.manifest.name}")
         table.add_row(name, what, render.size(one.size_bytes), f"{one.until:%Y-%m-%d %H:%M} UTC", escape(one.why))
     console.print(table)
-    console.print(f"{render.size(total)}; peakpoint undo {escape(str(root))} CHECKPOINT brings one back")
+    console.print(
+        f"{render.size(total)}; {escape(render.command('undo', root, 'RUN/NAME'))} brings one back", soft_wrap=True
+    )
 
 
 def _trash_json(one: upkeep.InTrash) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _say_files(console: Console, repository: Repository) -> None:
 
 
 def _say_next(console: Console, out: Path) -> None:
-    program = "peakpoint" if shutil.which("peakpoint") else sys.argv[0]
+    program = "peakpoint" if shutil.which("peakpoint") else f"{shlex.quote(sys.executable)} -m peakpoint"
     place = shlex.quote(str(out))
     console.print("\nLook around:")
     for command in (
@@ -191,4 +191,4 @@ def _say_next(console: Console, out: Path) -> None:
         f"{program} export {place} {KILLED}@best:val_accuracy --to best.safetensors",
         f"{program} audit {place} --deep",
     ):
-        console.print(f"  {escape(command)}")
+        console.print(f"  {escape(command)}", soft_wrap=True)

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from peakpoint.rules import BestAtSparsity, Mode, Pareto, Rule, watched
 
 _PEAK = 0.65  # of the run, where a curve that rises and then degrades has its best
+# What one report adds to a sparsity that the schedule holds still, so that no two are equal where they are traded; the
+# reports of a plan with Pareto together add less than what BestAtSparsity lets pass at a tolerance of 0.
+_STEP = 1e-15
 
 ASSUMPTIONS = {
     "likely": "every metric rises, with noise, until 65 % of the run, and then degrades",
@@ -48,11 +51,30 @@ class Curves:
         """The metrics of each report, under one assumption."""
         noise = random.Random(self._seed)  # noqa: S311 - a curve, and no secret
         for number in range(self._reports):
+            sparsity = self._sparsity(number // self._per_epoch)
+            if name == "trades off":
+                sparsity += number * _STEP
             values = {
                 metric: (1 if mode == "max" else -1) * self._good(name, number, place, noise)
                 for place, (metric, mode) in enumerate(self._modes.items())
             }
-            yield values | dict.fromkeys(self._sparsities, self._sparsity(number // self._per_epoch))
+            if name == "trades off" and self._ranked_sparsity:
+                values |= self._traded(sparsity)
+            yield values | dict.fromkeys(self._sparsities, sparsity)
+
+    @property
+    def _ranked_sparsity(self) -> str | None:
+        """The first metric that rules rank by and that the schedule gives."""
+        return next((metric for metric in self._modes if metric in self._sparsities), None)
+
+    def _traded(self, sparsity: float) -> dict[str, float]:
+        """The other metrics, where one of them is the sparsity of the schedule: every second loses what it gains."""
+        sign = 1 if self._modes[self._ranked_sparsity or ""] == "max" else -1
+        others = [(metric, mode) for metric, mode in self._modes.items() if metric not in self._sparsities]
+        return {
+            metric: (1 if mode == "max" else -1) * (-1 if place % 2 == 0 else 1) * sign * sparsity
+            for place, (metric, mode) in enumerate(others)
+        }
 
     def _good(self, name: str, number: int, place: int, noise: random.Random) -> float:
         """How good the value of a metric is."""

@@ -8,7 +8,7 @@ several times, with metrics that never improve, that always improve, and that ri
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from peakpoint.manifest import FileRecord, Manifest
 from peakpoint.notes import Smoothing, windows
 from peakpoint.planning.curves import ASSUMPTIONS, Curves
 from peakpoint.planning.intervals import Failures
-from peakpoint.planning.sizes import REST, Sizes, live
+from peakpoint.planning.sizes import REST, Sizes, live, stood
 from peakpoint.refs import near
 from peakpoint.retention import plan
 from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
@@ -108,11 +108,21 @@ class Forecast:
         Each stretch of work between two saves counts by itself; see ``Failures.overhead``. None when the time of an
         epoch is not known.
         """
-        if self.epoch_seconds is None:
+        one = self._report_seconds
+        if one is None:
             return None
-        one = self.epoch_seconds * self.epochs / self.reports
         gaps = self.likely.gaps
         return sum(gap * (1 + failures.overhead(gap * one)) for gap in gaps) / sum(gaps) - 1
+
+    def waits(self, failures: Failures) -> bool:
+        """Whether a save has to wait for the one before somewhere; False when the time of an epoch is not known."""
+        one = self._report_seconds
+        return one is not None and min(self.likely.gaps) * one + failures.stall < failures.durable
+
+    @property
+    def _report_seconds(self) -> float | None:
+        """Of work, between two reports."""
+        return None if self.epoch_seconds is None else self.epoch_seconds * self.epochs / self.reports
 
 
 def forecast(
@@ -134,7 +144,7 @@ def forecast(
         epochs: how many.
         reports_per_epoch: how often the loop reports.
         steps_per_epoch: optimizer steps; rules that count steps need it.
-        epoch_time: how long an epoch takes; rules that go by time need it.
+        epoch_time: how long an epoch takes without the saves; rules that go by time need it.
         sparsity: epoch to the sparsity that is reached there, for rules that look at it; straight lines in between.
         seed: of the curve that rises and then degrades.
 
@@ -340,7 +350,7 @@ class Pace:
         epochs: how many it has come to; 0 outside epochs.
         reports_per_epoch: the median, 1 outside epochs.
         steps: between two reports, the median; None when there are no two.
-        seconds: between two reports, the median; None when there are no two.
+        seconds: of work between two reports, the median; None when there are no two.
     """
 
     epochs: int
@@ -349,17 +359,26 @@ class Pace:
     seconds: float | None
 
 
-def pace(reports: Sequence[Reported]) -> Pace:
-    """How a run has reported.
+def pace(reports: Sequence[Reported], manifests: Iterable[Manifest] = (), saved: Collection[int] = ()) -> Pace:
+    """How a run has reported. The time in which it stood still for saves is no work, and does not count.
 
     Args:
         reports: those that count, earliest first.
+        manifests: its checkpoints, which know how long the loop stood still for them.
+        saved: the numbers of the reports that were saved; those whose checkpoint is gone have stood still as long as
+            the others on average.
     """
     counts = Counter(report.epoch for report in reports if report.epoch is not None)
     pairs = list(itertools.pairwise(reports))
+    still = {one.report: stood(one) for one in manifests}
+    usual = statistics.fmean(still.values()) if still else 0.0
+    work = [
+        (after.at - before.at).total_seconds() - still.get(before.report, usual if before.report in saved else 0.0)
+        for before, after in pairs  # a report is written down before it is saved
+    ]
     return Pace(
         epochs=max(counts, default=-1) + 1,
         reports_per_epoch=round(statistics.median(counts.values())) if counts else 1,
         steps=statistics.median(after.step - before.step for before, after in pairs) if pairs else None,
-        seconds=statistics.median((after.at - before.at).total_seconds() for before, after in pairs) if pairs else None,
+        seconds=max(0.0, statistics.median(work)) if work else None,
     )

@@ -51,7 +51,8 @@ class Sizes:
         parts: its parts in their order, the rest last.
         bfloat16: whether all of its weights and moments are, for the archive.
         source: what was looked at.
-        stall: seconds that the loop stood still for a save, if it was measured.
+        stall: seconds that the loop stood still for a save, if it was measured; without the wait for the save before,
+            which depends on how often a run saves.
         durable: seconds until a save was durable, if it was measured.
     """
 
@@ -301,7 +302,7 @@ def measured(manifests: Sequence[Manifest], run: str) -> Sizes:
     rest = newest.size_bytes - sum(part.bytes for part in parts)
     parts.append(Part(name=REST, bytes=rest, why=f"{layout.STATE} of {newest.name}: random generators, plain values"))
     kinds = {tensor.dtype for file in newest.files for tensor in file.tensors if tensor.shape}
-    stalls = [_sum(one.timing, "waited_seconds", "capture_seconds", "step_waited_seconds") for one in manifests]
+    stalls = [_sum(one.timing, "capture_seconds", "step_waited_seconds") for one in manifests]
     writes = [
         _sum(one.timing, "capture_seconds", "write_seconds") for one in manifests if "write_seconds" in one.timing
     ]
@@ -312,6 +313,11 @@ def measured(manifests: Sequence[Manifest], run: str) -> Sizes:
         stall=sum(stalls) / len(stalls),
         durable=sum(writes) / len(writes) if writes else None,
     )
+
+
+def stood(manifest: Manifest) -> float:
+    """Seconds that the loop stood still for a save in all, also for the save before it."""
+    return _sum(manifest.timing, "waited_seconds", "capture_seconds", "step_waited_seconds")
 
 
 def _sum(timing: Mapping[str, float], *names: str) -> float:
