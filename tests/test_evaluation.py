@@ -328,6 +328,8 @@ def test_runs_that_do_not_match_are_no_reference(seeds):
     assert (matched.name, others.name) == ("adamw", "(no match)")
     assert matched.best < others.best
     assert matched.against is None
+    [grouping] = found(seeds, "net-adamw-seed0", "net-adamw-seed1", "net-sgd-seed0", group_by=r"(adamw)").groups
+    assert "(no match)" not in grouping.note
 
 
 def test_three_groups_share_the_risk(seeds):

@@ -173,6 +173,17 @@ def test_notes_say_what_they_are_about(tmp_path):
     assert "the scatter of the last 20 values (original) and reported as loss_se (compressed)" in both
 
 
+def test_the_front_says_what_beaten_means(root):
+    text = " ".join(invoke(root, "pruned").split())
+    assert "3 of 3 checkpoints: no other is at least as good in both and better in one." in text
+
+
+def test_a_note_about_several_runs_is_one_note(root):
+    with_few = " ".join(invoke(root, "one", "_two").split())
+    assert with_few.count("one, _two, val_acc: ") == 1
+    assert with_few.count("give --n-eval") == 1
+
+
 def test_another_checkpoint_with_the_same_value_is_as_good(tmp_path):
     with checkpointer(tmp_path, run="r", state={"x": 1}, keep=[pp.Last(1)]) as ckpt:
         for step, acc in enumerate([0.7, 0.6, 0.7]):
