@@ -252,11 +252,10 @@ class Catalogue:
     def _refresh_run(self, run: str) -> None:
         engines = (self._engine, self._reading)
         tick, now = refresh_run(engines, self._store, run, self._remembered.pop(run, None))
-        if now is not None:
-            self._remembered[run] = now
-            if len(self._remembered) > _REMEMBERED:
-                self._remembered.pop(next(iter(self._remembered)))
-        if now is not None and tick == self._tick + 1:
+        self._remembered[run] = now
+        if len(self._remembered) > _REMEMBERED:
+            self._remembered.pop(next(iter(self._remembered)))
+        if tick == self._tick + 1:
             self._known[run] = now.known
             self._tick = tick
         elif tick != self._tick:  # others have changed it as well: ask anew next time

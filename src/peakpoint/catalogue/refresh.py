@@ -74,7 +74,7 @@ def remove_run(engine: Engine, name: str) -> None:
 
 def refresh_run(
     engines: tuple[Engine, Engine], store: Store, run: str, before: Remembered | None = None
-) -> tuple[int, Remembered | None]:
+) -> tuple[int, Remembered]:
     """Bring one run up to date.
 
     Args:
@@ -84,22 +84,22 @@ def refresh_run(
         before: what was returned the last time.
 
     Returns:
-        The catalogue's tick after it, and what to remember; None when another process was faster.
+        The catalogue's tick after it, -1 when that was not asked for, and what to remember.
     """
     writing, reading = engines
+    tick = -1  # not known
     while True:
-        with reading.connect() as connection:
-            row = connection.execute(_state(run)).one()
-            if row.read is None or before is None or before.text != row.read:
-                rows = {} if row.read is None else _rows(connection, row.key)
-                columns, born = (None, 0) if before is None else (before.columns, before.born)
-                known = None if row.read is None else decoded(row.read)
-                before = None if known is None else Remembered(row.read, known, rows, columns, born)
+        if before is None:  # what is remembered needs no question; whether it still holds is seen when it is written
+            with reading.connect() as connection:
+                row = connection.execute(_state(run)).one()
+                tick = row.tick
+                if row.read is not None:
+                    before = Remembered(row.read, decoded(row.read), _rows(connection, row.key))
         if before is not None and is_current(store, run, before.known):
-            return row.tick, None
+            return tick, before
         news = read(store, run, None if before is None else before.known, {} if before is None else before.rows)
         if before is not None and news.known == before.known and news.is_empty:
-            return row.tick, before
+            return tick, before
         with writing.begin() as connection:
             _lock(connection)
             row = connection.execute(_state(run)).one()
