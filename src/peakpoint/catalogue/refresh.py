@@ -38,6 +38,7 @@ class Remembered:
         known: the same.
         rows: its checkpoints in the catalogue: name to key and id.
         columns: of the catalogue that was born as ``born``.
+        noted: whether anything may be noted of its checkpoints.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Remembered:
     rows: Rows
     columns: Columns | None = None
     born: int = 0
+    noted: bool = True
 
 
 def decoded(text: str) -> Known:
@@ -94,7 +96,10 @@ def refresh_run(
                 row = connection.execute(_state(run)).one()
                 tick = row.tick
                 if row.read is not None:
-                    before = Remembered(row.read, decoded(row.read), _rows(connection, row.key))
+                    noted = connection.execute(select(schema.noted.c.run).where(schema.noted.c.run == row.key).limit(1))
+                    before = Remembered(
+                        row.read, decoded(row.read), _rows(connection, row.key), noted=noted.first() is not None
+                    )
         if before is not None and is_current(store, run, before.known):
             return tick, before
         news = read(store, run, None if before is None else before.known, {} if before is None else before.rows)
@@ -141,6 +146,7 @@ class _Update:
         rows = {} if before is None else before.rows
         known = None if before is None or before.born != row.born else before.columns
         self._columns = known if known is not None and len(known.keys) == row.metrics else None
+        self._noted = before is None or before.noted or any(isinstance(event, NOTES) for event in news.events)
         self._free = row.free
         self._new = row.read is None or news.whole
         self._rows: Rows = {} if self._new else dict(rows)
@@ -172,7 +178,7 @@ class _Update:
         text = msgspec.json.encode(_Read(news.known, tick)).decode()
         self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values, read=text))
         self._connection.execute(update(schema.meta).values(tick=tick, free=self._free))
-        return tick, Remembered(text, news.known, self._rows, self._columns, row.born)
+        return tick, Remembered(text, news.known, self._rows, self._columns, row.born, self._noted)
 
     # --- measured later, pinned
 
@@ -210,7 +216,8 @@ class _Update:
     def _add(self, found: Sequence[reader.Standing]) -> None:
         if not found:
             return
-        noted = _noted(self._connection, self._key, {standing.manifest.id for standing in found})
+        ids = {standing.manifest.id for standing in found}
+        noted = _noted(self._connection, self._key, ids) if self._noted else {}
         entries = []
         for standing in found:
             one = standing.manifest
