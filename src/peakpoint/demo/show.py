@@ -188,6 +188,8 @@ def _say_next(console: Console, out: Path) -> None:
     for command in (
         f"{program} ls {place}",
         f"{program} show {place} {KILLED}@best:val_accuracy",
+        f"{program} select {place} 'val_accuracy > 0.99' --max val_accuracy --min epoch --top 3 --why",
+        f"{program} report {place} --to report.html",
         f"{program} export {place} {KILLED}@best:val_accuracy --to best.safetensors",
         f"{program} audit {place} --deep",
     ):
