@@ -1095,7 +1095,7 @@ def test_what_transformers_writes(tmp_path):
 
 
 RANK = """
-import sys, warnings
+import os, sys, warnings
 import torch, torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
@@ -1108,15 +1108,19 @@ mesh = init_device_mesh("cpu", (2,))
 whole = torch.arange(35.0).reshape(5, 7)
 sharded = {"rows": distribute_tensor(whole, mesh, [Shard(0)]), "columns": distribute_tensor(whole, mesh, [Shard(1)])}
 dcp.save({"model": {**sharded, "same": torch.ones(3)}, "epoch": 4, "step": 50}, checkpoint_id=folder)
-dist.destroy_process_group()
+print("done", flush=True)
+sys.stdin.read()  # until both are done: one that finds the other's connections closed aborts
+os._exit(0)
 """
 
 
 @pytest.mark.slow
 def test_what_two_ranks_write_is_put_together(tmp_path):
     folder = tmp_path / "dcp"
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(folder)]) for rank in (0, 1)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    command, pipes = [sys.executable, "-c", RANK], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    ranks = [subprocess.Popen([*command, str(rank), str(folder)], **pipes) for rank in (0, 1)]
+    assert [rank.stdout.readline() for rank in ranks] == [b"done\n", b"done\n"]
+    assert [(rank.communicate(timeout=120)[0], rank.returncode) for rank in ranks] == [(b"", 0), (b"", 0)]
     bring(folder, tmp_path / "root")
     [one] = pp.open(tmp_path / "root").run("r").checkpoints()
     assert (one.epoch, one.step) == (4, 50)
