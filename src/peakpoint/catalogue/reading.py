@@ -10,7 +10,7 @@ journal has announced is there to be seen. So a crash at any instant leaves noth
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peakpoint import journal as journals
 from peakpoint import layout, reader
@@ -166,13 +166,8 @@ def read(store: Store, run: str, known: Known | None, rows: Rows) -> Reading:
         past = journals.read(store, run).events
     stamp = store.stamp(layout.checkpoints_prefix(run))
     found, gone, unsettled = _Directories(store, run, known, rows).read(events)
-    fields = {"checkpoints": stamp, "unsettled": unsettled, "identity": identity}
-    return Reading(_replaced(now, fields), whole, events, past, found, gone)
-
-
-def _replaced(known: Known, fields: Mapping[str, object]) -> Known:
-    members = {name: getattr(known, name) for name in Known.__dataclass_fields__}
-    return Known(**(members | dict(fields)))
+    now = replace(now, identity=identity, checkpoints=stamp, unsettled=unsettled)
+    return Reading(now, whole, events, past, found, gone)
 
 
 # --- the journal --------------------------------------------------------------------------------------------------
