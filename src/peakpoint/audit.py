@@ -136,9 +136,18 @@ def _run(
 
 
 _INDEX = "catalogue.sqlite"  # with the log and the shared memory of SQLite, and one that was damaged
-_OF_A_REPOSITORY = {layout.REPOSITORY, f"{layout.RUNS}/", _INDEX, f"{_INDEX}-wal", f"{_INDEX}-shm", "aliases/"}
+_OF_A_REPOSITORY = {
+    layout.REPOSITORY,
+    f"{layout.RUNS}/",
+    _INDEX,
+    f"{_INDEX}-wal",
+    f"{_INDEX}-shm",
+    "aliases/",
+    "releases/",
+    layout.POLICY,
+}
 _SET_ASIDE = re.compile(r"catalogue\.damaged-[0-9a-f]{8}\.sqlite(-wal|-shm)?")
-_OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", "archive/"}
+_OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", "archive/", "validations/"}
 
 
 def _packs(store: Store, run: str) -> Iterator[Finding]:

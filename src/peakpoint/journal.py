@@ -231,6 +231,40 @@ class Unpinned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Promoting:
+    """An alias is about to point at a checkpoint, which is protected from now on."""
+
+    at: datetime
+    checkpoint: str
+    name: str
+    alias: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promoted:
+    """What came of ``Promoting``: from here on the record of the alias protects the checkpoint, if there is one.
+
+    Attributes:
+        at: when.
+        checkpoint: the id.
+        name: its directory.
+        alias: the alias.
+        record: the number of the record that points at it; None when it came to nothing.
+        digest: of that record, so that one that is taken out or changed later is missed.
+        by: who did it.
+    """
+
+    at: datetime
+    checkpoint: str
+    name: str
+    alias: str
+    record: int | None
+    digest: str | None
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
     """The process that had opened the run ended in an orderly way.
 
@@ -260,6 +294,8 @@ Event = (
     | Measured
     | Pinned
     | Unpinned
+    | Promoting
+    | Promoted
     | Closed
 )
 
@@ -278,6 +314,8 @@ _KINDS: dict[str, type[Event]] = {
     "measured": Measured,
     "pinned": Pinned,
     "unpinned": Unpinned,
+    "promoting": Promoting,
+    "promoted": Promoted,
     "closed": Closed,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}

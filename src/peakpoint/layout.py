@@ -8,12 +8,16 @@
     runs/<run>/journal/<number>.jsonl           what was reported and done
     runs/<run>/checkpoints/<name>/              one checkpoint
     runs/<run>/archive/<id>.pack                the bytes of an archived checkpoint
+    runs/<run>/validations/<id>/<number>.json   what was found when a checkpoint was validated
+    aliases/<alias>/<number>.json               what an alias points at: the highest number counts
 """
 
 from peakpoint.manifest import MANIFEST
 
 REPOSITORY = "peakpoint.json"
 RUNS = "runs"
+ALIASES = "aliases"
+POLICY = "production.toml"
 STATE = "state.json"
 
 
@@ -86,3 +90,33 @@ def archive_prefix(run: str) -> str:
 def pack_key(run: str, checkpoint: str) -> str:
     """The pack of one checkpoint, by its id."""
     return f"{RUNS}/{run}/archive/{checkpoint}{PACK}"
+
+
+def validations_prefix(run: str, checkpoint: str) -> str:
+    """The directory of a checkpoint's validations, by its id; it outlives the checkpoint."""
+    return f"{RUNS}/{run}/validations/{checkpoint}"
+
+
+def validation_key(run: str, checkpoint: str, number: int) -> str:
+    """The record of one validation."""
+    return f"{validations_prefix(run, checkpoint)}/{number:06d}.json"
+
+
+def predictions_key(run: str, checkpoint: str, digest: str) -> str:
+    """Predictions that a validation has kept, by the digest of the file."""
+    return f"{validations_prefix(run, checkpoint)}/{digest[:16]}.predictions"
+
+
+def alias_prefix(alias: str) -> str:
+    """The directory of an alias's records."""
+    return f"{ALIASES}/{alias}"
+
+
+def alias_key(alias: str, number: int) -> str:
+    """One record of an alias."""
+    return f"{ALIASES}/{alias}/{number:06d}.json"
+
+
+def release_key(release: str) -> str:
+    """The record of a release, by its id."""
+    return f"releases/{release}.json"

@@ -10,11 +10,13 @@ from collections.abc import Set as AbstractSet
 from types import UnionType
 
 from peakpoint import journal as journals
-from peakpoint.journal import Closed, Event, Measured, Opened, Pinned, Reading, Removed, Unpinned
+from peakpoint.journal import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Reading, Removed, Unpinned
 from peakpoint.manifest import Manifest
 from peakpoint.notes import Derived, Notes, derive, known, notes, windows
 from peakpoint.rules import Rule
 from peakpoint.store import Store
+
+_SAID = Measured | Pinned | Unpinned | Promoting | Promoted | Removed
 
 
 class Ledger:
@@ -61,7 +63,7 @@ class Ledger:
 
     def _hear(self, name: str, found: Sequence[Event], last: type[Event] | UnionType) -> bool:
         """Take in one segment; with an event of the kind ``last`` it will not be read again. Whether it said more."""
-        said = [event for event in found if isinstance(event, Measured | Pinned | Unpinned | Removed)]
+        said = [event for event in found if isinstance(event, _SAID)]
         more = len(said) > len(self._said.get(name, ()))
         self._said[name] = said
         if any(isinstance(event, last) for event in found):
@@ -85,6 +87,12 @@ class Ledger:
         """The ids that are pinned, with the reasons."""
         with self._lock:
             return dict(self._notes.pinned)
+
+    @property
+    def promoting(self) -> Mapping[str, str]:
+        """The ids that an alias is about to point at, with which."""
+        with self._lock:
+            return dict(self._notes.promoting)
 
     @property
     def removed(self) -> AbstractSet[str]:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from peakpoint.journal import Event, Measured, Pinned, Reported, Saved, Started, Unpinned
+from peakpoint.journal import Event, Measured, Pinned, Promoted, Promoting, Reported, Saved, Started, Unpinned
 from peakpoint.manifest import Manifest
 from peakpoint.rules import Best, Rule, smoothed
 
@@ -68,10 +68,12 @@ class Notes:
     Attributes:
         metrics: measured after the commit; of several values of one metric the last counts.
         pinned: why each is pinned.
+        promoting: those that an alias is about to point at, and which; of one that was cut short, until it is repeated.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
+    promoting: dict[str, str] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
         """Take the next event into account."""
@@ -82,6 +84,11 @@ class Notes:
                 self.pinned[event.checkpoint] = event.why
             case Unpinned():
                 self.pinned.pop(event.checkpoint, None)
+                self.promoting.pop(event.checkpoint, None)
+            case Promoting():
+                self.promoting[event.checkpoint] = f"about to become {event.alias}"
+            case Promoted():
+                self.promoting.pop(event.checkpoint, None)
             case _:
                 pass
 

@@ -11,6 +11,7 @@ from peakpoint import layout, packs
 from peakpoint.dropping import left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
+from peakpoint.seal import digest
 from peakpoint.store import Filled, Filling, Hold, Store
 from peakpoint.units import cores
 from peakpoint.writer import BLOCK, combined_digest
@@ -107,6 +108,11 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
         FormatError: a newer release wrote it.
     """
     return left(_own_manifest(store, run, name), list(records(store, run, name)))
+
+
+def manifest_digest(store: Store, manifest: Manifest) -> str:
+    """The digest of the bytes of a checkpoint's manifest, and so of everything that it has digests of."""
+    return digest(store.get(layout.manifest_key(manifest.run, manifest.name)))
 
 
 def _own_manifest(store: Store, run: str, name: str) -> Manifest:

@@ -7,6 +7,8 @@
 ``RUN:epoch=N``        the newest checkpoint of epoch N (as the loop counts it)
 ``RUN:STEP``           the newest checkpoint at a step
 ``RUN/NAME``           by directory name, by id, or by the first characters of an id
+``@ALIAS``             what an alias such as ``champion`` or ``resnet50/champion`` points at
+``@ALIAS:N``           what its record number N points at
 ====================== ==================================================================================
 
 Where a run was continued from an older checkpoint, its newest branch goes before abandoned ones.
@@ -22,7 +24,7 @@ from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.names import check_metric, check_run
 from peakpoint.rules import Mode, Record, Rule, by_sequence, lineage, mode_of, ranked, watched
 
-FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME"
+FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME, @ALIAS, @ALIAS:N"
 
 
 class Named(Record, Protocol):
@@ -76,11 +78,50 @@ class ByName:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class OfAlias:
+    """``@ALIAS``, or with the number of a record ``@ALIAS:N``."""
+
+    alias: str
+    number: int | None = None
+
+
 Ref = Latest | BestOf | AtEpoch | AtStep | ByName
+_ALIAS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63})?")
+
+
+def check_alias(name: str) -> str:
+    """Return ``name`` if it can name an alias: ``NAME`` or ``FAMILY/NAME``.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    odd = not isinstance(name, str) or _ALIAS.fullmatch(name) is None
+    if odd or any(one.endswith((".", ".json")) for one in name.split("/")):
+        raise ConfigError(
+            f"{name!r} cannot name an alias: give NAME or FAMILY/NAME, such as champion or resnet50/champion, of ASCII "
+            "letters, digits and _.+- (at most 64 each)"
+        )
+    return name
+
+
+def parse_any(text: str) -> Ref | OfAlias:
+    """Read a ref that may also be an alias's; see ``parse``.
+
+    Example:
+        >>> parse_any("@resnet50/champion:3")
+        OfAlias(alias='resnet50/champion', number=3)
+    """
+    if not text.startswith("@"):
+        return parse(text)
+    alias, colon, number = text[1:].partition(":")
+    if colon and not (_NUMBER.fullmatch(number) and int(number)):
+        raise ConfigError(f"{text!r}: after the colon comes the number of a record of the alias, from 1")
+    return OfAlias(check_alias(alias), int(number) if colon else None)
 
 
 def parse(text: str) -> Ref:
-    """Read a ref.
+    """Read a ref to a checkpoint of a run that it names.
 
     Raises:
         ConfigError: the text is none of the forms, which the message lists.
@@ -89,6 +130,8 @@ def parse(text: str) -> Ref:
         >>> parse("resnet50@best:val/loss:min")
         BestOf(run='resnet50', metric='val/loss', mode='min')
     """
+    if text.startswith("@"):
+        raise ConfigError(f"{text!r} is an alias; here a checkpoint of a run is meant: RUN@latest, RUN/NAME, ...")
     for separator in text:
         if separator in "@:/":
             run, rest = text.split(separator, 1)

@@ -9,12 +9,12 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from peakpoint import aliases, layout, reader, refs
 from peakpoint import journal as journals
-from peakpoint import layout, reader, refs
 from peakpoint.actor import present_user
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import utc_now
-from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, PeakpointWarning
 from peakpoint.manifest import FORMAT, Manifest, check_format
 from peakpoint.names import check_metric, check_text
 from peakpoint.notes import all_known, known, notes
@@ -122,10 +122,16 @@ class Run:
             all_known(shelf.manifests, events, asked),
             asked,
             notes(events).pinned,
+            aliased=self.aliased(shelf.manifests, events),
             damaged=reader.damage(self.store, shelf.manifests),
             cut=shelf.cut,
             read=reader.being_read(self.store, shelf.manifests),
         )
+
+    def aliased(self, manifests: Sequence[Manifest], events: Sequence[journals.Event]) -> Mapping[str, str]:
+        """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
+        there = aliases.protected(self.store, [manifest.id for manifest in manifests])
+        return {**notes(events).promoting, **there}
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
@@ -369,17 +375,44 @@ class Repository:
         return self.catalogue().select(Wish(query=parse_query(where), keys=read_keys(by), top=top, within=within))
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that ``ref`` names, such as ``"resnet50@best:val_accuracy"``.
+        """The checkpoint that ``ref`` names, such as ``"resnet50@best:val_accuracy"`` or ``"@champion"``.
 
         Raises:
-            NotFoundError: no such run or checkpoint.
+            NotFoundError: no such run, checkpoint or alias.
             ConfigError: ``ref`` is none of the forms of refs.
+            CorruptError: what an alias points at is not what was promoted.
         """
-        return self.run(refs.parse(ref).run).find(ref)
+        run, manifest = self.locate(ref)
+        return run.find(f"{manifest.run}/{manifest.id}")
 
     def find_manifest(self, ref: str) -> Manifest:
         """The manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
-        return self.run(refs.parse(ref).run).find_manifest(ref)
+        return self.locate(ref)[1]
+
+    def locate(self, ref: str) -> tuple[Run, Manifest]:
+        """The run and the manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
+        parsed = refs.parse_any(ref)
+        if isinstance(parsed, refs.OfAlias):
+            return self._aliased(parsed)
+        run = self.run(parsed.run)
+        return run, run.find_manifest(ref)
+
+    def _aliased(self, ref: refs.OfAlias) -> tuple[Run, Manifest]:
+        if ref.number is None:
+            record = aliases.holder(self.store, ref.alias)
+        else:
+            record = aliases.read(self.store, ref.alias, ref.number)
+        target = record.target
+        if target is None:
+            raise NotFoundError(f"record {record.number} of {ref.alias} retired it: it pointed at nothing then")
+        run = self.run(target.run)
+        manifest = run.find_manifest(target.ref)
+        if reader.manifest_digest(self.store, manifest) != target.manifest:
+            raise CorruptError(
+                f"{run.name}/{manifest.name} has another manifest than when it became {ref.alias} (record "
+                f"{record.number}): it was tampered with; peakpoint rollback ROOT {ref.alias} goes back one"
+            )
+        return run, manifest
 
 
 def _beside(store: Store) -> str:

@@ -85,8 +85,8 @@ class Resumption:
         if how == "never":
             return self._nothing('resume="never"')
         if how not in ("auto", "must"):
-            parsed = refs.parse(how)
-            elsewhere = parsed.run != self.run
+            parsed = refs.parse_any(how)
+            elsewhere = isinstance(parsed, refs.OfAlias) or parsed.run != self.run
             followed = bool(self.shelf.manifests) if elsewhere else self._followed(how)
             if not followed:
                 manifest = Repository(self.store).find_manifest(how)

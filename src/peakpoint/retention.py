@@ -92,8 +92,11 @@ def protections(
     pinned: Mapping[str, str],
     cut: Collection[str] = (),
     read: Collection[str] = (),
+    aliased: Mapping[str, str] = NOTHING,
 ) -> dict[str, tuple[Claim, ...]]:
-    """What stays whatever the rules say: the newest, what was saved on request, what is pinned, what is being read.
+    """What stays whatever the rules say.
+
+    That is the newest, what was saved on request, what is pinned, what an alias points at, what is being read.
 
     When the newest has lost parts (``cut``), also the newest that has not.
     """
@@ -107,6 +110,8 @@ def protections(
             why.append(Claim("protection:asked", f"saved on request: {manifest.asked}"))
         if manifest.id in pinned:
             why.append(Claim("protection:pinned", f"pinned: {pinned[manifest.id]}"))
+        if manifest.id in aliased:
+            why.append(Claim("protection:aliased", aliased[manifest.id]))
         if manifest.id in read:
             why.append(Claim("protection:read", "somebody is reading it"))
         if manifest is newest:
@@ -137,6 +142,7 @@ def plan(
     damaged: Mapping[str, str] = NOTHING,
     cut: Collection[str] = (),
     read: Collection[str] = (),
+    aliased: Mapping[str, str] = NOTHING,
 ) -> Plan:
     """Keep what a rule or a protection claims, as far as budgets allow; everything else goes.
 
@@ -150,9 +156,10 @@ def plan(
             best never costs a good one.
         cut: ids without some of their parts.
         read: ids that are being read at this moment.
+        aliased: ids that an alias protects, with the reasons.
     """
     good = [manifest for manifest in manifests if manifest.id not in damaged]
-    claimed, protected = claims(rules, good), protections(good, pinned, cut, read)
+    claimed, protected = claims(rules, good), protections(good, pinned, cut, read, aliased)
     drops = _drops(good, rules, claimed, protected)
     slim = {thinning.manifest.id: thinning.left for thinning in drops}
     stay = kept_ids([slim.get(manifest.id, manifest) for manifest in good], rules, protected.keys())
@@ -229,8 +236,8 @@ def apply(
         journal: receives a ``Removed`` for each.
         removals: what goes.
         by: who decided, for the record.
-        pinned: what is pinned now. Asked once the removals are recorded: whoever pins at the same time either sees
-            the record, or is seen here.
+        pinned: what is protected now, by a pin or an alias. Asked once the removals are recorded: whoever pins or
+            promotes at the same time either sees the record, or is seen here.
         until: keep the files in the trash until then; None lets them go at once.
 
     Returns:
@@ -256,7 +263,7 @@ def apply(
     spared = set(pinned()) if removals else set()
     for removal in removals:
         if removal.manifest.id in spared:
-            failures.append(f"{removal.manifest.name} stays: it has just been pinned")
+            failures.append(f"{removal.manifest.name} stays: it is pinned, or an alias points at it")
             continue
         try:
             if until is None:
@@ -302,7 +309,7 @@ def thin(
     spared = set(pinned()) if drops else set()
     for thinning in drops:
         if thinning.manifest.id in spared:
-            failures.append(f"{thinning.manifest.name} stays whole: it has just been pinned")
+            failures.append(f"{thinning.manifest.name} stays whole: it is pinned, or an alias points at it")
             continue
         try:
             changed[thinning.manifest.id] = drop(

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint import layout, retention
+from peakpoint import aliases, layout, retention
 from peakpoint.audit import clean_run
 from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
@@ -263,16 +263,18 @@ class Saver:
     def _retain(self) -> None:
         """Apply the rules to what exists; a checkpoint that another process has removed is forgotten."""
         existing = [manifest for manifest in self._committed if self._exists(manifest)]
-        pinned = self._pinned()
+        self._ledger.refresh()
+        aliased = self._aliased(existing)
         read = being_read(self._store, existing)
-        plan = retention.plan(self._ledger.view(existing), self._rules, pinned, read=read)
+        view = self._ledger.view(existing)
+        plan = retention.plan(view, self._rules, self._ledger.pinned, read=read, aliased=aliased)
         now = self._journal.now()
         until = now + self._undo_for if self._undo_for else None
         failures = retention.apply(
-            self._store, self._journal, plan.remove, by="rules", pinned=self._pinned, until=until
+            self._store, self._journal, plan.remove, by="rules", pinned=self._protected, until=until
         )
         thinned, more = retention.thin(
-            self._store, self._journal, plan.drop, by="rules", pinned=self._pinned, until=until
+            self._store, self._journal, plan.drop, by="rules", pinned=self._protected, until=until
         )
         if until is not None:
             self._purge(now)
@@ -296,9 +298,14 @@ class Saver:
         now = thinned.get(manifest.id)
         return manifest if now is None else replace(manifest, parts=now.parts, files=now.files)
 
-    def _pinned(self) -> Mapping[str, str]:
+    def _protected(self) -> Mapping[str, str]:
+        """What others have protected by now."""
         self._ledger.refresh()
-        return self._ledger.pinned
+        return {**self._ledger.pinned, **self._aliased(self._committed)}
+
+    def _aliased(self, manifests: Sequence[Manifest]) -> Mapping[str, str]:
+        there = aliases.protected(self._store, [manifest.id for manifest in manifests])
+        return {**self._ledger.promoting, **there}
 
     def _exists(self, manifest: Manifest) -> bool:
         return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None

@@ -4,7 +4,7 @@ Every function but ``remove`` holds the run while it works, so that it and a tra
 Each records who did what in the journal, and can be repeated when it was cut short.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -82,16 +82,24 @@ def apply_plan(
         until, by = _until(clock(), undo_for), present_user()
 
         def pinned() -> dict[str, str]:
-            return dict(notes(run.events()).pinned)
+            return _protected(run)
 
         failures = retention.apply(run.store, events, plan.remove, by=by, pinned=pinned, until=until)
         return failures + retention.thin(run.store, events, plan.drop, by=by, pinned=pinned, until=until)[1]
 
 
+def _protected(run: Run) -> dict[str, str]:
+    """What is pinned or aliased now."""
+    now = run.events()
+    return {**notes(now).pinned, **run.aliased(run.manifests(), now)}
+
+
 def remove(
     run: Run, manifests: Sequence[Manifest], why: str, *, undo_for: timedelta = NOTHING, clock: Clock = utc_now
 ) -> list[str]:
-    """Remove checkpoints, whatever claims them; works beside a training, which forgets them at its next save.
+    """Remove checkpoints, whatever rule claims them; works beside a training, which forgets them at its next save.
+
+    What an alias points at, or did lately, stays: it can be gone back to.
 
     Args:
         run: which.
@@ -106,10 +114,21 @@ def remove(
     events = Journal(run.store, run.name, clock)
     try:
         read = being_read(run.store, manifests)
-        removals = [Removal(manifest, why) for manifest in manifests if manifest.id not in read]
+        aliased = run.aliased(manifests, run.events())
+        free = [manifest for manifest in manifests if manifest.id not in read and manifest.id not in aliased]
         until = _until(clock(), undo_for)
         failures = [f"{one.name} stays: somebody is reading it; try again later" for one in manifests if one.id in read]
-        failures += retention.apply(run.store, events, removals, by=present_user(), until=until)
+        failures += [
+            f"{one.name} stays: {aliased[one.id]}; promote another, or peakpoint retire the alias, first"
+            for one in manifests
+            if one.id in aliased
+        ]
+
+        def aliased_now() -> Mapping[str, str]:
+            return run.aliased(manifests, run.events())
+
+        removals = [Removal(manifest, why) for manifest in free]
+        failures += retention.apply(run.store, events, removals, by=present_user(), pinned=aliased_now, until=until)
         events.append(journal.Closed(at=clock(), why="peakpoint rm"))
         return failures
     finally:

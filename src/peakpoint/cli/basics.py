@@ -16,7 +16,6 @@ from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_
 from peakpoint.errors import ConfigError, CorruptError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
-from peakpoint.refs import parse
 from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Claim
 
@@ -30,8 +29,7 @@ from peakpoint.rules import Claim
 def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     """Show one checkpoint: metrics, reasons, parts, files, digests."""
     repository = open_repository(root)
-    run = repository.run(parse(ref).run)
-    manifest = run.find_manifest(ref)
+    run, manifest = repository.locate(ref)
     manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
     claims = run.kept().get(manifest.id, ())
     packed = packs.archived(run.store, run.name, manifest.name)

@@ -239,6 +239,9 @@ def _replay_json(run: Run, found: Replay, price: float | None) -> dict[str, Any]
 def explain(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     """Say why a checkpoint is here, or why and when it went and what beat it."""
     repository = open_repository(root)
+    if ref.startswith("@"):
+        manifest = repository.find_manifest(ref)
+        ref = f"{manifest.run}/{manifest.id}"
     run = repository.run(parse(ref).run)
     try:
         manifest = run.find_manifest(ref)
@@ -365,8 +368,7 @@ def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, j
 @JSON
 def pin(root: Path, ref: str, why: str, json: bool) -> None:  # noqa: FBT001
     """Protect a checkpoint from the rules, also of a training that is running."""
-    run = open_repository(root).run(parse(ref).run)
-    manifest = run.find_manifest(ref)
+    run, manifest = open_repository(root).locate(ref)
     run.pin(f"{manifest.run}/{manifest.name}", why)
     _noted(run, manifest, "is pinned", json=json)
 
@@ -377,8 +379,7 @@ def pin(root: Path, ref: str, why: str, json: bool) -> None:  # noqa: FBT001
 @JSON
 def unpin(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     """Let the rules have a pinned checkpoint again."""
-    run = open_repository(root).run(parse(ref).run)
-    manifest = run.find_manifest(ref)
+    run, manifest = open_repository(root).locate(ref)
     run.unpin(f"{manifest.run}/{manifest.name}")
     _noted(run, manifest, "is not pinned", json=json)
 
@@ -392,8 +393,7 @@ def unpin(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
 @JSON
 def record(root: Path, ref: str, values: tuple[str, ...], part: str | None, source: str, json: bool) -> None:  # noqa: FBT001
     """Append measurements to a checkpoint; rules see them at once."""
-    run = open_repository(root).run(parse(ref).run)
-    manifest = run.find_manifest(ref)
+    run, manifest = open_repository(root).locate(ref)
     run.record(f"{manifest.run}/{manifest.name}", dict(map(_measurement, values)), part=part, source=source)
     _noted(run, manifest, f"has {', '.join(values)}", json=json)
 

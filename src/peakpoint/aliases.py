@@ -1,0 +1,360 @@
+"""Aliases: names such as ``champion`` that point at a checkpoint, with all their history.
+
+An alias is a directory of numbered records, each created only if absent, none ever changed. The record with the highest
+number says what the alias points at; the ones before it are its history. Of several who want to add the next one at the
+same time exactly one does, which makes a change a compare-and-swap on the record that its maker has seen. Every record
+has the digest of the bytes of the one before it, so that a record that was changed or taken out shows.
+
+``champion`` is an alias of the whole repository, ``resnet50/champion`` that of a family of models.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from typing import Any, Literal
+
+import msgspec
+
+from peakpoint import layout
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.manifest import FORMAT, check_format
+from peakpoint.refs import check_alias, near
+from peakpoint.seal import digest, seal, unseal
+from peakpoint.store import Store
+
+KEEPS = 3  # former holders that stay protected, where no policy says how many
+Kind = Literal["promoted", "rolled back", "retired"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The checkpoint that an alias points at.
+
+    Attributes:
+        run: the run's name.
+        checkpoint: the id.
+        name: the directory, for people.
+        manifest: digest of the bytes of its manifest, and so of everything that the manifest has digests of.
+    """
+
+    run: str
+    checkpoint: str
+    name: str
+    manifest: str
+
+    @property
+    def ref(self) -> str:
+        """A ref that names this checkpoint and no other."""
+        return f"{self.run}/{self.checkpoint}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasRecord:
+    """One change of an alias.
+
+    Attributes:
+        alias: its name.
+        number: 1, 2, 3, ... without gaps.
+        kind: what was done.
+        target: what it points at from then on; None when it was retired.
+        at: when; never before the record in front of it.
+        by: who.
+        why: the reason, in words.
+        previous: digest of the bytes of the record before; None for the first.
+        write: random, so that a writer knows its own record again when the reply was lost.
+        restores: for a roll back: the number of the record whose target came back.
+        validation: digest of the validation record that it rests on; None when there was none.
+        forced: what was refused and done all the same, a sentence each.
+        comparison: the comparison with the former holder that was shown before.
+        release: the id of the release that made it; None when it was made by hand.
+        keeps: how many former holders are protected from retention from now on.
+        digest: of this record's bytes; not part of them.
+    """
+
+    alias: str
+    number: int
+    kind: Kind
+    target: Target | None
+    at: datetime
+    by: str
+    why: str
+    previous: str | None
+    write: str
+    restores: int | None = None
+    validation: str | None = None
+    forced: tuple[str, ...] = ()
+    comparison: Mapping[str, Any] | None = None
+    release: str | None = None
+    keeps: int = KEEPS
+    digest: str = field(default="", compare=False)
+
+    @property
+    def stands_for(self) -> int:
+        """The number of the record that first pointed where this one does: its own, or the one that it restores."""
+        return self.number if self.restores is None else self.restores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What is to be recorded of an alias; the rest of a record follows from where it goes.
+
+    The attributes are those of ``AliasRecord``.
+    """
+
+    kind: Kind
+    target: Target | None
+    at: datetime
+    by: str
+    why: str
+    restores: int | None = None
+    validation: str | None = None
+    forced: tuple[str, ...] = ()
+    comparison: Mapping[str, Any] | None = None
+    release: str | None = None
+    keeps: int = KEEPS
+
+
+def names(store: Store) -> list[str]:
+    """Every alias that has a record, by name."""
+    return sorted(_names(store, layout.ALIASES, ""))
+
+
+def _names(store: Store, prefix: str, family: str) -> Iterator[str]:
+    for child in store.children(prefix):
+        if child.endswith("/"):
+            name = family + child[:-1]
+            inside = store.children(f"{prefix}/{child[:-1]}")
+            if any(map(_NUMBERED.fullmatch, inside)):
+                yield name
+            if not family:
+                yield from _names(store, f"{prefix}/{child[:-1]}", f"{name}/")
+
+
+_NUMBERED = re.compile(r"([0-9]{6,18})\.json")
+
+
+def numbers(store: Store, alias: str) -> list[int]:
+    """The numbers of an alias's records, in order; empty when there is no such alias."""
+    found = [_NUMBERED.fullmatch(child) for child in store.children(layout.alias_prefix(check_alias(alias)))]
+    return sorted(int(one[1]) for one in found if one)
+
+
+def read(store: Store, alias: str, number: int) -> AliasRecord:
+    """One record.
+
+    Raises:
+        NotFoundError: there is none of that number.
+        CorruptError: it is damaged, or that of another alias or number.
+        FormatError: a newer release wrote it.
+    """
+    return _decode(store.get(layout.alias_key(alias, number)), alias, number)
+
+
+def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
+    where = layout.alias_key(alias, number)
+    content = unseal(data, where=where)
+    check_format(content, where=where)
+    content.pop("digest", None)
+    try:
+        found = msgspec.convert(content, AliasRecord)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{where} is not a record of an alias that this release reads: {error}") from error
+    if (found.alias, found.number) != (alias, number):
+        raise CorruptError(f"{where} says that it is record {found.number} of {found.alias}: it was moved or copied")
+    return replace(found, digest=digest(data))
+
+
+def head(store: Store, alias: str) -> AliasRecord | None:
+    """The newest record, which counts; None when there is no such alias.
+
+    Raises:
+        CorruptError: it is damaged.
+    """
+    there = numbers(store, alias)
+    return read(store, alias, there[-1]) if there else None
+
+
+def holder(store: Store, alias: str) -> AliasRecord:
+    """The newest record of an alias that points at a checkpoint.
+
+    Raises:
+        NotFoundError: there is no such alias, or it was retired; the message names near ones.
+    """
+    found = head(store, alias)
+    if found is None:
+        there = names(store)
+        raise NotFoundError(
+            f"there is no alias {alias!r}{near(alias, there)}; aliases: {', '.join(there) or 'none yet'}; "
+            f"peakpoint promote ROOT REF --as {alias} makes one"
+        )
+    if found.target is None:
+        raise NotFoundError(f"the alias {alias!r} was retired at {found.at:%Y-%m-%d %H:%M} UTC by {found.by}")
+    return found
+
+
+def append(store: Store, alias: str, change: Change, *, after: AliasRecord | None) -> AliasRecord:
+    """Add the next record, durably, if ``after`` still is the newest: a compare-and-swap.
+
+    Args:
+        store: where.
+        alias: which.
+        change: what to record. Its time becomes that of the record before when a clock was behind.
+        after: the newest record that the caller has seen; None when there was none.
+
+    Raises:
+        ConflictError: somebody else has changed the alias meanwhile; nothing was recorded.
+        StoreError: the store refused. When it lost only its reply, the record is found there, and nothing is raised.
+    """
+    number = 1 if after is None else after.number + 1
+    at = change.at if after is None else max(change.at, after.at)
+    given = {one.name: getattr(change, one.name) for one in fields(change)} | {"at": at}
+    record = AliasRecord(
+        alias=check_alias(alias),
+        number=number,
+        previous=None if after is None else after.digest,
+        write=secrets.token_hex(8),
+        **given,
+    )
+    data = seal({"format": FORMAT, **{one.name: getattr(record, one.name) for one in fields(record)[:-1]}})
+    try:
+        store.create(layout.alias_key(alias, number), data)
+    except (ConflictError, StoreError) as error:
+        # the store may have done it and lost the reply: then a retry of its own finds our record in the way
+        there = _there(store, alias, number, error)
+        if there is None or there.write != record.write:
+            raise _changed(alias, there, error) from error
+    return replace(record, digest=digest(data))
+
+
+def _there(store: Store, alias: str, number: int, error: Exception) -> AliasRecord | None:
+    try:
+        return read(store, alias, number)
+    except (CorruptError, FormatError) as damage:
+        raise damage from error
+    except NotFoundError:
+        return None
+
+
+def _changed(alias: str, there: AliasRecord | None, error: ConflictError | StoreError) -> ConflictError | StoreError:
+    if there is None:
+        return error
+    now = "is retired" if there.target is None else f"is {there.target.run}/{there.target.name}"
+    return ConflictError(
+        f"{alias} has been changed meanwhile: since {there.at:%Y-%m-%d %H:%M:%S} UTC it {now} (record {there.number} "
+        f"by {there.by}: {there.why}); nothing was done, look at it and decide again"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """All records of an alias.
+
+    Attributes:
+        records: earliest first, without those that cannot be read.
+        damage: one sentence for each record that is missing, damaged, or not the one that the next one was added to.
+    """
+
+    records: tuple[AliasRecord, ...]
+    damage: tuple[str, ...]
+
+
+def history(store: Store, alias: str) -> History:
+    """Read and check the whole chain of an alias.
+
+    Raises:
+        NotFoundError: there is no such alias.
+    """
+    there = numbers(store, alias)
+    if not there:
+        holder(store, alias)  # which says what there is
+    found: list[AliasRecord] = []
+    damage: list[str] = []
+    before: str | None = None
+    for number in range(1, there[-1] + 1):
+        where = layout.alias_key(alias, number)
+        try:
+            data = store.get(where)
+        except NotFoundError:
+            damage.append(f"{where} is missing: somebody has taken it out")
+            before = None
+            continue
+        try:
+            record = _decode(data, alias, number)
+            if record.previous != before and not (before is None and number > 1):
+                damage.append(f"{where} was not added to the record before it that is there: one of them was changed")
+            found.append(record)
+        except (CorruptError, FormatError) as error:
+            damage.append(str(error))
+        before = digest(data)
+    return History(tuple(found), tuple(damage))
+
+
+def alias_at(records: Sequence[AliasRecord], time: datetime) -> AliasRecord | None:
+    """What an alias pointed at, at a time: the newest record that is not later.
+
+    Args:
+        records: of one alias, earliest first.
+        time: an aware time.
+
+    Returns:
+        None before the first record; a record without target when the alias was retired then.
+
+    Raises:
+        ConfigError: a time without zone.
+    """
+    if time.tzinfo is None:
+        raise ConfigError(f"{time.isoformat()} has no time zone: which moment is meant? Add +00:00 for UTC")
+    return next((record for record in reversed(records) if record.at <= time), None)
+
+
+def back_from(store: Store, present: AliasRecord) -> Iterator[AliasRecord]:
+    """What an alias pointed at before, the latest first: the records that a roll back can restore.
+
+    A roll back is not a new state: going back again from it leads to what was there before the restored one.
+
+    Raises:
+        CorruptError: a record on the way is damaged or missing.
+    """
+    at = present
+    while at.stands_for > 1:
+        number = at.stands_for - 1
+        try:
+            at = read(store, present.alias, number)
+        except NotFoundError as error:
+            raise CorruptError(f"{layout.alias_key(present.alias, number)} is missing") from error
+        if at.target is not None:
+            yield at
+
+
+def protected(store: Store, checkpoints: Iterable[str]) -> dict[str, str]:
+    """Which checkpoints retention must leave alone because an alias points at them, or did lately: id to why.
+
+    While the newest record of an alias cannot be read, nobody knows what it protects, and everything is protected.
+
+    Args:
+        store: where.
+        checkpoints: the ids of all that might go.
+    """
+    found: dict[str, str] = {}
+    for alias in names(store):
+        there = numbers(store, alias)
+        try:
+            newest = read(store, alias, there[-1])
+        except (CorruptError, FormatError) as error:
+            return dict.fromkeys(checkpoints, f"what {alias} protects is not known: {error}")
+        if newest.target is not None:
+            found[newest.target.checkpoint] = f"{alias} since {newest.at:%Y-%m-%d %H:%M} UTC"
+        former = set[str]()
+        for number in reversed(there[:-1]):
+            if len(former) >= newest.keeps:
+                break
+            try:
+                target = read(store, alias, number).target
+            except (CorruptError, FormatError, NotFoundError):
+                continue  # audit names it; a former holder that is not known cannot be gone back to either
+            if target is not None and target.checkpoint != (newest.target and newest.target.checkpoint):
+                former.add(target.checkpoint)
+                found.setdefault(target.checkpoint, f"was {alias} (one of its last {newest.keeps})")
+    return found

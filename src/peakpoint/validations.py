@@ -1,0 +1,323 @@
+"""Validations of checkpoints at rest: what was asked, what was found, and whether it still counts.
+
+A validation is a record beside the checkpoints of a run, in a directory named after the checkpoint's id. It never
+changes, and outlives the checkpoint, so that what an alias rested on can be read for as long as the repository exists.
+"""
+
+import base64
+import re
+import sys
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import msgspec
+
+from peakpoint import layout
+from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.manifest import FORMAT, check_format
+from peakpoint.seal import digest, seal, unseal
+from peakpoint.store import Store
+
+Outcome = Literal["passed", "failed", "skipped"]
+MAX_AGE = timedelta(days=7)  # of a validation that a promotion rests on, where no policy says another
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a validation is asked to check, beyond what every validation checks.
+
+    Attributes:
+        evaluate: ``module:function`` that gets the loaded state and returns metrics or an ``Evaluated``.
+        model: ``module:function`` that makes the model, without arguments.
+        part: the part of the checkpoint that is the model.
+        metrics: which metrics must be confirmed; all that are both recorded and evaluated when empty.
+        tolerance: how far an evaluated metric may be from the recorded one, in the metric's unit.
+        golden: path of a safetensors file with ``inputs``, and maybe ``labels``.
+        golden_digest: BLAKE3 of that file's bytes, so that other inputs are another validation.
+        agreement: share of golden predictions that must be those of the present champion; 0 only reports it.
+        budgets: what must not be exceeded, such as ``{"latency_ms": 20, "memory_mb": 500, "size_mb": 100}``.
+        checks: ``module:function`` of further checks.
+        signature: the shapes and types of outputs that the model must have, such as ``{"output": "F32[*, 10]"}``.
+    """
+
+    evaluate: str | None = None
+    model: str | None = None
+    part: str = "model"
+    metrics: tuple[str, ...] = ()
+    tolerance: float = 1e-3
+    golden: str | None = None
+    golden_digest: str | None = None
+    agreement: float = 0.0
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    checks: tuple[str, ...] = ()
+    signature: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """The same for two that ask the same."""
+        return digest(msgspec.json.encode(asdict(self), order="deterministic"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: its name.
+        outcome: ``"skipped"`` when there was nothing to check; that is no failure.
+        said: one sentence for people, with the figures.
+        evidence: the figures for programs; plain JSON.
+        seconds: how long it took.
+    """
+
+    check: str
+    outcome: Outcome
+    said: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """One validation of one checkpoint.
+
+    Attributes:
+        run: the run's name.
+        checkpoint: the id.
+        name: the directory, for people.
+        number: 1, 2, 3, ... of this checkpoint.
+        manifest: digest of the bytes of the manifest that was validated.
+        parts: the parts that the checkpoint had then.
+        at: when it ended.
+        by: who asked for it.
+        wanted: what was asked.
+        findings: what was found, in the order of the checks.
+        metrics: as evaluated now.
+        against: id of the champion that its predictions were compared with; None when there was none.
+        alias: the alias whose holder that was.
+        predictions: digest of the file with predictions; None when none were given.
+        environment: versions, machine and device that it ran on.
+        digest: of this record's bytes; not part of them.
+    """
+
+    run: str
+    checkpoint: str
+    name: str
+    number: int
+    manifest: str
+    parts: tuple[str, ...]
+    at: datetime
+    by: str
+    wanted: Wanted
+    findings: tuple[Finding, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    against: str | None = None
+    alias: str | None = None
+    predictions: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    digest: str = field(default="", compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(finding.outcome != "failed" for finding in self.findings)
+
+    @property
+    def failures(self) -> tuple[Finding, ...]:
+        """The checks that failed."""
+        return tuple(finding for finding in self.findings if finding.outcome == "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The classes that a model gave to examples, and the right ones.
+
+    Attributes:
+        predicted: int, one an example.
+        labels: int, one an example.
+    """
+
+    predicted: Sequence[int]
+    labels: Sequence[int]
+
+    @property
+    def of(self) -> str:
+        """The same for predictions on the same examples, as far as their labels can tell."""
+        return digest(_packed(self.labels).encode())
+
+
+_NUMBERED = re.compile(r"([0-9]{6,18})\.json")
+
+
+def _numbers(store: Store, run: str, checkpoint: str) -> list[int]:
+    found = [_NUMBERED.fullmatch(child) for child in store.children(layout.validations_prefix(run, checkpoint))]
+    return sorted(int(one[1]) for one in found if one)
+
+
+def record(store: Store, validation: Validation) -> Validation:
+    """Write a validation down, durably, under the next free number.
+
+    Returns:
+        It, with its number and digest.
+
+    Raises:
+        StoreError: the store refused.
+    """
+    while True:
+        there = _numbers(store, validation.run, validation.checkpoint)
+        numbered = replace(validation, number=there[-1] + 1 if there else 1)
+        content = {one.name: getattr(numbered, one.name) for one in fields(numbered)[:-1]}
+        data = seal({"format": FORMAT, **content})
+        try:
+            store.create(layout.validation_key(numbered.run, numbered.checkpoint, numbered.number), data)
+        except ConflictError:
+            # another validation took the number, or this one is there and the reply was lost
+            if store.get(layout.validation_key(numbered.run, numbered.checkpoint, numbered.number)) != data:
+                continue
+        return replace(numbered, digest=digest(data))
+
+
+def read(store: Store, run: str, checkpoint: str, number: int) -> Validation:
+    """One validation.
+
+    Raises:
+        NotFoundError: there is none of that number.
+        CorruptError: it is damaged, or that of another checkpoint.
+        FormatError: a newer release wrote it.
+    """
+    where = layout.validation_key(run, checkpoint, number)
+    data = store.get(where)
+    content = unseal(data, where=where)
+    check_format(content, where=where)
+    content.pop("digest", None)
+    try:
+        found = msgspec.convert(content, Validation)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{where} is not a validation that this release reads: {error}") from error
+    if (found.run, found.checkpoint, found.number) != (run, checkpoint, number):
+        raise CorruptError(f"{where} is a validation of {found.run}/{found.checkpoint}: it was moved or copied")
+    return replace(found, digest=digest(data))
+
+
+def of(store: Store, run: str, checkpoint: str) -> list[Validation]:
+    """All validations of a checkpoint, earliest first.
+
+    Raises:
+        CorruptError: one is damaged.
+    """
+    return [read(store, run, checkpoint, number) for number in _numbers(store, run, checkpoint)]
+
+
+def newest(store: Store, run: str, checkpoint: str) -> Validation | None:
+    """The last validation of a checkpoint; None when it was never validated.
+
+    Raises:
+        CorruptError: it is damaged.
+    """
+    there = _numbers(store, run, checkpoint)
+    return read(store, run, checkpoint, there[-1]) if there else None
+
+
+def checkpoints_with(store: Store, run: str) -> list[str]:
+    """The ids of checkpoints of a run, gone ones too, that have validations."""
+    return [child[:-1] for child in store.children(layout.run_prefix(run) + "/validations") if child.endswith("/")]
+
+
+def objections(
+    validation: Validation | None,
+    *,
+    manifest: str,
+    parts: Sequence[str],
+    now: datetime,
+    max_age: timedelta = MAX_AGE,
+    wanted: Wanted | None = None,
+    champion: str | None = None,
+) -> tuple[str, ...]:
+    """Why a promotion cannot rest on a validation, a sentence each; none when it can.
+
+    Args:
+        validation: the last of the checkpoint.
+        manifest: digest of the checkpoint's manifest now.
+        parts: the parts that it has now.
+        now: the time.
+        max_age: how old it may be.
+        wanted: what a policy asks to be checked; None when there is no policy.
+        champion: id of the present holder of the alias.
+    """
+    if validation is None:
+        return ("it was never validated",)
+    found = [f"its last validation failed: {one.check}: {one.said}" for one in validation.failures]
+    if validation.manifest != manifest:
+        found.append("its manifest is another than the one that was validated")
+    gone = [part for part in validation.parts if part not in parts]
+    if gone:
+        found.append(f"it has lost {', '.join(gone)} since it was validated")
+    if now - validation.at > max_age:
+        found.append(f"its validation is stale: of {validation.at:%Y-%m-%d %H:%M} UTC, older than {max_age}")
+    if wanted is not None and wanted.digest != validation.wanted.digest:
+        found.append("it was validated otherwise than the policy asks")
+    if validation.against is not None and champion not in {validation.against, validation.checkpoint}:
+        found.append("its validation is stale: it was compared with a champion that is no longer the champion")
+    return tuple(found)
+
+
+# --- predictions --------------------------------------------------------------------------------------------------
+
+
+def keep_predictions(store: Store, run: str, checkpoint: str, predictions: Predictions) -> str:
+    """Keep predictions, durably, before the record that names them.
+
+    Returns:
+        The digest of the file.
+    """
+    data = seal(
+        {
+            "format": FORMAT,
+            "examples": len(predictions.labels),
+            "predicted": _packed(predictions.predicted),
+            "labels": _packed(predictions.labels),
+        }
+    )
+    found = digest(data)
+    store.put(layout.predictions_key(run, checkpoint, found), [data])
+    return found
+
+
+def predictions_of(store: Store, validation: Validation) -> Predictions | None:
+    """The predictions of a validation; None when it has kept none.
+
+    Raises:
+        CorruptError: they are damaged.
+        NotFoundError: they are gone.
+    """
+    if validation.predictions is None:
+        return None
+    key = layout.predictions_key(validation.run, validation.checkpoint, validation.predictions)
+    data = store.get(key)
+    if digest(data) != validation.predictions:
+        raise CorruptError(f"{key} is damaged: it is not what the validation has kept")
+    content = unseal(data, where=key)
+    check_format(content, where=key)
+    return Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]))
+
+
+def _packed(values: Sequence[int]) -> str:
+    """Base64 of little-endian integers of 8 bytes."""
+    numbers = array("q", values)
+    if sys.byteorder != "little":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def _unpacked(text: str) -> Sequence[int]:
+    numbers = array("q", base64.b64decode(text))
+    if sys.byteorder != "little":
+        numbers.byteswap()
+    return numbers
+
+
+Progress = Callable[[str], None]
+"""Called with the name of each check before it begins."""
