@@ -12,6 +12,7 @@
      +- MismatchError         14   state and checkpoint do not fit each other (ValueError)
      +- StoreError            20   the disk or the network said no            (OSError)
      |   +- TransientStoreError 21 ... and may say yes if asked again
+     +- RefusedError          16   a checkpoint is not fit for what was asked: read why
      +- SaveFailedError       22   a background save failed; raised at the next call
 
 The number is the exit code of the command line. A message says what, where, and what to do next.
@@ -75,6 +76,20 @@ class MismatchError(Error, ValueError):
     def __init__(self, message: str, differences: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.differences = differences
+
+
+class RefusedError(Error):
+    """A checkpoint did not pass its validation, or must not be promoted.
+
+    Attributes:
+        reasons: one sentence for each.
+    """
+
+    exit_code = 16
+
+    def __init__(self, message: str, reasons: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.reasons = reasons
 
 
 class StoreError(Error, OSError):

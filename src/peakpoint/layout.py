@@ -17,6 +17,7 @@ from peakpoint.manifest import MANIFEST
 REPOSITORY = "peakpoint.json"
 RUNS = "runs"
 ALIASES = "aliases"
+RELEASES = "releases"
 POLICY = "production.toml"
 STATE = "state.json"
 
@@ -117,6 +118,11 @@ def alias_key(alias: str, number: int) -> str:
     return f"{ALIASES}/{alias}/{number:06d}.json"
 
 
+def told_key(alias: str, number: int) -> str:
+    """The note that all hooks have been told of a change of an alias."""
+    return f"{ALIASES}/{alias}/{number:06d}.told.json"
+
+
 def release_key(release: str) -> str:
     """The record of a release, by its id."""
-    return f"releases/{release}.json"
+    return f"{RELEASES}/{release}.json"

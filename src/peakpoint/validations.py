@@ -236,6 +236,7 @@ def objections(
     max_age: timedelta = MAX_AGE,
     wanted: Wanted | None = None,
     champion: str | None = None,
+    failures: bool = True,
 ) -> tuple[str, ...]:
     """Why a promotion cannot rest on a validation, a sentence each; none when it can.
 
@@ -247,10 +248,11 @@ def objections(
         max_age: how old it may be.
         wanted: what a policy asks to be checked; None when there is no policy.
         champion: id of the present holder of the alias.
+        failures: whether checks that failed count; without, only whether it answers what is asked today.
     """
     if validation is None:
         return ("it was never validated",)
-    found = [f"its last validation failed: {one.check}: {one.said}" for one in validation.failures]
+    found = [f"its last validation failed: {one.check}: {one.said}" for one in validation.failures if failures]
     if validation.manifest != manifest:
         found.append("its manifest is another than the one that was validated")
     gone = [part for part in validation.parts if part not in parts]

@@ -1,0 +1,141 @@
+"""Telling others that an alias has changed: commands and addresses that a policy names.
+
+A change is told at least once: that it was is written down beside its record when every hook has taken it, and until
+then whoever looks at the alias next tells it again. A hook knows a change again by its ``digest``.
+"""
+
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from peakpoint import layout
+from peakpoint.aliases import AliasRecord
+from peakpoint.clock import Clock, utc_now
+from peakpoint.errors import ConflictError
+from peakpoint.manifest import FORMAT
+from peakpoint.policy import Hook, Policy
+from peakpoint.seal import seal
+from peakpoint.store import Store
+
+_TOLD = 500  # characters of what a hook has said
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What became of telling one hook.
+
+    Attributes:
+        hook: the command or the address.
+        error: why it did not take it; None when it did.
+    """
+
+    hook: str
+    error: str | None
+
+
+def change_of(store: Store, record: AliasRecord) -> dict[str, Any]:
+    """What a hook is told: plain JSON."""
+    target = record.target
+    return {
+        "repository": store.location,
+        "alias": record.alias,
+        "record": record.number,
+        "digest": record.digest,
+        "kind": record.kind,
+        "ref": None if target is None else target.ref,
+        "run": None if target is None else target.run,
+        "checkpoint": None if target is None else target.checkpoint,
+        "name": None if target is None else target.name,
+        "at": record.at,
+        "by": record.by,
+        "why": record.why,
+        "forced": record.forced,
+    }
+
+
+def are_due(store: Store, record: AliasRecord, policy: Policy | None) -> bool:
+    """Whether a change has still to be told."""
+    return bool(policy and policy.hooks) and store.size(_key(record)) is None
+
+
+def tell(
+    store: Store,
+    record: AliasRecord,
+    policy: Policy | None,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+    clock: Clock = utc_now,
+) -> list[Told]:
+    """Tell every hook of a policy of a change, unless all of them have taken it already.
+
+    Args:
+        store: where the alias is.
+        record: the change.
+        policy: of the alias.
+        progress: called with each hook before it is told.
+        clock: tells the time.
+
+    Returns:
+        One for each hook; empty when there was nobody to tell.
+    """
+    if policy is None or not are_due(store, record, policy):
+        return []
+    change = msgspec.json.encode(change_of(store, record))
+    told = []
+    for hook in policy.hooks:
+        progress(hook.said)
+        told.append(Told(hook.said, _run(hook, change, policy) if hook.command else _post(hook, change)))
+    if all(one.error is None for one in told):
+        _note(store, record, [one.hook for one in told], clock)
+    return told
+
+
+def _key(record: AliasRecord) -> str:
+    return layout.told_key(record.alias, record.number)
+
+
+def _note(store: Store, record: AliasRecord, hooks: Sequence[str], clock: Clock) -> None:
+    try:
+        store.create(_key(record), seal({"format": FORMAT, "record": record.digest, "hooks": hooks, "at": clock()}))
+    except ConflictError:
+        return  # somebody else has told them, too
+
+
+def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603 - the user's own command, from the user's own file, without a shell
+            hook.command,
+            input=change,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=policy.base,
+            timeout=hook.timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {hook.timeout:g} s and was stopped"
+    except OSError as error:
+        return f"it cannot be run: {error.strerror or error}"
+    if done.returncode == 0:
+        return None
+    said = done.stdout.decode(errors="replace").strip()[-_TOLD:]
+    return f"it ended with {done.returncode}" + (f": {said}" if said else "")
+
+
+def _post(hook: Hook, change: bytes) -> str | None:
+    request = urllib.request.Request(  # noqa: S310 - the policy takes http and https only
+        hook.url, data=change, headers={"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=hook.timeout):  # noqa: S310
+            return None
+    except urllib.error.HTTPError as error:
+        with error:
+            return f"it answered {error.code} {error.reason}"
+    except (OSError, ValueError) as error:  # no connection, a reset, a timeout, an address that is none
+        return f"it cannot be reached: {getattr(error, 'reason', None) or error}"

@@ -1,0 +1,381 @@
+"""A release: select, validate, compare and promote by a policy, as one step that can be repeated.
+
+Every part leaves what it has found on record before the next one begins: the validation, the record of the alias, that
+the hooks were told, the record of the release. A release that was killed in between is repeated by running it again:
+what is on record is not done twice. Where everything is as it should be, a release changes nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from peakpoint import aliases, hooks, layout, promotion, validations
+from peakpoint.actor import present_user
+from peakpoint.aliases import AliasRecord
+from peakpoint.checkpoint import Checkpoint
+from peakpoint.clock import Clock, utc_now
+from peakpoint.errors import ConfigError, ConflictError, FormatError
+from peakpoint.hooks import Told
+from peakpoint.manifest import FORMAT, check_format
+from peakpoint.policy import Policies, Policy
+from peakpoint.promotion import Proposal
+from peakpoint.repository import Repository
+from peakpoint.seal import digest, seal, unseal
+from peakpoint.store import Store
+from peakpoint.validations import Validation, Wanted
+
+ReleaseOutcome = Literal["promoted", "unchanged", "refused", "nothing fits", "would promote", "would validate"]
+
+
+class Validate(Protocol):
+    """Validates a checkpoint and records what it found."""
+
+    def __call__(
+        self,
+        repository: Repository,
+        ref: str,
+        wanted: Wanted,
+        *,
+        alias: str,
+        timeout: float | None,
+        progress: Callable[[str], None],
+    ) -> Validation: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a release.
+
+    Attributes:
+        name: ``select``, ``validate``, ``compare``, ``promote`` or ``tell``.
+        said: what came of it, in one sentence.
+    """
+
+    name: str
+    said: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """What a release did, or would do.
+
+    Attributes:
+        id: the same for the same candidate, holder, policy and validation; None when there was nothing to decide.
+        alias: what was released to.
+        outcome: in a word.
+        steps: in their order.
+        candidate: what was selected; None when nothing fits.
+        proposal: what was decided on.
+        record: of the alias, when it points at the candidate now.
+        reasons: why not, a sentence each.
+        told: what became of the hooks.
+    """
+
+    id: str | None
+    alias: str
+    outcome: ReleaseOutcome
+    steps: tuple[Step, ...]
+    candidate: Checkpoint | None = None
+    proposal: Proposal | None = None
+    record: AliasRecord | None = None
+    reasons: tuple[str, ...] = ()
+    told: tuple[Told, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRecord:
+    """A release on record.
+
+    Attributes:
+        id: its name.
+        alias: what was released to.
+        outcome: ``"promoted"`` or ``"refused"``.
+        at: when.
+        by: who.
+        candidate: ref of the checkpoint.
+        former: ref of the holder before; None when there was none.
+        validation: digest of the validation it rested on.
+        record: the number of the alias's record, if one was made.
+        steps: what came of each.
+        reasons: why it was refused.
+        policy: the text of the policy file.
+    """
+
+    id: str
+    alias: str
+    outcome: str
+    at: datetime
+    by: str
+    candidate: str
+    former: str | None
+    validation: str | None
+    record: int | None
+    steps: tuple[Step, ...]
+    reasons: tuple[str, ...]
+    policy: str
+
+
+def records(store: Store) -> list[ReleaseRecord]:
+    """Every release on record, earliest first.
+
+    Raises:
+        CorruptError: one is damaged.
+        FormatError: a newer release of Peakpoint wrote it.
+    """
+    found = []
+    for child in store.children(layout.RELEASES):
+        if child.endswith(".json"):
+            where = f"{layout.RELEASES}/{child}"
+            content = unseal(store.get(where), where=where)
+            check_format(content, where=where)
+            try:
+                found.append(msgspec.convert(content, ReleaseRecord))
+            except msgspec.ValidationError as error:
+                raise FormatError(f"{where} is not a record of a release that this version reads: {error}") from error
+    return sorted(found, key=lambda one: one.at)
+
+
+def release(
+    repository: Repository,
+    alias: str,
+    policies: Policies,
+    validate: Validate,
+    *,
+    why: str = "",
+    dry_run: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+    clock: Clock = utc_now,
+) -> Release:
+    """Release the best checkpoint that a policy finds.
+
+    Args:
+        repository: where.
+        alias: to what.
+        policies: what ``production.toml`` says.
+        validate: validates a candidate; see ``peakpoint.validating.validate``.
+        why: the reason, for the record; the rule that selected it by default.
+        dry_run: only say what would be done; nothing is validated or changed.
+        progress: called with each thing that is about to be done.
+        clock: tells the time.
+
+    Raises:
+        ConfigError: there is no policy for the alias, or it says nothing of what to select.
+        ConflictError: somebody else has changed the alias meanwhile; run it again.
+    """
+    policy = _policy_of(policies, alias)
+    work = _Release(repository, policy, policies.text, validate, why, progress, clock)
+    return work.run(dry_run=dry_run)
+
+
+def _policy_of(policies: Policies, alias: str) -> Policy:
+    policy = policies.of(alias)
+    if policy is None or not policy.by:
+        lacks = "has no table" if policy is None else "says nothing of what to select in the table"
+        have = ", ".join(name for name, one in policies.tables.items() if one.by) or "none"
+        raise ConfigError(
+            f"{policies.where} {lacks} [{alias}]: a release needs select = '...' and rank = [\"max METRIC\"] there; "
+            f"aliases that can be released: {have}"
+        )
+    return policy
+
+
+class _Release:
+    def __init__(
+        self,
+        repository: Repository,
+        policy: Policy,
+        text: str,
+        validate: Validate,
+        why: str,
+        progress: Callable[[str], None],
+        clock: Clock,
+    ) -> None:
+        self._repository, self._store = repository, repository.store
+        self._policy, self._text, self._alias = policy, text, policy.alias
+        self._validate, self._why, self._progress, self._clock = validate, why, progress, clock
+        self._by = present_user()
+        self._steps: list[Step] = []
+
+    def _step(self, name: str, said: str) -> None:
+        self._steps.append(Step(name=name, said=said))
+
+    def _ends(self, outcome: ReleaseOutcome, **more: Any) -> Release:
+        return Release(**({"id": None} | more), alias=self._alias, outcome=outcome, steps=tuple(self._steps))
+
+    def run(self, *, dry_run: bool) -> Release:
+        """Go through the steps."""
+        candidate = self._selected()
+        if candidate is None:
+            return self._ends("nothing fits", reasons=("no checkpoint meets the condition of the policy",))
+        ref = f"{candidate.run}/{candidate.id}"
+        proposal = self._proposal(ref)
+        if proposal.unchanged:
+            return self._unchanged(candidate, proposal, dry_run=dry_run)
+        if proposal.refusals:
+            return self._refused(candidate, proposal, dry_run=dry_run)
+        if not self._counts(proposal):
+            if dry_run:
+                self._step("validate", f"would validate {candidate.ref}: {'; '.join(self._missing(proposal))}")
+                return self._ends("would validate", candidate=candidate, proposal=proposal)
+            self._progress("validate")
+            self._validate(
+                self._repository,
+                ref,
+                self._policy.wanted,
+                alias=self._alias,
+                timeout=self._policy.timeout,
+                progress=self._progress,
+            )
+            proposal = self._proposal(ref)
+        self._say_validation(proposal)
+        self._say_comparison(proposal)
+        if proposal.objections or proposal.refusals:
+            return self._refused(candidate, proposal, dry_run=dry_run)
+        if dry_run:
+            self._step("promote", f"would promote {candidate.ref} to {self._alias}")
+            return self._ends("would promote", candidate=candidate, proposal=proposal)
+        return self._promoted(candidate, proposal)
+
+    def _selected(self) -> Checkpoint | None:
+        self._progress("select")
+        policy = self._policy
+        found = list(self._repository.select(policy.select, by=policy.by, top=1, within=policy.within))
+        ranked = ", ".join(f"{mode} {name}" for name, mode in policy.by.items())
+        rule = f"{policy.select or 'all'}; {ranked}"
+        self._step("select", f"{found[0].ref} by {rule}" if found else f"nothing by {rule}")
+        return found[0] if found else None
+
+    def _proposal(self, ref: str) -> Proposal:
+        return promotion.propose(
+            self._repository, ref, self._alias, policy=self._policy, by=self._by, clock=self._clock
+        )
+
+    def _missing(self, proposal: Proposal) -> tuple[str, ...]:
+        """What speaks against the last validation itself, and would not if it were made now."""
+        held = None if proposal.present is None or proposal.present.target is None else proposal.present.target
+        found = validations.objections(
+            proposal.validation,
+            manifest=proposal.target.manifest,
+            parts=tuple(proposal.manifest.parts),
+            now=self._clock(),
+            max_age=self._policy.max_age,
+            wanted=self._policy.wanted,
+            champion=None if held is None else held.checkpoint,
+            failures=False,
+        )
+        return found
+
+    def _counts(self, proposal: Proposal) -> bool:
+        """Whether there is a validation that answers the policy's question, be it with yes or no."""
+        return not self._missing(proposal)
+
+    def _say_validation(self, proposal: Proposal) -> None:
+        one = proposal.validation
+        if one is not None:
+            failed = f"failed: {', '.join(found.check for found in one.failures)}" if one.failures else "passed"
+            self._step("validate", f"validation {one.number} of {one.at:%Y-%m-%d %H:%M} UTC {failed}")
+
+    def _say_comparison(self, proposal: Proposal) -> None:
+        found = proposal.comparison
+        if found is None:
+            self._step("compare", f"there is no other {self._alias} to compare with")
+            return
+        asked = self._policy.improvement
+        pair = next((one for one in found.metrics if asked is not None and one.name == asked.metric), None)
+        pairs = [pair] if pair is not None else list(found.metrics[:1])
+        said = "".join(f"; {one.name} {one.champion:.6g} to {one.candidate:.6g}" for one in pairs)
+        if found.paired is not None:
+            said += f"; {found.paired.gained} gained and {found.paired.lost} lost of {found.paired.examples} examples"
+        self._step("compare", f"with {found.champion}{said}")
+
+    # --- ends
+
+    def _id(self, proposal: Proposal) -> str:
+        """The same whenever the same is decided: what was recorded by a release that was killed is found again."""
+        present = "" if proposal.present is None else proposal.present.digest
+        validation = "" if proposal.validation is None else proposal.validation.digest
+        facts = (self._alias, self._policy.digest, proposal.target.ref, present, validation, *proposal.refusals)
+        return digest("\n".join(facts).encode())[:16]
+
+    def _unchanged(self, candidate: Checkpoint, proposal: Proposal, *, dry_run: bool) -> Release:
+        """The alias points there already; what a release that was killed has left open is completed."""
+        record = proposal.present
+        assert record is not None
+        said = f"{candidate.ref} is {self._alias} since {record.at:%Y-%m-%d %H:%M} UTC (record {record.number})"
+        self._step("promote", said)
+        told: tuple[Told, ...] = ()
+        if not dry_run:
+            promotion.promote(proposal, self._reason())
+            told = self._told(record)
+            if record.release is not None:
+                self._note(record.release, "promoted", proposal, record)
+        return self._ends(
+            "unchanged", id=record.release, candidate=candidate, proposal=proposal, record=record, told=told
+        )
+
+    def _refused(self, candidate: Checkpoint, proposal: Proposal, *, dry_run: bool) -> Release:
+        reasons = (*proposal.refusals, *proposal.objections)
+        release = self._id(proposal)
+        self._step("promote", f"{candidate.ref} does not become {self._alias}")
+        if not dry_run:
+            self._note(release, "refused", proposal, None, reasons)
+        return self._ends("refused", id=release, candidate=candidate, proposal=proposal, reasons=reasons)
+
+    def _promoted(self, candidate: Checkpoint, proposal: Proposal) -> Release:
+        self._progress("promote")
+        release = self._id(proposal)
+        record = promotion.promote(proposal, self._reason(), by=self._by, release=release, clock=self._clock)
+        self._step("promote", f"{candidate.ref} is {self._alias} now (record {record.number})")
+        told = self._told(record)
+        self._note(release, "promoted", proposal, record)
+        return self._ends("promoted", id=release, candidate=candidate, proposal=proposal, record=record, told=told)
+
+    def _reason(self) -> str:
+        return self._why or f"released by the policy: {self._steps[0].said}"
+
+    def _told(self, record: AliasRecord) -> tuple[Told, ...]:
+        told = hooks.tell(self._store, record, self._policy, progress=self._progress, clock=self._clock)
+        for one in told:
+            self._step("tell", f"{one.hook}: {one.error or 'told'}")
+        return tuple(told)
+
+    def _note(
+        self,
+        release: str,
+        outcome: str,
+        proposal: Proposal,
+        record: AliasRecord | None,
+        reasons: tuple[str, ...] = (),
+    ) -> None:
+        """Put the release on record, unless it is: by this one before it was killed, or by another at the same time."""
+        if self._store.size(layout.release_key(release)) is not None:
+            return
+        former = self._former(proposal, record)
+        content = ReleaseRecord(
+            id=release,
+            alias=self._alias,
+            outcome=outcome,
+            at=self._clock() if record is None else record.at,
+            by=self._by if record is None else record.by,
+            candidate=proposal.target.ref,
+            former=former,
+            validation=record.validation if record is not None else proposal.validation and proposal.validation.digest,
+            record=None if record is None else record.number,
+            steps=tuple(self._steps),
+            reasons=reasons,
+            policy=self._text,
+        )
+        try:
+            self._store.create(layout.release_key(release), seal({"format": FORMAT, **asdict(content)}))
+        except ConflictError:
+            return
+
+    def _former(self, proposal: Proposal, record: AliasRecord | None) -> str | None:
+        """What the alias pointed at before."""
+        before = proposal.present
+        if record is not None and before is not None and before.number == record.number:
+            before = aliases.read(self._store, self._alias, record.number - 1) if record.number > 1 else None
+        return None if before is None or before.target is None else before.target.ref
