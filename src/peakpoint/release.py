@@ -42,7 +42,8 @@ class Validate(Protocol):
         alias: str,
         timeout: float | None,
         progress: Callable[[str], None],
-    ) -> Validation: ...
+    ) -> Validation:
+        """See ``peakpoint.validating.validate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +257,7 @@ class _Release:
     def _missing(self, proposal: Proposal) -> tuple[str, ...]:
         """What speaks against the last validation itself, and would not if it were made now."""
         held = None if proposal.present is None or proposal.present.target is None else proposal.present.target
-        found = validations.objections(
+        return validations.objections(
             proposal.validation,
             manifest=proposal.target.manifest,
             parts=tuple(proposal.manifest.parts),
@@ -266,7 +267,6 @@ class _Release:
             champion=None if held is None else held.checkpoint,
             failures=False,
         )
-        return found
 
     def _counts(self, proposal: Proposal) -> bool:
         """Whether there is a validation that answers the policy's question, be it with yes or no."""
@@ -354,6 +354,7 @@ class _Release:
         if self._store.size(layout.release_key(release)) is not None:
             return
         former = self._former(proposal, record)
+        rests_on = None if proposal.validation is None else proposal.validation.digest
         content = ReleaseRecord(
             id=release,
             alias=self._alias,
@@ -362,7 +363,7 @@ class _Release:
             by=self._by if record is None else record.by,
             candidate=proposal.target.ref,
             former=former,
-            validation=record.validation if record is not None else proposal.validation and proposal.validation.digest,
+            validation=rests_on if record is None else record.validation,
             record=None if record is None else record.number,
             steps=tuple(self._steps),
             reasons=reasons,
