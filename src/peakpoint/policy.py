@@ -130,13 +130,13 @@ class Policy:
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-class _WithinSE(msgspec.Struct, forbid_unknown_fields=True):
+class _WithinSE(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     n_eval: int | str | None = None
     se: str | None = None
     percent: bool = False
 
 
-class _Validation(msgspec.Struct, forbid_unknown_fields=True):
+class _Validation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     evaluate: str | None = msgspec.field(default=None, name="with")
     model: str | None = None
     part: str = "model"
@@ -151,30 +151,30 @@ class _Validation(msgspec.Struct, forbid_unknown_fields=True):
     timeout: str | None = None
 
 
-class _Improvement(msgspec.Struct, forbid_unknown_fields=True):
+class _Improvement(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     metric: str
     mode: str
     minimum: float = 0.0
     significance: float | None = None
 
 
-class _Signing(msgspec.Struct, forbid_unknown_fields=True):
+class _Signing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     public_key: str
 
 
-class _Hook(msgspec.Struct, forbid_unknown_fields=True):
+class _Hook(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     command: tuple[str, ...] = ()
     url: str = ""
     timeout: str = "30s"
 
 
-class _Table(msgspec.Struct, forbid_unknown_fields=True):
+class _Table(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     select: str = ""
     rank: tuple[str, ...] = ()
     within_se: _WithinSE | None = None
     may_promote: tuple[str, ...] = ()
     keep_last: int = KEEPS
-    validation: _Validation = _Validation()
+    validation: _Validation = msgspec.field(default_factory=_Validation)
     improvement: _Improvement | None = None
     signing: _Signing | None = None
     hooks: tuple[_Hook, ...] = ()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 from peakpoint.errors import ConfigError
@@ -135,3 +135,31 @@ def read_rate(name: str, given: str) -> float:
 def cores() -> int:
     """How many threads of work this process may have running."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_time(name: str, given: str, now: datetime) -> datetime:
+    """A moment from ISO 8601, such as ``2026-11-25`` or ``2026-11-25T18:30+01:00``, or so long ago, such as ``7d``.
+
+    Args:
+        name: the argument, for errors.
+        given: what was given; without a zone it is in UTC.
+        now: the present time.
+
+    Raises:
+        ConfigError: it is neither.
+
+    Example:
+        >>> from datetime import UTC, datetime
+        >>> from peakpoint.units import read_time
+        >>> read_time("--since", "2026-11-25", datetime.now(UTC)).isoformat()
+        '2026-11-25T00:00:00+00:00'
+    """
+    try:
+        if _DURATION.fullmatch(given):
+            return now - read_duration(name, given)
+        moment = datetime.fromisoformat(given)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"{name}={given!r} is no time; give one such as 2026-11-25, 2026-11-25T18:30+01:00, or 7d for so long ago"
+        ) from error

@@ -59,6 +59,8 @@ class Wanted:
     def digest(self) -> str:
         """The same for two that ask the same."""
         content = asdict(self) | {"golden": None}  # wherever the file is, its digest says what is in it
+        content |= {"tolerance": float(self.tolerance), "agreement": float(self.agreement)}
+        content["budgets"] = {name: float(value) for name, value in self.budgets.items()}
         return digest(msgspec.json.encode(content, order="deterministic"))
 
 

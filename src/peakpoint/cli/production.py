@@ -1,0 +1,419 @@
+"""Commands that change what serves: promote, rollback, retire, release; and that tell of it: aliases, history."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint import aliases as records
+from peakpoint import hooks, promotion, validating
+from peakpoint import release as releases
+from peakpoint.aliases import AliasRecord
+from peakpoint.cli import fitting, render
+from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT
+from peakpoint.cli.fitting import Column
+from peakpoint.clock import utc_now
+from peakpoint.errors import CorruptError, NotFoundError, RefusedError
+from peakpoint.hooks import Told
+from peakpoint.policy import Policy, read_policies
+from peakpoint.promotion import Comparison, MetricPair, Proposal
+from peakpoint.release import Release
+from peakpoint.repository import Repository, open_repository
+from peakpoint.units import read_time
+from peakpoint.validations import Validation
+
+ALIAS = click.argument("alias")
+WHY = click.option("--why", required=True, help="The reason; it stays on record.")
+YES = click.option("--yes", is_flag=True, help="Do not ask, also on a terminal.")
+_MARKS = {True: "[green]better[/]", False: "[red]worse[/]", None: ""}
+
+
+@contextmanager
+def working(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Says on a terminal what is being done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with render.console(stderr=True).status("") as status:
+        yield lambda what: status.update(escape(what))
+
+
+def _policy(repository: Repository, alias: str) -> Policy | None:
+    return read_policies(repository.store).of(alias)
+
+
+# --- promote ------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@REF
+@click.option("--as", "alias", required=True, metavar="ALIAS", help="champion, challenger_1, resnet50/champion, ...")
+@WHY
+@click.option("--force", is_flag=True, help="In spite of what speaks against it; that stays on record.")
+@click.option("--dry-run", is_flag=True, help="Only show the comparison and what speaks against it.")
+@YES
+@JSON
+def promote(
+    root: Path,
+    ref: str,
+    alias: str,
+    why: str,
+    force: bool,  # noqa: FBT001
+    dry_run: bool,  # noqa: FBT001
+    yes: bool,  # noqa: FBT001
+    json: bool,  # noqa: FBT001
+) -> None:
+    """Let an alias point at a checkpoint, after comparing it with what it points at now."""
+    promotion.check_why("promote", why)
+    repository = open_repository(root)
+    policy = _policy(repository, alias)
+    proposal = promotion.propose(repository, ref, alias, policy=policy)
+    console = render.console()
+    if not json:
+        _print_proposal(console, proposal)
+    if dry_run:
+        if json:
+            render.as_json(_proposal_json(proposal))
+        else:
+            click.echo(_would(proposal, force=force))
+        return
+    fit = force or not proposal.objections
+    if not (yes or json or proposal.unchanged) and fit and not proposal.refusals and sys.stdin.isatty():
+        click.confirm(f"promote to {alias}?", abort=True)
+    record = promotion.promote(proposal, why, force=force)
+    told = _tell(repository, record, policy, quiet=json)
+    if json:
+        render.as_json(
+            _proposal_json(proposal) | {"record": record_json(record), "told": [asdict(one) for one in told]}
+        )
+    else:
+        when = "already since" if proposal.unchanged else "now:"
+        what = (
+            f"{record.at:%Y-%m-%d %H:%M} UTC, record {record.number}"
+            if proposal.unchanged
+            else f"record {record.number}"
+        )
+        click.echo(f"{_name(record)} is {alias} {when} {what}")
+    _end(told)
+
+
+def _would(proposal: Proposal, *, force: bool) -> str:
+    if proposal.unchanged:
+        return f"nothing would change: it is {proposal.alias} already"
+    if proposal.refusals:
+        return "it would be refused, also with --force"
+    if proposal.objections:
+        return "it would be promoted all the same, and that put on record" if force else "it would be refused"
+    return "it would be promoted"
+
+
+def _print_proposal(console: Console, proposal: Proposal) -> None:
+    present, one = proposal.present, proposal.validation
+    held = "nothing yet" if present is None or present.target is None else f"{_name(present)}, {_since(present)}"
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(proposal.alias, escape(held))
+    table.add_row("candidate", escape(f"{proposal.manifest.run}/{proposal.manifest.name}"))
+    table.add_row("validation", "none" if one is None else validation_text(one))
+    console.print(table)
+    if proposal.comparison is not None:
+        console.print()
+        print_comparison(console, proposal.comparison)
+    for reason in (*proposal.refusals, *proposal.objections):
+        console.print(f"[red]against it[/]: {escape(reason)}", soft_wrap=True)
+
+
+def validation_text(one: Validation) -> str:
+    """A validation in a line, in markup."""
+    failed = ", ".join(found.check for found in one.failures)
+    outcome = f"[red]failed[/]: {escape(failed)}" if failed else "[green]passed[/]"
+    return f"number {one.number}, {render.age(one.at)}, by {escape(one.by)}: {outcome}"
+
+
+def print_comparison(console: Console, found: Comparison) -> None:
+    """The candidate beside the present holder."""
+    pairs = found.metrics
+    if pairs:
+        columns = [
+            Column("metric", [escape(one.name) for one in pairs], right=False),
+            Column("present", [render.number(one.champion) for one in pairs]),
+            Column("candidate", [render.number(one.candidate) for one in pairs]),
+            Column("difference", [_difference(one) for one in pairs]),
+            Column("", [_MARKS[one.better] for one in pairs], right=False),
+            Column("from", [one.source for one in pairs], right=False),
+        ]
+        console.print(fitting.table(fitting.fitted(columns, ["from", ""], console.width), console.width))
+    console.print("\n".join(_paired_lines(found)), soft_wrap=True)
+
+
+def _difference(one: MetricPair) -> str:
+    difference = one.candidate - one.champion
+    return f"{render.rounded(difference, one.champion, one.candidate):+.6g}"
+
+
+def _paired_lines(found: Comparison) -> Iterator[str]:
+    test = found.paired
+    if test is None:
+        yield f"no interval for the difference: {escape(found.unpaired)}"
+        return
+    yield (
+        f"on the same {test.examples:,} examples: accuracy {test.difference:+.4f}, with {test.confidence:.0%} "
+        f"confidence from {test.low:+.4f} to {test.high:+.4f}; McNemar's test p = {test.p_value:.3g}"
+    )
+    yield f"{test.gained:,} were wrong and are right, {test.lost:,} were right and are wrong"
+    if found.flips:
+        shown = ", ".join(f"{at} ({label}: said {old}, says {new})" for at, label, old, new in found.flips)
+        more = f" and {test.lost - len(found.flips)} more" if test.lost > len(found.flips) else ""
+        yield f"right before and wrong now: {shown}{more}"
+
+
+def _proposal_json(proposal: Proposal) -> dict[str, Any]:
+    comparison, one = proposal.comparison, proposal.validation
+    return {
+        "alias": proposal.alias,
+        "candidate": asdict(proposal.target) | {"ref": proposal.target.ref},
+        "present": None if proposal.present is None else record_json(proposal.present),
+        "validation": None if one is None else {"number": one.number, "passed": one.passed, "digest": one.digest},
+        "comparison": None if comparison is None else comparison.to_json() | {"flips": comparison.flips},
+        "objections": proposal.objections,
+        "refusals": proposal.refusals,
+        "unchanged": proposal.unchanged,
+    }
+
+
+def _tell(repository: Repository, record: AliasRecord, policy: Policy | None, *, quiet: bool) -> list[Told]:
+    with working(quiet=quiet) as progress:
+        return hooks.tell(repository.store, record, policy, progress=progress)
+
+
+def _end(told: Sequence[Told]) -> None:
+    """Say which hooks failed, and end with 1 then: the alias has changed, and the same command tells them again."""
+    failed = [one for one in told if one.error is not None]
+    for one in failed:
+        click.echo(f"peakpoint: the hook {one.hook} was not told: {one.error}", err=True)
+    if failed:
+        click.echo("peakpoint: the alias has changed; the same command again tells the hooks again", err=True)
+        sys.exit(1)
+
+
+# --- rollback, retire ---------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@ALIAS
+@click.option(
+    "--to", type=click.IntRange(min=1), metavar="N", help="The record to go back to; the one before by default."
+)
+@click.option("--why", default="rolled back by hand", show_default=True, help="The reason; it stays on record.")
+@JSON
+def rollback(root: Path, alias: str, to: int | None, why: str, json: bool) -> None:  # noqa: FBT001
+    """Let an alias point at what it pointed at before."""
+    repository = open_repository(root)
+    policy = _policy(repository, alias)
+    done = promotion.rollback(repository, alias, why, to=to, policy=policy)
+    told = _tell(repository, done.record, policy, quiet=json)
+    if json:
+        render.as_json(
+            {
+                "record": record_json(done.record),
+                "before": record_json(done.before),
+                "passed_over": done.passed_over,
+                "told": [asdict(one) for one in told],
+            }
+        )
+    else:
+        for one in done.passed_over:
+            click.echo(f"passed over {one}")
+        click.echo(f"{_name(done.record)} is {alias} again (record {done.record.number}); before: {_name(done.before)}")
+    _end(told)
+
+
+@click.command()
+@ROOT
+@ALIAS
+@WHY
+@JSON
+def retire(root: Path, alias: str, why: str, json: bool) -> None:  # noqa: FBT001
+    """Let an alias point at nothing, so that it protects nothing any more; its history stays."""
+    repository = open_repository(root)
+    policy = _policy(repository, alias)
+    record = promotion.retire(repository, alias, why, policy=policy)
+    told = _tell(repository, record, policy, quiet=json)
+    if json:
+        render.as_json({"record": record_json(record), "told": [asdict(one) for one in told]})
+    else:
+        click.echo(f"{alias} points at nothing now (record {record.number})")
+    _end(told)
+
+
+# --- aliases, history ---------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@JSON
+def aliases(root: Path, json: bool) -> None:  # noqa: FBT001
+    """List the aliases: what serves, since when, by whom, and why."""
+    store = open_repository(root).store
+    found: list[AliasRecord] = []
+    damage: list[str] = []
+    for alias in records.names(store):
+        try:
+            newest = records.head(store, alias)
+        except CorruptError as error:
+            damage.append(f"{alias}: {error}")
+        else:
+            assert newest is not None, "it has records"
+            found.append(newest)
+    if json:
+        render.as_json({"aliases": [record_json(one) for one in found], "damage": damage})
+    elif found:
+        console = render.console()
+        columns = [
+            Column("alias", [escape(one.alias) for one in found], right=False),
+            Column("checkpoint", [escape(_name(one)) for one in found], right=False),
+            Column("since", [f"{one.at:%Y-%m-%d %H:%M}" for one in found]),
+            Column("records", [str(one.number) for one in found]),
+            Column("by", [escape(one.by) for one in found], right=False),
+        ]
+        console.print(
+            fitting.with_reasons(console, columns, ["records", "by"], "why", [escape(one.why) for one in found])
+        )
+    elif not damage:
+        click.echo("there are no aliases yet; peakpoint promote ROOT REF --as champion --why '...' makes one")
+    _damaged(damage)
+
+
+def _damaged(damage: Sequence[str]) -> None:
+    for one in damage:
+        click.echo(f"peakpoint: {one}", err=True)
+    if damage:
+        sys.exit(CorruptError.exit_code)
+
+
+@click.command()
+@ROOT
+@ALIAS
+@click.option("--at", metavar="TIME", help="Only what it pointed at then: 2026-11-25T18:30, or 7d for so long ago.")
+@JSON
+def history(root: Path, alias: str, at: str | None, json: bool) -> None:  # noqa: FBT001
+    """Show every change of an alias, and whether the chain of its records is whole."""
+    store = open_repository(root).store
+    found = records.history(store, alias)
+    shown = found.records
+    if at is not None:
+        moment = read_time("--at", at, utc_now())
+        then = records.alias_at(found.records, moment)
+        if then is None:
+            raise NotFoundError(f"{alias} pointed at nothing yet at {moment:%Y-%m-%d %H:%M:%S} UTC")
+        shown = (then,)
+    if json:
+        render.as_json({"alias": alias, "records": [record_json(one) for one in shown], "damage": found.damage})
+    else:
+        _print_history(shown)
+        if not found.damage and at is None:
+            chain = f"{render.count(len(shown), 'record')}, none changed or missing"
+            click.echo(f"{chain}; the digest of the newest is {shown[-1].digest[:16]}")
+    _damaged(found.damage)
+
+
+def _print_history(shown: Sequence[AliasRecord]) -> None:
+    console = render.console()
+    columns = [
+        Column("record", [str(one.number) for one in shown]),
+        Column("when (UTC)", [f"{one.at:%Y-%m-%d %H:%M:%S}" for one in shown]),
+        Column("what", [_what(one) for one in shown], right=False),
+        Column("checkpoint", [escape(_name(one)) for one in shown], right=False),
+        Column("by", [escape(one.by) for one in shown], right=False),
+    ]
+    whys = [escape("; ".join((one.why, *(f"FORCED although {reason}" for reason in one.forced)))) for one in shown]
+    console.print(fitting.with_reasons(console, columns, ["by"], "why", whys))
+
+
+def _what(one: AliasRecord) -> str:
+    colour = {"promoted": "green", "rolled back": "yellow", "retired": "dim"}[one.kind]
+    return f"[{colour}]{one.kind}[/]" + (" [red]by force[/]" if one.forced else "")
+
+
+def _name(record: AliasRecord) -> str:
+    return "nothing" if record.target is None else f"{record.target.run}/{record.target.name}"
+
+
+def _since(record: AliasRecord) -> str:
+    return f"since {record.at:%Y-%m-%d %H:%M} UTC by {record.by}: {record.why}"
+
+
+def record_json(record: AliasRecord) -> dict[str, Any]:
+    """A record of an alias for programs."""
+    found = asdict(record)
+    found["ref"] = None if record.target is None else record.target.ref
+    return found
+
+
+# --- release ------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.option(
+    "--alias", default="champion", show_default=True, help="What to release to; its table in production.toml."
+)
+@click.option("--why", default="", help="The reason, for the record; the rule that selected by default.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@CATALOGUE
+@JSON
+def release(root: Path, alias: str, why: str, dry_run: bool, catalogue: str | None, json: bool) -> None:  # noqa: FBT001
+    """Select, validate, compare and promote by production.toml; exits with 16 when it refuses."""
+    repository = open_repository(root, catalogue=catalogue)
+    policies = read_policies(repository.store)
+    with working(quiet=json) as progress:
+        done = releases.release(
+            repository, alias, policies, validating.validate, why=why, dry_run=dry_run, progress=progress
+        )
+    if json:
+        render.as_json(_release_json(done))
+    else:
+        _print_release(render.console(), done)
+    if done.outcome in {"refused", "nothing fits"} and not dry_run:
+        sys.exit(RefusedError.exit_code)
+    _end(done.told)
+
+
+def _print_release(console: Console, done: Release) -> None:
+    width = max(len(step.name) for step in done.steps)
+    for step in done.steps:
+        console.print(f"[bold]{step.name:<{width}}[/]  {escape(step.said)}", soft_wrap=True)
+    if done.proposal is not None and done.proposal.comparison is not None:
+        console.print()
+        print_comparison(console, done.proposal.comparison)
+    for reason in done.reasons:
+        console.print(f"[red]against it[/]: {escape(reason)}", soft_wrap=True)
+    colour = {"promoted": "green", "refused": "red", "nothing fits": "red"}.get(done.outcome, "bold")
+    console.print(f"[{colour}]{done.outcome}[/]" + (f" (release {done.id})" if done.id else ""))
+
+
+def _release_json(done: Release) -> dict[str, Any]:
+    return {
+        "id": done.id,
+        "alias": done.alias,
+        "outcome": done.outcome,
+        "steps": [asdict(step) for step in done.steps],
+        "candidate": None if done.candidate is None else done.candidate.ref,
+        "proposal": None if done.proposal is None else _proposal_json(done.proposal),
+        "record": None if done.record is None else record_json(done.record),
+        "reasons": done.reasons,
+        "told": [asdict(one) for one in done.told],
+    }
+
+
+COMMANDS = (aliases, history, promote, release, retire, rollback)
