@@ -10,6 +10,7 @@
      +- CorruptError          12   bytes are not what was written: use another checkpoint
      +- FormatError           13   written by a newer release, or not by Peakpoint at all
      +- MismatchError         14   state and checkpoint do not fit each other (ValueError)
+     +- ValidationError       16   a checkpoint did not pass, or was not fit to be promoted
      +- StoreError            20   the disk or the network said no            (OSError)
      |   +- TransientStoreError 21 ... and may say yes if asked again
      +- SaveFailedError       22   a background save failed; raised at the next call
@@ -75,6 +76,12 @@ class MismatchError(Error, ValueError):
     def __init__(self, message: str, differences: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.differences = differences
+
+
+class ValidationError(Error):
+    """A checkpoint did not pass, or was not fit to be promoted."""
+
+    exit_code = 16
 
 
 class StoreError(Error, OSError):

@@ -17,7 +17,7 @@ import msgspec
 
 from peakpoint import layout
 from peakpoint.errors import ConflictError, CorruptError, FormatError
-from peakpoint.manifest import FORMAT, check_format
+from peakpoint.manifest import FORMAT, check_format, metrics_from_json, metrics_to_json
 from peakpoint.seal import digest, seal, unseal
 from peakpoint.store import Store
 
@@ -41,6 +41,7 @@ class Wanted:
         budgets: what must not be exceeded, such as ``{"latency_ms": 20, "memory_mb": 500, "size_mb": 100}``.
         checks: ``module:function`` of further checks.
         signature: the shapes and types of outputs that the model must have, such as ``{"output": "F32[*, 10]"}``.
+        sparsity: the metric that holds the sparsity, which is counted again in the weights.
     """
 
     evaluate: str | None = None
@@ -54,6 +55,7 @@ class Wanted:
     budgets: Mapping[str, float] = field(default_factory=dict)
     checks: tuple[str, ...] = ()
     signature: Mapping[str, str] = field(default_factory=dict)
+    sparsity: str = "sparsity"
 
     @property
     def digest(self) -> str:
@@ -170,7 +172,7 @@ def record(store: Store, validation: Validation) -> Validation:
         there = _numbers(store, validation.run, validation.checkpoint)
         numbered = replace(validation, number=there[-1] + 1 if there else 1)
         content = {one.name: getattr(numbered, one.name) for one in fields(numbered)[:-1]}
-        data = seal({"format": FORMAT, **content})
+        data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
         try:
             store.create(layout.validation_key(numbered.run, numbered.checkpoint, numbered.number), data)
         except ConflictError:
@@ -194,8 +196,9 @@ def read(store: Store, run: str, checkpoint: str, number: int) -> Validation:
     check_format(content, where=where)
     content.pop("digest", None)
     try:
+        content["metrics"] = metrics_from_json(content.get("metrics", {}))
         found = msgspec.convert(content, Validation)
-    except msgspec.ValidationError as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # of msgspec, too
         raise FormatError(f"{where} is not a validation that this release reads: {error}") from error
     if (found.run, found.checkpoint, found.number) != (run, checkpoint, number):
         raise CorruptError(f"{where} is a validation of {found.run}/{found.checkpoint}: it was moved or copied")
