@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import FORMAT, check_format, metrics_from_json, metrics_to_json
 from peakpoint.seal import digest, seal, unseal
 from peakpoint.store import Store
@@ -59,8 +59,9 @@ class Wanted:
 
     @property
     def digest(self) -> str:
-        """The same for two that ask the same."""
-        return digest(msgspec.json.encode(asdict(self), order="deterministic"))
+        """The same for two that ask the same, however numbers were written: 20 milliseconds are 20.0."""
+        plain = msgspec.convert(asdict(self), Wanted)
+        return digest(msgspec.json.encode(asdict(plain), order="deterministic"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,7 @@ class Predictions:
         return digest(_packed(self.labels).encode())
 
 
+_PREDICTIONS = re.compile(r"[0-9a-f]{16}\.predictions")
 _NUMBERED = re.compile(r"([0-9]{6,18})\.json")
 
 
@@ -224,9 +226,65 @@ def newest(store: Store, run: str, checkpoint: str) -> Validation | None:
     return read(store, run, checkpoint, there[-1]) if there else None
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Everything in the directory of a checkpoint's validations.
+
+    Attributes:
+        validations: those that can be read, earliest first.
+        damage: keys of records and predictions that are not as they were written, and what is wrong.
+        orphans: keys of predictions that no record names: of a validation that was cut short.
+        foreign: keys of what Peakpoint has not written.
+        busy: whether somebody may be validating the checkpoint at present; then nothing is an orphan.
+    """
+
+    validations: tuple[Validation, ...]
+    damage: tuple[tuple[str, str], ...]
+    orphans: tuple[str, ...]
+    foreign: tuple[str, ...]
+    busy: bool
+
+
+def survey(store: Store, run: str, checkpoint: str, busy: Callable[[], bool] = lambda: False) -> Survey:
+    """Look at all validations of a checkpoint, damaged ones too.
+
+    Args:
+        store: where.
+        run: the run's name.
+        checkpoint: the id.
+        busy: whether somebody may be validating the checkpoint. It is asked after predictions were listed and before
+            records are: whoever has written the one and not yet the other is busy at that moment.
+    """
+    prefix = layout.validations_prefix(run, checkpoint)
+    children = store.children(prefix)
+    kept = {f"{prefix}/{child}" for child in children if _PREDICTIONS.fullmatch(child)}
+    strays = [child for child in children if not (_PREDICTIONS.fullmatch(child) or _NUMBERED.fullmatch(child))]
+    in_use = busy()
+    found: list[Validation] = []
+    damage: list[tuple[str, str]] = []
+    for number in _numbers(store, run, checkpoint):
+        try:
+            one = read(store, run, checkpoint, number)
+        except (CorruptError, FormatError) as error:
+            damage.append((layout.validation_key(run, checkpoint, number), str(error)))
+            continue
+        found.append(one)
+        key = layout.predictions_key(run, checkpoint, one.predictions or "")
+        try:
+            predictions_of(store, one)
+        except NotFoundError:
+            damage.append((key, f"the predictions of validation {number} of {one.name} are missing"))
+        except (CorruptError, FormatError) as error:
+            damage.append((key, str(error)))
+        kept.discard(key)
+    # of a record that cannot be read nobody knows what it names
+    orphans = () if in_use or len(found) < len(_numbers(store, run, checkpoint)) else tuple(sorted(kept))
+    return Survey(tuple(found), tuple(damage), orphans, tuple(f"{prefix}/{child}" for child in strays), in_use)
+
+
 def checkpoints_with(store: Store, run: str) -> list[str]:
     """The ids of checkpoints of a run, gone ones too, that have validations."""
-    return [child[:-1] for child in store.children(layout.run_prefix(run) + "/validations") if child.endswith("/")]
+    return [child[:-1] for child in store.children(layout.validations_of(run)) if child.endswith("/")]
 
 
 def objections(
@@ -304,7 +362,13 @@ def predictions_of(store: Store, validation: Validation) -> Predictions | None:
         raise CorruptError(f"{key} is damaged: it is not what the validation has kept")
     content = unseal(data, where=key)
     check_format(content, where=key)
-    return Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]))
+    try:
+        found = Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]))
+    except (LookupError, TypeError, ValueError) as error:  # ValueError: of base64 and array, too
+        raise FormatError(f"{key} holds no predictions that this release reads: {error}") from error
+    if len(found.predicted) != len(found.labels):
+        raise FormatError(f"{key} has {len(found.predicted)} predictions and {len(found.labels)} labels")
+    return found
 
 
 def _packed(values: Sequence[int]) -> str:

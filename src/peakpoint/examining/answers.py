@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from peakpoint.asking import shown
 from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.names import check_metric
 from peakpoint.tree import kind_of
-from peakpoint.validating import shown
 from peakpoint.validations import Predictions
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peakpoint.asking import file_digest
 from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.examining.memory import Peak
 from peakpoint.importing.sources import read_safetensors
@@ -14,7 +15,6 @@ from peakpoint.manifest import Manifest
 from peakpoint.notes import known, notes
 from peakpoint.repository import Repository
 from peakpoint.restore import restore_into
-from peakpoint.seal import digest
 from peakpoint.stored import Loaded, read_state, read_trees
 from peakpoint.tree import kind_of
 from peakpoint.validations import Outcome, Predictions, Wanted
@@ -198,7 +198,7 @@ def read_golden(path: Path, wanted: str | None) -> Golden:
     Raises:
         FormatError: it is not such a file, or has changed meanwhile.
     """
-    if wanted is not None and digest(path.read_bytes()) != wanted:
+    if wanted is not None and file_digest(path) != wanted:
         raise FormatError(f"{path} has changed since the validation began")
     tensors = read_safetensors(path)[0]
     inputs, labels = tensors.get("inputs"), tensors.get("labels")

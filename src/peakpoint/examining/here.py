@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from peakpoint.asking import ask
 from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Candidate, Exam
 from peakpoint.examining.run import examine
@@ -12,7 +13,7 @@ from peakpoint.repository import Repository
 from peakpoint.store import Store, open_store
 from peakpoint.stored import Loaded
 from peakpoint.tree import kind_of
-from peakpoint.validating import Collected, ask, conclude
+from peakpoint.validating import Collected, conclude
 from peakpoint.validations import Progress, Validation, Wanted
 
 Function = Callable[..., Any] | str

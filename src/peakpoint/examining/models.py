@@ -2,13 +2,13 @@
 
 import torch
 
+from peakpoint.asking import shown
 from peakpoint.diffing import tensors_of
-from peakpoint.errors import ConfigError, Error
+from peakpoint.errors import ConfigError, Error, MismatchError
 from peakpoint.examining.exam import Exam, Outputs, Said, classes_of, device_of, failed, outputs_of, passed, skipped
 from peakpoint.examining.memory import peak_of
 from peakpoint.manifest import Manifest
 from peakpoint.sharing import DTYPES
-from peakpoint.validating import shown
 from peakpoint.validations import Predictions
 
 _LISTED = 20  # examples and names that evidence lists
@@ -27,17 +27,26 @@ def loads(exam: Exam) -> Said:
         nonlocal what
         model, exam.example = exam.made()
         what = exam.fill(model, exam.manifest)
-        exam.model = model
+        exam.model = model  # only now: what does not fit is no model
         example = one_input(exam, 0)
         if example is not None and "memory_mb" in exam.wanted.budgets:
             with torch.no_grad():
                 model(*example)
         return next(iter(example)).device if example else torch.device("cpu")
 
-    if "memory_mb" in exam.wanted.budgets:
-        exam.memory = peak_of(work)
-    else:
-        work()
+    try:
+        if "memory_mb" in exam.wanted.budgets:
+            exam.memory = peak_of(work)
+        else:
+            work()
+    except MismatchError as error:
+        if not error.differences:
+            raise
+        return failed(
+            f"{exam.wanted.model} does not take the part {exam.wanted.part}: {'; '.join(error.differences[:5])}"
+            + (f"; and {len(error.differences) - 5} more differences" if len(error.differences) > 5 else ""),
+            differences=error.differences,
+        )
     return passed(f"{exam.wanted.model} takes the part {exam.wanted.part}: {what}, names, shapes and dtypes", what=what)
 
 

@@ -1,6 +1,5 @@
 """The checks of a validation, one after the other: whatever one of them raises fails it, and stops nothing."""
 
-import os
 import platform
 import time
 import traceback
@@ -11,12 +10,12 @@ import msgspec
 import numpy as np
 import torch
 
+from peakpoint.asking import order
 from peakpoint.errors import Error
 from peakpoint.examining import answers, budgets, models, weights
-from peakpoint.examining.exam import Candidate, Exam, Said, failed, skipped
+from peakpoint.examining.exam import Candidate, Exam, Said, device_of, failed, skipped
 from peakpoint.manifest import metrics_to_json
 from peakpoint.tree import kind_of
-from peakpoint.validating import order
 from peakpoint.validations import Outcome
 
 Event = dict[str, Any]
@@ -86,6 +85,10 @@ def _news(exam: Exam, told: Event) -> Iterator[Event]:
     if exam.predictions is not None and "predictions" not in told:
         told["predictions"] = True
         yield {"predicted": list(exam.predictions.predicted), "labels": list(exam.predictions.labels)}
+    if exam.model is not None and "device" not in told:
+        told["device"] = device = device_of(exam.model)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        yield {"environment": {"device": name}}
     if exam.compared and "compared" not in told:
         told["compared"] = True
         yield {"compared": True}
@@ -152,12 +155,9 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _environment() -> dict[str, str]:
-    cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": str(np.__version__),
         "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "pid": str(os.getpid()),
     }

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from peakpoint import reader
+from peakpoint.asking import shown
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.sharing import DTYPES
-from peakpoint.validating import shown
 
 _CHUNK = 1 << 24  # elements looked at at once
 _ORIGINAL, _MASK = "_orig", "_mask"  # of torch.nn.utils.prune
