@@ -38,9 +38,13 @@ if TYPE_CHECKING:
     from peakpoint.errors import MissingExtraError as MissingExtraError
     from peakpoint.errors import NotFoundError as NotFoundError
     from peakpoint.errors import PeakpointWarning as PeakpointWarning
+    from peakpoint.errors import RefusedError as RefusedError
     from peakpoint.errors import SaveFailedError as SaveFailedError
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
+    from peakpoint.examining.answers import Evaluated as Evaluated
+    from peakpoint.examining.exam import Candidate as Candidate
+    from peakpoint.examining.here import validate as validate
     from peakpoint.importing.everything import ImportReport as ImportReport
     from peakpoint.importing.everything import import_checkpoints as import_checkpoints
     from peakpoint.loading import load as load
@@ -63,11 +67,13 @@ if TYPE_CHECKING:
     from peakpoint.rules import TopK as TopK
     from peakpoint.stopping import EarlyStopping as EarlyStopping
     from peakpoint.stored import Loaded as Loaded
+    from peakpoint.validations import Validation as Validation
 
 _HOMES = {
     "Best": ("rules", "Best"),
     "BestAtSparsity": ("rules", "BestAtSparsity"),
     "Budget": ("rules", "Budget"),
+    "Candidate": ("examining.exam", "Candidate"),
     "Catalogue": ("catalogue", "Catalogue"),
     "Checkpoint": ("checkpoint", "Checkpoint"),
     "Checkpointer": ("checkpointer", "Checkpointer"),
@@ -77,6 +83,7 @@ _HOMES = {
     "Difference": ("diffing", "Difference"),
     "EarlyStopping": ("stopping", "EarlyStopping"),
     "Error": ("errors", "Error"),
+    "Evaluated": ("examining.answers", "Evaluated"),
     "Every": ("rules", "Every"),
     "Forecast": ("planning.forecast", "Forecast"),
     "FormatError": ("errors", "FormatError"),
@@ -99,12 +106,15 @@ _HOMES = {
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
+    "Validation": ("validations", "Validation"),
+    "RefusedError": ("errors", "RefusedError"),
     "WithinSE": ("ranking", "WithinSE"),
     "diff": ("distances", "diff"),
     "forecast": ("planning.forecast", "forecast"),
     "import_checkpoints": ("importing.everything", "import_checkpoints"),
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
+    "validate": ("examining.here", "validate"),
 }
 _MODULES = ("evaluation", "rules", "upkeep")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from peakpoint import archiving, layout, reader, trash
+from peakpoint import archiving, layout, reader, trash, validations
 from peakpoint import journal as journals
 from peakpoint.clock import Clock, utc_now
 from peakpoint.dropping import leftovers, records
@@ -116,6 +116,7 @@ def _run(
     for sentence in journals.read(store, run).damage:
         yield Finding("damage", layout.journal_prefix(run), sentence)
     shelf = reader.shelf(store, run)
+    yield from _unless(busy, _validations(store, run, shelf))
     for damaged in shelf.damaged:
         yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
     for name in shelf.bare:
@@ -159,6 +160,24 @@ def _packs(store: Store, run: str) -> Iterator[Finding]:
             yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
     for key in archiving.needless(store, run):
         yield Finding("litter", key, "a pack that no archived checkpoint needs")
+
+
+def _validations(store: Store, run: str, shelf: reader.Shelf) -> Iterator[Finding]:
+    prefix = layout.validations_of(run)
+    yield from _strays(store, prefix, None)
+    for checkpoint in validations.checkpoints_with(store, run):
+        # a validation that is being made holds its checkpoint as being read until its record is there
+        mine = [one for one in shelf.manifests if one.id == checkpoint]
+        unfinished = store.litter(layout.validations_prefix(run, checkpoint))
+        found = validations.survey(store, run, checkpoint, lambda mine=mine: bool(reader.being_read(store, mine)))  # type: ignore[misc]
+        for key in () if found.busy else unfinished:
+            yield Finding("litter", key, "an unfinished write")
+        for key, what in found.damage:
+            yield Finding("damage", key, what)
+        for key in found.orphans:
+            yield Finding("litter", key, "predictions of a validation that was cut short")
+        for key in found.foreign:
+            yield Finding("foreign", key, "not written by Peakpoint; left alone")
 
 
 def _over(store: Store, run: str, name: str, now: datetime) -> list[Finding]:
@@ -243,13 +262,18 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
             ours = [child for child in store.children(layout.checkpoint_prefix(run, name)) if _is_ours(child)]
             sweep(store, run, name, ours)
             removed += found[:1]
-    for manifest in shelf.manifests:
-        for finding in _over(store, run, manifest.name, now):
-            store.delete(finding.where)
-            removed.append(finding)
+    over = [finding for manifest in shelf.manifests for finding in _over(store, run, manifest.name, now)]
+    over += [finding for finding in _validations(store, run, shelf) if finding.kind == "litter"]
+    for finding in over:
+        store.delete(finding.where)
+        removed.append(finding)
     for key in archiving.needless(store, run):
         store.delete(key)
         removed.append(Finding("litter", key, "a pack that no archived checkpoint needs"))
+    for finding in _validations(store, run, shelf):
+        if finding.kind == "litter":
+            store.delete(finding.where)
+            removed.append(finding)
     prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run), layout.archive_prefix(run)]
     prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
     for prefix in prefixes:

@@ -10,9 +10,9 @@
      +- CorruptError          12   bytes are not what was written: use another checkpoint
      +- FormatError           13   written by a newer release, or not by Peakpoint at all
      +- MismatchError         14   state and checkpoint do not fit each other (ValueError)
+     +- RefusedError          16   a checkpoint is not fit for what was asked: read why
      +- StoreError            20   the disk or the network said no            (OSError)
      |   +- TransientStoreError 21 ... and may say yes if asked again
-     +- RefusedError          16   a checkpoint is not fit for what was asked: read why
      +- SaveFailedError       22   a background save failed; raised at the next call
 
 The number is the exit code of the command line. A message says what, where, and what to do next.

@@ -93,9 +93,14 @@ def pack_key(run: str, checkpoint: str) -> str:
     return f"{RUNS}/{run}/archive/{checkpoint}{PACK}"
 
 
+def validations_of(run: str) -> str:
+    """The directory with the validations of all checkpoints of a run."""
+    return f"{RUNS}/{run}/validations"
+
+
 def validations_prefix(run: str, checkpoint: str) -> str:
     """The directory of a checkpoint's validations, by its id; it outlives the checkpoint."""
-    return f"{RUNS}/{run}/validations/{checkpoint}"
+    return f"{validations_of(run)}/{checkpoint}"
 
 
 def validation_key(run: str, checkpoint: str, number: int) -> str:

@@ -142,6 +142,7 @@ class _Validation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     part: str = "model"
     metrics: tuple[str, ...] = ()
     tolerance: float = 1e-3
+    sparsity: str = "sparsity"
     golden: str | None = None
     agreement: float = 0.0
     budgets: dict[str, float] = {}
@@ -317,6 +318,7 @@ def _wanted(asked: _Validation, base: Path) -> Wanted:
         part=asked.part,
         metrics=tuple(map(check_metric, asked.metrics)),
         tolerance=_at_least(0, "tolerance", asked.tolerance),
+        sparsity=check_metric(asked.sparsity),
         golden=None if golden is None else str(golden),
         golden_digest=golden_digest,
         agreement=_share("agreement", asked.agreement),

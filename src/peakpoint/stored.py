@@ -266,12 +266,31 @@ class Loaded(Mapping[str, Any]):
             raise NotFoundError(
                 f"part {part!r} of {self.manifest.name} has no tensor {name!r}{near(name, list(nodes))}"
             )
-        file, record = records[nodes[name]["name"]]
+        return self._read(*records[nodes[name]["name"]], nodes[name])
+
+    def each(self, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of a part with the path to it, one at a time: no more than one is in memory.
+
+        Tensors that are the same memory come once.
+
+        Raises:
+            NotFoundError: the checkpoint has no such part.
+            CorruptError: it is damaged.
+        """
+        records = self._records(part)
+        seen = set[str]()
+        for path, node in _tensor_nodes(self._trees.parts[part]):
+            what = repr((node["name"], node.get("view")))
+            if what not in seen:
+                seen.add(what)
+                yield path, self._read(*records[node["name"]], node)
+
+    def _read(self, file: FileRecord, record: TensorRecord, node: dict[str, Any]) -> torch.Tensor:
         data = reader.read_tensor(self._store, self.manifest, file, record)
         alone = FileRecord(
             name=file.name, size=len(data), digest="", tensors=(record._replace(begin=0, end=len(data)),)
         )
-        tensor: torch.Tensor = Decoder(tensors_of(alone, memoryview(data))).decode(nodes[name])
+        tensor: torch.Tensor = Decoder(tensors_of(alone, memoryview(data))).decode(node)
         return tensor
 
     def _records(self, part: str) -> dict[str, tuple[FileRecord, TensorRecord]]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import ConflictError, CorruptError, FormatError
-from peakpoint.manifest import FORMAT, check_format
+from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
+from peakpoint.manifest import FORMAT, check_format, metrics_from_json, metrics_to_json
 from peakpoint.seal import digest, seal, unseal
 from peakpoint.store import Store
 
@@ -41,6 +41,7 @@ class Wanted:
         budgets: what must not be exceeded, such as ``{"latency_ms": 20, "memory_mb": 500, "size_mb": 100}``.
         checks: ``module:function`` of further checks.
         signature: the shapes and types of outputs that the model must have, such as ``{"output": "F32[*, 10]"}``.
+        sparsity: the metric that holds the sparsity, which is counted again in the weights.
     """
 
     evaluate: str | None = None
@@ -54,14 +55,15 @@ class Wanted:
     budgets: Mapping[str, float] = field(default_factory=dict)
     checks: tuple[str, ...] = ()
     signature: Mapping[str, str] = field(default_factory=dict)
+    sparsity: str = "sparsity"
 
     @property
     def digest(self) -> str:
-        """The same for two that ask the same."""
-        content = asdict(self) | {"golden": None}  # wherever the file is, its digest says what is in it
-        content |= {"tolerance": float(self.tolerance), "agreement": float(self.agreement)}
-        content["budgets"] = {name: float(value) for name, value in self.budgets.items()}
-        return digest(msgspec.json.encode(content, order="deterministic"))
+        """The same for two that ask the same, however numbers were written: 20 milliseconds are 20.0."""
+        plain = asdict(msgspec.convert(asdict(self), Wanted))
+        return digest(
+            msgspec.json.encode(plain | {"golden": None}, order="deterministic")
+        )  # its digest says what it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,7 @@ class Predictions:
         return digest(_packed(self.labels).encode())
 
 
+_PREDICTIONS = re.compile(r"[0-9a-f]{16}\.predictions")
 _NUMBERED = re.compile(r"([0-9]{6,18})\.json")
 
 
@@ -173,7 +176,7 @@ def record(store: Store, validation: Validation) -> Validation:
         there = _numbers(store, validation.run, validation.checkpoint)
         numbered = replace(validation, number=there[-1] + 1 if there else 1)
         content = {one.name: getattr(numbered, one.name) for one in fields(numbered)[:-1]}
-        data = seal({"format": FORMAT, **content})
+        data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
         try:
             store.create(layout.validation_key(numbered.run, numbered.checkpoint, numbered.number), data)
         except ConflictError:
@@ -197,8 +200,9 @@ def read(store: Store, run: str, checkpoint: str, number: int) -> Validation:
     check_format(content, where=where)
     content.pop("digest", None)
     try:
+        content["metrics"] = metrics_from_json(content.get("metrics", {}))
         found = msgspec.convert(content, Validation)
-    except msgspec.ValidationError as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # of msgspec, too
         raise FormatError(f"{where} is not a validation that this release reads: {error}") from error
     if (found.run, found.checkpoint, found.number) != (run, checkpoint, number):
         raise CorruptError(f"{where} is a validation of {found.run}/{found.checkpoint}: it was moved or copied")
@@ -224,9 +228,65 @@ def newest(store: Store, run: str, checkpoint: str) -> Validation | None:
     return read(store, run, checkpoint, there[-1]) if there else None
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Everything in the directory of a checkpoint's validations.
+
+    Attributes:
+        validations: those that can be read, earliest first.
+        damage: keys of records and predictions that are not as they were written, and what is wrong.
+        orphans: keys of predictions that no record names: of a validation that was cut short.
+        foreign: keys of what Peakpoint has not written.
+        busy: whether somebody may be validating the checkpoint at present; then nothing is an orphan.
+    """
+
+    validations: tuple[Validation, ...]
+    damage: tuple[tuple[str, str], ...]
+    orphans: tuple[str, ...]
+    foreign: tuple[str, ...]
+    busy: bool
+
+
+def survey(store: Store, run: str, checkpoint: str, busy: Callable[[], bool] = lambda: False) -> Survey:
+    """Look at all validations of a checkpoint, damaged ones too.
+
+    Args:
+        store: where.
+        run: the run's name.
+        checkpoint: the id.
+        busy: whether somebody may be validating the checkpoint. It is asked after predictions were listed and before
+            records are: whoever has written the one and not yet the other is busy at that moment.
+    """
+    prefix = layout.validations_prefix(run, checkpoint)
+    children = store.children(prefix)
+    kept = {f"{prefix}/{child}" for child in children if _PREDICTIONS.fullmatch(child)}
+    strays = [child for child in children if not (_PREDICTIONS.fullmatch(child) or _NUMBERED.fullmatch(child))]
+    in_use = busy()
+    found: list[Validation] = []
+    damage: list[tuple[str, str]] = []
+    for number in _numbers(store, run, checkpoint):
+        try:
+            one = read(store, run, checkpoint, number)
+        except (CorruptError, FormatError) as error:
+            damage.append((layout.validation_key(run, checkpoint, number), str(error)))
+            continue
+        found.append(one)
+        key = layout.predictions_key(run, checkpoint, one.predictions or "")
+        try:
+            predictions_of(store, one)
+        except NotFoundError:
+            damage.append((key, f"the predictions of validation {number} of {one.name} are missing"))
+        except (CorruptError, FormatError) as error:
+            damage.append((key, str(error)))
+        kept.discard(key)
+    # of a record that cannot be read nobody knows what it names
+    orphans = () if in_use or len(found) < len(_numbers(store, run, checkpoint)) else tuple(sorted(kept))
+    return Survey(tuple(found), tuple(damage), orphans, tuple(f"{prefix}/{child}" for child in strays), in_use)
+
+
 def checkpoints_with(store: Store, run: str) -> list[str]:
     """The ids of checkpoints of a run, gone ones too, that have validations."""
-    return [child[:-1] for child in store.children(layout.run_prefix(run) + "/validations") if child.endswith("/")]
+    return [child[:-1] for child in store.children(layout.validations_of(run)) if child.endswith("/")]
 
 
 def objections(
@@ -306,7 +366,13 @@ def predictions_of(store: Store, validation: Validation) -> Predictions | None:
         raise CorruptError(f"{key} is damaged: it is not what the validation has kept")
     content = unseal(data, where=key)
     check_format(content, where=key)
-    return Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]))
+    try:
+        found = Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]))
+    except (LookupError, TypeError, ValueError) as error:  # ValueError: of base64 and array, too
+        raise FormatError(f"{key} holds no predictions that this release reads: {error}") from error
+    if len(found.predicted) != len(found.labels):
+        raise FormatError(f"{key} has {len(found.predicted)} predictions and {len(found.labels)} labels")
+    return found
 
 
 def _packed(values: Sequence[int]) -> str:

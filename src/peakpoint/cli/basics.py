@@ -10,9 +10,10 @@ import click
 from rich.markup import escape
 
 from peakpoint import audit as audits
-from peakpoint import layout, packs, reader, upkeep
+from peakpoint import layout, packs, reader, upkeep, validations
 from peakpoint.cli import render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
+from peakpoint.cli.validating import line
 from peakpoint.errors import ConfigError, CorruptError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
@@ -32,6 +33,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     run, manifest = repository.locate(ref)
     manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
     claims = run.kept().get(manifest.id, ())
+    tested = validations.survey(run.store, run.name, manifest.id)
     packed = packs.archived(run.store, run.name, manifest.name)
     if json:
         extra = {
@@ -46,13 +48,23 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
             "timing": manifest.timing,
             "asked": manifest.asked,
             "path": str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
+            "validations": [
+                {"number": one.number, "at": one.at, "passed": one.passed, "by": one.by} for one in tested.validations
+            ],
+            "damaged_validations": [what for _, what in tested.damage],
         }
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    console.print(render.facts(_facts(root, manifest, claims, packed)))
+    facts = _facts(root, manifest, claims, packed)
+    facts.append(("validations", "\n".join([*map(line, tested.validations), *_damaged(tested)]) or "none"))
+    console.print(render.facts(facts))
     console.print()
     console.print(render.files_table(manifest))
+
+
+def _damaged(tested: validations.Survey) -> list[str]:
+    return [f"[bold red]damaged[/]: {escape(what)}" for _, what in tested.damage]
 
 
 def _facts(

@@ -1,0 +1,58 @@
+"""The process apart that examines: see ``peakpoint.apart``."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+
+from peakpoint.apart import read_job, say
+from peakpoint.examining.exam import Exam
+from peakpoint.examining.run import examine
+from peakpoint.functions import load_function
+from peakpoint.repository import open_repository
+from peakpoint.validations import Wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be examined.
+
+    Attributes:
+        root: directory of the repository.
+        ref: the checkpoint.
+        wanted: what is asked.
+        alias: whose holder is the champion.
+        champion: that checkpoint; None when there is none.
+        without: then why.
+    """
+
+    root: str
+    ref: str
+    wanted: Wanted
+    alias: str
+    champion: str | None
+    without: str
+
+
+def main(given: int, told: int) -> None:
+    """Examine, and say what was found, a line of JSON each.
+
+    Args:
+        given: where the job comes from.
+        told: where the lines go.
+    """
+    job = msgspec.json.decode(read_job(given), type=Job)
+    repository = open_repository(job.root)
+    exam = Exam(
+        repository=repository,
+        manifest=repository.find_manifest(job.ref),
+        wanted=job.wanted,
+        alias=job.alias,
+        champion=None if job.champion is None else repository.find_manifest(job.champion),
+        without=job.without,
+        evaluate=None if job.wanted.evaluate is None else partial(load_function, job.wanted.evaluate),
+        make=None if job.wanted.model is None else partial(load_function, job.wanted.model),
+        further=[partial(load_function, spec) for spec in job.wanted.checks],
+    )
+    for event in examine(exam):
+        say(told, msgspec.json.encode(event))

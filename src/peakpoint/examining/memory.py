@@ -1,0 +1,76 @@
+"""How much memory something takes at its peak, in the process that does it."""
+
+import ctypes
+import gc
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """What was measured.
+
+    Attributes:
+        bytes: the peak above what there was before; None when it could not be measured.
+        how: how it was measured, or why it could not be.
+    """
+
+    bytes: int | None
+    how: str
+
+
+def peak_of(work: Callable[[], torch.device]) -> Peak:
+    """Do some work, and measure how much more memory than before it took at its peak.
+
+    On the CPU this is resident memory, measured by the high-water mark that Linux keeps for each process, set back
+    before (Source: proc(5), ``clear_refs`` and ``VmHWM``); on CUDA what torch's allocator gave out.
+
+    Args:
+        work: what to do; returns the device that it was done on.
+    """
+    _give_back()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    before = _reset()
+    device = work()
+    if device.type == "cuda":
+        return Peak(torch.cuda.max_memory_allocated(device) - held, "given out by torch's allocator on the GPU")
+    if isinstance(before, str):
+        return Peak(None, before)
+    return Peak(max(_field("VmHWM") - before, 0), "resident memory of the process, peak less what it had before")
+
+
+def _reset() -> int | str:
+    """Set the high-water mark back; the resident bytes now, or why that cannot be done."""
+    if not sys.platform.startswith("linux"):
+        return f"{sys.platform} keeps no high-water mark that can be set back"
+    try:
+        _CLEAR.write_text("5")
+        return _field("VmRSS")
+    except OSError as error:
+        return f"the system does not let the high-water mark be set back: {error}"
+
+
+def _field(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"{_STATUS} has no {name}")
+    return int(found[1]) * 1024
+
+
+def _give_back() -> None:
+    """Let the system have what is free, so that it is not counted as there already."""
+    gc.collect()
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # what torch sets up once does not belong to the model
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,142 @@
+"""Checks that need the weights only: their bytes, their values, their zeros."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from peakpoint import reader
+from peakpoint.asking import shown
+from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
+from peakpoint.sharing import DTYPES
+
+_CHUNK = 1 << 24  # elements looked at at once
+_ORIGINAL, _MASK = "_orig", "_mask"  # of torch.nn.utils.prune
+
+
+def integrity(exam: Exam) -> Said:
+    """Every byte of every file against its digest."""
+    for file in exam.manifest.files:
+        reader.read(exam.repository.store, exam.manifest, file)
+    count, size = len(exam.manifest.files), exam.manifest.size_bytes
+    return passed(f"all {size:,} bytes of {count} files match their digests", files=count, bytes=size)
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements, in a type that can be calculated with."""
+    for chunk in torch.split(tensor.reshape(-1), _CHUNK):
+        yield chunk.float() if chunk.dtype.itemsize == 1 else chunk
+
+
+def _counts(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def finite(exam: Exam) -> Said:
+    """No NaN and no infinity in any floating-point tensor of the part."""
+    elements = tensors = 0
+    wrong: dict[str, int] = {}
+    for name, tensor in exam.state.each(exam.wanted.part):
+        if not _counts(tensor):
+            continue
+        tensors, elements = tensors + 1, elements + tensor.numel()
+        odd = sum(int((~torch.isfinite(chunk)).sum()) for chunk in _chunks(tensor))
+        if odd:
+            wrong[name] = odd
+    if wrong:
+        first, count = next(iter(wrong.items()))
+        more = f"; {len(wrong)} tensors in all: {shown(list(wrong))}" if len(wrong) > 1 else ""
+        return failed(f"{first} has {count:,} elements that are NaN or infinite{more}", not_finite=wrong)
+    if not tensors:
+        return skipped(f"the part {exam.wanted.part} has no floating-point tensors")
+    return passed(f"{elements:,} elements of {tensors} tensors are finite", elements=elements, tensors=tensors)
+
+
+# --- sparsity -----------------------------------------------------------------------------------------------------
+
+
+def sparsity(exam: Exam) -> Said:
+    """The recorded sparsity against the zeros that are there."""
+    metric = exam.wanted.sparsity
+    recorded = exam.recorded.get(metric)
+    if recorded is None:
+        return skipped(f"no metric {metric} is recorded")
+    counts = zeros_of(exam.state.each(exam.wanted.part))
+    found = {name: zeros / elements for name, (zeros, elements) in counts.items() if elements}
+    evidence = {
+        "recorded": recorded,
+        "tolerance": exam.wanted.tolerance,
+        "counted": {
+            name: {"zeros": zeros, "elements": elements, "sparsity": found.get(name)}
+            for name, (zeros, elements) in counts.items()
+        },
+    }
+    share = recorded / 100 if 1 < recorded <= 100 else recorded  # some record percent
+    near = {name: abs(value - share) for name, value in found.items()}
+    if not near or not math.isfinite(share):
+        return failed(f"{metric} is recorded as {recorded:g}, and cannot be confirmed: nothing to count", **evidence)
+    best = min(near, key=near.__getitem__)
+    zeros, elements = counts[best]
+    text = f"{zeros:,} of {elements:,} {best} are zero: {found[best]:.6g}"
+    if near[best] <= exam.wanted.tolerance:
+        return passed(f"{metric} {recorded:.6g} is confirmed: {text}", convention=best, **evidence)
+    others = ", ".join(f"{value:.6g} of {name}" for name, value in found.items() if name != best)
+    return failed(f"{metric} is recorded as {recorded:.6g}; {text}" + (f" ({others})" if others else ""), **evidence)
+
+
+def zeros_of(tensors: Iterator[tuple[str, torch.Tensor]]) -> Mapping[str, tuple[int, int]]:
+    """Zeros and elements by each of the conventions in use.
+
+    Negative zero is zero. Where torch.nn.utils.prune is at work, ``weight_orig`` times ``weight_mask`` is the weight,
+    and the mask is no weight of its own.
+
+    Args:
+        tensors: names and values, one at a time.
+
+    Example:
+        >>> pairs = [("a", torch.tensor([[0.0, 1.0]])), ("b", torch.tensor([0.0, 0.0]))]
+        >>> zeros_of(iter(pairs))
+        {'elements of all floating-point tensors': (3, 4), 'elements of tensors of 2 or more dimensions': (1, 2)}
+    """
+    plain: dict[str, tuple[int, int, int]] = {}  # zeros, elements, dimensions
+    waiting: dict[str, torch.Tensor] = {}
+    pruned: dict[str, tuple[int, int, int]] = {}
+    for name, tensor in tensors:
+        if not _counts(tensor):
+            if not (name.endswith(_MASK) and DTYPES.get(tensor.dtype) is not None):
+                continue
+        else:
+            plain[name] = (_zeros(tensor), tensor.numel(), tensor.dim())
+        stem = name.removesuffix(_ORIGINAL).removesuffix(_MASK)
+        if stem == name:
+            continue
+        partner = waiting.pop(stem + (_MASK if name.endswith(_ORIGINAL) else _ORIGINAL), None)
+        if partner is None:
+            waiting[name] = tensor
+        elif partner.shape == tensor.shape:
+            masked = sum(_zeros(a * b) for a, b in zip(_chunks(tensor), _chunks(partner), strict=True))
+            pruned[stem] = (masked, tensor.numel(), tensor.dim())
+    if not pruned:
+        return _by_convention(plain, "")
+    gone = {stem + end for stem in pruned for end in (_ORIGINAL, _MASK)}
+    effective = {name: row for name, row in plain.items() if name not in gone} | pruned
+    return {
+        **_by_convention(effective, ", pruned by their masks"),
+        "elements that have a mask": _sum(list(pruned.values())),
+        **_by_convention(plain, ", masks and originals as they are stored"),
+    }
+
+
+def _by_convention(rows: Mapping[str, tuple[int, int, int]], how: str) -> dict[str, tuple[int, int]]:
+    return {
+        f"elements of all floating-point tensors{how}": _sum(list(rows.values())),
+        f"elements of tensors of 2 or more dimensions{how}": _sum([row for row in rows.values() if row[2] >= 2]),
+    }
+
+
+def _sum(rows: list[tuple[int, int, int]]) -> tuple[int, int]:
+    return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+
+def _zeros(tensor: torch.Tensor) -> int:
+    return sum(chunk.numel() - int(torch.count_nonzero(chunk)) for chunk in _chunks(tensor))
