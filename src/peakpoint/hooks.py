@@ -20,7 +20,7 @@ from peakpoint.errors import ConflictError
 from peakpoint.manifest import FORMAT
 from peakpoint.policy import Hook, Policy
 from peakpoint.seal import seal
-from peakpoint.store import Store
+from peakpoint.store import LocalStore, Store
 
 _TOLD = 500  # characters of what a hook has said
 
@@ -42,7 +42,7 @@ def change_of(store: Store, record: AliasRecord) -> dict[str, Any]:
     """What a hook is told: plain JSON."""
     target = record.target
     return {
-        "repository": store.location,
+        "repository": str(store.root.absolute()) if isinstance(store, LocalStore) else store.location,
         "alias": record.alias,
         "record": record.number,
         "digest": record.digest,

@@ -241,13 +241,23 @@ class _Release:
         return self._promoted(candidate, proposal)
 
     def _selected(self) -> Checkpoint | None:
+        """The best that the policy finds; what the alias was rolled back from only comes back by hand."""
         self._progress("select")
         policy = self._policy
-        found = list(self._repository.select(policy.select, by=policy.by, top=1, within=policy.within))
         ranked = ", ".join(f"{mode} {name}" for name, mode in policy.by.items())
         rule = f"{policy.select or 'all'}; {ranked}"
-        self._step("select", f"{found[0].ref} by {rule}" if found else f"nothing by {rule}")
-        return found[0] if found else None
+        there = aliases.numbers(self._store, self._alias)
+        bad = aliases.rolled_back(aliases.history(self._store, self._alias).records) if there else {}
+        top = 1 + len(bad)
+        for one in self._repository.select(policy.select, by=policy.by, top=top, within=policy.within):
+            if one.id not in bad:
+                self._step("select", f"{one.ref} by {rule}")
+                return one
+            back = bad[one.id]
+            when = f"{back.at:%Y-%m-%d %H:%M} UTC"
+            self._step("select", f"passed over {one.ref}: rolled back at {when} by {back.by}: {back.why}")
+        self._step("select", f"nothing by {rule}")
+        return None
 
     def _proposal(self, ref: str) -> Proposal:
         return promotion.propose(
@@ -334,7 +344,8 @@ class _Release:
         return self._ends("promoted", id=release, candidate=candidate, proposal=proposal, record=record, told=told)
 
     def _reason(self) -> str:
-        return self._why or f"released by the policy: {self._steps[0].said}"
+        selected = next(step.said for step in reversed(self._steps) if step.name == "select")
+        return self._why or f"released by the policy: {selected}"
 
     def _told(self, record: AliasRecord) -> tuple[Told, ...]:
         told = hooks.tell(self._store, record, self._policy, progress=self._progress, clock=self._clock)
