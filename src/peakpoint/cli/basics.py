@@ -10,7 +10,7 @@ import click
 from rich.markup import escape
 
 from peakpoint import audit as audits
-from peakpoint import layout, packs, reader, upkeep
+from peakpoint import layout, packs, reader, signing, upkeep
 from peakpoint.cli import render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.errors import ConfigError, CorruptError
@@ -35,6 +35,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
     claims = run.kept().get(manifest.id, ())
     packed = packs.archived(run.store, run.name, manifest.name)
+    signed = signing.signatures(run.store, run.name, manifest.name)
     if json:
         extra = {
             "packed_bytes": None if packed is None else packed.packed_bytes,
@@ -47,18 +48,23 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
             "written_by": manifest.written_by,
             "timing": manifest.timing,
             "asked": manifest.asked,
+            "signatures": [asdict(one) for one in signed],
             "path": str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
         }
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    console.print(render.facts(_facts(root, manifest, claims, packed)))
+    console.print(render.facts(_facts(root, manifest, claims, packed, signed)))
     console.print()
     console.print(render.files_table(manifest))
 
 
 def _facts(
-    root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
+    root: Path,
+    manifest: Manifest,
+    claims: Sequence[Claim],
+    packed: packs.ArchiveRecord | None,
+    signed: Sequence[signing.Signature],
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
@@ -73,12 +79,18 @@ def _facts(
         ("kept because", render.claims_text(claims)),
         ("size", render.size(manifest.size_bytes)),
         ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
+        ("signed", escape("\n".join(map(_signature, signed))) or "no"),
         ("parts", escape(", ".join(manifest.parts))),
         ("continues", manifest.parent or "nothing: the first of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
         ("written", render.written(manifest)),
         ("the loop waited", render.waits(manifest)),
     ]
+
+
+def _signature(one: signing.Signature) -> str:
+    said = "names no key" if one.fingerprint is None else f"key {one.fingerprint[:64]}"
+    return f"{one.record}, {said} (not verified)"
 
 
 # --- audit --------------------------------------------------------------------------------------------------------
