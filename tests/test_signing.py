@@ -430,6 +430,7 @@ def hostile(material, **more):
         hostile({"publicKey": {}}, payload="?"),
         hostile({"publicKey": {}}, payloadType="text/plain"),
         hostile({"publicKey": {"hint": "x" * 1_000_000}}),
+        hostile({"publicKey": {"hint": "\x1b]0;owned\x07"}}),
         b"{" + b" " * (bundles.LARGEST + 1) + b"}",
     ],
     ids=lambda _: "bundle",
@@ -440,7 +441,9 @@ def test_a_hostile_bundle_is_refused_and_hides_no_good_one(root, keys, content):
     (place / "signature-2.json").write_bytes(content)
     assert verify(root, keys[1]).record == "signature-1.json"
     assert len(signing.signatures(store, "r", manifest.name)) == 2
-    assert "signature-2.json" in command("show", root, "r@latest")
+    shown = command("show", root, "r@latest")
+    assert "signature-2.json, names no key" in shown
+    assert "\x1b" not in shown
     (place / "signature-1.json").unlink()
     message = refused(root, keys[1], "signature-2.json")
     assert len(message) < 500

@@ -89,7 +89,7 @@ def _facts(
 
 
 def _signature(one: signing.Signature) -> str:
-    said = "names no key" if one.fingerprint is None else f"key {one.fingerprint[:64]}"
+    said = "names no key" if one.fingerprint is None else f"key {one.fingerprint}"
     return f"{one.record}, {said} (not verified)"
 
 

@@ -6,6 +6,7 @@ Sigstore bundle v0.3, https://github.com/sigstore/protobuf-specs.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ _MEDIA = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _IN_TOTO = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -55,9 +57,9 @@ class Bundle(msgspec.Struct, rename="camel"):
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the key, as the bundle says; it is not signed."""
+        """Of the key, as the bundle says, which is not signed; None when it says nothing that could be one."""
         key = self.verification_material.public_key
-        return (key.hint if key else None) or None
+        return key.hint if key and key.hint and _FINGERPRINT.fullmatch(key.hint) else None
 
 
 class _Resource(msgspec.Struct):
@@ -152,7 +154,7 @@ def signed_digests(bundle: Bundle, key: "EllipticCurvePublicKey") -> dict[str, s
 
     fingerprint = fingerprint_of(key)
     if bundle.fingerprint not in {None, fingerprint}:
-        raise SignatureError(f"it was made with the key {str(bundle.fingerprint)[:64]!r}, not with {fingerprint}")
+        raise SignatureError(f"it was made with the key {bundle.fingerprint}, not with {fingerprint}")
     envelope = bundle.dsse_envelope
     try:
         key.verify(envelope.signatures[0].sig, _authenticated(envelope.payload), algorithm(key))
