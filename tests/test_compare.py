@@ -174,7 +174,7 @@ def test_what_cannot_be_compared_is_refused():
         paired([[0.1, 0.9]], [1], [1])
     with pytest.raises(ConfigError, match="candidate: a class for each example"):
         paired([1], [1.0], [1])
-    for confidence in (0, 1, math.nan, 95):
+    for confidence in (0, 1, 1 - 1e-16, math.nan, 95):
         with pytest.raises(ConfigError, match="confidence"):
             paired([1], [1], [1], confidence=confidence)
 
@@ -262,8 +262,9 @@ def test_the_sentences_carry_the_numbers():
     assert judge(0.9, 0.91, 0.005).said == "val_accuracy rose by 0.01, at least the 0.005 that the policy asks for"
     assert judge(0.9, 0.89).said == "val_accuracy fell by 0.01, from 0.9 to 0.89, and is worse"
     assert judge(0.9, 0.89, 0.005).said == (
-        "val_accuracy fell by 0.01, from 0.9 to 0.89, and is worse; the policy asks for a gain of 0.005"
+        "val_accuracy fell by 0.01, from 0.9 to 0.89, and is worse; the policy asks for an improvement of 0.005"
     )
+    assert judge(0.9, 0.9, 0.005).said == ("val_accuracy stayed at 0.9; the policy asks for an improvement of 0.005")
     assert judge(0.9, 0.9).said == "val_accuracy stayed at 0.9, which is not worse"
     assert judge(0.9, 0.9049999999, 0.005).said.endswith("just less than the 0.005 that the policy asks for")
     assert judge(0.9, 0.95).said == "val_accuracy rose by 0.05, which is better"
