@@ -143,7 +143,7 @@ def _mcnemar(gained: int, lost: int) -> float:
         if term < total * _NEGLIGIBLE:
             break
     largest = math.lgamma(count + 1) - math.lgamma(least + 1) - math.lgamma(count - least + 1) - count * math.log(2)
-    return min(1.0, 2 * math.exp(largest + math.log(total)))
+    return min(1.0, math.exp(largest + math.log(2 * total)))
 
 
 def _highest(gained: int, lost: int, examples: int, score: float) -> float:
