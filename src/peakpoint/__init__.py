@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from peakpoint.errors import PeakpointWarning as PeakpointWarning
     from peakpoint.errors import RefusedError as RefusedError
     from peakpoint.errors import SaveFailedError as SaveFailedError
+    from peakpoint.errors import SignatureError as SignatureError
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
     from peakpoint.examining.answers import Evaluated as Evaluated
@@ -102,6 +103,7 @@ _HOMES = {
     "Run": ("repository", "Run"),
     "SaveFailedError": ("errors", "SaveFailedError"),
     "Selection": ("catalogue", "Selection"),
+    "SignatureError": ("errors", "SignatureError"),
     "StoreError": ("errors", "StoreError"),
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),

@@ -121,9 +121,10 @@ def _classes(name: str, values: Sequence[int], count: int | None = None) -> list
 
 
 def _quantile(confidence: float) -> float:
-    if not 0 < confidence < 1:
+    upper = 0.5 + confidence / 2
+    if not 0.5 < upper < 1:
         raise ConfigError(f"confidence must lie between 0 and 1, not be {confidence!r}")
-    return _NORMAL.inv_cdf(0.5 + confidence / 2)
+    return _NORMAL.inv_cdf(upper)
 
 
 def _mcnemar(gained: int, lost: int) -> float:
@@ -142,7 +143,7 @@ def _mcnemar(gained: int, lost: int) -> float:
         if term < total * _NEGLIGIBLE:
             break
     largest = math.lgamma(count + 1) - math.lgamma(least + 1) - math.lgamma(count - least + 1) - count * math.log(2)
-    return min(1.0, 2 * math.exp(largest + math.log(total)))
+    return min(1.0, math.exp(largest + math.log(2 * total)))
 
 
 def _highest(gained: int, lost: int, examples: int, score: float) -> float:
@@ -317,9 +318,11 @@ def _enough(better: Fraction, minimum: float) -> str:
 
 
 def _too_little(moved: str, better: Fraction, champion: float, candidate: float, minimum: float) -> str:
+    asked = f"; the policy asks for an improvement of {minimum:.6g}" if minimum else ""
     if better < 0:
-        asked = f"; the policy asks for a gain of {minimum:.6g}" if minimum else ""
         return f"{moved}, from {champion:.6g} to {candidate:.6g}, and is worse{asked}"
+    if not better:
+        return f"{moved}{asked}"
     if f"{abs(candidate - champion):.6g}" == f"{minimum:.6g}":
         return f"{moved}, just less than the {minimum!r} that the policy asks for"
     return f"{moved}, less than the {minimum:.6g} that the policy asks for"

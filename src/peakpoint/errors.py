@@ -8,6 +8,7 @@
      +- NotFoundError         10   name something that exists                 (LookupError)
      +- ConflictError         11   wait for, or stop, the other writer
      +- CorruptError          12   bytes are not what was written: use another checkpoint
+     |   +- SignatureError    15   ... or not what somebody has signed
      +- FormatError           13   written by a newer release, or not by Peakpoint at all
      +- MismatchError         14   state and checkpoint do not fit each other (ValueError)
      +- RefusedError          16   a checkpoint is not fit for what was asked: read why
@@ -56,6 +57,12 @@ class CorruptError(Error):
     """Bytes at rest differ from what was written: a digest, a size or a seal does not match."""
 
     exit_code = 12
+
+
+class SignatureError(CorruptError):
+    """Not signed, signed with another key, or not what was signed; names the file, or the keys."""
+
+    exit_code = 15
 
 
 class FormatError(Error):

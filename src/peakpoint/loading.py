@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from peakpoint import reader
+from peakpoint import reader, signing
 from peakpoint.capture import Stateful
 from peakpoint.errors import ConfigError
 from peakpoint.repository import Repository
@@ -22,6 +23,7 @@ def load(
     part: str = "model",
     strict: bool = True,
     verify: bool = True,
+    signed_by: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Load a checkpoint by ref.
 
@@ -37,6 +39,9 @@ def load(
         strict: raise when something does not fit; otherwise load what fits and say in the report what did not.
         verify: compare bytes with their digests. Without, tensors are mapped from the files and nothing is read
             before its values are used.
+        signed_by: a file with a public key: the checkpoint is refused unless the owner of that key has signed it. The
+            signature of the manifest is verified before anything else is read; bytes are compared with the digests in
+            it before they are used, as always, so that nothing is read twice. Only together with ``verify``.
 
     Returns:
         Without ``into`` a mapping of every part, a ``Loaded``: state dicts with tensors on the CPU, and plain values.
@@ -46,6 +51,7 @@ def load(
         NotFoundError: no such run, checkpoint or part.
         MismatchError: ``strict``, and names, shapes or dtypes differ; nothing was changed.
         CorruptError: the checkpoint is damaged; the message names the file and the tensor.
+        SignatureError: ``signed_by``, and it is not signed so, or not what was signed.
 
     Example:
         >>> import tempfile, torch, peakpoint as pp
@@ -58,8 +64,12 @@ def load(
         >>> print(pp.load("r@latest", root=root, into=model).restored[0].what)
         2 of 2 tensors
     """
+    if signed_by is not None and not verify:
+        raise ConfigError("signed_by= needs verify=True: a signature is worth as much as the comparison of the bytes")
     store = open_store(root)
     manifest = Repository(store).find_manifest(ref)
+    if signed_by is not None:
+        signing.verify(store, manifest, public_key=Path(signed_by), files=False)
     hold = reader.reading(store, manifest)
     if into is None:
         reader.check_sizes(store, manifest)

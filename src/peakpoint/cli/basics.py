@@ -10,7 +10,7 @@ import click
 from rich.markup import escape
 
 from peakpoint import audit as audits
-from peakpoint import layout, packs, reader, upkeep, validations
+from peakpoint import layout, packs, reader, signing, upkeep, validations
 from peakpoint.cli import render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.cli.validating import line
@@ -35,6 +35,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     claims = run.kept().get(manifest.id, ())
     tested = validations.survey(run.store, run.name, manifest.id)
     packed = packs.archived(run.store, run.name, manifest.name)
+    signed = signing.signatures(run.store, run.name, manifest.name)
     if json:
         extra = {
             "packed_bytes": None if packed is None else packed.packed_bytes,
@@ -47,6 +48,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
             "written_by": manifest.written_by,
             "timing": manifest.timing,
             "asked": manifest.asked,
+            "signatures": [asdict(one) for one in signed],
             "path": str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
             "validations": [
                 {"number": one.number, "at": one.at, "passed": one.passed, "by": one.by} for one in tested.validations
@@ -56,7 +58,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    facts = _facts(root, manifest, claims, packed)
+    facts = _facts(root, manifest, claims, packed, signed)
     facts.append(("validations", "\n".join([*map(line, tested.validations), *_damaged(tested)]) or "none"))
     console.print(render.facts(facts))
     console.print()
@@ -68,7 +70,11 @@ def _damaged(tested: validations.Survey) -> list[str]:
 
 
 def _facts(
-    root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
+    root: Path,
+    manifest: Manifest,
+    claims: Sequence[Claim],
+    packed: packs.ArchiveRecord | None,
+    signed: Sequence[signing.Signature],
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
@@ -83,12 +89,18 @@ def _facts(
         ("kept because", render.claims_text(claims)),
         ("size", render.size(manifest.size_bytes)),
         ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
+        ("signed", escape("\n".join(map(_signature, signed))) or "no"),
         ("parts", escape(", ".join(manifest.parts))),
         ("continues", manifest.parent or "nothing: the first of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
         ("written", render.written(manifest)),
         ("the loop waited", render.waits(manifest)),
     ]
+
+
+def _signature(one: signing.Signature) -> str:
+    said = "names no key" if one.fingerprint is None else f"key {one.fingerprint}"
+    return f"{one.record}, {said} (not verified)"
 
 
 # --- audit --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ _MODULES = {
     "rules": ("explain", "keep", "pin", "record", "unpin"),
     "selecting": ("ls", "select"),
     "validating": ("validate",),
+    "signing": ("sign", "verify"),
     "space": ("archive", "restore", "trash", "undo"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
