@@ -8,6 +8,8 @@ from typing import Any
 from peakpoint import reader, signing
 from peakpoint.capture import Stateful
 from peakpoint.errors import ConfigError
+from peakpoint.policy import read_policies
+from peakpoint.refs import OfAlias, parse_any
 from peakpoint.repository import Repository
 from peakpoint.restore import LoadReport, restore_into
 from peakpoint.store import Store, open_store
@@ -41,7 +43,8 @@ def load(
             before its values are used.
         signed_by: a file with a public key: the checkpoint is refused unless the owner of that key has signed it. The
             signature of the manifest is verified before anything else is read; bytes are compared with the digests in
-            it before they are used, as always, so that nothing is read twice. Only together with ``verify``.
+            it before they are used, as always, so that nothing is read twice. Only together with ``verify``. For an
+            alias whose policy (``production.toml``) asks for signatures, the policy's key by default.
 
     Returns:
         Without ``into`` a mapping of every part, a ``Loaded``: state dicts with tensors on the CPU, and plain values.
@@ -64,10 +67,12 @@ def load(
         >>> print(pp.load("r@latest", root=root, into=model).restored[0].what)
         2 of 2 tensors
     """
-    if signed_by is not None and not verify:
-        raise ConfigError("signed_by= needs verify=True: a signature is worth as much as the comparison of the bytes")
     store = open_store(root)
     manifest = Repository(store).find_manifest(ref)
+    if signed_by is None:
+        signed_by = key_for(store, ref)
+    if signed_by is not None and not verify:
+        raise ConfigError("signed_by= needs verify=True: a signature is worth as much as the comparison of the bytes")
     if signed_by is not None:
         signing.verify(store, manifest, public_key=Path(signed_by), files=False)
     hold = reader.reading(store, manifest)
@@ -85,3 +90,14 @@ def load(
         restored, missing = restore_into(saved, live, strict=strict, exhaustive=False)
         return LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
     raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")
+
+
+def key_for(store: Store, ref: str) -> Path | None:
+    """The public key that the policy of an alias asks for signatures by; None where nothing is asked.
+
+    Raises:
+        ConfigError: the policy cannot be understood.
+    """
+    parsed = parse_any(ref)
+    policy = read_policies(store).of(parsed.alias) if isinstance(parsed, OfAlias) else None
+    return None if policy is None else policy.public_key

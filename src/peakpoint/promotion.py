@@ -12,13 +12,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peakpoint import aliases, layout, reader, validations
+from peakpoint import aliases, layout, reader, signing, validations
 from peakpoint import journal as journals
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Change, Target
 from peakpoint.clock import Clock, utc_now
 from peakpoint.compare import Paired, judge_improvement, paired
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, RefusedError
+from peakpoint.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptError,
+    FormatError,
+    NotFoundError,
+    RefusedError,
+    SignatureError,
+)
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.notes import all_known, notes
@@ -134,7 +142,14 @@ class Proposal:
 
 
 def propose(
-    repository: Repository, ref: str, alias: str, *, policy: Policy | None = None, by: str = "", clock: Clock = utc_now
+    repository: Repository,
+    ref: str,
+    alias: str,
+    *,
+    policy: Policy | None = None,
+    by: str = "",
+    to_be_signed: bool = False,
+    clock: Clock = utc_now,
 ) -> Proposal:
     """Look at everything that a promotion depends on; changes nothing, and opens no weight file but for signatures.
 
@@ -144,6 +159,7 @@ def propose(
         alias: what it is to become, such as ``"champion"``.
         policy: what the alias's policy asks; see ``peakpoint.policy``.
         by: who promotes; the present user by default.
+        to_be_signed: a signature that the policy asks for and that is missing is no refusal: it will be made.
         clock: tells the time.
 
     Raises:
@@ -179,20 +195,35 @@ def propose(
         validation=validation,
         comparison=comparison,
         objections=objections,
-        refusals=_refusals(repository, manifest, policy, by or present_user()),
+        refusals=_refusals(repository, manifest, policy, by or present_user(), to_be_signed=to_be_signed),
         policy=policy,
     )
 
 
-def _refusals(repository: Repository, manifest: Manifest, policy: Policy | None, by: str) -> tuple[str, ...]:
+def _refusals(
+    repository: Repository, manifest: Manifest, policy: Policy | None, by: str, *, to_be_signed: bool
+) -> tuple[str, ...]:
     found = []
     if policy is not None and not policy.allows(by):
         found.append(f"{by} may not promote: the policy allows {', '.join(policy.may_promote)}")
     try:
         reader.check_sizes(repository.store, manifest)
     except (CorruptError, FormatError) as error:
-        found.append(str(error))
+        return (*found, str(error))
+    if not to_be_signed and (said := unsigned(repository, manifest, policy)) is not None:
+        found.append(said)
     return tuple(found)
+
+
+def unsigned(repository: Repository, manifest: Manifest, policy: Policy | None) -> str | None:
+    """Why a checkpoint is not signed as a policy asks; None when it is, or nothing is asked. Reads every byte of it."""
+    if policy is None or policy.public_key is None:
+        return None
+    try:
+        signing.verify(repository.store, manifest, public_key=policy.public_key)
+    except SignatureError as error:
+        return f"the policy asks for a signature: {error}"
+    return None
 
 
 def _not_enough(policy: Policy, comparison: Comparison) -> tuple[str, ...]:

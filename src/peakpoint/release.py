@@ -6,13 +6,14 @@ what is on record is not done twice. Where everything is as it should be, a rele
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import msgspec
 
-from peakpoint import aliases, hooks, layout, promotion, validations
+from peakpoint import aliases, hooks, layout, promotion, signing, validations
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord
 from peakpoint.checkpoint import Checkpoint
@@ -51,7 +52,7 @@ class Step:
     """One step of a release.
 
     Attributes:
-        name: ``select``, ``validate``, ``compare``, ``promote`` or ``tell``.
+        name: ``select``, ``validate``, ``compare``, ``sign``, ``promote`` or ``tell``.
         said: what came of it, in one sentence.
     """
 
@@ -146,6 +147,7 @@ def release(
     validate: Validate,
     *,
     why: str = "",
+    private_key: Path | None = None,
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda _: None,
     clock: Clock = utc_now,
@@ -158,6 +160,7 @@ def release(
         policies: what ``production.toml`` says.
         validate: validates a candidate; see ``peakpoint.validating.validate``.
         why: the reason, for the record; the rule that selected it by default.
+        private_key: sign what is promoted with this key, unless it is signed as the policy asks.
         dry_run: only say what would be done; nothing is validated or changed.
         progress: called with each thing that is about to be done.
         clock: tells the time.
@@ -167,7 +170,7 @@ def release(
         ConflictError: somebody else has changed the alias meanwhile; run it again.
     """
     policy = _policy_of(policies, alias)
-    work = _Release(repository, policy, policies.text, validate, why, progress, clock)
+    work = _Release(repository, policy, policies.text, validate, why, private_key, progress, clock)
     return work.run(dry_run=dry_run)
 
 
@@ -191,13 +194,14 @@ class _Release:
         text: str,
         validate: Validate,
         why: str,
+        private_key: Path | None,
         progress: Callable[[str], None],
         clock: Clock,
     ) -> None:
         self._repository, self._store = repository, repository.store
         self._policy, self._text, self._alias = policy, text, policy.alias
         self._validate, self._why, self._progress, self._clock = validate, why, progress, clock
-        self._by = present_user()
+        self._by, self._private_key = present_user(), private_key
         self._steps: list[Step] = []
 
     def _step(self, name: str, said: str) -> None:
@@ -238,7 +242,19 @@ class _Release:
         if dry_run:
             self._step("promote", f"would promote {candidate.ref} to {self._alias}")
             return self._ends("would promote", candidate=candidate, proposal=proposal)
+        if self._private_key is not None and (unsigned := self._sign(proposal, self._private_key)) is not None:
+            return self._refused(candidate, replace(proposal, refusals=(unsigned,)), dry_run=False)
         return self._promoted(candidate, proposal)
+
+    def _sign(self, proposal: Proposal, private_key: Path) -> str | None:
+        """Sign the candidate, unless it is signed as the policy asks; what the policy still says against it then."""
+        store, manifest = self._store, proposal.manifest
+        asked = self._policy.public_key
+        if asked is None or promotion.unsigned(self._repository, manifest, self._policy) is not None:
+            self._progress("sign")
+            made = signing.sign(store, manifest, private_key=private_key)
+            self._step("sign", f"{made.record} with the key {made.fingerprint}")
+        return promotion.unsigned(self._repository, manifest, self._policy)
 
     def _selected(self) -> Checkpoint | None:
         """The best that the policy finds; what the alias was rolled back from only comes back by hand."""
@@ -261,7 +277,13 @@ class _Release:
 
     def _proposal(self, ref: str) -> Proposal:
         return promotion.propose(
-            self._repository, ref, self._alias, policy=self._policy, by=self._by, clock=self._clock
+            self._repository,
+            ref,
+            self._alias,
+            policy=self._policy,
+            by=self._by,
+            to_be_signed=self._private_key is not None,
+            clock=self._clock,
         )
 
     def _missing(self, proposal: Proposal) -> tuple[str, ...]:

@@ -13,12 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from peakpoint import aliases as records
-from peakpoint import hooks, promotion, validating
+from peakpoint import hooks, promotion, signing, validating
 from peakpoint import release as releases
 from peakpoint.aliases import AliasRecord
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
+from peakpoint.cli.space import progress
 from peakpoint.clock import utc_now
 from peakpoint.errors import CorruptError, NotFoundError, RefusedError
 from peakpoint.hooks import Told
@@ -31,6 +32,9 @@ from peakpoint.validations import Validation
 
 ALIAS = click.argument("alias")
 WHY = click.option("--why", required=True, help="The reason; it stays on record.")
+KEY = click.option(
+    "--key", type=click.Path(path_type=Path), metavar="FILE", help="Sign it with this private key (PEM) first."
+)
 YES = click.option("--yes", is_flag=True, help="Do not ask, also on a terminal.")
 _MARKS = {True: "[green]better[/]", False: "[red]worse[/]", None: ""}
 
@@ -58,6 +62,7 @@ def _policy(repository: Repository, alias: str) -> Policy | None:
 @click.option("--as", "alias", required=True, metavar="ALIAS", help="champion, challenger_1, resnet50/champion, ...")
 @WHY
 @click.option("--force", is_flag=True, help="In spite of what speaks against it; that stays on record.")
+@KEY
 @click.option("--dry-run", is_flag=True, help="Only show the comparison and what speaks against it.")
 @YES
 @JSON
@@ -66,6 +71,7 @@ def promote(
     ref: str,
     alias: str,
     why: str,
+    key: Path | None,
     force: bool,  # noqa: FBT001
     dry_run: bool,  # noqa: FBT001
     yes: bool,  # noqa: FBT001
@@ -75,10 +81,9 @@ def promote(
     promotion.check_why("promote", why)
     repository = open_repository(root)
     policy = _policy(repository, alias)
-    proposal = promotion.propose(repository, ref, alias, policy=policy)
-    console = render.console()
+    proposal = promotion.propose(repository, ref, alias, policy=policy, to_be_signed=key is not None)
     if not json:
-        _print_proposal(console, proposal)
+        _print_proposal(render.console(), proposal)
     if dry_run:
         if json:
             render.as_json(_proposal_json(proposal))
@@ -88,6 +93,8 @@ def promote(
     fit = force or not proposal.objections
     if not (yes or json or proposal.unchanged) and fit and not proposal.refusals and sys.stdin.isatty():
         click.confirm(f"promote to {alias}?", abort=True)
+    if key is not None and fit and not proposal.refusals:
+        _sign(repository, proposal, key, quiet=json)
     record = promotion.promote(proposal, why, force=force)
     told = _tell(repository, record, policy, quiet=json)
     if json:
@@ -103,6 +110,17 @@ def promote(
         )
         click.echo(f"{_name(record)} is {alias} {when} {what}")
     _end(told)
+
+
+def _sign(repository: Repository, proposal: Proposal, key: Path, *, quiet: bool) -> None:
+    """Sign a candidate, and make sure that the policy is content with that key."""
+    with progress("signing", proposal.manifest.size_bytes) as advance:
+        made = signing.sign(repository.store, proposal.manifest, private_key=key, progress=advance)
+    said = promotion.unsigned(repository, proposal.manifest, proposal.policy)
+    if said is not None:
+        raise RefusedError(f"it is signed now ({made.record}), but not as it has to be: {said}", (said,))
+    if not quiet:
+        click.echo(f"signed: {made.record}, key {made.fingerprint}")
 
 
 def _would(proposal: Proposal, *, force: bool) -> str:
@@ -191,8 +209,8 @@ def _proposal_json(proposal: Proposal) -> dict[str, Any]:
 
 
 def _tell(repository: Repository, record: AliasRecord, policy: Policy | None, *, quiet: bool) -> list[Told]:
-    with working(quiet=quiet) as progress:
-        return hooks.tell(repository.store, record, policy, progress=progress)
+    with working(quiet=quiet) as said:
+        return hooks.tell(repository.store, record, policy, progress=said)
 
 
 def _end(told: Sequence[Told]) -> None:
@@ -369,16 +387,32 @@ def record_json(record: AliasRecord) -> dict[str, Any]:
     "--alias", default="champion", show_default=True, help="What to release to; its table in production.toml."
 )
 @click.option("--why", default="", help="The reason, for the record; the rule that selected by default.")
+@KEY
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @CATALOGUE
 @JSON
-def release(root: Path, alias: str, why: str, dry_run: bool, catalogue: str | None, json: bool) -> None:  # noqa: FBT001
+def release(
+    root: Path,
+    alias: str,
+    why: str,
+    key: Path | None,
+    dry_run: bool,  # noqa: FBT001
+    catalogue: str | None,
+    json: bool,  # noqa: FBT001
+) -> None:
     """Select, validate, compare and promote by production.toml; exits with 16 when it refuses."""
     repository = open_repository(root, catalogue=catalogue)
     policies = read_policies(repository.store)
-    with working(quiet=json) as progress:
+    with working(quiet=json) as said:
         done = releases.release(
-            repository, alias, policies, validating.validate, why=why, dry_run=dry_run, progress=progress
+            repository,
+            alias,
+            policies,
+            validating.validate,
+            why=why,
+            private_key=key,
+            dry_run=dry_run,
+            progress=said,
         )
     if json:
         render.as_json(_release_json(done))
