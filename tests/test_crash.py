@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 VERBS = ["archive", "restore", "trash", "undo", "keep"]
+RELEASES = ["first", "next", "rollback"]
 KINDS = ["single", "several", "frozen", "thinned"]
 
 
@@ -34,6 +35,19 @@ def test_nothing_durable_is_lost(what, kind, record_property):
 )
 def test_upkeep_can_be_cut_short_anywhere(what, verb, record_property):
     enumerate_points("crashes_of_upkeep.py", what, verb, record_property)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("what", "verb"),
+    [
+        *(("power", verb) for verb in RELEASES),
+        ("kill", "rollback"),
+        *(pytest.param("kill", verb, marks=pytest.mark.slow) for verb in RELEASES[:2]),  # minutes
+    ],
+)
+def test_production_can_be_cut_short_anywhere(what, verb, record_property):
+    enumerate_points("crashes_of_release.py", what, verb, record_property)
 
 
 def enumerate_points(script, what, kind, record_property):

@@ -434,19 +434,19 @@ def test_a_removal_that_came_to_nothing_bars_no_promotion(tmp_path):
     assert promote(found, "r:1", force=True).number == 1
 
 
-def test_a_promotion_that_was_killed_protects_until_it_is_repeated(tmp_path):
+def test_a_promotion_that_was_killed_protects_until_the_alias_changes(tmp_path):
     found = repository(tmp_path)
     manifest = found.find_manifest("r:1")
     killed = journal.Journal(found.store, "r", Clock())
     killed.append(
-        journal.Promoting(at=killed.now(), checkpoint=manifest.id, name=manifest.name, alias="champion", by="x")
+        journal.Promoting(
+            at=killed.now(), checkpoint=manifest.id, name=manifest.name, alias="champion", record=1, by="x"
+        )
     )
     killed.close()
     run = found.run("r")
     assert [claim.reason for claim in run.plan([pp.Last(1)]).keep[manifest.id]] == ["about to become champion"]
-    promote(found, "r:1", force=True)
-    promote(found, "r:2", force=True, policy=Policy(alias="champion", keeps=1))
-    promote(found, "r:3", force=True, policy=Policy(alias="champion", keeps=1))
+    promote(found, "r:2", force=True)
     assert manifest.id not in run.plan([pp.Last(1)]).keep
 
 

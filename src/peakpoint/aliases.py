@@ -19,6 +19,7 @@ import msgspec
 
 from peakpoint import layout
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.journal import Promoting
 from peakpoint.manifest import FORMAT, check_format
 from peakpoint.refs import check_alias, near
 from peakpoint.seal import digest, seal, unseal
@@ -345,16 +346,21 @@ def back_from(store: Store, present: AliasRecord) -> Iterator[AliasRecord]:
             yield at
 
 
-def protected(store: Store, checkpoints: Iterable[str]) -> dict[str, str]:
-    """Which checkpoints retention must leave alone because an alias points at them, or did lately: id to why.
+def protected(store: Store, checkpoints: Iterable[str], promoting: Iterable[Promoting] = ()) -> dict[str, str]:
+    """Which checkpoints retention must leave alone because of an alias: id to why.
 
-    While the newest record of an alias cannot be read, nobody knows what it protects, and everything is protected.
+    It points at them, did lately, or is about to. While the newest record of an alias cannot be read, nobody knows what
+    it protects, and everything is protected.
 
     Args:
         store: where.
         checkpoints: the ids of all that might go.
+        promoting: what the journal says of promotions that are under way, or were cut short.
     """
     found: dict[str, str] = {}
+    for event in promoting:
+        if event.record > max(numbers(store, event.alias), default=0):  # else the record says what came of it
+            found[event.checkpoint] = f"about to become {event.alias}"
     for alias in names(store):
         there = numbers(store, alias)
         try:

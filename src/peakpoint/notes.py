@@ -68,12 +68,12 @@ class Notes:
     Attributes:
         metrics: measured after the commit; of several values of one metric the last counts.
         pinned: why each is pinned.
-        promoting: those that an alias is about to point at, and which; of one that was cut short, until it is repeated.
+        promoting: what was said last of an alias that is about to point at a checkpoint, by checkpoint and alias.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
-    promoting: dict[str, str] = field(default_factory=dict)
+    promoting: dict[tuple[str, str], Promoting] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
         """Take the next event into account."""
@@ -84,11 +84,10 @@ class Notes:
                 self.pinned[event.checkpoint] = event.why
             case Unpinned():
                 self.pinned.pop(event.checkpoint, None)
-                self.promoting.pop(event.checkpoint, None)
             case Promoting():
-                self.promoting[event.checkpoint] = f"about to become {event.alias}"
+                self.promoting[event.checkpoint, event.alias] = event
             case Promoted():
-                self.promoting.pop(event.checkpoint, None)
+                self.promoting.pop((event.checkpoint, event.alias), None)
             case _:
                 pass
 

@@ -3,7 +3,7 @@
 The act is a compare-and-swap on the record that the proposal has seen. Before the record is made, the run's journal
 says that it is about to be, durably, and a removal that was announced meanwhile is looked for: so a checkpoint that an
 alias points at is never one that retention is removing at the same moment. A crash leaves the alias as it was or as it
-is to be, and at most a checkpoint that stays protected until the promotion is repeated.
+is to be, and at most a checkpoint that stays protected until the alias changes again.
 """
 
 import math
@@ -344,7 +344,8 @@ def promote(
         release=release,
         keeps=aliases.KEEPS if proposal.policy is None else proposal.policy.keeps,
     )
-    with _announced(proposal.run, proposal.manifest, proposal.alias, actor, clock) as announced:
+    number = 1 if proposal.present is None else proposal.present.number + 1
+    with _announced(proposal.run, proposal.manifest, proposal.alias, number, actor, clock) as announced:
         announced.record = made = aliases.append(store, proposal.alias, change, after=proposal.present)
     return made
 
@@ -374,20 +375,20 @@ class _Announced:
 
 
 @contextmanager
-def _announced(run: Run, manifest: Manifest, alias: str, by: str, clock: Clock) -> Iterator[_Announced]:
+def _announced(run: Run, manifest: Manifest, alias: str, number: int, by: str, clock: Clock) -> Iterator[_Announced]:
     """Announce that an alias is about to point at a checkpoint, and afterwards what came of it."""
     journal = journals.Journal(run.store, run.name, clock)
     facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": alias, "by": by}
     made = _Announced()
     try:
-        journal.append(journals.Promoting(at=clock(), **facts))
+        journal.append(journals.Promoting(at=clock(), record=number, **facts))
         journal.sync()
         try:
             _check_stays(run, manifest)
             yield made
         finally:
-            number, digest = (None, None) if made.record is None else (made.record.number, made.record.digest)
-            journal.append(journals.Promoted(at=clock(), record=number, digest=digest, **facts))
+            done, digest = (None, None) if made.record is None else (made.record.number, made.record.digest)
+            journal.append(journals.Promoted(at=clock(), record=done, digest=digest, **facts))
             journal.append(journals.Closed(at=clock(), why=f"peakpoint {alias}"))
     finally:
         journal.close()
@@ -411,7 +412,7 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
 
 def _complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
     """Say what came of an announcement whose maker was killed after the record was made."""
-    if manifest.id not in notes(run.events()).promoting:
+    if (manifest.id, record.alias) not in notes(run.events()).promoting:
         return
     journal = journals.Journal(run.store, run.name, utc_now)
     try:
@@ -489,7 +490,7 @@ def rollback(
             validation=former.validation,
             keeps=present.keeps,
         )
-        with _announced(run, manifest, alias, actor, clock) as announced:
+        with _announced(run, manifest, alias, present.number + 1, actor, clock) as announced:
             announced.record = made = aliases.append(store, alias, change, after=present)
         return RolledBack(made, present, tuple(passed))
     reasons = "".join(f"\n  {one}" for one in passed)

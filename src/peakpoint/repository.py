@@ -144,8 +144,8 @@ class Run:
 
     def aliased(self, manifests: Sequence[Manifest], events: Sequence[journals.Event]) -> Mapping[str, str]:
         """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
-        there = aliases.protected(self.store, [manifest.id for manifest in manifests])
-        return {**notes(events).promoting, **there}
+        ids = [manifest.id for manifest in manifests]
+        return aliases.protected(self.store, ids, notes(events).promoting.values())
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
