@@ -44,6 +44,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
                 for file in manifest.files
             ],
             "parent": manifest.parent,
+            "members": manifest.members,
             "written_by": manifest.written_by,
             "timing": manifest.timing,
             "asked": manifest.asked,
@@ -74,7 +75,9 @@ def _facts(
         ("size", render.size(manifest.size_bytes)),
         ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
         ("parts", escape(", ".join(manifest.parts))),
-        ("continues", manifest.parent or "nothing: the first of its run"),
+        ("made from", escape("\n".join(manifest.members)))
+        if manifest.members
+        else ("continues", manifest.parent or "nothing: the first of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
         ("written", render.written(manifest)),
         ("the loop waited", render.waits(manifest)),
