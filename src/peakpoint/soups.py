@@ -34,6 +34,8 @@ from peakpoint.tree import Decoder, kind_of
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]
 
+_NAMED = 5  # members that the reason names; the manifest names all
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tasted:
@@ -219,7 +221,8 @@ def _check_score(kind: str, evaluate: Any, metric: str | None, mode: str | None)
 
 def _reason(kind: str, chosen: Sequence[Member], members: Sequence[Member], averaged: bool) -> str:  # noqa: FBT001
     count = f"{len(chosen)} of {len(members)}" if kind == "greedy" else str(len(chosen))
-    told = f"{kind} soup of {count}: {', '.join(map(str, chosen))}"
+    more = f" and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else ""
+    told = f"{kind} soup of {count}: {', '.join(map(str, chosen[:_NAMED]))}{more}"
     return told + ("; the statistics of BatchNorm are averaged, not measured" if averaged else "")
 
 

@@ -13,7 +13,7 @@ from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint.cli import render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
-from peakpoint.errors import ConfigError, CorruptError
+from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.refs import parse
@@ -53,13 +53,28 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    console.print(render.facts(_facts(root, manifest, claims, packed)))
+    console.print(render.facts(_facts(root, manifest, claims, packed, _members(repository, manifest))))
     console.print()
     console.print(render.files_table(manifest))
 
 
+def _members(repository: Repository, manifest: Manifest) -> list[str]:
+    """The names of what a checkpoint was made from, as far as it is there."""
+    found = []
+    for ref in manifest.members:
+        try:
+            found.append(f"{parse(ref).run}/{repository.find_manifest(ref).name}")
+        except (CorruptError, FormatError, NotFoundError):
+            found.append(f"{ref}, which is gone or damaged")
+    return found
+
+
 def _facts(
-    root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
+    root: Path,
+    manifest: Manifest,
+    claims: Sequence[Claim],
+    packed: packs.ArchiveRecord | None,
+    members: Sequence[str],
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
@@ -75,7 +90,7 @@ def _facts(
         ("size", render.size(manifest.size_bytes)),
         ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
         ("parts", escape(", ".join(manifest.parts))),
-        ("made from", escape("\n".join(manifest.members)))
+        ("made from", escape("\n".join(members)))
         if manifest.members
         else ("continues", manifest.parent or "nothing: the first of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
