@@ -1,7 +1,6 @@
 """The mean of the tensors of several checkpoints, one tensor in memory at a time."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,7 +222,8 @@ def rounded(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Averaging:
     """The means of members that have been found alike.
 
-    In memory are one tensor of one member, and its sum in double precision: whatever the number of members.
+    In memory are less than four copies of one tensor in double precision, whatever the number of members: the sum, one
+    member, and what it takes to look whether all of it is finite.
 
     Args:
         store: where.
@@ -254,9 +254,9 @@ class Averaging:
         total = self._wide(first, name, dtype)
         for one in members[1:]:
             total += self._wide(one, name, dtype)
-        mean = total / len(members)
+        mean = total.div_(len(members))
         if not torch.isfinite(mean).all():  # sums of the largest numbers there are
-            mean = torch.zeros_like(total)
+            mean = total.zero_()
             for one in members:
                 mean += self._wide(one, name, dtype) / len(members)
         stored = self._read(first, name) if first.records[name][1].dtype == "U8" else None
@@ -270,11 +270,12 @@ class Averaging:
     def _read(self, one: Member, name: str) -> torch.Tensor:
         file, record = one.records[name]
         data = reader.read_tensor(self._store, one.manifest, file, record)
-        self._progress(len(data))
         alone = FileRecord(
             name=file.name, size=len(data), digest="", tensors=(record._replace(begin=0, end=len(data)),)
         )
-        return tensors_of(alone, memoryview(data))[name]
+        tensor = tensors_of(alone, memoryview(data))[name]
+        self._progress(len(data))
+        return tensor
 
     def _wide(self, one: Member, name: str, dtype: torch.dtype) -> torch.Tensor:
         """All elements in a row, in double precision.
@@ -286,11 +287,12 @@ class Averaging:
         if flat.dtype != dtype:
             flat = flat[: len(flat) // dtype.itemsize * dtype.itemsize].view(dtype)
         wide = flat.to(torch.complex128 if dtype.is_complex else torch.float64)
+        del flat
         finite = torch.isfinite(wide)
         if not finite.all():
             count = int((~finite).sum())
             raise ConfigError(
-                f"tensor {name!r} of {one} has {count} of {math.prod(flat.shape)} values that are NaN or infinite: "
+                f"tensor {name!r} of {one} has {count} of {len(wide)} values that are NaN or infinite: "
                 "leave this checkpoint out"
             )
         return wide

@@ -101,8 +101,8 @@ def soup(
     be the same. Tied weights stay tied. Running statistics of BatchNorm belong to the weights that they were measured
     with; they are measured anew, by one pass over ``data`` in training mode, unless a soup has one member only.
 
-    Memory: one tensor in double precision, whatever the number of members; with ``build_model`` one model more, and
-    with ``evaluate`` alone one state. Every tensor is read once to be checked, before anything is written, and once to
+    Memory, whatever the number of members: less than four copies of the largest tensor in double precision; with
+    ``build_model`` that model, with ``evaluate`` alone one state. Every tensor is read once to be checked, before anything is written, and once to
     be written; a greedy soup of n candidates reads up to n(n + 3)/2 checkpoints before that.
 
     Args:
@@ -262,7 +262,6 @@ class _Kitchen:
         device: torch.device | str | None,
     ) -> None:
         self._averaging, self._like, self._data = averaging, like, data
-        self._device = None if device is None else torch.device(device)
         self._nodes: dict[str, list[tuple[str, Any]]] = {name: [] for name in like.records}
         for path, node in tensor_nodes(like.tree):
             self._nodes[node["name"]].append((path, node))
@@ -277,6 +276,7 @@ class _Kitchen:
                 'or batchnorm="average" to average them all the same'
             )
         self._model = None if build_model is None else model_of(build_model, device)
+        self._device = None if device is None or self._model is None else torch.device(device)
         self._plain = {} if self._model is None else self._check_model(self._model)
         self.measured: dict[str, torch.Tensor] = {}
 
@@ -367,14 +367,23 @@ def model_of(build_model: Callable[[], Any], device: torch.device | str | None) 
     """What ``build_model`` makes, on ``device``.
 
     Raises:
-        ConfigError: it cannot be called, or makes no module.
+        ConfigError: it cannot be called, or makes no module; or there is no such device.
     """
     if not callable(build_model):
         raise ConfigError(f"build_model= takes a function that makes a model, not a {kind_of(build_model)}")
     model: object = build_model()
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"build_model() makes a {kind_of(model)}, and no torch.nn.Module")
-    return model if device is None else model.to(device)
+    if device is None:
+        return model
+    try:
+        return model.to(device)
+    except (
+        AssertionError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # builds of torch without a device assert that it is there
+        raise ConfigError(f"device={str(device)!r}: torch cannot put the model there: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
