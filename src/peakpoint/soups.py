@@ -102,8 +102,9 @@ def soup(
     with; they are measured anew, by one pass over ``data`` in training mode, unless a soup has one member only.
 
     Memory, whatever the number of members: less than four copies of the largest tensor in double precision; with
-    ``build_model`` that model, with ``evaluate`` alone one state. Every tensor is read once to be checked, before anything is written, and once to
-    be written; a greedy soup of n candidates reads up to n(n + 3)/2 checkpoints before that.
+    ``build_model`` that model besides, with ``evaluate`` alone one state. Every tensor is read once to be checked,
+    before anything is written, and once to be written; a greedy soup of n candidates reads up to n(n + 3)/2
+    checkpoints before that.
 
     Args:
         refs: at least two; for a greedy soup, the candidates.
