@@ -283,6 +283,8 @@ def test_a_damaged_member_is_named_and_nothing_is_written(tmp_path):
         ([], {}, ConfigError, "0 refs"),
         (["r:1"], {}, ConfigError, "at least 2"),
         ("r:1", {}, ConfigError, "a list of refs"),
+        (7, {}, ConfigError, "a list of refs"),
+        (["r:1", 2], {}, ConfigError, "2 is no ref"),
         (["r:1", "r:epoch=9"], {}, NotFoundError, "epoch 9"),
         (["r:1", "s:2"], {}, NotFoundError, "'s'"),
         (["r:2", "r@latest"], {}, ConfigError, "same checkpoint"),
@@ -642,10 +644,10 @@ def test_a_soup_is_listed_loaded_exported_selected_archived_and_continued_from(t
         assert list(ckpt.epochs(2)) == [0, 1]
         ckpt.report(step=5)
     state = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
-    with checkpointer(tmp_path, run="lax", state=state, resume=again.checkpoint.ref) as ckpt:
-        with pytest.raises(MismatchError, match="optimizer"):
-            ckpt.resume()
-    with checkpointer(tmp_path, run="lax", state=state, resume=again.checkpoint.ref, strict=False) as ckpt:
+    lax = {"run": "lax", "state": state, "resume": again.checkpoint.ref}
+    with checkpointer(tmp_path, **lax) as ckpt, pytest.raises(MismatchError, match="optimizer"):
+        ckpt.resume()
+    with checkpointer(tmp_path, strict=False, **lax) as ckpt:
         with pytest.warns(pp.PeakpointWarning):
             assert ckpt.resume().step == 4
         assert torch.allclose(model.weight.double(), expected, atol=1e-6)
@@ -746,6 +748,7 @@ def test_the_command_makes_a_soup(trained):
         (["--with", "{}:scroe"], "did you mean 'score'"),
         (["--with", "{}:__name__"], "cannot be called"),
         (["--with", "{}:fails", "--model", "{}:build"], "raised KeyError: 'key' ("),
+        (["--with", "{}:score"], "without --model it is given the state"),
         (["--metric", "acc"], "say --metric acc:max or --metric acc:min"),
         (["--kind", "greedy"], "--with at the command line"),
         (["--run", "r"], "give another name with --run"),

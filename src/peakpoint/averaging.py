@@ -1,7 +1,7 @@
 """The mean of the tensors of several checkpoints, one tensor in memory at a time."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,17 +51,20 @@ def find_all(repository: Repository, refs: Sequence[str], least: int) -> list[Ma
     """The checkpoints that ``refs`` name, in this order.
 
     Raises:
-        ConfigError: fewer than ``least``, a text instead of a list, or one checkpoint twice.
+        ConfigError: fewer than ``least``, a text instead of a list, what is no ref, or one checkpoint twice.
         NotFoundError: there is no such run or checkpoint.
     """
-    if isinstance(refs, str):
-        raise ConfigError(f"refs= takes a list of refs, not the text {refs!r}")
+    given: object = refs
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(f"refs= takes a list of refs, not {given!r}")
     refs = list(refs)
     if len(refs) < least:
         raise ConfigError(f"{len(refs)} refs are given: name at least {least}")
     seen: dict[str, str] = {}
     found = []
     for ref in refs:
+        if not isinstance(ref, str):
+            raise ConfigError(f"{ref!r} is no ref: give texts, such as a checkpoint's .ref")
         manifest = repository.find_manifest(ref)
         if manifest.id in seen:
             raise ConfigError(

@@ -118,7 +118,7 @@ def soup(
             that can be gone through again, or a function that returns one.
         batchnorm: ``"estimate"`` measures the statistics anew; ``"average"`` averages them like weights, which is
             wrong in general, and is noted in the reason.
-        device: where the model is put.
+        device: where the model is put, and batches of ``data`` with it.
         part: the part to be averaged; the soup has no other.
         run: the run that the soup goes to, the run of the first ref with ``-soup`` by default. It may hold soups only.
         why: why it was made; this protects it from rules.

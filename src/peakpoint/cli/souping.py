@@ -1,6 +1,7 @@
 """The command that makes a checkpoint of several: soup."""
 
 import functools
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +82,9 @@ def soup(
             refs,
             root=repository.store,
             kind=kind,
-            evaluate=_called("--with", scorer),
+            evaluate=_called(
+                "--with", scorer, "" if factory else "; without --model it is given the state, not a model"
+            ),
             metric=name,
             mode=mode,
             build_model=_called("--model", factory),
@@ -108,7 +111,7 @@ def _metric(text: str) -> tuple[str, str]:
     return name, mode
 
 
-def _called(option: str, spec: str | None) -> Callable[..., Any] | None:
+def _called(option: str, spec: str | None, hint: str = "") -> Callable[..., Any] | None:
     """A function of the user's; what it raises is said in one line."""
     if spec is None:
         return None
@@ -124,11 +127,9 @@ def _called(option: str, spec: str | None) -> Callable[..., Any] | None:
         except Error:
             raise
         except _OF_THE_USER as error:
-            trace = error.__traceback__
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            where = "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})"
-            raise ConfigError(f"{option} {spec} raised {type(error).__name__}: {error}{where}") from error
+            frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this one
+            where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+            raise ConfigError(f"{option} {spec} raised {type(error).__name__}: {error}{where}{hint}") from error
 
     return call
 
