@@ -334,6 +334,20 @@ def test_an_evaluation_that_fails_leaves_nothing(tmp_path):
     assert len(calls) == 4
 
 
+def test_a_member_that_is_damaged_after_it_was_checked_leaves_no_half_checkpoint(tmp_path):
+    refs = saved(tmp_path, [{"w": W}, {"w": W + 1}])
+    file = pp.open(tmp_path).run("r").latest().path / "model.safetensors"
+
+    def evaluate(_):
+        file.write_bytes(bytes(file.stat().st_size))
+        return 1.0
+
+    with pytest.raises(CorruptError, match="'w'"):
+        pp.soup(refs, root=tmp_path, evaluate=evaluate)
+    assert pp.open(tmp_path).run("r-soup").checkpoints() == []
+    assert {finding.kind for finding in audit.audit(pp.open(tmp_path), deep=True).findings} == {"damage"}
+
+
 @pytest.mark.parametrize(
     ("call", "where"), [("write", "model.safetensors"), ("fsync", "state.json"), ("link", "manifest")]
 )
@@ -499,6 +513,29 @@ def test_values_that_are_no_tensors_reach_the_model(tmp_path):
     assert found == [3]
 
 
+def test_models_whose_tensors_share_memory_or_lie_otherwise_are_filled(tmp_path):
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = torch.nn.Parameter(torch.randn(6))
+            self.again = self.whole
+            self.middle = torch.nn.Parameter(self.whole.data[2:4])
+            self.conv = torch.nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+
+    torch.manual_seed(0)
+    models, seen = [Shared() for _ in range(2)], []
+
+    def evaluate(model):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return 0
+
+    made = pp.soup(saved(tmp_path, models), root=tmp_path, build_model=Shared, evaluate=evaluate)
+    states = [model.state_dict() for model in models]
+    for found in (seen[0], pp.load(made.checkpoint.ref, root=tmp_path)["model"]):
+        for name in states[0]:
+            assert torch.equal(found[name], ((states[0][name].double() + states[1][name]) / 2).float()), name
+
+
 # --- greedy -------------------------------------------------------------------------------------------------------
 
 
@@ -603,6 +640,21 @@ def test_memory_does_not_grow_with_the_number_of_members(tmp_path, way):
         states = [pp.load(ref, root=tmp_path)["model"] for ref in refs]
         sum(one["0.weight"] for one in states)
     assert watching.peak >= len(refs) * model  # the measure sees what there is
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_so_many_bytes_are_read(tmp_path, count):
+    """Each candidate alone, each mean that is tried, and what is saved; here all are taken."""
+    torch.manual_seed(0)
+    refs, read = saved(tmp_path, [{"w": torch.randn(10)} for _ in range(count)]), []
+    options = {"kind": "greedy", "evaluate": lambda _: 1.0, "mode": "max"}
+    pp.soup(refs, root=tmp_path, progress=read.append, **options)
+    tried = count + sum(range(2, count + 1))
+    assert tried <= count * (count + 3) / 2
+    assert sum(read) == 40 * (tried + count)
+    read.clear()
+    pp.soup(refs, root=tmp_path, progress=read.append)
+    assert sum(read) == 40 * 2 * count
 
 
 # --- a checkpoint like any other ----------------------------------------------------------------------------------

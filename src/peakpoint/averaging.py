@@ -126,6 +126,23 @@ def _described(one: Member) -> dict[str, tuple[str, tuple[int, ...], Any]]:
     return found
 
 
+def blanks(one: Member) -> dict[str, torch.Tensor]:
+    """Path to a tensor of that element type and shape which has no values and takes no memory."""
+    return {
+        path: torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
+        for path, (dtype, shape, _) in _described(one).items()
+    }
+
+
+def without_tensors(tree: Any) -> Any:
+    """A tree with null in the place of each tensor."""
+    if isinstance(tree, list):
+        return [without_tensors(child) for child in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return None if tree.get(TAG) == "tensor" else {key: without_tensors(child) for key, child in tree.items()}
+
+
 def _differences(one: Member, other: Member) -> Iterator[str]:
     mine, theirs = _described(one), _described(other)
     for path in mine.keys() - theirs.keys():

@@ -15,7 +15,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from peakpoint.adding import Made, MadeImage, add, check_run_for
-from peakpoint.averaging import COUNTER, STATISTICS, Averaging, Member, check_alike, find_all, held, member
+from peakpoint.averaging import (
+    COUNTER,
+    STATISTICS,
+    Averaging,
+    Member,
+    blanks,
+    check_alike,
+    find_all,
+    held,
+    member,
+    without_tensors,
+)
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, MismatchError
@@ -230,7 +241,7 @@ def _reason(kind: str, chosen: Sequence[Member], members: Sequence[Member], aver
 def _image(
     averaging: Averaging, part: str, chosen: Sequence[Member], measured: Mapping[str, torch.Tensor]
 ) -> MadeImage:
-    blanks = {
+    stored = {
         name: torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype], device="meta")
         for name, (_, record) in chosen[0].records.items()
     }
@@ -238,7 +249,7 @@ def _image(
     def make(name: str) -> torch.Tensor:
         return measured[name] if name in measured else averaging.mean(name, chosen)
 
-    return MadeImage(lay_out(f"{part}.safetensors", blanks), make)
+    return MadeImage(lay_out(f"{part}.safetensors", stored), make)
 
 
 # --- making and tasting -------------------------------------------------------------------------------------------
@@ -283,14 +294,11 @@ class _Kitchen:
 
     def _check_model(self, model: torch.nn.Module) -> dict[str, Any]:
         """Whether the members fit the model; returns their values that are no tensors."""
-        blanks = {  # one element, which all indices share
-            name: torch.zeros((), dtype=TORCH_DTYPES[record.dtype]).expand(record.shape)
-            for name, (_, record) in self._like.records.items()
-            if not any("view" in node for _, node in self._nodes[name])
-        }
-        saved = Decoder(blanks).decode(self._like.tree)
-        if not isinstance(saved, Mapping):
-            raise MismatchError(f"{self._like}: what was saved is a {kind_of(saved)}, not the state of a model")
+        plain = Decoder({}).decode(without_tensors(self._like.tree))
+        if not isinstance(plain, Mapping):
+            raise MismatchError(f"{self._like}: what was saved is a {kind_of(plain)}, not the state of a model")
+        tensors = blanks(self._like)
+        saved = {name: tensors.get(str(name), value) for name, value in plain.items()}
         lines = tuple(module_differences(str(self._like), model.state_dict(), saved))
         if lines:
             raise MismatchError("the model of build_model() does not fit:\n  " + "\n  ".join(lines[:30]), lines)
