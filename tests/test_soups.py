@@ -364,6 +364,14 @@ def test_a_disk_that_refuses_leaves_no_half_checkpoint(tmp_path, call, where):
     assert torch.equal(pp.load(made.checkpoint.ref, root=tmp_path)["model"]["w"], W + 0.5)
 
 
+def test_no_rule_takes_a_member_while_the_soup_is_made(tmp_path):
+    refs, claims = saved(tmp_path, [{"w": W}, {"w": W + 1}]), []
+    pp.soup(refs, root=tmp_path, evaluate=lambda _: claims.append(pp.open(tmp_path).run("r").kept()) or 1.0)
+    for one in pp.open(tmp_path).run("r").manifests():
+        assert "somebody is reading it" in str(claims[0][one.id])
+    assert "somebody is reading it" not in str(pp.open(tmp_path).run("r").kept())
+
+
 # --- BatchNorm ----------------------------------------------------------------------------------------------------
 
 
@@ -473,21 +481,20 @@ def test_what_is_saved_is_what_was_scored(convnets):
         assert torch.equal(model(probe), seen[3])
 
 
-def test_a_soup_of_one_keeps_its_statistics(convnets):
+def test_one_member_keeps_its_statistics_when_it_is_scored_and_when_it_is_saved(convnets):
     root, refs, data = convnets
-    scores = iter([1, 3, 2, 0, 0])
-    made = pp.soup(
-        refs,
-        root=root,
-        kind="greedy",
-        evaluate=lambda _: next(scores),
-        mode="max",
-        build_model=Convnet,
-        data=data,
-        run="one",
-    )
+    scores, seen = [1, 3, 2, 0, 0], []
+
+    def evaluate(model):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return scores[len(seen) - 1]
+
+    options = {"evaluate": evaluate, "mode": "max", "build_model": Convnet, "data": data, "run": "one"}
+    made = pp.soup(refs, root=root, kind="greedy", **options)
+    states = [dict(pp.load(ref, root=root)["model"]) for ref in refs]
+    assert all(map(same, seen[:3], states))
     assert len(made.members) == 1
-    assert same(pp.load(made.checkpoint.ref, root=root)["model"], pp.load(refs[1], root=root)["model"])
+    assert same(dict(pp.load(made.checkpoint.ref, root=root)["model"]), states[1])
 
 
 def test_values_that_are_no_tensors_reach_the_model(tmp_path):
