@@ -1,9 +1,10 @@
 """Enumerated crash points of upkeep, run by tests/test_crash.py in an interpreter of its own; see crashes.py.
 
 A run of four checkpoints is there, and one verb works on it: ``archive``, ``restore``, ``trash`` (removal with a time
-to change one's mind), ``undo``, ``keep`` (removal at once). Wherever it is cut short, by SIGKILL or by a power cut,
-every checkpoint that it was not told to remove loads bit for bit, one that was to go into the trash is either there or
-in the trash, nothing is damaged, and the verb, run again, ends as if nothing had happened.
+to change one's mind), ``undo``, ``keep`` (removal at once), ``soup`` (one more checkpoint, in a run of its own).
+Wherever it is cut short, by SIGKILL or by a power cut, every checkpoint that it was not told to remove loads bit for
+bit, one that was to go into the trash is either there or in the trash, nothing is damaged, and the verb, run again,
+ends as if nothing had happened.
 """
 
 import os
@@ -67,6 +68,9 @@ def verb(kind, root, ops=None):
             ]
             plan = retention.Plan({}, tuple(removals), tuple(drops))
             assert upkeep.apply_plan(run, plan, None, undo_for=DAY if kind == "trash" else timedelta(0)) == []
+        case "soup":
+            if not any(run.manifests() for run in pp.open(root).runs() if run.name == "s"):
+                pp.soup([f"r:epoch={epoch}" for epoch in range(4)], root=LocalStore(root, ops), run="s")
         case "undo":
             there = [one.manifest.name for one in upkeep.in_trash(run)]
             upkeep.undo(run, there)
@@ -92,6 +96,11 @@ def contents(root):
             "model": b"".join(value.numpy().tobytes() for value in model.values()).hex(),
             "parts": sorted(loaded),
         }
+    for run in pp.open(root).runs():
+        for soup in run.manifests() if run.name == "s" else ():
+            loaded = pp.load(f"s/{soup.name}", root=root)
+            loaded.verify()
+            found["soup", soup.step] = {name: value.tolist() for name, value in loaded["model"].items()}
     return found
 
 

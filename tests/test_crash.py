@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ["archive", "restore", "trash", "undo", "keep"]
+VERBS = ["archive", "restore", "trash", "undo", "keep", "soup"]
 RELEASES = ["first", "next", "rollback"]
 KINDS = ["single", "several", "frozen", "thinned"]
 
@@ -29,8 +29,8 @@ def test_nothing_durable_is_lost(what, kind, record_property):
     ("what", "verb"),
     [
         *(("power", verb) for verb in VERBS),
-        *(("kill", verb) for verb in VERBS[2:]),
-        *(pytest.param("kill", verb, marks=pytest.mark.slow) for verb in VERBS[:2]),  # minutes
+        *(("kill", verb) for verb in VERBS[2:5]),
+        *(pytest.param("kill", verb, marks=pytest.mark.slow) for verb in (*VERBS[:2], *VERBS[5:])),  # minutes
     ],
 )
 def test_upkeep_can_be_cut_short_anywhere(what, verb, record_property):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.diffing import Difference as Difference
     from peakpoint.distances import diff as diff
+    from peakpoint.ensembles import Ensemble as Ensemble
+    from peakpoint.ensembles import ensemble as ensemble
     from peakpoint.errors import ConfigError as ConfigError
     from peakpoint.errors import ConflictError as ConflictError
     from peakpoint.errors import CorruptError as CorruptError
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     from peakpoint.rules import Pareto as Pareto
     from peakpoint.rules import Thin as Thin
     from peakpoint.rules import TopK as TopK
+    from peakpoint.soups import Soup as Soup
+    from peakpoint.soups import soup as soup
     from peakpoint.stopping import EarlyStopping as EarlyStopping
     from peakpoint.stored import Loaded as Loaded
     from peakpoint.validations import Validation as Validation
@@ -83,6 +87,7 @@ _HOMES = {
     "CorruptError": ("errors", "CorruptError"),
     "Difference": ("diffing", "Difference"),
     "EarlyStopping": ("stopping", "EarlyStopping"),
+    "Ensemble": ("ensembles", "Ensemble"),
     "Error": ("errors", "Error"),
     "Evaluated": ("examining.answers", "Evaluated"),
     "Every": ("rules", "Every"),
@@ -104,6 +109,7 @@ _HOMES = {
     "SaveFailedError": ("errors", "SaveFailedError"),
     "Selection": ("catalogue", "Selection"),
     "SignatureError": ("errors", "SignatureError"),
+    "Soup": ("soups", "Soup"),
     "StoreError": ("errors", "StoreError"),
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
@@ -112,11 +118,13 @@ _HOMES = {
     "RefusedError": ("errors", "RefusedError"),
     "WithinSE": ("ranking", "WithinSE"),
     "diff": ("distances", "diff"),
+    "ensemble": ("ensembles", "ensemble"),
     "forecast": ("planning.forecast", "forecast"),
     "import_checkpoints": ("importing.everything", "import_checkpoints"),
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
     "validate": ("examining.here", "validate"),
+    "soup": ("soups", "soup"),
 }
 _MODULES = ("evaluation", "rules", "upkeep")
 

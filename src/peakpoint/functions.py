@@ -1,35 +1,62 @@
-"""Functions that a user names on the command line or in a policy: ``package.module:function``."""
+"""Functions that people name in a text: ``"package.module:name"``."""
 
 import importlib
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peakpoint.errors import ConfigError
 from peakpoint.refs import near
 
+_RAISED_BY_IMPORTS = (  # a module is a program: it may raise anything that programs do
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """Import ``module:function``; modules in the working directory come first.
+    """The function that ``spec`` names; modules are looked for in the working directory first.
+
+    Importing a module runs it: name only what you would run.
+
+    Args:
+        spec: ``"package.module:name"``.
 
     Raises:
-        ConfigError: it is not of that form, or there is no such module or function.
+        ConfigError: no colon, a module that cannot be imported, a name that it has not, or one that cannot be called.
+
+    Example:
+        >>> load_function("math:sqrt")(9.0)
+        3.0
     """
     module, colon, name = spec.partition(":")
-    if not colon or not module or not name:
-        raise ConfigError(f"{spec!r} names no function; write module:function, such as checks:evaluate")
-    here = os.getcwd()  # noqa: PTH109 - a string is what sys.path takes
-    if here not in sys.path:
+    if not (module and colon and name):
+        raise ConfigError(f"{spec!r} names no function; give MODULE:FUNCTION, such as train:build_model")
+    here = str(Path.cwd())
+    if here not in sys.path:  # it stays: functions import more when they run
         sys.path.insert(0, here)
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{spec!r}: the module {module!r} cannot be imported from {here}: {error}") from error
+    except _RAISED_BY_IMPORTS as error:
+        raise ConfigError(
+            f"{spec!r}: the module {module!r} cannot be imported from {here} or the Python path: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not hasattr(found, name):
-        have = [one for one in vars(found) if callable(getattr(found, one)) and not one.startswith("_")]
-        raise ConfigError(f"{spec!r}: the module {found.__name__!r} has no {name!r}{near(name, have)}")
+        names = [known for known, value in vars(found).items() if callable(value)]
+        raise ConfigError(f"{spec!r}: the module {module!r} has no {name!r}{near(name, names)}")
     function = getattr(found, name)
     if not callable(function):
-        raise ConfigError(f"{spec!r} is a {type(function).__name__}, and cannot be called")
-    return function  # type: ignore[no-any-return]
+        raise ConfigError(f"{spec!r} is a {type(function).__name__}, and cannot be called; name a function")
+    called: Callable[..., Any] = function
+    return called

@@ -87,6 +87,7 @@ class Manifest:
         created_at: aware datetime, UTC.
         written_by: what wrote it: host, process, versions.
         timing: seconds and bytes of the save, as far as known when the manifest was written.
+        members: the checkpoints that this one was made from, as refs ``"run/id"``; empty for one of a training.
     """
 
     id: str
@@ -106,6 +107,7 @@ class Manifest:
     created_at: datetime
     written_by: Mapping[str, str]
     timing: Mapping[str, float]
+    members: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -145,6 +147,8 @@ def encode(manifest: Manifest) -> bytes:
     """
     record = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
     record["metrics"] = metrics_to_json(manifest.metrics)
+    if not manifest.members:
+        del record["members"]
     return seal({"format": FORMAT, **record})
 
 

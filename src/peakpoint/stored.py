@@ -246,7 +246,7 @@ class Loaded(Mapping[str, Any]):
             path: (node["view"]["dtype"], tuple(node["view"]["shape"]))
             if "view" in node
             else records[node["name"]][1][1:3]
-            for path, node in _tensor_nodes(self._trees.parts[part])
+            for path, node in tensor_nodes(self._trees.parts[part])
         }
 
     def tensor(self, part: str, name: str) -> torch.Tensor:
@@ -261,7 +261,7 @@ class Loaded(Mapping[str, Any]):
             CorruptError: it is damaged.
         """
         records = self._records(part)
-        nodes = dict(_tensor_nodes(self._trees.parts[part]))
+        nodes = dict(tensor_nodes(self._trees.parts[part]))
         if name not in nodes:
             raise NotFoundError(
                 f"part {part!r} of {self.manifest.name} has no tensor {name!r}{near(name, list(nodes))}"
@@ -279,7 +279,7 @@ class Loaded(Mapping[str, Any]):
         """
         records = self._records(part)
         seen = set[str]()
-        for path, node in _tensor_nodes(self._trees.parts[part]):
+        for path, node in tensor_nodes(self._trees.parts[part]):
             what = repr((node["name"], node.get("view")))
             if what not in seen:
                 seen.add(what)
@@ -299,20 +299,20 @@ class Loaded(Mapping[str, Any]):
         return {record.name: (file, record) for file in files for record in file.tensors}
 
 
-def _tensor_nodes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+def tensor_nodes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tensors in a tree, with the keys that lead to them."""
     if isinstance(tree, list):
         for number, child in enumerate(tree):
-            yield from _tensor_nodes(child, (*path, str(number)))
+            yield from tensor_nodes(child, (*path, str(number)))
     elif isinstance(tree, dict):
         tag = tree.get(TAG)
         if tag == "tensor":
             yield ".".join(path), tree
         elif tag == "dict":
             for key, child in tree["v"]:
-                yield from _tensor_nodes(child, (*path, str(Decoder({}).decode(key))))
+                yield from tensor_nodes(child, (*path, str(Decoder({}).decode(key))))
         elif tag is None:
             for key, child in tree.items():
-                yield from _tensor_nodes(child, (*path, key))
+                yield from tensor_nodes(child, (*path, key))
         elif isinstance(tree.get("v"), dict | list):
-            yield from _tensor_nodes(tree["v"], path)
+            yield from tensor_nodes(tree["v"], path)

@@ -14,7 +14,7 @@ from peakpoint import layout, packs, reader, signing, upkeep, validations
 from peakpoint.cli import render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.cli.validating import line
-from peakpoint.errors import ConfigError, CorruptError
+from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.repository import Repository, Run, open_repository
@@ -45,6 +45,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
                 for file in manifest.files
             ],
             "parent": manifest.parent,
+            "members": manifest.members,
             "written_by": manifest.written_by,
             "timing": manifest.timing,
             "asked": manifest.asked,
@@ -58,7 +59,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    facts = _facts(root, manifest, claims, packed, signed)
+    facts = _facts(root, manifest, claims, packed, signed, _members(repository, manifest))
     facts.append(("validations", "\n".join([*map(line, tested.validations), *_damaged(tested)]) or "none"))
     console.print(render.facts(facts))
     console.print()
@@ -69,12 +70,25 @@ def _damaged(tested: validations.Survey) -> list[str]:
     return [f"[bold red]damaged[/]: {escape(what)}" for _, what in tested.damage]
 
 
+def _members(repository: Repository, manifest: Manifest) -> list[str]:
+    """The names of what a checkpoint was made from, as far as it is there."""
+    found = []
+    for ref in manifest.members:
+        try:
+            member = repository.find_manifest(ref)
+            found.append(f"{member.run}/{member.name}")
+        except (CorruptError, FormatError, NotFoundError):
+            found.append(f"{ref}, which is gone or damaged")
+    return found
+
+
 def _facts(
     root: Path,
     manifest: Manifest,
     claims: Sequence[Claim],
     packed: packs.ArchiveRecord | None,
     signed: Sequence[signing.Signature],
+    members: Sequence[str],
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
@@ -91,7 +105,9 @@ def _facts(
         ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
         ("signed", escape("\n".join(map(_signature, signed))) or "no"),
         ("parts", escape(", ".join(manifest.parts))),
-        ("continues", manifest.parent or "nothing: the first of its run"),
+        ("made from", escape("\n".join(members)))
+        if manifest.members
+        else ("continues", manifest.parent or "nothing: the first of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
         ("written", render.written(manifest)),
         ("the loop waited", render.waits(manifest)),

@@ -25,6 +25,7 @@ _MODULES = {
     "selecting": ("ls", "select"),
     "validating": ("validate",),
     "signing": ("sign", "verify"),
+    "souping": ("soup",),
     "space": ("archive", "restore", "trash", "undo"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,0 +1,225 @@
+"""The writing side of what is made from checkpoints: one more checkpoint, in a run of such checkpoints."""
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import torch
+
+from peakpoint import journal as journals
+from peakpoint import layout, names
+from peakpoint.audit import clean_run
+from peakpoint.clock import Clock
+from peakpoint.errors import ConflictError
+from peakpoint.journal import Journal
+from peakpoint.manifest import Manifest
+from peakpoint.position import Position
+from peakpoint.reader import shelf
+from peakpoint.report import written_by
+from peakpoint.repository import ensure_repository, ensure_run, rules_of
+from peakpoint.store import Store, holder_note
+from peakpoint.tensors import FileLayout
+from peakpoint.tree import Encoder
+from peakpoint.writer import BLOCK, Span, WholeImage, commit, sweep, unused_name
+
+
+@dataclass(frozen=True, slots=True)
+class MadeImage:
+    """A tensor file whose tensors are made when they are written, one after the other; see ``FileImage``.
+
+    Attributes:
+        placed: where everything goes in the file.
+        make: the values of a stored tensor, contiguous, by its name.
+    """
+
+    placed: FileLayout
+    make: Callable[[str], torch.Tensor]
+    transient: bool = True  # so that no more than one tensor waits to be hashed
+    stable: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.placed.name
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.placed.size
+
+    @property
+    def header(self) -> int:
+        """How many of them stand before the tensors."""
+        return len(self.placed.header)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The tensors, in file order."""
+        return self.placed.spans
+
+    def blocks(self) -> Iterator[memoryview]:
+        """All bytes in order, in blocks of no more than ``BLOCK``."""
+        yield memoryview(self.placed.header)
+        for span in self.spans:
+            if span.end > span.begin:
+                octets = self.make(span.name).reshape(-1).view(torch.uint8)
+                data = memoryview(octets.numpy())  # type: ignore[arg-type] # an array is a buffer
+                for begin in range(0, len(data), BLOCK):
+                    yield data[begin : begin + BLOCK]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A checkpoint to be.
+
+    Attributes:
+        part: the one part that it has.
+        tree: of that part.
+        image: its tensors.
+        step: optimizer steps completed by what it was made from.
+        metrics: measured on it.
+        reason: one sentence: what it was made of, and how.
+        asked: why somebody wanted it; protects it from rules.
+        members: see ``Manifest``.
+    """
+
+    part: str
+    tree: Any
+    image: MadeImage
+    step: int
+    metrics: Mapping[str, float]
+    reason: str
+    asked: str
+    members: tuple[str, ...]
+
+
+def check_run_for(store: Store, run: str) -> tuple[Manifest, ...]:
+    """What a run holds, if one more that is made from others may go there.
+
+    Raises:
+        ConflictError: it holds checkpoints of a training, which would continue from the new one.
+    """
+    there = shelf(store, run)
+    own = [one.name for one in there.manifests if not one.members] + [one.name for one in there.damaged]
+    if own:
+        raise ConflictError(
+            f"run {run!r} holds {own[0]}, which was not made from other checkpoints: a training would continue from "
+            "what is added; give another name with --run, run= in Python"
+        )
+    return there.manifests
+
+
+def add(store: Store, run: str, made: Made, clock: Clock) -> Manifest:
+    """Commit a checkpoint that no loop has reported; durable on return. When it raises, there is none.
+
+    Raises:
+        ConflictError: another process writes the run, or see ``check_run_for``.
+        StoreError: the store refused.
+    """
+    now = clock()
+    ensure_repository(store, now)
+    hold = store.hold(layout.writer_lock(run), holder_note(now))
+    try:
+        there = check_run_for(store, run)
+        ensure_run(store, run, now, _by(), ())
+        clean_run(store, run, now)
+        events = journals.read(store, run).events
+        journal = Journal(store, run, clock)
+        try:
+            rules = tuple(rule.text for rule in rules_of(events))
+            journal.append(journals.Opened(at=journal.now(), by=_by(), rules=rules))
+            origin = (there[-1].id, there[-1].report) if there else (None, 0)
+            journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
+            manifest = _commit(store, journal, _draft(store, run, made, there, events, journal.now()), made)
+            journal.append(journals.Closed(at=clock(), why="peakpoint soup"))
+        finally:
+            journal.close()
+        return manifest
+    finally:
+        hold.release()
+
+
+def _draft(
+    store: Store, run: str, made: Made, there: Sequence[Manifest], events: Sequence[journals.Event], at: datetime
+) -> Manifest:
+    newest = there[-1] if there else None
+    used = [event.sequence for event in events if isinstance(event, journals.Saved)]
+    report = 1 if newest is None else newest.report + 1
+    step = made.step if newest is None else max(made.step, newest.step + 1)
+    id_ = secrets.token_hex(8)
+    name = names.checkpoint_name(
+        names.DEFAULT_TEMPLATE,
+        run=run,
+        id=id_,
+        step=step,
+        epoch=None,
+        metric=next(iter(made.metrics), None),
+        metrics=made.metrics,
+    )
+    return Manifest(
+        id=id_,
+        run=run,
+        name=unused_name(store, run, name),
+        sequence=1 + max([*used, 0 if newest is None else newest.sequence]),
+        report=report,
+        step=step,
+        epoch=None,
+        metrics=made.metrics,
+        reasons=(made.reason,),
+        asked=made.asked,
+        parts={made.part: (made.image.name,), "rng": (), "loop": ()},
+        files=(),
+        parent=None,
+        forks=(),
+        created_at=at,
+        written_by=_by(),
+        timing={},
+        members=made.members,
+    )
+
+
+def _by() -> dict[str, str]:
+    return written_by(trains=False) | {"tool": "peakpoint soup"}
+
+
+def _state(made: Made, draft: Manifest) -> WholeImage:
+    """Everything but the tensors: like what another tool has saved, it has no random generators."""
+    position = Position(report=draft.report, step=draft.step, next_step=draft.step)
+    record = {
+        "format": 1,
+        "parts": {made.part: made.tree},
+        "rng": {},
+        "loop": Encoder().encode(position.as_plain(), "the loop's position"),
+        "optional": ["rng"],
+    }
+    return WholeImage(layout.STATE, msgspec.json.encode(record))
+
+
+def _commit(store: Store, journal: Journal, draft: Manifest, made: Made) -> Manifest:
+    images = (made.image, _state(made, draft))
+    journal.append(
+        journals.Reported(
+            at=journal.now(), report=draft.report, step=draft.step, epoch=draft.epoch, metrics=draft.metrics
+        )
+    )
+    manifest = None
+    try:
+        manifest = commit(store, draft, images, first=journal.sync)
+    finally:
+        if manifest is None and store.size(layout.manifest_key(draft.run, draft.name)) is None:
+            sweep(store, draft.run, draft.name, [image.name for image in images])
+    journal.append(
+        journals.Saved(
+            at=journal.now(),
+            checkpoint=manifest.id,
+            name=manifest.name,
+            sequence=manifest.sequence,
+            report=manifest.report,
+            reasons=manifest.reasons,
+            size_bytes=manifest.size_bytes,
+        )
+    )
+    return manifest
