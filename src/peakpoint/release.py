@@ -349,7 +349,7 @@ class _Release:
         )
 
     def _refused(self, candidate: Checkpoint, proposal: Proposal, *, dry_run: bool) -> Release:
-        reasons = (*proposal.refusals, *proposal.objections)
+        reasons = proposal.refusals or proposal.objections  # before a validation, its absence is no reason
         release = self._id(proposal)
         self._step("promote", f"{candidate.ref} does not become {self._alias}")
         if not dry_run:

@@ -1,0 +1,421 @@
+"""Releases: select, validate, compare and promote by a policy; refused for a reason; repeated without harm."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from click.testing import CliRunner
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+import peakpoint as pp
+import production_task as task
+from peakpoint import aliases, hooks, promotion, validations
+from peakpoint.cli.main import cli
+from peakpoint.errors import ConfigError, RefusedError, SignatureError
+from peakpoint.policy import read_policies
+from peakpoint.release import records, release
+
+
+def released(root, alias="champion", **options):
+    found = pp.open(root)
+    return release(found, alias, read_policies(found.store), task.in_process, **options)
+
+
+def champion(root):
+    return pp.open(root).find("@champion").step
+
+
+def test_a_release_selects_validates_compares_and_promotes(tmp_path):
+    found = task.trained(tmp_path)
+    task.policy(tmp_path)
+    done = released(tmp_path, why="the release of today")
+    assert done.outcome == "promoted"
+    assert [step.name for step in done.steps] == ["select", "validate", "compare", "promote"]
+    assert champion(tmp_path) == 2
+    record = done.record
+    assert (record.why, record.release, record.forced, record.comparison) == ("the release of today", done.id, (), None)
+    assert record.validation == validations.newest(found.store, "r", found.find("r:2").id).digest
+    (kept,) = records(found.store)
+    assert (kept.id, kept.outcome, kept.record, kept.former) == (done.id, "promoted", 1, None)
+    assert kept.policy == (tmp_path / "production.toml").read_text()
+    assert [step.name for step in kept.steps] == ["select", "validate", "compare", "promote"]
+
+
+def test_a_release_is_idempotent(tmp_path):
+    found = task.trained(tmp_path)
+    task.policy(tmp_path)
+    first = released(tmp_path)
+    for _ in range(2):
+        again = released(tmp_path)
+        assert (again.outcome, again.record, again.id) == ("unchanged", first.record, first.id)
+    assert len(aliases.history(found.store, "champion").records) == len(records(found.store)) == 1
+    assert len(validations.of(found.store, "r", first.candidate.id)) == 1
+
+
+def test_a_better_one_is_released_next_with_the_comparison_on_record(tmp_path):
+    task.trained(tmp_path, noises=(0.9,))
+    task.policy(tmp_path, '[champion.improvement]\nmetric = "accuracy"\nmode = "max"\nsignificance = 0.01')
+    released(tmp_path)
+    task.trained(tmp_path, noises=(0.05,), run="s")
+    done = released(tmp_path)
+    assert done.outcome == "promoted"
+    comparison = done.record.comparison
+    assert comparison["champion"].startswith("r/")
+    assert comparison["paired"]["examples"] == task.EXAMPLES
+    assert comparison["paired"]["p_value"] < 0.01
+    former = records(pp.open(tmp_path).store)[1].former
+    assert former == pp.open(tmp_path).find("r:1").run + "/" + pp.open(tmp_path).find("r:1").id
+
+
+def test_a_dry_run_changes_nothing_at_all(tmp_path):
+    task.trained(tmp_path)
+    task.policy(tmp_path)
+
+    def tree():
+        return {
+            str(path): path.read_bytes()
+            for path in tmp_path.rglob("*")
+            if path.is_file() and "catalogue" not in path.name
+        }
+
+    before = tree()
+    assert released(tmp_path, dry_run=True).outcome == "would validate"
+    assert tree() == before
+    found = pp.open(tmp_path)
+    wanted = read_policies(found.store).of("champion").wanted
+    task.in_process(found, "r:2", wanted, alias="champion", timeout=None, progress=lambda _: None)
+    before = tree()
+    assert released(tmp_path, dry_run=True).outcome == "would promote"
+    assert tree() == before
+
+
+def test_nothing_fits(tmp_path):
+    task.trained(tmp_path)
+    task.policy(tmp_path, 'select = "accuracy > 1"')
+    done = released(tmp_path)
+    assert (done.outcome, done.reasons) == ("nothing fits", ("no checkpoint meets the condition of the policy",))
+    assert records(pp.open(tmp_path).store) == []
+
+
+def test_a_release_needs_a_policy_that_says_what_to_select(tmp_path):
+    task.trained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no table \[champion\].*can be released: none"):
+        released(tmp_path)
+    (tmp_path / "production.toml").write_text('format = 1\n[champion]\nmay_promote = ["x"]')
+    with pytest.raises(ConfigError, match="says nothing of what to select"):
+        released(tmp_path)
+    task.policy(tmp_path)
+    with pytest.raises(ConfigError, match=r"no table \[challenger_1\].*can be released: champion"):
+        released(tmp_path, "challenger_1")
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def refused(root, *says):
+    """Both by a release, which puts it on record, and by hand."""
+    done = released(root)
+    assert done.outcome == "refused"
+    for text in says:
+        assert any(text in reason for reason in done.reasons), done.reasons
+    assert aliases.names(pp.open(root).store) == []
+    (kept,) = records(pp.open(root).store)
+    assert (kept.outcome, kept.reasons, kept.record) == ("refused", done.reasons, None)
+    again = released(root)
+    assert (again.outcome, again.reasons, again.id) == ("refused", done.reasons, done.id)
+    assert len(records(pp.open(root).store)) == 1, "what is refused again for the same reason is not on record twice"
+    found = pp.open(root)
+    proposal = promotion.propose(
+        found, done.candidate.ref, "champion", policy=read_policies(found.store).of("champion")
+    )
+    with pytest.raises(RefusedError) as caught:
+        promotion.promote(proposal, "by hand")
+    assert set(done.reasons) <= set(caught.value.reasons)
+    return done
+
+
+def test_a_flipped_bit(tmp_path):
+    found = task.trained(tmp_path)
+    task.policy(tmp_path)
+    path = found.find("r:2").path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path, "its last validation failed: integrity: ", "model.safetensors")
+
+
+def test_weights_that_are_nan(tmp_path):
+    model = task.noisy(0.1)
+    with task.checkpointer(tmp_path, state={"model": model}) as ckpt:
+        with torch.no_grad():
+            model.weight[0, 0] = torch.nan
+        ckpt.report(step=1, accuracy=0.99)
+    task.policy(tmp_path)
+    refused(tmp_path, "its last validation failed: finite: ", "weight")
+
+
+def test_an_accuracy_that_the_evaluation_does_not_confirm(tmp_path):
+    task.trained(tmp_path, said=(0.5, 0.999, 0.5))
+    task.policy(tmp_path, validation="tolerance = 0.001")
+    refused(tmp_path, "its last validation failed: metrics: accuracy is ", "recorded as 0.999")
+
+
+def test_one_that_is_too_slow(tmp_path):
+    task.trained(tmp_path)
+    from safetensors.torch import save_file
+
+    save_file({"inputs": task.data()[0]}, tmp_path / "golden.safetensors")
+    task.policy(tmp_path, validation='golden = "golden.safetensors"\nbudgets = { latency_ms = 0.000001 }')
+    refused(tmp_path, "its last validation failed: budget latency_ms: ")
+
+
+def test_a_check_of_the_users_own(tmp_path):
+    task.trained(tmp_path)
+    task.policy(tmp_path, validation='checks = ["production_task:raises"]')
+    refused(tmp_path, "its last validation failed: production_task:raises: ", "a check of ours")
+
+
+def test_an_improvement_that_may_be_chance(tmp_path):
+    task.trained(tmp_path, noises=(0.12,))
+    task.policy(tmp_path, '[champion.improvement]\nmetric = "accuracy"\nmode = "max"\nsignificance = 0.0001')
+    released(tmp_path)
+    better = [seed for seed in range(2, 60) if task.accuracy(task.noisy(0.12, seed)) > champion_accuracy(tmp_path)]
+    model = task.noisy(0.12, better[0])
+    with task.checkpointer(tmp_path, run="s", state={"model": model}) as ckpt:
+        ckpt.report(step=1, accuracy=task.accuracy(model))
+    done = released(tmp_path)
+    assert done.outcome == "refused"
+    assert "which may be chance" in done.reasons[0]
+    assert champion(tmp_path) == 1
+
+
+def champion_accuracy(root):
+    return pp.open(root).find("@champion").metrics["accuracy"]
+
+
+def key_pair(directory, name):
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (directory / name).write_bytes(pem)
+    public = private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (directory / f"{name}.pub").write_bytes(public)
+    return directory / name
+
+
+@pytest.fixture
+def key(tmp_path_factory):
+    return key_pair(tmp_path_factory.mktemp("keys"), "release")
+
+
+def signing(key):
+    return f'[champion.signing]\npublic_key = "{key}.pub"'
+
+
+def test_one_that_is_unsigned_or_signed_by_somebody_else(tmp_path, key):
+    from peakpoint.signing import sign
+
+    found = task.trained(tmp_path)
+    task.policy(tmp_path, signing(key))
+    refused(tmp_path, "the policy asks for a signature: ", "is not signed")
+    other = key_pair(key.parent, "other")
+    sign(found.store, found.find_manifest("r:2"), private_key=other)
+    done = released(tmp_path)
+    assert done.outcome == "refused"
+    assert "does not count as signed with the key" in done.reasons[0]
+    assert released(tmp_path, private_key=other).outcome == "refused", "a key that the policy does not name"
+    assert released(tmp_path, private_key=key).outcome == "promoted"
+
+
+def test_a_release_signs_once_and_loading_by_the_alias_verifies(tmp_path, key):
+    task.trained(tmp_path)
+    task.policy(tmp_path, signing(key))
+    done = released(tmp_path, private_key=key)
+    assert [step.name for step in done.steps] == ["select", "validate", "compare", "sign", "promote"]
+    assert released(tmp_path, private_key=key).outcome == "unchanged"
+    path = done.candidate.path
+    assert len(list(path.glob("signature-*.json"))) == 1
+    assert task.accuracy(task.noisy(0.1, 2)) == pytest.approx(champion_accuracy(tmp_path))
+    model = task.build()
+    pp.load("@champion", root=tmp_path, into=model)
+    (path / "signature-1.json").unlink()
+    with pytest.raises(SignatureError, match="is not signed"):
+        pp.load("@champion", root=tmp_path, into=model)
+    assert pp.load("r:2", root=tmp_path, into=model), "the policy is about the alias"
+    with pytest.raises(ConfigError, match="needs verify=True"):
+        pp.load("@champion", root=tmp_path, verify=False)
+
+
+# --- after a roll back --------------------------------------------------------------------------------------------
+
+
+def test_what_was_rolled_back_does_not_come_back_by_itself(tmp_path):
+    task.trained(tmp_path, noises=(0.9,))
+    task.policy(tmp_path)
+    released(tmp_path)
+    task.trained(tmp_path, noises=(0.05, 0.6), run="s")
+    released(tmp_path)
+    promotion.rollback(pp.open(tmp_path), "champion", "customers complained")
+    done = released(tmp_path)
+    assert done.steps[0].said.startswith("passed over s/")
+    assert "customers complained" in done.steps[0].said
+    assert (done.outcome, done.candidate.run, done.candidate.step) == ("promoted", "s", 2)
+    promotion.rollback(pp.open(tmp_path), "champion", "also bad")
+    assert released(tmp_path).outcome == "unchanged", "the best that is left is the champion"
+    found = pp.open(tmp_path)
+    promotion.promote(promotion.propose(found, "s:1", "champion"), "it was not its fault", force=True)
+    assert released(tmp_path).candidate.ref == found.find("s:1").ref
+
+
+# --- hooks --------------------------------------------------------------------------------------------------------
+
+
+class Hook(HTTPServer):
+    """Takes changes on loopback, or refuses them."""
+
+    def __init__(self):
+        self.code, self.bodies = 200, []
+        super().__init__(("127.0.0.1", 0), self.Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}/changed"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(self.server.code)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Nothing."""
+
+
+@pytest.fixture
+def hook():
+    server = Hook()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_hooks_are_told_of_each_change_once_they_take_it(tmp_path, hook):
+    task.trained(tmp_path)
+    log = tmp_path / "log"
+    task.policy(
+        tmp_path,
+        f'[[champion.hooks]]\ncommand = ["sh", "-c", "cat >> {log}"]\n[[champion.hooks]]\nurl = "{hook.url}"',
+    )
+    hook.code = 503
+    done = released(tmp_path)
+    assert done.outcome == "promoted"
+    assert [one.error for one in done.told] == [None, "it answered 503 Service Unavailable"]
+    hook.code = 200
+    assert [one.error for one in released(tmp_path).told] == [None, None]
+    assert released(tmp_path).told == ()
+    change = hook.bodies[-1]
+    assert json.loads(log.read_text()[: len(log.read_text()) // 2]) == change
+    assert (change["alias"], change["record"], change["kind"]) == ("champion", 1, "promoted")
+    assert change["ref"] == done.record.target.ref
+    assert change["digest"] == done.record.digest
+    assert change["repository"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (["sh", "-c", "echo no such machine; exit 3"], "it ended with 3: no such machine"),
+        (["no-such-program"], "it cannot be run: No such file or directory"),
+        (["sleep", "60"], "it took longer than 0.2 s and was stopped"),
+    ],
+)
+def test_a_hook_that_fails_says_how(tmp_path, command, error):
+    found = task.trained(tmp_path, noises=(0.1,))
+    task.policy(tmp_path, f'[[champion.hooks]]\ncommand = {json.dumps(command)}\ntimeout = "200ms"')
+    policy = read_policies(found.store).of("champion")
+    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    assert [one.error for one in hooks.tell(found.store, record, policy)] == [error]
+    assert hooks.are_due(found.store, record, policy)
+
+
+def test_an_address_that_nobody_answers_at(tmp_path, hook):
+    found = task.trained(tmp_path, noises=(0.1,))
+    hook.server_close()
+    task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{hook.url}"')
+    policy = read_policies(found.store).of("champion")
+    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    (told,) = hooks.tell(found.store, record, policy)
+    assert told.error.startswith("it cannot be reached")
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def command(*arguments, code=0):
+    done = CliRunner().invoke(cli, list(map(str, arguments)), standalone_mode=False)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        assert getattr(done.exception, "exit_code", 1) == code, done.exception
+        return str(done.exception)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_the_whole_way_at_the_command_line(tmp_path):
+    task.trained(tmp_path / "runs")
+    root = tmp_path / "runs"
+    said = command("promote", root, "r:1", "--as", "champion", "--why", "first", code=16)
+    assert "it was never validated" in said
+    assert "would be refused" in command("promote", root, "r:1", "--as", "champion", "--why", "x", "--dry-run")
+    found = pp.open(root)
+    for step in (1, 2):
+        task.in_process(
+            found,
+            f"r:{step}",
+            validations.Wanted(evaluate="production_task:evaluate", model="production_task:build"),
+            alias="champion",
+            timeout=None,
+            progress=lambda _: None,
+        )
+        said = command("promote", root, f"r:{step}", "--as", "champion", "--why", f"step {step}")
+        assert f"is champion now: record {step}" in said
+    assert "McNemar's test p =" in said
+    assert "were wrong and are right" in said
+    assert "is champion already since" in command("promote", root, "r:2", "--as", "champion", "--why", "x")
+    assert f"{found.find('r:1').ref} is champion again (record 3)" in command("rollback", root, "champion")
+    assert "3 records, none changed or missing" in command("history", root, "champion")
+    assert found.find("r:1").ref in command("aliases", root)
+    command("promote", root, "r:3", "--as", "challenger_1", "--why", "try it", "--force")
+    assert "FORCED although it was never validated" in command("history", root, "challenger_1")
+    assert "points at nothing now (record 2)" in command("retire", root, "challenger_1", "--why", "it lost")
+    assert "is never without a checkpoint" in command("retire", root, "champion", "--why", "x", code=2)
+    assert "pointed at nothing yet" in command("history", root, "champion", "--at", "2020-01-01", code=10)
+    assert json.loads(command("history", root, "champion", "--at", "2100-01-01", "--json"))["records"][0]["number"] == 3
+    names = [one["alias"] for one in json.loads(command("aliases", root, "--json"))["aliases"]]
+    assert names == ["challenger_1", "champion"]
+
+
+def test_a_release_at_the_command_line_says_why_not(tmp_path):
+    root = tmp_path / "runs"
+    task.trained(root)
+    task.policy(root, 'may_promote = ["somebody else"]')
+    said = command("release", root, code=16)
+    assert "against it" in said
+    assert "may not promote: the policy allows somebody else" in said
+    found = json.loads(command("release", root, "--json", code=16))
+    assert (found["outcome"], len(found["reasons"]), found["record"]) == ("refused", 1, None)
+    (root / "production.toml").write_text("format = 1\n[champion]\nrnak = []\n")
+    assert "there is no entry 'rnak'; did you mean 'rank'" in command("release", root, code=2)
+
+
+def test_history_says_when_a_record_was_changed(tmp_path):
+    found = task.trained(tmp_path)
+    for step in (1, 2, 3):
+        promotion.promote(promotion.propose(found, f"r:{step}", "champion"), "x", force=True)
+    (tmp_path / "aliases/champion/000002.json").unlink()
+    done = CliRunner().invoke(cli, ["history", str(tmp_path), "champion"])
+    assert done.exit_code == 12
+    assert "000002.json is missing" in done.output
