@@ -1,6 +1,7 @@
 """Policies: read strictly, since a policy that is misspelt must not pass for one that asks nothing."""
 
 import contextlib
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -137,6 +138,15 @@ def test_what_cannot_be_understood_is_refused_by_name(text, message):
 def test_no_bytes_do_anything_but_be_read_or_refused(data):
     with contextlib.suppress(ConfigError):
         read_text(data, where="here", base=Path("/nowhere"))
+
+
+def test_the_policy_in_the_documentation_can_be_read(tmp_path):
+    (tmp_path / "golden.safetensors").write_bytes(b"golden")
+    text = (Path(__file__).parents[1] / "docs/production.md").read_text()
+    (block,) = re.findall(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    policy = read(block, tmp_path).of("champion")
+    assert policy.improvement.minimum == 0.002
+    assert len(policy.hooks) == 2
 
 
 def test_a_repository_without_the_file_has_no_policies(tmp_path):

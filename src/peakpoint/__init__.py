@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from peakpoint._version import __version__
 
 if TYPE_CHECKING:
+    from peakpoint import aliases as aliases
     from peakpoint import evaluation as evaluation
+    from peakpoint import promotion as promotion
     from peakpoint import rules as rules
     from peakpoint import upkeep as upkeep
     from peakpoint.catalogue import Catalogue as Catalogue
@@ -104,6 +106,7 @@ _HOMES = {
     "PeakpointWarning": ("errors", "PeakpointWarning"),
     "Pareto": ("rules", "Pareto"),
     "Preempt": ("preempt", "Preempt"),
+    "RefusedError": ("errors", "RefusedError"),
     "Repository": ("repository", "Repository"),
     "Run": ("repository", "Run"),
     "SaveFailedError": ("errors", "SaveFailedError"),
@@ -115,7 +118,6 @@ _HOMES = {
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
     "Validation": ("validations", "Validation"),
-    "RefusedError": ("errors", "RefusedError"),
     "WithinSE": ("ranking", "WithinSE"),
     "diff": ("distances", "diff"),
     "ensemble": ("ensembles", "ensemble"),
@@ -126,7 +128,7 @@ _HOMES = {
     "validate": ("examining.here", "validate"),
     "soup": ("soups", "soup"),
 }
-_MODULES = ("evaluation", "rules", "upkeep")
+_MODULES = ("aliases", "evaluation", "promotion", "rules", "upkeep")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered
 

@@ -304,6 +304,14 @@ def alias_at(records: Sequence[AliasRecord], time: datetime) -> AliasRecord | No
 
     Raises:
         ConfigError: a time without zone.
+
+    Example:
+        >>> from datetime import UTC, datetime, timedelta
+        >>> day = datetime(2026, 11, 25, tzinfo=UTC)
+        >>> said = {"alias": "champion", "target": None, "by": "me", "why": "?", "previous": None, "write": ""}
+        >>> records = [AliasRecord(number=n, kind="promoted", at=day + timedelta(days=n), **said) for n in (1, 2)]
+        >>> alias_at(records, day), alias_at(records, day + timedelta(days=1, hours=5)).number
+        (None, 1)
     """
     if time.tzinfo is None:
         raise ConfigError(f"{time.isoformat()} has no time zone: which moment is meant? Add +00:00 for UTC")

@@ -166,6 +166,14 @@ def propose(
         NotFoundError: there is no such checkpoint.
         ConfigError: a name that cannot be.
         CorruptError: the newest record of the alias, or the last validation, is damaged.
+
+    Example:
+        >>> import tempfile, peakpoint as pp
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
+        ...     _ = ckpt.report(step=1), ckpt.report(step=2)
+        >>> pp.promotion.propose(pp.open(root), "r:1", "champion").objections
+        ('it was never validated',)
     """
     store = repository.store
     run, manifest = repository.locate(ref)
@@ -323,6 +331,18 @@ def promote(
         RefusedError: something speaks against it.
         ConflictError: the alias was changed since, or the checkpoint is being removed; nothing was done.
         ConfigError: no reason is given.
+
+    Example:
+        >>> import tempfile, peakpoint as pp
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
+        ...     _ = ckpt.report(step=1), ckpt.report(step=2)
+        >>> repository = pp.open(root)
+        >>> for ref in ("r:1", "r:2"):
+        ...     proposal = pp.promotion.propose(repository, ref, "champion")
+        ...     record = pp.promotion.promote(proposal, "an example", force=True)
+        >>> record.number, record.forced, repository.find("@champion").step
+        (2, ('it was never validated',), 2)
     """
     check_why("promote", why)
     store, actor = proposal.run.store, by or present_user()
@@ -466,6 +486,19 @@ def rollback(
         ConflictError: the alias was changed at the same moment; nothing was done.
         RefusedError: the policy does not allow it to this user.
         ConfigError: no reason is given.
+
+    Example:
+        >>> import tempfile, peakpoint as pp
+        >>> root = tempfile.mkdtemp()
+        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
+        ...     _ = ckpt.report(step=1), ckpt.report(step=2)
+        >>> repository = pp.open(root)
+        >>> for ref in ("r:1", "r:2"):
+        ...     proposal = pp.promotion.propose(repository, ref, "champion")
+        ...     record = pp.promotion.promote(proposal, "an example", force=True)
+        >>> back = pp.promotion.rollback(repository, "champion", "an example")
+        >>> back.record.number, back.record.restores, repository.find("@champion").step
+        (3, 1, 1)
     """
     check_why("rollback", why)
     actor = by or present_user()
