@@ -1,0 +1,345 @@
+"""The account for people, in Markdown: by day, or as https://keepachangelog.com has it, by promotion."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date
+from itertools import groupby
+from typing import Any
+
+from peakpoint.changelog.entries import PRODUCTION, Entry
+from peakpoint.evaluation.pages import escaped as plain
+from peakpoint.evaluation.tables import printable
+
+MARK = "peakpoint changelog"
+FOLD = 3  # of one kind on one day that are told one by one
+_LONGEST = 400  # characters of a text that somebody has given
+_UNKNOWN = "at a time that nobody knows"
+_AUTOLINK = re.compile(r":(?=//)|(?<=www)\.|@", re.IGNORECASE)
+
+_MANY = {
+    "saved": "saved",
+    "imported": "imported",
+    "save failed": "not saved",
+    "removed": "removed",
+    "parts dropped": "cut down to some of their parts",
+    "undone": "brought back",
+    "archived": "archived",
+    "restored": "restored from the archive",
+    "pinned": "pinned",
+    "unpinned": "unpinned",
+    "measured": "measured",
+    "validated": "validated",
+}
+
+
+def escaped(text: str) -> str:
+    r"""Text from users that Markdown shows as it is, on one line: no markup, no HTML, no link, no terminal code.
+
+    What is very long is cut in the middle.
+
+    Example:
+        >>> print(escaped("# see https://x.org *now*"))
+        \# see https\://x.org \*now\*
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return _AUTOLINK.sub(r"\\\g<0>", plain(text))
+
+
+def code(text: str) -> str:
+    """A name as code: nothing in it is read as markup, whatever it holds.
+
+    Example:
+        >>> code("run/best_model"), code("a`b")
+        ('`run/best_model`', '`` a`b ``')
+    """
+    text = printable(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if len(fence) > 1 or not text.strip() else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _name(ref: str | None) -> str:
+    return "nothing" if ref is None else code(ref)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+# --- one entry, one line ------------------------------------------------------------------------------------------
+
+
+def line(entry: Entry) -> str:
+    """An entry in one sentence of Markdown, without its time."""
+    said = _SAID[entry.kind](entry)
+    by = f" ({escaped(entry.by)})" if entry.by and entry.by != "rules" and entry.kind in _BY else ""
+    return said + by
+
+
+def _because(entry: Entry) -> str:
+    return f": {escaped(entry.why)}" if entry.why else ""
+
+
+def _promoted(entry: Entry) -> str:
+    what = f"**{escaped(entry.alias or '')}** is now {_name(entry.after)}"
+    if entry.before is not None:
+        what += f", before {_name(entry.before)}"
+    return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
+
+
+def _rolled_back(entry: Entry) -> str:
+    what = f"**{escaped(entry.alias or '')}** went back to {_name(entry.after)} from {_name(entry.before)}"
+    return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
+
+
+def _retired(entry: Entry) -> str:
+    what = f"**{escaped(entry.alias or '')}** was retired, and points at nothing; before {_name(entry.before)}"
+    return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
+
+
+def _refused(entry: Entry) -> str:
+    which = "" if entry.alias is None else f" of **{escaped(entry.alias)}**"
+    return f"a release{which} was refused{_because(entry)} (release {escaped(str(entry.details.get('release')))})"
+
+
+def _evidence(entry: Entry) -> str:
+    found = []
+    if comparison := entry.details.get("comparison"):
+        found.append(f"compared: {escaped(figures(comparison))}")
+    if validation := entry.details.get("validation"):
+        found.append(f"rests on validation {escaped(str(validation))[:12]}")
+    elif entry.kind == "promoted":
+        found.append("without a validation")
+    if release := entry.details.get("release"):
+        found.append(f"release {escaped(str(release))}")
+    if entry.forced:
+        found.append("**FORCED** although " + "; ".join(escaped(one) for one in entry.details["forced"]))
+    return "".join(f"; {one}" for one in found)
+
+
+def figures(comparison: Mapping[str, Any]) -> str:
+    """A comparison that was shown before a promotion, in one line, whatever its form.
+
+    Example:
+        >>> figures({"acc": [0.71, 0.74], "size": {"champion": 10, "challenger": 5}, "verdict": "better"})
+        'acc 0.71 → 0.74, size champion 10, size challenger 5, verdict better'
+    """
+    return ", ".join(_flat("", comparison))
+
+
+def _flat(name: str, value: Any) -> Iterator[str]:
+    match value:
+        case dict():
+            for key, child in value.items():
+                yield from _flat(f"{name} {key}".strip(), child)
+        case [int() | float() as former, int() | float() as new]:
+            yield f"{name} {former:.6g} → {new:.6g}"
+        case list():
+            for child in value:
+                yield from _flat(name, child)
+        case float():
+            yield f"{name} {value:.6g}"
+        case _:
+            yield f"{name} {value}"
+
+
+def _plain_kind(verb: str) -> Callable[[Entry], str]:
+    return lambda entry: f"{_name(entry.checkpoint)} {verb}{_because(entry)}"
+
+
+def _removed(entry: Entry) -> str:
+    verb = "was to be removed, and is still here" if entry.details.get("came_to_nothing") else "removed"
+    return f"{_name(entry.checkpoint)} {verb}{_because(entry)}"
+
+
+def _lost(entry: Entry) -> str:
+    rule = code(str(entry.details.get("rule")))
+    return f"{_name(entry.run)}: {rule} moved from {_claim(entry.before)} to {_claim(entry.after)}"
+
+
+def _claim(claim: str | None) -> str:
+    """A checkpoint, and why it is claimed."""
+    if claim is None:
+        return "nothing"
+    ref, _, reason = claim.partition(": ")
+    return f"{code(ref.partition('/')[2] or ref)} ({escaped(reason)})"
+
+
+def _validated(entry: Entry) -> str:
+    return f"{_name(entry.checkpoint)} validated: **{escaped(entry.after or '')}**{_because(entry)}"
+
+
+def _measured(entry: Entry) -> str:
+    was = f", before {escaped(entry.before)}" if entry.before else ""
+    by = f" by {escaped(entry.why)}" if entry.why else ""
+    return f"{_name(entry.checkpoint)} measured{by}: {escaped(entry.after or '')}{was}"
+
+
+def _parts(entry: Entry) -> str:
+    return f"{_name(entry.checkpoint)} lost {escaped(', '.join(entry.details.get('parts', ())))}{_because(entry)}"
+
+
+def _undone(entry: Entry) -> str:
+    parts = entry.details.get("parts")
+    return f"{_name(entry.checkpoint)} brought back" + (f" with {escaped(', '.join(parts))}" if parts else "")
+
+
+def _about_run(verb: str) -> Callable[[Entry], str]:
+    return lambda entry: f"{_name(entry.run)} {verb}{_because(entry)}"
+
+
+def _ended(entry: Entry) -> str:
+    return f"{_name(entry.run)} " + ("finished" if entry.why == "closed" else f"ended{_because(entry)}")
+
+
+def _continued(entry: Entry) -> str:
+    return f"{_name(entry.run)} continued from {_name(entry.checkpoint)}{_because(entry)}"
+
+
+def _rules(entry: Entry) -> str:
+    return f"rules of {_name(entry.run)} changed from {code(entry.before or '')} to {code(entry.after or '')}"
+
+
+def _damage(entry: Entry) -> str:
+    return f"**damage**{_because(entry)}"
+
+
+_SAID: dict[str, Callable[[Entry], str]] = {
+    "saved": _plain_kind("saved"),
+    "imported": _plain_kind("imported"),
+    "save failed": _plain_kind("was not saved"),
+    "claim lost": _lost,
+    "removed": _removed,
+    "parts dropped": _parts,
+    "undone": _undone,
+    "archived": _plain_kind("archived"),
+    "restored": _plain_kind("restored from the archive"),
+    "pinned": _plain_kind("pinned"),
+    "unpinned": _plain_kind("unpinned"),
+    "measured": _measured,
+    "begun": _about_run("begun"),
+    "continued": _continued,
+    "rules changed": _rules,
+    "stopped early": _about_run("stopped early"),
+    "ended": _ended,
+    "validated": _validated,
+    "promoted": _promoted,
+    "rolled back": _rolled_back,
+    "retired": _retired,
+    "refused": _refused,
+    "damage": _damage,
+}
+_BY = {*PRODUCTION, "removed", "pinned", "unpinned", "undone", "measured", "archived", "restored", "begun", "continued"}
+_BY |= {"validated", "rules changed"}
+
+
+# --- many entries -------------------------------------------------------------------------------------------------
+
+
+def folded(entries: Sequence[Entry], *, everything: bool, times: str = "%H:%M") -> list[str]:
+    """Lines for what was done in runs, newest first; where there is much of one kind, one line for all of it.
+
+    Args:
+        entries: newest first.
+        everything: fold nothing.
+        times: how times are written.
+    """
+    groups: dict[tuple[str | None, str, str], list[Entry]] = {}
+    for entry in entries:
+        rule = str(entry.details.get("rule")) if entry.kind == "claim lost" else ""
+        groups.setdefault((entry.run, entry.kind, rule), []).append(entry)
+    many = {key for key, group in groups.items() if _is_many(key[1], group) and not everything}
+    found = []
+    for entry in entries:
+        rule = str(entry.details.get("rule")) if entry.kind == "claim lost" else ""
+        key = (entry.run, entry.kind, rule)
+        if key not in many:
+            time = "" if entry.at is None else f"{entry.at:{times}} "
+            found.append(f"- {time}{line(entry)}")
+        elif entry is groups[key][0] and entry.kind == "claim lost":
+            found.append(f"- {_moved(groups[key])}")
+    return [*_totals(groups, many), *found]
+
+
+def _is_many(kind: str, group: Sequence[Entry]) -> bool:
+    if kind == "claim lost" and not group[0].details.get("ranks"):
+        return True  # the newest is another one after every save
+    return len(group) > FOLD and kind in {*_MANY, "claim lost"}
+
+
+def _totals(
+    groups: Mapping[tuple[str | None, str, str], Sequence[Entry]], many: Iterable[tuple[str | None, str, str]]
+) -> Iterator[str]:
+    """``"r: 12 checkpoints saved, 9 removed"``: a line for each run."""
+    runs: dict[str | None, list[str]] = {}
+    for key in many:
+        if key[1] in _MANY:
+            runs.setdefault(key[0], []).append(key[1])
+    for run in sorted(runs, key=str):
+        kinds = [kind for kind in _MANY if kind in runs[run]]
+        said: list[str] = []
+        for kind in kinds:
+            number = len({one.checkpoint for one in groups[run, kind, ""]})
+            said.append(f"{_count(number, 'checkpoint') if not said else f'{number:,}'} {_MANY[kind]}")
+        yield f"- {_name(run)}: {', '.join(said)}"
+
+
+def _moved(group: Sequence[Entry]) -> str:
+    """How the claim of one rule went on; the newest first."""
+    rule = code(str(group[0].details.get("rule")))
+    times = "once" if len(group) == 1 else f"{len(group):,} times"
+    first, last = _claim(group[-1].before), _claim(group[0].after)
+    return f"{_name(group[0].run)}: {rule} moved on {times}, from {first} to {last}"
+
+
+def by_day(entries: Sequence[Entry], title: str, *, everything: bool = False) -> str:
+    """The account by day, the newest first; on each day production first.
+
+    Args:
+        entries: earliest first.
+        title: what it is of.
+        everything: tell each save and removal, however many there are.
+    """
+    lines = [f"<!-- {MARK} -->", "", f"# Changelog of {escaped(title)}", "", _period(entries), ""]
+    aliases = list(_aliases(entries))
+    lines += ["## Production", "", *aliases, ""] if aliases else []
+    damage = [entry for entry in entries if entry.at is None]
+    lines += ["## Damage", "", *(f"- {line(one)}" for one in damage), ""] if damage else []
+    dated = [entry for entry in reversed(entries) if entry.at is not None]
+    for day, some in groupby(dated, key=_day):
+        today = list(some)
+        production = [f"- {one.at:%H:%M} {line(one)}" for one in today if one.kind in PRODUCTION]
+        rest = folded([one for one in today if one.kind not in PRODUCTION], everything=everything)
+        lines += [f"## {day}", "", *production, *([""] if production and rest else [])]
+        lines += ["### Runs", "", *rest] if production and rest else rest
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _day(entry: Entry) -> date:
+    assert entry.at is not None
+    return entry.at.date()
+
+
+def _period(entries: Sequence[Entry]) -> str:
+    times = [entry.at for entry in entries if entry.at is not None]
+    if not times:
+        return "Nothing was recorded in this time."
+    number = f"{len(entries):,} {'entry' if len(entries) == 1 else 'entries'}"
+    return f"{number} from {times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC."
+
+
+def _aliases(entries: Sequence[Entry]) -> Iterator[str]:
+    """For each alias what it was at the beginning and is at the end, and how often it changed in between."""
+    names = sorted({one.alias for one in entries if one.alias is not None and one.kind in PRODUCTION})
+    for alias in names:
+        mine = [one for one in entries if one.alias == alias and one.kind in PRODUCTION]
+        done = [one for one in mine if one.kind != "refused"]
+        counts = {kind: sum(one.kind == kind for one in mine) for kind in PRODUCTION}
+        counts["forced"] = sum(one.forced for one in mine)
+        said = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+        if done:
+            yield f"- **{escaped(alias)}**: from {_name(done[0].before)} to {_name(done[-1].after)} ({said})"
+        else:
+            yield f"- **{escaped(alias)}**: unchanged ({said})"

@@ -1,0 +1,77 @@
+"""Commands that tell: changelog, card."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from peakpoint import changelog as changelogs
+from peakpoint.changelog import Entry, pages, versions
+from peakpoint.cli.arguments import JSON, ROOT, reads
+from peakpoint.errors import ConflictError
+from peakpoint.evaluation.writing import put
+from peakpoint.repository import open_repository
+
+_FORMATS = ("markdown", "json", "keep-a-changelog")
+
+
+# --- changelog ----------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.option(
+    "--since", callback=reads(lambda _, text: changelogs.since(text)), metavar="TIME|DURATION", help="Such as 7d."
+)
+@click.option(
+    "--until", callback=reads(lambda _, text: changelogs.until(text)), metavar="TIME", help="A date is included."
+)
+@click.option("--run", "only", multiple=True, metavar="RUN", help="Only what is about this run; may be repeated.")
+@click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only this, such as promoted; may be repeated.")
+@click.option("--format", "form", type=click.Choice(_FORMATS), help="Markdown by default, JSON for FILE.json.")
+@click.option("--all", "everything", is_flag=True, help="Tell every save and removal, however many there are.")
+@click.option("--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write it to a file.")
+@click.option("--force", is_flag=True, help="Replace a file that is no earlier changelog, too.")
+@JSON
+def changelog(
+    root: Path,
+    only: tuple[str, ...],
+    kinds: tuple[str, ...],
+    form: str | None,
+    everything: bool,  # noqa: FBT001
+    to: Path | None,
+    force: bool,  # noqa: FBT001
+    json: bool,  # noqa: FBT001
+    **period: Any,
+) -> None:
+    """Tell everything that was done: saves, removals, claims, and above all what was promoted.
+
+    A TIME is a date or a time in ISO 8601, in UTC where it says no zone.
+    """
+    repository = open_repository(root)
+    found = changelogs.entries(repository, only=only or None, kinds=kinds, **period)
+    if json or form is None:
+        form = "json" if json or (to is not None and to.suffix.lower() == ".json") else "markdown"
+    text = _told(found, form, repository.store.location, everything=everything)
+    if to is None:
+        click.echo(text, nl=False)
+        return
+    _write(to, text, force=force)
+    click.echo(f"wrote {to} ({len(found):,} {'entry' if len(found) == 1 else 'entries'})")
+
+
+def _told(found: list[Entry], form: str, location: str, *, everything: bool) -> str:
+    if form == "json":
+        return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
+    write = versions.keep_a_changelog if form == "keep-a-changelog" else pages.by_day
+    return write(found, location, everything=everything)
+
+
+def _write(to: Path, text: str, *, force: bool) -> None:
+    if to.exists() and not force and f"<!-- {pages.MARK} -->" not in to.read_text(errors="ignore")[:200]:
+        raise ConflictError(f"{to} exists and is no changelog of ours; choose another name, or replace it with --force")
+    put(to, text.encode())
+
+
+COMMANDS = (changelog,)
