@@ -22,7 +22,7 @@ _MODULES = {
     "reporting": ("report",),
     "rules": ("explain", "keep", "pin", "record", "unpin"),
     "selecting": ("ls", "select"),
-    "telling": ("changelog",),
+    "telling": ("card", "changelog"),
     "space": ("archive", "restore", "trash", "undo"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -6,9 +6,12 @@ from typing import Any
 import click
 import msgspec
 
+from peakpoint import card as cards
 from peakpoint import changelog as changelogs
+from peakpoint.card.front import front_matter
 from peakpoint.changelog import Entry, pages, versions
-from peakpoint.cli.arguments import JSON, ROOT, reads
+from peakpoint.cli import render
+from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConflictError
 from peakpoint.evaluation.writing import put
 from peakpoint.repository import open_repository
@@ -74,4 +77,47 @@ def _write(to: Path, text: str, *, force: bool) -> None:
     put(to, text.encode())
 
 
-COMMANDS = (changelog,)
+# --- card ---------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@REF
+@click.option("--to", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="README.md and curve.png.")
+@click.option("--license", "license_", metavar="ID", help="Such as apache-2.0.")
+@click.option("--data", metavar="TEXT", help="What it was trained and evaluated on.")
+@click.option("--task", metavar="ID", help="Such as image-classification.")
+@click.option("--base-model", metavar="ID", help="The model on the Hub that it was made of.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A further tag; may be repeated.")
+@click.option("--about", type=click.Path(path_type=Path), metavar="FILE.md", help="Text of yours that is put in.")
+@click.option("--force", is_flag=True, help="Replace files that are no earlier card, too.")
+@JSON
+def card(
+    root: Path,
+    ref: str,
+    to: Path | None,
+    license_: str | None,
+    about: Path | None,
+    tags: tuple[str, ...],
+    force: bool,  # noqa: FBT001
+    json: bool,  # noqa: FBT001
+    **said: Any,
+) -> None:
+    """Write the model card of a checkpoint, above all of @champion: what it is, how good, why it is trusted."""
+    text = "" if about is None else cards.about_text(about)
+    found = cards.gather(open_repository(root), ref, cards.Told(license=license_, tags=tags, about=text, **said))
+    files = [] if to is None else cards.write(found, to, force=force)
+    if json:
+        page = cards.markdown(found) if to is None else files[0].read_text()
+        told = {"ref": f"{found.manifest.run}/{found.manifest.name}", "id": found.manifest.id}
+        render.as_json(told | {"front_matter": front_matter(found), "markdown": page, "files": list(map(str, files))})
+        return
+    if to is None:
+        click.echo(cards.markdown(found), nl=False)
+    for file in files:
+        click.echo(f"wrote {file} ({render.size(file.stat().st_size)})")
+    if to is not None and len(files) == 1:
+        click.echo("no curve: no rule ranks by a metric that has values, or Matplotlib is missing", err=True)
+
+
+COMMANDS = (card, changelog)
