@@ -113,9 +113,10 @@ def _held(store: Store, manifest: Manifest) -> tuple[tuple[Held, ...], tuple[str
     damage: list[str] = []
     for alias in aliases.names(store):
         found = aliases.history(store, alias)
+        newest = aliases.numbers(store, alias)[-1]
         damage += found.damage
         held += [
-            Held(record, before, after)
+            Held(record, before, after, record.number == newest)
             for before, record, after in zip(
                 (None, *found.records), found.records, (*found.records[1:], None), strict=False
             )

@@ -62,7 +62,7 @@ def yaml(value: Mapping[str, Any]) -> str:
         - 1.0e-05
         of:
         - x:
-            y: "é\u0085"
+            y: "é\U00000085"
     """
     return "".join(f"{line}\n" for line in _lines(value))
 
@@ -95,6 +95,4 @@ def _quoted(text: str) -> str:
     plain = json.dumps(text, ensure_ascii=False)
     if plain.isprintable():
         return plain
-    return "".join(
-        c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}" for c in plain
-    )
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain)

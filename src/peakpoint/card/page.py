@@ -1,7 +1,7 @@
 """A card as Markdown."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import PurePath
 
@@ -69,7 +69,7 @@ def _size(count: float) -> str:
 
 def _head(card: Card) -> list[str]:
     manifest, by = card.manifest, card.manifest.written_by
-    now = [one.record.alias for one in card.held if one.after is None]
+    now = [one.record.alias for one in card.held if one.holds]
     epoch = "" if manifest.epoch is None else f"epoch {manifest.epoch} (from 0), "
     versions = ", ".join(f"{name} {by[name]}" for name in ("peakpoint", "python", "torch") if name in by)
     rows = [
@@ -124,25 +124,20 @@ def _curve(card: Card, picture: str | None) -> list[str]:
     reports = card.material.history
     if not reports or not metrics:
         return []
-    best = {report.report: metric for metric, report in _peaks(card)}
-    shown = [one for one in reports if one.report in best or one.report == card.manifest.report]
-    shown = sorted({*(one.report for one in shown), *(one.report for one in reports[-_LAST:])})
-    at = {one.report: one for one in reports}
-    rows = [_row(card, at[number], metrics[:4], best.get(number)) for number in shown if number in at]
+    best: dict[int, list[str]] = {}
+    for peak in peaks(reports, watched(card.material.rules)):
+        best.setdefault(peak.best_report, []).append(peak.metric)
+    newest = {one.report for one in reports[-_LAST:]}
+    shown = [one for one in reports if one.report in newest | best.keys() | {card.manifest.report}]
+    rows = [_row(card, one, metrics[:4], best.get(one.report, ())) for one in shown]
     heads = ("epoch", "step", *map(escaped, metrics[:4]), "")
     note = f"The last {_LAST} reports, the peak and this checkpoint, of {len(reports):,} reports."
     hint = "`peakpoint card --to DIR` draws it where Matplotlib is: `pip install 'peakpoint[report]'`."
     return [*_table(heads, rows), "", f"{note} {hint}"]
 
 
-def _peaks(card: Card) -> Iterator[tuple[str, Reported]]:
-    at = {report.report: report for report in card.material.history}
-    for peak in peaks(card.material.history, watched(card.material.rules)):
-        yield peak.metric, at[peak.best_report]
-
-
-def _row(card: Card, report: Reported, metrics: Sequence[str], best: str | None) -> tuple[str, ...]:
-    marks = [f"peak of {escaped(best)}"] if best else []
+def _row(card: Card, report: Reported, metrics: Sequence[str], best: Sequence[str]) -> tuple[str, ...]:
+    marks = [f"peak of {escaped(metric)}" for metric in best]
     if report.report == card.manifest.report and report.step == card.manifest.step:
         marks.append("**this checkpoint**")
     values = (_number(report.metrics.get(metric)) for metric in metrics)
@@ -185,14 +180,18 @@ def _production(card: Card) -> list[str]:
 
 def _held(one: Held) -> tuple[str, ...]:
     record, after = one.record, one.after
-    until = "today" if after is None else f"{_time(after.at)} ({escaped(after.kind)}: {escaped(after.why)})"
-    evidence = [f"validation {escaped(record.validation)[:12]}" if record.validation else "no validation"]
+    until = "now" if one.holds else "not known"
+    if after is not None:
+        until = f"{_time(after.at)} ({escaped(after.kind)}: {escaped(after.why)})"
+    evidence = [f"validation {escaped(record.validation[:12])}" if record.validation else "no validation"]
+    if record.restores:
+        evidence = [f"rolled back to record {record.restores}"]
     if one.before is not None and one.before.target is not None:
         evidence.append(f"before it: {escaped(one.before.target.run)}/{escaped(one.before.target.name)}")
     if record.comparison:
         evidence.append(f"compared: {escaped(figures(record.comparison))}")
     evidence += [f"**forced** although {escaped(reason)}" for reason in record.forced]
-    name = f"{escaped(record.alias)} {record.number}" + (" (rolled back to)" if record.restores else "")
+    name = f"{escaped(record.alias)} {record.number}"
     return name, _time(record.at), until, escaped(record.by), escaped(record.why), "; ".join(evidence)
 
 
@@ -207,12 +206,12 @@ def _loading(card: Card) -> list[str]:
     manifest = card.manifest
     root = json.dumps(printable(PurePath(card.location).name or "runs"), ensure_ascii=False)
     part = "model" if "model" in manifest.parts else next(iter(manifest.parts), "model")
-    now = next((one.record.alias for one in card.held if one.after is None), None)
+    now = next((one.record.alias for one in card.held if one.holds), None)
     ref = f"{manifest.run}/{manifest.id}"
     lines = [
         "import peakpoint as pp",
         "",
-        f'weights = pp.load("{ref}", root={root})["{part}"]  # every byte is verified',
+        f'weights = pp.load("{ref}", root={root})["{part}"]  # every byte is compared with its digest',
     ]
     if now is not None:
         lines.append(f'weights = pp.load("@{now}", root={root})["{part}"]  # what {now} is then')

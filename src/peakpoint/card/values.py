@@ -39,12 +39,14 @@ class Held:
     Attributes:
         record: which made it so.
         before: the record in front of it that can be read; None for the first.
-        after: the next one that can be read; None when it still counts.
+        after: the next one that can be read; None when there is none.
+        holds: whether the alias points at it now.
     """
 
     record: AliasRecord
     before: AliasRecord | None
     after: AliasRecord | None
+    holds: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,7 +108,7 @@ def _evidence(entry: Entry) -> str:
     if comparison := entry.details.get("comparison"):
         found.append(f"compared: {escaped(figures(comparison))}")
     if validation := entry.details.get("validation"):
-        found.append(f"rests on validation {escaped(str(validation))[:12]}")
+        found.append(f"rests on validation {escaped(str(validation)[:12])}")
     elif entry.kind == "promoted":
         found.append("without a validation")
     if release := entry.details.get("release"):
