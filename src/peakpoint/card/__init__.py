@@ -94,15 +94,14 @@ def _classes(events: tuple[Event, ...], manifest: Manifest) -> Mapping[str, str]
     return state
 
 
-def _lineage(material: Material, events: tuple[Event, ...], manifest: Manifest) -> tuple[str, ...]:
-    """What it continues, the nearest first, as far as the records go: names, or ids of what is gone."""
+def _lineage(material: Material, events: tuple[Event, ...], manifest: Manifest) -> tuple[tuple[str, bool], ...]:
+    """What it continues, the nearest first, and whether that exists; what is gone does not say what it continued."""
     names = {event.checkpoint: event.name for event in events if isinstance(event, journals.Saved)}
     parents = {one.id: one.parent for one in material.checkpoints}
-    found: list[str] = []
+    found: list[tuple[str, bool]] = []
     at = manifest.parent
     while at is not None and len(found) < len(parents) + 1:
-        gone = "" if at in parents else " (gone)"
-        found.append(f"{manifest.run}/{names.get(at, at)}{gone}")
+        found.append((f"{manifest.run}/{names.get(at, at)}", at in parents))
         at = parents.get(at)
     return tuple(found)
 

@@ -196,7 +196,7 @@ def _held(one: Held) -> tuple[str, ...]:
 
 
 def _lineage(card: Card) -> list[str]:
-    lines = [f"- continues {code(ref)}" for ref in card.lineage[:_LAST]]
+    lines = [f"- continues {code(ref)}{'' if there else ', which is gone'}" for ref, there in card.lineage[:_LAST]]
     if len(card.lineage) > _LAST:
         lines.append(f"- and {len(card.lineage) - _LAST:,} before these")
     return lines or ["The first of its run: it continues nothing."]

@@ -63,7 +63,7 @@ class Card:
         metrics: all that is known, the last value of each.
         measured: what was measured after it was saved.
         state: part to the class of what was given for it.
-        lineage: what it continues, the nearest first.
+        lineage: what it continues, the nearest first, and whether that exists.
         validations: earliest first.
         held: when aliases pointed at it, by alias.
         damage: what could not be read, a sentence each.
@@ -79,7 +79,7 @@ class Card:
     metrics: Mapping[str, float]
     measured: tuple[Measured, ...]
     state: Mapping[str, str]
-    lineage: tuple[str, ...]
+    lineage: tuple[tuple[str, bool], ...]
     validations: tuple[Validation, ...]
     held: tuple[Held, ...]
     damage: tuple[str, ...]
