@@ -1,7 +1,9 @@
 """The changelog: nothing is lost, doubled or out of order, claims as brute force has them, no text makes structure."""
 
 import json
+import re
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -82,7 +84,7 @@ class Life:
         before = self.there()
         outcome = self.ckpt.report({"m": m, "n": n}, step=self.step)
         self.ckpt.wait()
-        if outcome.saved is None:
+        if not outcome.saved:
             return
         now = self.there()
         [new] = now.keys() - before.keys()
@@ -225,9 +227,7 @@ def test_nothing_is_lost_doubled_or_out_of_order(tmp_path_factory, data):
     for text in (pages.by_day(found, "x"), versions.keep_a_changelog(found, "x")):
         assert all(entry.alias in text for entry in found if entry.alias)
     whole = pages.by_day(found, "x", everything=True)
-    shown = [one for one in found if one.kind != "claim lost" or one.details["ranks"]]
-    kinds = Counter(line[:3] == "- *" or line[2:4].isdigit() for line in whole.splitlines() if line.startswith("- "))
-    assert kinds[True] == len(shown) + len({one.alias for one in found if one.kind in changelog.PRODUCTION})
+    assert sum(re.match(r"- \d\d:\d\d ", line) is not None for line in whole.splitlines()) == len(found)
 
 
 def _check_periods(repository, found, data):
@@ -287,6 +287,10 @@ def at(days, hours=0):
     return START + timedelta(days=days, hours=hours)
 
 
+def target_of(number, run="r"):
+    return aliases.Target(run=run, checkpoint=identity(number), name=f"r_step{number}", manifest="0" * 64)
+
+
 class Hand:
     """A repository whose ids and times are chosen."""
 
@@ -294,8 +298,7 @@ class Hand:
         self.root = root
         self.store = LocalStore(root)
         ensure_repository(self.store, START)
-        for run in ("r",):
-            ensure_run(self.store, run, START, {}, [])
+        ensure_run(self.store, "r", START, {}, [])
 
     def segment(self, *events):
         journal = journals.Journal(self.store, "r", lambda: START)
@@ -306,11 +309,7 @@ class Hand:
 
     def alias(self, kind, number, when, **members):
         target = members.pop("target", number)
-        found = (
-            None
-            if target is None
-            else aliases.Target(run="r", checkpoint=identity(target), name=f"r_step{target}", manifest="0" * 64)
-        )
+        found = None if target is None else target_of(target)
         change = aliases.Change(kind=kind, target=found, at=when, **{"by": "anna on desk", "why": "better", **members})
         return aliases.append(self.store, "champion", change, after=aliases.head(self.store, "champion"))
 
@@ -346,7 +345,7 @@ def a_story(root):
         when = at(0, number)
         trained.append(journals.Reported(at=when, report=number, step=number, epoch=number - 1, metrics={"acc": value}))
         trained.append(saved(number, when))
-        trained += [removed(number - 1, when)] if number > 1 and number != 4 else []
+        trained += [removed(number - 1, when)] if number % 2 == 0 else []
     failed = {"reasons": ("the newest",), "error": "no space left"}
     trained.append(journals.SaveFailed(at=at(0, 7), **told_of(7), **failed))
     trained.append(journals.Closed(at=at(0, 8), why="stopped early: no better acc in 10 reports"))
@@ -385,7 +384,7 @@ def a_story(root):
     )
     comparison = {"acc": [0.9, 0.95], "latency_ms": {"champion": 20, "challenger": 21.5}}
     hand.alias("promoted", 4, at(5), validation="cd" * 32, comparison=comparison, release="r-17")
-    hand.alias("promoted", 6, at(6), forced=("it was never validated",), why="the old one is racist")
+    hand.alias("promoted", 6, at(6), forced=("it was never validated",), why="customers wait")
     refused = {
         "at": at(6, 1),
         "by": "ci",
@@ -417,11 +416,7 @@ def test_the_story_has_every_kind(story):
 )
 def test_the_story_in_markdown(story, name, write):
     text = write(story.entries(), "runs")
-    golden = GOLDEN / name
-    if not golden.exists():
-        golden.write_text(text)
-        pytest.fail(f"{golden} was not there; it is now: read it")
-    assert text == golden.read_text()
+    assert text == (GOLDEN / name).read_text()
 
 
 def test_the_versions_hold_every_entry_once(story):
@@ -468,7 +463,12 @@ def test_what_was_forced_is_found_by_that_word(story):
 def test_only_some_runs(story):
     ensure_run(story.store, "other", START, {}, [])
     assert story.entries(only=["other"]) == []
-    assert [one for one in story.entries(only=["r"])] == [one for one in story.entries() if one.run == "r"]
+    assert story.entries(only=["r"]) == [one for one in story.entries() if one.kind != "refused"]
+    change = aliases.Change(kind="promoted", target=target_of(9, "other"), at=at(10), by="anna", why="another run")
+    head = aliases.append(story.store, "champion", change, after=aliases.head(story.store, "champion"))
+    aliases.append(story.store, "champion", replace(change, target=target_of(6)), after=head)
+    found = story.entries(only=["other"])
+    assert [(one.before, one.after) for one in found] == [(None, "other/r_step9"), ("other/r_step9", "r/r_step6")]
     with pytest.raises(pp.NotFoundError, match="no run 'x'"):
         story.entries(only=["x"])
 
@@ -507,7 +507,7 @@ def test_a_damaged_line_costs_itself_and_is_told(tmp_path_factory, data):
         }
     assert "## Damage" in pages.by_day(found, "x")
     assert "- **damage**" in versions.keep_a_changelog(found, "x")
-    assert damage == [one for one in hand.entries(since=at(1000)) if True]  # nobody knows when it came
+    assert damage == hand.entries(since=at(1000))  # nobody knows when it came
 
 
 def test_a_torn_line_is_none(story):
@@ -547,7 +547,6 @@ def test_a_damaged_validation_leaves_the_others(tmp_path):
             by="anna",
             wanted=validations.Wanted(),
             findings=(validations.Finding(check="speed", outcome="failed", said=said),),
-            metrics={"acc": float("nan")},
         )
         validations.record(hand.store, validation)
     flip(hand.root / layout.validation_key("r", identity(1), 1))
@@ -630,8 +629,6 @@ def test_times():
     for text in ("yesterday", "", "2026-13-01", "7", "-7d", "9999-12-31T23:00-05:00"):
         with pytest.raises(pp.ConfigError, match="is no time; give a date"):
             changelog.since(text)
-    with pytest.raises(pp.ConfigError, match="is no time; give a date"):
-        changelog.until("9999-12-31")
 
 
 def test_a_time_without_zone_is_refused(story):
@@ -686,7 +683,7 @@ HOSTILE = [
     "www.x.org",
     "a@b.org",
 ]
-hostile = st.lists(st.sampled_from(HOSTILE) | texts, min_size=1, max_size=4).map("".join)
+hostile = st.lists(st.sampled_from(HOSTILE) | texts, min_size=1, max_size=4).map("".join).filter(str.strip)
 
 
 @pytest.mark.parametrize("write", [pages.by_day, versions.keep_a_changelog])
@@ -702,8 +699,7 @@ def test_no_text_makes_structure(write, text):
 @given(hostile)
 def test_no_text_becomes_a_link_where_links_are_found_in_words(text):
     found = pages.escaped(text + " http://a.b www.a.b a@b.c")
-    for mark in ("://", "www.", "a@"):
-        assert mark not in found
+    assert not re.search(r"(?<!\\)://|www\.|(?<!\\)@", found)
 
 
 def test_a_long_text_is_cut():

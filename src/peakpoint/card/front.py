@@ -8,7 +8,7 @@ from typing import Any
 
 from peakpoint.card.values import Card
 
-_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)
 
 
 def front_matter(card: Card) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def entries(
         repository: of which.
         since: nothing before this time.
         until: nothing at this time or after.
-        only: the names of runs: what is about others, and what is about no run, is left out.
+        only: the names of runs: what is about others, and what is about no run, is left out. A change of an alias is
+            about the run of the new holder and that of the former one.
         kinds: of ``KINDS``, or ``"forced"`` for what was refused and done all the same.
 
     Raises:
@@ -85,7 +86,7 @@ def _all(repository: Repository, chosen: Iterable[Run], only: Sequence[str] | No
         yield from production.of_validations(run)
         promised += production.promises(run, reading)
     for entry in (*production.of_aliases(repository.store, promised), *production.of_releases(repository.store)):
-        if only is None or entry.run in only:
+        if only is None or entry.run in only or entry.details.get("former_run") in only:
             yield entry
 
 

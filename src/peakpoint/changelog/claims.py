@@ -4,7 +4,8 @@ The recorded commits, measurements and removals are played again with the rules 
 ``peakpoint.lives``. A rule is asked among what it claims already and what is new: what it did not claim before cannot
 matter, by the laws of ``peakpoint.rules``. So a commit costs what the rule takes to rank its own claims, and not the
 whole run; where a run was resumed from an older checkpoint, a claimed one was removed, or the rules have changed, the
-rule looks at everything once. ``Every`` without ``keep`` gives nothing up along one branch, and is not asked there.
+rule looks at everything once. ``Every`` without ``keep`` gives nothing up as long as nothing was abandoned, and is not
+asked until then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,7 +44,7 @@ class _Asked:
 
     @property
     def only_adds(self) -> bool:
-        """Whether no later commit of the same branch takes a claim away."""
+        """Whether no commit takes a claim away, as long as no branch was abandoned."""
         return isinstance(self.rule, Every) and self.rule.keep is None
 
     @property
@@ -72,7 +73,7 @@ class Claims:
         )
         passed: list[Passed] = []
         for asked in self._asked:
-            if follows and asked.only_adds:
+            if follows and asked.only_adds and not moment.forks:
                 asked.claimed = None
                 continue
             before = self._claimed(asked)

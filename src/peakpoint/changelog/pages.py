@@ -167,7 +167,8 @@ def _claim(claim: str | None) -> str:
 
 
 def _validated(entry: Entry) -> str:
-    return f"{_name(entry.checkpoint)} validated: **{escaped(entry.after or '')}**{_because(entry)}"
+    outcome = "**failed**" if entry.after == "failed" else escaped(entry.after or "")
+    return f"{_name(entry.checkpoint)} validated: {outcome}{_because(entry)}"
 
 
 def _measured(entry: Entry) -> str:

@@ -64,7 +64,7 @@ def _change(record: AliasRecord, former: AliasRecord | None) -> Entry:
     if target is not None:
         details |= {"id": target.checkpoint, "manifest": target.manifest}
     if former is not None and former.target is not None:
-        details |= {"former_id": former.target.checkpoint}
+        details |= {"former_id": former.target.checkpoint, "former_run": former.target.run}
     more = {
         "restores": record.restores,
         "validation": record.validation,
