@@ -113,7 +113,6 @@ def test_it_says_what_is_recorded(root):
         reader.manifest_digest(pp.open(root).store, one),
     ):
         assert said in text, said
-    assert text.count("not recorded") == text.count("Not recorded") + 3  # code or license, base model, data set
 
 
 def test_what_nobody_has_said_is_not_recorded(root):
@@ -293,10 +292,10 @@ def test_what_cannot_be_read_is_said(root):
     alias = root / "aliases/champion/000002.json"
     alias.write_bytes(alias.read_bytes().replace(b"better", b"BETTER"))
     text = page(root, f"small/{one.id}")
-    assert "## What could not be read" in text
-    assert text.count("is damaged: its seal does not match its bytes") == 2
+    said = text.partition("## What could not be read")[2]
+    assert said.count("is damaged: its seal does not match its bytes") == 2
+    assert "It was never validated." in text
     assert "at present" not in text
-    assert "until" not in text or "| champion 1 |" not in text
 
 
 def test_the_holder_is_not_known_when_the_newest_record_is_damaged(root):

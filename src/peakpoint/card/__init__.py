@@ -22,7 +22,7 @@ from peakpoint import journal as journals
 from peakpoint.aliases import AliasRecord
 from peakpoint.card.page import MARK, markdown
 from peakpoint.card.values import Card, Held, Told
-from peakpoint.errors import ConflictError, NotFoundError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError, StoreError
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.material import gather as gather_material
 from peakpoint.evaluation.writing import put
@@ -187,13 +187,14 @@ def about_text(path: Path) -> str:
 
     Raises:
         NotFoundError: there is no such file.
-        StoreError: it cannot be read, or is no text.
+        ConfigError: it is no text.
+        StoreError: it cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no file {path}") from error
     except UnicodeDecodeError as error:
-        raise StoreError(f"{path} is no text in UTF-8: {error}") from error
+        raise ConfigError(f"{path} is no text in UTF-8: {error}") from error
     except OSError as error:
         raise StoreError(error.errno, f"cannot read {path}: {error.strerror}") from error
