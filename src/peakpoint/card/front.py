@@ -55,14 +55,14 @@ def yaml(value: Mapping[str, Any]) -> str:
     r"""A mapping of plain values as YAML: blocks of keys and lists, every text in double quotes.
 
     Example:
-        >>> print(yaml({"name": "a: b", "numbers": [1, 1e-05], "of": [{"x": {"y": "é\x85"}}]}), end="")
+        >>> print(yaml({"name": "a: b", "numbers": [1, 1e-05], "of": [{"x": {"why": "é\x85"}}]}), end="")
         name: "a: b"
         numbers:
         - 1
         - 1.0e-05
         of:
         - x:
-            y: "é\U00000085"
+            why: "é\U00000085"
     """
     return "".join(f"{line}\n" for line in _lines(value))
 
