@@ -22,7 +22,7 @@ from peakpoint import journal as journals
 from peakpoint.aliases import AliasRecord
 from peakpoint.card.page import MARK, markdown
 from peakpoint.card.values import Card, Held, Told
-from peakpoint.errors import ConfigError, ConflictError, NotFoundError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.material import gather as gather_material
 from peakpoint.evaluation.writing import put
@@ -30,7 +30,7 @@ from peakpoint.journal import Event
 from peakpoint.manifest import Manifest
 from peakpoint.repository import Repository
 from peakpoint.rules import watched
-from peakpoint.store import Store
+from peakpoint.store import Store, translated
 
 __all__ = ["Card", "Held", "Told", "gather", "markdown", "write"]
 
@@ -154,11 +154,9 @@ def write(found: Card, folder: str | os.PathLike[str], *, force: bool = False) -
 
 
 def _check(page: Path, picture: Path, *, force: bool) -> None:
-    try:
-        ours = page.exists() and MARK in page.read_text(errors="ignore")
+    with translated("look at", page):
+        ours = page.exists() and MARK in page.read_text(encoding="utf-8", errors="ignore")
         there = [one for one in (page, picture) if one.exists()]
-    except OSError as error:
-        raise StoreError(error.errno, f"cannot look at {page}: {error.strerror}") from error
     if there and not ours and not force:
         raise ConflictError(
             f"{there[0]} exists and is no card of ours; choose another folder, or replace it with --force"
@@ -190,11 +188,10 @@ def about_text(path: Path) -> str:
         ConfigError: it is no text.
         StoreError: it cannot be read.
     """
+    if not path.exists():
+        raise NotFoundError(f"there is no file {path}")
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {path}") from error
+        with translated("read", path):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no text in UTF-8: {error}") from error
-    except OSError as error:
-        raise StoreError(error.errno, f"cannot read {path}: {error.strerror}") from error

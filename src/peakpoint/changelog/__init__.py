@@ -52,7 +52,7 @@ def entries(
 
     Raises:
         NotFoundError: there is no such run.
-        ConfigError: a kind that is none; a time without zone.
+        ConfigError: a kind that is none; a time without zone; a period that ends before it begins.
 
     Example:
         >>> import tempfile, peakpoint as pp
@@ -71,6 +71,10 @@ def entries(
     for moment in (since, until):
         if moment is not None and moment.tzinfo is None:
             raise ConfigError(f"{moment.isoformat()} has no time zone: which moment is meant? Add +00:00 for UTC")
+    if since is not None and until is not None and until <= since:
+        raise ConfigError(
+            f"the period from {since.isoformat()} until {until.isoformat()} is empty: give an earlier since"
+        )
     chosen = repository.runs() if only is None else [repository.run(name) for name in dict.fromkeys(only)]
     found = [one for one in _all(repository, chosen, only) if _within(one, since, until) and _is_of(one, kinds)]
     return sorted(

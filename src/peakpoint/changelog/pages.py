@@ -246,15 +246,13 @@ def folded(entries: Sequence[Entry], *, everything: bool, times: str = "%H:%M") 
         everything: fold nothing.
         times: how times are written.
     """
-    groups: dict[tuple[str | None, str, str], list[Entry]] = {}
+    groups: dict[_Key, list[Entry]] = {}
     for entry in entries:
-        rule = str(entry.details.get("rule")) if entry.kind == "claim lost" else ""
-        groups.setdefault((entry.run, entry.kind, rule), []).append(entry)
-    many = {key for key, group in groups.items() if _is_many(key[1], group) and not everything}
+        groups.setdefault(_key(entry), []).append(entry)
+    many = {key for key, group in groups.items() if not everything and _is_many(key, group)}
     found = []
     for entry in entries:
-        rule = str(entry.details.get("rule")) if entry.kind == "claim lost" else ""
-        key = (entry.run, entry.kind, rule)
+        key = _key(entry)
         if key not in many:
             time = "" if entry.at is None else f"{entry.at:{times}} "
             found.append(f"- {time}{line(entry)}")
@@ -263,33 +261,41 @@ def folded(entries: Sequence[Entry], *, everything: bool, times: str = "%H:%M") 
     return [*_totals(groups, many), *found]
 
 
-def _is_many(kind: str, group: Sequence[Entry]) -> bool:
-    if kind == "claim lost" and not group[0].details.get("ranks"):
-        return True  # the newest is another one after every save
-    return len(group) > FOLD and kind in {*_MANY, "claim lost"}
+_Key = tuple[str | None, str, str]
+"""Run, kind, and the rule of a claim; ``"rules"`` for what rules have removed."""
 
 
-def _totals(
-    groups: Mapping[tuple[str | None, str, str], Sequence[Entry]], many: Iterable[tuple[str | None, str, str]]
-) -> Iterator[str]:
-    """``"r: 12 checkpoints saved, 9 removed"``: a line for each run."""
-    runs: dict[str | None, list[str]] = {}
+def _key(entry: Entry) -> _Key:
+    if entry.kind == "claim lost":
+        return entry.run, entry.kind, str(entry.details.get("rule"))
+    return entry.run, entry.kind, "rules" if entry.by == "rules" else ""
+
+
+def _is_many(key: _Key, group: Sequence[Entry]) -> bool:
+    if key[1] == "claim lost":
+        return len(group) > 1 or not group[0].details.get("ranks")  # the newest is another one after every save
+    return key[1] in _MANY and len(group) > (1 if key[2] else FOLD)
+
+
+def _totals(groups: Mapping[_Key, Sequence[Entry]], many: Iterable[_Key]) -> Iterator[str]:
+    """``"r: 12 checkpoints saved, 9 removed by rules"``: a line for each run."""
+    runs: dict[str | None, list[_Key]] = {}
     for key in many:
         if key[1] in _MANY:
-            runs.setdefault(key[0], []).append(key[1])
+            runs.setdefault(key[0], []).append(key)
     for run in sorted(runs, key=str):
-        kinds = [kind for kind in _MANY if kind in runs[run]]
         said: list[str] = []
-        for kind in kinds:
-            number = len({one.checkpoint for one in groups[run, kind, ""]})
-            said.append(f"{_count(number, 'checkpoint') if not said else f'{number:,}'} {_MANY[kind]}")
+        for key in sorted(runs[run], key=lambda key: (list(_MANY).index(key[1]), key)):
+            number = len({one.checkpoint for one in groups[key]})
+            by = " by rules" if key[2] else ""
+            said.append(f"{_count(number, 'checkpoint') if not said else f'{number:,}'} {_MANY[key[1]]}{by}")
         yield f"- {_name(run)}: {', '.join(said)}"
 
 
 def _moved(group: Sequence[Entry]) -> str:
     """How the claim of one rule went on; the newest first."""
     rule = code(str(group[0].details.get("rule")))
-    times = "once" if len(group) == 1 else f"{len(group):,} times"
+    times = ("", "once", "twice")[len(group)] if len(group) < 3 else f"{len(group):,} times"
     first, last = _claim(group[-1].before), _claim(group[0].after)
     return f"{_name(group[0].run)}: {rule} moved on {times}, from {first} to {last}"
 

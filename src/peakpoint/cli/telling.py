@@ -15,6 +15,7 @@ from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConflictError
 from peakpoint.evaluation.writing import put
 from peakpoint.repository import open_repository
+from peakpoint.store import translated
 
 _FORMATS = ("markdown", "json", "keep-a-changelog")
 
@@ -72,8 +73,13 @@ def _told(found: list[Entry], form: str, location: str, *, everything: bool) -> 
 
 
 def _write(to: Path, text: str, *, force: bool) -> None:
-    if to.exists() and not force and f"<!-- {pages.MARK} -->" not in to.read_text(errors="ignore")[:200]:
-        raise ConflictError(f"{to} exists and is no changelog of ours; choose another name, or replace it with --force")
+    if not force and to.exists():
+        with translated("look at", to):
+            ours = f"<!-- {pages.MARK} -->" in to.read_text(encoding="utf-8", errors="ignore")[:200]
+        if not ours:
+            raise ConflictError(
+                f"{to} exists and is no changelog of ours; choose another name, or replace it with --force"
+            )
     put(to, text.encode())
 
 
@@ -108,7 +114,7 @@ def card(
     found = cards.gather(open_repository(root), ref, cards.Told(license=license_, tags=tags, about=text, **said))
     files = [] if to is None else cards.write(found, to, force=force)
     if json:
-        page = cards.markdown(found) if to is None else files[0].read_text()
+        page = cards.markdown(found) if to is None else files[0].read_text(encoding="utf-8")
         told = {"ref": f"{found.manifest.run}/{found.manifest.name}", "id": found.manifest.id}
         render.as_json(told | {"front_matter": front_matter(found), "markdown": page, "files": list(map(str, files))})
         return
