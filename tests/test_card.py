@@ -315,6 +315,24 @@ def test_lineage_and_an_unclaimed_one(root):
     assert "## Lineage" in page(root, f"small/{first.id}")
 
 
+@pytest.mark.filterwarnings("ignore::peakpoint.PeakpointWarning")
+def test_an_abandoned_branch_is_said(root):
+    back = pp.open(root).run("small").manifests()[0]
+    model, optimizer = parts()
+    state = {"model": model, "optimizer": optimizer}
+    with checkpointer(root, run="small", state=state, resume=f"small/{back.id}", keep=[pp.Last(9)]) as ckpt:
+        ckpt.resume()
+        ckpt.report(acc=0.1, epoch=10)
+    text = page(root, "small@latest")
+    assert f"- continues `small/{back.name}`\n" in text
+    assert "- on the way here 1 branch was abandoned" in text
+
+
+def test_a_former_holder_by_the_number_of_its_record(root):
+    assert page(root, "@champion:1") == page(root, "small@latest")
+    assert front_matter(card.gather(pp.open(root), "@champion", Told(data="a/b")))["datasets"] == ["a/b"]
+
+
 def test_an_old_validation_of_another_manifest_is_said(root):
     validate(root, "@champion", manifest="0" * 64, at=START + timedelta(days=1))
     assert "Its manifest is another one than the one that was validated." in page(root)

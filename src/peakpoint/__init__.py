@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from peakpoint._version import __version__
 
 if TYPE_CHECKING:
+    from peakpoint import card as card
+    from peakpoint import changelog as changelog
     from peakpoint import evaluation as evaluation
     from peakpoint import rules as rules
     from peakpoint import upkeep as upkeep
@@ -106,7 +108,7 @@ _HOMES = {
     "load": ("loading", "load"),
     "open": ("repository", "open_repository"),
 }
-_MODULES = ("evaluation", "rules", "upkeep")
+_MODULES = ("card", "changelog", "evaluation", "rules", "upkeep")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from peakpoint.card.values import Card
 
+_DATASET = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")  # on the Hub
 _WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)
 
 
@@ -25,8 +26,8 @@ def front_matter(card: Card) -> dict[str, Any]:
     if told.task:
         found["pipeline_tag"] = told.task
     found["tags"] = list(dict.fromkeys(["peakpoint", *told.tags]))
-    if told.data:
-        found["datasets"] = [told.data] if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", told.data, re.ASCII) else []
+    if told.data and _DATASET.fullmatch(told.data):
+        found["datasets"] = [told.data]
     finite = {name: value for name, value in {**card.metrics, **card.evaluated}.items() if math.isfinite(value)}
     if finite:
         found["metrics"] = list(finite)
