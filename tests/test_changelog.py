@@ -24,7 +24,7 @@ from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.rules import Moment, claims
 from peakpoint.seal import seal
 from peakpoint.store import LocalStore
-from strategies import START, identity, one_rule, texts, trees
+from strategies import START, identity, one_rule, text_tuples, texts, times, trees, values
 from training import checkpointer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -512,6 +512,54 @@ def test_a_damaged_line_costs_itself_and_is_told(tmp_path_factory, data):
     assert "## Damage" in pages.by_day(found, "x")
     assert "- **damage**" in versions.keep_a_changelog(found, "x")
     assert damage == hand.entries(since=at(1000))  # nobody knows when it came
+
+
+ids = st.sampled_from([identity(1), identity(2), identity(3), "", "x" * 16])
+of_one = {"at": times, "checkpoint": ids}
+named = {**of_one, "name": texts | st.just("x")}
+by_one = {**named, "by": texts}
+wholes = st.integers(0, 5) | st.integers(0, 2**62)
+rule_texts = st.lists(one_rule.map(lambda rule: rule.text) | st.sampled_from(RULES) | texts, max_size=3).map(tuple)
+moments = {"step": wholes, "epoch": st.none() | wholes}
+some_metrics = st.dictionaries(st.sampled_from(["m", "n", "val/loss"]), values, max_size=2)
+TOLD = {
+    "saved": st.builds(journals.Saved, **named, sequence=wholes, report=wholes, reasons=text_tuples),
+    "save failed": st.builds(journals.SaveFailed, **named, reasons=text_tuples, error=texts),
+    "removed": st.builds(journals.Removed, **by_one, **moments, reason=texts, until=st.none() | times),
+    "parts dropped": st.builds(journals.PartsDropped, **by_one, parts=text_tuples, reason=texts),
+    "undone": st.builds(journals.Undone, **by_one, parts=text_tuples),
+    "archived": st.builds(journals.Archived, **by_one, packed_bytes=wholes),
+    "restored": st.builds(journals.Restored, **by_one),
+    "measured": st.builds(
+        journals.Measured, **of_one, step=wholes, metrics=some_metrics, part=st.none(), source=texts, by=texts
+    ),
+    "pinned": st.builds(journals.Pinned, **of_one, why=texts, by=texts),
+    "unpinned": st.builds(journals.Unpinned, **of_one, by=texts),
+    "stopped early": st.builds(journals.Closed, at=times, why=texts.map(journals.STOPPED.__add__)),
+}
+UNTOLD = [
+    st.builds(journals.Opened, at=times, by=st.dictionaries(texts, texts, max_size=2), rules=rule_texts),
+    st.builds(journals.Started, at=times, checkpoint=st.none() | ids, report=wholes, requested=st.none() | texts),
+    st.builds(journals.Reported, at=times, report=wholes, **moments, metrics=some_metrics),
+    st.builds(journals.Changing, **by_one),
+    st.builds(journals.Promoting, **by_one, alias=texts),
+]
+journal_events = st.sampled_from(list(TOLD)).flatmap(lambda kind: TOLD[kind].map(lambda event: (kind, event)))
+journal_events |= st.one_of(UNTOLD).map(lambda event: (None, event))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(journal_events, max_size=12), min_size=1, max_size=3))
+def test_whatever_a_journal_says_each_thing_is_told_once(tmp_path_factory, segments):
+    """Also what cannot be: checkpoints that come back before they were saved, rules of a later release."""
+    hand = Hand(tmp_path_factory.mktemp("any") / "runs")
+    for events in segments:
+        hand.segment(*(event for _, event in events))
+    found = hand.entries()
+    expected = Counter((kind, event.at) for events in segments for kind, event in events if kind is not None)
+    assert Counter((one.kind, one.at) for one in found if one.kind in TOLD) == expected
+    for write in (pages.by_day, versions.keep_a_changelog):
+        assert all(character.isprintable() or character == "\n" for character in write(found, "x", everything=True))
 
 
 def test_a_torn_line_is_none(story):
