@@ -227,7 +227,9 @@ def test_nothing_is_lost_doubled_or_out_of_order(tmp_path_factory, data):
     for text in (pages.by_day(found, "x"), versions.keep_a_changelog(found, "x")):
         assert all(entry.alias in text for entry in found if entry.alias)
     whole = pages.by_day(found, "x", everything=True)
-    assert sum(re.match(r"- \d\d:\d\d ", line) is not None for line in whole.splitlines()) == len(found)
+    assert sum(re.match(r"- (\d{4}-\d\d-\d\d )?\d\d:\d\d ", line) is not None for line in whole.splitlines()) == len(
+        found
+    )
 
 
 def _check_periods(repository, found, data):
@@ -242,6 +244,27 @@ def _check_periods(repository, found, data):
     kinds = data.draw(st.lists(st.sampled_from([*changelog.KINDS, "forced"]), min_size=1))
     some = [one for one in found if one.kind in kinds or ("forced" in kinds and one.forced)]
     assert changelog.entries(repository, kinds=kinds) == some
+
+
+def test_a_newest_that_is_removed_takes_its_branch_along():
+    """Two branches have the same epoch; which of them counts depends on the branch of the newest."""
+    plain = {"step": 1, "metrics": {}, "created_at": START}
+    one, two, three, four, five = (
+        Moment(id=str(number), sequence=number, epoch=epoch, forks=forks, **plain)
+        for number, epoch, forks in (
+            (1, 0, ()),
+            (2, 0, ((0, 2),)),
+            (3, None, ((0, 3),)),
+            (4, None, ((0, 2),)),
+            (5, None, ((0, 5),)),
+        )
+    )
+    followed = Claims()
+    followed.rules([pp.Every(epochs=1)])
+    assert [len(followed.add(moment)) for moment in (one, two, three)] == [0, 1, 1]
+    followed.remove("3")
+    assert followed.add(four) == []
+    assert [(passed.lost, passed.taker) for passed in followed.add(five)] == [("2", "1")]
 
 
 @settings(max_examples=200, deadline=None)
@@ -585,6 +608,14 @@ def test_a_record_that_a_journal_speaks_of_is_missed(story):
     assert "was changed since" in damage.why
 
 
+def test_a_directory_that_is_no_alias_is_told(story):
+    odd = story.root / "aliases/no alias/000001.json"
+    odd.parent.mkdir()
+    odd.write_bytes((story.root / layout.alias_key("champion", 1)).read_bytes())
+    [damage] = story.entries(kinds=["damage"])
+    assert "'no alias' cannot name an alias" in damage.why
+
+
 def test_a_damaged_validation_leaves_the_others(tmp_path):
     hand = Hand(tmp_path / "runs")
     for said in ("one", "two"):
@@ -646,6 +677,19 @@ def test_what_is_imported_is_told_as_that(tmp_path):
     assert [one.kind for one in found] == ["pinned", "imported"]
     assert found[1].why.startswith("imported from model_epoch3.pth")
     assert found[1].by.startswith("peakpoint import, process")
+
+
+def test_what_is_noted_beside_a_training_counts_from_its_time_on(tmp_path):
+    """Its segment comes after that of the training, which goes on after it."""
+    with checkpointer(tmp_path, keep=[pp.Best("m", "max"), pp.Last(2)]) as ckpt:
+        ckpt.report(step=1, m=1.0)
+        ckpt.wait()
+        pp.open(tmp_path).run("r").record("r@latest", {"m": 0.0}, source="again")
+        ckpt.report(step=2, m=0.5)
+        ckpt.wait()
+    found = changelog.entries(pp.open(tmp_path))
+    assert [one.kind for one in found] == ["begun", "saved", "measured", "saved", "claim lost", "ended"]
+    assert found[4].before.endswith("best m (max): 0")
 
 
 def test_clocks_that_disagree_keep_the_order_of_a_run(tmp_path):

@@ -111,7 +111,11 @@ def _held(store: Store, manifest: Manifest) -> tuple[tuple[Held, ...], tuple[str
     held: list[Held] = []
     damage: list[str] = []
     for alias in aliases.names(store):
-        found = aliases.history(store, alias)
+        try:
+            found = aliases.history(store, alias)
+        except ConfigError as error:  # a directory that Peakpoint did not make
+            damage.append(str(error))
+            continue
         newest = aliases.numbers(store, alias)[-1]
         damage += found.damage
         held += [

@@ -301,7 +301,7 @@ def _moved(group: Sequence[Entry]) -> str:
 
 
 def by_day(entries: Sequence[Entry], title: str, *, everything: bool = False) -> str:
-    """The account by day, the newest first; on each day production first.
+    """The account: first what happened to aliases, then damage, then what was done in runs by day; the newest first.
 
     Args:
         entries: earliest first.
@@ -309,18 +309,17 @@ def by_day(entries: Sequence[Entry], title: str, *, everything: bool = False) ->
         everything: tell each save and removal, however many there are.
     """
     lines = [f"<!-- {MARK} -->", "", f"# Changelog of {escaped(title)}", "", _period(entries), ""]
-    aliases = list(_aliases(entries))
-    lines += ["## Production", "", *aliases, ""] if aliases else []
+    dated = [entry for entry in reversed(entries) if entry.at is not None]
+    production = [f"- {one.at:%Y-%m-%d %H:%M} {line(one)}" for one in dated if one.kind in PRODUCTION]
+    lines += (
+        ["## Production", "", *(text for one in _aliases(entries) for text in (one, "")), *production, ""]
+        if production
+        else []
+    )
     damage = [entry for entry in entries if entry.at is None]
     lines += ["## Damage", "", *(f"- {line(one)}" for one in damage), ""] if damage else []
-    dated = [entry for entry in reversed(entries) if entry.at is not None]
-    for day, some in groupby(dated, key=_day):
-        today = list(some)
-        production = [f"- {one.at:%H:%M} {line(one)}" for one in today if one.kind in PRODUCTION]
-        rest = folded([one for one in today if one.kind not in PRODUCTION], everything=everything)
-        lines += [f"## {day}", "", *production, *([""] if production and rest else [])]
-        lines += ["### Runs", "", *rest] if production and rest else rest
-        lines.append("")
+    for day, some in groupby((one for one in dated if one.kind not in PRODUCTION), key=_day):
+        lines += [f"## {day}", "", *folded(list(some), everything=everything), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -338,7 +337,7 @@ def _period(entries: Sequence[Entry]) -> str:
 
 
 def _aliases(entries: Sequence[Entry]) -> Iterator[str]:
-    """For each alias what it was at the beginning and is at the end, and how often it changed in between."""
+    """A paragraph for each alias: what it was at the beginning and is at the end, and how often it changed."""
     names = sorted({one.alias for one in entries if one.alias is not None and one.kind in PRODUCTION})
     for alias in names:
         mine = [one for one in entries if one.alias == alias and one.kind in PRODUCTION]
@@ -347,6 +346,6 @@ def _aliases(entries: Sequence[Entry]) -> Iterator[str]:
         counts["forced"] = sum(one.forced for one in mine)
         said = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
         if done:
-            yield f"- **{escaped(alias)}**: from {_name(done[0].before)} to {_name(done[-1].after)} ({said})"
+            yield f"**{escaped(alias)}**: from {_name(done[0].before)} to {_name(done[-1].after)} ({said})."
         else:
-            yield f"- **{escaped(alias)}**: unchanged ({said})"
+            yield f"**{escaped(alias)}**: unchanged ({said})."

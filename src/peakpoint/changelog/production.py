@@ -10,7 +10,7 @@ import msgspec
 from peakpoint import aliases, journal, layout, validations
 from peakpoint.aliases import AliasRecord
 from peakpoint.changelog.entries import FORCED, Entry
-from peakpoint.errors import CorruptError, FormatError
+from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.manifest import metrics_to_json
 from peakpoint.repository import Run
 from peakpoint.seal import unseal
@@ -33,7 +33,11 @@ class Promise:
 def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[Entry]:
     """Every change of every alias; damage of its history; records that the journals speak of and that are not there."""
     for alias in aliases.names(store):
-        found = aliases.history(store, alias)
+        try:
+            found = aliases.history(store, alias)
+        except ConfigError as error:  # a directory that Peakpoint did not make
+            yield Entry(at=None, kind="damage", why=f"{layout.alias_prefix(alias)} is no alias of ours: {error}")
+            continue
         records = {record.number: record for record in found.records}
         for record in found.records:
             yield _change(record, records.get(record.number - 1))
@@ -138,7 +142,7 @@ def of_releases(store: Store) -> Iterator[Entry]:
         key = layout.release_key(child.removesuffix(".json"))
         try:
             refused = _refused(unseal(store.get(key), where=key), child.removesuffix(".json"))
-        except (CorruptError, FormatError) as error:
+        except (ConfigError, CorruptError, FormatError) as error:
             yield Entry(at=None, kind="damage", why=str(error))
             continue
         if refused is not None:
