@@ -113,7 +113,8 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
     files = sorted(path.name for path in (tmp_path / "hf").iterdir())
     weights = {}
     if shard == "5 GB":
-        assert files == ["config.json", "model.safetensors", "trainer_state.json"]
+        assert files == ["README.md", "config.json", "model.safetensors", "trainer_state.json"]
+        assert "## How to load it" in (tmp_path / "hf" / "README.md").read_text()
         weights = load_file(tmp_path / "hf" / "model.safetensors")
     else:
         index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())

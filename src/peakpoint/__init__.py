@@ -21,6 +21,8 @@ from peakpoint._version import __version__
 
 if TYPE_CHECKING:
     from peakpoint import aliases as aliases
+    from peakpoint import card as card
+    from peakpoint import changelog as changelog
     from peakpoint import evaluation as evaluation
     from peakpoint import promotion as promotion
     from peakpoint import rules as rules
@@ -128,7 +130,7 @@ _HOMES = {
     "validate": ("examining.here", "validate"),
     "soup": ("soups", "soup"),
 }
-_MODULES = ("aliases", "evaluation", "promotion", "rules", "upkeep")
+_MODULES = ("aliases", "card", "changelog", "evaluation", "promotion", "rules", "upkeep")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered
 

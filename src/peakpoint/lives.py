@@ -32,8 +32,8 @@ class Life:
 
 def lives(events: Iterable[Event]) -> list[Life]:
     """Every checkpoint that a run ever had, earliest first."""
-    branch = _Branch({}, ())
-    places: dict[str | None, tuple[_Branch, Saved]] = {}
+    branch = Branch({}, ())
+    places: dict[str | None, tuple[Branch, Saved]] = {}
     texts: tuple[str, ...] = ()
     found: dict[str, Life] = {}
     for event in events:
@@ -48,7 +48,7 @@ def lives(events: Iterable[Event]) -> list[Life]:
                 branch.reports[event.report] = event
             case Saved():
                 places[event.checkpoint] = (branch, event)
-                found[event.checkpoint] = Life(event, _moment(event, branch), None)
+                found[event.checkpoint] = Life(event, moment_of(event, branch), None)
             case Removed() if event.checkpoint in found:
                 life = found[event.checkpoint]  # said before, when that removal came to nothing
                 there = [one for one in found.values() if one.removed is None or one is life]
@@ -65,25 +65,31 @@ def lives(events: Iterable[Event]) -> list[Life]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Branch:
-    """The history that a checkpoint belongs to."""
+class Branch:
+    """The history that a checkpoint belongs to.
+
+    Attributes:
+        reports: by their numbers.
+        forks: see ``Manifest``.
+    """
 
     reports: dict[int, Reported]
     forks: Forks
 
-    def continued(self, start: Started, saved: Saved | None, newest: int) -> "_Branch":
+    def continued(self, start: Started, saved: Saved | None, newest: int) -> "Branch":
         """What goes on from a checkpoint of this branch, or from nothing (see ``Manifest.forks``)."""
         last = start.report if saved is None else saved.report
         reports = {number: report for number, report in self.reports.items() if number <= last}
         if saved is not None:
             fork = ((saved.sequence, newest + 1),) if newest > saved.sequence else ()
-            return _Branch(reports, (*self.forks, *fork))
+            return Branch(reports, (*self.forks, *fork))
         if start.checkpoint is None:
-            return _Branch(reports, ((0, newest + 1),) if newest else ())
-        return _Branch(reports, () if start.report == 0 else self.forks)
+            return Branch(reports, ((0, newest + 1),) if newest else ())
+        return Branch(reports, () if start.report == 0 else self.forks)
 
 
-def _moment(saved: Saved, branch: _Branch) -> Moment:
+def moment_of(saved: Saved, branch: Branch) -> Moment:
+    """What rules look at, of a checkpoint that was committed on a branch."""
     report = branch.reports.get(saved.report)
     return Moment(
         id=saved.checkpoint,
@@ -225,4 +231,4 @@ def typical_size(manifests: Sequence[Manifest]) -> int:
     return sum(manifest.size_bytes for manifest in manifests) // len(manifests) if manifests else 0
 
 
-__all__ = ["Kept", "Life", "Peak", "Replay", "lives", "replay", "typical_size"]
+__all__ = ["Branch", "Kept", "Life", "Peak", "Replay", "lives", "moment_of", "replay", "typical_size"]

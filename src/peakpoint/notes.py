@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from peakpoint.journal import Event, Measured, Pinned, Promoted, Promoting, Reported, Saved, Started, Unpinned
 from peakpoint.manifest import Manifest
@@ -106,7 +107,16 @@ def known(manifest: Manifest, noted: Notes, derived: Derived) -> Manifest:
     return replace(manifest, metrics={**manifest.metrics, **late, **derived}) if late or derived else manifest
 
 
-def derive(manifests: Iterable[Manifest], events: Sequence[Event], wanted: Windows) -> dict[str, Derived]:
+class Placed(Protocol):
+    """What has a place in a history: a manifest, for example."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def report(self) -> int: ...  # noqa: D102
+
+
+def derive(manifests: Iterable[Placed], events: Sequence[Event], wanted: Windows) -> dict[str, Derived]:
     """The smoothed metrics at the moment of each checkpoint, along the history that it belongs to."""
     if not wanted:
         return {}

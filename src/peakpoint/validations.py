@@ -218,6 +218,17 @@ def of(store: Store, run: str, checkpoint: str) -> list[Validation]:
     return [read(store, run, checkpoint, number) for number in _numbers(store, run, checkpoint)]
 
 
+def readable(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], list[str]]:
+    """The validations of a checkpoint that can be read, earliest first, and a sentence for each that cannot."""
+    found, damage = [], []
+    for number in _numbers(store, run, checkpoint):
+        try:
+            found.append(read(store, run, checkpoint, number))
+        except (CorruptError, FormatError) as error:
+            damage.append(str(error))
+    return found, damage
+
+
 def newest(store: Store, run: str, checkpoint: str) -> Validation | None:
     """The last validation of a checkpoint; None when it was never validated.
 

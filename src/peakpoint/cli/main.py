@@ -26,6 +26,7 @@ _MODULES = {
     "validating": ("validate",),
     "signing": ("sign", "verify"),
     "souping": ("soup",),
+    "telling": ("card", "changelog"),
     "space": ("archive", "restore", "trash", "undo"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

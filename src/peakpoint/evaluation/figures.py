@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -20,12 +20,13 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from peakpoint.evaluation.judging import Judged
+from peakpoint.evaluation.judging import Examples, Judged, judge
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.tables import printable
 from peakpoint.evaluation.thinning import Points, thin
 from peakpoint.evaluation.tradeoff import Tradeoff
 from peakpoint.journal import Reported
+from peakpoint.rules import Mode
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
@@ -110,6 +111,35 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
         groups = [[one for one in mine if _split_off(one.peak.metric) == title] for title in titles]
         made += [_curves(title, shown, materials, looks) for title, shown in zip(titles, groups, strict=True)]
     return made + [_front(one, looks) for one in found.tradeoffs]
+
+
+def curve(material: Material, metric: str, mode: Mode, here: tuple[int, int | None, float] | None) -> Panel | None:
+    """The curve of one metric of one run, with its peak.
+
+    Args:
+        material: the run.
+        metric: which metric.
+        mode: its direction.
+        here: step, epoch and value of a checkpoint to be marked.
+
+    Returns:
+        None when the metric never had a finite value.
+    """
+    judged = [one for one in judge(material, metric, mode, Examples()) if one.window == 1]
+    if not judged:
+        return None
+    panel = _curves(_split_off(metric), judged, {material.name: material}, _Looks({}))
+    if here is None or not abs(here[2]) < _LARGEST:
+        return panel
+    step, epoch, value = here
+    look: Any = {"marker": "o", "linestyle": "none", "color": INK, "markerfacecolor": "none", "markersize": 15}
+
+    def draw(axes: Axes) -> None:
+        panel.draw(axes)
+        place = (epoch or 0) if material.counts_epochs() else step
+        axes.plot([place], [value], **look, markeredgewidth=1.8, zorder=15)
+
+    return replace(panel, draw=draw, legend=lambda: [*panel.legend(), Line2D([], [], **look, label="this checkpoint")])
 
 
 def svg(panel: Panel) -> str:

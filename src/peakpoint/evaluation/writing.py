@@ -64,7 +64,7 @@ def write(
                 f"{file} exists and is no report of ours; choose another name, or replace it with --force"
             )
     for file, content in files.items():
-        _replace(file, content)
+        put(file, content)
     return list(files)
 
 
@@ -192,8 +192,12 @@ def _is_ours(file: Path) -> bool:
     return pages.MARK.encode() in head + tail or head.startswith(",".join(_COLUMNS).encode())
 
 
-def _replace(file: Path, content: bytes) -> None:
-    """Write a file under another name, then rename it."""
+def put(file: Path, content: bytes) -> None:
+    """Write a file, replacing one that is there: under another name first, durable, then renamed.
+
+    Raises:
+        StoreError: the disk said no.
+    """
     umask = os.umask(0)
     os.umask(umask)
     temporary = None

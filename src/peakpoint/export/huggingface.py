@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peakpoint import reader
+from peakpoint import card, reader
 from peakpoint.errors import ConflictError, FormatError, NotFoundError
 from peakpoint.export.files import check_weights, default_part, publish
 from peakpoint.journal import history
@@ -27,7 +27,8 @@ def export_folder(
     """Write one part of a checkpoint to a folder of its own; atomic and durable.
 
     The folder has ``model.safetensors``, or shards with ``model.safetensors.index.json``; ``config.json`` when it is
-    given or was imported with the checkpoint; and ``trainer_state.json`` with the metrics of the checkpoint's history.
+    given or was imported with the checkpoint; ``trainer_state.json`` with the metrics of the checkpoint's history; and
+    the model card, ``README.md``.
 
     Args:
         repository: where from.
@@ -66,10 +67,12 @@ def export_folder(
     settings = _kept_config(saved, kept) if settings is None else settings
     if settings is not None:
         texts["config.json"] = settings
+    page = card.markdown(card.gather(repository, ref))
     temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
     with translated("write", to):
         try:
             temporary.mkdir()
+            (temporary / card.PAGE).write_text(page, encoding="utf-8")
             _write(temporary, weights, most, texts)
             publish(temporary, to)
         finally:

@@ -1,0 +1,99 @@
+"""The front matter of a card: YAML as the Hugging Face Hub reads it."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peakpoint.card.values import Card
+
+_DATASET = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")  # on the Hub
+_WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)
+
+
+def front_matter(card: Card) -> dict[str, Any]:
+    """The members, in the Hub's schema; metrics that are no finite numbers are left out.
+
+    Source: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    told = card.told
+    found: dict[str, Any] = {"library_name": "pytorch"}
+    if told.license:
+        found["license"] = told.license
+    if told.base_model:
+        found["base_model"] = told.base_model
+    if told.task:
+        found["pipeline_tag"] = told.task
+    found["tags"] = list(dict.fromkeys(["peakpoint", *told.tags]))
+    if told.data and _DATASET.fullmatch(told.data):
+        found["datasets"] = [told.data]
+    finite = {name: value for name, value in {**card.metrics, **card.evaluated}.items() if math.isfinite(value)}
+    if finite:
+        found["metrics"] = list(finite)
+        found["model-index"] = [{"name": card.manifest.run, "results": [_result(card, finite)]}]
+    return {name: value for name, value in found.items() if value}
+
+
+def _result(card: Card, metrics: Mapping[str, float]) -> dict[str, Any]:
+    data = card.told.data or "not recorded"
+    return {
+        "task": {"type": card.told.task or "other"},
+        "dataset": {"name": data, "type": re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-") or "other"},
+        "metrics": [
+            {"type": name, "value": value, "name": f"{name} ({_source(card, name)})"} for name, value in metrics.items()
+        ],
+    }
+
+
+def _source(card: Card, metric: str) -> str:
+    if metric in card.evaluated:
+        return "evaluated again in its validation"
+    return "measured later" if any(metric in one.metrics for one in card.measured) else "reported in training"
+
+
+def yaml(value: Mapping[str, Any]) -> str:
+    r"""A mapping of plain values as YAML: blocks of keys and lists, every text in double quotes.
+
+    Example:
+        >>> print(yaml({"name": "a: b", "numbers": [1, 1e-05], "of": [{"x": {"why": "é\x85"}}]}), end="")
+        name: "a: b"
+        numbers:
+        - 1
+        - 1.0e-05
+        of:
+        - x:
+            why: "é\U00000085"
+    """
+    return "".join(f"{line}\n" for line in _lines(value))
+
+
+def _lines(value: Mapping[str, Any]) -> Iterator[str]:
+    for key, child in value.items():
+        name = key if _WORD.fullmatch(key) else _quoted(key)
+        if isinstance(child, Mapping):
+            yield f"{name}:"
+            yield from (f"  {line}" for line in _lines(child))
+        elif isinstance(child, list):
+            yield f"{name}:"
+            for one in child:
+                inner = list(_lines(one)) if isinstance(one, Mapping) else [_scalar(one)]
+                yield f"- {inner[0]}"
+                yield from (f"  {line}" for line in inner[1:])
+        else:
+            yield f"{name}: {_scalar(child)}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return f"{mantissa}.0{e}{exponent}" if e and "." not in mantissa else repr(value)  # 1e-05 is a text in YAML 1.1
+    return _quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """JSON's quoting is YAML's, but for what YAML takes for a line break or does not allow."""
+    plain = json.dumps(text, ensure_ascii=False)
+    if plain.isprintable():
+        return plain
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain)

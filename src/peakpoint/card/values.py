@@ -1,0 +1,96 @@
+"""What a card is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peakpoint.aliases import AliasRecord
+from peakpoint.evaluation.material import Material
+from peakpoint.journal import Measured
+from peakpoint.manifest import Manifest
+from peakpoint.rules import Claim
+from peakpoint.validations import Validation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What only a person can say of a model.
+
+    Attributes:
+        license: such as ``"apache-2.0"``; the Hub knows these by identifiers.
+        data: what it was trained and evaluated on.
+        task: such as ``"image-classification"``, as the Hub calls it.
+        base_model: the model on the Hub that it was made of.
+        tags: further tags.
+        about: Markdown of the user, put in as it is.
+    """
+
+    license: str | None = None
+    data: str | None = None
+    task: str | None = None
+    base_model: str | None = None
+    tags: tuple[str, ...] = ()
+    about: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A time during which an alias pointed at the checkpoint.
+
+    Attributes:
+        record: which made it so.
+        before: the record in front of it that can be read; None for the first.
+        after: the next one that can be read; None when there is none.
+        holds: whether the alias points at it now.
+    """
+
+    record: AliasRecord
+    before: AliasRecord | None
+    after: AliasRecord | None
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """All that is recorded of one checkpoint.
+
+    Attributes:
+        ref: as it was asked for.
+        location: of the repository.
+        manifest: without the parts that were dropped since.
+        manifest_digest: of the bytes of its manifest.
+        material: the run.
+        claims: why it is kept.
+        metrics: all that is known, the last value of each.
+        measured: what was measured after it was saved.
+        state: part to the class of what was given for it.
+        lineage: what it continues, the nearest first, and whether that exists.
+        validations: earliest first.
+        held: when aliases pointed at it, by alias.
+        damage: what could not be read, a sentence each.
+        told: what the user says.
+    """
+
+    ref: str
+    location: str
+    manifest: Manifest
+    manifest_digest: str
+    material: Material
+    claims: tuple[Claim, ...]
+    metrics: Mapping[str, float]
+    measured: tuple[Measured, ...]
+    state: Mapping[str, str]
+    lineage: tuple[tuple[str, bool], ...]
+    validations: tuple[Validation, ...]
+    held: tuple[Held, ...]
+    damage: tuple[str, ...]
+    told: Told
+
+    @property
+    def validation(self) -> Validation | None:
+        """The last one that can be read."""
+        return self.validations[-1] if self.validations else None
+
+    @property
+    def evaluated(self) -> Mapping[str, float]:
+        """The metrics as the last validation has found them; nothing without one."""
+        return {} if self.validation is None else self.validation.metrics

@@ -1,0 +1,176 @@
+"""What was done with aliases: promoted, rolled back, retired, refused; and the validations that it rests on."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from peakpoint import aliases, journal, layout, validations
+from peakpoint.aliases import AliasRecord
+from peakpoint.changelog.entries import FORCED, Entry
+from peakpoint.errors import ConfigError, CorruptError, FormatError
+from peakpoint.manifest import metrics_to_json
+from peakpoint.repository import Run
+from peakpoint.seal import unseal
+from peakpoint.store import Store
+
+_RELEASES = "releases"
+_ACCEPTED = frozenset({"promoted", "released", "passed", "rolled back", "dry run"})  # which the alias itself tells of
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What the journal of a run says of the record of an alias."""
+
+    run: str
+    alias: str
+    record: int
+    digest: str
+
+
+def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[Entry]:
+    """Every change of every alias; damage of its history; records that the journals speak of and that are not there."""
+    for alias in aliases.names(store):
+        try:
+            found = aliases.history(store, alias)
+        except ConfigError as error:  # a directory that Peakpoint did not make
+            yield Entry(at=None, kind="damage", why=f"{layout.alias_prefix(alias)} is no alias of ours: {error}")
+            continue
+        records = {record.number: record for record in found.records}
+        for record in found.records:
+            yield _change(record, records.get(record.number - 1))
+        for text in found.damage:
+            yield Entry(at=None, kind="damage", alias=alias, why=text)
+        promised = [promise for promise in promises if promise.alias == alias]
+        unreadable = set(aliases.numbers(store, alias)) - records.keys()
+        yield from _broken(promised, {one.number: one.digest for one in found.records}, unreadable)
+    known = set(aliases.names(store))
+    yield from _broken([promise for promise in promises if promise.alias not in known], {}, set())
+
+
+def _broken(promises: Collection[Promise], there: Mapping[int, str], unreadable: Collection[int]) -> Iterator[Entry]:
+    for one in promises:
+        if one.record in unreadable or there.get(one.record) == one.digest:
+            continue  # told already, or as it was
+        what = "was changed since" if one.record in there else "is missing"
+        why = f"{layout.alias_key(one.alias, one.record)} {what}: the journal of {one.run} says that it was made"
+        yield Entry(at=None, kind="damage", run=one.run, alias=one.alias, why=why)
+
+
+def _change(record: AliasRecord, former: AliasRecord | None) -> Entry:
+    target = record.target
+    before = None if former is None or former.target is None else _ref(former)
+    details: dict[str, Any] = {"record": record.number}
+    if former is None and record.number > 1:
+        details["former"] = "not known: the record before cannot be read"
+    if target is not None:
+        details |= {"id": target.checkpoint, "manifest": target.manifest}
+    if former is not None and former.target is not None:
+        details |= {"former_id": former.target.checkpoint, "former_run": former.target.run}
+    more = {
+        "restores": record.restores,
+        "validation": record.validation,
+        FORCED: list(record.forced),
+        "comparison": record.comparison,
+        "release": record.release,
+    }
+    return Entry(
+        at=record.at,
+        kind=record.kind,
+        run=None if target is None else target.run,
+        checkpoint=None if target is None else _ref(record),
+        alias=record.alias,
+        by=record.by,
+        why=record.why,
+        before=before,
+        after=None if target is None else _ref(record),
+        details=details | {name: value for name, value in more.items() if value},
+    )
+
+
+def _ref(record: AliasRecord) -> str:
+    assert record.target is not None
+    return f"{record.target.run}/{record.target.name}"
+
+
+def of_validations(run: Run) -> Iterator[Entry]:
+    """Every validation of a run's checkpoints, gone ones too."""
+    for checkpoint in validations.checkpoints_with(run.store, run.name):
+        found, damage = validations.readable(run.store, run.name, checkpoint)
+        for text in damage:
+            yield Entry(at=None, kind="damage", run=run.name, why=text, details={"id": checkpoint})
+        for one in found:
+            said = [f"{finding.check}: {finding.said}" for finding in one.failures]
+            details = {
+                "id": checkpoint,
+                "number": one.number,
+                "digest": one.digest,
+                "failures": said,
+                "checks": len(one.findings),
+                "metrics": metrics_to_json(one.metrics),
+                "against": one.against,
+            }
+            yield Entry(
+                at=one.at,
+                kind="validated",
+                run=run.name,
+                checkpoint=f"{run.name}/{one.name}",
+                alias=one.alias,
+                by=one.by,
+                why="; ".join(said),
+                after="passed" if one.passed else "failed",
+                details=details,
+            )
+
+
+def promises(run: Run, reading: journal.Reading) -> list[Promise]:
+    """The records of aliases that the journal of a run says were made."""
+    return [
+        Promise(run.name, event.alias, event.record, event.digest)
+        for event in reading.events
+        if isinstance(event, journal.Promoted) and event.record is not None and event.digest is not None
+    ]
+
+
+def of_releases(store: Store) -> Iterator[Entry]:
+    """Releases that were refused; those that went through are told by the records of the aliases."""
+    for child in store.children(_RELEASES):
+        if not child.endswith(".json"):
+            continue
+        key = layout.release_key(child.removesuffix(".json"))
+        try:
+            refused = _refused(unseal(store.get(key), where=key), child.removesuffix(".json"))
+        except (ConfigError, CorruptError, FormatError) as error:
+            yield Entry(at=None, kind="damage", why=str(error))
+            continue
+        if refused is not None:
+            yield refused
+
+
+class _Release(msgspec.Struct):
+    """What is read of the record of a release."""
+
+    at: datetime
+    outcome: str
+    by: str = ""
+    alias: str | None = None
+    said: str | list[str] = ""
+
+
+def _refused(record: Mapping[str, Any], release: str) -> Entry | None:
+    """The entry of a release that was refused; None of one that was not.
+
+    Raises:
+        FormatError: the record has not the members that are needed.
+    """
+    try:
+        found = msgspec.convert(record, _Release)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{layout.release_key(release)} is not a record of a release: {error}") from error
+    if found.outcome in _ACCEPTED:
+        return None
+    said = found.said if isinstance(found.said, str) else "; ".join(found.said)
+    details = {"release": release, "outcome": found.outcome}
+    return Entry(at=found.at, kind="refused", alias=found.alias, by=found.by, why=said, details=details)
