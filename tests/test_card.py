@@ -72,7 +72,7 @@ def made(tmp_path_factory):
             ckpt.report(acc=0.8 - 0.01 * abs(epoch - 9), loss=1 / (epoch + 1), odd=float("nan"))
     promote(root, "small@latest", why="the first")
     validation = validate(root, "small@best:acc")
-    promote(root, "small@best:acc", validation=validation.digest, comparison={"acc": [0.76, 0.8]})
+    promote(root, "small@best:acc", validation=validation.digest, comparison={"said": "acc 0.76 to 0.8 (better)"})
     pp.open(root).run("small").record("small@best:acc", {"test_acc": 0.79}, source="evaluate.py")
     return root
 
@@ -105,7 +105,7 @@ def test_it_says_what_is_recorded(root):
         "| metrics | passed | 0.81 as recorded | 1.50 s |",
         "Environment: torch 2.",
         "| champion 2 |",
-        "compared: acc 0.76 → 0.8",
+        "compared: acc 0.76 to 0.8 (better)",
         "- saved: best acc (max): 0.8",
         "| 9 | 10 | 0.8 | 0.1 | peak of acc, **this checkpoint** |",
         "| 13 | 14 | 0.76 | 0.0714286 | peak of loss |",
@@ -216,7 +216,14 @@ def test_no_text_makes_structure(root):
             at, "small@best:acc", said=text, by=text, environment={"x": text}, against="x", alias="champion"
         )
         promote(
-            at, "small@best:acc", "rolled back", restores=2, why=text, by=text, forced=(text,), comparison={text: text}
+            at,
+            "small@best:acc",
+            "rolled back",
+            restores=2,
+            why=text,
+            by=text,
+            forced=(text,),
+            comparison={"said": text},
         )
         assert validation.number == 2
         return page(at, license="mit", data=text)

@@ -67,7 +67,7 @@ def test_a_better_one_is_released_next_with_the_comparison_on_record(tmp_path):
     assert comparison["paired"]["examples"] == task.EXAMPLES
     assert comparison["paired"]["p_value"] < 0.01
     former = records(pp.open(tmp_path).store)[1].former
-    assert former == pp.open(tmp_path).find("r:1").run + "/" + pp.open(tmp_path).find("r:1").id
+    assert former.checkpoint == pp.open(tmp_path).find("r:1").id
 
 
 def test_a_dry_run_changes_nothing_at_all(tmp_path):

@@ -86,9 +86,21 @@ class Comparison:
     unpaired: str
     flips: tuple[tuple[int, int, int, int], ...] = ()
 
+    @property
+    def said(self) -> str:
+        """In one line."""
+        pairs = [f"{one.name} {one.champion:.6g} to {one.candidate:.6g}{_WORDS[one.better]}" for one in self.metrics]
+        test = self.paired
+        if test is not None:
+            pairs.append(
+                f"accuracy {test.difference:+.4f} on the same {test.examples:,} examples ({test.confidence:.0%} from "
+                f"{test.low:+.4f} to {test.high:+.4f}, p = {test.p_value:.2g}), {test.gained} gained, {test.lost} lost"
+            )
+        return "; ".join(pairs) or "nothing that both have"
+
     def to_json(self) -> dict[str, Any]:
         """For the record: everything but the long list of flips."""
-        record = asdict(self)
+        record = {"said": self.said, **asdict(self)}
         record["metrics"] = [
             asdict(one) | {"champion": _plain(one.champion), "candidate": _plain(one.candidate)} for one in self.metrics
         ]
@@ -98,6 +110,7 @@ class Comparison:
 
 
 _SHOWN = 10  # examples that flipped
+_WORDS = {True: " (better)", False: " (worse)", None: ""}
 
 
 def _plain(value: float) -> float | str:

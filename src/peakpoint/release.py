@@ -5,7 +5,7 @@ the hooks were told, the record of the release. A release that was killed in bet
 what is on record is not done twice. Where everything is as it should be, a release changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ import msgspec
 
 from peakpoint import aliases, hooks, layout, promotion, signing, validations
 from peakpoint.actor import present_user
-from peakpoint.aliases import AliasRecord
+from peakpoint.aliases import AliasRecord, Target
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, ConflictError, FormatError
@@ -97,8 +97,8 @@ class ReleaseRecord:
         outcome: ``"promoted"`` or ``"refused"``.
         at: when.
         by: who.
-        candidate: ref of the checkpoint.
-        former: ref of the holder before; None when there was none.
+        candidate: what was to be promoted.
+        former: the holder before; None when there was none.
         validation: digest of the validation it rested on.
         record: the number of the alias's record, if one was made.
         steps: what came of each.
@@ -111,8 +111,8 @@ class ReleaseRecord:
     outcome: str
     at: datetime
     by: str
-    candidate: str
-    former: str | None
+    candidate: Target
+    former: Target | None
     validation: str | None
     record: int | None
     steps: tuple[Step, ...]
@@ -131,13 +131,21 @@ def records(store: Store) -> list[ReleaseRecord]:
     for child in store.children(layout.RELEASES):
         if child.endswith(".json"):
             where = f"{layout.RELEASES}/{child}"
-            content = unseal(store.get(where), where=where)
-            check_format(content, where=where)
-            try:
-                found.append(msgspec.convert(content, ReleaseRecord))
-            except msgspec.ValidationError as error:
-                raise FormatError(f"{where} is not a record of a release that this version reads: {error}") from error
+            found.append(decode(unseal(store.get(where), where=where), where=where))
     return sorted(found, key=lambda one: one.at)
+
+
+def decode(record: Mapping[str, Any], *, where: str) -> ReleaseRecord:
+    """Read the record of a release.
+
+    Raises:
+        FormatError: it is none that this version of Peakpoint reads.
+    """
+    check_format(record, where=where)
+    try:
+        return msgspec.convert(record, ReleaseRecord)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{where} is not a record of a release that this version reads: {error}") from error
 
 
 def release(
@@ -394,7 +402,7 @@ class _Release:
             outcome=outcome,
             at=self._clock() if record is None else record.at,
             by=self._by if record is None else record.by,
-            candidate=proposal.target.ref,
+            candidate=proposal.target,
             former=former,
             validation=rests_on if record is None else record.validation,
             record=None if record is None else record.number,
@@ -407,9 +415,9 @@ class _Release:
         except ConflictError:
             return
 
-    def _former(self, proposal: Proposal, record: AliasRecord | None) -> str | None:
+    def _former(self, proposal: Proposal, record: AliasRecord | None) -> Target | None:
         """What the alias pointed at before."""
         before = proposal.present
         if record is not None and before is not None and before.number == record.number:
             before = aliases.read(self._store, self._alias, record.number - 1) if record.number > 1 else None
-        return None if before is None or before.target is None else before.target.ref
+        return None if before is None else before.target

@@ -176,6 +176,7 @@ def record(store: Store, validation: Validation) -> Validation:
         there = _numbers(store, validation.run, validation.checkpoint)
         numbered = replace(validation, number=there[-1] + 1 if there else 1)
         content = {one.name: getattr(numbered, one.name) for one in fields(numbered)[:-1]}
+        content["metrics"] = metrics_to_json(numbered.metrics)
         data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
         try:
             store.create(layout.validation_key(numbered.run, numbered.checkpoint, numbered.number), data)

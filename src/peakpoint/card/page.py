@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from peakpoint.card.front import front_matter, yaml
 from peakpoint.card.values import Card, Held
-from peakpoint.changelog.pages import code, escaped, figures
+from peakpoint.changelog.pages import code, compared, escaped
 from peakpoint.evaluation.tables import printable
 from peakpoint.journal import Reported
 from peakpoint.peaks import peaks
@@ -188,8 +188,8 @@ def _held(one: Held) -> tuple[str, ...]:
         evidence = [f"rolled back to record {record.restores}"]
     if one.before is not None and one.before.target is not None:
         evidence.append(f"before it: {escaped(one.before.target.run)}/{escaped(one.before.target.name)}")
-    if record.comparison:
-        evidence.append(f"compared: {escaped(figures(record.comparison))}")
+    if said := compared(record.comparison):
+        evidence.append(said)
     evidence += [f"**forced** although {escaped(reason)}" for reason in record.forced]
     name = f"{escaped(record.alias)} {record.number}"
     return name, _time(record.at), until, escaped(record.by), escaped(record.why), "; ".join(evidence)

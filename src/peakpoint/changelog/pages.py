@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import groupby
-from typing import Any
 
 from peakpoint.changelog.entries import PRODUCTION, Entry
 from peakpoint.evaluation.pages import escaped as plain
@@ -99,14 +98,14 @@ def _retired(entry: Entry) -> str:
 
 
 def _refused(entry: Entry) -> str:
-    which = "" if entry.alias is None else f" of **{escaped(entry.alias)}**"
-    return f"a release{which} was refused{_because(entry)} (release {escaped(str(entry.details.get('release')))})"
+    what = f"{_name(entry.checkpoint)} did not become **{escaped(entry.alias or '')}**"
+    return f"{what}{_because(entry)} (release {escaped(str(entry.details.get('release')))})"
 
 
 def _evidence(entry: Entry) -> str:
     found = []
-    if comparison := entry.details.get("comparison"):
-        found.append(f"compared: {escaped(figures(comparison))}")
+    if said := compared(entry.details.get("comparison")):
+        found.append(said)
     if validation := entry.details.get("validation"):
         found.append(f"rests on validation {escaped(str(validation)[:12])}")
     elif entry.kind == "promoted":
@@ -118,30 +117,10 @@ def _evidence(entry: Entry) -> str:
     return "".join(f"; {one}" for one in found)
 
 
-def figures(comparison: Mapping[str, Any]) -> str:
-    """A comparison that was shown before a promotion, in one line, whatever its form.
-
-    Example:
-        >>> figures({"acc": [0.71, 0.74], "size": {"champion": 10, "challenger": 5}, "verdict": "better"})
-        'acc 0.71 → 0.74, size champion 10, size challenger 5, verdict better'
-    """
-    return ", ".join(_flat("", comparison))
-
-
-def _flat(name: str, value: Any) -> Iterator[str]:
-    match value:
-        case dict():
-            for key, child in value.items():
-                yield from _flat(f"{name} {key}".strip(), child)
-        case [int() | float() as former, int() | float() as new]:
-            yield f"{name} {former:.6g} → {new:.6g}"
-        case list():
-            for child in value:
-                yield from _flat(name, child)
-        case float():
-            yield f"{name} {value:.6g}"
-        case _:
-            yield f"{name} {value}"
+def compared(comparison: object) -> str:
+    """What a record says of the comparison that was shown before it was made, escaped; "" when it says nothing."""
+    said = comparison.get("said") if isinstance(comparison, Mapping) else None
+    return f"compared: {escaped(str(said))}" if said else ""
 
 
 def _plain_kind(verb: str) -> Callable[[Entry], str]:

@@ -2,12 +2,10 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
-import msgspec
-
 from peakpoint import aliases, journal, layout, validations
+from peakpoint import release as releases
 from peakpoint.aliases import AliasRecord
 from peakpoint.changelog.entries import FORCED, Entry
 from peakpoint.errors import ConfigError, CorruptError, FormatError
@@ -15,9 +13,6 @@ from peakpoint.manifest import metrics_to_json
 from peakpoint.repository import Run
 from peakpoint.seal import unseal
 from peakpoint.store import Store
-
-_RELEASES = "releases"
-_ACCEPTED = frozenset({"promoted", "released", "passed", "rolled back", "dry run"})  # which the alias itself tells of
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +131,7 @@ def promises(run: Run, reading: journal.Reading) -> list[Promise]:
 
 def of_releases(store: Store) -> Iterator[Entry]:
     """Releases that were refused; those that went through are told by the records of the aliases."""
-    for child in store.children(_RELEASES):
+    for child in store.children(layout.RELEASES):
         if not child.endswith(".json"):
             continue
         key = layout.release_key(child.removesuffix(".json"))
@@ -149,28 +144,24 @@ def of_releases(store: Store) -> Iterator[Entry]:
             yield refused
 
 
-class _Release(msgspec.Struct):
-    """What is read of the record of a release."""
-
-    at: datetime
-    outcome: str
-    by: str = ""
-    alias: str | None = None
-    said: str | list[str] = ""
-
-
 def _refused(record: Mapping[str, Any], release: str) -> Entry | None:
     """The entry of a release that was refused; None of one that was not.
 
     Raises:
         FormatError: the record has not the members that are needed.
     """
-    try:
-        found = msgspec.convert(record, _Release)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{layout.release_key(release)} is not a record of a release: {error}") from error
-    if found.outcome in _ACCEPTED:
+    found = releases.decode(record, where=layout.release_key(release))
+    if found.outcome != "refused":
         return None
-    said = found.said if isinstance(found.said, str) else "; ".join(found.said)
-    details = {"release": release, "outcome": found.outcome}
-    return Entry(at=found.at, kind="refused", alias=found.alias, by=found.by, why=said, details=details)
+    one, former = found.candidate, found.former
+    return Entry(
+        at=found.at,
+        kind="refused",
+        run=one.run,
+        checkpoint=f"{one.run}/{one.name}",
+        alias=found.alias,
+        by=found.by,
+        why="; ".join(found.reasons),
+        before=None if former is None else f"{former.run}/{former.name}",
+        details={"release": release, "id": one.checkpoint, "validation": found.validation},
+    )
