@@ -20,7 +20,8 @@ import msgspec
 from peakpoint import layout
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.manifest import FORMAT, check_format
-from peakpoint.refs import check_alias, near
+from peakpoint.names import check_text
+from peakpoint.refs import check_alias, is_alias, near
 from peakpoint.seal import digest, seal, unseal
 from peakpoint.store import Store
 
@@ -118,38 +119,57 @@ class Change:
 
 def names(store: Store) -> list[str]:
     """Every alias that has a record, by name."""
-    return sorted(_names(store, layout.ALIASES, ""))
+    return list(listed(store))
 
 
-def _names(store: Store, prefix: str, family: str) -> Iterator[str]:
-    for child in store.children(prefix):
-        if child.endswith("/"):
-            name = family + child[:-1]
-            inside = store.children(f"{prefix}/{child[:-1]}")
-            if any(map(_NUMBERED.fullmatch, inside)):
-                yield name
-            if not family:
-                yield from _names(store, f"{prefix}/{child[:-1]}", f"{name}/")
+def listed(store: Store) -> dict[str, list[int]]:
+    """The numbers of the records of every alias, by name. What cannot be one is passed over; audit names it."""
+    found: dict[str, list[int]] = {}
+    for first in _directories(store, layout.ALIASES):
+        inside = store.children(layout.alias_prefix(first))
+        found[first] = numbered(inside)
+        for second in inside:
+            if second.endswith("/") and is_alias(f"{first}/{second[:-1]}"):
+                name = f"{first}/{second[:-1]}"
+                found[name] = numbered(store.children(layout.alias_prefix(name)))
+    return {name: found[name] for name in sorted(found) if found[name]}
 
 
-_NUMBERED = re.compile(r"([0-9]{6,18})\.json")
+def _directories(store: Store, prefix: str) -> list[str]:
+    return [child[:-1] for child in store.children(prefix) if child.endswith("/") and is_alias(child[:-1])]
+
+
+_NUMBERED = re.compile(r"(?!0{6})([0-9]{6}|[1-9][0-9]{6,17})\.json")
+
+
+def numbered(children: Iterable[str]) -> list[int]:
+    """The numbers of the records among the names in an alias's directory, in order."""
+    return sorted(int(one[1]) for one in map(_NUMBERED.fullmatch, children) if one)
 
 
 def numbers(store: Store, alias: str) -> list[int]:
     """The numbers of an alias's records, in order; empty when there is no such alias."""
-    found = [_NUMBERED.fullmatch(child) for child in store.children(layout.alias_prefix(check_alias(alias)))]
-    return sorted(int(one[1]) for one in found if one)
+    return numbered(store.children(layout.alias_prefix(check_alias(alias))))
 
 
 def read(store: Store, alias: str, number: int) -> AliasRecord:
     """One record.
 
     Raises:
-        NotFoundError: there is none of that number.
+        NotFoundError: there is none of that number; the message says which there are.
         CorruptError: it is damaged, or that of another alias or number.
         FormatError: a newer release wrote it.
     """
-    return _decode(store.get(layout.alias_key(alias, number)), alias, number)
+    try:
+        data = store.get(layout.alias_key(alias, min(number, _MOST)))  # which has more digits than any
+    except NotFoundError as error:
+        there = numbers(store, alias)
+        have = f"it has records {there[0]} to {there[-1]}" if there else "it has none"
+        raise NotFoundError(f"the alias {alias!r} has no record {number}; {have}") from error
+    return _decode(data, alias, number)
+
+
+_MOST = 10**18
 
 
 def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
@@ -163,7 +183,23 @@ def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
         raise FormatError(f"{where} is not a record of an alias that this release reads: {error}") from error
     if (found.alias, found.number) != (alias, number):
         raise CorruptError(f"{where} says that it is record {found.number} of {found.alias}: it was moved or copied")
+    wrong = _contradiction(found)
+    if wrong:
+        raise CorruptError(f"{where} {wrong}: no release of Peakpoint has written that")
     return replace(found, digest=digest(data))
+
+
+def _contradiction(record: AliasRecord) -> str | None:
+    """What cannot be in a record, although each member is of its kind."""
+    if record.at.tzinfo is None:
+        return "has a time without zone"
+    if (record.target is None) != (record.kind == "retired"):
+        return f"is of kind {record.kind!r} and points at {'something' if record.target else 'nothing'}"
+    if (record.restores is None) != (record.kind != "rolled back"):
+        return f"is of kind {record.kind!r} and restores {record.restores}"
+    if record.restores is not None and not 1 <= record.restores < record.number:
+        return f"restores record {record.restores}, which is not before it"
+    return "keeps fewer than no former holders" if record.keeps < 0 else None
 
 
 def head(store: Store, alias: str) -> AliasRecord | None:
@@ -197,6 +233,8 @@ def holder(store: Store, alias: str) -> AliasRecord:
 def append(store: Store, alias: str, change: Change, *, after: AliasRecord | None) -> AliasRecord:
     """Add the next record, durably, if ``after`` still is the newest: a compare-and-swap.
 
+    When the store has lost only its reply, the record is found there, and nothing is raised.
+
     Args:
         store: where.
         alias: which.
@@ -205,7 +243,8 @@ def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Non
 
     Raises:
         ConflictError: somebody else has changed the alias meanwhile; nothing was recorded.
-        StoreError: the store refused. When it lost only its reply, the record is found there, and nothing is raised.
+        ConfigError: a name that cannot be, or texts that cannot be written.
+        StoreError: the store refused, and the record is not there; or it cannot be told whether it is.
     """
     number = 1 if after is None else after.number + 1
     at = change.at if after is None else max(change.at, after.at)
@@ -217,6 +256,11 @@ def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Non
         write=secrets.token_hex(8),
         **given,
     )
+    check_text("who changes an alias", change.by)
+    check_text("the reason", change.why)
+    wrong = _contradiction(record)
+    if wrong:
+        raise ConfigError(f"a record of {alias} that {wrong}: nothing was recorded")
     data = seal({"format": FORMAT, **{one.name: getattr(record, one.name) for one in fields(record)[:-1]}})
     try:
         store.create(layout.alias_key(alias, number), data)
@@ -271,23 +315,24 @@ def history(store: Store, alias: str) -> History:
         holder(store, alias)  # which says what there is
     found: list[AliasRecord] = []
     damage: list[str] = []
-    before: str | None = None
-    for number in range(1, there[-1] + 1):
+    before, last = None, 0
+    for number in there:
         where = layout.alias_key(alias, number)
+        if number > last + 1:
+            gap = layout.alias_key(alias, last + 1) + (f" to {number - 1:06d}" if number > last + 2 else "")
+            damage.append(f"{gap} is missing: somebody has taken it out")
         try:
             data = store.get(where)
         except NotFoundError:
-            damage.append(f"{where} is missing: somebody has taken it out")
-            before = None
-            continue
+            continue  # taken out at this moment: the next one misses it, or the next look
         try:
             record = _decode(data, alias, number)
-            if record.previous != before and not (before is None and number > 1):
+            if number == last + 1 and record.previous != before:
                 damage.append(f"{where} was not added to the record before it that is there: one of them was changed")
             found.append(record)
         except (CorruptError, FormatError) as error:
             damage.append(str(error))
-        before = digest(data)
+        before, last = digest(data), number
     return History(tuple(found), tuple(damage))
 
 
@@ -326,35 +371,3 @@ def back_from(store: Store, present: AliasRecord) -> Iterator[AliasRecord]:
             raise CorruptError(f"{layout.alias_key(present.alias, number)} is missing") from error
         if at.target is not None:
             yield at
-
-
-def protected(store: Store, checkpoints: Iterable[str]) -> dict[str, str]:
-    """Which checkpoints retention must leave alone because an alias points at them, or did lately: id to why.
-
-    While the newest record of an alias cannot be read, nobody knows what it protects, and everything is protected.
-
-    Args:
-        store: where.
-        checkpoints: the ids of all that might go.
-    """
-    found: dict[str, str] = {}
-    for alias in names(store):
-        there = numbers(store, alias)
-        try:
-            newest = read(store, alias, there[-1])
-        except (CorruptError, FormatError) as error:
-            return dict.fromkeys(checkpoints, f"what {alias} protects is not known: {error}")
-        if newest.target is not None:
-            found[newest.target.checkpoint] = f"{alias} since {newest.at:%Y-%m-%d %H:%M} UTC"
-        former = set[str]()
-        for number in reversed(there[:-1]):
-            if len(former) >= newest.keeps:
-                break
-            try:
-                target = read(store, alias, number).target
-            except (CorruptError, FormatError, NotFoundError):
-                continue  # audit names it; a former holder that is not known cannot be gone back to either
-            if target is not None and target.checkpoint != (newest.target and newest.target.checkpoint):
-                former.add(target.checkpoint)
-                found.setdefault(target.checkpoint, f"was {alias} (one of its last {newest.keeps})")
-    return found

@@ -9,7 +9,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peakpoint import aliases, layout, reader, refs
+from peakpoint import aliases, holders, layout, reader, refs
 from peakpoint import journal as journals
 from peakpoint.actor import present_user
 from peakpoint.checkpoint import Checkpoint
@@ -130,7 +130,7 @@ class Run:
 
     def aliased(self, manifests: Sequence[Manifest], events: Sequence[journals.Event]) -> Mapping[str, str]:
         """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
-        there = aliases.protected(self.store, [manifest.id for manifest in manifests])
+        there = holders.protected(self.store, [manifest.id for manifest in manifests])
         return {**notes(events).promoting, **there}
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
@@ -405,14 +405,28 @@ class Repository:
         target = record.target
         if target is None:
             raise NotFoundError(f"record {record.number} of {ref.alias} retired it: it pointed at nothing then")
-        run = self.run(target.run)
-        manifest = run.find_manifest(target.ref)
+        try:
+            manifest = reader.read_manifest(self.store, target.run, target.name)
+        except NotFoundError as error:
+            raise NotFoundError(_lost(record)) from error
+        if manifest.id != target.checkpoint:
+            raise NotFoundError(f"{_lost(record)}; {manifest.id} has its directory now")
         if reader.manifest_digest(self.store, manifest) != target.manifest:
             raise CorruptError(
-                f"{run.name}/{manifest.name} has another manifest than when it became {ref.alias} (record "
+                f"{target.run}/{target.name} has another manifest than when it became {ref.alias} (record "
                 f"{record.number}): it was tampered with; peakpoint rollback ROOT {ref.alias} goes back one"
             )
-        return run, manifest
+        return self.run(target.run), manifest
+
+
+def _lost(record: aliases.AliasRecord) -> str:
+    target = record.target
+    assert target is not None
+    return (
+        f"record {record.number} of {record.alias} points at {target.run}/{target.name} ({target.checkpoint}), which does "
+        "not exist any more; peakpoint trash ROOT shows whether it can be brought back, peakpoint rollback ROOT "
+        f"{record.alias} goes back one"
+    )
 
 
 def _beside(store: Store) -> str:

@@ -7,6 +7,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Double,
+    Select,
     UnaryExpression,
     and_,
     bindparam,
@@ -83,6 +84,8 @@ class Translator:
                 return not_(self.where(inner))
             case Flag(field=field):
                 return self._own(field.name).is_(True)
+            case Has(value=Field(name="alias") as field):
+                return self._texts(field, lambda _: true())
             case Has(value=value):
                 return true() if _is_text(value) else self.value(value).is_not(None)
             case Like(field=field, pattern=pattern):
@@ -126,8 +129,18 @@ class Translator:
             return self._own("run").in_(select(schema.runs.c.key).where(test(schema.runs.c.name)))
         if field.name == "reason":
             return self.table.key.in_(select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
+        if field.name == "alias":
+            return self.table.key.in_(self._pointed_at(test))
         column = schema.details.c[field.name]
         return self.table.key.in_(select(schema.details.c.checkpoint).where(test(column)))
+
+    def _pointed_at(self, test: Any) -> Select[Any]:
+        """The keys of what aliases point at whose names pass a test; an id alone may be that of a copied run, too."""
+        checkpoints, details, runs, aliases = schema.checkpoints, schema.details, schema.runs, schema.aliases
+        joined = aliases.join(details, details.c.id == aliases.c.checkpoint)
+        joined = joined.join(checkpoints, checkpoints.c.key == details.c.checkpoint)
+        joined = joined.join(runs, (runs.c.key == checkpoints.c.run) & (runs.c.name == aliases.c.run))
+        return select(checkpoints.c.key).select_from(joined).where(test(aliases.c.name))
 
     def _like(self, column: Expression, pattern: str) -> Expression:
         if self.sqlite:  # GLOB, as LIKE does not tell cases apart there

@@ -13,7 +13,7 @@ from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
 from peakpoint.cli import render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
-from peakpoint.errors import ConfigError, CorruptError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.repository import Repository, Run, open_repository
@@ -179,6 +179,8 @@ def rm(
     repository = open_repository(root)
     chosen = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
     for name in dict.fromkeys(manifest.run for manifest in chosen.values()):
+        mine = [manifest for manifest in chosen.values() if manifest.run == name]
+        _spare_what_aliases_protect(repository.run(name), mine)
         _spare_the_newest_good(repository.run(name), chosen)
     failures: list[str] = []
     apply_now = yes and not dry_run
@@ -206,6 +208,17 @@ def rm(
         click.echo(f"peakpoint: {failure}", err=True)
     if failures:
         sys.exit(20)
+
+
+def _spare_what_aliases_protect(run: Run, manifests: Sequence[Manifest]) -> None:
+    """Refuse to remove what an alias points at, or can be rolled back to."""
+    aliased = run.aliased(manifests, run.events())
+    why = [f"{run.name}/{one.name}: {aliased[one.id]}" for one in manifests if one.id in aliased]
+    if why:
+        raise ConflictError(
+            f"aliases protect {', '.join(why)}. Nothing was removed: let the alias point at another checkpoint, or "
+            "leave this one out"
+        )
 
 
 def _spare_the_newest_good(run: Run, chosen: Collection[str]) -> None:

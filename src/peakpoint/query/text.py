@@ -230,7 +230,7 @@ class _Reader:
             raise self.error(other.at if "text" in (a, b) else at, _cannot_compare(a, b))
         if a == b == "text" and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant)):
             raise self.error(
-                at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason with a text in quotes"
+                at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason, alias with a text in quotes"
             )
         return Compare(op, left, right, at)  # type: ignore[arg-type]
 
