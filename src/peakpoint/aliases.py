@@ -10,7 +10,7 @@ has the digest of the bytes of the one before it, so that a record that was chan
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -124,32 +124,25 @@ def names(store: Store) -> list[str]:
 
 def listed(store: Store) -> dict[str, list[int]]:
     """The numbers of the records of every alias, by name. What cannot be one is passed over; audit names it."""
-    found: dict[str, list[int]] = {}
-    for first in _directories(store, layout.ALIASES):
-        inside = store.children(layout.alias_prefix(first))
-        found[first] = numbered(inside)
-        for second in inside:
-            if second.endswith("/") and is_alias(f"{first}/{second[:-1]}"):
-                name = f"{first}/{second[:-1]}"
-                found[name] = numbered(store.children(layout.alias_prefix(name)))
-    return {name: found[name] for name in sorted(found) if found[name]}
+    there = [name for first in directories(store) for name in (first, *directories(store, first))]
+    found = {name: numbers(store, name) for name in sorted(there)}
+    return {name: some for name, some in found.items() if some}
 
 
-def _directories(store: Store, prefix: str) -> list[str]:
-    return [child[:-1] for child in store.children(prefix) if child.endswith("/") and is_alias(child[:-1])]
+def directories(store: Store, family: str = "") -> list[str]:
+    """The names that have a directory: of the repository, each of which may be a family, too, or those in a family."""
+    children = store.children(layout.alias_prefix(family) if family else layout.ALIASES)
+    there = [f"{family}/{child[:-1]}" if family else child[:-1] for child in children if child.endswith("/")]
+    return [name for name in there if is_alias(name)]
 
 
 _NUMBERED = re.compile(r"(?!0{6})([0-9]{6}|[1-9][0-9]{6,17})\.json")
 
 
-def numbered(children: Iterable[str]) -> list[int]:
-    """The numbers of the records among the names in an alias's directory, in order."""
-    return sorted(int(one[1]) for one in map(_NUMBERED.fullmatch, children) if one)
-
-
 def numbers(store: Store, alias: str) -> list[int]:
     """The numbers of an alias's records, in order; empty when there is no such alias."""
-    return numbered(store.children(layout.alias_prefix(check_alias(alias))))
+    there = map(_NUMBERED.fullmatch, store.children(layout.alias_prefix(check_alias(alias))))
+    return sorted(int(one[1]) for one in there if one)
 
 
 def read(store: Store, alias: str, number: int) -> AliasRecord:
@@ -189,10 +182,16 @@ def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
     return replace(found, digest=digest(data))
 
 
+_NAME = re.compile(r"(?!\.)[^/\\\x00]{1,200}")  # of what is a directory, and text that every database takes
+
+
 def _contradiction(record: AliasRecord) -> str | None:
     """What cannot be in a record, although each member is of its kind."""
+    target = record.target
     if record.at.tzinfo is None:
         return "has a time without zone"
+    if target is not None and not all(map(_NAME.fullmatch, (target.run, target.checkpoint, target.name))):
+        return f"points at {target.run}/{target.name} ({target.checkpoint}), which can be no checkpoint"
     if (record.target is None) != (record.kind == "retired"):
         return f"is of kind {record.kind!r} and points at {'something' if record.target else 'nothing'}"
     if (record.restores is None) != (record.kind != "rolled back"):

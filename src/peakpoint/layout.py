@@ -17,6 +17,7 @@ from peakpoint.manifest import MANIFEST
 REPOSITORY = "peakpoint.json"
 RUNS = "runs"
 ALIASES = "aliases"
+RELEASES = "releases"
 POLICY = "production.toml"
 STATE = "state.json"
 
@@ -119,4 +120,4 @@ def alias_key(alias: str, number: int) -> str:
 
 def release_key(release: str) -> str:
     """The record of a release, by its id."""
-    return f"releases/{release}.json"
+    return f"{RELEASES}/{release}.json"

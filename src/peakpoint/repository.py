@@ -423,8 +423,8 @@ def _lost(record: aliases.AliasRecord) -> str:
     target = record.target
     assert target is not None
     return (
-        f"record {record.number} of {record.alias} points at {target.run}/{target.name} ({target.checkpoint}), which does "
-        "not exist any more; peakpoint trash ROOT shows whether it can be brought back, peakpoint rollback ROOT "
+        f"record {record.number} of {record.alias} points at {target.run}/{target.name} ({target.checkpoint}), which "
+        "does not exist any more; peakpoint trash ROOT shows whether it can be brought back, peakpoint rollback ROOT "
         f"{record.alias} goes back one"
     )
 

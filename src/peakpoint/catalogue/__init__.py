@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -272,6 +272,8 @@ class Catalogue:
             self._remembered.pop(next(iter(self._remembered)))
         if tick == self._tick + 1:
             self._known[run] = now.known
+            if self._seen.tick == self._tick:
+                self._seen = replace(self._seen, tick=tick)
             self._tick = tick
         elif tick != self._tick:  # others have changed it as well: ask anew next time
             self._tick = -1
@@ -339,7 +341,7 @@ class Catalogue:
             return tuple(sorted(schema.Columns.read(connection).keys))
 
     def aliases(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
-        """What aliases point at now: run and id of a checkpoint, with the names; those that cannot be read are left out."""
+        """What aliases point at: run and id of a checkpoint, with the names; without those that cannot be read."""
         with translated(self._url), self._reading.connect() as connection:
             return pointers(connection)
 

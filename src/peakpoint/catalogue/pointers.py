@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from peakpoint import layout
-from peakpoint.aliases import AliasRecord, listed
+from peakpoint.aliases import AliasRecord, directories
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.refresh import lock
 from peakpoint.holders import heads
@@ -76,10 +76,12 @@ def _same(store: Store, stamps: Mapping[str, str | None]) -> bool:
 
 
 def _stamps(store: Store) -> dict[str, str | None]:
-    """The stamps of all directories in which a record may come; taken before they are listed."""
-    root = {layout.ALIASES: store.stamp(layout.ALIASES)}
-    directories = {name for alias in listed(store) for name in (alias, alias.partition("/")[0])}
-    return root | {layout.alias_prefix(name): store.stamp(layout.alias_prefix(name)) for name in directories}
+    """The stamps of all directories in which a record may come, also of those without one; before they are listed."""
+    found = {layout.ALIASES: store.stamp(layout.ALIASES)}
+    for first in directories(store):
+        found[layout.alias_prefix(first)] = store.stamp(layout.alias_prefix(first))
+        found |= {layout.alias_prefix(one): store.stamp(layout.alias_prefix(one)) for one in directories(store, first)}
+    return found
 
 
 def _rows(connection: Connection) -> dict[str, tuple[int, str]]:

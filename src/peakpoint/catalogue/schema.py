@@ -3,8 +3,8 @@
 ``checkpoints`` is what selections look at: one narrow row a checkpoint, every metric in an indexed column of its own,
 named ``m1``, ``m2``, ...; ``metrics`` says which is which. After ``WIDEST`` metrics further ones go to ``rarities``, a
 row a value, which is slower and has no limit. NaN is NULL here: it never matches. ``details`` holds the record that a
-``Checkpoint`` is made from. What a refresh has read so far is in ``runs.read`` and ``noted``. ``aliases`` has the newest
-record of each alias.
+``Checkpoint`` is made from. What a refresh has read so far is in ``runs.read`` and ``noted``. ``aliases`` has what each
+alias points at.
 
 Nothing here is truth. A damaged SQLite file is thrown away and made anew from the repository.
 """

@@ -84,10 +84,8 @@ class Translator:
                 return not_(self.where(inner))
             case Flag(field=field):
                 return self._own(field.name).is_(True)
-            case Has(value=Field(name="alias") as field):
-                return self._texts(field, lambda _: true())
             case Has(value=value):
-                return true() if _is_text(value) else self.value(value).is_not(None)
+                return self._has(value)
             case Like(field=field, pattern=pattern):
                 return self._texts(field, lambda column: self._like(column, pattern))
             case Among(value=Field() as field, options=options) if _is_text(field):
@@ -99,6 +97,11 @@ class Translator:
                 return self.value(value).in_(numbers)
             case Compare():
                 return self._compare(condition)
+
+    def _has(self, value: Field | Metric) -> Expression:
+        if isinstance(value, Field) and value.name == "alias":
+            return self._texts(value, lambda _: true())
+        return true() if _is_text(value) else self.value(value).is_not(None)
 
     def _compare(self, condition: Compare) -> Expression:
         left, right = condition.left, condition.right

@@ -33,8 +33,10 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
     claims = run.kept().get(manifest.id, ())
     packed = packs.archived(run.store, run.name, manifest.name)
+    aliases = render.pointing(run).get(manifest.id, ())
     if json:
         extra = {
+            "aliases": aliases,
             "packed_bytes": None if packed is None else packed.packed_bytes,
             "parts": manifest.parts,
             "files": [
@@ -50,19 +52,24 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    console.print(render.facts(_facts(root, manifest, claims, packed)))
+    console.print(render.facts(_facts(root, manifest, claims, packed, aliases)))
     console.print()
     console.print(render.files_table(manifest))
 
 
 def _facts(
-    root: Path, manifest: Manifest, claims: Sequence[Claim], packed: packs.ArchiveRecord | None
+    root: Path,
+    manifest: Manifest,
+    claims: Sequence[Claim],
+    packed: packs.ArchiveRecord | None,
+    aliases: Sequence[str],
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
     return [
         ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
         ("id", manifest.id),
+        *([("aliases", render.aliases_text(aliases))] if aliases else []),
         ("directory", escape(str(root / layout.checkpoint_prefix(manifest.run, manifest.name)))),
         ("taken at", f"{where}; commit {manifest.sequence} of the run, report {manifest.report}"),
         ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),

@@ -288,6 +288,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         measured = [{"at": e.at, "metrics": dict(e.metrics), "source": e.source, "by": e.by} for e in late]
         lost = [{"at": record.at, "parts": record.parts, "reason": record.why} for record in dropped]
         extra = {"measured": measured, "claimed_instead": dict(instead), "dropped": lost}
+        extra["aliases"] = render.pointing(run).get(manifest.id, ())
         render.as_json(render.manifest_json(manifest, claims) | {"exists": True} | extra)
         return
     console = render.console()
