@@ -143,4 +143,6 @@ def bucket(object_store):
     """A bucket of its own in a real object store."""
     from object_store import Bucket
 
-    return Bucket(object_store, f"t{secrets.token_hex(6)}")
+    found = Bucket(object_store, f"t{secrets.token_hex(6)}")
+    found.create("made", b"the server makes the bucket with its first key")
+    return found

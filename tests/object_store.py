@@ -19,7 +19,7 @@ class Bucket:
         name: of the bucket, which the server makes with the first key.
     """
 
-    def __init__(self, url, name, key="testkey", secret="testsecret"):  # noqa: S107 - of a server for tests
+    def __init__(self, url, name, key="testkey", secret="testsecret"):
         options = {"access_key_id": key, "secret_access_key": secret, "region": "us-east-1"}
         self.location = f"{url}/{name}"
         self._store = S3Store(
@@ -54,10 +54,10 @@ class Bucket:
         names = [one["path"][start:] for one in found["objects"]]
         return sorted(names + [one.rstrip("/")[start:] + "/" for one in found["common_prefixes"]])
 
-    def stamp(self, prefix):  # noqa: ARG002 - nothing is promised
+    def stamp(self, prefix):
         return None
 
-    def litter(self, prefix):  # noqa: ARG002 - there is none
+    def litter(self, prefix):
         return []
 
 
