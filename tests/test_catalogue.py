@@ -502,6 +502,19 @@ def test_two_copies_with_one_catalogue_have_aliases_of_their_own(three, tmp_path
         catalogue.close()
 
 
+def test_an_alias_points_into_one_run_also_where_another_has_the_same_id(tmp_path, catalogue_url):
+    store = LocalStore(tmp_path / "runs")
+    ensure_repository(store, START)
+    for number, run in enumerate(("a", "b"), 1):
+        ensure_run(store, run, START, {}, ())
+        write(store, manifest(run=run, id="0123456789abcdef", step=number))
+    point(store, "champion", pp.open(tmp_path / "runs").run("b").manifests()[0])
+    catalogue = Catalogue(store, catalogue_url)
+    assert select_alias(catalogue) == [2]
+    assert {run.name: run.aliases for run in catalogue.runs()} == {"a": (), "b": ("champion",)}
+    catalogue.close()
+
+
 @pytest.mark.filterwarnings("always::peakpoint.errors.PeakpointWarning")
 def test_an_alias_that_cannot_be_read_is_told_and_is_no_answer(three, tmp_path, catalogue_url):
     root = shutil.copytree(three, tmp_path / "runs")
