@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from peakpoint.aliases import AliasRecord, listed, read
-from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.store import Store
 
 
@@ -14,7 +14,7 @@ def heads(store: Store) -> tuple[dict[str, AliasRecord], dict[str, str]]:
     for alias, there in listed(store).items():
         try:
             found[alias] = read(store, alias, there[-1])
-        except (CorruptError, FormatError, NotFoundError) as error:
+        except (CorruptError, FormatError, NotFoundError, StoreError) as error:
             unread[alias] = str(error)
     return found, unread
 

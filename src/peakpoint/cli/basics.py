@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, upkeep
-from peakpoint.cli import render, selecting
+from peakpoint.cli import marks, render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.errors import ConfigError, ConflictError, CorruptError
 from peakpoint.manifest import Manifest
@@ -33,7 +33,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
     claims = run.kept().get(manifest.id, ())
     packed = packs.archived(run.store, run.name, manifest.name)
-    aliases = render.pointing(run).get(manifest.id, ())
+    aliases = marks.pointing(run).get(manifest.id, ())
     if json:
         extra = {
             "aliases": aliases,
@@ -69,7 +69,7 @@ def _facts(
     return [
         ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
         ("id", manifest.id),
-        *([("aliases", render.aliases_text(aliases))] if aliases else []),
+        *([("aliases", marks.text(aliases))] if aliases else []),
         ("directory", escape(str(root / layout.checkpoint_prefix(manifest.run, manifest.name)))),
         ("taken at", f"{where}; commit {manifest.sequence} of the run, report {manifest.report}"),
         ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),

@@ -9,15 +9,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import msgspec
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import holders, packs, reader
+from peakpoint import packs, reader
 from peakpoint.audit import Audit, Finding
-from peakpoint.cli import fitting
+from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
 from peakpoint.journal import history
 from peakpoint.manifest import Manifest
@@ -183,7 +182,7 @@ def kept_table(
     metrics = [Column(escape(metric), [value(one, metric) for one in manifests]) for metric in watched]
     columns = [
         Column("checkpoint", [escape(one.name) for one in manifests], right=False),
-        *aliases_columns([aliases.get(one.id, ()) for one in manifests]),
+        *marks.columns([aliases.get(one.id, ()) for one in manifests]),
         Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in manifests]),
         Column("step", [str(one.step) for one in manifests]),
         *metrics,
@@ -304,7 +303,7 @@ def print_run(console: Console, run: Run) -> None:
     pairs = watched(in_force)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     total = sum(manifest.size_bytes for manifest in manifests)
-    packed, aliases = packed_sizes(run, manifests), pointing(run)
+    packed, aliases = packed_sizes(run, manifests), marks.pointing(run)
     away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
     holder = run.holder()
     console.print(
@@ -343,7 +342,7 @@ def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
     peak = run.peaks[0] if run.peaks else None
     return (
         escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
-        aliases_text(run.aliases),
+        marks.text(run.aliases),
         f"{run.checkpoints:,}",
         size(run.size_bytes),
         f"{run.reports:,}",
@@ -354,25 +353,6 @@ def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
         "" if peak is None else number(peak.last),
         "" if peak is None else lost(peak),
     )
-
-
-def aliases_text(aliases: Iterable[str]) -> str:
-    """Aliases as refs, a line each."""
-    return "\n".join(f"[bold magenta]@{alias}[/]" for alias in aliases)
-
-
-def aliases_columns(aliases: Sequence[Iterable[str]]) -> list[Column]:
-    """A column of the aliases of each row, if any has one."""
-    cells = list(map(aliases_text, aliases))
-    return [Column("aliases", cells, right=False)] if any(cells) else []
-
-
-def pointing(run: Run) -> dict[str, tuple[str, ...]]:
-    """The ids of the checkpoints of a run that aliases point at, with the aliases; those that are damaged are told."""
-    found, unread = holders.heads(run.store)
-    for alias, why in unread.items():
-        click.echo(f"peakpoint: what the alias {alias!r} points at cannot be read: {why}", err=True)
-    return holders.pointing(one for one in found.values() if one.target is not None and one.target.run == run.name)
 
 
 def lost(peak: Peak) -> str:
@@ -402,7 +382,7 @@ def run_json(run: Run) -> dict[str, Any]:
     events, manifests = run.events(), run.manifests()
     in_force = rules_of(events)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
-    packed, aliases = packed_sizes(run, manifests), pointing(run)
+    packed, aliases = packed_sizes(run, manifests), marks.pointing(run)
     past = history(events)
     found = peaks(past, watched(in_force))
     return {

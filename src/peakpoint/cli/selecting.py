@@ -13,7 +13,7 @@ from rich.table import Table
 
 from peakpoint import layout, reader
 from peakpoint.checkpoint import Checkpoint
-from peakpoint.cli import fitting, render
+from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, NotFoundError
@@ -272,7 +272,7 @@ def _print(
     values = [Column(escape(name), [render.number(one.metrics.get(name)) for one in shown]) for name in metrics]
     columns = [
         Column("checkpoint", [_marked(one, damaged) for one in shown], right=False),
-        *render.aliases_columns([aliases.get((one.run, one.id), ()) for one in shown]),
+        *marks.columns([aliases.get((one.run, one.id), ()) for one in shown]),
         Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in shown]),
         Column("step", [str(one.step) for one in shown]),
         *values,
