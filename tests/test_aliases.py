@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint import holders, layout, reader, upkeep
-from peakpoint import journal as j
 from peakpoint.aliases import (
     Change,
     Target,
@@ -40,7 +39,7 @@ from peakpoint.errors import (
     StoreError,
     TransientStoreError,
 )
-from peakpoint.journal import Closed, Journal, Promoted, Promoting, Removed, Unpinned
+from peakpoint.journal import Closed, Journal, Promoted, Promoting, Removed
 from peakpoint.notes import notes
 from peakpoint.refs import OfAlias, check_alias, parse_any
 from peakpoint.retention import Removal, apply
@@ -498,35 +497,35 @@ def test_a_former_holder_that_cannot_be_read_is_no_former_holder():
 
 
 def events(*names_):
-    """Of a checkpoint and aliases: ``+a`` begins, ``-a`` is done, ``~a`` came to nothing, ``u`` unpins."""
+    """Of a checkpoint and aliases: ``+a5`` begins record 5, ``-a5`` is done, ``~a5`` came to nothing."""
     facts = {"at": START, "checkpoint": "c", "by": "me"}
     made = {
-        "+": lambda alias: Promoting(name="n", alias=alias, **facts),
-        "-": lambda alias: Promoted(name="n", alias=alias, record=1, digest="d", **facts),
-        "~": lambda alias: Promoted(name="n", alias=alias, record=None, digest=None, **facts),
-        "u": lambda _: Unpinned(**facts),
+        "+": lambda alias, number: Promoting(name="n", alias=alias, record=number, **facts),
+        "-": lambda alias, number: Promoted(name="n", alias=alias, record=number, digest="d", **facts),
+        "~": lambda alias, _: Promoted(name="n", alias=alias, record=None, digest=None, **facts),
     }
-    return [made[name[0]](name[1:]) for name in names_]
+    return [made[name[0]](name[1], int(name[2])) for name in names_]
 
 
 @pytest.mark.parametrize(
     ("said", "left"),
     [
-        (["+a"], "about to become a"),
-        (["+a", "-a"], None),
-        (["+a", "~a"], None),
-        (["+b", "+a"], "about to become a and b"),
-        (["+a", "+b", "-a"], "about to become b"),
-        (["+a", "+a", "~a"], "about to become a"),
-        (["+a", "+a", "~a", "~a"], None),
-        (["+a", "+a", "-a"], None),
-        (["~a", "+a"], "about to become a"),
-        (["-a", "u"], None),
-        (["+a", "+b", "u"], None),
+        (["+a3"], "about to become a"),
+        (["+a3", "-a3"], None),
+        (["+a3", "~a3"], None),
+        (["+b1", "+a3"], "about to become b; about to become a"),
+        (["+a3", "+b1", "-a3"], "about to become b"),
+        (["+a2"], None),  # the record is there, and says what came of it
+        (["+a1", "+a3"], "about to become a"),
+        (["~a3", "+a3"], "about to become a"),
     ],
 )
-def test_what_is_about_to_be_promoted_is_protected_until_it_is_known_what_came_of_it(said, left):
-    assert notes(events(*said)).promoting == ({} if left is None else {"c": left})
+def test_what_is_about_to_be_promoted_is_protected_until_the_record_is_there(said, left):
+    store = MemoryStore()
+    put(store, 1, 2, alias="a")
+    found = holders.protected(store, [], notes(events(*said)).promoting.values())
+    assert found.pop("c", None) == left
+    assert found.keys() == {identity(1), identity(2)}
 
 
 # --- retention ----------------------------------------------------------------------------------------------------
@@ -629,11 +628,10 @@ def test_who_promotes_while_it_is_being_removed_is_seen_or_sees_it(tmp_path):
             """The order of writing that docs/format.md prescribes."""
             journal = Journal(run.store, "r", lambda: START)
             facts = {"at": START, "checkpoint": victim.id, "name": victim.name, "alias": "champion", "by": "me"}
-            journal.append(Promoting(**facts))
+            journal.append(Promoting(record=1, **facts))
             journal.sync()
-            said = [one for one in run.events() if isinstance(one, Removed | j.Undone) and one.checkpoint == victim.id]
             made = None
-            if (said and isinstance(said[-1], Removed)) or victim.id not in {one.id for one in run.manifests()}:
+            if run.is_being_removed(victim.id) or victim.id not in {one.id for one in run.manifests()}:
                 refused.append(True)
             else:
                 made = point(run.store, "champion", victim)
@@ -693,23 +691,22 @@ def test_what_is_aliased_is_not_removed_by_hand(tmp_path):
     assert steps(run) == [1, 4]
 
 
-def test_what_was_cut_short_protects_until_it_is_unpinned(tmp_path):
+def test_what_was_cut_short_protects_until_that_record_is_there(tmp_path):
     run = trained(tmp_path)
     one = run.manifests()[0]
     journal = Journal(run.store, "r", lambda: START)
-    journal.append(Promoting(at=START, checkpoint=one.id, name=one.name, alias="champion", by="me"))
+    journal.append(Promoting(at=START, checkpoint=one.id, name=one.name, alias="champion", record=1, by="me"))
     journal.close()  # and no word of what came of it
     assert [claim.reason for claim in run.plan((pp.Last(1),)).keep[one.id]] == ["about to become champion"]
     assert upkeep.remove(run, [one], "x") == [f"{one.name} stays: about to become champion"]
-    with checkpointer(tmp_path, keep=[pp.Last(1)]) as ckpt:
+    with checkpointer(tmp_path, keep=[pp.Last(2)]) as ckpt:
         ckpt.resume()
         ckpt.report(step=5)
-    assert steps(run) == [1, 5]
-    run.unpin(f"r/{one.id}")
-    with checkpointer(tmp_path, keep=[pp.Last(1)]) as ckpt:
-        ckpt.resume()
+        ckpt.wait()
+        assert steps(run) == [1, 4, 5]
+        point(run.store, "champion", run.manifests()[1])
         ckpt.report(step=6)
-    assert steps(run) == [6]
+    assert steps(run) == [4, 5, 6]
 
 
 def test_an_archived_one_and_one_that_was_brought_back_are_the_same_checkpoint(tmp_path):
@@ -776,6 +773,7 @@ def test_an_audit_finds_nothing_where_nothing_is_wrong(promoted):
     assert findings(promoted.store.root) == []
     upkeep.remove(promoted, [], "x")
     promoted.store.put("releases/20260301.json", [b"{}"])
+    promoted.store.put(layout.told_key("family/champion", 1), [b"{}"])
     shutil.rmtree(promoted.store.path(layout.checkpoint_prefix("r", promoted.manifests()[0].name)))
     assert findings(promoted.store.root) == [], "a former holder may be gone"
 
@@ -826,6 +824,7 @@ def test_an_audit_knows_litter_from_what_others_have_put_there(promoted, tmp_pat
         "aliases/notes.txt",
         "aliases/a b/",
         "aliases/champion/000000.json",
+        "aliases/champion/000009.told.json",
         "aliases/champion/old/",
         "aliases/family/champion/deeper/",
         "releases/notes.txt",

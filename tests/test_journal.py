@@ -94,7 +94,7 @@ events_of = {
     ),
     Pinned: st.builds(Pinned, at=times, checkpoint=texts, why=texts, by=texts),
     Unpinned: st.builds(Unpinned, at=times, checkpoint=texts, by=texts),
-    Promoting: st.builds(Promoting, at=times, checkpoint=texts, name=texts, alias=texts, by=texts),
+    Promoting: st.builds(Promoting, at=times, checkpoint=texts, name=texts, alias=texts, record=naturals, by=texts),
     Promoted: st.builds(
         Promoted,
         at=times,

@@ -353,6 +353,23 @@ def alias_at(records: Sequence[AliasRecord], time: datetime) -> AliasRecord | No
     return next((record for record in reversed(records) if record.at <= time), None)
 
 
+def rolled_back(records: Sequence[AliasRecord]) -> dict[str, AliasRecord]:
+    """The checkpoints that an alias was rolled back from and has not pointed at since: id to the roll back.
+
+    Args:
+        records: of one alias, earliest first.
+    """
+    found: dict[str, AliasRecord] = {}
+    before: Target | None = None
+    for record in records:
+        if record.kind == "rolled back" and before is not None:
+            found[before.checkpoint] = record
+        before = record.target
+        if before is not None:
+            found.pop(before.checkpoint, None)
+    return found
+
+
 def back_from(store: Store, present: AliasRecord) -> Iterator[AliasRecord]:
     """What an alias pointed at before, the latest first: the records that a roll back can restore.
 

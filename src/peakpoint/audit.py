@@ -167,8 +167,12 @@ def _aliases(store: Store) -> Iterator[Finding]:
     for family in families:
         inside = [name.rpartition("/")[2] + "/" for name in aliases.directories(store, family)]
         for name in (family, *aliases.directories(store, family)):
-            numbers = {f"{number:06d}.json" for number in aliases.numbers(store, name)}
-            yield from _strays(store, layout.alias_prefix(name), numbers | set(inside if name == family else ()))
+            numbers = aliases.numbers(store, name)
+            keys = {
+                key for number in numbers for key in (layout.alias_key(name, number), layout.told_key(name, number))
+            }
+            known = {key.rpartition("/")[2] for key in keys} | set(inside if name == family else ())
+            yield from _strays(store, layout.alias_prefix(name), known)
             if numbers:
                 yield from _alias(store, name)
 

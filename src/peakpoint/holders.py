@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from peakpoint.aliases import AliasRecord, listed, read
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.journal import Promoting
 from peakpoint.store import Store
 
 
@@ -28,18 +29,24 @@ def pointing(records: Iterable[AliasRecord]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def protected(store: Store, checkpoints: Iterable[str]) -> dict[str, str]:
-    """Which checkpoints retention must leave alone because an alias points at them, or did lately: id to why.
+def protected(store: Store, checkpoints: Iterable[str], promoting: Iterable[Promoting] = ()) -> dict[str, str]:
+    """Which checkpoints retention must leave alone because of an alias: id to why.
 
-    While the newest record of an alias cannot be read, nobody knows what it protects, and everything is protected.
+    It points at them, did lately, or is about to. While the newest record of an alias cannot be read, nobody knows what
+    it protects, and everything is protected.
 
     Args:
         store: where.
         checkpoints: the ids of all that might go.
+        promoting: what the journal says of promotions that are under way, or were cut short.
     """
     found: dict[str, list[str]] = {}
     former: dict[str, list[str]] = {}
-    for alias, there in listed(store).items():
+    every = listed(store)
+    for event in promoting:
+        if event.record > max(every.get(event.alias, ()), default=0):  # else the record says what came of it
+            former.setdefault(event.checkpoint, []).append(f"about to become {event.alias}")
+    for alias, there in every.items():
         try:
             newest = read(store, alias, there[-1])
         except (CorruptError, FormatError, NotFoundError) as error:

@@ -232,18 +232,28 @@ class Unpinned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promoting:
-    """An alias is about to point at a checkpoint, which is protected from now on."""
+    """An alias is about to point at a checkpoint, which is protected until the record is there.
+
+    Attributes:
+        at: when.
+        checkpoint: the id.
+        name: its directory.
+        alias: the alias.
+        record: the number of the record that will point at it, unless somebody else makes the one of this number.
+        by: who does it.
+    """
 
     at: datetime
     checkpoint: str
     name: str
     alias: str
+    record: int
     by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promoted:
-    """What came of ``Promoting``: from here on the record of the alias protects the checkpoint, if there is one.
+    """What came of ``Promoting``.
 
     Attributes:
         at: when.

@@ -12,6 +12,8 @@
     aliases/<alias>/<number>.json               what an alias points at: the highest number counts
 """
 
+import re
+
 from peakpoint.manifest import MANIFEST
 
 REPOSITORY = "peakpoint.json"
@@ -25,12 +27,26 @@ STATE = "state.json"
 DROPPED = "dropped-"  # and a number: the records of parts that are gone
 ARCHIVED = "archived.json"  # the record that the files of a checkpoint are in its pack
 TRASHED = "trashed.json"  # the record of a checkpoint that can be brought back
+SIGNATURE = "signature-"  # and a number: the signatures of a checkpoint
 PACK = ".pack"
+
+_SIGNATURE = re.compile(rf"{SIGNATURE}([0-9]{{1,9}})\.json")
 
 
 def is_record(child: str) -> bool:
     """Whether a name in a checkpoint's directory is that of a record beside the manifest."""
-    return child.startswith(DROPPED) or child in {ARCHIVED, TRASHED}
+    return child.startswith(DROPPED) or child in {ARCHIVED, TRASHED} or is_signature(child)
+
+
+def is_signature(child: str) -> bool:
+    """Whether a name in a checkpoint's directory is that of a signature."""
+    return _SIGNATURE.fullmatch(child) is not None
+
+
+def signature_number(child: str) -> int:
+    """The number of a signature; 0 for every other name."""
+    found = _SIGNATURE.fullmatch(child)
+    return int(found[1]) if found else 0
 
 
 def run_prefix(run: str) -> str:
@@ -93,9 +109,14 @@ def pack_key(run: str, checkpoint: str) -> str:
     return f"{RUNS}/{run}/archive/{checkpoint}{PACK}"
 
 
+def validations_of(run: str) -> str:
+    """The directory with the validations of all checkpoints of a run."""
+    return f"{RUNS}/{run}/validations"
+
+
 def validations_prefix(run: str, checkpoint: str) -> str:
     """The directory of a checkpoint's validations, by its id; it outlives the checkpoint."""
-    return f"{RUNS}/{run}/validations/{checkpoint}"
+    return f"{validations_of(run)}/{checkpoint}"
 
 
 def validation_key(run: str, checkpoint: str, number: int) -> str:
@@ -116,6 +137,11 @@ def alias_prefix(alias: str) -> str:
 def alias_key(alias: str, number: int) -> str:
     """One record of an alias."""
     return f"{ALIASES}/{alias}/{number:06d}.json"
+
+
+def told_key(alias: str, number: int) -> str:
+    """The note that all hooks have been told of a change of an alias."""
+    return f"{ALIASES}/{alias}/{number:06d}.told.json"
 
 
 def release_key(release: str) -> str:

@@ -89,10 +89,10 @@ class Ledger:
             return dict(self._notes.pinned)
 
     @property
-    def promoting(self) -> Mapping[str, str]:
-        """The ids that an alias is about to point at, with which."""
+    def promoting(self) -> Sequence[Promoting]:
+        """What was said of aliases that are about to point at checkpoints."""
         with self._lock:
-            return dict(self._notes.promoting)
+            return list(self._notes.promoting.values())
 
     @property
     def removed(self) -> AbstractSet[str]:

@@ -6,7 +6,7 @@ two together.
 
 import math
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -68,21 +68,12 @@ class Notes:
     Attributes:
         metrics: measured after the commit; of several values of one metric the last counts.
         pinned: why each is pinned.
-        begun: checkpoints that an alias is about to point at, and how many are at it. Of one that was cut short, until
-            it is repeated, or the checkpoint is unpinned.
+        promoting: what was said last of an alias that is about to point at a checkpoint, by checkpoint and alias.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
-    begun: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    @property
-    def promoting(self) -> dict[str, str]:
-        """The ids that aliases are about to point at, in words."""
-        found: dict[str, list[str]] = {}
-        for checkpoint, alias in sorted(self.begun):
-            found.setdefault(checkpoint, []).append(alias)
-        return {checkpoint: f"about to become {' and '.join(aliases)}" for checkpoint, aliases in found.items()}
+    promoting: dict[tuple[str, str], Promoting] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
         """Take the next event into account."""
@@ -93,20 +84,12 @@ class Notes:
                 self.pinned[event.checkpoint] = event.why
             case Unpinned():
                 self.pinned.pop(event.checkpoint, None)
-                self._settle(event.checkpoint)
             case Promoting():
-                self.begun[event.checkpoint, event.alias] += 1
+                self.promoting[event.checkpoint, event.alias] = event
             case Promoted():
-                self._settle(event.checkpoint, event.alias, all_of_them=event.record is not None)
+                self.promoting.pop((event.checkpoint, event.alias), None)
             case _:
                 pass
-
-    def _settle(self, checkpoint: str, alias: str | None = None, *, all_of_them: bool = True) -> None:
-        """Once the record is there it protects. One that came to nothing says nothing of others that are at it."""
-        for one in [one for one in self.begun if one[0] == checkpoint and alias in (None, one[1])]:
-            self.begun[one] -= self.begun[one] if all_of_them else 1
-            if self.begun[one] <= 0:
-                del self.begun[one]
 
 
 def notes(events: Iterable[Event]) -> Notes:

@@ -41,6 +41,22 @@ def rules_of(events: Sequence[journals.Event]) -> tuple[Rule, ...]:
     return tuple(parse(text) for text in opened.rules) if opened else ()
 
 
+def _may_be_removing(events: Sequence[journals.Event], checkpoint: str) -> bool:
+    """Whether a segment ends with a word of removal that nothing after it shows to be over."""
+    removing = False
+    for event in events:
+        match event:
+            case journals.Removed():
+                removing = removing or event.checkpoint == checkpoint
+            case journals.Saved() | journals.Closed():  # said by the thread that removes, when it is done
+                removing = False
+            case journals.Undone(parts=()):  # it stays after all
+                removing = removing and event.checkpoint != checkpoint
+            case _:
+                pass
+    return removing
+
+
 def _checkpoint(store: Store, manifest: Manifest) -> Checkpoint:
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
     return Checkpoint(
@@ -130,8 +146,8 @@ class Run:
 
     def aliased(self, manifests: Sequence[Manifest], events: Sequence[journals.Event]) -> Mapping[str, str]:
         """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
-        there = holders.protected(self.store, [manifest.id for manifest in manifests])
-        return {**notes(events).promoting, **there}
+        ids = [manifest.id for manifest in manifests]
+        return holders.protected(self.store, ids, notes(events).promoting.values())
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
@@ -237,16 +253,25 @@ class Run:
             raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
         manifest = self.find_manifest(ref)
         self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
-        # whoever removes it has said so first, and looks for pins after that
-        last = [
-            event
-            for event in self.events()
-            if isinstance(event, journals.Removed | journals.Undone) and event.checkpoint == manifest.id
-        ]
-        if last and isinstance(last[-1], journals.Removed):
+        if self.is_being_removed(manifest.id):
             raise ConflictError(
                 f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
             )
+
+    def is_being_removed(self, checkpoint: str) -> bool:
+        """Whether somebody may be removing a checkpoint at this moment.
+
+        Whoever removes one has said so first, in the journal, and looks at what is protected after that: one who has
+        protected it and then asks here either finds that word, or is heeded.
+
+        Args:
+            checkpoint: its id.
+        """
+        reading = journals.read(self.store, self.name)
+        open_segments = [segment for segment in reading.by_segment() if _may_be_removing(segment[1], checkpoint)]
+        trainers = [name for name, events in open_segments if isinstance(events[0], journals.Opened)]
+        # those that hold the run while they remove are dead when nobody holds it
+        return len(open_segments) > len(trainers) or (bool(trainers) and self.holder() is not None)
 
     def unpin(self, ref: str) -> None:
         """Let the rules have a checkpoint again; nothing happens when it was not pinned.

@@ -304,8 +304,7 @@ class Saver:
         return {**self._ledger.pinned, **self._aliased(self._committed)}
 
     def _aliased(self, manifests: Sequence[Manifest]) -> Mapping[str, str]:
-        there = holders.protected(self._store, [manifest.id for manifest in manifests])
-        return {**self._ledger.promoting, **there}
+        return holders.protected(self._store, [manifest.id for manifest in manifests], self._ledger.promoting)
 
     def _exists(self, manifest: Manifest) -> bool:
         return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None
