@@ -1,6 +1,7 @@
 """Aliases: one chain whoever writes it and whatever replies are lost; what it protects; what tampering shows."""
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import peakpoint as pp
 from peakpoint import holders, layout, reader, upkeep
@@ -29,6 +31,7 @@ from peakpoint.aliases import (
     read,
 )
 from peakpoint.audit import audit, clean
+from peakpoint.cli import render
 from peakpoint.errors import (
     ConfigError,
     ConflictError,
@@ -896,3 +899,34 @@ def test_an_alias_that_cannot_be_read_is_told_wherever_aliases_are_shown(promote
         assert "@champion" not in invoke("select", tmp_path).stdout
     with pytest.raises(FormatError, match="not a sealed"):
         invoke("show", tmp_path, "@champion")
+
+
+def test_tables_fit_narrow_terminals_with_aliases_as_without(promoted, tmp_path):
+    listed_ = pp.open(tmp_path).catalogue()
+    listed_.refresh()
+
+    def printed(width):
+        console = Console(width=width, file=io.StringIO())
+        console.print(render.runs_table(console, listed_.runs(), set()))
+        return console.file.getvalue()
+
+    assert "@family/champion" in printed(120)
+    for width in (60, 30):
+        assert max(map(len, printed(width).splitlines())) <= width
+        assert "best" in printed(width)
+
+
+def test_a_record_that_the_disk_does_not_give_is_told():
+    class Broken(MemoryStore):
+        def get(self, key, begin=0, end=None):
+            if key.startswith("aliases/a/"):
+                raise StoreError("input/output error")
+            return super().get(key, begin, end)
+
+    store = Broken()
+    for alias in ("a", "b"):
+        append(store, alias, change(), after=None)
+    found, unread = holders.heads(store)
+    assert (list(found), unread) == (["b"], {"a": "input/output error"})
+    with pytest.raises(StoreError):
+        holders.protected(store, [])  # nothing is removed then, and the next save tries again
