@@ -203,7 +203,12 @@ class _Reader:
         if isinstance(value, Field) and FIELDS[value.name] == "truth":
             return Flag(value, at)
         shown = self.text[slice(*at)]
-        raise self.error(at, f"{shown} is a value and no condition; compare it, as in {shown} > 0")
+        how = (
+            f"{shown} ~ 'x*' or has({shown})"
+            if isinstance(value, Field) and self.kind(value) == "text"
+            else f"{shown} > 0"
+        )
+        raise self.error(at, f"{shown} is a value and no condition; compare it, as in {how}")
 
     def _comparison(self, node: ast.Compare) -> Condition:
         found: list[Condition] = []
