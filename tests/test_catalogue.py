@@ -1,5 +1,6 @@
 """The catalogue says what the files say, at once, whatever is done to them and to it."""
 
+import concurrent.futures
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,14 +24,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import peakpoint as pp
 from peakpoint import layout
+from peakpoint.aliases import Change, append, back_from, head
 from peakpoint.audit import audit
 from peakpoint.catalogue import Catalogue, Wish, schema
+from peakpoint.catalogue.refresh import refresh_run
 from peakpoint.errors import (
     ConfigError,
     CorruptError,
     FormatError,
     MissingExtraError,
     NotFoundError,
+    PeakpointWarning,
     StoreError,
     TransientStoreError,
 )
@@ -40,9 +45,10 @@ from peakpoint.query import parse
 from peakpoint.ranking import read_keys
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.rules import watched
+from peakpoint.seal import digest
 from peakpoint.store import LocalStore, MemoryStore
 from strategies import START, manifest
-from test_query import write
+from test_query import point, write
 from training import checkpointer
 
 DAY = timedelta(days=1)
@@ -76,6 +82,22 @@ def check(root, catalogue):
         pinned = set(run.pinned()) & {checkpoint.id for checkpoint in mine}
         chosen = catalogue.select(Wish(query=parse(f"pinned and run == '{run.name}'")))
         assert {checkpoint.id for checkpoint in chosen} == pinned
+    check_aliases(root, catalogue, truth.values(), listed)
+
+
+def check_aliases(root, catalogue, checkpoints, listed):
+    """The aliases against the newest record of each, by its number, whatever else is in the directories."""
+    pointed = {}
+    for file in sorted((root / "aliases").rglob("[0-9]*.json"), key=lambda path: int(path.stem)):
+        record = json.loads(file.read_bytes())
+        pointed[record["alias"]] = record["target"]
+    pointed = {alias: (one["run"], one["checkpoint"]) for alias, one in pointed.items() if one is not None}
+    assert {alias: place for place, names in catalogue.aliases().items() for alias in names} == pointed
+    for alias, place in pointed.items():
+        found = [(one.run, one.id) for one in catalogue.select(Wish(query=parse(f"alias == '{alias}'")))]
+        assert found == [place for one in checkpoints if (one.run, one.id) == place], "of a run that is lost nothing"
+    for name, run in listed.items():
+        assert run.aliases == tuple(sorted(alias for alias, place in pointed.items() if place[0] == name))
 
 
 # --- whatever is done ---------------------------------------------------------------------------------------------
@@ -173,6 +195,29 @@ class Anything(RuleBasedStateMachine):
             rules = (pp.rules.parse(texts),)
             pp.upkeep.apply_plan(run, run.plan(rules), rules)
 
+    @rule(alias=st.sampled_from(["champion", "r/champion", "challenger-2"]), pick=st.integers(0, 9))
+    def promote(self, alias, pick):
+        for run in pp.open(self.root).runs():
+            there = run.manifests()
+            if there:
+                point(LocalStore(self.root), alias, there[pick % len(there)], keeps=pick % 3)
+
+    @rule(alias=st.sampled_from(["champion", "r/champion"]), retire=st.booleans())
+    def roll_back_or_retire(self, alias, retire):
+        store = LocalStore(self.root)
+        present = head(store, alias)
+        if present is None or present.target is None:
+            return
+        before = next(back_from(store, present), None)
+        if retire:
+            change = Change(kind="retired", target=None, at=START, by="me", why="x", keeps=0)
+        elif before is not None:
+            more = {"restores": before.stands_for, "target": before.target}
+            change = Change(kind="rolled back", at=START, by="me", why="x", **more)
+        else:
+            return
+        append(store, alias, change, after=present)
+
     @rule()
     def litter(self):
         directory = LocalStore(self.root).path(layout.checkpoint_prefix("first", f"x{self.step}"))
@@ -235,9 +280,16 @@ def test_the_same_in_both_databases(tmp_path, catalogue_url):
     check(root, catalogue)
     pp.upkeep.undo(run, [pp.upkeep.in_trash(run)[0].manifest.id])
     check(root, catalogue)
+    for alias, place in (("champion", 0), ("r/champion", -1), ("champion", -1), ("gone", 0)):
+        point(LocalStore(root), alias, run.manifests()[place])
+        check(root, catalogue)
+    point(LocalStore(root), "gone", None)
+    check(root, catalogue)
     again = Catalogue(LocalStore(root), catalogue_url)
     check(root, again)
     again.rebuild()
+    check(root, catalogue)
+    shutil.rmtree(root / "aliases" / "champion")
     check(root, catalogue)
     catalogue.close()
     again.close()
@@ -372,6 +424,153 @@ def test_many_who_ask_at_once_see_everything(tmp_path, catalogue_url):
         catalogue.close()
 
 
+# --- aliases ------------------------------------------------------------------------------------------------------
+
+
+def select_alias(catalogue, text="alias == 'champion'"):
+    return [one.step for one in catalogue.select(Wish(query=parse(text)))]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["fresh", "old"])
+def test_a_change_of_an_alias_is_seen_at_once(three, tmp_path, catalogue_url, old):
+    """Also one whose directory had been seen empty, and by another catalogue."""
+    root = shutil.copytree(three, tmp_path / "runs")
+    store, [run] = LocalStore(root), pp.open(root).runs()
+    (root / "aliases" / "champion").mkdir(parents=True)
+    (root / "aliases" / "family" / "champion").mkdir(parents=True)
+    catalogues = [Catalogue(store, catalogue_url) for _ in range(2)]
+    expected = []
+    for place in (None, 0, 2, 1, 1, None, 2):
+        if place is not None:
+            point(store, "champion", run.manifests()[place])
+            point(store, "family/champion", run.manifests()[0])
+            expected = [place + 1]
+        for _ in range(2):
+            if old:
+                settle(root)
+            assert [select_alias(catalogue) for catalogue in catalogues] == [expected] * 2
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom peakpoint.store import LocalStore\n"
+        "from peakpoint.aliases import Change, append, head\nstore = LocalStore(Path(sys.argv[1]))\nimport datetime\n"
+        "change = Change(kind='retired', target=None, at=datetime.datetime.now(datetime.UTC), by='me', why='x')\n"
+        "append(store, 'champion', change, after=head(store, 'champion'))\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code, str(root)], check=True)
+    assert [select_alias(catalogue) for catalogue in catalogues] == [[], []]
+    assert select_alias(catalogues[0], "alias ~ '*'") == [1]
+    for catalogue in catalogues:
+        catalogue.close()
+
+
+def test_aliases_are_not_read_again_while_nothing_changes(three, tmp_path):
+    class Counting(LocalStore):
+        read: tuple = ()
+
+        def get(self, key, begin=0, end=None):
+            self.read = (*self.read, key)
+            return super().get(key, begin, end)
+
+        def children(self, prefix):
+            self.read = (*self.read, prefix)
+            return super().children(prefix)
+
+    root = shutil.copytree(three, tmp_path / "runs")
+    point(LocalStore(root), "champion", pp.open(root).run("r").manifests()[0])
+    settle(root)
+    store = Counting(root)
+    catalogue = Catalogue(store)
+    assert select_alias(catalogue) == [1]
+    store.read = ()
+    assert select_alias(catalogue) == [1]
+    assert store.read == ()
+    pp.open(root).run("r").record("r@latest", {"acc": 0.7})
+    assert select_alias(catalogue) == [1]
+    assert select_alias(catalogue) == [1]
+    assert [key for key in store.read if key.startswith("aliases")] == [], "a run that changes is no alias that does"
+    catalogue.close()
+
+
+def test_two_copies_with_one_catalogue_have_aliases_of_their_own(three, tmp_path, catalogue_url):
+    for place in (0, 1):
+        root = shutil.copytree(three, tmp_path / str(place))
+        point(LocalStore(root), "champion", pp.open(root).run("r").manifests()[place])
+        settle(root)
+    catalogues = [Catalogue(LocalStore(tmp_path / str(place)), catalogue_url) for place in (0, 1)]
+    for _ in range(3):
+        assert [select_alias(catalogue) for catalogue in catalogues] == [[1], [2]]
+    for catalogue in catalogues:
+        catalogue.close()
+
+
+def test_an_alias_points_into_one_run_also_where_another_has_the_same_id(tmp_path, catalogue_url):
+    store = LocalStore(tmp_path / "runs")
+    ensure_repository(store, START)
+    for number, run in enumerate(("a", "b"), 1):
+        ensure_run(store, run, START, {}, ())
+        write(store, manifest(run=run, id="0123456789abcdef", step=number))
+    point(store, "champion", pp.open(tmp_path / "runs").run("b").manifests()[0])
+    catalogue = Catalogue(store, catalogue_url)
+    assert select_alias(catalogue) == [2]
+    assert {run.name: run.aliases for run in catalogue.runs()} == {"a": (), "b": ("champion",)}
+    catalogue.close()
+
+
+@pytest.mark.filterwarnings("always::peakpoint.errors.PeakpointWarning")
+def test_an_alias_that_cannot_be_read_is_told_and_is_no_answer(three, tmp_path, catalogue_url):
+    root = shutil.copytree(three, tmp_path / "runs")
+    store, manifests = LocalStore(root), pp.open(root).run("r").manifests()
+    for alias in ("champion", "challenger"):
+        point(store, alias, manifests[0])
+        point(store, alias, manifests[1])
+    catalogue = Catalogue(store, catalogue_url)
+    assert select_alias(catalogue, "has(alias)") == [2]
+    file = root / "aliases" / "champion" / "000002.json"
+    whole = file.read_bytes()
+    file.unlink()
+    file.write_bytes(whole.replace(b"because", b"BECAUSE"))
+    for _ in range(2):
+        with pytest.warns(PeakpointWarning, match="the alias 'champion' is not considered: .*seal does not match"):
+            assert select_alias(catalogue) == []
+        assert list(catalogue.unread_aliases) == ["champion"]
+    with pytest.warns(PeakpointWarning, match="champion"):
+        assert select_alias(catalogue, "alias == 'challenger'") == [2]
+    file.unlink()
+    file.write_bytes(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select_alias(catalogue) == [2]
+    catalogue.close()
+
+
+def test_many_who_ask_at_once_never_go_back_to_an_older_holder(three, tmp_path, catalogue_url):
+    root = shutil.copytree(three, tmp_path / "runs")
+    store, manifests = LocalStore(root), pp.open(root).run("r").manifests()
+    point(store, "champion", manifests[0])
+    catalogues = [Catalogue(LocalStore(root), catalogue_url) for _ in range(3)]
+    done, failures = threading.Event(), []
+
+    def follow(catalogue):
+        try:
+            while not done.is_set():
+                select_alias(catalogue)
+        except Exception as error:  # noqa: BLE001 - to be told in the test's own thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=follow, args=(catalogue,)) for catalogue in catalogues[1:]]
+    for thread in threads:
+        thread.start()
+    for number in range(1, 25):
+        point(store, "champion", manifests[number % 3])
+        assert select_alias(catalogues[0]) == [number % 3 + 1]
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    check(root, catalogues[1])
+    for catalogue in catalogues:
+        catalogue.close()
+
+
 # --- an index that may go -----------------------------------------------------------------------------------------
 
 
@@ -462,6 +661,46 @@ def test_an_older_one_is_brought_up_to_date_in_one_step(small, catalogue_url):
         assert schema.version_of(connection) == len(schema.MIGRATIONS) + 1
         assert connection.scalar(sqlalchemy.select(schema.runs.c.name)) == "r", "what was there is there"
     catalogue.close()
+
+
+def test_one_of_the_first_release_learns_of_aliases_where_it_stands(small, catalogue_url):
+    store = LocalStore(small)
+    url = catalogue_url.replace("postgresql://", "postgresql+psycopg://")
+    engine = sqlalchemy.create_engine(url if "://" in url else f"sqlite:///{url}")
+    with engine.begin() as connection:
+        schema.migrate(connection, digest(store.get(layout.REPOSITORY)), store.location, schema.MIGRATIONS[:1])
+        assert schema.version_of(connection) == 1
+        assert not sqlalchemy.inspect(connection).has_table("peakpoint_aliases")
+        born = connection.scalar(sqlalchemy.select(schema.meta.c.born))
+    # as the first release would have filled it
+    [run] = pp.open(small).runs()
+    refresh_run((engine, engine), store, "r")
+    point(store, "champion", run.manifests()[0])
+    catalogues = [Catalogue(store, catalogue_url) for _ in range(2)]
+    for catalogue in catalogues:
+        check(small, catalogue)
+        assert [one.step for one in catalogue.select(Wish(query=parse("alias == 'champion' and late > 0")))] == [1]
+    with engine.begin() as connection:
+        assert schema.version_of(connection) == len(schema.MIGRATIONS)
+        assert connection.scalar(sqlalchemy.select(schema.meta.c.born)) == born, "it was not made anew"
+        schema.drop_all(connection)
+        assert not [name for name in sqlalchemy.inspect(connection).get_table_names() if name.startswith("peakpoint_")]
+    for catalogue in catalogues:
+        catalogue.close()
+    engine.dispose()
+
+
+def test_several_who_bring_an_old_one_up_to_date_at_once_do_it_once(small, catalogue_url):
+    store = LocalStore(small)
+    url = catalogue_url.replace("postgresql://", "postgresql+psycopg://")
+    engine = sqlalchemy.create_engine(url if "://" in url else f"sqlite:///{url}")
+    with engine.begin() as connection:
+        schema.migrate(connection, digest(store.get(layout.REPOSITORY)), store.location, schema.MIGRATIONS[:1])
+    engine.dispose()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for catalogue in [pool.submit(Catalogue, store, catalogue_url) for _ in range(6)]:
+            assert len(everything(catalogue.result())) == 1
+            catalogue.result().close()
 
 
 def test_each_repository_has_its_own(small, tmp_path, catalogue_url):

@@ -222,7 +222,7 @@ def test_every_command_of_every_module_is_there():
         module: sorted(names) for module, names in _MODULES.items()
     }
     modules = {path.stem for path in Path(render.__file__).parent.glob("*.py")}
-    assert modules == {"__init__", "main", "arguments", "fitting", "render", *_MODULES}
+    assert modules == {"__init__", "main", "arguments", "fitting", "marks", "render", *_MODULES}
 
 
 def test_it_is_a_module_as_well(root):

@@ -22,6 +22,8 @@ from peakpoint.journal import (
     Opened,
     PartsDropped,
     Pinned,
+    Promoted,
+    Promoting,
     Removed,
     Reported,
     Restored,
@@ -92,6 +94,17 @@ events_of = {
     ),
     Pinned: st.builds(Pinned, at=times, checkpoint=texts, why=texts, by=texts),
     Unpinned: st.builds(Unpinned, at=times, checkpoint=texts, by=texts),
+    Promoting: st.builds(Promoting, at=times, checkpoint=texts, name=texts, alias=texts, record=naturals, by=texts),
+    Promoted: st.builds(
+        Promoted,
+        at=times,
+        checkpoint=texts,
+        name=texts,
+        alias=texts,
+        record=st.none() | naturals,
+        digest=st.none() | texts,
+        by=texts,
+    ),
     Closed: st.builds(Closed, at=times, why=texts),
 }
 any_event = st.one_of(*events_of.values())

@@ -573,7 +573,7 @@ def test_an_alias_is_a_ref(tmp_path):
     assert pp.load("@champion", root=tmp_path)["x"] == 1
     for ref, message in (
         ("@champoin", "there is no alias 'champoin'; did you mean 'champion'?"),
-        ("@champion:2", "does not exist"),
+        ("@champion:2", "has no record 2"),
         ("@champion:0", "the number of a record"),
         ("@../x", "cannot name an alias"),
         ("@a/b/c", "cannot name an alias"),

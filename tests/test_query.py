@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import layout
+from peakpoint import layout, reader
+from peakpoint.aliases import Change, Target, append, head
 from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.errors import ConfigError, Error, NotFoundError
 from peakpoint.manifest import FileRecord, encode
@@ -56,7 +57,26 @@ def build(root):
         )
         write(store, one)
         made.append(one)
+    for alias, places in POINTED.items():
+        for place in places:
+            point(store, alias, None if place is None else made[place])
     return made
+
+
+# each alias, with where it pointed: the last counts
+POINTED = {"champion": [7, 3], "resnet50/champion": [3], "challenger_1": [10, 11, 10], "old_1": [5, None]}
+HELD = {"champion": 3, "resnet50/champion": 3, "challenger_1": 10}
+
+
+def point(store, alias, one, *, at=START, why="because", **more):
+    """Let an alias point at a checkpoint, or at nothing any more; the record."""
+    target = None
+    if one is not None:
+        told = reader.manifest_digest(store, one)
+        target = Target(run=one.run, checkpoint=one.id, name=one.name, manifest=told)
+    kind = "retired" if target is None else "rolled back" if "restores" in more else "promoted"
+    change = Change(kind=kind, target=target, at=at, by="somebody", why=why, **more)
+    return append(store, alias, change, after=head(store, alias))
 
 
 class Made(list):
@@ -160,6 +180,10 @@ def arithmetic(inner):
     return binary | negative | absolute
 
 
+def held(one):
+    return {alias for alias, place in HELD.items() if one.id == identity(place)}
+
+
 numbers = st.recursive(plain, arithmetic, max_leaves=3)
 TEXTS = {
     'run ~ "resnet50*"': lambda one: fnmatch.fnmatchcase(one.run, "resnet50*"),
@@ -170,6 +194,12 @@ TEXTS = {
     "name != 'n7%_x'": lambda one: one.name != "n7%_x",
     'reason ~ "best 100%*"': lambda one: one.reasons[0].startswith("best 100%"),
     "reason ~ 'every?10'": lambda one: "every_10" in one.reasons,
+    "alias == 'champion'": lambda one: "champion" in held(one),
+    "alias != 'champion'": lambda one: "champion" not in held(one),
+    "alias ~ '*champion'": lambda one: any(alias.endswith("champion") for alias in held(one)),
+    "alias in ('challenger_1', 'old_1')": lambda one: "challenger_1" in held(one),
+    "alias not in ['champion']": lambda one: "champion" not in held(one),
+    "has(alias)": lambda one: bool(held(one)),
     "has(epoch)": lambda one: one.epoch is not None,
     "has(acc)": lambda one: known(one.metrics.get("acc")) is not None,
     "has('val/loss')": lambda one: known(one.metrics.get("val/loss")) is not None,
@@ -379,7 +409,11 @@ SLIPS = [
     ("(acc > 1", 0, "parentheses do not match"),
     ("acc > 1)", 7, "parentheses do not match"),
     ("acc > 1 step < 2", 8, "not understood"),
-    ("acc", 0, "a value and no condition"),
+    ("acc", 0, "a value and no condition; compare it, as in acc > 0"),
+    ("alias", 0, "a value and no condition; compare it, as in alias ~ 'x*' or has(alias)"),
+    ("'alias'", 0, "a value and no condition"),
+    ("alias > 3", 8, "a text is compared with a text in quotes"),
+    ("alias == champion", 9, "text in quotes"),
     ("1", 0, "a value and no condition"),
     ("acc is null", 4, "has(x)"),
     ("acc == None", 7, "has(x)"),
@@ -492,7 +526,7 @@ def test_every_field_has_a_meaning(made, catalogues):
     for catalogue in catalogues:
         for field, kind in FIELDS.items():
             condition = {"text": f"{field} ~ '*'", "truth": f"{field} or not {field}"}.get(kind, f"has({field})")
-            assert len(list(select(catalogue, condition))) == (60 if field != "epoch" else 48)
+            assert len(list(select(catalogue, condition))) == {"epoch": 48, "alias": 2}.get(field, 60)
 
 
 # --- the second lock ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ has the digest of the bytes of the one before it, so that a record that was chan
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -19,9 +19,9 @@ import msgspec
 
 from peakpoint import layout
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
-from peakpoint.journal import Promoting
 from peakpoint.manifest import FORMAT, check_format
-from peakpoint.refs import check_alias, near
+from peakpoint.names import check_text
+from peakpoint.refs import check_alias, is_alias, near
 from peakpoint.seal import digest, seal, unseal
 from peakpoint.store import Store
 
@@ -119,38 +119,50 @@ class Change:
 
 def names(store: Store) -> list[str]:
     """Every alias that has a record, by name."""
-    return sorted(_names(store, layout.ALIASES, ""))
+    return list(listed(store))
 
 
-def _names(store: Store, prefix: str, family: str) -> Iterator[str]:
-    for child in store.children(prefix):
-        if child.endswith("/"):
-            name = family + child[:-1]
-            inside = store.children(f"{prefix}/{child[:-1]}")
-            if any(map(_NUMBERED.fullmatch, inside)):
-                yield name
-            if not family:
-                yield from _names(store, f"{prefix}/{child[:-1]}", f"{name}/")
+def listed(store: Store) -> dict[str, list[int]]:
+    """The numbers of the records of every alias, by name. What cannot be one is passed over; audit names it."""
+    there = [name for first in directories(store) for name in (first, *directories(store, first))]
+    found = {name: numbers(store, name) for name in sorted(there)}
+    return {name: some for name, some in found.items() if some}
 
 
-_NUMBERED = re.compile(r"([0-9]{6,18})\.json")
+def directories(store: Store, family: str = "") -> list[str]:
+    """The names that have a directory: of the repository, each of which may be a family, too, or those in a family."""
+    children = store.children(layout.alias_prefix(family) if family else layout.ALIASES)
+    there = [f"{family}/{child[:-1]}" if family else child[:-1] for child in children if child.endswith("/")]
+    return [name for name in there if is_alias(name)]
+
+
+_NUMBERED = re.compile(r"(?!0{6})([0-9]{6}|[1-9][0-9]{6,17})\.json")
 
 
 def numbers(store: Store, alias: str) -> list[int]:
     """The numbers of an alias's records, in order; empty when there is no such alias."""
-    found = [_NUMBERED.fullmatch(child) for child in store.children(layout.alias_prefix(check_alias(alias)))]
-    return sorted(int(one[1]) for one in found if one)
+    there = map(_NUMBERED.fullmatch, store.children(layout.alias_prefix(check_alias(alias))))
+    return sorted(int(one[1]) for one in there if one)
 
 
 def read(store: Store, alias: str, number: int) -> AliasRecord:
     """One record.
 
     Raises:
-        NotFoundError: there is none of that number.
+        NotFoundError: there is none of that number; the message says which there are.
         CorruptError: it is damaged, or that of another alias or number.
         FormatError: a newer release wrote it.
     """
-    return _decode(store.get(layout.alias_key(alias, number)), alias, number)
+    try:
+        data = store.get(layout.alias_key(alias, min(number, _MOST)))  # which has more digits than any
+    except NotFoundError as error:
+        there = numbers(store, alias)
+        have = f"it has records {there[0]} to {there[-1]}" if there else "it has none"
+        raise NotFoundError(f"the alias {alias!r} has no record {number}; {have}") from error
+    return _decode(data, alias, number)
+
+
+_MOST = 10**18
 
 
 def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
@@ -164,7 +176,29 @@ def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
         raise FormatError(f"{where} is not a record of an alias that this release reads: {error}") from error
     if (found.alias, found.number) != (alias, number):
         raise CorruptError(f"{where} says that it is record {found.number} of {found.alias}: it was moved or copied")
+    wrong = _contradiction(found)
+    if wrong:
+        raise CorruptError(f"{where} {wrong}: no release of Peakpoint has written that")
     return replace(found, digest=digest(data))
+
+
+_NAME = re.compile(r"(?!\.)[^/\\\x00]{1,200}")  # of what is a directory, and text that every database takes
+
+
+def _contradiction(record: AliasRecord) -> str | None:
+    """What cannot be in a record, although each member is of its kind."""
+    target = record.target
+    if record.at.tzinfo is None:
+        return "has a time without zone"
+    if target is not None and not all(map(_NAME.fullmatch, (target.run, target.checkpoint, target.name))):
+        return f"points at {target.run}/{target.name} ({target.checkpoint}), which can be no checkpoint"
+    if (record.target is None) != (record.kind == "retired"):
+        return f"is of kind {record.kind!r} and points at {'something' if record.target else 'nothing'}"
+    if (record.restores is None) != (record.kind != "rolled back"):
+        return f"is of kind {record.kind!r} and restores {record.restores}"
+    if record.restores is not None and not 1 <= record.restores < record.number:
+        return f"restores record {record.restores}, which is not before it"
+    return "keeps fewer than no former holders" if record.keeps < 0 else None
 
 
 def head(store: Store, alias: str) -> AliasRecord | None:
@@ -198,6 +232,8 @@ def holder(store: Store, alias: str) -> AliasRecord:
 def append(store: Store, alias: str, change: Change, *, after: AliasRecord | None) -> AliasRecord:
     """Add the next record, durably, if ``after`` still is the newest: a compare-and-swap.
 
+    When the store has lost only its reply, the record is found there, and nothing is raised.
+
     Args:
         store: where.
         alias: which.
@@ -206,7 +242,8 @@ def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Non
 
     Raises:
         ConflictError: somebody else has changed the alias meanwhile; nothing was recorded.
-        StoreError: the store refused. When it lost only its reply, the record is found there, and nothing is raised.
+        ConfigError: a name that cannot be, or texts that cannot be written.
+        StoreError: the store refused, and the record is not there; or it cannot be told whether it is.
     """
     number = 1 if after is None else after.number + 1
     at = change.at if after is None else max(change.at, after.at)
@@ -218,6 +255,11 @@ def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Non
         write=secrets.token_hex(8),
         **given,
     )
+    check_text("who changes an alias", change.by)
+    check_text("the reason", change.why)
+    wrong = _contradiction(record)
+    if wrong:
+        raise ConfigError(f"a record of {alias} that {wrong}: nothing was recorded")
     data = seal({"format": FORMAT, **{one.name: getattr(record, one.name) for one in fields(record)[:-1]}})
     try:
         store.create(layout.alias_key(alias, number), data)
@@ -272,23 +314,24 @@ def history(store: Store, alias: str) -> History:
         holder(store, alias)  # which says what there is
     found: list[AliasRecord] = []
     damage: list[str] = []
-    before: str | None = None
-    for number in range(1, there[-1] + 1):
+    before, last = None, 0
+    for number in there:
         where = layout.alias_key(alias, number)
+        if number > last + 1:
+            gap = layout.alias_key(alias, last + 1) + (f" to {number - 1:06d}" if number > last + 2 else "")
+            damage.append(f"{gap} is missing: somebody has taken it out")
         try:
             data = store.get(where)
         except NotFoundError:
-            damage.append(f"{where} is missing: somebody has taken it out")
-            before = None
-            continue
+            continue  # taken out at this moment: the next one misses it, or the next look
         try:
             record = _decode(data, alias, number)
-            if record.previous != before and not (before is None and number > 1):
+            if number == last + 1 and record.previous != before:
                 damage.append(f"{where} was not added to the record before it that is there: one of them was changed")
             found.append(record)
         except (CorruptError, FormatError) as error:
             damage.append(str(error))
-        before = digest(data)
+        before, last = digest(data), number
     return History(tuple(found), tuple(damage))
 
 
@@ -352,40 +395,3 @@ def back_from(store: Store, present: AliasRecord) -> Iterator[AliasRecord]:
             raise CorruptError(f"{layout.alias_key(present.alias, number)} is missing") from error
         if at.target is not None:
             yield at
-
-
-def protected(store: Store, checkpoints: Iterable[str], promoting: Iterable[Promoting] = ()) -> dict[str, str]:
-    """Which checkpoints retention must leave alone because of an alias: id to why.
-
-    It points at them, did lately, or is about to. While the newest record of an alias cannot be read, nobody knows what
-    it protects, and everything is protected.
-
-    Args:
-        store: where.
-        checkpoints: the ids of all that might go.
-        promoting: what the journal says of promotions that are under way, or were cut short.
-    """
-    found: dict[str, str] = {}
-    for event in promoting:
-        if event.record > max(numbers(store, event.alias), default=0):  # else the record says what came of it
-            found[event.checkpoint] = f"about to become {event.alias}"
-    for alias in names(store):
-        there = numbers(store, alias)
-        try:
-            newest = read(store, alias, there[-1])
-        except (CorruptError, FormatError) as error:
-            return dict.fromkeys(checkpoints, f"what {alias} protects is not known: {error}")
-        if newest.target is not None:
-            found[newest.target.checkpoint] = f"{alias} since {newest.at:%Y-%m-%d %H:%M} UTC"
-        former = set[str]()
-        for number in reversed(there[:-1]):
-            if len(former) >= newest.keeps:
-                break
-            try:
-                target = read(store, alias, number).target
-            except (CorruptError, FormatError, NotFoundError):
-                continue  # audit names it; a former holder that is not known cannot be gone back to either
-            if target is not None and target.checkpoint != (newest.target and newest.target.checkpoint):
-                former.add(target.checkpoint)
-                found.setdefault(target.checkpoint, f"was {alias} (one of its last {newest.keeps})")
-    return found

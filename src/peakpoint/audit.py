@@ -5,17 +5,20 @@ touched. Foreign files are neither: Peakpoint did not write them and does not de
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from peakpoint import archiving, layout, reader, trash, validations
+from peakpoint import aliases, archiving, layout, reader, trash, validations
 from peakpoint import journal as journals
 from peakpoint.clock import Clock, utc_now
 from peakpoint.dropping import leftovers, records
-from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
+from peakpoint.journal import Event, Promoted
 from peakpoint.manifest import MANIFEST, Manifest
+from peakpoint.refs import is_alias
 from peakpoint.repository import Repository, check_run_record
+from peakpoint.seal import digest
 from peakpoint.store import Store
 from peakpoint.writer import sweep
 
@@ -85,6 +88,8 @@ def audit(
     result = Audit(deep=deep)
     store = repository.store
     result.findings += _strays(store, "", _OF_A_REPOSITORY)
+    result.findings += _aliases(store)
+    result.findings += _releases(store)
     result.findings += _strays(store, layout.RUNS, None)
     for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
         result.runs += 1
@@ -113,8 +118,10 @@ def _run(
     yield from _record(store, run)
     yield from _unless(busy, _strays(store, prefix, _OF_A_RUN))
     yield from _unless(busy, _packs(store, run))
-    for sentence in journals.read(store, run).damage:
+    journal = journals.read(store, run)
+    for sentence in journal.damage:
         yield Finding("damage", layout.journal_prefix(run), sentence)
+    yield from _promotions(store, run, journal.events)
     shelf = reader.shelf(store, run)
     yield from _unless(busy, _validations(store, run, shelf))
     for damaged in shelf.damaged:
@@ -143,12 +150,78 @@ _OF_A_REPOSITORY = {
     _INDEX,
     f"{_INDEX}-wal",
     f"{_INDEX}-shm",
-    "aliases/",
-    "releases/",
+    f"{layout.ALIASES}/",
+    f"{layout.RELEASES}/",
     layout.POLICY,
 }
 _SET_ASIDE = re.compile(r"catalogue\.damaged-[0-9a-f]{8}\.sqlite(-wal|-shm)?")
 _OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", "archive/", "validations/"}
+
+
+_RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.json")
+
+
+def _aliases(store: Store) -> Iterator[Finding]:
+    """What is wrong with aliases: their records, what they point at now, and what else is in their directories."""
+    families = aliases.directories(store)
+    yield from _strays(store, layout.ALIASES, {f"{name}/" for name in families})
+    for family in families:
+        inside = [name.rpartition("/")[2] + "/" for name in aliases.directories(store, family)]
+        for name in (family, *aliases.directories(store, family)):
+            numbers = aliases.numbers(store, name)
+            keys = {
+                key for number in numbers for key in (layout.alias_key(name, number), layout.told_key(name, number))
+            }
+            known = {key.rpartition("/")[2] for key in keys} | set(inside if name == family else ())
+            yield from _strays(store, layout.alias_prefix(name), known)
+            if numbers:
+                yield from _alias(store, name)
+
+
+def _alias(store: Store, name: str) -> Iterator[Finding]:
+    for sentence in aliases.history(store, name).damage:
+        yield Finding("damage", layout.alias_prefix(name), sentence)
+    try:
+        record = aliases.head(store, name)
+    except (CorruptError, FormatError):
+        return  # which has been said
+    target = None if record is None else record.target
+    if record is None or target is None:
+        return
+    try:
+        found = digest(store.get(layout.manifest_key(target.run, target.name)))
+    except NotFoundError:
+        found = None
+    if found != target.manifest:
+        what = "does not exist" if found is None else "has another manifest than when it was promoted"
+        where = layout.alias_key(name, record.number)
+        yield Finding("damage", where, f"{name} points at {target.run}/{target.name}, a checkpoint that {what}")
+
+
+def _promotions(store: Store, run: str, events: Sequence[Event]) -> Iterator[Finding]:
+    """Records of aliases that the journal knows otherwise: the newest has none after it that would miss it."""
+    for event in events:
+        if not isinstance(event, Promoted) or event.record is None or not is_alias(event.alias):
+            continue
+        where = layout.alias_key(event.alias, event.record)
+        told = f"the journal of {run} tells of at {event.at:%Y-%m-%d %H:%M} UTC by {event.by}"
+        try:
+            if digest(store.get(where)) != event.digest:
+                yield Finding("damage", where, f"it is not the record that {told}: it was changed")
+        except NotFoundError:
+            yield Finding("damage", where, f"the record that {told} is missing: somebody has taken it out")
+
+
+def _releases(store: Store) -> Iterator[Finding]:
+    there = {child for child in store.children(layout.RELEASES) if _RELEASE.fullmatch(child)}
+    yield from _strays(store, layout.RELEASES, there)
+
+
+def _unheld(store: Store) -> list[str]:
+    """Directories outside of runs, which nobody holds."""
+    families = aliases.directories(store)
+    names = [*families, *(name for family in families for name in aliases.directories(store, family))]
+    return ["", layout.RUNS, layout.ALIASES, *map(layout.alias_prefix, names), layout.RELEASES]
 
 
 def _packs(store: Store, run: str) -> Iterator[Finding]:
@@ -297,7 +370,7 @@ def clean(repository: Repository, *, clock: Clock = utc_now) -> list[Finding]:
     """
     store = repository.store
     removed: list[Finding] = []
-    for prefix in ("", layout.RUNS):
+    for prefix in _unheld(store):
         for key in store.litter(prefix):
             store.delete(key)
             removed.append(Finding("litter", key, "an unfinished write"))

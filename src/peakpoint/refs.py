@@ -90,14 +90,18 @@ Ref = Latest | BestOf | AtEpoch | AtStep | ByName
 _ALIAS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63})?")
 
 
+def is_alias(name: str) -> bool:
+    """Whether ``name`` can name an alias."""
+    return _ALIAS.fullmatch(name) is not None and not any(one.endswith((".", ".json")) for one in name.split("/"))
+
+
 def check_alias(name: str) -> str:
     """Return ``name`` if it can name an alias: ``NAME`` or ``FAMILY/NAME``.
 
     Raises:
         ConfigError: it cannot.
     """
-    odd = not isinstance(name, str) or _ALIAS.fullmatch(name) is None
-    if odd or any(one.endswith((".", ".json")) for one in name.split("/")):
+    if not isinstance(name, str) or not is_alias(name):
         raise ConfigError(
             f"{name!r} cannot name an alias: give NAME or FAMILY/NAME, such as champion or resnet50/champion, of ASCII "
             "letters, digits and _.+- (at most 64 each)"

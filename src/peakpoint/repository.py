@@ -9,7 +9,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peakpoint import aliases, layout, reader, refs
+from peakpoint import aliases, holders, layout, reader, refs
 from peakpoint import journal as journals
 from peakpoint.actor import present_user
 from peakpoint.checkpoint import Checkpoint
@@ -46,10 +46,12 @@ def _may_be_removing(events: Sequence[journals.Event], checkpoint: str) -> bool:
     removing = False
     for event in events:
         match event:
-            case journals.Removed():
+            case journals.Removed() | journals.PartsDropped():
                 removing = removing or event.checkpoint == checkpoint
             case journals.Saved() | journals.Closed():  # said by the thread that removes, when it is done
                 removing = False
+            case journals.Undone():  # it stays after all, or whole
+                removing = removing and event.checkpoint != checkpoint
             case _:
                 pass
     return removing
@@ -145,7 +147,7 @@ class Run:
     def aliased(self, manifests: Sequence[Manifest], events: Sequence[journals.Event]) -> Mapping[str, str]:
         """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
         ids = [manifest.id for manifest in manifests]
-        return aliases.protected(self.store, ids, notes(events).promoting.values())
+        return holders.protected(self.store, ids, notes(events).promoting.values())
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
@@ -428,14 +430,28 @@ class Repository:
         target = record.target
         if target is None:
             raise NotFoundError(f"record {record.number} of {ref.alias} retired it: it pointed at nothing then")
-        run = self.run(target.run)
-        manifest = run.find_manifest(target.ref)
+        try:
+            manifest = reader.read_manifest(self.store, target.run, target.name)
+        except NotFoundError as error:
+            raise NotFoundError(_lost(record)) from error
+        if manifest.id != target.checkpoint:
+            raise NotFoundError(f"{_lost(record)}; {manifest.id} has its directory now")
         if reader.manifest_digest(self.store, manifest) != target.manifest:
             raise CorruptError(
-                f"{run.name}/{manifest.name} has another manifest than when it became {ref.alias} (record "
+                f"{target.run}/{target.name} has another manifest than when it became {ref.alias} (record "
                 f"{record.number}): it was tampered with; peakpoint rollback ROOT {ref.alias} goes back one"
             )
-        return run, manifest
+        return self.run(target.run), manifest
+
+
+def _lost(record: aliases.AliasRecord) -> str:
+    target = record.target
+    assert target is not None
+    return (
+        f"record {record.number} of {record.alias} points at {target.run}/{target.name} ({target.checkpoint}), which "
+        "does not exist any more; peakpoint trash ROOT shows whether it can be brought back, peakpoint rollback ROOT "
+        f"{record.alias} goes back one"
+    )
 
 
 def _beside(store: Store) -> str:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from peakpoint.dropping import drop
 from peakpoint.errors import StoreError
-from peakpoint.journal import Journal, PartsDropped, Removed
+from peakpoint.journal import Journal, PartsDropped, Removed, Undone
 from peakpoint.manifest import Manifest
 from peakpoint.rules import Budget, Claim, Record, Rule, claims
 from peakpoint.store import Store
@@ -264,6 +264,7 @@ def apply(
     for removal in removals:
         if removal.manifest.id in spared:
             failures.append(f"{removal.manifest.name} stays: it is pinned, or an alias points at it")
+            journal.append(_taken_back(journal, removal.manifest, (), by))
             continue
         try:
             if until is None:
@@ -273,6 +274,11 @@ def apply(
         except StoreError as error:
             failures.append(f"{removal.manifest.name} could not be removed: {error}")
     return failures
+
+
+def _taken_back(journal: Journal, manifest: Manifest, parts: tuple[str, ...], by: str) -> Undone:
+    """Without it the journal would go on saying that the checkpoint is being removed, and it could not be pinned."""
+    return Undone(at=journal.now(), checkpoint=manifest.id, name=manifest.name, parts=parts, by=by)
 
 
 def thin(
@@ -310,6 +316,7 @@ def thin(
     for thinning in drops:
         if thinning.manifest.id in spared:
             failures.append(f"{thinning.manifest.name} stays whole: it is pinned, or an alias points at it")
+            journal.append(_taken_back(journal, thinning.manifest, thinning.parts, by))
             continue
         try:
             changed[thinning.manifest.id] = drop(

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint import aliases, layout, retention
+from peakpoint import holders, layout, retention
 from peakpoint.audit import clean_run
 from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
@@ -304,7 +304,7 @@ class Saver:
         return {**self._ledger.pinned, **self._aliased(self._committed)}
 
     def _aliased(self, manifests: Sequence[Manifest]) -> Mapping[str, str]:
-        return aliases.protected(self._store, [manifest.id for manifest in manifests], self._ledger.promoting)
+        return holders.protected(self._store, [manifest.id for manifest in manifests], self._ledger.promoting)
 
     def _exists(self, manifest: Manifest) -> bool:
         return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None

@@ -118,11 +118,7 @@ def remove(
         free = [manifest for manifest in manifests if manifest.id not in read and manifest.id not in aliased]
         until = _until(clock(), undo_for)
         failures = [f"{one.name} stays: somebody is reading it; try again later" for one in manifests if one.id in read]
-        failures += [
-            f"{one.name} stays: {aliased[one.id]}; promote another, or peakpoint retire the alias, first"
-            for one in manifests
-            if one.id in aliased
-        ]
+        failures += [f"{one.name} stays: {aliased[one.id]}" for one in manifests if one.id in aliased]
 
         def aliased_now() -> Mapping[str, str]:
             return run.aliased(manifests, run.events())

@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from sqlalchemy import URL, Engine, func, select
 from peakpoint import layout
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, connect, discard, place, set_aside, translated
+from peakpoint.catalogue.pointers import Seen, pointers, refresh_aliases
 from peakpoint.catalogue.reading import Known, is_current
 from peakpoint.catalogue.refresh import Remembered, decoded, known_runs, read_peaks, refresh_run, remove_run
 from peakpoint.catalogue.search import WINDOW
@@ -62,6 +63,7 @@ class Listed:
         newest: when the newest was made; None without any.
         damaged: one sentence for each manifest that cannot be read.
         kept: for each metric of ``peaks``, whether a checkpoint of its best exists.
+        aliases: those that point at a checkpoint of it, by name.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Listed:
     newest: datetime | None
     damaged: tuple[str, ...]
     kept: Mapping[str, bool]
+    aliases: tuple[str, ...] = ()
 
 
 def _damage(text: str) -> tuple[str, ...]:
@@ -119,6 +122,7 @@ class Catalogue:
         self._known: dict[str, Known] = {}
         self._remembered: dict[str, Remembered] = {}  # those that were refreshed last
         self._unread: dict[str, str] = {}
+        self._seen = Seen()
         _OPEN.add(self)
         self._tick = -1
         try:
@@ -136,6 +140,11 @@ class Catalogue:
     def unread(self) -> Mapping[str, str]:
         """Runs that could not be read when they were looked at last, and why."""
         return dict(self._unread)
+
+    @property
+    def unread_aliases(self) -> Mapping[str, str]:
+        """Aliases whose newest record could not be read when they were looked at last, and why."""
+        return dict(self._seen.unread)
 
     def _after_fork(self) -> None:
         """A child has no right to its parent's connections."""
@@ -190,8 +199,11 @@ class Catalogue:
         self.close()
         if clear is discard or not self._is_sound():  # another process may have mended it already
             clear(self._url)
-        self._known, self._tick, self._remembered = {}, -1, {}
+        self._forget()
         self._open()
+
+    def _forget(self) -> None:
+        self._known, self._tick, self._remembered, self._seen = {}, -1, {}, Seen()
 
     def _is_sound(self) -> bool:
         """Whether the file that is there now is a catalogue of this repository."""
@@ -226,6 +238,9 @@ class Catalogue:
                 self._refresh_run(only)
                 return
             self._recall()
+            # before the runs, so that there is every checkpoint that an alias points at
+            engines = (self._engine, self._reading)
+            self._tick, self._seen = refresh_aliases(engines, self._store, self._tick, self._seen)
             present = self._present()
             begin = time.monotonic()
             by_hand = begin - self._looked >= self._by_hand
@@ -257,6 +272,8 @@ class Catalogue:
             self._remembered.pop(next(iter(self._remembered)))
         if tick == self._tick + 1:
             self._known[run] = now.known
+            if self._seen.tick == self._tick:
+                self._seen = replace(self._seen, tick=tick)
             self._tick = tick
         elif tick != self._tick:  # others have changed it as well: ask anew next time
             self._tick = -1
@@ -296,7 +313,7 @@ class Catalogue:
                 with translated(self._url), self._engine.begin() as connection:
                     schema.drop_all(connection)
                     schema.migrate(connection, identity, self._store.location)
-                self._known, self._tick, self._remembered = {}, -1, {}
+                self._forget()
             self._refresh(progress)
 
     # --- asking
@@ -310,6 +327,8 @@ class Catalogue:
         self.refresh()
         for run, why in self._unread.items():
             warnings.warn(f"run {run!r} is not considered: {why}", PeakpointWarning, stacklevel=3)
+        for alias, why in self._seen.unread.items():
+            warnings.warn(f"the alias {alias!r} is not considered: {why}", PeakpointWarning, stacklevel=3)
         return Selection(self._reading, wish, self._checkpoint, self.window)
 
     def _checkpoint(self, row: Any) -> Checkpoint:
@@ -320,6 +339,11 @@ class Catalogue:
         """The names of all metrics, by name."""
         with translated(self._url), self._reading.connect() as connection:
             return tuple(sorted(schema.Columns.read(connection).keys))
+
+    def aliases(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
+        """What aliases point at: run and id of a checkpoint, with the names; without those that cannot be read."""
+        with translated(self._url), self._reading.connect() as connection:
+            return pointers(connection)
 
     def totals(self) -> tuple[int, int, int]:
         """How many runs and checkpoints there are, and the bytes of their files."""
@@ -338,6 +362,9 @@ class Catalogue:
         table = schema.runs.c
         statement = select(schema.runs).order_by(table.newest.desc().nulls_last(), table.name).limit(top)
         with translated(self._url), self._reading.connect() as connection:
+            pointing: dict[str, list[str]] = {}
+            for (run, _), names in pointers(connection).items():
+                pointing.setdefault(run, []).extend(names)
             return [
                 Listed(
                     name=row.name,
@@ -349,6 +376,7 @@ class Catalogue:
                     newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
                     damaged=_damage(row.read),
                     kept=json.loads(row.peaks).get("kept", {}),
+                    aliases=tuple(sorted(pointing.get(row.name, ()))),
                 )
                 for row in connection.execute(statement)
             ]

@@ -69,7 +69,7 @@ def known_runs(connection: Connection) -> dict[str, Known]:
 def remove_run(engine: Engine, name: str) -> None:
     """Forget a run whose directory is gone."""
     with engine.begin() as connection:
-        _lock(connection)
+        lock(connection)
         connection.execute(update(schema.meta).values(tick=schema.meta.c.tick + 1))
         connection.execute(delete(schema.runs).where(schema.runs.c.name == name))
 
@@ -106,7 +106,7 @@ def refresh_run(
         if before is not None and news.known == before.known and news.is_empty:
             return tick, before
         with writing.begin() as connection:
-            _lock(connection)
+            lock(connection)
             row = connection.execute(_state(run)).one()
             if row.read == (None if before is None else before.text):
                 return _Update(connection, run, row, news, before).carry_out()
@@ -129,7 +129,7 @@ def _rows(connection: Connection, run: int) -> Rows:
     return {name: (key, identity) for name, key, identity in connection.execute(joined.where(a.run == run)).all()}
 
 
-def _lock(connection: Connection) -> None:
+def lock(connection: Connection) -> None:
     """Let nobody else change the catalogue before this transaction ends.
 
     In PostgreSQL a statement of its own: one that waits for the lock still sees the other tables as they were before.

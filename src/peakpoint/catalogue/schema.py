@@ -3,7 +3,8 @@
 ``checkpoints`` is what selections look at: one narrow row a checkpoint, every metric in an indexed column of its own,
 named ``m1``, ``m2``, ...; ``metrics`` says which is which. After ``WIDEST`` metrics further ones go to ``rarities``, a
 row a value, which is slower and has no limit. NaN is NULL here: it never matches. ``details`` holds the record that a
-``Checkpoint`` is made from. What a refresh has read so far is in ``runs.read`` and ``noted``.
+``Checkpoint`` is made from. What a refresh has read so far is in ``runs.read`` and ``noted``. ``aliases`` has what each
+alias points at.
 
 Nothing here is truth. A damaged SQLite file is thrown away and made anew from the repository.
 """
@@ -138,6 +139,19 @@ files = Table(
     Index(PREFIX + "files_digest", "digest"),
 )
 
+_LATER = MetaData()  # what migrations after the first have added
+aliases = Table(
+    PREFIX + "aliases",
+    _LATER,
+    Column("name", Text, primary_key=True),
+    Column("number", BigInteger, nullable=False),  # of its newest record
+    Column("digest", Text, nullable=False),  # of that record
+    Column("run", Text),  # what it points at, whether that exists or not; NULL when it is retired
+    Column("checkpoint", Text),
+    Column("since", Double, nullable=False),
+    Index(PREFIX + "aliases_checkpoint", "checkpoint"),
+)
+
 
 # --- migrations ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +162,11 @@ def _first(connection: Connection) -> None:
     _TABLES.create_all(connection, checkfirst=False)  # what is there is somebody's
 
 
-MIGRATIONS: tuple[Migration, ...] = (_first,)
+def _second(connection: Connection) -> None:
+    _LATER.create_all(connection, checkfirst=False)
+
+
+MIGRATIONS: tuple[Migration, ...] = (_first, _second)
 """Step n brings a catalogue from version n to n + 1. Steps are never changed once released, only added."""
 
 
@@ -172,6 +190,9 @@ def migrate(
         FormatError: a newer release made it.
     """
     version = version_of(connection)
+    if version:  # once nobody else is at it
+        connection.execute(select(meta.c.version).with_for_update())
+        version = version_of(connection)
     if version > len(migrations):
         raise FormatError(
             f"the catalogue {connection.engine.url.render_as_string()} has version {version}; this release knows up "
@@ -192,6 +213,7 @@ def migrate(
 def drop_all(connection: Connection) -> None:
     """Remove every table of the catalogue; it is made anew from the files."""
     if inspect(connection).has_table(PREFIX + "meta"):
+        _LATER.drop_all(connection)
         _TABLES.drop_all(connection)
 
 

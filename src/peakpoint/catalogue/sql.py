@@ -7,6 +7,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Double,
+    Select,
     UnaryExpression,
     and_,
     bindparam,
@@ -84,7 +85,7 @@ class Translator:
             case Flag(field=field):
                 return self._own(field.name).is_(True)
             case Has(value=value):
-                return true() if _is_text(value) else self.value(value).is_not(None)
+                return self._has(value)
             case Like(field=field, pattern=pattern):
                 return self._texts(field, lambda column: self._like(column, pattern))
             case Among(value=Field() as field, options=options) if _is_text(field):
@@ -96,6 +97,11 @@ class Translator:
                 return self.value(value).in_(numbers)
             case Compare():
                 return self._compare(condition)
+
+    def _has(self, value: Field | Metric) -> Expression:
+        if isinstance(value, Field) and value.name == "alias":
+            return self._texts(value, lambda _: true())
+        return true() if _is_text(value) else self.value(value).is_not(None)
 
     def _compare(self, condition: Compare) -> Expression:
         left, right = condition.left, condition.right
@@ -126,8 +132,18 @@ class Translator:
             return self._own("run").in_(select(schema.runs.c.key).where(test(schema.runs.c.name)))
         if field.name == "reason":
             return self.table.key.in_(select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
+        if field.name == "alias":
+            return self.table.key.in_(self._pointed_at(test))
         column = schema.details.c[field.name]
         return self.table.key.in_(select(schema.details.c.checkpoint).where(test(column)))
+
+    def _pointed_at(self, test: Any) -> Select[Any]:
+        """The keys of what aliases point at whose names pass a test; an id alone may be that of a copied run, too."""
+        checkpoints, details, runs, aliases = schema.checkpoints, schema.details, schema.runs, schema.aliases
+        joined = aliases.join(details, details.c.id == aliases.c.checkpoint)
+        joined = joined.join(checkpoints, checkpoints.c.key == details.c.checkpoint)
+        joined = joined.join(runs, (runs.c.key == checkpoints.c.run) & (runs.c.name == aliases.c.run))
+        return select(checkpoints.c.key).select_from(joined).where(test(aliases.c.name))
 
     def _like(self, column: Expression, pattern: str) -> Expression:
         if self.sqlite:  # GLOB, as LIKE does not tell cases apart there

@@ -11,10 +11,10 @@ from rich.markup import escape
 
 from peakpoint import audit as audits
 from peakpoint import layout, packs, reader, signing, upkeep, validations
-from peakpoint.cli import render, selecting
+from peakpoint.cli import marks, render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.cli.validating import line
-from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.repository import Repository, Run, open_repository
@@ -36,8 +36,10 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     tested = validations.survey(run.store, run.name, manifest.id)
     packed = packs.archived(run.store, run.name, manifest.name)
     signed = signing.signatures(run.store, run.name, manifest.name)
+    aliases = marks.pointing(run).get(manifest.id, ())
     if json:
         extra = {
+            "aliases": aliases,
             "packed_bytes": None if packed is None else packed.packed_bytes,
             "parts": manifest.parts,
             "files": [
@@ -59,7 +61,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
         render.as_json(render.manifest_json(manifest, claims) | extra)
         return
     console = render.console()
-    facts = _facts(root, manifest, claims, packed, signed, _members(repository, manifest))
+    facts = _facts(root, manifest, claims, packed, signed, _members(repository, manifest), aliases)
     facts.append(("validations", "\n".join([*map(line, tested.validations), *_damaged(tested)]) or "none"))
     console.print(render.facts(facts))
     console.print()
@@ -89,12 +91,14 @@ def _facts(
     packed: packs.ArchiveRecord | None,
     signed: Sequence[signing.Signature],
     members: Sequence[str],
+    aliases: Sequence[str],
 ) -> list[tuple[str, str]]:
     where = f"step {manifest.step}" + ("" if manifest.epoch is None else f", epoch {manifest.epoch}")
     metrics = "\n".join(f"{name} = {render.number(value)}" for name, value in manifest.metrics.items())
     return [
         ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
         ("id", manifest.id),
+        *([("aliases", marks.text(aliases))] if aliases else []),
         ("directory", escape(str(root / layout.checkpoint_prefix(manifest.run, manifest.name)))),
         ("taken at", f"{where}; commit {manifest.sequence} of the run, report {manifest.report}"),
         ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),
@@ -219,6 +223,8 @@ def rm(
     repository = open_repository(root)
     chosen = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
     for name in dict.fromkeys(manifest.run for manifest in chosen.values()):
+        mine = [manifest for manifest in chosen.values() if manifest.run == name]
+        _spare_what_aliases_protect(repository.run(name), mine)
         _spare_the_newest_good(repository.run(name), chosen)
     failures: list[str] = []
     apply_now = yes and not dry_run
@@ -246,6 +252,17 @@ def rm(
         click.echo(f"peakpoint: {failure}", err=True)
     if failures:
         sys.exit(20)
+
+
+def _spare_what_aliases_protect(run: Run, manifests: Sequence[Manifest]) -> None:
+    """Refuse to remove what an alias points at, or can be rolled back to."""
+    aliased = run.aliased(manifests, run.events())
+    why = [f"{run.name}/{one.name}: {aliased[one.id]}" for one in manifests if one.id in aliased]
+    if why:
+        raise ConflictError(
+            f"aliases protect {', '.join(why)}. Nothing was removed: let the alias point at another checkpoint, or "
+            "leave this one out"
+        )
 
 
 def _spare_the_newest_good(run: Run, chosen: Collection[str]) -> None:

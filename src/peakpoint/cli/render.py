@@ -16,7 +16,7 @@ from rich.table import Table
 
 from peakpoint import packs, reader
 from peakpoint.audit import Audit, Finding
-from peakpoint.cli import fitting
+from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
 from peakpoint.journal import history
 from peakpoint.manifest import Manifest
@@ -157,6 +157,7 @@ def kept_table(
     watched: Sequence[str],
     best: Mapping[str, str],
     packed: Mapping[str, int],
+    aliases: Mapping[str, Sequence[str]],
 ) -> RenderableType:
     """Checkpoints of a run, with the reasons why each is kept: beside them, or below where it is too narrow.
 
@@ -167,6 +168,7 @@ def kept_table(
         watched: metrics with a column; the last ones go first where it is too narrow.
         best: metric to the id of its best checkpoint, which is marked.
         packed: id to the bytes in the archive, of those that are there.
+        aliases: id to the aliases that point at it.
     """
 
     def value(manifest: Manifest, metric: str) -> str:
@@ -180,12 +182,13 @@ def kept_table(
     metrics = [Column(escape(metric), [value(one, metric) for one in manifests]) for metric in watched]
     columns = [
         Column("checkpoint", [escape(one.name) for one in manifests], right=False),
+        *marks.columns([aliases.get(one.id, ()) for one in manifests]),
         Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in manifests]),
         Column("step", [str(one.step) for one in manifests]),
         *metrics,
         Column("size", list(map(bytes_of, manifests))),
     ]
-    spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch"]
+    spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch", "aliases"]
     reasons = [claims_text(kept.get(one.id, ())) for one in manifests]
     return fitting.with_reasons(console, columns, spare, "kept because", reasons)
 
@@ -300,7 +303,7 @@ def print_run(console: Console, run: Run) -> None:
     pairs = watched(in_force)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     total = sum(manifest.size_bytes for manifest in manifests)
-    packed = packed_sizes(run, manifests)
+    packed, aliases = packed_sizes(run, manifests), marks.pointing(run)
     away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
     holder = run.holder()
     console.print(
@@ -316,19 +319,22 @@ def print_run(console: Console, run: Run) -> None:
     if manifests:
         metrics = [metric for metric, _ in pairs] or sorted({name for one in manifests for name in one.metrics})
         best = {metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))}
-        console.print(kept_table(console, manifests, kept, metrics[:4], best, packed))
+        console.print(kept_table(console, manifests, kept, metrics[:4], best, packed, aliases))
     console.print()
 
 
 def runs_table(console: Console, runs: Sequence["Listed"], writing: Collection[str]) -> Table:
     """Runs, a line each: the peak against the last of the first metric that its rules watch; some are being written."""
     rows = [_run_row(run, writing=run.name in writing) for run in runs]
-    titles = ("run", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")
+    titles = ("run", "aliases", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")
     cells = zip(*rows, strict=True)
     columns = [
-        Column(title, column, right=title not in {"run", "metric"}) for title, column in zip(titles, cells, strict=True)
+        Column(title, column, right=title not in {"run", "aliases", "metric"})
+        for title, column in zip(titles, cells, strict=True)
+        if title != "aliases" or any(column)
     ]
-    left = fitting.fitted(columns, ["reports", "at", "checkpoints", "size", "newest", "last"], console.width)
+    spare = ["reports", "at", "checkpoints", "size", "newest", "last", "aliases"]
+    left = fitting.fitted(columns, spare, console.width)
     return fitting.table(left, console.width)
 
 
@@ -336,6 +342,7 @@ def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
     peak = run.peaks[0] if run.peaks else None
     return (
         escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
+        marks.text(run.aliases),
         f"{run.checkpoints:,}",
         size(run.size_bytes),
         f"{run.reports:,}",
@@ -366,6 +373,7 @@ def listed_json(run: "Listed", writer: str | None) -> dict[str, Any]:
         "newest": run.newest,
         "damaged": run.damaged,
         "best_exists": dict(run.kept),
+        "aliases": run.aliases,
     }
 
 
@@ -374,7 +382,7 @@ def run_json(run: Run) -> dict[str, Any]:
     events, manifests = run.events(), run.manifests()
     in_force = rules_of(events)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
-    packed = packed_sizes(run, manifests)
+    packed, aliases = packed_sizes(run, manifests), marks.pointing(run)
     past = history(events)
     found = peaks(past, watched(in_force))
     return {
@@ -388,8 +396,10 @@ def run_json(run: Run) -> dict[str, Any]:
         "damaged": [str(one.error) for one in reader.shelf(run.store, run.name).damaged],
         "peaks": [_peak_json(peak) for peak in found],
         "best_exists": best_exist(found, manifests),
+        "aliases": sorted(alias for some in aliases.values() for alias in some),
         "checkpoints": [
-            manifest_json(manifest, kept.get(manifest.id, ())) | {"packed_bytes": packed.get(manifest.id)}
+            manifest_json(manifest, kept.get(manifest.id, ()))
+            | {"packed_bytes": packed.get(manifest.id), "aliases": aliases.get(manifest.id, ())}
             for manifest in manifests
         ],
     }

@@ -13,7 +13,7 @@ from rich.table import Table
 from peakpoint import journal as journals
 from peakpoint import packs, upkeep
 from peakpoint.archiving import unarchived
-from peakpoint.cli import fitting, render
+from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
 from peakpoint.cli.fitting import Column
 from peakpoint.dropping import records
@@ -288,6 +288,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         measured = [{"at": e.at, "metrics": dict(e.metrics), "source": e.source, "by": e.by} for e in late]
         lost = [{"at": record.at, "parts": record.parts, "reason": record.why} for record in dropped]
         extra = {"measured": measured, "claimed_instead": dict(instead), "dropped": lost}
+        extra["aliases"] = marks.pointing(run).get(manifest.id, ())
         render.as_json(render.manifest_json(manifest, claims) | {"exists": True} | extra)
         return
     console = render.console()

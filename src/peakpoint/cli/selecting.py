@@ -13,7 +13,7 @@ from rich.table import Table
 
 from peakpoint import layout, reader
 from peakpoint.checkpoint import Checkpoint
-from peakpoint.cli import fitting, render
+from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, NotFoundError
@@ -27,6 +27,7 @@ from peakpoint.units import read_count
 if TYPE_CHECKING:
     from peakpoint.catalogue import Why
 
+_Aliases = Mapping[tuple[str, str], tuple[str, ...]]  # run and id of a checkpoint to those that point at it
 _RUNS = 30  # lines of runs that fit on a screen
 _SHOWN = 20
 _LOOKED_AT = 200  # checkpoints whose files are looked at
@@ -108,6 +109,8 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
 def _tell_unread(repository: Repository) -> None:
     for run, why in repository.catalogue().unread.items():
         click.echo(f"peakpoint: run {run!r} cannot be read and is left out: {why}", err=True)
+    for alias, why in repository.catalogue().unread_aliases.items():
+        click.echo(f"peakpoint: what the alias {alias!r} points at cannot be read: {why}", err=True)
 
 
 # --- select -------------------------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def select(
 ) -> None:
     """Select checkpoints of all runs, such as 'val_accuracy > 0.7 and epoch > 20 and run ~ "resnet50*"'.
 
-    Names are metrics, or run, name, id, epoch, step, sequence, size, created, reason, pinned, archived, whole.
+    Names are metrics, or run, name, id, epoch, step, sequence, size, created, reason, alias, pinned, archived, whole.
     Joined by and, or, not and parentheses; < <= == != in between ~ + - * / %, has(x), abs(x), metric('val/loss').
     """
     if top is not None and everything:
@@ -193,16 +196,17 @@ def select(
     shown = shown[:_SHOWN] if more else shown
     why = repository.select(where, by=keys, top=top, within=within).why() if explain else None
     damaged = _damaged(repository, shown)
+    aliases = repository.catalogue().aliases()
     for ref, what in damaged.items() if refs else ():
         click.echo(f"peakpoint: {ref}: {what}", err=True)
     if json:
-        found = {"selected": [_json(one) | {"damaged": damaged.get(one.ref)} for one in shown], "more": more}
-        render.as_json(found | ({} if why is None else {"why": _why_json(why)}))
+        found = {"selected": [_json(one, aliases) | {"damaged": damaged.get(one.ref)} for one in shown], "more": more}
+        render.as_json(found | ({} if why is None else {"why": _why_json(why, aliases)}))
     elif refs:
         for checkpoint in shown:
             click.echo(checkpoint.ref)
     else:
-        _print(shown, _columns(query, keys), damaged, more=more, explained=explain)
+        _print(shown, _columns(query, keys), damaged, aliases, more=more, explained=explain)
         if why is not None:
             _print_why(why, keys)
 
@@ -251,7 +255,13 @@ def _marked(one: Checkpoint, damaged: Mapping[str, str]) -> str:
 
 
 def _print(
-    shown: Sequence[Checkpoint], names: Sequence[str], damaged: Mapping[str, str], *, more: bool, explained: bool
+    shown: Sequence[Checkpoint],
+    names: Sequence[str],
+    damaged: Mapping[str, str],
+    aliases: _Aliases,
+    *,
+    more: bool,
+    explained: bool,
 ) -> None:
     console = render.console()
     if not shown:
@@ -262,6 +272,7 @@ def _print(
     values = [Column(escape(name), [render.number(one.metrics.get(name)) for one in shown]) for name in metrics]
     columns = [
         Column("checkpoint", [_marked(one, damaged) for one in shown], right=False),
+        *marks.columns([aliases.get((one.run, one.id), ()) for one in shown]),
         Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in shown]),
         Column("step", [str(one.step) for one in shown]),
         *values,
@@ -270,7 +281,13 @@ def _print(
     ]
     # of metrics that nobody asked for those behind the second go first
     unasked = [] if asked else [value.title for value in values[:0:-1]]
-    spare = [*unasked[:-1], *(title for title in ("created", "step") if title not in names), *unasked[-1:], "size"]
+    spare = [
+        *unasked[:-1],
+        *(title for title in ("created", "step") if title not in names),
+        *unasked[-1:],
+        "size",
+        "aliases",
+    ]
     table = fitting.table(fitting.fitted(columns, spare, console.width), console.width)
     console.print(table)
     if more:
@@ -319,7 +336,7 @@ def _value(one: Checkpoint, name: str) -> str:
     return render.number(fixed[name] if name in fixed else one.metrics.get(name))
 
 
-def _json(one: Checkpoint) -> dict[str, Any]:
+def _json(one: Checkpoint, aliases: _Aliases) -> dict[str, Any]:
     return {
         "ref": one.ref,
         "run": one.run,
@@ -333,15 +350,16 @@ def _json(one: Checkpoint) -> dict[str, Any]:
         "created_at": one.created_at,
         "saved_because": one.reasons,
         "path": None if one.path is None else str(one.path),
+        "aliases": aliases.get((one.run, one.id), ()),
     }
 
 
-def _why_json(why: "Why") -> dict[str, Any]:
+def _why_json(why: "Why", aliases: _Aliases) -> dict[str, Any]:
     return {
         "candidates": why.candidates,
         "clauses": [asdict(clause) for clause in why.clauses],
         "chosen": why.chosen,
-        "runners_up": [_json(one) for one in why.runners_up],
+        "runners_up": [_json(one, aliases) for one in why.runners_up],
     }
 
 

@@ -203,7 +203,12 @@ class _Reader:
         if isinstance(value, Field) and FIELDS[value.name] == "truth":
             return Flag(value, at)
         shown = self.text[slice(*at)]
-        raise self.error(at, f"{shown} is a value and no condition; compare it, as in {shown} > 0")
+        how = (
+            f"{shown} ~ 'x*' or has({shown})"
+            if isinstance(value, Field) and self.kind(value) == "text"
+            else f"{shown} > 0"
+        )
+        raise self.error(at, f"{shown} is a value and no condition; compare it, as in {how}")
 
     def _comparison(self, node: ast.Compare) -> Condition:
         found: list[Condition] = []
@@ -230,7 +235,7 @@ class _Reader:
             raise self.error(other.at if "text" in (a, b) else at, _cannot_compare(a, b))
         if a == b == "text" and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant)):
             raise self.error(
-                at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason with a text in quotes"
+                at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason, alias with a text in quotes"
             )
         return Compare(op, left, right, at)  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ FIELDS: dict[str, Kind] = {
     "name": "text",
     "id": "text",
     "reason": "text",
+    "alias": "text",
     "epoch": "number",
     "step": "number",
     "sequence": "number",
@@ -22,7 +23,8 @@ FIELDS: dict[str, Kind] = {
     "archived": "truth",
     "whole": "truth",
 }
-"""What every checkpoint has; every other name is a metric. ``whole``: no part was dropped. ``reason``: any of them."""
+"""What every checkpoint has; every other name is a metric. ``whole``: no part was dropped. ``reason``: any of them;
+``alias``: any that points at it now."""
 WHOLE_NUMBERS = frozenset({"epoch", "step", "sequence", "size"})
 
 

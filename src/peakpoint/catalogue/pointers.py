@@ -1,0 +1,122 @@
+"""Bringing the aliases up to date in the catalogue.
+
+There are few, so what counts is that a look at them is cheap when nothing has changed: a stamp of each directory. Where
+one is another, or cannot be had, all directories are listed and the newest record of each alias is read. They are read
+after the table and before the lock: who finds another table behind the lock than before it begins anew. So what is
+written is never older than what it replaces.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Engine, delete, insert, select, update
+
+from peakpoint import layout
+from peakpoint.aliases import AliasRecord, directories
+from peakpoint.catalogue import schema
+from peakpoint.catalogue.refresh import lock
+from peakpoint.holders import heads
+from peakpoint.store import Store
+
+Rows = Mapping[str, tuple[int, str]]
+"""Alias to number and digest of its newest record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The aliases as they were when they were looked at last.
+
+    Attributes:
+        stamps: of each of their directories.
+        tick: of the catalogue that had them all then; None when it had not.
+        unread: aliases whose newest record cannot be read, and why.
+    """
+
+    stamps: Mapping[str, str | None] = field(default_factory=dict)
+    tick: int | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+
+def refresh_aliases(engines: tuple[Engine, Engine], store: Store, tick: int, before: Seen) -> tuple[int, Seen]:
+    """Bring the table of aliases up to date.
+
+    Args:
+        engines: one that writes, and one that reads.
+        store: where the files are.
+        tick: of the catalogue at present.
+        before: what was returned the last time.
+
+    Returns:
+        The catalogue's tick after it, and what was seen.
+    """
+    if before.tick == tick and before.stamps and not before.unread and _same(store, before.stamps):
+        return tick, before
+    writing, reading = engines
+    while True:
+        with reading.connect() as connection:
+            old = _rows(connection)
+        stamps = _stamps(store)
+        found, unread = heads(store)
+        new = {name: (record.number, record.digest) for name, record in found.items()}
+        if new == old:
+            return tick, Seen(stamps, tick, unread)
+        with writing.begin() as connection:
+            lock(connection)
+            now = connection.execute(select(schema.meta.c.tick)).scalar_one()
+            if _rows(connection) == old:
+                _write(connection, old, found)
+                connection.execute(update(schema.meta).values(tick=now + 1))
+                # what others have changed since is asked for anew
+                return (now + 1, Seen(stamps, now + 1, unread)) if now == tick else (-1, Seen(unread=unread))
+
+
+def _same(store: Store, stamps: Mapping[str, str | None]) -> bool:
+    return all(stamp is not None and store.stamp(prefix) == stamp for prefix, stamp in stamps.items())
+
+
+def _stamps(store: Store) -> dict[str, str | None]:
+    """The stamps of all directories in which a record may come, also of those without one; before they are listed."""
+    found = {layout.ALIASES: store.stamp(layout.ALIASES)}
+    for first in directories(store):
+        found[layout.alias_prefix(first)] = store.stamp(layout.alias_prefix(first))
+        found |= {layout.alias_prefix(one): store.stamp(layout.alias_prefix(one)) for one in directories(store, first)}
+    return found
+
+
+def _rows(connection: Connection) -> dict[str, tuple[int, str]]:
+    table = schema.aliases.c
+    return {
+        row.name: (row.number, row.digest) for row in connection.execute(select(table.name, table.number, table.digest))
+    }
+
+
+def _write(connection: Connection, old: Rows, found: Mapping[str, AliasRecord]) -> None:
+    changed = [name for name in old if name not in found or old[name] != (found[name].number, found[name].digest)]
+    for name in changed:
+        connection.execute(delete(schema.aliases).where(schema.aliases.c.name == name))
+    rows = [_row(record) for name, record in found.items() if name not in old or name in changed]
+    if rows:
+        connection.execute(insert(schema.aliases), rows)
+
+
+def _row(record: AliasRecord) -> dict[str, Any]:
+    target = record.target
+    return {
+        "name": record.alias,
+        "number": record.number,
+        "digest": record.digest,
+        "run": None if target is None else target.run,
+        "checkpoint": None if target is None else target.checkpoint,
+        "since": record.at.timestamp(),
+    }
+
+
+def pointers(connection: Connection) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Run and id of each checkpoint that an alias points at, with the aliases by name."""
+    table = schema.aliases.c
+    rows = connection.execute(select(table.run, table.checkpoint, table.name).where(table.run.is_not(None)))
+    found: dict[tuple[str, str], list[str]] = {}
+    for run, checkpoint, name in rows:
+        found.setdefault((run, checkpoint), []).append(name)
+    return {place: tuple(sorted(aliases)) for place, aliases in found.items()}
