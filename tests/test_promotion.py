@@ -594,3 +594,25 @@ def test_a_manifest_that_was_rewritten_after_the_promotion_is_refused(tmp_path):
     assert found.find("r:1").metrics["accuracy"] == 0.99, "by itself it is a good manifest"
     with pytest.raises(CorruptError, match="has another manifest than when it became champion"):
         found.find("@champion")
+
+
+def test_a_promotion_beside_a_training_that_drops_parts(tmp_path):
+    """What was dropped is no reason against it; what is just being dropped is."""
+    keep = [pp.Best("accuracy", "max", parts="model"), pp.Last(1)]
+    with checkpointer(tmp_path, state={"model": {"w": 1}, "optimizer": {"m": 2}}, keep=keep) as ckpt:
+        for step, accuracy in ((1, 0.9), (2, 0.5), (3, 0.4)):
+            ckpt.report(step=step, accuracy=accuracy)
+            ckpt.wait()
+        found = pp.open(tmp_path)
+        assert "optimizer" not in found.find_manifest("r:1").parts, "it has just gone"
+        assert promote(found, "r:1", force=True).number == 1
+    manifest = found.find_manifest("r:3")
+    with upkeep.writing(found.run("r"), "a drop") as events:
+        events.append(
+            journal.PartsDropped(
+                at=events.now(), checkpoint=manifest.id, name=manifest.name, parts=("optimizer",), reason="x", by="x"
+            )
+        )
+        with pytest.raises(ConflictError, match="or parts of it are"):
+            promote(found, "r:3", force=True)
+    assert promote(found, "r:3", force=True).number == 2

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peakpoint import aliases, layout, reader, signing, validations
+from peakpoint import aliases, reader, signing, validations
 from peakpoint import journal as journals
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Change, Target
@@ -428,19 +428,25 @@ def _announced(run: Run, manifest: Manifest, alias: str, number: int, by: str, c
 
 
 def _check_stays(run: Run, manifest: Manifest) -> None:
-    """Refuse a checkpoint that somebody is removing.
+    """Refuse a checkpoint that somebody is removing, or parts of it.
 
-    Whoever removes it has said so first, and looks at what is protected after that: one of the two sees the other.
+    Whoever removes has said so first, and looks at what is protected after that: one of the two sees the other.
 
     Raises:
-        ConflictError: it is being removed, or gone.
+        ConflictError: it is being removed, or gone, or has lost parts since it was looked at.
     """
-    gone = run.store.size(layout.manifest_key(run.name, manifest.name)) is None
-    if gone or run.is_being_removed(manifest.id):
+    name = f"{run.name}/{manifest.name}"
+    try:
+        now = reader.read_manifest(run.store, run.name, manifest.name)
+    except NotFoundError:
+        now = None
+    if now is None or now.id != manifest.id or run.is_being_removed(now):
         raise ConflictError(
-            f"{run.name}/{manifest.name} is just being removed; nothing was done. peakpoint trash shows whether it "
-            "can be brought back"
+            f"{name} is just being removed, or parts of it are; nothing was done. peakpoint trash shows what can be "
+            "brought back"
         )
+    if now.parts != manifest.parts:
+        raise ConflictError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
 
 
 def _complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:

@@ -4,6 +4,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -41,12 +42,14 @@ def rules_of(events: Sequence[journals.Event]) -> tuple[Rule, ...]:
     return tuple(parse(text) for text in opened.rules) if opened else ()
 
 
-def _may_be_removing(events: Sequence[journals.Event], checkpoint: str) -> bool:
-    """Whether a segment ends with a word of removal that nothing after it shows to be over."""
+def _may_be_removing(events: Sequence[journals.Event], checkpoint: str, parts: AbstractSet[str]) -> bool:
+    """Whether a segment ends with a word of removal, also of parts, that nothing shows to be over."""
     removing = False
     for event in events:
         match event:
-            case journals.Removed() | journals.PartsDropped():
+            case journals.Removed():
+                removing = removing or event.checkpoint == checkpoint
+            case journals.PartsDropped() if not parts.isdisjoint(event.parts):
                 removing = removing or event.checkpoint == checkpoint
             case journals.Saved() | journals.Closed():  # said by the thread that removes, when it is done
                 removing = False
@@ -253,22 +256,23 @@ class Run:
             raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
         manifest = self.find_manifest(ref)
         self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
-        if self.is_being_removed(manifest.id):
+        if self.is_being_removed(manifest):
             raise ConflictError(
                 f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
             )
 
-    def is_being_removed(self, checkpoint: str) -> bool:
-        """Whether somebody may be removing a checkpoint at this moment.
+    def is_being_removed(self, manifest: Manifest) -> bool:
+        """Whether somebody may be removing a checkpoint, or parts of it, at this moment.
 
         Whoever removes one has said so first, in the journal, and looks at what is protected after that: one who has
         protected it and then asks here either finds that word, or is heeded.
 
         Args:
-            checkpoint: its id.
+            manifest: of the checkpoint, as it is after it was protected.
         """
         reading = journals.read(self.store, self.name)
-        open_segments = [segment for segment in reading.by_segment() if _may_be_removing(segment[1], checkpoint)]
+        parts = manifest.parts.keys()
+        open_segments = [one for one in reading.by_segment() if _may_be_removing(one[1], manifest.id, parts)]
         trainers = [name for name, events in open_segments if isinstance(events[0], journals.Opened)]
         # those that hold the run while they remove are dead when nobody holds it
         return len(open_segments) > len(trainers) or (bool(trainers) and self.holder() is not None)
