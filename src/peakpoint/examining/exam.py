@@ -167,7 +167,7 @@ class Exam:
         assert self.make is not None
         found = self.make()()
         model, example = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-        if not callable(model) or not hasattr(model, "load_state_dict"):
+        if isinstance(model, type) or not callable(model) or not hasattr(model, "load_state_dict"):
             raise ConfigError(
                 f"{self.wanted.model} returned a {kind_of(model)}; return the model, which has load_state_dict() and "
                 "can be called, or the model and an example of its inputs"
