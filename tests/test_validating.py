@@ -25,6 +25,7 @@ from peakpoint.cli.main import cli
 from peakpoint.examining.exam import classes_of, named
 from peakpoint.examining.models import described
 from peakpoint.examining.weights import zeros_of
+from peakpoint.seal import digest, seal
 from peakpoint.store import LocalStore, MemoryStore
 from peakpoint.validations import Wanted
 from validated import build, crown, save
@@ -512,14 +513,24 @@ class Odd(BaseException):
     """Not even an Exception."""
 
 
-@pytest.mark.parametrize("error", [ValueError("no data"), SystemExit(3), Odd("odd"), RecursionError(), MemoryError()])
+class Mute(Exception):
+    """One that cannot say what it is."""
+
+    def __str__(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no data"), SystemExit(3), Odd("odd"), Mute(), RecursionError(), MemoryError()]
+)
 def test_whatever_an_evaluation_raises_fails_it_and_stops_nothing(tmp_path, error):
     def evaluate(_):
         raise error
 
     result = pp.validate(save(tmp_path), root=tmp_path, evaluate=evaluate, checks=[evaluate, lambda _: None])
     finding = found(result, "metrics")
-    assert finding.said.startswith(f"raised {type(error).__name__}")
+    assert finding.said.startswith("raised ")
+    assert type(error).__name__ in finding.said
     assert finding.evidence["traceback"].splitlines()[1].endswith("in evaluate"), "the first line is the user's"
     assert [one.outcome for one in result.findings[-2:]] == ["failed", "passed"]
 
@@ -570,6 +581,27 @@ def test_without_a_model_parameters_are_the_tensors_elements(tmp_path):
 def test_a_check_that_returns_something_else_fails(tmp_path, answer):
     result = pp.validate(save(tmp_path), root=tmp_path, checks=[lambda _: answer])
     assert "raises to fail" in result.failures[0].said
+
+
+class Unprintable:
+    """Evidence that raises when it is looked at."""
+
+    def __repr__(self):
+        raise SystemExit
+
+
+def test_evidence_that_raises_fails_its_check(tmp_path):
+    result = pp.validate(save(tmp_path), root=tmp_path, checks=[lambda _: {"a": Unprintable()}, lambda _: None])
+    assert [one.outcome for one in result.findings[-2:]] == ["failed", "passed"]
+
+
+def test_a_model_that_does_not_run_loads_all_the_same(tmp_path):
+    file = golden(tmp_path / "g", torch.ones(4, 5))
+    result = pp.validate(
+        save(tmp_path), root=tmp_path, model=build, golden=file, budgets={"memory_mb": 1e9, "latency_ms": 1e9}
+    )
+    assert [one.check for one in result.failures] == ["signature", "golden", "budget memory_mb", "budget latency_ms"]
+    assert "the model does not run: RuntimeError" in found(result, "budget memory_mb").said
 
 
 def test_any_evidence_can_be_kept(tmp_path):
@@ -751,6 +783,46 @@ def test_damage_to_validations_is_damage(tmp_path):
     shown = CliRunner().invoke(cli, ["show", str(tmp_path), ref, "--json"], catch_exceptions=False)
     told = json.loads(shown.output)
     assert (told["validations"], len(told["damaged_validations"])) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"number": 2},
+        {"checkpoint": "0" * 16},
+        {"run": 3},
+        {"metrics": {"accuracy": "high"}},
+        {"metrics": None},
+        {"findings": [{"check": "finite", "outcome": "maybe", "said": ""}]},
+        {"wanted": {"budgets": {"size_mb": "small"}}},
+        {"at": "yesterday"},
+    ],
+)
+def test_records_that_say_nonsense_are_refused(tmp_path, change):
+    one = pp.validate(save(tmp_path), root=tmp_path)
+    record = tmp_path / layout.validation_key("r", one.checkpoint, 1)
+    content = json.loads(record.read_bytes())
+    content.pop("seal")
+    record.write_bytes(seal(content))
+    assert validations.read(LocalStore(tmp_path), "r", one.checkpoint, 1) == one
+    record.write_bytes(seal(content | change))
+    with pytest.raises((pp.FormatError, pp.CorruptError)):
+        validations.read(LocalStore(tmp_path), "r", one.checkpoint, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"labels": "AAAA"}, {"predicted": 3}, {"labels": ""}, {"labels": "ä"}, {"format": 2}]
+)
+def test_predictions_that_say_nonsense_are_refused(tmp_path, change):
+    one = pp.validate(save(tmp_path), root=tmp_path, evaluate=validated.evaluated)
+    store = LocalStore(tmp_path)
+    content = json.loads(store.get(layout.predictions_key("r", one.checkpoint, one.predictions)))
+    content.pop("seal")
+    data = seal(content | change)
+    store.put(layout.predictions_key("r", one.checkpoint, digest(data)), [data])
+    with pytest.raises(pp.FormatError):
+        validations.predictions_of(store, replace(one, predictions=digest(data)))
 
 
 def test_the_validations_of_a_checkpoint_outlive_it(tmp_path):

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _BOOT = (
@@ -91,17 +91,20 @@ class _Heard:
     said: Callable[[bytes], bool]
     printed: Callable[[bytes], None]
     done: bool = False
-    _line: bytes = b""
+    _line: bytearray = field(default_factory=bytearray)
     _text: bytes = b""
 
     def take(self, lines: bytes, text: bytes) -> None:
         """Give out complete lines, each after what was printed before it: up to a mark, which is there first."""
-        *complete, self._line = (self._line + lines).split(b"\n")
         self._text += text
+        self._line += lines
+        complete: list[bytearray] = []
+        if b"\n" in lines:
+            *complete, self._line = self._line.split(b"\n")
         for line in complete:
             before, _, self._text = self._text.partition(self.mark)
             self.printed(before)
-            self.done = self.said(line) or self.done
+            self.done = self.said(bytes(line)) or self.done
         if self.mark not in self._text:
             self._text = self._text[-_BLOCK:]  # of a flood the end
 
