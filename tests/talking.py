@@ -53,6 +53,11 @@ def raise_it(ends, job):
     raise ValueError("said at the end")
 
 
+def fork(ends, job):
+    os.fork()
+    ends.say(b"once")
+
+
 def mute(ends, job):
     sys.stdout = sys.stderr = None
     ends.say(b"still heard")
@@ -65,6 +70,7 @@ ACTS = {
     "tell": tell,
     "close": close,
     "mute": mute,
+    "fork": fork,
     "raise": raise_it,
     "exit": lambda ends, job: os._exit(job["code"]),
     "kill": lambda ends, job: os.kill(os.getpid(), job["signal"]),

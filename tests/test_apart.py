@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from peakpoint.apart import run_apart
+from peakpoint.errors import Error
 
 
 def run(act, timeout=60.0, **job):
@@ -78,6 +79,18 @@ def test_one_that_hangs_is_stopped_even_if_it_has_closed_everything(act):
 
 def test_without_streams_lines_are_heard():
     assert run("mute") == (None, ["begun", "still heard", "done"])
+
+
+def test_of_two_that_go_on_one_is_heard():
+    assert run("fork") == (None, ["begun", "once", "done"])
+
+
+def test_where_no_process_can_be_started_that_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    open_before = len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(Error, match="/no/such/python"):
+        run("tell")
+    assert len(list(Path("/dev/fd").iterdir())) == open_before
 
 
 def test_it_has_the_same_path_and_directory_and_reads_nothing(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from peakpoint.errors import Error
+
 _BOOT = (
     "import importlib, json, sys; path, entry, ends = json.loads(sys.argv[1]); sys.path[:] = path; "
     "importlib.import_module(entry).main(ends)"
@@ -49,6 +51,9 @@ def run_apart(
 
     Returns:
         None when it has said its last line; otherwise how it ended, in words.
+
+    Raises:
+        Error: no process can be started.
     """
     given, job_end = os.pipe()
     line_end, told = os.pipe()
@@ -66,6 +71,10 @@ def run_apart(
             pass_fds=(given, told, text),
             start_new_session=True,
         )
+    except OSError as error:
+        for one in (job_end, line_end, text_end):
+            os.close(one)
+        raise Error(f"no process can be started with {sys.executable}: {error}") from error
     finally:
         for one in (given, told, text):
             os.close(one)
@@ -175,6 +184,7 @@ class Ends:
     def __init__(self, ends: list[Any]) -> None:
         self._given, self._told, self._text, mark = ends
         self._mark: bytes = mark.encode()
+        self._pid = os.getpid()
 
     def job(self) -> bytes:
         """The line that was given; from now on this process ends with the one that gave it."""
@@ -195,6 +205,8 @@ class Ends:
 
     def say(self, line: bytes) -> None:
         """Say one line, after what was printed."""
+        if os.getpid() != self._pid:
+            os._exit(1)  # foreign code has forked, and let the other one go on: one of them is enough
         for stream in (sys.stdout, sys.stderr):
             # what is there was put there by foreign code, or closed by it
             with contextlib.suppress(OSError, ValueError, AttributeError):
