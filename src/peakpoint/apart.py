@@ -7,6 +7,7 @@ It ends when this one does, however this one ends.
 import contextlib
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
@@ -14,11 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+from peakpoint.errors import Error
+
 _BOOT = (
-    "import importlib, json, sys; path, entry, given, told = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "importlib.import_module(entry).main(given, told)"
+    "import importlib, json, sys; path, entry, ends = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "importlib.import_module(entry).main(ends)"
 )
 _TURN = 0.2  # seconds between looks at whether it still runs
 _GRACE = 5.0  # seconds to leave in good order in, after it has said that it is done
@@ -33,13 +37,13 @@ def run_apart(
     said: Callable[[bytes], bool],
     printed: Callable[[bytes], None],
 ) -> str | None:
-    """Have ``entry.main(given, told)`` called in a fresh interpreter, and wait for its end.
+    """Have ``entry.main(ends)`` called in a fresh interpreter, and wait for its end.
 
     It has this process's working directory and ``sys.path``, and nothing on its standard input. What it has printed
-    before it says a line is given out before that line is.
+    before it says a line is given out before that line is, and nothing that it has printed after.
 
     Args:
-        entry: a module of which ``main`` gets two file descriptors: one to read the job from, one to write lines to.
+        entry: a module of which ``main`` makes an ``Ends`` of what it gets.
         job: one line.
         timeout: seconds that it may take; None when it may take for ever.
         said: called with each line; returns True when that was the last.
@@ -47,12 +51,16 @@ def run_apart(
 
     Returns:
         None when it has said its last line; otherwise how it ended, in words.
+
+    Raises:
+        Error: no process can be started.
     """
     given, job_end = os.pipe()
     line_end, told = os.pipe()
     text_end, text = os.pipe()
     path = [one or os.getcwd() for one in sys.path]  # noqa: PTH109 - strings, as sys.path has them
-    arguments = json.dumps([path, entry, given, told])
+    mark = secrets.token_hex(16)
+    arguments = json.dumps([path, entry, [given, told, text, mark]])
     command = [sys.executable, "-P", "-u", "-X", "faulthandler", "-c", _BOOT, arguments]
     try:
         process = subprocess.Popen(  # noqa: S603 - this interpreter
@@ -60,16 +68,20 @@ def run_apart(
             stdin=subprocess.DEVNULL,
             stdout=text,
             stderr=text,
-            pass_fds=(given, told),
+            pass_fds=(given, told, text),
             start_new_session=True,
         )
+    except OSError as error:
+        for one in (job_end, line_end, text_end):
+            os.close(one)
+        raise Error(f"no process can be started with {sys.executable}: {error}") from error
     finally:
         for one in (given, told, text):
             os.close(one)
     try:
         with contextlib.suppress(BrokenPipeError):  # it has died; below we learn of what
             os.write(job_end, job + b"\n")
-        return _watch(process, _Lines(line_end, said), text_end, printed, timeout)
+        return _watch(process, _Heard(line_end, text_end, mark.encode(), said, printed), timeout)
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # it, and what it has started
@@ -78,49 +90,57 @@ def run_apart(
             os.close(one)
 
 
-class _Lines:
-    """Lines from a pipe that does not block."""
+@dataclass(slots=True)
+class _Heard:
+    """What came through the two pipes, put in order again."""
 
-    def __init__(self, fd: int, said: Callable[[bytes], bool]) -> None:
-        self.fd = fd
-        self.done = False
-        self._said = said
-        self._rest = b""
+    lines: int
+    text: int
+    mark: bytes
+    said: Callable[[bytes], bool]
+    printed: Callable[[bytes], None]
+    done: bool = False
+    _line: bytearray = field(default_factory=bytearray)
+    _text: bytes = b""
 
-    def take(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self.done = self._said(line) or self.done
+    def take(self, lines: bytes, text: bytes) -> None:
+        """Give out complete lines, each after what was printed before it: up to a mark, which is there first."""
+        self._text += text
+        self._line += lines
+        complete: list[bytearray] = []
+        if b"\n" in lines:
+            *complete, self._line = self._line.split(b"\n")
+        for line in complete:
+            before, _, self._text = self._text.partition(self.mark)
+            self.printed(before)
+            self.done = self.said(bytes(line)) or self.done
+        if self.mark not in self._text:
+            self._text = self._text[-_BLOCK:]  # of a flood the end
+
+    def end(self) -> None:
+        """It says no more."""
+        self.printed(self._text.replace(self.mark, b""))
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    lines: _Lines,
-    text: int,
-    printed: Callable[[bytes], None],
-    timeout: float | None,
-) -> str | None:
+def _watch(process: subprocess.Popen[bytes], heard: _Heard, timeout: float | None) -> str | None:
     until = None if timeout is None else time.monotonic() + timeout
     with selectors.DefaultSelector() as selector:
-        for one in (lines.fd, text):
+        for one in (heard.lines, heard.text):
             os.set_blocking(one, False)
             selector.register(one, selectors.EVENT_READ)
         while True:
             ended = process.poll() is not None  # before the last look: whatever it wrote is there by then
-            ready = {key.fd for key, _ in selector.select(0 if ended else _TURN)}
-            # what it said first: what it had printed before that is in the other pipe by now
-            heard = b"" if lines.fd not in ready else _drained(lines.fd, selector)
-            if text in selector.get_map():
-                printed(_drained(text, selector))
-            lines.take(heard)
-            if lines.done:
+            selector.select(0 if ended else _TURN)
+            lines = _drained(heard.lines, selector)  # first: the mark of a line is in the other pipe before it
+            heard.take(lines, _drained(heard.text, selector))
+            if heard.done:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_GRACE)
                 return None
-            if ended:
-                return _end(process.returncode)
-            if until is not None and time.monotonic() > until:
-                return f"it took longer than {timeout:g} s, and was stopped"
+            over = until is not None and time.monotonic() > until
+            if ended or over:
+                heard.end()
+                return _end(process.returncode) if ended else f"it took longer than {timeout:g} s, and was stopped"
             if not selector.get_map():
                 time.sleep(_TURN)  # it has closed everything, and still runs
 
@@ -128,6 +148,8 @@ def _watch(
 def _drained(fd: int, selector: selectors.BaseSelector) -> bytes:
     """What a pipe holds now; it is watched no longer when all its writers are gone."""
     found = b""
+    if fd not in selector.get_map():
+        return found
     with contextlib.suppress(BlockingIOError):
         while len(found) < _BLOCK * 64:
             block = os.read(fd, _BLOCK)
@@ -152,34 +174,48 @@ def _end(code: int) -> str:
 # --- in the other process -----------------------------------------------------------------------------------------
 
 
-def read_job(given: int) -> bytes:
-    """The line that it was given; from now on this process ends with the one that gave it."""
-    source = os.fdopen(given, "rb", buffering=0)
-    line = b""
-    while not line.endswith(b"\n"):
-        block = source.read(_BLOCK)
-        if not block:
-            break
-        line += block
+class Ends:
+    """The pipes to the process that has started this one.
 
-    def watch() -> None:
-        source.read(1)
-        os.killpg(0, signal.SIGKILL)
+    Args:
+        ends: what ``main`` got.
+    """
 
-    threading.Thread(target=watch, name="peakpoint-parent", daemon=True).start()
-    return line
+    def __init__(self, ends: list[Any]) -> None:
+        self._given, self._told, self._text, mark = ends
+        self._mark: bytes = mark.encode()
+        self._pid = os.getpid()
+
+    def job(self) -> bytes:
+        """The line that was given; from now on this process ends with the one that gave it."""
+        source = os.fdopen(self._given, "rb", buffering=0)
+        line = b""
+        while not line.endswith(b"\n"):
+            block = source.read(_BLOCK)
+            if not block:
+                break
+            line += block
+
+        def watch() -> None:
+            source.read(1)
+            os.killpg(0, signal.SIGKILL)
+
+        threading.Thread(target=watch, name="peakpoint-parent", daemon=True).start()
+        return line
+
+    def say(self, line: bytes) -> None:
+        """Say one line, after what was printed."""
+        if os.getpid() != self._pid:
+            os._exit(1)  # foreign code has forked, and let the other one go on: one of them is enough
+        for stream in (sys.stdout, sys.stderr):
+            # what is there was put there by foreign code, or closed by it
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        _write(self._text, self._mark)
+        _write(self._told, line + b"\n")
 
 
-def say(told: int, line: bytes) -> None:
-    """Say one line, after what was printed."""
-    for stream in (sys.stdout, sys.stderr):
-        _flush(stream)
-    data = memoryview(line + b"\n")
-    while data:
-        data = data[os.write(told, data) :]
-
-
-def _flush(stream: Any) -> None:
-    # what is there was put there by foreign code, or closed by it
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        stream.flush()
+def _write(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]

@@ -42,9 +42,9 @@ def check_wanted(wanted: Wanted) -> None:
         if spec is not None and not all(spec.partition(":")):
             raise ConfigError(f"{spec!r} names no function; write module:function, such as checks:evaluate")
     _check_budgets(wanted.budgets)
-    if not (math.isfinite(wanted.tolerance) and wanted.tolerance >= 0):
+    if not (_is_number(wanted.tolerance) and wanted.tolerance >= 0):
         raise ConfigError(f"tolerance={wanted.tolerance!r} is no number of at least 0")
-    if not 0 <= wanted.agreement <= 1:
+    if not (_is_number(wanted.agreement) and 0 <= wanted.agreement <= 1):
         raise ConfigError(f"agreement={wanted.agreement!r} is no share from 0 to 1")
     for name, text in wanted.signature.items():
         if _OUTPUT.fullmatch(text) is None:
@@ -52,12 +52,16 @@ def check_wanted(wanted: Wanted) -> None:
     _check_means(wanted)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_budgets(budgets: Mapping[str, float]) -> None:
     for name, value in budgets.items():
         if name not in BUDGETS:
             have = "; ".join(f"{name} ({what})" for name, what in BUDGETS.items())
             raise ConfigError(f"there is no budget {name!r}{near(name, list(BUDGETS))}; budgets: {have}")
-        if not (math.isfinite(value) and value > 0):
+        if not (_is_number(value) and value > 0):
             raise ConfigError(f"the budget {name}={value!r} is no number above 0")
 
 
@@ -69,7 +73,7 @@ def _check_means(wanted: Wanted) -> None:
         raise ConfigError(f"{wanted.metrics[0]} is confirmed by evaluating: say how with --with MODULE:FUNCTION")
     for what in ("golden", "signature"):
         if getattr(wanted, what) and wanted.model is None:
-            raise ConfigError(f"{what}: the outputs of a model are meant; say what makes it, --model MODULE:FUNCTION")
+            raise ConfigError(f"{what}: needs a model that is run; say what makes it, --model MODULE:FUNCTION")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 from peakpoint import aliases, archiving, layout, reader, trash, validations
 from peakpoint import journal as journals
@@ -123,7 +124,7 @@ def _run(
         yield Finding("damage", layout.journal_prefix(run), sentence)
     yield from _promotions(store, run, journal.events)
     shelf = reader.shelf(store, run)
-    yield from _unless(busy, _validations(store, run, shelf))
+    yield from _unless(busy, _validations(store, run, shelf, deep=deep))
     for damaged in shelf.damaged:
         yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
     for name in shelf.bare:
@@ -235,14 +236,15 @@ def _packs(store: Store, run: str) -> Iterator[Finding]:
         yield Finding("litter", key, "a pack that no archived checkpoint needs")
 
 
-def _validations(store: Store, run: str, shelf: reader.Shelf) -> Iterator[Finding]:
+def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> Iterator[Finding]:
     prefix = layout.validations_of(run)
     yield from _strays(store, prefix, None)
     for checkpoint in validations.checkpoints_with(store, run):
         # a validation that is being made holds its checkpoint as being read until its record is there
         mine = [one for one in shelf.manifests if one.id == checkpoint]
         unfinished = store.litter(layout.validations_prefix(run, checkpoint))
-        found = validations.survey(store, run, checkpoint, lambda mine=mine: bool(reader.being_read(store, mine)))  # type: ignore[misc]
+        read = partial(reader.being_read, store, mine)
+        found = validations.survey(store, run, checkpoint, read, deep=deep)
         for key in () if found.busy else unfinished:
             yield Finding("litter", key, "an unfinished write")
         for key, what in found.damage:
@@ -336,17 +338,13 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
             sweep(store, run, name, ours)
             removed += found[:1]
     over = [finding for manifest in shelf.manifests for finding in _over(store, run, manifest.name, now)]
-    over += [finding for finding in _validations(store, run, shelf) if finding.kind == "litter"]
+    over += [finding for finding in _validations(store, run, shelf, deep=False) if finding.kind == "litter"]
     for finding in over:
         store.delete(finding.where)
         removed.append(finding)
     for key in archiving.needless(store, run):
         store.delete(key)
         removed.append(Finding("litter", key, "a pack that no archived checkpoint needs"))
-    for finding in _validations(store, run, shelf):
-        if finding.kind == "litter":
-            store.delete(finding.where)
-            removed.append(finding)
     prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run), layout.archive_prefix(run)]
     prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
     for prefix in prefixes:

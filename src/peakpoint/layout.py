@@ -9,6 +9,7 @@
     runs/<run>/checkpoints/<name>/              one checkpoint
     runs/<run>/archive/<id>.pack                the bytes of an archived checkpoint
     runs/<run>/validations/<id>/<number>.json   what was found when a checkpoint was validated
+    runs/<run>/validations/<id>/<digest>.predictions
     aliases/<alias>/<number>.json               what an alias points at: the highest number counts
 """
 

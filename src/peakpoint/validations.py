@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
+from peakpoint.errors import ConflictError, CorruptError, FormatError
 from peakpoint.manifest import FORMAT, check_format, metrics_from_json, metrics_to_json
 from peakpoint.seal import digest, seal, unseal
 from peakpoint.store import Store
@@ -259,7 +259,9 @@ class Survey:
     busy: bool
 
 
-def survey(store: Store, run: str, checkpoint: str, busy: Callable[[], bool] = lambda: False) -> Survey:
+def survey(
+    store: Store, run: str, checkpoint: str, busy: Callable[[], object] = lambda: None, *, deep: bool = False
+) -> Survey:
     """Look at all validations of a checkpoint, damaged ones too.
 
     Args:
@@ -268,12 +270,13 @@ def survey(store: Store, run: str, checkpoint: str, busy: Callable[[], bool] = l
         checkpoint: the id.
         busy: whether somebody may be validating the checkpoint. It is asked after predictions were listed and before
             records are: whoever has written the one and not yet the other is busy at that moment.
+        deep: compare predictions with their digests, too.
     """
     prefix = layout.validations_prefix(run, checkpoint)
     children = store.children(prefix)
     kept = {f"{prefix}/{child}" for child in children if _PREDICTIONS.fullmatch(child)}
     strays = [child for child in children if not (_PREDICTIONS.fullmatch(child) or _NUMBERED.fullmatch(child))]
-    in_use = busy()
+    in_use = bool(busy())
     found: list[Validation] = []
     damage: list[tuple[str, str]] = []
     for number in _numbers(store, run, checkpoint):
@@ -284,16 +287,27 @@ def survey(store: Store, run: str, checkpoint: str, busy: Callable[[], bool] = l
             continue
         found.append(one)
         key = layout.predictions_key(run, checkpoint, one.predictions or "")
-        try:
-            predictions_of(store, one)
-        except NotFoundError:
-            damage.append((key, f"the predictions of validation {number} of {one.name} are missing"))
-        except (CorruptError, FormatError) as error:
-            damage.append((key, str(error)))
         kept.discard(key)
+        wrong = _wrong_predictions(store, one, deep=deep)
+        if wrong:
+            damage.append((key, wrong))
     # of a record that cannot be read nobody knows what it names
     orphans = () if in_use or len(found) < len(_numbers(store, run, checkpoint)) else tuple(sorted(kept))
     return Survey(tuple(found), tuple(damage), orphans, tuple(f"{prefix}/{child}" for child in strays), in_use)
+
+
+def _wrong_predictions(store: Store, validation: Validation, *, deep: bool) -> str:
+    if validation.predictions is None:
+        return ""
+    key = layout.predictions_key(validation.run, validation.checkpoint, validation.predictions)
+    if store.size(key) is None:
+        return f"the predictions of validation {validation.number} of {validation.name} are missing"
+    try:
+        if deep:
+            predictions_of(store, validation)
+    except (CorruptError, FormatError) as error:
+        return str(error)
+    return ""
 
 
 def checkpoints_with(store: Store, run: str) -> list[str]:

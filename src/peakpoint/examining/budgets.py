@@ -53,7 +53,7 @@ def _parameters(exam: Exam) -> Said:
 
 
 def _memory(exam: Exam) -> Said:
-    why = _not_runnable(exam)
+    why = _not_runnable(exam) or exam.unrun
     if why or exam.memory is None:
         return failed(f"memory cannot be measured: {why or 'the model was not loaded'}")
     if exam.memory.bytes is None:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import msgspec
 
-from peakpoint.apart import read_job, say
+from peakpoint.apart import Ends
 from peakpoint.examining.exam import Exam
 from peakpoint.examining.run import examine
 from peakpoint.functions import load_function
@@ -34,14 +35,14 @@ class Job:
     without: str
 
 
-def main(given: int, told: int) -> None:
+def main(ends: list[Any]) -> None:
     """Examine, and say what was found, a line of JSON each.
 
     Args:
-        given: where the job comes from.
-        told: where the lines go.
+        ends: see ``peakpoint.apart``.
     """
-    job = msgspec.json.decode(read_job(given), type=Job)
+    pipes = Ends(ends)
+    job = msgspec.json.decode(pipes.job(), type=Job)
     repository = open_repository(job.root)
     exam = Exam(
         repository=repository,
@@ -55,4 +56,4 @@ def main(given: int, told: int) -> None:
         further=[partial(load_function, spec) for spec in job.wanted.checks],
     )
     for event in examine(exam):
-        say(told, msgspec.json.encode(event))
+        pipes.say(msgspec.json.encode(event))

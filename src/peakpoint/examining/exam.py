@@ -101,7 +101,8 @@ class Exam:
         recorded: all metrics that are known of it.
         model: with its weights; None until it could be loaded.
         example: an example of its inputs, when the function that makes the model gave one.
-        memory: what loading and running it took; None when that was not asked for, or it could not be loaded.
+        memory: what loading and running it took; None when that was not asked for, or it could not be done.
+        unrun: then why.
         evaluated: metrics.
         predictions: of the evaluation, or on golden inputs.
         compared: whether the champion was compared with.
@@ -120,6 +121,7 @@ class Exam:
     model: Any = None
     example: Any = None
     memory: Peak | None = None
+    unrun: str = ""
     evaluated: dict[str, float] = field(default_factory=dict)
     predictions: Predictions | None = None
     compared: bool = False
@@ -167,7 +169,7 @@ class Exam:
         assert self.make is not None
         found = self.make()()
         model, example = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-        if not callable(model) or not hasattr(model, "load_state_dict"):
+        if isinstance(model, type) or not callable(model) or not hasattr(model, "load_state_dict"):
             raise ConfigError(
                 f"{self.wanted.model} returned a {kind_of(model)}; return the model, which has load_state_dict() and "
                 "can be called, or the model and an example of its inputs"

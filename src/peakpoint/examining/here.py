@@ -1,7 +1,7 @@
 """Validating in this process, with functions that are at hand."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from peakpoint.asking import ask
@@ -76,6 +76,9 @@ def validate(
         >>> found.passed, found.failures[0].said
         (False, 'loss is 0.7 now and was recorded as 0.5: 0.2 apart')
     """
+    for name, given in (("metrics", metrics), ("checks", checks)):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ConfigError(f"{name}={given!r:.80} is one thing: give a list of them")
     wanted = Wanted(
         evaluate=_name(evaluate),
         model=_name(model),

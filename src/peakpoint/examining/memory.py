@@ -37,13 +37,18 @@ def peak_of(work: Callable[[], torch.device]) -> Peak:
         work: what to do; returns the device that it was done on.
     """
     _give_back()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    held = []
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+        held.append(torch.cuda.memory_allocated(index))
     before = _reset()
     device = work()
     if device.type == "cuda":
-        return Peak(torch.cuda.max_memory_allocated(device) - held, "given out by torch's allocator on the GPU")
+        taken = (
+            torch.cuda.max_memory_allocated(device)
+            - held[torch.cuda.current_device() if device.index is None else device.index]
+        )
+        return Peak(taken, "given out by torch's allocator on the GPU")
     if isinstance(before, str):
         return Peak(None, before)
     return Peak(max(_field("VmHWM") - before, 0), "resident memory of the process, peak less what it had before")

@@ -28,11 +28,9 @@ def loads(exam: Exam) -> Said:
         model, exam.example = exam.made()
         what = exam.fill(model, exam.manifest)
         exam.model = model  # only now: what does not fit is no model
-        example = one_input(exam, 0)
-        if example is not None and "memory_mb" in exam.wanted.budgets:
-            with torch.no_grad():
-                model(*example)
-        return next(iter(example)).device if example else torch.device("cpu")
+        if "memory_mb" in exam.wanted.budgets:
+            _run_once(exam)
+        return device_of(model)
 
     try:
         if "memory_mb" in exam.wanted.budgets:
@@ -48,6 +46,16 @@ def loads(exam: Exam) -> Said:
             differences=error.differences,
         )
     return passed(f"{exam.wanted.model} takes the part {exam.wanted.part}: {what}, names, shapes and dtypes", what=what)
+
+
+def _run_once(exam: Exam) -> None:
+    try:
+        example = one_input(exam, 0)
+        if example is not None:
+            with torch.no_grad():
+                exam.model(*example)
+    except Exception as error:  # noqa: BLE001 - of the user's model; that it loads is another question
+        exam.unrun = f"the model does not run: {type(error).__name__}: {error}"
 
 
 def one_input(exam: Exam, number: int) -> tuple[torch.Tensor, ...] | None:

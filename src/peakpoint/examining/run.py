@@ -16,7 +16,6 @@ from peakpoint.examining import answers, budgets, models, weights
 from peakpoint.examining.exam import Candidate, Exam, Said, device_of, failed, skipped
 from peakpoint.manifest import metrics_to_json
 from peakpoint.tree import kind_of
-from peakpoint.validations import Outcome
 
 Event = dict[str, Any]
 _SAID = 1000  # characters of a sentence
@@ -54,19 +53,17 @@ def _checks(exam: Exam) -> list[Callable[[Exam], Said]]:
 
 
 def _tried(exam: Exam, check: Callable[[Exam], Said]) -> Said:
+    """What a check came to, in plain JSON."""
     try:
-        return check(exam)
+        found = check(exam)
+        return found._replace(said=_text(found.said), evidence=_kept(found.evidence))
     except KeyboardInterrupt:
         raise  # somebody wants it all to end
     except Error as error:
-        return failed(str(error), error=type(error).__name__)
+        return failed(_text(str(error)), error=type(error).__name__)
     except BaseException as error:  # noqa: BLE001 - code of the user may raise anything, and that is a finding
-        text = str(error)
-        return failed(
-            f"raised {type(error).__name__}" + (f": {text}" if text else ""),
-            error=type(error).__name__,
-            traceback=_trace(error)[-_TRACE:],
-        )
+        text = traceback.format_exception_only(error)[-1].strip()  # also of one that cannot say what it is
+        return failed(_text(f"raised {text}"), error=type(error).__name__, traceback=_text(_trace(error)[-_TRACE:]))
 
 
 def _trace(error: BaseException) -> str:
@@ -119,12 +116,21 @@ def _further(number: int) -> Callable[[Exam], Said]:
 
 
 def _finding(name: str, found: Said, seconds: float) -> Event:
-    evidence = _plain(found.evidence)
-    if len(msgspec.json.encode(evidence)) > _EVIDENCE:
-        evidence = {"left_out": f"evidence of more than {_EVIDENCE:,} bytes"}
-    outcome: Outcome = found.outcome
     said = found.said if len(found.said) <= _SAID else f"{found.said[:_SAID]} ..."
-    return {"check": name, "outcome": outcome, "said": _text(said), "evidence": evidence, "seconds": round(seconds, 6)}
+    return {
+        "check": name,
+        "outcome": found.outcome,
+        "said": said,
+        "evidence": dict(found.evidence),
+        "seconds": round(seconds, 6),
+    }
+
+
+def _kept(evidence: Mapping[str, Any]) -> Mapping[str, Any]:
+    plain: Mapping[str, Any] = _plain(evidence)
+    if len(msgspec.json.encode(plain)) <= _EVIDENCE:
+        return plain
+    return {"left_out": f"evidence of more than {_EVIDENCE:,} bytes"}
 
 
 def _text(value: str) -> str:
