@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import aliases, journal, layout, promotion, upkeep
+from peakpoint import aliases, journal, layout, promotion, retention, upkeep
 from peakpoint.compare import paired
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, RefusedError
 from peakpoint.policy import Improvement, Policy
@@ -98,7 +98,7 @@ def test_a_validation_by_other_checks_than_the_policy_names_does_not_count(tmp_p
     assert objections(found, policy=policy) == ()
 
 
-def test_parts_that_were_dropped_after_the_validation_make_it_stale(tmp_path):
+def test_a_validation_counts_until_the_part_that_was_validated_is_dropped(tmp_path):
     with checkpointer(tmp_path, state={"model": {"w": 1}, "optimizer": {"m": 2}}) as ckpt:
         ckpt.report(step=1, accuracy=0.5)
         ckpt.report(step=2, accuracy=0.4)
@@ -107,7 +107,12 @@ def test_parts_that_were_dropped_after_the_validation_make_it_stale(tmp_path):
     run = found.run("r")
     rules = [pp.Best("accuracy", "max", parts="model"), pp.Last(1)]
     assert upkeep.apply_plan(run, run.plan(rules), rules) == []
-    assert objections(found) == ("it has lost optimizer since it was validated",)
+    assert "optimizer" not in run.find_manifest("r:1").parts
+    assert objections(found) == ()
+    with upkeep.writing(run, "drop") as events:
+        thinning = retention.Thinning(run.find_manifest("r:1"), ("model",), "x")
+        assert retention.thin(run.store, events, [thinning], by="x")[1] == []
+    assert objections(found) == ("it has lost the part model since it was validated",)
 
 
 def test_who_may_not_is_refused_also_by_force(tmp_path):

@@ -411,6 +411,20 @@ def test_a_release_at_the_command_line_says_why_not(tmp_path):
     assert "there is no entry 'rnak'; did you mean 'rank'" in command("release", root, code=2)
 
 
+def test_validating_by_hand_checks_what_the_policy_asks_for(tmp_path):
+    root = tmp_path / "runs"
+    found = task.trained(root, noises=(0.1,))
+    task.policy(root, validation="budgets = { parameters = 5 }")
+    assert "did not pass: budget parameters" in command("validate", root, "r:1", code=16)
+    (root / "production.toml").write_text((root / "production.toml").read_text().replace("= 5 }", "= 50 }"))
+    command("validate", root, "r:1")
+    policy = read_policies(found.store).of("champion")
+    assert promotion.propose(found, "r:1", "champion", policy=policy).objections == ()
+    command("validate", root, "r:1", "--tolerance", "0.1")
+    objections = promotion.propose(found, "r:1", "champion", policy=policy).objections
+    assert objections == ("it was validated otherwise than the policy asks",)
+
+
 def test_history_says_when_a_record_was_changed(tmp_path):
     found = task.trained(tmp_path)
     for step in (1, 2, 3):

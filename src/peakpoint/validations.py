@@ -343,9 +343,9 @@ def objections(
     found = [f"its last validation failed: {one.check}: {one.said}" for one in validation.failures if failures]
     if validation.manifest != manifest:
         found.append("its manifest is another than the one that was validated")
-    gone = [part for part in validation.parts if part not in parts]
-    if gone:
-        found.append(f"it has lost {', '.join(gone)} since it was validated")
+    part = validation.wanted.part
+    if part in validation.parts and part not in parts:
+        found.append(f"it has lost the part {part} since it was validated")
     if now - validation.at > max_age:
         found.append(f"its validation is stale: of {validation.at:%Y-%m-%d %H:%M} UTC, older than {max_age}")
     if wanted is not None and wanted.digest != validation.wanted.digest:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +19,7 @@ from peakpoint import validating
 from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConfigError, RefusedError
+from peakpoint.policy import read_policies
 from peakpoint.repository import open_repository
 from peakpoint.units import read_duration
 from peakpoint.validations import Progress, Validation, Wanted
@@ -75,20 +77,20 @@ def validate(
 ) -> None:
     """Examine a checkpoint before it is deployed, and record what was found.
 
-    Exits with 16 when it did not pass.
+    Without options that say what to check, production.toml does, where it has a table for the alias. Exits with 16
+    when the checkpoint did not pass.
     """
     asked["budgets"] = _pairs("--budget", asked["budgets"], _number, "latency_ms=20")
     asked["signature"] = _pairs("--signature", asked["signature"], str, "output=F32[*,10]")
     repository = open_repository(root)
+    seconds = None if timeout is None else timeout.total_seconds()
+    wanted = Wanted(**asked)
+    policy = None if _said(asked) else read_policies(repository.store).of(against.removeprefix("@"))
+    if policy is not None:
+        wanted, seconds = policy.wanted, seconds or policy.timeout
+        click.echo(f"checking what production.toml asks of {policy.alias}", err=True)
     with _progress() as progress:
-        found = validating.validate(
-            repository,
-            ref,
-            Wanted(**asked),
-            alias=against,
-            timeout=None if timeout is None else timeout.total_seconds(),
-            progress=progress,
-        )
+        found = validating.validate(repository, ref, wanted, alias=against, timeout=seconds, progress=progress)
     if json:
         render.as_json(asdict(found) | {"passed": found.passed})
     else:
@@ -96,6 +98,12 @@ def validate(
     if not found.passed:
         names = ", ".join(one.check for one in found.failures)
         raise RefusedError(f"{found.run}/{found.name} did not pass: {names}")
+
+
+def _said(asked: Mapping[str, Any]) -> bool:
+    """Whether the command line says anything of what to check."""
+    context = click.get_current_context()
+    return any(context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in asked)
 
 
 @contextmanager
