@@ -344,7 +344,7 @@ def test_the_commands_that_the_demo_prints_can_be_pasted(tmp_path, monkeypatch):
     file = io.StringIO()
     show._say_next(Console(file=file, width=40), tmp_path / "a place")
     commands = [line.strip() for line in file.getvalue().splitlines() if line.startswith("  ")]
-    assert len(commands) == 6
+    assert len(commands) == 10
     done = subprocess.run(shlex.split(commands[0]), capture_output=True, text=True, check=False)
     assert f"{tmp_path / 'a place'} is not a Peakpoint repository" in done.stderr
 

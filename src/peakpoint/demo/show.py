@@ -16,15 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from peakpoint import audit
+from peakpoint import audit, promotion, validating
 from peakpoint.cli import render
+from peakpoint.cli.production import print_comparison
 from peakpoint.errors import ConfigError, Error
 from peakpoint.layout import REPOSITORY
 from peakpoint.peaks import peaks
 from peakpoint.repository import Repository, open_repository
 from peakpoint.rules import watched
+from peakpoint.validations import Wanted
 
 WHOLE, KILLED = "lenet5-uninterrupted", "lenet5-killed"
+_TRAINING = "peakpoint.demo.training"
 
 
 class DemoError(Error):
@@ -78,6 +81,7 @@ def run(out: Path, epochs: int) -> None:
     render.print_run(console, repository.run(KILLED))
     _say_peak(console, repository)
     _say_files(console, repository)
+    _say_production(console, repository)
     _say_next(console, out)
 
 
@@ -110,7 +114,7 @@ def _progress(console: Console) -> Progress:
 
 def _train(progress: Progress, title: str, root: Path, run: str, epochs: int, kill_at_save: int = 0) -> Training:
     task = progress.add_task(title, total=epochs, note="")
-    command = [sys.executable, "-m", "peakpoint.demo.training", str(root), run, str(epochs), str(kill_at_save)]
+    command = [sys.executable, "-m", _TRAINING, str(root), run, str(epochs), str(kill_at_save)]
     accuracies: list[float] = []
     weights, size = "", 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
@@ -181,6 +185,28 @@ def _say_files(console: Console, repository: Repository) -> None:
     console.print(f"\n[bold]Audit:[/] {render.audit_sentence(result)}; [green]clean[/]")
 
 
+def _say_production(console: Console, repository: Repository) -> None:
+    """Two checkpoints become champion one after the other, and the first comes back."""
+    run = repository.run(KILLED)
+    best = run.best("val_accuracy")
+    wanted = Wanted(evaluate=f"{_TRAINING}:evaluate", model=f"{_TRAINING}:LeNet5")
+    console.print("\n[bold]Production.[/] An early checkpoint is validated and becomes champion; then the best does:")
+    for one in (next((one for one in run.checkpoints() if one.id != best.id), best), best):
+        found = validating.validate(repository, one.ref, wanted)
+        _expect(found.passed, f"{one.ref} was to pass its validation, and did not")
+        proposal = promotion.propose(repository, one.ref, "champion")
+        if proposal.comparison is not None:
+            print_comparison(console, proposal.comparison)
+        record = promotion.promote(proposal, "the demonstration")
+        passed = sum(finding.outcome == "passed" for finding in found.findings)
+        console.print(
+            f"  {escape(one.name)} is champion, record {record.number}: {passed} checks passed", soft_wrap=True
+        )
+    if record.number > 1:
+        back = promotion.rollback(repository, "champion", "to show that it goes back").record
+        console.print(f"  {escape(str(back.target and back.target.name))} is champion again, record {back.number}")
+
+
 def _say_next(console: Console, out: Path) -> None:
     program = "peakpoint" if shutil.which("peakpoint") else f"{shlex.quote(sys.executable)} -m peakpoint"
     place = shlex.quote(str(out))
@@ -191,6 +217,10 @@ def _say_next(console: Console, out: Path) -> None:
         f"{program} select {place} 'val_accuracy > 0.99' --max val_accuracy --min epoch --top 3 --why",
         f"{program} report {place} --to report.html",
         f"{program} export {place} {KILLED}@best:val_accuracy --to best.safetensors",
+        f"{program} validate {place} {KILLED}@best:val_accuracy --with {_TRAINING}:evaluate --model {_TRAINING}:LeNet5",
+        f"{program} promote {place} {KILLED}@best:val_accuracy --as champion --why 'it is the best'",
+        f"{program} history {place} champion",
+        f"{program} changelog {place}",
         f"{program} audit {place} --deep",
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)

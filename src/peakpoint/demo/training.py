@@ -7,7 +7,9 @@ with the digest of the final weights.
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -15,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import peakpoint as pp
+from peakpoint.examining.answers import Evaluated
 from peakpoint.seal import digest
 from peakpoint.store import FileOps, LocalStore
 
@@ -79,13 +82,29 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return nn.functional.interpolate(images, size=(32, 32), mode="bilinear"), torch.tensor(data.target)
 
 
+def split() -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, in the order of the demonstration: what comes after ``TRAINING_IMAGES`` is not trained on."""
+    images, labels = digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(7))
+    return images[order], labels[order]
+
+
+def evaluate(state: Mapping[str, Any]) -> Evaluated:
+    """What ``peakpoint validate --with`` calls: the accuracy of a checkpoint, evaluated again."""
+    model = LeNet5().eval()
+    model.load_state_dict(state["model"])
+    images, labels = (tensor[TRAINING_IMAGES:] for tensor in split())
+    with torch.no_grad():
+        predicted = model(images).argmax(1)
+    accuracy = (predicted == labels).float().mean().item()
+    return Evaluated(metrics={"val_accuracy": accuracy}, predictions=predicted, labels=labels)
+
+
 def train(root: Path, run: str, epochs: int, kill_at_save: int) -> None:
     """Train; the loop is what a user's would be."""
     torch.manual_seed(7)
     torch.use_deterministic_algorithms(mode=True)
-    images, labels = digits()
-    order = torch.randperm(len(images))
-    images, labels = images[order], labels[order]
+    images, labels = split()
     data = torch.utils.data.TensorDataset(images[:TRAINING_IMAGES], labels[:TRAINING_IMAGES])
     loader = torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=True)
     model = LeNet5()
