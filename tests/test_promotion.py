@@ -526,6 +526,34 @@ def test_a_roll_back_opens_no_file_of_a_checkpoint_but_its_manifest(tmp_path):
     assert not [key for _, key in read if key.endswith(("state.json", ".safetensors"))]
 
 
+def test_a_roll_back_reads_no_more_of_a_long_journal(tmp_path):
+    amounts = []
+    for reports in (3, 3000):
+        root = tmp_path / f"{reports}"
+        with checkpointer(root, state={"x": 1}, keep=[pp.TopK("loss", "min", 2)]) as ckpt:
+            for step in range(1, reports + 1):
+                ckpt.report(step=step, loss=step)
+        found = pp.open(root)
+        for step in (1, 2):
+            promote(found, f"r:{step}", force=True)
+        amounts.append(0)
+
+        class Weighing(Watching):
+            def __getattr__(self, name):
+                method = getattr(self._store, name)
+
+                def watched(*arguments, **options):
+                    data = method(*arguments, **options)
+                    amounts[-1] += len(data)
+                    return data
+
+                return watched if name in {"get", "view"} else method
+
+        promotion.rollback(_repository(Weighing(LocalStore(root), 0, None)), "champion", "worse")
+    assert amounts[1] < amounts[0] + 10_000
+    assert amounts[1] < 60_000, "bytes"
+
+
 def test_two_who_roll_back_at_once_go_back_once(tmp_path):
     counts = set()
     point = 0

@@ -361,6 +361,10 @@ def decode(line: bytes, *, where: str) -> Event | None:
 
 
 _REPORTED = b'{"kind":"reported",'
+_OPENED, _CLOSED = b'{"kind":"opened",', b'{"kind":"closed",'
+_OF_REMOVALS = tuple(
+    b'{"kind":"%s",' % _NAMES[kind].encode() for kind in (Removed, PartsDropped, Undone, Saved, Closed)
+)
 _decode_reported = msgspec.json.Decoder(Reported).decode
 
 
@@ -418,6 +422,29 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
                 _read_segment(store.get(f"{prefix}/{segment}"), f"{prefix}/{segment}", events, damage)
                 segments[segment] = len(events) - before
     return Reading(tuple(events), tuple(damage), segments)
+
+
+_TAIL = 4096
+
+
+def ends(store: Store, run: str, segment: str) -> tuple[bool, bool]:
+    """Whether a segment begins with ``Opened``, and whether it ends with ``Closed``; reads a few bytes.
+
+    A long last line may be missed: then the second is False.
+    """
+    key = f"{journal_prefix(run)}/{segment}"
+    size = store.size(key) or 0
+    last = store.get(key, max(0, size - _TAIL)).rstrip(b"\n").rpartition(b"\n")[2]
+    return store.get(key, 0, len(_OPENED)) == _OPENED, last.startswith(_CLOSED)
+
+
+def removals(store: Store, run: str, segment: str) -> list[Event]:
+    """What a segment says of removals, and what shows that they are over; every other line is skipped undecoded."""
+    key = f"{journal_prefix(run)}/{segment}"
+    lines = [line for line in io.BytesIO(store.get(key)) if line.startswith(_OF_REMOVALS)]
+    events: list[Event] = []
+    _read_segment(b"".join(lines), key, events, [])
+    return events
 
 
 def read_on(store: Store, run: str, segment: str, begin: int) -> tuple[list[Event], int]:

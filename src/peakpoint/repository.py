@@ -270,12 +270,17 @@ class Run:
         Args:
             manifest: of the checkpoint, as it is after it was protected.
         """
-        reading = journals.read(self.store, self.name)
-        parts = manifest.parts.keys()
-        open_segments = [one for one in reading.by_segment() if _may_be_removing(one[1], manifest.id, parts)]
-        trainers = [name for name, events in open_segments if isinstance(events[0], journals.Opened)]
-        # those that hold the run while they remove are dead when nobody holds it
-        return len(open_segments) > len(trainers) or (bool(trainers) and self.holder() is not None)
+        segments = journals.segments_of(self.store, self.name)
+        ends = {segment: journals.ends(self.store, self.name, segment) for segment in segments}
+        trainings = [segment for segment, (opened, _) in ends.items() if opened]
+        for segment, (opened, closed) in ends.items():
+            # one that holds the run while it removes is dead when another has begun, or nobody holds it
+            over = closed or (opened and (segment != trainings[-1] or self.holder() is None))
+            if not over:
+                events = journals.removals(self.store, self.name, segment)
+                if _may_be_removing(events, manifest.id, manifest.parts.keys()):
+                    return True
+        return False
 
     def unpin(self, ref: str) -> None:
         """Let the rules have a checkpoint again; nothing happens when it was not pinned.
