@@ -6,10 +6,9 @@ alias points at is never one that retention is removing at the same moment. A cr
 is to be, and at most a checkpoint that stays protected until the alias changes again.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from peakpoint import aliases, reader, signing, validations
@@ -17,7 +16,8 @@ from peakpoint import journal as journals
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Change, Target
 from peakpoint.clock import Clock, utc_now
-from peakpoint.compare import Paired, judge_improvement, paired
+from peakpoint.compare import judge_improvement
+from peakpoint.comparison import Comparison, compare_with
 from peakpoint.errors import (
     ConfigError,
     ConflictError,
@@ -29,92 +29,13 @@ from peakpoint.errors import (
 )
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
-from peakpoint.notes import all_known, notes
+from peakpoint.notes import notes
 from peakpoint.policy import Policy
 from peakpoint.refs import check_alias
 from peakpoint.repository import Repository, Run
-from peakpoint.rules import Mode, watched
-from peakpoint.validations import Predictions, Validation
+from peakpoint.validations import Validation
 
 CHAMPION = "champion"  # an alias of this name is never without a checkpoint
-
-
-# --- the comparison -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricPair:
-    """One metric of the present holder and of the candidate.
-
-    Attributes:
-        name: the metric's.
-        mode: its direction; None when nothing gives one.
-        champion: the holder's value.
-        candidate: the candidate's value.
-        source: ``"validated"`` when both were evaluated in a validation, else ``"recorded"``.
-    """
-
-    name: str
-    mode: Mode | None
-    champion: float
-    candidate: float
-    source: str
-
-    @property
-    def better(self) -> bool | None:
-        """Whether the candidate is better; None when that cannot be said."""
-        if self.mode is None or self.champion == self.candidate or math.isnan(self.champion - self.candidate):
-            return None
-        return (self.candidate > self.champion) == (self.mode == "max")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A candidate beside the present holder.
-
-    Attributes:
-        champion: ref of the holder.
-        metrics: those that both have.
-        paired: the test on the predictions that both have made on the same examples; None without such.
-        unpaired: why there is none.
-        flips: of the first examples that were right and are wrong now: index, label, what each says.
-    """
-
-    champion: str
-    metrics: tuple[MetricPair, ...]
-    paired: Paired | None
-    unpaired: str
-    flips: tuple[tuple[int, int, int, int], ...] = ()
-
-    @property
-    def said(self) -> str:
-        """In one line."""
-        pairs = [f"{one.name} {one.champion:.6g} to {one.candidate:.6g}{_WORDS[one.better]}" for one in self.metrics]
-        test = self.paired
-        if test is not None:
-            pairs.append(
-                f"accuracy {test.difference:+.4f} on the same {test.examples:,} examples ({test.confidence:.0%} from "
-                f"{test.low:+.4f} to {test.high:+.4f}, p = {test.p_value:.2g}), {test.gained} gained, {test.lost} lost"
-            )
-        return "; ".join(pairs) or "nothing that both have"
-
-    def to_json(self) -> dict[str, Any]:
-        """For the record: everything but the long list of flips."""
-        record = {"said": self.said, **asdict(self)}
-        record["metrics"] = [
-            asdict(one) | {"champion": _plain(one.champion), "candidate": _plain(one.candidate)} for one in self.metrics
-        ]
-        if self.paired is not None:
-            record["paired"].pop("flips")
-        return record
-
-
-_SHOWN = 10  # examples that flipped
-_WORDS = {True: " (better)", False: " (worse)", None: ""}
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 # --- the proposal -------------------------------------------------------------------------------------------------
@@ -264,53 +185,6 @@ def _not_enough(policy: Policy, comparison: Comparison) -> tuple[str, ...]:
         significance=asked.significance,
     )
     return () if judged.passed else (judged.said,)
-
-
-def compare_with(
-    repository: Repository, run: Run, manifest: Manifest, validation: Validation | None, held: Target
-) -> Comparison:
-    """A candidate beside the present holder of an alias, from what is recorded of both."""
-    try:
-        theirs, holder = repository.locate(held.ref)
-    except (NotFoundError, CorruptError, FormatError) as error:
-        return Comparison(champion=held.ref, metrics=(), paired=None, unpaired=f"the holder cannot be read: {error}")
-    before = validations.newest(repository.store, held.run, held.checkpoint)
-    modes = dict(watched([*theirs.rules(), *run.rules()]))
-    old, new = _known(theirs, holder), _known(run, manifest)
-    late_old = {} if before is None else before.metrics
-    late_new = {} if validation is None else validation.metrics
-    pairs = []
-    for name in sorted(old.keys() & new.keys() | late_old.keys() & late_new.keys()):
-        both = name in late_old and name in late_new
-        values = (late_old[name], late_new[name]) if both else (old[name], new[name])
-        source = "validated" if both else "recorded"
-        pair = MetricPair(name=name, mode=modes.get(name), champion=values[0], candidate=values[1], source=source)
-        pairs.append(pair)
-    found, why, flips = _paired(repository, before, validation)
-    return Comparison(
-        champion=f"{holder.run}/{holder.name}", metrics=tuple(pairs), paired=found, unpaired=why, flips=flips
-    )
-
-
-def _known(run: Run, manifest: Manifest) -> Mapping[str, float]:
-    return all_known([manifest], run.events(), ())[0].metrics
-
-
-def _paired(
-    repository: Repository, before: Validation | None, now: Validation | None
-) -> tuple[Paired | None, str, tuple[tuple[int, int, int, int], ...]]:
-    sides: list[Predictions] = []
-    for whose, validation in (("holder", before), ("candidate", now)):
-        kept = None if validation is None else validations.predictions_of(repository.store, validation)
-        if kept is None:
-            return None, f"no predictions of the {whose} are kept", ()
-        sides.append(kept)
-    old, new = sides
-    if old.of != new.of:
-        return None, "the predictions of the two are not on the same examples", ()
-    found = paired(old.predicted, new.predicted, new.labels)
-    flips = tuple((at, new.labels[at], old.predicted[at], new.predicted[at]) for at in found.flips[:_SHOWN])
-    return found, "", flips
 
 
 # --- the acts -----------------------------------------------------------------------------------------------------

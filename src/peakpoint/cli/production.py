@@ -21,10 +21,11 @@ from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.cli.space import progress
 from peakpoint.clock import utc_now
+from peakpoint.comparison import Comparison, MetricPair
 from peakpoint.errors import CorruptError, NotFoundError, RefusedError
 from peakpoint.hooks import Told
 from peakpoint.policy import Policy, read_policies
-from peakpoint.promotion import Comparison, MetricPair, Proposal
+from peakpoint.promotion import Proposal
 from peakpoint.release import Release
 from peakpoint.repository import Repository, open_repository
 from peakpoint.units import read_time
