@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint import aliases, journal, layout, promotion, retention, upkeep
-from peakpoint.compare import paired
+from peakpoint.compare import paired, unpaired
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, RefusedError
 from peakpoint.policy import Improvement, Policy
 from peakpoint.store import LocalStore
@@ -153,15 +153,17 @@ def test_a_reason_is_needed(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:loss is nan")
 def test_the_comparison_says_which_metric_is_better_by_the_rules_directions(tmp_path):
-    with checkpointer(tmp_path, state={"x": 1}, keep=[pp.Best("loss", "min"), pp.Last(9)]) as ckpt:
-        ckpt.report(step=1, loss=0.5, other=1.0, only=1.0)
-        ckpt.report(step=2, loss=0.4, other=2.0)
-        ckpt.report(step=3, loss=float("nan"), other=2.0)
+    rules = [pp.Best("loss", "min"), pp.Best("odd", "max"), pp.TopK("odd", "min", 1), pp.Last(9)]
+    with checkpointer(tmp_path, state={"x": 1}, keep=rules) as ckpt:
+        ckpt.report(step=1, loss=0.5, other=1.0, only=1.0, odd=1.0)
+        ckpt.report(step=2, loss=0.4, other=2.0, odd=2.0)
+        ckpt.report(step=3, loss=float("nan"), other=2.0, odd=1.5)
     found = pp.open(tmp_path)
     promote(found, "r:1", force=True)
     pairs = {one.name: one for one in promotion.propose(found, "r:2", "champion").comparison.metrics}
     assert (pairs["loss"].champion, pairs["loss"].candidate, pairs["loss"].better) == (0.5, 0.4, True)
     assert pairs["other"].better is None, "no rule says which direction is better"
+    assert pairs["odd"].better is None, "rules say both"
     assert "only" not in pairs
     (loss,) = [one for one in promotion.propose(found, "r:3", "champion").comparison.metrics if one.name == "loss"]
     assert loss.better is None
@@ -203,6 +205,7 @@ def test_predictions_on_other_examples_are_not_compared(tmp_path):
     comparison = promotion.propose(found, "r:2", "champion").comparison
     assert comparison.paired is None
     assert comparison.unpaired == "the predictions of the two are not on the same examples"
+    assert comparison.apart == (0.5, *unpaired(0.5, 1.0, 2, 2))
 
 
 def test_an_improvement_that_the_policy_asks_for_is_judged(tmp_path):

@@ -1,13 +1,13 @@
 """A candidate beside the present holder of an alias, from what is on record of both."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from peakpoint import validations
 from peakpoint.aliases import Target
-from peakpoint.compare import Paired, paired
+from peakpoint.compare import Paired, paired, unpaired
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known
@@ -51,6 +51,7 @@ class Comparison:
         metrics: those that both have.
         paired: the test on the predictions that both have made on the same examples; None without such.
         unpaired: why there is none.
+        apart: accuracy on examples of their own: the difference, and its interval's ends; None where there is none.
         flips: of the first examples that were right and are wrong now: index, label, what each says.
     """
 
@@ -59,6 +60,7 @@ class Comparison:
     paired: Paired | None
     unpaired: str
     flips: tuple[tuple[int, int, int, int], ...] = ()
+    apart: tuple[float, float, float] | None = None
 
     @property
     def said(self) -> str:
@@ -70,6 +72,9 @@ class Comparison:
                 f"accuracy {test.difference:+.4f} on the same {test.examples:,} examples ({test.confidence:.0%} from "
                 f"{test.low:+.4f} to {test.high:+.4f}, p = {test.p_value:.2g}), {test.gained} gained, {test.lost} lost"
             )
+        if self.apart is not None:
+            difference, low, high = self.apart
+            pairs.append(f"accuracy {difference:+.4f} on other examples (95% from {low:+.4f} to {high:+.4f})")
         return "; ".join(pairs) or "nothing that both have"
 
     def to_json(self) -> dict[str, Any]:
@@ -100,39 +105,53 @@ def compare_with(
     except (NotFoundError, CorruptError, FormatError) as error:
         return Comparison(champion=held.ref, metrics=(), paired=None, unpaired=f"the holder cannot be read: {error}")
     before = validations.newest(repository.store, held.run, held.checkpoint)
-    modes = dict(watched([*theirs.rules(), *run.rules()]))
+    return Comparison(
+        champion=f"{holder.run}/{holder.name}",
+        metrics=tuple(_pairs(theirs, holder, before, run, manifest, validation)),
+        **_predicted(repository, before, validation),
+    )
+
+
+def _pairs(
+    theirs: Run, holder: Manifest, before: Validation | None, run: Run, manifest: Manifest, now: Validation | None
+) -> Iterator[MetricPair]:
+    modes = set(watched([*theirs.rules(), *run.rules()]))
     old, new = _known(theirs, holder), _known(run, manifest)
-    late_old = {} if before is None else before.metrics
-    late_new = {} if validation is None else validation.metrics
-    pairs = []
+    late_old, late_new = ({} if one is None else one.metrics for one in (before, now))
     for name in sorted(old.keys() & new.keys() | late_old.keys() & late_new.keys()):
         both = name in late_old and name in late_new
-        values = (late_old[name], late_new[name]) if both else (old[name], new[name])
-        source = "validated" if both else "recorded"
-        pair = MetricPair(name=name, mode=modes.get(name), champion=values[0], candidate=values[1], source=source)
-        pairs.append(pair)
-    found, why, flips = _paired(repository, before, validation)
-    return Comparison(
-        champion=f"{holder.run}/{holder.name}", metrics=tuple(pairs), paired=found, unpaired=why, flips=flips
-    )
+        directions = [mode for metric, mode in modes if metric == name]
+        yield MetricPair(
+            name=name,
+            mode=directions[0] if len(directions) == 1 else None,
+            champion=late_old[name] if both else old[name],
+            candidate=late_new[name] if both else new[name],
+            source="validated" if both else "recorded",
+        )
 
 
 def _known(run: Run, manifest: Manifest) -> Mapping[str, float]:
     return all_known([manifest], run.events(), ())[0].metrics
 
 
-def _paired(
-    repository: Repository, before: Validation | None, now: Validation | None
-) -> tuple[Paired | None, str, tuple[tuple[int, int, int, int], ...]]:
+def _predicted(repository: Repository, before: Validation | None, now: Validation | None) -> dict[str, Any]:
+    """What the predictions of the two say, as members of a ``Comparison``."""
     sides: list[Predictions] = []
     for whose, validation in (("holder", before), ("candidate", now)):
         kept = None if validation is None else validations.predictions_of(repository.store, validation)
         if kept is None:
-            return None, f"no predictions of the {whose} are kept", ()
+            return {"paired": None, "unpaired": f"no predictions of the {whose} are kept"}
         sides.append(kept)
     old, new = sides
-    if old.of != new.of:
-        return None, "the predictions of the two are not on the same examples", ()
-    found = paired(old.predicted, new.predicted, new.labels)
-    flips = tuple((at, new.labels[at], old.predicted[at], new.predicted[at]) for at in found.flips[:_SHOWN])
-    return found, "", flips
+    if old.of == new.of:
+        found = paired(old.predicted, new.predicted, new.labels)
+        flips = tuple((at, new.labels[at], old.predicted[at], new.predicted[at]) for at in found.flips[:_SHOWN])
+        return {"paired": found, "unpaired": "", "flips": flips}
+    before_share, share = _accuracy(old), _accuracy(new)
+    low, high = unpaired(before_share, share, len(old.labels), len(new.labels))
+    why = "the predictions of the two are not on the same examples"
+    return {"paired": None, "unpaired": why, "apart": (share - before_share, low, high)}
+
+
+def _accuracy(one: Predictions) -> float:
+    return sum(map(int.__eq__, one.predicted, one.labels)) / len(one.labels)

@@ -182,7 +182,9 @@ def _difference(one: MetricPair) -> str:
 def _paired_lines(found: Comparison) -> Iterator[str]:
     test = found.paired
     if test is None:
-        yield f"no interval for the difference: {escape(found.unpaired)}"
+        yield f"not compared example by example: {escape(found.unpaired)}"
+        if found.apart is not None:
+            yield "accuracy {:+.4f}, with 95% confidence from {:+.4f} to {:+.4f}".format(*found.apart)
         return
     yield (
         f"on the same {test.examples:,} examples: accuracy {test.difference:+.4f}, with {test.confidence:.0%} "
