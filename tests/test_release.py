@@ -1,6 +1,7 @@
 """Releases: select, validate, compare and promote by a policy; refused for a reason; repeated without harm."""
 
 import json
+import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -340,6 +341,23 @@ def test_a_hook_that_fails_says_how(tmp_path, command, error):
     record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
     assert [one.error for one in hooks.tell(found.store, record, policy)] == [error]
     assert hooks.are_due(found.store, record, policy)
+
+
+class NoHttp(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"220 mail.example.org\r\n")
+
+
+def test_an_address_where_nobody_speaks_http(tmp_path):
+    found = task.trained(tmp_path, noises=(0.1,))
+    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    with socketserver.TCPServer(("127.0.0.1", 0), NoHttp) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        for url in (f"http://127.0.0.1:{server.server_address[1]}/changed", "http://127.0.0.1/with a space"):
+            task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{url}"')
+            told = hooks.tell(found.store, record, read_policies(found.store).of("champion"))
+            assert told[0].error.startswith("it cannot be reached")
 
 
 def test_an_address_that_nobody_answers_at(tmp_path, hook):

@@ -4,6 +4,7 @@ A change is told at least once: that it was is written down beside its record wh
 then whoever looks at the alias next tells it again. A hook knows a change again by its ``digest``.
 """
 
+import http.client
 import subprocess
 import urllib.error
 import urllib.request
@@ -137,5 +138,6 @@ def _post(hook: Hook, change: bytes) -> str | None:
     except urllib.error.HTTPError as error:
         with error:
             return f"it answered {error.code} {error.reason}"
-    except (OSError, ValueError) as error:  # no connection, a reset, a timeout, an address that is none
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # no connection, a reset, a timeout, an address that is none, an answer that is no HTTP
         return f"it cannot be reached: {getattr(error, 'reason', None) or error}"
