@@ -437,3 +437,15 @@ def test_history_says_when_a_record_was_changed(tmp_path):
     done = CliRunner().invoke(cli, ["history", str(tmp_path), "champion"])
     assert done.exit_code == 12
     assert "000002.json is missing" in done.output
+
+
+def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
+    found = task.trained(tmp_path)
+    for alias in ("champion", "other"):
+        promotion.promote(promotion.propose(found, "r:1", alias), "x", force=True)
+    path = tmp_path / "aliases/champion/000001.json"
+    path.write_bytes(path.read_bytes()[:-30])
+    done = CliRunner().invoke(cli, ["aliases", str(tmp_path)])
+    assert done.exit_code == 12
+    assert "champion: aliases/champion/000001.json is not a sealed" in done.output
+    assert "r/r_step1" in done.output

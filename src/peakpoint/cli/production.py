@@ -21,7 +21,7 @@ from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.cli.space import progress
 from peakpoint.clock import utc_now
-from peakpoint.errors import CorruptError, NotFoundError, RefusedError
+from peakpoint.errors import CorruptError, FormatError, NotFoundError, RefusedError
 from peakpoint.hooks import Told
 from peakpoint.policy import Policy, read_policies
 from peakpoint.promotion import Comparison, MetricPair, Proposal
@@ -288,7 +288,7 @@ def aliases(root: Path, json: bool) -> None:  # noqa: FBT001
     for alias in records.names(store):
         try:
             newest = records.head(store, alias)
-        except CorruptError as error:
+        except (CorruptError, FormatError) as error:
             damage.append(f"{alias}: {error}")
         else:
             assert newest is not None, "it has records"
