@@ -300,7 +300,7 @@ def test_a_number_of_anybody_does_not_keep_the_audit_busy():
     put(store, 1)
     store.put(layout.alias_key("champion", 10**17), [b"{}"])
     assert len(history(store, "champion").damage) == 2
-    with pytest.raises(FormatError):
+    with pytest.raises(CorruptError):
         head(store, "champion")
 
 
@@ -391,7 +391,7 @@ def test_the_record_of_somebody_else_is_not_taken_for_the_own_one():
 def test_a_damaged_record_in_the_way_is_told():
     store = MemoryStore()
     store.put(layout.alias_key("champion", 1), [b"garbage"])
-    with pytest.raises(FormatError, match="not a sealed"):
+    with pytest.raises(CorruptError, match="not a sealed"):
         append(store, "champion", change(), after=None)
 
 
@@ -503,11 +503,13 @@ def events(*names_):
     """Of a checkpoint and aliases: ``+a5`` begins record 5, ``-a5`` is done, ``~a5`` came to nothing."""
     facts = {"at": START, "checkpoint": "c", "by": "me"}
     made = {
-        "+": lambda alias, number: Promoting(name="n", alias=alias, record=number, **facts),
-        "-": lambda alias, number: Promoted(name="n", alias=alias, record=number, digest="d", **facts),
-        "~": lambda alias, _: Promoted(name="n", alias=alias, record=None, digest=None, **facts),
+        "+": lambda alias, number, **token: Promoting(name="n", alias=alias, record=number, **token, **facts),
+        "-": lambda alias, number, **token: Promoted(
+            name="n", alias=alias, record=number, digest="d", **token, **facts
+        ),
+        "~": lambda alias, _, **token: Promoted(name="n", alias=alias, record=None, digest=None, **token, **facts),
     }
-    return [made[name[0]](name[1], int(name[2])) for name in names_]
+    return [made[name[0]](name[1], int(name[2]), token=name[1:]) for name in names_]
 
 
 @pytest.mark.parametrize(
@@ -630,11 +632,18 @@ def test_who_promotes_while_it_is_being_removed_is_seen_or_sees_it(tmp_path):
         def promote(run=run, victim=victim, refused=refused):
             """The order of writing that docs/format.md prescribes."""
             journal = Journal(run.store, "r", lambda: START)
-            facts = {"at": START, "checkpoint": victim.id, "name": victim.name, "alias": "champion", "by": "me"}
+            facts = {
+                "at": START,
+                "checkpoint": victim.id,
+                "name": victim.name,
+                "alias": "champion",
+                "by": "me",
+                "token": "t",
+            }
             journal.append(Promoting(record=1, **facts))
             journal.sync()
             made = None
-            if run.is_being_removed(victim.id) or victim.id not in {one.id for one in run.manifests()}:
+            if run.is_being_removed(victim) or victim.id not in {one.id for one in run.manifests()}:
                 refused.append(True)
             else:
                 made = point(run.store, "champion", victim)
@@ -698,7 +707,9 @@ def test_what_was_cut_short_protects_until_that_record_is_there(tmp_path):
     run = trained(tmp_path)
     one = run.manifests()[0]
     journal = Journal(run.store, "r", lambda: START)
-    journal.append(Promoting(at=START, checkpoint=one.id, name=one.name, alias="champion", record=1, by="me"))
+    journal.append(
+        Promoting(at=START, checkpoint=one.id, name=one.name, alias="champion", record=1, token="t", by="me")
+    )
     journal.close()  # and no word of what came of it
     assert [claim.reason for claim in run.plan((pp.Last(1),)).keep[one.id]] == ["about to become champion"]
     assert upkeep.remove(run, [one], "x") == [f"{one.name} stays: about to become champion"]
@@ -764,7 +775,7 @@ def promoted(tmp_path):
     for alias, place in (("champion", 0), ("champion", 1), ("champion", 2), ("family/champion", 3)):
         one = run.manifests()[place]
         made = point(run.store, alias, one)
-        facts = {"at": START, "checkpoint": one.id, "name": one.name, "alias": alias, "by": "me"}
+        facts = {"at": START, "checkpoint": one.id, "name": one.name, "alias": alias, "by": "me", "token": alias}
         journal.append(Promoted(**facts, record=made.number, digest=made.digest))
     journal.append(Promoted(**facts, record=None, digest=None))
     journal.append(Closed(at=START, why="promoted"))
@@ -897,7 +908,7 @@ def test_an_alias_that_cannot_be_read_is_told_wherever_aliases_are_shown(promote
         assert "@champion" not in result.stdout
     with pytest.warns(PeakpointWarning, match="the alias 'champion' is not considered: .*not a sealed"):
         assert "@champion" not in invoke("select", tmp_path).stdout
-    with pytest.raises(FormatError, match="not a sealed"):
+    with pytest.raises(CorruptError, match="not a sealed"):
         invoke("show", tmp_path, "@champion")
 
 

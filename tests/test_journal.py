@@ -94,7 +94,9 @@ events_of = {
     ),
     Pinned: st.builds(Pinned, at=times, checkpoint=texts, why=texts, by=texts),
     Unpinned: st.builds(Unpinned, at=times, checkpoint=texts, by=texts),
-    Promoting: st.builds(Promoting, at=times, checkpoint=texts, name=texts, alias=texts, record=naturals, by=texts),
+    Promoting: st.builds(
+        Promoting, at=times, checkpoint=texts, name=texts, alias=texts, record=naturals, token=texts, by=texts
+    ),
     Promoted: st.builds(
         Promoted,
         at=times,
@@ -103,6 +105,7 @@ events_of = {
         alias=texts,
         record=st.none() | naturals,
         digest=st.none() | texts,
+        token=texts,
         by=texts,
     ),
     Closed: st.builds(Closed, at=times, why=texts),

@@ -1,6 +1,7 @@
 """Releases: select, validate, compare and promote by a policy; refused for a reason; repeated without harm."""
 
 import json
+import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -102,14 +103,14 @@ def test_nothing_fits(tmp_path):
 
 def test_a_release_needs_a_policy_that_says_what_to_select(tmp_path):
     task.trained(tmp_path)
-    with pytest.raises(ConfigError, match=r"has no table \[champion\].*can be released: none"):
+    with pytest.raises(ConfigError, match=r"does not exist, and so has no table \[champion\].*tables: none"):
         released(tmp_path)
     (tmp_path / "production.toml").write_text('format = 1\n[champion]\nmay_promote = ["x"]')
     with pytest.raises(ConfigError, match="says nothing of what to select"):
         released(tmp_path)
     task.policy(tmp_path)
-    with pytest.raises(ConfigError, match=r"no table \[challenger_1\].*can be released: champion"):
-        released(tmp_path, "challenger_1")
+    with pytest.raises(ConfigError, match=r'no table \["a/champoin"\].*tables: champion'):
+        released(tmp_path, "a/champoin")
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -230,6 +231,7 @@ def test_one_that_is_unsigned_or_signed_by_somebody_else(tmp_path, key):
     assert done.outcome == "refused"
     assert "does not count as signed with the key" in done.reasons[0]
     assert released(tmp_path, private_key=other).outcome == "refused", "a key that the policy does not name"
+    assert "the policy asks for signatures by" in command("release", tmp_path, "--key", other, code=16)
     assert released(tmp_path, private_key=key).outcome == "promoted"
 
 
@@ -265,9 +267,12 @@ def test_what_was_rolled_back_does_not_come_back_by_itself(tmp_path):
     done = released(tmp_path)
     assert done.steps[0].said.startswith("passed over s/")
     assert "customers complained" in done.steps[0].said
-    assert (done.outcome, done.candidate.run, done.candidate.step) == ("promoted", "s", 2)
-    promotion.rollback(pp.open(tmp_path), "champion", "also bad")
-    assert released(tmp_path).outcome == "unchanged", "the best that is left is the champion"
+    assert done.steps[1].said.endswith("it is older than that")
+    assert (done.outcome, done.candidate.run) == ("unchanged", "r"), "the best that is left is the champion"
+    task.trained(tmp_path, noises=(0.3,), run="t")
+    assert released(tmp_path).candidate.run == "t", "what came after the roll back may follow it"
+    task.trained(tmp_path, noises=(0.4,), run="u")
+    assert released(tmp_path).outcome == "unchanged"
     found = pp.open(tmp_path)
     promotion.promote(promotion.propose(found, "s:1", "champion"), "it was not its fault", force=True)
     assert released(tmp_path).candidate.ref == found.find("s:1").ref
@@ -342,6 +347,23 @@ def test_a_hook_that_fails_says_how(tmp_path, command, error):
     assert hooks.are_due(found.store, record, policy)
 
 
+class NoHttp(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"220 mail.example.org\r\n")
+
+
+def test_an_address_where_nobody_speaks_http(tmp_path):
+    found = task.trained(tmp_path, noises=(0.1,))
+    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    with socketserver.TCPServer(("127.0.0.1", 0), NoHttp) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        for url in (f"http://127.0.0.1:{server.server_address[1]}/changed", "http://127.0.0.1/with a space"):
+            task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{url}"')
+            told = hooks.tell(found.store, record, read_policies(found.store).of("champion"))
+            assert told[0].error.startswith("it cannot be reached")
+
+
 def test_an_address_that_nobody_answers_at(tmp_path, hook):
     found = task.trained(tmp_path, noises=(0.1,))
     hook.server_close()
@@ -369,7 +391,8 @@ def test_the_whole_way_at_the_command_line(tmp_path):
     root = tmp_path / "runs"
     said = command("promote", root, "r:1", "--as", "champion", "--why", "first", code=16)
     assert "it was never validated" in said
-    assert "would be refused" in command("promote", root, "r:1", "--as", "champion", "--why", "x", "--dry-run")
+    said = command("promote", root, "r:1", "--as", "champion", "--why", "x", "--dry-run", code=16)
+    assert "would be refused" in said
     found = pp.open(root)
     for step in (1, 2):
         task.in_process(
@@ -404,7 +427,7 @@ def test_a_release_at_the_command_line_says_why_not(tmp_path):
     task.policy(root, 'may_promote = ["somebody else"]')
     said = command("release", root, code=16)
     assert "against it" in said
-    assert "may not promote: the policy allows somebody else" in said
+    assert "may not change champion: the policy allows somebody else" in said
     found = json.loads(command("release", root, "--json", code=16))
     assert (found["outcome"], len(found["reasons"]), found["record"]) == ("refused", 1, None)
     (root / "production.toml").write_text("format = 1\n[champion]\nrnak = []\n")
@@ -422,7 +445,7 @@ def test_validating_by_hand_checks_what_the_policy_asks_for(tmp_path):
     assert promotion.propose(found, "r:1", "champion", policy=policy).objections == ()
     command("validate", root, "r:1", "--tolerance", "0.1")
     objections = promotion.propose(found, "r:1", "champion", policy=policy).objections
-    assert objections == ("it was validated otherwise than the policy asks",)
+    assert objections[0].startswith("it was validated otherwise than the policy asks (evaluate, model, tolerance")
 
 
 def test_history_says_when_a_record_was_changed(tmp_path):
@@ -433,3 +456,15 @@ def test_history_says_when_a_record_was_changed(tmp_path):
     done = CliRunner().invoke(cli, ["history", str(tmp_path), "champion"])
     assert done.exit_code == 12
     assert "000002.json is missing" in done.output
+
+
+def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
+    found = task.trained(tmp_path)
+    for alias in ("champion", "other"):
+        promotion.promote(promotion.propose(found, "r:1", alias), "x", force=True)
+    path = tmp_path / "aliases/champion/000001.json"
+    path.write_bytes(path.read_bytes()[:-30])
+    done = CliRunner().invoke(cli, ["aliases", str(tmp_path)])
+    assert done.exit_code == 12
+    assert "champion: aliases/champion/000001.json is not a sealed" in done.output
+    assert "r/r_step1" in done.output

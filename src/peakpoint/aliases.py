@@ -18,7 +18,14 @@ from typing import Any, Literal
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptError,
+    FormatError,
+    NotFoundError,
+    StoreError,
+)
 from peakpoint.manifest import FORMAT, check_format
 from peakpoint.names import check_text
 from peakpoint.refs import check_alias, is_alias, near
@@ -167,7 +174,10 @@ _MOST = 10**18
 
 def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
     where = layout.alias_key(alias, number)
-    content = unseal(data, where=where)
+    try:
+        content = unseal(data, where=where)
+    except FormatError as error:  # a record always carries a seal: one without is damaged, not foreign
+        raise CorruptError(str(error)) from error
     check_format(content, where=where)
     content.pop("digest", None)
     try:
@@ -211,6 +221,34 @@ def head(store: Store, alias: str) -> AliasRecord | None:
     return read(store, alias, there[-1]) if there else None
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The newest record of an alias, when it is damaged: another one can be added to it all the same.
+
+    Attributes:
+        alias: which.
+        number: of the record.
+        digest: of its bytes as they are.
+        error: what is wrong.
+    """
+
+    alias: str
+    number: int
+    digest: str
+    error: str
+
+
+def tip(store: Store, alias: str) -> AliasRecord | Broken | None:
+    """Like ``head``, for those who can do with a damaged record."""
+    there = numbers(store, alias)
+    if not there:
+        return None
+    try:
+        return read(store, alias, there[-1])
+    except CorruptError as error:
+        return Broken(alias, there[-1], digest(store.get(layout.alias_key(alias, there[-1]))), str(error))
+
+
 def holder(store: Store, alias: str) -> AliasRecord:
     """The newest record of an alias that points at a checkpoint.
 
@@ -229,7 +267,7 @@ def holder(store: Store, alias: str) -> AliasRecord:
     return found
 
 
-def append(store: Store, alias: str, change: Change, *, after: AliasRecord | None) -> AliasRecord:
+def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Broken | None) -> AliasRecord:
     """Add the next record, durably, if ``after`` still is the newest: a compare-and-swap.
 
     When the store has lost only its reply, the record is found there, and nothing is raised.
@@ -246,7 +284,7 @@ def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Non
         StoreError: the store refused, and the record is not there; or it cannot be told whether it is.
     """
     number = 1 if after is None else after.number + 1
-    at = change.at if after is None else max(change.at, after.at)
+    at = max(change.at, after.at) if isinstance(after, AliasRecord) else change.at
     given = {one.name: getattr(change, one.name) for one in fields(change)} | {"at": at}
     record = AliasRecord(
         alias=check_alias(alias),
@@ -362,19 +400,18 @@ def alias_at(records: Sequence[AliasRecord], time: datetime) -> AliasRecord | No
 
 
 def rolled_back(records: Sequence[AliasRecord]) -> dict[str, AliasRecord]:
-    """The checkpoints that an alias was rolled back from and has not pointed at since: id to the roll back.
+    """The checkpoints that an alias was rolled back from, or past, and has not pointed at since: id to the roll back.
 
     Args:
         records: of one alias, earliest first.
     """
     found: dict[str, AliasRecord] = {}
-    before: Target | None = None
-    for record in records:
-        if record.kind == "rolled back" and before is not None:
-            found[before.checkpoint] = record
-        before = record.target
-        if before is not None:
-            found.pop(before.checkpoint, None)
+    for place, record in enumerate(records):
+        gone_past = (one.target for one in records[:place] if one.number > record.stands_for)
+        if record.kind == "rolled back":
+            found |= {target.checkpoint: record for target in gone_past if target is not None}
+        if record.target is not None:
+            found.pop(record.target.checkpoint, None)
     return found
 
 

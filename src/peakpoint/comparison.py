@@ -104,19 +104,30 @@ def compare_with(
         theirs, holder = repository.locate(held.ref)
     except (NotFoundError, CorruptError, FormatError) as error:
         return Comparison(champion=held.ref, metrics=(), paired=None, unpaired=f"the holder cannot be read: {error}")
-    before = validations.newest(repository.store, held.run, held.checkpoint)
+    why, before = "", None
+    try:
+        before = validations.newest(repository.store, held.run, held.checkpoint)
+    except (CorruptError, FormatError) as error:
+        why = f"the validation of the holder cannot be read: {error}"
+    if before is not None and validation is not None and not before.wanted.alike(validation.wanted):
+        why, before = f"the two were evaluated otherwise: {_by(before)} and {_by(validation)}", None
     return Comparison(
         champion=f"{holder.run}/{holder.name}",
         metrics=tuple(_pairs(theirs, holder, before, run, manifest, validation)),
-        **_predicted(repository, before, validation),
+        **({"paired": None, "unpaired": why} if why else _predicted(repository, before, validation)),
     )
+
+
+def _by(validation: Validation) -> str:
+    asked = validation.wanted
+    return ", ".join(one for one in (asked.evaluate, asked.model, asked.golden) if one) or "nothing"
 
 
 def _pairs(
     theirs: Run, holder: Manifest, before: Validation | None, run: Run, manifest: Manifest, now: Validation | None
 ) -> Iterator[MetricPair]:
     modes = set(watched([*theirs.rules(), *run.rules()]))
-    old, new = _known(theirs, holder), _known(run, manifest)
+    old, new = known_of(theirs, holder), known_of(run, manifest)
     late_old, late_new = ({} if one is None else one.metrics for one in (before, now))
     for name in sorted(old.keys() & new.keys() | late_old.keys() & late_new.keys()):
         both = name in late_old and name in late_new
@@ -130,7 +141,8 @@ def _pairs(
         )
 
 
-def _known(run: Run, manifest: Manifest) -> Mapping[str, float]:
+def known_of(run: Run, manifest: Manifest) -> Mapping[str, float]:
+    """Every metric that is recorded of a checkpoint, also what was measured after its commit."""
     return all_known([manifest], run.events(), ())[0].metrics
 
 
@@ -138,7 +150,10 @@ def _predicted(repository: Repository, before: Validation | None, now: Validatio
     """What the predictions of the two say, as members of a ``Comparison``."""
     sides: list[Predictions] = []
     for whose, validation in (("holder", before), ("candidate", now)):
-        kept = None if validation is None else validations.predictions_of(repository.store, validation)
+        try:
+            kept = None if validation is None else validations.predictions_of(repository.store, validation)
+        except (CorruptError, FormatError, NotFoundError) as error:
+            return {"paired": None, "unpaired": f"the predictions of the {whose} cannot be read: {error}"}
         if kept is None:
             return {"paired": None, "unpaired": f"no predictions of the {whose} are kept"}
         sides.append(kept)

@@ -24,6 +24,10 @@ _RAISED_BY_IMPORTS = (  # a module is a program: it may raise anything that prog
 )
 
 
+class MisnamedError(ConfigError):
+    """There is no such function."""
+
+
 def load_function(spec: str) -> Callable[..., Any]:
     """The function that ``spec`` names; modules are looked for in the working directory first.
 
@@ -33,7 +37,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         spec: ``"package.module:name"``.
 
     Raises:
-        ConfigError: no colon, a module that cannot be imported, a name that it has not, or one that cannot be called.
+        MisnamedError: no colon, a module that cannot be imported, a name that it has not, or one that cannot be called.
 
     Example:
         >>> load_function("math:sqrt")(9.0)
@@ -41,22 +45,22 @@ def load_function(spec: str) -> Callable[..., Any]:
     """
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
-        raise ConfigError(f"{spec!r} names no function; give MODULE:FUNCTION, such as train:build_model")
+        raise MisnamedError(f"{spec!r} names no function; give MODULE:FUNCTION, such as train:build_model")
     here = str(Path.cwd())
     if here not in sys.path:  # it stays: functions import more when they run
         sys.path.insert(0, here)
     try:
         found = importlib.import_module(module)
     except _RAISED_BY_IMPORTS as error:
-        raise ConfigError(
+        raise MisnamedError(
             f"{spec!r}: the module {module!r} cannot be imported from {here} or the Python path: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not hasattr(found, name):
         names = [known for known, value in vars(found).items() if callable(value)]
-        raise ConfigError(f"{spec!r}: the module {module!r} has no {name!r}{near(name, names)}")
+        raise MisnamedError(f"{spec!r}: the module {module!r} has no {name!r}{near(name, names)}")
     function = getattr(found, name)
     if not callable(function):
-        raise ConfigError(f"{spec!r} is a {type(function).__name__}, and cannot be called; name a function")
+        raise MisnamedError(f"{spec!r} is a {type(function).__name__}, and cannot be called; name a function")
     called: Callable[..., Any] = function
     return called

@@ -1,8 +1,9 @@
 """What aliases point at now, and what that protects."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
-from peakpoint.aliases import AliasRecord, listed, read
+from peakpoint.aliases import AliasRecord, Target, back_from, listed, read
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.journal import Promoting
 from peakpoint.store import Store
@@ -60,15 +61,32 @@ def protected(store: Store, checkpoints: Iterable[str], promoting: Iterable[Prom
 
 
 def _former(store: Store, newest: AliasRecord, earlier: Sequence[int], held: str | None) -> set[str]:
-    """The checkpoints that an alias pointed at last, as many as it keeps."""
+    """The checkpoints that an alias pointed at last, as many as it keeps, and as many that it can be rolled back to.
+
+    What was rolled back from again and again must not take the places of what a roll back would restore.
+    """
+    found = _first(newest.keeps, (_target(store, newest.alias, number) for number in reversed(earlier)), held)
+    return found | _first(newest.keeps, _way_back(store, newest), held)
+
+
+def _first(count: int, targets: Iterable[Target | None], held: str | None) -> set[str]:
     found = set[str]()
-    for number in reversed(earlier):
-        if len(found) >= newest.keeps:
+    for target in targets:
+        if len(found) >= count:
             break
-        try:
-            target = read(store, newest.alias, number).target
-        except (CorruptError, FormatError, NotFoundError):
-            continue  # audit names it; a former holder that is not known cannot be gone back to either
         if target is not None and target.checkpoint != held:
             found.add(target.checkpoint)
     return found
+
+
+def _target(store: Store, alias: str, number: int) -> Target | None:
+    try:
+        return read(store, alias, number).target
+    except (CorruptError, FormatError, NotFoundError):
+        return None  # audit names it; a former holder that is not known cannot be gone back to either
+
+
+def _way_back(store: Store, newest: AliasRecord) -> Iterator[Target | None]:
+    with contextlib.suppress(CorruptError, FormatError):  # it ends there, also for a roll back
+        for record in back_from(store, newest):
+            yield record.target

@@ -1,10 +1,15 @@
 """Telling others that an alias has changed: commands and addresses that a policy names.
 
-A change is told at least once: that it was is written down beside its record when every hook has taken it, and until
-then whoever looks at the alias next tells it again. A hook knows a change again by its ``digest``.
+A change is told at least once, unless another one has overtaken it: that it was is written down beside its record when
+every hook has taken it, and until then it can be told again. A hook knows a change again by its ``digest``, and an
+older one by its ``record``, a smaller number.
 """
 
+import http.client
+import os
+import signal
 import subprocess
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -14,7 +19,7 @@ from typing import Any
 import msgspec
 
 from peakpoint import layout
-from peakpoint.aliases import AliasRecord
+from peakpoint.aliases import AliasRecord, numbers
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConflictError
 from peakpoint.manifest import FORMAT
@@ -86,9 +91,11 @@ def tell(
     if policy is None or not are_due(store, record, policy):
         return []
     change = msgspec.json.encode(change_of(store, record))
-    told = []
+    told: list[Told] = []
     for hook in policy.hooks:
         progress(hook.said)
+        if numbers(store, record.alias)[-1] != record.number:
+            return told  # what a hook is told last is what counts
         told.append(Told(hook.said, _run(hook, change, policy) if hook.command else _post(hook, change)))
     if all(one.error is None for one in told):
         _note(store, record, [one.hook for one in told], clock)
@@ -107,24 +114,32 @@ def _note(store: Store, record: AliasRecord, hooks: Sequence[str], clock: Clock)
 
 
 def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
-    try:
-        done = subprocess.run(  # noqa: S603 - the user's own command, from the user's own file, without a shell
-            hook.command,
-            input=change,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=policy.base,
-            timeout=hook.timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"it took longer than {hook.timeout:g} s and was stopped"
-    except OSError as error:
-        return f"it cannot be run: {error.strerror or error}"
-    if done.returncode == 0:
-        return None
-    said = done.stdout.decode(errors="replace").strip()[-_TOLD:]
-    return f"it ended with {done.returncode}" + (f": {said}" if said else "")
+    """Files take the place of pipes: what a hook leaves running may hold them open."""
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+        given.write(change)
+        given.seek(0)
+        try:
+            process = subprocess.Popen(  # noqa: S603 - the user's own command, from the user's own file, without a shell
+                hook.command,
+                stdin=given,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                cwd=policy.base,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return f"it cannot be run: {error.strerror or error}"
+        try:
+            code = process.wait(hook.timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"it took longer than {hook.timeout:g} s and was stopped"
+        if code == 0:
+            return None
+        said.seek(max(0, said.seek(0, os.SEEK_END) - 4 * _TOLD))
+        text = said.read().decode(errors="replace").strip()[-_TOLD:]
+        return f"it ended with {code}" + (f": {text}" if text else "")
 
 
 def _post(hook: Hook, change: bytes) -> str | None:
@@ -137,5 +152,6 @@ def _post(hook: Hook, change: bytes) -> str | None:
     except urllib.error.HTTPError as error:
         with error:
             return f"it answered {error.code} {error.reason}"
-    except (OSError, ValueError) as error:  # no connection, a reset, a timeout, an address that is none
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # no connection, a reset, a timeout, an address that is none, an answer that is no HTTP
         return f"it cannot be reached: {getattr(error, 'reason', None) or error}"

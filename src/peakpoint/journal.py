@@ -240,6 +240,7 @@ class Promoting:
         name: its directory.
         alias: the alias.
         record: the number of the record that will point at it, unless somebody else makes the one of this number.
+        token: random, for the word that comes of it.
         by: who does it.
     """
 
@@ -248,6 +249,7 @@ class Promoting:
     name: str
     alias: str
     record: int
+    token: str
     by: str
 
 
@@ -262,6 +264,7 @@ class Promoted:
         alias: the alias.
         record: the number of the record that points at it; None when it came to nothing.
         digest: of that record, so that one that is taken out or changed later is missed.
+        token: of ``Promoting``.
         by: who did it.
     """
 
@@ -271,6 +274,7 @@ class Promoted:
     alias: str
     record: int | None
     digest: str | None
+    token: str
     by: str
 
 
@@ -361,7 +365,7 @@ def decode(line: bytes, *, where: str) -> Event | None:
 
 
 _REPORTED = b'{"kind":"reported",'
-_OPENED, _CLOSED = b'{"kind":"opened",', b'{"kind":"closed",'
+_CLOSED = b'{"kind":"closed",'
 _OF_REMOVALS = tuple(
     b'{"kind":"%s",' % _NAMES[kind].encode() for kind in (Removed, PartsDropped, Undone, Saved, Closed)
 )
@@ -427,15 +431,15 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
 _TAIL = 4096
 
 
-def ends(store: Store, run: str, segment: str) -> tuple[bool, bool]:
-    """Whether a segment begins with ``Opened``, and whether it ends with ``Closed``; reads a few bytes.
+def is_written(store: Store, run: str, segment: str) -> bool:
+    """Whether somebody may still be writing a segment; reads a few bytes.
 
-    A long last line may be missed: then the second is False.
+    One that ends with ``Closed`` is over, and so is one whose writer has died.
     """
     key = f"{journal_prefix(run)}/{segment}"
     size = store.size(key) or 0
     last = store.get(key, max(0, size - _TAIL)).rstrip(b"\n").rpartition(b"\n")[2]
-    return store.get(key, 0, len(_OPENED)) == _OPENED, last.startswith(_CLOSED)
+    return not last.startswith(_CLOSED) and store.is_read(key)
 
 
 def removals(store: Store, run: str, segment: str) -> list[Event]:
@@ -531,6 +535,8 @@ class Journal:
         self._clock = clock
         self._lock = threading.Lock()
         self.segment, self._log = self._create(store, journal_prefix(run))
+        # lets others see whether the writer of a segment that was never closed is alive
+        self._alive = store.reading(f"{journal_prefix(run)}/{self.segment}")
 
     @staticmethod
     def _create(store: Store, prefix: str) -> tuple[str, Log]:
@@ -560,3 +566,5 @@ class Journal:
     def close(self) -> None:
         """Make all events durable and close the segment."""
         self._log.close()
+        if self._alive is not None:
+            self._alive.release()

@@ -69,12 +69,12 @@ class Notes:
     Attributes:
         metrics: measured after the commit; of several values of one metric the last counts.
         pinned: why each is pinned.
-        promoting: what was said last of an alias that is about to point at a checkpoint, by checkpoint and alias.
+        promoting: what was said of aliases that are about to point at a checkpoint, by its token.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
-    promoting: dict[tuple[str, str], Promoting] = field(default_factory=dict)
+    promoting: dict[str, Promoting] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
         """Take the next event into account."""
@@ -86,9 +86,9 @@ class Notes:
             case Unpinned():
                 self.pinned.pop(event.checkpoint, None)
             case Promoting():
-                self.promoting[event.checkpoint, event.alias] = event
+                self.promoting[event.token] = event
             case Promoted():
-                self.promoting.pop((event.checkpoint, event.alias), None)
+                self.promoting.pop(event.token, None)
             case _:
                 pass
 

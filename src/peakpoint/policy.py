@@ -33,6 +33,7 @@ import msgspec
 
 from peakpoint import layout
 from peakpoint.aliases import KEEPS
+from peakpoint.asking import check_wanted
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.names import check_metric
 from peakpoint.query import parse as parse_query
@@ -183,35 +184,48 @@ class _Table(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """What ``production.toml`` says.
+    """What ``production.toml`` says. A table is read when it is asked for: what is wrong with another one bars nobody.
 
     Attributes:
-        tables: alias to its policy.
+        content: alias to its table, as TOML gives it.
         text: the file's.
         where: the file.
+        base: the directory that paths in it are relative to.
     """
 
-    tables: Mapping[str, Policy]
+    content: Mapping[str, Any]
     text: str
     where: str
+    base: Path
 
     def of(self, alias: str) -> Policy | None:
-        """The policy of an alias; None when there is none for it."""
-        return self.tables.get(alias)
+        """The policy of an alias; None when there is none for it.
+
+        Raises:
+            ConfigError: its table cannot be understood; the message says where and why.
+        """
+        if alias not in self.content:
+            return None
+        try:
+            return replace(_policy(alias, self.content[alias], self.base), digest=digest(self.text.encode()))
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{self.where}, table [{alias}]: {_explained(str(error))}") from error
+        except (ConfigError, NotFoundError) as error:
+            raise ConfigError(f"{self.where}, table [{alias}]: {error}") from error
 
 
 def read_policies(store: Store) -> Policies:
     """Read the policy file of a repository; one without a table where there is none.
 
     Raises:
-        ConfigError: the file cannot be understood; the message says where and why.
+        ConfigError: the file is no policy.
     """
     where = f"{store.location}/{layout.POLICY}"
     base = store.root if isinstance(store, LocalStore) else Path()
     try:
         data = store.get(layout.POLICY)
     except NotFoundError:
-        return Policies({}, "", where)
+        return Policies({}, "", where, base)
     return read_text(data, where=where, base=base)
 
 
@@ -224,11 +238,11 @@ def read_text(data: bytes, *, where: str, base: Path) -> Policies:
         base: the directory that paths in it are relative to.
 
     Raises:
-        ConfigError: it cannot be understood.
+        ConfigError: it is no policy.
 
     Example:
         >>> found = read_text(b'format = 1\n[champion]\nrank = ["max accuracy"]', where="here", base=Path())
-        >>> dict(found.tables["champion"].by)
+        >>> dict(found.of("champion").by)
         {'accuracy': 'max'}
     """
     try:
@@ -238,15 +252,9 @@ def read_text(data: bytes, *, where: str, base: Path) -> Policies:
         raise ConfigError(f"{where} is not TOML in UTF-8: {error}") from error
     if content.pop("format", None) != 1:
         raise ConfigError(f"{where} must begin with format = 1, the only format that this release reads")
-    tables = {}
-    for alias, table in content.items():
-        try:
-            tables[alias] = replace(_policy(alias, table, base), digest=digest(data))
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{where}, table [{alias}]: {_explained(str(error))}") from error
-        except (ConfigError, NotFoundError) as error:
-            raise ConfigError(f"{where}, table [{alias}]: {error}") from error
-    return Policies(tables, text, where)
+    for alias in content:
+        check_alias(alias)
+    return Policies(content, text, where, base)
 
 
 _KNOWN: dict[str, type[msgspec.Struct]] = {
@@ -262,7 +270,8 @@ _KNOWN: dict[str, type[msgspec.Struct]] = {
 def _explained(message: str) -> str:
     """A message of msgspec's, with near names for an entry that nobody knows."""
     if "unknown field `" not in message:
-        return message
+        what, _, where = message.partition(" - at `$.")
+        return f"{where.strip('`')}: {what}" if where else what
     name = message.partition("unknown field `")[2].partition("`")[0]
     place = message.partition("at `$.")[2].strip("`").partition("[")[0]
     known = [one.encode_name for one in msgspec.structs.fields(_KNOWN[place])]
@@ -288,8 +297,8 @@ def _policy(alias: str, content: Any, base: Path) -> Policy:
         by=by,
         within=None if table.within_se is None else WithinSE(**msgspec.structs.asdict(table.within_se)),
         wanted=_wanted(asked, base),
-        max_age=MAX_AGE if asked.max_age is None else read_duration("max_age", asked.max_age),
-        timeout=None if asked.timeout is None else read_duration("timeout", asked.timeout).total_seconds(),
+        max_age=MAX_AGE if asked.max_age is None else _span("max_age", asked.max_age),
+        timeout=None if asked.timeout is None else _span("timeout", asked.timeout).total_seconds(),
         improvement=None if table.improvement is None else _improvement(table.improvement),
         may_promote=table.may_promote,
         keeps=table.keep_last,
@@ -307,25 +316,22 @@ def _rank(text: str) -> tuple[str, Mode]:
 
 
 def _wanted(asked: _Validation, base: Path) -> Wanted:
-    golden = None if asked.golden is None else base / asked.golden
-    try:
-        golden_digest = None if golden is None else digest(golden.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"golden: {golden} cannot be read: {error.strerror}") from error
-    return Wanted(
+    """What is asked; whether the golden file is there, and what is in it, is seen when it is needed."""
+    wanted = Wanted(
         evaluate=asked.evaluate,
         model=asked.model,
         part=asked.part,
         metrics=tuple(map(check_metric, asked.metrics)),
-        tolerance=_at_least(0, "tolerance", asked.tolerance),
+        tolerance=asked.tolerance,
         sparsity=check_metric(asked.sparsity),
-        golden=None if golden is None else str(golden),
-        golden_digest=golden_digest,
-        agreement=_share("agreement", asked.agreement),
-        budgets={name: _at_least(0, name, value) for name, value in asked.budgets.items()},
+        golden=None if asked.golden is None else str(base / asked.golden),
+        agreement=asked.agreement,
+        budgets=asked.budgets,
         checks=asked.checks,
         signature=asked.signature,
     )
+    check_wanted(wanted)
+    return wanted
 
 
 def _improvement(given: _Improvement) -> Improvement:
@@ -333,7 +339,7 @@ def _improvement(given: _Improvement) -> Improvement:
         metric=check_metric(given.metric),
         mode=mode_of(given.mode),
         minimum=_at_least(0, "minimum", given.minimum),
-        significance=None if given.significance is None else _share("significance", given.significance),
+        significance=_significance(given.significance),
     )
 
 
@@ -342,8 +348,14 @@ def _hook(given: _Hook) -> Hook:
         raise ConfigError('a hook has either command = ["program", "argument"] or url = "http://..."')
     if given.url and not given.url.startswith(("http://", "https://")):
         raise ConfigError(f"a hook's url begins with http:// or https://, not {given.url!r}")
-    timeout = read_duration("timeout", given.timeout).total_seconds()
-    return Hook(command=given.command, url=given.url, timeout=timeout or 30.0)
+    return Hook(command=given.command, url=given.url, timeout=_span("timeout", given.timeout).total_seconds())
+
+
+def _span(name: str, given: str) -> timedelta:
+    span = read_duration(name, given)
+    if not span:
+        raise ConfigError(f"{name} = {given!r}: nothing is done in no time; give one such as 30s or 7d")
+    return span
 
 
 def _at_least(least: float, name: str, value: float) -> float:
@@ -352,7 +364,7 @@ def _at_least(least: float, name: str, value: float) -> float:
     return value
 
 
-def _share(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name} = {value}: it is from 0 to 1")
+def _significance(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:
+        raise ConfigError(f"significance = {value}: it lies between 0 and 1, such as 0.05")
     return value

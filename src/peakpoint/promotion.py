@@ -6,33 +6,41 @@ alias points at is never one that retention is removing at the same moment. A cr
 is to be, and at most a checkpoint that stays protected until the alias changes again.
 """
 
+import contextlib
+import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from peakpoint import aliases, reader, signing, validations
 from peakpoint import journal as journals
 from peakpoint.actor import present_user
-from peakpoint.aliases import AliasRecord, Change, Target
+from peakpoint.aliases import AliasRecord, Broken, Change, Target
+from peakpoint.asking import with_golden
 from peakpoint.clock import Clock, utc_now
 from peakpoint.compare import judge_improvement
-from peakpoint.comparison import Comparison, compare_with
+from peakpoint.comparison import Comparison, compare_with, known_of
 from peakpoint.errors import (
     ConfigError,
     ConflictError,
     CorruptError,
     FormatError,
     NotFoundError,
+    PeakpointWarning,
     RefusedError,
     SignatureError,
 )
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
 from peakpoint.notes import notes
-from peakpoint.policy import Policy
+from peakpoint.policy import Policy, read_policies
 from peakpoint.refs import check_alias
 from peakpoint.repository import Repository, Run
+from peakpoint.store import Store
 from peakpoint.validations import Validation
 
 CHAMPION = "champion"  # an alias of this name is never without a checkpoint
@@ -50,7 +58,7 @@ class Proposal:
         run: of the candidate.
         manifest: of the candidate.
         target: what the alias would point at.
-        present: the newest record of the alias; None when there is none.
+        newest: the newest record of the alias; None when there is none.
         validation: the last of the candidate; None when there is none.
         comparison: with the present holder; None when there is none, or it is the candidate.
         objections: what speaks against it, a sentence each; a promotion that is forced overrides them, and says so.
@@ -62,7 +70,7 @@ class Proposal:
     run: Run
     manifest: Manifest
     target: Target
-    present: AliasRecord | None
+    newest: AliasRecord | Broken | None
     validation: Validation | None
     comparison: Comparison | None
     objections: tuple[str, ...]
@@ -70,9 +78,19 @@ class Proposal:
     policy: Policy | None
 
     @property
+    def present(self) -> AliasRecord | None:
+        """The newest record, if it can be read."""
+        return self.newest if isinstance(self.newest, AliasRecord) else None
+
+    @property
+    def held(self) -> Target | None:
+        """What the alias points at, as far as that is known."""
+        return None if self.present is None else self.present.target
+
+    @property
     def unchanged(self) -> bool:
         """Whether the alias points there already."""
-        return self.present is not None and self.present.target == self.target
+        return self.held == self.target
 
 
 def propose(
@@ -91,7 +109,8 @@ def propose(
         repository: where.
         ref: the candidate.
         alias: what it is to become, such as ``"champion"``.
-        policy: what the alias's policy asks; see ``peakpoint.policy``.
+        policy: what is asked; by default the alias's table in ``production.toml``, if there is one. A ``Policy`` with
+            nothing but the alias asks nothing.
         by: who promotes; the present user by default.
         to_be_signed: a signature that the policy asks for and that is missing is no refusal: it will be made.
         clock: tells the time.
@@ -99,7 +118,7 @@ def propose(
     Raises:
         NotFoundError: there is no such checkpoint.
         ConfigError: a name that cannot be.
-        CorruptError: the newest record of the alias, or the last validation, is damaged.
+        FormatError: a newer release has written the newest record of the alias.
 
     Example:
         >>> import tempfile, peakpoint as pp
@@ -110,35 +129,66 @@ def propose(
         ('it was never validated',)
     """
     store = repository.store
+    policy = policy or read_policies(store).of(check_alias(alias))
     run, manifest = repository.locate(ref)
-    present = aliases.head(store, check_alias(alias))
     digest = reader.manifest_digest(store, manifest)
-    target = Target(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest)
-    validation = validations.newest(store, manifest.run, manifest.id)
-    held = None if present is None else present.target
-    comparison = None if held is None or held == target else compare_with(repository, run, manifest, validation, held)
-    objections = validations.objections(
-        validation,
-        manifest=digest,
-        parts=tuple(manifest.parts),
-        now=clock(),
-        max_age=validations.MAX_AGE if policy is None else policy.max_age,
-        wanted=None if policy is None else policy.wanted,
-        champion=None if held is None else held.checkpoint,
-    )
-    if policy is not None and comparison is not None:
-        objections += _not_enough(policy, comparison)
-    return Proposal(
+    proposal = Proposal(
         alias=alias,
         run=run,
         manifest=manifest,
-        target=target,
-        present=present,
-        validation=validation,
-        comparison=comparison,
-        objections=objections,
-        refusals=_refusals(repository, manifest, policy, by or present_user(), to_be_signed=to_be_signed),
+        target=Target(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest),
+        newest=aliases.tip(store, alias),
+        validation=None,
+        comparison=None,
+        objections=(),
+        refusals=(),
         policy=policy,
+    )
+    if proposal.unchanged:
+        return proposal
+    proposal, objections = _validated(proposal, clock)
+    held = proposal.held
+    if held is not None:
+        comparison = compare_with(repository, run, manifest, proposal.validation, held)
+        objections += () if policy is None else _not_enough(policy, comparison)
+        proposal = replace(proposal, comparison=comparison)
+    refusals = _refusals(repository, manifest, policy, by or present_user(), to_be_signed=to_be_signed)
+    return replace(proposal, objections=objections, refusals=refusals)
+
+
+def _validated(proposal: Proposal, clock: Clock) -> tuple[Proposal, tuple[str, ...]]:
+    """A proposal with its validation, and what speaks against it so far."""
+    found: tuple[str, ...] = ()
+    if isinstance(proposal.newest, Broken):
+        found = (f"what {proposal.alias} points at now is not known: {proposal.newest.error}",)
+    try:
+        validation = validations.newest(proposal.run.store, proposal.target.run, proposal.target.checkpoint)
+    except (CorruptError, FormatError) as error:
+        return proposal, (*found, f"its last validation cannot be read: {error}; validate it again")
+    proposal = replace(proposal, validation=validation)
+    return proposal, (*found, *stale(proposal, clock))
+
+
+def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) -> tuple[str, ...]:
+    """Why a promotion cannot rest on the validation of a proposal; see ``validations.objections``.
+
+    Raises:
+        NotFoundError: the golden inputs that the policy names are not there.
+    """
+    policy, last = proposal.policy, proposal.validation
+    # whether that is still the champion that it was compared with, whatever the checkpoint is to become
+    beside = proposal.newest if last is None or last.alias is None else aliases.tip(proposal.run.store, last.alias)
+    held = beside.target if isinstance(beside, AliasRecord) else None
+    return validations.objections(
+        last,
+        manifest=proposal.target.manifest,
+        parts=tuple(proposal.manifest.parts),
+        metrics=known_of(proposal.run, proposal.manifest),
+        now=clock(),
+        max_age=validations.MAX_AGE if policy is None else policy.max_age,
+        wanted=None if policy is None else with_golden(policy.wanted),
+        champion=None if held is None else held.checkpoint,
+        failures=failures,
     )
 
 
@@ -147,7 +197,7 @@ def _refusals(
 ) -> tuple[str, ...]:
     found = []
     if policy is not None and not policy.allows(by):
-        found.append(f"{by} may not promote: the policy allows {', '.join(policy.may_promote)}")
+        found.append(_not_allowed(policy, by))
     try:
         reader.check_sizes(repository.store, manifest)
     except (CorruptError, FormatError) as error:
@@ -251,18 +301,31 @@ def promote(
         release=release,
         keeps=aliases.KEEPS if proposal.policy is None else proposal.policy.keeps,
     )
-    number = 1 if proposal.present is None else proposal.present.number + 1
-    with _announced(proposal.run, proposal.manifest, proposal.alias, number, actor, clock) as announced:
-        announced.record = made = aliases.append(store, proposal.alias, change, after=proposal.present)
+    with _announced(proposal.run, proposal.manifest, proposal.alias, proposal.newest, actor, clock) as announced:
+        announced.record = made = aliases.append(store, proposal.alias, change, after=proposal.newest)
     return made
+
+
+def check_key(policy: Policy | None, private_key: Path | None) -> None:
+    """Refuse a key that the policy does not ask for, before anything is signed with it.
+
+    Raises:
+        RefusedError: it is another key.
+        ConfigError: a key cannot be used.
+    """
+    if policy is None or policy.public_key is None or private_key is None:
+        return
+    given, asked = signing.private_key_fingerprint(private_key), signing.public_key_fingerprint(policy.public_key)
+    if given != asked:
+        said = f"{private_key} is the key {given}, and the policy asks for signatures by {asked}"
+        raise RefusedError(said, (said,))
 
 
 def refusal(proposal: Proposal) -> RefusedError:
     """The error for a promotion that something speaks against."""
     reasons = (*proposal.refusals, *proposal.objections)
-    hint = "" if proposal.refusals else "; with --force it is done all the same, and that stays on record"
     name = f"{proposal.manifest.run}/{proposal.manifest.name}"
-    return RefusedError(f"{name} does not become {proposal.alias}: {'; '.join(reasons)}{hint}", reasons)
+    return RefusedError(f"{name} does not become {proposal.alias}: {'; '.join(reasons)}", reasons)
 
 
 def check_why(act: str, why: str) -> str:
@@ -281,11 +344,25 @@ class _Announced:
     record: AliasRecord | None = None
 
 
+_AHEAD = timedelta(minutes=5)  # that clocks may differ
+
+
 @contextmanager
-def _announced(run: Run, manifest: Manifest, alias: str, number: int, by: str, clock: Clock) -> Iterator[_Announced]:
+def _announced(
+    run: Run, manifest: Manifest, alias: str, newest: AliasRecord | Broken | None, by: str, clock: Clock
+) -> Iterator[_Announced]:
     """Announce that an alias is about to point at a checkpoint, and afterwards what came of it."""
     journal = journals.Journal(run.store, run.name, clock)
     facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": alias, "by": by}
+    if isinstance(newest, AliasRecord) and newest.at - clock() > _AHEAD:
+        warnings.warn(
+            f"record {newest.number} of {alias} is of {newest.at:%Y-%m-%d %H:%M} UTC, which is still to come: a clock "
+            "was wrong, and what served when cannot be told for that time",
+            PeakpointWarning,
+            stacklevel=4,
+        )
+    facts["token"] = secrets.token_hex(8)
+    number = 1 if newest is None else newest.number + 1
     made = _Announced()
     try:
         journal.append(journals.Promoting(at=clock(), record=number, **facts))
@@ -299,6 +376,10 @@ def _announced(run: Run, manifest: Manifest, alias: str, number: int, by: str, c
             journal.append(journals.Closed(at=clock(), why=f"peakpoint {alias}"))
     finally:
         journal.close()
+
+
+class _GoingError(ConflictError):
+    """A checkpoint is just being removed."""
 
 
 def _check_stays(run: Run, manifest: Manifest) -> None:
@@ -315,22 +396,29 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
     except NotFoundError:
         now = None
     if now is None or now.id != manifest.id or run.is_being_removed(now):
-        raise ConflictError(
+        raise _GoingError(
             f"{name} is just being removed, or parts of it are; nothing was done. peakpoint trash shows what can be "
             "brought back"
         )
     if now.parts != manifest.parts:
-        raise ConflictError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
+        raise _GoingError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
 
 
 def _complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
-    """Say what came of an announcement whose maker was killed after the record was made."""
-    if (manifest.id, record.alias) not in notes(run.events()).promoting:
+    """Say what came of announcements whose makers were killed after the record was made."""
+    there = notes(run.events()).promoting.values()
+    mine = [one for one in there if (one.checkpoint, one.alias) == (manifest.id, record.alias)]
+    over = [one for one in mine if one.record <= record.number]
+    if not over:
         return
     journal = journals.Journal(run.store, run.name, utc_now)
     try:
         facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": record.alias, "by": by}
-        journal.append(journals.Promoted(at=journal.now(), record=record.number, digest=record.digest, **facts))
+        for one in over:
+            made = (record.number, record.digest) if one.record == record.number else (None, None)
+            journal.append(
+                journals.Promoted(at=journal.now(), record=made[0], digest=made[1], token=one.token, **facts)
+            )
         journal.append(journals.Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
     finally:
         journal.close()
@@ -347,7 +435,7 @@ class RolledBack:
     """
 
     record: AliasRecord
-    before: AliasRecord
+    before: AliasRecord | Broken
     passed_over: tuple[str, ...]
 
 
@@ -357,20 +445,23 @@ def rollback(
     why: str,
     *,
     to: int | None = None,
+    seen: int | None = None,
     policy: Policy | None = None,
     by: str = "",
     clock: Clock = utc_now,
 ) -> RolledBack:
     """Let an alias point at what it pointed at before. Reads a few small files, whatever the size of the models.
 
-    Going back again goes further back. Former holders that are gone or damaged are passed over.
+    Going back again goes further back. Former holders that are gone, damaged, or not signed as the policy asks are
+    passed over. When the newest record itself is damaged, it goes back to the newest one that is not.
 
     Args:
         repository: where.
         alias: which.
         why: the reason, which stays on record.
         to: the number of the record to go back to; the one before by default.
-        policy: of the alias: who may, and how many former holders stay protected.
+        seen: the number of the newest record that the caller has seen: if there is a newer one, nothing is done.
+        policy: who may, and by which key it must be signed; by default as for ``propose``.
         by: who rolls back; the present user by default.
         clock: tells the time.
 
@@ -394,18 +485,14 @@ def rollback(
         (3, 1, 1)
     """
     check_why("rollback", why)
-    actor = by or present_user()
-    if policy is not None and not policy.allows(actor):
-        raise _not_allowed(alias, policy, actor)
     store = repository.store
-    present = aliases.holder(store, check_alias(alias))
+    actor, policy = _allowed(store, alias, policy, by)
+    newest = aliases.tip(store, check_alias(alias))
+    present = newest if isinstance(newest, Broken) else aliases.holder(store, alias)
+    if seen is not None and present.number != seen:
+        raise ConflictError(f"{alias} is at record {present.number}, not at {seen}: somebody has changed it meanwhile")
     passed: list[str] = []
     for former in _former(repository, present, to):
-        try:
-            run, manifest = _still_there(repository, former)
-        except (NotFoundError, CorruptError, FormatError) as error:
-            passed.append(f"record {former.number}: {error}")
-            continue
         change = Change(
             kind="rolled back",
             target=former.target,
@@ -414,42 +501,74 @@ def rollback(
             why=why,
             restores=former.stands_for,
             validation=former.validation,
-            keeps=present.keeps,
+            keeps=former.keeps if isinstance(present, Broken) else present.keeps,
         )
-        with _announced(run, manifest, alias, present.number + 1, actor, clock) as announced:
-            announced.record = made = aliases.append(store, alias, change, after=present)
-        return RolledBack(made, present, tuple(passed))
+        try:
+            run, manifest = _still_there(repository, former, policy)
+        except (NotFoundError, CorruptError, FormatError) as error:
+            passed.append(f"record {former.number}: {error}")
+            continue
+        try:
+            with _announced(run, manifest, alias, present, actor, clock) as announced:
+                announced.record = made = aliases.append(store, alias, change, after=present)
+        except _GoingError as error:
+            passed.append(f"record {former.number}: {error}")
+        else:
+            return RolledBack(made, present, tuple(passed))
     reasons = "".join(f"\n  {one}" for one in passed)
-    raise NotFoundError(f"there is nothing that {alias} could be rolled back to{':' if passed else ''}{reasons}")
+    raise NotFoundError(
+        f"there is nothing that {alias} could be rolled back to by itself; peakpoint history lists its records, and "
+        f"--to N goes to any that still exists{':' if passed else ''}{reasons}"
+    )
 
 
-def _former(repository: Repository, present: AliasRecord, to: int | None) -> Iterator[AliasRecord]:
-    if to is None:
-        held = present.target
+def _former(repository: Repository, present: AliasRecord | Broken, to: int | None) -> Iterator[AliasRecord]:
+    """What can be gone back to, the best first."""
+    held = present.target if isinstance(present, AliasRecord) else None
+    if to is None and isinstance(present, AliasRecord):
         return (one for one in aliases.back_from(repository.store, present) if one.target != held)
-    try:
-        found = aliases.read(repository.store, present.alias, to)
-    except NotFoundError as error:
-        raise NotFoundError(
-            f"{present.alias} has no record {to}; peakpoint history ROOT {present.alias} lists them"
-        ) from error
+    if to is None:
+        return _readable(repository.store, present.alias, present.number)
+    found = aliases.read(repository.store, present.alias, to)
     if found.target is None:
         raise NotFoundError(f"record {to} of {present.alias} retired it: it points at nothing")
-    if found.target == present.target:
+    if found.target == held:
         raise ConfigError(f"record {to} of {present.alias} points where it points now; there is nothing to go back to")
     return iter((found,))
 
 
-def _still_there(repository: Repository, former: AliasRecord) -> tuple[Run, Manifest]:
+def _readable(store: Store, alias: str, end: int) -> Iterator[AliasRecord]:
+    for number in range(end - 1, 0, -1):
+        with contextlib.suppress(CorruptError, NotFoundError):
+            found = aliases.read(store, alias, number)
+            if found.target is not None:
+                yield found
+
+
+def _still_there(repository: Repository, former: AliasRecord, policy: Policy | None) -> tuple[Run, Manifest]:
     assert former.target is not None
     run, manifest = repository.locate(f"@{former.alias}:{former.number}")
     reader.check_sizes(repository.store, manifest)
+    if policy is not None and policy.public_key is not None:  # else it could not be loaded
+        signing.verify(repository.store, manifest, public_key=policy.public_key, files=False)
     return run, manifest
 
 
-def _not_allowed(alias: str, policy: Policy, actor: str) -> RefusedError:
-    said = f"{actor} may not change {alias}: the policy allows {', '.join(policy.may_promote)}"
-    return RefusedError(said, (said,))
+def _allowed(store: Store, alias: str, policy: Policy | None, by: str) -> tuple[str, Policy | None]:
+    """Who acts, and by which policy.
+
+    Raises:
+        RefusedError: the policy does not allow it.
+    """
+    actor = by or present_user()
+    policy = policy or read_policies(store).of(check_alias(alias))
+    if policy is not None and not policy.allows(actor):
+        raise RefusedError(said := _not_allowed(policy, actor), (said,))
+    return actor, policy
+
+
+def _not_allowed(policy: Policy, actor: str) -> str:
+    return f"{actor} may not change {policy.alias}: the policy allows {', '.join(policy.may_promote)}"
 
 
 def retire(
@@ -470,11 +589,9 @@ def retire(
         RefusedError: the policy does not allow it to this user.
     """
     check_why("retire", why)
-    actor = by or present_user()
     if alias.rpartition("/")[2] == CHAMPION:
         raise ConfigError(f"{alias} is never without a checkpoint: promote another one to it instead")
-    if policy is not None and not policy.allows(actor):
-        raise _not_allowed(alias, policy, actor)
+    actor, _ = _allowed(repository.store, alias, policy, by)
     present = aliases.holder(repository.store, check_alias(alias))
     change = Change(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
     return aliases.append(repository.store, alias, change, after=present)

@@ -141,7 +141,7 @@ def parse(text: str) -> Ref:
             run, rest = text.split(separator, 1)
             break
     else:
-        raise ConfigError(f"{text!r} names a run but no checkpoint; forms: {FORMS}")
+        raise ConfigError(f"{text!r} names a run but no checkpoint (an alias is @{text}); forms: {FORMS}")
     check_run(run)
     if separator == "/" and rest:
         return ByName(run, rest)

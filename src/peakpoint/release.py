@@ -16,13 +16,15 @@ import msgspec
 from peakpoint import aliases, hooks, layout, promotion, signing, validations
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Target
+from peakpoint.asking import with_golden
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import Clock, utc_now
-from peakpoint.errors import ConfigError, ConflictError, FormatError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.hooks import Told
 from peakpoint.manifest import FORMAT, check_format
 from peakpoint.policy import Policies, Policy
 from peakpoint.promotion import Proposal
+from peakpoint.refs import near
 from peakpoint.repository import Repository
 from peakpoint.seal import digest, seal, unseal
 from peakpoint.store import Store
@@ -186,12 +188,34 @@ def _policy_of(policies: Policies, alias: str) -> Policy:
     policy = policies.of(alias)
     if policy is None or not policy.by:
         lacks = "has no table" if policy is None else "says nothing of what to select in the table"
-        have = ", ".join(name for name, one in policies.tables.items() if one.by) or "none"
+        lacks = lacks if policies.text else "does not exist, and so has no table"
+        have = (", ".join(policies.content) or "none") + near(alias, list(policies.content))
         raise ConfigError(
-            f"{policies.where} {lacks} [{alias}]: a release needs select = '...' and rank = [\"max METRIC\"] there; "
-            f"aliases that can be released: {have}"
+            f"{policies.where} {lacks} [{_quoted(alias)}]: a release needs select = '...' and "
+            f'rank = ["max METRIC"] there; tables: {have}'
         )
     return policy
+
+
+_NAMED = 3  # checkpoints that were passed over
+
+
+@dataclass(frozen=True, slots=True)
+class _Since:
+    """A roll back that is the last change.
+
+    Attributes:
+        at: when.
+        id: of the checkpoint that came back.
+    """
+
+    at: datetime
+    id: str
+
+
+def _quoted(alias: str) -> str:
+    """The name of a table in TOML."""
+    return alias if alias.replace("_", "").replace("-", "").isalnum() else f'"{alias}"'
 
 
 class _Release:
@@ -229,20 +253,17 @@ class _Release:
             return self._unchanged(candidate, proposal, dry_run=dry_run)
         if proposal.refusals:
             return self._refused(candidate, proposal, dry_run=dry_run)
-        if not self._counts(proposal):
-            if dry_run:
-                self._step("validate", f"would validate {candidate.ref}: {'; '.join(self._missing(proposal))}")
-                return self._ends("would validate", candidate=candidate, proposal=proposal)
-            self._progress("validate")
-            self._validate(
-                self._repository,
-                ref,
-                self._policy.wanted,
-                alias=self._alias,
-                timeout=self._policy.timeout,
-                progress=self._progress,
-            )
-            proposal = self._proposal(ref)
+        missing = promotion.stale(proposal, self._clock, failures=False)
+        if missing and dry_run:
+            self._step("validate", f"would validate {candidate.ref}: {'; '.join(missing)}")
+            return self._ends("would validate", candidate=candidate, proposal=proposal)
+        if not dry_run:
+            proposal = self._examined(ref, proposal, again=bool(missing))
+            if proposal.unchanged:  # somebody else was faster
+                return self._unchanged(candidate, proposal, dry_run=False)
+        return self._decided(candidate, proposal, dry_run=dry_run)
+
+    def _decided(self, candidate: Checkpoint, proposal: Proposal, *, dry_run: bool) -> Release:
         self._say_validation(proposal)
         self._say_comparison(proposal)
         if proposal.objections or proposal.refusals:
@@ -253,6 +274,15 @@ class _Release:
         if self._private_key is not None and (unsigned := self._sign(proposal, self._private_key)) is not None:
             return self._refused(candidate, replace(proposal, refusals=(unsigned,)), dry_run=False)
         return self._promoted(candidate, proposal)
+
+    def _examined(self, ref: str, proposal: Proposal, *, again: bool) -> Proposal:
+        """Validate the candidate where that is needed, and the holder where it could not be compared with otherwise."""
+        held = proposal.held
+        if again:
+            self._examine(ref)
+        if held is not None and self._policy.improvement is not None and not self._is_comparable(held):
+            self._examine(held.ref)
+        return self._proposal(ref)
 
     def _sign(self, proposal: Proposal, private_key: Path) -> str | None:
         """Sign the candidate, unless it is signed as the policy asks; what the policy still says against it then."""
@@ -265,23 +295,50 @@ class _Release:
         return promotion.unsigned(self._repository, manifest, self._policy)
 
     def _selected(self) -> Checkpoint | None:
-        """The best that the policy finds; what the alias was rolled back from only comes back by hand."""
+        """The best that the policy finds.
+
+        What the alias was rolled back from comes back by hand only. As long as a roll back is what was done last, so
+        does everything that was there before it: somebody is at work on an incident, and knows why.
+        """
         self._progress("select")
         policy = self._policy
         ranked = ", ".join(f"{mode} {name}" for name, mode in policy.by.items())
         rule = f"{policy.select or 'all'}; {ranked}"
-        there = aliases.numbers(self._store, self._alias)
-        bad = aliases.rolled_back(aliases.history(self._store, self._alias).records) if there else {}
-        top = 1 + len(bad)
+        bad, since = self._rolled_back()
+        top = None if bad or since else 1
+        passed = 0
         for one in self._repository.select(policy.select, by=policy.by, top=top, within=policy.within):
-            if one.id not in bad:
+            back = bad.get(one.id)
+            late = back is None and since is not None and one.created_at <= since.at and one.id != since.id
+            if back is None and not late:
                 self._step("select", f"{one.ref} by {rule}")
                 return one
-            back = bad[one.id]
-            when = f"{back.at:%Y-%m-%d %H:%M} UTC"
-            self._step("select", f"passed over {one.ref}: rolled back at {when} by {back.by}: {back.why}")
-        self._step("select", f"nothing by {rule}")
+            passed += 1
+            if passed <= _NAMED:
+                when = f"{back.at:%Y-%m-%d %H:%M} UTC by {back.by}: {back.why}" if back else "it is older than that"
+                self._step("select", f"passed over {one.ref}: {'rolled back at ' if back else ''}{when}")
+        self._step("select", f"nothing by {rule}" + (f"; {passed} passed over" if passed else ""))
         return None
+
+    def _rolled_back(self) -> tuple[dict[str, AliasRecord], "_Since | None"]:
+        """What the alias was rolled back from; and since when nothing older may come, if it was rolled back last.
+
+        Raises:
+            CorruptError: the history of the alias does not tell.
+        """
+        if not aliases.numbers(self._store, self._alias):
+            return {}, None
+        history = aliases.history(self._store, self._alias)
+        if history.damage:
+            raise CorruptError(
+                f"the history of {self._alias} is damaged, and may have told that something was rolled back: "
+                f"{history.damage[0]}. Promote by hand; peakpoint history tells what is left"
+            )
+        last = history.records[-1]
+        since = None
+        if last.kind == "rolled back" and last.target is not None:
+            since = _Since(last.at, last.target.checkpoint)
+        return aliases.rolled_back(history.records), since
 
     def _proposal(self, ref: str) -> Proposal:
         return promotion.propose(
@@ -294,23 +351,27 @@ class _Release:
             clock=self._clock,
         )
 
-    def _missing(self, proposal: Proposal) -> tuple[str, ...]:
-        """What speaks against the last validation itself, and would not if it were made now."""
-        held = None if proposal.present is None or proposal.present.target is None else proposal.present.target
-        return validations.objections(
-            proposal.validation,
-            manifest=proposal.target.manifest,
-            parts=tuple(proposal.manifest.parts),
-            now=self._clock(),
-            max_age=self._policy.max_age,
-            wanted=self._policy.wanted,
-            champion=None if held is None else held.checkpoint,
-            failures=False,
+    def _examine(self, ref: str) -> None:
+        self._progress(f"validate {ref}")
+        self._validate(
+            self._repository,
+            ref,
+            self._policy.wanted,
+            alias=self._alias,
+            timeout=self._policy.timeout,
+            progress=self._progress,
         )
 
-    def _counts(self, proposal: Proposal) -> bool:
-        """Whether there is a validation that answers the policy's question, be it with yes or no."""
-        return not self._missing(proposal)
+    def _is_comparable(self, held: Target) -> bool:
+        """Whether the present holder was evaluated as the policy asks, so that a candidate can be compared with it."""
+        try:
+            last = validations.newest(self._store, held.run, held.checkpoint)
+            self._repository.locate(held.ref)
+        except (CorruptError, FormatError):
+            return False
+        except NotFoundError:
+            return True  # nothing can be done about it
+        return last is not None and last.wanted.alike(with_golden(self._policy.wanted))
 
     def _say_validation(self, proposal: Proposal) -> None:
         one = proposal.validation
@@ -335,7 +396,7 @@ class _Release:
 
     def _id(self, proposal: Proposal) -> str:
         """The same whenever the same is decided: what was recorded by a release that was killed is found again."""
-        present = "" if proposal.present is None else proposal.present.digest
+        present = "" if proposal.newest is None else proposal.newest.digest
         validation = "" if proposal.validation is None else proposal.validation.digest
         facts = (self._alias, self._policy.digest, proposal.target.ref, present, validation, *proposal.refusals)
         return digest("\n".join(facts).encode())[:16]
@@ -370,6 +431,7 @@ class _Release:
         record = promotion.promote(proposal, self._reason(), by=self._by, release=release, clock=self._clock)
         self._step("promote", f"{candidate.ref} is {self._alias} now (record {record.number})")
         told = self._told(record)
+        release = record.release or release
         self._note(release, "promoted", proposal, record)
         return self._ends("promoted", id=release, candidate=candidate, proposal=proposal, record=record, told=told)
 
@@ -417,7 +479,6 @@ class _Release:
 
     def _former(self, proposal: Proposal, record: AliasRecord | None) -> Target | None:
         """What the alias pointed at before."""
-        before = proposal.present
-        if record is not None and before is not None and before.number == record.number:
-            before = aliases.read(self._store, self._alias, record.number - 1) if record.number > 1 else None
-        return None if before is None else before.target
+        if record is None or proposal.present is None or proposal.present.number != record.number:
+            return proposal.held
+        return aliases.read(self._store, self._alias, record.number - 1).target if record.number > 1 else None

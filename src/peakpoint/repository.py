@@ -270,13 +270,8 @@ class Run:
         Args:
             manifest: of the checkpoint, as it is after it was protected.
         """
-        segments = journals.segments_of(self.store, self.name)
-        ends = {segment: journals.ends(self.store, self.name, segment) for segment in segments}
-        trainings = [segment for segment, (opened, _) in ends.items() if opened]
-        for segment, (opened, closed) in ends.items():
-            # one that holds the run while it removes is dead when another has begun, or nobody holds it
-            over = closed or (opened and (segment != trainings[-1] or self.holder() is None))
-            if not over:
+        for segment in journals.segments_of(self.store, self.name):
+            if journals.is_written(self.store, self.name, segment):
                 events = journals.removals(self.store, self.name, segment)
                 if _may_be_removing(events, manifest.id, manifest.parts.keys()):
                     return True

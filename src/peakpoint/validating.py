@@ -76,8 +76,8 @@ class Collected:
                 self.findings.append(_with_output(finding, output))
             case {"metrics": metrics}:
                 self.metrics = metrics_from_json(metrics)
-            case {"predicted": predicted, "labels": labels}:
-                self.predictions = Predictions(predicted, labels)
+            case {"predicted": predicted, "labels": labels, "examples": examples}:
+                self.predictions = Predictions(predicted, labels, examples)
             case {"environment": found}:
                 self.environment.update(found)
             case {"compared": _}:
@@ -94,7 +94,13 @@ class Collected:
                 found = Finding(check=name, outcome="skipped", said="not reached: the process had ended before")
             else:
                 seconds = time.perf_counter() - self.began
-                found = Finding(check=name, outcome="failed", said=f"{how} during {name}", seconds=round(seconds, 6))
+                found = Finding(
+                    check=name,
+                    outcome="failed",
+                    said=f"{how} during {name}",
+                    evidence={"cut_short": True},
+                    seconds=round(seconds, 6),
+                )
                 found = _with_output(found, output)
             self.findings.append(found)
 

@@ -8,7 +8,7 @@ import base64
 import re
 import sys
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -56,6 +56,11 @@ class Wanted:
     checks: tuple[str, ...] = ()
     signature: Mapping[str, str] = field(default_factory=dict)
     sparsity: str = "sparsity"
+
+    def alike(self, other: "Wanted") -> bool:
+        """Whether what two validations have evaluated can be compared."""
+        names = ("evaluate", "model", "part", "golden_digest")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def digest(self) -> str:
@@ -143,15 +148,17 @@ class Predictions:
     Attributes:
         predicted: int, one an example.
         labels: int, one an example.
+        examples: digest of the names of the examples, or of their inputs; None when it was not told.
     """
 
     predicted: Sequence[int]
     labels: Sequence[int]
+    examples: str | None = None
 
     @property
     def of(self) -> str:
-        """The same for predictions on the same examples, as far as their labels can tell."""
-        return digest(_packed(self.labels).encode())
+        """The same for predictions on the same examples, as far as their labels and names can tell."""
+        return digest(f"{self.examples or ''} {_packed(self.labels)}".encode())
 
 
 _PREDICTIONS = re.compile(r"[0-9a-f]{16}\.predictions")
@@ -315,11 +322,15 @@ def checkpoints_with(store: Store, run: str) -> list[str]:
     return [child[:-1] for child in store.children(layout.validations_of(run)) if child.endswith("/")]
 
 
+_AHEAD = timedelta(minutes=5)  # that clocks may differ
+
+
 def objections(
     validation: Validation | None,
     *,
     manifest: str,
     parts: Sequence[str],
+    metrics: Mapping[str, float],
     now: datetime,
     max_age: timedelta = MAX_AGE,
     wanted: Wanted | None = None,
@@ -332,6 +343,7 @@ def objections(
         validation: the last of the checkpoint.
         manifest: digest of the checkpoint's manifest now.
         parts: the parts that it has now.
+        metrics: what is recorded of it now.
         now: the time.
         max_age: how old it may be.
         wanted: what a policy asks to be checked; None when there is no policy.
@@ -341,18 +353,46 @@ def objections(
     if validation is None:
         return ("it was never validated",)
     found = [f"its last validation failed: {one.check}: {one.said}" for one in validation.failures if failures]
+    if not failures and any(
+        one.evidence.get("cut_short") or one.evidence.get("misnamed") for one in validation.failures
+    ):
+        found.append("its last validation could not be carried out")
     if validation.manifest != manifest:
         found.append("its manifest is another than the one that was validated")
     part = validation.wanted.part
+    if wanted is None and part != "model" and "model" in parts:
+        found.append(f"it was validated as to its part {part}, and not to its model")
     if part in validation.parts and part not in parts:
         found.append(f"it has lost the part {part} since it was validated")
     if now - validation.at > max_age:
         found.append(f"its validation is stale: of {validation.at:%Y-%m-%d %H:%M} UTC, older than {max_age}")
+    if validation.at - now > _AHEAD:
+        found.append(f"its validation is of {validation.at:%Y-%m-%d %H:%M} UTC, which is still to come")
     if wanted is not None and wanted.digest != validation.wanted.digest:
-        found.append("it was validated otherwise than the policy asks")
-    if validation.against is not None and champion not in {validation.against, validation.checkpoint}:
-        found.append("its validation is stale: it was compared with a champion that is no longer the champion")
+        found.append(
+            f"it was validated otherwise than the policy asks ({', '.join(_different(wanted, validation.wanted))}); "
+            "peakpoint validate ROOT REF checks what the policy asks"
+        )
+    found += _recorded_since(validation, metrics)
+    compared = validation.against is not None or validation.wanted.agreement > 0
+    if compared and champion not in {None, validation.against, validation.checkpoint}:
+        found.append("its validation is stale: it was not compared with what is champion now")
     return tuple(found)
+
+
+def _different(one: Wanted, other: Wanted) -> list[str]:
+    a, b = (msgspec.to_builtins(each) for each in (one, other))
+    return [name for name in a if a[name] != b[name] and name != "golden"]
+
+
+def _recorded_since(validation: Validation, metrics: Mapping[str, float]) -> Iterator[str]:
+    """What has been recorded since, and is not what was found."""
+    for finding in validation.findings:
+        rows = finding.evidence.get("metrics") if finding.check == "metrics" else None
+        for name, row in (rows or {}).items():
+            then, found, now = row["recorded"], row["evaluated"], metrics.get(name)
+            if None not in (found, now) and now != then and not abs(now - found) <= validation.wanted.tolerance:
+                yield f"{name} was recorded as {now:.6g} since it was validated, which had found {found:.6g}"
 
 
 # --- predictions --------------------------------------------------------------------------------------------------
@@ -371,6 +411,7 @@ def keep_predictions(store: Store, run: str, checkpoint: str, predictions: Predi
             "predicted": _packed(predictions.predicted),
             "labels": _packed(predictions.labels),
         }
+        | ({} if predictions.examples is None else {"of": predictions.examples})
     )
     found = digest(data)
     store.put(layout.predictions_key(run, checkpoint, found), [data])
@@ -393,7 +434,7 @@ def predictions_of(store: Store, validation: Validation) -> Predictions | None:
     content = unseal(data, where=key)
     check_format(content, where=key)
     try:
-        found = Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]))
+        found = Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]), content.get("of"))
     except (LookupError, TypeError, ValueError) as error:  # ValueError: of base64 and array, too
         raise FormatError(f"{key} holds no predictions that this release reads: {error}") from error
     if len(found.predicted) != len(found.labels):

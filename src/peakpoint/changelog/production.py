@@ -28,11 +28,7 @@ class Promise:
 def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[Entry]:
     """Every change of every alias; damage of its history; records that the journals speak of and that are not there."""
     for alias in aliases.names(store):
-        try:
-            found = aliases.history(store, alias)
-        except ConfigError as error:  # a directory that Peakpoint did not make
-            yield Entry(at=None, kind="damage", why=f"{layout.alias_prefix(alias)} is no alias of ours: {error}")
-            continue
+        found = aliases.history(store, alias)
         records = {record.number: record for record in found.records}
         for record in found.records:
             yield _change(record, records.get(record.number - 1))

@@ -19,7 +19,7 @@ _MODULES = {
     "comparing": ("diff",),
     "importing": ("export", "import"),
     "planning": ("plan",),
-    "production": ("aliases", "history", "promote", "release", "retire", "rollback"),
+    "production": ("aliases", "history", "promote", "release", "retire", "rollback", "tell"),
     "reporting": ("report",),
     "rules": ("explain", "keep", "pin", "record", "unpin"),
     "selecting": ("ls", "select"),

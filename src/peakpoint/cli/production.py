@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from peakpoint import aliases as records
@@ -19,10 +18,11 @@ from peakpoint.aliases import AliasRecord
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
+from peakpoint.cli.render import plain
 from peakpoint.cli.space import progress
 from peakpoint.clock import utc_now
 from peakpoint.comparison import Comparison, MetricPair
-from peakpoint.errors import CorruptError, NotFoundError, RefusedError
+from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
 from peakpoint.hooks import Told
 from peakpoint.policy import Policy, read_policies
 from peakpoint.promotion import Proposal
@@ -47,11 +47,20 @@ def working(*, quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda _: None
         return
     with render.console(stderr=True).status("") as status:
-        yield lambda what: status.update(escape(what))
+        yield lambda what: status.update(plain(what))
 
 
 def _policy(repository: Repository, alias: str) -> Policy | None:
     return read_policies(repository.store).of(alias)
+
+
+def _policy_if_any(repository: Repository, alias: str) -> Policy | None:
+    """The policy, for what must also work with a broken one: then one that asks nothing."""
+    try:
+        return _policy(repository, alias)
+    except ConfigError as error:
+        click.echo(f"peakpoint: going on without a policy: {error}", err=True)
+        return Policy(alias=alias)
 
 
 # --- promote ------------------------------------------------------------------------------------------------------
@@ -81,8 +90,9 @@ def promote(
     """Let an alias point at a checkpoint, after comparing it with what it points at now."""
     promotion.check_why("promote", why)
     repository = open_repository(root)
-    policy = _policy(repository, alias)
-    proposal = promotion.propose(repository, ref, alias, policy=policy, to_be_signed=key is not None)
+    alias = alias.removeprefix("@")
+    proposal = promotion.propose(repository, ref, alias, to_be_signed=key is not None)
+    promotion.check_key(proposal.policy, key)
     if not json:
         _print_proposal(render.console(), proposal)
     if dry_run:
@@ -90,14 +100,21 @@ def promote(
             render.as_json(_proposal_json(proposal))
         else:
             click.echo(_would(proposal, force=force))
+        if proposal.refusals or (proposal.objections and not force):
+            sys.exit(RefusedError.exit_code)
         return
     fit = force or not proposal.objections
-    if not (yes or json or proposal.unchanged) and fit and not proposal.refusals and sys.stdin.isatty():
-        click.confirm(f"promote to {alias}?", abort=True)
+    asks = not (yes or json or proposal.unchanged) and fit and not proposal.refusals and sys.stdin.isatty()
+    if asks and not click.confirm(f"promote to {alias}?"):
+        click.echo("nothing was done")
+        sys.exit(1)
     if key is not None and fit and not proposal.refusals:
         _sign(repository, proposal, key, quiet=json)
+    if not json and not proposal.unchanged and (proposal.refusals or not fit):
+        click.echo(f"peakpoint: {_refused(root, ref, proposal)}", err=True)
+        sys.exit(RefusedError.exit_code)
     record = promotion.promote(proposal, why, force=force)
-    told = _tell(repository, record, policy, quiet=json)
+    told = _tell(repository, record, proposal.policy, quiet=json)
     if json:
         render.as_json(
             _proposal_json(proposal) | {"record": record_json(record), "told": [asdict(one) for one in told]}
@@ -109,8 +126,9 @@ def promote(
             if proposal.unchanged
             else f"record {record.number}"
         )
-        click.echo(f"{_name(record)} is {alias} {when} {what}")
-    _end(told)
+        forced = ", by force" if record.forced and not proposal.unchanged else ""
+        click.echo(f"{_name(record)} is {alias} {when} {what}{forced}")
+    _end(root, alias, told)
 
 
 def _sign(repository: Repository, proposal: Proposal, key: Path, *, quiet: bool) -> None:
@@ -122,6 +140,15 @@ def _sign(repository: Repository, proposal: Proposal, key: Path, *, quiet: bool)
         raise RefusedError(f"it is signed now ({made.record}), but not as it has to be: {said}", (said,))
     if not quiet:
         click.echo(f"signed: {made.record}, key {made.fingerprint}")
+
+
+def _refused(root: Path, ref: str, proposal: Proposal) -> str:
+    """What to do about a refusal whose reasons have been printed."""
+    name = f"{proposal.manifest.run}/{proposal.manifest.name} does not become {proposal.alias}"
+    if proposal.refusals:
+        return f"{name}, also not with --force"
+    first = "" if proposal.validation else f"{render.command('validate', root, ref)} validates it; "
+    return f"{name}; {first}with --force it is done all the same, and that stays on record"
 
 
 def _would(proposal: Proposal, *, force: bool) -> str:
@@ -136,26 +163,36 @@ def _would(proposal: Proposal, *, force: bool) -> str:
 
 def _print_proposal(console: Console, proposal: Proposal) -> None:
     present, one = proposal.present, proposal.validation
-    held = "nothing yet" if present is None or present.target is None else f"{_name(present)}, {_since(present)}"
+    held = "nothing" if present is None or present.target is None else f"{_name(present)}, {_since(present)}"
+    held = held if proposal.newest is None or present is not None else "not known"
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(proposal.alias, escape(held))
-    table.add_row("candidate", escape(f"{proposal.manifest.run}/{proposal.manifest.name}"))
-    table.add_row("validation", "none" if one is None else validation_text(one))
+    table.add_row(proposal.alias, plain(held))
+    table.add_row("candidate", plain(f"{proposal.manifest.run}/{proposal.manifest.name}"))
+    if not proposal.unchanged:
+        table.add_row("validation", "none" if one is None else validation_text(one))
+        table.add_row("policy", "none" if proposal.policy is None else "production.toml")
     console.print(table)
+    others = [name for name in read_policies(proposal.run.store).content if name != proposal.alias]
+    if proposal.policy is None and others:
+        told = f"production.toml has no table [{proposal.alias}], and asks nothing of it; tables: {', '.join(others)}"
+        console.print(f"[yellow]note[/]: {plain(told)}", soft_wrap=True)
     if proposal.comparison is not None:
         console.print()
         print_comparison(console, proposal.comparison)
     for reason in (*proposal.refusals, *proposal.objections):
-        console.print(f"[red]against it[/]: {escape(reason)}", soft_wrap=True)
+        console.print(f"[red]against it[/]: {plain(reason)}", soft_wrap=True)
 
 
 def validation_text(one: Validation) -> str:
     """A validation in a line, in markup."""
     failed = ", ".join(found.check for found in one.failures)
-    outcome = f"[red]failed[/]: {escape(failed)}" if failed else "[green]passed[/]"
-    return f"number {one.number}, {render.age(one.at)}, by {escape(one.by)}: {outcome}"
+    made = sum(found.outcome == "passed" for found in one.findings)
+    outcome = (
+        f"[red]failed[/]: {plain(failed)}" if failed else f"[green]passed[/], {made} of {len(one.findings)} checks"
+    )
+    return f"number {one.number}, {render.age(one.at)}, by {plain(one.by)}: {outcome}"
 
 
 def print_comparison(console: Console, found: Comparison) -> None:
@@ -163,7 +200,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
     pairs = found.metrics
     if pairs:
         columns = [
-            Column("metric", [escape(one.name) for one in pairs], right=False),
+            Column("metric", [plain(one.name) for one in pairs], right=False),
             Column("present", [render.number(one.champion) for one in pairs]),
             Column("candidate", [render.number(one.candidate) for one in pairs]),
             Column("difference", [_difference(one) for one in pairs]),
@@ -182,7 +219,7 @@ def _difference(one: MetricPair) -> str:
 def _paired_lines(found: Comparison) -> Iterator[str]:
     test = found.paired
     if test is None:
-        yield f"not compared example by example: {escape(found.unpaired)}"
+        yield f"not compared example by example: {plain(found.unpaired)}"
         if found.apart is not None:
             yield "accuracy {:+.4f}, with 95% confidence from {:+.4f} to {:+.4f}".format(*found.apart)
         return
@@ -212,18 +249,43 @@ def _proposal_json(proposal: Proposal) -> dict[str, Any]:
 
 
 def _tell(repository: Repository, record: AliasRecord, policy: Policy | None, *, quiet: bool) -> list[Told]:
+    if not hooks.are_due(repository.store, record, policy):
+        return []
     with working(quiet=quiet) as said:
         return hooks.tell(repository.store, record, policy, progress=said)
 
 
-def _end(told: Sequence[Told]) -> None:
-    """Say which hooks failed, and end with 1 then: the alias has changed, and the same command tells them again."""
+def _end(root: Path, alias: str, told: Sequence[Told]) -> None:
+    """Say which hooks failed, and end with 1 then: the alias has changed all the same."""
     failed = [one for one in told if one.error is not None]
+    if told and not failed:
+        click.echo(f"told {render.count(len(told), 'hook')}", err=True)
     for one in failed:
         click.echo(f"peakpoint: the hook {one.hook} was not told: {one.error}", err=True)
     if failed:
-        click.echo("peakpoint: the alias has changed; the same command again tells the hooks again", err=True)
+        again = render.command("tell", root, alias)
+        click.echo(f"peakpoint: {alias} has changed; {again} tells the hooks again", err=True)
         sys.exit(1)
+
+
+@click.command()
+@ROOT
+@ALIAS
+@JSON
+def tell(root: Path, alias: str, json: bool) -> None:  # noqa: FBT001
+    """Tell the hooks of an alias of its last change, unless all of them have taken it."""
+    repository = open_repository(root)
+    alias = alias.removeprefix("@")
+    record = records.head(repository.store, alias) or records.holder(repository.store, alias)
+    told = _tell(repository, record, _policy(repository, alias), quiet=json)
+    if json:
+        render.as_json({"record": record_json(record), "told": [asdict(one) for one in told]})
+    elif told:
+        taken = sum(one.error is None for one in told)
+        click.echo(f"{render.count(taken, 'hook')} of {len(told)} took record {record.number} of {alias}")
+    else:
+        click.echo(f"there is nothing to tell of record {record.number} of {alias}")
+    _end(root, alias, told)
 
 
 # --- rollback, retire ---------------------------------------------------------------------------------------------
@@ -235,19 +297,24 @@ def _end(told: Sequence[Told]) -> None:
 @click.option(
     "--to", type=click.IntRange(min=1), metavar="N", help="The record to go back to; the one before by default."
 )
+@click.option("--from", "seen", type=click.IntRange(min=1), metavar="N", help="Only if this is the newest record.")
 @click.option("--why", default="rolled back by hand", show_default=True, help="The reason; it stays on record.")
 @JSON
-def rollback(root: Path, alias: str, to: int | None, why: str, json: bool) -> None:  # noqa: FBT001
-    """Let an alias point at what it pointed at before."""
+def rollback(root: Path, alias: str, to: int | None, seen: int | None, why: str, json: bool) -> None:  # noqa: FBT001
+    """Let an alias point at what it pointed at before.
+
+    Each time it goes further back; --from N makes sure that it goes back from what you have seen.
+    """
     repository = open_repository(root)
-    policy = _policy(repository, alias)
-    done = promotion.rollback(repository, alias, why, to=to, policy=policy)
+    alias = alias.removeprefix("@")
+    policy = _policy_if_any(repository, alias)
+    done = promotion.rollback(repository, alias, why, to=to, seen=seen, policy=policy)
     told = _tell(repository, done.record, policy, quiet=json)
     if json:
         render.as_json(
             {
                 "record": record_json(done.record),
-                "before": record_json(done.before),
+                "before": asdict(done.before),
                 "passed_over": done.passed_over,
                 "told": [asdict(one) for one in told],
             }
@@ -255,8 +322,10 @@ def rollback(root: Path, alias: str, to: int | None, why: str, json: bool) -> No
     else:
         for one in done.passed_over:
             click.echo(f"passed over {one}")
-        click.echo(f"{_name(done.record)} is {alias} again (record {done.record.number}); before: {_name(done.before)}")
-    _end(told)
+        before = done.before
+        was = _name(before) if isinstance(before, AliasRecord) else f"not known, as record {before.number} is damaged"
+        click.echo(f"{_name(done.record)} is {alias} again (record {done.record.number}); before: {was}")
+    _end(root, alias, told)
 
 
 @click.command()
@@ -267,14 +336,14 @@ def rollback(root: Path, alias: str, to: int | None, why: str, json: bool) -> No
 def retire(root: Path, alias: str, why: str, json: bool) -> None:  # noqa: FBT001
     """Let an alias point at nothing, so that it protects nothing any more; its history stays."""
     repository = open_repository(root)
-    policy = _policy(repository, alias)
-    record = promotion.retire(repository, alias, why, policy=policy)
-    told = _tell(repository, record, policy, quiet=json)
+    alias = alias.removeprefix("@")
+    record = promotion.retire(repository, alias, why)
+    told = _tell(repository, record, _policy(repository, alias), quiet=json)
     if json:
         render.as_json({"record": record_json(record), "told": [asdict(one) for one in told]})
     else:
         click.echo(f"{alias} points at nothing now (record {record.number})")
-    _end(told)
+    _end(root, alias, told)
 
 
 # --- aliases, history ---------------------------------------------------------------------------------------------
@@ -291,7 +360,7 @@ def aliases(root: Path, json: bool) -> None:  # noqa: FBT001
     for alias in records.names(store):
         try:
             newest = records.head(store, alias)
-        except CorruptError as error:
+        except (CorruptError, FormatError) as error:
             damage.append(f"{alias}: {error}")
         else:
             assert newest is not None, "it has records"
@@ -301,15 +370,13 @@ def aliases(root: Path, json: bool) -> None:  # noqa: FBT001
     elif found:
         console = render.console()
         columns = [
-            Column("alias", [escape(one.alias) for one in found], right=False),
-            Column("checkpoint", [escape(_name(one)) for one in found], right=False),
-            Column("since", [f"{one.at:%Y-%m-%d %H:%M}" for one in found]),
+            Column("alias", [plain(one.alias) for one in found], right=False),
+            Column("since (UTC)", [f"{one.at:%Y-%m-%d %H:%M}" for one in found]),
             Column("records", [str(one.number) for one in found]),
-            Column("by", [escape(one.by) for one in found], right=False),
+            Column("by", [plain(one.by) for one in found], right=False),
         ]
-        console.print(
-            fitting.with_reasons(console, columns, ["records", "by"], "why", [escape(one.why) for one in found])
-        )
+        said = [f"{plain(_name(one))}: {plain(one.why)}" for one in found]
+        console.print(fitting.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
     elif not damage:
         click.echo("there are no aliases yet; peakpoint promote ROOT REF --as champion --why '...' makes one")
     _damaged(damage)
@@ -330,6 +397,7 @@ def _damaged(damage: Sequence[str]) -> None:
 def history(root: Path, alias: str, at: str | None, json: bool) -> None:  # noqa: FBT001
     """Show every change of an alias, and whether the chain of its records is whole."""
     store = open_repository(root).store
+    alias = alias.removeprefix("@")
     found = records.history(store, alias)
     shown = found.records
     if at is not None:
@@ -354,11 +422,13 @@ def _print_history(shown: Sequence[AliasRecord]) -> None:
         Column("record", [str(one.number) for one in shown]),
         Column("when (UTC)", [f"{one.at:%Y-%m-%d %H:%M:%S}" for one in shown]),
         Column("what", [_what(one) for one in shown], right=False),
-        Column("checkpoint", [escape(_name(one)) for one in shown], right=False),
-        Column("by", [escape(one.by) for one in shown], right=False),
+        Column("by", [plain(one.by) for one in shown], right=False),
     ]
-    whys = [escape("; ".join((one.why, *(f"FORCED although {reason}" for reason in one.forced)))) for one in shown]
-    console.print(fitting.with_reasons(console, columns, ["by"], "why", whys))
+    said = []
+    for one in shown:
+        forced = "".join(f"; FORCED although {reason}" for reason in one.forced)
+        said.append(f"{plain(_name(one))}: {plain(one.why + forced)}")
+    console.print(fitting.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
 
 
 def _what(one: AliasRecord) -> str:
@@ -406,6 +476,7 @@ def release(
     """Select, validate, compare and promote by production.toml; exits with 16 when it refuses."""
     repository = open_repository(root, catalogue=catalogue)
     policies = read_policies(repository.store)
+    promotion.check_key(policies.of(alias), key)
     with working(quiet=json) as said:
         done = releases.release(
             repository,
@@ -420,21 +491,31 @@ def release(
     if json:
         render.as_json(_release_json(done))
     else:
-        _print_release(render.console(), done)
-    if done.outcome in {"refused", "nothing fits"} and not dry_run:
+        _print_release(render.console(), root, done)
+    if done.outcome in {"refused", "nothing fits"}:
         sys.exit(RefusedError.exit_code)
-    _end(done.told)
+    _end(root, alias, done.told)
 
 
-def _print_release(console: Console, done: Release) -> None:
+def _print_release(console: Console, root: Path, done: Release) -> None:
     width = max(len(step.name) for step in done.steps)
     for step in done.steps:
-        console.print(f"[bold]{step.name:<{width}}[/]  {escape(step.said)}", soft_wrap=True)
+        console.print(f"[bold]{step.name:<{width}}[/]  {plain(step.said)}", soft_wrap=True)
     if done.proposal is not None and done.proposal.comparison is not None:
         console.print()
         print_comparison(console, done.proposal.comparison)
     for reason in done.reasons:
-        console.print(f"[red]against it[/]: {escape(reason)}", soft_wrap=True)
+        console.print(f"[red]against it[/]: {plain(reason)}", soft_wrap=True)
+    one = None if done.proposal is None else done.proposal.validation
+    if done.outcome == "refused" and one is not None and one.failures:
+        again = render.command("validate", root, f"{one.run}/{one.name}")
+        console.print(
+            f"{plain(again)} validates it again; another is only selected when the policy says so", soft_wrap=True
+        )
+    one = None if done.proposal is None else done.proposal.validation
+    if done.outcome == "refused" and one is not None and one.failures:
+        again = render.command("validate", root, f"{one.run}/{one.name}")
+        console.print(f"{plain(again)} validates it again; the next best is not tried by itself", soft_wrap=True)
     colour = {"promoted": "green", "refused": "red", "nothing fits": "red"}.get(done.outcome, "bold")
     console.print(f"[{colour}]{done.outcome}[/]" + (f" (release {done.id})" if done.id else ""))
 
@@ -453,4 +534,4 @@ def _release_json(done: Release) -> dict[str, Any]:
     }
 
 
-COMMANDS = (aliases, history, promote, release, retire, rollback)
+COMMANDS = (aliases, history, promote, release, retire, rollback, tell)

@@ -63,6 +63,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def plain(text: str) -> str:
+    """Somebody's words, in which nothing means anything to a terminal or a table."""
+    return escape("".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text))
+
+
 def count(number: int, thing: str) -> str:
     """``"1 checkpoint"``, ``"2 checkpoints"``."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

@@ -12,6 +12,7 @@ from peakpoint.asking import shown
 from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.names import check_metric
+from peakpoint.seal import digest
 from peakpoint.tree import kind_of
 from peakpoint.validations import Predictions
 
@@ -25,6 +26,8 @@ class Evaluated:
         predictions: of each example the class, integers [n], or a score of each class, floats [n, classes]; a tensor,
             an array or a list.
         labels: the right classes, integers [n].
+        examples: what tells the examples from others, such as their names or the tensor of their inputs; a digest of it
+            is kept, so that predictions are only compared with those on the same examples.
 
     Example:
         >>> import peakpoint as pp
@@ -36,6 +39,7 @@ class Evaluated:
     metrics: Mapping[str, float]
     predictions: Any = None
     labels: Any = None
+    examples: Any = None
 
 
 def metrics(exam: Exam) -> Said:
@@ -117,7 +121,18 @@ def _kept(found: Evaluated) -> Predictions | None:
     predicted, labels = _classes(found.predictions), _integers("labels", found.labels)
     if len(predicted) != len(labels):
         raise ConfigError(f"the evaluation gave {len(predicted)} predictions and {len(labels)} labels")
-    return Predictions(predicted, labels)
+    return Predictions(predicted, labels, None if found.examples is None else _digest(found.examples))
+
+
+def _digest(examples: Any) -> str:
+    if isinstance(examples, torch.Tensor):
+        examples = examples.detach().cpu().contiguous()
+        data = examples.reshape(-1).view(torch.uint8).numpy().tobytes() if examples.numel() else b""
+        return digest(f"{examples.dtype} {tuple(examples.shape)} ".encode() + data)
+    array = _array("examples", examples)
+    if array.dtype.kind == "O":
+        raise ConfigError("the evaluation gave examples that are no names, numbers or tensors; give one of these")
+    return digest(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes())
 
 
 def _classes(given: Any) -> Sequence[int]:

@@ -14,6 +14,7 @@ from peakpoint.asking import order
 from peakpoint.errors import Error
 from peakpoint.examining import answers, budgets, models, weights
 from peakpoint.examining.exam import Candidate, Exam, Said, device_of, failed, skipped
+from peakpoint.functions import MisnamedError
 from peakpoint.manifest import metrics_to_json
 from peakpoint.tree import kind_of
 
@@ -59,6 +60,8 @@ def _tried(exam: Exam, check: Callable[[Exam], Said]) -> Said:
         return found._replace(said=_text(found.said), evidence=_kept(found.evidence))
     except KeyboardInterrupt:
         raise  # somebody wants it all to end
+    except MisnamedError as error:
+        return failed(_text(str(error)), error=type(error).__name__, misnamed=True)
     except Error as error:
         return failed(_text(str(error)), error=type(error).__name__)
     except BaseException as error:  # noqa: BLE001 - code of the user may raise anything, and that is a finding
@@ -81,7 +84,8 @@ def _news(exam: Exam, told: Event) -> Iterator[Event]:
         yield {"metrics": metrics_to_json(exam.evaluated)}
     if exam.predictions is not None and "predictions" not in told:
         told["predictions"] = True
-        yield {"predicted": list(exam.predictions.predicted), "labels": list(exam.predictions.labels)}
+        kept = exam.predictions
+        yield {"predicted": list(kept.predicted), "labels": list(kept.labels), "examples": kept.examples}
     if exam.model is not None and "device" not in told:
         told["device"] = device = device_of(exam.model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

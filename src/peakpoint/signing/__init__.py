@@ -17,10 +17,26 @@ from peakpoint import layout, reader
 from peakpoint.errors import ConflictError, NotFoundError, SignatureError
 from peakpoint.manifest import MANIFEST, Manifest, decode
 from peakpoint.signing import bundle as bundles
-from peakpoint.signing.keys import PASSWORD, fingerprint_of, public_key_fingerprint, read_private_key, read_public_key
+from peakpoint.signing.keys import (
+    PASSWORD,
+    fingerprint_of,
+    private_key_fingerprint,
+    public_key_fingerprint,
+    read_private_key,
+    read_public_key,
+)
 from peakpoint.store import LocalStore, Store
 
-__all__ = ["PASSWORD", "Signature", "Signed", "public_key_fingerprint", "sign", "signatures", "verify"]
+__all__ = [
+    "PASSWORD",
+    "Signature",
+    "Signed",
+    "private_key_fingerprint",
+    "public_key_fingerprint",
+    "sign",
+    "signatures",
+    "verify",
+]
 
 _BLOCK = 16 * 1024 * 1024
 

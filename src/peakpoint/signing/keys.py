@@ -124,6 +124,11 @@ def fingerprint_of(key: "EllipticCurvePublicKey") -> str:
     return hashlib.sha256(key.public_bytes(library.Encoding.PEM, form)).hexdigest()
 
 
+def private_key_fingerprint(path: Path, password: str | None = None) -> str:
+    """The fingerprint of the public key that belongs to a private one; errors as in ``sign``."""
+    return fingerprint_of(read_private_key(path, password).public_key())
+
+
 def public_key_fingerprint(path: Path) -> str:
     """The fingerprint of a public key: 64 hexadecimal digits.
 
