@@ -847,3 +847,16 @@ def test_what_is_said_of_ten_seeds_is_so(tmp_path):
     for first, second, third, _, ensemble, uniform, greedy in rows:
         assert min(ensemble, uniform) > max(first, second, third)
         assert greedy >= first
+
+
+def test_metrics_by_name_are_a_score_too(tmp_path):
+    for run, value in (("a", 1.0), ("b", 2.0)):
+        with checkpointer(tmp_path, run=run, state={"model": {"w": torch.tensor([value])}}) as ckpt:
+            ckpt.report(step=1)
+
+    def evaluate(state):
+        return pp.Evaluated(metrics={"loss": abs(state["w"].item() - 1.4), "other": 7.0})
+
+    made = pp.soup(["a@latest", "b@latest"], root=tmp_path, kind="greedy", evaluate=evaluate, metric="loss", mode="min")
+    assert made.score == pytest.approx(0.1)
+    assert len(made.members) == 2

@@ -95,7 +95,8 @@ def soup(
         refs: at least two; for a greedy soup, the candidates.
         root: the repository; the soup goes there, too.
         kind: ``"uniform"`` or ``"greedy"``.
-        evaluate: takes the model, in evaluation mode, or without ``build_model`` the state, and returns its score.
+        evaluate: takes the model, in evaluation mode, or without ``build_model`` the state, and returns its score: a
+            number, or metrics by name (also an ``Evaluated``), of which ``metric`` says which.
         metric: the name of that score; the soup carries it as a metric.
         mode: ``"max"`` or ``"min"``: which scores are better. A greedy soup needs it.
         build_model: makes a model of the right shape; its values do not matter.
@@ -141,11 +142,12 @@ def soup(
         check_alike(members, part)
         averaging = Averaging(repository.store, members, progress)
         kitchen = Kitchen(averaging, members[0], build_model, data, batchnorm, device)
+        scored = None if evaluate is None else _scored(evaluate, metric)
         if kind == "greedy":
-            assert evaluate is not None
-            cooked = greedy(kitchen, members, evaluate, -1 if mode == "min" else 1)
+            assert scored is not None
+            cooked = greedy(kitchen, members, scored, -1 if mode == "min" else 1)
         else:
-            cooked = uniform(kitchen, members, evaluate)
+            cooked = uniform(kitchen, members, scored)
         chosen, score = cooked.chosen, cooked.score
         made = Made(
             part=part,
@@ -165,6 +167,17 @@ def soup(
         score=score,
         tasted=cooked.tasted,
     )
+
+
+def _scored(evaluate: Callable[[Any], Any], metric: str | None) -> Callable[[Any], Any]:
+    """The score in what an evaluation returns."""
+
+    def score(given: Any) -> Any:
+        answer = evaluate(given)
+        metrics = getattr(answer, "metrics", answer)
+        return metrics[metric] if isinstance(metrics, Mapping) and metric in metrics else answer
+
+    return score
 
 
 def _found(repository: Repository, manifest: Manifest) -> Checkpoint:

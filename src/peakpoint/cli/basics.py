@@ -190,7 +190,13 @@ def _print_audit(root: Path, result: audits.Audit, removed: list[audits.Finding]
     console.print(render.audit_sentence(result))
     damage, litter = result.of_kind("damage"), result.of_kind("litter")
     if damage:
-        console.print(f"[bold red]{len(damage)} damaged[/]: a resume passes over damaged checkpoints by itself")
+        console.print(f"[bold red]{len(damage)} damaged[/]")
+        if any("/checkpoints/" in one.where for one in damage):
+            console.print("a resume passes over damaged checkpoints by itself")
+        if any(one.where.startswith(f"{layout.ALIASES}/") for one in damage):
+            console.print(
+                "a damaged newest record of an alias protects everything: promote --force or rollback adds a good one"
+            )
     if litter:
         clean = escape(render.command("audit", root, "--clean"))
         console.print(f"[yellow]{len(litter)} leftovers of a crash[/], harmless: {clean} removes them", soft_wrap=True)

@@ -83,7 +83,11 @@ def soup(
             root=repository.store,
             kind=kind,
             evaluate=_called(
-                "--with", scorer, "" if factory else "; without --model it is given the state, not a model"
+                "--with",
+                scorer,
+                "; with --model it is given the model, and returns a number"
+                if factory
+                else "; without --model it is given the state, not a model",
             ),
             metric=name,
             mode=mode,
