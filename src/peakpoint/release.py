@@ -235,6 +235,7 @@ class _Release:
         self._validate, self._why, self._progress, self._clock = validate, why, progress, clock
         self._by, self._private_key = present_user(), private_key
         self._steps: list[Step] = []
+        self._rule = ""
 
     def _step(self, name: str, said: str) -> None:
         self._steps.append(Step(name=name, said=said))
@@ -303,7 +304,7 @@ class _Release:
         self._progress("select")
         policy = self._policy
         ranked = ", ".join(f"{mode} {name}" for name, mode in policy.by.items())
-        rule = f"{policy.select or 'all'}; {ranked}"
+        rule = self._rule = f"{policy.select or 'all'}; {ranked}"
         bad, since = self._rolled_back()
         top = None if bad or since else 1
         passed = 0
@@ -436,8 +437,7 @@ class _Release:
         return self._ends("promoted", id=release, candidate=candidate, proposal=proposal, record=record, told=told)
 
     def _reason(self) -> str:
-        selected = next(step.said for step in reversed(self._steps) if step.name == "select")
-        return self._why or f"released by the policy: {selected}"
+        return self._why or f"released by the policy: {self._rule}"
 
     def _told(self, record: AliasRecord) -> tuple[Told, ...]:
         told = hooks.tell(self._store, record, self._policy, progress=self._progress, clock=self._clock)
