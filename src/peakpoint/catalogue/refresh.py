@@ -258,24 +258,11 @@ class _Update:
     def _with_kept(self, text: str) -> str:
         """The peaks, and whether there is a checkpoint of that step."""
         said = json.loads(text)
-        old = {} if self._new else json.loads(self._row.peaks or "{}")
-        steps = {peak["metric"]: peak["best_step"] for peak in old.get("peaks", [])}
-        found = {standing.manifest.step for standing in self._news.found}
-        kept = {}
-        for peak in said.get("peaks", []):
-            metric, step = peak["metric"], peak["best_step"]
-            if step in found:
-                kept[metric] = True
-            elif not self._news.gone and steps.get(metric) == step:
-                kept[metric] = old.get("kept", {}).get(metric, False)
-            else:
-                kept[metric] = self._has(step)
-        return json.dumps(said | {"kept": kept})
-
-    def _has(self, step: int) -> bool:
+        steps = {peak["metric"]: peak["best_step"] for peak in said.get("peaks", [])}
         table = schema.checkpoints.c
-        found = select(func.count()).where(table.run == self._key, table.step == step)
-        return bool(self._connection.scalar(found))
+        found = select(table.step).where(table.run == self._key, table.step.in_(steps.values()))
+        there = set(self._connection.scalars(found)) if steps else set()
+        return json.dumps(said | {"kept": {metric: step in there for metric, step in steps.items()}})
 
     def _totals(self) -> dict[str, Any]:
         if not (self._new or self._news.gone):
@@ -347,9 +334,7 @@ def record_of(manifest: Manifest, metrics: dict[str, float]) -> str:
 
 
 def _insert(connection: Connection, columns: Columns, run: int, entries: Sequence[Entry]) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("checkpoints", "rarities", "details", "reasons", "files")
-    }
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("checkpoints", "rarities", "details", "reasons")}
     used = {name: f"m{columns.keys[name]}" for _, _, metrics, _ in entries for name in metrics}
     wide = {name for name in used.values() if name in columns.table.columns}
     for key, standing, metrics, pinned in entries:
@@ -370,11 +355,7 @@ def _insert(connection: Connection, columns: Columns, run: int, entries: Sequenc
         rows["reasons"] += [
             {"checkpoint": key, "number": number, "reason": _plain(reason)} for number, reason in enumerate(one.reasons)
         ]
-        rows["files"] += [
-            {"checkpoint": key, "name": file.name, "size": file.size, "digest": file.digest, "shared": file.shared}
-            for file in one.files
-        ]
-    tables = {"checkpoints": columns.table, "rarities": schema.rarities, "details": schema.details}
-    for name, table in {**tables, "reasons": schema.reasons, "files": schema.files}.items():
-        if rows[name]:
-            connection.execute(insert(table), rows[name])
+    tables = (columns.table, schema.rarities, schema.details, schema.reasons)
+    for table, some in zip(tables, rows.values(), strict=True):
+        if some:
+            connection.execute(insert(table), some)

@@ -57,20 +57,19 @@ class Search:
         if limit is None or limit > self._most // 4 or not self._sql.sqlite:
             return ranked.where(*self.conditions())
         scan = self._sql.without_indexes()
-        others = [scan.where(clause) for clause in self._clauses] + [scan.finite(key.value) for key in self._keys]
+        conditions = [scan.where(clause) for clause in self._clauses]
+        finite = [scan.finite(key.value) for key in self._keys]
         window = self._window()
         if window is not None:
-            first = ranked.where(window, *others, *self._more)
+            first = ranked.where(window, *conditions, *finite, *self._more)
             enough = select(func.count()).select_from(first.subquery())
             if self._connection.scalar(enough) == limit:
                 return first
         few = self._few()
         if few is not None:
-            indexed = [self._sql.where(self._clauses[few])]
-            others = [scan.where(clause) for place, clause in enumerate(self._clauses) if place != few]
-            others += [scan.finite(key.value) for key in self._keys]
-            return select(*columns).order_by(*self._order(scan)).limit(limit).where(*indexed, *others, *self._more)
-        return select(*columns).order_by(*self._order(scan)).limit(limit).where(*others, *self._more)
+            conditions[few] = self._sql.where(self._clauses[few])
+        ordered = select(*columns).order_by(*self._order(scan)).limit(limit)
+        return ordered.where(*conditions, *finite, *self._more)
 
     def _order(self, sql: Translator) -> list[Expression]:
         keys = self._keys or (_NEWEST,)
