@@ -386,6 +386,11 @@ def load_codec() -> ModuleType:
 # --- files out of packs -------------------------------------------------------------------------------------------
 
 
+def spans_of(file: FileRecord) -> tuple[Span, ...]:
+    """Where the tensors of a file are."""
+    return tuple(Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in file.tensors)
+
+
 @dataclass(frozen=True, slots=True)
 class UnpackedImage:
     """A file that is being unpacked; see ``peakpoint.writer.FileImage``.
@@ -423,9 +428,7 @@ class UnpackedImage:
     @property
     def spans(self) -> tuple[Span, ...]:
         """The tensors."""
-        return tuple(
-            Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in self.record.tensors
-        )
+        return spans_of(self.record)
 
     def blocks(self) -> Iterator[memoryview]:
         """All bytes in order, unpacked on every core."""

@@ -3,8 +3,8 @@
 import errno
 import mmap
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from peakpoint.importing.placing import COUNTED, OutOfPlaceError, Placed, placed
 from peakpoint.importing.sources import Source, read
 from peakpoint.importing.timeline import Moment
 from peakpoint.journal import Journal
-from peakpoint.manifest import FileRecord, Manifest
+from peakpoint.manifest import Manifest
 from peakpoint.notes import notes as notes_of
+from peakpoint.packs import spans_of
 from peakpoint.position import Position
 from peakpoint.reader import shelf
 from peakpoint.report import written_by
@@ -30,7 +31,7 @@ from peakpoint.rules import Rule, check_watched, watched
 from peakpoint.store import LocalStore, Store, holder_note
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
-from peakpoint.writer import Span, WholeImage, commit, unused_name
+from peakpoint.writer import WholeImage, commit, unused_name
 
 DIGEST, PLACE = "source_blake3", "imported_from"  # in a manifest's written_by
 _MODEL = "model.safetensors"
@@ -79,9 +80,22 @@ class Seen:
     stamp: tuple[tuple[int, int], ...]
     digest: str
     found: Foreign  # its parts are emptied
-    epoch: int | None
-    step: int | None
-    metrics: Mapping[str, float]
+
+    def told(self, status: str, name: str | None = None, *more: str) -> Imported:
+        """What became of it, with the moment that it tells itself."""
+        found = self.found
+        return Imported(
+            path=self.source.path,
+            tool=found.tool,
+            epoch=found.epoch,
+            step=found.step,
+            metrics=found.metrics,
+            parts=(*found.parts, *([EXTRA] if found.extra else ())),
+            size_bytes=self.source.size_bytes,
+            notes=(*found.notes, *more),
+            name=name,
+            status=status,
+        )
 
 
 class Intake:
@@ -121,86 +135,66 @@ class Intake:
 
     def _look(self) -> None:
         there = shelf(self._store, self._run)
-        self._manifests = there.manifests
         self._events = journals.read(self._store, self._run).events
-        own = [one for one in there.manifests if DIGEST not in one.written_by]
-        if own or there.damaged:
-            which = own[0].name if own else there.damaged[0].name
+        own = [one.name for one in there.manifests if DIGEST not in one.written_by]
+        own += [one.name for one in there.damaged]
+        if own:
             raise ConflictError(
-                f"run {self._run!r} holds {which}, which was not imported: give another name with --run"
+                f"run {self._run!r} holds {own[0]}, which was not imported: give another name with --run"
             )
         self._there = {one.written_by[DIGEST]: one for one in there.manifests}
-        reasons = [reason for event in self._events if isinstance(event, journals.Saved) for reason in event.reasons]
-        self._gone = {
-            one.digest
-            for one in self._seen
-            if one.digest not in self._there and any(one.digest[:_SHORT] in reason for reason in reasons)
-        }
+        saved = [event for event in self._events if isinstance(event, journals.Saved)]
+        reasons = " ".join(reason for event in saved for reason in event.reasons)
+        missing = [one.digest for one in self._seen if one.digest not in self._there]
+        self._gone = {digest for digest in missing if digest[:_SHORT] in reasons}
+        self._new = [one for one in self._seen if one.digest in {*missing} - self._gone]
+        self._parent = there.manifests[-1] if there.manifests else None
+        self._sequence = max([event.sequence for event in saved] + [one.sequence for one in there.manifests], default=0)
         self._placed = self._places()
 
     def _places(self) -> list[Placed]:
-        newest = self._manifests[-1] if self._manifests else None
+        newest, told = self._parent, journals.history(self._events)
         digests = dict(enumerate(one.digest for one in self._seen))
+        there = {number: self._there[digest] for number, digest in digests.items() if digest in self._there}
+        gone = frozenset(number for number, digest in digests.items() if digest in self._gone)
+        before = [] if newest is None else journals.history(self._events, newest.id)
+        rest = [] if newest is None else [one for one in told if one.report > newest.report]
         try:
-            return placed(
-                self._moments,
-                {number: self._there[digest] for number, digest in digests.items() if digest in self._there},
-                frozenset(number for number, digest in digests.items() if digest in self._gone),
-                newest,
-                [] if newest is None else journals.history(self._events, newest.id),
-                [] if newest is None else [one for one in journals.history(self._events) if one.report > newest.report],
-            )
+            return placed(self._moments, there, gone, newest, before, rest)
         except OutOfPlaceError as error:
             which = "a row of the metrics" if error.number is None else str(self._seen[error.number].source.path)
             raise ConflictError(f"{which} does not go into run {self._run!r}: {error}") from error
 
-    def _is_new(self, number: int) -> bool:
-        return self._seen[number].digest not in {*self._there, *self._gone}
-
     @property
     def complete(self) -> bool:
         """Whether there is nothing to do."""
-        new = any(self._is_new(number) for number in range(len(self._seen)))
         untold = any(place.new for place in self._placed)
         enough = len(journals.history(self._events)) >= max((place.report for place in self._placed), default=0)
-        return not new and self._rules is None and (enough or not untold)
+        return not self._new and self._rules is None and (enough or not untold)
 
     @property
     def reports(self) -> int:
         """How many moments the run has when it is done."""
-        there = self._manifests[-1].report if self._manifests else 0
+        there = 0 if self._parent is None else self._parent.report
         return max([there, *(place.report for place in self._placed)])
 
-    def _told(self, number: int, moment: Moment, name: str | None, status: str, *more: str) -> Imported:
-        one = self._seen[number]
-        return Imported(
-            path=one.source.path,
-            tool=one.found.tool,
-            epoch=moment.epoch,
-            step=moment.step,
-            step_counted=moment.counted,
-            metrics=moment.metrics,
-            parts=(*one.found.parts, *([EXTRA] if one.found.extra else ())),
-            size_bytes=one.source.size_bytes,
-            notes=(*one.found.notes, *more),
-            name=name,
-            status=status,
-        )
+    def _told(self, number: int, moment: Moment, status: str, name: str | None = None, *more: str) -> Imported:
+        told = self._seen[number].told(status, name, *more)
+        return replace(told, epoch=moment.epoch, step=moment.step, step_counted=moment.counted, metrics=moment.metrics)
 
-    def _each(self) -> Iterator[tuple[int, int, Moment]]:
-        """Number of the report, number of the source, moment."""
-        for place in self._placed:
-            for number in place.moment.taken:
-                yield place.report, number, place.moment
+    def _earlier(self, number: int, moment: Moment) -> Imported | None:
+        """What is said of a source that was imported earlier; None of a new one."""
+        digest = self._seen[number].digest
+        if digest in self._there:
+            return self._told(number, moment, "there", self._there[digest].name)
+        return self._told(number, moment, "removed") if digest in self._gone else None
 
     def preview(self) -> dict[int, Imported]:
         """What would be done."""
-        done = {}
-        for _, number, moment in self._each():
-            old = self._there.get(self._seen[number].digest)
-            status = "planned" if self._is_new(number) else "removed" if old is None else "there"
-            done[number] = self._told(number, moment, None if old is None else old.name, status)
-        return done
+        taken = [(number, place.moment) for place in self._placed for number in place.moment.taken]
+        return {
+            number: self._earlier(number, moment) or self._told(number, moment, "planned") for number, moment in taken
+        }
 
     def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, Imported]:
         """Do it, holding the run."""
@@ -233,40 +227,22 @@ class Intake:
         optimizer = next((one.found.optimizer for one in self._seen if one.found.optimizer), "")
         state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
         journal.append(journals.Opened(at=journal.now(), by=by, rules=texts, state=state))
-        parent = self._manifests[-1] if self._manifests else None
+        parent = self._parent
         origin = (None, 0) if parent is None else (parent.id, parent.report)
         journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
         self._unpin(journal)
-        used = [event.sequence for event in self._events if isinstance(event, journals.Saved)]
-        sequence = max([*used, *(one.sequence for one in self._manifests)], default=0)
         buffer = Staging()
         done: dict[int, Imported] = {}
         for place in self._placed:
-            report, moment = place.report, place.moment
             if place.new:
-                at = journal.now()
-                journal.append(
-                    journals.Reported(
-                        at=at, report=report, step=moment.step, epoch=moment.epoch, metrics=moment.metrics
-                    )
-                )
-            for number in moment.taken:
-                old = self._there.get(self._seen[number].digest)
-                if old is not None:
-                    done[number] = self._told(number, moment, old.name, "there")
-                elif self._seen[number].digest in self._gone:
-                    done[number] = self._told(number, moment, None, "removed")
-                else:
-                    sequence += 1
-                    parent, linked = self._save(journal, buffer, number, report, moment, sequence, parent)
-                    self._there[self._seen[number].digest] = parent
-                    how = ("linked" if linked else "imported", *self._why_copied(number, linked=linked))
-                    done[number] = self._told(number, moment, parent.name, *how)
+                journal.append(_reported(journal.now(), place))
+            for number in place.moment.taken:
+                done[number] = self._earlier(number, place.moment) or self._save(journal, buffer, number, place)
                 progress(self._seen[number].source.size_bytes)
         return done
 
     def _check_room(self) -> None:
-        needed = sum(one.source.size_bytes for number, one in enumerate(self._seen) if self._is_new(number))
+        needed = sum(one.source.size_bytes for one in self._new)
         free = self._store.free()
         if free is not None and not self._link and free < needed + _SLACK:
             raise StoreError(
@@ -288,34 +264,19 @@ class Intake:
             return ("copied, not linked: it is no safetensors file that is one whole model",)
         return ("copied, not linked: another file system, a header that is not aligned, or a store without links",)
 
-    def _save(
-        self,
-        journal: Journal,
-        buffer: Staging,
-        number: int,
-        report: int,
-        moment: Moment,
-        sequence: int,
-        parent: Manifest | None,
-    ) -> tuple[Manifest, bool]:
-        """Commit one checkpoint; whether its model was linked."""
-        one = self._seen[number]
+    def _save(self, journal: Journal, buffer: Staging, number: int, place: Placed) -> Imported:
+        """Commit one checkpoint."""
+        one, moment = self._seen[number], place.moment
         found, _ = keepable(read(one.source, self._how))
         state = dict(found.parts) | ({EXTRA: dict(found.extra)} if found.extra else {})
-        linked: list[bool] = []
         origin, images = self._linkable(found)
-        captured = capture(
-            state,
-            _position(report, moment, complete=found.complete).as_plain(),
-            StateEncoder(shares=False),
-            buffer,
-            NOTHING,
-            NOTHING,
-            FromElsewhere(optional=(EXTRA,), images=images),
-        )
+        position = _position(place, complete=found.complete).as_plain()
+        foreign = FromElsewhere(optional=(EXTRA,), images=images)
+        captured = capture(state, position, StateEncoder(shares=False), buffer, NOTHING, NOTHING, foreign)
         if one.source.stamp() != one.stamp:
             raise CorruptError(f"{one.source.path} was changed during the import; import again when it is at rest")
-        draft = self._draft(one, moment, report, sequence, parent, captured.parts)
+        draft = self._draft(one, place, captured.parts)
+        linked: list[bool] = []
 
         def adopt(name: str, key: str) -> bool:
             if name != _MODEL or origin is None or not isinstance(self._store, LocalStore):
@@ -327,18 +288,10 @@ class Intake:
             why = f"{_PINNED}{one.source.path.name}"
             journal.append(journals.Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
         manifest = commit(self._store, draft, captured.images, first=journal.sync, adopt=adopt)
-        journal.append(
-            journals.Saved(
-                at=journal.now(),
-                checkpoint=manifest.id,
-                name=manifest.name,
-                sequence=sequence,
-                report=report,
-                reasons=manifest.reasons,
-                size_bytes=manifest.size_bytes,
-            )
-        )
-        return manifest, any(linked)
+        journal.append(_saved(journal.now(), manifest))
+        self._parent, self._sequence = manifest, manifest.sequence
+        more = self._why_copied(number, linked=any(linked))
+        return self._told(number, moment, "linked" if any(linked) else "imported", manifest.name, *more)
 
     def _linkable(self, found: Foreign) -> tuple[Path | None, Mapping[str, WholeImage]]:
         """A file that may serve as it is: where it is, and its image."""
@@ -351,19 +304,10 @@ class Intake:
             return None, {}  # tensors that cannot be read in place, or whose names are changed for our files
         with origin.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return origin, {_MODEL: WholeImage(_MODEL, data, record.header, _spans(record))}
+        return origin, {_MODEL: WholeImage(_MODEL, data, record.header, spans_of(record))}
 
-    def _draft(
-        self,
-        one: Seen,
-        moment: Moment,
-        report: int,
-        sequence: int,
-        parent: Manifest | None,
-        parts: Mapping[str, tuple[str, ...]],
-    ) -> Manifest:
-        id_ = secrets.token_hex(8)
-        path = one.source.path
+    def _draft(self, one: Seen, place: Placed, parts: Mapping[str, tuple[str, ...]]) -> Manifest:
+        id_, moment, path = secrets.token_hex(8), place.moment, one.source.path
         name = names.checkpoint_name(
             names.DEFAULT_TEMPLATE,
             run=self._run,
@@ -373,12 +317,14 @@ class Intake:
             metric=next((name for name, _ in watched(self._in_force) if name in moment.metrics), None),
             metrics=moment.metrics,
         )
+        told = {PLACE: str(path.absolute()), DIGEST: one.digest}
+        told |= {COUNTED: "no file tells it"} if moment.counted else {}
         return Manifest(
             id=id_,
             run=self._run,
             name=unused_name(self._store, self._run, name),
-            sequence=sequence,
-            report=report,
+            sequence=self._sequence + 1,
+            report=place.report,
             step=moment.step,
             epoch=moment.epoch,
             metrics=moment.metrics,
@@ -386,15 +332,10 @@ class Intake:
             asked=None,
             parts=parts,
             files=(),
-            parent=None if parent is None else parent.id,
-            forks=() if parent is None else parent.forks,
+            parent=None if self._parent is None else self._parent.id,
+            forks=() if self._parent is None else self._parent.forks,
             created_at=datetime.fromtimestamp(max(time for _, time in one.stamp) / 1e9, UTC),
-            written_by={
-                **written_by(trains=False),
-                PLACE: str(path.absolute()),
-                DIGEST: one.digest,
-                **({COUNTED: "no file tells it"} if moment.counted else {}),
-            },
+            written_by={**written_by(trains=False), **told},
             timing={},
         )
 
@@ -404,14 +345,24 @@ _ALIGNED = 8  # bytes: what tensors of every element type need
 _SHORT = 16
 
 
-def _spans(record: FileRecord) -> tuple[Span, ...]:
-    return tuple(
-        Span(name=row.name, dtype=row.dtype, shape=row.shape, begin=row.begin, end=row.end) for row in record.tensors
+def _reported(at: datetime, place: Placed) -> journals.Reported:
+    moment = place.moment
+    return journals.Reported(at=at, report=place.report, step=moment.step, epoch=moment.epoch, metrics=moment.metrics)
+
+
+def _saved(at: datetime, manifest: Manifest) -> journals.Saved:
+    return journals.Saved(
+        at=at,
+        checkpoint=manifest.id,
+        name=manifest.name,
+        sequence=manifest.sequence,
+        report=manifest.report,
+        reasons=manifest.reasons,
+        size_bytes=manifest.size_bytes,
     )
 
 
-def _position(report: int, moment: Moment, *, complete: bool) -> Position:
-    following = 0 if moment.epoch is None else moment.epoch + complete
-    return Position(
-        report=report, step=moment.step, epoch=moment.epoch, next_epoch=following, next_step=moment.step, batches=None
-    )
+def _position(place: Placed, *, complete: bool) -> Position:
+    epoch, step = place.moment.epoch, place.moment.step
+    following = 0 if epoch is None else epoch + complete
+    return Position(report=place.report, step=step, epoch=epoch, next_epoch=following, next_step=step, batches=None)

@@ -2,25 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from peakpoint.importing.foreign import Foreign
 from peakpoint.importing.logs import EPOCH, STEP, Row, joined_by, key
-
-
-class Taken(Protocol):
-    """Where a checkpoint was taken."""
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch's index, None when it is not known."""
-
-    @property
-    def step(self) -> int | None:
-        """Steps completed, None when it is not known."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """What the file itself says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +36,7 @@ class _Place:
     taken: list[int] = field(default_factory=list)
 
 
-def timeline(checkpoints: Sequence[Taken], rows: Sequence[Row], how: str = "auto") -> tuple[list[Moment], list[str]]:
+def timeline(checkpoints: Sequence[Foreign], rows: Sequence[Row], how: str = "auto") -> tuple[list[Moment], list[str]]:
     """Every moment, earliest first, and what people should know about the order.
 
     Checkpoints are ordered by step if all of them know it, otherwise by epoch. Those that know neither come first: a
@@ -76,7 +60,7 @@ def timeline(checkpoints: Sequence[Taken], rows: Sequence[Row], how: str = "auto
     return _numbered(lost, ordered, checkpoints), notes
 
 
-def _places(checkpoints: Sequence[Taken]) -> tuple[list[_Place], list[int]]:
+def _places(checkpoints: Sequence[Foreign]) -> tuple[list[_Place], list[int]]:
     """Moments of checkpoints; those with contradicting metrics are moments of their own. And those without any."""
     places: list[_Place] = []
     lost = []
@@ -115,15 +99,11 @@ def _at(place: _Place, axis: str) -> int | None:
 
 
 def _order(place: _Place, axis: str | None) -> tuple[int, int]:
-    def number(value: int | None) -> int:
-        return -1 if value is None else value
-
-    if axis == STEP:
-        return number(place.step), number(place.epoch)
-    return number(place.epoch), number(place.step)
+    epoch, step = (-1 if value is None else value for value in (place.epoch, place.step))
+    return (step, epoch) if axis == STEP else (epoch, step)
 
 
-def _numbered(lost: Sequence[int], ordered: Sequence[_Place], checkpoints: Sequence[Taken]) -> list[Moment]:
+def _numbered(lost: Sequence[int], ordered: Sequence[_Place], checkpoints: Sequence[Foreign]) -> list[Moment]:
     """Steps for those that have none: of the moment before; where nobody tells a step, the number of the report."""
     moments = [
         Moment(None, 0 if ordered else report, dict(checkpoints[number].metrics), (number,), known=False, counted=True)
