@@ -73,8 +73,9 @@ def pack(data: Bytes, dtype: str, bases: Sequence[Bytes] = (), level: int | None
     if width == 1 or len(data) % width:
         return RAW, _compress(bytes(data), level or LEVELS[RAW])
     words, others = _words(data, dtype), [_words(base, dtype) for base in bases]
-    sparse = _is_sparse(words)
-    method = min(_methods(len(others)), key=lambda one: len(_encode(*_sample(words, others), dtype, one, sparse, 1)))
+    sparse = bool(np.count_nonzero(words) < (1 - _SPARSE) * len(words))
+    possible = (PLAIN, DELTA, TREND)[: len(others) + 1]
+    method = min(possible, key=lambda one: len(_encode(*_sample(words, others), dtype, one, sparse, 1)))
     packed = _encode(words, others, dtype, method, sparse, level or LEVELS[method])
     return (f"{method}-sparse" if sparse else method), packed
 
@@ -111,14 +112,6 @@ def _width(dtype: str) -> int:
 
 def _words(data: Bytes, dtype: str) -> Words:
     return np.frombuffer(data, f"<u{_width(dtype)}")
-
-
-def _methods(bases: int) -> tuple[str, ...]:
-    return (PLAIN, DELTA, TREND)[: bases + 1]
-
-
-def _is_sparse(words: Words) -> bool:
-    return bool(np.count_nonzero(words) < (1 - _SPARSE) * len(words))
 
 
 def _sample(words: Words, others: Sequence[Words]) -> tuple[Words, list[Words]]:
@@ -180,19 +173,15 @@ def _ordered(words: Words, dtype: str) -> Words:
     """Integers in the order of the floats; a bijection of all bit patterns, NaN and both zeros included."""
     if dtype not in _FLOATS:
         return words
-    flips = _signs(words)
-    flips |= _sign_bit(words)
-    flips ^= words
-    return flips
+    flips: Words = _signs(words) | _sign_bit(words)
+    return words ^ flips
 
 
 def _from_ordered(ordered: Words, dtype: str) -> Words:
     if dtype not in _FLOATS:
         return ordered
-    flips = ~_signs(ordered)
-    flips |= _sign_bit(ordered)
-    flips ^= ordered
-    return flips
+    flips: Words = ~_signs(ordered) | _sign_bit(ordered)
+    return ordered ^ flips
 
 
 def _predicted(others: Sequence[Words], dtype: str, method: str) -> Words | None:
@@ -206,20 +195,14 @@ def _residuals(words: Words, predicted: Words | None, dtype: str) -> Words:
     if predicted is None:
         return words
     difference = _ordered(words, dtype) - predicted
-    signs = _signs(difference)
-    difference <<= 1  # the sign goes into the last bit
-    difference ^= signs
-    return difference
+    return (difference << 1) ^ _signs(difference)  # the sign goes into the last bit
 
 
 def _restored(residuals: Words, predicted: Words | None, dtype: str) -> Words:
     if predicted is None:
         return residuals
-    signs = residuals & residuals.dtype.type(1)
-    np.negative(signs, out=signs)
-    signs ^= residuals >> residuals.dtype.type(1)
-    signs += predicted
-    return _from_ordered(signs, dtype)
+    signs = np.negative(residuals & 1)
+    return _from_ordered(((residuals >> 1) ^ signs) + predicted, dtype)
 
 
 def _compress(data: bytes, level: int) -> bytes:

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -133,15 +134,9 @@ def archived(store: Store, run: str, name: str) -> ArchiveRecord | None:
 def note_archived(store: Store, manifest: Manifest, packed_bytes: int, *, at: datetime, by: str) -> None:
     """Say durably that the files of a checkpoint are in its pack."""
     files = tuple(file.name for file in manifest.files)
-    record = {
-        "format": FORMAT,
-        "checkpoint": manifest.id,
-        "files": files,
-        "packed_bytes": packed_bytes,
-        "at": at,
-        "by": by,
-    }
-    store.create(layout.archived_key(manifest.run, manifest.name), seal(record))
+    record = ArchiveRecord(checkpoint=manifest.id, files=files, packed_bytes=packed_bytes, at=at, by=by)
+    sealed = seal({"format": FORMAT, **msgspec.to_builtins(record)})
+    store.create(layout.archived_key(manifest.run, manifest.name), sealed)
 
 
 # --- what tensors are in a range of a file ------------------------------------------------------------------------
@@ -275,7 +270,6 @@ class PackSource:
             raise CorruptError(f"{self._key} is the pack of another checkpoint, {self.index.checkpoint}")
         self._bases = [source(base) for base in self.index.bases]
         self._spots = [_spots(file.record, file.part) for file in self.index.files]
-        self._begins = [[spot.begin for spot in spots] for spots in self._spots]
         self._places = {spot.key: (number, spot.begin) for number, spots in enumerate(self._spots) for spot in spots}
 
     def take(self, key: Key, begin: int, end: int, memo: Memo) -> bytes | None:
@@ -309,7 +303,7 @@ class PackSource:
             piece = self.index.files[number].pieces[at]
             packed = self._store.get(self._key, piece.at, piece.at + piece.length)
             codec = load_codec()
-            wanted = self._spots_in(number, piece.begin, piece.end)
+            wanted = spots_in(self._spots[number], piece.begin, piece.end)
             others = gather(self._bases[: codec.bases_of(piece.method)], wanted, memo)
             try:
                 memo[mark] = codec.unpack(packed, piece.dtype, piece.method, piece.end - piece.begin, others)
@@ -317,13 +311,10 @@ class PackSource:
                 raise CorruptError(f"{self._key}: {error}") from error
         return memo[mark]
 
-    def _spots_in(self, number: int, begin: int, end: int) -> list[tuple[Key, int, int]]:
-        return spots_in(self._spots[number], self._begins[number], begin, end)
 
-
-def spots_in(spots: Sequence[Spot], begins: Sequence[int], begin: int, end: int) -> list[tuple[Key, int, int]]:
+def spots_in(spots: Sequence[Spot], begin: int, end: int) -> list[tuple[Key, int, int]]:
     """What is in a range: keys, and which of their bytes."""
-    at = bisect_right(begins, begin) - 1
+    at = bisect_right(spots, begin, key=lambda spot: spot.begin) - 1
     found = []
     while at < len(spots) and spots[at].begin < end:
         spot = spots[at]
@@ -540,22 +531,22 @@ def write_pack(store: Store, manifest: Manifest, plain: PlainSource, bases: Sequ
     sources = [base.source for base in bases]
     files: list[PackedFile] = []
 
+    def pack(data: memoryview, spots: Sequence[Spot], cut: tuple[int, int, str]) -> tuple[str, bytes]:
+        begin, end, dtype = cut
+        packed: tuple[str, bytes] = codec.pack(
+            data[begin:end], dtype, gather(sources, spots_in(spots, begin, end), {}), level
+        )
+        return packed
+
     def chunks() -> Iterator[bytes]:
         at = 0
         for file in manifest.files:
-            part, data = part_of(manifest, file.name), plain.file(file.name)
+            part = part_of(manifest, file.name)
             spots = _spots(file, part)
-            begins = [spot.begin for spot in spots]
-
-            def pack(
-                cut: tuple[int, int, str], data: memoryview = data, spots: Any = spots, begins: Any = begins
-            ) -> Any:
-                begin, end, dtype = cut
-                others = gather(sources, spots_in(spots, begins, begin, end), {})
-                return cut, codec.pack(data[begin:end], dtype, others, level)
-
+            cuts = list(_cut(spots))
+            packing = in_order(partial(pack, plain.file(file.name), spots), cuts)
             pieces = []
-            for (begin, end, dtype), (method, packed) in in_order(pack, list(_cut(spots))):
+            for (begin, end, dtype), (method, packed) in zip(cuts, packing, strict=True):
                 pieces.append(Piece(begin, end, dtype, method, at, len(packed)))
                 at += len(packed)
                 yield packed
@@ -564,9 +555,8 @@ def write_pack(store: Store, manifest: Manifest, plain: PlainSource, bases: Sequ
         needed = max((codec.bases_of(piece.method) for file in files for piece in file.pieces), default=0)
         used = bases[:needed]
         depth = 1 + max((base.depth for base in used), default=0)
-        index = Index(
-            checkpoint=manifest.id, bases=tuple(base.checkpoint for base in used), depth=depth, files=tuple(files)
-        )
+        ids = tuple(base.checkpoint for base in used)
+        index = Index(checkpoint=manifest.id, bases=ids, depth=depth, files=tuple(files))
         sealed = seal({"format": FORMAT, **msgspec.to_builtins(index)})
         yield sealed + len(sealed).to_bytes(8, "little") + _MAGIC
 

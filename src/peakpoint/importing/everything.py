@@ -19,6 +19,8 @@ from peakpoint.importing.unpickling import check_inert
 from peakpoint.rules import Rule, check_rules
 from peakpoint.store import Store, open_store
 
+_AXES = (logs.EPOCH, logs.STEP)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportReport:
@@ -106,7 +108,8 @@ def import_checkpoints(
     how = Reading(parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=inert, epochs_from=epochs_from)
     if epochs_from not in (0, 1):
         raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is called 0 or 1")
-    logs.check_how(join)
+    if join not in {"auto", *_AXES}:
+        raise ConfigError(f"join={join!r} cannot be: give auto, epoch or step")
     given = None if rules is None else check_rules(rules)
     sources, others = find(Path(path))
     seen, unreadable = _look(sources, how, skip=skip_unreadable or dry_run)
@@ -157,9 +160,6 @@ def _shifted(rows: Sequence[logs.Row], first: int) -> list[logs.Row]:
 def _check_stripped(seen: Sequence[Seen], prefix: str) -> None:
     if prefix and seen and not any(one.found.stripped for one in seen):
         raise ConfigError(f"--strip-prefix {prefix}: no name of a tensor begins with it in any of the files")
-
-
-_AXES = (logs.EPOCH, logs.STEP)
 
 
 def _check_joins(seen: Sequence[Seen], rows: Sequence[logs.Row], how: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peakpoint.errors import ConfigError, FormatError, MissingExtraError, NotFoundError
+from peakpoint.errors import FormatError, MissingExtraError, NotFoundError
 from peakpoint.store import translated
 
 EPOCH, STEP = "epoch", "step"
@@ -202,14 +202,3 @@ def key(row: Row, how: str) -> int | None:
     if how == STEP:
         return row.step
     return row.step if row.epoch is None else row.epoch
-
-
-def check_how(how: str) -> str:
-    """Return ``how`` if rows can be joined by it.
-
-    Raises:
-        ConfigError: it is not ``"auto"``, ``"epoch"`` or ``"step"``.
-    """
-    if how not in {"auto", EPOCH, STEP}:
-        raise ConfigError(f"join={how!r} cannot be: give auto, epoch or step")
-    return how

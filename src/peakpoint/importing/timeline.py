@@ -51,9 +51,9 @@ def timeline(checkpoints: Sequence[Foreign], rows: Sequence[Row], how: str = "au
     if how == "auto":
         how = joined_by(rows, [place.epoch for place in places], [place.step for place in places])
     notes, stray = _join(places, rows, how)
-    axis = next((axis for axis in (STEP, EPOCH) if all(_at(place, axis) is not None for place in places)), None)
+    axis = next((axis for axis in (STEP, EPOCH) if all(getattr(place, axis) is not None for place in places)), None)
     stray_axis = EPOCH if axis is None or (how == EPOCH and all(place.epoch is not None for place in places)) else axis
-    fitting = [place for place in stray if _at(place, stray_axis) is not None] if places else []
+    fitting = [place for place in stray if getattr(place, stray_axis) is not None] if places else []
     if len(fitting) < len(stray):
         notes.append(f"{len(stray) - len(fitting)} rows of metrics join no checkpoint, and have no place among them")
     ordered = sorted([*places, *fitting], key=lambda place: _order(place, stray_axis if fitting else axis))
@@ -83,7 +83,7 @@ def _join(places: Sequence[_Place], rows: Sequence[Row], how: str) -> tuple[list
     stray = []
     for row in rows:
         at = key(row, how)
-        joined = [place for place in places if at is not None and _at(place, how) == at]
+        joined = [place for place in places if at is not None and getattr(place, how) == at]
         for place in joined:
             place.metrics = {**row.metrics, **place.metrics}
         if not joined:
@@ -92,10 +92,6 @@ def _join(places: Sequence[_Place], rows: Sequence[Row], how: str) -> tuple[list
     if not rows:
         return [], []
     return [f"{len(rows) - len(stray)} of {len(rows)} rows of metrics join a checkpoint, by {how}"], stray
-
-
-def _at(place: _Place, axis: str) -> int | None:
-    return place.step if axis == STEP else place.epoch
 
 
 def _order(place: _Place, axis: str | None) -> tuple[int, int]:
