@@ -29,7 +29,7 @@ from peakpoint.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.seal import seal, unseal
 from peakpoint.store import Store
 from peakpoint.units import cores
-from peakpoint.writer import Span
+from peakpoint.writer import Span, StreamedImage
 
 PIECE = 4 * 1024 * 1024  # bytes
 _MAGIC = b"PEAKPACK"
@@ -86,11 +86,6 @@ class Index:
     bases: tuple[str, ...]
     depth: int
     files: tuple[PackedFile, ...]
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of all pieces."""
-        return sum(piece.length for file in self.files for piece in file.pieces)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,55 +377,20 @@ def spans_of(file: FileRecord) -> tuple[Span, ...]:
     return tuple(Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in file.tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class UnpackedImage:
-    """A file that is being unpacked; see ``peakpoint.writer.FileImage``.
-
-    Attributes:
-        source: the pack.
-        number: of the file in it.
-    """
-
-    source: PackSource
-    number: int
-    transient: bool = False
-    stable: bool = False
-
-    @property
-    def record(self) -> FileRecord:
-        """The file as the manifest has it."""
-        return self.source.index.files[self.number].record
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.record.name
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.record.size
-
-    @property
-    def header(self) -> int:
-        """Bytes before the tensors."""
-        return self.record.header
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The tensors."""
-        return spans_of(self.record)
-
-    def blocks(self) -> Iterator[memoryview]:
-        """All bytes in order, unpacked on every core."""
-        pieces = range(len(self.source.index.files[self.number].pieces))
-        for data in in_order(lambda at: self.source.unpack(self.number, at, {}), pieces):
-            yield memoryview(data)
+def blocks_of(source: PackSource, number: int) -> Iterator[memoryview]:
+    """All bytes of the file of that number in order, unpacked on every core."""
+    pieces = range(len(source.index.files[number].pieces))
+    for data in in_order(lambda at: source.unpack(number, at, {}), pieces):
+        yield memoryview(data)
 
 
-def unpacked(source: PackSource) -> list[UnpackedImage]:
+def unpacked(source: PackSource) -> list[StreamedImage]:
     """The files of a pack."""
-    return [UnpackedImage(source, number) for number in range(len(source.index.files))]
+    records = [file.record for file in source.index.files]
+    return [
+        StreamedImage(one.name, one.size, one.header, spans_of(one), partial(blocks_of, source, number))
+        for number, one in enumerate(records)
+    ]
 
 
 def source_of(store: Store, run: str, checkpoint: str, known: Mapping[str, Source] | None = None) -> PackSource:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peakpoint import reader
+from peakpoint.averaging import held
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.manifest import Manifest, metrics_to_json
 from peakpoint.repository import Repository
@@ -53,7 +53,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     chosen = list(parts) or [default_part(manifest)]
     for part in chosen:
         check_part_of(manifest, part)
-    with held(repository, manifest):
+    with held(repository.store, [manifest]):
         saved = read_state(repository.store, manifest, chosen)
         values = {part: saved.value(part, own=True) for part in chosen}
         with published(to) as temporary:
@@ -63,17 +63,6 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
                 with temporary.open("wb") as file:  # a file of ours: its errors are OSErrors, not torch's own
                     torch.save(values[chosen[0]] if len(chosen) == 1 else values, file)
     return manifest
-
-
-@contextlib.contextmanager
-def held(repository: Repository, manifest: Manifest) -> Iterator[None]:
-    """Keep rules from taking a checkpoint meanwhile, where the store can."""
-    hold = reader.reading(repository.store, manifest)
-    try:
-        yield
-    finally:
-        if hold is not None:
-            hold.release()
 
 
 def default_part(manifest: Manifest) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from peakpoint import card
+from peakpoint.averaging import held
 from peakpoint.errors import FormatError
-from peakpoint.export.files import check_free, check_weights, default_part, held, published
+from peakpoint.export.files import check_free, check_weights, default_part, published
 from peakpoint.journal import history
 from peakpoint.manifest import Manifest, metrics_to_json
 from peakpoint.repository import Repository
@@ -52,7 +53,7 @@ def export_folder(
     part = part or default_part(manifest)
     check_part_of(manifest, part)
     kept = [name for name in ("config", "extra") if name in manifest.parts]
-    with held(repository, manifest):
+    with held(repository.store, [manifest]):
         saved = read_state(repository.store, manifest, [part, *kept])
         weights = saved.value(part)
         check_weights(part, weights)

@@ -124,14 +124,10 @@ def import_checkpoints(
     intake = Intake(store, run, seen, moments, given, how, link=link)
     done = intake.preview() if dry_run or intake.complete else intake.write(clock, progress)
     order = [number for moment in moments for number in moment.taken]
-    known = sum(moment.known for moment in moments)
-    if known < len(moments):
-        lost = len(moments) - known
-        notes.append(
-            "1 says neither epoch nor step: it comes before all others"
-            if lost == 1
-            else f"{lost} say neither epoch nor step: they come before all others"
-        )
+    lost = sum(not moment.known for moment in moments)
+    if lost:
+        say, come = ("says", "it comes") if lost == 1 else ("say", "they come")
+        notes.append(f"{lost} {say} neither epoch nor step: {come} before all others")
     if epochs_from == 0 and min((moment.epoch for moment in moments if moment.epoch is not None), default=0) == 1:
         notes.append("the first epoch is 1, and epochs count from 0: if they count from 1 there, say --epochs-from 1")
     return ImportReport(

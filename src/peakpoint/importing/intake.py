@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peakpoint import journal as journals
-from peakpoint import layout, names
+from peakpoint.adding import held, named, opened, tell_report, tell_saved
 from peakpoint.audit import clean_run
 from peakpoint.capture import FromElsewhere, StateEncoder, capture
 from peakpoint.clock import Clock
@@ -26,12 +26,12 @@ from peakpoint.packs import spans_of
 from peakpoint.position import Position
 from peakpoint.reader import shelf
 from peakpoint.report import written_by
-from peakpoint.repository import Run, ensure_repository, ensure_run
+from peakpoint.repository import Run, ensure_run
 from peakpoint.rules import Rule, check_watched, watched
-from peakpoint.store import LocalStore, Store, holder_note
+from peakpoint.store import LocalStore, Store
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
-from peakpoint.writer import WholeImage, commit, unused_name
+from peakpoint.writer import WholeImage, commit
 
 DIGEST, PLACE = "source_blake3", "imported_from"  # in a manifest's written_by
 _MODEL = "model.safetensors"
@@ -198,46 +198,31 @@ class Intake:
 
     def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, Imported]:
         """Do it, holding the run."""
-        now = clock()
-        ensure_repository(self._store, now)
-        hold = self._store.hold(layout.writer_lock(self._run), holder_note(now))
-        try:
+        with held(self._store, self._run, clock) as now:
             self._look()  # somebody may have written since
-            by = written_by(trains=False) | {
-                "tool": "peakpoint import",
-                "source": str(self._seen[0].source.path.parent.absolute()),
-            }
+            source = str(self._seen[0].source.path.parent.absolute())
+            by = written_by(trains=False) | {"tool": "peakpoint import", "source": source}
             ensure_run(self._store, self._run, now, by, self._rules or ())
             clean_run(self._store, self._run, now)
-            there = Run(self._store, self._run)
-            self._in_force = there.rules() if self._rules is None else self._rules
-            journal = Journal(self._store, self._run, clock)
-            try:
-                done = self._write(journal, by, progress)
-                journal.append(journals.Closed(at=clock(), why="peakpoint import"))
-            finally:
-                journal.close()
-            return done
-        finally:
-            hold.release()
+            if self._rules is None:
+                self._in_force = Run(self._store, self._run).rules()
+            self._check_room()
+            texts = tuple(rule.text for rule in self._in_force)
+            optimizer = next((one.found.optimizer for one in self._seen if one.found.optimizer), "")
+            state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
+            with opened(self._store, self._run, clock, by, texts, self._parent, state) as journal:
+                self._unpin(journal)
+                return self._write(journal, progress)
 
-    def _write(self, journal: Journal, by: Mapping[str, str], progress: Callable[[int], None]) -> dict[int, Imported]:
-        self._check_room()
-        texts = tuple(rule.text for rule in self._in_force)
-        optimizer = next((one.found.optimizer for one in self._seen if one.found.optimizer), "")
-        state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
-        journal.append(journals.Opened(at=journal.now(), by=by, rules=texts, state=state))
-        parent = self._parent
-        origin = (None, 0) if parent is None else (parent.id, parent.report)
-        journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
-        self._unpin(journal)
+    def _write(self, journal: Journal, progress: Callable[[int], None]) -> dict[int, Imported]:
         buffer = Staging()
         done: dict[int, Imported] = {}
         for place in self._placed:
+            moment = place.moment
             if place.new:
-                journal.append(_reported(journal.now(), place))
-            for number in place.moment.taken:
-                done[number] = self._earlier(number, place.moment) or self._save(journal, buffer, number, place)
+                tell_report(journal, place.report, moment.step, moment.epoch, moment.metrics)
+            for number in moment.taken:
+                done[number] = self._earlier(number, moment) or self._save(journal, buffer, number, place)
                 progress(self._seen[number].source.size_bytes)
         return done
 
@@ -288,7 +273,7 @@ class Intake:
             why = f"{_PINNED}{one.source.path.name}"
             journal.append(journals.Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
         manifest = commit(self._store, draft, captured.images, first=journal.sync, adopt=adopt)
-        journal.append(_saved(journal.now(), manifest))
+        tell_saved(journal, manifest)
         self._parent, self._sequence = manifest, manifest.sequence
         more = self._why_copied(number, linked=any(linked))
         return self._told(number, moment, "linked" if any(linked) else "imported", manifest.name, *more)
@@ -307,22 +292,13 @@ class Intake:
         return origin, {_MODEL: WholeImage(_MODEL, data, record.header, spans_of(record))}
 
     def _draft(self, one: Seen, place: Placed, parts: Mapping[str, tuple[str, ...]]) -> Manifest:
-        id_, moment, path = secrets.token_hex(8), place.moment, one.source.path
-        name = names.checkpoint_name(
-            names.DEFAULT_TEMPLATE,
-            run=self._run,
-            id=id_,
-            step=moment.step,
-            epoch=moment.epoch,
-            metric=next((name for name, _ in watched(self._in_force) if name in moment.metrics), None),
-            metrics=moment.metrics,
-        )
+        moment, path = place.moment, one.source.path
         told = {PLACE: str(path.absolute()), DIGEST: one.digest}
         told |= {COUNTED: "no file tells it"} if moment.counted else {}
-        return Manifest(
-            id=id_,
+        draft = Manifest(
+            id=secrets.token_hex(8),
             run=self._run,
-            name=unused_name(self._store, self._run, name),
+            name="",
             sequence=self._sequence + 1,
             report=place.report,
             step=moment.step,
@@ -338,28 +314,13 @@ class Intake:
             written_by={**written_by(trains=False), **told},
             timing={},
         )
+        metric = next((name for name, _ in watched(self._in_force) if name in moment.metrics), None)
+        return named(self._store, draft, metric)
 
 
 _PINNED = "imported from "
 _ALIGNED = 8  # bytes: what tensors of every element type need
 _SHORT = 16
-
-
-def _reported(at: datetime, place: Placed) -> journals.Reported:
-    moment = place.moment
-    return journals.Reported(at=at, report=place.report, step=moment.step, epoch=moment.epoch, metrics=moment.metrics)
-
-
-def _saved(at: datetime, manifest: Manifest) -> journals.Saved:
-    return journals.Saved(
-        at=at,
-        checkpoint=manifest.id,
-        name=manifest.name,
-        sequence=manifest.sequence,
-        report=manifest.report,
-        reasons=manifest.reasons,
-        size_bytes=manifest.size_bytes,
-    )
 
 
 def _position(place: Placed, *, complete: bool) -> Position:

@@ -8,7 +8,7 @@ others are merged by step.
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,14 +129,11 @@ def _records_of_dict(given: Mapping[str, Any]) -> Any:
 def row_of(record: Mapping[str, Any]) -> Row | None:
     """A row from columns by name; None when it has no number, or neither epoch nor step."""
     values = {name: number for name, value in record.items() if name and (number := as_number(value)) is not None}
-    epoch = values.pop(EPOCH, None)
-    step = next((values.pop(name) for name in STEPS if name in values), None)
+    epoch = whole(values.pop(EPOCH, None))
+    step = whole(next((values.pop(name) for name in STEPS if name in values), None))
     if not values or (epoch is None and step is None):
         return None
-    at_epoch, at_step = whole(epoch), whole(step)
-    if at_epoch is None and at_step is None:
-        return None
-    return Row(at_epoch, at_step, {metric_name(name): value for name, value in values.items()})
+    return Row(epoch, step, {metric_name(name): value for name, value in values.items()})
 
 
 def merged(rows: Iterable[Row], *, by: str = "auto") -> list[Row]:
@@ -184,17 +181,6 @@ def _tensorboard(path: Path) -> list[Row]:
     if not rows:
         raise FormatError(f"{path} has event files of TensorBoard, but no scalars in them")
     return rows
-
-
-def joined_by(rows: Sequence[Row], epochs: Iterable[int | None], steps: Iterable[int | None]) -> str:
-    """Whether rows go with moments by epoch or by step: by what more of them share.
-
-    TensorBoard knows steps only, and many scripts give it the epoch for one: such rows may be joined by epoch, too.
-    """
-    by_step = len({row.step for row in rows} & ({*steps} - {None}))
-    by_epoch = len({key(row, EPOCH) for row in rows} & ({*epochs} - {None}))
-    all_have = bool(rows) and all(row.epoch is not None for row in rows)
-    return EPOCH if by_epoch > by_step or (by_epoch == by_step and all_have) else STEP
 
 
 def key(row: Row, how: str) -> int | None:

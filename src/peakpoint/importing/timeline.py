@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peakpoint.importing.foreign import Foreign
-from peakpoint.importing.logs import EPOCH, STEP, Row, joined_by, key
+from peakpoint.importing.logs import EPOCH, STEP, Row, key
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def timeline(checkpoints: Sequence[Foreign], rows: Sequence[Row], how: str = "au
     """
     places, lost = _places(checkpoints)
     if how == "auto":
-        how = joined_by(rows, [place.epoch for place in places], [place.step for place in places])
+        how = _joined_by(rows, places)
     notes, stray = _join(places, rows, how)
     axis = next((axis for axis in (STEP, EPOCH) if all(getattr(place, axis) is not None for place in places)), None)
     stray_axis = EPOCH if axis is None or (how == EPOCH and all(place.epoch is not None for place in places)) else axis
@@ -58,6 +58,17 @@ def timeline(checkpoints: Sequence[Foreign], rows: Sequence[Row], how: str = "au
         notes.append(f"{len(stray) - len(fitting)} rows of metrics join no checkpoint, and have no place among them")
     ordered = sorted([*places, *fitting], key=lambda place: _order(place, stray_axis if fitting else axis))
     return _numbered(lost, ordered, checkpoints), notes
+
+
+def _joined_by(rows: Sequence[Row], places: Sequence[_Place]) -> str:
+    """Whether rows go with moments by epoch or by step: by what more of them share.
+
+    TensorBoard knows steps only, and many scripts give it the epoch for one: such rows may be joined by epoch, too.
+    """
+    by_step = len({row.step for row in rows} & ({place.step for place in places} - {None}))
+    by_epoch = len({key(row, EPOCH) for row in rows} & ({place.epoch for place in places} - {None}))
+    all_have = bool(rows) and all(row.epoch is not None for row in rows)
+    return EPOCH if by_epoch > by_step or (by_epoch == by_step and all_have) else STEP
 
 
 def _places(checkpoints: Sequence[Foreign]) -> tuple[list[_Place], list[int]]:
