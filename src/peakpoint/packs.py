@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import CorruptError, FormatError, MissingExtraError, NotFoundError
+from peakpoint.errors import CorruptError, FormatError, NotFoundError, needing
 from peakpoint.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.seal import seal, unseal
 from peakpoint.store import Store
@@ -361,12 +361,8 @@ def load_codec() -> ModuleType:
     Raises:
         MissingExtraError: what it needs is not installed.
     """
-    try:
+    with needing("archive", "archives need"):
         return importlib.import_module("peakpoint.codec")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"archives need {error.name}, which is not installed: pip install 'peakpoint[archive]'"
-        ) from error
 
 
 # --- files out of packs -------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ WIDEST = 200  # metrics with a column; PostgreSQL takes 1,600 columns, SQLite 2,
 
 PREFIX = "peakpoint_"  # a team's database may have tables of its own that are called runs or files
 
-_TABLES = sa.MetaData()
+_NAMED = {"ix": "%(table_name)s_%(column_0_name)s"}
+_TABLES = sa.MetaData(naming_convention=_NAMED)
 _Key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only as INTEGER
 
 
@@ -75,18 +76,14 @@ checkpoints = sa.Table(
     sa.Column("key", _Key, primary_key=True),
     sa.Column("run", _Key, _owner(), nullable=False),
     sa.Column("sequence", sa.BigInteger, nullable=False),
-    sa.Column("epoch", sa.BigInteger),
-    sa.Column("step", sa.BigInteger, nullable=False),
-    sa.Column("size", sa.BigInteger, nullable=False),
-    sa.Column("created", sa.Double, nullable=False),  # seconds since 1970
+    sa.Column("epoch", sa.BigInteger, index=True),
+    sa.Column("step", sa.BigInteger, nullable=False, index=True),
+    sa.Column("size", sa.BigInteger, nullable=False, index=True),
+    sa.Column("created", sa.Double, nullable=False, index=True),  # seconds since 1970
     sa.Column("pinned", sa.Boolean, nullable=False),
     sa.Column("archived", sa.Boolean, nullable=False),
     sa.Column("whole", sa.Boolean, nullable=False),
     sa.Index(PREFIX + "checkpoints_run", "run", "sequence"),
-    sa.Index(PREFIX + "checkpoints_epoch", "epoch"),
-    sa.Index(PREFIX + "checkpoints_step", "step"),
-    sa.Index(PREFIX + "checkpoints_size", "size"),
-    sa.Index(PREFIX + "checkpoints_created", "created"),
 )
 rarities = sa.Table(
     PREFIX + "rarities",
@@ -100,11 +97,9 @@ details = sa.Table(
     PREFIX + "details",
     _TABLES,
     sa.Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
-    sa.Column("id", sa.Text, nullable=False),
-    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("id", sa.Text, nullable=False, index=True),
+    sa.Column("name", sa.Text, nullable=False, index=True),
     sa.Column("record", sa.Text, nullable=False),
-    sa.Index(PREFIX + "details_id", "id"),
-    sa.Index(PREFIX + "details_name", "name"),
 )
 reasons = sa.Table(
     PREFIX + "reasons",
@@ -113,7 +108,7 @@ reasons = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("reason", sa.Text, nullable=False),
 )
-_LATER = sa.MetaData()  # what migrations after the first have added
+_LATER = sa.MetaData(naming_convention=_NAMED)  # what migrations after the first have added
 aliases = sa.Table(
     PREFIX + "aliases",
     _LATER,
@@ -121,9 +116,8 @@ aliases = sa.Table(
     sa.Column("number", sa.BigInteger, nullable=False),  # of its newest record
     sa.Column("digest", sa.Text, nullable=False),  # of that record
     sa.Column("run", sa.Text),  # what it points at, whether that exists or not; NULL when it is retired
-    sa.Column("checkpoint", sa.Text),
+    sa.Column("checkpoint", sa.Text, index=True),
     sa.Column("since", sa.Double, nullable=False),
-    sa.Index(PREFIX + "aliases_checkpoint", "checkpoint"),
 )
 
 

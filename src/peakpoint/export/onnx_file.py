@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peakpoint.errors import ConfigError, FormatError, MismatchError, MissingExtraError
+from peakpoint.errors import ConfigError, FormatError, MismatchError, needing
 from peakpoint.export.files import check_free, published
 from peakpoint.functions import load_function
 from peakpoint.loading import load
@@ -49,7 +49,9 @@ def export_onnx(
     """
     check_free(to)
     manifest = repository.find_manifest(ref)
-    onnx = _onnx()
+    with needing("onnx", "export to ONNX needs"):
+        importlib.import_module("onnxscript")
+        onnx = importlib.import_module("onnx")
     model, example = _made(factory)
     arguments = tuple(map(_input, inputs)) or example
     if not arguments:
@@ -64,16 +66,6 @@ def export_onnx(
         _write(model, arguments, temporary)
         checked = _check(onnx, temporary, model, arguments, compare=size <= _SMALL)
     return manifest, checked
-
-
-def _onnx() -> Any:
-    try:
-        importlib.import_module("onnxscript")
-        return importlib.import_module("onnx")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"export to ONNX needs {error.name}, which is not installed: pip install 'peakpoint[onnx]'"
-        ) from error
 
 
 def _made(factory: str) -> tuple[torch.nn.Module, tuple[Any, ...]]:

@@ -6,6 +6,7 @@ others are merged by step.
 """
 
 import csv
+import importlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peakpoint.errors import FormatError, MissingExtraError, NotFoundError
+from peakpoint.errors import FormatError, NotFoundError, needing
 from peakpoint.store import translated
 
 EPOCH, STEP = "epoch", "step"
@@ -151,15 +152,9 @@ def merged(rows: Iterable[Row], *, by: str = "auto") -> list[Row]:
 
 
 def _tensorboard(path: Path) -> list[Row]:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import (  # noqa: PLC0415 - start-up time
-            EventAccumulator,
-        )
-        from tensorboard.util import tensor_util  # noqa: PLC0415 - start-up time
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"reading {path} needs {error.name}, which is not installed: pip install 'peakpoint[tensorboard]'"
-        ) from error
+    with needing("tensorboard", f"reading {path} needs"):
+        accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+        tensor_util: Any = importlib.import_module("tensorboard.util.tensor_util")
     places = sorted({file.parent for file in path.rglob("*tfevents*")}) if path.is_dir() else [path]
     if not places:
         raise FormatError(f"{path} is a folder without event files of TensorBoard")
@@ -167,7 +162,7 @@ def _tensorboard(path: Path) -> list[Row]:
     for place in places:
         below = place.relative_to(path).as_posix() if path.is_dir() else "."
         prefix = "" if below == "." else f"{below}/"
-        events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        events = accumulator.EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0}).Reload()
         by_step: dict[int, dict[str, float]] = {}
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
