@@ -34,15 +34,15 @@ class Remembered:
     """What a process remembers of a run that it has refreshed.
 
     Attributes:
-        text: how far the run is read, as the catalogue has it.
+        text: how far the run is read, as the catalogue has it; None for a run that it does not have.
         known: the same.
         rows: its checkpoints in the catalogue: name to key and id.
         columns: of the catalogue that was born as ``born``.
         noted: whether anything may be noted of its checkpoints.
     """
 
-    text: str
-    known: Known
+    text: str | None
+    known: Known | None
     rows: Rows
     columns: Columns | None = None
     born: int = 0
@@ -93,24 +93,27 @@ def refresh_run(
     while True:
         if before is None:  # what is remembered needs no question; whether it still holds is seen when it is written
             with reading.connect() as connection:
-                row = connection.execute(_state(run)).one()
-                tick = row.tick
-                if row.read is not None:
-                    noted = connection.execute(select(schema.noted.c.run).where(schema.noted.c.run == row.key).limit(1))
-                    before = Remembered(
-                        row.read, decoded(row.read), _rows(connection, row.key), noted=noted.first() is not None
-                    )
-        if before is not None and is_current(store, run, before.known):
+                tick, before = _recalled(connection, run)
+        if before.known is not None and is_current(store, run, before.known):
             return tick, before
-        news = read(store, run, None if before is None else before.known, {} if before is None else before.rows)
-        if before is not None and news.known == before.known and news.is_empty:
+        news = read(store, run, before.known, before.rows)
+        if news.known == before.known and news.is_empty:
             return tick, before
         with writing.begin() as connection:
             lock(connection)
             row = connection.execute(_state(run)).one()
-            if row.read == (None if before is None else before.text):
+            if row.read == before.text:
                 return _Update(connection, run, row, news, before).carry_out()
         before = None  # somebody else was here; what was read is read again
+
+
+def _recalled(connection: Connection, run: str) -> tuple[int, Remembered]:
+    """The catalogue's tick, and what it has of a run."""
+    row = connection.execute(_state(run)).one()
+    if row.read is None:
+        return row.tick, Remembered(None, None, {})
+    noted = connection.execute(select(schema.noted.c.run).where(schema.noted.c.run == row.key).limit(1)).first()
+    return row.tick, Remembered(row.read, decoded(row.read), _rows(connection, row.key), noted=noted is not None)
 
 
 def _state(run: str) -> Any:
@@ -141,16 +144,15 @@ def lock(connection: Connection) -> None:
 class _Update:
     """One run on its way into the catalogue."""
 
-    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, before: Remembered | None) -> None:
+    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, before: Remembered) -> None:
         self._connection, self._run, self._row, self._news = connection, run, row, news
-        rows = {} if before is None else before.rows
-        known = None if before is None or before.born != row.born else before.columns
+        known = before.columns if before.born == row.born else None
         self._columns = known if known is not None and len(known.keys) == row.metrics else None
-        self._noted = before is None or before.noted or any(isinstance(event, NOTES) for event in news.events)
+        self._noted = before.noted or any(isinstance(event, NOTES) for event in news.events)
         self._free = row.free
         self._new = row.read is None or news.whole
-        self._rows: Rows = {} if self._new else dict(rows)
-        self._keys = {identity: key for key, identity in rows.values()}  # which a checkpoint keeps
+        self._rows: Rows = {} if self._new else dict(before.rows)
+        self._keys = {identity: key for key, identity in before.rows.values()}  # which a checkpoint keeps
         self._key = row.key if row.key is not None else self._new_run()
 
     def _new_run(self) -> int:

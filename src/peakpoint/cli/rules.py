@@ -155,20 +155,16 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
 def _plan_json(
     run: Run, rules: Sequence[Rule], decided: Plan, failures: Sequence[str], *, applied: bool
 ) -> dict[str, Any]:
-    manifests = {manifest.id: manifest for manifest in run.manifests()}
+    keep = decided.keep
+    drops = [
+        {"ref": f"{run.name}/{one.manifest.name}", "parts": one.parts, "reason": one.reason} for one in decided.drop
+    ]
     return {
         "run": run.name,
         "rules": [rule.text for rule in rules],
-        "stays": [
-            render.manifest_json(manifest, decided.keep[manifest.id])
-            for manifest in manifests.values()
-            if manifest.id in decided.keep
-        ],
+        "stays": [render.manifest_json(one, keep[one.id]) for one in run.manifests() if one.id in keep],
         "goes": [render.manifest_json(removal.manifest, ()) | {"reason": removal.reason} for removal in decided.remove],
-        "drops": [
-            {"ref": f"{run.name}/{thinning.manifest.name}", "parts": thinning.parts, "reason": thinning.reason}
-            for thinning in decided.drop
-        ],
+        "drops": drops,
         "freed_bytes": decided.freed_bytes,
         "applied": applied,
         "failures": list(failures),
@@ -213,7 +209,7 @@ def _replay_json(run: Run, found: Replay, price: float | None) -> dict[str, Any]
         "reports": found.reports,
         "saves": found.saves,
         "most": found.most,
-        "kept": [moment(kept.moment) | {"claims": [asdict(claim) for claim in kept.claims]} for kept in found.kept],
+        "kept": [moment(one.moment) | {"claims": [asdict(claim) for claim in one.claims]} for one in found.kept],
         "checkpoint_bytes": found.size_bytes,
         "bytes_kept": found.bytes_kept,
         "bytes_written": found.bytes_written,

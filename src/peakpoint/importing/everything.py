@@ -121,7 +121,7 @@ def import_checkpoints(
     own = max((one.found.rows for one in seen), key=len, default=())
     moments, notes = timeline([one.found for one in seen], [*rows, *own], "step" if own and not rows else join)
     store = open_store(root)
-    intake = Intake(store, run, seen, moments, given, how, link=link)
+    intake = Intake(store=store, run=run, seen=seen, moments=moments, rules=given, how=how, link=link)
     done = intake.preview() if dry_run or intake.complete else intake.write(clock, progress)
     order = [number for moment in moments for number in moment.taken]
     lost = sum(not moment.known for moment in moments)

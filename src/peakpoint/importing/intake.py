@@ -98,10 +98,11 @@ class Seen:
         )
 
 
+@dataclass(kw_only=True)
 class Intake:
     """Brings sources into a run, or says what it would do.
 
-    Args:
+    Attributes:
         store: where.
         run: the run.
         seen: the sources.
@@ -115,62 +116,59 @@ class Intake:
         ConfigError: a rule ranks by a metric that none of them has.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        run: str,
-        seen: Sequence[Seen],
-        moments: Sequence[Moment],
-        rules: tuple[Rule, ...] | None,
-        how: Reading,
-        *,
-        link: bool,
-    ) -> None:
-        self._store, self._run, self._seen, self._moments = store, run, seen, moments
-        self._rules, self._how, self._link = rules, how, link
-        self._in_force = rules or ()
+    store: Store
+    run: str
+    seen: Sequence[Seen]
+    moments: Sequence[Moment]
+    rules: tuple[Rule, ...] | None
+    how: Reading
+    link: bool
+
+    def __post_init__(self) -> None:
+        self._in_force = self.rules or ()
         self._look()
-        known = (*(moment.metrics for moment in moments), *(one.metrics for one in journals.history(self._events)))
+        known = (*(moment.metrics for moment in self.moments), *(one.metrics for one in journals.history(self._events)))
         check_watched(self._in_force, {name for metrics in known for name in metrics})
 
     def _look(self) -> None:
-        there = shelf(self._store, self._run)
-        self._events = journals.read(self._store, self._run).events
+        there = shelf(self.store, self.run)
+        self._events = journals.read(self.store, self.run).events
         own = [one.name for one in there.manifests if DIGEST not in one.written_by]
         own += [one.name for one in there.damaged]
         if own:
             raise ConflictError(
-                f"run {self._run!r} holds {own[0]}, which was not imported: give another name with --run"
+                f"run {self.run!r} holds {own[0]}, which was not imported: give another name with --run"
             )
         self._there = {one.written_by[DIGEST]: one for one in there.manifests}
         saved = [event for event in self._events if isinstance(event, journals.Saved)]
         reasons = " ".join(reason for event in saved for reason in event.reasons)
-        missing = [one.digest for one in self._seen if one.digest not in self._there]
+        missing = [one.digest for one in self.seen if one.digest not in self._there]
         self._gone = {digest for digest in missing if digest[:_SHORT] in reasons}
-        self._new = [one for one in self._seen if one.digest in {*missing} - self._gone]
+        known = {*self._there, *self._gone}
+        self._new = [one for one in self.seen if one.digest not in known]
         self._parent = there.manifests[-1] if there.manifests else None
         self._sequence = max([event.sequence for event in saved] + [one.sequence for one in there.manifests], default=0)
         self._placed = self._places()
 
     def _places(self) -> list[Placed]:
         newest, told = self._parent, journals.history(self._events)
-        digests = dict(enumerate(one.digest for one in self._seen))
+        digests = dict(enumerate(one.digest for one in self.seen))
         there = {number: self._there[digest] for number, digest in digests.items() if digest in self._there}
         gone = frozenset(number for number, digest in digests.items() if digest in self._gone)
         before = [] if newest is None else journals.history(self._events, newest.id)
         rest = [] if newest is None else [one for one in told if one.report > newest.report]
         try:
-            return placed(self._moments, there, gone, newest, before, rest)
+            return placed(self.moments, there, gone, newest, before, rest)
         except OutOfPlaceError as error:
-            which = "a row of the metrics" if error.number is None else str(self._seen[error.number].source.path)
-            raise ConflictError(f"{which} does not go into run {self._run!r}: {error}") from error
+            which = "a row of the metrics" if error.number is None else str(self.seen[error.number].source.path)
+            raise ConflictError(f"{which} does not go into run {self.run!r}: {error}") from error
 
     @property
     def complete(self) -> bool:
         """Whether there is nothing to do."""
         untold = any(place.new for place in self._placed)
         enough = len(journals.history(self._events)) >= max((place.report for place in self._placed), default=0)
-        return not self._new and self._rules is None and (enough or not untold)
+        return not self._new and self.rules is None and (enough or not untold)
 
     @property
     def reports(self) -> int:
@@ -179,12 +177,12 @@ class Intake:
         return max([there, *(place.report for place in self._placed)])
 
     def _told(self, number: int, moment: Moment, status: str, name: str | None = None, *more: str) -> Imported:
-        told = self._seen[number].told(status, name, *more)
+        told = self.seen[number].told(status, name, *more)
         return replace(told, epoch=moment.epoch, step=moment.step, step_counted=moment.counted, metrics=moment.metrics)
 
     def _earlier(self, number: int, moment: Moment) -> Imported | None:
         """What is said of a source that was imported earlier; None of a new one."""
-        digest = self._seen[number].digest
+        digest = self.seen[number].digest
         if digest in self._there:
             return self._told(number, moment, "there", self._there[digest].name)
         return self._told(number, moment, "removed") if digest in self._gone else None
@@ -198,19 +196,19 @@ class Intake:
 
     def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, Imported]:
         """Do it, holding the run."""
-        with held(self._store, self._run, clock) as now:
+        with held(self.store, self.run, clock) as now:
             self._look()  # somebody may have written since
-            source = str(self._seen[0].source.path.parent.absolute())
+            source = str(self.seen[0].source.path.parent.absolute())
             by = written_by(trains=False) | {"tool": "peakpoint import", "source": source}
-            ensure_run(self._store, self._run, now, by, self._rules or ())
-            clean_run(self._store, self._run, now)
-            if self._rules is None:
-                self._in_force = Run(self._store, self._run).rules()
+            ensure_run(self.store, self.run, now, by, self.rules or ())
+            clean_run(self.store, self.run, now)
+            if self.rules is None:
+                self._in_force = Run(self.store, self.run).rules()
             self._check_room()
             texts = tuple(rule.text for rule in self._in_force)
-            optimizer = next((one.found.optimizer for one in self._seen if one.found.optimizer), "")
+            optimizer = next((one.found.optimizer for one in self.seen if one.found.optimizer), "")
             state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
-            with opened(self._store, self._run, clock, by, texts, self._parent, state) as journal:
+            with opened(self.store, self.run, clock, by, texts, self._parent, state) as journal:
                 self._unpin(journal)
                 return self._write(journal, progress)
 
@@ -223,36 +221,36 @@ class Intake:
                 tell_report(journal, place.report, moment.step, moment.epoch, moment.metrics)
             for number in moment.taken:
                 done[number] = self._earlier(number, moment) or self._save(journal, buffer, number, place)
-                progress(self._seen[number].source.size_bytes)
+                progress(self.seen[number].source.size_bytes)
         return done
 
     def _check_room(self) -> None:
         needed = sum(one.source.size_bytes for one in self._new)
-        free = self._store.free()
-        if free is not None and not self._link and free < needed + _SLACK:
+        free = self.store.free()
+        if free is not None and not self.link and free < needed + _SLACK:
             raise StoreError(
                 errno.ENOSPC,
-                f"no space in {self._store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
+                f"no space in {self.store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
                 "are free; free some space. Nothing was imported",
             )
 
     def _unpin(self, journal: Journal) -> None:
         """With rules, checkpoints are theirs: also those that an earlier import has pinned."""
-        for id_, why in notes_of(self._events).pinned.items() if self._rules is not None else ():
+        for id_, why in notes_of(self._events).pinned.items() if self.rules is not None else ():
             if why.startswith(_PINNED):
                 journal.append(journals.Unpinned(at=journal.now(), checkpoint=id_, by="peakpoint import --rules"))
 
     def _why_copied(self, number: int, *, linked: bool) -> tuple[str, ...]:
-        if not self._link or linked:
+        if not self.link or linked:
             return ()
-        if self._seen[number].found.linkable is None:
+        if self.seen[number].found.linkable is None:
             return ("copied, not linked: it is no safetensors file that is one whole model",)
         return ("copied, not linked: another file system, a header that is not aligned, or a store without links",)
 
     def _save(self, journal: Journal, buffer: Staging, number: int, place: Placed) -> Imported:
         """Commit one checkpoint."""
-        one, moment = self._seen[number], place.moment
-        found, _ = keepable(read(one.source, self._how))
+        one, moment = self.seen[number], place.moment
+        found, _ = keepable(read(one.source, self.how))
         state = dict(found.parts) | ({EXTRA: dict(found.extra)} if found.extra else {})
         origin, images = self._linkable(found)
         position = _position(place, complete=found.complete).as_plain()
@@ -264,15 +262,15 @@ class Intake:
         linked: list[bool] = []
 
         def adopt(name: str, key: str) -> bool:
-            if name != _MODEL or origin is None or not isinstance(self._store, LocalStore):
+            if name != _MODEL or origin is None or not isinstance(self.store, LocalStore):
                 return False
-            linked.append(self._store.adopt(origin, key))
+            linked.append(self.store.adopt(origin, key))
             return linked[-1]
 
-        if self._rules is None:
+        if self.rules is None:
             why = f"{_PINNED}{one.source.path.name}"
             journal.append(journals.Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
-        manifest = commit(self._store, draft, captured.images, first=journal.sync, adopt=adopt)
+        manifest = commit(self.store, draft, captured.images, first=journal.sync, adopt=adopt)
         tell_saved(journal, manifest)
         self._parent, self._sequence = manifest, manifest.sequence
         more = self._why_copied(number, linked=any(linked))
@@ -280,7 +278,7 @@ class Intake:
 
     def _linkable(self, found: Foreign) -> tuple[Path | None, Mapping[str, WholeImage]]:
         """A file that may serve as it is: where it is, and its image."""
-        if not self._link or found.linkable is None:
+        if not self.link or found.linkable is None:
             return None, {}
         origin, record = found.linkable
         encoder = Encoder()
@@ -297,7 +295,7 @@ class Intake:
         told |= {COUNTED: "no file tells it"} if moment.counted else {}
         draft = Manifest(
             id=secrets.token_hex(8),
-            run=self._run,
+            run=self.run,
             name="",
             sequence=self._sequence + 1,
             report=place.report,
@@ -315,7 +313,7 @@ class Intake:
             timing={},
         )
         metric = next((name for name, _ in watched(self._in_force) if name in moment.metrics), None)
-        return named(self._store, draft, metric)
+        return named(self.store, draft, metric)
 
 
 _PINNED = "imported from "

@@ -26,6 +26,7 @@ from peakpoint.tensors import tensors_of
 
 PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 SAFETENSORS = ".safetensors"
+_KINDS = {SAFETENSORS: "safetensors", **dict.fromkeys(PICKLED, "torch")}
 _LARGEST_HEADER = 100 * 1024**2
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _HF_PARTS = {  # of transformers, and of accelerate's save_state
@@ -96,9 +97,8 @@ def find(path: Path) -> tuple[list[Source], list[Path]]:
 def _below(path: Path) -> Iterator[Source | Path]:
     """Checkpoints, and the paths of everything else; files before folders."""
     if path.is_file():
-        kind = "safetensors" if path.suffix.lower() == SAFETENSORS else "torch"
-        known = path.suffix.lower() in {SAFETENSORS, *PICKLED}
-        yield Source(path=path, kind=kind, files=(path,)) if known else path
+        kind = _KINDS.get(path.suffix.lower())
+        yield path if kind is None else Source(path=path, kind=kind, files=(path,))
         return
     children = sorted(child for child in path.iterdir() if child.name == ".metadata" or child.name[0] != ".")
     files = [child for child in children if child.is_file()]
