@@ -173,15 +173,19 @@ def _ordered(words: Words, dtype: str) -> Words:
     """Integers in the order of the floats; a bijection of all bit patterns, NaN and both zeros included."""
     if dtype not in _FLOATS:
         return words
-    flips: Words = _signs(words) | _sign_bit(words)
-    return words ^ flips
+    flips = _signs(words)
+    flips |= _sign_bit(words)
+    flips ^= words
+    return flips
 
 
 def _from_ordered(ordered: Words, dtype: str) -> Words:
     if dtype not in _FLOATS:
         return ordered
-    flips: Words = ~_signs(ordered) | _sign_bit(ordered)
-    return ordered ^ flips
+    flips = ~_signs(ordered)
+    flips |= _sign_bit(ordered)
+    flips ^= ordered
+    return flips
 
 
 def _predicted(others: Sequence[Words], dtype: str, method: str) -> Words | None:
@@ -195,14 +199,20 @@ def _residuals(words: Words, predicted: Words | None, dtype: str) -> Words:
     if predicted is None:
         return words
     difference = _ordered(words, dtype) - predicted
-    return (difference << 1) ^ _signs(difference)  # the sign goes into the last bit
+    signs = _signs(difference)
+    difference <<= 1  # the sign goes into the last bit
+    difference ^= signs
+    return difference
 
 
 def _restored(residuals: Words, predicted: Words | None, dtype: str) -> Words:
     if predicted is None:
         return residuals
-    signs = np.negative(residuals & 1)
-    return _from_ordered(((residuals >> 1) ^ signs) + predicted, dtype)
+    signs = residuals & residuals.dtype.type(1)
+    np.negative(signs, out=signs)
+    signs ^= residuals >> residuals.dtype.type(1)
+    signs += predicted
+    return _from_ordered(signs, dtype)
 
 
 def _compress(data: bytes, level: int) -> bytes:

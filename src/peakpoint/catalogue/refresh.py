@@ -262,7 +262,8 @@ class _Update:
         said = json.loads(text)
         steps = {peak["metric"]: peak["best_step"] for peak in said.get("peaks", [])}
         table = schema.checkpoints.c
-        found = select(table.step).where(table.run == self._key, table.step.in_(steps.values()))
+        # a sum has no index: those of this run are few, those of this step many
+        found = select(table.step).where(table.run == self._key, (table.step + 0).in_(steps.values()))
         there = set(self._connection.scalars(found)) if steps else set()
         return json.dumps(said | {"kept": {metric: step in there for metric, step in steps.items()}})
 
