@@ -671,6 +671,7 @@ def test_one_of_the_first_release_learns_of_aliases_where_it_stands(small, catal
         schema.migrate(connection, digest(store.get(layout.REPOSITORY)), store.location, schema.MIGRATIONS[:1])
         assert schema.version_of(connection) == 1
         assert not sqlalchemy.inspect(connection).has_table("peakpoint_aliases")
+        connection.execute(sqlalchemy.text("CREATE TABLE peakpoint_files (checkpoint INTEGER)"))
         born = connection.scalar(sqlalchemy.select(schema.meta.c.born))
     # as the first release would have filled it
     [run] = pp.open(small).runs()
@@ -683,6 +684,7 @@ def test_one_of_the_first_release_learns_of_aliases_where_it_stands(small, catal
     with engine.begin() as connection:
         assert schema.version_of(connection) == len(schema.MIGRATIONS)
         assert connection.scalar(sqlalchemy.select(schema.meta.c.born)) == born, "it was not made anew"
+        assert not sqlalchemy.inspect(connection).has_table("peakpoint_files"), "which nothing has ever read"
         schema.drop_all(connection)
         assert not [name for name in sqlalchemy.inspect(connection).get_table_names() if name.startswith("peakpoint_")]
     for catalogue in catalogues:

@@ -937,7 +937,7 @@ def test_a_narrow_terminal_has_fewer_columns(made, tmp_path):
     os.close(theirs)
     text = os.read(ours, 100_000).decode()
     os.close(ours)
-    rows = [line for line in text.splitlines() if line.startswith(" e")]
+    rows = [line for line in text.splitlines() if line.startswith("e")]
     assert len(rows) == 5, text
     assert all(row.rstrip().endswith("planned") for row in rows)
     assert "torch.save" not in text

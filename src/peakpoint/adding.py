@@ -1,8 +1,9 @@
-"""The writing side of what is made from checkpoints: one more checkpoint, in a run of such checkpoints."""
+"""The writing side of checkpoints that no loop reports: what is made from others, and what other tools have saved."""
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -23,52 +24,28 @@ from peakpoint.repository import ensure_repository, ensure_run, rules_of
 from peakpoint.store import Store, holder_note
 from peakpoint.tensors import FileLayout
 from peakpoint.tree import Encoder
-from peakpoint.writer import BLOCK, Span, WholeImage, commit, sweep, unused_name
+from peakpoint.writer import BLOCK, StreamedImage, WholeImage, commit, sweep, unused_name
 
 
-@dataclass(frozen=True, slots=True)
-class MadeImage:
-    """A tensor file whose tensors are made when they are written, one after the other; see ``FileImage``.
+def made_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:
+    """A tensor file whose tensors are made when they are written, one after the other.
 
-    Attributes:
+    Args:
         placed: where everything goes in the file.
         make: the values of a stored tensor, contiguous, by its name.
     """
 
-    placed: FileLayout
-    make: Callable[[str], torch.Tensor]
-    transient: bool = True  # so that no more than one tensor waits to be hashed
-    stable: bool = False
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.placed.name
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.placed.size
-
-    @property
-    def header(self) -> int:
-        """How many of them stand before the tensors."""
-        return len(self.placed.header)
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The tensors, in file order."""
-        return self.placed.spans
-
-    def blocks(self) -> Iterator[memoryview]:
-        """All bytes in order, in blocks of no more than ``BLOCK``."""
-        yield memoryview(self.placed.header)
-        for span in self.spans:
+    def blocks() -> Iterator[memoryview]:
+        yield memoryview(placed.header)
+        for span in placed.spans:
             if span.end > span.begin:
-                octets = self.make(span.name).reshape(-1).view(torch.uint8)
+                octets = make(span.name).reshape(-1).view(torch.uint8)
                 data = memoryview(octets.numpy())  # type: ignore[arg-type] # an array is a buffer
                 for begin in range(0, len(data), BLOCK):
                     yield data[begin : begin + BLOCK]
+
+    # transient, so that no more than one tensor waits to be hashed
+    return StreamedImage(placed.name, placed.size, len(placed.header), placed.spans, blocks, transient=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +65,7 @@ class Made:
 
     part: str
     tree: Any
-    image: MadeImage
+    image: StreamedImage
     step: int
     metrics: Mapping[str, float]
     reason: str
@@ -119,27 +96,96 @@ def add(store: Store, run: str, made: Made, clock: Clock) -> Manifest:
         ConflictError: another process writes the run, or see ``check_run_for``.
         StoreError: the store refused.
     """
-    now = clock()
-    ensure_repository(store, now)
-    hold = store.hold(layout.writer_lock(run), holder_note(now))
-    try:
+    with held(store, run, clock) as now:
         there = check_run_for(store, run)
         ensure_run(store, run, now, _by(), ())
         clean_run(store, run, now)
         events = journals.read(store, run).events
-        journal = Journal(store, run, clock)
-        try:
-            rules = tuple(rule.text for rule in rules_of(events))
-            journal.append(journals.Opened(at=journal.now(), by=_by(), rules=rules))
-            origin = (there[-1].id, there[-1].report) if there else (None, 0)
-            journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
-            manifest = _commit(store, journal, _draft(store, run, made, there, events, journal.now()), made)
-            journal.append(journals.Closed(at=clock(), why="peakpoint soup"))
-        finally:
-            journal.close()
-        return manifest
+        rules = tuple(rule.text for rule in rules_of(events))
+        with opened(store, run, clock, _by(), rules, there[-1] if there else None) as journal:
+            return _commit(store, journal, _draft(store, run, made, there, events, journal.now()), made)
+
+
+@contextlib.contextmanager
+def held(store: Store, run: str, clock: Clock) -> Iterator[datetime]:
+    """Hold a run, in a repository that exists then; gives the time.
+
+    Raises:
+        ConflictError: another process writes the run.
+    """
+    now = clock()
+    ensure_repository(store, now)
+    hold = store.hold(layout.writer_lock(run), holder_note(now))
+    try:
+        yield now
     finally:
         hold.release()
+
+
+@contextlib.contextmanager
+def opened(
+    store: Store,
+    run: str,
+    clock: Clock,
+    by: Mapping[str, str],
+    rules: tuple[str, ...],
+    newest: Manifest | None,
+    state: Mapping[str, str] | None = None,
+) -> Iterator[Journal]:
+    """The journal of a run that is held, to go on after its newest checkpoint.
+
+    Args:
+        store: where.
+        run: which.
+        clock: tells the time.
+        by: who writes; its ``tool`` is why the segment ends.
+        rules: those in force.
+        newest: what the run goes on from; None for its beginning.
+        state: what is told of the state.
+    """
+    journal = Journal(store, run, clock)
+    try:
+        journal.append(journals.Opened(at=journal.now(), by=by, rules=rules, state=state or {}))
+        origin = (None, 0) if newest is None else (newest.id, newest.report)
+        journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
+        yield journal
+        journal.append(journals.Closed(at=clock(), why=by["tool"]))
+    finally:
+        journal.close()
+
+
+def named(store: Store, draft: Manifest, metric: str | None) -> Manifest:
+    """A draft with a name that is free, made of its moment and of a metric."""
+    name = names.checkpoint_name(
+        names.DEFAULT_TEMPLATE,
+        run=draft.run,
+        id=draft.id,
+        step=draft.step,
+        epoch=draft.epoch,
+        metric=metric,
+        metrics=draft.metrics,
+    )
+    return replace(draft, name=unused_name(store, draft.run, name))
+
+
+def tell_report(journal: Journal, report: int, step: int, epoch: int | None, metrics: Mapping[str, float]) -> None:
+    """Write down a moment."""
+    journal.append(journals.Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
+
+
+def tell_saved(journal: Journal, manifest: Manifest) -> None:
+    """Write down that a checkpoint exists."""
+    journal.append(
+        journals.Saved(
+            at=journal.now(),
+            checkpoint=manifest.id,
+            name=manifest.name,
+            sequence=manifest.sequence,
+            report=manifest.report,
+            reasons=manifest.reasons,
+            size_bytes=manifest.size_bytes,
+        )
+    )
 
 
 def _draft(
@@ -149,20 +195,10 @@ def _draft(
     used = [event.sequence for event in events if isinstance(event, journals.Saved)]
     report = 1 if newest is None else newest.report + 1
     step = made.step if newest is None else max(made.step, newest.step + 1)
-    id_ = secrets.token_hex(8)
-    name = names.checkpoint_name(
-        names.DEFAULT_TEMPLATE,
+    draft = Manifest(
+        id=secrets.token_hex(8),
         run=run,
-        id=id_,
-        step=step,
-        epoch=None,
-        metric=next(iter(made.metrics), None),
-        metrics=made.metrics,
-    )
-    return Manifest(
-        id=id_,
-        run=run,
-        name=unused_name(store, run, name),
+        name="",
         sequence=1 + max([*used, 0 if newest is None else newest.sequence]),
         report=report,
         step=step,
@@ -179,6 +215,7 @@ def _draft(
         timing={},
         members=made.members,
     )
+    return named(store, draft, next(iter(made.metrics), None))
 
 
 def _by() -> dict[str, str]:
@@ -200,26 +237,12 @@ def _state(made: Made, draft: Manifest) -> WholeImage:
 
 def _commit(store: Store, journal: Journal, draft: Manifest, made: Made) -> Manifest:
     images = (made.image, _state(made, draft))
-    journal.append(
-        journals.Reported(
-            at=journal.now(), report=draft.report, step=draft.step, epoch=draft.epoch, metrics=draft.metrics
-        )
-    )
+    tell_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
     manifest = None
     try:
         manifest = commit(store, draft, images, first=journal.sync)
     finally:
         if manifest is None and store.size(layout.manifest_key(draft.run, draft.name)) is None:
             sweep(store, draft.run, draft.name, [image.name for image in images])
-    journal.append(
-        journals.Saved(
-            at=journal.now(),
-            checkpoint=manifest.id,
-            name=manifest.name,
-            sequence=manifest.sequence,
-            report=manifest.report,
-            reasons=manifest.reasons,
-            size_bytes=manifest.size_bytes,
-        )
-    )
+    tell_saved(journal, manifest)
     return manifest

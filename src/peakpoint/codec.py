@@ -73,8 +73,9 @@ def pack(data: Bytes, dtype: str, bases: Sequence[Bytes] = (), level: int | None
     if width == 1 or len(data) % width:
         return RAW, _compress(bytes(data), level or LEVELS[RAW])
     words, others = _words(data, dtype), [_words(base, dtype) for base in bases]
-    sparse = _is_sparse(words)
-    method = min(_methods(len(others)), key=lambda one: len(_encode(*_sample(words, others), dtype, one, sparse, 1)))
+    sparse = bool(np.count_nonzero(words) < (1 - _SPARSE) * len(words))
+    possible = (PLAIN, DELTA, TREND)[: len(others) + 1]
+    method = min(possible, key=lambda one: len(_encode(*_sample(words, others), dtype, one, sparse, 1)))
     packed = _encode(words, others, dtype, method, sparse, level or LEVELS[method])
     return (f"{method}-sparse" if sparse else method), packed
 
@@ -111,14 +112,6 @@ def _width(dtype: str) -> int:
 
 def _words(data: Bytes, dtype: str) -> Words:
     return np.frombuffer(data, f"<u{_width(dtype)}")
-
-
-def _methods(bases: int) -> tuple[str, ...]:
-    return (PLAIN, DELTA, TREND)[: bases + 1]
-
-
-def _is_sparse(words: Words) -> bool:
-    return bool(np.count_nonzero(words) < (1 - _SPARSE) * len(words))
 
 
 def _sample(words: Words, others: Sequence[Words]) -> tuple[Words, list[Words]]:

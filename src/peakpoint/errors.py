@@ -20,6 +20,8 @@ The number is the exit code of the command line. A message says what, where, and
 Errors of other libraries are translated where they enter and chained (``raise ... from``).
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -39,6 +41,25 @@ class MissingExtraError(Error, ImportError):
     """An optional package that this needs is not installed; the message says how to install it."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Say how to install what an import of the block has not found.
+
+    Args:
+        extra: of Peakpoint, that brings it.
+        what: who needs it, with the verb, such as ``"archives need"``.
+
+    Raises:
+        MissingExtraError: a module is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{what} {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
+        ) from error
 
 
 class NotFoundError(Error, LookupError):

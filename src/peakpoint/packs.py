@@ -17,18 +17,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import CorruptError, FormatError, MissingExtraError, NotFoundError
+from peakpoint.errors import CorruptError, FormatError, NotFoundError, needing
 from peakpoint.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.seal import seal, unseal
 from peakpoint.store import Store
 from peakpoint.units import cores
-from peakpoint.writer import Span
+from peakpoint.writer import Span, StreamedImage
 
 PIECE = 4 * 1024 * 1024  # bytes
 _MAGIC = b"PEAKPACK"
@@ -86,11 +87,6 @@ class Index:
     depth: int
     files: tuple[PackedFile, ...]
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of all pieces."""
-        return sum(piece.length for file in self.files for piece in file.pieces)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveRecord:
@@ -133,15 +129,9 @@ def archived(store: Store, run: str, name: str) -> ArchiveRecord | None:
 def note_archived(store: Store, manifest: Manifest, packed_bytes: int, *, at: datetime, by: str) -> None:
     """Say durably that the files of a checkpoint are in its pack."""
     files = tuple(file.name for file in manifest.files)
-    record = {
-        "format": FORMAT,
-        "checkpoint": manifest.id,
-        "files": files,
-        "packed_bytes": packed_bytes,
-        "at": at,
-        "by": by,
-    }
-    store.create(layout.archived_key(manifest.run, manifest.name), seal(record))
+    record = ArchiveRecord(checkpoint=manifest.id, files=files, packed_bytes=packed_bytes, at=at, by=by)
+    sealed = seal({"format": FORMAT, **msgspec.to_builtins(record)})
+    store.create(layout.archived_key(manifest.run, manifest.name), sealed)
 
 
 # --- what tensors are in a range of a file ------------------------------------------------------------------------
@@ -275,7 +265,6 @@ class PackSource:
             raise CorruptError(f"{self._key} is the pack of another checkpoint, {self.index.checkpoint}")
         self._bases = [source(base) for base in self.index.bases]
         self._spots = [_spots(file.record, file.part) for file in self.index.files]
-        self._begins = [[spot.begin for spot in spots] for spots in self._spots]
         self._places = {spot.key: (number, spot.begin) for number, spots in enumerate(self._spots) for spot in spots}
 
     def take(self, key: Key, begin: int, end: int, memo: Memo) -> bytes | None:
@@ -309,7 +298,7 @@ class PackSource:
             piece = self.index.files[number].pieces[at]
             packed = self._store.get(self._key, piece.at, piece.at + piece.length)
             codec = load_codec()
-            wanted = self._spots_in(number, piece.begin, piece.end)
+            wanted = spots_in(self._spots[number], piece.begin, piece.end)
             others = gather(self._bases[: codec.bases_of(piece.method)], wanted, memo)
             try:
                 memo[mark] = codec.unpack(packed, piece.dtype, piece.method, piece.end - piece.begin, others)
@@ -317,13 +306,10 @@ class PackSource:
                 raise CorruptError(f"{self._key}: {error}") from error
         return memo[mark]
 
-    def _spots_in(self, number: int, begin: int, end: int) -> list[tuple[Key, int, int]]:
-        return spots_in(self._spots[number], self._begins[number], begin, end)
 
-
-def spots_in(spots: Sequence[Spot], begins: Sequence[int], begin: int, end: int) -> list[tuple[Key, int, int]]:
+def spots_in(spots: Sequence[Spot], begin: int, end: int) -> list[tuple[Key, int, int]]:
     """What is in a range: keys, and which of their bytes."""
-    at = bisect_right(begins, begin) - 1
+    at = bisect_right(spots, begin, key=lambda spot: spot.begin) - 1
     found = []
     while at < len(spots) and spots[at].begin < end:
         spot = spots[at]
@@ -375,68 +361,32 @@ def load_codec() -> ModuleType:
     Raises:
         MissingExtraError: what it needs is not installed.
     """
-    try:
+    with needing("archive", "archives need"):
         return importlib.import_module("peakpoint.codec")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"archives need {error.name}, which is not installed: pip install 'peakpoint[archive]'"
-        ) from error
 
 
 # --- files out of packs -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class UnpackedImage:
-    """A file that is being unpacked; see ``peakpoint.writer.FileImage``.
-
-    Attributes:
-        source: the pack.
-        number: of the file in it.
-    """
-
-    source: PackSource
-    number: int
-    transient: bool = False
-    stable: bool = False
-
-    @property
-    def record(self) -> FileRecord:
-        """The file as the manifest has it."""
-        return self.source.index.files[self.number].record
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.record.name
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.record.size
-
-    @property
-    def header(self) -> int:
-        """Bytes before the tensors."""
-        return self.record.header
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The tensors."""
-        return tuple(
-            Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in self.record.tensors
-        )
-
-    def blocks(self) -> Iterator[memoryview]:
-        """All bytes in order, unpacked on every core."""
-        pieces = range(len(self.source.index.files[self.number].pieces))
-        for data in in_order(lambda at: self.source.unpack(self.number, at, {}), pieces):
-            yield memoryview(data)
+def spans_of(file: FileRecord) -> tuple[Span, ...]:
+    """Where the tensors of a file are."""
+    return tuple(Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in file.tensors)
 
 
-def unpacked(source: PackSource) -> list[UnpackedImage]:
+def blocks_of(source: PackSource, number: int) -> Iterator[memoryview]:
+    """All bytes of the file of that number in order, unpacked on every core."""
+    pieces = range(len(source.index.files[number].pieces))
+    for data in in_order(lambda at: source.unpack(number, at, {}), pieces):
+        yield memoryview(data)
+
+
+def unpacked(source: PackSource) -> list[StreamedImage]:
     """The files of a pack."""
-    return [UnpackedImage(source, number) for number in range(len(source.index.files))]
+    records = [file.record for file in source.index.files]
+    return [
+        StreamedImage(one.name, one.size, one.header, spans_of(one), partial(blocks_of, source, number))
+        for number, one in enumerate(records)
+    ]
 
 
 def source_of(store: Store, run: str, checkpoint: str, known: Mapping[str, Source] | None = None) -> PackSource:
@@ -537,22 +487,22 @@ def write_pack(store: Store, manifest: Manifest, plain: PlainSource, bases: Sequ
     sources = [base.source for base in bases]
     files: list[PackedFile] = []
 
+    def pack(data: memoryview, spots: Sequence[Spot], cut: tuple[int, int, str]) -> tuple[str, bytes]:
+        begin, end, dtype = cut
+        packed: tuple[str, bytes] = codec.pack(
+            data[begin:end], dtype, gather(sources, spots_in(spots, begin, end), {}), level
+        )
+        return packed
+
     def chunks() -> Iterator[bytes]:
         at = 0
         for file in manifest.files:
-            part, data = part_of(manifest, file.name), plain.file(file.name)
+            part = part_of(manifest, file.name)
             spots = _spots(file, part)
-            begins = [spot.begin for spot in spots]
-
-            def pack(
-                cut: tuple[int, int, str], data: memoryview = data, spots: Any = spots, begins: Any = begins
-            ) -> Any:
-                begin, end, dtype = cut
-                others = gather(sources, spots_in(spots, begins, begin, end), {})
-                return cut, codec.pack(data[begin:end], dtype, others, level)
-
+            cuts = list(_cut(spots))
+            packing = in_order(partial(pack, plain.file(file.name), spots), cuts)
             pieces = []
-            for (begin, end, dtype), (method, packed) in in_order(pack, list(_cut(spots))):
+            for (begin, end, dtype), (method, packed) in zip(cuts, packing, strict=True):
                 pieces.append(Piece(begin, end, dtype, method, at, len(packed)))
                 at += len(packed)
                 yield packed
@@ -561,9 +511,8 @@ def write_pack(store: Store, manifest: Manifest, plain: PlainSource, bases: Sequ
         needed = max((codec.bases_of(piece.method) for file in files for piece in file.pieces), default=0)
         used = bases[:needed]
         depth = 1 + max((base.depth for base in used), default=0)
-        index = Index(
-            checkpoint=manifest.id, bases=tuple(base.checkpoint for base in used), depth=depth, files=tuple(files)
-        )
+        ids = tuple(base.checkpoint for base in used)
+        index = Index(checkpoint=manifest.id, bases=ids, depth=depth, files=tuple(files))
         sealed = seal({"format": FORMAT, **msgspec.to_builtins(index)})
         yield sealed + len(sealed).to_bytes(8, "little") + _MAGIC
 

@@ -191,7 +191,7 @@ def _unpacked(store: Store, manifest: Manifest, file: FileRecord, missing: Corru
     source, number = _packed(store, manifest, file, missing)
     data = bytearray(file.size)
     at = 0
-    for block in packs.UnpackedImage(source, number).blocks():
+    for block in packs.blocks_of(source, number):
         data[at : at + len(block)] = block
         at += len(block)
     return memoryview(data)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from peakpoint.adding import Made, MadeImage, add, check_run_for
+from peakpoint.adding import Made, add, check_run_for, made_image
 from peakpoint.averaging import (
     Averaging,
     Member,
@@ -32,6 +32,7 @@ from peakpoint.store import Store
 from peakpoint.tasting import Kitchen, Tasted, greedy, uniform
 from peakpoint.tensors import lay_out
 from peakpoint.tree import kind_of
+from peakpoint.writer import StreamedImage
 
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]
@@ -227,7 +228,7 @@ def _reason(kind: str, chosen: Sequence[Member], members: Sequence[Member], aver
 
 def _image(
     averaging: Averaging, part: str, chosen: Sequence[Member], measured: Mapping[str, torch.Tensor]
-) -> MadeImage:
+) -> StreamedImage:
     stored = {
         name: torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype], device="meta")
         for name, (_, record) in chosen[0].records.items()
@@ -236,4 +237,4 @@ def _image(
     def make(name: str) -> torch.Tensor:
         return measured[name] if name in measured else averaging.mean(name, chosen)
 
-    return MadeImage(lay_out(f"{part}.safetensors", stored), make)
+    return made_image(lay_out(f"{part}.safetensors", stored), make)

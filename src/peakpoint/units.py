@@ -2,26 +2,33 @@
 
 import os
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 from peakpoint.errors import ConfigError
 
-_UNITS = {
+_AMOUNT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)\s*([A-Za-z]*(?:/s)?)\s*")
+_Units = Mapping[str, int | Decimal]
+_BYTES: _Units = {
     "": 1,
     "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "pb": 10**15,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-    "pib": 2**50,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", 1)},
 }
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SECONDS: _Units = {"ms": Decimal("0.001"), "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_LONGEST = 36525 * 86400  # a century
+_COUNTS: _Units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_RATES: _Units = {
+    **{f"{prefix}B/s": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))},
+    **{f"{prefix}bit/s": Decimal(1000**power) / 8 for power, prefix in enumerate(("", "k", "M", "G", "T"))},
+}
+
+
+def _amount(given: str, units: _Units) -> Decimal | None:
+    """A number with one of the units; None for everything else."""
+    match = _AMOUNT.fullmatch(given)
+    return Decimal(match[1]) * units[match[2]] if match and match[2] in units else None
 
 
 def read_bytes(name: str, given: object) -> int:
@@ -39,19 +46,14 @@ def read_bytes(name: str, given: object) -> int:
         >>> read_bytes("limit", "1.5 kB"), read_bytes("limit", "2 MiB")
         (1500, 2097152)
     """
-    amount: float = 0
-    if isinstance(given, int) and not isinstance(given, bool):
+    amount: int | Decimal | None = None
+    if isinstance(given, str):
+        amount = _amount(given.lower(), _BYTES)
+    elif isinstance(given, int) and not isinstance(given, bool):
         amount = given
-    elif isinstance(given, str) and (match := _AMOUNT.fullmatch(given)) and match[2].lower() in _UNITS:
-        amount = float(match[1]) * _UNITS[match[2].lower()]
-    if amount < 1:
+    if amount is None or amount < 1:
         raise ConfigError(f'{name}={given!r} is no number of bytes; give an int or text such as "50 GB" or "256 MiB"')
     return int(amount)
-
-
-_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|h|d|w)\s*")
-_LONGEST = 36525 * 86400  # a century
 
 
 def read_duration(name: str, given: object) -> timedelta:
@@ -69,20 +71,16 @@ def read_duration(name: str, given: object) -> timedelta:
         >>> read_duration("undo_for", "1.5h")
         datetime.timedelta(seconds=5400)
     """
-    seconds = -1.0
+    seconds: float | Decimal | None = None
     if isinstance(given, timedelta):
         seconds = given.total_seconds()
-    elif isinstance(given, str) and (match := _DURATION.fullmatch(given)):
-        seconds = float(match[1]) * _SECONDS[match[2]]
     elif given in {"0", 0} and not isinstance(given, bool):
         seconds = 0
-    if not 0 <= seconds <= _LONGEST:
+    elif isinstance(given, str):
+        seconds = _amount(given, _SECONDS)
+    if seconds is None or not 0 <= seconds <= _LONGEST:
         raise ConfigError(f'{name}={given!r} is no time span; give a timedelta or text such as "90min", "24h" or "7d"')
-    return timedelta(seconds=seconds)
-
-
-_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_COUNT = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?)\s*([KkMmBbGgTt]?)\s*")
+    return timedelta(seconds=float(seconds))
 
 
 def read_count(name: str, given: str) -> int:
@@ -100,14 +98,10 @@ def read_count(name: str, given: str) -> int:
         >>> read_count("params", "25.6M"), read_count("params", "61,706"), read_count("params", "1.5e6")
         (25600000, 61706, 1500000)
     """
-    match = _COUNT.fullmatch(given.replace(",", ""))
-    count = int(Decimal(match[1]) * _COUNTS[match[2].lower()]) if match else 0
-    if count < 1:
+    count = _amount(given.replace(",", "").lower(), _COUNTS)
+    if count is None or count < 1:
         raise ConfigError(f"{name}={given!r} is no number of at least 1; give one such as 25.6M, 175B or 61706")
-    return count
-
-
-_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(bit|B)/s\s*")
+    return int(count)
 
 
 def read_rate(name: str, given: str) -> float:
@@ -125,11 +119,10 @@ def read_rate(name: str, given: str) -> float:
         >>> read_rate("bandwidth", "1Gbit/s"), read_rate("bandwidth", "20 MB/s")
         (125000000.0, 20000000.0)
     """
-    match = _RATE.fullmatch(given)
-    rate = float(match[1]) * 1000 ** " kMGT".index(match[2] or " ") / (8 if match[3] == "bit" else 1) if match else 0.0
-    if rate <= 0:
+    rate = _amount(given, _RATES)
+    if not rate:
         raise ConfigError(f'{name}={given!r} is no rate; give one such as "1Gbit/s" or "125MB/s"')
-    return rate
+    return float(rate)
 
 
 def cores() -> int:
@@ -155,7 +148,7 @@ def read_time(name: str, given: str, now: datetime) -> datetime:
         '2026-11-25T00:00:00+00:00'
     """
     try:
-        if _DURATION.fullmatch(given):
+        if _amount(given, _SECONDS) is not None:
             return now - read_duration(name, given)
         moment = datetime.fromisoformat(given)
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -66,6 +66,23 @@ class FileImage(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StreamedImage:
+    """A file whose bytes are made when they are written; see ``FileImage``.
+
+    Attributes:
+        blocks: makes all of them, anew with every call.
+    """
+
+    name: str
+    size: int
+    header: int
+    spans: tuple[Span, ...]
+    blocks: Callable[[], Iterator[memoryview]]
+    transient: bool = False
+    stable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WholeImage:
     """A file whose bytes are all in memory; see ``FileImage``.
 

@@ -271,6 +271,7 @@ class Catalogue:
         if len(self._remembered) > _REMEMBERED:
             self._remembered.pop(next(iter(self._remembered)))
         if tick == self._tick + 1:
+            assert now.known is not None
             self._known[run] = now.known
             if self._seen.tick == self._tick:
                 self._seen = replace(self._seen, tick=tick)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from sqlalchemy import URL, Engine, create_engine, event, exc, make_url
 
-from peakpoint.errors import ConfigError, CorruptError, MissingExtraError, StoreError, TransientStoreError
+from peakpoint.errors import ConfigError, CorruptError, StoreError, TransientStoreError, needing
 from peakpoint.seal import digest
 from peakpoint.store import LocalStore, Store
 
@@ -123,14 +123,10 @@ def connect(url: URL) -> tuple[Engine, Engine]:
     Raises:
         MissingExtraError: the driver for PostgreSQL is not installed.
     """
-    try:
-        if url.get_backend_name() == "sqlite":
-            return _sqlite(url)
+    if url.get_backend_name() == "sqlite":
+        return _sqlite(url)
+    with needing("postgres", "a catalogue in PostgreSQL needs"):
         writing = create_engine(url, pool_pre_ping=True)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"a catalogue in PostgreSQL needs {error.name}, which is not installed: pip install 'peakpoint[postgres]'"
-        ) from error
     return writing, writing.execution_options(postgresql_readonly=True, isolation_level="REPEATABLE READ")
 
 

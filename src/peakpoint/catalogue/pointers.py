@@ -15,12 +15,10 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 from peakpoint import layout
 from peakpoint.aliases import AliasRecord, directories
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.reading import is_same
 from peakpoint.catalogue.refresh import lock
 from peakpoint.holders import heads
 from peakpoint.store import Store
-
-Rows = Mapping[str, tuple[int, str]]
-"""Alias to number and digest of its newest record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,8 @@ def refresh_aliases(engines: tuple[Engine, Engine], store: Store, tick: int, bef
     Returns:
         The catalogue's tick after it, and what was seen.
     """
-    if before.tick == tick and before.stamps and not before.unread and _same(store, before.stamps):
+    settled = before.tick == tick and before.stamps and not before.unread
+    if settled and all(is_same(store, prefix, stamp) for prefix, stamp in before.stamps.items()):
         return tick, before
     writing, reading = engines
     while True:
@@ -65,14 +64,12 @@ def refresh_aliases(engines: tuple[Engine, Engine], store: Store, tick: int, bef
             lock(connection)
             now = connection.execute(select(schema.meta.c.tick)).scalar_one()
             if _rows(connection) == old:
-                _write(connection, old, found)
+                connection.execute(delete(schema.aliases))
+                if found:
+                    connection.execute(insert(schema.aliases), list(map(_row, found.values())))
                 connection.execute(update(schema.meta).values(tick=now + 1))
                 # what others have changed since is asked for anew
                 return (now + 1, Seen(stamps, now + 1, unread)) if now == tick else (-1, Seen(unread=unread))
-
-
-def _same(store: Store, stamps: Mapping[str, str | None]) -> bool:
-    return all(stamp is not None and store.stamp(prefix) == stamp for prefix, stamp in stamps.items())
 
 
 def _stamps(store: Store) -> dict[str, str | None]:
@@ -85,19 +82,10 @@ def _stamps(store: Store) -> dict[str, str | None]:
 
 
 def _rows(connection: Connection) -> dict[str, tuple[int, str]]:
+    """Alias to number and digest of its newest record."""
     table = schema.aliases.c
-    return {
-        row.name: (row.number, row.digest) for row in connection.execute(select(table.name, table.number, table.digest))
-    }
-
-
-def _write(connection: Connection, old: Rows, found: Mapping[str, AliasRecord]) -> None:
-    changed = [name for name in old if name not in found or old[name] != (found[name].number, found[name].digest)]
-    for name in changed:
-        connection.execute(delete(schema.aliases).where(schema.aliases.c.name == name))
-    rows = [_row(record) for name, record in found.items() if name not in old or name in changed]
-    if rows:
-        connection.execute(insert(schema.aliases), rows)
+    rows = connection.execute(select(table.name, table.number, table.digest))
+    return {row.name: (row.number, row.digest) for row in rows}
 
 
 def _row(record: AliasRecord) -> dict[str, Any]:

@@ -122,17 +122,18 @@ def is_current(store: Store, run: str, known: Known, *, by_hand: bool = True) ->
     """
     journal = layout.journal_prefix(run)
     return (
-        _same(store, journal, known.journal)
-        and (not (by_hand or known.growing) or _same(store, layout.checkpoints_prefix(run), known.checkpoints))
+        is_same(store, journal, known.journal)
+        and (not (by_hand or known.growing) or is_same(store, layout.checkpoints_prefix(run), known.checkpoints))
         and all(store.size(f"{journal}/{segment}") == one.seen for segment, one in known.growing.items())
         and all(
-            one.resting or _same(store, layout.checkpoint_prefix(run, name), one.stamp)
+            one.resting or is_same(store, layout.checkpoint_prefix(run, name), one.stamp)
             for name, one in known.unsettled.items()
         )
     )
 
 
-def _same(store: Store, prefix: str, stamp: str | None) -> bool:
+def is_same(store: Store, prefix: str, stamp: str | None) -> bool:
+    """Whether a directory has the stamp that it had; False where that could not be told."""
     return stamp is not None and store.stamp(prefix) == stamp
 
 
@@ -253,7 +254,7 @@ class _Directories:
         return found, gone, unsettled
 
     def _is_same(self, name: str, stamp: str | None) -> bool:
-        return _same(self._store, layout.checkpoint_prefix(self._run, name), stamp)
+        return is_same(self._store, layout.checkpoint_prefix(self._run, name), stamp)
 
     def _look(self, name: str, found: list[reader.Standing], unsettled: dict[str, Unsettled]) -> None:
         stamp = self._store.stamp(layout.checkpoint_prefix(self._run, name))
@@ -262,7 +263,8 @@ class _Directories:
             case reader.Standing(manifest=manifest, archived=archived) as standing:
                 found.append(standing)
                 seen = {"restored"} if not archived else set()
-                seen |= {one for one in awaits if one.startswith(_WITHOUT) and _without(one) not in manifest.parts}
+                there = {_WITHOUT + part for part in manifest.parts}
+                seen |= {one for one in awaits if one.startswith(_WITHOUT)} - there
                 awaits -= seen
                 if awaits:
                     unsettled[name] = Unsettled(stamp, awaits=tuple(sorted(awaits)))
@@ -319,7 +321,3 @@ _ABOUT = (
     journals.Archived,
     journals.Undone,
 )
-
-
-def _without(awaited: str) -> str:
-    return awaited.removeprefix(_WITHOUT)

@@ -34,15 +34,15 @@ class Remembered:
     """What a process remembers of a run that it has refreshed.
 
     Attributes:
-        text: how far the run is read, as the catalogue has it.
+        text: how far the run is read, as the catalogue has it; None for a run that it does not have.
         known: the same.
         rows: its checkpoints in the catalogue: name to key and id.
         columns: of the catalogue that was born as ``born``.
         noted: whether anything may be noted of its checkpoints.
     """
 
-    text: str
-    known: Known
+    text: str | None
+    known: Known | None
     rows: Rows
     columns: Columns | None = None
     born: int = 0
@@ -93,24 +93,27 @@ def refresh_run(
     while True:
         if before is None:  # what is remembered needs no question; whether it still holds is seen when it is written
             with reading.connect() as connection:
-                row = connection.execute(_state(run)).one()
-                tick = row.tick
-                if row.read is not None:
-                    noted = connection.execute(select(schema.noted.c.run).where(schema.noted.c.run == row.key).limit(1))
-                    before = Remembered(
-                        row.read, decoded(row.read), _rows(connection, row.key), noted=noted.first() is not None
-                    )
-        if before is not None and is_current(store, run, before.known):
+                tick, before = _recalled(connection, run)
+        if before.known is not None and is_current(store, run, before.known):
             return tick, before
-        news = read(store, run, None if before is None else before.known, {} if before is None else before.rows)
-        if before is not None and news.known == before.known and news.is_empty:
+        news = read(store, run, before.known, before.rows)
+        if news.known == before.known and news.is_empty:
             return tick, before
         with writing.begin() as connection:
             lock(connection)
             row = connection.execute(_state(run)).one()
-            if row.read == (None if before is None else before.text):
+            if row.read == before.text:
                 return _Update(connection, run, row, news, before).carry_out()
         before = None  # somebody else was here; what was read is read again
+
+
+def _recalled(connection: Connection, run: str) -> tuple[int, Remembered]:
+    """The catalogue's tick, and what it has of a run."""
+    row = connection.execute(_state(run)).one()
+    if row.read is None:
+        return row.tick, Remembered(None, None, {})
+    noted = connection.execute(select(schema.noted.c.run).where(schema.noted.c.run == row.key).limit(1)).first()
+    return row.tick, Remembered(row.read, decoded(row.read), _rows(connection, row.key), noted=noted is not None)
 
 
 def _state(run: str) -> Any:
@@ -141,16 +144,15 @@ def lock(connection: Connection) -> None:
 class _Update:
     """One run on its way into the catalogue."""
 
-    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, before: Remembered | None) -> None:
+    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, before: Remembered) -> None:
         self._connection, self._run, self._row, self._news = connection, run, row, news
-        rows = {} if before is None else before.rows
-        known = None if before is None or before.born != row.born else before.columns
+        known = before.columns if before.born == row.born else None
         self._columns = known if known is not None and len(known.keys) == row.metrics else None
-        self._noted = before is None or before.noted or any(isinstance(event, NOTES) for event in news.events)
+        self._noted = before.noted or any(isinstance(event, NOTES) for event in news.events)
         self._free = row.free
         self._new = row.read is None or news.whole
-        self._rows: Rows = {} if self._new else dict(rows)
-        self._keys = {identity: key for key, identity in rows.values()}  # which a checkpoint keeps
+        self._rows: Rows = {} if self._new else dict(before.rows)
+        self._keys = {identity: key for key, identity in before.rows.values()}  # which a checkpoint keeps
         self._key = row.key if row.key is not None else self._new_run()
 
     def _new_run(self) -> int:
@@ -258,24 +260,12 @@ class _Update:
     def _with_kept(self, text: str) -> str:
         """The peaks, and whether there is a checkpoint of that step."""
         said = json.loads(text)
-        old = {} if self._new else json.loads(self._row.peaks or "{}")
-        steps = {peak["metric"]: peak["best_step"] for peak in old.get("peaks", [])}
-        found = {standing.manifest.step for standing in self._news.found}
-        kept = {}
-        for peak in said.get("peaks", []):
-            metric, step = peak["metric"], peak["best_step"]
-            if step in found:
-                kept[metric] = True
-            elif not self._news.gone and steps.get(metric) == step:
-                kept[metric] = old.get("kept", {}).get(metric, False)
-            else:
-                kept[metric] = self._has(step)
-        return json.dumps(said | {"kept": kept})
-
-    def _has(self, step: int) -> bool:
+        steps = {peak["metric"]: peak["best_step"] for peak in said.get("peaks", [])}
         table = schema.checkpoints.c
-        found = select(func.count()).where(table.run == self._key, table.step == step)
-        return bool(self._connection.scalar(found))
+        # a sum has no index: those of this run are few, those of this step many
+        found = select(table.step).where(table.run == self._key, (table.step + 0).in_(steps.values()))
+        there = set(self._connection.scalars(found)) if steps else set()
+        return json.dumps(said | {"kept": {metric: step in there for metric, step in steps.items()}})
 
     def _totals(self) -> dict[str, Any]:
         if not (self._new or self._news.gone):
@@ -347,9 +337,7 @@ def record_of(manifest: Manifest, metrics: dict[str, float]) -> str:
 
 
 def _insert(connection: Connection, columns: Columns, run: int, entries: Sequence[Entry]) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("checkpoints", "rarities", "details", "reasons", "files")
-    }
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("checkpoints", "rarities", "details", "reasons")}
     used = {name: f"m{columns.keys[name]}" for _, _, metrics, _ in entries for name in metrics}
     wide = {name for name in used.values() if name in columns.table.columns}
     for key, standing, metrics, pinned in entries:
@@ -370,11 +358,7 @@ def _insert(connection: Connection, columns: Columns, run: int, entries: Sequenc
         rows["reasons"] += [
             {"checkpoint": key, "number": number, "reason": _plain(reason)} for number, reason in enumerate(one.reasons)
         ]
-        rows["files"] += [
-            {"checkpoint": key, "name": file.name, "size": file.size, "digest": file.digest, "shared": file.shared}
-            for file in one.files
-        ]
-    tables = {"checkpoints": columns.table, "rarities": schema.rarities, "details": schema.details}
-    for name, table in {**tables, "reasons": schema.reasons, "files": schema.files}.items():
-        if rows[name]:
-            connection.execute(insert(table), rows[name])
+    tables = (columns.table, schema.rarities, schema.details, schema.reasons)
+    for table, some in zip(tables, rows.values(), strict=True):
+        if some:
+            connection.execute(insert(table), some)

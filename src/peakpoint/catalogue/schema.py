@@ -14,24 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    Column,
-    Connection,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    insert,
-    inspect,
-    select,
-    text,
-    update,
-)
+import sqlalchemy as sa
 
 from peakpoint.errors import FormatError
 
@@ -39,147 +22,136 @@ WIDEST = 200  # metrics with a column; PostgreSQL takes 1,600 columns, SQLite 2,
 
 PREFIX = "peakpoint_"  # a team's database may have tables of its own that are called runs or files
 
-_TABLES = MetaData()
-_Key = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only as INTEGER
+_NAMED = {"ix": "%(table_name)s_%(column_0_name)s"}
+_TABLES = sa.MetaData(naming_convention=_NAMED)
+_Key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only as INTEGER
 
 
-def _owner(of: str = "runs") -> ForeignKey:
-    return ForeignKey(f"{PREFIX}{of}.key", ondelete="CASCADE")
+def _owner(of: str = "runs") -> sa.ForeignKey:
+    return sa.ForeignKey(f"{PREFIX}{of}.key", ondelete="CASCADE")
 
 
-meta = Table(
+meta = sa.Table(
     PREFIX + "meta",
     _TABLES,
-    Column("version", Integer, nullable=False),
-    Column("repository", Text, nullable=False),  # the seal of peakpoint.json
-    Column("location", Text, nullable=False),
-    Column("born", BigInteger, nullable=False),  # another number when it is made anew: keys mean something else then
-    Column("tick", BigInteger, nullable=False),  # one more with every change
-    Column("free", BigInteger, nullable=False),  # the next key of a checkpoint
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("repository", sa.Text, nullable=False),  # the seal of peakpoint.json
+    sa.Column("location", sa.Text, nullable=False),
+    sa.Column(
+        "born", sa.BigInteger, nullable=False
+    ),  # another number when it is made anew: keys mean something else then
+    sa.Column("tick", sa.BigInteger, nullable=False),  # one more with every change
+    sa.Column("free", sa.BigInteger, nullable=False),  # the next key of a checkpoint
 )
-runs = Table(
+runs = sa.Table(
     PREFIX + "runs",
     _TABLES,
-    Column("key", _Key, primary_key=True),
-    Column("name", Text, nullable=False, unique=True),
-    Column("rules", Text, nullable=False),
-    Column("peaks", Text, nullable=False),
-    Column("reports", BigInteger, nullable=False),
-    Column("checkpoints", BigInteger, nullable=False),
-    Column("size", BigInteger, nullable=False),
-    Column("newest", Double),  # when the newest checkpoint was made
-    Column("read", Text, nullable=False),  # how far its files are read: ``reading.Known`` as JSON
+    sa.Column("key", _Key, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column("rules", sa.Text, nullable=False),
+    sa.Column("peaks", sa.Text, nullable=False),
+    sa.Column("reports", sa.BigInteger, nullable=False),
+    sa.Column("checkpoints", sa.BigInteger, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("newest", sa.Double),  # when the newest checkpoint was made
+    sa.Column("read", sa.Text, nullable=False),  # how far its files are read: ``reading.Known`` as JSON
 )
-noted = Table(
+noted = sa.Table(
     PREFIX + "noted",
     _TABLES,
-    Column("run", _Key, _owner(), primary_key=True),
-    Column("checkpoint", Text, primary_key=True),
-    Column("metrics", Text, nullable=False),
-    Column("pinned", Text),
+    sa.Column("run", _Key, _owner(), primary_key=True),
+    sa.Column("checkpoint", sa.Text, primary_key=True),
+    sa.Column("metrics", sa.Text, nullable=False),
+    sa.Column("pinned", sa.Text),
 )
-metrics = Table(
+metrics = sa.Table(
     PREFIX + "metrics",
     _TABLES,
-    Column("key", _Key, primary_key=True),
-    Column("name", Text, nullable=False, unique=True),
+    sa.Column("key", _Key, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
 )
-checkpoints = Table(
+checkpoints = sa.Table(
     PREFIX + "checkpoints",
     _TABLES,
-    Column("key", _Key, primary_key=True),
-    Column("run", _Key, _owner(), nullable=False),
-    Column("sequence", BigInteger, nullable=False),
-    Column("epoch", BigInteger),
-    Column("step", BigInteger, nullable=False),
-    Column("size", BigInteger, nullable=False),
-    Column("created", Double, nullable=False),  # seconds since 1970
-    Column("pinned", Boolean, nullable=False),
-    Column("archived", Boolean, nullable=False),
-    Column("whole", Boolean, nullable=False),
-    Index(PREFIX + "checkpoints_run", "run", "sequence"),
-    Index(PREFIX + "checkpoints_epoch", "epoch"),
-    Index(PREFIX + "checkpoints_step", "step"),
-    Index(PREFIX + "checkpoints_size", "size"),
-    Index(PREFIX + "checkpoints_created", "created"),
+    sa.Column("key", _Key, primary_key=True),
+    sa.Column("run", _Key, _owner(), nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
+    sa.Column("epoch", sa.BigInteger, index=True),
+    sa.Column("step", sa.BigInteger, nullable=False, index=True),
+    sa.Column("size", sa.BigInteger, nullable=False, index=True),
+    sa.Column("created", sa.Double, nullable=False, index=True),  # seconds since 1970
+    sa.Column("pinned", sa.Boolean, nullable=False),
+    sa.Column("archived", sa.Boolean, nullable=False),
+    sa.Column("whole", sa.Boolean, nullable=False),
+    sa.Index(PREFIX + "checkpoints_run", "run", "sequence"),
 )
-rarities = Table(
+rarities = sa.Table(
     PREFIX + "rarities",
     _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
-    Column("metric", _Key, _owner("metrics"), primary_key=True),
-    Column("value", Double, nullable=False),
-    Index(PREFIX + "rarities_value", "metric", "value"),
+    sa.Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
+    sa.Column("metric", _Key, _owner("metrics"), primary_key=True),
+    sa.Column("value", sa.Double, nullable=False),
+    sa.Index(PREFIX + "rarities_value", "metric", "value"),
 )
-details = Table(
+details = sa.Table(
     PREFIX + "details",
     _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
-    Column("id", Text, nullable=False),
-    Column("name", Text, nullable=False),
-    Column("record", Text, nullable=False),
-    Index(PREFIX + "details_id", "id"),
-    Index(PREFIX + "details_name", "name"),
+    sa.Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
+    sa.Column("id", sa.Text, nullable=False, index=True),
+    sa.Column("name", sa.Text, nullable=False, index=True),
+    sa.Column("record", sa.Text, nullable=False),
 )
-reasons = Table(
+reasons = sa.Table(
     PREFIX + "reasons",
     _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("reason", Text, nullable=False),
+    sa.Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("reason", sa.Text, nullable=False),
 )
-files = Table(
-    PREFIX + "files",
-    _TABLES,
-    Column("checkpoint", _Key, _owner("checkpoints"), primary_key=True),
-    Column("name", Text, primary_key=True),
-    Column("size", BigInteger, nullable=False),
-    Column("digest", Text, nullable=False),
-    Column("shared", Text),
-    Index(PREFIX + "files_digest", "digest"),
-)
-
-_LATER = MetaData()  # what migrations after the first have added
-aliases = Table(
+_LATER = sa.MetaData(naming_convention=_NAMED)  # what migrations after the first have added
+aliases = sa.Table(
     PREFIX + "aliases",
     _LATER,
-    Column("name", Text, primary_key=True),
-    Column("number", BigInteger, nullable=False),  # of its newest record
-    Column("digest", Text, nullable=False),  # of that record
-    Column("run", Text),  # what it points at, whether that exists or not; NULL when it is retired
-    Column("checkpoint", Text),
-    Column("since", Double, nullable=False),
-    Index(PREFIX + "aliases_checkpoint", "checkpoint"),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False),  # of its newest record
+    sa.Column("digest", sa.Text, nullable=False),  # of that record
+    sa.Column("run", sa.Text),  # what it points at, whether that exists or not; NULL when it is retired
+    sa.Column("checkpoint", sa.Text, index=True),
+    sa.Column("since", sa.Double, nullable=False),
 )
 
 
 # --- migrations ---------------------------------------------------------------------------------------------------
 
-Migration = Callable[[Connection], None]
+Migration = Callable[[sa.Connection], None]
 
 
-def _first(connection: Connection) -> None:
+def _first(connection: sa.Connection) -> None:
     _TABLES.create_all(connection, checkfirst=False)  # what is there is somebody's
 
 
-def _second(connection: Connection) -> None:
+def _second(connection: sa.Connection) -> None:
     _LATER.create_all(connection, checkfirst=False)
 
 
-MIGRATIONS: tuple[Migration, ...] = (_first, _second)
+def _third(connection: sa.Connection) -> None:
+    connection.execute(sa.text(f"DROP TABLE IF EXISTS {PREFIX}files"))  # nothing has ever read it
+
+
+MIGRATIONS: tuple[Migration, ...] = (_first, _second, _third)
 """Step n brings a catalogue from version n to n + 1. Steps are never changed once released, only added."""
 
 
-def version_of(connection: Connection) -> int:
+def version_of(connection: sa.Connection) -> int:
     """The version of the catalogue in a database; 0 when there is none."""
-    if not inspect(connection).has_table(PREFIX + "meta"):
+    if not sa.inspect(connection).has_table(PREFIX + "meta"):
         return 0
-    found = connection.scalar(select(meta.c.version))
+    found = connection.scalar(sa.select(meta.c.version))
     return 0 if found is None else int(found)
 
 
 def migrate(
-    connection: Connection,
+    connection: sa.Connection,
     repository: str,
     location: str,
     migrations: Sequence[Migration] = MIGRATIONS,
@@ -191,7 +163,7 @@ def migrate(
     """
     version = version_of(connection)
     if version:  # once nobody else is at it
-        connection.execute(select(meta.c.version).with_for_update())
+        connection.execute(sa.select(meta.c.version).with_for_update())
         version = version_of(connection)
     if version > len(migrations):
         raise FormatError(
@@ -205,14 +177,14 @@ def migrate(
         tick = secrets.randbits(60)
         given = {"version": len(migrations), "repository": repository, "location": location}
         given |= {"born": secrets.randbits(60), "tick": tick, "free": 1}
-        connection.execute(insert(meta).values(given))
+        connection.execute(sa.insert(meta).values(given))
     elif version < len(migrations):
-        connection.execute(update(meta).values(version=len(migrations)))
+        connection.execute(sa.update(meta).values(version=len(migrations)))
 
 
-def drop_all(connection: Connection) -> None:
+def drop_all(connection: sa.Connection) -> None:
     """Remove every table of the catalogue; it is made anew from the files."""
-    if inspect(connection).has_table(PREFIX + "meta"):
+    if sa.inspect(connection).has_table(PREFIX + "meta"):
         _LATER.drop_all(connection)
         _TABLES.drop_all(connection)
 
@@ -221,11 +193,14 @@ def drop_all(connection: Connection) -> None:
 
 
 @lru_cache(maxsize=8)
-def _table(metrics: int) -> Table:
+def _table(metrics: int) -> sa.Table:
     """The table of checkpoints with so many metrics in it; the same object again, so that SQL is compiled once."""
-    columns = [Column(column.name, column.type, primary_key=column.primary_key) for column in checkpoints.columns]
-    return Table(
-        PREFIX + "checkpoints", MetaData(), *columns, *(Column(f"m{key}", Double) for key in range(1, metrics + 1))
+    columns = [sa.Column(column.name, column.type, primary_key=column.primary_key) for column in checkpoints.columns]
+    return sa.Table(
+        PREFIX + "checkpoints",
+        sa.MetaData(),
+        *columns,
+        *(sa.Column(f"m{key}", sa.Double) for key in range(1, metrics + 1)),
     )
 
 
@@ -240,16 +215,16 @@ class Columns:
         self.keys = known
         self.table = _table(min(len(known), WIDEST))
 
-    def column(self, metric: str) -> Column[Any] | None:
+    def column(self, metric: str) -> sa.Column[Any] | None:
         """The column of a metric; None for one that has none."""
         return self.table.columns.get(f"m{self.keys[metric]}")
 
     @classmethod
-    def read(cls, connection: Connection) -> "Columns":
+    def read(cls, connection: sa.Connection) -> "Columns":
         """What there is."""
-        return cls({name: key for key, name in connection.execute(select(metrics.c.key, metrics.c.name))})
+        return cls({name: key for key, name in connection.execute(sa.select(metrics.c.key, metrics.c.name))})
 
-    def including(self, connection: Connection, names: Sequence[str]) -> "Columns":
+    def including(self, connection: sa.Connection, names: Sequence[str]) -> "Columns":
         """The same with columns for these metrics, too; made where they are missing."""
         missing = [name for name in dict.fromkeys(names) if name not in self.keys]
         if not missing:
@@ -257,13 +232,13 @@ class Columns:
         known = dict(self.keys)
         for name in missing:
             key = len(known) + 1
-            connection.execute(insert(metrics).values(key=key, name=name))
+            connection.execute(sa.insert(metrics).values(key=key, name=name))
             if key <= WIDEST:
                 # a number of ours: no name of a user becomes part of a statement
-                kind = Double().compile(connection.dialect)
-                connection.execute(text(f"ALTER TABLE {PREFIX}checkpoints ADD COLUMN m{key} {kind}"))
+                kind = sa.Double().compile(connection.dialect)
+                connection.execute(sa.text(f"ALTER TABLE {PREFIX}checkpoints ADD COLUMN m{key} {kind}"))
                 index, on = f"{PREFIX}checkpoints_m{key}", f"{PREFIX}checkpoints (m{key})"
                 # who has not got it does not pay for it
-                connection.execute(text(f"CREATE INDEX {index} ON {on} WHERE m{key} IS NOT NULL"))
+                connection.execute(sa.text(f"CREATE INDEX {index} ON {on} WHERE m{key} IS NOT NULL"))
             known[name] = key
         return Columns(known)

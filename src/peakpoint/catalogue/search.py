@@ -7,6 +7,7 @@ a look into the table for every row, which takes ten times as long when hardly a
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Select, func, select
@@ -19,10 +20,11 @@ WINDOW = 4000  # rows that take a few milliseconds
 _NEWEST = Key(Field("created", (0, 0)), "max")
 
 
+@dataclass(frozen=True, slots=True)
 class Search:
     """Rows in order.
 
-    Args:
+    Attributes:
         connection: where.
         sql: translates.
         clauses: what must hold.
@@ -31,60 +33,54 @@ class Search:
         window: how many rows are few.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        sql: Translator,
-        clauses: Sequence[Condition],
-        more: Sequence[Expression],
-        keys: Sequence[Key],
-        window: int = WINDOW,
-    ) -> None:
-        self._connection, self._sql, self._most = connection, sql, window
-        self._clauses, self._more, self._keys = clauses, more, keys
+    connection: Connection
+    sql: Translator
+    clauses: Sequence[Condition]
+    more: Sequence[Expression]
+    keys: Sequence[Key]
+    window: int
 
     def conditions(self) -> list[Expression]:
         """All that must hold."""
-        found = [self._sql.where(clause) for clause in self._clauses]
-        return [*found, *(self._sql.finite(key.value) for key in self._keys), *self._more]
+        found = [self.sql.where(clause) for clause in self.clauses]
+        return [*found, *(self.sql.finite(key.value) for key in self.keys), *self.more]
 
     def rows(self, columns: Sequence[Expression], limit: int | None) -> Sequence[Any]:
         """The rows in order."""
-        return self._connection.execute(self._statement(columns, limit)).all()
+        return self.connection.execute(self._statement(columns, limit)).all()
 
     def _statement(self, columns: Sequence[Expression], limit: int | None) -> Select[Any]:
-        ranked = select(*columns).order_by(*self._order(self._sql)).limit(limit)
-        if limit is None or limit > self._most // 4 or not self._sql.sqlite:
+        ranked = select(*columns).order_by(*self._order(self.sql)).limit(limit)
+        if limit is None or limit > self.window // 4 or not self.sql.sqlite:
             return ranked.where(*self.conditions())
-        scan = self._sql.without_indexes()
-        others = [scan.where(clause) for clause in self._clauses] + [scan.finite(key.value) for key in self._keys]
-        window = self._window()
-        if window is not None:
-            first = ranked.where(window, *others, *self._more)
+        scan = self.sql.without_indexes()
+        conditions = [scan.where(clause) for clause in self.clauses]
+        finite = [scan.finite(key.value) for key in self.keys]
+        best = self._best()
+        if best is not None:
+            first = ranked.where(best, *conditions, *finite, *self.more)
             enough = select(func.count()).select_from(first.subquery())
-            if self._connection.scalar(enough) == limit:
+            if self.connection.scalar(enough) == limit:
                 return first
         few = self._few()
         if few is not None:
-            indexed = [self._sql.where(self._clauses[few])]
-            others = [scan.where(clause) for place, clause in enumerate(self._clauses) if place != few]
-            others += [scan.finite(key.value) for key in self._keys]
-            return select(*columns).order_by(*self._order(scan)).limit(limit).where(*indexed, *others, *self._more)
-        return select(*columns).order_by(*self._order(scan)).limit(limit).where(*others, *self._more)
+            conditions[few] = self.sql.where(self.clauses[few])
+        ordered = select(*columns).order_by(*self._order(scan)).limit(limit)
+        return ordered.where(*conditions, *finite, *self.more)
 
     def _order(self, sql: Translator) -> list[Expression]:
-        keys = self._keys or (_NEWEST,)
+        keys = self.keys or (_NEWEST,)
         order = [sql.value(key.value).desc() if key.mode == "max" else sql.value(key.value).asc() for key in keys]
         table = sql.table
-        return [*order, table.key.desc()] if not self._keys else [*order, table.created.asc(), table.key.asc()]
+        return [*order, table.key.desc()] if not self.keys else [*order, table.created.asc(), table.key.asc()]
 
-    def _window(self) -> Expression | None:
+    def _best(self) -> Expression | None:
         """What the best few thousand rows by the first key have in common; None when there are not that many."""
-        key = (*self._keys, _NEWEST)[0]
-        value = self._sql.value(key.value)
-        statement = select(value).where(self._sql.finite(key.value))
+        key = (*self.keys, _NEWEST)[0]
+        value = self.sql.value(key.value)
+        statement = select(value).where(self.sql.finite(key.value))
         ordered = statement.order_by(value.desc() if key.mode == "max" else value.asc())
-        edge = self._connection.scalar(ordered.offset(self._most - 1).limit(1))
+        edge = self.connection.scalar(ordered.offset(self.window - 1).limit(1))
         if edge is None:
             return None
         inside: Expression = value >= edge if key.mode == "max" else value <= edge
@@ -93,8 +89,8 @@ class Search:
     def _few(self) -> int | None:
         """The clause that leaves the fewest rows, if it leaves few."""
         counts = {}
-        for place, clause in enumerate(self._clauses):
-            some = select(self._sql.table.key).where(self._sql.where(clause)).limit(self._most).subquery()
-            counts[place] = self._connection.scalar(select(func.count()).select_from(some)) or 0
-        best = min(counts, key=lambda place: counts[place], default=None)
-        return best if best is not None and counts[best] < self._most else None
+        for place, clause in enumerate(self.clauses):
+            some = select(self.sql.table.key).where(self.sql.where(clause)).limit(self.window).subquery()
+            counts[place] = self.connection.scalar(select(func.count()).select_from(some)) or 0
+        fewest = min(counts, key=lambda place: counts[place], default=None)
+        return fewest if fewest is not None and counts[fewest] < self.window else None

@@ -154,40 +154,43 @@ class Selection:
             yield from map(self._make, rows)
 
 
+@dataclass(frozen=True, slots=True)
 class _Question:
     """One transaction that reads; see ``Selection``."""
 
-    def __init__(self, connection: Connection, sql: Translator, columns: Columns, wish: Wish, window: int) -> None:
-        self._connection, self._sql, self._columns = connection, sql, columns
-        self._wish, self._window = wish, window
+    connection: Connection
+    sql: Translator
+    columns: Columns
+    wish: Wish
+    window: int
 
     def born(self) -> int:
         """Another number when keys mean something else."""
-        return int(self._connection.execute(select(schema.meta.c.born)).scalar_one())
+        return int(self.connection.execute(select(schema.meta.c.born)).scalar_one())
 
     def count(self) -> int:
         """How many match."""
         conditions = self._search().conditions()
-        return self._connection.scalar(select(func.count()).select_from(self._columns.table).where(*conditions)) or 0
+        return self.connection.scalar(select(func.count()).select_from(self.columns.table).where(*conditions)) or 0
 
     def keys(self, limit: int | None) -> "array[int]":
         """The keys of what matches, in order."""
-        return array("q", (row[0] for row in self._search().rows((self._sql.table.key,), limit)))
+        return array("q", (row[0] for row in self._search().rows((self.sql.table.key,), limit)))
 
     def rows(self, keys: Sequence[int]) -> list[Any]:
         """What belongs to those of the keys that still exist, in their order."""
-        table, details, runs = self._columns.table, schema.details, schema.runs
+        table, details, runs = self.columns.table, schema.details, schema.runs
         moment = (table.c.sequence, table.c.epoch, table.c.step, table.c.size)
         columns = (table.c.key, runs.c.name.label("run"), *moment, details.c.id, details.c.name, details.c.record)
         joined = table.join(details, details.c.checkpoint == table.c.key).join(runs, runs.c.key == table.c.run)
-        rows = self._connection.execute(select(*columns).select_from(joined).where(table.c.key.in_(list(keys))))
+        rows = self.connection.execute(select(*columns).select_from(joined).where(table.c.key.in_(list(keys))))
         known = {row.key: row for row in rows}
         return [known[key] for key in keys if key in known]
 
     def told(self) -> tuple[int, tuple[Clause, ...]]:
         """How many checkpoints there are, and what each clause does to them."""
-        clauses = [(self._wish.query.quote(clause), self._sql.where(clause)) for clause in self._wish.query.clauses]
-        clauses += [(f"{key.value.name} has a finite value", self._sql.finite(key.value)) for key in self._wish.keys]
+        clauses = [(self.wish.query.quote(clause), self.sql.where(clause)) for clause in self.wish.query.clauses]
+        clauses += [(f"{key.value.name} has a finite value", self.sql.finite(key.value)) for key in self.wish.keys]
         within = self._within()
         clauses += [] if within is None else [within]
         # for each row the first clause that does not hold, in one pass
@@ -195,8 +198,8 @@ class _Question:
         for number, (_, condition) in enumerate(clauses):
             first += [(condition.is_(None), literal(2 * number)), (not_(condition), literal(2 * number + 1))]
         place = case(*first, else_=literal(-1)) if first else literal(-1)
-        grouped = select(place.label("place"), func.count()).select_from(self._columns.table).group_by("place")
-        counts = {number: count for number, count in self._connection.execute(grouped).all()}  # noqa: C416 - rows
+        grouped = select(place.label("place"), func.count()).select_from(self.columns.table).group_by("place")
+        counts = {number: count for number, count in self.connection.execute(grouped).all()}  # noqa: C416 - rows
         left = candidates = sum(counts.values())
         told = []
         for number, (text, _) in enumerate(clauses):
@@ -207,23 +210,25 @@ class _Question:
 
     def _search(self) -> Search:
         within = self._within()
-        keys = self._wish.keys if within is None else self._wish.keys[1:] or _EARLIEST
+        keys = self.wish.keys if within is None else self.wish.keys[1:] or _EARLIEST
         more = () if within is None else (within[1],)
-        return Search(self._connection, self._sql, self._wish.query.clauses, more, keys, self._window)
+        return self._ranked(keys, more)
+
+    def _ranked(self, keys: Sequence[Key], more: Sequence[Expression]) -> Search:
+        return Search(self.connection, self.sql, self.wish.query.clauses, more, keys, self.window)
 
     def _within(self) -> tuple[str, Expression] | None:
         """What is as good as the best."""
-        if self._wish.within is None:
+        if self.wish.within is None:
             return None
-        key = self._wish.keys[0]
-        finite = [self._sql.finite(other.value) for other in self._wish.keys[1:]]
-        value = self._sql.value(key.value)
-        search = Search(self._connection, self._sql, self._wish.query.clauses, finite, (key,), self._window)
-        for best in search.rows((self._sql.table.key, value), 1):
+        key = self.wish.keys[0]
+        finite = [self.sql.finite(other.value) for other in self.wish.keys[1:]]
+        value = self.sql.value(key.value)
+        for best in self._ranked((key,), finite).rows((self.sql.table.key, value), 1):
             details = schema.details.c
-            record = self._connection.scalar(select(details.record).where(details.checkpoint == best[0]))
+            record = self.connection.scalar(select(details.record).where(details.checkpoint == best[0]))
             metrics = metrics_from_json(json.loads(record or "{}").get("metrics", {}))
-            error = self._wish.within.error_of(best[1], metrics)
+            error = self.wish.within.error_of(best[1], metrics)
             text = f"{key.value.name} within one standard error ({error:.3g}) of the best ({best[1]:.6g})"
             return text, (value >= best[1] - error if key.mode == "max" else value <= best[1] + error)
         return None

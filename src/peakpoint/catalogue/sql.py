@@ -1,48 +1,35 @@
 """From the tree of a query to SQL: every value is a parameter, every name one of ours."""
 
+import operator
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Double,
-    Select,
-    UnaryExpression,
-    and_,
-    bindparam,
-    cast,
-    func,
-    literal,
-    not_,
-    or_,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql.operators import custom_op
 
+from peakpoint import query
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.schema import Columns
-from peakpoint.query import (
-    FIELDS,
-    All,
-    Among,
-    Arithmetic,
-    Compare,
-    Condition,
-    Constant,
-    Field,
-    Flag,
-    Has,
-    Like,
-    Metric,
-    Not,
-    Value,
-)
-from peakpoint.query import Any as Some
+from peakpoint.query import Field, Metric
 
-Expression = ColumnElement[Any]
+Expression = sa.ColumnElement[Any]
 _PLUS: custom_op[Any] = custom_op("+")
+_COMPARED: dict[str, Callable[[Any, Any], Expression]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_COMPUTED: dict[str, Callable[[Any, Any], Expression]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": lambda a, b: sa.cast(a, sa.Double) / sa.func.nullif(sa.cast(b, sa.Double), 0.0),
+    "%": lambda a, b: a % sa.func.nullif(b, 0),
+}
 _EXACT = 2**53  # whole numbers below are the same as a float
 
 
@@ -71,79 +58,66 @@ class Translator:
     def _own(self, name: str) -> Expression:
         """A column; with a sign before it SQLite uses no index of it (https://sqlite.org/optoverview.html, 2)."""
         column: Expression = self.table[name]
-        return column if self._indexed else UnaryExpression(column, operator=_PLUS, type_=column.type)
+        return column if self._indexed else sa.UnaryExpression(column, operator=_PLUS, type_=column.type)
 
-    def where(self, condition: Condition) -> Expression:
+    def where(self, condition: query.Condition) -> Expression:
         """A condition."""
         match condition:
-            case All(conditions=conditions):
-                return and_(*map(self.where, conditions))
-            case Some(conditions=conditions):
-                return or_(*map(self.where, conditions))
-            case Not(condition=inner):
-                return not_(self.where(inner))
-            case Flag(field=field):
+            case query.All(conditions=conditions):
+                return sa.and_(*map(self.where, conditions))
+            case query.Any(conditions=conditions):
+                return sa.or_(*map(self.where, conditions))
+            case query.Not(condition=inner):
+                return sa.not_(self.where(inner))
+            case query.Flag(field=field):
                 return self._own(field.name).is_(True)
-            case Has(value=value):
+            case query.Has(value=value):
                 return self._has(value)
-            case Like(field=field, pattern=pattern):
+            case query.Like(field=field, pattern=pattern):
                 return self._texts(field, lambda column: self._like(column, pattern))
-            case Among(value=Field() as field, options=options) if _is_text(field):
+            case query.Among(value=Field() as field, options=options) if _is_text(field):
                 return self._texts(field, lambda column: column.in_([option.value for option in options]))
-            case Among(value=value, options=options):
-                numbers: Expression = bindparam(
-                    None, [option.value for option in options], expanding=True, type_=Double()
+            case query.Among(value=value, options=options):
+                numbers: Expression = sa.bindparam(
+                    None, [option.value for option in options], expanding=True, type_=sa.Double()
                 )
                 return self.value(value).in_(numbers)
-            case Compare():
+            case query.Compare():
                 return self._compare(condition)
 
     def _has(self, value: Field | Metric) -> Expression:
         if isinstance(value, Field) and value.name == "alias":
-            return self._texts(value, lambda _: true())
-        return true() if _is_text(value) else self.value(value).is_not(None)
+            return self._texts(value, lambda _: sa.true())
+        return sa.true() if _is_text(value) else self.value(value).is_not(None)
 
-    def _compare(self, condition: Compare) -> Expression:
+    def _compare(self, condition: query.Compare) -> Expression:
         left, right = condition.left, condition.right
-        if isinstance(left, Constant):
+        if isinstance(left, query.Constant):
             left, right = right, left  # only equality of texts comes here with a text
         if isinstance(left, Field) and _is_text(left):
-            assert isinstance(right, Constant)
+            assert isinstance(right, query.Constant)
             same = self._texts(left, lambda column: column == right.value)
-            return same if condition.op == "==" else not_(same)
-        a, b = self.value(condition.left), self.value(condition.right)
-        match condition.op:
-            case "<":
-                return a < b
-            case "<=":
-                return a <= b
-            case ">":
-                return a > b
-            case ">=":
-                return a >= b
-            case "==":
-                return a == b
-            case "!=":
-                return a != b
+            return same if condition.op == "==" else sa.not_(same)
+        return _COMPARED[condition.op](self.value(condition.left), self.value(condition.right))
 
     def _texts(self, field: Field, test: Any) -> Expression:
         """Whether a text of a checkpoint, which is in another table, passes a test."""
         if field.name == "run":
-            return self._own("run").in_(select(schema.runs.c.key).where(test(schema.runs.c.name)))
+            return self._own("run").in_(sa.select(schema.runs.c.key).where(test(schema.runs.c.name)))
         if field.name == "reason":
-            return self.table.key.in_(select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
+            return self.table.key.in_(sa.select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
         if field.name == "alias":
             return self.table.key.in_(self._pointed_at(test))
         column = schema.details.c[field.name]
-        return self.table.key.in_(select(schema.details.c.checkpoint).where(test(column)))
+        return self.table.key.in_(sa.select(schema.details.c.checkpoint).where(test(column)))
 
-    def _pointed_at(self, test: Any) -> Select[Any]:
+    def _pointed_at(self, test: Any) -> sa.Select[Any]:
         """The keys of what aliases point at whose names pass a test; an id alone may be that of a copied run, too."""
         checkpoints, details, runs, aliases = schema.checkpoints, schema.details, schema.runs, schema.aliases
         joined = aliases.join(details, details.c.id == aliases.c.checkpoint)
         joined = joined.join(checkpoints, checkpoints.c.key == details.c.checkpoint)
         joined = joined.join(runs, (runs.c.key == checkpoints.c.run) & (runs.c.name == aliases.c.run))
-        return select(checkpoints.c.key).select_from(joined).where(test(aliases.c.name))
+        return sa.select(checkpoints.c.key).select_from(joined).where(test(aliases.c.name))
 
     def _like(self, column: Expression, pattern: str) -> Expression:
         if self.sqlite:  # GLOB, as LIKE does not tell cases apart there
@@ -152,10 +126,10 @@ class Translator:
             pattern = pattern.replace(character, f"\\{character}")
         return column.like(pattern.replace("*", "%").replace("?", "_"), escape="\\")
 
-    def value(self, value: Value) -> Expression:
+    def value(self, value: query.Value) -> Expression:
         """A number."""
         match value:
-            case Constant():
+            case query.Constant():
                 return _literal(value.value)
             case Field(name=name):
                 return self._own(name)
@@ -164,33 +138,23 @@ class Translator:
                 if column is not None:
                     return self._own(column.name)
                 rare = schema.rarities.c
-                found = select(rare.value).where(
+                found = sa.select(rare.value).where(
                     rare.checkpoint == self.table.key, rare.metric == self._columns.keys[name]
                 )
                 return found.scalar_subquery()
-            case Arithmetic(op="neg", left=left):
+            case query.Arithmetic(op="neg", left=left):
                 return -self.value(left)
-            case Arithmetic(op="abs", left=left):
-                return func.abs(self.value(left))
-            case Arithmetic(op=op, left=left, right=right):
+            case query.Arithmetic(op="abs", left=left):
+                return sa.func.abs(self.value(left))
+            case query.Arithmetic(op=op, left=left, right=right):
                 assert right is not None
-                return self._not_nan(self._arithmetic(op, self.value(left), self.value(right)))
-
-    def _arithmetic(self, op: str, a: Expression, b: Expression) -> Expression:
-        match op:
-            case "+":
-                return a + b
-            case "-":
-                return a - b
-            case "*":
-                return a * b
-            case "/":
-                return cast(a, Double) / func.nullif(cast(b, Double), 0.0)
-        return a % func.nullif(b, 0)
+                return self._not_nan(_COMPUTED[op](self.value(left), self.value(right)))
 
     def _not_nan(self, value: Expression) -> Expression:
         """NaN is missing; SQLite sees it so by itself, PostgreSQL takes it for the largest number."""
-        return value if self.sqlite else func.nullif(cast(value, Double), cast(literal("NaN"), Double))
+        return (
+            value if self.sqlite else sa.func.nullif(sa.cast(value, sa.Double), sa.cast(sa.literal("NaN"), sa.Double))
+        )
 
     def finite(self, value: Field | Metric) -> Expression:
         """Whether something can be ranked by: NaN and infinities never win."""
@@ -200,12 +164,12 @@ class Translator:
         return column.between(-sys.float_info.max, sys.float_info.max)
 
 
-def _is_text(value: Value) -> bool:
-    return isinstance(value, Field) and FIELDS[value.name] == "text"
+def _is_text(value: query.Value) -> bool:
+    return isinstance(value, Field) and query.FIELDS[value.name] == "text"
 
 
 def _literal(value: float | str) -> Expression:
     """A number as a parameter; a whole one as such, since indexes of PostgreSQL tell integers from others."""
     if isinstance(value, float) and abs(value) < _EXACT and value.is_integer():
-        return literal(int(value), BigInteger())
-    return literal(value, Double())
+        return sa.literal(int(value), sa.BigInteger())
+    return sa.literal(value, sa.Double())

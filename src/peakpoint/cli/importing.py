@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 import msgspec
-from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint.cli import render
+from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, torch_side
+from peakpoint.cli.fitting import Column
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError, Error
 from peakpoint.repository import open_repository
@@ -51,20 +51,7 @@ from peakpoint.rules import parse_all
 @click.option("--dry-run", is_flag=True, help="Only show what would be imported.")
 @JSON
 def import_(
-    path: Path,
-    root: Path,
-    run: str,
-    metrics: Path | None,
-    join: str,
-    epochs_from: int,
-    parts: tuple[str, ...],
-    strip_prefix: str,
-    inert: tuple[str, ...],
-    texts: str | None,
-    link: bool,  # noqa: FBT001
-    skip_unreadable: bool,  # noqa: FBT001
-    dry_run: bool,  # noqa: FBT001
-    json: bool,  # noqa: FBT001
+    path: Path, root: Path, *, run: str, parts: tuple[str, ...], texts: str | None, json: bool, **options: Any
 ) -> None:
     """Bring checkpoints of other tools into a run; no code of a file's is run, and no file is changed."""
     renamed = dict(_pair(part) for part in parts)
@@ -72,21 +59,9 @@ def import_(
     importing = torch_side("peakpoint.importing.everything", "import")
     with _saying_what_came(root, run), progress("importing", _size(path)) as advance:
         report = importing.import_checkpoints(
-            path,
-            root,
-            run=run,
-            metrics=metrics,
-            join=join,
-            parts=renamed,
-            strip_prefix=strip_prefix,
-            epochs_from=epochs_from,
-            inert=inert,
-            rules=rules,
-            link=link,
-            skip_unreadable=skip_unreadable,
-            dry_run=dry_run,
-            progress=advance,
+            path, root, run=run, parts=renamed, rules=rules, progress=advance, **options
         )
+    dry_run = options["dry_run"]
     if json:
         render.as_json({"dry_run": dry_run, **msgspec.to_builtins(report, enc_hook=str)})
     else:
@@ -131,7 +106,7 @@ def _size(path: Path) -> int:
 def _print_report(root: Path, path: Path, report: Any, *, dry_run: bool, ruled: bool) -> None:
     console = render.console()
     console.print(_table(report.checkpoints, console.width))
-    for note, count in _counted(report):
+    for note, count in Counter(note for one in report.checkpoints for note in one.notes).items():
         every = "" if count == len(report.checkpoints) else f" ({render.count(count, 'file')})"
         console.print(f"  {escape(note)}{every}")
     for note in report.notes:
@@ -161,21 +136,15 @@ def _others(report: Any) -> str:
     """What has not come in now, and why not."""
     counts = Counter(one.status for one in report.checkpoints)
     words = {"there": "there already", "removed": "there once and removed since", "twin": "the same as another"}
-    return "".join(
-        f", {counts[status]} {_be(counts[status])} {text}" for status, text in words.items() if counts[status]
-    )
-
-
-def _be(count: int) -> str:
-    return "was" if count == 1 else "were"
+    told = [(counts[status], text) for status, text in words.items() if counts[status]]
+    return "".join(f", {count} {'was' if count == 1 else 'were'} {text}" for count, text in told)
 
 
 _NAMED = 20  # files that are named
 _TELLING = re.compile(r"(^|[/_.-])(val|acc|loss)", re.IGNORECASE)
-_RIGHT = {"epoch", "step", "size"}
 
 
-def _columns(checkpoints: Sequence[Any]) -> list[str]:
+def _metrics(checkpoints: Sequence[Any]) -> list[str]:
     """The metrics that tell most, as many as a table has room for."""
     found = list({name: None for one in checkpoints for name in one.metrics})
     return sorted(found, key=lambda name: (_TELLING.search(name) is None, name.startswith("best")))[:3]
@@ -183,38 +152,28 @@ def _columns(checkpoints: Sequence[Any]) -> list[str]:
 
 def _table(checkpoints: Sequence[Any], width: int) -> Table:
     """One row for each source, with the columns that there is room for."""
-    metrics = _columns(checkpoints)
-    columns = {
-        "file": [one.path.name for one in checkpoints],
-        "kind": [one.tool for one in checkpoints],
-        "epoch": ["" if one.epoch is None else str(one.epoch) for one in checkpoints],
-        "step": [
-            "" if one.step is None else f"({one.step})" if one.step_counted else str(one.step) for one in checkpoints
-        ],
-        **{name: [render.number(one.metrics.get(name)) for one in checkpoints] for name in metrics},
-        "parts": [", ".join(one.parts) for one in checkpoints],
-        "size": [render.size(one.size_bytes) for one in checkpoints],
-        "what": [one.status for one in checkpoints],
-    }
-    for title in ("parts", "kind", "size", *reversed(metrics)):
-        if sum(2 + max(map(cell_len, (name, *cells))) for name, cells in columns.items()) > width:
-            del columns[title]
-    table = Table(box=None, header_style="bold")
-    for title in columns:
-        right = title in {*_RIGHT, *metrics}
-        table.add_column(escape(title), justify="right" if right else "left", overflow="fold")
-    for cells in zip(*columns.values(), strict=True):
-        shown = ["[red]unreadable[/]" if cell == "unreadable" else escape(cell) for cell in cells]
-        table.add_row(*shown)
-    return table
 
+    def step(one: Any) -> str:
+        return "" if one.step is None else f"({one.step})" if one.step_counted else str(one.step)
 
-def _counted(report: Any) -> list[tuple[str, int]]:
-    found: dict[str, int] = {}
-    for one in report.checkpoints:
-        for note in one.notes:
-            found[note] = found.get(note, 0) + 1
-    return list(found.items())
+    def status(one: Any) -> str:
+        return "[red]unreadable[/]" if one.status == "unreadable" else str(one.status)
+
+    def values(name: str) -> list[str]:
+        return [render.number(one.metrics.get(name)) for one in checkpoints]
+
+    metrics = {escape(name): values(name) for name in _metrics(checkpoints)}
+    columns = [
+        Column("file", [escape(one.path.name) for one in checkpoints], right=False),
+        Column("kind", [escape(one.tool) for one in checkpoints], right=False),
+        Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in checkpoints]),
+        Column("step", list(map(step, checkpoints))),
+        *(Column(title, cells) for title, cells in metrics.items()),
+        Column("parts", [escape(", ".join(one.parts)) for one in checkpoints], right=False),
+        Column("size", [render.size(one.size_bytes) for one in checkpoints]),
+        Column("what", list(map(status, checkpoints)), right=False),
+    ]
+    return fitting.table(fitting.fitted(columns, ["parts", "kind", "size", *reversed(metrics)], width), width)
 
 
 # --- export -------------------------------------------------------------------------------------------------------
@@ -234,6 +193,7 @@ def _counted(report: Any) -> list[tuple[str, int]]:
 def export(
     root: Path,
     ref: str,
+    *,
     to: Path,
     parts: tuple[str, ...],
     form: str | None,
@@ -241,7 +201,7 @@ def export(
     config: Path | None,
     factory: str | None,
     inputs: tuple[str, ...],
-    json: bool,  # noqa: FBT001
+    json: bool,
 ) -> None:
     """Write a checkpoint to a file or folder that other tools open."""
     repository = open_repository(root)
@@ -262,9 +222,8 @@ def export(
         told = {"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": size}
         render.as_json(told | ({"checked": checked} if checked else {}))
     else:
-        click.echo(
-            f"{manifest.run}/{manifest.name} -> {to} ({render.size(size)})" + (f"; {checked}" if checked else "")
-        )
+        more = f"; {checked}" if checked else ""
+        click.echo(f"{manifest.run}/{manifest.name} -> {to} ({render.size(size)}){more}")
 
 
 COMMANDS = (import_, export)

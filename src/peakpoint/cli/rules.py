@@ -1,14 +1,14 @@
 """Commands about what stays and why: keep, explain, pin, unpin, record."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from peakpoint import journal as journals
 from peakpoint import packs, upkeep
@@ -48,14 +48,15 @@ GB = 1e9
 def keep(
     root: Path,
     name: str,
+    *,
     text: str | None,
-    yes: bool,  # noqa: FBT001
-    dry_run: bool,  # noqa: FBT001
+    yes: bool,
+    dry_run: bool,
     undo_for: timedelta,
-    archive: bool,  # noqa: FBT001
-    what_if: bool,  # noqa: FBT001
+    archive: bool,
+    what_if: bool,
     price: float | None,
-    json: bool,  # noqa: FBT001
+    json: bool,
 ) -> None:
     """Say what rules keep of a run, why, and what they would remove; carry it out with --yes."""
     run = open_repository(root).run(name)
@@ -154,20 +155,16 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
 def _plan_json(
     run: Run, rules: Sequence[Rule], decided: Plan, failures: Sequence[str], *, applied: bool
 ) -> dict[str, Any]:
-    manifests = {manifest.id: manifest for manifest in run.manifests()}
+    keep = decided.keep
+    drops = [
+        {"ref": f"{run.name}/{one.manifest.name}", "parts": one.parts, "reason": one.reason} for one in decided.drop
+    ]
     return {
         "run": run.name,
         "rules": [rule.text for rule in rules],
-        "stays": [
-            render.manifest_json(manifest, decided.keep[manifest.id])
-            for manifest in manifests.values()
-            if manifest.id in decided.keep
-        ],
+        "stays": [render.manifest_json(one, keep[one.id]) for one in run.manifests() if one.id in keep],
         "goes": [render.manifest_json(removal.manifest, ()) | {"reason": removal.reason} for removal in decided.remove],
-        "drops": [
-            {"ref": f"{run.name}/{thinning.manifest.name}", "parts": thinning.parts, "reason": thinning.reason}
-            for thinning in decided.drop
-        ],
+        "drops": drops,
         "freed_bytes": decided.freed_bytes,
         "applied": applied,
         "failures": list(failures),
@@ -185,12 +182,10 @@ def _what_if(run: Run, rules: Sequence[Rule], price: float | None, *, json: bool
         f"[bold]{escape(run.name)}[/], {found.reports} reports, under {escape(' '.join(r.text for r in found.rules))}: "
         f"{found.saves} would have been saved, {len(found.kept)} kept, {found.most} at most at one time"
     )
-    table = Table(box=None, header_style="bold")
-    for title in ("kept", "why"):
-        table.add_column(title, overflow="fold")
-    for kept in found.kept:
-        table.add_row(moment_text(kept.moment), render.claims_text(kept.claims))
-    console.print(table)
+    kept = Column("kept", [moment_text(one.moment) for one in found.kept], right=False)
+    console.print(
+        fitting.with_reasons(console, [kept], [], "why", [render.claims_text(one.claims) for one in found.kept])
+    )
     costs = "" if price is None else f" ({render.money(found.bytes_kept / GB * price)} a month at {price:g} a GB)"
     console.print(
         f"at {render.size(found.size_bytes)} a checkpoint: {render.size(found.bytes_kept)} kept{costs}, "
@@ -214,10 +209,7 @@ def _replay_json(run: Run, found: Replay, price: float | None) -> dict[str, Any]
         "reports": found.reports,
         "saves": found.saves,
         "most": found.most,
-        "kept": [
-            moment(kept.moment) | {"claims": [{"rule": c.rule, "reason": c.reason} for c in kept.claims]}
-            for kept in found.kept
-        ],
+        "kept": [moment(one.moment) | {"claims": [asdict(claim) for claim in one.claims]} for one in found.kept],
         "checkpoint_bytes": found.size_bytes,
         "bytes_kept": found.bytes_kept,
         "bytes_written": found.bytes_written,
@@ -236,7 +228,7 @@ def _replay_json(run: Run, found: Replay, price: float | None) -> dict[str, Any]
 @ROOT
 @REF
 @JSON
-def explain(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
+def explain(root: Path, ref: str, *, json: bool) -> None:
     """Say why a checkpoint is here, or why and when it went and what beat it."""
     repository = open_repository(root)
     if ref.startswith("@"):
@@ -257,21 +249,17 @@ def explain(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
 
 def _gone(run: Run, ref: str) -> Life | None:
     """The removed checkpoint that a ref names; the last one of several."""
-    wanted = parse(ref)
-    found = None
-    for life in lives(run.events()):
-        match wanted:
-            case ByName(name=name):
-                fits = life.saved.name == name
-            case AtStep(step=step):
-                fits = life.record.step == step
-            case AtEpoch(epoch=epoch):
-                fits = life.record.epoch == epoch
-            case _:
-                fits = False
-        if fits and life.removed is not None:
-            found = life
-    return found
+    removed = [life for life in lives(run.events()) if life.removed is not None]
+    match parse(ref):
+        case ByName(name=name):
+            found = [life for life in removed if life.saved.name == name]
+        case AtStep(step=step):
+            found = [life for life in removed if life.record.step == step]
+        case AtEpoch(epoch=epoch):
+            found = [life for life in removed if life.record.epoch == epoch]
+        case _:
+            found = []
+    return found[-1] if found else None
 
 
 def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
@@ -292,18 +280,14 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         render.as_json(render.manifest_json(manifest, claims) | {"exists": True} | extra)
         return
     console = render.console()
-    where = moment_text(manifest)
-    console.print(f"[bold]{escape(manifest.run)}/{escape(manifest.name)}[/] is here ({where})")
+    console.print(f"[bold]{escape(manifest.run)}/{escape(manifest.name)}[/] is here ({moment_text(manifest)})")
     console.print(f"saved {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC because")
-    for reason in manifest.reasons:
-        console.print(f"  - {escape(reason)}")
+    _print_lines(console, map(escape, manifest.reasons))
     console.print("kept because" if claims else "[yellow]kept by nothing: the next save of this run removes it[/]")
-    for claim in claims:
-        console.print(f"  - {render.claim_text(claim)}")
+    _print_lines(console, map(render.claim_text, claims))
     for record in dropped:
-        console.print(
-            f"without {escape(', '.join(record.parts))} since {record.at:%Y-%m-%d %H:%M}: {escape(record.why)}"
-        )
+        parts = ", ".join(record.parts)
+        console.print(f"without {escape(parts)} since {record.at:%Y-%m-%d %H:%M}: {escape(record.why)}")
     packed = packs.archived(run.store, run.name, manifest.name)
     if packed is not None:
         console.print(
@@ -311,8 +295,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
             f"{render.size(manifest.size_bytes)} in a pack of {render.size(packed.packed_bytes)}"
         )
     for event in late:
-        values = ", ".join(f"{name} = {value:.6g}" for name, value in event.metrics.items())
-        console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {escape(values)}")
+        console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {_values(event.metrics)}")
     for rule, claimed in instead:
         shown = ", ".join(claimed[:3]) + (f" and {len(claimed) - 3} more" if len(claimed) > 3 else "")
         console.print(f"[dim]{escape(rule)} does not claim it but {escape(shown or 'nothing')}[/]")
@@ -339,12 +322,10 @@ def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, j
         )
         return
     console = render.console()
-    where = f"step {removed.step}" if removed.epoch is None else f"epoch {removed.epoch}, step {removed.step}"
-    console.print(f"[bold]{escape(life.saved.name)}[/] is gone ({where})")
-    values = ", ".join(f"{name} = {value:.6g}" for name, value in life.record.metrics.items())
-    console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {escape(values) or 'no metrics'} because")
-    for reason in life.saved.reasons:
-        console.print(f"  - {escape(reason)}")
+    console.print(f"[bold]{escape(life.saved.name)}[/] is gone ({moment_text(life.record)})")
+    values = _values(life.record.metrics) or "no metrics"
+    console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {values} because")
+    _print_lines(console, map(escape, life.saved.reasons))
     console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
     if until is not None:
         back = escape(render.command("undo", root, f"{run.name}/{life.saved.name}"))
@@ -353,10 +334,17 @@ def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, j
         console.print("it was in the trash, and its files are gone for good")
     for rule, claimed in life.beaten:
         console.print(f"  [cyan]{escape(rule)}[/] kept instead")
-        for line in claimed[:3] or ("nothing",):
-            console.print(f"    - {escape(line)}")
-        if len(claimed) > 3:
-            console.print(f"    - and {len(claimed) - 3} more")
+        more = [f"and {len(claimed) - 3} more"] if len(claimed) > 3 else []
+        _print_lines(console, map(escape, [*claimed[:3], *more] or ["nothing"]), indent=4)
+
+
+def _values(metrics: Mapping[str, float]) -> str:
+    return escape(", ".join(f"{name} = {value:.6g}" for name, value in metrics.items()))
+
+
+def _print_lines(console: Console, lines: Iterable[str], indent: int = 2) -> None:
+    for line in lines:
+        console.print(f"{' ' * indent}- {line}")
 
 
 # --- pin, unpin, record -------------------------------------------------------------------------------------------
@@ -367,7 +355,7 @@ def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, j
 @REF
 @click.option("--why", required=True, help="The reason, for people.")
 @JSON
-def pin(root: Path, ref: str, why: str, json: bool) -> None:  # noqa: FBT001
+def pin(root: Path, ref: str, why: str, *, json: bool) -> None:
     """Protect a checkpoint from the rules, also of a training that is running."""
     run, manifest = open_repository(root).locate(ref)
     run.pin(f"{manifest.run}/{manifest.name}", why)
@@ -378,7 +366,7 @@ def pin(root: Path, ref: str, why: str, json: bool) -> None:  # noqa: FBT001
 @ROOT
 @REF
 @JSON
-def unpin(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
+def unpin(root: Path, ref: str, *, json: bool) -> None:
     """Let the rules have a pinned checkpoint again."""
     run, manifest = open_repository(root).locate(ref)
     run.unpin(f"{manifest.run}/{manifest.name}")
@@ -392,7 +380,7 @@ def unpin(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
 @click.option("--part", help="The part that was measured, such as ema.")
 @click.option("--source", default="by hand", show_default=True, help="What measured it.")
 @JSON
-def record(root: Path, ref: str, values: tuple[str, ...], part: str | None, source: str, json: bool) -> None:  # noqa: FBT001
+def record(root: Path, ref: str, values: tuple[str, ...], part: str | None, source: str, *, json: bool) -> None:
     """Append measurements to a checkpoint; rules see them at once."""
     run, manifest = open_repository(root).locate(ref)
     run.record(f"{manifest.run}/{manifest.name}", dict(map(_measurement, values)), part=part, source=source)

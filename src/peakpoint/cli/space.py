@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 from rich.markup import escape
-from rich.table import Table
 
 from peakpoint import packs, upkeep
 from peakpoint.archiving import Packed, unarchived
-from peakpoint.cli import render
+from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT
+from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, CorruptError
 from peakpoint.manifest import Manifest
 from peakpoint.repository import Repository, Run, open_repository
@@ -54,14 +54,7 @@ def _chosen(repository: Repository, name: str, names: Sequence[str]) -> tuple[Ru
 @click.option("--dry-run", is_flag=True, help="Only say what would be packed.")
 @click.option("--level", type=click.IntRange(1, 19), help="Of zstd; higher is slower, and hardly smaller.")
 @JSON
-def archive(
-    root: Path,
-    name: str,
-    names: tuple[str, ...],
-    dry_run: bool,  # noqa: FBT001
-    level: int | None,
-    json: bool,  # noqa: FBT001
-) -> None:
+def archive(root: Path, name: str, names: tuple[str, ...], *, dry_run: bool, level: int | None, json: bool) -> None:
     """Pack a finished run without loss: it takes less space, and is still listed and loaded."""
     run, chosen = _chosen(open_repository(root), name, names)
     chosen = unarchived(run.store, chosen)
@@ -75,17 +68,9 @@ def archive(
     with progress("packing", total) as advance:
         done, failures = upkeep.archive(run, chosen, level=level, progress=lambda one: advance(one.size_bytes))
     if json:
-        render.as_json(
-            {
-                "run": name,
-                "archived": [
-                    _json(one.manifest) | {"packed_bytes": one.packed_bytes, "bases": one.bases} for one in done
-                ],
-                "bytes": sum(one.size_bytes for one in done),
-                "packed_bytes": sum(one.packed_bytes for one in done),
-                "failures": failures,
-            }
-        )
+        archived = [_json(one.manifest) | {"packed_bytes": one.packed_bytes, "bases": one.bases} for one in done]
+        packed = {"bytes": sum(one.size_bytes for one in done), "packed_bytes": sum(one.packed_bytes for one in done)}
+        render.as_json({"run": name, "archived": archived} | packed | {"failures": failures})
     else:
         _print_packed(name, done)
     for failure in failures:
@@ -98,20 +83,22 @@ def _json(manifest: Manifest) -> dict[str, Any]:
     return {"ref": f"{manifest.run}/{manifest.name}", "id": manifest.id, "size_bytes": manifest.size_bytes}
 
 
+_NEIGHBOURS = ("nothing", "the one before", "the two before")
+
+
 def _print_packed(name: str, done: Sequence[Packed]) -> None:
     if not done:
         click.echo(f"nothing to archive: every checkpoint of {name} is archived, or there is none")
         return
     console = render.console()
-    table = Table(box=None, header_style="bold")
-    for title in ("archived", "size", "packed", "of it", "as differences to"):
-        table.add_column(title, justify="left" if title in {"archived", "as differences to"} else "right")
-    for one in done:
-        share = one.packed_bytes / one.size_bytes if one.size_bytes else 1
-        to = ("nothing", "the one before", "the two before")[one.bases]
-        packed = render.size(one.packed_bytes)
-        table.add_row(escape(one.manifest.name), render.size(one.size_bytes), packed, f"{share:.0%}", to)
-    console.print(table)
+    columns = [
+        Column("archived", [escape(one.manifest.name) for one in done], right=False),
+        Column("size", [render.size(one.size_bytes) for one in done]),
+        Column("packed", [render.size(one.packed_bytes) for one in done]),
+        Column("of it", [f"{one.packed_bytes / (one.size_bytes or one.packed_bytes):.0%}" for one in done]),
+        Column("as differences to", [_NEIGHBOURS[one.bases] for one in done], right=False),
+    ]
+    console.print(fitting.table(columns, console.width))
     before, after = sum(one.size_bytes for one in done), sum(one.packed_bytes for one in done)
     console.print(
         f"{render.count(len(done), 'checkpoint')}, {render.size(before)} in {render.size(after)}, every byte compared; "
@@ -124,7 +111,7 @@ def _print_packed(name: str, done: Sequence[Packed]) -> None:
 @click.argument("name", metavar="RUN")
 @click.argument("names", metavar="[REF]...", nargs=-1)
 @JSON
-def restore(root: Path, name: str, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
+def restore(root: Path, name: str, names: tuple[str, ...], *, json: bool) -> None:
     """Put the files of archived checkpoints back, bit for bit; of the whole run by default."""
     run, chosen = _chosen(open_repository(root), name, names)
     chosen = [manifest for manifest in chosen if packs.archived(run.store, run.name, manifest.name) is not None]
@@ -147,7 +134,7 @@ def restore(root: Path, name: str, names: tuple[str, ...], json: bool) -> None: 
 @ROOT
 @click.option("--empty", is_flag=True, help="Let it all go now.")
 @JSON
-def trash(root: Path, empty: bool, json: bool) -> None:  # noqa: FBT001
+def trash(root: Path, *, empty: bool, json: bool) -> None:
     """List what was removed and can be brought back, and until when."""
     runs = open_repository(root).runs()
     found = [one for run in runs for one in (upkeep.empty_trash(run) if empty else upkeep.in_trash(run))]
@@ -162,14 +149,13 @@ def trash(root: Path, empty: bool, json: bool) -> None:  # noqa: FBT001
     if empty:
         console.print(f"{render.count(len(found), 'thing')} gone for good, {render.size(total)} freed")
         return
-    table = Table(box=None, header_style="bold")
-    for title in ("checkpoint", "what", "size", "until", "why"):
-        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
-    for one in found:
-        what = escape(", ".join(one.parts)) or "all of it"
-        name = escape(f"{one.manifest.run}/{one.manifest.name}")
-        table.add_row(name, what, render.size(one.size_bytes), f"{one.until:%Y-%m-%d %H:%M} UTC", escape(one.why))
-    console.print(table)
+    columns = [
+        Column("checkpoint", [escape(f"{one.manifest.run}/{one.manifest.name}") for one in found], right=False),
+        Column("what", [escape(", ".join(one.parts)) or "all of it" for one in found], right=False),
+        Column("size", [render.size(one.size_bytes) for one in found]),
+        Column("until", [f"{one.until:%Y-%m-%d %H:%M} UTC" for one in found], right=False),
+    ]
+    console.print(fitting.with_reasons(console, columns, ["size"], "why", [escape(one.why) for one in found]))
     console.print(
         f"{render.size(total)}; {escape(render.command('undo', root, 'RUN/NAME'))} brings one back", soft_wrap=True
     )
@@ -184,7 +170,7 @@ def _trash_json(one: upkeep.InTrash) -> dict[str, Any]:
 @ROOT
 @click.argument("names", metavar="RUN/NAME...", nargs=-1, required=True)
 @JSON
-def undo(root: Path, names: tuple[str, ...], json: bool) -> None:  # noqa: FBT001
+def undo(root: Path, names: tuple[str, ...], *, json: bool) -> None:
     """Bring removed checkpoints and dropped parts back from the trash."""
     repository = open_repository(root)
     wanted: dict[str, list[str]] = {}

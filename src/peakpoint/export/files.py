@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peakpoint import reader
+from peakpoint.averaging import held
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.manifest import Manifest, metrics_to_json
 from peakpoint.repository import Repository
@@ -47,33 +48,20 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     if to.suffix not in SUFFIXES:
         endings = f"{', '.join(SUFFIXES)} or .onnx"
         raise ConfigError(f"cannot export to {to}: its name must end with {endings}; for a folder, say --format hf")
-    if not to.absolute().parent.is_dir():
-        raise NotFoundError(
-            f"cannot export to {to}: the directory {to.absolute().parent} does not exist; make it first"
-        )
-    if to.exists():
-        raise ConflictError(f"{to} exists; remove it first, or export to another name")
+    check_free(to)
     manifest = repository.find_manifest(ref)
     chosen = list(parts) or [default_part(manifest)]
     for part in chosen:
         check_part_of(manifest, part)
-    hold = reader.reading(repository.store, manifest)
-    saved = read_state(repository.store, manifest, chosen)
-    values = {part: saved.value(part, own=True) for part in chosen}
-    temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
-    with translated("write", to):
-        try:
+    with held(repository.store, [manifest]):
+        saved = read_state(repository.store, manifest, chosen)
+        values = {part: saved.value(part, own=True) for part in chosen}
+        with published(to) as temporary:
             if to.suffix == ".safetensors":
                 _write_safetensors(temporary, values, manifest)
             else:
                 with temporary.open("wb") as file:  # a file of ours: its errors are OSErrors, not torch's own
                     torch.save(values[chosen[0]] if len(chosen) == 1 else values, file)
-            publish(temporary, to)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-    if hold is not None:
-        hold.release()
     return manifest
 
 
@@ -126,13 +114,38 @@ def check_weights(part: str, value: Any) -> None:
         check_tensor(tensor, key)
 
 
-def publish(temporary: Path, to: Path) -> None:
-    """Give a finished file or folder its name, durably."""
+def check_free(to: Path) -> None:
+    """Refuse a place where nothing new can be written.
+
+    Raises:
+        ConflictError: there is something already.
+        NotFoundError: there is no such directory.
+    """
+    if to.exists():
+        raise ConflictError(f"{to} exists; remove it first, or export to another name")
+    if not to.absolute().parent.is_dir():
+        raise NotFoundError(
+            f"cannot export to {to}: the directory {to.absolute().parent} does not exist; make it first"
+        )
+
+
+@contextlib.contextmanager
+def published(to: Path) -> Iterator[Path]:
+    """Where to write a file or a folder, which then gets its name, durably; after an error nothing is left."""
+    temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
     ops = FileOps()
-    fd = os.open(temporary, os.O_RDONLY)
-    try:
-        ops.fsync(fd)
-    finally:
-        os.close(fd)
-    ops.rename(temporary, to)
-    ops.fsync_dir(to.parent)
+    with translated("write", to):
+        try:
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                fd = os.open(path, os.O_RDONLY)
+                try:
+                    ops.fsync(fd)
+                finally:
+                    os.close(fd)
+            ops.rename(temporary, to)
+            ops.fsync_dir(to.parent)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            temporary.unlink(missing_ok=True)

@@ -1,21 +1,20 @@
 """Export to a folder as Hugging Face's tools write it: weights, an index of shards, config, history of metrics."""
 
 import json
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peakpoint import card, reader
-from peakpoint.errors import ConflictError, FormatError, NotFoundError
-from peakpoint.export.files import check_weights, default_part, publish
+from peakpoint import card
+from peakpoint.averaging import held
+from peakpoint.errors import FormatError
+from peakpoint.export.files import check_free, check_weights, default_part, published
 from peakpoint.journal import history
 from peakpoint.manifest import Manifest, metrics_to_json
 from peakpoint.repository import Repository
-from peakpoint.store import FileOps, translated
+from peakpoint.store import translated
 from peakpoint.stored import SavedState, check_part_of, read_state
 from peakpoint.tensors import Staging
 from peakpoint.units import read_bytes
@@ -48,41 +47,33 @@ def export_folder(
         CorruptError: the checkpoint is damaged.
     """
     most = read_bytes("shard", shard)
-    if to.exists():
-        raise ConflictError(f"{to} exists; remove it first, or export to another name")
-    if not to.absolute().parent.is_dir():
-        raise NotFoundError(
-            f"cannot export to {to}: the directory {to.absolute().parent} does not exist; make it first"
-        )
+    check_free(to)
     settings = None if config is None else _read_config(config)
     manifest = repository.find_manifest(ref)
     part = part or default_part(manifest)
     check_part_of(manifest, part)
-    hold = reader.reading(repository.store, manifest)
     kept = [name for name in ("config", "extra") if name in manifest.parts]
-    saved = read_state(repository.store, manifest, [part, *kept])
-    weights = saved.value(part)
-    check_weights(part, weights)
-    texts = {"trainer_state.json": _trainer_state(repository, manifest)}
-    settings = _kept_config(saved, kept) if settings is None else settings
-    if settings is not None:
-        texts["config.json"] = settings
-    page = card.markdown(card.gather(repository, ref))
-    temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
-    with translated("write", to):
-        try:
-            temporary.mkdir()
-            (temporary / card.PAGE).write_text(page, encoding="utf-8")
-            _write(temporary, weights, most, texts)
-            publish(temporary, to)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    if hold is not None:
-        hold.release()
+    with held(repository.store, [manifest]):
+        saved = read_state(repository.store, manifest, [part, *kept])
+        weights = saved.value(part)
+        check_weights(part, weights)
+        settings = _kept_config(saved, kept) if settings is None else settings
+        state, page = _trainer_state(repository, manifest), card.markdown(card.gather(repository, ref))
+        with published(to) as folder:
+            folder.mkdir()
+            (folder / card.PAGE).write_text(page, encoding="utf-8")
+            _write_json(folder / "trainer_state.json", state)
+            if settings is not None:
+                _write_json(folder / "config.json", settings)
+            _write_weights(folder, weights, most)
     return manifest
 
 
-def _write(folder: Path, weights: Mapping[str, torch.Tensor], most: int, texts: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_weights(folder: Path, weights: Mapping[str, torch.Tensor], most: int) -> None:
     shards = list(_shards(weights, most))
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -90,22 +81,11 @@ def _write(folder: Path, weights: Mapping[str, torch.Tensor], most: int, texts: 
     else:
         places = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
         total = sum(tensor.nbytes for tensor in weights.values())
-        texts = {
-            **texts,
-            "model.safetensors.index.json": {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(places.items())),
-            },
-        }
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
     buffer = Staging()
     for name, tensors in zip(names, shards, strict=True):
         (folder / name).write_bytes(buffer.fill({name: tensors})[0].data)
-    for name, value in texts.items():
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-    ops = FileOps()
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            ops.fsync(stream.fileno())
 
 
 def _shards(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -148,15 +128,9 @@ def _kept_config(saved: SavedState, kept: list[str]) -> Any:
 def _trainer_state(repository: Repository, manifest: Manifest) -> dict[str, Any]:
     """What transformers' ``TrainerState`` reads; epochs are those completed."""
     events = repository.run(manifest.run).events()
-    return {
-        "global_step": manifest.step,
-        "epoch": None if manifest.epoch is None else manifest.epoch + 1.0,
-        "log_history": [
-            {
-                **metrics_to_json(report.metrics),
-                "step": report.step,
-                **({} if report.epoch is None else {"epoch": report.epoch + 1.0}),
-            }
-            for report in history(events, manifest.id)
-        ],
-    }
+    log = []
+    for report in history(events, manifest.id):
+        epoch = {} if report.epoch is None else {"epoch": report.epoch + 1.0}
+        log.append({**metrics_to_json(report.metrics), "step": report.step, **epoch})
+    completed = None if manifest.epoch is None else manifest.epoch + 1.0
+    return {"global_step": manifest.step, "epoch": completed, "log_history": log}

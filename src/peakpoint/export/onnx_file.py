@@ -1,11 +1,8 @@
 """Export to ONNX. The model comes from a function that the user names on purpose: it is the only code that is run."""
 
-import contextlib
 import importlib
 import logging
 import re
-import secrets
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from peakpoint.errors import ConfigError, ConflictError, FormatError, MismatchError, MissingExtraError, NotFoundError
-from peakpoint.export.files import publish
+from peakpoint.errors import ConfigError, FormatError, MismatchError, needing
+from peakpoint.export.files import check_free, published
+from peakpoint.functions import load_function
 from peakpoint.loading import load
 from peakpoint.manifest import Manifest
 from peakpoint.repository import Repository
-from peakpoint.store import translated
 
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 _LARGEST = 1_900_000_000  # bytes: one file of protobuf holds no more than 2 GiB
@@ -50,14 +47,11 @@ def export_onnx(
         MismatchError: the checkpoint does not fit the model, or the file computes something else.
         MissingExtraError: ``pip install 'peakpoint[onnx]'``.
     """
-    if to.exists():
-        raise ConflictError(f"{to} exists; remove it first, or export to another name")
-    if not to.absolute().parent.is_dir():
-        raise NotFoundError(
-            f"cannot export to {to}: the directory {to.absolute().parent} does not exist; make it first"
-        )
+    check_free(to)
     manifest = repository.find_manifest(ref)
-    onnx = _onnx()
+    with needing("onnx", "export to ONNX needs"):
+        importlib.import_module("onnxscript")
+        onnx = importlib.import_module("onnx")
     model, example = _made(factory)
     arguments = tuple(map(_input, inputs)) or example
     if not arguments:
@@ -68,39 +62,18 @@ def export_onnx(
         raise ConfigError(f"the model has {size} bytes, and an ONNX file holds no more than {_LARGEST}")
     model.eval()
     _try(model, arguments)
-    temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
-    with translated("write", to):
-        try:
-            _write(model, arguments, temporary)
-            checked = _check(onnx, temporary, model, arguments, compare=size <= _SMALL)
-            publish(temporary, to)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+    with published(to) as temporary:
+        _write(model, arguments, temporary)
+        checked = _check(onnx, temporary, model, arguments, compare=size <= _SMALL)
     return manifest, checked
 
 
-def _onnx() -> Any:
-    try:
-        importlib.import_module("onnxscript")
-        return importlib.import_module("onnx")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"export to ONNX needs {error.name}, which is not installed: pip install 'peakpoint[onnx]'"
-        ) from error
-
-
 def _made(factory: str) -> tuple[torch.nn.Module, tuple[Any, ...]]:
-    module, colon, name = factory.partition(":")
-    if not (module and colon and name):
-        raise ConfigError(f"--model {factory} names no function; give MODULE:FUNCTION, such as train:build_model")
-    sys.path.insert(0, str(Path.cwd()))
+    function = load_function(factory)
     try:
-        made = getattr(importlib.import_module(module), name)()
+        made = function()
     except (ImportError, *_OF_THE_USER) as error:
         raise ConfigError(f"--model {factory} gives no model: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"--model {factory} returns a {type(model).__name__}, and no torch.nn.Module")

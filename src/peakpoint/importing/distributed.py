@@ -45,21 +45,6 @@ class _Record:
         else:  # of TensorProperties: the dtype comes first
             self.properties = state
 
-    def _place(self) -> Any:
-        return vars(self).get("fqn"), vars(self).get("offset")
-
-    def __hash__(self) -> int:
-        return hash(self._place())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Record) and self._place() == other._place()
-
-
-def _index(name: str, offset: Any = None) -> _Record:
-    made = _Record()
-    made.__setstate__({"fqn": name, "offset": offset})
-    return made
-
 
 class _Unpickler(pickle.Unpickler):
     """Builds records, shapes, dtypes and paths, and nothing else."""
@@ -95,11 +80,12 @@ def read_folder(folder: Path, *, inert: Collection[str] = ()) -> dict[str, Any]:
     found = _metadata(folder)
     flat: dict[str, Any] = {}
     try:
+        stored = {(index.fqn, vars(index).get("offset")): info for index, info in found.storage_data.items()}
         for name, entry in found.state_dict_metadata.items():
             if type(entry).__name__ == "BytesStorageMetadata":
-                flat[name] = _item(folder, found.storage_data[_index(name)], name, inert)
+                flat[name] = _item(folder, stored[name, None], name, inert)
             else:
-                flat[name] = _tensor(folder, found, name, entry)
+                flat[name] = _tensor(folder, stored, name, entry)
         return _nested(flat, found.planner_data or {})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, FormatError | CorruptError):
@@ -135,14 +121,13 @@ def _item(folder: Path, info: Any, name: str, inert: Collection[str]) -> Any:
     return unpickling.load(data, where=f"{file} ({name})", inert=inert)
 
 
-def _tensor(folder: Path, found: Any, name: str, entry: Any) -> torch.Tensor:
+def _tensor(folder: Path, stored: Mapping[tuple[str, Any], Any], name: str, entry: Any) -> torch.Tensor:
     """One tensor, put together from its pieces; every element must come from exactly one of them."""
     size, covered = torch.Size(entry.size), 0
     dtype = entry.properties.properties[0]
     pieces = []
     for chunk in entry.chunks:
-        info = found.storage_data[_index(name, chunk.offsets)]
-        piece = _item(folder, info, name, ())
+        piece = _item(folder, stored[name, chunk.offsets], name, ())
         if not isinstance(piece, torch.Tensor) or piece.shape != chunk.sizes or piece.dtype != dtype:
             raise CorruptError(f"{folder} is damaged: a piece of {name!r} is not of the shape or type that it says")
         covered += piece.numel()

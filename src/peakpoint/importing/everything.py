@@ -9,7 +9,7 @@ from typing import Any
 
 from peakpoint import names
 from peakpoint.clock import Clock, utc_now
-from peakpoint.errors import ConfigError, CorruptError, Error, FormatError
+from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.importing import logs
 from peakpoint.importing.foreign import EXTRA, Reading, keepable
 from peakpoint.importing.intake import Imported, Intake, Seen
@@ -18,6 +18,8 @@ from peakpoint.importing.timeline import timeline
 from peakpoint.importing.unpickling import check_inert
 from peakpoint.rules import Rule, check_rules
 from peakpoint.store import Store, open_store
+
+_AXES = (logs.EPOCH, logs.STEP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,8 @@ def import_checkpoints(
     how = Reading(parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=inert, epochs_from=epochs_from)
     if epochs_from not in (0, 1):
         raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is called 0 or 1")
-    logs.check_how(join)
+    if join not in {"auto", *_AXES}:
+        raise ConfigError(f"join={join!r} cannot be: give auto, epoch or step")
     given = None if rules is None else check_rules(rules)
     sources, others = find(Path(path))
     seen, unreadable = _look(sources, how, skip=skip_unreadable or dry_run)
@@ -116,19 +119,15 @@ def import_checkpoints(
     if metrics is not None and seen:
         _check_joins(seen, rows, join, Path(metrics))
     own = max((one.found.rows for one in seen), key=len, default=())
-    moments, notes = timeline(seen, [*rows, *own], "step" if own and not rows else join)
+    moments, notes = timeline([one.found for one in seen], [*rows, *own], "step" if own and not rows else join)
     store = open_store(root)
-    intake = Intake(store, run, seen, moments, given, how, link=link)
+    intake = Intake(store=store, run=run, seen=seen, moments=moments, rules=given, how=how, link=link)
     done = intake.preview() if dry_run or intake.complete else intake.write(clock, progress)
     order = [number for moment in moments for number in moment.taken]
-    known = sum(moment.known for moment in moments)
-    if known < len(moments):
-        lost = len(moments) - known
-        notes.append(
-            "1 says neither epoch nor step: it comes before all others"
-            if lost == 1
-            else f"{lost} say neither epoch nor step: they come before all others"
-        )
+    lost = sum(not moment.known for moment in moments)
+    if lost:
+        say, come = ("says", "it comes") if lost == 1 else ("say", "they come")
+        notes.append(f"{lost} {say} neither epoch nor step: {come} before all others")
     if epochs_from == 0 and min((moment.epoch for moment in moments if moment.epoch is not None), default=0) == 1:
         notes.append("the first epoch is 1, and epochs count from 0: if they count from 1 there, say --epochs-from 1")
     return ImportReport(
@@ -161,11 +160,11 @@ def _check_stripped(seen: Sequence[Seen], prefix: str) -> None:
 
 def _check_joins(seen: Sequence[Seen], rows: Sequence[logs.Row], how: str, path: Path) -> None:
     """Refuse a log that has nothing to do with the files."""
-    files: dict[str, set[int | None]] = {logs.EPOCH: {one.epoch for one in seen}, logs.STEP: {one.step for one in seen}}
+    files: dict[str, set[int | None]] = {axis: {getattr(one.found, axis) for one in seen} for axis in _AXES}
     joined = {axis: sum(logs.key(row, axis) in here - {None} for row in rows) for axis, here in files.items()}
     if any(count for axis, count in joined.items() if how in {"auto", axis}):
         return
-    own: dict[str, set[int | None]] = {logs.EPOCH: {row.epoch for row in rows}, logs.STEP: {row.step for row in rows}}
+    own: dict[str, set[int | None]] = {axis: {getattr(row, axis) for row in rows} for axis in _AXES}
     other = next((f"; --join {axis} would join {count} of them" for axis, count in joined.items() if count), "")
     raise ConfigError(
         f"no row of {path} joins a checkpoint{'' if how == 'auto' else f' by {how}'}: its {len(rows)} rows have "
@@ -190,17 +189,10 @@ def _look(sources: Sequence[Source], how: Reading, *, skip: bool) -> tuple[list[
             seen.append(_see(source, how))
         except (FormatError, CorruptError, ConfigError) as error:
             if not skip:
-                raise _with_hint(error, len(sources)) from error
-            unreadable.append(
-                Imported(
-                    path=source.path,
-                    tool=source.kind,
-                    metrics={},
-                    status="unreadable",
-                    error=str(error),
-                    size_bytes=source.size_bytes,
-                )
-            )
+                hint = "; --skip-unreadable imports the others" if len(sources) > 1 else ""
+                raise type(error)(f"{error}{hint}. Nothing was imported") from error
+            told = Imported(path=source.path, tool=source.kind, metrics={}, status="unreadable", error=str(error))
+            unreadable.append(replace(told, size_bytes=source.size_bytes))
     return seen, unreadable
 
 
@@ -211,24 +203,9 @@ def _without_twins(seen: Sequence[Seen]) -> tuple[list[Seen], list[Imported]]:
     for one in seen:
         other = first.setdefault(one.digest, one)
         if other is not one:
-            twins.append(
-                Imported(
-                    path=one.source.path,
-                    tool=one.found.tool,
-                    epoch=one.epoch,
-                    step=one.step,
-                    metrics=one.metrics,
-                    size_bytes=one.source.size_bytes,
-                    notes=(f"{one.source.path.name} has the same bytes as {other.source.path.name}: it comes in once",),
-                    status="twin",
-                )
-            )
+            note = f"{one.source.path.name} has the same bytes as {other.source.path.name}: it comes in once"
+            twins.append(replace(one.told("twin"), parts=(), notes=(note,)))
     return list(first.values()), twins
-
-
-def _with_hint(error: Error, count: int) -> Error:
-    hint = "; --skip-unreadable imports the others" if count > 1 else ""
-    return type(error)(f"{error}{hint}. Nothing was imported")
 
 
 def _natural(path: Path) -> list[Any]:
@@ -240,12 +217,5 @@ def _see(source: Source, how: Reading) -> Seen:
     stamp = source.stamp()
     found, dropped = keepable(read(source, how))
     summary = replace(found, parts=dict.fromkeys(found.parts), extra=dict.fromkeys(found.extra))
-    return Seen(
-        source=source,
-        stamp=stamp,
-        digest=source.digest(),
-        found=replace(summary, notes=(*found.notes, *dropped)),
-        epoch=found.epoch,
-        step=found.step,
-        metrics=found.metrics,
-    )
+    summary = replace(summary, notes=(*found.notes, *dropped))
+    return Seen(source=source, stamp=stamp, digest=source.digest(), found=summary)

@@ -91,7 +91,7 @@ def from_dict(given: Any, where: Path, how: Reading) -> Foreign:
     lightning = "pytorch-lightning_version" in given
     parts, named = _parts(given, how)
     if lightning:
-        parts, named = _lightning_parts(given, parts, named)
+        _add_lightning_parts(given, parts, named)
     if not parts:
         raise FormatError(f"{where} holds no state dict; it has {', '.join(given)}: name one with --part NAME=model")
     extra = {key: value for key, value in given.items() if key not in named}
@@ -226,16 +226,13 @@ def _optimizer_name(extra: Mapping[str, Any]) -> str:
     return ""
 
 
-def _lightning_parts(
-    given: Mapping[str, Any], parts: dict[str, Any], named: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _add_lightning_parts(given: Mapping[str, Any], parts: dict[str, Any], named: dict[str, str]) -> None:
     for key, part in (("optimizer_states", "optimizer"), ("lr_schedulers", "scheduler")):
         states = given.get(key)
         if isinstance(states, list) and states:
             names = [part] if len(states) == 1 else [f"{part}_{number}" for number in range(len(states))]
             parts |= dict(zip(names, states, strict=True))
             named[key] = ", ".join(names)
-    return parts, named
 
 
 def _lightning_scores(extra: Mapping[str, Any], name: str) -> dict[str, float]:

@@ -3,13 +3,13 @@
 import errno
 import mmap
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from peakpoint import journal as journals
-from peakpoint import layout, names
+from peakpoint.adding import held, named, opened, tell_report, tell_saved
 from peakpoint.audit import clean_run
 from peakpoint.capture import FromElsewhere, StateEncoder, capture
 from peakpoint.clock import Clock
@@ -20,17 +20,18 @@ from peakpoint.importing.placing import COUNTED, OutOfPlaceError, Placed, placed
 from peakpoint.importing.sources import Source, read
 from peakpoint.importing.timeline import Moment
 from peakpoint.journal import Journal
-from peakpoint.manifest import FileRecord, Manifest
+from peakpoint.manifest import Manifest
 from peakpoint.notes import notes as notes_of
+from peakpoint.packs import spans_of
 from peakpoint.position import Position
 from peakpoint.reader import shelf
 from peakpoint.report import written_by
-from peakpoint.repository import Run, ensure_repository, ensure_run
+from peakpoint.repository import Run, ensure_run
 from peakpoint.rules import Rule, check_watched, watched
-from peakpoint.store import LocalStore, Store, holder_note
+from peakpoint.store import LocalStore, Store
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
-from peakpoint.writer import Span, WholeImage, commit, unused_name
+from peakpoint.writer import WholeImage, commit
 
 DIGEST, PLACE = "source_blake3", "imported_from"  # in a manifest's written_by
 _MODEL = "model.safetensors"
@@ -79,15 +80,29 @@ class Seen:
     stamp: tuple[tuple[int, int], ...]
     digest: str
     found: Foreign  # its parts are emptied
-    epoch: int | None
-    step: int | None
-    metrics: Mapping[str, float]
+
+    def told(self, status: str, name: str | None = None, *more: str) -> Imported:
+        """What became of it, with the moment that it tells itself."""
+        found = self.found
+        return Imported(
+            path=self.source.path,
+            tool=found.tool,
+            epoch=found.epoch,
+            step=found.step,
+            metrics=found.metrics,
+            parts=(*found.parts, *([EXTRA] if found.extra else ())),
+            size_bytes=self.source.size_bytes,
+            notes=(*found.notes, *more),
+            name=name,
+            status=status,
+        )
 
 
+@dataclass(kw_only=True)
 class Intake:
     """Brings sources into a run, or says what it would do.
 
-    Args:
+    Attributes:
         store: where.
         run: the run.
         seen: the sources.
@@ -101,248 +116,169 @@ class Intake:
         ConfigError: a rule ranks by a metric that none of them has.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        run: str,
-        seen: Sequence[Seen],
-        moments: Sequence[Moment],
-        rules: tuple[Rule, ...] | None,
-        how: Reading,
-        *,
-        link: bool,
-    ) -> None:
-        self._store, self._run, self._seen, self._moments = store, run, seen, moments
-        self._rules, self._how, self._link = rules, how, link
-        self._in_force = rules or ()
+    store: Store
+    run: str
+    seen: Sequence[Seen]
+    moments: Sequence[Moment]
+    rules: tuple[Rule, ...] | None
+    how: Reading
+    link: bool
+
+    def __post_init__(self) -> None:
+        self._in_force = self.rules or ()
         self._look()
-        known = (*(moment.metrics for moment in moments), *(one.metrics for one in journals.history(self._events)))
+        known = (*(moment.metrics for moment in self.moments), *(one.metrics for one in journals.history(self._events)))
         check_watched(self._in_force, {name for metrics in known for name in metrics})
 
     def _look(self) -> None:
-        there = shelf(self._store, self._run)
-        self._manifests = there.manifests
-        self._events = journals.read(self._store, self._run).events
-        own = [one for one in there.manifests if DIGEST not in one.written_by]
-        if own or there.damaged:
-            which = own[0].name if own else there.damaged[0].name
+        there = shelf(self.store, self.run)
+        self._events = journals.read(self.store, self.run).events
+        own = [one.name for one in there.manifests if DIGEST not in one.written_by]
+        own += [one.name for one in there.damaged]
+        if own:
             raise ConflictError(
-                f"run {self._run!r} holds {which}, which was not imported: give another name with --run"
+                f"run {self.run!r} holds {own[0]}, which was not imported: give another name with --run"
             )
         self._there = {one.written_by[DIGEST]: one for one in there.manifests}
-        reasons = [reason for event in self._events if isinstance(event, journals.Saved) for reason in event.reasons]
-        self._gone = {
-            one.digest
-            for one in self._seen
-            if one.digest not in self._there and any(one.digest[:_SHORT] in reason for reason in reasons)
-        }
+        saved = [event for event in self._events if isinstance(event, journals.Saved)]
+        reasons = " ".join(reason for event in saved for reason in event.reasons)
+        missing = [one.digest for one in self.seen if one.digest not in self._there]
+        self._gone = {digest for digest in missing if digest[:_SHORT] in reasons}
+        known = {*self._there, *self._gone}
+        self._new = [one for one in self.seen if one.digest not in known]
+        self._parent = there.manifests[-1] if there.manifests else None
+        self._sequence = max([event.sequence for event in saved] + [one.sequence for one in there.manifests], default=0)
         self._placed = self._places()
 
     def _places(self) -> list[Placed]:
-        newest = self._manifests[-1] if self._manifests else None
-        digests = dict(enumerate(one.digest for one in self._seen))
+        newest, told = self._parent, journals.history(self._events)
+        digests = dict(enumerate(one.digest for one in self.seen))
+        there = {number: self._there[digest] for number, digest in digests.items() if digest in self._there}
+        gone = frozenset(number for number, digest in digests.items() if digest in self._gone)
+        before = [] if newest is None else journals.history(self._events, newest.id)
+        rest = [] if newest is None else [one for one in told if one.report > newest.report]
         try:
-            return placed(
-                self._moments,
-                {number: self._there[digest] for number, digest in digests.items() if digest in self._there},
-                frozenset(number for number, digest in digests.items() if digest in self._gone),
-                newest,
-                [] if newest is None else journals.history(self._events, newest.id),
-                [] if newest is None else [one for one in journals.history(self._events) if one.report > newest.report],
-            )
+            return placed(self.moments, there, gone, newest, before, rest)
         except OutOfPlaceError as error:
-            which = "a row of the metrics" if error.number is None else str(self._seen[error.number].source.path)
-            raise ConflictError(f"{which} does not go into run {self._run!r}: {error}") from error
-
-    def _is_new(self, number: int) -> bool:
-        return self._seen[number].digest not in {*self._there, *self._gone}
+            which = "a row of the metrics" if error.number is None else str(self.seen[error.number].source.path)
+            raise ConflictError(f"{which} does not go into run {self.run!r}: {error}") from error
 
     @property
     def complete(self) -> bool:
         """Whether there is nothing to do."""
-        new = any(self._is_new(number) for number in range(len(self._seen)))
         untold = any(place.new for place in self._placed)
         enough = len(journals.history(self._events)) >= max((place.report for place in self._placed), default=0)
-        return not new and self._rules is None and (enough or not untold)
+        return not self._new and self.rules is None and (enough or not untold)
 
     @property
     def reports(self) -> int:
         """How many moments the run has when it is done."""
-        there = self._manifests[-1].report if self._manifests else 0
+        there = 0 if self._parent is None else self._parent.report
         return max([there, *(place.report for place in self._placed)])
 
-    def _told(self, number: int, moment: Moment, name: str | None, status: str, *more: str) -> Imported:
-        one = self._seen[number]
-        return Imported(
-            path=one.source.path,
-            tool=one.found.tool,
-            epoch=moment.epoch,
-            step=moment.step,
-            step_counted=moment.counted,
-            metrics=moment.metrics,
-            parts=(*one.found.parts, *([EXTRA] if one.found.extra else ())),
-            size_bytes=one.source.size_bytes,
-            notes=(*one.found.notes, *more),
-            name=name,
-            status=status,
-        )
+    def _told(self, number: int, moment: Moment, status: str, name: str | None = None, *more: str) -> Imported:
+        told = self.seen[number].told(status, name, *more)
+        return replace(told, epoch=moment.epoch, step=moment.step, step_counted=moment.counted, metrics=moment.metrics)
 
-    def _each(self) -> Iterator[tuple[int, int, Moment]]:
-        """Number of the report, number of the source, moment."""
-        for place in self._placed:
-            for number in place.moment.taken:
-                yield place.report, number, place.moment
+    def _earlier(self, number: int, moment: Moment) -> Imported | None:
+        """What is said of a source that was imported earlier; None of a new one."""
+        digest = self.seen[number].digest
+        if digest in self._there:
+            return self._told(number, moment, "there", self._there[digest].name)
+        return self._told(number, moment, "removed") if digest in self._gone else None
 
     def preview(self) -> dict[int, Imported]:
         """What would be done."""
-        done = {}
-        for _, number, moment in self._each():
-            old = self._there.get(self._seen[number].digest)
-            status = "planned" if self._is_new(number) else "removed" if old is None else "there"
-            done[number] = self._told(number, moment, None if old is None else old.name, status)
-        return done
+        taken = [(number, place.moment) for place in self._placed for number in place.moment.taken]
+        return {
+            number: self._earlier(number, moment) or self._told(number, moment, "planned") for number, moment in taken
+        }
 
     def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, Imported]:
         """Do it, holding the run."""
-        now = clock()
-        ensure_repository(self._store, now)
-        hold = self._store.hold(layout.writer_lock(self._run), holder_note(now))
-        try:
+        with held(self.store, self.run, clock) as now:
             self._look()  # somebody may have written since
-            by = written_by(trains=False) | {
-                "tool": "peakpoint import",
-                "source": str(self._seen[0].source.path.parent.absolute()),
-            }
-            ensure_run(self._store, self._run, now, by, self._rules or ())
-            clean_run(self._store, self._run, now)
-            there = Run(self._store, self._run)
-            self._in_force = there.rules() if self._rules is None else self._rules
-            journal = Journal(self._store, self._run, clock)
-            try:
-                done = self._write(journal, by, progress)
-                journal.append(journals.Closed(at=clock(), why="peakpoint import"))
-            finally:
-                journal.close()
-            return done
-        finally:
-            hold.release()
+            source = str(self.seen[0].source.path.parent.absolute())
+            by = written_by(trains=False) | {"tool": "peakpoint import", "source": source}
+            ensure_run(self.store, self.run, now, by, self.rules or ())
+            clean_run(self.store, self.run, now)
+            if self.rules is None:
+                self._in_force = Run(self.store, self.run).rules()
+            self._check_room()
+            texts = tuple(rule.text for rule in self._in_force)
+            optimizer = next((one.found.optimizer for one in self.seen if one.found.optimizer), "")
+            state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
+            with opened(self.store, self.run, clock, by, texts, self._parent, state) as journal:
+                self._unpin(journal)
+                return self._write(journal, progress)
 
-    def _write(self, journal: Journal, by: Mapping[str, str], progress: Callable[[int], None]) -> dict[int, Imported]:
-        self._check_room()
-        texts = tuple(rule.text for rule in self._in_force)
-        optimizer = next((one.found.optimizer for one in self._seen if one.found.optimizer), "")
-        state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
-        journal.append(journals.Opened(at=journal.now(), by=by, rules=texts, state=state))
-        parent = self._manifests[-1] if self._manifests else None
-        origin = (None, 0) if parent is None else (parent.id, parent.report)
-        journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
-        self._unpin(journal)
-        used = [event.sequence for event in self._events if isinstance(event, journals.Saved)]
-        sequence = max([*used, *(one.sequence for one in self._manifests)], default=0)
+    def _write(self, journal: Journal, progress: Callable[[int], None]) -> dict[int, Imported]:
         buffer = Staging()
         done: dict[int, Imported] = {}
         for place in self._placed:
-            report, moment = place.report, place.moment
+            moment = place.moment
             if place.new:
-                at = journal.now()
-                journal.append(
-                    journals.Reported(
-                        at=at, report=report, step=moment.step, epoch=moment.epoch, metrics=moment.metrics
-                    )
-                )
+                tell_report(journal, place.report, moment.step, moment.epoch, moment.metrics)
             for number in moment.taken:
-                old = self._there.get(self._seen[number].digest)
-                if old is not None:
-                    done[number] = self._told(number, moment, old.name, "there")
-                elif self._seen[number].digest in self._gone:
-                    done[number] = self._told(number, moment, None, "removed")
-                else:
-                    sequence += 1
-                    parent, linked = self._save(journal, buffer, number, report, moment, sequence, parent)
-                    self._there[self._seen[number].digest] = parent
-                    how = ("linked" if linked else "imported", *self._why_copied(number, linked=linked))
-                    done[number] = self._told(number, moment, parent.name, *how)
-                progress(self._seen[number].source.size_bytes)
+                done[number] = self._earlier(number, moment) or self._save(journal, buffer, number, place)
+                progress(self.seen[number].source.size_bytes)
         return done
 
     def _check_room(self) -> None:
-        needed = sum(one.source.size_bytes for number, one in enumerate(self._seen) if self._is_new(number))
-        free = self._store.free()
-        if free is not None and not self._link and free < needed + _SLACK:
+        needed = sum(one.source.size_bytes for one in self._new)
+        free = self.store.free()
+        if free is not None and not self.link and free < needed + _SLACK:
             raise StoreError(
                 errno.ENOSPC,
-                f"no space in {self._store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
+                f"no space in {self.store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
                 "are free; free some space. Nothing was imported",
             )
 
     def _unpin(self, journal: Journal) -> None:
         """With rules, checkpoints are theirs: also those that an earlier import has pinned."""
-        for id_, why in notes_of(self._events).pinned.items() if self._rules is not None else ():
+        for id_, why in notes_of(self._events).pinned.items() if self.rules is not None else ():
             if why.startswith(_PINNED):
                 journal.append(journals.Unpinned(at=journal.now(), checkpoint=id_, by="peakpoint import --rules"))
 
     def _why_copied(self, number: int, *, linked: bool) -> tuple[str, ...]:
-        if not self._link or linked:
+        if not self.link or linked:
             return ()
-        if self._seen[number].found.linkable is None:
+        if self.seen[number].found.linkable is None:
             return ("copied, not linked: it is no safetensors file that is one whole model",)
         return ("copied, not linked: another file system, a header that is not aligned, or a store without links",)
 
-    def _save(
-        self,
-        journal: Journal,
-        buffer: Staging,
-        number: int,
-        report: int,
-        moment: Moment,
-        sequence: int,
-        parent: Manifest | None,
-    ) -> tuple[Manifest, bool]:
-        """Commit one checkpoint; whether its model was linked."""
-        one = self._seen[number]
-        found, _ = keepable(read(one.source, self._how))
+    def _save(self, journal: Journal, buffer: Staging, number: int, place: Placed) -> Imported:
+        """Commit one checkpoint."""
+        one, moment = self.seen[number], place.moment
+        found, _ = keepable(read(one.source, self.how))
         state = dict(found.parts) | ({EXTRA: dict(found.extra)} if found.extra else {})
-        linked: list[bool] = []
         origin, images = self._linkable(found)
-        captured = capture(
-            state,
-            _position(report, moment, complete=found.complete).as_plain(),
-            StateEncoder(shares=False),
-            buffer,
-            NOTHING,
-            NOTHING,
-            FromElsewhere(optional=(EXTRA,), images=images),
-        )
+        position = _position(place, complete=found.complete).as_plain()
+        foreign = FromElsewhere(optional=(EXTRA,), images=images)
+        captured = capture(state, position, StateEncoder(shares=False), buffer, NOTHING, NOTHING, foreign)
         if one.source.stamp() != one.stamp:
             raise CorruptError(f"{one.source.path} was changed during the import; import again when it is at rest")
-        draft = self._draft(one, moment, report, sequence, parent, captured.parts)
+        draft = self._draft(one, place, captured.parts)
+        linked: list[bool] = []
 
         def adopt(name: str, key: str) -> bool:
-            if name != _MODEL or origin is None or not isinstance(self._store, LocalStore):
+            if name != _MODEL or origin is None or not isinstance(self.store, LocalStore):
                 return False
-            linked.append(self._store.adopt(origin, key))
+            linked.append(self.store.adopt(origin, key))
             return linked[-1]
 
-        if self._rules is None:
+        if self.rules is None:
             why = f"{_PINNED}{one.source.path.name}"
             journal.append(journals.Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
-        manifest = commit(self._store, draft, captured.images, first=journal.sync, adopt=adopt)
-        journal.append(
-            journals.Saved(
-                at=journal.now(),
-                checkpoint=manifest.id,
-                name=manifest.name,
-                sequence=sequence,
-                report=report,
-                reasons=manifest.reasons,
-                size_bytes=manifest.size_bytes,
-            )
-        )
-        return manifest, any(linked)
+        manifest = commit(self.store, draft, captured.images, first=journal.sync, adopt=adopt)
+        tell_saved(journal, manifest)
+        self._parent, self._sequence = manifest, manifest.sequence
+        more = self._why_copied(number, linked=any(linked))
+        return self._told(number, moment, "linked" if any(linked) else "imported", manifest.name, *more)
 
     def _linkable(self, found: Foreign) -> tuple[Path | None, Mapping[str, WholeImage]]:
         """A file that may serve as it is: where it is, and its image."""
-        if not self._link or found.linkable is None:
+        if not self.link or found.linkable is None:
             return None, {}
         origin, record = found.linkable
         encoder = Encoder()
@@ -351,34 +287,18 @@ class Intake:
             return None, {}  # tensors that cannot be read in place, or whose names are changed for our files
         with origin.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return origin, {_MODEL: WholeImage(_MODEL, data, record.header, _spans(record))}
+        return origin, {_MODEL: WholeImage(_MODEL, data, record.header, spans_of(record))}
 
-    def _draft(
-        self,
-        one: Seen,
-        moment: Moment,
-        report: int,
-        sequence: int,
-        parent: Manifest | None,
-        parts: Mapping[str, tuple[str, ...]],
-    ) -> Manifest:
-        id_ = secrets.token_hex(8)
-        path = one.source.path
-        name = names.checkpoint_name(
-            names.DEFAULT_TEMPLATE,
-            run=self._run,
-            id=id_,
-            step=moment.step,
-            epoch=moment.epoch,
-            metric=next((name for name, _ in watched(self._in_force) if name in moment.metrics), None),
-            metrics=moment.metrics,
-        )
-        return Manifest(
-            id=id_,
-            run=self._run,
-            name=unused_name(self._store, self._run, name),
-            sequence=sequence,
-            report=report,
+    def _draft(self, one: Seen, place: Placed, parts: Mapping[str, tuple[str, ...]]) -> Manifest:
+        moment, path = place.moment, one.source.path
+        told = {PLACE: str(path.absolute()), DIGEST: one.digest}
+        told |= {COUNTED: "no file tells it"} if moment.counted else {}
+        draft = Manifest(
+            id=secrets.token_hex(8),
+            run=self.run,
+            name="",
+            sequence=self._sequence + 1,
+            report=place.report,
             step=moment.step,
             epoch=moment.epoch,
             metrics=moment.metrics,
@@ -386,17 +306,14 @@ class Intake:
             asked=None,
             parts=parts,
             files=(),
-            parent=None if parent is None else parent.id,
-            forks=() if parent is None else parent.forks,
+            parent=None if self._parent is None else self._parent.id,
+            forks=() if self._parent is None else self._parent.forks,
             created_at=datetime.fromtimestamp(max(time for _, time in one.stamp) / 1e9, UTC),
-            written_by={
-                **written_by(trains=False),
-                PLACE: str(path.absolute()),
-                DIGEST: one.digest,
-                **({COUNTED: "no file tells it"} if moment.counted else {}),
-            },
+            written_by={**written_by(trains=False), **told},
             timing={},
         )
+        metric = next((name for name, _ in watched(self._in_force) if name in moment.metrics), None)
+        return named(self.store, draft, metric)
 
 
 _PINNED = "imported from "
@@ -404,14 +321,7 @@ _ALIGNED = 8  # bytes: what tensors of every element type need
 _SHORT = 16
 
 
-def _spans(record: FileRecord) -> tuple[Span, ...]:
-    return tuple(
-        Span(name=row.name, dtype=row.dtype, shape=row.shape, begin=row.begin, end=row.end) for row in record.tensors
-    )
-
-
-def _position(report: int, moment: Moment, *, complete: bool) -> Position:
-    following = 0 if moment.epoch is None else moment.epoch + complete
-    return Position(
-        report=report, step=moment.step, epoch=moment.epoch, next_epoch=following, next_step=moment.step, batches=None
-    )
+def _position(place: Placed, *, complete: bool) -> Position:
+    epoch, step = place.moment.epoch, place.moment.step
+    following = 0 if epoch is None else epoch + complete
+    return Position(report=place.report, step=step, epoch=epoch, next_epoch=following, next_step=step, batches=None)

@@ -6,14 +6,15 @@ others are merged by step.
 """
 
 import csv
+import importlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peakpoint.errors import ConfigError, FormatError, MissingExtraError, NotFoundError
+from peakpoint.errors import FormatError, NotFoundError, needing
 from peakpoint.store import translated
 
 EPOCH, STEP = "epoch", "step"
@@ -129,14 +130,11 @@ def _records_of_dict(given: Mapping[str, Any]) -> Any:
 def row_of(record: Mapping[str, Any]) -> Row | None:
     """A row from columns by name; None when it has no number, or neither epoch nor step."""
     values = {name: number for name, value in record.items() if name and (number := as_number(value)) is not None}
-    epoch = values.pop(EPOCH, None)
-    step = next((values.pop(name) for name in STEPS if name in values), None)
+    epoch = whole(values.pop(EPOCH, None))
+    step = whole(next((values.pop(name) for name in STEPS if name in values), None))
     if not values or (epoch is None and step is None):
         return None
-    at_epoch, at_step = whole(epoch), whole(step)
-    if at_epoch is None and at_step is None:
-        return None
-    return Row(at_epoch, at_step, {metric_name(name): value for name, value in values.items()})
+    return Row(epoch, step, {metric_name(name): value for name, value in values.items()})
 
 
 def merged(rows: Iterable[Row], *, by: str = "auto") -> list[Row]:
@@ -154,15 +152,9 @@ def merged(rows: Iterable[Row], *, by: str = "auto") -> list[Row]:
 
 
 def _tensorboard(path: Path) -> list[Row]:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import (  # noqa: PLC0415 - start-up time
-            EventAccumulator,
-        )
-        from tensorboard.util import tensor_util  # noqa: PLC0415 - start-up time
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"reading {path} needs {error.name}, which is not installed: pip install 'peakpoint[tensorboard]'"
-        ) from error
+    with needing("tensorboard", f"reading {path} needs"):
+        accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+        tensor_util: Any = importlib.import_module("tensorboard.util.tensor_util")
     places = sorted({file.parent for file in path.rglob("*tfevents*")}) if path.is_dir() else [path]
     if not places:
         raise FormatError(f"{path} is a folder without event files of TensorBoard")
@@ -170,7 +162,7 @@ def _tensorboard(path: Path) -> list[Row]:
     for place in places:
         below = place.relative_to(path).as_posix() if path.is_dir() else "."
         prefix = "" if below == "." else f"{below}/"
-        events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        events = accumulator.EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0}).Reload()
         by_step: dict[int, dict[str, float]] = {}
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
@@ -186,30 +178,8 @@ def _tensorboard(path: Path) -> list[Row]:
     return rows
 
 
-def joined_by(rows: Sequence[Row], epochs: Iterable[int | None], steps: Iterable[int | None]) -> str:
-    """Whether rows go with moments by epoch or by step: by what more of them share.
-
-    TensorBoard knows steps only, and many scripts give it the epoch for one: such rows may be joined by epoch, too.
-    """
-    by_step = len({row.step for row in rows} & ({*steps} - {None}))
-    by_epoch = len({key(row, EPOCH) for row in rows} & ({*epochs} - {None}))
-    all_have = bool(rows) and all(row.epoch is not None for row in rows)
-    return EPOCH if by_epoch > by_step or (by_epoch == by_step and all_have) else STEP
-
-
 def key(row: Row, how: str) -> int | None:
     """What a row is joined by."""
     if how == STEP:
         return row.step
     return row.step if row.epoch is None else row.epoch
-
-
-def check_how(how: str) -> str:
-    """Return ``how`` if rows can be joined by it.
-
-    Raises:
-        ConfigError: it is not ``"auto"``, ``"epoch"`` or ``"step"``.
-    """
-    if how not in {"auto", EPOCH, STEP}:
-        raise ConfigError(f"join={how!r} cannot be: give auto, epoch or step")
-    return how

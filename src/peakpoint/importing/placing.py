@@ -57,7 +57,8 @@ def placed(
     line = _Line(newest, rest, counting=counting and all(moment.counted for moment in moments))
     for index, moment in enumerate(moments):
         old = next((there[number] for number in moment.taken if number in there), None)
-        before = _found(moment, history)
+        # the report that a moment without a checkpoint of its own has been
+        before = next((one.report for one in history if _is_of(moment, one)), None)
         if old is not None:
             _check_same(moment, there, old)
             if old is not newest and any(number not in there and number not in gone for number in moment.taken):
@@ -154,33 +155,25 @@ def _text(moment: Moment) -> str:
 
 def _after(moment: Moment, last: Moment) -> bool:
     if not moment.counted and not last.counted:
-        return (moment.step, -1 if moment.epoch is None else moment.epoch) > (
-            last.step,
-            -1 if last.epoch is None else last.epoch,
-        )
+        return _order(moment) > _order(last)
     if moment.epoch is not None and last.epoch is not None:
         return moment.epoch > last.epoch
     known = moment.epoch is not None or not moment.counted
     return known and last.counted and last.epoch is None
 
 
+def _order(moment: Moment) -> tuple[int, int]:
+    return moment.step, -1 if moment.epoch is None else moment.epoch
+
+
 def _check_same(moment: Moment, there: Mapping[int, Manifest], old: Manifest) -> None:
     for number in moment.taken:
         one = there.get(number, old)
-        same = one.report == old.report and one.epoch == moment.epoch and _all_in(moment.metrics, one.metrics)
-        if not same or not (moment.counted or moment.step == one.step):
+        if one.report != old.report or not _is_of(moment, one):
             raise _other(moment)
 
 
-def _all_in(metrics: Mapping[str, float], told: Mapping[str, float]) -> bool:
-    """Whether all of these are told, with these values; NaN is the same as NaN."""
-    return metrics_to_json(metrics).items() <= metrics_to_json(told).items()
-
-
-def _found(moment: Moment, history: Sequence[Reported]) -> int | None:
-    """The report that a moment without a checkpoint of its own has been."""
-    for one in history:
-        same = one.epoch == moment.epoch and _all_in(moment.metrics, one.metrics)
-        if same and (moment.counted or one.step == moment.step):
-            return one.report
-    return None
+def _is_of(moment: Moment, told: Reported | Manifest) -> bool:
+    """Whether something is of this moment, and tells all its metrics with these values; NaN is the same as NaN."""
+    same = told.epoch == moment.epoch and (moment.counted or told.step == moment.step)
+    return same and metrics_to_json(moment.metrics).items() <= metrics_to_json(told.metrics).items()

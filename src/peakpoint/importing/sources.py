@@ -5,7 +5,7 @@ Every reader here changes nothing, runs nothing, and says what became of everyth
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from peakpoint.tensors import tensors_of
 
 PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 SAFETENSORS = ".safetensors"
+_KINDS = {SAFETENSORS: "safetensors", **dict.fromkeys(PICKLED, "torch")}
 _LARGEST_HEADER = 100 * 1024**2
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _HF_PARTS = {  # of transformers, and of accelerate's save_state
@@ -83,49 +84,42 @@ def find(path: Path) -> tuple[list[Source], list[Path]]:
     if not path.exists():
         raise NotFoundError(f"cannot import {path}: it does not exist")
     with translated("read", path):
-        found, others = _file(path) if path.is_file() else _folder(path)
+        there = list(_below(path))
+    found = [one for one in there if isinstance(one, Source)]
     if not found:
         raise FormatError(
             f"{path} holds no checkpoint: looked for {', '.join(sorted(PICKLED))}, {SAFETENSORS}, folders with "
             f"{_WEIGHTS[0]} or {_WEIGHTS[2]}, and folders of torch.distributed.checkpoint"
         )
-    return found, others
+    return found, [one for one in there if isinstance(one, Path)]
 
 
-def _file(path: Path) -> tuple[list[Source], list[Path]]:
-    if path.suffix.lower() in PICKLED:
-        return [Source(path=path, kind="torch", files=(path,))], []
-    if path.suffix.lower() == SAFETENSORS:
-        return [Source(path=path, kind="safetensors", files=(path,))], []
-    return [], [path]
-
-
-def _folder(path: Path) -> tuple[list[Source], list[Path]]:
+def _below(path: Path) -> Iterator[Source | Path]:
+    """Checkpoints, and the paths of everything else; files before folders."""
+    if path.is_file():
+        kind = _KINDS.get(path.suffix.lower())
+        yield path if kind is None else Source(path=path, kind=kind, files=(path,))
+        return
     children = sorted(child for child in path.iterdir() if child.name == ".metadata" or child.name[0] != ".")
     files = [child for child in children if child.is_file()]
     names = {child.name for child in files}
-    found: list[Source] = []
-    others: list[Path] = []
     if REPOSITORY in names:
-        return [], [path]  # one of ours
+        yield path  # one of ours
+        return
     if ".metadata" in names:
-        return [Source(path=path, kind="dcp", files=tuple(files))], []
+        yield Source(path=path, kind="dcp", files=tuple(files))
+        return
     beside = names & {*_HF_JSON, *_HF_PARTS} or any(name.endswith(".index.json") for name in names)
     if names & set(_WEIGHTS) and beside:
         mine = [file for file in files if _is_of_huggingface(file.name)]
-        found.append(Source(path=path, kind="huggingface", files=tuple(mine)))
-        others += [file for file in files if file not in mine]
+        yield Source(path=path, kind="huggingface", files=tuple(mine))
+        yield from (file for file in files if file not in mine)
     else:
         for file in files:
-            more, no = _file(file)
-            found, others = found + more, others + no
+            yield from _below(file)
     for child in children:
-        if child.is_dir() and child.is_symlink():
-            others.append(child)  # it leads to what is found elsewhere, or in circles
-        elif child.is_dir():
-            more, no = _folder(child)
-            found, others = found + more, others + no
-    return found, others
+        if child.is_dir():  # a link leads to what is found elsewhere, or in circles
+            yield from [child] if child.is_symlink() else _below(child)
 
 
 def _is_of_huggingface(name: str) -> bool:

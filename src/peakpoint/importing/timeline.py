@@ -2,25 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from peakpoint.importing.logs import EPOCH, STEP, Row, joined_by, key
-
-
-class Taken(Protocol):
-    """Where a checkpoint was taken."""
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch's index, None when it is not known."""
-
-    @property
-    def step(self) -> int | None:
-        """Steps completed, None when it is not known."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """What the file itself says."""
+from peakpoint.importing.foreign import Foreign
+from peakpoint.importing.logs import EPOCH, STEP, Row, key
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +36,7 @@ class _Place:
     taken: list[int] = field(default_factory=list)
 
 
-def timeline(checkpoints: Sequence[Taken], rows: Sequence[Row], how: str = "auto") -> tuple[list[Moment], list[str]]:
+def timeline(checkpoints: Sequence[Foreign], rows: Sequence[Row], how: str = "auto") -> tuple[list[Moment], list[str]]:
     """Every moment, earliest first, and what people should know about the order.
 
     Checkpoints are ordered by step if all of them know it, otherwise by epoch. Those that know neither come first: a
@@ -65,18 +49,29 @@ def timeline(checkpoints: Sequence[Taken], rows: Sequence[Row], how: str = "auto
     """
     places, lost = _places(checkpoints)
     if how == "auto":
-        how = joined_by(rows, [place.epoch for place in places], [place.step for place in places])
+        how = _joined_by(rows, places)
     notes, stray = _join(places, rows, how)
-    axis = next((axis for axis in (STEP, EPOCH) if all(_at(place, axis) is not None for place in places)), None)
+    axis = next((axis for axis in (STEP, EPOCH) if all(getattr(place, axis) is not None for place in places)), None)
     stray_axis = EPOCH if axis is None or (how == EPOCH and all(place.epoch is not None for place in places)) else axis
-    fitting = [place for place in stray if _at(place, stray_axis) is not None] if places else []
+    fitting = [place for place in stray if getattr(place, stray_axis) is not None] if places else []
     if len(fitting) < len(stray):
         notes.append(f"{len(stray) - len(fitting)} rows of metrics join no checkpoint, and have no place among them")
     ordered = sorted([*places, *fitting], key=lambda place: _order(place, stray_axis if fitting else axis))
     return _numbered(lost, ordered, checkpoints), notes
 
 
-def _places(checkpoints: Sequence[Taken]) -> tuple[list[_Place], list[int]]:
+def _joined_by(rows: Sequence[Row], places: Sequence[_Place]) -> str:
+    """Whether rows go with moments by epoch or by step: by what more of them share.
+
+    TensorBoard knows steps only, and many scripts give it the epoch for one: such rows may be joined by epoch, too.
+    """
+    by_step = len({row.step for row in rows} & ({place.step for place in places} - {None}))
+    by_epoch = len({key(row, EPOCH) for row in rows} & ({place.epoch for place in places} - {None}))
+    all_have = bool(rows) and all(row.epoch is not None for row in rows)
+    return EPOCH if by_epoch > by_step or (by_epoch == by_step and all_have) else STEP
+
+
+def _places(checkpoints: Sequence[Foreign]) -> tuple[list[_Place], list[int]]:
     """Moments of checkpoints; those with contradicting metrics are moments of their own. And those without any."""
     places: list[_Place] = []
     lost = []
@@ -99,7 +94,7 @@ def _join(places: Sequence[_Place], rows: Sequence[Row], how: str) -> tuple[list
     stray = []
     for row in rows:
         at = key(row, how)
-        joined = [place for place in places if at is not None and _at(place, how) == at]
+        joined = [place for place in places if at is not None and getattr(place, how) == at]
         for place in joined:
             place.metrics = {**row.metrics, **place.metrics}
         if not joined:
@@ -110,20 +105,12 @@ def _join(places: Sequence[_Place], rows: Sequence[Row], how: str) -> tuple[list
     return [f"{len(rows) - len(stray)} of {len(rows)} rows of metrics join a checkpoint, by {how}"], stray
 
 
-def _at(place: _Place, axis: str) -> int | None:
-    return place.step if axis == STEP else place.epoch
-
-
 def _order(place: _Place, axis: str | None) -> tuple[int, int]:
-    def number(value: int | None) -> int:
-        return -1 if value is None else value
-
-    if axis == STEP:
-        return number(place.step), number(place.epoch)
-    return number(place.epoch), number(place.step)
+    epoch, step = (-1 if value is None else value for value in (place.epoch, place.step))
+    return (step, epoch) if axis == STEP else (epoch, step)
 
 
-def _numbered(lost: Sequence[int], ordered: Sequence[_Place], checkpoints: Sequence[Taken]) -> list[Moment]:
+def _numbered(lost: Sequence[int], ordered: Sequence[_Place], checkpoints: Sequence[Foreign]) -> list[Moment]:
     """Steps for those that have none: of the moment before; where nobody tells a step, the number of the report."""
     moments = [
         Moment(None, 0 if ordered else report, dict(checkpoints[number].metrics), (number,), known=False, counted=True)
