@@ -9,7 +9,7 @@ from typing import Any
 from peakpoint.errors import ConfigError
 from peakpoint.refs import near
 
-_RAISED_BY_IMPORTS = (  # a module is a program: it may raise anything that programs do
+RAISED_BY_PROGRAMS = (  # a module is a program: it may raise anything that programs do
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -51,7 +51,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         found = importlib.import_module(module)
-    except _RAISED_BY_IMPORTS as error:
+    except RAISED_BY_PROGRAMS as error:
         raise MisnamedError(
             f"{spec!r}: the module {module!r} cannot be imported from {here} or the Python path: "
             f"{type(error).__name__}: {error}"

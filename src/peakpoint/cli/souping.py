@@ -15,21 +15,8 @@ from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, ROOT, torch_side
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError, Error
-from peakpoint.functions import load_function
+from peakpoint.functions import RAISED_BY_PROGRAMS, load_function
 from peakpoint.repository import Repository, open_repository
-
-_OF_THE_USER = (  # what functions of theirs may raise
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @click.command()
@@ -130,7 +117,7 @@ def _called(option: str, spec: str | None, hint: str = "") -> Callable[..., Any]
             return function(*arguments)
         except Error:
             raise
-        except _OF_THE_USER as error:
+        except RAISED_BY_PROGRAMS as error:
             frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this one
             where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
             raise ConfigError(f"{option} {spec} raised {type(error).__name__}: {error}{where}{hint}") from error
