@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
-from rich.table import Table
 
 from peakpoint import layout, reader
 from peakpoint.checkpoint import Checkpoint
@@ -310,15 +309,11 @@ def _telling(shown: Sequence[Checkpoint]) -> list[str]:
 def _print_why(why: "Why", keys: dict[str, Mode]) -> None:
     console = render.console()
     console.print()
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("clause", overflow="fold")
-    for name in ("removed", "without a value", "left"):
-        table.add_column(name, justify="right")
-    table.add_row("[dim]all checkpoints[/]", "", "", f"{why.candidates:,}")
+    rows = [("[dim]all checkpoints[/]", "", "", f"{why.candidates:,}")]
     for clause in why.clauses:
         missing = f"{clause.missing:,}" if clause.missing else ""
-        table.add_row(escape(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}")
-    console.print(table)
+        rows.append((escape(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}"))
+    console.print(fitting.plain(("clause", ">removed", ">without a value", ">left"), rows))
     ranked = ", ".join(f"{escape(name)} ({mode})" for name, mode in keys.items()) or "newest first"
     console.print(f"{why.chosen:,} of {why.clauses[-1].left if why.clauses else why.candidates:,} chosen, by {ranked}")
     for place, one in enumerate(why.runners_up, why.chosen + 1):

@@ -12,6 +12,7 @@ from peakpoint.evaluation.noise import Interval
 from peakpoint.evaluation.thinning import sparkline, thin
 from peakpoint.evaluation.tradeoff import Tradeoff
 from peakpoint.evaluation.weighing import Comparison, Weight
+from peakpoint.units import moment, size
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
@@ -66,20 +67,6 @@ def number(value: float | None) -> str:
 def signed(value: float) -> str:
     """Three significant digits with their sign."""
     return f"{value:+.3g}" if math.isfinite(value) else str(value)
-
-
-def moment(step: int, epoch: int | None) -> str:
-    """``"epoch 3"`` or ``"step 400"``."""
-    return f"step {step}" if epoch is None else f"epoch {epoch}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def tables(found: "Evaluation") -> list[Table]:

@@ -1,7 +1,7 @@
 """A few well-known networks, by the shapes of their tensors: the presets of the planner."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
@@ -51,7 +51,7 @@ def _conv(out: int, into: int, kernel: int) -> Shapes:
     yield from ((out, into, kernel, kernel), (out,), (out,))
 
 
-def _resnet(blocks: tuple[int, ...], *, bottleneck: bool) -> Shapes:
+def _resnet(*blocks: int, bottleneck: bool = False) -> Shapes:
     yield from _conv(64, 3, 7)
     into = 64
     for stage, count in enumerate(blocks):
@@ -87,34 +87,16 @@ def _network(name: str, title: str, dtype: str, optimizer: str, shapes: Shapes, 
     return Architecture(name, title, dtype, optimizer, listed, averages, len(norms), source)
 
 
-_MAKERS: dict[str, Callable[[], Architecture]] = {
-    "lenet-5": lambda: _network(
-        "lenet-5", "LeNet-5", "float32", "adam", _lenet5(), "LeCun et al., Proceedings of the IEEE, 1998"
-    ),
-    "resnet-18": lambda: _network(
-        "resnet-18",
-        "ResNet-18",
-        "float32",
-        "sgd+momentum",
-        _resnet((2, 2, 2, 2), bottleneck=False),
-        "He et al., CVPR 2016",
-    ),
-    "resnet-50": lambda: _network(
-        "resnet-50",
-        "ResNet-50",
-        "float32",
-        "sgd+momentum",
-        _resnet((3, 4, 6, 3), bottleneck=True),
-        "He et al., CVPR 2016",
-    ),
-    "gpt-2": lambda: _network(
-        "gpt-2", "GPT-2 small", "float32", "adamw", _gpt(768, 12, 50257, 1024), "Radford et al., 2019"
-    ),
-    "gpt-3": lambda: _network(
-        "gpt-3", "GPT-3 175B", "float16", "adamw", _gpt(12288, 96, 50257, 2048), "Brown et al., NeurIPS 2020"
-    ),
-}
-NAMES = tuple(_MAKERS)
+_RESNETS = "He et al., CVPR 2016"
+_ALL = (
+    _network("lenet-5", "LeNet-5", "float32", "adam", _lenet5(), "LeCun et al., Proceedings of the IEEE, 1998"),
+    _network("resnet-18", "ResNet-18", "float32", "sgd+momentum", _resnet(2, 2, 2, 2), _RESNETS),
+    _network("resnet-50", "ResNet-50", "float32", "sgd+momentum", _resnet(3, 4, 6, 3, bottleneck=True), _RESNETS),
+    _network("gpt-2", "GPT-2 small", "float32", "adamw", _gpt(768, 12, 50257, 1024), "Radford et al., 2019"),
+    _network("gpt-3", "GPT-3 175B", "float16", "adamw", _gpt(12288, 96, 50257, 2048), "Brown et al., NeurIPS 2020"),
+)
+_BY_NAME = {one.name: one for one in _ALL}
+NAMES = tuple(_BY_NAME)
 
 
 def architecture(name: str) -> Architecture:
@@ -127,6 +109,6 @@ def architecture(name: str) -> Architecture:
         >>> architecture("resnet-50").parameters
         25557032
     """
-    if name not in _MAKERS:
+    if name not in _BY_NAME:
         raise ConfigError(f"there is no preset {name!r}{near(name, NAMES)}; presets: {', '.join(NAMES)}")
-    return _MAKERS[name]()
+    return _BY_NAME[name]
