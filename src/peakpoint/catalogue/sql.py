@@ -23,7 +23,7 @@ from sqlalchemy.sql.operators import custom_op
 
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.schema import Columns
-from peakpoint.query import (
+from peakpoint.query.tree import (
     FIELDS,
     All,
     Among,
@@ -39,7 +39,7 @@ from peakpoint.query import (
     Not,
     Value,
 )
-from peakpoint.query import Any as Some
+from peakpoint.query.tree import Any as Some
 
 Expression = ColumnElement[Any]
 _PLUS: custom_op[Any] = custom_op("+")

@@ -125,7 +125,7 @@ def _print_tensors(console: Console, found: Difference, listed: Sequence[TensorD
     between = "  " if console.width >= _WIDE else "\n"
     names = [f"{escape(f'{one.part}: {one.name}')}{between}[dim]{_what(one)}[/]" for one in listed]
     rows = [(name, render.size(one.bytes), *_figures(one)) for name, one in zip(names, listed, strict=True)]
-    console.print(fitting.plain(heads, [row[: len(heads)] for row in rows], unbroken=True))
+    console.print(fitting.plain(heads, [row[: len(heads)] for row in rows], unbroken=heads[1:]))
     if len(found.tensors) > len(listed):
         console.print(f"and {len(found.tensors) - len(listed)} more; --all lists them")
 

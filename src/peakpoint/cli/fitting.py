@@ -35,19 +35,21 @@ class Column:
         return max(map(cell_len, lines))
 
 
-def plain(heads: Sequence[str], rows: Iterable[Sequence[str]] = (), *, unbroken: bool = False) -> Table:
+def plain(
+    heads: Sequence[str], rows: Iterable[Sequence[RenderableType]] = (), *, unbroken: Collection[str] = ()
+) -> Table:
     """A table of any width, in markup.
 
     Args:
         heads: one that begins with ``>`` stands over numbers.
         rows: the cells.
-        unbroken: whether numbers stay on one line, however little room there is.
+        unbroken: the heads of columns that stay on one line, however little room there is.
     """
     found = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for head in heads:
         right = head.startswith(">")
         justify: JustifyMethod = "right" if right else "left"
-        found.add_column(head.removeprefix(">"), justify=justify, overflow="fold", no_wrap=right and unbroken)
+        found.add_column(head.removeprefix(">"), justify=justify, overflow="fold", no_wrap=head in unbroken)
     for row in rows:
         found.add_row(*row)
     return found

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from peakpoint import packs, reader, units
 from peakpoint.audit import Audit, Finding
+from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
 from peakpoint.journal import history
@@ -379,8 +380,8 @@ def _peak_json(peak: Peak) -> dict[str, Any]:
     return asdict(peak) | {"lost": peak.lost}
 
 
-def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]:
-    """A checkpoint for programs."""
+def checkpoint_json(manifest: Manifest | Checkpoint) -> dict[str, Any]:
+    """What a checkpoint is, for programs."""
     return {
         "ref": f"{manifest.run}/{manifest.name}",
         "run": manifest.run,
@@ -393,5 +394,9 @@ def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]
         "size_bytes": manifest.size_bytes,
         "created_at": manifest.created_at,
         "saved_because": manifest.reasons,
-        "kept_because": [asdict(claim) for claim in claims],
     }
+
+
+def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]:
+    """A checkpoint and why it is kept, for programs."""
+    return checkpoint_json(manifest) | {"kept_because": [asdict(claim) for claim in claims]}

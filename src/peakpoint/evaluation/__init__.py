@@ -149,6 +149,7 @@ def evaluate(
     tradeoffs = [found for (name, mode), some in watching.items() if (found := tradeoff(some, name, mode, sparsity))]
     modes = dict(pair for one in others.values() for pair in directions(one.rules, sparsity)) | dict(every)
     sides = _Sides(materials | others, modes, wanted, repository)
+    dense = list(_dense_pairs(sides, tradeoffs))
     asked = [(f"{one} and {other}", sides.find(one), sides.find(other)) for one, other in compare]
     return Evaluation(
         location=repository.store.location,
@@ -159,11 +160,11 @@ def evaluate(
         tradeoffs=tuple(tradeoffs),
         comparisons=tuple(
             compare_weights(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
-            for why, one, other in (asked if compare else _at_targets(sides, tradeoffs, part))
+            for why, one, other in (asked if compare else _having(dense, part))
         ),
         remarks=(
             *_doubts([*read, *others.values()], modes, examples),
-            *(() if compare else _without(sides, tradeoffs, part)),
+            *(() if compare else _without(dense, part)),
             *_remarks(read, peaks, pairs, asked=bool(wanted)),
         ),
     )
@@ -243,16 +244,13 @@ class _Sides:
 _Pair = tuple[str, tuple[Material, Manifest], tuple[Material, Manifest]]
 
 
-def _at_targets(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterator[_Pair]:
-    """The best dense checkpoint of a run with its best at each target, of those that have the part."""
-    for why, one, other in _dense_pairs(sides, tradeoffs):
-        if all(part in manifest.parts for _, manifest in (one, other)):
-            yield why, one, other
+def _having(pairs: Iterable[_Pair], part: str) -> list[_Pair]:
+    """Those in which both checkpoints have the part."""
+    return [pair for pair in pairs if all(part in manifest.parts for _, manifest in pair[1:])]
 
 
-def _without(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterator[str]:
+def _without(pairs: Sequence[_Pair], part: str) -> Iterator[str]:
     """The runs of which nothing was compared because the part is not there."""
-    pairs = list(_dense_pairs(sides, tradeoffs))
     for name in dict.fromkeys(one.name for _, (one, _), _ in pairs):
         manifests = [manifest for _, *both in pairs for material, manifest in both if material.name == name]
         lacking = [manifest for manifest in manifests if part not in manifest.parts]
@@ -264,6 +262,7 @@ def _without(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterato
 
 
 def _dense_pairs(sides: _Sides, tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:
+    """The best dense checkpoint of a run with its best at each target."""
     seen = set()
     for found in tradeoffs:
         dense = {spot.run: spot for spot in found.dense}
