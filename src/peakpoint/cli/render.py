@@ -20,7 +20,7 @@ from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
 from peakpoint.journal import history
-from peakpoint.manifest import Manifest
+from peakpoint.manifest import Manifest, plain
 from peakpoint.notes import all_known
 from peakpoint.peaks import Peak, peaks
 from peakpoint.repository import Run, rules_of
@@ -43,17 +43,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def as_json(value: Any) -> None:
     """Print JSON; NaN and infinities as strings."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(_finite(value)), indent=2).decode() + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
-    return value
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(plain(value)), indent=2).decode() + "\n")
 
 
 def count(number: int, thing: str) -> str:

@@ -5,9 +5,8 @@ import importlib
 import io
 import itertools
 import os
-import tempfile
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,9 @@ import msgspec
 
 from peakpoint.errors import ConfigError, ConflictError, MissingExtraError, StoreError
 from peakpoint.evaluation import pages
-from peakpoint.manifest import metrics_to_json
+from peakpoint.manifest import plain
 from peakpoint.names import safe
+from peakpoint.store import LocalStore
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
@@ -133,24 +133,10 @@ def as_json(found: "Evaluation") -> dict[str, Any]:
         }
         for one in found.materials
     ]
-    names = ("peaks", "groups", "tradeoffs", "comparisons", "remarks")
-    return {"kind": pages.MARK, "root": found.location, "runs": runs} | {
-        name: _plain(getattr(found, name)) for name in names
-    }
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)} | _derived(value)
-    if isinstance(value, float):
-        return metrics_to_json({"": value})[""]
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return metrics_to_json(value) if isinstance(value, dict) else value
-
-
-def _derived(value: Any) -> dict[str, Any]:
-    return {"lost": _plain(value.lost)} if type(value).__name__ == "Peak" else {}
+    others = {name: [asdict(one) for one in getattr(found, name)] for name in ("groups", "tradeoffs", "comparisons")}
+    peaks = [asdict(one) | {"peak": asdict(one.peak) | {"lost": one.peak.lost}} for one in found.peaks]
+    record = {"kind": pages.MARK, "root": found.location, "runs": runs, "peaks": peaks, **others}
+    return dict(plain(record | {"remarks": found.remarks}))
 
 
 def _rows(found: "Evaluation") -> Iterable[tuple[Any, ...]]:
@@ -198,19 +184,4 @@ def put(file: Path, content: bytes) -> None:
     Raises:
         StoreError: the disk said no.
     """
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".tmp-")
-        with open(descriptor, "wb") as opened:  # noqa: PTH123 - a descriptor
-            opened.write(content)
-            opened.flush()
-            os.fsync(descriptor)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(file)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise StoreError(error.errno, f"cannot write {file}: {error.strerror}") from error
+    LocalStore(file.parent).put(file.name, [content])

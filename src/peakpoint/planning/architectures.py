@@ -21,8 +21,8 @@ class Architecture:
         dtype: in which its weights are usually kept.
         optimizer: with which it is usually trained.
         shapes: of every parameter, tied weights once.
-        averages: of every buffer that is kept beside them, in float32: means and variances of batch norms.
-        counters: how many integers of eight bytes there are besides: each batch norm counts its batches.
+        norms: the width of every batch norm, which keeps so many means and variances in float32 beside them, and counts
+            its batches in an integer of eight bytes.
         source: where the architecture is described.
     """
 
@@ -31,8 +31,7 @@ class Architecture:
     dtype: str
     optimizer: str
     shapes: tuple[Shape, ...]
-    averages: tuple[Shape, ...]
-    counters: int
+    norms: tuple[int, ...]
     source: str
 
     @property
@@ -81,10 +80,9 @@ def _gpt(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
 
 def _network(name: str, title: str, dtype: str, optimizer: str, shapes: Shapes, source: str) -> Architecture:
     listed = tuple(shapes)
-    # a convolution without a bias is followed by a batch norm, which has as many means and variances as it has scales
-    norms = [shape[0] for shape in listed if len(shape) == 4] if name.startswith("resnet") else []
-    averages = tuple((width,) for width in norms for _ in range(2))
-    return Architecture(name, title, dtype, optimizer, listed, averages, len(norms), source)
+    # a convolution without a bias is followed by a batch norm, which is as wide as it has outputs
+    norms = tuple(shape[0] for shape in listed if len(shape) == 4) if name.startswith("resnet") else ()
+    return Architecture(name, title, dtype, optimizer, listed, norms, source)
 
 
 _RESNETS = "He et al., CVPR 2016"
