@@ -31,47 +31,12 @@ _STYLES = {
 }
 
 
-def _directions(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> dict[str, Mode]:
-    found = {}
-    for text in texts:
-        name, _separator, mode = text.rpartition(":")
-        if not name:
-            raise ConfigError(f"--metric {text!r}: is larger better? say --metric {text}:max or --metric {text}:min")
-        found[name] = mode_of(mode)
-    return found
-
-
-def _examples(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> int | dict[str, int] | None:
-    found: dict[str, int] = {}
-    for text in texts:
-        name, _equals, count = text.rpartition("=")
-        if not (count.isascii() and count.isdecimal() and len(count) < 16):
-            raise ConfigError(
-                f"--n-eval {text!r} is no number of examples; give one, such as 10000 or val_accuracy=10000"
-            )
-        if name in found or (not name and len(texts) > 1):
-            raise ConfigError("--n-eval is given twice: name the metric of each, such as val_accuracy=10000")
-        found[name] = int(count)
-    return found.get("", found) or None
-
-
 @click.command()
 @ROOT
 @click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.option("--metric", "metrics", multiple=True, metavar="NAME:max|min", help="Look at this; may be repeated.")
 @click.option(
-    "--metric",
-    "metrics",
-    multiple=True,
-    callback=_directions,
-    metavar="NAME:max|min",
-    help="Look at this; may be repeated.",
-)
-@click.option(
-    "--n-eval",
-    multiple=True,
-    callback=_examples,
-    metavar="[METRIC=]N",
-    help="Examples that an accuracy is measured on.",
+    "--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples that an accuracy is measured on."
 )
 @click.option("--percent", is_flag=True, help="The metrics of --n-eval are percentages, from 0 to 100.")
 @click.option("--group-by", default="optimizer", show_default=True, help="Or state:PART, or a REGEX with one group.")
@@ -92,6 +57,10 @@ def _examples(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> 
 def report(
     root: Path,
     names: tuple[str, ...],
+    metrics: tuple[str, ...],
+    counts: tuple[str, ...],
+    compare: tuple[tuple[str, str], ...],
+    group_by: str,
     targets: tuple[Path, ...],
     json: bool,  # noqa: FBT001
     force: bool,  # noqa: FBT001
@@ -101,7 +70,15 @@ def report(
     """Report what runs came to: peak against last, by optimizer, by sparsity, compressed against original."""
     working = render.console(stderr=True).status("reading") if sys.stderr.isatty() else contextlib.nullcontext()
     with working:
-        found = evaluation.evaluate(open_repository(root), names, **options)
+        found = evaluation.evaluate(
+            open_repository(root),
+            names,
+            metrics=dict(map(_direction, metrics)),
+            n_eval=_examples(counts),
+            group_by=group_by,
+            compare=compare,
+            **options,
+        )
     written = [file for target in targets for file in evaluation.write(found, target, force=force, separate=separate)]
     if json:
         render.as_json(writing.as_json(found) | {"files": [str(file) for file in written]})
@@ -110,6 +87,27 @@ def report(
         _print(found, render.console())
     for file in written:
         click.echo(f"wrote {file} ({render.size(file.stat().st_size)})")
+
+
+def _direction(text: str) -> tuple[str, Mode]:
+    name, separator, mode = text.rpartition(":")
+    if not separator or not name:
+        raise ConfigError(f"--metric {text!r}: is larger better? say --metric {text}:max or --metric {text}:min")
+    return name, mode_of(mode)
+
+
+def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:
+    found: dict[str, int] = {}
+    for text in texts:
+        name, _, count = text.rpartition("=")
+        if not (count.isascii() and count.isdecimal() and len(count) < 16):
+            raise ConfigError(
+                f"--n-eval {text!r} is no number of examples; give one, such as 10000 or val_accuracy=10000"
+            )
+        if name in found or (not name and len(texts) > 1):
+            raise ConfigError("--n-eval is given twice: name the metric of each, such as val_accuracy=10000")
+        found[name] = int(count)
+    return found.get("", found) or None
 
 
 def _print(found: evaluation.Evaluation, console: Console) -> None:

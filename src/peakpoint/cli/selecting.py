@@ -13,7 +13,7 @@ from rich.markup import escape
 from peakpoint import layout, reader
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks, render
-from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT, reads
+from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.query import Metric, Query
@@ -137,16 +137,6 @@ def _keys(order: Sequence[Mode], given: Mapping[str, Sequence[str]]) -> dict[str
     return keys
 
 
-def _examples(name: str, text: str) -> int | str:
-    """A number of examples, such as 10000 or 1e4, or the name of a metric."""
-    try:
-        return read_count(name, text)
-    except ConfigError:
-        if text[:1].isdigit():
-            raise
-        return text
-
-
 @click.command(cls=_Ordered)
 @ROOT
 @click.argument("where", default="")
@@ -159,11 +149,7 @@ def _examples(name: str, text: str) -> int | str:
 @click.option(
     "--within-se", is_flag=True, help="What is no more than one standard error worse than the best is as good."
 )
-@click.option(
-    "--n-eval",
-    callback=reads(_examples),
-    help="For --within-se: examples in the evaluation, or a metric that holds them.",
-)
+@click.option("--n-eval", help="For --within-se: examples in the evaluation, or a metric that holds them.")
 @click.option("--se", metavar="METRIC", help="For --within-se: the metric that holds the standard error.")
 @click.option("--percent", is_flag=True, help="For --within-se: the accuracy is from 0 to 100.")
 @click.option("--why", "explain", is_flag=True, help="Say what each clause removed, and what came next.")
@@ -226,7 +212,17 @@ def _within(given: Mapping[str, Any]) -> WithinSE | None:
         if n_eval or se or percent:
             raise ConfigError("--n-eval, --se and --percent are for --within-se; add it, or leave them out")
         return None
-    return WithinSE(n_eval=n_eval, se=se, percent=percent)
+    return WithinSE(n_eval=_examples(n_eval), se=se, percent=percent)
+
+
+def _examples(text: str | None) -> int | str | None:
+    """A number of examples, such as 10000 or 1e4, or the name of a metric."""
+    try:
+        return None if text is None else read_count("--n-eval", text)
+    except ConfigError:
+        if text is not None and text[:1].isdigit():
+            raise
+        return text
 
 
 def _columns(query: Query, keys: dict[str, Mode]) -> list[str]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -31,7 +32,8 @@ from peakpoint.rules import Mode
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
 
-INK = "#1f1f1e"
+_STYLE = mpl.rc_params_from_file(str(files("peakpoint.evaluation") / "figures.mplstyle"), use_default_template=False)
+INK = str(_STYLE["text.color"])
 """The colour of everything that is no data; a page replaces it by its own."""
 
 MARK = "peakpoint report"
@@ -45,35 +47,6 @@ _MOST_DOTS = 100
 _LONG = 20  # points of a curve
 _MANY_STEPS = 20_000
 _SPLIT = re.compile(r"(?:train|training|val|valid|validation|test|eval|dev)[_/.-](?=.)", re.IGNORECASE)
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.parse_math": False,  # a metric may be called $x$
-    "axes.unicode_minus": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.alpha": 0.15,
-    "grid.linewidth": 0.8,
-    "svg.fonttype": "none",
-    "svg.hashsalt": MARK,
-    **dict.fromkeys(
-        (
-            "text.color",
-            "axes.edgecolor",
-            "axes.labelcolor",
-            "axes.titlecolor",
-            "xtick.color",
-            "ytick.color",
-            "grid.color",
-        ),
-        INK,
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
