@@ -100,6 +100,12 @@ def _file(tensors: Sequence[_Tensor]) -> int:
     return end + -(-(8 + len(msgspec.json.encode(header))) // _PAGE) * _PAGE
 
 
+def check_whole(name: str, value: object) -> None:
+    """Refuse what is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+
+
 # --- from a count, or from an architecture ------------------------------------------------------------------------
 
 
@@ -122,8 +128,7 @@ def counted(parameters: int, *, optimizer: str, dtype: str = "float32", master: 
         >>> [(part.name, part.bytes) for part in sizes.parts]
         [('model', 102404096), ('optimizer', 204804100), ('rest', 13950)]
     """
-    if isinstance(parameters, bool) or not isinstance(parameters, int) or parameters < 1:
-        raise ConfigError(f"parameters={parameters!r} must be a whole number of at least 1")
+    check_whole("parameters", parameters)
     if needs_shapes(optimizer):
         raise ConfigError(f"what {optimizer} holds depends on the shapes: give a preset, or plan from the live state")
     return _foreseen([(parameters,)], (), optimizer, dtype, master, "")
