@@ -5,6 +5,7 @@ import importlib
 import io
 import itertools
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,6 @@ from peakpoint.errors import ConfigError, ConflictError, MissingExtraError, Stor
 from peakpoint.evaluation import pages
 from peakpoint.manifest import plain
 from peakpoint.names import safe
-from peakpoint.store import LocalStore
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
@@ -184,4 +184,19 @@ def put(file: Path, content: bytes) -> None:
     Raises:
         StoreError: the disk said no.
     """
-    LocalStore(file.parent).put(file.name, [content])
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".tmp-")
+        with open(descriptor, "wb") as opened:  # noqa: PTH123 - a descriptor
+            opened.write(content)
+            opened.flush()
+            os.fsync(descriptor)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(file)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise StoreError(error.errno, f"cannot write {file}: {error.strerror}") from error
