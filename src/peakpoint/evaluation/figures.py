@@ -73,16 +73,15 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
         found: what to show.
         separate: a picture for each run instead of all runs in one.
     """
-    every = [one for one in found.peaks if one.window == 1]
-    sets = [[run.name] for run in found.materials] if separate else [[run.name for run in found.materials]]
-    made = []
+    materials = {run.name: run for run in found.materials}
     looks = _Looks({})
-    for names in sets:
-        mine = [one for one in every if one.run in names]
-        materials = {run.name: run for run in found.materials if run.name in names}
-        titles = dict.fromkeys(_split_off(one.peak.metric) for one in mine)
-        groups = [[one for one in mine if _split_off(one.peak.metric) == title] for title in titles]
-        made += [_curves(title, shown, materials, looks) for title, shown in zip(titles, groups, strict=True)]
+    made = []
+    for names in [{name} for name in materials] if separate else [set(materials)]:
+        groups: dict[str, list[Judged]] = {}
+        for one in found.peaks:
+            if one.window == 1 and one.run in names:
+                groups.setdefault(_split_off(one.peak.metric), []).append(one)
+        made += [_curves(title, shown, materials, looks) for title, shown in groups.items()]
     return made + [_front(one, looks) for one in found.tradeoffs]
 
 
