@@ -319,7 +319,7 @@ def test_a_run_looks_the_same_in_every_picture_of_a_page(tmp_path):
 
     looks = {}
     for panel in figures.panels(found):
-        for line in panel.legend():
+        for line in panel.legend:
             if line.get_label() in rules:
                 looks.setdefault(line.get_label(), []).append((line.get_color(), line.get_marker()))
     assert {run: len(some) for run, some in looks.items()} == {"a": 3, "b": 2, "c": 1}

@@ -10,14 +10,7 @@ from typing import Any
 import torch
 
 from peakpoint import reader
-from peakpoint.diffing import (
-    Difference,
-    Distance,
-    TensorDifference,
-    manifests_differ,
-    plain_values_differ,
-    tensors_of,
-)
+from peakpoint.diffing import Difference, Distance, TensorDifference, manifests_differ, plain_values_differ, tensors_of
 from peakpoint.errors import FormatError
 from peakpoint.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.repository import open_repository
@@ -71,28 +64,21 @@ def measured(
     store: Store, one: Manifest, other: Manifest, found: Difference, progress: Callable[[int], None]
 ) -> Difference:
     """A difference with the distances of all tensors, and with plain values; see ``diff``."""
+    mine, others = dict(tensors_of(one)), dict(tensors_of(other))
+    tensors = []
     with contextlib.ExitStack() as holds:  # no rule removes what is being read
         for manifest in (one, other):
             hold = reader.reading(store, manifest)
             if hold is not None:
                 holds.callback(hold.release)
-        return _measured(store, one, other, found, progress)
-
-
-def _measured(
-    store: Store, one: Manifest, other: Manifest, found: Difference, progress: Callable[[int], None]
-) -> Difference:
-    mine, others = dict(tensors_of(one)), dict(tensors_of(other))
-    tensors = []
-    for tensor in found.tensors:
-        if tensor.what in {"dtype", "values"}:
-            key = (tensor.part, tensor.name)
-            between = _between(store, (one, *mine[key]), (other, *others[key]))
+        for tensor in found.tensors:
+            between = None
+            if tensor.what in {"dtype", "values"}:
+                key = (tensor.part, tensor.name)
+                between = distance(*_read(store, one, *mine[key]), *_read(store, other, *others[key]))
+                progress(tensor.bytes)
             tensors.append(replace(tensor, distance=between))
-            progress(tensor.bytes)
-        else:
-            tensors.append(tensor)
-    plain, same = plain_values_differ(store, one, other)
+        plain, same = plain_values_differ(store, one, other)
     return replace(found, tensors=tuple(sorted(tensors, key=_order)), plain=plain, generators_same=same)
 
 
@@ -101,18 +87,10 @@ def _order(tensor: TensorDifference) -> tuple[bool, float]:
     return (tensor.distance is not None, -tensor.distance.relative if tensor.distance else 0.0)
 
 
-Stored = tuple[Manifest, FileRecord, TensorRecord]
-
-
-def _between(store: Store, a: Stored, b: Stored) -> Distance:
-    return distance(_read(store, a), a[2].dtype, _read(store, b), b[2].dtype)
-
-
-def _read(store: Store, stored: Stored) -> Chunk:
-    manifest, file, record = stored
+def _read(store: Store, manifest: Manifest, file: FileRecord, record: TensorRecord) -> tuple[Chunk, str]:
     if record.dtype not in TORCH_DTYPES:
         raise FormatError(f"tensor {record.name!r} in {file.name} has elements {record.dtype!r}: update Peakpoint")
-    return reader.tensor_bytes(store, manifest, file, record)
+    return reader.tensor_bytes(store, manifest, file, record), record.dtype
 
 
 class _Values:

@@ -132,6 +132,17 @@ def metrics_to_json(metrics: Mapping[str, float]) -> dict[str, float | str]:
     return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
 
 
+def plain(value: Any) -> Any:
+    """A value for JSON: NaN and infinities at any depth become text, as in ``metrics_to_json``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(child) for child in value]
+    return value
+
+
 def metrics_from_json(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The inverse of ``metrics_to_json``."""
     return {name: float(value) for name, value in metrics.items()}

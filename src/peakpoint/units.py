@@ -156,3 +156,17 @@ def read_time(name: str, given: str, now: datetime) -> datetime:
         raise ConfigError(
             f"{name}={given!r} is no time; give one such as 2026-11-25, 2026-11-25T18:30+01:00, or 7d for so long ago"
         ) from error
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: ``"12.3 MB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def moment(step: int, epoch: int | None) -> str:
+    """``"epoch 3"`` or ``"step 400"``."""
+    return f"step {step}" if epoch is None else f"epoch {epoch}"

@@ -12,6 +12,7 @@ from peakpoint.evaluation.tables import printable
 from peakpoint.journal import Reported
 from peakpoint.peaks import peaks
 from peakpoint.rules import watched
+from peakpoint.units import size
 
 MARK = "<!-- peakpoint card -->"
 _UNKNOWN = "not recorded"
@@ -59,14 +60,6 @@ def _time(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _head(card: Card) -> list[str]:
     manifest, by = card.manifest, card.manifest.written_by
     now = [one.record.alias for one in card.held if one.holds]
@@ -81,7 +74,7 @@ def _head(card: Card) -> list[str]:
         ("versions", escaped(versions) or _UNKNOWN),
         ("model", escaped(card.state.get("model", _UNKNOWN))),
         ("optimizer", escaped(card.state.get("optimizer", _UNKNOWN))),
-        ("size", _size(manifest.size_bytes)),
+        ("size", size(manifest.size_bytes)),
         ("license", escaped(card.told.license or _UNKNOWN)),
         ("base model", escaped(card.told.base_model or _UNKNOWN)),
     ]
@@ -230,7 +223,7 @@ def _files(card: Card) -> list[str]:
             escaped(one.name),
             escaped(part_of.get(one.name, "")),
             str(len(one.tensors)),
-            _size(one.size),
+            size(one.size),
             escaped(one.digest),
         )
         for one in card.manifest.files

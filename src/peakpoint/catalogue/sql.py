@@ -8,10 +8,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.sql.operators import custom_op
 
-from peakpoint import query
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.schema import Columns
-from peakpoint.query import Field, Metric
+from peakpoint.query import tree
+from peakpoint.query.tree import Field, Metric
 
 Expression = sa.ColumnElement[Any]
 _PLUS: custom_op[Any] = custom_op("+")
@@ -60,29 +60,29 @@ class Translator:
         column: Expression = self.table[name]
         return column if self._indexed else sa.UnaryExpression(column, operator=_PLUS, type_=column.type)
 
-    def where(self, condition: query.Condition) -> Expression:
+    def where(self, condition: tree.Condition) -> Expression:
         """A condition."""
         match condition:
-            case query.All(conditions=conditions):
+            case tree.All(conditions=conditions):
                 return sa.and_(*map(self.where, conditions))
-            case query.Any(conditions=conditions):
+            case tree.Any(conditions=conditions):
                 return sa.or_(*map(self.where, conditions))
-            case query.Not(condition=inner):
+            case tree.Not(condition=inner):
                 return sa.not_(self.where(inner))
-            case query.Flag(field=field):
+            case tree.Flag(field=field):
                 return self._own(field.name).is_(True)
-            case query.Has(value=value):
+            case tree.Has(value=value):
                 return self._has(value)
-            case query.Like(field=field, pattern=pattern):
+            case tree.Like(field=field, pattern=pattern):
                 return self._texts(field, lambda column: self._like(column, pattern))
-            case query.Among(value=Field() as field, options=options) if _is_text(field):
+            case tree.Among(value=Field() as field, options=options) if _is_text(field):
                 return self._texts(field, lambda column: column.in_([option.value for option in options]))
-            case query.Among(value=value, options=options):
+            case tree.Among(value=value, options=options):
                 numbers: Expression = sa.bindparam(
                     None, [option.value for option in options], expanding=True, type_=sa.Double()
                 )
                 return self.value(value).in_(numbers)
-            case query.Compare():
+            case tree.Compare():
                 return self._compare(condition)
 
     def _has(self, value: Field | Metric) -> Expression:
@@ -90,12 +90,12 @@ class Translator:
             return self._texts(value, lambda _: sa.true())
         return sa.true() if _is_text(value) else self.value(value).is_not(None)
 
-    def _compare(self, condition: query.Compare) -> Expression:
+    def _compare(self, condition: tree.Compare) -> Expression:
         left, right = condition.left, condition.right
-        if isinstance(left, query.Constant):
+        if isinstance(left, tree.Constant):
             left, right = right, left  # only equality of texts comes here with a text
         if isinstance(left, Field) and _is_text(left):
-            assert isinstance(right, query.Constant)
+            assert isinstance(right, tree.Constant)
             same = self._texts(left, lambda column: column == right.value)
             return same if condition.op == "==" else sa.not_(same)
         return _COMPARED[condition.op](self.value(condition.left), self.value(condition.right))
@@ -126,10 +126,10 @@ class Translator:
             pattern = pattern.replace(character, f"\\{character}")
         return column.like(pattern.replace("*", "%").replace("?", "_"), escape="\\")
 
-    def value(self, value: query.Value) -> Expression:
+    def value(self, value: tree.Value) -> Expression:
         """A number."""
         match value:
-            case query.Constant():
+            case tree.Constant():
                 return _literal(value.value)
             case Field(name=name):
                 return self._own(name)
@@ -142,11 +142,11 @@ class Translator:
                     rare.checkpoint == self.table.key, rare.metric == self._columns.keys[name]
                 )
                 return found.scalar_subquery()
-            case query.Arithmetic(op="neg", left=left):
+            case tree.Arithmetic(op="neg", left=left):
                 return -self.value(left)
-            case query.Arithmetic(op="abs", left=left):
+            case tree.Arithmetic(op="abs", left=left):
                 return sa.func.abs(self.value(left))
-            case query.Arithmetic(op=op, left=left, right=right):
+            case tree.Arithmetic(op=op, left=left, right=right):
                 assert right is not None
                 return self._not_nan(_COMPUTED[op](self.value(left), self.value(right)))
 
@@ -164,8 +164,8 @@ class Translator:
         return column.between(-sys.float_info.max, sys.float_info.max)
 
 
-def _is_text(value: query.Value) -> bool:
-    return isinstance(value, Field) and query.FIELDS[value.name] == "text"
+def _is_text(value: tree.Value) -> bool:
+    return isinstance(value, Field) and tree.FIELDS[value.name] == "text"
 
 
 def _literal(value: float | str) -> Expression:

@@ -9,12 +9,11 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from peakpoint.cli import render
+from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT, torch_side
 from peakpoint.cli.space import progress
-from peakpoint.diffing import Difference, TensorDifference, manifests_differ
+from peakpoint.diffing import Difference, MetricDifference, TensorDifference, manifests_differ
 from peakpoint.repository import open_repository
 
 _WIDE = 120  # columns from which on a tensor is one line
@@ -56,37 +55,30 @@ def _diff_json(found: Difference, listed: Sequence[TensorDifference]) -> dict[st
 
 def _print_diff(console: Console, found: Difference, listed: Sequence[TensorDifference]) -> None:
     a, b = found.a, found.b
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    table.add_column(f"a: {escape(a.ref)}", overflow="fold")
-    table.add_column(f"b: {escape(b.ref)}", overflow="fold")
-    table.add_row("id", a.id, b.id)
-    for row in _rows(found):
-        table.add_row(row[0], *map(escape, row[1:]))
-    for metric in found.metrics:
-        shown = [render.number(metric.a) or "none", render.number(metric.b) or "none"]
-        if metric.better:
-            place = "ab".index(metric.better)
-            shown[place] = f"[bold green]{shown[place]} *[/]"
-        change = (
-            "" if metric.change is None else f"  ({render.rounded(metric.change, metric.a or 0, metric.b or 0):+.6g})"
-        )
-        table.add_row(escape(metric.name), shown[0], shown[1] + change)
-    console.print(table)
+    rows = [("id", a.id, b.id), *((what, escape(one), escape(other)) for what, one, other in _rows(found))]
+    rows += map(_metric_cells, found.metrics)
+    console.print(fitting.plain(("", f"a: {escape(a.ref)}", f"b: {escape(b.ref)}"), rows))
     console.print()
     for part, where in [(one, "a") for one in found.parts_only_in_a] + [(one, "b") for one in found.parts_only_in_b]:
         console.print(f"part {escape(part)} is only in {where}")
     if found.plain:
-        table = _table("value", "a", "b", right=())
-        for plain in found.plain[:20]:
-            table.add_row(escape(plain.path), *map(escape, _plain(plain.a, plain.b)))
-        console.print(table)
+        values = [(escape(plain.path), *map(escape, _plain(plain.a, plain.b))) for plain in found.plain[:20]]
+        console.print(fitting.plain(("value", "a", "b"), values))
         if len(found.plain) > 20:
             console.print(f"and {len(found.plain) - 20} other values; --json lists them")
         console.print()
     if found.generators_same is not None:
         console.print(f"random generators: {'the same' if found.generators_same else 'in different states'}")
     _print_tensors(console, found, listed)
+
+
+def _metric_cells(metric: MetricDifference) -> tuple[str, str, str]:
+    shown = {"a": render.number(metric.a) or "none", "b": render.number(metric.b) or "none"}
+    if metric.better:
+        shown[metric.better] = f"[bold green]{shown[metric.better]} *[/]"
+    if metric.change is not None:
+        shown["b"] += f"  ({render.rounded(metric.change, metric.a or 0, metric.b or 0):+.6g})"
+    return escape(metric.name), shown["a"], shown["b"]
 
 
 _FLOAT = re.compile(r"(?<![\w.\"-])-?\d+(?:\.\d+(?:[eE][+-]?\d+)?|[eE][+-]?\d+)(?![\w.\"-])")
@@ -120,13 +112,6 @@ def _rows(found: Difference) -> list[tuple[str, str, str]]:
     return rows + [row for row in often_same if row[1] != row[2]]
 
 
-def _table(*titles: str, right: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        table.add_column(title, justify="right" if title in right else "left", overflow="fold", no_wrap=title in right)
-    return table
-
-
 def _print_tensors(console: Console, found: Difference, listed: Sequence[TensorDifference]) -> None:
     console.print(
         f"{render.count(found.same_tensors, 'tensor')} the same, {render.size(found.same_bytes)}; "
@@ -135,13 +120,12 @@ def _print_tensors(console: Console, found: Difference, listed: Sequence[TensorD
     if not listed:
         return
     compared = any(one.distance for one in listed)
-    titles = ["size", *(["relative", "L2", "largest", "cosine", "changed", "zeros"] if compared else [])]
-    table = _table("tensor", *titles, right=titles)
+    heads: tuple[str, ...] = ("tensor", ">size", ">relative", ">L2", ">largest", ">cosine", ">changed", ">zeros")
+    heads = heads if compared else heads[:2]
     between = "  " if console.width >= _WIDE else "\n"
-    for one in listed:
-        name = f"{escape(f'{one.part}: {one.name}')}{between}[dim]{_what(one)}[/]"
-        table.add_row(name, *[render.size(one.bytes), *_figures(one)][: len(titles)])
-    console.print(table)
+    names = [f"{escape(f'{one.part}: {one.name}')}{between}[dim]{_what(one)}[/]" for one in listed]
+    rows = [(name, render.size(one.bytes), *_figures(one)) for name, one in zip(names, listed, strict=True)]
+    console.print(fitting.plain(heads, [row[: len(heads)] for row in rows], unbroken=heads[1:]))
     if len(found.tensors) > len(listed):
         console.print(f"and {len(found.tensors) - len(listed)} more; --all lists them")
 

@@ -1,10 +1,10 @@
 """Tables that fit the width there is: columns that can be spared go, and sentences go below their rows."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +33,26 @@ class Column:
         """What its longest line needs."""
         lines = [line for cell in (self.title, *self.cells) for line in Text.from_markup(cell).plain.split("\n")]
         return max(map(cell_len, lines))
+
+
+def plain(
+    heads: Sequence[str], rows: Iterable[Sequence[RenderableType]] = (), *, unbroken: Collection[str] = ()
+) -> Table:
+    """A table of any width, in markup.
+
+    Args:
+        heads: one that begins with ``>`` stands over numbers.
+        rows: the cells.
+        unbroken: the heads of columns that stay on one line, however little room there is.
+    """
+    found = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for head in heads:
+        right = head.startswith(">")
+        justify: JustifyMethod = "right" if right else "left"
+        found.add_column(head.removeprefix(">"), justify=justify, overflow="fold", no_wrap=head in unbroken)
+    for row in rows:
+        found.add_row(*row)
+    return found
 
 
 def needed(columns: Sequence[Column]) -> int:

@@ -1,7 +1,7 @@
 """The command that looks ahead: plan."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,8 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from peakpoint.cli import render
+from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, reads, rules_help
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError
@@ -91,80 +90,44 @@ def plan(
     sources = [root is not None, given["params"] is not None, given["preset"] is not None]
     if sum(sources) != 1 or (root is not None and name is None):
         raise ConfigError("plan of what? give ROOT RUN, or --params 25.6M, or --preset resnet-50")
-    rules = None if text is None else parse_all(text)
+    given["rules"] = None if text is None else parse_all(text)
     if root is not None and name is not None:
         forbidden = [option for option in ("optimizer", "dtype", "master") if given[option] is not None]
         if forbidden:
             raise ConfigError(f"--{forbidden[0]} has no meaning for a run that exists: its sizes are measured")
-        basis = _of_run(open_repository(root).run(name), rules, given)
+        given |= _of_run(open_repository(root).run(name), given)
     else:
-        basis = _of_numbers(rules, given)
+        given |= {"sizes": _of_numbers(given), "reports_per_epoch": given["reports_per_epoch"] or 1}
+    options = ("epochs", "reports_per_epoch", "steps_per_epoch", "epoch_time", "sparsity", "seed")
     with progress("playing the run", None):
-        found = forecast(
-            basis.sizes,
-            keep=basis.rules,
-            epochs=basis.epochs,
-            reports_per_epoch=basis.reports_per_epoch,
-            steps_per_epoch=basis.steps_per_epoch,
-            epoch_time=basis.epoch_time,
-            sparsity=basis.sparsity,
-            seed=given["seed"],
-        )
-    costs, saving = _costs(found, basis, given), _saving(found, given)
+        found = forecast(given["sizes"], keep=given["rules"], **{option: given[option] for option in options})
+    costs, saving = _costs(found, given), _saving(found, given)
     if json:
         render.as_json(_plan_json(found) | {"costs": costs, "interval": saving})
         return
-    _print_plan(render.console(), found, costs, saving, basis)
+    _print_plan(render.console(), found, costs, saving)
 
 
-@dataclass(frozen=True, slots=True)
-class _Basis:
-    """What is planned with."""
-
-    sizes: sizes.Sizes
-    rules: Sequence[Rule]
-    epochs: int
-    reports_per_epoch: int
-    steps_per_epoch: int | None
-    epoch_time: timedelta | None
-    sparsity: dict[int, float] | None
-    packed: float | None = None  # of a byte, in the archive of this run
-
-
-def _of_numbers(rules: Sequence[Rule] | None, given: dict[str, Any]) -> _Basis:
+def _of_numbers(given: dict[str, Any]) -> sizes.Sizes:
     network = None if given["preset"] is None else architectures.architecture(given["preset"])
-    if not rules or given["epochs"] is None:
+    if not given["rules"] or given["epochs"] is None:
         raise ConfigError(f"a plan needs --epochs and --rules, such as 'best:val_accuracy:max last:3'. Forms: {FORMS}")
+    options = {option: given[option] for option in ("optimizer", "dtype", "master")}
     if network is not None:
-        size = sizes.designed(network, optimizer=given["optimizer"], dtype=given["dtype"], master=given["master"])
-    else:
-        if given["optimizer"] is None:
-            raise ConfigError(
-                f"--params alone does not say what the optimizer holds: give --optimizer, one of "
-                f"{', '.join(optimizers.NAMES)}"
-            )
-        size = sizes.counted(
-            given["params"],
-            optimizer=given["optimizer"],
-            dtype=given["dtype"] or "float32",
-            master=given["master"],
+        return sizes.designed(network, **options)
+    if given["optimizer"] is None:
+        raise ConfigError(
+            f"--params alone does not say what the optimizer holds: give --optimizer, one of "
+            f"{', '.join(optimizers.NAMES)}"
         )
-    return _Basis(
-        size,
-        rules,
-        given["epochs"],
-        given["reports_per_epoch"] or 1,
-        given["steps_per_epoch"],
-        given["epoch_time"],
-        given["sparsity"],
-    )
+    return sizes.counted(given["params"], **options | {"dtype": given["dtype"] or "float32"})
 
 
-def _of_run(run: Run, rules: Sequence[Rule] | None, given: dict[str, Any]) -> _Basis:
-    """What a run has measured; what was given goes before."""
+def _of_run(run: Run, given: dict[str, Any]) -> dict[str, Any]:
+    """What a run has measured, beside what was given, which goes before."""
     events, manifests = run.events(), run.manifests()
     reports = history(events)
-    rules = rules_of(events) if rules is None else rules
+    rules = rules_of(events) if given["rules"] is None else given["rules"]
     if not rules:
         raise ConfigError(f"run {run.name!r} has no rules in force: give some with --rules, such as last:3")
     names = sorted({metric for report in reports for metric in report.metrics})
@@ -181,17 +144,18 @@ def _of_run(run: Run, rules: Sequence[Rule] | None, given: dict[str, Any]) -> _B
     epochs = given["epochs"] or measured.epochs
     if not epochs:
         raise ConfigError(f"run {run.name!r} reports no epochs: give --epochs, and --reports-per-epoch")
-    seconds = None if measured.seconds is None else measured.seconds * per_epoch
-    return _Basis(
-        sizes.measured(manifests, run.name),
-        rules,
-        epochs,
-        per_epoch,
-        given["steps_per_epoch"] or (None if measured.steps is None else max(1, round(measured.steps * per_epoch))),
-        given["epoch_time"] if given["epoch_time"] is not None or not seconds else timedelta(seconds=seconds),
-        given["sparsity"] or _recorded(reports, rules),
-        sum(packed.values()) / whole if whole else None,
-    )
+    steps = None if measured.steps is None else max(1, round(measured.steps * per_epoch))
+    seconds = None if not measured.seconds else timedelta(seconds=measured.seconds * per_epoch)
+    return {
+        "sizes": sizes.measured(manifests, run.name),
+        "rules": rules,
+        "epochs": epochs,
+        "reports_per_epoch": per_epoch,
+        "steps_per_epoch": given["steps_per_epoch"] or steps,
+        "epoch_time": seconds if given["epoch_time"] is None else given["epoch_time"],
+        "sparsity": given["sparsity"] or _recorded(reports, rules),
+        "packed": sum(packed.values()) / whole if whole else None,
+    }
 
 
 def _recorded(reports: Sequence[Reported], rules: Sequence[Rule]) -> dict[int, float]:
@@ -201,12 +165,12 @@ def _recorded(reports: Sequence[Reported], rules: Sequence[Rule]) -> dict[int, f
     return {epoch: value for epoch, value in found.items() if 0 <= value <= 1}
 
 
-def _costs(found: Forecast, basis: _Basis, given: dict[str, Any]) -> dict[str, Any]:
+def _costs(found: Forecast, given: dict[str, Any]) -> dict[str, Any]:
     """What space and time it takes elsewhere; costs only of prices that were given."""
     kept = found.span("bytes_kept")
     ratio, source = given["archive_ratio"], "as given"
-    if ratio is None and basis.packed is not None:
-        ratio, source = basis.packed, "as measured on the archived checkpoints of this run"
+    if ratio is None and given.get("packed") is not None:
+        ratio, source = given["packed"], "as measured on the archived checkpoints of this run"
     if ratio is None:
         kind = "bfloat16" if found.sizes.bfloat16 else "float32"
         ratio, source = ARCHIVE_RATIO[kind], f"measured on a small transformer in {kind}, docs/performance.md"
@@ -266,11 +230,9 @@ def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _print_plan(
-    console: Console, found: Forecast, costs: dict[str, Any], saving: dict[str, Any] | None, basis: _Basis
-) -> None:
+def _print_plan(console: Console, found: Forecast, costs: dict[str, Any], saving: dict[str, Any] | None) -> None:
     console.print(f"[bold]One checkpoint[/] of {escape(found.sizes.source)}")
-    table = _table("part", "size", "why")
+    table = fitting.plain(("part", ">size", "why"))
     for part in found.sizes.parts:
         still = f"; {render.size(part.frozen)} of it do not change, and are written once" if part.frozen else ""
         table.add_row(escape(part.name), render.size(part.bytes), escape(part.why + still))
@@ -280,7 +242,8 @@ def _print_plan(
         f"\n[bold]{render.count(found.epochs, 'epoch')}[/], {render.count(found.reports, 'report')}, under "
         f"{escape(' '.join(found.rules))}"
     )
-    table = _table("if the metrics", "saves", "written", "kept", "whole", "bytes kept", "at most", "bytes at most")
+    heads = ("saves", "written", "kept", "whole", "bytes kept", "at most", "bytes at most")
+    table = fitting.plain(("if the metrics", *(f">{head}" for head in heads)))
     for one in found.outlooks:
         row = [one.saves, render.size(one.bytes_written), one.kept, one.whole, render.size(one.bytes_kept)]
         table.add_row(_SAID[one.name], *map(str, row), str(one.most), render.size(one.bytes_most))
@@ -294,7 +257,7 @@ def _print_plan(
         console.print(f"[yellow]{escape(text)} claims nothing[/] in a run of this length")
     _print_costs(console, found, costs)
     if saving is not None:
-        _print_saving(console, saving, basis)
+        _print_saving(console, saving)
 
 
 _SAID = {
@@ -304,14 +267,6 @@ _SAID = {
     "trades off": "trade off",
     "any": "go in any way",
 }
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        text = title in {"part", "why", "if the metrics", "network"}
-        table.add_column(title, justify="left" if text else "right", overflow="fold")
-    return table
 
 
 def _print_costs(console: Console, found: Forecast, costs: dict[str, Any]) -> None:
@@ -348,7 +303,7 @@ def _time(seconds: float) -> str:
     return render.seconds(seconds) if seconds else "0 s"
 
 
-def _print_saving(console: Console, saving: dict[str, Any], basis: _Basis) -> None:
+def _print_saving(console: Console, saving: dict[str, Any]) -> None:
     given = {name.removesuffix("_seconds"): _time(value) for name, value in saving.items() if value is not None}
     console.print(
         f"\nwith a failure every {given['mtbf']}, a stall of {given['stall']}, {given['durable']} until a save is "
@@ -362,7 +317,7 @@ def _print_saving(console: Console, saving: dict[str, Any], basis: _Basis) -> No
     if saving["rules_overhead"] is not None:
         waits = "; they save faster than saves become durable, and the loop waits" if saving["rules_wait"] else ""
         console.print(f"these rules cost {saving['rules_overhead']:.2%} of the work{waits}")
-    elif basis.epoch_time is None:
+    else:
         console.print("--epoch-time would say what these rules cost")
 
 
@@ -387,7 +342,8 @@ def _print_presets(*, json: bool) -> None:
         render.as_json({"presets": rows})
         return
     console = render.console()
-    table = _table("network", "parameters", "weights", "with SGD's momentum", "with Adam's moments", "16 bits, mixed")
+    heads = ("parameters", "weights", "with SGD's momentum", "with Adam's moments", "16 bits, mixed")
+    table = fitting.plain(("network", *(f">{head}" for head in heads)))
     for row in rows:
         figures = [render.size(row[f"{key}_bytes"]) for key in ("weights", "sgd_momentum", "adam", "mixed")]
         table.add_row(f"{row['name']} ({row['dtype']})", f"{row['parameters']:,}", *figures)

@@ -18,7 +18,7 @@ from peakpoint.aliases import AliasRecord
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
-from peakpoint.cli.render import plain
+from peakpoint.cli.render import words
 from peakpoint.cli.space import progress
 from peakpoint.clock import utc_now
 from peakpoint.comparison import Comparison, MetricPair
@@ -47,7 +47,7 @@ def working(*, quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda _: None
         return
     with render.console(stderr=True).status("") as status:
-        yield lambda what: status.update(plain(what))
+        yield lambda what: status.update(words(what))
 
 
 def _policy(repository: Repository, alias: str) -> Policy | None:
@@ -168,8 +168,8 @@ def _print_proposal(console: Console, proposal: Proposal) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(proposal.alias, plain(held))
-    table.add_row("candidate", plain(f"{proposal.manifest.run}/{proposal.manifest.name}"))
+    table.add_row(proposal.alias, words(held))
+    table.add_row("candidate", words(f"{proposal.manifest.run}/{proposal.manifest.name}"))
     if not proposal.unchanged:
         table.add_row("validation", "none" if one is None else validation_text(one))
         table.add_row("policy", "none" if proposal.policy is None else "production.toml")
@@ -177,12 +177,12 @@ def _print_proposal(console: Console, proposal: Proposal) -> None:
     others = [name for name in read_policies(proposal.run.store).content if name != proposal.alias]
     if proposal.policy is None and others:
         told = f"production.toml has no table [{proposal.alias}], and asks nothing of it; tables: {', '.join(others)}"
-        console.print(f"[yellow]note[/]: {plain(told)}", soft_wrap=True)
+        console.print(f"[yellow]note[/]: {words(told)}", soft_wrap=True)
     if proposal.comparison is not None:
         console.print()
         print_comparison(console, proposal.comparison)
     for reason in (*proposal.refusals, *proposal.objections):
-        console.print(f"[red]against it[/]: {plain(reason)}", soft_wrap=True)
+        console.print(f"[red]against it[/]: {words(reason)}", soft_wrap=True)
 
 
 def validation_text(one: Validation) -> str:
@@ -190,9 +190,9 @@ def validation_text(one: Validation) -> str:
     failed = ", ".join(found.check for found in one.failures)
     made = sum(found.outcome == "passed" for found in one.findings)
     outcome = (
-        f"[red]failed[/]: {plain(failed)}" if failed else f"[green]passed[/], {made} of {len(one.findings)} checks"
+        f"[red]failed[/]: {words(failed)}" if failed else f"[green]passed[/], {made} of {len(one.findings)} checks"
     )
-    return f"number {one.number}, {render.age(one.at)}, by {plain(one.by)}: {outcome}"
+    return f"number {one.number}, {render.age(one.at)}, by {words(one.by)}: {outcome}"
 
 
 def print_comparison(console: Console, found: Comparison) -> None:
@@ -200,7 +200,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
     pairs = found.metrics
     if pairs:
         columns = [
-            Column("metric", [plain(one.name) for one in pairs], right=False),
+            Column("metric", [words(one.name) for one in pairs], right=False),
             Column("present", [render.number(one.champion) for one in pairs]),
             Column("candidate", [render.number(one.candidate) for one in pairs]),
             Column("difference", [_difference(one) for one in pairs]),
@@ -219,7 +219,7 @@ def _difference(one: MetricPair) -> str:
 def _paired_lines(found: Comparison) -> Iterator[str]:
     test = found.paired
     if test is None:
-        yield f"not compared example by example: {plain(found.unpaired)}"
+        yield f"not compared example by example: {words(found.unpaired)}"
         if found.apart is not None:
             yield "accuracy {:+.4f}, with 95% confidence from {:+.4f} to {:+.4f}".format(*found.apart)
         return
@@ -370,12 +370,12 @@ def aliases(root: Path, json: bool) -> None:  # noqa: FBT001
     elif found:
         console = render.console()
         columns = [
-            Column("alias", [plain(one.alias) for one in found], right=False),
+            Column("alias", [words(one.alias) for one in found], right=False),
             Column("since (UTC)", [f"{one.at:%Y-%m-%d %H:%M}" for one in found]),
             Column("records", [str(one.number) for one in found]),
-            Column("by", [plain(one.by) for one in found], right=False),
+            Column("by", [words(one.by) for one in found], right=False),
         ]
-        said = [f"{plain(_name(one))}: {plain(one.why)}" for one in found]
+        said = [f"{words(_name(one))}: {words(one.why)}" for one in found]
         console.print(fitting.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
     elif not damage:
         click.echo("there are no aliases yet; peakpoint promote ROOT REF --as champion --why '...' makes one")
@@ -422,12 +422,12 @@ def _print_history(shown: Sequence[AliasRecord]) -> None:
         Column("record", [str(one.number) for one in shown]),
         Column("when (UTC)", [f"{one.at:%Y-%m-%d %H:%M:%S}" for one in shown]),
         Column("what", [_what(one) for one in shown], right=False),
-        Column("by", [plain(one.by) for one in shown], right=False),
+        Column("by", [words(one.by) for one in shown], right=False),
     ]
     said = []
     for one in shown:
         forced = "".join(f"; FORCED although {reason}" for reason in one.forced)
-        said.append(f"{plain(_name(one))}: {plain(one.why + forced)}")
+        said.append(f"{words(_name(one))}: {words(one.why + forced)}")
     console.print(fitting.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
 
 
@@ -500,22 +500,22 @@ def release(
 def _print_release(console: Console, root: Path, done: Release) -> None:
     width = max(len(step.name) for step in done.steps)
     for step in done.steps:
-        console.print(f"[bold]{step.name:<{width}}[/]  {plain(step.said)}", soft_wrap=True)
+        console.print(f"[bold]{step.name:<{width}}[/]  {words(step.said)}", soft_wrap=True)
     if done.proposal is not None and done.proposal.comparison is not None:
         console.print()
         print_comparison(console, done.proposal.comparison)
     for reason in done.reasons:
-        console.print(f"[red]against it[/]: {plain(reason)}", soft_wrap=True)
+        console.print(f"[red]against it[/]: {words(reason)}", soft_wrap=True)
     one = None if done.proposal is None else done.proposal.validation
     if done.outcome == "refused" and one is not None and one.failures:
         again = render.command("validate", root, f"{one.run}/{one.name}")
         console.print(
-            f"{plain(again)} validates it again; another is only selected when the policy says so", soft_wrap=True
+            f"{words(again)} validates it again; another is only selected when the policy says so", soft_wrap=True
         )
     one = None if done.proposal is None else done.proposal.validation
     if done.outcome == "refused" and one is not None and one.failures:
         again = render.command("validate", root, f"{one.run}/{one.name}")
-        console.print(f"{plain(again)} validates it again; the next best is not tried by itself", soft_wrap=True)
+        console.print(f"{words(again)} validates it again; the next best is not tried by itself", soft_wrap=True)
     colour = {"promoted": "green", "refused": "red", "nothing fits": "red"}.get(done.outcome, "bold")
     console.print(f"[{colour}]{done.outcome}[/]" + (f" (release {done.id})" if done.id else ""))
 

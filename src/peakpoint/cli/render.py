@@ -14,12 +14,13 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import packs, reader
+from peakpoint import packs, reader, units
 from peakpoint.audit import Audit, Finding
+from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
 from peakpoint.journal import history
-from peakpoint.manifest import Manifest
+from peakpoint.manifest import Manifest, plain
 from peakpoint.notes import all_known
 from peakpoint.peaks import Peak, peaks
 from peakpoint.repository import Run, rules_of
@@ -28,6 +29,7 @@ from peakpoint.rules import Claim, ranked, watched
 if TYPE_CHECKING:
     from peakpoint.catalogue import Listed
 
+size, at = units.size, units.moment
 _NAMED = 10  # things that one command names
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 
@@ -41,29 +43,10 @@ def console(*, stderr: bool = False) -> Console:
 
 def as_json(value: Any) -> None:
     """Print JSON; NaN and infinities as strings."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(_finite(value)), indent=2).decode() + "\n")
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(plain(value)), indent=2).decode() + "\n")
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
-    return value
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: ``"12.3 MB"``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def plain(text: str) -> str:
+def words(text: str) -> str:
     """Somebody's words, in which nothing means anything to a terminal or a table."""
     return escape("".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text))
 
@@ -150,11 +133,6 @@ def age(moment: datetime, now: datetime | None = None) -> str:
     return f"{max(seconds, 0):.0f} s ago"
 
 
-def at(step: int, epoch: int | None) -> str:
-    """``"epoch 3"`` or ``"step 400"``."""
-    return f"step {step}" if epoch is None else f"epoch {epoch}"
-
-
 def kept_table(
     console: Console,
     manifests: Sequence[Manifest],
@@ -227,22 +205,20 @@ def best_exist(peaks: Iterable[Peak], manifests: Sequence[Manifest]) -> dict[str
 
 def peaks_table(peaks: Sequence[Peak], exist: Mapping[str, bool]) -> Table:
     """Best against last, and whether a checkpoint of the best exists."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for name in ("metric", "mode"):
-        table.add_column(name)
-    for name in ("best", "at", "last", "at", "lost since the best"):
-        table.add_column(name, justify="right")
-    for peak in peaks:
-        table.add_row(
-            escape(peak.metric),
-            peak.mode,
-            f"[bold green]{number(peak.best)}[/]",
-            at(peak.best_step, peak.best_epoch) + ("" if exist.get(peak.metric) else GONE),
-            number(peak.last),
-            at(peak.last_step, peak.last_epoch),
-            lost(peak),
-        )
-    return table
+    heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
+    return fitting.plain(heads, [_peak_cells(peak, exist) for peak in peaks])
+
+
+def _peak_cells(peak: Peak, exist: Mapping[str, bool]) -> tuple[str, ...]:
+    return (
+        escape(peak.metric),
+        peak.mode,
+        f"[bold green]{number(peak.best)}[/]",
+        at(peak.best_step, peak.best_epoch) + ("" if exist.get(peak.metric) else GONE),
+        number(peak.last),
+        at(peak.last_step, peak.last_epoch),
+        "nothing" if peak.lost == 0 else f"[yellow]{number(rounded(peak.lost, peak.best, peak.last))}[/]",
+    )
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
@@ -257,22 +233,18 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 def files_table(manifest: Manifest) -> Table:
     """Files of a checkpoint."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("file", overflow="fold")
-    table.add_column("part")
-    table.add_column("tensors", justify="right")
-    table.add_column("size", justify="right")
-    table.add_column("digest (BLAKE3)")
     part_of = {file: part for part, files in manifest.parts.items() for file in files}
-    for file in manifest.files:
-        table.add_row(
+    rows = [
+        (
             escape(file.name),
             escape(part_of.get(file.name, "")),
             str(len(file.tensors)) if file.header else "",
             size(file.size),
             f"{file.digest[:16]}…",
         )
-    return table
+        for file in manifest.files
+    ]
+    return fitting.plain(("file", "part", ">tensors", ">size", "digest (BLAKE3)"), rows)
 
 
 _COLOURS = {"damage": "bold red", "litter": "yellow", "foreign": "blue", "busy": "cyan", "removed": "green"}
@@ -280,13 +252,8 @@ _COLOURS = {"damage": "bold red", "litter": "yellow", "foreign": "blue", "busy":
 
 def findings_table(findings: Sequence[Finding]) -> Table:
     """What an audit found."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("where", overflow="fold")
-    table.add_column("what", overflow="fold")
-    for finding in findings:
-        table.add_row(f"[{_COLOURS[finding.kind]}]{finding.kind}[/]", escape(finding.where), escape(finding.what))
-    return table
+    rows = [(f"[{_COLOURS[one.kind]}]{one.kind}[/]", escape(one.where), escape(one.what)) for one in findings]
+    return fitting.plain(("kind", "where", "what"), rows)
 
 
 def audit_sentence(result: Audit) -> str:
@@ -344,7 +311,10 @@ def runs_table(console: Console, runs: Sequence["Listed"], writing: Collection[s
 
 
 def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
-    peak = run.peaks[0] if run.peaks else None
+    peak = [""] * 5
+    if run.peaks:
+        metric, mode, best, moment, last, _, lost = _peak_cells(run.peaks[0], run.kept)
+        peak = [f"{metric} ({mode})", best, moment, last, lost]
     return (
         escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
         marks.text(run.aliases),
@@ -352,17 +322,8 @@ def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
         size(run.size_bytes),
         f"{run.reports:,}",
         "[cyan]being written[/]" if writing else "" if run.newest is None else age(run.newest),
-        "" if peak is None else f"{escape(peak.metric)} ({peak.mode})",
-        "" if peak is None else f"[bold green]{number(peak.best)}[/]",
-        "" if peak is None else at(peak.best_step, peak.best_epoch) + ("" if run.kept.get(peak.metric) else GONE),
-        "" if peak is None else number(peak.last),
-        "" if peak is None else lost(peak),
+        *peak,
     )
-
-
-def lost(peak: Peak) -> str:
-    """How far the last is below the best, coloured."""
-    return "nothing" if peak.lost == 0 else f"[yellow]{number(rounded(peak.lost, peak.best, peak.last))}[/]"
 
 
 def listed_json(run: "Listed", writer: str | None) -> dict[str, Any]:
@@ -414,8 +375,8 @@ def _peak_json(peak: Peak) -> dict[str, Any]:
     return asdict(peak) | {"lost": peak.lost}
 
 
-def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]:
-    """A checkpoint for programs."""
+def checkpoint_json(manifest: Manifest | Checkpoint) -> dict[str, Any]:
+    """What a checkpoint is, for programs."""
     return {
         "ref": f"{manifest.run}/{manifest.name}",
         "run": manifest.run,
@@ -428,5 +389,9 @@ def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]
         "size_bytes": manifest.size_bytes,
         "created_at": manifest.created_at,
         "saved_because": manifest.reasons,
-        "kept_because": [asdict(claim) for claim in claims],
     }
+
+
+def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]:
+    """A checkpoint and why it is kept, for programs."""
+    return checkpoint_json(manifest) | {"kept_because": [asdict(claim) for claim in claims]}

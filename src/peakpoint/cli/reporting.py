@@ -9,11 +9,11 @@ from typing import Any
 import click
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.markup import escape
 from rich.text import Text
 
 from peakpoint import evaluation
-from peakpoint.cli import render
+from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT
 from peakpoint.errors import ConfigError
 from peakpoint.evaluation import tables, writing
@@ -137,12 +137,9 @@ def _rich(table: tables.Table, width: int) -> RenderableType:
     least = [length if keep else min(length, _FOLDED) for length, keep in zip(lengths, whole, strict=True)]
     if sum(least) + 2 * (len(least) - 1) > width:
         return Group(*(line for cells in table.rows for line in _paragraph(table, cells, width)))
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
-    for (head, is_number), keep in zip(table.heads, whole, strict=True):
-        made.add_column(_text(head), justify="right" if is_number else "left", overflow="fold", no_wrap=keep)
-    for cells in table.rows:
-        made.add_row(*(_styled(head, cell) for (head, _), cell in zip(table.heads, cells, strict=True)))
-    return made
+    heads = [escape(tables.printable(column)) for column in table.columns]
+    rows = [[_styled(head, cell) for (head, _), cell in zip(table.heads, cells, strict=True)] for cells in table.rows]
+    return fitting.plain(heads, rows, unbroken=[head for head, keep in zip(heads, whole, strict=True) if keep])
 
 
 def _paragraph(table: tables.Table, cells: Sequence[str], width: int) -> list[Text]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
-from rich.table import Table
 
 from peakpoint import layout, reader
 from peakpoint.checkpoint import Checkpoint
@@ -126,9 +125,9 @@ class _Ordered(click.Command):
         return super().parse_args(ctx, args)
 
 
-def _keys(order: Sequence[Mode], given: dict[Mode, Sequence[str]]) -> dict[str, Mode]:
+def _keys(order: Sequence[Mode], given: Mapping[str, Sequence[str]]) -> dict[str, Mode]:
     """What to rank by, the first that was given first."""
-    waiting = {mode: iter(names) for mode, names in given.items()}
+    waiting = {"max": iter(given["max"]), "min": iter(given["min"])}
     keys: dict[str, Mode] = {}
     for mode in order:
         name = next(waiting[mode])
@@ -160,20 +159,16 @@ def _keys(order: Sequence[Mode], given: dict[Mode, Sequence[str]]) -> dict[str, 
 @click.pass_context
 def select(
     ctx: click.Context,
+    /,
     root: Path,
     where: str,
-    max: tuple[str, ...],  # noqa: A002
-    min: tuple[str, ...],  # noqa: A002
     top: int | None,
     everything: bool,  # noqa: FBT001
-    within_se: bool,  # noqa: FBT001
-    n_eval: str | None,
-    se: str | None,
-    percent: bool,  # noqa: FBT001
     explain: bool,  # noqa: FBT001
     refs: bool,  # noqa: FBT001
     catalogue: str | None,
     json: bool,  # noqa: FBT001
+    **given: Any,
 ) -> None:
     """Select checkpoints of all runs, such as 'val_accuracy > 0.7 and epoch > 20 and run ~ "resnet50*"'.
 
@@ -185,8 +180,8 @@ def select(
     if sum((refs, json, explain)) > 1 and refs:
         raise ConfigError("--refs prints refs and nothing else; leave out --json and --why")
     query = parse_query(where)
-    keys = _keys(ctx.meta["order"], {"max": max, "min": min})
-    within = _within(within_se, n_eval, se, percent=percent)
+    keys = _keys(ctx.meta["order"], given)
+    within = _within(given)
     repository = open_repository(root, catalogue=catalogue)
     with _progress() as progress:
         repository.catalogue().refresh(progress)
@@ -211,8 +206,9 @@ def select(
             _print_why(why, keys)
 
 
-def _within(wanted: bool, n_eval: str | None, se: str | None, *, percent: bool) -> WithinSE | None:  # noqa: FBT001
-    if not wanted:
+def _within(given: Mapping[str, Any]) -> WithinSE | None:
+    n_eval, se, percent = given["n_eval"], given["se"], given["percent"]
+    if not given["within_se"]:
         if n_eval or se or percent:
             raise ConfigError("--n-eval, --se and --percent are for --within-se; add it, or leave them out")
         return None
@@ -310,15 +306,11 @@ def _telling(shown: Sequence[Checkpoint]) -> list[str]:
 def _print_why(why: "Why", keys: dict[str, Mode]) -> None:
     console = render.console()
     console.print()
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("clause", overflow="fold")
-    for name in ("removed", "without a value", "left"):
-        table.add_column(name, justify="right")
-    table.add_row("[dim]all checkpoints[/]", "", "", f"{why.candidates:,}")
+    rows = [("[dim]all checkpoints[/]", "", "", f"{why.candidates:,}")]
     for clause in why.clauses:
         missing = f"{clause.missing:,}" if clause.missing else ""
-        table.add_row(escape(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}")
-    console.print(table)
+        rows.append((escape(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}"))
+    console.print(fitting.plain(("clause", ">removed", ">without a value", ">left"), rows))
     ranked = ", ".join(f"{escape(name)} ({mode})" for name, mode in keys.items()) or "newest first"
     console.print(f"{why.chosen:,} of {why.clauses[-1].left if why.clauses else why.candidates:,} chosen, by {ranked}")
     for place, one in enumerate(why.runners_up, why.chosen + 1):
@@ -332,23 +324,11 @@ def _value(one: Checkpoint, name: str) -> str:
         return render.size(one.size_bytes)
     if name == "created":
         return render.age(one.created_at)
-    fixed = {"epoch": one.epoch, "step": one.step, "sequence": one.sequence}
-    return render.number(fixed[name] if name in fixed else one.metrics.get(name))
+    return render.number(getattr(one, name) if name in _FIXED else one.metrics.get(name))
 
 
 def _json(one: Checkpoint, aliases: _Aliases) -> dict[str, Any]:
-    return {
-        "ref": one.ref,
-        "run": one.run,
-        "name": one.name,
-        "id": one.id,
-        "sequence": one.sequence,
-        "step": one.step,
-        "epoch": one.epoch,
-        "metrics": dict(one.metrics),
-        "size_bytes": one.size_bytes,
-        "created_at": one.created_at,
-        "saved_because": one.reasons,
+    return render.checkpoint_json(one) | {
         "path": None if one.path is None else str(one.path),
         "aliases": aliases.get((one.run, one.id), ()),
     }

@@ -16,6 +16,7 @@ Matplotlib and pyarrow are imported when they are used.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from peakpoint import refs
 from peakpoint.errors import ConfigError, NotFoundError
@@ -26,10 +27,9 @@ from peakpoint.evaluation.material import Material, gather, ref_of
 from peakpoint.evaluation.noise import Interval, Noise
 from peakpoint.evaluation.tables import few, printable
 from peakpoint.evaluation.tradeoff import AtTarget, Spot, Tradeoff, tradeoff
-from peakpoint.evaluation.weighing import Comparison, Difference, Weight
+from peakpoint.evaluation.weighing import Comparison, Difference, Side, Weight
 from peakpoint.evaluation.weighing import compare as compare_weights
 from peakpoint.evaluation.writing import write
-from peakpoint.manifest import Manifest
 from peakpoint.names import check_metric
 from peakpoint.repository import Repository
 from peakpoint.rules import Mode, check_mode, ranked
@@ -148,8 +148,9 @@ def evaluate(
     watching = {pair: [one for one in read if pair in pairs[one.name]] for pair in every}
     tradeoffs = [found for (name, mode), some in watching.items() if (found := tradeoff(some, name, mode, sparsity))]
     modes = dict(pair for one in others.values() for pair in directions(one.rules, sparsity)) | dict(every)
-    sides = _Sides(materials | others, modes, wanted, repository)
-    asked = [(f"{one} and {other}", sides.find(one), sides.find(other)) for one, other in compare]
+    side = partial(_side, repository=repository, materials=materials | others, wanted=wanted, modes=modes)
+    dense = list(_dense_pairs(materials, tradeoffs))
+    asked = [(f"{one} and {other}", side(one), side(other)) for one, other in compare]
     return Evaluation(
         location=repository.store.location,
         materials=read,
@@ -159,11 +160,11 @@ def evaluate(
         tradeoffs=tuple(tradeoffs),
         comparisons=tuple(
             compare_weights(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
-            for why, one, other in (asked if compare else _at_targets(sides, tradeoffs, part))
+            for why, one, other in (asked if compare else _having(dense, part))
         ),
         remarks=(
             *_doubts([*read, *others.values()], modes, examples),
-            *(() if compare else _without(sides, tradeoffs, part)),
+            *(() if compare else _without(dense, part)),
             *_remarks(read, peaks, pairs, asked=bool(wanted)),
         ),
     )
@@ -212,47 +213,39 @@ def _doubts(materials: Iterable[Material], modes: Mapping[str, Mode], examples: 
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """Finds what is to be compared."""
-
-    materials: Mapping[str, Material]
-    modes: Mapping[str, Mode]
-    wanted: Mapping[str, Mode]
-    repository: Repository
-
-    def find(self, name: str) -> tuple[Material, Manifest]:
-        """A ref, or a run whose best checkpoint is meant."""
-        material = self.materials[_run_of(name)]
-        if name != material.name:
-            return material, self.known(material, self.repository.find_manifest(name).id)
-        pairs = tuple(self.wanted.items()) or directions(material.rules, "") or tuple(self.modes.items())
+def _side(
+    name: str,
+    *,
+    repository: Repository,
+    materials: Mapping[str, Material],
+    wanted: Mapping[str, Mode],
+    modes: Mapping[str, Mode],
+) -> Side:
+    """A ref, or a run whose best checkpoint is meant; with all that is known of its metrics."""
+    material = materials[_run_of(name)]
+    if name == material.name:
+        pairs = tuple(wanted.items()) or directions(material.rules, "") or tuple(modes.items())
         if not pairs:
             raise ConfigError(f"which checkpoint of {name} is its best? no rule says; give --metric NAME:max, or a ref")
         best = ranked(material.checkpoints, *pairs[0])
         if not best:
             raise NotFoundError(f"no checkpoint of run {name!r} has a finite value of {pairs[0][0]!r}; give a ref")
-        return material, self.known(material, best[0].id)
-
-    @staticmethod
-    def known(material: Material, identity: str) -> Manifest:
-        """A manifest with all that is known of its metrics."""
-        return next(manifest for manifest in material.checkpoints if manifest.id == identity)
+        identity = best[0].id
+    else:
+        identity = repository.find_manifest(name).id
+    return material, next(manifest for manifest in material.checkpoints if manifest.id == identity)
 
 
-_Pair = tuple[str, tuple[Material, Manifest], tuple[Material, Manifest]]
+_Pair = tuple[str, Side, Side]
 
 
-def _at_targets(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterator[_Pair]:
-    """The best dense checkpoint of a run with its best at each target, of those that have the part."""
-    for why, one, other in _dense_pairs(sides, tradeoffs):
-        if all(part in manifest.parts for _, manifest in (one, other)):
-            yield why, one, other
+def _having(pairs: Iterable[_Pair], part: str) -> list[_Pair]:
+    """Those in which both checkpoints have the part."""
+    return [pair for pair in pairs if all(part in manifest.parts for _, manifest in pair[1:])]
 
 
-def _without(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterator[str]:
+def _without(pairs: Sequence[_Pair], part: str) -> Iterator[str]:
     """The runs of which nothing was compared because the part is not there."""
-    pairs = list(_dense_pairs(sides, tradeoffs))
     for name in dict.fromkeys(one.name for _, (one, _), _ in pairs):
         manifests = [manifest for _, *both in pairs for material, manifest in both if material.name == name]
         lacking = [manifest for manifest in manifests if part not in manifest.parts]
@@ -263,14 +256,15 @@ def _without(sides: _Sides, tradeoffs: Iterable[Tradeoff], part: str) -> Iterato
             )
 
 
-def _dense_pairs(sides: _Sides, tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:
+def _dense_pairs(materials: Mapping[str, Material], tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:
+    """The best dense checkpoint of a run with its best at each target."""
     seen = set()
     for found in tradeoffs:
         dense = {spot.run: spot for spot in found.dense}
         for at in found.targets:
             if at.spot is None or at.run not in dense or at.spot == dense[at.run]:
                 continue
-            material = sides.materials[at.run]
+            material = materials[at.run]
             by_ref = {ref_of(manifest): manifest for manifest in material.checkpoints}
             pair = by_ref[dense[at.run].ref], by_ref[at.spot.ref]
             if (pair[0].id, pair[1].id) not in seen:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -23,7 +24,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from peakpoint.evaluation.judging import Examples, Judged, judge
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.tables import printable
-from peakpoint.evaluation.thinning import Points, thin
+from peakpoint.evaluation.thinning import thin
 from peakpoint.evaluation.tradeoff import Tradeoff
 from peakpoint.journal import Reported
 from peakpoint.rules import Mode
@@ -31,7 +32,8 @@ from peakpoint.rules import Mode
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
 
-INK = "#1f1f1e"
+_STYLE = mpl.rc_params_from_file(str(files("peakpoint.evaluation") / "figures.mplstyle"), use_default_template=False)
+INK = str(_STYLE["text.color"])
 """The colour of everything that is no data; a page replaces it by its own."""
 
 MARK = "peakpoint report"
@@ -45,35 +47,6 @@ _MOST_DOTS = 100
 _LONG = 20  # points of a curve
 _MANY_STEPS = 20_000
 _SPLIT = re.compile(r"(?:train|training|val|valid|validation|test|eval|dev)[_/.-](?=.)", re.IGNORECASE)
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.parse_math": False,  # a metric may be called $x$
-    "axes.unicode_minus": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.alpha": 0.15,
-    "grid.linewidth": 0.8,
-    "svg.fonttype": "none",
-    "svg.hashsalt": MARK,
-    **dict.fromkeys(
-        (
-            "text.color",
-            "axes.edgecolor",
-            "axes.labelcolor",
-            "axes.titlecolor",
-            "xtick.color",
-            "ytick.color",
-            "grid.color",
-        ),
-        INK,
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +63,7 @@ class Panel:
     name: str
     alt: str
     draw: Callable[[Axes], None]
-    legend: Callable[[], list[Line2D]]
+    legend: Sequence[Line2D]
 
 
 def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
@@ -100,16 +73,15 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
         found: what to show.
         separate: a picture for each run instead of all runs in one.
     """
-    every = [one for one in found.peaks if one.window == 1]
-    sets = [[run.name] for run in found.materials] if separate else [[run.name for run in found.materials]]
-    made = []
+    materials = {run.name: run for run in found.materials}
     looks = _Looks({})
-    for names in sets:
-        mine = [one for one in every if one.run in names]
-        materials = {run.name: run for run in found.materials if run.name in names}
-        titles = dict.fromkeys(_split_off(one.peak.metric) for one in mine)
-        groups = [[one for one in mine if _split_off(one.peak.metric) == title] for title in titles]
-        made += [_curves(title, shown, materials, looks) for title, shown in zip(titles, groups, strict=True)]
+    made = []
+    for names in [{name} for name in materials] if separate else [set(materials)]:
+        groups: dict[str, list[Judged]] = {}
+        for one in found.peaks:
+            if one.window == 1 and one.run in names:
+                groups.setdefault(_split_off(one.peak.metric), []).append(one)
+        made += [_curves(title, shown, materials, looks) for title, shown in groups.items()]
     return made + [_front(one, looks) for one in found.tradeoffs]
 
 
@@ -139,7 +111,7 @@ def curve(material: Material, metric: str, mode: Mode, here: tuple[int, int | No
         place = (epoch or 0) if material.counts_epochs() else step
         axes.plot([place], [value], **look, markeredgewidth=1.8, zorder=15)
 
-    return replace(panel, draw=draw, legend=lambda: [*panel.legend(), Line2D([], [], **look, label="this checkpoint")])
+    return replace(panel, draw=draw, legend=[*panel.legend, Line2D([], [], **look, label="this checkpoint")])
 
 
 def svg(panel: Panel) -> str:
@@ -169,18 +141,18 @@ def _style() -> Iterator[None]:
 
 def _figure(chosen: Sequence[Panel]) -> Figure:
     """Pictures below one another, each as high as its legend needs."""
-    legends = [panel.legend() for panel in chosen]
-    columns = [_columns(legend) for legend in legends]
-    heights = [3.5 + 0.19 * math.ceil(len(legend) / count) for legend, count in zip(legends, columns, strict=True)]
+    columns = [_columns(panel.legend) for panel in chosen]
+    heights = [3.5 + 0.19 * math.ceil(len(one.legend) / count) for one, count in zip(chosen, columns, strict=True)]
     figure = Figure(figsize=(7.2, sum(heights)), layout="constrained", facecolor="white")
     places: list[Figure | SubFigure] = [figure]
     if len(chosen) > 1:
         places = list(figure.subfigures(len(chosen), 1, squeeze=False, height_ratios=heights)[:, 0])
-    for place, panel, legend, count in zip(places, chosen, legends, columns, strict=True):
+    for place, panel, count in zip(places, chosen, columns, strict=True):
         panel.draw(place.subplots())
         # a label that begins with an underscore would be left out
-        labels = [f"\u2009{text}" if (text := str(line.get_label())).startswith("_") else text for line in legend]
-        place.legend(legend, labels, loc="outside lower left", ncols=count, frameon=False, fontsize=8)
+        texts = [str(line.get_label()) for line in panel.legend]
+        labels = [f"\u2009{text}" if text.startswith("_") else text for text in texts]
+        place.legend(panel.legend, labels, loc="outside lower left", ncols=count, frameon=False, fontsize=8)
     return figure
 
 
@@ -217,7 +189,7 @@ class _Curves:
         title: what the metrics are about.
         judged: the peaks, the best first.
         materials: the runs.
-        looks: the colour and marker of those runs that have some of their own.
+        looks: the colour and marker of those runs that have some of their own, by name.
         by_epoch: whether epochs stand below, or steps.
     """
 
@@ -228,21 +200,16 @@ class _Curves:
     by_epoch: bool
 
     @property
-    def chosen(self) -> list[str]:
-        """The runs with a colour of their own, by name."""
-        return sorted(self.looks)
-
-    @property
     def metrics(self) -> dict[str, str]:
         """How the line of each metric is drawn: those with a peak are solid."""
         solid = dict.fromkeys(one.peak.metric for one in self.judged)
-        names = dict.fromkeys(name for run in self.chosen for name in self.materials[run].metrics)
+        names = dict.fromkeys(name for run in self.looks for name in self.materials[run].metrics)
         others = [name for name in names if name not in solid and _split_off(name) == self.title]
         return dict(zip([*solid, *others], [*("-" for _ in solid), *("--", ":", "-.")], strict=False))
 
     def draw(self, axes: Axes) -> None:
         """Grey runs below, coloured ones above, their peaks on top."""
-        axes.set_title(_short(f"{self.chosen[0]}: {self.title}" if len(self.materials) == 1 else self.title, 80))
+        axes.set_title(_short(self.title if len(self.materials) > 1 else f"{next(iter(self.looks))}: {self.title}", 80))
         axes.set_xlabel("epoch" if self.by_epoch else "step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         drawn = [self._line(axes, one, name) for one in self.judged for name in self._names(one)]
@@ -253,49 +220,46 @@ class _Curves:
         elif high - low < 1:
             axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)  # one report
         for one in self.judged:
-            if one.run in self.chosen:
+            if one.run in self.looks:
                 self._marks(axes, one)
 
     def _names(self, one: Judged) -> list[str]:
         """The lines of a run: its metric, and the other splits' when it has a colour."""
         own = self.materials[one.run].metrics
         others = [name for name, style in self.metrics.items() if style != "-" and name in own]
-        return [one.peak.metric, *others] if one.run in self.chosen else [one.peak.metric]
+        return [one.peak.metric, *others] if one.run in self.looks else [one.peak.metric]
 
-    def _line(self, axes: Axes, one: Judged, metric: str) -> Points:
-        style: Any = {"linestyle": self.metrics[metric], "linewidth": 1.6 if metric == one.peak.metric else 1.1}
-        if one.run not in self.chosen:
-            style |= {"color": INK, "alpha": max(0.02, min(0.25, 5 / len(self.materials))), "zorder": 1}
-        else:
-            style |= {"color": self._colour(one.run)}
+    def _line(self, axes: Axes, one: Judged, metric: str) -> Sequence[float]:
+        """Draw a line; returns its values."""
         material = self.materials[one.run]
-        for branch in material.abandoned if one.run in self.chosen and metric == one.peak.metric else ():
-            points = self._points(branch, metric)
-            axes.plot(
-                *_unzipped(points), "x:", color=self._colour(one.run), markersize=4, linewidth=1, alpha=0.6, zorder=6
-            )
-        points = self._points(material.history, metric)
-        axes.plot(*_unzipped(points), **style)
-        return points
+        style: Any = {"linestyle": self.metrics[metric], "linewidth": 1.6 if metric == one.peak.metric else 1.1}
+        if one.run in self.looks:
+            style["color"] = colour = self.looks[one.run][0]
+            for branch in material.abandoned if metric == one.peak.metric else ():
+                dots: Any = {"color": colour, "markersize": 4, "linewidth": 1, "alpha": 0.6, "zorder": 6}
+                axes.plot(*self._points(branch, metric), "x:", **dots)
+        else:
+            style |= {"color": INK, "alpha": max(0.02, min(0.25, 5 / len(self.materials))), "zorder": 1}
+        places, values = self._points(material.history, metric)
+        axes.plot(places, values, **style)
+        return values
 
-    def _points(self, reports: Iterable[Reported], metric: str) -> Points:
+    def _points(self, reports: Iterable[Reported], metric: str) -> tuple[list[float], list[float]]:
+        """Places and values."""
         found = []
         for report in reports:
             if metric in report.metrics:
                 value = report.metrics[metric]
                 place = report.epoch if self.by_epoch else report.step
                 found.append((float(place or 0), value if abs(value) < _LARGEST else math.nan))
-        return thin(found)
-
-    def _colour(self, run: str) -> str:
-        return self.looks[run][0]
+        points = thin(found)
+        return [x for x, _ in points], [y for _, y in points]
 
     def _marks(self, axes: Axes, one: Judged) -> None:
         peak, colour, shape = one.peak, *self.looks[one.run]
         for reports, face in ((_gone(self.materials[one.run]), "none"), (_there(self.materials[one.run]), colour)):
             if len(self.materials) == 1 and len(reports) <= _MOST_DOTS:
-                points = _unzipped(self._points(reports, peak.metric))
-                axes.plot(*points, ".", color=colour, markerfacecolor=face, markersize=7)
+                axes.plot(*self._points(reports, peak.metric), ".", color=colour, markerfacecolor=face, markersize=7)
         best, last = (peak.best_epoch, peak.last_epoch) if self.by_epoch else (peak.best_step, peak.last_step)
         for place, value, mark, area in ((last, peak.last, shape, 7), (best, peak.best, "*", 14)):
             if abs(value) < _LARGEST:
@@ -306,25 +270,19 @@ class _Curves:
     def legend(self) -> list[Line2D]:
         """Runs by colour and marker, metrics by the kind of line, then the marks."""
         ink: Any = {"color": INK, "linestyle": "none"}
-        runs = [
-            Line2D([], [], color=self._colour(run), marker=self.looks[run][1], label=_short(run)) for run in self.chosen
-        ]
-        others = len({one.run for one in self.judged}) - len(runs)
-        grey = (
-            [Line2D([], [], color=INK, alpha=0.25, label=f"{others} other {'run' if others == 1 else 'runs'}")]
-            if others
-            else []
-        )
-        lines = [
-            Line2D([], [], color=INK, linestyle=style, label=_short(metric))  # type: ignore[arg-type]
-            for metric, style in self.metrics.items()
-        ]
+        looks = self.looks.items()
+        shown = [Line2D([], [], color=colour, marker=mark, label=_short(run)) for run, (colour, mark) in looks]
+        others = len({one.run for one in self.judged}) - len(shown)
+        if others:
+            shown.append(Line2D([], [], color=INK, alpha=0.25, label=f"{others} other run{'s' if others > 1 else ''}"))
+        for metric, style in self.metrics.items():
+            shown.append(Line2D([], [], color=INK, linestyle=style, label=_short(metric)))  # type: ignore[arg-type]
         peak = Line2D([], [], **ink, marker="*", markersize=11, label="peak")
-        return [*runs, *grey, *lines, peak, *self._more(ink)]
+        return [*shown, peak, *self._more(ink)]
 
     def _more(self, ink: Any) -> Iterator[Line2D]:
         """The marks that are there."""
-        materials = [self.materials[run] for run in self.chosen]
+        materials = [self.materials[run] for run in self.looks]
         ends = {one.ended for one in materials if one.ended not in ("closed", None) and not one.stopped_early}
         how = f" (ended: {_short(', '.join(sorted(filter(None, ends))))})" if ends else ""
         yield Line2D([], [], **ink, marker="o", label=f"last{how}")
@@ -336,13 +294,8 @@ class _Curves:
             if 0 < len(_there(materials[0])) <= _MOST_DOTS:
                 yield Line2D([], [], **ink, marker=".", markersize=8, label="kept")
         if any(material.abandoned for material in materials):
-            yield Line2D(
-                [], [], color=INK, marker="x", markersize=4, linestyle=":", alpha=0.5, label="abandoned branch"
-            )
-
-
-def _ranking(judged: Sequence[Judged]) -> list[Judged]:
-    return sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
+            dots: Any = {"color": INK, "marker": "x", "markersize": 4, "linestyle": ":", "alpha": 0.5}
+            yield Line2D([], [], **dots, label="abandoned branch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,11 +311,11 @@ class _Looks:
             here = {what for one in chosen if one in self.given for what in self.given[one]}
             taken = set(self.given.values())
             self.given[run] = min(_PAIRS, key=lambda pair: (pair in taken, pair[0] in here, pair[1] in here))
-        return {run: self.given[run] for run in chosen}
+        return {run: self.given[run] for run in sorted(chosen)}
 
 
 def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material], given: _Looks) -> Panel:
-    ranking = _ranking(judged)
+    ranking = sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
     looks = given.of(list(dict.fromkeys(one.run for one in ranking))[: len(_COLOURS)])
     mine = {one.run: materials[one.run] for one in ranking}
     by_epoch = all(material.counts_epochs() for material in mine.values())
@@ -371,11 +324,7 @@ def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Materi
     shown = ", ".join(
         f"{one.run} {one.peak.metric}: best {one.peak.best:.5g}, last {one.peak.last:.5g}" for one in ranking[:6]
     )
-    return Panel(name=name, alt=printable(f"Curves of {title}. {shown}"), draw=curves.draw, legend=curves.legend)
-
-
-def _unzipped(points: Points) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+    return Panel(name=name, alt=printable(f"Curves of {title}. {shown}"), draw=curves.draw, legend=curves.legend())
 
 
 def _gone(material: Material) -> list[Reported]:
@@ -386,10 +335,10 @@ def _there(material: Material) -> list[Reported]:
     return [one for one in material.history if one.report in material.kept]
 
 
-def _scale(axes: Axes, drawn: Sequence[Points]) -> None:
+def _scale(axes: Axes, drawn: Sequence[Sequence[float]]) -> None:
     """Let the first tenth of long curves run out of the picture: what happens near the peaks is to be seen."""
-    values = [y for points in drawn for _, y in points[len(points) // 10 if len(points) >= _LONG else 0 :]]
-    finite = [y for y in values if math.isfinite(y)]
+    late = [values[len(values) // 10 if len(values) >= _LONG else 0 :] for values in drawn]
+    finite = [value for values in late for value in values if math.isfinite(value)]
     if finite and max(finite) > min(finite):
         room = (max(finite) - min(finite)) * 0.06
         axes.set_ylim(min(finite) - room, max(finite) + room)
@@ -416,11 +365,8 @@ def _front(found: Tradeoff, given: _Looks) -> Panel:
                 size = 8 if one.on_front else 5
                 axes.plot([one.sparsity], [one.value], shape, **style, markersize=size, zorder=size)
 
-    def legend() -> list[Line2D]:
-        shown = [Line2D([], [], color=INK, linewidth=1, label="front (filled): no other beats it")]
-        for run, (colour, shape) in itertools.islice(looks.items(), 2 * len(_COLOURS)):
-            shown.append(Line2D([], [], color=colour, marker=shape, linestyle="none", label=_short(run)))
-        return shown
-
+    legend = [Line2D([], [], color=INK, linewidth=1, label="front (filled): no other beats it")]
+    for run, (colour, shape) in itertools.islice(looks.items(), 2 * len(_COLOURS)):
+        legend.append(Line2D([], [], color=colour, marker=shape, linestyle="none", label=_short(run)))
     alt = f"{found.metric} against {found.sparsity} of {len(found.spots)} checkpoints, {len(front)} on the front"
     return Panel(name=f"{found.metric}-against-{found.sparsity}", alt=printable(alt), draw=draw, legend=legend)

@@ -1,6 +1,5 @@
 """Runs side by side: by optimizer, by another part of the state, or by their names."""
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -144,7 +143,7 @@ def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[Judged]]) -
     sign = -1 if mode == "max" else 1
     ordered = sorted(sets, key=lambda name: (name in LEFT_OVER, sign * mean(one.peak.best for one in sets[name]), name))
     # each pair could have been the one that is looked at: Bonferroni. Source: Dunn, JASA 56, 1961
-    pairs = max(1, len(list(itertools.combinations(ordered, 2))))
+    pairs = max(1, math.comb(len(ordered), 2))
     confidence = 1 - (1 - CONFIDENCE) / pairs
     first = [one.peak.best for one in sets[ordered[0]]]
     groups = []

@@ -6,6 +6,7 @@ Pages are trees that the standard library serializes, so no text from users can 
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from peakpoint.evaluation.tables import CURVE, PEAKS, Table, printable, tables
@@ -17,30 +18,7 @@ MARK = "peakpoint report"
 TITLE = "Training report"
 
 _SECURITY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_CSS = """
-:root { color-scheme: light dark; --ink: #1f1f1e; --paper: #fff; --soft: #6a6a66; --rule: #ddddd8; --good: #00644b;
-  --warn: #9a4a00 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e3; --paper: #171716; --soft: #a3a39c; --rule: #3a3a37;
-  --good: #4fd1a5; --warn: #f0a860 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 80rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; overflow-wrap: anywhere }
-p, li { max-width: 46rem; overflow-wrap: anywhere }
-.soft, .notes { color: var(--soft); font-size: .87rem; margin: .4rem 0 } .notes { padding-left: 1.2rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .3rem .65rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } td { min-width: 11rem; overflow-wrap: anywhere }
-td.n, td.tight { min-width: 0; white-space: nowrap; overflow-wrap: normal } td span { white-space: nowrap }
-.n { text-align: right } .peak { color: var(--warn); font-weight: 600 }
-.steady { color: var(--good) } figure { margin: 1.2rem 0; overflow-x: auto }
-svg { width: 46rem; max-width: 100%; min-width: 34rem; height: auto }
-@media (max-width: 60rem) { th { white-space: nowrap } td:not(.tight, .n):last-child { min-width: 28rem } }
-@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --rule: #bbb }
-  body { max-width: none; padding: 0; font-size: 11px } .wide { overflow: visible } figure, tr { break-inside: avoid }
-  table { font-size: 8.5px; width: 100% }
-  th, td, td.n, td.tight, td:last-child { min-width: 0 !important; white-space: normal; padding-right: .4rem } }
-"""
+_CSS = "\n" + files("peakpoint.evaluation").joinpath("page.css").read_text(encoding="utf-8")
 _SHORT = 20  # characters
 _ID = re.compile(r"(/[0-9a-f]{8}(?![^\s;,]))")
 _CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}

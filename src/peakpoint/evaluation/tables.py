@@ -1,7 +1,7 @@
 """What was found, as tables of text that a terminal, a page or a file shows in its own way."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,9 @@ from peakpoint.evaluation.judging import Judged
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.noise import Interval
 from peakpoint.evaluation.thinning import sparkline, thin
-from peakpoint.evaluation.tradeoff import Tradeoff
+from peakpoint.evaluation.tradeoff import AtTarget, Tradeoff
 from peakpoint.evaluation.weighing import Comparison, Weight
+from peakpoint.units import moment, size
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation
@@ -68,25 +69,12 @@ def signed(value: float) -> str:
     return f"{value:+.3g}" if math.isfinite(value) else str(value)
 
 
-def moment(step: int, epoch: int | None) -> str:
-    """``"epoch 3"`` or ``"step 400"``."""
-    return f"step {step}" if epoch is None else f"epoch {epoch}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def tables(found: "Evaluation") -> list[Table]:
     """Every table that has a row."""
+    materials = {one.name: one for one in found.materials}
     every = [
-        _runs(found),
-        _peaks(found),
+        _table("Runs", [_run_row(one, found.optimizers[one.name]) for one in found.materials]),
+        _table(PEAKS, [_peak_row(one, materials[one.run]) for one in found.peaks], _peak_notes(found.peaks)),
         *(_group(grouping) for grouping in found.groups if len(grouping.groups) > 1),
         *(table for one in found.tradeoffs for table in _tradeoff(one)),
         *map(_comparison, found.comparisons),
@@ -94,23 +82,28 @@ def tables(found: "Evaluation") -> list[Table]:
     return [table for table in every if table.rows]
 
 
-def _runs(found: "Evaluation") -> Table:
-    rows = []
-    for one in found.materials:
-        last = one.history[-1] if one.history else None
-        rows.append(
-            (
-                one.name,
-                found.optimizers[one.name],
-                str(len(one.history)),
-                moment(last.step, last.epoch) if last else "",
-                f"{len(one.saved)} / {len(one.checkpoints)}",
-                size(sum(one.packed.get(manifest.id, manifest.size_bytes) for manifest in one.checkpoints)),
-                _ended(one),
-            )
-        )
-    columns = ("run", "optimizer", ">reports", ">last at", ">saved / kept", ">size", "ended")
-    return Table(title="Runs", columns=columns, rows=tuple(rows))
+Row = Sequence[tuple[str, str]]
+"""Each head with its cell."""
+
+
+def _table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> Table:
+    listed = list(rows)
+    columns = tuple(head for head, _ in listed[0]) if listed else ()
+    cells = tuple(tuple(cell for _, cell in row) for row in listed)
+    return Table(title=title, columns=columns, rows=cells, notes=tuple(notes))
+
+
+def _run_row(one: Material, optimizer: str) -> Row:
+    last = one.history[-1] if one.history else None
+    return (
+        ("run", one.name),
+        ("optimizer", optimizer),
+        (">reports", str(len(one.history))),
+        (">last at", moment(last.step, last.epoch) if last else ""),
+        (">saved / kept", f"{len(one.saved)} / {len(one.checkpoints)}"),
+        (">size", size(sum(one.packed.get(manifest.id, manifest.size_bytes) for manifest in one.checkpoints))),
+        ("ended", _ended(one)),
+    )
 
 
 def _ended(material: Material) -> str:
@@ -121,44 +114,24 @@ def _ended(material: Material) -> str:
     return "in good order" if material.ended == "closed" else material.ended
 
 
-def _peaks(found: "Evaluation") -> Table:
-    series = {one.name: one for one in found.materials}
-    rows = tuple(_peak_row(one, series[one.run]) for one in found.peaks)
-    columns = (
-        "run",
-        "metric",
-        CURVE,
-        ">best",
-        ">at",
-        ">last",
-        ">at",
-        ">lost",
-        ">by chance",
-        ">as good",
-        "verdict",
-        "checkpoint",
-    )
-    return Table(title=PEAKS, columns=columns, rows=rows, notes=tuple(_peak_notes(found.peaks)))
-
-
-def _peak_row(one: Judged, material: Material) -> tuple[str, ...]:
+def _peak_row(one: Judged, material: Material) -> Row:
     peak, noise = one.peak, one.noise
     lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
     chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
     points = list(enumerate(material.series(peak.metric)))
     return (
-        one.run,
-        f"{one.label} {peak.mode}",
-        sparkline([value for _, value in thin(points, 200)], 12) if one.window == 1 else "",
-        number(peak.best) + (f" ± {noise.se:.2g}" if noise else ""),
-        moment(peak.best_step, peak.best_epoch),
-        number(peak.last),
-        moment(peak.last_step, peak.last_epoch),
-        lost,
-        chance,
-        "" if one.contenders is None else f"{one.contenders} of {peak.count}",
-        one.verdict,
-        _where(one, material),
+        ("run", one.run),
+        ("metric", f"{one.label} {peak.mode}"),
+        (CURVE, sparkline([value for _, value in thin(points, 200)], 12) if one.window == 1 else ""),
+        (">best", number(peak.best) + (f" ± {noise.se:.2g}" if noise else "")),
+        (">at", moment(peak.best_step, peak.best_epoch)),
+        (">last", number(peak.last)),
+        (">at", moment(peak.last_step, peak.last_epoch)),
+        (">lost", lost),
+        (">by chance", chance),
+        (">as good", "" if one.contenders is None else f"{one.contenders} of {peak.count}"),
+        ("verdict", one.verdict),
+        ("checkpoint", _where(one, material)),
     )
 
 
@@ -218,29 +191,27 @@ def few(names: Sequence[str]) -> str:
 
 
 def _group(grouping: Grouping) -> Table:
-    rows = tuple(
+    by = grouping.by if grouping.by == "optimizer" or grouping.by.startswith("state:") else "group"
+    rows = [
         (
-            group.name,
-            str(len(group.runs)),
-            number(group.best) + ("" if group.best_spread is None else f" ± {group.best_spread:.2g}"),
-            number(group.best_of_all),
-            number(group.last),
-            number(group.lost),
-            "the best mean" if group is grouping.groups[0] else interval_text(group.against) or "not known",
+            (by, group.name),
+            (">runs", str(len(group.runs))),
+            (
+                ">mean best ± spread",
+                number(group.best) + ("" if group.best_spread is None else f" ± {group.best_spread:.2g}"),
+            ),
+            (">best run", number(group.best_of_all)),
+            (">mean last", number(group.last)),
+            (">mean lost", number(group.lost)),
+            (
+                ">against the first",
+                "the best mean" if group is grouping.groups[0] else interval_text(group.against) or "not known",
+            ),
         )
         for group in grouping.groups
-    )
-    columns = (
-        grouping.by if grouping.by == "optimizer" or grouping.by.startswith("state:") else "group",
-        ">runs",
-        ">mean best ± spread",
-        ">best run",
-        ">mean last",
-        ">mean lost",
-        ">against the first",
-    )
-    title = f"{grouping.metric} ({grouping.mode}) by {grouping.by}"
-    return Table(title=title, columns=columns, rows=rows, notes=(f"{grouping.note[:1].upper()}{grouping.note[1:]}.",))
+    ]
+    note = f"{grouping.note[:1].upper()}{grouping.note[1:]}."
+    return _table(f"{grouping.metric} ({grouping.mode}) by {grouping.by}", rows, [note])
 
 
 def interval_text(interval: Interval | None) -> str:
@@ -251,30 +222,36 @@ def interval_text(interval: Interval | None) -> str:
 
 
 def _tradeoff(found: Tradeoff) -> Iterator[Table]:
-    rows = tuple(
-        (
-            at.run,
-            f"{at.target:g} ± {at.tolerance:g}",
-            "" if at.spot is None else number(at.spot.sparsity),
-            "" if at.spot is None else number(at.spot.value),
-            "" if at.cost is None or at.spot in found.dense else signed(-at.cost if found.mode == "max" else at.cost),
-            "none at this sparsity" if at.spot is None else at.spot.ref,
-        )
-        for at in found.targets
-    )
-    columns = ("run", f">{found.sparsity} wanted", ">has", f">best {found.metric}", ">against dense", "checkpoint")
     without = {at.run for at in found.targets} - {spot.run for spot in found.dense}
-    notes = tuple(f"{run} has no dense checkpoint to compare with." for run in sorted(without))
-    title = f"{found.metric} ({found.mode}) at each {found.sparsity}"
-    yield Table(title=title, columns=columns, rows=rows, notes=notes)
+    notes = [f"{run} has no dense checkpoint to compare with." for run in sorted(without)]
+    rows = [_target_row(at, found) for at in found.targets]
+    yield _table(f"{found.metric} ({found.mode}) at each {found.sparsity}", rows, notes)
     front = sorted((spot for spot in found.spots if spot.on_front), key=lambda spot: spot.sparsity)
-    yield Table(
-        title=f"The front of {found.metric} ({found.mode}) and {found.sparsity} (max)",
-        columns=(f">{found.sparsity}", f">{found.metric}", ">at", "checkpoint"),
-        rows=tuple((number(one.sparsity), number(one.value), moment(one.step, one.epoch), one.ref) for one in front),
-        notes=(
-            f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both and better in one.",
-        ),
+    yield _table(
+        f"The front of {found.metric} ({found.mode}) and {found.sparsity} (max)",
+        [
+            (
+                (f">{found.sparsity}", number(one.sparsity)),
+                (f">{found.metric}", number(one.value)),
+                (">at", moment(one.step, one.epoch)),
+                ("checkpoint", one.ref),
+            )
+            for one in front
+        ],
+        [f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both and better in one."],
+    )
+
+
+def _target_row(at: AtTarget, found: Tradeoff) -> Row:
+    spot = at.spot
+    cost = "" if at.cost is None or spot in found.dense else signed(-at.cost if found.mode == "max" else at.cost)
+    return (
+        ("run", at.run),
+        (f">{found.sparsity} wanted", f"{at.target:g} ± {at.tolerance:g}"),
+        (">has", "" if spot is None else number(spot.sparsity)),
+        (f">best {found.metric}", "" if spot is None else number(spot.value)),
+        (">against dense", cost),
+        ("checkpoint", "none at this sparsity" if spot is None else spot.ref),
     )
 
 
@@ -307,18 +284,17 @@ def _comparison(found: Comparison) -> Table:
 
 
 def _weight_rows(one: Weight, other: Weight) -> Iterator[tuple[str, str, str, str]]:
-    def row(what: str, before: int | None, after: int | None, *, as_bytes: bool = True) -> tuple[str, str, str, str]:
-        def shown(count: int | None) -> str:
-            return "not known" if count is None else size(count) if as_bytes else f"{count:,}"
-
-        share = "" if before is None or after is None or not before else f"{after / before:.1%}"
-        return what, shown(before), shown(after), share
-
-    part = one.part
-    yield row(f"parameters of {part}", one.parameters, other.parameters, as_bytes=False)
-    yield row("not zero", one.nonzero, other.nonzero, as_bytes=False)
-    yield row(f"bytes of {part}", one.part_bytes, other.part_bytes)
-    yield row("as sparse storage (estimate)", one.sparse_bytes, other.sparse_bytes)
-    yield row("all files", one.files_bytes, other.files_bytes)
-    if one.packed_bytes is not None or other.packed_bytes is not None:
-        yield row("in the archive", one.packed_bytes, other.packed_bytes)
+    figures: tuple[tuple[str, str, Callable[[int], str]], ...] = (
+        (f"parameters of {one.part}", "parameters", "{:,}".format),
+        ("not zero", "nonzero", "{:,}".format),
+        (f"bytes of {one.part}", "part_bytes", size),
+        ("as sparse storage (estimate)", "sparse_bytes", size),
+        ("all files", "files_bytes", size),
+        ("in the archive", "packed_bytes", size),
+    )
+    for what, name, show in figures:
+        before, after = getattr(one, name), getattr(other, name)
+        if name != "packed_bytes" or before is not None or after is not None:
+            shown = ["not known" if count is None else show(count) for count in (before, after)]
+            share = f"{after / before:.1%}" if before and after is not None else ""
+            yield what, shown[0], shown[1], share

@@ -27,9 +27,13 @@ def thin(points: Points, most: int = 2000) -> Points:
     clean = [(x, y if math.isfinite(y) else math.nan) for x, y in points]
     if len(clean) <= most:
         return clean
-    pieces = max(1, most // 5)
-    bounds = [len(clean) * piece // pieces for piece in range(pieces + 1)]
-    return [clean[at] for begin, end in itertools.pairwise(bounds) for at in sorted(set(_worth(clean, begin, end)))]
+    pieces = _pieces(len(clean), max(1, most // 5))
+    return [clean[at] for begin, end in pieces for at in sorted(set(_worth(clean, begin, end)))]
+
+
+def _pieces(count: int, pieces: int) -> Iterator[tuple[int, int]]:
+    """Where each of so many pieces of equal length begins and ends."""
+    return itertools.pairwise(count * piece // pieces for piece in range(pieces + 1))
 
 
 def _worth(points: Points, begin: int, end: int) -> Iterator[int]:
@@ -58,10 +62,8 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
         return ""
     low, high = min(finite), max(finite)
     middle = low / 2 + high / 2
-    count = min(width, len(values))
-    bounds = [len(values) * piece // count for piece in range(count + 1)]
     bars = []
-    for begin, end in itertools.pairwise(bounds):
+    for begin, end in _pieces(len(values), min(width, len(values))):
         piece = [value for value in values[begin:end] if math.isfinite(value)]
         if not piece:
             bars.append(" ")

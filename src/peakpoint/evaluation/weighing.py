@@ -3,7 +3,7 @@
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peakpoint import reader
@@ -127,22 +127,16 @@ def compare(
 
 def _difference(metric: str, one: Side, other: Side, mode: Mode | None, examples: Examples) -> Difference:
     values = one[1].metrics[metric], other[1].metrics[metric]
-    interval, source = None, ""
-    if mode is None:
-        return Difference(
-            metric=metric, mode=mode, original=values[0], compressed=values[1], interval=interval, source=source
-        )
-    noises = [noise_of(material, metric, mode, (manifest.report,), examples) for material, manifest in (one, other)]
-    known = [noise for noise in noises if noise is not None]
-    if len(known) == 2 and all(map(math.isfinite, values)):
-        reach = _NORMAL_95 * math.hypot(*(noise.se for noise in known))
-        difference = values[1] - values[0]
-        interval = Interval(difference=difference, low=difference - reach, high=difference + reach, confidence=0.95)
-        one_is, other_is = (noise.source for noise in known)
-        source = one_is if one_is == other_is else f"{one_is} (original) and {other_is} (compressed)"
-    return Difference(
-        metric=metric, mode=mode, original=values[0], compressed=values[1], interval=interval, source=source
-    )
+    found = Difference(metric=metric, mode=mode, original=values[0], compressed=values[1], interval=None, source="")
+    if mode is None or not all(map(math.isfinite, values)):
+        return found
+    first, second = (noise_of(material, metric, mode, (kept.report,), examples) for material, kept in (one, other))
+    if first is None or second is None:
+        return found
+    reach, difference = _NORMAL_95 * math.hypot(first.se, second.se), values[1] - values[0]
+    interval = Interval(difference=difference, low=difference - reach, high=difference + reach, confidence=0.95)
+    source = f"{first.source} (original) and {second.source} (compressed)"
+    return replace(found, interval=interval, source=first.source if first.source == second.source else source)
 
 
 def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, recount: bool) -> Weight:

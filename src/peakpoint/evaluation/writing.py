@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import msgspec
 
 from peakpoint.errors import ConfigError, ConflictError, MissingExtraError, StoreError
 from peakpoint.evaluation import pages
-from peakpoint.manifest import metrics_to_json
+from peakpoint.manifest import plain
 from peakpoint.names import safe
 
 if TYPE_CHECKING:
@@ -133,24 +133,10 @@ def as_json(found: "Evaluation") -> dict[str, Any]:
         }
         for one in found.materials
     ]
-    names = ("peaks", "groups", "tradeoffs", "comparisons", "remarks")
-    return {"kind": pages.MARK, "root": found.location, "runs": runs} | {
-        name: _plain(getattr(found, name)) for name in names
-    }
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)} | _derived(value)
-    if isinstance(value, float):
-        return metrics_to_json({"": value})[""]
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return metrics_to_json(value) if isinstance(value, dict) else value
-
-
-def _derived(value: Any) -> dict[str, Any]:
-    return {"lost": _plain(value.lost)} if type(value).__name__ == "Peak" else {}
+    others = {name: [asdict(one) for one in getattr(found, name)] for name in ("groups", "tradeoffs", "comparisons")}
+    peaks = [asdict(one) | {"peak": asdict(one.peak) | {"lost": one.peak.lost}} for one in found.peaks]
+    record = {"kind": pages.MARK, "root": found.location, "runs": runs, "peaks": peaks, **others}
+    return dict(plain(record | {"remarks": found.remarks}))
 
 
 def _rows(found: "Evaluation") -> Iterable[tuple[Any, ...]]:

@@ -1,7 +1,7 @@
 """A few well-known networks, by the shapes of their tensors: the presets of the planner."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
@@ -21,8 +21,8 @@ class Architecture:
         dtype: in which its weights are usually kept.
         optimizer: with which it is usually trained.
         shapes: of every parameter, tied weights once.
-        averages: of every buffer that is kept beside them, in float32: means and variances of batch norms.
-        counters: how many integers of eight bytes there are besides: each batch norm counts its batches.
+        norms: the width of every batch norm, which keeps so many means and variances in float32 beside them, and counts
+            its batches in an integer of eight bytes.
         source: where the architecture is described.
     """
 
@@ -31,8 +31,7 @@ class Architecture:
     dtype: str
     optimizer: str
     shapes: tuple[Shape, ...]
-    averages: tuple[Shape, ...]
-    counters: int
+    norms: tuple[int, ...]
     source: str
 
     @property
@@ -51,7 +50,7 @@ def _conv(out: int, into: int, kernel: int) -> Shapes:
     yield from ((out, into, kernel, kernel), (out,), (out,))
 
 
-def _resnet(blocks: tuple[int, ...], *, bottleneck: bool) -> Shapes:
+def _resnet(*blocks: int, bottleneck: bool = False) -> Shapes:
     yield from _conv(64, 3, 7)
     into = 64
     for stage, count in enumerate(blocks):
@@ -81,40 +80,21 @@ def _gpt(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
 
 def _network(name: str, title: str, dtype: str, optimizer: str, shapes: Shapes, source: str) -> Architecture:
     listed = tuple(shapes)
-    # a convolution without a bias is followed by a batch norm, which has as many means and variances as it has scales
-    norms = [shape[0] for shape in listed if len(shape) == 4] if name.startswith("resnet") else []
-    averages = tuple((width,) for width in norms for _ in range(2))
-    return Architecture(name, title, dtype, optimizer, listed, averages, len(norms), source)
+    # a convolution without a bias is followed by a batch norm, which is as wide as it has outputs
+    norms = tuple(shape[0] for shape in listed if len(shape) == 4) if name.startswith("resnet") else ()
+    return Architecture(name, title, dtype, optimizer, listed, norms, source)
 
 
-_MAKERS: dict[str, Callable[[], Architecture]] = {
-    "lenet-5": lambda: _network(
-        "lenet-5", "LeNet-5", "float32", "adam", _lenet5(), "LeCun et al., Proceedings of the IEEE, 1998"
-    ),
-    "resnet-18": lambda: _network(
-        "resnet-18",
-        "ResNet-18",
-        "float32",
-        "sgd+momentum",
-        _resnet((2, 2, 2, 2), bottleneck=False),
-        "He et al., CVPR 2016",
-    ),
-    "resnet-50": lambda: _network(
-        "resnet-50",
-        "ResNet-50",
-        "float32",
-        "sgd+momentum",
-        _resnet((3, 4, 6, 3), bottleneck=True),
-        "He et al., CVPR 2016",
-    ),
-    "gpt-2": lambda: _network(
-        "gpt-2", "GPT-2 small", "float32", "adamw", _gpt(768, 12, 50257, 1024), "Radford et al., 2019"
-    ),
-    "gpt-3": lambda: _network(
-        "gpt-3", "GPT-3 175B", "float16", "adamw", _gpt(12288, 96, 50257, 2048), "Brown et al., NeurIPS 2020"
-    ),
-}
-NAMES = tuple(_MAKERS)
+_RESNETS = "He et al., CVPR 2016"
+_ALL = (
+    _network("lenet-5", "LeNet-5", "float32", "adam", _lenet5(), "LeCun et al., Proceedings of the IEEE, 1998"),
+    _network("resnet-18", "ResNet-18", "float32", "sgd+momentum", _resnet(2, 2, 2, 2), _RESNETS),
+    _network("resnet-50", "ResNet-50", "float32", "sgd+momentum", _resnet(3, 4, 6, 3, bottleneck=True), _RESNETS),
+    _network("gpt-2", "GPT-2 small", "float32", "adamw", _gpt(768, 12, 50257, 1024), "Radford et al., 2019"),
+    _network("gpt-3", "GPT-3 175B", "float16", "adamw", _gpt(12288, 96, 50257, 2048), "Brown et al., NeurIPS 2020"),
+)
+_BY_NAME = {one.name: one for one in _ALL}
+NAMES = tuple(_BY_NAME)
 
 
 def architecture(name: str) -> Architecture:
@@ -127,6 +107,6 @@ def architecture(name: str) -> Architecture:
         >>> architecture("resnet-50").parameters
         25557032
     """
-    if name not in _MAKERS:
+    if name not in _BY_NAME:
         raise ConfigError(f"there is no preset {name!r}{near(name, NAMES)}; presets: {', '.join(NAMES)}")
-    return _MAKERS[name]()
+    return _BY_NAME[name]

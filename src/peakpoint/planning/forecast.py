@@ -20,7 +20,7 @@ from peakpoint.manifest import FileRecord, Manifest
 from peakpoint.notes import Smoothing, windows
 from peakpoint.planning.curves import ASSUMPTIONS, Curves
 from peakpoint.planning.intervals import Failures
-from peakpoint.planning.sizes import REST, Sizes, live, stood
+from peakpoint.planning.sizes import REST, Sizes, check_whole, live, stood
 from peakpoint.refs import near
 from peakpoint.retention import plan
 from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
@@ -165,10 +165,9 @@ def forecast(
     rules = check_rules(keep)
     if not rules:
         raise ConfigError("no rules: give some, such as Last(3)")
-    _whole("epochs", epochs)
-    _whole("reports_per_epoch", reports_per_epoch)
-    if steps_per_epoch is not None:
-        _whole("steps_per_epoch", steps_per_epoch)
+    check_whole("epochs", epochs)
+    check_whole("reports_per_epoch", reports_per_epoch)
+    check_whole("steps_per_epoch", 1 if steps_per_epoch is None else steps_per_epoch)
     reports = epochs * reports_per_epoch
     most = MOST_WITH_PARETO if any(isinstance(rule, Pareto) for rule in rules) else MOST_REPORTS
     if reports > most:
@@ -192,11 +191,6 @@ def forecast(
         idle=tuple(rule.text for rule in rules if rule.text not in wanting and not isinstance(rule, Budget)),
         epoch_seconds=seconds,
     )
-
-
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 def _check_rules(

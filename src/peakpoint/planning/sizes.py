@@ -100,6 +100,12 @@ def _file(tensors: Sequence[_Tensor]) -> int:
     return end + -(-(8 + len(msgspec.json.encode(header))) // _PAGE) * _PAGE
 
 
+def check_whole(name: str, value: object) -> None:
+    """Refuse what is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+
+
 # --- from a count, or from an architecture ------------------------------------------------------------------------
 
 
@@ -122,12 +128,10 @@ def counted(parameters: int, *, optimizer: str, dtype: str = "float32", master: 
         >>> [(part.name, part.bytes) for part in sizes.parts]
         [('model', 102404096), ('optimizer', 204804100), ('rest', 13950)]
     """
-    if isinstance(parameters, bool) or not isinstance(parameters, int) or parameters < 1:
-        raise ConfigError(f"parameters={parameters!r} must be a whole number of at least 1")
+    check_whole("parameters", parameters)
     if needs_shapes(optimizer):
         raise ConfigError(f"what {optimizer} holds depends on the shapes: give a preset, or plan from the live state")
-    source = f"{parameters:,} parameters in {dtype}, {optimizer}"
-    return _foreseen([(parameters,)], (), 0, optimizer, dtype, master, source)
+    return _foreseen([(parameters,)], (), optimizer, dtype, master, "")
 
 
 def designed(
@@ -139,40 +143,39 @@ def designed(
         ConfigError: as ``counted``.
     """
     chosen, element = optimizer or network.optimizer, dtype or network.dtype
-    source = f"{network.title}, {network.parameters:,} parameters in {element}, {chosen}"
-    return _foreseen(network.shapes, network.averages, network.counters, chosen, element, master, source)
+    return _foreseen(network.shapes, network.norms, chosen, element, master, f"{network.title}, ")
 
 
 def _foreseen(
     shapes: Sequence[tuple[int, ...]],
-    averages: Sequence[tuple[int, ...]],
-    counters: int,
+    norms: Sequence[int],
     optimizer: str,
     dtype: str,
     master: str | None,
-    source: str,
+    title: str,
 ) -> Sizes:
     width, moment = bytes_of(dtype), bytes_of(master or dtype)
     weights = [_Tensor(f"layers.{n}.weight", shape, width * math.prod(shape)) for n, shape in enumerate(shapes)]
-    weights += [_Tensor(f"layers.{n}.running_mean", shape, 4 * math.prod(shape)) for n, shape in enumerate(averages)]
-    weights += [_Tensor(f"layers.{n}.batches", (), 8) for n in range(counters)]
+    averages = [width for width in norms for _ in ("mean", "variance")]
+    weights += [_Tensor(f"layers.{n}.running_mean", (width,), 4 * width) for n, width in enumerate(averages)]
+    weights += [_Tensor(f"layers.{n}.batches", (), 8) for n in range(len(norms))]
     count = sum(map(math.prod, shapes))
     state = held(optimizer, shapes)
     total = moment * (state.elements + (count if master else 0)) + STEP * state.scalars
     tensors = state.tensors + state.scalars + (len(shapes) if master else 0)
     named = [_Tensor(f"state.{n}.exp_avg_sq", (), total if n == 0 else 0) for n in range(tensors)]
     copies = state.elements / count
-    why = f"{optimizer}: {copies:.3g} numbers of {moment} bytes for each parameter"
-    why += f", and a copy of the weights in {master}" if master else ""
+    copy = f"a copy of the weights in {master}" if master else ""
+    why = f"{optimizer}: {copies:.3g} numbers of {moment} bytes for each parameter" + (copy and f", and {copy}")
     parts = [
-        Part(name="model", bytes=_file(weights), why=f"{width} bytes a parameter" + (", buffers" if averages else "")),
+        Part(name="model", bytes=_file(weights), why=f"{width} bytes a parameter" + (", buffers" if norms else "")),
         Part(name="optimizer", bytes=_file(named), why=why),
         _rest(len(weights) + tensors),
     ]
     return Sizes(
         parts=tuple(part for part in parts if part.bytes),
         bfloat16=dtype == "bfloat16" and master in {None, "bfloat16"},
-        source=source + (f", a copy of the weights in {master}" if master else ""),
+        source=f"{title}{count:,} parameters in {dtype}, {optimizer}" + (copy and f", {copy}"),
     )
 
 

@@ -1,7 +1,8 @@
 """The language of selection: ``val_accuracy > 0.70 and epoch > 20 and run ~ "resnet50*"``.
 
-A subset of Python's expressions with some words of SQL. A text becomes a tree of the frozen values below, or an error
-that points at the character; nothing is ever evaluated. ``peakpoint.catalogue`` makes SQL with parameters of the tree.
+A subset of Python's expressions with some words of SQL. A text becomes a tree of frozen values (``query.tree``), or an
+error that points at the character; nothing is ever evaluated. ``peakpoint.catalogue`` makes SQL with parameters of the
+tree.
 
 The text is cut into known tokens; names and strings give way to placeholders, so that Python's own parser never sees
 them; its syntax tree is read against a list of what is allowed. Source: https://docs.python.org/3/library/ast.html
@@ -11,50 +12,6 @@ neither true nor false: it never matches, also not under ``not``.
 """
 
 from peakpoint.query.text import parse, parse_key
-from peakpoint.query.tree import (
-    FIELDS,
-    WHOLE_NUMBERS,
-    All,
-    Among,
-    Any,
-    Arithmetic,
-    Compare,
-    Condition,
-    Constant,
-    Field,
-    Flag,
-    Has,
-    Kind,
-    Like,
-    Metric,
-    Not,
-    Query,
-    Span,
-    Value,
-    point,
-)
+from peakpoint.query.tree import FIELDS, Condition, Field, Metric, Query, point
 
-__all__ = [
-    "FIELDS",
-    "WHOLE_NUMBERS",
-    "All",
-    "Among",
-    "Any",
-    "Arithmetic",
-    "Compare",
-    "Condition",
-    "Constant",
-    "Field",
-    "Flag",
-    "Has",
-    "Kind",
-    "Like",
-    "Metric",
-    "Not",
-    "Query",
-    "Span",
-    "Value",
-    "parse",
-    "parse_key",
-    "point",
-]
+__all__ = ["FIELDS", "Condition", "Field", "Metric", "Query", "parse", "parse_key", "point"]

@@ -9,28 +9,8 @@ from typing import Literal
 
 from peakpoint.errors import ConfigError
 from peakpoint.names import check_metric
-from peakpoint.query.tree import (
-    FIELDS,
-    WHOLE_NUMBERS,
-    All,
-    Among,
-    Any,
-    Arithmetic,
-    Compare,
-    Condition,
-    Constant,
-    Field,
-    Flag,
-    Has,
-    Kind,
-    Like,
-    Metric,
-    Not,
-    Query,
-    Span,
-    Value,
-    point,
-)
+from peakpoint.query import tree
+from peakpoint.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value, point
 from peakpoint.units import read_bytes
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -78,7 +58,7 @@ class _Reader:
 
     # --- text -> tokens -> Python's tree
 
-    def tree(self) -> ast.expr | None:
+    def python(self) -> ast.expr | None:
         self._cut()
         if not self.tokens:
             return None
@@ -185,23 +165,23 @@ class _Reader:
         match node:
             case ast.BoolOp(op=op, values=values):
                 conditions = tuple(self.condition(value) for value in values)
-                return All(conditions, at) if isinstance(op, ast.And) else Any(conditions, at)
+                return tree.All(conditions, at) if isinstance(op, ast.And) else tree.Any(conditions, at)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return Not(self.condition(operand), at)
+                return tree.Not(self.condition(operand), at)
             case ast.Compare():
                 return self._comparison(node)
             case ast.BinOp(left=left, op=ast.BitOr(), right=ast.BinOp(left=low, op=ast.BitXor(), right=high)):
                 return self._between(left, low, high, at)
             case ast.BinOp(left=ast.BinOp(left=left, op=ast.BitAnd(), right=low), op=ast.BitXor(), right=high):
-                return Not(self._between(left, low, high, at), at)
+                return tree.Not(self._between(left, low, high, at), at)
             case ast.BinOp(left=left, op=ast.MatMult(), right=right):
                 return self._like(left, right, at)
             case ast.Call(func=ast.Name() as function, args=[argument]) if self._origin(function).text.lower() == "has":
                 found = self._named(argument)
-                return Has(found, at)
+                return tree.Has(found, at)
         value = self.value(node)
         if isinstance(value, Field) and FIELDS[value.name] == "truth":
-            return Flag(value, at)
+            return tree.Flag(value, at)
         shown = self.text[slice(*at)]
         how = (
             f"{shown} ~ 'x*' or has({shown})"
@@ -217,14 +197,14 @@ class _Reader:
             at = (self.span(left)[0], self.span(right)[1])
             if isinstance(op, ast.In | ast.NotIn):
                 among = self._among(left, right, at)
-                found.append(among if isinstance(op, ast.In) else Not(among, at))
+                found.append(among if isinstance(op, ast.In) else tree.Not(among, at))
             else:
                 sign = _COMPARISONS[type(op)]
                 found.append(self._compare(sign, self.value(left), self.value(right), at))
             left = right
-        return found[0] if len(found) == 1 else All(tuple(found), self.span(node))
+        return found[0] if len(found) == 1 else tree.All(tuple(found), self.span(node))
 
-    def _compare(self, op: str, left: Value, right: Value, at: Span) -> Compare:
+    def _compare(self, op: str, left: Value, right: Value, at: Span) -> tree.Compare:
         a, b = self.kind(left), self.kind(right)
         if b == "text" and isinstance(right, Constant) and a in ("bytes", "time"):
             right = self._read_constant(a, right)
@@ -237,22 +217,16 @@ class _Reader:
             raise self.error(
                 at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason, alias with a text in quotes"
             )
-        return Compare(op, left, right, at)  # type: ignore[arg-type]
+        return tree.Compare(op, left, right, at)  # type: ignore[arg-type]
 
-    def _between(self, left: ast.expr, low: ast.expr, high: ast.expr, at: Span) -> All:
+    def _between(self, left: ast.expr, low: ast.expr, high: ast.expr, at: Span) -> tree.All:
         value = self.value(left)
         lower, upper = self.value(low), self.value(high)
         if isinstance(lower, Constant) and isinstance(upper, Constant) and _is_larger(lower, upper):
             raise self.error((lower.at[0], upper.at[1]), "between takes the smaller value first")
-        return All(
-            (
-                self._compare(">=", value, lower, at),
-                self._compare("<=", value, upper, at),
-            ),
-            at,
-        )
+        return tree.All((self._compare(">=", value, lower, at), self._compare("<=", value, upper, at)), at)
 
-    def _among(self, left: ast.expr, right: ast.expr, at: Span) -> Among:
+    def _among(self, left: ast.expr, right: ast.expr, at: Span) -> tree.Among:
         value = self.value(left)
         nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
         if not nodes:
@@ -265,16 +239,16 @@ class _Reader:
             compared = self._compare("==", value, option, at).right
             assert isinstance(compared, Constant)
             options.append(compared)
-        return Among(value, tuple(options), at)
+        return tree.Among(value, tuple(options), at)
 
-    def _like(self, left: ast.expr, right: ast.expr, at: Span) -> Like:
+    def _like(self, left: ast.expr, right: ast.expr, at: Span) -> tree.Like:
         field, pattern = self.value(left), self.value(right)
         if not isinstance(field, Field) or FIELDS[field.name] != "text":
             texts = ", ".join(name for name, kind in FIELDS.items() if kind == "text")
             raise self.error(self.span(left), f"~ compares a text with a pattern; texts are {texts}")
         if not isinstance(pattern, Constant) or not isinstance(pattern.value, str):
             raise self.error(self.span(right), '~ needs a pattern in quotes, such as "resnet50*"')
-        return Like(field, pattern.value, at)
+        return tree.Like(field, pattern.value, at)
 
     def _read_constant(self, kind: Kind, constant: Constant) -> Constant:
         text = str(constant.value)
@@ -317,25 +291,30 @@ class _Reader:
                     raise self.error(
                         at, "% takes whole numbers: epoch, step, sequence or size, and a number such as 10"
                     )
-                return Arithmetic(sign, a, b, at)
+                return tree.Arithmetic(sign, a, b, at)
             case ast.Call(func=ast.Name() as function, args=[argument], keywords=[]):
                 called = self._origin(function).text.lower()
-                if called in ("abs", "metric"):
-                    absolute = called == "abs"
-                    return Arithmetic("abs", self._number(argument), None, at) if absolute else self._metric(argument)
+                if called == "abs":
+                    return tree.Arithmetic("abs", self._number(argument), None, at)
+                if called == "metric":
+                    return self._metric(argument)
+        raise self._no_value(node, at)
+
+    def _no_value(self, node: ast.expr, at: Span) -> ConfigError:
+        """Why it is none."""
         what = self.text[slice(*at)]
         if isinstance(node, ast.Compare | ast.BoolOp | ast.UnaryOp):
-            raise self.error(at, "a condition stands where a value should; put it into parentheses, or leave it out")
+            return self.error(at, "a condition stands where a value should; put it into parentheses, or leave it out")
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr | ast.BitXor | ast.BitAnd):
-            raise self.error(at, "between takes two values, as in epoch between 10 and 20")
-        raise self.error(at, f"{what} has no meaning in a selection; functions are has(x), abs(x) and metric('name')")
+            return self.error(at, "between takes two values, as in epoch between 10 and 20")
+        return self.error(at, f"{what} has no meaning in a selection; functions are has(x), abs(x) and metric('name')")
 
     @staticmethod
     def _negative(value: Value, at: Span) -> Value:
         if isinstance(value, Constant):
             assert isinstance(value.value, float)
             return Constant(-value.value, at)
-        return Arithmetic("neg", value, None, at)
+        return tree.Arithmetic("neg", value, None, at)
 
     def _number(self, node: ast.expr) -> Value:
         value = self.value(node)
@@ -393,7 +372,7 @@ _ARITHMETIC: dict[type[ast.operator], Literal["+", "-", "*", "/", "%"]] = {
 def _is_whole(value: Value) -> bool:
     if isinstance(value, Constant):
         return isinstance(value.value, float) and value.value.is_integer() and abs(value.value) < 2**53
-    return isinstance(value, Field) and value.name in WHOLE_NUMBERS
+    return isinstance(value, Field) and value.name in tree.WHOLE_NUMBERS
 
 
 def _is_larger(one: Constant, other: Constant) -> bool:
@@ -421,8 +400,8 @@ def parse(text: str) -> Query:
         Not(condition=Flag(field=Field(name='pinned', at=(18, 24)), at=(18, 24)), at=(14, 24))
     """
     reader = _Reader(text)
-    tree = reader.tree()
-    return Query(text, None if tree is None else reader.condition(tree))
+    found = reader.python()
+    return Query(text, None if found is None else reader.condition(found))
 
 
 def parse_key(text: str) -> Field | Metric:

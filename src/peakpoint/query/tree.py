@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal
 
 Kind = Literal["number", "text", "truth", "bytes", "time"]
@@ -161,26 +161,19 @@ class Query:
 
     def metrics(self) -> Iterator[Metric]:
         """Every mention of a metric, in order."""
-        if self.condition is not None:
-            yield from _metrics(self.condition)
+        yield from _metrics(self.condition)
 
 
-def _metrics(node: Condition | Value | None) -> Iterator[Metric]:
-    match node:
-        case Metric():
-            yield node
-        case Compare(left=left, right=right) | Arithmetic(left=left, right=right):
-            yield from _metrics(left)
-            yield from _metrics(right)
-        case Among(value=value) | Has(value=value):
-            yield from _metrics(value)
-        case Not(condition=condition):
-            yield from _metrics(condition)
-        case All(conditions=conditions) | Any(conditions=conditions):
-            for condition in conditions:
-                yield from _metrics(condition)
-        case _:
-            return
+def _metrics(node: object) -> Iterator[Metric]:
+    """Those in a node, or in anything that a node holds."""
+    if isinstance(node, Metric):
+        yield node
+    elif isinstance(node, tuple):
+        for one in node:
+            yield from _metrics(one)
+    elif is_dataclass(node):
+        for field in fields(node):
+            yield from _metrics(getattr(node, field.name))
 
 
 def point(text: str, at: Span, message: str) -> str:
