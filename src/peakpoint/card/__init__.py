@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peakpoint import aliases, reader, validations
+from peakpoint import aliases, reader, signing, validations
 from peakpoint import journal as journals
 from peakpoint.aliases import AliasRecord
 from peakpoint.card.page import MARK, markdown
@@ -77,6 +77,7 @@ def gather(repository: Repository, ref: str, told: Told | None = None) -> Card:
         state=_classes(events, manifest),
         lineage=_lineage(material, events, manifest),
         validations=tuple(found),
+        signatures=signing.signatures(run.store, run.name, manifest.name),
         held=held,
         damage=(*damage, *broken),
         told=told or Told(),
@@ -111,11 +112,7 @@ def _held(store: Store, manifest: Manifest) -> tuple[tuple[Held, ...], tuple[str
     held: list[Held] = []
     damage: list[str] = []
     for alias in aliases.names(store):
-        try:
-            found = aliases.history(store, alias)
-        except ConfigError as error:  # a directory that Peakpoint did not make
-            damage.append(str(error))
-            continue
+        found = aliases.history(store, alias)
         newest = aliases.numbers(store, alias)[-1]
         damage += found.damage
         held += [

@@ -11,7 +11,7 @@ from peakpoint.changelog.pages import code, compared, escaped
 from peakpoint.evaluation.tables import printable
 from peakpoint.journal import Reported
 from peakpoint.peaks import peaks
-from peakpoint.rules import watched
+from peakpoint.rules import Claim, watched
 from peakpoint.units import size
 
 MARK = "<!-- peakpoint card -->"
@@ -75,6 +75,7 @@ def _head(card: Card) -> list[str]:
         ("model", escaped(card.state.get("model", _UNKNOWN))),
         ("optimizer", escaped(card.state.get("optimizer", _UNKNOWN))),
         ("size", size(manifest.size_bytes)),
+        ("signed", escaped(", ".join(f"with the key {one.fingerprint or '?'}" for one in card.signatures) or "no")),
         ("license", escaped(card.told.license or _UNKNOWN)),
         ("base model", escaped(card.told.base_model or _UNKNOWN)),
     ]
@@ -124,8 +125,9 @@ def _curve(card: Card, picture: str | None) -> list[str]:
     shown = [one for one in reports if one.report in newest | best.keys() | {card.manifest.report}]
     rows = [_row(card, one, metrics[:4], best.get(one.report, ())) for one in shown]
     heads = ("epoch", "step", *map(escaped, metrics[:4]), "")
-    note = f"The last {_LAST} reports, the peak and this checkpoint, of {len(reports):,} reports."
-    hint = "`peakpoint card --to DIR` draws it where Matplotlib is: `pip install 'peakpoint[report]'`."
+    note = f"{len(rows):,} of {len(reports):,} reports: the last ones, the peak and this checkpoint."
+    hint = "`peakpoint card --to DIR` draws the curve of a metric that a rule ranks by, where Matplotlib is "
+    hint += "(`pip install 'peakpoint[report]'`)."
     return [*_table(heads, rows), "", f"{note} {hint}"]
 
 
@@ -139,8 +141,12 @@ def _row(card: Card, report: Reported, metrics: Sequence[str], best: Sequence[st
 
 def _reasons(card: Card) -> list[str]:
     saved = [f"- saved: {escaped(reason)}" for reason in card.manifest.reasons]
-    kept = [f"- kept: {escaped(claim.reason)} ({escaped(claim.rule)})" for claim in card.claims]
+    kept = [f"- kept: {escaped(claim.reason)}{_by_rule(claim)}" for claim in card.claims]
     return [*saved, *(kept or ["- nothing claims it at present: it goes with the next save"])]
+
+
+def _by_rule(claim: Claim) -> str:
+    return "" if claim.rule.startswith("protection:") else f" ({escaped(claim.rule)})"
 
 
 def _validation(card: Card) -> list[str]:
@@ -189,7 +195,8 @@ def _held(one: Held) -> tuple[str, ...]:
 
 
 def _lineage(card: Card) -> list[str]:
-    lines = [f"- continues {code(ref)}{'' if there else ', which is gone'}" for ref, there in card.lineage[:_LAST]]
+    lines = [f"- a mean of weights, made from {code(ref)}" for ref in card.manifest.members]
+    lines += [f"- continues {code(ref)}{'' if there else ', which is gone'}" for ref, there in card.lineage[:_LAST]]
     if len(card.lineage) > _LAST:
         lines.append(f"- and {len(card.lineage) - _LAST:,} before these")
     if forks := len(card.manifest.forks):

@@ -8,6 +8,7 @@ from peakpoint.evaluation.material import Material
 from peakpoint.journal import Measured
 from peakpoint.manifest import Manifest
 from peakpoint.rules import Claim
+from peakpoint.signing import Signature
 from peakpoint.validations import Validation
 
 
@@ -65,6 +66,7 @@ class Card:
         state: part to the class of what was given for it.
         lineage: what it continues, the nearest first, and whether that exists.
         validations: earliest first.
+        signatures: beside its manifest, the newest first; nothing of them is verified.
         held: when aliases pointed at it, by alias.
         damage: what could not be read, a sentence each.
         told: what the user says.
@@ -81,6 +83,7 @@ class Card:
     state: Mapping[str, str]
     lineage: tuple[tuple[str, bool], ...]
     validations: tuple[Validation, ...]
+    signatures: tuple[Signature, ...]
     held: tuple[Held, ...]
     damage: tuple[str, ...]
     told: Told

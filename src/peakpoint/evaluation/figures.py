@@ -110,6 +110,9 @@ def curve(material: Material, metric: str, mode: Mode, here: tuple[int, int | No
         panel.draw(axes)
         place = (epoch or 0) if material.counts_epochs() else step
         axes.plot([place], [value], **look, markeredgewidth=1.8, zorder=15)
+        low, high = axes.get_ylim()
+        room = (high - low) * 0.05
+        axes.set_ylim(min(low, value - room), max(high, value + room))
 
     return replace(panel, draw=draw, legend=[*panel.legend, Line2D([], [], **look, label="this checkpoint")])
 
