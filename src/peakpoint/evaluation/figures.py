@@ -111,7 +111,8 @@ def curve(material: Material, metric: str, mode: Mode, here: tuple[int, int | No
         place = (epoch or 0) if material.counts_epochs() else step
         axes.plot([place], [value], **look, markeredgewidth=1.8, zorder=15)
         low, high = axes.get_ylim()
-        room = (high - low) * 0.05
+        low, high = min(low, value), max(high, value)
+        room = (high - low) * 0.06
         axes.set_ylim(min(low, value - room), max(high, value + room))
 
     return replace(panel, draw=draw, legend=[*panel.legend, Line2D([], [], **look, label="this checkpoint")])
