@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 
 import peakpoint as pp
 import validated
-from peakpoint import audit, layout, validating, validations
+from peakpoint import audit, layout, promotion, validating, validations
 from peakpoint.cli.main import cli
 from peakpoint.examining.exam import classes_of, named
 from peakpoint.examining.models import described
@@ -471,6 +471,23 @@ def test_what_is_recorded_must_be_confirmed(tmp_path, answer, wanted, result, sa
     assert validations.newest(LocalStore(tmp_path), "r", validation.checkpoint).metrics.keys() == (
         validation.metrics.keys()
     )
+
+
+def test_what_was_recorded_as_infinite_is_confirmed_by_nothing(tmp_path):
+    ref = save(tmp_path)
+    pp.open(tmp_path).run("r").record(ref, {"loss": math.inf})
+    assert outcome(tmp_path, ref, "metrics", evaluate=lambda _: {"loss": 0.5}).outcome == "failed"
+
+
+@pytest.mark.parametrize(("evaluated", "recorded"), [(math.nan, 0.6), (math.inf, 0.6), (0.5, math.nan), (0.5, 0.6)])
+def test_what_is_recorded_after_a_validation_is_compared_with_what_it_found(tmp_path, evaluated, recorded):
+    ref = save(tmp_path, loss=0.5)
+    validation = pp.validate(ref, root=tmp_path, evaluate=lambda _: {"loss": evaluated})
+    repository = pp.open(tmp_path)
+    repository.run("r").record(ref, {"loss": recorded})
+    said = promotion.propose(repository, ref, "champion").objections
+    assert f"loss was recorded as {recorded:g} since it was validated, which had found {evaluated:g}" in said
+    assert validation.passed == (evaluated == 0.5)
 
 
 def test_what_was_measured_later_is_recorded_too(tmp_path):
