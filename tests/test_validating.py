@@ -299,6 +299,20 @@ def test_an_architecture_other_than_the_champions_is_said_and_passes(tmp_path):
     assert "0 tensors more, 0 less and 2 of other dtype or shape" in finding.said
 
 
+class WithCodes(torch.nn.Linear):
+    """Gives scores, and a table that is as long as a batch."""
+
+    def forward(self, inputs):
+        return {"scores": super().forward(inputs), "codes": torch.zeros(256, 4)}
+
+
+def test_a_table_that_is_as_long_as_a_batch_is_no_output(tmp_path):
+    ref = save(tmp_path, WithCodes(2, 3))
+    given = golden(tmp_path / "g", torch.randn(300, 2))
+    finding = outcome(tmp_path, ref, "signature", model=lambda: WithCodes(2, 3), golden=given)
+    assert (finding.outcome, list(finding.evidence["outputs"])) == ("passed", ["scores"])
+
+
 def test_outputs_are_named_as_the_model_gives_them():
     one, other = torch.ones(1), torch.ones(2)
     assert named(one) == {"output": one}
@@ -389,6 +403,19 @@ def test_a_function_that_makes_one_model_for_ever_is_found_out(tmp_path):
     finding = outcome(tmp_path, ref, "golden", model=lambda: model, golden=golden(tmp_path / "g"), agreement=0.1)
     assert "same object twice" in finding.said
     assert torch.equal(model.weight, pp.load(ref, root=tmp_path)["model"]["weight"]), "its weights are the candidate's"
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.9])
+def test_an_alias_that_cannot_be_read_cannot_be_agreed_with_and_stops_nothing_else(tmp_path, agreement):
+    ref = save(tmp_path)
+    crown(tmp_path, ref)
+    path = tmp_path / layout.alias_key("champion", 1)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-30])
+    given = golden(tmp_path / "g")
+    finding = outcome(tmp_path, ref, "golden", model=build, golden=given, agreement=agreement)
+    assert finding.outcome == ("failed" if agreement else "passed")
+    assert "cannot be read" in finding.said
 
 
 def test_the_champion_agrees_with_itself(tmp_path):
@@ -511,6 +538,7 @@ def test_predictions_are_kept_and_read_back(tmp_path, kind):
         ([1, 2], None),
         (None, [1, 2]),
         ([1, 2], [1]),
+        (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)),
         ([0.5, 0.2], [1, 0]),
         ([[1, 2]], [1]),
         ([[math.nan, 1.0]], [1]),

@@ -120,6 +120,8 @@ def _kept(found: Evaluated) -> Predictions | None:
     predicted, labels = _classes(found.predictions), _integers("labels", found.labels)
     if len(predicted) != len(labels):
         raise ConfigError(f"the evaluation gave {len(predicted)} predictions and {len(labels)} labels")
+    if not labels:
+        raise ConfigError("the evaluation gave predictions for no examples; give none at all instead")
     return Predictions(predicted, labels, None if found.examples is None else _digest(found.examples))
 
 
