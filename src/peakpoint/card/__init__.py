@@ -111,11 +111,7 @@ def _held(store: Store, manifest: Manifest) -> tuple[tuple[Held, ...], tuple[str
     held: list[Held] = []
     damage: list[str] = []
     for alias in aliases.names(store):
-        try:
-            found = aliases.history(store, alias)
-        except ConfigError as error:  # a directory that Peakpoint did not make
-            damage.append(str(error))
-            continue
+        found = aliases.history(store, alias)
         newest = aliases.numbers(store, alias)[-1]
         damage += found.damage
         held += [
