@@ -787,6 +787,15 @@ pp.validate("r@latest", root=Dying(__import__("pathlib").Path(sys.argv[1])), eva
 """
 
 
+def test_the_last_number_there_is_hangs_nothing(tmp_path):
+    ref = save(tmp_path)
+    first = pp.validate(ref, root=tmp_path)
+    folder = (tmp_path / layout.validation_key(first.run, first.checkpoint, 1)).parent
+    (folder / f"{10**18 - 1}.json").write_bytes(b"{}")
+    with pytest.raises(pp.CorruptError, match="leaves no number"):
+        pp.validate(ref, root=tmp_path)
+
+
 def test_a_death_between_predictions_and_record_leaves_litter_and_no_validation(tmp_path):
     ref = save(tmp_path)
     path = os.pathsep.join([*sys.path])

@@ -164,6 +164,7 @@ class Predictions:
 
 _PREDICTIONS = re.compile(r"[0-9a-f]{16}\.predictions")
 _NUMBERED = re.compile(r"([0-9]{6,18})\.json")
+_MOST = 10**18 - 1
 
 
 def _numbers(store: Store, run: str, checkpoint: str) -> list[int]:
@@ -179,10 +180,16 @@ def record(store: Store, validation: Validation) -> Validation:
 
     Raises:
         StoreError: the store refused.
+        CorruptError: somebody has put a record of the last number there is.
     """
     while True:
         there = _numbers(store, validation.run, validation.checkpoint)
         numbered = replace(validation, number=there[-1] + 1 if there else 1)
+        if numbered.number > _MOST:
+            where = layout.validation_key(validation.run, validation.checkpoint, there[-1])
+            raise CorruptError(
+                f"{where} leaves no number for another validation; Peakpoint did not write it: remove it"
+            )
         content = {one.name: getattr(numbered, one.name) for one in fields(numbered)[:-1]}
         content["metrics"] = metrics_to_json(numbered.metrics)
         data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
