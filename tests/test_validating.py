@@ -936,6 +936,12 @@ def test_a_death_is_a_failed_check(tmp_path, function, says, printed):
     assert validations.newest(LocalStore(tmp_path), "r", result.checkpoint) == result
 
 
+def test_what_is_written_to_descriptors_of_others_confuses_nobody(tmp_path):
+    validation = apart(tmp_path, save(tmp_path, accuracy=0.5), evaluate="validated:scribble")
+    assert validation.passed
+    assert validation.metrics == {"accuracy": 0.5}
+
+
 def test_the_command_prints_records_and_leaves_with_16(tmp_path):
     ref = save(tmp_path, accuracy=0.5)
     command = [sys.executable, "-m", "peakpoint", "validate", str(tmp_path), ref]
