@@ -397,11 +397,19 @@ def test_a_champion_that_the_model_does_not_take_cannot_be_agreed_with(tmp_path,
     assert result.against is None
 
 
-def test_a_function_that_makes_one_model_for_ever_is_found_out(tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_function_that_makes_one_model_for_ever_is_found_out(tmp_path, shared):
+    def made():
+        if not shared:
+            return model
+        another = build()
+        another.weight, another.bias = model.weight, model.bias
+        return another
+
     crown(tmp_path, save(tmp_path))
     ref, model = save(tmp_path), build()
-    finding = outcome(tmp_path, ref, "golden", model=lambda: model, golden=golden(tmp_path / "g"), agreement=0.1)
-    assert "same object twice" in finding.said
+    finding = outcome(tmp_path, ref, "golden", model=made, golden=golden(tmp_path / "g"), agreement=0.1)
+    assert "same object, or parts of it, twice" in finding.said
     assert torch.equal(model.weight, pp.load(ref, root=tmp_path)["model"]["weight"]), "its weights are the candidate's"
 
 
