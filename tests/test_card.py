@@ -323,6 +323,20 @@ def test_lineage_and_an_unclaimed_one(root):
 
 
 @pytest.mark.filterwarnings("ignore::peakpoint.PeakpointWarning")
+def test_what_a_soup_was_made_from_is_its_lineage(tmp_path):
+    with checkpointer(tmp_path, state={"model": parts()[0]}, keep=[pp.Last(2)]) as ckpt:
+        ckpt.report(step=1)
+        ckpt.report(step=2)
+    refs = ["r:1", "r:2"]
+    for _ in range(2):
+        made = pp.soup(refs, root=tmp_path)
+    page = card.markdown(card.gather(pp.open(tmp_path), made.checkpoint.ref))
+    lineage = page.partition("## Lineage")[2].partition("##")[0].split("\n")
+    found = pp.open(tmp_path)
+    assert lineage[2:4] == [f"- made from `r/{found.find(ref).id}`" for ref in refs]
+    assert "first of its run" not in page
+
+
 def test_an_abandoned_branch_is_said(root):
     back = pp.open(root).run("small").manifests()[0]
     model, optimizer = parts()

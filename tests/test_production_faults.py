@@ -1,5 +1,6 @@
 """What production must not do: each of these it did once."""
 
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -31,11 +32,18 @@ def released(found, validate=in_process):
 
 def removing(run, manifest):
     """What somebody leaves who is killed right after he has said that he removes a checkpoint."""
+    removal(run, manifest).close()
+
+
+def removal(run, manifest, *before):
+    """The journal of somebody who has said that he removes a checkpoint, and does."""
     journal = journals.Journal(run.store, run.name, utc_now)
+    for event in before:
+        journal.append(event)
     facts = {"step": manifest.step, "epoch": None, "reason": "a test", "by": "somebody"}
     journal.append(journals.Removed(at=utc_now(), checkpoint=manifest.id, name=manifest.name, **facts))
     journal.sync()
-    journal.close()
+    return journal
 
 
 # --- champions that are lost, or refused for ever -----------------------------------------------------------------
@@ -66,6 +74,54 @@ def test_what_a_killed_removal_has_left_can_be_promoted_and_pinned(tmp_path):
     removing(found.run("r"), found.find_manifest("r:2"))
     found.run("r").pin("r:2", "it is still there, and nobody removes it")
     promote(found, "r:2")
+
+
+@pytest.mark.parametrize("act", ["promote", "pin"])
+def test_a_removal_that_ends_before_it_is_looked_for_has_taken_the_checkpoint(tmp_path, act):
+    found = repository(tmp_path)
+    victim = found.find_manifest("r:1")
+
+    class Slow(LocalStore):
+        ending = False
+
+        def get(self, key, *place):
+            data = super().get(key, *place)
+            if self.ending and key == layout.manifest_key("r", victim.name):
+                self.ending = False
+                self.delete(key)
+                journal.append(journals.Closed(at=utc_now(), why="noted"))
+                journal.close()
+            return data
+
+    slow = Repository(Slow(tmp_path))
+    proposal = promotion.propose(slow, "r:1", "champion")
+    journal = removal(found.run("r"), victim)
+    slow.store.ending = True
+    with pytest.raises(pp.ConflictError, match="just being removed"):
+        promotion.promote(proposal, "a test", force=True) if act == "promote" else slow.run("r").pin("r:1", "a test")
+    assert aliases.numbers(found.store, "champion") == []
+
+
+def test_workers_that_outlive_a_killed_training_remove_nothing(tmp_path):
+    found = repository(tmp_path)
+    journal = removal(found.run("r"), found.find_manifest("r:2"), journals.Opened(at=utc_now(), by={}, rules=()))
+    wait, end = os.pipe()
+    worker = os.fork()
+    if not worker:
+        os.close(end)
+        os.read(wait, 1)
+        os._exit(0)
+    try:
+        journal.close()
+        found.run("r").pin("r:2", "the worker still has the journal open, and nobody holds the run")
+        hold = found.store.hold(layout.writer_lock("r"), b"{}")
+        with pytest.raises(pp.ConflictError, match="just being removed"):
+            found.run("r").pin("r:2", "now somebody does")
+        hold.release()
+    finally:
+        os.close(end)
+        os.waitpid(worker, 0)
+        os.close(wait)
 
 
 def test_what_a_roll_back_would_restore_is_protected(tmp_path):

@@ -294,6 +294,11 @@ class Hook(HTTPServer):
         def do_POST(self):
             self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(self.server.code)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self):
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_):
@@ -344,6 +349,18 @@ def test_a_hook_that_fails_says_how(tmp_path, command, error):
     policy = read_policies(found.store).of("champion")
     record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
     assert [one.error for one in hooks.tell(found.store, record, policy)] == [error]
+    assert hooks.are_due(found.store, record, policy)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_an_address_that_has_moved_has_not_been_told(tmp_path, hook, code):
+    found = task.trained(tmp_path, noises=(0.1,))
+    task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{hook.url}"')
+    hook.code = code
+    policy = read_policies(found.store).of("champion")
+    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    (told,) = hooks.tell(found.store, record, policy)
+    assert told.error.startswith(f"it answered {code}")
     assert hooks.are_due(found.store, record, policy)
 
 

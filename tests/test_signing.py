@@ -654,6 +654,14 @@ def test_encrypted_keys(root, tmp_path, monkeypatch):
     signing.sign(store, manifest, private_key=plain)  # the password is of another key: not needed here
 
 
+def test_a_password_may_be_any_bytes(root, tmp_path, monkeypatch):
+    private = tmp_path / "key.pem"
+    private.write_bytes(private_pem(ec.generate_private_key(ec.SECP256R1()), b"gehe\xffim"))
+    monkeypatch.setenv(signing.PASSWORD, os.fsdecode(b"gehe\xffim"))
+    store, manifest = newest(root)
+    assert signing.sign(store, manifest, private_key=private).record.startswith("signature-")
+
+
 def test_what_is_no_key_is_refused_with_what_to_do(root, keys, tmp_path):
     private, public = keys
     store, manifest = newest(root)

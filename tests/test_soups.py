@@ -649,6 +649,14 @@ def test_memory_does_not_grow_with_the_number_of_members(tmp_path, way):
     assert watching.peak >= len(refs) * model  # the measure sees what there is
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_rounding_takes_less_than_four_copies_of_what_is_rounded(dtype):
+    wide = torch.randn(1 << 12, dtype=torch.float64)
+    with Watching() as watching:
+        rounded(wide, dtype)
+    assert 2 * wide.nbytes < wide.nbytes + watching.peak < 4 * wide.nbytes
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_so_many_bytes_are_read(tmp_path, count):
     """Each candidate alone, each mean that is tried, and what is saved; here all are taken."""

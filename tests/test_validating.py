@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 
 import peakpoint as pp
 import validated
-from peakpoint import audit, layout, validating, validations
+from peakpoint import audit, layout, promotion, validating, validations
 from peakpoint.cli.main import cli
 from peakpoint.examining.exam import classes_of, named
 from peakpoint.examining.models import described
@@ -299,6 +299,20 @@ def test_an_architecture_other_than_the_champions_is_said_and_passes(tmp_path):
     assert "0 tensors more, 0 less and 2 of other dtype or shape" in finding.said
 
 
+class WithCodes(torch.nn.Linear):
+    """Gives scores, and a table that is as long as a batch."""
+
+    def forward(self, inputs):
+        return {"scores": super().forward(inputs), "codes": torch.zeros(256, 4)}
+
+
+def test_a_table_that_is_as_long_as_a_batch_is_no_output(tmp_path):
+    ref = save(tmp_path, WithCodes(2, 3))
+    given = golden(tmp_path / "g", torch.randn(300, 2))
+    finding = outcome(tmp_path, ref, "signature", model=lambda: WithCodes(2, 3), golden=given)
+    assert (finding.outcome, list(finding.evidence["outputs"])) == ("passed", ["scores"])
+
+
 def test_outputs_are_named_as_the_model_gives_them():
     one, other = torch.ones(1), torch.ones(2)
     assert named(one) == {"output": one}
@@ -383,12 +397,33 @@ def test_a_champion_that_the_model_does_not_take_cannot_be_agreed_with(tmp_path,
     assert result.against is None
 
 
-def test_a_function_that_makes_one_model_for_ever_is_found_out(tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_function_that_makes_one_model_for_ever_is_found_out(tmp_path, shared):
+    def made():
+        if not shared:
+            return model
+        another = build()
+        another.weight, another.bias = model.weight, model.bias
+        return another
+
     crown(tmp_path, save(tmp_path))
     ref, model = save(tmp_path), build()
-    finding = outcome(tmp_path, ref, "golden", model=lambda: model, golden=golden(tmp_path / "g"), agreement=0.1)
-    assert "same object twice" in finding.said
+    finding = outcome(tmp_path, ref, "golden", model=made, golden=golden(tmp_path / "g"), agreement=0.1)
+    assert "same object, or parts of it, twice" in finding.said
     assert torch.equal(model.weight, pp.load(ref, root=tmp_path)["model"]["weight"]), "its weights are the candidate's"
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.9])
+def test_an_alias_that_cannot_be_read_cannot_be_agreed_with_and_stops_nothing_else(tmp_path, agreement):
+    ref = save(tmp_path)
+    crown(tmp_path, ref)
+    path = tmp_path / layout.alias_key("champion", 1)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-30])
+    given = golden(tmp_path / "g")
+    finding = outcome(tmp_path, ref, "golden", model=build, golden=given, agreement=agreement)
+    assert finding.outcome == ("failed" if agreement else "passed")
+    assert "cannot be read" in finding.said
 
 
 def test_the_champion_agrees_with_itself(tmp_path):
@@ -473,6 +508,23 @@ def test_what_is_recorded_must_be_confirmed(tmp_path, answer, wanted, result, sa
     )
 
 
+def test_what_was_recorded_as_infinite_is_confirmed_by_nothing(tmp_path):
+    ref = save(tmp_path)
+    pp.open(tmp_path).run("r").record(ref, {"loss": math.inf})
+    assert outcome(tmp_path, ref, "metrics", evaluate=lambda _: {"loss": 0.5}).outcome == "failed"
+
+
+@pytest.mark.parametrize(("evaluated", "recorded"), [(math.nan, 0.6), (math.inf, 0.6), (0.5, math.nan), (0.5, 0.6)])
+def test_what_is_recorded_after_a_validation_is_compared_with_what_it_found(tmp_path, evaluated, recorded):
+    ref = save(tmp_path, loss=0.5)
+    validation = pp.validate(ref, root=tmp_path, evaluate=lambda _: {"loss": evaluated})
+    repository = pp.open(tmp_path)
+    repository.run("r").record(ref, {"loss": recorded})
+    said = promotion.propose(repository, ref, "champion").objections
+    assert f"loss was recorded as {recorded:g} since it was validated, which had found {evaluated:g}" in said
+    assert validation.passed == (evaluated == 0.5)
+
+
 def test_what_was_measured_later_is_recorded_too(tmp_path):
     ref = save(tmp_path)
     pp.open(tmp_path).run("r").record(ref, {"accuracy": 0.9})
@@ -494,6 +546,7 @@ def test_predictions_are_kept_and_read_back(tmp_path, kind):
         ([1, 2], None),
         (None, [1, 2]),
         ([1, 2], [1]),
+        (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)),
         ([0.5, 0.2], [1, 0]),
         ([[1, 2]], [1]),
         ([[math.nan, 1.0]], [1]),
@@ -742,6 +795,15 @@ pp.validate("r@latest", root=Dying(__import__("pathlib").Path(sys.argv[1])), eva
 """
 
 
+def test_the_last_number_there_is_hangs_nothing(tmp_path):
+    ref = save(tmp_path)
+    first = pp.validate(ref, root=tmp_path)
+    folder = (tmp_path / layout.validation_key(first.run, first.checkpoint, 1)).parent
+    (folder / f"{10**18 - 1}.json").write_bytes(b"{}")
+    with pytest.raises(pp.CorruptError, match="leaves no number"):
+        pp.validate(ref, root=tmp_path)
+
+
 def test_a_death_between_predictions_and_record_leaves_litter_and_no_validation(tmp_path):
     ref = save(tmp_path)
     path = os.pathsep.join([*sys.path])
@@ -880,6 +942,12 @@ def test_a_death_is_a_failed_check(tmp_path, function, says, printed):
     assert result.failures[0].said == says
     assert printed in result.failures[0].evidence.get("output", "")
     assert validations.newest(LocalStore(tmp_path), "r", result.checkpoint) == result
+
+
+def test_what_is_written_to_descriptors_of_others_confuses_nobody(tmp_path):
+    validation = apart(tmp_path, save(tmp_path, accuracy=0.5), evaluate="validated:scribble")
+    assert validation.passed
+    assert validation.metrics == {"accuracy": 0.5}
 
 
 def test_the_command_prints_records_and_leaves_with_16(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from peakpoint import aliases, reader
-from peakpoint.errors import ConfigError, CorruptError, NotFoundError
+from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import Manifest
 from peakpoint.refs import check_alias, near
 from peakpoint.repository import Repository
@@ -146,13 +146,15 @@ def _check_part(manifest: Manifest, part: str) -> None:
 
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:
-    record = aliases.head(repository.store, alias)
+    record = aliases.tip(repository.store, alias)
+    if isinstance(record, aliases.Broken):
+        return None, f"what {alias} is cannot be read: {record.error}"
     if record is None or record.target is None:
         there = near(alias, aliases.names(repository.store))
         return None, f"nothing is {alias} {'yet' if record is None else 'at present'}{there}"
     try:
         return repository.locate(f"@{alias}")[1], ""
-    except (NotFoundError, CorruptError) as error:
+    except (NotFoundError, CorruptError, FormatError) as error:
         return None, f"{alias} is {record.target.ref}, which cannot be read: {error}"
 
 

@@ -234,8 +234,11 @@ def rounded(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     single = wide.to(torch.float32)
     back = single.to(torch.float64)
     bits = single.view(torch.int32)
-    bits -= (back.abs() > wide.abs()).to(torch.int32)  # towards zero, then to odd
-    bits |= (back != wide).to(torch.int32)
+    inexact = back != wide
+    away = back.abs_() > wide.abs()
+    del back
+    bits -= away.to(torch.int32)  # towards zero, then to odd
+    bits |= inexact.to(torch.int32)
     return single.to(dtype)
 
 

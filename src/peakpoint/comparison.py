@@ -154,7 +154,7 @@ def _predicted(repository: Repository, before: Validation | None, now: Validatio
             kept = None if validation is None else validations.predictions_of(repository.store, validation)
         except (CorruptError, FormatError, NotFoundError) as error:
             return {"paired": None, "unpaired": f"the predictions of the {whose} cannot be read: {error}"}
-        if kept is None:
+        if kept is None or not kept.labels:
             return {"paired": None, "unpaired": f"no predictions of the {whose} are kept"}
         sides.append(kept)
     old, new = sides

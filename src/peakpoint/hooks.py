@@ -142,12 +142,19 @@ def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
         return f"it ended with {code}" + (f": {text}" if text else "")
 
 
+class _Straight(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: what comes of it is a GET, which leaves behind what is to be told."""
+
+    def redirect_request(self, *_: object) -> None:
+        """None: the answer that redirects is an error."""
+
+
 def _post(hook: Hook, change: bytes) -> str | None:
     request = urllib.request.Request(  # noqa: S310 - the policy takes http and https only
         hook.url, data=change, headers={"Content-Type": "application/json"}, method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=hook.timeout):  # noqa: S310
+        with urllib.request.build_opener(_Straight).open(request, timeout=hook.timeout):
             return None
     except urllib.error.HTTPError as error:
         with error:

@@ -21,7 +21,7 @@ import msgspec
 from peakpoint.clock import Clock
 from peakpoint.collector import no_collection
 from peakpoint.errors import ConflictError, CorruptError, FormatError
-from peakpoint.layout import journal_prefix
+from peakpoint.layout import journal_prefix, writer_lock
 from peakpoint.manifest import metrics_from_json, metrics_to_json
 from peakpoint.seal import is_intact, seal, unseal
 from peakpoint.store import Log, Store
@@ -365,6 +365,7 @@ def decode(line: bytes, *, where: str) -> Event | None:
 
 
 _REPORTED = b'{"kind":"reported",'
+_OPENED = b'{"kind":"opened",'
 _CLOSED = b'{"kind":"closed",'
 _OF_REMOVALS = tuple(
     b'{"kind":"%s",' % _NAMES[kind].encode() for kind in (Removed, PartsDropped, Undone, Saved, Closed)
@@ -431,15 +432,34 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
 _TAIL = 4096
 
 
-def is_written(store: Store, run: str, segment: str) -> bool:
-    """Whether somebody may still be writing a segment; reads a few bytes.
+def written(store: Store, run: str) -> list[str]:
+    """The segments that somebody may still be writing; reads a few bytes of each.
 
-    One that ends with ``Closed`` is over, and so is one whose writer has died.
+    One that ends with ``Closed`` is over, and so is one whose writer has died. Of those who hold the run, the newest
+    may live, as long as somebody holds it: this is known where locks of files are not, and data-loader workers who
+    outlive a killed training do not hold it.
     """
-    key = f"{journal_prefix(run)}/{segment}"
-    size = store.size(key) or 0
-    last = store.get(key, max(0, size - _TAIL)).rstrip(b"\n").rpartition(b"\n")[2]
-    return not last.startswith(_CLOSED) and store.is_read(key)
+    segments = segments_of(store, run)
+    found = []
+    for number, segment in enumerate(segments):
+        key = f"{journal_prefix(run)}/{segment}"
+        size = store.size(key) or 0
+        last = store.get(key, max(0, size - _TAIL)).rstrip(b"\n").rpartition(b"\n")[2]
+        if last.startswith(_CLOSED):
+            continue
+        if _opens(store, run, segment):
+            followed = any(_opens(store, run, one) for one in segments[number + 1 :])
+            alive = not followed and store.holder(writer_lock(run)) is not None
+        else:
+            alive = store.is_read(key)
+        if alive:
+            found.append(segment)
+    return found
+
+
+def _opens(store: Store, run: str, segment: str) -> bool:
+    """Whether a segment is of one who holds the run."""
+    return store.get(f"{journal_prefix(run)}/{segment}", 0, len(_OPENED)) == _OPENED
 
 
 def removals(store: Store, run: str, segment: str) -> list[Event]:
@@ -565,6 +585,8 @@ class Journal:
 
     def close(self) -> None:
         """Make all events durable and close the segment."""
-        self._log.close()
-        if self._alive is not None:
-            self._alive.release()
+        try:
+            self._log.close()
+        finally:
+            if self._alive is not None:
+                self._alive.release()

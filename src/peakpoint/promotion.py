@@ -391,17 +391,25 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
         ConflictError: it is being removed, or gone, or has lost parts since it was looked at.
     """
     name = f"{run.name}/{manifest.name}"
-    try:
-        now = reader.read_manifest(run.store, run.name, manifest.name)
-    except NotFoundError:
-        now = None
-    if now is None or now.id != manifest.id or run.is_being_removed(now):
+    there = _manifest(run, manifest)
+    going = there is None or run.is_being_removed(there)
+    now = _manifest(run, manifest)  # once more: a removal may have been over before it was looked for
+    if going or now is None:
         raise _GoingError(
             f"{name} is just being removed, or parts of it are; nothing was done. peakpoint trash shows what can be "
             "brought back"
         )
     if now.parts != manifest.parts:
         raise _GoingError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
+
+
+def _manifest(run: Run, like: Manifest) -> Manifest | None:
+    """A checkpoint as it is now; None when it is gone."""
+    try:
+        found = reader.read_manifest(run.store, run.name, like.name)
+    except NotFoundError:
+        return None
+    return found if found.id == like.id else None
 
 
 def _complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:

@@ -256,7 +256,7 @@ class Run:
             raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
         manifest = self.find_manifest(ref)
         self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
-        if self.is_being_removed(manifest):
+        if self.is_being_removed(manifest) or self.store.size(layout.manifest_key(self.name, manifest.name)) is None:
             raise ConflictError(
                 f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
             )
@@ -265,17 +265,16 @@ class Run:
         """Whether somebody may be removing a checkpoint, or parts of it, at this moment.
 
         Whoever removes one has said so first, in the journal, and looks at what is protected after that: one who has
-        protected it and then asks here either finds that word, or is heeded.
+        protected it and then asks here either finds that word, or is heeded. A removal that was over by now is not
+        found: look after that whether the checkpoint is still there.
 
         Args:
             manifest: of the checkpoint, as it is after it was protected.
         """
-        for segment in journals.segments_of(self.store, self.name):
-            if journals.is_written(self.store, self.name, segment):
-                events = journals.removals(self.store, self.name, segment)
-                if _may_be_removing(events, manifest.id, manifest.parts.keys()):
-                    return True
-        return False
+        return any(
+            _may_be_removing(journals.removals(self.store, self.name, segment), manifest.id, manifest.parts.keys())
+            for segment in journals.written(self.store, self.name)
+        )
 
     def unpin(self, ref: str) -> None:
         """Let the rules have a checkpoint again; nothing happens when it was not pinned.

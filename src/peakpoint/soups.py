@@ -156,7 +156,7 @@ def soup(
             image=_image(averaging, part, chosen, cooked.measured),
             step=max(one.manifest.step for one in chosen),
             metrics={} if metric is None or score is None else {metric: score},
-            reason=_reason(kind, chosen, members, kitchen.averages_statistics),
+            reason=_reason(kind, chosen, members, kitchen.averages_statistics and len(chosen) > 1),
             asked=why,
             members=tuple(one.ref for one in chosen),
         )

@@ -224,7 +224,11 @@ def validate(
             del printed[: -4 * _TAIL]
 
         def take(line: bytes) -> bool:
-            event = msgspec.json.decode(line)
+            try:
+                event = msgspec.json.decode(line, type=dict[str, Any])
+            except msgspec.DecodeError:  # foreign code has written to a descriptor that is not its own
+                keep(line)
+                return False
             return collected.take(event, output() if "finding" in event else "")
 
         how = run_apart(_EXAMINER, _job(asked), timeout=timeout, said=take, printed=keep)

@@ -5,6 +5,7 @@ changes, and outlives the checkpoint, so that what an alias rested on can be rea
 """
 
 import base64
+import math
 import re
 import sys
 from array import array
@@ -163,6 +164,7 @@ class Predictions:
 
 _PREDICTIONS = re.compile(r"[0-9a-f]{16}\.predictions")
 _NUMBERED = re.compile(r"([0-9]{6,18})\.json")
+_MOST = 10**18 - 1
 
 
 def _numbers(store: Store, run: str, checkpoint: str) -> list[int]:
@@ -178,10 +180,16 @@ def record(store: Store, validation: Validation) -> Validation:
 
     Raises:
         StoreError: the store refused.
+        CorruptError: somebody has put a record of the last number there is.
     """
     while True:
         there = _numbers(store, validation.run, validation.checkpoint)
         numbered = replace(validation, number=there[-1] + 1 if there else 1)
+        if numbered.number > _MOST:
+            where = layout.validation_key(validation.run, validation.checkpoint, there[-1])
+            raise CorruptError(
+                f"{where} leaves no number for another validation; Peakpoint did not write it: remove it"
+            )
         content = {one.name: getattr(numbered, one.name) for one in fields(numbered)[:-1]}
         content["metrics"] = metrics_to_json(numbered.metrics)
         data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
@@ -385,13 +393,30 @@ def _different(one: Wanted, other: Wanted) -> list[str]:
     return [name for name in a if a[name] != b[name] and name != "golden"]
 
 
+def within(one: float, other: float, tolerance: float) -> bool:
+    """Whether two values of a metric are the same but for a tolerance; what is not finite is the same as nothing.
+
+    Digits that binary fractions do not have are no difference: 0.901 - 0.9 is a little more than 0.001.
+
+    Example:
+        >>> within(0.901, 0.9, 1e-3), within(0.5, float("inf"), 1e-3)
+        (True, False)
+    """
+    finite = math.isfinite(one) and math.isfinite(other)
+    return finite and abs(one - other) <= tolerance + 4 * math.ulp(max(abs(one), abs(other)))
+
+
 def _recorded_since(validation: Validation, metrics: Mapping[str, float]) -> Iterator[str]:
     """What has been recorded since, and is not what was found."""
     for finding in validation.findings:
         rows = finding.evidence.get("metrics") if finding.check == "metrics" else None
         for name, row in (rows or {}).items():
-            then, found, now = row["recorded"], row["evaluated"], metrics.get(name)
-            if None not in (found, now) and now != then and not abs(now - found) <= validation.wanted.tolerance:
+            # evidence is plain JSON: NaN and infinities are texts there
+            then, found = (math.nan if row[one] is None else float(row[one]) for one in ("recorded", "evaluated"))
+            now = metrics.get(name)
+            if now is None or row["evaluated"] is None or now == then or (math.isnan(now) and math.isnan(then)):
+                continue
+            if not within(now, found, validation.wanted.tolerance):
                 yield f"{name} was recorded as {now:.6g} since it was validated, which had found {found:.6g}"
 
 

@@ -195,13 +195,13 @@ def _held(one: Held) -> tuple[str, ...]:
 
 
 def _lineage(card: Card) -> list[str]:
-    lines = [f"- a mean of weights, made from {code(ref)}" for ref in card.manifest.members]
+    lines = [f"- made from {code(ref)}" for ref in card.manifest.members]
     lines += [f"- continues {code(ref)}{'' if there else ', which is gone'}" for ref, there in card.lineage[:_LAST]]
     if len(card.lineage) > _LAST:
         lines.append(f"- and {len(card.lineage) - _LAST:,} before these")
     if forks := len(card.manifest.forks):
         lines.append(f"- on the way here {forks:,} {'branch was' if forks == 1 else 'branches were'} abandoned")
-    return lines or ["The first of its run: it continues nothing."]
+    return lines or ["It continues nothing."]
 
 
 def _loading(card: Card) -> list[str]:

@@ -14,7 +14,7 @@ from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.names import check_metric
 from peakpoint.seal import digest
 from peakpoint.tree import kind_of
-from peakpoint.validations import Predictions
+from peakpoint.validations import Predictions, within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +86,7 @@ def _rows(exam: Exam) -> tuple[dict[str, Any], list[str], list[str]]:
         elif before is not None and asked:
             apart = abs(now - before)
             rows[name]["difference"] = now - before
-            # digits that binary fractions do not have are no difference: 0.901 - 0.9 is a little more than 0.001
-            if apart <= exam.wanted.tolerance + 4 * math.ulp(max(abs(now), abs(before))):
+            if within(now, before, exam.wanted.tolerance):
                 confirmed.append(name)
             else:
                 wrong.append(f"{name} is {now:.6g} now and was recorded as {before:.6g}: {apart:.3g} apart")
@@ -121,6 +120,8 @@ def _kept(found: Evaluated) -> Predictions | None:
     predicted, labels = _classes(found.predictions), _integers("labels", found.labels)
     if len(predicted) != len(labels):
         raise ConfigError(f"the evaluation gave {len(predicted)} predictions and {len(labels)} labels")
+    if not labels:
+        raise ConfigError("the evaluation gave predictions for no examples; give none at all instead")
     return Predictions(predicted, labels, None if found.examples is None else _digest(found.examples))
 
 

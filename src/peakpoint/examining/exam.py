@@ -242,7 +242,11 @@ def outputs_of(model: Any, inputs: torch.Tensor) -> Outputs:
             shapes = ", ".join(f"{name} {list(one.shape)}" for name, one in given.items()) or "no tensor"
             raise MismatchError(f"the model gives {shapes} for {len(batch)} inputs: no tensor with a row for each")
         batches.append(rows)
-    return {name: torch.cat([rows[name] for rows in batches]) for name in batches[0]}
+    # one that is as long as this batch by chance is not as long as the next
+    names = [name for name in batches[0] if all(name in rows for rows in batches)]
+    if not names:
+        raise MismatchError(f"the model gives no tensor with a row for each of {len(inputs)} inputs")
+    return {name: torch.cat([rows[name] for rows in batches]) for name in names}
 
 
 def named(output: Any, name: str = "") -> Outputs:

@@ -179,10 +179,17 @@ def _champion_outputs(exam: Exam, champion: Manifest) -> Outputs:
     if champion.id == exam.manifest.id:
         return exam.outputs
     model, _ = exam.made()
-    if model is exam.model:
-        raise ConfigError(f"{exam.wanted.model} returns the same object twice; make a new model with each call")
+    if model is exam.model or _tensors(model) & _tensors(exam.model):
+        raise ConfigError(
+            f"{exam.wanted.model} returns the same object, or parts of it, twice; make a new model with each call"
+        )
     exam.fill(model, champion)
     return outputs_of(model, exam.golden.inputs)
+
+
+def _tensors(model: object) -> set[int]:
+    """The identities of what a model has learnt."""
+    return {id(one) for one in model.parameters()} if isinstance(model, torch.nn.Module) else set()
 
 
 def _compared(exam: Exam, theirs: Outputs, said: str, evidence: dict[str, object]) -> Said:

@@ -108,14 +108,16 @@ def sign(
     """
     key = read_private_key(private_key, password)
     hold = reader.reading(store, manifest)  # so that no rule takes it now
-    digests = {MANIFEST: hashlib.sha256(_manifest_bytes(store, manifest)).hexdigest()}
-    for file in manifest.files:
-        _check_plain(store, layout.file_key(manifest.run, manifest.name, file.name))
-        digests[file.name] = hashlib.sha256(reader.read(store, manifest, file)).hexdigest()
-        progress(file.size)
-    record = _put(store, manifest, bundles.make(manifest.name, digests, key))
-    if hold is not None:
-        hold.release()
+    try:
+        digests = {MANIFEST: hashlib.sha256(_manifest_bytes(store, manifest)).hexdigest()}
+        for file in manifest.files:
+            _check_plain(store, layout.file_key(manifest.run, manifest.name, file.name))
+            digests[file.name] = hashlib.sha256(reader.read(store, manifest, file)).hexdigest()
+            progress(file.size)
+        record = _put(store, manifest, bundles.make(manifest.name, digests, key))
+    finally:
+        if hold is not None:
+            hold.release()
     return Signature(record=record, fingerprint=fingerprint_of(key.public_key()))
 
 

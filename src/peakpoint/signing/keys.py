@@ -85,7 +85,7 @@ def read_private_key(path: Path, password: str | None) -> "EllipticCurvePrivateK
         password = os.environ.get(PASSWORD) if password is None else password
         if not password:
             raise ConfigError(f"the key {path} is encrypted; set {PASSWORD} to its password")
-        secret = password.encode()
+        secret = password.encode(errors="surrogateescape")  # the bytes that the environment has
     try:
         key = library.load_pem_private_key(data, secret)
     except (TypeError, ValueError, UnsupportedAlgorithm):
