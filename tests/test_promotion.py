@@ -258,7 +258,7 @@ def test_promoting_what_is_there_already_changes_nothing(tmp_path):
     assert len(names(found)) == 1
 
 
-ACTS, PROCESSES = 6, 8
+ACTS, PROCESSES = 4, 8
 
 
 def _promoter(root, number, said):

@@ -111,6 +111,9 @@ class Copying:
         self._error: BaseException | None = None
         self._ready = 0  # everything before this byte of the buffer is final
         self._checked = False
+        self._settled = threading.Event()
+        self._ended = 0.0
+        self._began = time.perf_counter()
         self._started = False
         self._streams = {device: _stream(device) for device in plan.devices}
         self._arrivals: dict[int, torch.cuda.Event] = {}  # chunk number to the event after its copy from a GPU
@@ -120,6 +123,7 @@ class Copying:
             self._send_later()
         if not self._chunks:
             self._ready, self._checked = END, True
+            self._settled.set()
 
     def _copy_now(self) -> None:
         for chunk in self._plan.now:
@@ -160,13 +164,38 @@ class Copying:
                 else:
                     self._copy_chunk(chunk)
             self._check_versions()
+            self._ended = time.perf_counter()
             self._advance(END)
         except BaseException as error:  # noqa: BLE001 - the end of a thread: whoever waits raises it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
-        finally:
-            self._sources = ()  # what the training lets go of is not kept alive by its last save
+            self._sources = ()
+            self._settled.set()
+
+    def settle(self) -> None:
+        """Return when no change can have come between; before this the copy must not count as right.
+
+        A tensor tells that it has changed when an operation on it ends, which may be after the copy has: an operation
+        that was at work when the copy ended is only seen a little later. Where a step begins meanwhile, that is the
+        moment to look, since nothing else is at work then. Otherwise it is waited for twice as long as the copy took.
+
+        Raises:
+            ChangedError: a tensor changed while it was being copied, or right after that.
+        """
+        self.wait()
+        least = max(_GRACE, 2 * (self._ended - self._began))
+        self._settled.wait(max(0.0, self._ended + least - time.perf_counter()))
+        self._settle()
+        self._sources = ()  # what the training lets go of is not kept alive by its last save
+        self.wait()
+
+    def _settle(self) -> None:
+        """Look a second time, once."""
+        with self._changed:
+            if not self._settled.is_set():
+                self._compare()
+                self._settled.set()
 
     def _copy_chunk(self, chunk: Chunk) -> None:
         stream = self._streams.get(chunk.device)
@@ -183,15 +212,18 @@ class Copying:
             if self._checked:
                 return
             self._checked = True
-            for number, version in zip(self._plan.later, self._versions, strict=True):
-                if version_of(self._sources[number]) != version:
-                    self._error = ChangedError(
-                        f"tensor {self._plan.names[number]!r} changed outside optimizer.step() while it was being "
-                        "copied; change weights in step(), or pass overlap=False so that report() copies everything "
-                        "before it returns"
-                    )
-                    self._changed.notify_all()
-                    return
+            self._compare()
+
+    def _compare(self) -> None:
+        for number, version in zip(self._plan.later, self._versions, strict=True):
+            if version_of(self._sources[number]) != version:
+                self._error = ChangedError(
+                    f"tensor {self._plan.names[number]!r} changed outside optimizer.step() while it was being copied, "
+                    "or right after that; change weights in step(), or pass overlap=False so that report() copies "
+                    "everything before it returns"
+                )
+                self._changed.notify_all()
+                return
 
     def _advance(self, ready: int) -> None:
         with self._changed:
@@ -223,13 +255,16 @@ class Copying:
             for device, stream in self._streams.items():
                 torch.cuda.current_stream(device).wait_stream(stream)
             self._check_versions()
+            self._settled.set()
         else:
             with self._changed:
                 self._changed.wait_for(lambda: self._error is not None or self._ready == END)
+            self._settle()
         self.waited_seconds += time.perf_counter() - begin
 
 
 END = 1 << 62
+_GRACE = 0.02  # seconds that a small operation may take at most, with the threads that it waits for
 
 
 def _chunks(targets: Sequence[Target], sources: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[Chunk]:
@@ -314,6 +349,9 @@ class Transfer(Protocol):
 
     def wait(self) -> None:
         """Return when everything is copied."""
+
+    def settle(self) -> None:
+        """Return when the copy is known to be right."""
 
     def hold_step(self) -> None:
         """The optimizer is about to step: return when it may."""

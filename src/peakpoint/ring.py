@@ -145,6 +145,9 @@ class Streaming:
         """Return when the state may change: everything has been copied, or the save has been abandoned."""
         self._done.wait()
 
+    def settle(self) -> None:
+        """Nothing: the report has waited."""
+
     def hold_step(self) -> None:
         """Nothing: the report has waited."""
 

@@ -219,7 +219,7 @@ class Saver:
             self._store,
             draft,
             job.captured.images,
-            first=self._journal.sync,
+            first=lambda: self._settled(job),
             before=self._committed[-1] if self._committed else None,
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
@@ -249,6 +249,11 @@ class Saver:
             )
             with contextlib.suppress(StoreError):
                 self._committed = tuple(one for one in self._committed if self._exists(one))
+
+    def _settled(self, job: Job) -> None:
+        """What must be so before the manifest is: the copy is right, and the journal durable."""
+        job.captured.copying.settle()
+        self._journal.sync()
 
     def record(self) -> None:
         """Write down in the journal what is saved, if that is not done yet.

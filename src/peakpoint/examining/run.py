@@ -109,7 +109,8 @@ def _further(number: int) -> Callable[[Exam], Said]:
         found = function(candidate)
         if found is None or isinstance(found, Mapping):
             evidence = {} if found is None else {str(key): value for key, value in found.items()}
-            texts = [f"{name} {value:.6g}" for name, value in evidence.items() if type(value) in (int, float)]
+            texts = [f"{name} {value:.6g}" for name, value in evidence.items() if type(value) is float]
+            texts += [f"{name} {value}"[:80] for name, value in evidence.items() if type(value) is int]
             return Said("passed", ", ".join(["it raised nothing", *texts[:5]]), evidence)
         return failed(f"returned a {kind_of(found)}; a check returns nothing or a mapping, and raises to fail")
 
