@@ -507,6 +507,16 @@ def test_former_holders_that_are_gone_or_damaged_are_passed_over(tmp_path):
     assert [one.split(":")[0] for one in done.passed_over] == ["record 3", "record 2"]
 
 
+def test_a_damaged_record_on_the_way_back_ends_it_and_a_number_goes_past_it(tmp_path):
+    found = repository(tmp_path)
+    for step in (1, 2, 3):
+        promote(found, f"r:{step}", force=True)
+    (tmp_path / layout.alias_key("champion", 2)).write_bytes(b"{}")
+    with pytest.raises(NotFoundError, match=r"(?s)--to N goes to any that still exists:.*000002\.json is not a sealed"):
+        promotion.rollback(found, "champion", "worse")
+    assert promotion.rollback(found, "champion", "worse", to=1).record.number == 4
+
+
 def test_a_roll_back_opens_no_file_of_a_checkpoint_but_its_manifest(tmp_path):
     repository(tmp_path)
     for step in (1, 2):

@@ -500,7 +500,7 @@ def rollback(
     if seen is not None and present.number != seen:
         raise ConflictError(f"{alias} is at record {present.number}, not at {seen}: somebody has changed it meanwhile")
     passed: list[str] = []
-    for former in _former(repository, present, to):
+    for former in _as_far_as_known(_former(repository, present, to), passed):
         change = Change(
             kind="rolled back",
             target=former.target,
@@ -528,6 +528,14 @@ def rollback(
         f"there is nothing that {alias} could be rolled back to by itself; peakpoint history lists its records, and "
         f"--to N goes to any that still exists{':' if passed else ''}{reasons}"
     )
+
+
+def _as_far_as_known(records: Iterator[AliasRecord], passed: list[str]) -> Iterator[AliasRecord]:
+    """Records up to one that is damaged: what was before it is not known."""
+    try:
+        yield from records
+    except CorruptError as error:
+        passed.append(str(error))
 
 
 def _former(repository: Repository, present: AliasRecord | Broken, to: int | None) -> Iterator[AliasRecord]:
