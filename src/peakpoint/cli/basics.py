@@ -266,8 +266,8 @@ def _spare_what_aliases_protect(run: Run, manifests: Sequence[Manifest]) -> None
     why = [f"{run.name}/{one.name}: {aliased[one.id]}" for one in manifests if one.id in aliased]
     if why:
         raise ConflictError(
-            f"aliases protect {', '.join(why)}. Nothing was removed: let the alias point at another checkpoint, or "
-            "leave this one out"
+            f"aliases protect {', '.join(why)}. Nothing was removed: what an alias points at is free when others have "
+            "taken its place, as many as it keeps; peakpoint retire frees all of an alias that is no champion"
         )
 
 

@@ -78,7 +78,7 @@ def _write(to: Path, text: str, *, force: bool) -> None:
             ours = f"<!-- {pages.MARK} -->" in to.read_text(encoding="utf-8", errors="ignore")[:200]
         if not ours:
             raise ConflictError(
-                f"{to} exists and is no changelog of ours; choose another name, or replace it with --force"
+                f"{to} exists, and no changelog of Peakpoint is in it; choose another name, or replace it with --force"
             )
     put(to, text.encode())
 
