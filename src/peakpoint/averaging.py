@@ -59,7 +59,7 @@ def find_all(repository: Repository, refs: Sequence[str], least: int) -> list[Ma
         raise ConfigError(f"refs= takes a list of refs, not {given!r}")
     refs = list(refs)
     if len(refs) < least:
-        raise ConfigError(f"name at least {least} checkpoints, not {len(refs)}")
+        raise ConfigError(f"{len(refs)} {'ref is' if len(refs) == 1 else 'refs are'} given: name at least {least}")
     seen: dict[str, str] = {}
     found = []
     for ref in refs:
