@@ -51,18 +51,15 @@ def test_from_a_selection_to_production_and_back(demo):
 
 
 def test_a_release_of_the_demonstration(demo):
-    (demo / "production.toml").write_text(
-        """
-        format = 1
-        [champion]
+    table = """
         select = "val_accuracy > 0.5"
         rank = ["max val_accuracy", "min epoch"]
-        [champion.validation]
-        with = "peakpoint.demo.training:evaluate"
-        model = "peakpoint.demo.training:LeNet5"
+        validation = { with = "peakpoint.demo.training:evaluate", model = "peakpoint.demo.training:LeNet5" }
         """
-    )
-    first = json.loads(peakpoint("release", demo, "--json"))
+    (demo / "production.toml").write_text(f"format = 1\n[champion]\n{table}\n[shadow]\n{table}")
+    waits = json.loads(peakpoint("release", demo, "--json"))
+    assert waits["outcome"] == "unchanged", "the demonstration has ended with a roll back"
+    first = json.loads(peakpoint("release", demo, "--alias", "shadow", "--json"))
     assert first["outcome"] == "promoted"
-    assert json.loads(peakpoint("release", demo, "--json"))["outcome"] == "unchanged"
-    assert json.loads(peakpoint("history", demo, "champion", "--json"))["records"][-1]["release"] == first["id"]
+    assert json.loads(peakpoint("release", demo, "--alias", "shadow", "--json"))["outcome"] == "unchanged"
+    assert json.loads(peakpoint("history", demo, "shadow", "--json"))["records"][-1]["release"] == first["id"]
