@@ -7,19 +7,14 @@ is to be, and at most a checkpoint that stays protected until the alias changes 
 """
 
 import contextlib
-import secrets
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from peakpoint import aliases, reader, signing, validations
-from peakpoint import journal as journals
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Broken, Change, Target
+from peakpoint.announcing import GoingError, announced, complete
 from peakpoint.asking import with_golden
 from peakpoint.clock import Clock, utc_now
 from peakpoint.compare import judge_improvement
@@ -30,13 +25,11 @@ from peakpoint.errors import (
     CorruptError,
     FormatError,
     NotFoundError,
-    PeakpointWarning,
     RefusedError,
     SignatureError,
 )
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
-from peakpoint.notes import notes
 from peakpoint.policy import Policy, read_policies
 from peakpoint.refs import check_alias
 from peakpoint.repository import Repository, Run
@@ -285,7 +278,7 @@ def promote(
     store, actor = proposal.run.store, by or present_user()
     if proposal.unchanged:
         assert proposal.present is not None
-        _complete(proposal.run, proposal.manifest, proposal.present, actor)
+        complete(proposal.run, proposal.manifest, proposal.present, actor)
         return proposal.present
     if proposal.refusals or (proposal.objections and not force):
         raise refusal(proposal)
@@ -301,8 +294,8 @@ def promote(
         release=release,
         keeps=aliases.KEEPS if proposal.policy is None else proposal.policy.keeps,
     )
-    with _announced(proposal.run, proposal.manifest, proposal.alias, proposal.newest, actor, clock) as announced:
-        announced.record = made = aliases.append(store, proposal.alias, change, after=proposal.newest)
+    with announced(proposal.run, proposal.manifest, proposal.alias, proposal.newest, actor, clock) as made_known:
+        made_known.record = made = aliases.append(store, proposal.alias, change, after=proposal.newest)
     return made
 
 
@@ -337,99 +330,6 @@ def check_why(act: str, why: str) -> str:
     if not check_text(f"the reason of {act}", why).strip():
         raise ConfigError(f"{act} needs a reason (--why): it is what tells everybody later why this was done")
     return why
-
-
-@dataclass(slots=True)
-class _Announced:
-    record: AliasRecord | None = None
-
-
-_AHEAD = timedelta(minutes=5)  # that clocks may differ
-
-
-@contextmanager
-def _announced(
-    run: Run, manifest: Manifest, alias: str, newest: AliasRecord | Broken | None, by: str, clock: Clock
-) -> Iterator[_Announced]:
-    """Announce that an alias is about to point at a checkpoint, and afterwards what came of it."""
-    journal = journals.Journal(run.store, run.name, clock)
-    facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": alias, "by": by}
-    if isinstance(newest, AliasRecord) and newest.at - clock() > _AHEAD:
-        warnings.warn(
-            f"record {newest.number} of {alias} is of {newest.at:%Y-%m-%d %H:%M} UTC, which is still to come: a clock "
-            "was wrong, and what served when cannot be told for that time",
-            PeakpointWarning,
-            stacklevel=4,
-        )
-    facts["token"] = secrets.token_hex(8)
-    number = 1 if newest is None else newest.number + 1
-    made = _Announced()
-    try:
-        journal.append(journals.Promoting(at=clock(), record=number, **facts))
-        journal.sync()
-        try:
-            _check_stays(run, manifest)
-            yield made
-        finally:
-            done, digest = (None, None) if made.record is None else (made.record.number, made.record.digest)
-            journal.append(journals.Promoted(at=clock(), record=done, digest=digest, **facts))
-            journal.append(journals.Closed(at=clock(), why=f"peakpoint {alias}"))
-    finally:
-        journal.close()
-
-
-class _GoingError(ConflictError):
-    """A checkpoint is just being removed."""
-
-
-def _check_stays(run: Run, manifest: Manifest) -> None:
-    """Refuse a checkpoint that somebody is removing, or parts of it.
-
-    Whoever removes has said so first, and looks at what is protected after that: one of the two sees the other.
-
-    Raises:
-        ConflictError: it is being removed, or gone, or has lost parts since it was looked at.
-    """
-    name = f"{run.name}/{manifest.name}"
-    there = _manifest(run, manifest)
-    going = there is None or run.is_being_removed(there)
-    now = _manifest(run, manifest)  # once more: a removal may have been over before it was looked for
-    if going or now is None:
-        raise _GoingError(
-            f"{name} is just being removed, or parts of it are; nothing was done. peakpoint trash shows what can be "
-            "brought back"
-        )
-    if now.parts != manifest.parts:
-        raise _GoingError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
-
-
-def _manifest(run: Run, like: Manifest) -> Manifest | None:
-    """A checkpoint as it is now; None when it is gone."""
-    try:
-        found = reader.read_manifest(run.store, run.name, like.name)
-    except NotFoundError:
-        return None
-    return found if found.id == like.id else None
-
-
-def _complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
-    """Say what came of announcements whose makers were killed after the record was made."""
-    there = notes(run.events()).promoting.values()
-    mine = [one for one in there if (one.checkpoint, one.alias) == (manifest.id, record.alias)]
-    over = [one for one in mine if one.record <= record.number]
-    if not over:
-        return
-    journal = journals.Journal(run.store, run.name, utc_now)
-    try:
-        facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": record.alias, "by": by}
-        for one in over:
-            made = (record.number, record.digest) if one.record == record.number else (None, None)
-            journal.append(
-                journals.Promoted(at=journal.now(), record=made[0], digest=made[1], token=one.token, **facts)
-            )
-        journal.append(journals.Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
-    finally:
-        journal.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,9 +417,9 @@ def rollback(
             passed.append(f"record {former.number}: {error}")
             continue
         try:
-            with _announced(run, manifest, alias, present, actor, clock) as announced:
-                announced.record = made = aliases.append(store, alias, change, after=present)
-        except _GoingError as error:
+            with announced(run, manifest, alias, present, actor, clock) as made_known:
+                made_known.record = made = aliases.append(store, alias, change, after=present)
+        except GoingError as error:
             passed.append(f"record {former.number}: {error}")
         else:
             return RolledBack(made, present, tuple(passed))
