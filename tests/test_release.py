@@ -485,3 +485,14 @@ def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
     assert done.exit_code == 12
     assert "champion: aliases/champion/000001.json is not a sealed" in done.output
     assert "r/r_step1" in done.output
+
+
+def test_a_holder_that_was_evaluated_otherwise_is_evaluated_again(tmp_path):
+    found = task.trained(tmp_path, noises=(0.9,))
+    promotion.promote(promotion.propose(found, "r:1", "champion"), "by hand", force=True)
+    task.policy(tmp_path, '[champion.improvement]\nmetric = "accuracy"\nmode = "max"\nsignificance = 0.01')
+    task.trained(tmp_path, noises=(0.05,), run="s")
+    done = released(tmp_path)
+    assert done.outcome == "promoted", done.reasons
+    assert len(validations.of(found.store, "r", found.find("r:1").id)) == 1
+    assert done.record.comparison["paired"]["examples"] == task.EXAMPLES
