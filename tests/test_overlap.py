@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint.copying import ChangedError
+from peakpoint.copying import ChangedError, storage_of
+from peakpoint.tensors import Staging
 from training import checkpointer, kept, same
 
 
@@ -214,3 +215,16 @@ def test_compiled_modules(tmp_path):
         weights = {name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()}
         assert same(weights, dict(expected["model"]))
         assert same(plain(saved["optimizer"]), plain(expected["optimizer"]))
+
+
+@pytest.mark.parametrize("how", ["settle", "hold_step"])
+def test_a_change_that_is_only_seen_after_the_copy_has_ended_is_refused(how):
+    weight = torch.zeros(5000)
+    _, copying = Staging().capture({"model.safetensors": {"w": weight}}, frozenset([storage_of(weight)]))
+    copying.run()
+    copying.wait()  # it looked right when it ended
+    weight.add_(1)
+    if how == "hold_step":
+        copying.hold_step()
+    with pytest.raises(ChangedError, match="changed outside"):
+        copying.settle()
