@@ -11,7 +11,6 @@ import peakpoint as pp
 from peakpoint import layout, trash, upkeep
 from peakpoint.audit import audit, clean
 from peakpoint.cli.main import cli
-from peakpoint.dropping import records
 from peakpoint.journal import Journal
 from peakpoint.retention import Removal, apply
 from peakpoint.seal import seal
@@ -100,7 +99,7 @@ def test_when_the_time_is_over_the_space_is_free(tmp_path):
     assert [one.what for one in clean(pp.open(tmp_path), clock=clock)] == [finding.what]
     assert not (tmp_path / layout.checkpoint_prefix("r", first.name)).exists()
     assert (tmp_path / layout.checkpoint_prefix("r", second.name)).exists()
-    assert upkeep.undo(run, [second.id[:6]], clock=clock)[0][0].name == second.name
+    assert upkeep.undo(run, [second.id[:6]], clock=clock)[0].name == second.name
     assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
 
 
@@ -109,7 +108,7 @@ def test_the_trash_can_be_emptied(tmp_path):
     command("rm", tmp_path, "r:epoch=0", "r:epoch=1", "--yes", "--undo-for", "30d")
     told = command("explain", tmp_path, "r:epoch=0")
     assert f"peakpoint undo {shlex.quote(str(tmp_path))} r/" in told
-    assert "2 things gone for good" in command("trash", tmp_path, "--empty")
+    assert "2 checkpoints gone for good" in command("trash", tmp_path, "--empty")
     told = command("explain", tmp_path, "r:epoch=0")
     assert "gone for good" in told
     assert "undo" not in told
@@ -131,14 +130,14 @@ def test_a_training_keeps_what_its_rules_remove(tmp_path):
     run = run_of(tmp_path)
     assert [one.step for one in run.checkpoints()] == [1, 4]
     there = upkeep.in_trash(run, clock=clock)
-    assert [one.manifest.step for one in there] == [2, 3], "the time of 1's optimizer is over"
+    assert [one.manifest.step for one in there] == [2, 3]
     upkeep.undo(run, [there[1].manifest.name], clock=clock)
     assert [one.step for one in run.checkpoints()] == [1, 3, 4]
     assert sorted(pp.load("r:3", root=tmp_path)) == ["model", "optimizer"]
     assert sorted(pp.load("r:1", root=tmp_path)) == ["model"]
 
 
-def test_dropped_parts_come_back(tmp_path):
+def test_parts_that_rules_drop_are_gone_at_once(tmp_path):
     clock = Clock()
     model, optimizer = parts()
     keep = [pp.Best("acc", "max", parts="model"), pp.Last(1)]
@@ -150,13 +149,46 @@ def test_dropped_parts_come_back(tmp_path):
             ckpt.wait()
     run = run_of(tmp_path)
     assert "optimizer" not in run.find("r:1").parts
+    assert not (run.find("r:1").path / "optimizer.safetensors").exists()
+    assert upkeep.in_trash(run, clock=clock) == []
+    with pytest.raises(pp.NotFoundError, match="trash has no"):
+        upkeep.undo(run, [run.find("r:1").name], clock=clock)
     assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
-    (one,) = upkeep.in_trash(run, clock=clock)
-    assert (one.parts, one.size_bytes > 0) == (("optimizer",), True)
-    assert upkeep.undo(run, [one.manifest.name], clock=clock)[0][1] == ("optimizer",)
-    assert "optimizer" in pp.load("r:1", root=tmp_path)
-    assert list(records(run.store, "r", one.manifest.name)) == []
-    assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_parts_that_earlier_code_dropped_for_a_while_come_back_with_restore(tmp_path, whole):
+    trained(tmp_path, epochs=2)
+    run = run_of(tmp_path)
+    first = run.find("r:epoch=0")
+    optimizer = (first.path / "optimizer.safetensors").read_bytes()
+    until = datetime.now(UTC) + DAY
+    record = {"format": 1, "parts": ["optimizer"], "files": ["optimizer.safetensors"], "at": until - DAY, "why": "x"}
+    (first.path / "dropped-1.json").write_bytes(seal({**record, "by": "y", "until": until}))
+    if not whole:
+        (first.path / "optimizer.safetensors").write_bytes(optimizer[:-1] + bytes([optimizer[-1] ^ 1]))
+    assert "optimizer" not in run.find("r:epoch=0").parts
+    assert [one.name for one in upkeep.restore(run)] == [first.name] * whole
+    assert ("optimizer" in pp.load("r:epoch=0", root=tmp_path)) is whole
+    assert not audit(pp.open(tmp_path), deep=True).of_kind("damage")
+
+
+@pytest.mark.parametrize("harm", ["a bit", "a file"])
+def test_what_is_damaged_in_the_trash_is_named_and_does_not_come_back(tmp_path, harm):
+    trained(tmp_path, epochs=3)
+    run = run_of(tmp_path)
+    first, second = run.manifests()[:2]
+    upkeep.remove(run, [first, second], "why", undo_for=DAY)
+    path = tmp_path / layout.file_key("r", first.name, "model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 8
+    path.write_bytes(data) if harm == "a bit" else path.unlink()
+    (finding,) = audit(pp.open(tmp_path), deep=True).findings
+    assert (finding.kind, finding.where) == ("damage", layout.file_key("r", first.name, "model.safetensors"))
+    with pytest.raises(pp.CorruptError, match="Nothing was brought back"):
+        upkeep.undo(run, [second.name, first.name])
+    assert len(run.manifests()) == 1
+    assert [manifest.name for manifest in upkeep.undo(run, [second.name])] == [second.name]
 
 
 def test_pins_and_names_after_a_return(tmp_path):
@@ -187,7 +219,7 @@ def test_a_removal_that_was_cut_short_leaves_the_checkpoint(tmp_path):
     journal = Journal(run.store, "r", lambda: datetime.now(UTC))
     assert apply(run.store, journal, [Removal(first, "again")], by="z", until=datetime.now(UTC) + DAY) == []
     journal.close()
-    assert [one.why for one in upkeep.in_trash(run)] == ["again"]
+    assert [one.record.why for one in upkeep.in_trash(run)] == ["again"]
 
 
 def test_a_damaged_record_is_damage_and_stays(tmp_path):
@@ -207,18 +239,6 @@ def test_a_damaged_record_is_damage_and_stays(tmp_path):
     path.write_bytes(good)
     upkeep.undo(run, [first.name])
     assert audit(pp.open(tmp_path), deep=True).findings == []
-
-
-def test_archived_checkpoints_go_into_the_trash_and_come_back(tmp_path):
-    weights = trained(tmp_path, epochs=3)
-    run = run_of(tmp_path)
-    upkeep.archive(run)
-    upkeep.remove(run, run.manifests()[:2], "why", undo_for=DAY)
-    clean(pp.open(tmp_path))
-    assert audit(pp.open(tmp_path), deep=True).findings == []
-    upkeep.undo(run, [one.manifest.name for one in upkeep.in_trash(run)])
-    for number, expected in enumerate(weights):
-        assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
 
 
 def test_wrong_input(tmp_path):

@@ -129,6 +129,8 @@ def _run(
         yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
     for name in shelf.bare:
         yield from _unless(busy, _bare(store, run, name, now))
+    for entry in trash.contents(store, run):
+        yield from _files(store, entry.manifest, deep=deep)
     yield from _unless(busy, _strays(store, layout.checkpoints_prefix(run), None))
     for manifest in shelf.manifests:
         result.checkpoints += 1

@@ -2,10 +2,10 @@
 
 The manifest never changes. A record beside it, ``dropped-1.json``, ``dropped-2.json``, ..., says which parts are gone;
 it is durable before their first file goes. Readers take manifest and records together: what was dropped is not there.
-Files that a crash has left are litter.
+Files that a crash has left are litter. Parts go at once: only whole checkpoints go through the trash.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -28,7 +28,8 @@ class Dropped:
         at: when.
         why: one sentence.
         by: who decided.
-        until: as long the files stay, and the parts can be brought back; None when they went at once.
+        until: as long the files stay; None when they went at once. Earlier code wrote others, nothing does now.
+        key: of the record.
     """
 
     parts: tuple[str, ...]
@@ -37,6 +38,7 @@ class Dropped:
     why: str
     by: str
     until: datetime | None = None
+    key: str = ""
 
 
 def records(store: Store, run: str, name: str) -> Iterator[Dropped]:
@@ -49,41 +51,28 @@ def records(store: Store, run: str, name: str) -> Iterator[Dropped]:
     prefix = layout.checkpoint_prefix(run, name)
     for child in store.children(prefix):
         if child.startswith(layout.DROPPED):
-            yield _read(store, prefix, child)
+            content = unseal(store.get(f"{prefix}/{child}"), where=child)
+            check_format(content, where=child)
+            try:
+                yield replace(msgspec.convert(content, Dropped), key=f"{prefix}/{child}")
+            except msgspec.ValidationError as error:
+                raise FormatError(f"{child} is not a record of dropped parts that this release reads") from error
 
 
-def _read(store: Store, prefix: str, child: str) -> Dropped:
-    found = unseal(store.get(f"{prefix}/{child}"), where=child)
-    check_format(found, where=child)
-    try:
-        return msgspec.convert(found, Dropped)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{child} is not a record of dropped parts that this release reads") from error
+def without(manifest: Manifest, gone: Collection[str]) -> Manifest:
+    """A manifest without some parts, and without the files that only they have."""
+    parts = {part: names for part, names in manifest.parts.items() if part not in gone}
+    stays = {name for names in parts.values() for name in names}
+    goes = {name for part in manifest.parts.keys() - parts for name in manifest.parts[part]} - stays
+    return replace(manifest, parts=parts, files=tuple(file for file in manifest.files if file.name not in goes))
 
 
 def left(manifest: Manifest, dropped: Sequence[Dropped]) -> Manifest:
     """A manifest without what was dropped."""
-    if not dropped:
-        return manifest
-    parts = {part for record in dropped for part in record.parts}
-    files = {file for record in dropped for file in record.files}
-    return replace(
-        manifest,
-        parts={part: names for part, names in manifest.parts.items() if part not in parts},
-        files=tuple(file for file in manifest.files if file.name not in files),
-    )
+    return without(manifest, {part for record in dropped for part in record.parts}) if dropped else manifest
 
 
-def drop(
-    store: Store,
-    manifest: Manifest,
-    parts: Sequence[str],
-    *,
-    at: datetime,
-    why: str,
-    by: str,
-    until: datetime | None = None,
-) -> Manifest:
+def drop(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime, why: str, by: str) -> Manifest:
     """Drop parts; idempotent, and to be repeated when it was interrupted.
 
     Args:
@@ -93,7 +82,6 @@ def drop(
         at: the time.
         why: one sentence.
         by: who decides.
-        until: as long the files stay, so that the parts can be brought back; None lets them go at once.
 
     Returns:
         The manifest without them.
@@ -101,18 +89,15 @@ def drop(
     Raises:
         StoreError: the store refused. If the record exists, the parts are gone, and what is left of them is litter.
     """
+    remaining = without(manifest, parts)
+    files = [file.name for file in manifest.files if file not in remaining.files]
     going = [part for part in parts if part in manifest.parts]
-    staying = {file for part, files in manifest.parts.items() if part not in going for file in files}
-    files = tuple(file for part in going for file in manifest.parts[part] if file not in staying)
+    content = {"format": FORMAT, "parts": going, "files": files, "at": at, "why": why, "by": by}
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    record = Dropped(parts=tuple(going), files=files, at=at, why=why, by=by, until=until)
-    content = {"format": FORMAT, "parts": record.parts, "files": files, "at": at, "why": why, "by": by}
-    if until is not None:
-        content["until"] = until
     store.create(f"{prefix}/{layout.DROPPED}{_next(store, prefix)}.json", seal(content))
-    for file in files if until is None else ():
-        store.delete(layout.file_key(manifest.run, manifest.name, file))
-    return left(manifest, [record])
+    for name in files:
+        store.delete(layout.file_key(manifest.run, manifest.name, name))
+    return remaining
 
 
 def _next(store: Store, prefix: str) -> int:
@@ -122,24 +107,6 @@ def _next(store: Store, prefix: str) -> int:
         if child.startswith(layout.DROPPED)
     ]
     return 1 + max((int(number) for number in numbers if number.isascii() and number.isdecimal()), default=0)
-
-
-def bring_back(store: Store, manifest: Manifest) -> tuple[str, ...]:
-    """Bring back all parts whose files are still there.
-
-    Returns:
-        Their names.
-    """
-    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    children = store.children(prefix)
-    back: list[str] = []
-    for child in children:
-        if child.startswith(layout.DROPPED):
-            record = _read(store, prefix, child)
-            if record.until is not None and (set(record.files) <= set(children) or layout.ARCHIVED in children):
-                store.delete(f"{prefix}/{child}")
-                back += record.parts
-    return tuple(back)
 
 
 def leftovers(store: Store, run: str, name: str, now: datetime) -> list[str]:

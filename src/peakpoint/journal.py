@@ -124,7 +124,10 @@ class Removed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartsDropped:
-    """Parts of a checkpoint are about to be dropped; recorded before the first goes; ``until`` as in ``Removed``."""
+    """Parts of a checkpoint are about to be dropped; recorded before the first goes.
+
+    ``until`` was as in ``Removed``; it is None in what is written now, and parts go at once.
+    """
 
     at: datetime
     checkpoint: str

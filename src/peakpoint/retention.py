@@ -1,11 +1,11 @@
 """Retention: which checkpoints stay and which go, with reasons. First a plan, then its application."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 
-from peakpoint.dropping import drop
+from peakpoint.dropping import drop, without
 from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, PartsDropped, Removed, Undone
 from peakpoint.manifest import Manifest
@@ -45,17 +45,9 @@ class Thinning:
     reason: str
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """The files that go."""
-        stays = {name for part, names in self.manifest.parts.items() if part not in self.parts for name in names}
-        return tuple(name for part in self.parts for name in self.manifest.parts[part] if name not in stays)
-
-    @property
     def left(self) -> Manifest:
         """What is left of the checkpoint."""
-        parts = {part: names for part, names in self.manifest.parts.items() if part not in self.parts}
-        files = tuple(file for file in self.manifest.files if file.name not in self.files)
-        return replace(self.manifest, parts=parts, files=files)
+        return without(self.manifest, self.parts)
 
     @property
     def freed_bytes(self) -> int:
@@ -288,9 +280,8 @@ def thin(
     *,
     by: str,
     pinned: Callable[[], Collection[str]] = tuple,
-    until: datetime | None = None,
 ) -> tuple[dict[str, Manifest], list[str]]:
-    """Drop parts, recording each reason durably before the first file goes.
+    """Drop parts, recording each reason durably before the first file goes; they cannot be brought back.
 
     Returns:
         The manifests as they are now, by id, and one sentence for each that failed.
@@ -307,7 +298,6 @@ def thin(
                 parts=thinning.parts,
                 reason=thinning.reason,
                 by=by,
-                until=until,
             )
         )
     if drops:
@@ -320,7 +310,7 @@ def thin(
             continue
         try:
             changed[thinning.manifest.id] = drop(
-                store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by, until=until
+                store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by
             )
         except StoreError as error:
             failures.append(f"parts of {thinning.manifest.name} could not be dropped: {error}")

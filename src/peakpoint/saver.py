@@ -278,9 +278,7 @@ class Saver:
         failures = retention.apply(
             self._store, self._journal, plan.remove, by="rules", pinned=self._protected, until=until
         )
-        thinned, more = retention.thin(
-            self._store, self._journal, plan.drop, by="rules", pinned=self._protected, until=until
-        )
+        thinned, more = retention.thin(self._store, self._journal, plan.drop, by="rules", pinned=self._protected)
         if until is not None:
             self._purge(now)
         self._notices += [*failures, *more]

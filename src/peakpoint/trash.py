@@ -11,6 +11,7 @@ from datetime import datetime
 import msgspec
 
 from peakpoint import layout
+from peakpoint.dropping import left, records
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import FORMAT, MANIFEST, Manifest, check_format, decode
 from peakpoint.seal import seal, unseal
@@ -82,9 +83,22 @@ def read(store: Store, run: str, name: str) -> Trashed | None:
         raise FormatError(f"{key} is not a record of a removed checkpoint that this release reads") from error
 
 
-def contents(store: Store, run: str) -> list[tuple[Trashed, Manifest]]:
+@dataclass(frozen=True, slots=True)
+class InTrash:
+    """A checkpoint that can be brought back.
+
+    Attributes:
+        manifest: of the checkpoint, without the parts that had been dropped.
+        record: says until when, why and by whom it was removed.
+    """
+
+    manifest: Manifest
+    record: Trashed
+
+
+def contents(store: Store, run: str) -> list[InTrash]:
     """What is in the trash of a run, the first that goes first; damaged records are left out (audit names them)."""
-    found = []
+    entries = []
     for child in store.children(layout.checkpoints_prefix(run)):
         name = child.removesuffix("/")
         if store.size(layout.manifest_key(run, name)) is not None:
@@ -92,27 +106,20 @@ def contents(store: Store, run: str) -> list[tuple[Trashed, Manifest]]:
         try:
             record = read(store, run, name)
             if record is not None:
-                found.append((record, record.decoded()))
+                manifest = left(record.decoded(), list(records(store, run, name)))
+                entries.append(InTrash(manifest, record))
         except (CorruptError, FormatError):
             continue
-    return sorted(found, key=lambda entry: (entry[0].until, entry[1].sequence))
+    return sorted(entries, key=lambda entry: (entry.record.until, entry.manifest.sequence))
 
 
 def bring_back(store: Store, record: Trashed) -> Manifest:
-    """Make a checkpoint exist again.
+    """Make a checkpoint exist again; the caller knows that its files are whole.
 
     Returns:
         Its manifest.
-
-    Raises:
-        NotFoundError: files of it are gone.
     """
     manifest = record.decoded()
-    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    children = set(store.children(prefix))
-    gone = {file.name for file in manifest.files} - children
-    if gone and layout.ARCHIVED not in children and not any(child.startswith(layout.DROPPED) for child in children):
-        raise NotFoundError(f"{manifest.name} cannot be brought back: {', '.join(sorted(gone))} is gone")
     store.create(layout.manifest_key(manifest.run, manifest.name), record.manifest.encode())
     store.delete(layout.trashed_key(manifest.run, manifest.name))
     return manifest

@@ -6,15 +6,14 @@ Each records who did what in the journal, and can be repeated when it was cut sh
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from peakpoint import archiving, dropping, journal, layout, retention, trash
+from peakpoint import archiving, journal, layout, reader, retention, trash
 from peakpoint.actor import present_user
 from peakpoint.archiving import Packed
 from peakpoint.audit import clean_run
 from peakpoint.clock import Clock, utc_now
-from peakpoint.errors import NotFoundError
+from peakpoint.errors import CorruptError, NotFoundError
 from peakpoint.journal import Journal
 from peakpoint.manifest import Manifest
 from peakpoint.notes import notes
@@ -24,6 +23,7 @@ from peakpoint.repository import Run
 from peakpoint.retention import Plan, Removal
 from peakpoint.rules import Rule
 from peakpoint.store import holder_note
+from peakpoint.trash import InTrash
 
 NOTHING = timedelta(0)
 
@@ -85,7 +85,7 @@ def apply_plan(
             return _protected(run)
 
         failures = retention.apply(run.store, events, plan.remove, by=by, pinned=pinned, until=until)
-        return failures + retention.thin(run.store, events, plan.drop, by=by, pinned=pinned, until=until)[1]
+        return failures + retention.thin(run.store, events, plan.drop, by=by, pinned=pinned)[1]
 
 
 def _protected(run: Run) -> dict[str, str]:
@@ -131,44 +131,14 @@ def remove(
         events.close()
 
 
-@dataclass(frozen=True, slots=True)
-class InTrash:
-    """Something that can be brought back.
-
-    Attributes:
-        manifest: of the checkpoint.
-        parts: the parts that are in the trash; none when the whole checkpoint is.
-        size_bytes: what it takes.
-        until: when it goes.
-        why: why it was removed.
-        by: who decided.
-    """
-
-    manifest: Manifest
-    parts: tuple[str, ...]
-    size_bytes: int
-    until: datetime
-    why: str
-    by: str
-
-
 def in_trash(run: Run, *, clock: Clock = utc_now) -> list[InTrash]:
     """What can be brought back, the first that goes first."""
-    now, found = clock(), []
-    for record, manifest in trash.contents(run.store, run.name):
-        if record.until > now:
-            found.append(InTrash(manifest, (), manifest.size_bytes, record.until, record.why, record.by))
-    for manifest in run.manifests():
-        for dropped in dropping.records(run.store, run.name, manifest.name):
-            if dropped.until is not None and dropped.until > now:
-                keys = [layout.file_key(run.name, manifest.name, file) for file in dropped.files]
-                size = sum(run.store.size(key) or 0 for key in keys)
-                found.append(InTrash(manifest, dropped.parts, size, dropped.until, dropped.why, dropped.by))
-    return sorted(found, key=lambda one: (one.until, one.manifest.sequence))
+    now = clock()
+    return [entry for entry in trash.contents(run.store, run.name) if entry.record.until > now]
 
 
-def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[tuple[Manifest, tuple[str, ...]]]:
-    """Bring removed checkpoints and dropped parts back, and pin the checkpoints: rules would take them again.
+def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[Manifest]:
+    """Bring removed checkpoints back, bit for bit, and pin them: rules would take them again.
 
     Args:
         run: which.
@@ -176,43 +146,46 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[tupl
         clock: tells the time.
 
     Returns:
-        What is back: manifests, with the names of parts where only they had gone.
+        What is back. Every byte of it has been compared with its digest.
 
     Raises:
         NotFoundError: something of that name is not in the trash; nothing was brought back.
+        CorruptError: something is damaged; nothing was brought back.
         ConflictError: somebody is writing the run.
     """
     with writing(run, "peakpoint undo", clock) as events:
-        there = in_trash(run, clock=clock)
-        chosen = {one.manifest.id: one for name in names for one in _named(there, name)}
-        removed = {manifest.id: record for record, manifest in trash.contents(run.store, run.name)}
-        back = []
-        for checkpoint, one in chosen.items():
-            name = one.manifest.name
-            events.append(journal.Changing(at=clock(), checkpoint=checkpoint, name=name, by=present_user()))
+        removed = in_trash(run, clock=clock)
+        chosen = {entry.manifest.id: entry for name in names for entry in _named(removed, name)}
+        for entry in chosen.values():
+            _check_whole(run, entry.manifest)
+        for checkpoint, entry in chosen.items():
+            name, by = entry.manifest.name, present_user()
+            events.append(journal.Changing(at=clock(), checkpoint=checkpoint, name=name, by=by))
             events.sync()
-            if one.parts:
-                parts = dropping.bring_back(run.store, one.manifest)
-            else:
-                trash.bring_back(run.store, removed[checkpoint])
-                parts = ()
-            event = journal.Undone(
-                at=clock(), checkpoint=checkpoint, name=one.manifest.name, parts=parts, by=present_user()
-            )
-            events.append(event)
-            events.append(
-                journal.Pinned(at=clock(), checkpoint=checkpoint, why="brought back with undo", by=present_user())
-            )
-            back.append((one.manifest, parts))
-        return back
+            trash.bring_back(run.store, entry.record)
+            events.append(journal.Undone(at=clock(), checkpoint=checkpoint, name=name, parts=(), by=by))
+            events.append(journal.Pinned(at=clock(), checkpoint=checkpoint, why="brought back with undo", by=by))
+        return [entry.manifest for entry in chosen.values()]
 
 
-def _named(there: Sequence[InTrash], name: str) -> list[InTrash]:
-    found = [one for one in there if one.manifest.name == name or one.manifest.id.startswith(name)]
-    if not found:
-        names = [one.manifest.name for one in there]
+def _named(removed: Sequence[InTrash], name: str) -> list[InTrash]:
+    entries = [entry for entry in removed if entry.manifest.name == name or entry.manifest.id.startswith(name)]
+    if not entries:
+        names = [entry.manifest.name for entry in removed]
         raise NotFoundError(f"the trash has no {name!r}{near(name, names)}; peakpoint trash lists what it has")
-    return found
+    return entries
+
+
+def _check_whole(run: Run, manifest: Manifest) -> None:
+    """Compare every byte of a removed checkpoint with its digest."""
+    try:
+        for file in manifest.files:
+            reader.read(run.store, manifest, file)
+    except CorruptError as error:
+        raise CorruptError(
+            f"{manifest.name} cannot be brought back bit for bit: {error}. Nothing was brought back; restore its files "
+            "from a copy, or let it go with peakpoint trash --empty"
+        ) from error
 
 
 def empty_trash(run: Run, *, clock: Clock = utc_now) -> list[InTrash]:
@@ -224,12 +197,12 @@ def empty_trash(run: Run, *, clock: Clock = utc_now) -> list[InTrash]:
     Raises:
         ConflictError: somebody is writing the run.
     """
-    there = in_trash(run, clock=clock)
-    if there:
-        latest = max(one.until for one in there)
+    removed = in_trash(run, clock=clock)
+    if removed:
+        latest = max(entry.record.until for entry in removed)
         with writing(run, "peakpoint trash --empty", clock):
             clean_run(run.store, run.name, latest)
-    return there
+    return removed
 
 
 def archive(

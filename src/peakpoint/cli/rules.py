@@ -114,14 +114,13 @@ def _carry_out(
 def _print_done(
     root: Path, run: Run, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool
 ) -> None:
-    parts = f", dropped parts of {len(decided.drop)}" if decided.drop else ""
+    parts = f", dropped parts of {len(decided.drop)} for good" if decided.drop else ""
     failed = f"; {len(failures)} failed" if failures else ""
     click.echo(
         f"{'archived' if archive else 'removed'} {render.count(len(decided.remove), 'checkpoint')}{parts}{failed}"
     )
-    if decided.drop or not archive:
-        gone = [f"{run.name}/{removal.manifest.name}" for removal in decided.remove if not archive]
-        gone += [f"{run.name}/{thinning.manifest.name}" for thinning in decided.drop]
+    if decided.remove and not archive:
+        gone = [f"{run.name}/{removal.manifest.name}" for removal in decided.remove]
         click.echo(render.undo_hint(root, gone, undo_for))
 
 
@@ -134,7 +133,7 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
     marks, whys = [], []
     for manifest in manifests:
         lost, removal = losing.get(manifest.id), going.get(manifest.id)
-        stays = "[green]stays[/]" if lost is None else f"[yellow]loses {escape(lost)}[/]"
+        stays = "[green]stays[/]" if lost is None else f"[yellow]loses {escape(lost)} for good[/]"
         marks.append(stays if removal is None else "[red]goes[/]")
         claims = decided.keep.get(manifest.id, ())
         whys.append(render.claims_text(claims) if removal is None else escape(removal.reason))
@@ -241,7 +240,7 @@ def explain(root: Path, ref: str, *, json: bool) -> None:
         life = _gone(run, ref)
         if life is None:
             raise NotFoundError(f"{error}; the journal knows of no removed one either") from error
-        there = {one.manifest.id: one.until for one in upkeep.in_trash(run) if not one.parts}
+        there = {entry.manifest.id: entry.record.until for entry in upkeep.in_trash(run)}
         _explain_gone(root, run, life, there.get(life.saved.checkpoint), json=json)
         return
     _explain_here(run, manifest, json=json)

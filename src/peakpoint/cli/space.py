@@ -17,6 +17,7 @@ from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, CorruptError
 from peakpoint.manifest import Manifest
 from peakpoint.repository import Repository, Run, open_repository
+from peakpoint.trash import InTrash
 
 
 @contextmanager
@@ -137,33 +138,34 @@ def restore(root: Path, name: str, names: tuple[str, ...], *, json: bool) -> Non
 def trash(root: Path, *, empty: bool, json: bool) -> None:
     """List what was removed and can be brought back, and until when."""
     runs = open_repository(root).runs()
-    found = [one for run in runs for one in (upkeep.empty_trash(run) if empty else upkeep.in_trash(run))]
-    total = sum(one.size_bytes for one in found)
+    entries = [entry for run in runs for entry in (upkeep.empty_trash(run) if empty else upkeep.in_trash(run))]
+    total = sum(entry.manifest.size_bytes for entry in entries)
     if json:
-        render.as_json({"emptied" if empty else "trash": [_trash_json(one) for one in found], "bytes": total})
+        render.as_json({"emptied" if empty else "trash": [_trash_json(entry) for entry in entries], "bytes": total})
         return
     console = render.console()
-    if not found:
+    if not entries:
         console.print("the trash is empty")
         return
     if empty:
-        console.print(f"{render.count(len(found), 'thing')} gone for good, {render.size(total)} freed")
+        console.print(f"{render.count(len(entries), 'checkpoint')} gone for good, {render.size(total)} freed")
         return
+    refs = [escape(f"{entry.manifest.run}/{entry.manifest.name}") for entry in entries]
     columns = [
-        Column("checkpoint", [escape(f"{one.manifest.run}/{one.manifest.name}") for one in found], right=False),
-        Column("what", [escape(", ".join(one.parts)) or "all of it" for one in found], right=False),
-        Column("size", [render.size(one.size_bytes) for one in found]),
-        Column("until", [f"{one.until:%Y-%m-%d %H:%M} UTC" for one in found], right=False),
+        Column("checkpoint", refs, right=False),
+        Column("size", [render.size(entry.manifest.size_bytes) for entry in entries]),
+        Column("until", [f"{entry.record.until:%Y-%m-%d %H:%M} UTC" for entry in entries], right=False),
     ]
-    console.print(fitting.with_reasons(console, columns, ["size"], "why", [escape(one.why) for one in found]))
+    whys = [escape(entry.record.why) for entry in entries]
+    console.print(fitting.with_reasons(console, columns, ["size"], "why", whys))
     console.print(
         f"{render.size(total)}; {escape(render.command('undo', root, 'RUN/NAME'))} brings one back", soft_wrap=True
     )
 
 
-def _trash_json(one: upkeep.InTrash) -> dict[str, Any]:
-    given = {"parts": one.parts, "size_bytes": one.size_bytes, "until": one.until, "reason": one.why, "by": one.by}
-    return _json(one.manifest) | given
+def _trash_json(entry: InTrash) -> dict[str, Any]:
+    record = entry.record
+    return _json(entry.manifest) | {"until": record.until, "reason": record.why, "by": record.by}
 
 
 @click.command()
@@ -171,7 +173,7 @@ def _trash_json(one: upkeep.InTrash) -> dict[str, Any]:
 @click.argument("names", metavar="RUN/NAME...", nargs=-1, required=True)
 @JSON
 def undo(root: Path, names: tuple[str, ...], *, json: bool) -> None:
-    """Bring removed checkpoints and dropped parts back from the trash."""
+    """Bring removed checkpoints back from the trash, every byte compared with its digest."""
     repository = open_repository(root)
     wanted: dict[str, list[str]] = {}
     for ref in names:
@@ -179,12 +181,12 @@ def undo(root: Path, names: tuple[str, ...], *, json: bool) -> None:
         if not (run and slash and name):
             raise ConfigError(f"{ref!r} names nothing in the trash; give RUN/NAME, as peakpoint trash lists it")
         wanted.setdefault(run, []).append(name)
-    found = [one for run, some in wanted.items() for one in upkeep.undo(repository.run(run), some)]
+    back = [manifest for run, names in wanted.items() for manifest in upkeep.undo(repository.run(run), names)]
     if json:
-        render.as_json({"back": [_json(manifest) | {"parts": parts} for manifest, parts in found]})
+        render.as_json({"back": [_json(manifest) for manifest in back]})
         return
-    for manifest, parts in found:
-        click.echo(f"{manifest.run}/{manifest.name} is back" + (f" with {', '.join(parts)}" if parts else ""))
+    for manifest in back:
+        click.echo(f"{manifest.run}/{manifest.name} is back")
     click.echo("pinned, so that no rule takes them again; peakpoint unpin lets the rules have them")
 
 
