@@ -730,6 +730,7 @@ def test_an_archived_one_and_one_that_was_brought_back_are_the_same_checkpoint(t
     upkeep.archive(run)
     assert pp.open(tmp_path).find("@champion").id == one.id
     point(run.store, "champion", None, keeps=0)
+    upkeep.restore(run)
     upkeep.remove(run, [one], "x", undo_for=DAY)
     with pytest.raises(
         NotFoundError, match=r"record 1 of champion points at r/\S+ \(\w{16}\), which does not exist any more"

@@ -2,9 +2,9 @@
 
 import os
 import random
-import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import packs, upkeep
+from peakpoint import layout, packs, upkeep
 from peakpoint.archiving import CHAIN
-from peakpoint.audit import audit
+from peakpoint.audit import audit, clean
 from peakpoint.cli.main import cli
+from peakpoint.journal import Journal, Removed
 from peakpoint.seal import seal, unseal
 from peakpoint.store import MemoryStore
 from training import checkpointer, parts, same, train
+
+DAY = timedelta(days=1)
 
 
 def files(root):
@@ -56,11 +59,6 @@ def run_of(root):
     return pp.open(root).run("r")
 
 
-def archived(root):
-    """Whether each checkpoint is."""
-    return [not (one.path / "state.json").exists() for one in run_of(root).checkpoints()]
-
-
 def command(*arguments, code=0):
     done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
@@ -73,8 +71,7 @@ def test_archived_and_restored_bit_for_bit(tmp_path):
     backbone = torch.nn.Linear(200, 200).requires_grad_(False)  # a file that checkpoints share
     trained(tmp_path, backbone=backbone)
     before, space = files(tmp_path), bytes_on_disk(tmp_path)
-    done, damaged = upkeep.archive(run_of(tmp_path))
-    assert damaged == []
+    done = upkeep.archive(run_of(tmp_path))
     assert [one.bases for one in done][:2] == [0, 1]
     assert not list(tmp_path.rglob("*.safetensors"))
     assert sum(one.packed_bytes for one in done) < 0.5 * sum(one.size_bytes for one in done)
@@ -100,36 +97,121 @@ def test_archived_checkpoints_are_read_like_others(tmp_path):
     assert same(dict(other.state_dict()), weights[-1])
 
 
-def test_a_training_goes_on_from_an_archived_checkpoint(tmp_path):
+def test_another_run_goes_on_from_a_checkpoint_of_an_archived_run(tmp_path):
     expected = trained(tmp_path / "whole", epochs=6)
     trained(tmp_path / "r", epochs=4)
     upkeep.archive(run_of(tmp_path / "r"))
-    assert same(trained(tmp_path / "r", epochs=6), expected[4:])
+    model, optimizer = parts(width=64)
+    state = {"model": model, "optimizer": optimizer}
+    with checkpointer(tmp_path / "r", run="q", state=state, keep=[pp.Last(99)], resume="r@latest") as ckpt:
+        for _ in ckpt.epochs(6):
+            ckpt.report(loss=train(model, optimizer))
+    assert same(dict(pp.load("q@latest", root=tmp_path / "r")["model"]), expected[-1])
     assert audit(pp.open(tmp_path / "r"), deep=True).findings == []
-    assert [one.epoch for one in run_of(tmp_path / "r").checkpoints()] == list(range(6))
 
 
-def test_rules_remove_archived_checkpoints_and_packs_stay_while_they_are_needed(tmp_path):
-    weights = trained(tmp_path, epochs=5)
+def everything(root):
+    """Every file below a root but the journal's, the lock and the catalogue."""
+    skip = {"journal", "writer.lock"}
+    return {
+        path.relative_to(root): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not skip & set(path.parts) and "catalogue" not in path.name
+    }
+
+
+MODEL_ONLY = pp.Best("loss", "min", parts="model")
+REFUSED = {
+    "keep": lambda root: command("keep", root, "r", "--rules", "last:1"),
+    "keep --yes": lambda root: upkeep.apply_plan(run_of(root), run_of(root).plan([pp.Last(1)]), None),
+    "parts": lambda root: upkeep.apply_plan(
+        run_of(root), run_of(root).plan([pp.Best("loss", "min", parts="model")]), None
+    ),
+    "rm": lambda root: upkeep.remove(run_of(root), run_of(root).manifests()[:1], "x"),
+    "rm of all, into the trash": lambda root: upkeep.remove(run_of(root), run_of(root).manifests(), "x", undo_for=DAY),
+    "undo": lambda root: upkeep.undo(run_of(root), ["r_epoch0"]),
+    "training": lambda root: trained(root, epochs=6),
+}
+
+
+@pytest.mark.parametrize("verb", REFUSED)
+def test_nothing_changes_single_checkpoints_of_an_archived_run(tmp_path, verb):
+    trained(tmp_path, epochs=4)
+    upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests()[:1], "was in the trash before", undo_for=DAY)
     upkeep.archive(run_of(tmp_path))
-    packed = sorted(path.name for path in (tmp_path / "runs/r/archive").iterdir())
-    assert len(packed) == 5
-    first, *others = run_of(tmp_path).manifests()
-    upkeep.remove(run_of(tmp_path), [first], "a base of the others")
-    assert audit(pp.open(tmp_path), deep=True).findings == [], "its pack is still needed"
-    for number in range(1, 5):
-        assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), weights[number])
-    upkeep.remove(run_of(tmp_path), others[1:], "the rest")
-    command("audit", tmp_path, "--clean")
-    assert len(list((tmp_path / "runs/r/archive").iterdir())) == 2, "one is there, and needs another"
-    assert same(dict(pp.load("r:epoch=1", root=tmp_path)["model"]), weights[1])
+    before = everything(tmp_path)
+    with pytest.raises(pp.ConflictError, match="is archived") as refused:
+        REFUSED[verb](tmp_path)
+    assert "--restore" in str(refused.value) or "--undo-for 0" in str(refused.value)
+    assert everything(tmp_path) == before
+    assert upkeep.archive(run_of(tmp_path)) == []
     upkeep.restore(run_of(tmp_path))
-    assert not (tmp_path / "runs/r/archive").exists()
+    assert len(upkeep.undo(run_of(tmp_path), [upkeep.in_trash(run_of(tmp_path))[0].manifest.id])) == 1
+    assert audit(pp.open(tmp_path), deep=True).findings == []
+
+
+def test_notes_and_aliases_of_an_archived_run_go_on(tmp_path):
+    trained(tmp_path, epochs=2)
+    upkeep.archive(run_of(tmp_path))
+    run = run_of(tmp_path)
+    run.pin("r@latest", "figure 3")
+    assert run.record("r@latest", {"accuracy": 0.5}).metrics["accuracy"] == 0.5
+    command("promote", tmp_path, "r@latest", "--as", "champion", "--force", "--yes", "--why", "x")
+    assert [one.epoch for one in pp.open(tmp_path).select("archived")] == [1, 0]
+    upkeep.restore(run)
+    assert list(pp.open(tmp_path).select("archived")) == []
+
+
+def test_the_whole_of_an_archived_run_can_be_removed(tmp_path):
+    trained(tmp_path, epochs=3)
+    upkeep.archive(run_of(tmp_path))
+    assert upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests(), "done with it") == []
+    assert run_of(tmp_path).checkpoints() == []
+    command("audit", tmp_path, "--clean")
+    assert not list(tmp_path.rglob("*.pack"))
+    assert not (tmp_path / layout.archived_key("r")).exists()
+    assert len(trained(tmp_path, epochs=2)) == 2, "it begins anew"
+
+
+def test_a_removal_that_begins_during_an_archive_stops_one_of_the_two(tmp_path):
+    trained(tmp_path, epochs=3)
+    run = run_of(tmp_path)
+    journal = Journal(run.store, "r", lambda: datetime.now(UTC))
+
+    def announce(_):
+        last = run.manifests()[-1]
+        removed = Removed(at=journal.now(), checkpoint=last.id, name=last.name, step=3, epoch=2, reason="x", by="y")
+        journal.append(removed)
+
+    before = files(tmp_path)
+    with pytest.raises(pp.ConflictError, match="being removed"):
+        upkeep.archive(run, progress=announce)
+    journal.close()
+    assert files(tmp_path) == before
+    assert not (tmp_path / layout.archived_key("r")).exists()
+    assert not list(tmp_path.rglob("*.pack"))
+
+
+def test_what_goes_into_the_trash_during_an_archive_keeps_its_files(tmp_path):
+    weights = trained(tmp_path, epochs=3)
+    run = run_of(tmp_path)
+    going = []
+
+    def remove(packed):
+        if packed.manifest.epoch == 2:
+            going.extend(upkeep.remove(run, run.manifests()[:1], "x", undo_for=DAY))
+
+    upkeep.archive(run, progress=remove)
+    assert going == []
+    upkeep.restore(run)
+    upkeep.undo(run, [upkeep.in_trash(run)[0].manifest.name])
+    for number, expected in enumerate(weights):
+        assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
 
 
 def test_chains_are_bounded(tmp_path):
     trained(tmp_path, epochs=CHAIN + 3, width=2)
-    done, _ = upkeep.archive(run_of(tmp_path))
+    done = upkeep.archive(run_of(tmp_path))
     store = pp.open(tmp_path).store
     depths = [packs.read_index(store, "r", one.manifest.id).depth for one in done]
     assert depths == [*range(1, CHAIN + 1), 1, 2, 3]
@@ -137,8 +219,8 @@ def test_chains_are_bounded(tmp_path):
 
 @given(st.integers(0, 2**32), st.integers(3, 7))
 @settings(max_examples=12, deadline=None)
-def test_any_order_of_archiving_removing_and_restoring(tmp_path_factory, seed, epochs):
-    """States whose layout changes; subsets archived, removed, restored: what exists is always what was saved."""
+def test_layouts_that_change_come_back(tmp_path_factory, seed, epochs):
+    """States whose layout changes, some of them dropped or removed before: what exists is always what was saved."""
     root, dice = tmp_path_factory.mktemp("r"), random.Random(seed)
     torch.manual_seed(seed)
     state = {"model": {"w": torch.randn(40, 30), "half": torch.randn(50).bfloat16(), "n": torch.arange(9)}}
@@ -153,31 +235,23 @@ def test_any_order_of_archiving_removing_and_restoring(tmp_path_factory, seed, e
             ckpt.report(step=step)
             ckpt.wait()
             saved[step] = {name: value.clone() for name, value in state["model"].items()}
-    for _ in range(6):
-        run = pp.open(root).run("r")
-        there = list(run.manifests())
-        some = dice.sample(there, dice.randint(0, len(there)))
-        match dice.choice(["archive", "archive", "restore", "remove"]):
-            case "archive":
-                assert upkeep.archive(run, some)[1] == []
-            case "restore":
-                upkeep.restore(run, some)
-            case "remove":
-                upkeep.remove(run, some[:1], "chance")
-        left = {one.step for one in run.checkpoints()}
-        assert left == {one.step for one in there} - ({some[0].step} if len(left) < len(there) else set())
-        for step in left:
-            assert same(dict(pp.load(f"r:{step}", root=root)["model"]), saved[step])
-        pp.open(root)
-    assert not audit(pp.open(root), deep=True).of_kind("damage")
-    upkeep.restore(pp.open(root).run("r"))
-    assert not list(root.glob("runs/r/archive/*"))
+    run = pp.open(root).run("r")
+    for verb in (upkeep.archive, upkeep.restore, upkeep.archive):
+        if dice.random() < 0.5 and verb is not upkeep.restore:
+            goes = dice.choice(run.manifests())
+            assert upkeep.remove(run, [goes], "chance") == []
+            del saved[goes.step]
+        verb(run)
+        assert {one.step for one in run.checkpoints()} == saved.keys()
+        for step, expected in saved.items():
+            assert same(dict(pp.load(f"r:{step}", root=root)["model"]), expected)
+        assert audit(pp.open(root), deep=True).findings == []
 
 
 def test_every_damage_to_a_pack_is_noticed(tmp_path):
     weights = trained(tmp_path, epochs=2, width=4)
     upkeep.archive(run_of(tmp_path))
-    first, last = run_of(tmp_path).manifests()
+    first = run_of(tmp_path).manifests()[0]
     path = tmp_path / "runs/r/archive" / f"{first.id}.pack"
     good = path.read_bytes()
     dice = random.Random(3)
@@ -205,9 +279,44 @@ def test_every_damage_to_a_pack_is_noticed(tmp_path):
     assert {finding.kind for finding in audit(pp.open(tmp_path)).findings} == {"damage"}
     with pytest.raises(pp.CorruptError):
         upkeep.restore(run_of(tmp_path))
+    clean(pp.open(tmp_path))
     path.write_bytes(good)
+    assert audit(pp.open(tmp_path), deep=True).findings == [], "the packs are still read"
+    for number, expected in enumerate(weights):
+        assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
+
+
+def test_what_is_damaged_in_an_archive_keeps_nothing_else_there(tmp_path):
+    weights = trained(tmp_path, epochs=CHAIN + 2, width=2)
+    upkeep.archive(run_of(tmp_path))
+    *others, last = run_of(tmp_path).manifests()
+    path = tmp_path / "runs/r/archive" / f"{last.id}.pack"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(pp.CorruptError, match=f"all of run 'r' is back but.*{last.id}"):
+        upkeep.restore(run_of(tmp_path))
+    for number, expected in enumerate(weights[:-1]):
+        assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
+    upkeep.remove(run_of(tmp_path), [last], "damaged")
+    clean(pp.open(tmp_path))
     assert audit(pp.open(tmp_path), deep=True).findings == []
-    assert [one.id for one in upkeep.restore(run_of(tmp_path))] == [first.id, last.id]
+    assert len(upkeep.archive(run_of(tmp_path))) == len(others)
+
+
+def test_a_damaged_record_of_an_archive_loses_nothing(tmp_path):
+    weights = trained(tmp_path, epochs=2)
+    upkeep.archive(run_of(tmp_path))
+    record = tmp_path / layout.archived_key("r")
+    good = record.read_bytes()
+    for bad in (good[:-3], good.replace(b"packed", b"pocked"), b"", seal({"format": 9}), seal({"format": 1, "at": 7})):
+        record.write_bytes(bad)
+        assert "damage" in {finding.kind for finding in audit(pp.open(tmp_path)).findings}
+        clean(pp.open(tmp_path))
+        with pytest.raises((pp.CorruptError, pp.FormatError)):
+            upkeep.restore(run_of(tmp_path))
+    record.unlink()
+    clean(pp.open(tmp_path))
+    for number, expected in enumerate(weights):
+        assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
 
 
 def rewritten(root, whose, **changes):
@@ -253,24 +362,26 @@ def test_hostile_packs_are_refused(tmp_path):
             pp.load("r:epoch=0", root=tmp_path).verify()
 
 
-def test_a_damaged_checkpoint_stays_as_it_is_and_the_others_are_archived(tmp_path):
+def test_a_run_with_a_damaged_checkpoint_stays_as_it_is(tmp_path):
     trained(tmp_path, epochs=4, width=4)
     second = run_of(tmp_path).checkpoints()[1]
     target = second.path / "model.safetensors"
     data = bytearray(target.read_bytes())
     data[-3] ^= 1
     target.write_bytes(data)
-    output = command("archive", tmp_path, "r", code=12)
-    assert "3 checkpoints" in output
-    assert "not archived" in output
-    assert target.read_bytes() == data
-    assert archived(tmp_path) == [True, False, True, True]
+    before = files(tmp_path)
+    with pytest.raises(pp.CorruptError, match=f"{second.name} is damaged"):
+        command("archive", tmp_path, "r")
+    assert files(tmp_path) == before
+    assert not list(tmp_path.rglob("*.pack"))
+    upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests()[1:2], "damaged")
+    assert "3 checkpoints" in command("archive", tmp_path, "r")
 
 
 def test_a_store_without_directories_can_be_archived(tmp_path):
     store = MemoryStore()
     weights = trained(store, epochs=3)
-    done, _ = upkeep.archive(pp.open(store).run("r"))
+    done = upkeep.archive(pp.open(store).run("r"))
     assert len(done) == 3
     assert same(dict(pp.load("r:epoch=2", root=store)["model"]), weights[2])
     assert len(upkeep.restore(pp.open(store).run("r"))) == 3
@@ -289,11 +400,14 @@ def test_a_run_that_is_being_written_is_left_alone(tmp_path):
 def test_without_the_extra_the_error_says_what_to_install(tmp_path):
     trained(tmp_path, epochs=1)
     script = "import sys; sys.modules['zstandard'] = None; from peakpoint.cli.main import run; run()"
-    for verb in ("archive", "restore"):
+    for verb in ([], ["--restore"]):
         done = subprocess.run(
-            [sys.executable, "-c", script, verb, str(tmp_path), "r"], capture_output=True, text=True, check=False
+            [sys.executable, "-c", script, "archive", str(tmp_path), "r", *verb],
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        if verb == "archive":
+        if not verb:
             assert done.returncode == 2
             assert "pip install 'peakpoint[archive]'" in done.stderr
             assert "Traceback" not in done.stderr
@@ -305,26 +419,16 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path):
 def test_the_commands_say_what_they_do(tmp_path):
     trained(tmp_path, epochs=3)
     assert "would archive 3 checkpoints" in command("archive", tmp_path, "r", "--dry-run")
-    assert "1 checkpoint" in command("archive", tmp_path, "r", "r:epoch=1")
     output = command("archive", tmp_path, "r")
-    assert "2 checkpoints" in output
+    assert "3 checkpoints" in output
     assert "the one before" in output
+    assert "r --restore brings the files back" in output
     assert "nothing to archive" in command("archive", tmp_path, "r")
     assert "archived in" in command("ls", tmp_path)
     assert "in a pack of" in command("show", tmp_path, "r@latest")
     assert "in a pack of" in command("explain", tmp_path, "r@latest")
-    assert "restored 1 checkpoint" in command("restore", tmp_path, "r", "r@latest")
-    assert "restored 2 checkpoints" in command("restore", tmp_path, "r")
-    assert "nothing to restore" in command("restore", tmp_path, "r")
-    shutil.copytree(tmp_path / "runs/r", tmp_path / "runs/q")
-    with pytest.raises(pp.ConfigError, match="refs of one run"):
-        CliRunner().invoke(cli, ["archive", str(tmp_path), "q", "r@latest"], catch_exceptions=False)
-
-
-def test_keep_can_archive_what_it_would_remove(tmp_path):
-    weights = trained(tmp_path, epochs=4)
-    output = command("keep", tmp_path, "r", "--rules", "last:1", "--archive", "--yes")
-    assert "archived 3 checkpoints" in output
-    assert archived(tmp_path) == [True, True, True, False]
-    assert same(dict(pp.load("r:epoch=1", root=tmp_path)["model"]), weights[1])
-    assert "nothing would go" in command("keep", tmp_path, "r", "--rules", "last:1", "--archive", "--yes")
+    assert "would restore 3 checkpoints" in command("archive", tmp_path, "r", "--restore", "--dry-run")
+    assert "restored 3 checkpoints" in command("archive", tmp_path, "r", "--restore")
+    assert "nothing to restore" in command("archive", tmp_path, "r", "--restore")
+    command("archive", tmp_path, "r")
+    assert "restored 3 checkpoints" in command("restore", tmp_path, "r"), "its name before"

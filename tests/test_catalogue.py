@@ -1,6 +1,7 @@
 """The catalogue says what the files say, at once, whatever is done to them and to it."""
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import math
@@ -103,6 +104,11 @@ def check_aliases(root, catalogue, checkpoints, listed):
 # --- whatever is done ---------------------------------------------------------------------------------------------
 
 
+def unless_archived(verb):
+    with contextlib.suppress(pp.ConflictError):
+        verb()
+
+
 class Anything(RuleBasedStateMachine):
     """Trainings and people do things to a repository; one catalogue follows, another begins from nothing."""
 
@@ -138,6 +144,8 @@ class Anything(RuleBasedStateMachine):
         if self.ckpt is not None:
             self.ckpt.close()
         known = {"best": pp.Best("acc", "max"), "last": pp.Last(3), "low": pp.Best("loss", "min", parts="model")}
+        if name in {run.name for run in pp.open(self.root).runs()}:
+            pp.upkeep.restore(pp.open(self.root).run(name))
         self.ckpt = checkpointer(
             self.root, run=name, keep=[known[k] for k in keep], undo_for=(keep[0] == "low" and "1h") or "0"
         )
@@ -159,14 +167,14 @@ class Anything(RuleBasedStateMachine):
             there = run.manifests()
             if there:
                 one = there[pick % len(there)]
-                pp.upkeep.remove(run, [one], "because", undo_for=DAY if undo else timedelta(0))
+                unless_archived(lambda: pp.upkeep.remove(run, [one], "because", undo_for=DAY * undo))  # noqa: B023
                 return
 
     @rule()
     def take_back(self):
         for run in pp.open(self.root).runs():
             if run.holder() is None and (there := pp.upkeep.in_trash(run)):
-                pp.upkeep.undo(run, [there[0].manifest.id])
+                unless_archived(lambda: pp.upkeep.undo(run, [there[0].manifest.id]))  # noqa: B023
                 return
 
     @rule(pick=st.integers(0, 9), value=st.sampled_from([0.3, 2.0, math.nan]))
@@ -193,7 +201,7 @@ class Anything(RuleBasedStateMachine):
     def keep(self, texts):
         for run in self.runs():
             rules = (pp.rules.parse(texts),)
-            pp.upkeep.apply_plan(run, run.plan(rules), rules)
+            unless_archived(lambda: pp.upkeep.apply_plan(run, run.plan(rules), rules))  # noqa: B023
 
     @rule(alias=st.sampled_from(["champion", "r/champion", "challenger-2"]), pick=st.integers(0, 9))
     def promote(self, alias, pick):
@@ -276,6 +284,8 @@ def test_the_same_in_both_databases(tmp_path, catalogue_url):
     pp.upkeep.archive(run)
     check(root, catalogue)
     assert len(list(catalogue.select(Wish(query=parse("archived"))))) == len(run.checkpoints())
+    pp.upkeep.restore(run)
+    check(root, catalogue)
     pp.upkeep.remove(run, run.manifests()[:1], "x", undo_for=DAY)
     check(root, catalogue)
     pp.upkeep.undo(run, [pp.upkeep.in_trash(run)[0].manifest.id])
@@ -377,7 +387,12 @@ def test_nothing_is_read_again_that_has_not_changed(tmp_path):
         ckpt.report(step=4, acc=0.5)
         ckpt.wait()
         assert len(everything(catalogue)) == 4
-        assert {key.rpartition("/")[2] for key in store.read} == {"000001.jsonl", "manifest.json", "run.json"}
+        assert {key.rpartition("/")[2] for key in store.read} == {
+            "000001.jsonl",
+            "archived.json",
+            "manifest.json",
+            "run.json",
+        }
         assert sum(key.endswith("manifest.json") for key in store.read) == 1
         catalogue.close()
 
@@ -925,7 +940,7 @@ def _take_back(run):
 
 def _drop(run):
     rules = (pp.Best("acc", "max", parts="model"), pp.Last(3, parts="model"))
-    pp.upkeep.apply_plan(run, run.plan(rules), rules, undo_for=DAY)
+    pp.upkeep.apply_plan(run, run.plan(rules), rules)
 
 
 def _measure(run):
@@ -937,7 +952,7 @@ DONE = {
     "remove": [_remove],
     "remove for good": [_remove_for_good],
     "take back": [_remove, _take_back],
-    "drop and take back parts": [_drop, _take_back],
+    "drop parts": [_drop],
     "archive": [pp.upkeep.archive],
     "restore": [pp.upkeep.archive, pp.upkeep.restore],
     "measure": [_measure, _remove, _measure],
@@ -968,7 +983,7 @@ def test_who_looks_in_the_middle_of_something_sees_its_end(three, tmp_path, what
     catalogue.close()
 
 
-@pytest.mark.parametrize("what", ["take back", "drop and take back parts", "archive", "restore"])
+@pytest.mark.parametrize("what", ["take back", "drop parts", "archive", "restore"])
 def test_who_looks_after_a_crash_sees_what_it_left(three, tmp_path, what):
     for count in range(100):
         root = shutil.copytree(three, tmp_path / f"runs{count}")

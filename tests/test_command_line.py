@@ -387,7 +387,7 @@ def test_rules_that_cannot_be_are_refused(root, wrong):
     assert len(pp.open(root).run("one").checkpoints()) == 3
 
 
-@pytest.mark.parametrize("how", [[], ["--yes", "--undo-for", "0"], ["--what-if"], ["--yes", "--archive"], ["--json"]])
+@pytest.mark.parametrize("how", [[], ["--yes", "--undo-for", "0"], ["--what-if"], ["--json"]])
 def test_a_metric_that_nothing_has_is_refused_before_the_best_goes(root, how):
     for rule in ("best:val/[red]ac:max", "pareto:val/[red]acc:max:val/[red]ac:min"):
         words = f"no report has the metric 'val/[red]ac' of the rule {rule}; did you mean 'val/[red]acc'?"

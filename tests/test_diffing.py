@@ -210,7 +210,7 @@ def test_archived_checkpoints_are_compared_too(root, tmp_path):
                 model.weight.add_(step)
             ckpt.report(step=step)
     before = pp.diff("r:1", "r:2", root=tmp_path)
-    assert pp.upkeep.archive(pp.open(tmp_path).run("r"))[1] == []
+    pp.upkeep.archive(pp.open(tmp_path).run("r"))
     assert pp.diff("r:1", "r:2", root=tmp_path) == before
 
 

@@ -481,7 +481,7 @@ def test_zeros_are_counted_in_an_archived_checkpoint_too(pruned, tmp_path):
 
     root = shutil.copytree(pruned[0], tmp_path / "copy")
     run = pp.open(root).run("p")
-    pp.upkeep.archive(run, run.manifests())
+    pp.upkeep.archive(run)
     [one] = found(root, compare=[("p:epoch=0", "p@latest")], recount=True).comparisons
     assert (one.compressed.parameters, one.compressed.nonzero) == counted(pruned[1])
     assert one.compressed.packed_bytes > 0

@@ -699,6 +699,9 @@ def test_a_soup_is_listed_loaded_exported_selected_archived_and_continued_from(t
     assert torch.equal(load_file(made.checkpoint.path / "model.safetensors")["weight"], expected.float())
     pp.upkeep.archive(repository.run("r"))
     pp.upkeep.archive(repository.run("r-soup"))
+    with pytest.raises(pp.ConflictError, match="is archived"):
+        pp.soup([*refs, made.checkpoint.ref], root=tmp_path)
+    pp.upkeep.restore(repository.run("r-soup"))
     again = pp.soup([*refs, made.checkpoint.ref], root=tmp_path)  # also of archived ones, and of soups
     assert again.checkpoint.sequence == 2
     assert again.checkpoint.step == 4

@@ -17,6 +17,7 @@ from peakpoint.clock import Clock
 from peakpoint.errors import ConflictError
 from peakpoint.journal import Journal
 from peakpoint.manifest import Manifest
+from peakpoint.packs import check_not_archived
 from peakpoint.position import Position
 from peakpoint.reader import shelf
 from peakpoint.report import written_by
@@ -111,12 +112,13 @@ def held(store: Store, run: str, clock: Clock) -> Iterator[datetime]:
     """Hold a run, in a repository that exists then; gives the time.
 
     Raises:
-        ConflictError: another process writes the run.
+        ConflictError: another process writes the run, or it is archived.
     """
     now = clock()
     ensure_repository(store, now)
     hold = store.hold(layout.writer_lock(run), holder_note(now))
     try:
+        check_not_archived(store, run, shelf(store, run).manifests)
         yield now
     finally:
         hold.release()

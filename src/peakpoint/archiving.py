@@ -1,19 +1,21 @@
 """The archive: finished runs in a fraction of their space, and back again bit for bit.
 
-A checkpoint is packed as differences to the ones before it, and the pack is unpacked and compared with every digest
-before the files go. The manifest stays where it is: an archived checkpoint is listed, chosen, explained and loaded like
-any other, only more slowly. Restoring writes the files again.
+Archived is a state of a run. Each of its checkpoints is packed as differences to the ones before it, and each pack is
+unpacked and compared with every digest; then one record makes the run archived, and the files go. The manifests stay
+where they are: checkpoints of an archived run are listed, chosen, explained and loaded like any other, only more
+slowly. Restoring writes all files again, and then takes the record away. What a crash leaves is litter on one side of
+the record or on the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peakpoint import layout, packs
-from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.journal import Archived as ArchivedEvent
-from peakpoint.journal import Changing, Journal, Restored
+from peakpoint import layout, packs, reader
+from peakpoint.dropping import records
+from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.journal import Archived, Changing, Journal, Restored, Undone
 from peakpoint.manifest import FileRecord, Manifest
-from peakpoint.packs import Base, Index, PlainSource, Source
+from peakpoint.packs import Base, Index, PlainSource, RunArchive, Source
 from peakpoint.store import Store
 from peakpoint.writer import file_record, put_file
 
@@ -25,7 +27,7 @@ _NEIGHBOURS = 2
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A checkpoint that has been archived.
+    """A checkpoint that has been packed.
 
     Attributes:
         manifest: which.
@@ -40,93 +42,83 @@ class Packed:
     bases: int
 
 
-def unarchived(store: Store, manifests: Sequence[Manifest]) -> list[Manifest]:
-    """Those whose files are where the manifest says, earliest first."""
-    return [manifest for manifest in manifests if packs.archived(store, manifest.run, manifest.name) is None]
-
-
 def archive(
     store: Store,
     journal: Journal,
+    run: str,
     manifests: Sequence[Manifest],
-    chosen: Sequence[Manifest],
     *,
     by: str,
+    being_removed: Callable[[Manifest], bool],
     level: int | None = None,
     progress: Callable[[Packed], None] = lambda _: None,
-) -> tuple[list[Packed], list[str]]:
-    """Archive checkpoints; the caller holds the run.
+) -> list[Packed]:
+    """Archive a run; the caller holds it.
 
-    Each is safe on its own: the pack is durable and has been compared with every digest before the first file goes, and
-    what was cut short is taken up by the next call.
+    Nothing goes before every pack is durable and has been compared with every digest. When it raises, the run is as it
+    was, and its packs are litter.
 
     Args:
         store: where.
-        journal: receives an ``Archived`` for each.
-        manifests: every checkpoint of the run, earliest first; the neighbours are found among them.
-        chosen: which are to be archived; those that are already are passed over.
+        journal: receives an ``Archived`` for each checkpoint.
+        run: which run.
+        manifests: its checkpoints, earliest first.
         by: who decided, for the record.
+        being_removed: whether somebody may be removing a checkpoint; asked once the record is there, so that whoever
+            begins later sees it.
         level: of zstd; None for the usual.
-        progress: called with each that is done.
+        progress: called with each checkpoint that is packed.
 
     Returns:
-        What was done, earliest first, and one sentence for each checkpoint that is damaged and stays as it is.
+        What was packed, earliest first.
 
     Raises:
+        ConflictError: a checkpoint is being removed at this moment.
+        CorruptError: a checkpoint is damaged; the message says which, and how.
         MissingExtraError: NumPy or zstandard is not installed.
         StoreError: the store refused.
     """
     packs.load_codec()
-    wanted = {manifest.id for manifest in chosen}
     near: list[Base] = []  # the nearest first
-    done: list[Packed] = []
-    failures: list[str] = []
+    packed: list[Packed] = []
     for manifest in manifests:
-        if packs.archived(store, manifest.run, manifest.name) is not None:
-            known = {base.checkpoint: base.source for base in near}
-            found = packs.source_of(store, manifest.run, manifest.id, known)
-            base = Base(manifest.id, found, found.index.depth)
-        elif manifest.id in wanted:
-            try:
-                plain = PlainSource(store, manifest)
-                index = _pack(store, manifest, plain, near, level)
-            except (CorruptError, FormatError, NotFoundError) as error:
-                failures.append(str(error))
-                continue
-            size = store.size(layout.pack_key(manifest.run, manifest.id)) or 0
-            journal.append(Changing(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
-            journal.sync()
-            packs.note_archived(store, manifest, size, at=journal.now(), by=by)
-            journal.append(
-                ArchivedEvent(at=journal.now(), checkpoint=manifest.id, name=manifest.name, packed_bytes=size, by=by)
-            )
-            journal.sync()
+        plain = PlainSource(store, manifest)
+        index = _pack(store, manifest, plain, near, level)
+        size = store.size(layout.pack_key(run, manifest.id)) or 0
+        packed.append(Packed(manifest, manifest.size_bytes, size, len(index.bases)))
+        progress(packed[-1])
+        near = [Base(manifest.id, plain, index.depth), *near][:_NEIGHBOURS] if index.depth < CHAIN else []
+    for manifest in manifests:
+        journal.append(Changing(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
+    journal.sync()
+    sizes = {done.manifest.id: done.packed_bytes for done in packed}
+    packs.note_archived(store, run, RunArchive(packed_bytes=sizes, at=journal.now(), by=by))
+    if any(map(being_removed, manifests)):
+        store.delete(layout.archived_key(run))
+        raise ConflictError(f"a checkpoint of run {run!r} is being removed; archive the run again when that is done")
+    for manifest in manifests:
+        known = {"checkpoint": manifest.id, "name": manifest.name, "by": by}
+        journal.append(Archived(at=journal.now(), packed_bytes=sizes[manifest.id], **known))
+    journal.sync()
+    for manifest in manifests:
+        # one that was removed meanwhile may have put its files into the trash
+        if store.size(layout.manifest_key(run, manifest.name)) is not None:
             for file in manifest.files:
-                store.delete(layout.file_key(manifest.run, manifest.name, file.name))
-            done.append(Packed(manifest, manifest.size_bytes, size, len(index.bases)))
-            progress(done[-1])
-            base = Base(manifest.id, plain, index.depth)
-        else:
-            continue
-        near = [base, *near][:_NEIGHBOURS] if base.depth < CHAIN else []
-    return done, failures
+                store.delete(layout.file_key(run, manifest.name, file.name))
+    return packed
 
 
 def _pack(store: Store, manifest: Manifest, plain: PlainSource, near: Sequence[Base], level: int | None) -> Index:
     """Write the pack, and prove that it gives the files back."""
     index = packs.write_pack(store, manifest, plain, near, level)
     sources = {base.checkpoint: base.source for base in near}
-    try:
-        for image in packs.unpacked(packs.source_of(store, manifest.run, manifest.id, sources)):
-            _compare(manifest, image.name, file_record(image))
-    except (CorruptError, FormatError):
-        store.delete(layout.pack_key(manifest.run, manifest.id))
-        raise
+    for image in packs.unpacked(packs.source_of(store, manifest.run, manifest.id, sources)):
+        _compare(manifest, image.name, file_record(image))
     return index
 
 
-def _compare(manifest: Manifest, name: str, found: FileRecord) -> None:
-    if found != replace(manifest.file(name), shared=""):
+def _compare(manifest: Manifest, name: str, written: FileRecord) -> None:
+    if written != replace(manifest.file(name), shared=""):
         raise CorruptError(
             f"checkpoint {manifest.name} is damaged: the bytes of {name} do not match its digests; "
             "peakpoint audit --deep says where"
@@ -136,55 +128,73 @@ def _compare(manifest: Manifest, name: str, found: FileRecord) -> None:
 def restore(
     store: Store,
     journal: Journal,
+    run: str,
     manifests: Sequence[Manifest],
     *,
     by: str,
     progress: Callable[[Manifest], None] = lambda _: None,
 ) -> list[Manifest]:
-    """Put the files of archived checkpoints back, bit for bit; the caller holds the run.
+    """Put the files of an archived run back, bit for bit; the caller holds the run.
+
+    What earlier code put away by pieces comes back, too: single archived checkpoints, and dropped parts whose files are
+    still whole.
 
     Args:
         store: where.
-        journal: receives a ``Restored`` for each.
-        manifests: which, earliest first: each is unpacked with the help of the files of the ones before.
+        journal: receives a ``Restored`` for each checkpoint.
+        run: which run.
+        manifests: its checkpoints, earliest first: each is unpacked with the help of the files of the ones before.
         by: who decided, for the record.
         progress: called with each that is done.
 
     Returns:
-        Those that were archived.
+        What is back.
 
     Raises:
-        CorruptError: a pack is damaged; the checkpoint stays archived, and so do those after it.
+        CorruptError: packs are damaged; the message names the checkpoints, and all others are back.
         MissingExtraError: NumPy or zstandard is not installed.
-        StoreError: the store refused; the checkpoint stays archived.
+        StoreError: the store refused; the run stays archived.
     """
+    completed = {manifest.id for manifest in manifests if _bring_parts_back(store, journal, manifest, by)}
+    manifests = [reader.read_manifest(store, run, manifest.name) for manifest in manifests]
+    packed = packs.packed_bytes(store, run, manifests)
     near: list[tuple[Manifest, Source]] = []
-    done: list[Manifest] = []
-    for manifest in manifests:
-        if packs.archived(store, manifest.run, manifest.name) is None:
+    back: list[Manifest] = []
+    damage: list[str] = []
+    for manifest in [manifest for manifest in manifests if manifest.id in packed]:
+        try:
+            _restore(store, manifest, near)
+        except (CorruptError, FormatError) as error:
+            damage.append(str(error))
             continue
-        _restore(store, manifest, near)
-        journal.append(Restored(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
-        journal.sync()
-        store.delete(layout.archived_key(manifest.run, manifest.name))
-        near = [*near, (manifest, PlainSource(store, manifest))][-_NEIGHBOURS:]
-        done.append(manifest)
+        if not any(records(store, run, manifest.name)):  # else later packs may need parts that only its pack has
+            near = [*near, (manifest, PlainSource(store, manifest))][-_NEIGHBOURS:]
         progress(manifest)
-    return done
+        back.append(manifest)
+    for manifest in back:
+        journal.append(Restored(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
+    journal.sync()
+    store.delete(layout.archived_key(run))
+    for manifest in back:
+        store.delete(layout.singly_archived_key(run, manifest.name))
+    if damage:
+        raise CorruptError(
+            f"all of run {run!r} is back but what is damaged: {'; '.join(damage)}. Restore the packs in "
+            f"{layout.archive_prefix(run)} from a copy, or remove these checkpoints with peakpoint rm"
+        )
+    return [manifest for manifest in manifests if manifest in back or manifest.id in completed]
 
 
 def _restore(store: Store, manifest: Manifest, near: Sequence[tuple[Manifest, Source]]) -> None:
-    wanted = {file.name for file in manifest.files}
     sources = {other.id: source for other, source in near}
-    images = packs.unpacked(packs.source_of(store, manifest.run, manifest.id, sources))
-    lacking = wanted - {image.name for image in images}
-    if lacking:
-        raise CorruptError(f"the pack of {manifest.name} lacks {', '.join(sorted(lacking))}")
-    for image in images:
-        if image.name in wanted and not _share(store, manifest, image.name, [other for other, _ in near]):
-            key = layout.file_key(manifest.run, manifest.name, image.name)
+    images = {image.name: image for image in packs.unpacked(packs.source_of(store, manifest.run, manifest.id, sources))}
+    for file in manifest.files:
+        if file.name not in images:
+            reader.read(store, manifest, file)  # of a part that was back before the checkpoint was
+        elif not _share(store, manifest, file.name, [other for other, _ in near]):
+            key = layout.file_key(manifest.run, manifest.name, file.name)
             try:
-                _compare(manifest, image.name, put_file(store, key, image))
+                _compare(manifest, file.name, put_file(store, key, images[file.name]))
             except CorruptError:
                 store.delete(key)
                 raise
@@ -194,44 +204,76 @@ def _share(store: Store, manifest: Manifest, name: str, others: Sequence[Manifes
     """Use the file of a checkpoint that has just been restored once more, where they had one in common."""
     file = manifest.file(name)
     for other in others:
-        if any(replace(there, shared="") == replace(file, shared="") for there in other.files):
+        if any(replace(theirs, shared="") == replace(file, shared="") for theirs in other.files):
             source = layout.file_key(other.run, other.name, name)
             return store.link(source, layout.file_key(manifest.run, manifest.name, name))
     return False
 
 
-def leftovers(store: Store, run: str, name: str) -> list[str]:
-    """Keys of files of an archived checkpoint that are still, or again, where the manifest says."""
-    try:
-        record = packs.archived(store, run, name)
-    except (CorruptError, FormatError):
-        return []  # the checkpoint counts as damaged; nothing of it is touched
-    if record is None:
+def _bring_parts_back(store: Store, journal: Journal, manifest: Manifest, by: str) -> bool:
+    """Take back what earlier code dropped with time to change one's mind, where every byte of it is still there."""
+    back: list[str] = []
+    whole = reader.whole_manifest(store, manifest.run, manifest.name)
+    for dropped in [record for record in records(store, manifest.run, manifest.name) if record.until is not None]:
+        try:
+            for name in dropped.files:
+                reader.read(store, whole, whole.file(name))
+        except CorruptError:
+            continue  # gone, or damaged: the part stays dropped, and the checkpoint is whole without it
+        store.delete(dropped.key)
+        back += dropped.parts
+    if back:
+        journal.append(Undone(at=journal.now(), checkpoint=manifest.id, name=manifest.name, parts=tuple(back), by=by))
+    return bool(back)
+
+
+def leftovers(store: Store, manifest: Manifest, packed: Mapping[str, int]) -> list[str]:
+    """Keys of files of an archived checkpoint that are still, or again, where the manifest says.
+
+    Args:
+        store: where.
+        manifest: which checkpoint.
+        packed: of its run; see ``packs.packed_bytes``.
+    """
+    if manifest.id not in packed:
         return []
-    present = set(store.children(layout.checkpoint_prefix(run, name)))
-    return [layout.file_key(run, name, file) for file in sorted(present & set(record.files))]
+    present = set(store.children(layout.checkpoint_prefix(manifest.run, manifest.name)))
+    names = sorted(present & {file.name for file in manifest.files})
+    return [layout.file_key(manifest.run, manifest.name, name) for name in names]
 
 
 def needless(store: Store, run: str) -> list[str]:
-    """Keys of packs that no archived checkpoint needs: what a crash, a removal or a restoration has left.
+    """Keys of packs, and of the record of an archive, that no checkpoint needs: a crash or a removal has left them.
 
-    When a record or a pack that is needed cannot be read, nobody can say what it needs, and nothing is returned.
+    A checkpoint needs its pack when it is archived, or lacks files, even if no record says why. When a manifest, a
+    record or a pack that is needed cannot be read, nobody can say what it needs, and nothing is returned.
     """
-    there = {
+    stored = {
         child.removesuffix(layout.PACK)
         for child in store.children(layout.archive_prefix(run))
         if child.endswith(layout.PACK)
     }
-    if not there:
+    archived = store.size(layout.archived_key(run)) is not None
+    if not stored and not archived:
+        return []
+    shelf = reader.shelf(store, run)
+    if shelf.damaged:
         return []
     try:
-        names = [child.removesuffix("/") for child in store.children(layout.checkpoints_prefix(run))]
-        records = [packs.archived(store, run, name) for name in names]
-        needed: set[str] = set()
-        new = {record.checkpoint for record in records if record is not None}
+        removed = [packs.single_archive(store, run, name) for name in shelf.bare]  # may be in the trash
+        needed = {single.checkpoint for single in removed if single is not None}
+        needed |= packs.packed_bytes(store, run, shelf.manifests).keys()
+        needed |= {manifest.id for manifest in shelf.manifests if not _has_files(store, manifest)}
+        new = needed
         while new:
+            new = {base for name in new & stored for base in packs.read_index(store, run, name).bases} - needed
             needed |= new
-            new = {base for one in new & there for base in packs.read_index(store, run, one).bases} - needed
     except (CorruptError, FormatError):
         return []
-    return [layout.pack_key(run, checkpoint) for checkpoint in sorted(there - needed)]
+    keys = [layout.pack_key(run, checkpoint) for checkpoint in sorted(stored - needed)]
+    return keys if shelf.manifests or not archived else [*keys, layout.archived_key(run)]
+
+
+def _has_files(store: Store, manifest: Manifest) -> bool:
+    children = set(store.children(layout.checkpoint_prefix(manifest.run, manifest.name)))
+    return {file.name for file in manifest.files} <= children

@@ -5,12 +5,12 @@ touched. Foreign files are neither: Peakpoint did not write them and does not de
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
-from peakpoint import aliases, archiving, layout, reader, trash, validations
+from peakpoint import aliases, archiving, layout, packs, reader, trash, validations
 from peakpoint import journal as journals
 from peakpoint.clock import Clock, utc_now
 from peakpoint.dropping import leftovers, records
@@ -132,11 +132,12 @@ def _run(
     for entry in trash.contents(store, run):
         yield from _files(store, entry.manifest, deep=deep)
     yield from _unless(busy, _strays(store, layout.checkpoints_prefix(run), None))
+    packed = _packed(store, run, shelf)
     for manifest in shelf.manifests:
         result.checkpoints += 1
         result.bytes += manifest.size_bytes
         prefix = layout.checkpoint_prefix(run, manifest.name)
-        over = _over(store, run, manifest.name, now)
+        over = _over(store, manifest, packed, now)
         yield from _unless(busy, iter(over))
         known = {MANIFEST, *(file.name for file in manifest.files), *(one.where.rpartition("/")[2] for one in over)}
         known |= {child for child in store.children(prefix) if layout.is_record(child)}
@@ -158,7 +159,7 @@ _OF_A_REPOSITORY = {
     layout.POLICY,
 }
 _SET_ASIDE = re.compile(r"catalogue\.damaged-[0-9a-f]{8}\.sqlite(-wal|-shm)?")
-_OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", "archive/", "validations/"}
+_OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", layout.ARCHIVED, "archive/", "validations/"}
 
 
 _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.json")
@@ -235,7 +236,11 @@ def _packs(store: Store, run: str) -> Iterator[Finding]:
         if not _PACK.fullmatch(child):
             yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
     for key in archiving.needless(store, run):
-        yield Finding("litter", key, "a pack that no archived checkpoint needs")
+        yield Finding("litter", key, "of an archive, and no checkpoint needs it")
+    try:
+        packs.run_archive(store, run)
+    except (CorruptError, FormatError) as error:
+        yield Finding("damage", layout.archived_key(run), str(error))
 
 
 def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> Iterator[Finding]:
@@ -257,14 +262,21 @@ def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> 
             yield Finding("foreign", key, "not written by Peakpoint; left alone")
 
 
-def _over(store: Store, run: str, name: str, now: datetime) -> list[Finding]:
+def _packed(store: Store, run: str, shelf: reader.Shelf) -> Mapping[str, int]:
+    """Which checkpoints of a run are in packs; none when no record says so that can be read."""
+    try:
+        return packs.packed_bytes(store, run, shelf.manifests)
+    except (CorruptError, FormatError):
+        return {}  # which is damage, and nothing of the run is touched
+
+
+def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: datetime) -> list[Finding]:
     """What is in the directory of a checkpoint and belongs to it no more."""
+    run, name = manifest.run, manifest.name
     found = [Finding("litter", key, "a file of a part that was dropped") for key in leftovers(store, run, name, now)]
-    dropped = {finding.where for finding in found}
     found += [
-        Finding("litter", key, "a file of an archived checkpoint, which is in its pack")
-        for key in archiving.leftovers(store, run, name)
-        if key not in dropped
+        Finding("litter", key, "a file of an archived run, which is in its pack")
+        for key in archiving.leftovers(store, manifest, packed)
     ]
     if store.size(layout.trashed_key(run, name)) is not None:
         found.append(Finding("litter", layout.trashed_key(run, name), "the record of a removal that was cut short"))
@@ -339,14 +351,15 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
             ours = [child for child in store.children(layout.checkpoint_prefix(run, name)) if _is_ours(child)]
             sweep(store, run, name, ours)
             removed += found[:1]
-    over = [finding for manifest in shelf.manifests for finding in _over(store, run, manifest.name, now)]
+    packed = _packed(store, run, shelf)
+    over = [finding for manifest in shelf.manifests for finding in _over(store, manifest, packed, now)]
     over += [finding for finding in _validations(store, run, shelf, deep=False) if finding.kind == "litter"]
     for finding in over:
         store.delete(finding.where)
         removed.append(finding)
     for key in archiving.needless(store, run):
         store.delete(key)
-        removed.append(Finding("litter", key, "a pack that no archived checkpoint needs"))
+        removed.append(Finding("litter", key, "of an archive, and no checkpoint needs it"))
     prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run), layout.archive_prefix(run)]
     prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
     for prefix in prefixes:

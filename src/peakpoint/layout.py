@@ -7,7 +7,8 @@
     runs/<run>/writer.lock                      held by the process that writes the run
     runs/<run>/journal/<number>.jsonl           what was reported and done
     runs/<run>/checkpoints/<name>/              one checkpoint
-    runs/<run>/archive/<id>.pack                the bytes of an archived checkpoint
+    runs/<run>/archived.json                    says that the run is archived
+    runs/<run>/archive/<id>.pack                the bytes of a checkpoint of an archived run
     runs/<run>/validations/<id>/<number>.json   what was found when a checkpoint was validated
     runs/<run>/validations/<id>/<digest>.predictions
     aliases/<alias>/<number>.json               what an alias points at: the highest number counts
@@ -26,7 +27,7 @@ STATE = "state.json"
 
 
 DROPPED = "dropped-"  # and a number: the records of parts that are gone
-ARCHIVED = "archived.json"  # the record that the files of a checkpoint are in its pack
+ARCHIVED = "archived.json"  # of a run: its files are in packs; earlier code wrote such records of single checkpoints
 TRASHED = "trashed.json"  # the record of a checkpoint that can be brought back
 SIGNATURE = "signature-"  # and a number: the signatures of a checkpoint
 PACK = ".pack"
@@ -90,8 +91,13 @@ def file_key(run: str, name: str, file: str) -> str:
     return f"{RUNS}/{run}/checkpoints/{name}/{file}"
 
 
-def archived_key(run: str, name: str) -> str:
-    """The record that a checkpoint is archived."""
+def archived_key(run: str) -> str:
+    """The record that a run is archived."""
+    return f"{RUNS}/{run}/{ARCHIVED}"
+
+
+def singly_archived_key(run: str, name: str) -> str:
+    """The record that one checkpoint is archived, which earlier code wrote."""
     return f"{RUNS}/{run}/checkpoints/{name}/{ARCHIVED}"
 
 

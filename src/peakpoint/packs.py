@@ -2,8 +2,8 @@
 
 ::
 
-    runs/<run>/archive/<id>.pack                     the pieces, one after the other, then the index
-    runs/<run>/checkpoints/<name>/archived.json      says that the files of this checkpoint are in its pack
+    runs/<run>/archived.json         says that the run is archived
+    runs/<run>/archive/<id>.pack     the pieces of one checkpoint, one after the other, then the index
 
 A pack names the checkpoints whose bytes its differences need. They may be packed themselves, whether their checkpoints
 still exist or not, so a pack is only removed when no other needs it.
@@ -11,6 +11,7 @@ still exist or not, so a pack is only removed when no other needs it.
 
 import importlib
 import itertools
+import shlex
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import CorruptError, FormatError, NotFoundError, needing
+from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, needing
 from peakpoint.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.seal import seal, unseal
 from peakpoint.store import Store
@@ -89,49 +90,92 @@ class Index:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArchiveRecord:
-    """The record that a checkpoint's files are in a pack.
+class RunArchive:
+    """The record that a run is archived.
 
     Attributes:
-        checkpoint: the id.
-        files: their names.
-        packed_bytes: bytes of the pack.
+        packed_bytes: the id of each checkpoint, with the bytes of its pack.
         at: when.
         by: who decided.
     """
 
-    checkpoint: str
-    files: tuple[str, ...]
-    packed_bytes: int
+    packed_bytes: Mapping[str, int]
     at: datetime
     by: str
 
 
-def archived(store: Store, run: str, name: str) -> ArchiveRecord | None:
-    """The record in one directory; None when the files are where the manifest says.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleArchive:
+    """The record that one checkpoint is in its pack, as earlier code wrote it.
+
+    Attributes:
+        checkpoint: the id.
+        packed_bytes: bytes of the pack.
+    """
+
+    checkpoint: str
+    packed_bytes: int
+
+
+R = TypeVar("R")
+
+
+def _record(store: Store, key: str, kind: type[R]) -> R | None:
+    try:
+        content = unseal(store.get(key), where=key)
+    except NotFoundError:
+        return None
+    check_format(content, where=key)
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{key} is not a record of an archive that this release reads") from error
+
+
+def run_archive(store: Store, run: str) -> RunArchive | None:
+    """The record that a run is archived; None when it is not.
 
     Raises:
         CorruptError: it is damaged.
         FormatError: a newer release wrote it.
     """
-    key = layout.archived_key(run, name)
-    try:
-        found = unseal(store.get(key), where=key)
-    except NotFoundError:
-        return None
-    check_format(found, where=key)
-    try:
-        return msgspec.convert(found, ArchiveRecord)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{key} is not a record of an archived checkpoint that this release reads") from error
+    return _record(store, layout.archived_key(run), RunArchive)
 
 
-def note_archived(store: Store, manifest: Manifest, packed_bytes: int, *, at: datetime, by: str) -> None:
-    """Say durably that the files of a checkpoint are in its pack."""
-    files = tuple(file.name for file in manifest.files)
-    record = ArchiveRecord(checkpoint=manifest.id, files=files, packed_bytes=packed_bytes, at=at, by=by)
-    sealed = seal({"format": FORMAT, **msgspec.to_builtins(record)})
-    store.create(layout.archived_key(manifest.run, manifest.name), sealed)
+def single_archive(store: Store, run: str, name: str) -> SingleArchive | None:
+    """The record that the checkpoint of one directory is archived; errors as in ``run_archive``."""
+    return _record(store, layout.singly_archived_key(run, name), SingleArchive)
+
+
+def note_archived(store: Store, run: str, archive: RunArchive) -> None:
+    """Say durably that a run is archived."""
+    store.create(layout.archived_key(run), seal({"format": FORMAT, **msgspec.to_builtins(archive)}))
+
+
+def packed_bytes(store: Store, run: str, manifests: Iterable[Manifest]) -> dict[str, int]:
+    """The archived ones among the checkpoints of a run: id to the bytes of the pack; errors as in ``run_archive``."""
+    archive = run_archive(store, run)
+    sizes = {} if archive is None else dict(archive.packed_bytes)
+    packed = {}
+    for manifest in manifests:
+        single = None if manifest.id in sizes else single_archive(store, run, manifest.name)
+        size = sizes.get(manifest.id) if single is None else single.packed_bytes
+        if size is not None:
+            packed[manifest.id] = size
+    return packed
+
+
+def check_not_archived(store: Store, run: str, manifests: Iterable[Manifest]) -> None:
+    """Refuse to change single checkpoints of an archived run.
+
+    Raises:
+        ConflictError: the run is archived.
+    """
+    if run_archive(store, run) is not None or packed_bytes(store, run, manifests):
+        raise ConflictError(
+            f"run {run!r} is archived, and its checkpoints stay as they are; "
+            f"peakpoint archive {shlex.quote(store.location)} {shlex.quote(run)} --restore brings its files back first"
+        )
 
 
 # --- what tensors are in a range of a file ------------------------------------------------------------------------
@@ -336,7 +380,6 @@ def gather(sources: Iterable[Source], wanted: Sequence[tuple[Key, int, int]], me
 
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -85,13 +85,21 @@ class Standing:
     archived: bool
 
 
-def look(store: Store, run: str, name: str) -> Standing | Damaged | None:
-    """What one directory of a run's checkpoints holds; None when it has no manifest."""
+def look(store: Store, run: str, name: str, archive: packs.RunArchive | None = None) -> Standing | Damaged | None:
+    """What one directory of a run's checkpoints holds; None when it has no manifest.
+
+    Args:
+        store: where.
+        run: which run.
+        name: the directory.
+        archive: of the run, if it is archived; only ``Standing.archived`` asks for it.
+    """
     try:
         children = store.children(layout.checkpoint_prefix(run, name))
-        manifest = _own_manifest(store, run, name)
+        manifest = whole_manifest(store, run, name)
         dropped = list(records(store, run, name)) if any(map(layout.is_record, children)) else []
-        return Standing(left(manifest, dropped), bool(dropped), layout.ARCHIVED in children)
+        archived = layout.ARCHIVED in children or (archive is not None and manifest.id in archive.packed_bytes)
+        return Standing(left(manifest, dropped), bool(dropped), archived)
     except NotFoundError:
         return None
     except (CorruptError, FormatError) as error:
@@ -107,7 +115,7 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
         CorruptError: it is damaged, or belongs to another directory.
         FormatError: a newer release wrote it.
     """
-    return left(_own_manifest(store, run, name), list(records(store, run, name)))
+    return left(whole_manifest(store, run, name), list(records(store, run, name)))
 
 
 def manifest_digest(store: Store, manifest: Manifest) -> str:
@@ -115,7 +123,8 @@ def manifest_digest(store: Store, manifest: Manifest) -> str:
     return digest(store.get(layout.manifest_key(manifest.run, manifest.name)))
 
 
-def _own_manifest(store: Store, run: str, name: str) -> Manifest:
+def whole_manifest(store: Store, run: str, name: str) -> Manifest:
+    """The manifest in one directory, with the parts that were dropped since; errors as in ``read_manifest``."""
     manifest = decode(store.get(layout.manifest_key(run, name)), where=MANIFEST)
     if (manifest.run, manifest.name) != (run, name):
         raise CorruptError(
@@ -205,7 +214,8 @@ def _unpacked_range(
 
 
 def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> tuple[packs.PackSource, int]:
-    if packs.archived(store, manifest.run, manifest.name) is None:
+    has_pack = store.size(layout.pack_key(manifest.run, manifest.id)) is not None
+    if not has_pack and not packs.packed_bytes(store, manifest.run, [manifest]):
         raise missing
     source = packs.source_of(store, manifest.run, manifest.id)
     for number, packed in enumerate(source.index.files):

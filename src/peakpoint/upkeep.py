@@ -4,16 +4,17 @@ Every function but ``remove`` holds the run while it works, so that it and a tra
 Each records who did what in the journal, and can be repeated when it was cut short.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
-from peakpoint import archiving, journal, layout, reader, retention, trash
+from peakpoint import archiving, journal, layout, packs, reader, retention, trash
 from peakpoint.actor import present_user
 from peakpoint.archiving import Packed
 from peakpoint.audit import clean_run
 from peakpoint.clock import Clock, utc_now
-from peakpoint.errors import CorruptError, NotFoundError
+from peakpoint.errors import ConflictError, CorruptError, Error, NotFoundError, StoreError
 from peakpoint.journal import Journal
 from peakpoint.manifest import Manifest
 from peakpoint.notes import notes
@@ -73,9 +74,10 @@ def apply_plan(
         One sentence for each removal that failed.
 
     Raises:
-        ConflictError: somebody is writing the run.
+        ConflictError: somebody is writing the run, or it is archived.
     """
     with writing(run, "peakpoint keep", clock) as events:
+        packs.check_not_archived(run.store, run.name, run.manifests())
         if rules is not None:
             texts = tuple(rule.text for rule in rules)
             events.append(journal.Opened(at=clock(), by={"user": present_user()}, rules=texts))
@@ -99,7 +101,7 @@ def remove(
 ) -> list[str]:
     """Remove checkpoints, whatever rule claims them; works beside a training, which forgets them at its next save.
 
-    What an alias points at, or did lately, stays: it can be gone back to.
+    What an alias points at, or did lately, stays: it can be gone back to. An archived run goes as a whole, and at once.
 
     Args:
         run: which.
@@ -110,7 +112,15 @@ def remove(
 
     Returns:
         One sentence for each removal that failed.
+
+    Raises:
+        ConflictError: the run is archived, and it is not the whole of it that goes for good.
     """
+    if packs.packed_bytes(run.store, run.name, manifests):
+        if {manifest.id for manifest in run.manifests()} - {manifest.id for manifest in manifests}:
+            packs.check_not_archived(run.store, run.name, manifests)
+        if undo_for > NOTHING:
+            raise ConflictError(f"run {run.name!r} is archived, so it can only go for good: give --undo-for 0")
     events = Journal(run.store, run.name, clock)
     try:
         read = being_read(run.store, manifests)
@@ -120,11 +130,13 @@ def remove(
         failures = [f"{one.name} stays: somebody is reading it; try again later" for one in manifests if one.id in read]
         failures += [f"{one.name} stays: {aliased[one.id]}" for one in manifests if one.id in aliased]
 
-        def aliased_now() -> Mapping[str, str]:
+        def protected_now() -> Collection[str]:
+            if until is not None and packs.run_archive(run.store, run.name) is not None:
+                return {manifest.id for manifest in manifests}  # archived since: its files go to no trash
             return run.aliased(manifests, run.events())
 
         removals = [Removal(manifest, why) for manifest in free]
-        failures += retention.apply(run.store, events, removals, by=present_user(), pinned=aliased_now, until=until)
+        failures += retention.apply(run.store, events, removals, by=present_user(), pinned=protected_now, until=until)
         events.append(journal.Closed(at=clock(), why="peakpoint rm"))
         return failures
     finally:
@@ -151,9 +163,10 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[Mani
     Raises:
         NotFoundError: something of that name is not in the trash; nothing was brought back.
         CorruptError: something is damaged; nothing was brought back.
-        ConflictError: somebody is writing the run.
+        ConflictError: somebody is writing the run, or it is archived.
     """
     with writing(run, "peakpoint undo", clock) as events:
+        packs.check_not_archived(run.store, run.name, run.manifests())
         removed = in_trash(run, clock=clock)
         chosen = {entry.manifest.id: entry for name in names for entry in _named(removed, name)}
         for entry in chosen.values():
@@ -207,26 +220,28 @@ def empty_trash(run: Run, *, clock: Clock = utc_now) -> list[InTrash]:
 
 def archive(
     run: Run,
-    manifests: Sequence[Manifest] | None = None,
     *,
     level: int | None = None,
     progress: Callable[[Packed], None] = lambda _: None,
     clock: Clock = utc_now,
-) -> tuple[list[Packed], list[str]]:
-    """Pack checkpoints of a run; see ``peakpoint.archiving``.
+) -> list[Packed]:
+    """Pack all checkpoints of a run that nothing trains; see ``peakpoint.archiving``.
+
+    Until ``restore`` the run is read like any other, and nothing changes, adds or removes single checkpoints of it.
+    Needs room for the packs beside the files, which go when every pack has been proven.
 
     Args:
         run: which.
-        manifests: which checkpoints; all by default.
         level: of zstd, 1 to 19; None for the usual.
-        progress: called with each that is done.
+        progress: called with each checkpoint that is packed.
         clock: tells the time.
 
     Returns:
-        What was done, and one sentence for each checkpoint that is damaged and stays as it is.
+        What was packed; nothing when the run is archived, or has no checkpoints.
 
     Raises:
-        ConflictError: somebody is writing the run.
+        ConflictError: somebody is writing the run, or removing a checkpoint of it.
+        CorruptError: checkpoints are damaged; the message names each. The run is as it was.
         MissingExtraError: NumPy or zstandard is not installed.
 
     Example:
@@ -234,44 +249,55 @@ def archive(
         >>> root = tempfile.mkdtemp()
         >>> with pp.Checkpointer(root, run="r", state={"model": torch.nn.Linear(99, 99)}, keep=[pp.Last(2)]) as ckpt:
         ...     _ = ckpt.report(step=1), ckpt.report(step=2)
-        >>> done, damaged = pp.upkeep.archive(pp.open(root).run("r"))
-        >>> [packed.bases for packed in done], damaged
-        ([0, 1], [])
+        >>> [packed.bases for packed in pp.upkeep.archive(pp.open(root).run("r"))]
+        [0, 1]
         >>> pp.load("r@latest", root=root)["model"]["weight"].shape
         torch.Size([99, 99])
     """
     with writing(run, "peakpoint archive", clock) as events:
-        everything = run.manifests()
-        chosen = everything if manifests is None else manifests
-        return archiving.archive(
-            run.store, events, everything, chosen, by=present_user(), level=level, progress=progress
-        )
+        shelf = reader.shelf(run.store, run.name)
+        if shelf.damaged:
+            raise shelf.damaged[0].error
+        if not shelf.manifests or packs.run_archive(run.store, run.name) is not None:
+            return []
+        packs.check_not_archived(run.store, run.name, shelf.manifests)  # not even one of them, as earlier code could
+        try:
+            return archiving.archive(
+                run.store,
+                events,
+                run.name,
+                shelf.manifests,
+                by=present_user(),
+                being_removed=run.is_being_removed,
+                level=level,
+                progress=progress,
+            )
+        except Error:
+            with contextlib.suppress(StoreError):  # the error that brought us here is the one to report
+                for key in archiving.needless(run.store, run.name):
+                    run.store.delete(key)
+            raise
 
 
 def restore(
-    run: Run,
-    manifests: Sequence[Manifest] | None = None,
-    *,
-    progress: Callable[[Manifest], None] = lambda _: None,
-    clock: Clock = utc_now,
+    run: Run, *, progress: Callable[[Manifest], None] = lambda _: None, clock: Clock = utc_now
 ) -> list[Manifest]:
-    """Put the files of archived checkpoints back, bit for bit.
+    """Put the files of an archived run back, bit for bit.
+
+    Also brings back what earlier code put away by pieces; see ``peakpoint.archiving``.
 
     Args:
         run: which.
-        manifests: which checkpoints; all by default.
-        progress: called with each that is done.
+        progress: called with each checkpoint that is done.
         clock: tells the time.
 
     Returns:
-        Those that were archived.
+        What is back; nothing when the run was not archived.
 
     Raises:
         ConflictError: somebody is writing the run.
-        CorruptError: a pack is damaged; the checkpoint stays archived.
+        CorruptError: packs are damaged; the run stays archived.
         MissingExtraError: NumPy or zstandard is not installed.
     """
-    with writing(run, "peakpoint restore", clock) as events:
-        chosen = run.manifests() if manifests is None else manifests
-        ordered = sorted(chosen, key=lambda manifest: manifest.sequence)
-        return archiving.restore(run.store, events, ordered, by=present_user(), progress=progress)
+    with writing(run, "peakpoint archive --restore", clock) as events:
+        return archiving.restore(run.store, events, run.name, run.manifests(), by=present_user(), progress=progress)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from peakpoint import journal as journals
 from peakpoint import layout, reader
 from peakpoint.journal import Event
+from peakpoint.packs import run_archive
 from peakpoint.seal import digest
 from peakpoint.store import Store
 
@@ -236,6 +237,7 @@ class _Directories:
         self._store, self._run, self._rows = store, run, rows
         self._before = known.unsettled
         self._awaits = {name: set(one.awaits) for name, one in known.unsettled.items()}
+        self._archive = run_archive(store, run)
 
     def read(self, events: Sequence[Event]) -> tuple[list[reader.Standing], frozenset[str], dict[str, Unsettled]]:
         """What was found, what is gone, and what is unsettled."""
@@ -259,7 +261,7 @@ class _Directories:
     def _look(self, name: str, found: list[reader.Standing], unsettled: dict[str, Unsettled]) -> None:
         stamp = self._store.stamp(layout.checkpoint_prefix(self._run, name))
         awaits = self._awaits.get(name, set())
-        match reader.look(self._store, self._run, name):
+        match reader.look(self._store, self._run, name, self._archive):
             case reader.Standing(manifest=manifest, archived=archived) as standing:
                 found.append(standing)
                 seen = {"restored"} if not archived else set()
@@ -267,6 +269,8 @@ class _Directories:
                 seen |= {one for one in awaits if one.startswith(_WITHOUT)} - there
                 awaits -= seen
                 if awaits:
+                    if not awaits.isdisjoint({"word", "restored"}):
+                        stamp = None  # the record of an archive is that of the run: no directory tells of it
                     unsettled[name] = Unsettled(stamp, awaits=tuple(sorted(awaits)))
             case reader.Damaged(error=error):
                 unsettled[name] = Unsettled(stamp, str(error), tuple(sorted(awaits)))

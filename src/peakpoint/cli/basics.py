@@ -10,13 +10,14 @@ import click
 from rich.markup import escape
 
 from peakpoint import audit as audits
-from peakpoint import layout, packs, reader, signing, upkeep, validations
+from peakpoint import layout, reader, signing, upkeep, validations
 from peakpoint.cli import marks, render, selecting
 from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.cli.validating import line
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_text
+from peakpoint.packs import packed_bytes
 from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Claim
 
@@ -34,13 +35,13 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     manifest = next((known for known in run.known(()) if known.id == manifest.id), manifest)
     claims = run.kept().get(manifest.id, ())
     tested = validations.survey(run.store, run.name, manifest.id)
-    packed = packs.archived(run.store, run.name, manifest.name)
+    packed = packed_bytes(run.store, run.name, [manifest]).get(manifest.id)
     signed = signing.signatures(run.store, run.name, manifest.name)
     aliases = marks.pointing(run).get(manifest.id, ())
     if json:
         extra = {
             "aliases": aliases,
-            "packed_bytes": None if packed is None else packed.packed_bytes,
+            "packed_bytes": packed,
             "parts": manifest.parts,
             "files": [
                 {"name": file.name, "size": file.size, "digest": file.digest, "tensors": len(file.tensors)}
@@ -88,7 +89,7 @@ def _facts(
     root: Path,
     manifest: Manifest,
     claims: Sequence[Claim],
-    packed: packs.ArchiveRecord | None,
+    packed: int | None,
     signed: Sequence[signing.Signature],
     members: Sequence[str],
     aliases: Sequence[str],
@@ -106,7 +107,7 @@ def _facts(
         ("saved because", escape("\n".join(manifest.reasons))),
         ("kept because", render.claims_text(claims)),
         ("size", render.size(manifest.size_bytes)),
-        ("archived", "no" if packed is None else f"in a pack of {render.size(packed.packed_bytes)}"),
+        ("archived", "no" if packed is None else f"in a pack of {render.size(packed)}"),
         ("signed", escape("\n".join(map(_signature, signed))) or "no"),
         ("parts", escape(", ".join(manifest.parts))),
         ("made from", escape("\n".join(members)))

@@ -15,6 +15,7 @@ from peakpoint.cli.arguments import JSON, reads, rules_help
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError
 from peakpoint.journal import Reported, Saved, history
+from peakpoint.packs import packed_bytes
 from peakpoint.planning import architectures, optimizers, sizes
 from peakpoint.planning.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.planning.intervals import Failures, daly, young
@@ -137,7 +138,7 @@ def _of_run(run: Run, given: dict[str, Any]) -> dict[str, Any]:
                 f"the rules rank by {metric!r}, which run {run.name!r} has never reported{near(metric, names)}; it "
                 f"reports {', '.join(names) or 'nothing'}"
             )
-    packed = render.packed_sizes(run, manifests)
+    packed = packed_bytes(run.store, run.name, manifests)
     whole = sum(one.size_bytes for one in manifests if one.id in packed)
     measured = pace(reports, manifests, {event.report for event in events if isinstance(event, Saved)})
     per_epoch = given["reports_per_epoch"] or measured.reports_per_epoch

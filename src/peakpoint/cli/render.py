@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import packs, reader, units
+from peakpoint import reader, units
 from peakpoint.audit import Audit, Finding
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks
@@ -22,6 +22,7 @@ from peakpoint.cli.fitting import Column
 from peakpoint.journal import history
 from peakpoint.manifest import Manifest, plain
 from peakpoint.notes import all_known
+from peakpoint.packs import packed_bytes
 from peakpoint.peaks import Peak, peaks
 from peakpoint.repository import Run, rules_of
 from peakpoint.rules import Claim, ranked, watched
@@ -262,12 +263,6 @@ def audit_sentence(result: Audit) -> str:
     return f"{count(result.runs, 'run')}, {count(result.checkpoints, 'checkpoint')}, {size(result.bytes)}: {depth}"
 
 
-def packed_sizes(run: Run, manifests: Iterable[Manifest]) -> dict[str, int]:
-    """Id to the bytes in the archive, of checkpoints that are there."""
-    records = {manifest.id: packs.archived(run.store, run.name, manifest.name) for manifest in manifests}
-    return {id: record.packed_bytes for id, record in records.items() if record is not None}  # noqa: A001
-
-
 def print_run(console: Console, run: Run) -> None:
     """A run: its rules, peak against last, and its checkpoints with the reasons why each is kept."""
     events, manifests = run.events(), run.manifests()
@@ -275,7 +270,7 @@ def print_run(console: Console, run: Run) -> None:
     pairs = watched(in_force)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     total = sum(manifest.size_bytes for manifest in manifests)
-    packed, aliases = packed_sizes(run, manifests), marks.pointing(run)
+    packed, aliases = packed_bytes(run.store, run.name, manifests), marks.pointing(run)
     away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
     holder = run.holder()
     console.print(
@@ -348,7 +343,7 @@ def run_json(run: Run) -> dict[str, Any]:
     events, manifests = run.events(), run.manifests()
     in_force = rules_of(events)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
-    packed, aliases = packed_sizes(run, manifests), marks.pointing(run)
+    packed, aliases = packed_bytes(run.store, run.name, manifests), marks.pointing(run)
     past = history(events)
     found = peaks(past, watched(in_force))
     return {

@@ -1,7 +1,7 @@
 """Commands about what stays and why: keep, explain, pin, unpin, record."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peakpoint import journal as journals
-from peakpoint import packs, upkeep
-from peakpoint.archiving import unarchived
+from peakpoint import upkeep
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
 from peakpoint.cli.fitting import Column
@@ -21,6 +20,7 @@ from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.lives import Life, Replay, lives, replay, typical_size
 from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known
+from peakpoint.packs import check_not_archived, packed_bytes
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
 from peakpoint.retention import Plan
@@ -39,9 +39,6 @@ GB = 1e9
 @click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, also with --yes.")
 @UNDO_FOR
-@click.option(
-    "--archive", is_flag=True, help="Archive what would go instead of removing it; parts are dropped all the same."
-)
 @click.option("--what-if", is_flag=True, help="Replay the recorded history under the rules, from the first report on.")
 @click.option("--price", type=click.FloatRange(min=0), help="Of a GB in a month: says what that costs.")
 @JSON
@@ -53,7 +50,6 @@ def keep(
     yes: bool,
     dry_run: bool,
     undo_for: timedelta,
-    archive: bool,
     what_if: bool,
     price: float | None,
     json: bool,
@@ -68,24 +64,22 @@ def keep(
     if what_if:
         _what_if(run, rules, price, json=json)
         return
+    check_not_archived(run.store, name, run.manifests())
     decided = run.plan(rules)
-    if archive:
-        left = {manifest.id for manifest in unarchived(run.store, [removal.manifest for removal in decided.remove])}
-        decided = replace(decided, remove=tuple(one for one in decided.remove if one.manifest.id in left))
     apply_now = yes and not dry_run
     failures: list[str] = []
     if not json:
         _print_plan(run, rules, decided)
     if apply_now:
-        failures = _carry_out(run, decided, rules if text is not None else None, undo_for, archive=archive)
+        failures = upkeep.apply_plan(run, decided, rules if text is not None else None, undo_for=undo_for)
     if json:
         render.as_json(_plan_json(run, rules, decided, failures, applied=apply_now))
     elif not decided.remove and not decided.drop:
         click.echo("nothing would go")
     elif apply_now:
-        _print_done(root, run, decided, failures, undo_for, archive=archive)
+        _print_done(root, run, decided, failures, undo_for)
     else:
-        click.echo(f"nothing is removed yet; add --yes to {'archive' if archive else 'remove'}")
+        click.echo("nothing is removed yet; add --yes to remove")
     _leave_with(failures)
 
 
@@ -102,24 +96,11 @@ def _leave_with(failures: Sequence[str]) -> None:
         raise SystemExit(StoreError.exit_code)
 
 
-def _carry_out(
-    run: Run, decided: Plan, rules: Sequence[Rule] | None, undo_for: timedelta, *, archive: bool
-) -> list[str]:
-    if not archive:
-        return upkeep.apply_plan(run, decided, rules, undo_for=undo_for)
-    failures = upkeep.archive(run, [removal.manifest for removal in decided.remove])[1]
-    return failures + upkeep.apply_plan(run, replace(decided, remove=()), None, undo_for=undo_for)
-
-
-def _print_done(
-    root: Path, run: Run, decided: Plan, failures: Sequence[str], undo_for: timedelta, *, archive: bool
-) -> None:
+def _print_done(root: Path, run: Run, decided: Plan, failures: Sequence[str], undo_for: timedelta) -> None:
     parts = f", dropped parts of {len(decided.drop)} for good" if decided.drop else ""
     failed = f"; {len(failures)} failed" if failures else ""
-    click.echo(
-        f"{'archived' if archive else 'removed'} {render.count(len(decided.remove), 'checkpoint')}{parts}{failed}"
-    )
-    if decided.remove and not archive:
+    click.echo(f"removed {render.count(len(decided.remove), 'checkpoint')}{parts}{failed}")
+    if decided.remove:
         gone = [f"{run.name}/{removal.manifest.name}" for removal in decided.remove]
         click.echo(render.undo_hint(root, gone, undo_for))
 
@@ -287,12 +268,9 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     for record in dropped:
         parts = ", ".join(record.parts)
         console.print(f"without {escape(parts)} since {record.at:%Y-%m-%d %H:%M}: {escape(record.why)}")
-    packed = packs.archived(run.store, run.name, manifest.name)
+    packed = packed_bytes(run.store, run.name, [manifest]).get(manifest.id)
     if packed is not None:
-        console.print(
-            f"archived {packed.at:%Y-%m-%d %H:%M} UTC by {escape(packed.by)}: "
-            f"{render.size(manifest.size_bytes)} in a pack of {render.size(packed.packed_bytes)}"
-        )
+        console.print(f"archived: {render.size(manifest.size_bytes)} in a pack of {render.size(packed)}")
     for event in late:
         console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {_values(event.metrics)}")
     for rule, claimed in instead:

@@ -10,13 +10,13 @@ import click
 from rich.markup import escape
 
 from peakpoint import packs, upkeep
-from peakpoint.archiving import Packed, unarchived
+from peakpoint.archiving import Packed
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT
 from peakpoint.cli.fitting import Column
-from peakpoint.errors import ConfigError, CorruptError
+from peakpoint.errors import ConfigError
 from peakpoint.manifest import Manifest
-from peakpoint.repository import Repository, Run, open_repository
+from peakpoint.repository import Run, open_repository
 from peakpoint.trash import InTrash
 
 
@@ -33,51 +33,63 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda size: bar.advance(task, size)
 
 
-def _chosen(repository: Repository, name: str, names: Sequence[str]) -> tuple[Run, list[Manifest]]:
-    """Checkpoints of one run; all of them when none is named."""
-    run = repository.run(name)
-    if not names:
-        return run, list(run.manifests())
-    found = {manifest.id: manifest for manifest in map(repository.find_manifest, names)}
-    for manifest in found.values():
-        if manifest.run != name:
-            raise ConfigError(f"{manifest.run}/{manifest.name} is no checkpoint of run {name!r}; give refs of one run")
-    return run, sorted(found.values(), key=lambda manifest: manifest.sequence)
-
-
-# --- archive, restore ---------------------------------------------------------------------------------------------
+# --- archive ------------------------------------------------------------------------------------------------------
 
 
 @click.command()
 @ROOT
 @click.argument("name", metavar="RUN")
-@click.argument("names", metavar="[REF]...", nargs=-1)
-@click.option("--dry-run", is_flag=True, help="Only say what would be packed.")
+@click.option("--restore", "back", is_flag=True, help="Put the files of an archived run back, bit for bit.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--level", type=click.IntRange(1, 19), help="Of zstd; higher is slower, and hardly smaller.")
 @JSON
-def archive(root: Path, name: str, names: tuple[str, ...], *, dry_run: bool, level: int | None, json: bool) -> None:
+def archive(root: Path, name: str, *, back: bool, dry_run: bool, level: int | None, json: bool) -> None:
     """Pack a finished run without loss: it takes less space, and is still listed and loaded."""
-    run, chosen = _chosen(open_repository(root), name, names)
-    chosen = unarchived(run.store, chosen)
+    run = open_repository(root).run(name)
+    manifests = run.manifests()
+    packed = packs.packed_bytes(run.store, name, manifests)
+    chosen = [manifest for manifest in manifests if (manifest.id in packed) == back]
     total = sum(manifest.size_bytes for manifest in chosen)
     if dry_run:
         if json:
-            render.as_json({"run": name, "would_archive": [_json(manifest) for manifest in chosen], "bytes": total})
+            verb = "would_restore" if back else "would_archive"
+            render.as_json({"run": name, verb: [_json(manifest) for manifest in chosen], "bytes": total})
         else:
-            click.echo(f"would archive {render.count(len(chosen), 'checkpoint')}, {render.size(total)}")
+            verb = "restore" if back else "archive"
+            click.echo(f"would {verb} {render.count(len(chosen), 'checkpoint')}, {render.size(total)}")
+        return
+    if back:
+        _restore(run, total, json=json)
         return
     with progress("packing", total) as advance:
-        done, failures = upkeep.archive(run, chosen, level=level, progress=lambda one: advance(one.size_bytes))
+        done = upkeep.archive(run, level=level, progress=lambda packed: advance(packed.size_bytes))
     if json:
         archived = [_json(one.manifest) | {"packed_bytes": one.packed_bytes, "bases": one.bases} for one in done]
-        packed = {"bytes": sum(one.size_bytes for one in done), "packed_bytes": sum(one.packed_bytes for one in done)}
-        render.as_json({"run": name, "archived": archived} | packed | {"failures": failures})
+        sizes = {"bytes": sum(one.size_bytes for one in done), "packed_bytes": sum(one.packed_bytes for one in done)}
+        render.as_json({"run": name, "archived": archived} | sizes)
     else:
-        _print_packed(name, done)
-    for failure in failures:
-        click.echo(f"peakpoint: not archived: {failure}", err=True)
-    if failures:
-        raise SystemExit(CorruptError.exit_code)
+        _print_packed(root, name, done)
+
+
+@click.command(hidden=True)
+@ROOT
+@click.argument("name", metavar="RUN")
+@click.pass_context
+def restore(context: click.Context, root: Path, name: str) -> None:
+    """Former name of ``archive --restore``."""
+    context.invoke(archive, root=root, name=name, back=True, dry_run=False, level=None, json=False)
+
+
+def _restore(run: Run, total: int, *, json: bool) -> None:
+    with progress("unpacking", total) as advance:
+        back = upkeep.restore(run, progress=lambda manifest: advance(manifest.size_bytes))
+    if json:
+        render.as_json({"run": run.name, "restored": [_json(manifest) for manifest in back]})
+    elif back:
+        restored, size = render.count(len(back), "checkpoint"), sum(manifest.size_bytes for manifest in back)
+        click.echo(f"restored {restored}, {render.size(size)}, every byte compared with its digest")
+    else:
+        click.echo(f"nothing to restore: run {run.name!r} is not archived")
 
 
 def _json(manifest: Manifest) -> dict[str, Any]:
@@ -87,9 +99,9 @@ def _json(manifest: Manifest) -> dict[str, Any]:
 _NEIGHBOURS = ("nothing", "the one before", "the two before")
 
 
-def _print_packed(name: str, done: Sequence[Packed]) -> None:
+def _print_packed(root: Path, name: str, done: Sequence[Packed]) -> None:
     if not done:
-        click.echo(f"nothing to archive: every checkpoint of {name} is archived, or there is none")
+        click.echo(f"nothing to archive: run {name!r} is archived, or has no checkpoints")
         return
     console = render.console()
     columns = [
@@ -101,31 +113,12 @@ def _print_packed(name: str, done: Sequence[Packed]) -> None:
     ]
     console.print(fitting.table(columns, console.width))
     before, after = sum(one.size_bytes for one in done), sum(one.packed_bytes for one in done)
+    back = escape(render.command("archive", root, name, "--restore"))
     console.print(
         f"{render.count(len(done), 'checkpoint')}, {render.size(before)} in {render.size(after)}, every byte compared; "
-        f"peakpoint restore brings the files back"
+        f"{back} brings the files back",
+        soft_wrap=True,
     )
-
-
-@click.command()
-@ROOT
-@click.argument("name", metavar="RUN")
-@click.argument("names", metavar="[REF]...", nargs=-1)
-@JSON
-def restore(root: Path, name: str, names: tuple[str, ...], *, json: bool) -> None:
-    """Put the files of archived checkpoints back, bit for bit; of the whole run by default."""
-    run, chosen = _chosen(open_repository(root), name, names)
-    chosen = [manifest for manifest in chosen if packs.archived(run.store, run.name, manifest.name) is not None]
-    with progress("unpacking", sum(manifest.size_bytes for manifest in chosen)) as advance:
-        done = upkeep.restore(run, chosen, progress=lambda manifest: advance(manifest.size_bytes))
-    if json:
-        render.as_json({"run": name, "restored": [_json(manifest) for manifest in done]})
-    elif done:
-        total = sum(manifest.size_bytes for manifest in done)
-        restored = render.count(len(done), "checkpoint")
-        click.echo(f"restored {restored}, {render.size(total)}, every byte compared with its digest")
-    else:
-        click.echo("nothing to restore: none of these is archived")
 
 
 # --- trash, undo --------------------------------------------------------------------------------------------------

@@ -107,7 +107,6 @@ def gather(run: Run) -> Material:
     unsaid = [one for one in known if one.id in current and one.id not in at and one.report in numbers]
     kept = {one.report: one for one in unsaid if numbers[one.report].step == one.step}
     kept |= {saved[manifest.id].report: manifest for manifest in known if manifest.id in saved}
-    archive = {one.id: packs.archived(run.store, run.name, one.name) for one in known}
     damage = [*reading.damage, *(str(damaged.error) for damaged in shelf.damaged)]
     opened = [event for event in reading.events if isinstance(event, Opened) and event.state]
     return Material(
@@ -115,7 +114,7 @@ def gather(run: Run) -> Material:
         history=tuple(_measured(history, reading.events, saved)),
         abandoned=abandoned,
         checkpoints=known,
-        packed={id: record.packed_bytes for id, record in archive.items() if record is not None},  # noqa: A001
+        packed=packs.packed_bytes(run.store, run.name, known),
         rules=rules,
         state=opened[-1].state if opened else {},
         saved=frozenset(kept) | {report.report for report in saved.values()},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peakpoint import layout, reader
-from peakpoint.errors import ConflictError, NotFoundError, SignatureError
+from peakpoint.errors import ConflictError, CorruptError, NotFoundError, SignatureError
 from peakpoint.manifest import MANIFEST, Manifest, decode
 from peakpoint.signing import bundle as bundles
 from peakpoint.signing.keys import (
@@ -264,7 +264,6 @@ class _Files:
         self._all = {file.name: file for file in decode(data, where=MANIFEST).files}  # with those that were dropped
         self._here = {file.name for file in manifest.files}
         self._known = {MANIFEST: hashlib.sha256(data).hexdigest()}
-        self._archived = layout.ARCHIVED in store.children(layout.checkpoint_prefix(manifest.run, manifest.name))
 
     def compare(self, digests: Mapping[str, str], *, every: bool) -> Iterator[str]:
         """The names of the files that are what was signed.
@@ -297,12 +296,16 @@ class _Files:
             self._known[name] = self._hashed(key, size)
         elif name not in self._here:
             return None
-        elif self._archived:
-            self._known[name] = hashlib.sha256(reader.read(self._store, self._manifest, self._all[name])).hexdigest()
         else:
-            raise SignatureError(f"{name} is missing")
+            self._known[name] = hashlib.sha256(self._unpacked(name)).hexdigest()
         self._progress(self._all[name].size)
         return self._known[name]
+
+    def _unpacked(self, name: str) -> memoryview:
+        try:
+            return reader.read(self._store, self._manifest, self._all[name])
+        except CorruptError as error:
+            raise SignatureError(f"{name} cannot be read: {error}") from error
 
     def _hashed(self, key: str, size: int) -> str:
         digest = hashlib.sha256()
