@@ -1,5 +1,6 @@
 """Releases: select, validate, compare and promote by a policy; refused for a reason; repeated without harm."""
 
+import contextlib
 import json
 import socketserver
 import threading
@@ -341,6 +342,8 @@ def test_hooks_are_told_of_each_change_once_they_take_it(tmp_path, hook):
         (["sh", "-c", "echo no such machine; exit 3"], "it ended with 3: no such machine"),
         (["no-such-program"], "it cannot be run: No such file or directory"),
         (["sleep", "60"], "it took longer than 0.2 s and was stopped"),
+        (["yes"], "it took longer than 0.2 s and was stopped"),
+        (["sh", "-c", "trap '' TERM; sleep 60 & wait"], "it took longer than 0.2 s and was stopped"),
     ],
 )
 def test_a_hook_that_fails_says_how(tmp_path, command, error):
@@ -362,6 +365,45 @@ def test_an_address_that_has_moved_has_not_been_told(tmp_path, hook, code):
     (told,) = hooks.tell(found.store, record, policy)
     assert told.error.startswith(f"it answered {code}")
     assert hooks.are_due(found.store, record, policy)
+
+
+def test_what_a_hook_prints_is_thrown_away_before_it_fills_the_disk(tmp_path):
+    found = task.trained(tmp_path, noises=(0.1,))
+    printed = 'yes | head -c 4000000; until [ "$(stat -L -c %b /proc/$$/fd/1)" -lt 1000 ]; do :; done'
+    task.policy(tmp_path, f"[[champion.hooks]]\ncommand = {json.dumps(['sh', '-c', printed])}")
+    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    (told,) = hooks.tell(found.store, record, read_policies(found.store).of("champion"))
+    assert told.error is None
+
+
+class Endless(socketserver.StreamRequestHandler):
+    """Says something again and again, and never answers."""
+
+    def handle(self):
+        with contextlib.suppress(OSError):  # nobody listens any more
+            while True:
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+class Deaf(socketserver.StreamRequestHandler):
+    """Neither reads nor answers."""
+
+    def handle(self):
+        self.server.left.wait()
+
+
+@pytest.mark.parametrize("answer", [Endless, Deaf])
+def test_the_time_of_an_address_is_that_of_the_whole_call(tmp_path, answer):
+    found = task.trained(tmp_path, noises=(0.1,))
+    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x" * 10_000_000, force=True)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), answer) as server:
+        server.left = threading.Event()
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/changed"
+        task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{url}"\ntimeout = "2s"')
+        (told,) = hooks.tell(found.store, record, read_policies(found.store).of("champion"))
+        server.left.set()
+    assert told.error == "it took longer than 2 s, and was stopped"
 
 
 class NoHttp(socketserver.StreamRequestHandler):

@@ -83,11 +83,17 @@ def run_apart(
             os.write(job_end, job + b"\n")
         return _watch(process, _Heard(line_end, text_end, mark.encode(), said, printed), timeout)
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # it, and what it has started
-        process.wait()
+        kill(process)
         for one in (job_end, line_end, text_end):
             os.close(one)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End the leader of a session, and what it has started; wait a little, since a hanging disk can keep it alive."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE)
 
 
 @dataclass(slots=True)

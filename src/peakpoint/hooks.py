@@ -5,13 +5,10 @@ every hook has taken it, and until then it can be told again. A hook knows a cha
 older one by its ``record``, a smaller number.
 """
 
-import http.client
 import os
-import signal
 import subprocess
 import tempfile
-import urllib.error
-import urllib.request
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +17,17 @@ import msgspec
 
 from peakpoint import layout
 from peakpoint.aliases import AliasRecord, numbers
+from peakpoint.apart import kill, run_apart
 from peakpoint.clock import Clock, utc_now
-from peakpoint.errors import ConflictError
+from peakpoint.errors import ConflictError, Error
 from peakpoint.manifest import FORMAT
 from peakpoint.policy import Hook, Policy
 from peakpoint.seal import seal
 from peakpoint.store import LocalStore, Store
 
 _TOLD = 500  # characters of what a hook has said
+_TURN = 0.05  # seconds between looks at how much it has printed
+_MOST_OUTPUT = 1 << 20  # bytes on the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,50 +115,67 @@ def _note(store: Store, record: AliasRecord, hooks: Sequence[str], clock: Clock)
 
 def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
     """Files take the place of pipes: what a hook leaves running may hold them open."""
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
-        given.write(change)
-        given.seek(0)
-        try:
+    try:
+        with tempfile.TemporaryFile() as standard_input, tempfile.TemporaryFile() as output:
+            standard_input.write(change)
+            standard_input.seek(0)
             process = subprocess.Popen(  # noqa: S603 - the user's own command, from the user's own file, without a shell
                 hook.command,
-                stdin=given,
-                stdout=said,
+                stdin=standard_input,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=policy.base,
                 start_new_session=True,
             )
-        except OSError as error:
-            return f"it cannot be run: {error.strerror or error}"
-        try:
-            code = process.wait(hook.timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"it took longer than {hook.timeout:g} s and was stopped"
-        if code == 0:
-            return None
-        said.seek(max(0, said.seek(0, os.SEEK_END) - 4 * _TOLD))
-        text = said.read().decode(errors="replace").strip()[-_TOLD:]
-        return f"it ended with {code}" + (f": {text}" if text else "")
+            try:
+                code = _exit_code(process, output.fileno(), hook.timeout)
+            except subprocess.TimeoutExpired:
+                return f"it took longer than {hook.timeout:g} s and was stopped"
+            return None if code == 0 else f"it ended with {code}{_last_words(output.fileno())}"
+    except OSError as error:
+        return f"it cannot be run: {error.strerror or error}"
 
 
-class _Straight(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: what comes of it is a GET, which leaves behind what is to be told."""
+def _exit_code(process: subprocess.Popen[bytes], output: int, timeout: float) -> int:
+    """Wait for the end of a hook, and stop it when its time is over.
 
-    def redirect_request(self, *_: object) -> None:
-        """None: the answer that redirects is an error."""
+    Raises:
+        TimeoutExpired: it was stopped.
+    """
+    until = time.monotonic() + timeout
+    try:
+        while True:
+            left = until - time.monotonic()
+            try:
+                return process.wait(max(0.0, min(_TURN, left)))
+            except subprocess.TimeoutExpired:
+                if left <= 0:
+                    raise
+            if os.fstat(output).st_blocks * 512 > _MOST_OUTPUT:
+                os.ftruncate(output, 0)  # it prints on behind a hole: one that prints without end fills no disk
+    except BaseException:
+        kill(process)
+        raise
+
+
+def _last_words(output: int) -> str:
+    size = os.fstat(output).st_size
+    end = os.pread(output, 4 * _TOLD, max(0, size - 4 * _TOLD))
+    text = end.replace(b"\0", b"").decode(errors="replace").strip()[-_TOLD:]
+    return f": {text}" if text else ""
 
 
 def _post(hook: Hook, change: bytes) -> str | None:
-    request = urllib.request.Request(  # noqa: S310 - the policy takes http and https only
-        hook.url, data=change, headers={"Content-Type": "application/json"}, method="POST"
-    )
+    """A process apart: nothing else ends a look-up of a name, or a server that answers a byte now and then, in time."""
+    answers: list[str | None] = []
+
+    def said(line: bytes) -> bool:
+        answers.append(msgspec.json.decode(line, type=str | None))
+        return True
+
+    job = msgspec.json.encode({"url": hook.url, "body": change.decode()})
     try:
-        with urllib.request.build_opener(_Straight).open(request, timeout=hook.timeout):
-            return None
-    except urllib.error.HTTPError as error:
-        with error:
-            return f"it answered {error.code} {error.reason}"
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        # no connection, a reset, a timeout, an address that is none, an answer that is no HTTP
-        return f"it cannot be reached: {getattr(error, 'reason', None) or error}"
+        ended = run_apart("peakpoint.http_post", job, timeout=hook.timeout, said=said, printed=lambda _: None)
+    except Error as error:
+        return f"it cannot be reached: {error}"
+    return answers[0] if answers else ended
