@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from peakpoint import layout, packs, reader
 from peakpoint.dropping import records
-from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.journal import Archived, Changing, Journal, Restored, Undone
 from peakpoint.manifest import FileRecord, Manifest
 from peakpoint.packs import Base, Index, PlainSource, RunArchive, Source
@@ -218,7 +218,7 @@ def _bring_parts_back(store: Store, journal: Journal, manifest: Manifest, by: st
         try:
             for name in dropped.files:
                 reader.read(store, whole, whole.file(name))
-        except CorruptError:
+        except (CorruptError, NotFoundError):
             continue  # gone, or damaged: the part stays dropped, and the checkpoint is whole without it
         store.delete(dropped.key)
         back += dropped.parts

@@ -5,7 +5,7 @@ touched. Foreign files are neither: Peakpoint did not write them and does not de
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -88,14 +88,41 @@ def audit(
     """
     result = Audit(deep=deep)
     store = repository.store
-    result.findings += _strays(store, "", _OF_A_REPOSITORY)
-    result.findings += _aliases(store)
-    result.findings += _releases(store)
-    result.findings += _strays(store, layout.RUNS, None)
+    result.findings += _lasting(_outside_runs(store), lambda: _outside_runs(store))
     for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
         result.runs += 1
-        result.findings += _run(store, run, result, clock(), deep=deep, progress=progress)
+        now, busy = clock(), _at_work(store, run)
+        shallow = partial(_run, store, run, Audit(deep=False), now, lambda _: None)
+        findings = _lasting(_run(store, run, result, now, progress), shallow)
+        result.findings += _heeding(busy or _at_work(store, run), run, findings)
     return result
+
+
+def _lasting(findings: Iterable[Finding], look_again: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Findings without what comes and goes while others work; of damage the first look is sure."""
+    first = list(findings)
+    again = set(look_again()) if any(finding.kind != "damage" for finding in first) else set()
+    return [finding for finding in first if finding.kind == "damage" or finding in again]
+
+
+def _heeding(busy: str | None, run: str, findings: list[Finding]) -> list[Finding]:
+    """Findings without the unfinished work of who writes the run."""
+    if busy is None:
+        return findings
+    where, what = layout.run_prefix(run), f"being written by {busy}; unfinished writes are not looked at"
+    return [Finding("busy", where, what), *(finding for finding in findings if finding.kind != "litter")]
+
+
+def _at_work(store: Store, run: str) -> str | None:
+    """Who changes a run at present: who holds it, or a command beside that, such as a removal by hand."""
+    return store.holder(layout.writer_lock(run)) or ("another process" if journals.written(store, run) else None)
+
+
+def _outside_runs(store: Store) -> Iterator[Finding]:
+    yield from _strays(store, "", _OF_A_REPOSITORY)
+    yield from _aliases(store)
+    yield from _releases(store)
+    yield from _strays(store, layout.RUNS, None)
 
 
 def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Finding]:
@@ -110,40 +137,36 @@ def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Findi
 
 
 def _run(
-    store: Store, run: str, result: Audit, now: datetime, *, deep: bool, progress: Callable[[Manifest], None]
+    store: Store, run: str, result: Audit, now: datetime, progress: Callable[[Manifest], None]
 ) -> Iterator[Finding]:
-    prefix = layout.run_prefix(run)
-    busy = store.holder(layout.writer_lock(run))
-    if busy is not None:
-        yield Finding("busy", prefix, f"being written by {busy}; unfinished writes are not looked at")
     yield from _record(store, run)
-    yield from _unless(busy, _strays(store, prefix, _OF_A_RUN))
-    yield from _unless(busy, _packs(store, run))
+    yield from _strays(store, layout.run_prefix(run), _OF_A_RUN)
+    yield from _packs(store, run)
     journal = journals.read(store, run)
     for sentence in journal.damage:
         yield Finding("damage", layout.journal_prefix(run), sentence)
     yield from _promotions(store, run, journal.events)
     shelf = reader.shelf(store, run)
-    yield from _unless(busy, _validations(store, run, shelf, deep=deep))
+    yield from _validations(store, run, shelf, deep=result.deep)
     for damaged in shelf.damaged:
         yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
     for name in shelf.bare:
-        yield from _unless(busy, _bare(store, run, name, now))
+        yield from _bare(store, run, name, now)
     for entry in trash.contents(store, run):
-        yield from _files(store, entry.manifest, deep=deep)
-    yield from _unless(busy, _strays(store, layout.checkpoints_prefix(run), None))
+        yield from _files(store, entry.manifest, deep=result.deep)
+    yield from _strays(store, layout.checkpoints_prefix(run), None)
     packed = _packed(store, run, shelf)
     for manifest in shelf.manifests:
         result.checkpoints += 1
         result.bytes += manifest.size_bytes
         prefix = layout.checkpoint_prefix(run, manifest.name)
         over = _over(store, manifest, packed, now)
-        yield from _unless(busy, iter(over))
+        yield from over
         known = {MANIFEST, *(file.name for file in manifest.files), *(one.where.rpartition("/")[2] for one in over)}
         known |= {child for child in store.children(prefix) if layout.is_record(child)}
         known |= {file for record in records(store, run, manifest.name) for file in record.files}
         yield from _strays(store, prefix, known)
-        yield from _files(store, manifest, deep=deep)
+        yield from _files(store, manifest, deep=result.deep)
         progress(manifest)
 
 
@@ -185,6 +208,11 @@ def _aliases(store: Store) -> Iterator[Finding]:
 def _alias(store: Store, name: str) -> Iterator[Finding]:
     for sentence in aliases.history(store, name).damage:
         yield Finding("damage", layout.alias_prefix(name), sentence)
+    yield from _target(store, name)
+
+
+def _target(store: Store, name: str) -> Iterator[Finding]:
+    """What is wrong with the checkpoint that an alias points at."""
     try:
         record = aliases.head(store, name)
     except (CorruptError, FormatError):
@@ -197,6 +225,10 @@ def _alias(store: Store, name: str) -> Iterator[Finding]:
     except NotFoundError:
         found = None
     if found != target.manifest:
+        latest = aliases.head(store, name)
+        if latest is not None and latest.number != record.number:
+            yield from _target(store, name)  # it has moved on, and what it pointed at may go
+            return
         what = "does not exist" if found is None else "has another manifest than when it was promoted"
         where = layout.alias_key(name, record.number)
         yield Finding("damage", where, f"{name} points at {target.run}/{target.name}, a checkpoint that {what}")
@@ -283,19 +315,12 @@ def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: date
     return found
 
 
-def _unless(busy: str | None, findings: Iterator[Finding]) -> Iterator[Finding]:
-    for finding in findings:
-        if busy is None or finding.kind != "litter":
-            yield finding
-
-
 def _record(store: Store, run: str) -> Iterator[Finding]:
     key = layout.run_record(run)
     if store.size(key) is None:
         # a crash between the run's directory and its record; the next writer of that run completes it
-        if not reader.shelf(store, run).manifests:
-            return
-        yield Finding("damage", key, "the run's record is missing although it has checkpoints")
+        if reader.shelf(store, run).manifests and store.size(key) is None:  # which came before the first checkpoint
+            yield Finding("damage", key, "the run's record is missing although it has checkpoints")
         return
     try:
         check_run_record(store, run)
@@ -335,6 +360,8 @@ def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]
                 reader.check_size(store, manifest, file)
         except CorruptError as error:
             yield Finding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
+        except NotFoundError:  # removed meanwhile
+            return
 
 
 def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:

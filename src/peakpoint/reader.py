@@ -1,13 +1,15 @@
 """Reading checkpoints: manifests are trusted, listings and names are not."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from blake3 import blake3
 
-from peakpoint import layout, packs
+from peakpoint import layout, packs, trash
 from peakpoint.dropping import left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
@@ -15,6 +17,8 @@ from peakpoint.seal import digest
 from peakpoint.store import Filled, Filling, Hold, Store
 from peakpoint.units import cores
 from peakpoint.writer import BLOCK, combined_digest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,12 @@ def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     Raises:
         CorruptError: the file is missing or has another size.
         FormatError: its name is none that Peakpoint writes.
+        NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
+    return _settled(store, manifest, file, _view)
+
+
+def _view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     try:
         with _found(manifest, file):
             data = store.view(layout.file_key(manifest.run, manifest.name, file.name))
@@ -155,8 +164,13 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     Raises:
         CorruptError: the file is missing, has another size or other bytes; the message names the file and the tensor.
         FormatError: its name is none that Peakpoint writes.
+        NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
         StoreError: it cannot be read.
     """
+    return _settled(store, manifest, file, _read)
+
+
+def _read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     filling: Filling
     try:
         with _found(manifest, file):
@@ -181,7 +195,12 @@ def tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, tensor: Ten
 
     Raises:
         CorruptError: the file is missing or too short, or the bytes are others.
+        NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
+    return _settled(store, manifest, file, partial(_tensor_bytes, tensor=tensor))
+
+
+def _tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, *, tensor: TensorRecord) -> bytes:
     begin, end = file.header + tensor.begin, file.header + tensor.end
     data = b""
     if 0 <= begin <= end <= file.size:
@@ -224,6 +243,38 @@ def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: Corrupt
     raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is in its pack no more than on its own")
 
 
+def _settled(store: Store, manifest: Manifest, file: FileRecord, look: Callable[[Store, Manifest, FileRecord], T]) -> T:
+    """Look at a file until nothing changes under the look: what is removed, packed or restored meanwhile is no damage.
+
+    Raises:
+        NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
+    """
+    place: object = manifest  # of which no place is one
+    while True:
+        try:
+            return look(store, manifest, file)
+        except (CorruptError, NotFoundError):
+            before, place = place, _place(store, manifest, file)
+            if place == before:
+                raise
+
+
+def _place(store: Store, manifest: Manifest, file: FileRecord) -> object:
+    """Where the bytes of a file are now: the record of the trash, that of the archive, or None on their own."""
+    try:
+        present = read_manifest(store, manifest.run, manifest.name)
+    except NotFoundError as error:
+        record = trash.read(store, manifest.run, manifest.name)
+        if record is not None:
+            return record
+        raise NotFoundError(f"checkpoint {manifest.name} was removed a moment ago") from error
+    if present.id != manifest.id:
+        raise NotFoundError(f"checkpoint {manifest.name} was removed a moment ago, and another one has its name now")
+    if all(other.name != file.name for other in present.files):
+        raise NotFoundError(f"checkpoint {manifest.name} has just lost the part that {file.name} belongs to")
+    return packs.packed_bytes(store, manifest.run, [manifest])
+
+
 @contextlib.contextmanager
 def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
     try:
@@ -246,7 +297,12 @@ def check_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
     Raises:
         CorruptError: it is missing or has another size.
         FormatError: its name is none that Peakpoint writes.
+        NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
+    _settled(store, manifest, file, _look_at_size)
+
+
+def _look_at_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
     with _found(manifest, file):
         size = store.size(layout.file_key(manifest.run, manifest.name, file.name))
     if size is None:
@@ -257,13 +313,17 @@ def check_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
 
 
 def damage(store: Store, manifests: Iterable[Manifest]) -> dict[str, str]:
-    """The checkpoints with files that are missing or of another size: id to what is wrong; reads nothing."""
+    """The checkpoints with files that are missing or of another size: id to what is wrong; reads nothing.
+
+    One that was removed a moment ago is not among them.
+    """
     found = {}
     for manifest in manifests:
-        try:
-            check_sizes(store, manifest)
-        except (CorruptError, FormatError) as error:
-            found[manifest.id] = str(error)
+        with contextlib.suppress(NotFoundError):
+            try:
+                check_sizes(store, manifest)
+            except (CorruptError, FormatError) as error:
+                found[manifest.id] = str(error)
     return found
 
 

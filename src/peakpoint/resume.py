@@ -118,7 +118,7 @@ class Resumption:
                 continue
             try:
                 saved = read_state(self.store, manifest)
-            except (CorruptError, FormatError) as error:
+            except (CorruptError, FormatError, NotFoundError) as error:
                 skipped.append(str(error))
                 passed.append(manifest.id)
                 continue
