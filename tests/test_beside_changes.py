@@ -143,6 +143,19 @@ def test_a_training_passes_over_a_checkpoint_that_goes_while_it_resumes(tmp_path
         assert ckpt.resume().epoch == 0
 
 
+def test_the_newest_is_found_while_it_takes_the_place_of_the_one_before(tmp_path):
+    state = {"x": 1}
+    with checkpointer(tmp_path, state=state, keep=[pp.Last(1)]) as ckpt:
+        ckpt.report(step=1)
+        ckpt.wait()
+
+        def go_on():
+            ckpt.report(step=2)
+            ckpt.wait()
+
+        assert Repository(Meddled(tmp_path, "manifest.json", go_on)).find("r@latest").step == 2
+
+
 def test_a_removal_by_hand_that_is_at_work_is_no_litter(tmp_path):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)

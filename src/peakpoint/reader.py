@@ -52,26 +52,27 @@ class Shelf:
 
 
 def shelf(store: Store, run: str) -> Shelf:
-    """Read every manifest of a run."""
-    manifests: list[Manifest] = []
-    damaged: list[Damaged] = []
-    bare: list[str] = []
-    cut: set[str] = set()
-    for child in store.children(layout.checkpoints_prefix(run)):
-        name = child.removesuffix("/")
-        if name == child:
-            continue  # a stray file; audit names it
-        match look(store, run, name):
-            case None:
-                bare.append(name)
-            case Damaged() as found:
-                damaged.append(found)
-            case Standing(manifest=manifest, cut=lost):
-                manifests.append(manifest)
-                if lost:
-                    cut.add(manifest.id)
-    manifests.sort(key=lambda manifest: manifest.sequence)
-    return Shelf(tuple(manifests), tuple(damaged), tuple(bare), frozenset(cut))
+    """Read every manifest of a run.
+
+    A checkpoint that goes because a newer one has come is not missed together with the newer one.
+    """
+    looked: dict[str, Standing | Damaged | None] = {}
+    while unseen := [name for name in _directories(store, run) if name not in looked]:
+        looked |= {name: look(store, run, name) for name in unseen}
+        if None not in looked.values():
+            break  # nothing went meanwhile
+    standing = [state for state in looked.values() if isinstance(state, Standing)]
+    return Shelf(
+        tuple(sorted((state.manifest for state in standing), key=lambda manifest: manifest.sequence)),
+        tuple(state for state in looked.values() if isinstance(state, Damaged)),
+        tuple(name for name, state in looked.items() if state is None),
+        frozenset(state.manifest.id for state in standing if state.cut),
+    )
+
+
+def _directories(store: Store, run: str) -> list[str]:
+    children = store.children(layout.checkpoints_prefix(run))
+    return [child.removesuffix("/") for child in children if child.endswith("/")]  # audit names stray files
 
 
 @dataclass(frozen=True, slots=True)
