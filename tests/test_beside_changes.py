@@ -196,3 +196,13 @@ def test_an_audit_follows_an_alias_that_moves(tmp_path):
     result = audit.audit(Repository(store))
     assert store.has_meddled
     assert result.clean, result.findings
+
+
+def test_cleaning_leaves_the_record_of_a_removal_that_is_at_work(tmp_path):
+    trained(tmp_path, epochs=2)
+    run = run_of(tmp_path)
+    name = run.manifests()[0].name
+    store = Meddled(tmp_path, "trashed.json created", lambda: audit.clean(pp.open(tmp_path)))
+    assert upkeep.remove(Repository(store).run("r"), run.manifests()[:1], "why", undo_for=DAY) == []
+    assert store.has_meddled
+    assert [manifest.name for manifest, _ in upkeep.undo(run, [name])] == [name]

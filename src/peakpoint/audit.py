@@ -18,7 +18,7 @@ from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundE
 from peakpoint.journal import Event, Promoted
 from peakpoint.manifest import MANIFEST, Manifest
 from peakpoint.refs import is_alias
-from peakpoint.repository import Repository, check_run_record
+from peakpoint.repository import Repository, Run, check_run_record
 from peakpoint.seal import digest
 from peakpoint.store import Store
 from peakpoint.writer import sweep
@@ -310,9 +310,17 @@ def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: date
         Finding("litter", key, "a file of an archived run, which is in its pack")
         for key in archiving.leftovers(store, manifest, packed)
     ]
-    if store.size(layout.trashed_key(run, name)) is not None:
+    if store.size(layout.trashed_key(run, name)) is not None and not _is_being_removed(store, run, name):
         found.append(Finding("litter", layout.trashed_key(run, name), "the record of a removal that was cut short"))
     return found
+
+
+def _is_being_removed(store: Store, run: str, name: str) -> bool:
+    """Whether a removal by hand, which holds nothing, may be between its record in the trash and the manifest."""
+    try:
+        return Run(store, run).is_being_removed(reader.read_manifest(store, run, name))
+    except NotFoundError:
+        return True
 
 
 def _record(store: Store, run: str) -> Iterator[Finding]:
