@@ -1018,6 +1018,10 @@ class Failing(FileOps):
         self.fail("write")
         return super().write(fd, data)
 
+    def truncate(self, fd, size):
+        self.fail("truncate")
+        super().truncate(fd, size)
+
     def fsync(self, fd):
         self.fail("fsync")
         super().fsync(fd)
@@ -1170,8 +1174,11 @@ def test_a_failure_of_the_cleaning_does_not_hide_the_first_one(tmp_path):
     assert store.children("") == []
 
 
-def test_logs_tell_their_failures_and_go_on_after_them(tmp_path):
-    ops = Failing(errno.ENOSPC, "write")
+@pytest.mark.parametrize(
+    ("calls", "kept"), [(["write"], b"one\ntwo\nthree\n"), (["write", "truncate"], b"one\ntorn-\ntwo\nthree\n")]
+)
+def test_logs_tell_their_failures_and_go_on_after_them(tmp_path, calls, kept):
+    ops = Failing(errno.ENOSPC, *calls)
     store = LocalStore(tmp_path, ops)
     log = store.log("j")
     log.append(b"one\n")
@@ -1182,7 +1189,7 @@ def test_logs_tell_their_failures_and_go_on_after_them(tmp_path):
     log.append(b"two\n")
     log.append(b"three\n")
     log.close()
-    assert store.get("j") == b"one\ntorn-\ntwo\nthree\n"
+    assert store.get("j") == kept
 
 
 def test_a_log_whose_last_sync_fails_says_so_and_lets_go(tmp_path):

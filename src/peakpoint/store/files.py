@@ -37,6 +37,11 @@ class FileOps:
         """``write(2)``; may write less than all."""
         return os.write(fd, data)
 
+    def truncate(self, fd: int, size: int) -> None:
+        """``ftruncate(2)``; the next ``write`` goes on at the new end."""
+        os.ftruncate(fd, size)
+        os.lseek(fd, size, os.SEEK_SET)
+
     def reserve(self, fd: int, size: int) -> None:
         """``posix_fallocate(3)``: room for ``size`` bytes; a full disk is found at once, and extents are large."""
         os.posix_fallocate(fd, 0, size)

@@ -409,19 +409,35 @@ class LocalLog:
 
     def __init__(self, path: Path, fd: int, ops: FileOps) -> None:
         self._path, self._fd, self._ops = path, fd, ops
+        self._size = 0
         self._torn = False
 
     def append(self, data: bytes) -> None:
         r"""See ``Log.append``.
 
-        After a write that failed half-way the next one begins with a newline, so that only the torn line is lost.
+        A write that failed half-way is taken back. Where that fails, too, the next one begins with a newline, so that
+        only the torn line is lost.
         """
         with translated("append to", self._path):
-            rest = memoryview(b"\n" + data if self._torn else data)
-            self._torn = True
-            while rest:
-                rest = rest[self._ops.write(self._fd, rest) :]
+            whole = memoryview(b"\n" + data if self._torn else data)
+            rest = whole
+            try:
+                while rest:
+                    rest = rest[self._ops.write(self._fd, rest) :]
+            except OSError:
+                self._take_back(len(whole) - len(rest))
+                raise
+            self._size += len(whole)
             self._torn = False
+
+    def _take_back(self, written: int) -> None:
+        if not written:
+            return
+        try:
+            self._ops.truncate(self._fd, self._size)
+        except OSError:  # the error of the write is the one to report
+            self._size += written
+            self._torn = True
 
     def sync(self) -> None:
         """See ``Log.sync``."""
