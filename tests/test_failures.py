@@ -231,7 +231,7 @@ class Refusing(LocalStore):
         def refuse(line):
             if self.word is not None and self.word in line:
                 self.word = None
-                raise StoreError(errno.ENOSPC, "no space for the journal")
+                raise StoreError(errno.EIO, "the journal cannot be written")
             log.append(line)
 
         return SimpleNamespace(append=refuse, sync=log.sync, close=log.close)
@@ -250,7 +250,7 @@ def test_a_journal_that_refuses_after_a_commit_has_it_neither_failed_nor_written
     with checkpointer(store, state={"model": model_of(0.0), "extra": torch.zeros(2)}, keep=keep) as ckpt:
         report_all(ckpt, 1, [0.9, 0.1, 0.2])
         store.word = word
-        with pytest.warns(pp.PeakpointWarning, match=r"is saved, but .* no space for the journal") as told:
+        with pytest.warns(pp.PeakpointWarning, match=r"is saved, but .* the journal cannot be written") as told:
             report_all(ckpt, 4, [0.95, 0.1, 0.1, 0.1])
         assert len(told) == 1
         found = kept(tmp_path)

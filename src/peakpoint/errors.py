@@ -21,6 +21,7 @@ Errors of other libraries are translated where they enter and chained (``raise .
 """
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -124,6 +125,11 @@ class StoreError(Error, OSError):
     """A store refused an operation: no space, no permission, input/output error."""
 
     exit_code = 20
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room left, on the disk or in a quota."""
+        return self.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class TransientStoreError(StoreError):

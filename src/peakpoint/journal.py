@@ -20,11 +20,11 @@ import msgspec
 
 from peakpoint.clock import Clock
 from peakpoint.collector import no_collection
-from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.errors import ConflictError, CorruptError, FormatError, StoreError
 from peakpoint.layout import journal_prefix, writer_lock
 from peakpoint.manifest import metrics_from_json, metrics_to_json
 from peakpoint.seal import is_intact, seal, unseal
-from peakpoint.store import Log, Store
+from peakpoint.store import Hold, Log, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -540,7 +540,7 @@ def newest(events: Sequence[Event], kind: type[E]) -> E | None:
 
 
 class Journal:
-    """The segment of this process; safe to use from several threads.
+    """The segment of this process, created now or, on a full disk, with the first event; safe for several threads.
 
     Args:
         store: where.
@@ -548,28 +548,39 @@ class Journal:
         clock: tells the time of events.
 
     Attributes:
-        segment: the name of the segment.
+        segment: the name of the segment; empty as long as there is no room for it.
 
     Raises:
-        StoreError: the segment cannot be created.
+        StoreError: the segment cannot be created for another reason.
     """
 
     def __init__(self, store: Store, run: str, clock: Clock) -> None:
-        self._clock = clock
+        self._store, self._prefix, self._clock = store, journal_prefix(run), clock
         self._lock = threading.Lock()
-        self.segment, self._log = self._create(store, journal_prefix(run))
-        # lets others see whether the writer of a segment that was never closed is alive
-        self._alive = store.reading(f"{journal_prefix(run)}/{self.segment}")
+        self._late: list[Event] = []  # which there has been no room for
+        self._log: Log | None = None
+        self._alive: Hold | None = None
+        self.segment = ""
+        try:
+            self._opened()
+        except StoreError as error:
+            if not error.is_full:
+                raise
 
-    @staticmethod
-    def _create(store: Store, prefix: str) -> tuple[str, Log]:
+    def _opened(self) -> Log:
+        if self._log is None:
+            self.segment, self._log = self._create()
+            # lets others see whether the writer of a segment that was never closed is alive
+            self._alive = self._store.reading(f"{self._prefix}/{self.segment}")
+        return self._log
+
+    def _create(self) -> tuple[str, Log]:
         while True:
-            numbers = [
-                int(name[:-6]) for name in store.children(prefix) if name[:-6].isascii() and name[:-6].isdecimal()
-            ]
+            children = self._store.children(self._prefix)
+            numbers = [int(name[:-6]) for name in children if name[:-6].isascii() and name[:-6].isdecimal()]
             name = f"{max(numbers, default=0) + 1:06d}.jsonl"
             try:
-                return name, store.log(f"{prefix}/{name}")
+                return name, self._store.log(f"{self._prefix}/{name}")
             except ConflictError:
                 continue  # another process took the number in between; the next one is free
 
@@ -578,18 +589,58 @@ class Journal:
         return self._clock()
 
     def append(self, event: Event) -> None:
-        """Write one event; a killed process survives it, a power cut only after ``sync``."""
+        """Write one event; a killed process survives it, a power cut only after ``sync``.
+
+        Raises:
+            StoreError: the store refused.
+        """
         with self._lock:
-            self._log.append(encode(event))
+            self._catch_up()
+            self._opened().append(encode(event))
+
+    def _catch_up(self) -> None:
+        while self._late:
+            self._opened().append(encode(self._late[0]))
+            self._late.pop(0)
+
+    def record(self, events: Iterable[Event], *, later: bool = False) -> bool:
+        """Write events, durably.
+
+        Args:
+            events: in order.
+            later: whether they may wait where there is no room: then they are written before the next event, by the
+                next ``record`` or when the journal is closed, if there is room by then.
+
+        Returns:
+            Whether they, and those that have waited, are durable.
+
+        Raises:
+            StoreError: the store refused.
+        """
+        with self._lock:
+            self._late += events
+            try:
+                self._catch_up()
+                self.sync()
+            except StoreError as error:
+                if later and error.is_full:
+                    return False
+                self._late.clear()
+                raise
+        return True
 
     def sync(self) -> None:
         """Make all events durable."""
-        self._log.sync()
+        if self._log is not None:
+            self._log.sync()
 
     def close(self) -> None:
         """Make all events durable and close the segment."""
         try:
-            self._log.close()
+            if self._late:
+                self.record((), later=True)
         finally:
+            if self._log is not None:
+                self._log.close()
             if self._alive is not None:
                 self._alive.release()

@@ -221,7 +221,8 @@ def apply(
 ) -> list[str]:
     """Remove, recording each reason durably before the first file goes.
 
-    A checkpoint that cannot be removed stays and is tried again by the next plan.
+    A checkpoint that cannot be removed stays and is tried again by the next plan. On a full disk what goes at once
+    makes the room for its record.
 
     Args:
         store: where.
@@ -235,28 +236,14 @@ def apply(
     Returns:
         One sentence for each removal that failed.
     """
-    failures = []
-    for removal in removals:
-        manifest = removal.manifest
-        journal.append(
-            Removed(
-                at=journal.now(),
-                checkpoint=manifest.id,
-                name=manifest.name,
-                step=manifest.step,
-                epoch=manifest.epoch,
-                reason=removal.reason,
-                by=by,
-                until=until,
-            )
-        )
-    if removals:
-        journal.sync()
-    spared = set(pinned()) if removals else set()
+    if not removals:
+        return []
+    recorded = _record(journal, removals, by, until)
+    spared, failures = set(pinned()), []
     for removal in removals:
         if removal.manifest.id in spared:
             failures.append(f"{removal.manifest.name} stays: it is pinned, or an alias points at it")
-            journal.append(_taken_back(journal, removal.manifest, (), by))
+            journal.record([_taken_back(journal, removal.manifest, (), by)], later=not recorded)
             continue
         try:
             if until is None:
@@ -264,8 +251,45 @@ def apply(
             else:
                 discard(store, removal.manifest, until=until, at=journal.now(), why=removal.reason, by=by)
         except StoreError as error:
-            failures.append(f"{removal.manifest.name} could not be removed: {error}")
+            hint = f"; {_FOR_GOOD}" if error.is_full and until is not None else ""
+            failures.append(f"{removal.manifest.name} could not be removed: {error}{hint}")
+        if not recorded:  # others do not know yet of those that follow, and may protect them
+            recorded, spared = journal.record((), later=True), set(pinned())
+    if not recorded and len(failures) < len(removals):
+        failures.append("the journal does not tell of this removal: the disk is full all the same; free some space")
     return failures
+
+
+_FOR_GOOD = "removing for good, with --undo-for 0, needs no room"
+
+
+def _record(journal: Journal, removals: Sequence[Removal], by: str, until: datetime | None) -> bool:
+    """Record the reasons durably; where there is no room for that, as soon as a removal has made it.
+
+    Returns:
+        Whether they are recorded.
+    """
+    events = [
+        Removed(
+            at=journal.now(),
+            checkpoint=removal.manifest.id,
+            name=removal.manifest.name,
+            step=removal.manifest.step,
+            epoch=removal.manifest.epoch,
+            reason=removal.reason,
+            by=by,
+            until=until,
+        )
+        for removal in removals
+    ]
+    try:
+        return journal.record(events, later=until is None)
+    except StoreError as error:
+        if not error.is_full:
+            raise
+        raise StoreError(
+            error.errno, f"nothing was removed, since the trash needs room: {error}; {_FOR_GOOD}"
+        ) from error
 
 
 def _taken_back(journal: Journal, manifest: Manifest, parts: tuple[str, ...], by: str) -> Undone:

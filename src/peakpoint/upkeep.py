@@ -47,7 +47,7 @@ def writing(run: Run, why: str, clock: Clock = utc_now) -> Iterator[Journal]:
         try:
             yield events
             clean_run(run.store, run.name, clock())
-            events.append(journal.Closed(at=clock(), why=why))
+            events.record([journal.Closed(at=clock(), why=why)], later=True)
         finally:
             events.close()
     finally:
@@ -80,7 +80,8 @@ def apply_plan(
         packs.check_not_archived(run.store, run.name, run.manifests())
         if rules is not None:
             texts = tuple(rule.text for rule in rules)
-            events.append(journal.Opened(at=clock(), by={"user": present_user()}, rules=texts))
+            opened = journal.Opened(at=clock(), by={"user": present_user()}, rules=texts)
+            events.record([opened], later=undo_for <= NOTHING)  # what goes for good may have to make the room first
         until, by = _until(clock(), undo_for), present_user()
 
         def pinned() -> dict[str, str]:
@@ -137,7 +138,7 @@ def remove(
 
         removals = [Removal(manifest, why) for manifest in free]
         failures += retention.apply(run.store, events, removals, by=present_user(), pinned=protected_now, until=until)
-        events.append(journal.Closed(at=clock(), why="peakpoint rm"))
+        events.record([journal.Closed(at=clock(), why="peakpoint rm")], later=True)
         return failures
     finally:
         events.close()

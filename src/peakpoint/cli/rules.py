@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peakpoint import journal as journals
-from peakpoint import upkeep
+from peakpoint import layout, upkeep
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
 from peakpoint.cli.fitting import Column
@@ -229,7 +229,11 @@ def explain(root: Path, ref: str, *, json: bool) -> None:
 
 def _gone(run: Run, ref: str) -> Life | None:
     """The removed checkpoint that a ref names; the last one of several."""
-    removed = [life for life in lives(run.events()) if life.removed is not None]
+
+    def is_here(life: Life) -> bool:  # damaged, or its removal came to nothing
+        return life.removed is None and run.store.size(layout.manifest_key(run.name, life.saved.name)) is not None
+
+    removed = [life for life in lives(run.events()) if not is_here(life)]
     match parse(ref):
         case ByName(name=name):
             found = [life for life in removed if life.saved.name == name]
@@ -281,18 +285,18 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
 def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, json: bool) -> None:
     """What became of it; until when it is in the trash, if it still is."""
     removed = life.removed
-    assert removed is not None
     if json:
+        moment = life.record if removed is None else removed
         render.as_json(
             {
                 "exists": False,
                 "name": life.saved.name,
                 "id": life.saved.checkpoint,
-                "step": removed.step,
-                "epoch": removed.epoch,
+                "step": moment.step,
+                "epoch": moment.epoch,
                 "metrics": dict(life.record.metrics),
                 "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
-                "removed": {"at": removed.at, "reason": removed.reason, "by": removed.by, "until": removed.until},
+                "removed": removed and {name: getattr(removed, name) for name in ("at", "reason", "by", "until")},
                 "in_trash": until is not None,
                 "claimed_instead": {rule: list(claimed) for rule, claimed in life.beaten},
             }
@@ -303,6 +307,11 @@ def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, j
     values = _values(life.record.metrics) or "no metrics"
     console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {values} because")
     _print_lines(console, map(escape, life.saved.reasons))
+    if removed is None:
+        console.print(
+            "the journal does not tell when it was removed, or why: the disk was full, or it was done by hand"
+        )
+        return
     console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
     if until is not None:
         back = escape(render.command("undo", root, f"{run.name}/{life.saved.name}"))
