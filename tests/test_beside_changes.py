@@ -45,9 +45,10 @@ class Meddled(LocalStore):
         self._meddle(key)
         return super().view(key)
 
-    def create(self, key, data):
-        super().create(key, data)
-        self._meddle(f"{key} created")
+    def put(self, key, chunks, size=None):
+        self._meddle(f"{key} written")
+        super().put(key, chunks, size)
+        self._meddle(f"{key} put")
 
     @property
     def has_meddled(self):
@@ -202,7 +203,19 @@ def test_cleaning_leaves_the_record_of_a_removal_that_is_at_work(tmp_path):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
     name = run.manifests()[0].name
-    store = Meddled(tmp_path, "trashed.json created", lambda: audit.clean(pp.open(tmp_path)))
+    store = Meddled(tmp_path, "trashed.json put", lambda: audit.clean(pp.open(tmp_path)))
     assert upkeep.remove(Repository(store).run("r"), run.manifests()[:1], "why", undo_for=DAY) == []
     assert store.has_meddled
     assert [manifest.name for manifest, _ in upkeep.undo(run, [name])] == [name]
+
+
+def test_two_that_put_a_checkpoint_into_the_trash_at_once(tmp_path):
+    trained(tmp_path, epochs=2)
+    run = run_of(tmp_path)
+    first = run.manifests()[0]
+    store = Meddled(tmp_path, "trashed.json written", lambda: trashed(run))
+    assert upkeep.remove(Repository(store).run("r"), [first], "why", undo_for=DAY) == []
+    assert store.has_meddled
+    assert [manifest.epoch for manifest in run.manifests()] == [1]
+    assert audit.audit(pp.open(tmp_path), deep=True).clean
+    assert [manifest.id for manifest, _ in upkeep.undo(run, [first.name])] == [first.id]

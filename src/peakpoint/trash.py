@@ -58,9 +58,8 @@ def discard(store: Store, manifest: Manifest, *, until: datetime, at: datetime, 
         text = store.get(key).decode()
     except NotFoundError:
         return  # somebody else has removed it
-    if store.size(record) is not None:
-        store.delete(record)  # of an attempt that was interrupted
-    store.create(record, seal({"format": FORMAT, "manifest": text, "until": until, "at": at, "why": why, "by": by}))
+    content = {"format": FORMAT, "manifest": text, "until": until, "at": at, "why": why, "by": by}
+    store.put(record, [seal(content)])  # in the place of one by an attempt that was cut short, or by one at this moment
     store.delete(key)
 
 
