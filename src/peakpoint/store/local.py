@@ -489,8 +489,13 @@ class LocalHold:
             except OSError:
                 os.close(fd)
                 raise
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, note, 0)
+            try:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, note, 0)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # on a full disk it is held without a note
+                    os.close(fd)
+                    raise
             self._fd = fd
             self._held[self._path] = (os.getpid(), note)
 
