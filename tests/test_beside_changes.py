@@ -102,7 +102,7 @@ def test_an_audit_knows_a_change_from_damage(tmp_path, change, deep):
 
 
 @pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize("change", [trashed, archived])
+@pytest.mark.parametrize("change", [trashed, dropped])
 def test_an_audit_finds_damage_beside_a_change(tmp_path, change, deep):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
@@ -206,7 +206,7 @@ def test_cleaning_leaves_the_record_of_a_removal_that_is_at_work(tmp_path):
     store = Meddled(tmp_path, "trashed.json put", lambda: audit.clean(pp.open(tmp_path)))
     assert upkeep.remove(Repository(store).run("r"), run.manifests()[:1], "why", undo_for=DAY) == []
     assert store.has_meddled
-    assert [manifest.name for manifest, _ in upkeep.undo(run, [name])] == [name]
+    assert [manifest.name for manifest in upkeep.undo(run, [name])] == [name]
 
 
 def test_two_that_put_a_checkpoint_into_the_trash_at_once(tmp_path):
@@ -218,4 +218,4 @@ def test_two_that_put_a_checkpoint_into_the_trash_at_once(tmp_path):
     assert store.has_meddled
     assert [manifest.epoch for manifest in run.manifests()] == [1]
     assert audit.audit(pp.open(tmp_path), deep=True).clean
-    assert [manifest.id for manifest, _ in upkeep.undo(run, [first.name])] == [first.id]
+    assert [manifest.id for manifest in upkeep.undo(run, [first.name])] == [first.id]
