@@ -294,6 +294,7 @@ def test_a_budget_lets_the_least_claimed_go_first_and_never_the_newest(tmp_path)
         "over the budget (budget:400000) and claimed least, by 1 rule",
     ]
     with checkpointer(tmp_path, state={"model": model}, keep=[pp.Last(3), pp.Budget(1)]) as ckpt:
-        ckpt.resume()
+        with pytest.warns(pp.PeakpointWarning, match="no longer keep 3 checkpoints"):
+            ckpt.resume()
         ckpt.report(step=6)
     assert names(tmp_path) == [6]

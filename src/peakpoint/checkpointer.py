@@ -38,6 +38,7 @@ from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
 from peakpoint.resume import Resumption, restore_generators, resumption
 from peakpoint.ring import SMALLEST, Ring
+from peakpoint.rule_changes import former_rules
 from peakpoint.rules import Rule
 from peakpoint.saver import Failure, Job, Saver
 from peakpoint.stopping import EarlyStopping
@@ -72,7 +73,9 @@ class Checkpointer:
             default a copy has room for the whole state. With less, ``report`` waits until the state has passed through
             that memory to the disk, and a save that fails cannot be written again.
         undo_for: how long what the rules remove can be brought back with ``peakpoint undo``: a ``timedelta`` or text
-            such as ``"24h"``. By default its space is free at once. When space is short, the trash goes first.
+            such as ``"1h"``; ``"0"`` frees the space at once. By default 24 hours for what goes because the rules have
+            changed, which is said when the run is continued, and 0 for what goes from save to save. When space is
+            short, the trash goes first.
         name: the template of checkpoint names; see ``peakpoint.names.checkpoint_name``.
         preempt: which signals mean preemption, and the exit code; None watches none.
         clock: tells the time.
@@ -106,7 +109,7 @@ class Checkpointer:
         strict: bool = True,
         overlap: bool = True,
         capture_bytes: int | str | None = None,
-        undo_for: timedelta | str = "0",
+        undo_for: timedelta | str | None = None,
         name: str = DEFAULT_TEMPLATE,
         preempt: Preempt | None = Preempt(),  # noqa: B008 - a frozen value
         clock: Clock = utc_now,
@@ -122,7 +125,7 @@ class Checkpointer:
         self._clock, self._announce = clock, announce
         self._store = open_store(root)
         self._buffer = _buffer(capture_bytes)
-        kept_for = read_duration("undo_for", undo_for)
+        kept_for = None if undo_for is None else read_duration("undo_for", undo_for)
         self._encoder = StateEncoder(shares=isinstance(self._buffer, Staging))
         self._load: LoadReport | None = None
         self._closed = False
@@ -154,7 +157,9 @@ class Checkpointer:
             self._hold.release()
             raise
         self._resumption: Resumption | None = found  # None once the run has started: a long journal takes memory
-        self._ledger = Ledger(self._store, self.run, self._journal.segment, found.journal, found.manifests, self.rules)
+        self._former_rules = former_rules(found.events)
+        known = [*self.rules, *(rule for former in self._former_rules for rule in former or ())]
+        self._ledger = Ledger(self._store, self.run, self._journal.segment, found.journal, found.manifests, known)
         self._saver = Saver(self._store, self.run, self._journal, self.rules, found.manifests, self._ledger, kept_for)
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
@@ -191,6 +196,7 @@ class Checkpointer:
         self._saver.set_aside({*found.damaged, *damage(self._store, there.manifests)})
         if self._saver.committed and self._saver.committed[-1].id == found.parent:
             self._encoder.inherit(self._saver.committed[-1])
+        notices = self._saver.start(self._moment({}, self._clock()), self._former_rules)
         self._journal.append(
             journals.Started(
                 at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested
@@ -205,6 +211,8 @@ class Checkpointer:
                 warn(f"not restored: {line}")
             self._restore_generators()
             self._announce(f"resumed {replace(self._load, missing=(), skipped=())}")  # the warnings have said those
+        for sentence in notices:
+            warn(sentence)
         return self._load
 
     def epochs(self, n: int) -> Iterator[int]:

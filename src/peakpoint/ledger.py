@@ -5,14 +5,17 @@ journal of its own, which is read here as soon as it is there.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import UnionType
 
+from peakpoint import holders, retention
 from peakpoint import journal as journals
 from peakpoint.journal import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Reading, Removed, Unpinned
 from peakpoint.manifest import Manifest
 from peakpoint.notes import Derived, Notes, derive, known, notes, windows
+from peakpoint.reader import being_read
+from peakpoint.retention import Plan
 from peakpoint.rules import Rule
 from peakpoint.store import Store
 
@@ -104,3 +107,17 @@ class Ledger:
         """The manifests with all that is known of their metrics, for rules."""
         with self._lock:
             return [known(manifest, self._notes, self._derived.get(manifest.id, {})) for manifest in manifests]
+
+    def aliased(self, manifests: Iterable[Manifest]) -> Mapping[str, str]:
+        """The ids that aliases protect, with the reasons."""
+        return holders.protected(self._store, [manifest.id for manifest in manifests], self.promoting)
+
+    def planner(self, existing: Sequence[Manifest]) -> Callable[[Sequence[Manifest], Sequence[Rule]], Plan]:
+        """What rules make of checkpoints, with what protects those that exist at this moment."""
+        self.refresh()
+        aliased, read, pinned = self.aliased(existing), being_read(self._store, existing), self.pinned
+
+        def plan(manifests: Sequence[Manifest], rules: Sequence[Rule]) -> Plan:
+            return retention.plan(self.view(manifests), rules, pinned, read=read, aliased=aliased)
+
+        return plan

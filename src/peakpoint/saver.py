@@ -6,11 +6,11 @@ A save that fails keeps its captured state in memory until it is written after a
 import contextlib
 import errno
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint import holders, layout, retention
+from peakpoint import layout, retention
 from peakpoint.audit import clean_run
 from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
@@ -18,12 +18,15 @@ from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, Saved, SaveFailed
 from peakpoint.ledger import Ledger
 from peakpoint.manifest import Manifest
-from peakpoint.reader import being_read
+from peakpoint.retention import Removal
+from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.store import Store
+from peakpoint.units import UNDO_FOR, read_duration
 from peakpoint.writer import commit, unused_name
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
+_USUAL = read_duration("undo_for", UNDO_FOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class Saver:
         rules: the rules in force.
         committed: the checkpoints that exist.
         ledger: what is known of them besides their manifests.
-        undo_for: how long what the rules remove can be brought back; 0 frees the space at once.
+        undo_for: how long what the rules remove can be brought back; 0 frees the space at once. With None it is as with
+            the commands for what goes because the rules have changed, and 0 for the rest.
     """
 
     def __init__(
@@ -78,9 +82,11 @@ class Saver:
         rules: Sequence[Rule],
         committed: Sequence[Manifest],
         ledger: Ledger,
-        undo_for: timedelta,
+        undo_for: timedelta | None,
     ) -> None:
         self._undo_for = undo_for
+        self._overtaken: frozenset[str] = frozenset()  # the ids of what a change of rules lets go
+        self._trash_until: datetime | None = None  # when what this saver has put there may go
         self._ledger = ledger
         self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
         self._committed = tuple(committed)
@@ -169,14 +175,31 @@ class Saver:
         """
         self._committed = tuple(manifest for manifest in self._committed if manifest.id not in damaged)
 
+    def start(self, following: Manifest, former: Sequence[Rules | None]) -> list[str]:
+        """Look at what will go because the rules have changed; nothing goes yet.
+
+        Args:
+            following: a next checkpoint.
+            former: the rules before, see ``rule_changes.former_rules``.
+
+        Returns:
+            One sentence for each thing that people should know of that.
+        """
+        if not self._committed or all(rules == (self._rules or None) for rules in former):
+            return []
+        known = self._ledger.view(self._committed)
+        change = rule_change(known, following, self._rules, former, self._ledger.planner(self._committed))
+        self._overtaken = frozenset(manifest.id for manifest in change.removed)
+        return change.sentences(self._store.location, _USUAL if self._undo_for is None else self._undo_for)
+
     def give_up(self) -> None:
         """Let go of the held state."""
         self._failure = None
 
     def _has_room(self, job: Job) -> bool:
         free, needed = self._store.free(), job.captured.size_bytes + _SLACK
-        if free is not None and free < needed and self._undo_for:
-            latest = self._journal.now() + self._undo_for
+        if free is not None and free < needed:
+            latest = self._journal.now() + (_USUAL if self._undo_for is None else self._undo_for)
             self._purge(latest)  # a checkpoint that is wanted comes before those that are not
             free = self._store.free()
         if free is None or free >= needed:
@@ -268,18 +291,17 @@ class Saver:
     def _retain(self) -> None:
         """Apply the rules to what exists; a checkpoint that another process has removed is forgotten."""
         existing = [manifest for manifest in self._committed if self._exists(manifest)]
-        self._ledger.refresh()
-        aliased = self._aliased(existing)
-        read = being_read(self._store, existing)
-        view = self._ledger.view(existing)
-        plan = retention.plan(view, self._rules, self._ledger.pinned, read=read, aliased=aliased)
+        plan = self._ledger.planner(existing)(existing, self._rules)
         now = self._journal.now()
         until = now + self._undo_for if self._undo_for else None
-        failures = retention.apply(
-            self._store, self._journal, plan.remove, by="rules", pinned=self._protected, until=until
-        )
+        failures = []
+        for removals, bound in self._bounds(plan.remove, now):
+            failures += retention.apply(
+                self._store, self._journal, removals, by="rules", pinned=self._protected, until=bound
+            )
         thinned, more = retention.thin(self._store, self._journal, plan.drop, by="rules", pinned=self._protected)
-        if until is not None:
+        if until is not None or (self._trash_until is not None and self._trash_until <= now):
+            self._trash_until = None
             self._purge(now)
         self._notices += [*failures, *more]
         self._committed = tuple(
@@ -287,6 +309,19 @@ class Saver:
             for manifest in existing
             if manifest.id in plan.keep or (failures and self._exists(manifest))
         )
+
+    def _bounds(
+        self, removals: Sequence[Removal], now: datetime
+    ) -> Iterator[tuple[Sequence[Removal], datetime | None]]:
+        """Removals, with the time until which they can be brought back."""
+        if self._undo_for is not None:
+            yield removals, now + self._undo_for if self._undo_for else None
+            return
+        overtaken = [removal for removal in removals if removal.manifest.id in self._overtaken]
+        if overtaken:
+            self._trash_until = now + _USUAL
+            yield overtaken, self._trash_until
+        yield [removal for removal in removals if removal.manifest.id not in self._overtaken], None
 
     def _purge(self, now: datetime) -> None:
         """Let go what has been in the trash for long enough; nothing else is at work in this run."""
@@ -304,10 +339,7 @@ class Saver:
     def _protected(self) -> Mapping[str, str]:
         """What others have protected by now."""
         self._ledger.refresh()
-        return {**self._ledger.pinned, **self._aliased(self._committed)}
-
-    def _aliased(self, manifests: Sequence[Manifest]) -> Mapping[str, str]:
-        return holders.protected(self._store, [manifest.id for manifest in manifests], self._ledger.promoting)
+        return {**self._ledger.pinned, **self._ledger.aliased(self._committed)}
 
     def _exists(self, manifest: Manifest) -> bool:
         return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None

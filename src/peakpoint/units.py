@@ -18,6 +18,7 @@ _BYTES: _Units = {
 }
 _SECONDS: _Units = {"ms": Decimal("0.001"), "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _LONGEST = 36525 * 86400  # a century
+UNDO_FOR = "24h"  # how long what was removed can be brought back unless something else is asked for
 _COUNTS: _Units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _RATES: _Units = {
     **{f"{prefix}B/s": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))},

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from peakpoint import units
 from peakpoint.errors import MissingExtraError
 from peakpoint.rules import FORMS
 from peakpoint.units import read_duration
@@ -46,7 +47,7 @@ class _Duration(click.ParamType[timedelta]):
 UNDO_FOR = click.option(
     "--undo-for",
     type=_Duration(),
-    default="24h",
+    default=units.UNDO_FOR,
     show_default=True,
     help="How long what goes can be brought back with peakpoint undo, such as 7d; 0 frees the space at once.",
 )
