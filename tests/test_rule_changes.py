@@ -1,5 +1,7 @@
 """What a change of rules lets go is said before anything goes, and can be brought back."""
 
+import os
+import signal
 import warnings
 from datetime import UTC, datetime, timedelta
 
@@ -9,6 +11,7 @@ import torch
 import peakpoint as pp
 from peakpoint import layout, upkeep
 from peakpoint.cli.main import cli
+from peakpoint.store import FileOps, LocalStore
 from training import checkpointer, kept
 
 HOUR = timedelta(hours=1)
@@ -180,3 +183,69 @@ def test_a_metric_that_the_loop_calls_otherwise_is_said_at_the_first_report_and_
     [said] = run(tmp_path, "best:val_acc:max last:1", 0.95, 0.5)
     assert "a report at step 3 has no 'val_acc': rules that rank by it skip such reports; this one has acc" in said
     assert steps(tmp_path) == [1, 4]
+
+
+# --- rules that could not be applied ------------------------------------------------------------------------------
+
+
+class Killing(FileOps):
+    """Kills the process when the manifest of step 2 is about to go."""
+
+    def unlink(self, path):
+        if "r_step2/manifest.json" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().unlink(path)
+
+
+def three_steps(store, **options):
+    with checkpointer(store, keep=[pp.Last(1)], **options) as ckpt:
+        for _ in ckpt.steps(3):
+            ckpt.report()
+            ckpt.wait()
+
+
+@pytest.fixture
+def cut_short(tmp_path):
+    """A run of which the process was killed between its last commit and the removal of the one before."""
+    child = os.fork()
+    if child == 0:
+        three_steps(LocalStore(tmp_path, Killing()))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert steps(tmp_path) == [2, 3]
+    return tmp_path
+
+
+def test_rules_are_applied_although_nothing_is_left_to_train(cut_short):
+    three_steps(cut_short)
+    assert (steps(cut_short), trashed(cut_short)) == ([3], [])
+
+
+def test_a_change_of_rules_is_applied_although_nothing_is_left_to_train(tmp_path):
+    run(tmp_path, "last:3", 1, 2, 3)
+    assert "no longer keep" in run(tmp_path, "last:1")[0]
+    assert (steps(tmp_path), trashed(tmp_path)) == ([3], [1, 2])
+
+
+def test_a_training_that_has_not_begun_removes_nothing(cut_short):
+    checkpointer(cut_short, keep=[pp.Last(1)]).close()
+    with pytest.raises(pp.MismatchError):
+        three_steps(cut_short, state={"model": torch.nn.Linear(9, 9)})
+    assert steps(cut_short) == [2, 3]
+
+
+@pytest.mark.parametrize("how", ["never", "r:2"])
+def test_a_newest_that_nobody_has_read_costs_no_other(cut_short, how):
+    with checkpointer(cut_short, keep=[pp.Last(1)], resume=how) as ckpt:
+        ckpt.resume()
+    assert steps(cut_short) == [2, 3]
+
+
+def test_a_damaged_newest_costs_no_other(cut_short):
+    file = cut_short / layout.file_key("r", "r_step3", "model.safetensors")
+    damaged = file.read_bytes()[:-1] + b"x"
+    file.unlink()  # step 2 has a link to it
+    file.write_bytes(damaged)
+    with checkpointer(cut_short, keep=[pp.Last(1)]) as ckpt, pytest.warns(pp.PeakpointWarning, match="passed over"):
+        ckpt.resume()
+    assert steps(cut_short) == [2, 3]

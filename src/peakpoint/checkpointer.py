@@ -8,6 +8,7 @@ rules say which checkpoints go.
 import math
 import os
 import secrets
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -194,9 +195,11 @@ class Checkpointer:
             self._take(report.metrics)
         self._generators = found.generators
         self._saver.set_aside({*found.damaged, *damage(self._store, there.manifests)})
-        if self._saver.committed and self._saver.committed[-1].id == found.parent:
+        newest_is_whole = bool(self._saver.committed) and self._saver.committed[-1].id == found.parent
+        if newest_is_whole:
             self._encoder.inherit(self._saver.committed[-1])
-        notices = self._saver.start(self._moment({}, self._clock()), self._former_rules)
+        following = self._moment({}, self._clock())
+        notices = self._saver.start(following, self._former_rules, newest_is_whole=newest_is_whole)
         self._journal.append(
             journals.Started(
                 at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested
@@ -364,12 +367,17 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the save under way, write a failed one again, and let go of the run. The second call does nothing.
 
+        When nothing was saved since ``resume`` because nothing was left to do, the rules are applied now.
+
         Raises:
             SaveFailedError: a save failed and could not be made good; checkpoints committed earlier are untouched.
         """
         if self._closed:
             return
         try:
+            if sys.exception() is None:  # whoever stops a training that has just said what will go, keeps it
+                self._saver.finish()
+                self._saver.catch_up()
             failure = self._finish("closed" if self.why_stop is None else f"{journals.STOPPED}{self.why_stop}")
         finally:
             arrived = self._watch.stop()

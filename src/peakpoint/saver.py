@@ -87,6 +87,8 @@ class Saver:
         self._undo_for = undo_for
         self._overtaken: frozenset[str] = frozenset()  # the ids of what a change of rules lets go
         self._trash_until: datetime | None = None  # when what this saver has put there may go
+        self._newest_is_whole = False  # known, since this process has read or written all of it
+        self._applied = False  # the rules, since the run was opened and after the last save
         self._ledger = ledger
         self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
         self._committed = tuple(committed)
@@ -175,22 +177,36 @@ class Saver:
         """
         self._committed = tuple(manifest for manifest in self._committed if manifest.id not in damaged)
 
-    def start(self, following: Manifest, former: Sequence[Rules | None]) -> list[str]:
+    def start(self, following: Manifest, former: Sequence[Rules | None], *, newest_is_whole: bool) -> list[str]:
         """Look at what will go because the rules have changed; nothing goes yet.
 
         Args:
             following: a next checkpoint.
             former: the rules before, see ``rule_changes.former_rules``.
+            newest_is_whole: whether every byte of the newest checkpoint has been compared with its digest.
 
         Returns:
             One sentence for each thing that people should know of that.
         """
+        self._newest_is_whole = newest_is_whole
         if not self._committed or all(rules == (self._rules or None) for rules in former):
             return []
         known = self._ledger.view(self._committed)
         change = rule_change(known, following, self._rules, former, self._ledger.planner(self._committed))
         self._overtaken = frozenset(manifest.id for manifest in change.removed)
         return change.sentences(self._store.location, _USUAL if self._undo_for is None else self._undo_for)
+
+    def catch_up(self) -> None:
+        """Apply the rules if nothing was saved: the process before may have been killed before it came to that.
+
+        Not before the newest checkpoint is known to be whole: the one before it may be all there is.
+        """
+        if not self._newest_is_whole or self._applied:
+            return
+        try:
+            self._retain()
+        except StoreError as error:
+            self._notices.append(f"the rules could not be applied: {error}; the next save makes up for it")
 
     def give_up(self) -> None:
         """Let go of the held state."""
@@ -247,6 +263,7 @@ class Saver:
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
         self._notices += self._store.remarks()
+        self._newest_is_whole, self._applied = True, False
         # the name was free: whatever had it before is gone
         self._committed = (*(one for one in self._committed if one.name != manifest.name), manifest)
         self.last_id = manifest.id
@@ -309,6 +326,7 @@ class Saver:
             for manifest in existing
             if manifest.id in plan.keep or (failures and self._exists(manifest))
         )
+        self._applied = True
 
     def _bounds(
         self, removals: Sequence[Removal], now: datetime
