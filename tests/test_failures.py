@@ -5,6 +5,8 @@ import math
 import os
 import signal
 import threading
+import warnings
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 import peakpoint as pp
 from peakpoint.errors import StoreError
-from peakpoint.journal import Saved
+from peakpoint.journal import Saved, SaveFailed
 from peakpoint.store import FileOps, LocalStore
 from training import checkpointer, kept, same
 
@@ -347,3 +349,93 @@ def test_a_journal_that_cannot_be_closed_lets_go_of_run_and_signals(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) == before
     assert pp.open(tmp_path).run("r").holder() is None
     assert len(kept(tmp_path)) == 1
+
+
+# --- room on a full disk ------------------------------------------------------------------------------------------
+
+
+class Disk(LocalStore):
+    """A disk of a given size."""
+
+    capacity = 1 << 40
+
+    def free(self):
+        return self.capacity - self.used()
+
+    def used(self):
+        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+
+
+def save_all(store, steps, capacity=None, **options):
+    """Reports with a state of 9 MB, the last of them on a disk that has so many bytes more; what was warned of."""
+    tensor = torch.zeros(2_250_000)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with checkpointer(store, state={"model": {"tensor": tensor}}, **options) as ckpt:
+            ckpt.resume()
+            for step in steps:
+                if step == steps[-1] and capacity is not None:
+                    store.capacity = store.used() + capacity
+                tensor.fill_(step)
+                ckpt.report(step=step, acc=0.1)
+                ckpt.wait()
+    return [str(one.message) for one in said]
+
+
+def test_the_trash_goes_first_when_the_disk_is_full(tmp_path):
+    save_all(tmp_path, [1, 2, 3])
+    found = pp.open(tmp_path).run("r")
+    pp.upkeep.remove(found, found.manifests()[:1], "why", undo_for=timedelta(days=7))
+    [said] = save_all(Disk(tmp_path), [4], 10_000_000)
+    assert said == "the disk is full: to make room for r_step4, checkpoints went for good: 1 in the trash"
+    assert ([one.step for one in kept(tmp_path)], pp.upkeep.in_trash(found)) == ([2, 3, 4], [])
+
+
+def test_what_no_rule_claims_goes_before_the_save_when_the_disk_is_full(tmp_path):
+    save_all(tmp_path, [1, 2, 3])
+    announced, said = save_all(Disk(tmp_path), [4], 10_000_000, keep=[pp.Last(2)])
+    assert "no longer keep 2 checkpoints" in announced
+    assert said == "the disk is full: to make room for r_step4, checkpoints went for good: 1 that no rule claims"
+    assert [one.step for one in kept(tmp_path)] == [3, 4]
+
+
+def test_a_disk_that_is_full_of_what_is_wanted_is_said_with_the_ways_out(tmp_path):
+    save_all(tmp_path, [1, 2])
+    save_all(tmp_path, [1, 2], run="other-run")
+    other = pp.open(tmp_path).run("other-run")
+    pp.upkeep.remove(other, other.manifests()[:1], "why", undo_for=timedelta(days=7))
+    with pytest.raises(pp.SaveFailedError) as caught:
+        save_all(Disk(tmp_path), [3], 10_000_000)
+    assert (
+        "it needs 13.2 MB and 10.0 MB are free; "
+        f"empty the trash of other-run (9.0 MB): peakpoint trash {tmp_path} --empty; "
+        "remove some of the 2 checkpoints that the rules keep of this run (18.0 MB): "
+        f"peakpoint rm {tmp_path} r/NAME --undo-for 0; free some space, or let fewer checkpoints be kept"
+    ) in str(caught.value)
+    assert [one.step for one in kept(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["create", "write"])
+def test_a_disk_that_is_full_in_the_middle_of_a_save_is_freed_and_the_save_made_once_more(tmp_path, call):
+    ops = Failing(call)
+    store, model = LocalStore(tmp_path, ops), model_of(1)
+    with checkpointer(store, state={"model": model}, keep=[pp.Last(1)], undo_for="1h") as ckpt:
+        for number in (1, 2):
+            set_to(model, number)
+            ckpt.report()
+            ckpt.wait()
+        ops.arm()
+        set_to(model, 3)
+        ckpt.report()
+        with pytest.warns(pp.PeakpointWarning, match="make room for r_step3, .* for good: 1 in the trash"):
+            ckpt.wait()
+        assert ops.left == 0
+    assert loads(tmp_path, "r@latest", 3)
+    assert SaveFailed not in map(type, pp.open(tmp_path).run("r").events())
+
+
+def test_a_newest_that_nobody_has_read_frees_no_other(tmp_path):
+    save_all(tmp_path, [1, 2, 3])
+    with pytest.raises(pp.SaveFailedError, match="no space"):
+        save_all(Disk(tmp_path), [4], 10_000_000, keep=[pp.Last(2)], resume="never")
+    assert [one.step for one in kept(tmp_path)] == [1, 2, 3]

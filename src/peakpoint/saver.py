@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint import layout, retention
+from peakpoint import layout, retention, room
 from peakpoint.audit import clean_run
 from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
@@ -18,11 +18,11 @@ from peakpoint.errors import StoreError
 from peakpoint.journal import Journal, Saved, SaveFailed
 from peakpoint.ledger import Ledger
 from peakpoint.manifest import Manifest
-from peakpoint.retention import Removal
+from peakpoint.retention import Plan, Removal
 from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.store import Store
-from peakpoint.units import UNDO_FOR, read_duration
+from peakpoint.units import UNDO_FOR, read_duration, size
 from peakpoint.writer import commit, unused_name
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
@@ -214,32 +214,61 @@ class Saver:
 
     def _has_room(self, job: Job) -> bool:
         free, needed = self._store.free(), job.captured.size_bytes + _SLACK
-        if free is not None and free < needed:
-            latest = self._journal.now() + (_USUAL if self._undo_for is None else self._undo_for)
-            self._purge(latest)  # a checkpoint that is wanted comes before those that are not
+        if free is not None and free < needed and self._make_room(job, needed):
             free = self._store.free()
         if free is None or free >= needed:
             return True
         message = (
-            f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {needed / 1e6:.1f} MB and "
-            f"{free / 1e6:.1f} MB are free; free some space, or let fewer checkpoints be kept"
+            f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size(needed)} and "
+            f"{size(free)} are free; {room.ways_out(self._store, self._run, self._committed)}"
         )
         self._fail(job, StoreError(errno.ENOSPC, message))
         return False
 
-    def _work(self, job: Job) -> None:
-        copier = threading.Thread(target=job.captured.copying.run, name=f"peakpoint-copy-{self._run}")
+    def _make_room(self, job: Job, needed: int | None = None) -> bool:
+        """Let go of what nothing wants, until ``needed`` is free: the trash, then checkpoints that no rule claims.
+
+        Returns:
+            Whether anything went.
+        """
+        gone = []
         try:
-            copier.start()
+            trashed = room.empty_trash(self._store, self._run)
+            if trashed:
+                gone.append(f"{trashed} in the trash")
+            if self._newest_is_whole and (needed is None or (self._store.free() or 0) < needed):
+                plan = self._retain(at_once=True)
+                if plan.freed_bytes:
+                    gone.append(f"{len(plan.remove) or 'parts'} that no rule claims")
+        except StoreError as error:
+            self._notices.append(f"no room could be made for {job.draft.name}: {error}")
+        if gone:
+            self._notices.append(
+                f"the disk is full: to make room for {job.draft.name}, checkpoints went for good: {' and '.join(gone)}"
+            )
+        return bool(gone)
+
+    def _work(self, job: Job) -> None:
+        try:
             try:
-                self._commit(job)
-            except BaseException:
-                job.captured.copying.abandon()
-                raise
-            finally:
-                copier.join()
+                self._copy_and_commit(job)
+            except StoreError as error:
+                if not (room.is_full(error) and job.captured.stays and self._make_room(job)):
+                    raise
+                self._copy_and_commit(job)
         except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, the next call raises it
             self._fail(job, error)
+
+    def _copy_and_commit(self, job: Job) -> None:
+        copier = threading.Thread(target=job.captured.copying.run, name=f"peakpoint-copy-{self._run}")
+        copier.start()
+        try:
+            self._commit(job)
+        except BaseException:
+            job.captured.copying.abandon()
+            raise
+        finally:
+            copier.join()
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._failure, self._job = Failure(job, error), None
@@ -305,14 +334,18 @@ class Saver:
             self._journal.append(self._unrecorded[0])
             self._unrecorded.pop(0)
 
-    def _retain(self) -> None:
-        """Apply the rules to what exists; a checkpoint that another process has removed is forgotten."""
+    def _retain(self, *, at_once: bool = False) -> Plan:
+        """Apply the rules to what exists; a checkpoint that another process has removed is forgotten.
+
+        Returns:
+            What went and what stays; with ``at_once`` nothing can be brought back.
+        """
         existing = [manifest for manifest in self._committed if self._exists(manifest)]
         plan = self._ledger.planner(existing)(existing, self._rules)
         now = self._journal.now()
-        until = now + self._undo_for if self._undo_for else None
+        until = now + self._undo_for if self._undo_for and not at_once else None
         failures = []
-        for removals, bound in self._bounds(plan.remove, now):
+        for removals, bound in [(plan.remove, None)] if at_once else self._bounds(plan.remove, now):
             failures += retention.apply(
                 self._store, self._journal, removals, by="rules", pinned=self._protected, until=bound
             )
@@ -327,6 +360,7 @@ class Saver:
             if manifest.id in plan.keep or (failures and self._exists(manifest))
         )
         self._applied = True
+        return plan
 
     def _bounds(
         self, removals: Sequence[Removal], now: datetime
