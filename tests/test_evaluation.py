@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.nn.utils import prune
 
 import peakpoint as pp
 from peakpoint.evaluation import evaluate
@@ -485,6 +486,20 @@ def test_zeros_are_counted_in_an_archived_checkpoint_too(pruned, tmp_path):
     [one] = found(root, compare=[("p:epoch=0", "p@latest")], recount=True).comparisons
     assert (one.compressed.parameters, one.compressed.nonzero) == counted(pruned[1])
     assert one.compressed.packed_bytes > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
+def test_a_masked_weight_is_counted_once_and_as_the_product(tmp_path, dtype):
+    layer = torch.nn.Linear(20, 10)
+    prune.random_unstructured(layer, "weight", amount=180)
+    layer.weight_mask = layer.weight_mask.to(dtype) * (128 if dtype == torch.uint8 else 1)
+    with torch.no_grad():
+        layer.weight_orig[layer.weight_mask != 0] = torch.tensor([0.0, -0.0] + 18 * [1.0])
+    write(tmp_path, "r", acc=[0.5], sparsity=[0.9], state={"model": layer})
+    for recount, nonzero in [(True, 18 + 10), (False, 21)]:
+        weight = found(tmp_path, compare=[("r", "r")], recount=recount).comparisons[0].original
+        assert (weight.parameters, weight.nonzero) == (210, nonzero)
+        assert weight.sparse_bytes == math.ceil(210 / 8) + 4 * nonzero
 
 
 def test_the_estimate_of_sparse_storage_is_a_mask_and_the_values(tmp_path):

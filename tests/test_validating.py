@@ -630,6 +630,15 @@ def test_without_a_model_parameters_are_the_tensors_elements(tmp_path):
     assert (finding.outcome, finding.evidence["value"]) == ("passed", 9)
 
 
+@pytest.mark.parametrize("model", [None, lambda: prune.identity(torch.nn.Linear(4, 5), "weight")])
+def test_a_mask_is_no_parameter(tmp_path, model):
+    module = torch.nn.Linear(4, 5)
+    prune.random_unstructured(module, "weight", amount=10)
+    ref = save(tmp_path, module)
+    finding = outcome(tmp_path, ref, "budget parameters", model=model, budgets={"parameters": 25})
+    assert (finding.outcome, finding.evidence["value"]) == ("passed", 25)
+
+
 @pytest.mark.parametrize("answer", [True, False, "no", 0.5, [1]])
 def test_a_check_that_returns_something_else_fails(tmp_path, answer):
     result = pp.validate(save(tmp_path), root=tmp_path, checks=[lambda _: answer])

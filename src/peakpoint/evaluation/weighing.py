@@ -12,6 +12,7 @@ from peakpoint.evaluation.judging import Examples, noise_of
 from peakpoint.evaluation.material import Material, ref_of
 from peakpoint.evaluation.noise import Interval
 from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.masks import masks_of
 from peakpoint.rules import Mode
 from peakpoint.store import Store
 
@@ -26,7 +27,7 @@ class Weight:
     Attributes:
         ref: which checkpoint.
         part: the part that was looked at.
-        parameters: elements of the part's floating-point tensors.
+        parameters: elements of the part's floating-point tensors; masks of ``torch.nn.utils.prune`` are none.
         nonzero: those that are not zero; None when nothing says.
         source: where ``nonzero`` comes from, in words.
         part_bytes: bytes of the part's tensors.
@@ -152,12 +153,14 @@ def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, r
         raise NotFoundError(f"{ref_of(manifest)} has no part {part!r}; parts: {parts}; choose one with --part")
     files = [manifest.file(name) for name in manifest.parts[part]]
     tensors = [tensor for file in files for tensor in file.tensors]
-    floats = [tensor for tensor in tensors if tensor.dtype in _FLOATS]
+    masks = masks_of({tensor.name: tuple(tensor.shape) for tensor in tensors})
+    values = [tensor for tensor in tensors if tensor.name not in masks.values()]
+    floats = [tensor for tensor in values if tensor.dtype in _FLOATS]
     parameters = sum(_elements(tensor) for tensor in floats)
     nonzero, source = None, f"not known: no metric {sparsity}; --recount counts"
     recorded = manifest.metrics.get(sparsity, math.nan)
     if recount:
-        nonzero = _recounted(material.run.store, manifest, files)
+        nonzero = _recounted(material.run.store, manifest, files, masks)
         source = "counted in the weights"
     elif 0 <= recorded <= 1:
         nonzero = round(parameters * (1 - recorded))
@@ -169,22 +172,26 @@ def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, r
         nonzero=nonzero,
         source=source,
         part_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
-        sparse_bytes=None if nonzero is None else _sparse_bytes(tensors, floats, nonzero),
+        sparse_bytes=None if nonzero is None else _sparse_bytes(values, floats, nonzero),
         files_bytes=manifest.size_bytes,
         packed_bytes=material.packed.get(manifest.id),
         metrics=manifest.metrics,
     )
 
 
-def _recounted(store: Store, manifest: Manifest, files: Sequence[FileRecord]) -> int:
+def _recounted(store: Store, manifest: Manifest, files: Sequence[FileRecord], masks: Mapping[str, str]) -> int:
+    stored = {tensor.name: (file, tensor) for file in files for tensor in file.tensors}
+    count = 0
     hold = reader.reading(store, manifest)  # a training leaves it alone meanwhile
     try:
-        return sum(
-            _nonzero(reader.read_tensor(store, manifest, file, tensor), tensor)
-            for file in files
-            for tensor in file.tensors
-            if tensor.dtype in _FLOATS
-        )
+        for name, (file, tensor) in stored.items():
+            if tensor.dtype in _FLOATS and name not in masks.values():
+                nonzero = _nonzero(reader.read_tensor(store, manifest, file, tensor), tensor)
+                if name in masks:
+                    mask = stored[masks[name]]
+                    nonzero = nonzero & _nonzero(reader.read_tensor(store, manifest, *mask), mask[1])
+                count += int(nonzero.sum())
+        return count
     finally:
         if hold is not None:
             hold.release()
@@ -203,8 +210,8 @@ def _sparse_bytes(tensors: Sequence[TensorRecord], floats: Sequence[TensorRecord
     return whole - dense + min(dense, packed)
 
 
-def _nonzero(data: bytearray, tensor: TensorRecord) -> int:
-    """How many elements are not zero; a negative zero is one."""
+def _nonzero(data: bytearray, tensor: TensorRecord) -> Any:
+    """Which elements are not zero; a negative zero is one."""
     try:
         numpy: Any = importlib.import_module("numpy")
     except ModuleNotFoundError as error:
@@ -212,9 +219,10 @@ def _nonzero(data: bytearray, tensor: TensorRecord) -> int:
             "--recount needs numpy, which is not installed: pip install 'peakpoint[torch]'"
         ) from error
     if not data:
-        return 0
+        return numpy.zeros(0, bool)
     if tensor.dtype == "C64":
-        return int(numpy.count_nonzero(numpy.frombuffer(data, numpy.complex64)))
+        return numpy.frombuffer(data, numpy.complex64) != 0
     width = len(data) // _elements(tensor)
     words = numpy.frombuffer(data, f"<u{width}")
-    return int(numpy.count_nonzero(words & numpy.array((1 << (8 * width - 1)) - 1, words.dtype)))
+    sign = 1 << (8 * width - 1) if tensor.dtype in _FLOATS else 0
+    return words & numpy.array((1 << 8 * width) - 1 - sign, words.dtype) != 0

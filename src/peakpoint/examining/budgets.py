@@ -10,6 +10,7 @@ import torch
 from peakpoint.diffing import tensors_of
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.examining.models import one_input
+from peakpoint.masks import masks_of
 from peakpoint.sharing import TORCH_DTYPES
 
 _WARM_UP = 10  # passes
@@ -46,9 +47,10 @@ def _parameters(exam: Exam) -> Said:
         count, source = sum(one.numel() for one in exam.model.parameters()), "of the model"
     else:
         source = "in the floating-point tensors of the part, buffers among them"
-        rows = [one for key, (_, one) in tensors_of(exam.manifest) if key[0] == exam.wanted.part]
+        rows = {key[1]: one for key, (_, one) in tensors_of(exam.manifest) if key[0] == exam.wanted.part}
+        masks = masks_of({name: tuple(one.shape) for name, one in rows.items()}).values()
         dtypes = {name: dtype for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_point or dtype.is_complex}
-        count = sum(math.prod(one.shape) for one in rows if one.dtype in dtypes)
+        count = sum(math.prod(one.shape) for name, one in rows.items() if one.dtype in dtypes and name not in masks)
     return _said(exam, "parameters", count, f"{count:,} parameters {source}", source=source)
 
 

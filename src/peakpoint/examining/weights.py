@@ -8,10 +8,10 @@ import torch
 from peakpoint import reader
 from peakpoint.asking import shown
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
+from peakpoint.masks import MASK, ORIGINAL
 from peakpoint.sharing import DTYPES
 
 _CHUNK = 1 << 24  # elements looked at at once
-_ORIGINAL, _MASK = "_orig", "_mask"  # of torch.nn.utils.prune
 
 
 def integrity(exam: Exam) -> Said:
@@ -103,14 +103,14 @@ def zeros_of(tensors: Iterator[tuple[str, torch.Tensor]]) -> Mapping[str, tuple[
     pruned: dict[str, tuple[int, int, int]] = {}
     for name, tensor in tensors:
         if not _counts(tensor):
-            if not (name.endswith(_MASK) and DTYPES.get(tensor.dtype) is not None):
+            if not (name.endswith(MASK) and DTYPES.get(tensor.dtype) is not None):
                 continue
         else:
             plain[name] = (_zeros(tensor), tensor.numel(), tensor.dim())
-        stem = name.removesuffix(_ORIGINAL).removesuffix(_MASK)
+        stem = name.removesuffix(ORIGINAL).removesuffix(MASK)
         if stem == name:
             continue
-        partner = waiting.pop(stem + (_MASK if name.endswith(_ORIGINAL) else _ORIGINAL), None)
+        partner = waiting.pop(stem + (MASK if name.endswith(ORIGINAL) else ORIGINAL), None)
         if partner is None:
             waiting[name] = tensor
         elif partner.shape == tensor.shape:
@@ -118,7 +118,7 @@ def zeros_of(tensors: Iterator[tuple[str, torch.Tensor]]) -> Mapping[str, tuple[
             pruned[stem] = (masked, tensor.numel(), tensor.dim())
     if not pruned:
         return _by_convention(plain, "")
-    gone = {stem + end for stem in pruned for end in (_ORIGINAL, _MASK)}
+    gone = {stem + end for stem in pruned for end in (ORIGINAL, MASK)}
     effective = {name: row for name, row in plain.items() if name not in gone} | pruned
     return {
         **_by_convention(effective, ", pruned by their masks"),
