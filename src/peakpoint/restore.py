@@ -19,6 +19,7 @@ from peakpoint import rng
 from peakpoint.capture import Stateful
 from peakpoint.errors import MismatchError
 from peakpoint.manifest import Manifest
+from peakpoint.masks import ORIGINAL, masks_of
 from peakpoint.stored import SavedState
 from peakpoint.tree import kind_of
 from peakpoint.upload import send
@@ -339,7 +340,8 @@ def restore_into(
             by_part[name] = [f"{name}: it is in the checkpoint, but state= names no part {name!r} to restore it into"]
     differences = tuple(line for lines in by_part.values() for line in lines)
     if differences and strict:
-        raise mismatch(saved.manifest, differences)
+        pruned = [weight for name in live if name in saved.trees for weight in _pruned(live[name], saved.value(name))]
+        raise mismatch(saved.manifest, differences, pruned)
     restored = []
     for name, value in list(live.items()):
         lines = by_part[name]
@@ -361,12 +363,32 @@ def restore_into(
     return tuple(restored), differences
 
 
-def mismatch(manifest: Manifest, differences: tuple[str, ...]) -> MismatchError:
-    """The error that lists how a checkpoint and the live state differ."""
+def mismatch(manifest: Manifest, differences: tuple[str, ...], pruned: Sequence[str] = ()) -> MismatchError:
+    """The error that lists how a checkpoint and the live state differ.
+
+    Args:
+        manifest: of the checkpoint.
+        differences: one line for each.
+        pruned: names of weights that have a mask in the checkpoint, and none in the model.
+    """
     shown = "\n  ".join(differences[:30])
     more = f"\n  ... and {len(differences) - 30} more" if len(differences) > 30 else ""
+    advice = "make the state as it was when this was saved, or pass strict=False to load what fits"
+    if pruned:
+        advice = (
+            f"{', '.join(pruned[:5])}{' and others' if len(pruned) > 5 else ''} had been pruned with "
+            "torch.nn.utils.prune when this was saved: after making the optimizer, call "
+            'torch.nn.utils.prune.identity(layer, "weight") for each, and the masks are restored with the weights '
+            "(strict=False would leave these weights as they are)"
+        )
     return MismatchError(
-        f"checkpoint {manifest.run}/{manifest.name} does not fit the state:\n  {shown}{more}\n"
-        "make the state as it was when this was saved, or pass strict=False to load what fits",
-        differences,
+        f"checkpoint {manifest.run}/{manifest.name} does not fit the state:\n  {shown}{more}\n{advice}", differences
     )
+
+
+def _pruned(live: Any, saved: Any) -> list[str]:
+    """The weights that have a mask of ``torch.nn.utils.prune`` in a saved state dict, and none in the live module."""
+    if not isinstance(live, torch.nn.Module) or not isinstance(saved, Mapping):
+        return []
+    masks = masks_of({name: tuple(value.shape) for name, value in saved.items() if isinstance(value, torch.Tensor)})
+    return [name for name in live.state_dict() if name not in saved and f"{name}{ORIGINAL}" in masks]
