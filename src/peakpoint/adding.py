@@ -25,7 +25,7 @@ from peakpoint.repository import ensure_repository, ensure_run, rules_of
 from peakpoint.store import Store, holder_note
 from peakpoint.tensors import FileLayout
 from peakpoint.tree import Encoder
-from peakpoint.writer import BLOCK, StreamedImage, WholeImage, commit, sweep, unused_name
+from peakpoint.writer import BLOCK, StreamedImage, WholeImage, commit, unused_name
 
 
 def made_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:
@@ -240,11 +240,6 @@ def _state(made: Made, draft: Manifest) -> WholeImage:
 def _commit(store: Store, journal: Journal, draft: Manifest, made: Made) -> Manifest:
     images = (made.image, _state(made, draft))
     tell_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
-    manifest = None
-    try:
-        manifest = commit(store, draft, images, first=journal.sync)
-    finally:
-        if manifest is None and store.size(layout.manifest_key(draft.run, draft.name)) is None:
-            sweep(store, draft.run, draft.name, [image.name for image in images])
+    manifest = commit(store, draft, images, first=journal.sync)
     tell_saved(journal, manifest)
     return manifest

@@ -23,23 +23,25 @@ from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.store import Store
 from peakpoint.units import UNDO_FOR, read_duration, size
-from peakpoint.writer import commit, unused_name
+from peakpoint.writer import commit, unused_name, withdraw
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
 _USUAL = read_duration("undo_for", UNDO_FOR)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
     """A save to be made.
 
     Attributes:
         draft: the manifest but for its files.
         captured: the copy of the state.
+        begun: whether the directory that ``draft`` names is its own; something may have been written there.
     """
 
     draft: Manifest
     captured: Captured
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +284,14 @@ class Saver:
             self._notices.append(f"the failed save could not be recorded in the journal either: {second}")
 
     def _commit(self, job: Job) -> None:
-        draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
+        if job.begun:  # the same directory again: what cannot be taken away there is not joined by another of its id
+            withdraw(self._store, job.draft)
+        else:
+            job.draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
+            job.begun = True
         manifest = commit(
             self._store,
-            draft,
+            job.draft,
             job.captured.images,
             first=lambda: self._settled(job),
             before=self._committed[-1] if self._committed else None,

@@ -3,6 +3,9 @@
 Commit: every file of the checkpoint, durable one by one; then the history that it belongs to; then the manifest,
 created atomically. Delete: the manifest first, then the files. A crash at any instant leaves a whole checkpoint or a
 directory without a manifest, which is litter.
+
+An error while the manifest is created leaves open whether it exists. It is taken away again, and as long as that cannot
+be proven, the next attempt goes into the same directory: so no id is ever that of two checkpoints.
 """
 
 import contextlib
@@ -15,8 +18,8 @@ from typing import Protocol
 from blake3 import blake3
 
 from peakpoint import layout
-from peakpoint.errors import StoreError
-from peakpoint.manifest import FileRecord, Manifest, TensorRecord, encode
+from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode, encode
 from peakpoint.seal import digest
 from peakpoint.store import Chunk, Store
 
@@ -205,7 +208,8 @@ def commit(
 ) -> Manifest:
     """Make a checkpoint exist.
 
-    Durable on return. When it raises, the checkpoint does not exist and every other one is as it was.
+    Durable on return. When it raises, the checkpoint does not exist and every other one is as it was, unless the store
+    refuses also to take its manifest away; see ``withdraw``.
 
     Args:
         store: where.
@@ -245,17 +249,33 @@ def commit(
         manifest = replace(draft, files=files, timing=known)
         first()
         store.create(layout.manifest_key(draft.run, draft.name), encode(manifest))
-    except StoreError:
+    except BaseException:
         _abandon(store, draft, images)
         raise
     return manifest
 
 
 def _abandon(store: Store, draft: Manifest, images: Sequence[FileImage]) -> None:
-    """Remove what a failed commit has written, unless its manifest came to exist after all."""
+    """Remove what a failed commit has written; its files stay as long as its manifest may exist."""
     with contextlib.suppress(StoreError):  # the error that brought us here is the one to report; audit finds the rest
+        withdraw(store, draft)
         if store.size(layout.manifest_key(draft.run, draft.name)) is None:
             sweep(store, draft.run, draft.name, [image.name for image in images])
+
+
+def withdraw(store: Store, draft: Manifest) -> None:
+    """Take away the manifest of a failed commit, which may have come to exist all the same; that of others stays.
+
+    Raises:
+        StoreError: the store refused; the checkpoint may exist.
+    """
+    key = layout.manifest_key(draft.run, draft.name)
+    try:
+        present = decode(store.get(key), where=MANIFEST)
+    except (NotFoundError, CorruptError, FormatError):
+        return
+    if present.id == draft.id:
+        store.delete(key)
 
 
 def _share(store: Store, draft: Manifest, image: FileImage, before: Manifest | None) -> Callable[[], FileRecord] | None:
