@@ -34,6 +34,12 @@ class Bucket:
         except obstore.exceptions.BaseError as error:
             raise TransientStoreError(str(error)) from error
 
+    def put(self, key, chunks):
+        try:
+            obstore.put(self._store, key, b"".join(chunks))
+        except obstore.exceptions.BaseError as error:
+            raise TransientStoreError(str(error)) from error
+
     def get(self, key, begin=0, end=None):
         try:
             return bytes(obstore.get(self._store, key).bytes())[begin:end]

@@ -10,7 +10,8 @@ import torch
 
 import peakpoint as pp
 from peakpoint import audit
-from peakpoint.store import FileOps, LocalStore
+from peakpoint.errors import ConflictError, StoreError
+from peakpoint.store import FileOps, LocalStore, MemoryStore, establish
 from training import checkpointer
 
 NAMES = ("mkdir", "create", "write", "fsync", "fsync_dir", "rename", "link", "unlink", "rmdir")
@@ -94,3 +95,29 @@ def test_errors_anywhere_make_no_two_of_an_id_and_lose_nothing(tmp_path, done, l
         assert not audit.audit(repository, deep=True).of_kind("damage"), where
         audit.clean(repository)
         assert audit.audit(repository).clean, where
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["", "without hard links"])
+@pytest.mark.parametrize("done", [False, True], ids=["not done", "done"])
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_a_record_is_there_and_durable_or_an_error_is_raised(tmp_path, done, links, times):
+    whole = Failing(links=links)
+    establish(LocalStore(tmp_path / "whole", whole), "d/a", b"mine")
+    for number in range(len(whole.names)):
+        ops = Failing(range(number, number + times), done=done, links=links)
+        store = LocalStore(tmp_path / str(number), ops)
+        try:
+            establish(store, "d/a", b"mine")
+        except StoreError:
+            continue
+        assert store.get("d/a") == b"mine"
+        assert ops.names[-1] == "fsync_dir"
+        assert len(ops.names) - 1 not in ops.failing
+
+
+def test_a_record_of_others_is_not_taken_for_the_own_one():
+    store = MemoryStore()
+    establish(store, "a", b"theirs")
+    with pytest.raises(ConflictError):
+        establish(store, "a", b"mine")
+    assert store.get("a") == b"theirs"

@@ -30,7 +30,7 @@ from peakpoint.manifest import FORMAT, check_format
 from peakpoint.names import check_text
 from peakpoint.refs import check_alias, is_alias, near
 from peakpoint.seal import digest, seal, unseal
-from peakpoint.store import Store
+from peakpoint.store import Store, establish
 
 KEEPS = 3  # former holders that stay protected, where no policy says how many
 Kind = Literal["promoted", "rolled back", "retired"]
@@ -300,12 +300,12 @@ def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Bro
         raise ConfigError(f"a record of {alias} that {wrong}: nothing was recorded")
     data = seal({"format": FORMAT, **{one.name: getattr(record, one.name) for one in fields(record)[:-1]}})
     try:
-        store.create(layout.alias_key(alias, number), data)
+        establish(store, layout.alias_key(alias, number), data)
     except (ConflictError, StoreError) as error:
-        # the store may have done it and lost the reply: then a retry of its own finds our record in the way
         there = _there(store, alias, number, error)
-        if there is None or there.write != record.write:
-            raise _changed(alias, there, error) from error
+        if there is not None and there.write == record.write:
+            raise  # it is ours, and not provably durable
+        raise _changed(alias, there, error) from error
     return replace(record, digest=digest(data))
 
 

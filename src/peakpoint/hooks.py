@@ -23,7 +23,7 @@ from peakpoint.errors import ConflictError, Error
 from peakpoint.manifest import FORMAT
 from peakpoint.policy import Hook, Policy
 from peakpoint.seal import seal
-from peakpoint.store import LocalStore, Store
+from peakpoint.store import LocalStore, Store, establish
 
 _TOLD = 500  # characters of what a hook has said
 _TURN = 0.05  # seconds between looks at how much it has printed
@@ -108,7 +108,8 @@ def _key(record: AliasRecord) -> str:
 
 def _note(store: Store, record: AliasRecord, hooks: Sequence[str], clock: Clock) -> None:
     try:
-        store.create(_key(record), seal({"format": FORMAT, "record": record.digest, "hooks": hooks, "at": clock()}))
+        told = {"format": FORMAT, "record": record.digest, "hooks": hooks, "at": clock()}
+        establish(store, _key(record), seal(told))
     except ConflictError:
         return  # somebody else has told them, too
 

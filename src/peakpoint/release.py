@@ -27,7 +27,7 @@ from peakpoint.promotion import Proposal
 from peakpoint.refs import near
 from peakpoint.repository import Repository
 from peakpoint.seal import digest, seal, unseal
-from peakpoint.store import Store
+from peakpoint.store import Store, establish
 from peakpoint.validations import Validation, Wanted
 
 ReleaseOutcome = Literal["promoted", "unchanged", "refused", "nothing fits", "would promote", "would validate"]
@@ -473,7 +473,7 @@ class _Release:
             policy=self._text,
         )
         try:
-            self._store.create(layout.release_key(release), seal({"format": FORMAT, **asdict(content)}))
+            establish(self._store, layout.release_key(release), seal({"format": FORMAT, **asdict(content)}))
         except ConflictError:
             return
 

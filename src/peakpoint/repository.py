@@ -24,7 +24,7 @@ from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.retention import Plan, plan
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.seal import seal, unseal
-from peakpoint.store import LocalStore, Store, open_store
+from peakpoint.store import LocalStore, Store, establish, open_store
 
 if TYPE_CHECKING:
     from peakpoint.catalogue import Catalogue, Selection
@@ -516,7 +516,7 @@ def ensure_run(store: Store, run: str, now: datetime, by: Mapping[str, str], rul
 
 def _create_once(store: Store, key: str, record: dict[str, Any]) -> None:
     try:
-        store.create(key, seal(record))
+        establish(store, key, seal(record))
     except ConflictError:
         # somebody else has just created the same; theirs is as good as ours
         if store.size(key) is None:

@@ -45,7 +45,7 @@ def ways_out(store: Store, run: str, kept: Sequence[Manifest]) -> str:
     """
     root, ways = shlex.quote(store.location), []
     trashed = {
-        other: sum(manifest.size_bytes for _, manifest in trash.contents(store, other))
+        other: sum(entry.manifest.size_bytes for entry in trash.contents(store, other))
         for other in (child.rstrip("/") for child in store.children(layout.RUNS))
     }
     if any(trashed.values()):

@@ -15,7 +15,7 @@ from peakpoint.dropping import left, records
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.manifest import FORMAT, MANIFEST, Manifest, check_format, decode
 from peakpoint.seal import seal, unseal
-from peakpoint.store import Store
+from peakpoint.store import Store, establish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +119,6 @@ def bring_back(store: Store, record: Trashed) -> Manifest:
         Its manifest.
     """
     manifest = record.decoded()
-    store.create(layout.manifest_key(manifest.run, manifest.name), record.manifest.encode())
+    establish(store, layout.manifest_key(manifest.run, manifest.name), record.manifest.encode())
     store.delete(layout.trashed_key(manifest.run, manifest.name))
     return manifest

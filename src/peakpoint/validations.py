@@ -20,7 +20,7 @@ from peakpoint import layout
 from peakpoint.errors import ConflictError, CorruptError, FormatError
 from peakpoint.manifest import FORMAT, check_format, metrics_from_json, metrics_to_json
 from peakpoint.seal import digest, seal, unseal
-from peakpoint.store import Store
+from peakpoint.store import Store, establish
 
 Outcome = Literal["passed", "failed", "skipped"]
 MAX_AGE = timedelta(days=7)  # of a validation that a promotion rests on, where no policy says another
@@ -194,11 +194,9 @@ def record(store: Store, validation: Validation) -> Validation:
         content["metrics"] = metrics_to_json(numbered.metrics)
         data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
         try:
-            store.create(layout.validation_key(numbered.run, numbered.checkpoint, numbered.number), data)
+            establish(store, layout.validation_key(numbered.run, numbered.checkpoint, numbered.number), data)
         except ConflictError:
-            # another validation took the number, or this one is there and the reply was lost
-            if store.get(layout.validation_key(numbered.run, numbered.checkpoint, numbered.number)) != data:
-                continue
+            continue  # another validation took the number
         return replace(numbered, digest=digest(data))
 
 

@@ -25,7 +25,7 @@ from peakpoint.signing.keys import (
     read_private_key,
     read_public_key,
 )
-from peakpoint.store import LocalStore, Store
+from peakpoint.store import LocalStore, Store, establish
 
 __all__ = [
     "PASSWORD",
@@ -128,7 +128,7 @@ def _put(store: Store, manifest: Manifest, data: bytes) -> str:
         number = 1 + max(map(layout.signature_number, _records(store, prefix)), default=0)
         record = f"{layout.SIGNATURE}{number}.json"
         try:
-            store.create(f"{prefix}/{record}", data)
+            establish(store, f"{prefix}/{record}", data)
         except ConflictError:
             continue
         if store.size(layout.manifest_key(manifest.run, manifest.name)) is None:  # removed meanwhile

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from peakpoint.errors import ConfigError
-from peakpoint.store.core import Chunk, Filled, Filling, Hold, Log, Store, check_key, holder_note
+from peakpoint.store.core import Chunk, Filled, Filling, Hold, Log, Store, check_key, establish, holder_note
 from peakpoint.store.files import FileOps
 from peakpoint.store.local import LocalStore, translated
 from peakpoint.store.memory import MemoryStore
@@ -20,6 +20,7 @@ __all__ = [
     "MemoryStore",
     "Store",
     "check_key",
+    "establish",
     "holder_note",
     "open_store",
     "translated",

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from peakpoint.errors import ConfigError, ConflictError
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError, StoreError
 
 Chunk = bytes | bytearray | memoryview
 _NO_KEY = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|[\x00\\]")  # asked thousands of times by the catalogue
@@ -241,3 +241,25 @@ class Store(Protocol):
 
     def free(self) -> int | None:
         """Bytes that can still be written, None when the store does not say."""
+
+
+def establish(store: Store, key: str, data: bytes) -> None:
+    """Create a record, and look what became of it when the store reports an error.
+
+    A record that is there although its creation failed is written again: an fsync that failed proves nothing when it is
+    repeated. For bytes that nobody else writes, under a key that nobody deletes meanwhile.
+
+    Raises:
+        ConflictError: the key exists with other bytes.
+        StoreError: the record is not there, or not provably durable.
+    """
+    try:
+        store.create(key, data)
+    except (ConflictError, StoreError):
+        try:
+            present = store.get(key)
+        except NotFoundError:
+            present = None
+        if present != data:
+            raise
+        store.put(key, [data])
