@@ -15,7 +15,7 @@ from peakpoint import layout
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.manifest import FORMAT, Manifest, check_format
 from peakpoint.seal import seal, unseal
-from peakpoint.store import Store
+from peakpoint.store import Store, establish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def drop(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime
     going = [part for part in parts if part in manifest.parts]
     content = {"format": FORMAT, "parts": going, "files": files, "at": at, "why": why, "by": by}
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    store.create(f"{prefix}/{layout.DROPPED}{_next(store, prefix)}.json", seal(content))
+    establish(store, f"{prefix}/{layout.DROPPED}{_next(store, prefix)}.json", seal(content))
     for name in files:
         store.delete(layout.file_key(manifest.run, manifest.name, name))
     return remaining

@@ -28,7 +28,7 @@ from peakpoint import layout
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, needing
 from peakpoint.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.seal import seal, unseal
-from peakpoint.store import Store
+from peakpoint.store import Store, establish
 from peakpoint.units import cores
 from peakpoint.writer import Span, StreamedImage
 
@@ -149,7 +149,7 @@ def single_archive(store: Store, run: str, name: str) -> SingleArchive | None:
 
 def note_archived(store: Store, run: str, archive: RunArchive) -> None:
     """Say durably that a run is archived."""
-    store.create(layout.archived_key(run), seal({"format": FORMAT, **msgspec.to_builtins(archive)}))
+    establish(store, layout.archived_key(run), seal({"format": FORMAT, **msgspec.to_builtins(archive)}))
 
 
 def packed_bytes(store: Store, run: str, manifests: Iterable[Manifest]) -> dict[str, int]:

@@ -1,23 +1,16 @@
 """Room on a full disk: what can go that nothing wants, and what people can do when there is nothing."""
 
-import errno
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from peakpoint import layout, trash
 from peakpoint.audit import clean_run
-from peakpoint.errors import StoreError
 from peakpoint.manifest import Manifest
 from peakpoint.store import Store
 from peakpoint.units import size
 
 _END = datetime.max.replace(tzinfo=UTC)
-
-
-def is_full(error: Exception) -> bool:
-    """Whether a store refused because there is no space left."""
-    return isinstance(error, StoreError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 def empty_trash(store: Store, run: str) -> int:

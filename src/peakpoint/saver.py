@@ -255,7 +255,7 @@ class Saver:
             try:
                 self._copy_and_commit(job)
             except StoreError as error:
-                if not (room.is_full(error) and job.captured.stays and self._make_room(job)):
+                if not (error.is_full and job.captured.stays and self._make_room(job)):
                     raise
                 self._copy_and_commit(job)
         except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, the next call raises it
