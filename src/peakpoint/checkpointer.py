@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 from peakpoint import journal as journals
-from peakpoint import layout, names, rules
+from peakpoint import layout, names, rules, unclosed
 from peakpoint.audit import clean_run
 from peakpoint.capture import StateEncoder, capture, check_state
 from peakpoint.clock import Clock, utc_now
@@ -53,7 +53,8 @@ from peakpoint.writer import unused_name
 class Checkpointer:
     """Saves a training by rules, and continues it where it stopped.
 
-    One process writes a run at a time. Use it as a context manager, or call ``close`` at the end.
+    One process writes a run at a time. Use it as a context manager, or call ``close`` at the end: what was saved is
+    durable before the interpreter ends in any case, but a save that failed can then only be said, not raised.
 
     Args:
         root: the repository: a directory, created when it does not exist, or a store.
@@ -98,6 +99,8 @@ class Checkpointer:
         False
     """
 
+    _closed = True  # until it is made
+
     def __init__(
         self,
         root: str | os.PathLike[str] | Store,
@@ -129,7 +132,6 @@ class Checkpointer:
         kept_for = None if undo_for is None else read_duration("undo_for", undo_for)
         self._encoder = StateEncoder(shares=isinstance(self._buffer, Staging))
         self._load: LoadReport | None = None
-        self._closed = False
         self._exit_code = 0 if preempt is None else preempt.exit_code
         self._missed: set[str] = set()
         self._surfaced: Failure | None = None
@@ -164,6 +166,9 @@ class Checkpointer:
         self._saver = Saver(self._store, self.run, self._journal, self.rules, found.manifests, self._ledger, kept_for)
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
+        self._process = os.getpid()
+        self._closed = False
+        unclosed.watch(self)
 
     # --- continuing ---------------------------------------------------------------------------------------------
 
@@ -407,6 +412,10 @@ class Checkpointer:
         if not isinstance(error, SystemExit):
             deliver_again(arrived)
 
+    def __del__(self) -> None:
+        if not self._closed and self._process == os.getpid():
+            unclosed.let_go(self.run, self.close)
+
     @property
     def why_stop(self) -> str | None:
         """Why the loop should end, None when it should go on; derived from the reported history."""
@@ -562,6 +571,8 @@ class Checkpointer:
         held = self._saver.failure()
         if failure.lost:
             now = "there is no copy of that moment to be written again"
+        elif held is not None and self._closed:
+            now = "its state was written again at the end, and is lost"
         elif held is not None and held.job.draft.id == draft.id:
             now = "its state is still in memory and is written again by the next report and by close()"
         elif any(manifest.id == draft.id for manifest in self._saver.committed):

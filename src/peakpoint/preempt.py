@@ -47,6 +47,7 @@ class Watch:
     def __init__(self, preempt: Preempt | None) -> None:
         self._earlier: dict[signal.Signals, Any] = {}
         self._arrived: list[signal.Signals] = []
+        self._stopped = False
         if preempt is None:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -61,7 +62,11 @@ class Watch:
             self._earlier[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of handlers
-        self._arrived.append(signal.Signals(number))
+        if self._stopped:  # by another thread than the main one
+            self._put_back()
+            signal.raise_signal(number)
+        else:
+            self._arrived.append(signal.Signals(number))
 
     @property
     def arrived(self) -> signal.Signals | None:
@@ -74,12 +79,18 @@ class Watch:
         Returns:
             The signals that have arrived, each with the handler that was installed before.
         """
+        self._stopped = True
+        arrived = [(number, self._earlier[number]) for number in dict.fromkeys(self._arrived)]
+        if threading.current_thread() is threading.main_thread():
+            self._put_back()  # Python lets no other thread do it; there the next signal does
+        self._arrived = []
+        return arrived
+
+    def _put_back(self) -> None:
         for number, handler in self._earlier.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        arrived = [(number, self._earlier[number]) for number in dict.fromkeys(self._arrived)]
-        self._earlier, self._arrived = {}, []
-        return arrived
+        self._earlier = {}
 
 
 def run_earlier(arrived: list[tuple[signal.Signals, Any]]) -> None:

@@ -23,6 +23,7 @@ from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.store import Store
 from peakpoint.units import UNDO_FOR, read_duration, size
+from peakpoint.worker import start
 from peakpoint.writer import commit, unused_name, withdraw
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
@@ -262,15 +263,17 @@ class Saver:
             self._fail(job, error)
 
     def _copy_and_commit(self, job: Job) -> None:
-        copier = threading.Thread(target=job.captured.copying.run, name=f"peakpoint-copy-{self._run}")
-        copier.start()
+        copier = start(job.captured.copying.run, f"peakpoint-copy-{self._run}")
+        if copier is None:
+            job.captured.copying.run()
         try:
             self._commit(job)
         except BaseException:
             job.captured.copying.abandon()
             raise
         finally:
-            copier.join()
+            if copier is not None:
+                copier.join()
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._failure, self._job = Failure(job, error), None

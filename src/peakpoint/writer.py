@@ -11,8 +11,8 @@ be proven, the next attempt goes into the same directory: so no id is ever that 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from blake3 import blake3
@@ -22,6 +22,7 @@ from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreErro
 from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode, encode
 from peakpoint.seal import digest
 from peakpoint.store import Chunk, Store
+from peakpoint.worker import Worker
 
 BLOCK = 32 * 1024 * 1024
 
@@ -227,7 +228,7 @@ def commit(
     """
     try:
         # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
-        with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
+        with Worker("peakpoint-hash") as hashing:
             begin = time.perf_counter()
             records = [
                 _share(store, draft, image, before)
@@ -302,27 +303,25 @@ def _adopt(draft: Manifest, image: FileImage, adopt: Callable[[str, str], bool])
 
 def put_file(store: Store, key: str, image: FileImage) -> FileRecord:
     """Write one file while it is being hashed."""
-    with ThreadPoolExecutor(1, "peakpoint-hash") as hashing:
+    with Worker("peakpoint-hash") as hashing:
         return _write(store, key, image, hashing)()
 
 
-def _write(store: Store, key: str, image: FileImage, hashing: Executor) -> Callable[[], FileRecord]:
+def _write(store: Store, key: str, image: FileImage, hashing: Worker) -> Callable[[], FileRecord]:
     """Write one file while it is being hashed; the result waits for the hash."""
-    hashes, futures = Hashing(image), []
+    hashes = Hashing(image)
 
     def blocks() -> Iterator[memoryview]:
         for block in image.blocks():
-            future = hashing.submit(hashes.update, block)
-            futures.append(future)
+            hashing.do(partial(hashes.update, block))
             yield block
             if image.transient:
-                future.result()
+                hashing.wait()
 
     store.put(key, blocks(), image.size)
 
     def record() -> FileRecord:
-        for future in futures:
-            future.result()
+        hashing.wait()
         return hashes.record()
 
     return record

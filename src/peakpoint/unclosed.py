@@ -1,0 +1,44 @@
+"""Checkpointers that nobody has closed: their saves become durable all the same.
+
+The interpreter waits for the thread of a save before it ends. What is left is to write a failed save once more, to say
+so if that fails again, and to let go of the run: at the end of the interpreter, or as soon as nothing refers to the
+checkpointer any more. ``os._exit`` and signals that kill pass over all of it, as a power cut would.
+"""
+
+import atexit
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from peakpoint.errors import Error
+from peakpoint.report import say
+from peakpoint.worker import start
+
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
+# a forked child has neither the threads nor the lock: its parent closes
+os.register_at_fork(after_in_child=_open.clear)
+
+
+def watch(checkpointer: Any) -> None:
+    """Close a checkpointer at the end of the interpreter, unless that has been done by then."""
+    _open.add(checkpointer)
+
+
+def let_go(run: str, close: Callable[[], None]) -> None:
+    """Close a checkpointer that nothing refers to any more, in a thread: no collection of garbage waits for a disk."""
+    if start(lambda: _close(run, close), f"peakpoint-close-{run}") is None:
+        _close(run, close)
+
+
+@atexit.register
+def _close_all() -> None:
+    for checkpointer in list(_open):
+        _close(checkpointer.run, checkpointer.close)
+
+
+def _close(run: str, close: Callable[[], None]) -> None:
+    try:
+        close()
+    except (Error, Warning) as error:
+        say(f"run {run!r} ended without close(), and the exit code of this process does not tell: {error}")
