@@ -5,6 +5,7 @@ forward and backward pass, if the next step waits for it. Everything else is cop
 stream of their own and the training's stream waits for them, not the processor.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,8 +16,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from peakpoint.errors import Error
+from peakpoint.sampling import Samples, can_sample
 
 _CHUNK = 64 * 1024 * 1024  # how much is copied between two looks at the clock, the stream and the version counters
+_SMALL = 16 * 1024  # bytes that are copied as quickly as samples are taken
 
 
 class ChangedError(Error):
@@ -82,12 +85,35 @@ class Plan:
 
     def __init__(self, targets: Sequence[Target], sources: Sequence[torch.Tensor], owned: Collection[Storage]) -> None:
         self.names = [target.name for target in targets]
-        self.later = [number for number, source in enumerate(sources) if owned and storage_of(source) in owned]
+        self.later = [
+            number
+            for number, source in enumerate(sources)
+            if source.nbytes > _SMALL and owned and storage_of(source) in owned and can_sample(source)
+        ]
+        self._copies = [targets[number].memory for number in self.later]
+        self._samples = Samples(self.pick(sources))
         apart = set(self.later)
         at_once = [number for number in range(len(sources)) if number not in apart]
         self.chunks = _chunks(targets, sources, self.later)
         self.now = _by_device(targets, sources, at_once)
         self.devices = sorted({source.device for source in sources if source.device.type == "cuda"}, key=str)
+
+    def pick(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Those that are copied later."""
+        return [sources[number] for number in self.later]
+
+    def sample(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Samples of those that are copied later; on CUDA on the current stream."""
+        return self._samples.take(self.pick(sources))
+
+    def sample_copies(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Samples of what they have been copied to."""
+        return self._samples.take_copies(self.pick(sources), self._copies)
+
+    def differing(self, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> str | None:
+        """The name of a tensor whose samples differ."""
+        number = self._samples.differing(before, now)
+        return None if number is None else self.names[self.later[number]]
 
 
 class Copying:
@@ -105,8 +131,10 @@ class Copying:
     def __init__(self, plan: Plan, sources: Sequence[torch.Tensor], *, pinned: bool = False) -> None:
         self._plan = plan
         self._sources: Sequence[torch.Tensor] = sources
+        self._seen: list[torch.Tensor] = []  # samples of now
+        self._late: list[torch.Tensor] = []  # ... and of the time when no copy can be at work any more
         self._chunks = plan.chunks
-        self._versions = versions_of([sources[number] for number in plan.later])
+        self._versions = versions_of(plan.pick(sources))
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._ready = 0  # everything before this byte of the buffer is final
@@ -129,9 +157,9 @@ class Copying:
         for chunk in self._plan.now:
             if chunk.device not in self._streams:
                 _copy_all(chunk, self._sources, non_blocking=False)
+        self._seen = self._sample()
         for device, stream in self._streams.items():
             present = torch.cuda.current_stream(device)
-            stream.wait_stream(present)
             with torch.cuda.stream(stream):
                 for chunk in self._plan.now:
                     if chunk.device == device:
@@ -140,6 +168,21 @@ class Copying:
                 stream.synchronize()
             present.wait_stream(stream)  # the training may change these as soon as they are copied, and not before
         self._sent = [_event(stream) for stream in self._streams.values()]
+
+    def _sample(self) -> list[torch.Tensor]:
+        """Samples of what is copied later, after all that the training has asked for so far; no processor waits."""
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with self._beside():
+            return self._plan.sample(self._sources)
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Let GPUs work on the streams of the copy."""
+        with contextlib.ExitStack() as stack:
+            for stream in self._streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
 
     def _send_later(self) -> None:
         """Put the copies from GPUs on their streams, chunk by chunk."""
@@ -179,6 +222,7 @@ class Copying:
         A tensor tells that it has changed when an operation on it ends, which may be after the copy has: an operation
         that was at work when the copy ended is only seen a little later. Where a step begins meanwhile, that is the
         moment to look, since nothing else is at work then. Otherwise it is waited for twice as long as the copy took.
+        What no counter sees is found by samples: of then and of the copy, against those of the capture.
 
         Raises:
             ChangedError: a tensor changed while it was being copied, or right after that.
@@ -187,14 +231,19 @@ class Copying:
         least = max(_GRACE, 2 * (self._ended - self._began))
         self._settled.wait(max(0.0, self._ended + least - time.perf_counter()))
         self._settle()
+        with self._changed, self._beside():
+            if self._sources and self._error is None:
+                copied = self._plan.sample_copies(self._sources)
+                self._refuse(self._plan.differing(self._seen, self._late) or self._plan.differing(self._seen, copied))
         self._sources = ()  # what the training lets go of is not kept alive by its last save
         self.wait()
 
     def _settle(self) -> None:
-        """Look a second time, once."""
+        """Look a second time, once; samples are taken now, and compared by ``settle``."""
         with self._changed:
             if not self._settled.is_set():
                 self._compare()
+                self._late = self._sample()
                 self._settled.set()
 
     def _copy_chunk(self, chunk: Chunk) -> None:
@@ -217,13 +266,16 @@ class Copying:
     def _compare(self) -> None:
         for number, version in zip(self._plan.later, self._versions, strict=True):
             if version_of(self._sources[number]) != version:
-                self._error = ChangedError(
-                    f"tensor {self._plan.names[number]!r} changed outside optimizer.step() while it was being copied, "
-                    "or right after that; change weights in step(), or pass overlap=False so that report() copies "
-                    "everything before it returns"
-                )
-                self._changed.notify_all()
+                self._refuse(self._plan.names[number])
                 return
+
+    def _refuse(self, name: str | None) -> None:
+        if name is not None:
+            self._error = ChangedError(
+                f"tensor {name!r} changed outside optimizer.step() while it was being copied, or right after that; "
+                "change weights in step(), or pass overlap=False so that report() copies everything before it returns"
+            )
+            self._changed.notify_all()
 
     def _advance(self, ready: int) -> None:
         with self._changed:
@@ -252,10 +304,10 @@ class Copying:
         """
         begin = time.perf_counter()
         if self._chunks and len(self._arrivals) == len(self._chunks):
+            self._check_versions()
+            self._settle()
             for device, stream in self._streams.items():
                 torch.cuda.current_stream(device).wait_stream(stream)
-            self._check_versions()
-            self._settled.set()
         else:
             with self._changed:
                 self._changed.wait_for(lambda: self._error is not None or self._ready == END)

@@ -1,0 +1,100 @@
+"""A few elements of each tensor, by which a later look tells whether it has been written to.
+
+Version counters do not see what is written through ``.data`` or NumPy. Whoever rewrites a tensor so that a fraction
+``f`` of its elements differs escapes all ``n`` samples with a probability of about ``(1 - f) ** n``, and ``n`` is at
+least 64, or one for every 256 KiB. The step from one to the next has no divisor in common with the number of elements,
+so that rows and columns of every length are met, also where whole ones are pruned. The last element is always one.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peakpoint.sharing import is_dense
+
+LEAST = 64
+APART = 256 * 1024  # bytes from one to the next at most
+
+
+@functools.lru_cache(4096)
+def _step(count: int, width: int) -> int:
+    """Elements from one sample to the next, for so many of so many bytes."""
+    step = max(1, min(count // LEAST, APART // width))
+    while math.gcd(step, count) > 1:
+        step -= 1
+    return step
+
+
+def can_sample(tensor: torch.Tensor) -> bool:
+    """Whether elements of it can be taken by their places in memory."""
+    return is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Samples of tensors of one device and element type, that are taken in one go.
+
+    Attributes:
+        numbers: of the tensors.
+        places: for each, how many there are, the elements from one to the next, and the first.
+        ends: for each, where its samples end among those of the group.
+    """
+
+    numbers: list[int]
+    places: list[tuple[tuple[int], tuple[int], int]]
+    ends: list[int]
+
+
+class Samples:
+    """Which elements are samples; good for all tensors of these types, shapes and strides.
+
+    Args:
+        tensors: which ``can_sample``, none of them empty.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
+        for number, tensor in enumerate(tensors):
+            group = groups.setdefault((tensor.device, tensor.dtype), _Group([], [], []))
+            last = tensor.numel() - 1
+            step = _step(last + 1, tensor.itemsize)
+            count = last // step + 1
+            group.numbers.append(number)
+            group.places.append(((count,), (step,), last % step))
+            group.ends.append((group.ends[-1] if group.ends else 0) + count)
+        self._groups = list(groups.values())
+
+    def take(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The samples, as bytes; on CUDA on the current stream, without waiting."""
+        return [
+            torch.cat(
+                [
+                    (tensor := tensors[number]).as_strided(size, stride, tensor.storage_offset() + first)
+                    for number, (size, stride, first) in zip(group.numbers, group.places, strict=True)
+                ]
+            ).view(torch.uint8)
+            for group in self._groups
+        ]
+
+    def take_copies(self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The samples of contiguous copies of ``tensors``."""
+        pairs = zip(tensors, copies, strict=True)
+        return self.take([copy if tensor.is_contiguous() else _in_order(copy, tensor) for tensor, copy in pairs])
+
+    def differing(self, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> int | None:
+        """The number of the first tensor whose samples differ; None when none does."""
+        for group, one, other in zip(self._groups, before, now, strict=True):
+            here = one.to(other.device)
+            if not torch.equal(here, other):
+                place = int((here != other).nonzero()[0]) * group.ends[-1] // len(here)
+                return next(number for number, end in zip(group.numbers, group.ends, strict=True) if place < end)
+        return None
+
+
+def _in_order(copy: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a contiguous copy in the order of the tensor's memory."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return copy.permute(order).contiguous()
