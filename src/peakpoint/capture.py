@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from peakpoint import layout, rng
 from peakpoint.collector import no_collection
-from peakpoint.copying import Storage, Transfer, storage_of, versions_of
+from peakpoint.copying import Storage, storage_of, versions_of
 from peakpoint.errors import ConfigError
+from peakpoint.guard import Transfer
 from peakpoint.manifest import Manifest
 from peakpoint.names import check_part
 from peakpoint.ring import Ring

@@ -22,8 +22,9 @@ from peakpoint import layout, names, rules, unclosed
 from peakpoint.audit import clean_run
 from peakpoint.capture import StateEncoder, capture, check_state
 from peakpoint.clock import Clock, utc_now
-from peakpoint.copying import NOTHING, StepGuard
+from peakpoint.copying import NOTHING
 from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
+from peakpoint.guard import StepGuard
 from peakpoint.journal import Journal
 from peakpoint.ledger import Ledger
 from peakpoint.loop import Loop, count

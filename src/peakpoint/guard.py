@@ -1,0 +1,92 @@
+"""The guard of a copy under way: nothing of ours writes to what is being copied before the copy is complete."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from peakpoint.copying import NOTHING, Storage, storage_of
+
+
+class Transfer(Protocol):
+    """A capture under way: ``Copying`` into a buffer for everything, or ``ring.Streaming`` through a small one."""
+
+    waited_seconds: float
+
+    def run(self) -> None:
+        """Copy what is left to be copied, in a thread of its own."""
+
+    def abandon(self) -> None:
+        """The save has failed."""
+
+    def wait(self) -> None:
+        """Return when everything is copied."""
+
+    def settle(self) -> None:
+        """Return when the copy is known to be right."""
+
+    def hold_step(self) -> None:
+        """The optimizer is about to step: return when it may."""
+
+
+class StepGuard:
+    """Hooks that let no optimizer in the state step before the copy under way is complete.
+
+    Args:
+        state: the parts of the state, looked at anew for each save: optimizers may be exchanged.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._state = state
+        self._copying: Transfer | None = None
+        self._last: Transfer | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._hooks: list[RemovableHandle] = []
+        self._places: list[int] = []
+        self._owned = NOTHING
+        self._attach()
+
+    def _attach(self) -> None:
+        optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
+        if [id(each) for each in optimizers] != [id(each) for each in self._optimizers]:
+            self.stop()
+            self._optimizers = optimizers
+            self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+
+    def owned(self) -> frozenset[Storage]:
+        """The memory that changes only in ``step()`` of these optimizers: their parameters and the moments of those.
+
+        The same object as before when nothing has moved.
+        """
+        self._attach()
+        tensors = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                tensors += group["params"]
+            for moments in optimizer.state.values():
+                tensors += [moment for moment in moments.values() if isinstance(moment, torch.Tensor)]
+        places = [tensor.data_ptr() for tensor in tensors]
+        if places != self._places:
+            self._places, self._owned = places, frozenset(map(storage_of, tensors))
+        return self._owned
+
+    def _before_step(self, *_: object) -> None:
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            copying.hold_step()
+
+    def watch(self, copying: Transfer) -> None:
+        """Hold the next step until ``copying`` is complete."""
+        self._copying = self._last = copying
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long optimizers have waited for the copying that was watched last."""
+        return 0.0 if self._last is None else self._last.waited_seconds
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizers = [], []
