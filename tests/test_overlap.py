@@ -11,6 +11,7 @@ import torch
 
 import peakpoint as pp
 from peakpoint.copying import ChangedError, storage_of
+from peakpoint.guard import StepGuard, wait_for_copies
 from peakpoint.tensors import Staging
 from training import checkpointer, kept, same
 
@@ -228,3 +229,68 @@ def test_a_change_that_is_only_seen_after_the_copy_has_ended_is_refused(how):
         copying.hold_step()
     with pytest.raises(ChangedError, match="changed outside"):
         copying.settle()
+
+
+def large():
+    model = torch.nn.Sequential(*[torch.nn.Linear(1500, 1500) for _ in range(4)])
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_loading_into_what_is_being_copied_waits_for_the_copy(tmp_path):
+    model, optimizer = large()
+    with checkpointer(tmp_path, state={"model": model, "optimizer": optimizer}) as ckpt:
+        for epoch in range(3):
+            with torch.no_grad():
+                model[0].weight.fill_(epoch)
+            ckpt.report(epoch=epoch, acc=-abs(epoch - 1))
+            if epoch:
+                pp.load("r@best:acc:max" if epoch == 2 else "r:epoch=0", root=tmp_path, into=model)
+            ckpt.wait()
+    for epoch in range(3):
+        assert (pp.load(f"r:epoch={epoch}", root=tmp_path)["model"]["0.weight"] == epoch).all()
+
+
+def test_resuming_another_run_into_the_same_model_waits_for_the_copy(tmp_path):
+    model, optimizer = large()
+    state = {"model": model, "optimizer": optimizer}
+    with checkpointer(tmp_path, run="other", state=state) as ckpt:
+        ckpt.report()
+    with torch.no_grad():
+        model[0].weight.fill_(7)
+    with checkpointer(tmp_path, state=state) as ckpt, checkpointer(tmp_path, run="other", state=state) as other:
+        ckpt.report()
+        other.resume()
+    assert (pp.load("r@latest", root=tmp_path)["model"]["0.weight"] == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["epochs", "steps"])
+@pytest.mark.parametrize("leaving", ["the end", "break"])
+def test_after_a_loop_weights_may_change_at_once(tmp_path, kind, leaving):
+    model, optimizer = large()
+    with checkpointer(tmp_path, state={"model": model, "optimizer": optimizer}) as ckpt:
+        for number in getattr(ckpt, kind)(3):
+            with torch.no_grad():
+                model[0].weight.fill_(number)
+            ckpt.report()
+            if leaving == "break":
+                break
+            ckpt.wait()
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    last = 0 if leaving == "break" else 2
+    assert (pp.load("r@latest", root=tmp_path)["model"]["0.weight"] == last).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_waits_for_no_copy_of_its_parent():
+    weight = torch.zeros(5000)
+    _, copying = Staging().capture({"model.safetensors": {"w": weight}}, frozenset([storage_of(weight)]))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(weight)], lr=0.1)
+    guard = StepGuard({"optimizer": optimizer})
+    guard.watch(copying)  # and nobody runs it
+    child = os.fork()
+    if not child:
+        wait_for_copies()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    guard.stop()

@@ -236,7 +236,10 @@ class Checkpointer:
         """
         total = count("n", n)
         self._enter("epochs")
-        yield from self._loop.epochs(total, self._goes_on)
+        try:
+            yield from self._loop.epochs(total, self._goes_on)
+        finally:
+            self._guard.wait()  # what follows a loop may write to the weights
 
     def steps(self, n: int) -> Iterator[int]:
         """The step indices that remain of ``range(n)``; a report in the body is made at step index + 1.
@@ -246,7 +249,10 @@ class Checkpointer:
         """
         total = count("n", n)
         self._enter("steps")
-        yield from self._loop.steps(total, self._goes_on)
+        try:
+            yield from self._loop.steps(total, self._goes_on)
+        finally:
+            self._guard.wait()
 
     def _goes_on(self) -> bool:
         return self.why_stop is None
@@ -488,7 +494,6 @@ class Checkpointer:
             owned = stepped if self._overlap else NOTHING
             position = self._loop.position.as_plain()
             captured = capture(self.state, position, self._encoder, self._buffer, owned, stepped)
-            self._guard.watch(captured.copying)
             copied = time.perf_counter() - begin
             self._sequence += 1
             self._ledger.add(moment.id, self._smoothing.derived())
@@ -500,7 +505,9 @@ class Checkpointer:
                 parent=self._saver.last_id or self._parent,
                 timing={"waited_seconds": waited, "capture_seconds": copied, "bytes": float(captured.size_bytes)},
             )
-            if self._saver.submit(Job(draft, captured)):
+            submitted = self._saver.submit(Job(draft, captured))
+            self._guard.watch(captured.copying)  # which is complete, or has a thread to complete it
+            if submitted:
                 name = draft.name
                 if not captured.stays:
                     captured.copying.wait()

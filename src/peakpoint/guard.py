@@ -1,5 +1,7 @@
 """The guard of a copy under way: nothing of ours writes to what is being copied before the copy is complete."""
 
+import os
+import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -30,6 +32,24 @@ class Transfer(Protocol):
         """The optimizer is about to step: return when it may."""
 
 
+_guards: weakref.WeakSet["StepGuard"] = weakref.WeakSet()
+
+
+def wait_for_copies() -> None:
+    """Return when no copy reads live memory any more: to be called before anything of ours writes to it."""
+    for guard in list(_guards):
+        guard.wait()
+
+
+def _forget_copies() -> None:
+    """A forked child has its own memory, and not the threads that copy that of its parent."""
+    for guard in list(_guards):
+        guard.forget()
+
+
+os.register_at_fork(after_in_child=_forget_copies)
+
+
 class StepGuard:
     """Hooks that let no optimizer in the state step before the copy under way is complete.
 
@@ -46,13 +66,14 @@ class StepGuard:
         self._places: list[int] = []
         self._owned = NOTHING
         self._attach()
+        _guards.add(self)
 
     def _attach(self) -> None:
         optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
         if [id(each) for each in optimizers] != [id(each) for each in self._optimizers]:
             self.stop()
             self._optimizers = optimizers
-            self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+            self._hooks = [optimizer.register_step_pre_hook(self.wait) for optimizer in optimizers]
 
     def owned(self) -> frozenset[Storage]:
         """The memory that changes only in ``step()`` of these optimizers: their parameters and the moments of those.
@@ -71,10 +92,15 @@ class StepGuard:
             self._places, self._owned = places, frozenset(map(storage_of, tensors))
         return self._owned
 
-    def _before_step(self, *_: object) -> None:
+    def wait(self, *_: object) -> None:
+        """Return when the copy under way is complete, if there is one."""
         copying, self._copying = self._copying, None
         if copying is not None:
             copying.hold_step()
+
+    def forget(self) -> None:
+        """Wait for no copy that is under way now."""
+        self._copying = None
 
     def watch(self, copying: Transfer) -> None:
         """Hold the next step until ``copying`` is complete."""

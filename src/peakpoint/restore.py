@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from peakpoint import rng
 from peakpoint.capture import Stateful
 from peakpoint.errors import MismatchError
+from peakpoint.guard import wait_for_copies
 from peakpoint.manifest import Manifest
 from peakpoint.masks import ORIGINAL, masks_of
 from peakpoint.stored import SavedState
@@ -343,6 +344,7 @@ def restore_into(
         pruned = [weight for name in live if name in saved.trees for weight in _pruned(live[name], saved.value(name))]
         raise mismatch(saved.manifest, differences, pruned)
     restored = []
+    wait_for_copies()
     for name, value in list(live.items()):
         lines = by_part[name]
         if name not in saved.trees or (lines and not isinstance(value, torch.nn.Module)):

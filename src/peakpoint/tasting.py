@@ -11,6 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from peakpoint.averaging import COUNTER, STATISTICS, Averaging, Member, blanks, without_tensors
 from peakpoint.errors import ConfigError, MismatchError
+from peakpoint.guard import wait_for_copies
 from peakpoint.report import read_metrics
 from peakpoint.restore import module_differences
 from peakpoint.sharing import TORCH_DTYPES
@@ -102,6 +103,7 @@ class Kitchen:
             tensors = {name: self._averaging.mean(name, members) for name in self._like.records}
             return Decoder(tensors).decode(self._like.tree)
         live = self._model.state_dict()
+        wait_for_copies()
         with torch.no_grad():
             for name, nodes in self._nodes.items():
                 decoder = Decoder({name: self._averaging.mean(name, members)})
