@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint.copying import ChangedError, storage_of
-from peakpoint.sampling import LEAST, Samples
+from peakpoint.sampling import LEAST, SMALL, Samples
 from peakpoint.sharing import DTYPES
 from peakpoint.tensors import Staging
 from training import checkpointer, kept, same
@@ -71,7 +71,7 @@ def test_a_rewrite_is_refused_or_the_copy_is_that_of_the_capture(tensors, write,
         copying.hold_step()
         for tensor in tensors:
             tensor.add_(1)
-    large = [number for number in rewritten if before[number].nbytes > 16 * 1024 and before[number].any()]
+    large = [number for number in rewritten if before[number].nbytes > SMALL and before[number].any()]
     try:
         copying.settle()
     except ChangedError:

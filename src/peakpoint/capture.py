@@ -52,6 +52,11 @@ def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
     return {check_part(name): value for name, value in state.items()}
 
 
+def is_generator(value: Any) -> bool:
+    """Whether it draws random numbers."""
+    return isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random)
+
+
 def state_of(value: Any) -> Any:
     """The state of one part as a tree of tensors and plain values."""
     if isinstance(value, type):

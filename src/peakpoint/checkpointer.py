@@ -47,6 +47,7 @@ from peakpoint.stopping import EarlyStopping
 from peakpoint.stopping import Watch as StopWatch
 from peakpoint.store import Hold, Store, holder_note, open_store
 from peakpoint.tensors import Staging
+from peakpoint.turns import Late, Turns
 from peakpoint.units import read_bytes, read_duration
 from peakpoint.writer import unused_name
 
@@ -167,6 +168,7 @@ class Checkpointer:
         self._saver = Saver(self._store, self.run, self._journal, self.rules, found.manifests, self._ledger, kept_for)
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
+        self._turns = Turns(self.state, self._guard)
         self._process = os.getpid()
         self._closed = False
         unclosed.watch(self)
@@ -229,17 +231,16 @@ class Checkpointer:
 
         Continues inside an epoch when the checkpoint was taken inside one (see ``batches``), and ends early when
         ``stop`` says so. A report in the body, outside ``batches``, says that the epoch is complete: make it the last
-        thing that uses random numbers there.
+        thing there. Random numbers that are drawn after it, and weights that change, are warned of.
 
         Raises:
-            ConfigError: ``n`` is no whole number of at least 0, or another loop of this checkpointer is running.
+            ConfigError: ``n`` is no whole number of at least 0, another loop of this checkpointer is running, or an
+                optimizer, a scheduler or another part of the state has moved after the report: what was saved would
+                have been one step short, and has been saved again as it is now.
         """
         total = count("n", n)
         self._enter("epochs")
-        try:
-            yield from self._loop.epochs(total, self._goes_on)
-        finally:
-            self._guard.wait()  # what follows a loop may write to the weights
+        yield from self._turn_by_turn(self._loop.epochs(total, self._goes_on, self._end_turn))
 
     def steps(self, n: int) -> Iterator[int]:
         """The step indices that remain of ``range(n)``; a report in the body is made at step index + 1.
@@ -249,10 +250,16 @@ class Checkpointer:
         """
         total = count("n", n)
         self._enter("steps")
+        yield from self._turn_by_turn(self._loop.steps(total, self._goes_on, self._end_turn))
+
+    def _turn_by_turn(self, loop: Iterator[Any]) -> Iterator[Any]:
         try:
-            yield from self._loop.steps(total, self._goes_on)
+            yield from loop
+        except GeneratorExit:
+            self._turns.left()
+            raise
         finally:
-            self._guard.wait()
+            self._guard.wait()  # what follows a loop may write to the weights
 
     def _goes_on(self) -> bool:
         return self.why_stop is None
@@ -261,6 +268,7 @@ class Checkpointer:
         self._check_open()
         if self._loop.running:
             raise ConfigError(f"{which}() inside another epochs() or steps() of the same checkpointer; use one loop")
+        self._end_left_turn()
         first = self._resumption is not None
         self.resume()
         if self._load is not None and not first:
@@ -283,7 +291,7 @@ class Checkpointer:
         """
         self._check_open()
         self._ensure_started()
-        yield from self._loop.batches(loader, self.state)
+        yield from self._turn_by_turn(self._loop.batches(loader, self.state, self._end_turn))
 
     # --- reporting ----------------------------------------------------------------------------------------------
 
@@ -318,7 +326,13 @@ class Checkpointer:
         """
         self._check_open()
         self._ensure_started()
+        self._end_left_turn()
         values = read_metrics({**(metrics or {}), **named})
+        try:
+            self._loop.check_place()
+        except ConfigError:
+            self._take_back(self._turns.taken_back(), "training went on after its report, in the same epoch")
+            raise
         self._loop.advance(step, epoch)
         now, position = self._clock(), self._loop.position
         self._journal.append(
@@ -335,9 +349,12 @@ class Checkpointer:
         reasons = tuple(claim.reason for claim in claims)
         if signal is not None:
             reasons = (*reasons, f"preempted by {signal.name}")
-        outcome = self._save(replace(moment, reasons=reasons) if reasons else moment)
+        moment = replace(moment, reasons=reasons) if reasons else moment
+        outcome = self._save(moment)
         if signal is not None:
             self._leave(signal.name)
+        if self._loop.in_turn:
+            self._turns.reported(moment if outcome.saved else None)
         return outcome
 
     def save(self, reason: str) -> Outcome:
@@ -387,6 +404,11 @@ class Checkpointer:
         if self._closed:
             return
         try:
+            self._end_left_turn()
+        except ConfigError as error:
+            self.__exit__(ConfigError, error, None)
+            raise
+        try:
             if sys.exception() is None:  # whoever stops a training that has just said what will go, keeps it
                 self._saver.finish()
                 self._saver.catch_up()
@@ -427,6 +449,59 @@ class Checkpointer:
     def why_stop(self) -> str | None:
         """Why the loop should end, None when it should go on; derived from the reported history."""
         return None if self._stopping is None else self._stopping.why
+
+    # --- the end of a turn --------------------------------------------------------------------------------------
+
+    def _end_turn(self) -> None:
+        """Refuse to go on when what has moved after a report makes its checkpoint wrong; see ``turns``."""
+        late = self._turns.ended()
+        if late is None:
+            return
+        if late.moves.wrong:
+            self._loop.catch_up()
+            raise late.error(self._made_good(late))
+        for key, text in late.warnings().items():
+            if key not in self._missed:
+                self._missed.add(key)
+                warn(text)
+
+    def _end_left_turn(self) -> None:
+        """``_end_turn`` of a turn that was left by ``break``, as soon as it is known that it was no error."""
+        owed = self._turns.owed()
+        if owed is None:
+            return
+        late, same = owed
+        if same:
+            raise late.error(self._made_good(late))
+        names_of = ", ".join(f"report {moment.report} at step {moment.step}" for moment in late.saved)
+        raise late.error(f"What was saved stays as it was at the report ({names_of})" if names_of else "")
+
+    def _made_good(self, late: Late) -> str:
+        """Save the state as it is at the end of the turn, and remove what was saved too early.
+
+        Returns:
+            What has become of it, for the error.
+        """
+        if not late.saved:
+            return "Nothing was saved in this turn"
+        self._saver.finish()
+        self._saver.forget({moment.id for moment in late.saved})
+        moment = replace(late.saved[-1], id=secrets.token_hex(8), step=self._loop.position.step)
+        if late.moves.stepped:  # the metrics are those of other weights
+            moment = replace(moment, metrics={}, reasons=("the training went on after its report",))
+        try:
+            name = self._save(moment).name
+            self.wait()
+        except SaveFailedError as error:
+            return f"The state of now could not be saved, so that of the report stays: {error}"
+        self._take_back(late.saved, late.reason)
+        return f"The state has been saved again as it is now, in {name}, and is durable"
+
+    def _take_back(self, moments: Iterable[Manifest], reason: str) -> None:
+        """Remove checkpoints that are wrong, now that it is known."""
+        self._saver.finish()
+        self._saver.remove({moment.id for moment in moments}, reason)
+        self._tell_notices()
 
     # --- the inside of a report ---------------------------------------------------------------------------------
 

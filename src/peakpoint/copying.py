@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from peakpoint.errors import Error
-from peakpoint.sampling import Samples, can_sample
+from peakpoint.sampling import SMALL, Samples, can_sample
 
 _CHUNK = 64 * 1024 * 1024  # how much is copied between two looks at the clock, the stream and the version counters
-_SMALL = 16 * 1024  # bytes that are copied as quickly as samples are taken
 
 
 class ChangedError(Error):
@@ -86,7 +85,7 @@ class Plan:
         self.later = [
             number
             for number, source in enumerate(sources)
-            if source.nbytes > _SMALL and owned and storage_of(source) in owned and can_sample(source)
+            if source.nbytes > SMALL and owned and storage_of(source) in owned and can_sample(source)
         ]
         self._copies = [targets[number].memory for number in self.later]
         self._samples = Samples(self.pick(sources))

@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -62,6 +63,7 @@ class StepGuard:
         self._copying: Transfer | None = None
         self._last: Transfer | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
+        self.steps: Counter[int] = Counter()  # by the identity of the optimizer
         self._hooks: list[RemovableHandle] = []
         self._places: list[int] = []
         self._owned = NOTHING
@@ -73,7 +75,7 @@ class StepGuard:
         if [id(each) for each in optimizers] != [id(each) for each in self._optimizers]:
             self.stop()
             self._optimizers = optimizers
-            self._hooks = [optimizer.register_step_pre_hook(self.wait) for optimizer in optimizers]
+            self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
     def owned(self) -> frozenset[Storage]:
         """The memory that changes only in ``step()`` of these optimizers: their parameters and the moments of those.
@@ -92,7 +94,11 @@ class StepGuard:
             self._places, self._owned = places, frozenset(map(storage_of, tensors))
         return self._owned
 
-    def wait(self, *_: object) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.steps[id(optimizer)] += 1
+        self.wait()
+
+    def wait(self) -> None:
         """Return when the copy under way is complete, if there is one."""
         copying, self._copying = self._copying, None
         if copying is not None:

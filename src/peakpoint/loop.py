@@ -60,36 +60,43 @@ class Loop:
         """Whether a loop over ``epochs`` or ``steps`` is running."""
         return self._epoch is not None or self._step is not None
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether the body of a loop of ours is running."""
+        return self.running or self._batches is not None
+
     def go_to(self, position: Position) -> None:
         """Continue from a position."""
         self.position, self._place = position, position.batches
         self._counted, self.trained = position.step, False
 
-    def epochs(self, total: int, goes_on: Callable[[], bool]) -> Iterator[int]:
+    def epochs(self, total: int, goes_on: Callable[[], bool], ended: Callable[[], None]) -> Iterator[int]:
         """See ``Checkpointer.epochs``."""
         position = self.position
         try:
             while position.next_epoch < total and goes_on():
                 self._epoch, self._reports_in_epoch = position.next_epoch, 0
                 yield self._epoch
+                ended()
                 # an epoch without a report is complete all the same
                 position.next_epoch = self._epoch + 1
                 position.batches = self._place = None
         finally:
             self._epoch = None
 
-    def steps(self, total: int, goes_on: Callable[[], bool]) -> Iterator[int]:
+    def steps(self, total: int, goes_on: Callable[[], bool], ended: Callable[[], None]) -> Iterator[int]:
         """See ``Checkpointer.steps``."""
         position = self.position
         try:
             while position.next_step < total and goes_on():
                 self._step = position.next_step
                 yield self._step
+                ended()
                 position.next_step = self._step + 1
         finally:
             self._step = None
 
-    def batches(self, loader: Iterable[Any], state: Mapping[str, Any]) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], state: Mapping[str, Any], ended: Callable[[], None]) -> Iterator[Any]:
         """See ``Checkpointer.batches``."""
         place, self._place = self._place, None
         restores_itself = is_restored(loader, state)
@@ -102,6 +109,7 @@ class Loop:
                 place = Batches(place.done + 1, place.start, place.generator)
                 self._batches = place
                 yield batch
+                ended()
         finally:
             self._batches = None
 
@@ -109,11 +117,12 @@ class Loop:
         """Move the position to a report.
 
         Raises:
-            ConfigError: a step or epoch that is no whole number of at least 0, or a second report in an epoch.
+            ConfigError: a step or epoch that is no whole number of at least 0.
         """
         given_step = None if step is None else count("step", step)
         given_epoch = None if epoch is None else count("epoch", epoch)
-        self._check_place()
+        if self._epoch is not None and self._batches is None:
+            self._reports_in_epoch += 1
         position = self.position
         position.report += 1
         if given_step is not None:
@@ -140,13 +149,15 @@ class Loop:
             self.position.next_step = self._step + 1
         self.position.batches = self._batches
 
-    def _check_place(self) -> None:
-        if self._epoch is None or self._batches is not None:
-            return
-        if self._reports_in_epoch and self.trained:
+    def check_place(self) -> None:
+        """Refuse a second report in an epoch after more training.
+
+        Raises:
+            ConfigError: this would be one.
+        """
+        if self._epoch is not None and self._batches is None and self._reports_in_epoch and self.trained:
             raise ConfigError(
                 f"a second report in epoch {self._epoch} after more training: a report says that its epoch is "
                 "complete, so a run that was killed here would skip the rest of it. To report inside an epoch, loop "
                 "over ckpt.batches(loader)"
             )
-        self._reports_in_epoch += 1

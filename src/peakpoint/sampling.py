@@ -16,13 +16,14 @@ import torch
 from peakpoint.sharing import is_dense
 
 LEAST = 64
+SMALL = 16 * 1024  # bytes that are copied as quickly as samples are taken
 APART = 256 * 1024  # bytes from one to the next at most
 
 
 @functools.lru_cache(4096)
-def _step(count: int, width: int) -> int:
+def _step(count: int, width: int, whole: int) -> int:
     """Elements from one sample to the next, for so many of so many bytes."""
-    step = max(1, min(count // LEAST, APART // width))
+    step = 1 if count * width <= whole else max(1, min(count // LEAST, APART // width))
     while math.gcd(step, count) > 1:
         step -= 1
     return step
@@ -30,7 +31,7 @@ def _step(count: int, width: int) -> int:
 
 def can_sample(tensor: torch.Tensor) -> bool:
     """Whether elements of it can be taken by their places in memory."""
-    return is_dense(tensor) and not tensor.is_conj() and not tensor.is_neg()
+    return (tensor.is_contiguous() or is_dense(tensor)) and not tensor.is_conj() and not tensor.is_neg()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,15 @@ class Samples:
 
     Args:
         tensors: which ``can_sample``, none of them empty.
+        whole: of tensors of at most so many bytes, every element is one.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], whole: int = 0) -> None:
         groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
         for number, tensor in enumerate(tensors):
             group = groups.setdefault((tensor.device, tensor.dtype), _Group([], [], []))
             last = tensor.numel() - 1
-            step = _step(last + 1, tensor.itemsize)
+            step = _step(last + 1, tensor.itemsize, whole)
             count = last // step + 1
             group.numbers.append(number)
             group.places.append(((count,), (step,), last % step))

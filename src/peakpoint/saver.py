@@ -215,6 +215,18 @@ class Saver:
         """Let go of the held state."""
         self._failure = None
 
+    def forget(self, ids: Collection[str]) -> None:
+        """Do not write a failed save of one of these again."""
+        if self._failure is not None and self._failure.job.draft.id in ids:
+            self.give_up()
+
+    def remove(self, ids: Collection[str], reason: str) -> None:
+        """Let go at once of checkpoints that are wrong; the caller has waited for the save under way."""
+        self.forget(ids)
+        removals = [retention.Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
+        self._notices += retention.apply(self._store, self._journal, removals, by="loop", pinned=self._protected)
+        self._committed = tuple(one for one in self._committed if one.id not in ids or self._exists(one))
+
     def _has_room(self, job: Job) -> bool:
         free, needed = self._store.free(), job.captured.size_bytes + _SLACK
         if free is not None and free < needed and self._make_room(job, needed):
