@@ -31,7 +31,6 @@ from peakpoint.loop import Loop, count
 from peakpoint.manifest import Forks, Manifest
 from peakpoint.names import DEFAULT_TEMPLATE
 from peakpoint.notes import Smoothing, windows
-from peakpoint.packs import check_not_archived
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
 from peakpoint.reader import damage
 from peakpoint.refs import near
@@ -153,7 +152,6 @@ class Checkpointer:
             ensure_run(self._store, self.run, now, self._by, self.rules)
             clean_run(self._store, self.run, now)
             found = resumption(self._store, self.run)
-            check_not_archived(self._store, self.run, found.manifests)
             self._journal = Journal(self._store, self.run, self._clock)
             texts = tuple(rule.text for rule in self.rules)
             self._journal.append(journals.Opened(at=now, by=self._by, rules=texts, state=classes(self.state)))

@@ -10,6 +10,7 @@ from peakpoint import reader, refs, rng
 from peakpoint.dropping import records
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
 from peakpoint.manifest import Forks, Manifest
+from peakpoint.packs import check_not_archived
 from peakpoint.position import Position
 from peakpoint.repository import Repository
 from peakpoint.restore import LoadReport, restore_into
@@ -192,8 +193,14 @@ class Resumption:
 
 
 def resumption(store: Store, run: str) -> Resumption:
-    """Look at what there is to continue from."""
-    return Resumption(store, run, reader.shelf(store, run), journals.read(store, run))
+    """Look at what there is to continue from.
+
+    Raises:
+        ConflictError: the run is archived.
+    """
+    shelf = reader.shelf(store, run)
+    check_not_archived(store, run, shelf.manifests)
+    return Resumption(store, run, shelf, journals.read(store, run))
 
 
 def restore_generators(generators: Mapping[str, Any]) -> None:
