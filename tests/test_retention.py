@@ -266,13 +266,14 @@ def test_a_removal_that_was_cut_short_leaves_litter_and_no_half_checkpoint():
     assert found.bare == ("c1",)
 
 
-def test_nothing_is_deleted_when_the_record_cannot_be_written():
+@pytest.mark.parametrize(("number", "until"), [(errno.EIO, None), (errno.ENOSPC, START), (errno.EDQUOT, START)])
+def test_nothing_is_deleted_when_the_record_cannot_be_written(number, until):
     class Broken(Watched):
         def log(self, key):
             log = super().log(key)
 
             def refuse():
-                raise StoreError(errno.ENOSPC, "cannot make durable: No space left on device")
+                raise StoreError(number, "cannot make durable")
 
             log.sync = refuse
             return log
@@ -280,7 +281,7 @@ def test_nothing_is_deleted_when_the_record_cannot_be_written():
     store = Broken()
     one = commit(store, manifest(name="c1"), [WholeImage(name="state.json", data=b"{}")], first=lambda: None)
     with pytest.raises(StoreError):
-        apply(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody")
+        apply(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody", until=until)
     assert store.happened == []
     assert shelf(store, "r").manifests == (one,)
 
