@@ -218,8 +218,8 @@ class Recording(FileOps):
     def __init__(self):
         self.log, self.paths = [], {}
 
-    def create(self, path):
-        fd = super().create(path)
+    def create(self, path, *at):
+        fd = super().create(path, *at)
         self.paths[fd] = path
         self.log.append(("create", path))
         return fd
@@ -236,9 +236,9 @@ class Recording(FileOps):
 
 for _name in ("mkdir", "fsync_dir", "rename", "link", "unlink", "rmdir"):
 
-    def _record(self, *paths, _name=_name):
-        getattr(FileOps, _name)(self, *paths)
-        self.log.append((_name, *paths))
+    def _record(self, *arguments, _name=_name):
+        getattr(FileOps, _name)(self, *arguments)
+        self.log.append((_name, *(path for path in arguments if isinstance(path, Path))))
 
     setattr(Recording, _name, _record)
 

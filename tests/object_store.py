@@ -40,7 +40,7 @@ class Bucket:
         except obstore.exceptions.BaseError as error:
             raise TransientStoreError(str(error)) from error
 
-    def get(self, key, begin=0, end=None):
+    def get(self, key, begin=0, end=None, **limits):
         try:
             return bytes(obstore.get(self._store, key).bytes())[begin:end]
         except FileNotFoundError as error:

@@ -930,10 +930,10 @@ def test_tables_fit_narrow_terminals_with_aliases_as_without(promoted, tmp_path)
 
 def test_a_record_that_the_disk_does_not_give_is_told():
     class Broken(MemoryStore):
-        def get(self, key, begin=0, end=None):
+        def get(self, key, begin=0, end=None, **limits):
             if key.startswith("aliases/a/"):
                 raise StoreError("input/output error")
-            return super().get(key, begin, end)
+            return super().get(key, begin, end, **limits)
 
     store = Broken()
     for alias in ("a", "b"):

@@ -33,9 +33,9 @@ class Meddled(LocalStore):
         self._meddle(key)
         return super().size(key)
 
-    def get(self, key, begin=0, end=None):
+    def get(self, key, begin=0, end=None, **limits):
         self._meddle(key)
-        return super().get(key, begin, end)
+        return super().get(key, begin, end, **limits)
 
     def fill(self, key):
         self._meddle(key)

@@ -368,9 +368,9 @@ def test_nothing_is_read_again_that_has_not_changed(tmp_path):
     class Counting(LocalStore):
         read: tuple = ()
 
-        def get(self, key, begin=0, end=None):
+        def get(self, key, begin=0, end=None, **limits):
             self.read = (*self.read, key)
-            return super().get(key, begin, end)
+            return super().get(key, begin, end, **limits)
 
     with checkpointer(tmp_path, keep=[pp.Last(9)]) as ckpt:
         ckpt.resume()
@@ -481,9 +481,9 @@ def test_aliases_are_not_read_again_while_nothing_changes(three, tmp_path):
     class Counting(LocalStore):
         read: tuple = ()
 
-        def get(self, key, begin=0, end=None):
+        def get(self, key, begin=0, end=None, **limits):
             self.read = (*self.read, key)
-            return super().get(key, begin, end)
+            return super().get(key, begin, end, **limits)
 
         def children(self, prefix):
             self.read = (*self.read, prefix)

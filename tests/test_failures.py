@@ -35,9 +35,9 @@ class Failing(FileOps):
             self.left -= 1
             raise OSError(self.error, os.strerror(self.error), str(path))
 
-    def create(self, path):
+    def create(self, path, *at):
         self.check("create", path)
-        fd = super().create(path)
+        fd = super().create(path, *at)
         self.paths[fd] = path
         return fd
 
@@ -49,17 +49,17 @@ class Failing(FileOps):
         self.check("fsync", self.paths[fd])
         super().fsync(fd)
 
-    def rename(self, source, target):
+    def rename(self, source, target, *at):
         self.check("rename", target)
-        super().rename(source, target)
+        super().rename(source, target, *at)
 
-    def link(self, source, target):
+    def link(self, source, target, *at):
         self.check("link", target)
-        super().link(source, target)
+        super().link(source, target, *at)
 
-    def unlink(self, path):
+    def unlink(self, path, *at):
         self.check("unlink", path)
-        super().unlink(path)
+        super().unlink(path, *at)
 
 
 def model_of(number):

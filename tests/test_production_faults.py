@@ -84,8 +84,8 @@ def test_a_removal_that_ends_before_it_is_looked_for_has_taken_the_checkpoint(tm
     class Slow(LocalStore):
         ending = False
 
-        def get(self, key, *place):
-            data = super().get(key, *place)
+        def get(self, key, *place, **limits):
+            data = super().get(key, *place, **limits)
             if self.ending and key == layout.manifest_key("r", victim.name):
                 self.ending = False
                 self.delete(key)

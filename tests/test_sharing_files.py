@@ -129,10 +129,10 @@ class Unlinking(FileOps):
     def __init__(self, error):
         self.error = error
 
-    def link(self, source, target):
+    def link(self, source, target, *at):
         if "frozen" in str(source):
             raise OSError(self.error, os.strerror(self.error))
-        super().link(source, target)
+        super().link(source, target, *at)
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP])

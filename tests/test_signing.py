@@ -470,12 +470,13 @@ def test_a_bundle_with_any_byte_changed_is_read_or_refused(data):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "signature-1.json", "manifest.json"])
 def test_links_are_refused(root, keys, tmp_path, file):
+    store, manifest = newest(root)
     path = directory(root) / file
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    refused(root, keys[1], f"{file} is a symbolic link")
+    with pytest.raises(pp.SignatureError, match=f"{file} is a symbolic link"):
+        signing.verify(store, manifest, public_key=keys[1])
     if file != "signature-1.json":
-        store, manifest = newest(root)
         with pytest.raises(pp.SignatureError, match="is a symbolic link"):
             signing.sign(store, manifest, private_key=keys[0])
 

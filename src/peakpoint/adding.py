@@ -22,7 +22,7 @@ from peakpoint.position import Position
 from peakpoint.reader import shelf
 from peakpoint.report import written_by
 from peakpoint.repository import ensure_repository, ensure_run, rules_of
-from peakpoint.store import Store, holder_note
+from peakpoint.store import Hold, Store, holder_note
 from peakpoint.tensors import FileLayout
 from peakpoint.tree import Encoder
 from peakpoint.writer import BLOCK, StreamedImage, WholeImage, commit, unused_name
@@ -97,19 +97,19 @@ def add(store: Store, run: str, made: Made, clock: Clock) -> Manifest:
         ConflictError: another process writes the run, or see ``check_run_for``.
         StoreError: the store refused.
     """
-    with held(store, run, clock) as now:
+    with held(store, run, clock) as (now, hold):
         there = check_run_for(store, run)
         ensure_run(store, run, now, _by(), ())
         clean_run(store, run, now)
         events = journals.read(store, run).events
         rules = tuple(rule.text for rule in rules_of(events))
         with opened(store, run, clock, _by(), rules, there[-1] if there else None) as journal:
-            return _commit(store, journal, _draft(store, run, made, there, events, journal.now()), made)
+            return _commit(store, journal, hold, _draft(store, run, made, there, events, journal.now()), made)
 
 
 @contextlib.contextmanager
-def held(store: Store, run: str, clock: Clock) -> Iterator[datetime]:
-    """Hold a run, in a repository that exists then; gives the time.
+def held(store: Store, run: str, clock: Clock) -> Iterator[tuple[datetime, Hold]]:
+    """Hold a run, in a repository that exists then; gives the time, and the hold.
 
     Raises:
         ConflictError: another process writes the run, or it is archived.
@@ -119,7 +119,7 @@ def held(store: Store, run: str, clock: Clock) -> Iterator[datetime]:
     hold = store.hold(layout.writer_lock(run), holder_note(now))
     try:
         check_not_archived(store, run, shelf(store, run).manifests)
-        yield now
+        yield now, hold
     finally:
         hold.release()
 
@@ -154,6 +154,16 @@ def opened(
         journal.append(journals.Closed(at=clock(), why=by["tool"]))
     finally:
         journal.close()
+
+
+def settled(journal: Journal, hold: Hold) -> None:
+    """What must be so before a manifest is: the journal is durable, and the run still held.
+
+    Raises:
+        ConflictError: the hold was lost.
+    """
+    journal.sync()
+    hold.check()
 
 
 def named(store: Store, draft: Manifest, metric: str | None) -> Manifest:
@@ -237,9 +247,9 @@ def _state(made: Made, draft: Manifest) -> WholeImage:
     return WholeImage(layout.STATE, msgspec.json.encode(record))
 
 
-def _commit(store: Store, journal: Journal, draft: Manifest, made: Made) -> Manifest:
+def _commit(store: Store, journal: Journal, hold: Hold, draft: Manifest, made: Made) -> Manifest:
     images = (made.image, _state(made, draft))
     tell_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
-    manifest = commit(store, draft, images, first=journal.sync)
+    manifest = commit(store, draft, images, first=lambda: settled(journal, hold))
     tell_saved(journal, manifest)
     return manifest

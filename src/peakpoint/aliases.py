@@ -362,6 +362,10 @@ def history(store: Store, alias: str) -> History:
             data = store.get(where)
         except NotFoundError:
             continue  # taken out at this moment: the next one misses it, or the next look
+        except FormatError as error:
+            damage.append(str(error))
+            before, last = None, number
+            continue
         try:
             record = _decode(data, alias, number)
             if number == last + 1 and record.previous != before:

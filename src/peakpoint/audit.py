@@ -14,7 +14,7 @@ from peakpoint import aliases, archiving, layout, packs, reader, trash, validati
 from peakpoint import journal as journals
 from peakpoint.clock import Clock, utc_now
 from peakpoint.dropping import leftovers, records
-from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
+from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.journal import Event, Promoted
 from peakpoint.manifest import MANIFEST, Manifest
 from peakpoint.refs import is_alias
@@ -88,14 +88,35 @@ def audit(
     """
     result = Audit(deep=deep)
     store = repository.store
-    result.findings += _lasting(_outside_runs(store), lambda: _outside_runs(store))
+    unseen = _in_the_way(store, "", _TOP)
+    look = partial(_outside_runs, store, deeper=not unseen)
+    result.findings += [*unseen, *_lasting(look(), look)]
+    if unseen:
+        return result
     for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
         result.runs += 1
         now, busy = clock(), _at_work(store, run)
         shallow = partial(_run, store, run, Audit(deep=False), now, lambda _: None)
         findings = _lasting(_run(store, run, result, now, progress), shallow)
         result.findings += _heeding(busy or _at_work(store, run), run, findings)
+    foreign = {finding.where for finding in result.of_kind("foreign")}
+    result.findings = [one for one in result.findings if one.kind != "litter" or one.where not in foreign]
     return result
+
+
+def _in_the_way(store: Store, prefix: str, directories: Iterable[str]) -> list[Finding]:
+    """What stands in the place of directories that Peakpoint would have to go through."""
+    foreign = store.foreign(prefix)
+    keys = {f"{prefix}/{name}" if prefix else name: foreign[name] for name in directories if name in foreign}
+    return [
+        Finding("damage", key, f"{what} that Peakpoint does not follow: not looked at") for key, what in keys.items()
+    ]
+
+
+def _foreign(store: Store, prefix: str) -> Iterator[Finding]:
+    """What is neither a file nor a directory."""
+    for name, what in store.foreign(prefix).items():
+        yield Finding("foreign", f"{prefix}/{name}" if prefix else name, f"{what}; not made by Peakpoint, left alone")
 
 
 def _lasting(findings: Iterable[Finding], look_again: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -118,17 +139,22 @@ def _at_work(store: Store, run: str) -> str | None:
     return store.holder(layout.writer_lock(run)) or ("another process" if journals.written(store, run) else None)
 
 
-def _outside_runs(store: Store) -> Iterator[Finding]:
+def _outside_runs(store: Store, *, deeper: bool) -> Iterator[Finding]:
     yield from _strays(store, "", _OF_A_REPOSITORY)
-    yield from _aliases(store)
-    yield from _releases(store)
-    yield from _strays(store, layout.RUNS, None)
+    if deeper:
+        yield from _aliases(store)
+        yield from _releases(store)
+        yield from _strays(store, layout.RUNS, None)
 
 
 def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Finding]:
     for key in store.litter(prefix):
         yield Finding("litter", key, "an unfinished write")
+    yield from _foreign(store, prefix)
+    foreign = store.foreign(prefix)
     for child in store.children(prefix):
+        if child in foreign:
+            continue
         if not prefix and _SET_ASIDE.fullmatch(child):
             yield Finding("foreign", child, "a catalogue that was damaged and set aside; delete it when you will")
         elif (known is not None and child not in known) or (known is None and not child.endswith("/")):
@@ -139,17 +165,20 @@ def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Findi
 def _run(
     store: Store, run: str, result: Audit, now: datetime, progress: Callable[[Manifest], None]
 ) -> Iterator[Finding]:
+    prefix = layout.run_prefix(run)
+    yield from _strays(store, prefix, _OF_A_RUN)
+    unseen = _in_the_way(store, prefix, _DIRECTORIES)
+    yield from unseen
+    if unseen:
+        return
     yield from _record(store, run)
-    yield from _strays(store, layout.run_prefix(run), _OF_A_RUN)
     yield from _packs(store, run)
-    journal = journals.read(store, run)
-    for sentence in journal.damage:
-        yield Finding("damage", layout.journal_prefix(run), sentence)
-    yield from _promotions(store, run, journal.events)
+    yield from _journal(store, run)
     shelf = reader.shelf(store, run)
     yield from _validations(store, run, shelf, deep=result.deep)
     for damaged in shelf.damaged:
         yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
+        yield from _foreign(store, layout.checkpoint_prefix(run, damaged.name))
     for name in shelf.bare:
         yield from _bare(store, run, name, now)
     for entry in trash.contents(store, run):
@@ -170,6 +199,19 @@ def _run(
         progress(manifest)
 
 
+def _journal(store: Store, run: str) -> Iterator[Finding]:
+    prefix = layout.journal_prefix(run)
+    yield from _strays(store, prefix, set(journals.segments_of(store, run)))
+    try:
+        journal = journals.read(store, run)
+    except FormatError as error:
+        yield Finding("damage", prefix, str(error))
+        return
+    for sentence in journal.damage:
+        yield Finding("damage", prefix, sentence)
+    yield from _promotions(store, run, journal.events)
+
+
 _INDEX = "catalogue.sqlite"  # with the log and the shared memory of SQLite, and one that was damaged
 _OF_A_REPOSITORY = {
     layout.REPOSITORY,
@@ -182,7 +224,9 @@ _OF_A_REPOSITORY = {
     layout.POLICY,
 }
 _SET_ASIDE = re.compile(r"catalogue\.damaged-[0-9a-f]{8}\.sqlite(-wal|-shm)?")
-_OF_A_RUN = {"run.json", "writer.lock", "journal/", "checkpoints/", layout.ARCHIVED, "archive/", "validations/"}
+_TOP = (layout.RUNS, layout.ALIASES, layout.RELEASES)
+_DIRECTORIES = ("journal", "checkpoints", "archive", "validations")  # of a run
+_OF_A_RUN = {"run.json", "writer.lock", layout.ARCHIVED, *(f"{name}/" for name in _DIRECTORIES)}
 
 
 _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.json")
@@ -224,6 +268,9 @@ def _target(store: Store, name: str) -> Iterator[Finding]:
         found = digest(store.get(layout.manifest_key(target.run, target.name)))
     except NotFoundError:
         found = None
+    except (FormatError, StoreError) as error:
+        yield Finding("damage", layout.alias_key(name, record.number), f"{name} points at what is no file: {error}")
+        return
     if found != target.manifest:
         latest = aliases.head(store, name)
         if latest is not None and latest.number != record.number:
@@ -246,6 +293,8 @@ def _promotions(store: Store, run: str, events: Sequence[Event]) -> Iterator[Fin
                 yield Finding("damage", where, f"it is not the record that {told}: it was changed")
         except NotFoundError:
             yield Finding("damage", where, f"the record that {told} is missing: somebody has taken it out")
+        except FormatError as error:
+            yield Finding("damage", where, f"the record that {told} cannot be read: {error}")
 
 
 def _releases(store: Store) -> Iterator[Finding]:
@@ -262,11 +311,7 @@ def _unheld(store: Store) -> list[str]:
 
 def _packs(store: Store, run: str) -> Iterator[Finding]:
     prefix = layout.archive_prefix(run)
-    for key in store.litter(prefix):
-        yield Finding("litter", key, "an unfinished write")
-    for child in store.children(prefix):
-        if not _PACK.fullmatch(child):
-            yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
+    yield from _strays(store, prefix, {child for child in store.children(prefix) if _PACK.fullmatch(child)})
     for key in archiving.needless(store, run):
         yield Finding("litter", key, "of an archive, and no checkpoint needs it")
     try:
@@ -290,6 +335,7 @@ def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> 
             yield Finding("damage", key, what)
         for key in found.orphans:
             yield Finding("litter", key, "predictions of a validation that was cut short")
+        yield from _foreign(store, layout.validations_prefix(run, checkpoint))
         for key in found.foreign:
             yield Finding("foreign", key, "not written by Peakpoint; left alone")
 
@@ -350,8 +396,10 @@ def _bare(store: Store, run: str, name: str, now: datetime) -> Iterator[Finding]
         yield Finding("litter", prefix, "a directory without a manifest: a save or a removal that was cut short")
     else:
         yield Finding("litter", prefix, f"in the trash, and its time was over at {record.until:%Y-%m-%d %H:%M} UTC")
+    foreign = store.foreign(prefix)
+    yield from _foreign(store, prefix)
     for child in store.children(prefix):
-        if not _is_ours(child):
+        if not _is_ours(child) and child not in foreign:
             yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
 
 
@@ -389,12 +437,13 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
     packed = _packed(store, run, shelf)
     over = [finding for manifest in shelf.manifests for finding in _over(store, manifest, packed, now)]
     over += [finding for finding in _validations(store, run, shelf, deep=False) if finding.kind == "litter"]
+    over += [
+        Finding("litter", key, "of an archive, and no checkpoint needs it") for key in archiving.needless(store, run)
+    ]
     for finding in over:
-        store.delete(finding.where)
-        removed.append(finding)
-    for key in archiving.needless(store, run):
-        store.delete(key)
-        removed.append(Finding("litter", key, "of an archive, and no checkpoint needs it"))
+        if store.size(finding.where) is not None:  # what has such a name and is no file stays
+            store.delete(finding.where)
+            removed.append(finding)
     prefixes = [layout.run_prefix(run), layout.checkpoints_prefix(run), layout.archive_prefix(run)]
     prefixes += [layout.checkpoint_prefix(run, manifest.name) for manifest in shelf.manifests]
     for prefix in prefixes:
@@ -418,14 +467,18 @@ def clean(repository: Repository, *, clock: Clock = utc_now) -> list[Finding]:
     """
     store = repository.store
     removed: list[Finding] = []
+    if _in_the_way(store, "", _TOP):
+        return removed
     for prefix in _unheld(store):
         for key in store.litter(prefix):
             store.delete(key)
             removed.append(Finding("litter", key, "an unfinished write"))
     for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
+        if _in_the_way(store, layout.run_prefix(run), _DIRECTORIES):
+            continue
         try:
             hold = store.hold(layout.writer_lock(run), _LOCK_NOTE)
-        except ConflictError:
+        except (ConflictError, FormatError):  # held by somebody, or what cannot be held, which the audit names
             continue
         try:
             removed += clean_run(store, run, clock())

@@ -23,7 +23,7 @@ from peakpoint.audit import clean_run
 from peakpoint.capture import StateEncoder, capture, check_state
 from peakpoint.clock import Clock, utc_now
 from peakpoint.copying import NOTHING
-from peakpoint.errors import ConfigError, PeakpointWarning, SaveFailedError
+from peakpoint.errors import ConfigError, ConflictError, PeakpointWarning, SaveFailedError
 from peakpoint.guard import StepGuard
 from peakpoint.journal import Journal
 from peakpoint.ledger import Ledger
@@ -163,7 +163,9 @@ class Checkpointer:
         self._former_rules = former_rules(found.events)
         known = [*self.rules, *(rule for former in self._former_rules for rule in former or ())]
         self._ledger = Ledger(self._store, self.run, self._journal.segment, found.journal, found.manifests, known)
-        self._saver = Saver(self._store, self.run, self._journal, self.rules, found.manifests, self._ledger, kept_for)
+        self._saver = Saver(
+            self._store, self.run, self._journal, self.rules, found.manifests, self._ledger, kept_for, self._hold
+        )
         self._loop = Loop(self.state)
         self._guard = StepGuard(self.state)
         self._turns = Turns(self.state, self._guard)
@@ -399,6 +401,7 @@ class Checkpointer:
         Raises:
             SaveFailedError: a save failed and could not be made good; checkpoints committed earlier are untouched.
         """
+        self._check_process()
         if self._closed:
             return
         try:
@@ -427,7 +430,7 @@ class Checkpointer:
         if error is None:
             self.close()
             return
-        if self._closed:
+        if self._closed or self._process != os.getpid():
             return
         try:
             failure = self._finish(f"{type(error).__name__}: {error}"[:500])
@@ -511,8 +514,17 @@ class Checkpointer:
             self._stopping.report(values)
 
     def _check_open(self) -> None:
+        self._check_process()
         if self._closed:
             raise ConfigError(f"the checkpointer of run {self.run!r} is closed; make a new one to go on")
+
+    def _check_process(self) -> None:
+        """Refuse what was inherited by a fork: its threads, its lock and its journal are those of the parent."""
+        if self._process != os.getpid():
+            raise ConflictError(
+                f"this checkpointer of run {self.run!r} belongs to process {self._process}, and this is a fork of it, "
+                f"process {os.getpid()}: report and save in the process that trains, or make a checkpointer here"
+            )
 
     def _ensure_started(self) -> None:
         if self._resumption is None:

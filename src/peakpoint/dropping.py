@@ -50,7 +50,7 @@ def records(store: Store, run: str, name: str) -> Iterator[Dropped]:
     """
     prefix = layout.checkpoint_prefix(run, name)
     for child in store.children(prefix):
-        if child.startswith(layout.DROPPED):
+        if layout.is_dropped(child):
             content = unseal(store.get(f"{prefix}/{child}"), where=child)
             check_format(content, where=child)
             try:
@@ -94,19 +94,11 @@ def drop(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime
     going = [part for part in parts if part in manifest.parts]
     content = {"format": FORMAT, "parts": going, "files": files, "at": at, "why": why, "by": by}
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    establish(store, f"{prefix}/{layout.DROPPED}{_next(store, prefix)}.json", seal(content))
+    number = 1 + max((layout.number(child, layout.DROPPED, ".json") for child in store.children(prefix)), default=0)
+    establish(store, f"{prefix}/{layout.DROPPED}{number}.json", seal(content))
     for name in files:
         store.delete(layout.file_key(manifest.run, manifest.name, name))
     return remaining
-
-
-def _next(store: Store, prefix: str) -> int:
-    numbers = [
-        child.removeprefix(layout.DROPPED).removesuffix(".json")
-        for child in store.children(prefix)
-        if child.startswith(layout.DROPPED)
-    ]
-    return 1 + max((int(number) for number in numbers if number.isascii() and number.isdecimal()), default=0)
 
 
 def leftovers(store: Store, run: str, name: str, now: datetime) -> list[str]:

@@ -20,11 +20,12 @@ import msgspec
 
 from peakpoint.clock import Clock
 from peakpoint.collector import no_collection
-from peakpoint.errors import ConflictError, CorruptError, FormatError, StoreError
+from peakpoint.errors import CorruptError, FormatError, StoreError
 from peakpoint.layout import journal_prefix, writer_lock
+from peakpoint.layout import number as number_in
 from peakpoint.manifest import metrics_from_json, metrics_to_json
 from peakpoint.seal import is_intact, seal, unseal
-from peakpoint.store import Hold, Log, Store
+from peakpoint.store import LARGE, Hold, Log, Store, create_numbered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,7 +428,8 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
         for segment in segments_of(store, run):
             if only is None or segment in only:
                 before = len(events)
-                _read_segment(store.get(f"{prefix}/{segment}"), f"{prefix}/{segment}", events, damage)
+                data = store.get(f"{prefix}/{segment}", most=LARGE)
+                _read_segment(data, f"{prefix}/{segment}", events, damage)
                 segments[segment] = len(events) - before
     return Reading(tuple(events), tuple(damage), segments)
 
@@ -468,7 +470,7 @@ def _opens(store: Store, run: str, segment: str) -> bool:
 def removals(store: Store, run: str, segment: str) -> list[Event]:
     """What a segment says of removals, and what shows that they are over; every other line is skipped undecoded."""
     key = f"{journal_prefix(run)}/{segment}"
-    lines = [line for line in io.BytesIO(store.get(key)) if line.startswith(_OF_REMOVALS)]
+    lines = [line for line in io.BytesIO(store.get(key, most=LARGE)) if line.startswith(_OF_REMOVALS)]
     events: list[Event] = []
     _read_segment(b"".join(lines), key, events, [])
     return events
@@ -481,7 +483,7 @@ def read_on(store: Store, run: str, segment: str, begin: int) -> tuple[list[Even
         The events, and how far the segment is read now: a line without its newline is not.
     """
     key = f"{journal_prefix(run)}/{segment}"
-    data = store.get(key, begin)
+    data = store.get(key, begin, most=LARGE)
     whole = data[: data.rfind(b"\n") + 1]
     events: list[Event] = []
     with no_collection():
@@ -575,14 +577,12 @@ class Journal:
         return self._log
 
     def _create(self) -> tuple[str, Log]:
-        while True:
-            children = self._store.children(self._prefix)
-            numbers = [int(name[:-6]) for name in children if name[:-6].isascii() and name[:-6].isdecimal()]
-            name = f"{max(numbers, default=0) + 1:06d}.jsonl"
-            try:
-                return name, self._store.log(f"{self._prefix}/{name}")
-            except ConflictError:
-                continue  # another process took the number in between; the next one is free
+        def create(number: int) -> tuple[str, Log]:
+            name = f"{number:06d}.jsonl"
+            return name, self._store.log(f"{self._prefix}/{name}")
+
+        numbers = (number_in(child, "", ".jsonl") for child in self._store.children(self._prefix))
+        return create_numbered(1 + max(numbers, default=0), create)
 
     def now(self) -> datetime:
         """The time to stamp an event with."""

@@ -37,7 +37,24 @@ _SIGNATURE = re.compile(rf"{SIGNATURE}([0-9]{{1,9}})\.json")
 
 def is_record(child: str) -> bool:
     """Whether a name in a checkpoint's directory is that of a record beside the manifest."""
-    return child.startswith(DROPPED) or child in {ARCHIVED, TRASHED} or is_signature(child)
+    return is_dropped(child) or child in {ARCHIVED, TRASHED} or is_signature(child)
+
+
+def is_dropped(child: str) -> bool:
+    """Whether a name in a checkpoint's directory is that of a record of dropped parts."""
+    return child.startswith(DROPPED) and not child.endswith("/")
+
+
+def number(child: str, before: str, after: str) -> int:
+    """The number in a name, whatever has that name, also a directory; 0 for every other name.
+
+    Example:
+        >>> number("000007.jsonl/", "", ".jsonl"), number("dropped-2.json", DROPPED, ".json"), number("x", "", "")
+        (7, 2, 0)
+    """
+    name = child.removesuffix("/")
+    digits = name.removeprefix(before).removesuffix(after)
+    return int(digits) if name == before + digits + after and digits.isascii() and digits.isdecimal() else 0
 
 
 def is_signature(child: str) -> bool:

@@ -28,7 +28,7 @@ from peakpoint import layout
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, needing
 from peakpoint.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.seal import seal, unseal
-from peakpoint.store import Store, establish
+from peakpoint.store import RECORD, Store, establish
 from peakpoint.units import cores
 from peakpoint.writer import Span, StreamedImage
 
@@ -478,7 +478,7 @@ def read_index(store: Store, run: str, checkpoint: str) -> Index:
         raise NotFoundError(f"{store.location} has no {key}")
     trailer = store.get(key, max(0, size - _TRAILER), size)
     length = int.from_bytes(trailer[:8], "little")
-    if trailer[8:] != _MAGIC or length > size - _TRAILER:
+    if trailer[8:] != _MAGIC or length > min(size - _TRAILER, RECORD):
         raise CorruptError(f"{key} is damaged: it does not end with an index")
     try:
         record = unseal(store.get(key, size - _TRAILER - length, size - _TRAILER), where=key)

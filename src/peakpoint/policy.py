@@ -41,7 +41,7 @@ from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.refs import check_alias, near
 from peakpoint.rules import Mode, mode_of
 from peakpoint.seal import digest
-from peakpoint.store import LocalStore, Store
+from peakpoint.store import SMALL, LocalStore, Store
 from peakpoint.units import read_duration
 from peakpoint.validations import MAX_AGE, Wanted
 
@@ -223,7 +223,7 @@ def read_policies(store: Store) -> Policies:
     where = f"{store.location}/{layout.POLICY}"
     base = store.root if isinstance(store, LocalStore) else Path()
     try:
-        data = store.get(layout.POLICY)
+        data = store.get(layout.POLICY, most=SMALL)
     except NotFoundError:
         return Policies({}, "", where, base)
     return read_text(data, where=where, base=base)

@@ -151,8 +151,7 @@ def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 
 def _view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     try:
-        with _found(manifest, file):
-            data = store.view(layout.file_key(manifest.run, manifest.name, file.name))
+        data = _opened(store, manifest, file, store.view)
     except CorruptError as error:
         data = _unpacked(store, manifest, file, error)
     _check_size(manifest, file, len(data))
@@ -174,8 +173,7 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 def _read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     filling: Filling
     try:
-        with _found(manifest, file):
-            filling = store.fill(layout.file_key(manifest.run, manifest.name, file.name))
+        filling = _opened(store, manifest, file, store.fill)
     except CorruptError as error:
         filling = Filled(_unpacked(store, manifest, file, error))
     try:
@@ -276,6 +274,16 @@ def _place(store: Store, manifest: Manifest, file: FileRecord) -> object:
     return packs.packed_bytes(store, manifest.run, [manifest])
 
 
+def _opened(store: Store, manifest: Manifest, file: FileRecord, get: Callable[[str], T]) -> T:
+    """What ``get`` makes of the key of a file, if the file is there and of its size."""
+    with _found(manifest, file):
+        key = layout.file_key(manifest.run, manifest.name, file.name)
+        size = store.size(key)
+        if size is not None:
+            _check_size(manifest, file, size)
+        return get(key)
+
+
 @contextlib.contextmanager
 def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
     try:
@@ -284,6 +292,8 @@ def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
         raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is missing") from error
     except ConfigError as error:
         raise FormatError(f"checkpoint {manifest.name} has a file that cannot be read: {error}") from error
+    except FormatError as error:
+        raise CorruptError(f"checkpoint {manifest.name} is damaged: {error}") from error
 
 
 def check_sizes(store: Store, manifest: Manifest) -> None:

@@ -24,7 +24,7 @@ from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.retention import Plan, plan
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.seal import seal, unseal
-from peakpoint.store import LocalStore, Store, establish, open_store
+from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
 
 if TYPE_CHECKING:
     from peakpoint.catalogue import Catalogue, Selection
@@ -320,7 +320,7 @@ class Repository:
         self._index = catalogue
         self._catalogue: Catalogue | None = None
         try:
-            record = unseal(store.get(layout.REPOSITORY), where=f"{store.location}/{layout.REPOSITORY}")
+            record = unseal(store.get(layout.REPOSITORY, most=SMALL), where=f"{store.location}/{layout.REPOSITORY}")
         except NotFoundError as error:
             raise NotFoundError(
                 f"{store.location} is not a Peakpoint repository: it has no {layout.REPOSITORY}{_beside(store)}"
@@ -532,6 +532,6 @@ def check_run_record(store: Store, run: str) -> dict[str, Any]:
         NotFoundError: there is none.
     """
     key = layout.run_record(run)
-    record = unseal(store.get(key), where=f"{store.location}/{key}")
+    record = unseal(store.get(key, most=SMALL), where=f"{store.location}/{key}")
     check_format(record, where=f"{store.location}/{key}")
     return record

@@ -21,7 +21,7 @@ from peakpoint.manifest import Manifest
 from peakpoint.retention import Plan, Removal
 from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
-from peakpoint.store import Store
+from peakpoint.store import Hold, Store
 from peakpoint.units import UNDO_FOR, read_duration, size
 from peakpoint.worker import start
 from peakpoint.writer import commit, unused_name, withdraw
@@ -68,13 +68,14 @@ class Saver:
 
     Args:
         store: where.
-        run: which run; the caller holds it.
+        run: which run.
         journal: of this process.
         rules: the rules in force.
         committed: the checkpoints that exist.
         ledger: what is known of them besides their manifests.
         undo_for: how long what the rules remove can be brought back; 0 frees the space at once. With None it is as with
             the commands for what goes because the rules have changed, and 0 for the rest.
+        hold: of the run.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class Saver:
         committed: Sequence[Manifest],
         ledger: Ledger,
         undo_for: timedelta | None,
+        hold: Hold,
     ) -> None:
-        self._undo_for = undo_for
+        self._undo_for, self._hold = undo_for, hold
         self._overtaken: frozenset[str] = frozenset()  # the ids of what a change of rules lets go
         self._trash_until: datetime | None = None  # when what this saver has put there may go
         self._newest_is_whole = False  # known, since this process has read or written all of it
@@ -341,9 +343,10 @@ class Saver:
                 self._committed = tuple(one for one in self._committed if self._exists(one))
 
     def _settled(self, job: Job) -> None:
-        """What must be so before the manifest is: the copy is right, and the journal durable."""
+        """What must be so before the manifest is: the copy is right, the journal durable, and the run still held."""
         job.captured.copying.settle()
         self._journal.sync()
+        self._hold.check()
 
     def record(self) -> None:
         """Write down in the journal what is saved, if that is not done yet.

@@ -100,7 +100,7 @@ def contents(store: Store, run: str) -> list[InTrash]:
     entries = []
     for child in store.children(layout.checkpoints_prefix(run)):
         name = child.removesuffix("/")
-        if store.size(layout.manifest_key(run, name)) is not None:
+        if name == child or store.size(layout.manifest_key(run, name)) is not None:
             continue
         try:
             record = read(store, run, name)

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import msgspec
 
 from peakpoint import layout
-from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.errors import CorruptError, FormatError
 from peakpoint.manifest import FORMAT, check_format, metrics_from_json, metrics_to_json
 from peakpoint.seal import digest, seal, unseal
-from peakpoint.store import Store, establish
+from peakpoint.store import LARGE, Store, create_numbered, establish
 
 Outcome = Literal["passed", "failed", "skipped"]
 MAX_AGE = timedelta(days=7)  # of a validation that a promotion rests on, where no policy says another
@@ -182,22 +182,19 @@ def record(store: Store, validation: Validation) -> Validation:
         StoreError: the store refused.
         CorruptError: somebody has put a record of the last number there is.
     """
-    while True:
-        there = _numbers(store, validation.run, validation.checkpoint)
-        numbered = replace(validation, number=there[-1] + 1 if there else 1)
-        if numbered.number > _MOST:
-            where = layout.validation_key(validation.run, validation.checkpoint, there[-1])
-            raise CorruptError(
-                f"{where} leaves no number for another validation; Peakpoint did not write it: remove it"
-            )
-        content = {one.name: getattr(numbered, one.name) for one in fields(numbered)[:-1]}
-        content["metrics"] = metrics_to_json(numbered.metrics)
-        data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
-        try:
-            establish(store, layout.validation_key(numbered.run, numbered.checkpoint, numbered.number), data)
-        except ConflictError:
-            continue  # another validation took the number
-        return replace(numbered, digest=digest(data))
+    prefix = layout.validations_prefix(validation.run, validation.checkpoint)
+    highest = max((layout.number(child, "", ".json") for child in store.children(prefix)), default=0)
+    if highest >= _MOST:
+        where = layout.validation_key(validation.run, validation.checkpoint, highest)
+        raise CorruptError(f"{where} leaves no number for another validation; Peakpoint did not write it: remove it")
+    return create_numbered(highest + 1, lambda number: _create(store, replace(validation, number=number)))
+
+
+def _create(store: Store, validation: Validation) -> Validation:
+    content = {one.name: getattr(validation, one.name) for one in fields(validation)[:-1]}
+    data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
+    establish(store, layout.validation_key(validation.run, validation.checkpoint, validation.number), data)
+    return replace(validation, digest=digest(data))
 
 
 def read(store: Store, run: str, checkpoint: str, number: int) -> Validation:
@@ -451,7 +448,7 @@ def predictions_of(store: Store, validation: Validation) -> Predictions | None:
     if validation.predictions is None:
         return None
     key = layout.predictions_key(validation.run, validation.checkpoint, validation.predictions)
-    data = store.get(key)
+    data = store.get(key, most=LARGE)
     if digest(data) != validation.predictions:
         raise CorruptError(f"{key} is damaged: it is not what the validation has kept")
     content = unseal(data, where=key)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,14 @@ def place(store: Store, given: str | None) -> tuple[URL, Standing]:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether SQLite can write there: not where nobody may, nor on a network file system without its kind of locks."""
+    """Whether SQLite can write there: not where nobody may, nor on a network file system without its kind of locks.
+
+    Nor through a link, nor to what is no file; SQLite would do both.
+    """
+    for beside in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.with_name(path.name + beside).lstat().st_mode):
+                return False
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         return False
     try:

@@ -57,9 +57,9 @@ class KillInSave(FileOps):
         self._left = save
         self._fd = -1
 
-    def create(self, path: Path) -> int:
+    def create(self, path: Path, at: int | None = None) -> int:
         """Note the file of the save in question."""
-        fd = super().create(path)
+        fd = super().create(path, at)
         if path.name.endswith("-optimizer.safetensors"):
             self._left -= 1
             if self._left == 0:

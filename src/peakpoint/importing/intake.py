@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peakpoint import journal as journals
-from peakpoint.adding import held, named, opened, tell_report, tell_saved
+from peakpoint.adding import held, named, opened, settled, tell_report, tell_saved
 from peakpoint.audit import clean_run
 from peakpoint.capture import FromElsewhere, StateEncoder, capture
 from peakpoint.clock import Clock
@@ -28,7 +28,7 @@ from peakpoint.reader import shelf
 from peakpoint.report import written_by
 from peakpoint.repository import Run, ensure_run
 from peakpoint.rules import Rule, check_watched, watched
-from peakpoint.store import LocalStore, Store
+from peakpoint.store import Hold, LocalStore, Store
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
 from peakpoint.writer import WholeImage, commit
@@ -196,7 +196,7 @@ class Intake:
 
     def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, Imported]:
         """Do it, holding the run."""
-        with held(self.store, self.run, clock) as now:
+        with held(self.store, self.run, clock) as (now, hold):
             self._look()  # somebody may have written since
             source = str(self.seen[0].source.path.parent.absolute())
             by = written_by(trains=False) | {"tool": "peakpoint import", "source": source}
@@ -210,9 +210,9 @@ class Intake:
             state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
             with opened(self.store, self.run, clock, by, texts, self._parent, state) as journal:
                 self._unpin(journal)
-                return self._write(journal, progress)
+                return self._write(journal, hold, progress)
 
-    def _write(self, journal: Journal, progress: Callable[[int], None]) -> dict[int, Imported]:
+    def _write(self, journal: Journal, hold: Hold, progress: Callable[[int], None]) -> dict[int, Imported]:
         buffer = Staging()
         done: dict[int, Imported] = {}
         for place in self._placed:
@@ -220,7 +220,7 @@ class Intake:
             if place.new:
                 tell_report(journal, place.report, moment.step, moment.epoch, moment.metrics)
             for number in moment.taken:
-                done[number] = self._earlier(number, moment) or self._save(journal, buffer, number, place)
+                done[number] = self._earlier(number, moment) or self._save(journal, hold, buffer, number, place)
                 progress(self.seen[number].source.size_bytes)
         return done
 
@@ -247,7 +247,7 @@ class Intake:
             return ("copied, not linked: it is no safetensors file that is one whole model",)
         return ("copied, not linked: another file system, a header that is not aligned, or a store without links",)
 
-    def _save(self, journal: Journal, buffer: Staging, number: int, place: Placed) -> Imported:
+    def _save(self, journal: Journal, hold: Hold, buffer: Staging, number: int, place: Placed) -> Imported:
         """Commit one checkpoint."""
         one, moment = self.seen[number], place.moment
         found, _ = keepable(read(one.source, self.how))
@@ -270,7 +270,7 @@ class Intake:
         if self.rules is None:
             why = f"{_PINNED}{one.source.path.name}"
             journal.append(journals.Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
-        manifest = commit(self.store, draft, captured.images, first=journal.sync, adopt=adopt)
+        manifest = commit(self.store, draft, captured.images, first=lambda: settled(journal, hold), adopt=adopt)
         tell_saved(journal, manifest)
         self._parent, self._sequence = manifest, manifest.sequence
         more = self._why_copied(number, linked=any(linked))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peakpoint import layout, reader
-from peakpoint.errors import ConflictError, CorruptError, NotFoundError, SignatureError
+from peakpoint.errors import CorruptError, NotFoundError, SignatureError
 from peakpoint.manifest import MANIFEST, Manifest, decode
 from peakpoint.signing import bundle as bundles
 from peakpoint.signing.keys import (
@@ -25,7 +25,7 @@ from peakpoint.signing.keys import (
     read_private_key,
     read_public_key,
 )
-from peakpoint.store import LocalStore, Store, establish
+from peakpoint.store import LocalStore, Store, create_numbered, establish
 
 __all__ = [
     "PASSWORD",
@@ -124,18 +124,19 @@ def sign(
 def _put(store: Store, manifest: Manifest, data: bytes) -> str:
     """Create the next record; of several who sign at once each gets a number of its own."""
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    while True:
-        number = 1 + max(map(layout.signature_number, _records(store, prefix)), default=0)
+    there = max((layout.signature_number(child.removesuffix("/")) for child in store.children(prefix)), default=0)
+
+    def create(number: int) -> str:
         record = f"{layout.SIGNATURE}{number}.json"
-        try:
-            establish(store, f"{prefix}/{record}", data)
-        except ConflictError:
-            continue
-        if store.size(layout.manifest_key(manifest.run, manifest.name)) is None:  # removed meanwhile
-            store.delete(f"{prefix}/{record}")
-            store.prune(prefix)
-            raise NotFoundError(f"{manifest.run}/{manifest.name} was removed while it was being signed")
+        establish(store, f"{prefix}/{record}", data)
         return record
+
+    record = create_numbered(there + 1, create)
+    if store.size(layout.manifest_key(manifest.run, manifest.name)) is None:  # removed meanwhile
+        store.delete(f"{prefix}/{record}")
+        store.prune(prefix)
+        raise NotFoundError(f"{manifest.run}/{manifest.name} was removed while it was being signed")
+    return record
 
 
 def _records(store: Store, prefix: str) -> list[str]:

@@ -4,12 +4,30 @@ import os
 from pathlib import Path
 
 from peakpoint.errors import ConfigError
-from peakpoint.store.core import Chunk, Filled, Filling, Hold, Log, Store, check_key, establish, holder_note
+from peakpoint.store.core import (
+    LARGE,
+    RECORD,
+    SMALL,
+    Chunk,
+    Filled,
+    Filling,
+    Hold,
+    Log,
+    Store,
+    check_key,
+    create_numbered,
+    establish,
+    holder_note,
+)
 from peakpoint.store.files import FileOps
-from peakpoint.store.local import LocalStore, translated
+from peakpoint.store.local import LocalStore
 from peakpoint.store.memory import MemoryStore
+from peakpoint.store.translating import translated
 
 __all__ = [
+    "LARGE",
+    "RECORD",
+    "SMALL",
     "Chunk",
     "FileOps",
     "Filled",
@@ -20,6 +38,7 @@ __all__ = [
     "MemoryStore",
     "Store",
     "check_key",
+    "create_numbered",
     "establish",
     "holder_note",
     "open_store",

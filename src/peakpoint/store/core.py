@@ -4,18 +4,24 @@ Keys are relative POSIX paths such as ``runs/a/run.json``. A store needs no lock
 the format writes is created once, appended to by one writer, or deleted.
 """
 
+import errno
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
-from peakpoint.errors import ConfigError, ConflictError, NotFoundError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, FormatError, NotFoundError, StoreError
 
 Chunk = bytes | bytearray | memoryview
+
+# The most bytes that are read at once, so that a file of absurd size in the place of a record is refused unread.
+SMALL = 2**20  # what people write, and records that hardly grow: peakpoint.json, run.json, production.toml
+RECORD = 2**28  # every other record: a manifest has about 200 bytes for each tensor
+LARGE = 2**32  # what grows with a training or a data set: a segment of a journal, predictions
 _NO_KEY = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|[\x00\\]")  # asked thousands of times by the catalogue
 
 
@@ -28,6 +34,53 @@ def check_key(key: str) -> str:
     if _NO_KEY.search(key):
         raise ConfigError(f"{key!r} is not a key: keys are relative paths such as 'runs/a/run.json'")
     return key
+
+
+def check_size(where: str, size: int, most: int) -> None:
+    """Refuse to read more bytes at once than what is there can rightly have.
+
+    Raises:
+        FormatError: there are more than ``most``.
+    """
+    if size > most:
+        raise FormatError(
+            f"{where} has {size} bytes, and what Peakpoint keeps there has at most {most}: it is not read; move it away"
+        )
+
+
+def check_record(where: str, data: bytes) -> None:
+    """Refuse to write a record that nobody would read.
+
+    Raises:
+        StoreError: it is larger than ``RECORD``.
+    """
+    if len(data) > RECORD:
+        raise StoreError(errno.EFBIG, f"{where} would have {len(data)} bytes, and a record has at most {RECORD}")
+
+
+T = TypeVar("T")
+_NUMBERS = 1000
+
+
+def create_numbered(number: int, create: Callable[[int], T]) -> T:
+    """Create what has a number: ``number``, or the next one that nobody has taken at the same time.
+
+    Args:
+        number: one above all that are there.
+        create: creates the one of a number; ConflictError when it is taken.
+
+    Returns:
+        What ``create`` has returned.
+
+    Raises:
+        ConflictError: a thousand numbers were taken.
+    """
+    for candidate in range(number, number + _NUMBERS):
+        try:
+            return create(candidate)
+        except ConflictError as error:
+            refused = error
+    raise refused
 
 
 class Log(Protocol):
@@ -45,6 +98,13 @@ class Log(Protocol):
 
 class Hold(Protocol):
     """The exclusive right to something."""
+
+    def check(self) -> None:
+        """See that it still is what it was, before something is done that cannot be undone.
+
+        Raises:
+            ConflictError: it was lost: somebody has taken it away, or it was given back.
+        """
 
     def release(self) -> None:
         """Give it back; nothing happens the second time."""
@@ -138,7 +198,7 @@ class Store(Protocol):
 
         Raises:
             ConflictError: the key exists.
-            StoreError: as for ``put``.
+            StoreError: as for ``put``; or the name is that of what is no file.
         """
 
     def link(self, source: str, key: str) -> bool:
@@ -153,11 +213,18 @@ class Store(Protocol):
             StoreError: as for ``put``.
         """
 
-    def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+    def get(self, key: str, begin: int = 0, end: int | None = None, *, most: int = RECORD) -> bytes:
         """The bytes of ``key``, or those in ``[begin, end)``.
+
+        Args:
+            key: where.
+            begin: the first byte.
+            end: the first byte that is not wanted any more; None for the end of what is there.
+            most: how many bytes there may be from ``begin`` on, when no ``end`` is given.
 
         Raises:
             NotFoundError: no such key.
+            FormatError: there are more than ``most``, or there is no file but something else in its place.
             StoreError: it cannot be read.
         """
 
@@ -168,6 +235,7 @@ class Store(Protocol):
 
         Raises:
             NotFoundError: no such key.
+            FormatError: there is no file but something else in its place.
             StoreError: it cannot be read.
         """
 
@@ -176,6 +244,7 @@ class Store(Protocol):
 
         Raises:
             NotFoundError: no such key.
+            FormatError: there is no file but something else in its place.
             StoreError: it cannot be read.
         """
 
@@ -185,8 +254,12 @@ class Store(Protocol):
     def children(self, prefix: str) -> list[str]:
         """Names directly below ``prefix``, sorted; those that have names below them end with ``/``.
 
-        ``""`` is the root. Names of unfinished writes are not among them.
+        ``""`` is the root. Names of unfinished writes are not among them. What is neither a file nor a directory, such
+        as a link, is listed like a file, and refused when it is read.
         """
+
+    def foreign(self, prefix: str) -> dict[str, str]:
+        """What directly below ``prefix`` no store has made, such as links: name to what it is, in words."""
 
     def stamp(self, prefix: str) -> str | None:
         """A token for the names directly below ``prefix``: another one as soon as a name comes, goes or is replaced.
@@ -219,6 +292,7 @@ class Store(Protocol):
 
         Raises:
             ConflictError: somebody holds it, and the message says who.
+            FormatError: there is no file but something else in its place.
         """
 
     def holder(self, key: str) -> str | None:

@@ -22,16 +22,17 @@ NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 class FileOps:
     """The system calls that change files and read large ones.
 
-    The seam at which tests record them, fail them and kill the process.
+    The seam at which tests record them, fail them and kill the process. With ``at``, the descriptor of the open
+    directory that a path is in, only the path's name is used, and nothing on the way to it.
     """
 
-    def mkdir(self, path: Path) -> None:
-        """``mkdir(2)``; FileExistsError when it exists."""
-        path.mkdir()
+    def mkdir(self, path: Path, at: int | None = None) -> None:
+        """``mkdirat(2)``; FileExistsError when it exists."""
+        os.mkdir(_in(path, at), dir_fd=at)
 
-    def create(self, path: Path) -> int:
-        """``open(2)`` for writing of a file that must not exist; the mode is left to the umask."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def create(self, path: Path, at: int | None = None) -> int:
+        """``openat(2)`` for writing of a file that must not exist; the mode is left to the umask."""
+        return os.open(_in(path, at), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=at)
 
     def write(self, fd: int, data: memoryview) -> int:
         """``write(2)``; may write less than all."""
@@ -59,29 +60,34 @@ class FileOps:
         """``fsync(2)``."""
         os.fsync(fd)
 
-    def fsync_dir(self, path: Path) -> None:
-        """``fsync(2)`` of a directory."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def fsync_dir(self, path: Path, at: int | None = None) -> None:
+        """``fsync(2)`` of a directory; ``at`` is its own descriptor."""
+        fd = os.open(path if at is None else ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def rename(self, source: Path, target: Path) -> None:
-        """``rename(2)``."""
-        source.rename(target)
+    def rename(self, source: Path, target: Path, at: int | None = None) -> None:
+        """``renameat(2)`` within one directory."""
+        os.rename(_in(source, at), _in(target, at), src_dir_fd=at, dst_dir_fd=at)
 
-    def link(self, source: Path, target: Path) -> None:
-        """``link(2)``; FileExistsError when the target exists."""
-        target.hardlink_to(source)
+    def link(self, source: Path, target: Path, at: int | None = None, source_at: int | None = None) -> None:
+        """``linkat(2)``; FileExistsError when the target exists. A source that is a link is not followed."""
+        names = _in(source, source_at), _in(target, at)
+        os.link(*names, src_dir_fd=source_at, dst_dir_fd=at, follow_symlinks=False)
 
-    def unlink(self, path: Path) -> None:
-        """``unlink(2)``."""
-        path.unlink()
+    def unlink(self, path: Path, at: int | None = None) -> None:
+        """``unlinkat(2)``."""
+        os.unlink(_in(path, at), dir_fd=at)
 
-    def rmdir(self, path: Path) -> None:
-        """``rmdir(2)``."""
-        path.rmdir()
+    def rmdir(self, path: Path, at: int | None = None) -> None:
+        """``unlinkat(2)`` of a directory."""
+        os.rmdir(_in(path, at), dir_fd=at)
+
+
+def _in(path: Path, at: int | None) -> str:
+    return os.fspath(path) if at is None else path.name
 
 
 class Output:

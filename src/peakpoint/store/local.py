@@ -5,60 +5,31 @@ the name must be new), fsync of the directory. Nothing less survives every crash
 Source: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014. A failed fsync is never retried: the kernel
 may then report success for data that is gone. Source: Rebello et al., "Can Applications Recover from fsync Failures?",
 USENIX ATC 2020.
+
+Below the root nothing is reached through a link, read, written or deleted that is none of our files; see ``below``.
 """
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import secrets
 import stat
-import struct
-import sys
-import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
-from peakpoint.errors import ConflictError, NotFoundError, StoreError, TransientStoreError
-from peakpoint.store.core import Chunk, Filled, Filling, check_key, held_by, holder_text
+from peakpoint.errors import FormatError, NotFoundError, StoreError
+from peakpoint.store import below, locks
+from peakpoint.store.core import RECORD, Chunk, Filled, Filling, check_key, check_record, check_size
 from peakpoint.store.files import NO_DIRECT, WORTH_DIRECT, DirectFilling, FileOps, Output, available_memory, is_cached
+from peakpoint.store.logs import LocalLog
+from peakpoint.store.translating import Translating, translated
 
 _TEMPORARY = ".tmp-"
-_TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _COARSEST = 3_000_000_000  # nanoseconds: two changes within the steps of a file system's clock look like one (FAT: 2 s)
-_LOOKING = frozenset({"read", "look at", "list", "delete"})  # what is no file cannot be found
-_HINTS = {
-    errno.ENOSPC: "free some space, or let fewer checkpoints be kept",
-    errno.EDQUOT: "the disk quota is used up; free some space",
-    errno.EROFS: "the file system is mounted read-only",
-    errno.EACCES: "check the owner and mode of the directory",
-    errno.EPERM: "check the owner and mode of the directory",
-    errno.EIO: "the disk reports an input/output error; check the kernel's log",
-    errno.ENAMETOOLONG: "choose a shorter run name, name= template or root",
-}
-
-
-@contextlib.contextmanager
-def translated(action: str, path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block into one of ours that says what was done, where, and what to do next."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFoundError(f"cannot {action} {path}: it does not exist") from error
-    except StoreError:
-        raise
-    except OSError as error:
-        if action in _LOOKING and isinstance(error, IsADirectoryError | NotADirectoryError):
-            raise NotFoundError(f"cannot {action} {path}: {error.strerror}") from error
-        hint = _HINTS.get(error.errno or 0)
-        message = f"cannot {action} {path}: {error.strerror}" + (f" ({hint})" if hint else "")
-        kind = TransientStoreError if error.errno in _TRANSIENT else StoreError
-        raise kind(error.errno, message) from error
 
 
 class LocalStore:
@@ -86,29 +57,67 @@ class LocalStore:
         """Where the bytes of ``key`` are."""
         return self.root / check_key(key)
 
+    @contextlib.contextmanager
+    def _directory(self, key: str) -> Iterator[int]:
+        """A descriptor of the directory that a key is in."""
+        names = check_key(key).split("/")[:-1]
+        with below.directory(self._root, names) as at:
+            yield at
+
+    @contextlib.contextmanager
+    def _made(self, key: str) -> Iterator[int]:
+        """A descriptor of the directory that a key is to be in, whose name is durable."""
+        self._make_root(self.root)
+        directory = self.root
+        with contextlib.ExitStack() as opened:
+            at = opened.enter_context(below.directory(self._root, ()))
+            for name in check_key(key).split("/")[:-1]:
+                directory /= name
+                try:
+                    inner = below.enter(at, name)
+                except FileNotFoundError:
+                    self._durable.discard(directory)
+                    with contextlib.suppress(FileExistsError):
+                        self._ops.mkdir(directory, at)
+                    inner = below.enter(at, name)
+                opened.callback(os.close, inner)
+                if directory not in self._durable:  # also one that is there already: its maker may have died before
+                    self._ops.fsync_dir(directory.parent, at)
+                    self._durable.add(directory)
+                at = inner
+            yield at
+
     def put(self, key: str, chunks: Iterable[Chunk], size: int | None = None) -> None:
         """See ``Store.put``."""
         path = self.path(key)
-        with translated("write", path):
-            temporary = self._write_temporary(path, chunks, size)
-            self._ops.rename(temporary, path)
-            self._ops.fsync_dir(path.parent)
+        with translated("write", path), self._made(key) as at:
+            below.check_replaceable(at, path)
+            temporary = self._write_temporary(at, path, chunks, size)
+            self._ops.rename(temporary, path, at)
+            self._ops.fsync_dir(path.parent, at)
 
     def create(self, key: str, data: bytes) -> None:
         """See ``Store.create``."""
         path = self.path(key)
-        with translated("create", path):
-            temporary = self._write_temporary(path, [data])
+        check_record(str(path), data)
+        with translated("create", path), self._made(key) as at:
+            temporary = self._write_temporary(at, path, [data])
             try:
-                self._link_new(temporary, path)
+                self._link_new(at, temporary, path)
             except FileExistsError as error:
-                self._ops.unlink(temporary)
-                raise ConflictError(f"{path} already exists") from error
-            self._ops.fsync_dir(path.parent)
+                self._ops.unlink(temporary, at)
+                raise below.taken(at, path) from error
+            self._ops.fsync_dir(path.parent, at)
 
     def link(self, source: str, key: str) -> bool:
         """See ``Store.link``: a hard link, where the file system has them."""
-        return self._link(self.path(source), key)
+        origin = self.path(source)
+        try:
+            with translated("read", origin), self._directory(source) as at:
+                below.check_file(below.status(at, origin.name), origin)
+                return self._link(origin, key, at)
+        except NotFoundError:
+            return False
 
     def adopt(self, origin: Path, key: str) -> bool:
         """Give a file from outside the store the further name ``key``, durably; whoever writes to it changes both.
@@ -116,49 +125,51 @@ class LocalStore:
         Returns:
             False when it is on another file system, or there are no hard links here; then nothing has happened.
         """
+        origin = origin.resolve()
         with translated("read", origin):
-            fd = os.open(origin, os.O_RDONLY | os.O_CLOEXEC)
+            with below.directory(os.fspath(origin.parent), ()) as at:
+                fd = below.open_file(at, origin)
             try:
                 self._ops.fsync(fd)
             finally:
                 os.close(fd)
-        return self._link(origin.resolve(), key)
+        return self._link(origin, key, None)
 
-    def _link(self, origin: Path, key: str) -> bool:
+    def _link(self, origin: Path, key: str, origin_at: int | None) -> bool:
         path = self.path(key)
-        with translated("link", path):
-            self._make_dirs(path.parent)
-            temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+        with translated("link", path), self._made(key) as at:
+            below.check_replaceable(at, path)
+            temporary = _temporary(path)
             try:
-                self._ops.link(origin, temporary)
+                self._ops.link(origin, temporary, at, origin_at)
             except FileNotFoundError:
                 return False
             except OSError as error:
                 if error.errno not in (*_NO_LINKS, errno.EXDEV):
                     raise
                 return False
-            self._ops.rename(temporary, path)
-            self._ops.fsync_dir(path.parent)
+            self._ops.rename(temporary, path, at)
+            self._ops.fsync_dir(path.parent, at)
             return True
 
-    def _link_new(self, temporary: Path, path: Path) -> None:
+    def _link_new(self, at: int, temporary: Path, path: Path) -> None:
         try:
-            self._ops.link(temporary, path)
+            self._ops.link(temporary, path, at, at)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             # No hard links here (exFAT, some network mounts). Rename would replace silently, so look first; the
             # writer's lock keeps others away in between.
-            if path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                below.status(at, path.name)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-            self._ops.rename(temporary, path)
+            self._ops.rename(temporary, path, at)
         else:
-            self._ops.unlink(temporary)
+            self._ops.unlink(temporary, at)
 
-    def _write_temporary(self, path: Path, chunks: Iterable[Chunk], size: int | None = None) -> Path:
-        self._make_dirs(path.parent)
-        temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
-        fd = self._ops.create(temporary)
+    def _write_temporary(self, at: int, path: Path, chunks: Iterable[Chunk], size: int | None = None) -> Path:
+        temporary = _temporary(path)
+        fd = self._ops.create(temporary, at)
         try:
             try:
                 large = size is not None and size >= WORTH_DIRECT
@@ -173,7 +184,7 @@ class LocalStore:
                 os.close(fd)
         except BaseException:
             with contextlib.suppress(OSError):  # the error that brought us here is the one to report
-                self._ops.unlink(temporary)
+                self._ops.unlink(temporary, at)
             raise
         if output.refused and self._direct:
             self._direct = False
@@ -182,183 +193,185 @@ class LocalStore:
             )
         return temporary
 
-    def _make_dirs(self, directory: Path) -> None:
+    def _make_root(self, directory: Path) -> None:
+        """Make the root, and what is above it, where links are followed."""
         if directory in self._durable and directory.is_dir():
             return
         if not directory.is_dir():
             if directory.parent != directory:
-                self._make_dirs(directory.parent)
+                self._make_root(directory.parent)
             with contextlib.suppress(FileExistsError):
                 self._ops.mkdir(directory)
-        # also for one that is there already: its maker may have died before this
         self._ops.fsync_dir(directory.parent)
         self._durable.add(directory)
 
-    def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[int]:
+        """A file, open for reading."""
+        with self._directory(key) as at:
+            fd = below.open_file(at, self.path(key))
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def get(self, key: str, begin: int = 0, end: int | None = None, *, most: int = RECORD) -> bytes:
         """See ``Store.get``."""
-        path = self.path(key)
-        note = LocalHold.note(path)
-        if note is not None:
-            return note[begin:end]
-        with translated("read", path), path.open("rb") as file:
-            file.seek(begin)
-            return file.read() if end is None else file.read(max(0, end - begin))
+        path = f"{self._root}/{key}"
+        with translated("read", path), self._opened(key) as fd:
+            left = os.fstat(fd).st_size - begin
+            if end is None:
+                check_size(path, left, most)
+            return below.read(fd, begin, max(0, left if end is None else min(left, end - begin)))
 
     def view(self, key: str) -> memoryview:
         """See ``Store.view``: a private mapping of the file."""
-        path = self.path(key)
-        note = LocalHold.note(path)
-        if note is not None:
-            return memoryview(bytearray(note))
-        with translated("read", path), path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        with translated("read", self.path(key)), self._opened(key) as fd:
+            if os.fstat(fd).st_size == 0:
                 return memoryview(bytearray())
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
 
     def fill(self, key: str) -> Filling:
         """See ``Store.fill``: direct reads of a large file that is not in the page cache, a mapping of any other."""
-        path = self.path(key)
-        if LocalHold.note(path) is None and hasattr(os, "O_DIRECT"):
-            with translated("read", path):
-                filling = self._fill_directly(path)
+        if hasattr(os, "O_DIRECT"):
+            path = self.path(key)
+            with translated("read", path), self._opened(key) as fd:
+                filling = self._fill_directly(fd)
             if filling is not None:
-                return _Translating(filling, path)
+                return Translating(filling, path)
         return Filled(self.view(key))
 
-    def _fill_directly(self, path: Path) -> DirectFilling | None:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def _fill_directly(self, fd: int) -> DirectFilling | None:
+        size = os.fstat(fd).st_size
+        # no more than half of the memory: what is mapped can be dropped when memory is short, this cannot
+        if size < WORTH_DIRECT or is_cached(fd, size) or size > available_memory() // 2:
+            return None
+        own = os.dup(fd)
         try:
-            size = os.fstat(fd).st_size
-            # no more than half of the memory: what is mapped can be dropped when memory is short, this cannot
-            if size >= WORTH_DIRECT and not is_cached(fd, size) and size <= available_memory() // 2:
-                filling = DirectFilling(self._ops, fd, size)
-                fd = -1
-                return filling
+            return DirectFilling(self._ops, own, size)
         except OSError as error:
+            os.close(own)
             if error.errno not in NO_DIRECT:
                 raise
-        finally:
-            if fd >= 0:
-                os.close(fd)
         return None
+
+    def _status(self, key: str) -> os.stat_result:
+        """The status of what has the name of a key, which may be a link."""
+        with translated("look at", f"{self._root}/{key}"), self._directory(key) as at:
+            return below.status(at, key.rpartition("/")[2])
 
     def size(self, key: str) -> int | None:
         """See ``Store.size``."""
-        path = self.path(key)
         try:
-            with translated("look at", path):
-                status = path.stat()
-                return status.st_size if stat.S_ISREG(status.st_mode) else None
+            status = self._status(key)
         except NotFoundError:
             return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
-    def _entries(self, prefix: str) -> list[os.DirEntry[str]]:
-        directory = self.path(prefix) if prefix else self.root
+    def _entries(self, prefix: str) -> list[tuple[str, bool, str | None]]:
+        """Each name, whether it is a directory's, and what it is if no store has made it."""
+        names = check_key(prefix).split("/") if prefix else ()
         try:
-            with translated("list", directory), os.scandir(directory) as entries:
-                return list(entries)
+            with translated("list", f"{self._root}/{prefix}"), below.directory(self._root, names) as at:
+                return below.entries(at, _TEMPORARY)
         except NotFoundError:
             return []
 
     def children(self, prefix: str) -> list[str]:
         """See ``Store.children``."""
         return sorted(
-            entry.name + ("/" if entry.is_dir() else "")
-            for entry in self._entries(prefix)
-            if not entry.name.startswith(_TEMPORARY)
+            name + ("/" if is_directory else "")
+            for name, is_directory, _ in self._entries(prefix)
+            if not name.startswith(_TEMPORARY)
         )
+
+    def foreign(self, prefix: str) -> dict[str, str]:
+        """See ``Store.foreign``."""
+        return {name: what for name, _, what in self._entries(prefix) if what is not None}
 
     def stamp(self, prefix: str) -> str | None:
         """See ``Store.stamp``: when the directory last changed, once that is long enough ago to be told from now."""
-        directory = f"{self._root}/{check_key(prefix)}"  # asked for thousands of times: no Path
+        directory = f"{self._root}/{check_key(prefix)}"  # asked for thousands of times: no Path, and nothing is opened
         try:
-            status = os.stat(directory)  # noqa: PTH116 - the same
+            status = os.stat(directory, follow_symlinks=False)  # noqa: PTH116 - the same
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError:
             return None
+        if not stat.S_ISDIR(status.st_mode):
+            return ""
         age = time.time_ns() - status.st_mtime_ns
         return f"{status.st_mtime_ns}.{status.st_ino}" if age > _COARSEST else None
 
     def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: files with temporary names."""
         start = f"{prefix}/" if prefix else ""
-        return sorted(start + entry.name for entry in self._entries(prefix) if entry.name.startswith(_TEMPORARY))
+        return sorted(
+            start + name for name, _, what in self._entries(prefix) if name.startswith(_TEMPORARY) and what is None
+        )
 
     def delete(self, key: str) -> None:
-        """See ``Store.delete``."""
+        """See ``Store.delete``; what is no file is none of ours, and stays."""
         path = self.path(key)
-        with contextlib.suppress(NotFoundError), translated("delete", path):
-            self._ops.unlink(path)
-            self._ops.fsync_dir(path.parent)
+        with contextlib.suppress(NotFoundError), translated("delete", path), self._directory(key) as at:
+            if stat.S_ISREG(below.status(at, path.name).st_mode):
+                self._ops.unlink(path, at)
+                self._ops.fsync_dir(path.parent, at)
 
     def prune(self, prefix: str) -> None:
         """See ``Store.prune``."""
         path = self.path(prefix)
         try:
-            with translated("remove", path):
-                self._ops.rmdir(path)
-                self._ops.fsync_dir(path.parent)
+            with translated("remove", path), self._directory(prefix) as at:
+                self._ops.rmdir(path, at)
+                self._ops.fsync_dir(path.parent, at)
         except NotFoundError:
             return
         except StoreError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
 
-    def log(self, key: str) -> "LocalLog":
+    def log(self, key: str) -> LocalLog:
         """See ``Store.log``."""
         path = self.path(key)
-        with translated("create", path):
-            self._make_dirs(path.parent)
+        with translated("create", path), self._made(key) as at:
             try:
-                fd = self._ops.create(path)
+                fd = self._ops.create(path, at)
             except FileExistsError as error:
-                raise ConflictError(f"{path} already exists") from error
-            self._ops.fsync_dir(path.parent)
+                raise below.taken(at, path) from error
+            self._ops.fsync_dir(path.parent, at)
         return LocalLog(path, fd, self._ops)
 
-    def hold(self, key: str, note: bytes) -> "LocalHold":
-        """See ``Store.hold``: a POSIX record lock, which the kernel lets go of when its process dies."""
+    def hold(self, key: str, note: bytes) -> locks.LocalHold:
+        """See ``Store.hold``: a lock that the kernel lets go of when its process dies."""
         path = self.path(key)
-        with translated("lock", path):
-            self._make_dirs(path.parent)
-            return LocalHold(path, note)
+        with translated("lock", path), self._made(key) as at:
+            fd = below.open_file(at, path, os.O_RDWR | os.O_CREAT)
+            return locks.LocalHold(fd, path, note, partial(self._status, key))
 
     def holder(self, key: str) -> str | None:
         """See ``Store.holder``: asks the kernel, takes no lock."""
-        path = self.path(key)
         try:
-            with translated("look at", path):
-                return LocalHold.holder(path)
-        except NotFoundError:
-            return None
+            with translated("look at", self.path(key)), self._opened(key) as fd:
+                return locks.holder(fd)
+        except (NotFoundError, FormatError):
+            return None  # what is no file is held by nobody
 
-    def reading(self, key: str) -> "SharedHold | None":
-        """See ``Store.reading``: a shared ``flock``, which needs a file that may be read."""
+    def reading(self, key: str) -> locks.SharedHold | None:
+        """See ``Store.reading``: a shared lock."""
         try:
-            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+            with self._opened(key) as fd:
+                return locks.share(os.dup(fd))
+        except (OSError, FormatError):
             return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)  # those who ask hold it for microseconds
-        except OSError:  # a file system without such locks
-            os.close(fd)
-            return None
-        return SharedHold(fd)
 
     def is_read(self, key: str) -> bool:
-        """See ``Store.is_read``: whether an exclusive ``flock`` is refused."""
+        """See ``Store.is_read``."""
         try:
-            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+            with self._opened(key) as fd:
+                return locks.is_shared(fd)
+        except (OSError, FormatError):
             return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EAGAIN, errno.EACCES)
-        finally:
-            os.close(fd)
-        return False
 
     def remarks(self) -> list[str]:
         """See ``Store.remarks``: whether direct I/O is refused."""
@@ -375,157 +388,5 @@ class LocalStore:
         return status.f_bavail * status.f_frsize
 
 
-class SharedHold:
-    """See ``Store.reading``.
-
-    Args:
-        fd: an open file with a shared lock, which goes when it is closed.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._close = weakref.finalize(self, os.close, fd)
-
-    def release(self) -> None:
-        """See ``Hold.release``."""
-        self._close()
-
-
-class _Translating:
-    """A filling whose errors say what was being read."""
-
-    def __init__(self, filling: DirectFilling, path: Path) -> None:
-        self._filling, self._path = filling, path
-        self.data = filling.data
-        self.close = filling.close
-
-    def wait(self, position: int) -> None:
-        """See ``Filling.wait``."""
-        with translated("read", self._path):
-            self._filling.wait(position)
-
-
-class LocalLog:
-    """See ``Log``: an open file, written at its end."""
-
-    def __init__(self, path: Path, fd: int, ops: FileOps) -> None:
-        self._path, self._fd, self._ops = path, fd, ops
-        self._size = 0
-        self._torn = False
-
-    def append(self, data: bytes) -> None:
-        r"""See ``Log.append``.
-
-        A write that failed half-way is taken back. Where that fails, too, the next one begins with a newline, so that
-        only the torn line is lost.
-        """
-        with translated("append to", self._path):
-            whole = memoryview(b"\n" + data if self._torn else data)
-            rest = whole
-            try:
-                while rest:
-                    rest = rest[self._ops.write(self._fd, rest) :]
-            except OSError:
-                self._take_back(len(whole) - len(rest))
-                raise
-            self._size += len(whole)
-            self._torn = False
-
-    def _take_back(self, written: int) -> None:
-        if not written:
-            return
-        try:
-            self._ops.truncate(self._fd, self._size)
-        except OSError:  # the error of the write is the one to report
-            self._size += written
-            self._torn = True
-
-    def sync(self) -> None:
-        """See ``Log.sync``."""
-        with translated("make durable", self._path):
-            self._ops.fsync(self._fd)
-
-    def close(self) -> None:
-        """See ``Log.close``."""
-        if self._fd >= 0:
-            try:
-                self.sync()
-            finally:
-                os.close(self._fd)
-                self._fd = -1
-
-
-# struct flock of fcntl(2): (type, whence, start, len, pid) on Linux, (start, len, pid, type, whence) on macOS and BSD
-_FLOCK, _TYPE = ("hhqqi", 0) if sys.platform == "linux" else ("qqihh", 3)
-
-
-def _flock(kind: object) -> tuple[object, ...]:
-    return (kind, os.SEEK_SET, 0, 0, 0) if sys.platform == "linux" else (0, 0, 0, kind, os.SEEK_SET)
-
-
-class LocalHold:
-    """See ``Hold``.
-
-    Record locks and not ``flock``: they are not inherited by forked data-loader workers, which can outlive a killed
-    trainer and would keep its lock. Two things follow. They do not exclude the same process, so a table does. And
-    closing *any* descriptor of the file lets go of the lock, so a file in the table is never opened a second time.
-    """
-
-    _held: ClassVar[dict[Path, tuple[int, bytes]]] = {}
-    _guard: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, path: Path, note: bytes) -> None:
-        self._path = path.resolve()
-        with self._guard:
-            process, holder = self._held.get(self._path, (0, b""))
-            if process == os.getpid():
-                raise held_by(holder)
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                holder = os.pread(fd, 4096, 0)
-                os.close(fd)
-                raise held_by(holder) from error
-            except OSError:
-                os.close(fd)
-                raise
-            try:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, note, 0)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # on a full disk it is held without a note
-                    os.close(fd)
-                    raise
-            self._fd = fd
-            self._held[self._path] = (os.getpid(), note)
-
-    @classmethod
-    def note(cls, path: Path) -> bytes | None:
-        """The note of a file that this process holds, which nobody here may open; None for every other file."""
-        if not cls._held:
-            return None
-        process, note = cls._held.get(path.resolve(), (0, b""))
-        return note if process == os.getpid() else None
-
-    @classmethod
-    def holder(cls, path: Path) -> str | None:
-        """See ``Store.holder``."""
-        path = path.resolve()
-        with cls._guard:
-            process, note = cls._held.get(path, (0, b""))
-            if process == os.getpid():
-                return holder_text(note)
-            with path.open("rb") as file:
-                question = struct.pack(_FLOCK, *_flock(fcntl.F_WRLCK))
-                answer = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, question))
-                free = answer[_TYPE] == fcntl.F_UNLCK
-                return None if free else holder_text(file.read(4096))
-
-    def release(self) -> None:
-        """See ``Hold.release``."""
-        with self._guard:
-            process, _ = self._held.get(self._path, (0, b""))
-            if process == os.getpid() and self._fd >= 0:
-                del self._held[self._path]
-                os.close(self._fd)
-                self._fd = -1
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")

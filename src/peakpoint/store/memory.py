@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterable
 
 from peakpoint.errors import ConflictError, NotFoundError
-from peakpoint.store.core import Chunk, Filled, check_key, held_by, holder_text
+from peakpoint.store.core import RECORD, Chunk, Filled, check_key, check_record, check_size, held_by, holder_text
 
 
 class MemoryStore:
@@ -12,7 +12,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
-        self._holders: dict[str, bytes] = {}
+        self._holders: dict[str, MemoryHold] = {}
         self._lock = threading.Lock()
 
     @property
@@ -30,6 +30,7 @@ class MemoryStore:
 
     def create(self, key: str, data: bytes) -> None:
         """See ``Store.create``."""
+        check_record(key, data)
         with self._lock:
             if check_key(key) in self._objects:
                 raise ConflictError(f"{key} already exists in {self.location}")
@@ -43,16 +44,19 @@ class MemoryStore:
                 self._objects[check_key(key)] = data
         return data is not None
 
-    def get(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+    def get(self, key: str, begin: int = 0, end: int | None = None, *, most: int = RECORD) -> bytes:
         """See ``Store.get``."""
         try:
-            return self._objects[check_key(key)][begin:end]
+            data = self._objects[check_key(key)][begin:end]
         except KeyError as error:
             raise NotFoundError(f"{key} does not exist in {self.location}") from error
+        if end is None:
+            check_size(key, len(data), most)
+        return data
 
     def view(self, key: str) -> memoryview:
         """See ``Store.view``; not lazy."""
-        return memoryview(bytearray(self.get(key)))
+        return memoryview(bytearray(self.get(key, end=self.size(key))))
 
     def fill(self, key: str) -> Filled:
         """See ``Store.fill``."""
@@ -73,6 +77,12 @@ class MemoryStore:
                     name, slash, _ = key[len(start) :].partition("/")
                     names.add(name + slash)
         return sorted(names)
+
+    def foreign(self, prefix: str) -> dict[str, str]:
+        """See ``Store.foreign``: nothing."""
+        if prefix:
+            check_key(prefix)
+        return {}
 
     def stamp(self, prefix: str) -> str | None:
         """See ``Store.stamp``: cannot promise."""
@@ -103,14 +113,14 @@ class MemoryStore:
         """See ``Store.hold``."""
         with self._lock:
             if key in self._holders:
-                raise held_by(self._holders[key])
-            self._holders[check_key(key)] = note
-        return MemoryHold(self._holders, key)
+                raise held_by(self._holders[key].note)
+            self._holders[check_key(key)] = hold = MemoryHold(self._holders, key, note)
+        return hold
 
     def holder(self, key: str) -> str | None:
         """See ``Store.holder``."""
-        note = self._holders.get(check_key(key))
-        return None if note is None else holder_text(note)
+        hold = self._holders.get(check_key(key))
+        return None if hold is None else holder_text(hold.note)
 
     def reading(self, key: str) -> None:
         """See ``Store.reading``: bytes that are read here are copies, and need no such word."""
@@ -136,7 +146,7 @@ class MemoryLog:
 
     def append(self, data: bytes) -> None:
         """See ``Log.append``."""
-        self._store.put(self._key, [self._store.get(self._key), data])
+        self._store.put(self._key, [self._store.view(self._key), data])
 
     def sync(self) -> None:
         """See ``Log.sync``."""
@@ -148,10 +158,15 @@ class MemoryLog:
 class MemoryHold:
     """See ``Hold``."""
 
-    def __init__(self, holders: dict[str, bytes], key: str) -> None:
-        self._holders, self._key = holders, key
+    def __init__(self, holders: dict[str, "MemoryHold"], key: str, note: bytes) -> None:
+        self._holders, self._key, self.note = holders, key, note
+
+    def check(self) -> None:
+        """See ``Hold.check``."""
+        if self._holders.get(self._key) is not self:
+            raise ConflictError(f"{self._key} is not held any more")
 
     def release(self) -> None:
         """See ``Hold.release``."""
-        self._holders.pop(self._key, None)
-        self._holders = {}
+        if self._holders.get(self._key) is self:
+            del self._holders[self._key]
