@@ -14,7 +14,15 @@ from peakpoint import aliases, archiving, layout, packs, reader, trash, validati
 from peakpoint import journal as journals
 from peakpoint.clock import Clock, utc_now
 from peakpoint.dropping import leftovers, records
-from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptError,
+    FormatError,
+    MissingExtraError,
+    NotFoundError,
+    StoreError,
+)
 from peakpoint.journal import Event, Promoted
 from peakpoint.manifest import MANIFEST, Manifest
 from peakpoint.refs import is_alias
@@ -99,6 +107,7 @@ def audit(
         shallow = partial(_run, store, run, Audit(deep=False), now, lambda _: None)
         findings = _lasting(_run(store, run, result, now, progress), shallow)
         result.findings += _heeding(busy or _at_work(store, run), run, findings)
+    result.findings += _catalogue(repository)
     foreign = {finding.where for finding in result.of_kind("foreign")}
     result.findings = [one for one in result.findings if one.kind != "litter" or one.where not in foreign]
     return result
@@ -145,6 +154,23 @@ def _outside_runs(store: Store, *, deeper: bool) -> Iterator[Finding]:
         yield from _aliases(store)
         yield from _releases(store)
         yield from _strays(store, layout.RUNS, None)
+
+
+def _catalogue(repository: Repository) -> Iterator[Finding]:
+    """What the catalogue says otherwise than the files, if there is one."""
+    if not repository.is_indexed():
+        return
+    try:
+        catalogue = repository.catalogue()
+        differences = [one for one in catalogue.compare() if not one.unreadable]
+    except (ConfigError, MissingExtraError, StoreError) as error:
+        yield Finding("busy", _INDEX, f"the catalogue is not compared with the files: {error}")
+        return
+    mend = "peakpoint audit ROOT --rebuild makes it anew"
+    for one in differences[:_TOLD]:
+        yield Finding("damage", catalogue.location, f"the catalogue says otherwise than the files: {one.what}; {mend}")
+    if len(differences) > _TOLD:
+        yield Finding("damage", catalogue.location, f"{len(differences) - _TOLD} more of these; {mend}")
 
 
 def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Finding]:
@@ -212,6 +238,7 @@ def _journal(store: Store, run: str) -> Iterator[Finding]:
     yield from _promotions(store, run, journal.events)
 
 
+_TOLD = 20  # differences of the catalogue, which may have millions
 _INDEX = "catalogue.sqlite"  # with the log and the shared memory of SQLite, and one that was damaged
 _OF_A_REPOSITORY = {
     layout.REPOSITORY,

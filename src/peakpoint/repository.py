@@ -15,7 +15,7 @@ from peakpoint import journal as journals
 from peakpoint.actor import present_user
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import utc_now
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, PeakpointWarning
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, PeakpointWarning, StoreError
 from peakpoint.manifest import FORMAT, Manifest, check_format
 from peakpoint.names import check_metric, check_text
 from peakpoint.notes import all_known, known, notes
@@ -332,11 +332,13 @@ class Repository:
 
     def _names(self) -> list[str]:
         children = self.store.children(layout.RUNS)
-        return [
-            child.rstrip("/")
-            for child in children
-            if child.endswith("/") and self.store.size(layout.run_record(child.rstrip("/"))) is not None
-        ]
+        return [child.rstrip("/") for child in children if child.endswith("/") and self._is_run(child.rstrip("/"))]
+
+    def _is_run(self, name: str) -> bool:
+        try:
+            return self.store.size(layout.run_record(name)) is not None
+        except StoreError:
+            return True  # somebody else's, which may not be looked at: reading it says so
 
     def runs(self) -> list[Run]:
         """Every run, by name."""
@@ -356,6 +358,11 @@ class Repository:
                 + (", ..." if len(near) < len(names) else "")
             )
         return Run(self.store, name)
+
+    def is_indexed(self) -> bool:
+        """Whether there is a catalogue, or one is named; ``catalogue`` makes it where there is none."""
+        named = self._catalogue or self._index or os.environ.get("PEAKPOINT_CATALOGUE")
+        return bool(named) or self.store.size("catalogue.sqlite") is not None
 
     def catalogue(self) -> "Catalogue":
         """The index of everything that is here, opened once; see ``peakpoint.catalogue``."""

@@ -4,31 +4,30 @@ It holds no truth of its own: deleting it loses nothing, and before it is asked 
 checkpoint is found as soon as it is committed. See ``catalogue.refresh`` for how, and ``catalogue.schema`` for what.
 """
 
-import json
 import math
 import os
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import URL, Engine, func, select
+from sqlalchemy import URL, Connection, Engine, select
 
 from peakpoint import layout
-from peakpoint.catalogue import schema
-from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, connect, discard, place, set_aside, translated
+from peakpoint.catalogue import database, schema
+from peakpoint.catalogue.comparing import Difference, compare_all, compare_rows
+from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, translated
+from peakpoint.catalogue.listing import Listed, listed, totals
 from peakpoint.catalogue.pointers import Seen, pointers, refresh_aliases
 from peakpoint.catalogue.reading import Known, is_current
-from peakpoint.catalogue.refresh import Remembered, decoded, known_runs, read_peaks, refresh_run, remove_run
+from peakpoint.catalogue.refresh import Remembered, known_runs, refresh_run, remove_run
 from peakpoint.catalogue.search import WINDOW
-from peakpoint.catalogue.selection import Clause, Selection, Why, Wish, make_checkpoint
+from peakpoint.catalogue.selection import Clause, Selection, Why, Wish, make_checkpoint, warn_of_unread
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.errors import ConfigError, CorruptError, Error, NotFoundError, PeakpointWarning, StoreError
-from peakpoint.peaks import Peak
 from peakpoint.seal import digest
 from peakpoint.store import LocalStore, Store
 
@@ -37,6 +36,7 @@ Progress = Callable[[int, int], None]
 
 __all__ = ["FILE", "VARIABLE", "Catalogue", "Clause", "Listed", "Progress", "Selection", "Why", "Wish"]
 _REMEMBERED = 16
+_TURNS = 3  # of mending; the last one makes it anew
 _OPEN: "weakref.WeakSet[Catalogue]" = weakref.WeakSet()
 
 
@@ -47,40 +47,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
-    """One run, as the catalogue knows it.
-
-    Attributes:
-        name: its name.
-        rules: the rules in force, as texts.
-        peaks: best against last of the metrics that the rules watch.
-        reports: how many count.
-        checkpoints: how many exist.
-        size_bytes: of their files.
-        newest: when the newest was made; None without any.
-        damaged: one sentence for each manifest that cannot be read.
-        kept: for each metric of ``peaks``, whether a checkpoint of its best exists.
-        aliases: those that point at a checkpoint of it, by name.
-    """
-
-    name: str
-    rules: tuple[str, ...]
-    peaks: tuple[Peak, ...]
-    reports: int
-    checkpoints: int
-    size_bytes: int
-    newest: datetime | None
-    damaged: tuple[str, ...]
-    kept: Mapping[str, bool]
-    aliases: tuple[str, ...] = ()
-
-
-def _damage(text: str) -> tuple[str, ...]:
-    """What is damaged in a run, of how far it is read."""
-    return tuple(one.damage for one in decoded(text).unsettled.values() if one.damage is not None)
 
 
 def _dispose(*engines: Engine) -> None:
@@ -112,12 +78,12 @@ class Catalogue:
         self._by_hand, self._looked = by_hand, -math.inf
         self._names: tuple[str | None, list[str]] = (None, [])
         self.window = WINDOW
-        self._url, standing = place(store, where)
+        self._url, standing = database.place(store, where)
         self._disposable = standing != "named"
-        self._engine, self._reading = connect(self._url)
+        self._engine, self._reading = database.connect(self._url)
         weakref.finalize(self, _dispose, self._engine, self._reading)
         if standing == "temporary":
-            weakref.finalize(self, discard, self._url)
+            weakref.finalize(self, database.discard, self._url)
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
         self._remembered: dict[str, Remembered] = {}  # those that were refreshed last
@@ -125,6 +91,7 @@ class Catalogue:
         self._seen = Seen()
         _OPEN.add(self)
         self._tick = -1
+        self._birth: int | None = None
         try:
             self._mended(self._open)
         except BaseException:
@@ -138,8 +105,14 @@ class Catalogue:
 
     @property
     def unread(self) -> Mapping[str, str]:
-        """Runs that could not be read when they were looked at last, and why."""
-        return dict(self._unread)
+        """What could not be read when it was looked at last, and why: runs, by name, and checkpoints, by ref."""
+        damaged = {
+            f"{run}/{name}": one.damage
+            for run, known in self._known.items()
+            for name, one in known.unsettled.items()
+            if one.damage is not None
+        }
+        return damaged | self._unread
 
     @property
     def unread_aliases(self) -> Mapping[str, str]:
@@ -167,20 +140,10 @@ class Catalogue:
             with self._reading.connect() as connection:
                 if schema.version_of(connection) == len(schema.MIGRATIONS):
                     found = connection.execute(select(schema.meta.c.repository, schema.meta.c.location)).one()
-                    self._check_owner(identity, found)
+                    database.check_owner(self.location, identity, found, disposable=self._disposable and self._is_file)
                     return
             with self._engine.begin() as connection:
                 schema.migrate(connection, identity, self._store.location)
-
-    def _check_owner(self, identity: str, found: Any) -> None:
-        if found.repository == identity:
-            return
-        if self._disposable and self._is_file:
-            raise DamagedError(f"the catalogue {self.location} belongs to another repository")
-        raise ConfigError(
-            f"the catalogue {self.location} belongs to the repository {found.location}; give each repository a "
-            "database of its own, or a schema (postgresql://...?options=-csearch_path%3DNAME)"
-        )
 
     def _mended(self, action: Callable[[], None]) -> None:
         """Do something; where a file that is only an index turns out to be damaged, make it anew, and do it again."""
@@ -192,12 +155,12 @@ class Catalogue:
                     f"{self.location} is no catalogue, or a damaged one: {error}. Give another path or URL "
                     f"(--catalogue, {VARIABLE}); a catalogue can be made anew from the files"
                 ) from error
-            self._replace()
+            self._replace(born=self._birth)
             action()
 
-    def _replace(self, clear: Callable[[URL], None] = set_aside) -> None:
+    def _replace(self, clear: Callable[[URL], None] = database.set_aside, born: int | None = None) -> None:
         self.close()
-        if clear is discard or not self._is_sound():  # another process may have mended it already
+        if clear is database.discard or not self._is_sound(born):  # another process may have mended it already
             clear(self._url)
         self._forget()
         self._open()
@@ -205,13 +168,12 @@ class Catalogue:
     def _forget(self) -> None:
         self._known, self._tick, self._remembered, self._seen = {}, -1, {}, Seen()
 
-    def _is_sound(self) -> bool:
-        """Whether the file that is there now is a catalogue of this repository."""
+    def _is_sound(self, born: int | None) -> bool:
+        """Whether the file that is there now is a catalogue of this repository, and not the wrong one of that birth."""
         identity = digest(self._store.get(layout.REPOSITORY))
         try:
-            with translated(self._url), self._engine.connect() as connection:
-                checked = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-                return checked == "ok" and connection.scalar(select(schema.meta.c.repository)) == identity
+            with translated(self._url):
+                return schema.is_sound(self._engine, identity, born)
         except (StoreError, CorruptError):
             return False
         finally:
@@ -246,10 +208,10 @@ class Catalogue:
             by_hand = begin - self._looked >= self._by_hand
             stale = [run for run in present if not self._is_current(run, by_hand=by_hand)]
             self._looked = begin if by_hand else self._looked
-            gone = self._known.keys() - set(present)
-            for name in gone:
-                remove_run(self._engine, name)
-                self._known.pop(name)
+            for name in self._known.keys() - set(present):
+                self._remove(name)
+            for name in self._unread.keys() - set(present):
+                self._unread.pop(name)
             for number, run in enumerate(stale, 1):
                 self._try(run)
                 progress(number, len(stale))
@@ -261,8 +223,16 @@ class Catalogue:
             self._refresh_run(run)
         except NotFoundError:
             return  # gone in between
+        except DamagedError:  # of the catalogue, not of the run
+            raise
         except (Error, UnicodeError, OverflowError) as error:
             self._unread[run] = f"{type(error).__name__}: {error}"
+
+    def _remove(self, run: str) -> None:
+        """Forget a run that is gone, or is to be read again from the beginning."""
+        remove_run(self._engine, run)
+        self._known.pop(run, None)
+        self._remembered.pop(run, None)
 
     def _refresh_run(self, run: str) -> None:
         engines = (self._engine, self._reading)
@@ -270,9 +240,9 @@ class Catalogue:
         self._remembered[run] = now
         if len(self._remembered) > _REMEMBERED:
             self._remembered.pop(next(iter(self._remembered)))
-        if tick == self._tick + 1:
-            assert now.known is not None
+        if now.known is not None:
             self._known[run] = now.known
+        if tick == self._tick + 1:
             if self._seen.tick == self._tick:
                 self._seen = replace(self._seen, tick=tick)
             self._tick = tick
@@ -282,7 +252,7 @@ class Catalogue:
     def _recall(self) -> None:
         """What the catalogue knows, unless nobody has changed it since."""
         with self._reading.connect() as connection:
-            tick = connection.execute(select(schema.meta.c.tick)).scalar_one()
+            tick, self._birth = connection.execute(select(schema.meta.c.tick, schema.meta.c.born)).one()
             if tick != self._tick:
                 self._known, self._tick = known_runs(connection), tick
 
@@ -296,9 +266,12 @@ class Catalogue:
 
     def _is_current(self, run: str, *, by_hand: bool) -> bool:
         known = self._known.get(run)
-        if known is None:
-            return self._store.size(layout.run_record(run)) is None  # no run yet: nothing to read
-        return is_current(self._store, run, known, by_hand=by_hand)
+        try:
+            if known is None:
+                return self._store.size(layout.run_record(run)) is None  # no run yet: nothing to read
+            return is_current(self._store, run, known, by_hand=by_hand)
+        except StoreError:
+            return False  # which reading it will say
 
     def rebuild(self, progress: Progress = lambda _done, _all: None) -> None:
         """Forget everything, and read all files again.
@@ -308,14 +281,18 @@ class Catalogue:
         """
         with self._lock:
             if self._disposable and self._is_file:
-                self._replace(discard)
+                self._replace(database.discard)
             else:
-                identity = digest(self._store.get(layout.REPOSITORY))
-                with translated(self._url), self._engine.begin() as connection:
-                    schema.drop_all(connection)
-                    schema.migrate(connection, identity, self._store.location)
-                self._forget()
+                self._clear()
             self._refresh(progress)
+
+    def _clear(self) -> None:
+        """Make the tables anew where they are."""
+        identity = digest(self._store.get(layout.REPOSITORY))
+        with translated(self._url), self._engine.begin() as connection:
+            schema.drop_all(connection)
+            schema.migrate(connection, identity, self._store.location)
+        self._forget()
 
     # --- asking
 
@@ -326,13 +303,73 @@ class Catalogue:
             NotFoundError: a metric that no checkpoint has; names near ones.
         """
         self.refresh()
-        for run, why in self._unread.items():
-            warnings.warn(f"run {run!r} is not considered: {why}", PeakpointWarning, stacklevel=3)
+        warn_of_unread(self.unread)
         for alias, why in self._seen.unread.items():
             warnings.warn(f"the alias {alias!r} is not considered: {why}", PeakpointWarning, stacklevel=3)
-        return Selection(self._reading, wish, self._checkpoint, self.window)
+        return Selection(self._reading, wish, self, self.window)
 
-    def _checkpoint(self, row: Any) -> Checkpoint:
+    # --- beside the files
+
+    def differences(self, connection: Connection, columns: schema.Columns, rows: Sequence[Any]) -> list[Difference]:
+        """See ``selection.Files``."""
+        return compare_rows(connection, columns, self._store, rows)
+
+    def mend(self, born: int, turn: int, differences: Sequence[Difference]) -> None:
+        """See ``selection.Files``."""
+        if turn >= _TURNS:
+            raise CorruptError(
+                f"the catalogue {self.location} says otherwise than the files, also after it was made anew: "
+                f"{differences[0].what}; try again, and report it if that does not help"
+            )
+        if turn == _TURNS - 1:
+            self._make_anew(born, differences)
+            return
+        before = self.unread  # twice: somebody may have been at work between the catalogue and the files
+        with self._lock, translated(self._url):
+            for run in {one.run for one in differences if one.unreadable}:
+                self._remove(run)
+        self._looked = -math.inf
+        self.refresh()
+        warn_of_unread({name: why for name, why in self.unread.items() if name not in before})
+
+    def compare(self) -> list[Difference]:
+        """All that it says otherwise than the files; what changes in between is not among it."""
+        differences: list[Difference] = []
+        for first in (True, False):
+            self._looked = -math.inf
+            self.refresh()
+            runs = [run for run in self._present() if run not in self._unread]
+            found = compare_all((self._engine, self._reading), self._store, runs)
+            differences = found if first else [one for one in found if one in differences]
+            if not differences:
+                break
+        return differences
+
+    def prove(self) -> None:
+        """Compare all of it with the files, and make it anew where it says otherwise."""
+        differences = self.compare()
+        wrong = [one for one in differences if not one.unreadable]
+        if wrong:
+            self._make_anew(self._birth, wrong)
+        elif differences:
+            self.mend(0, 0, differences)
+
+    def _make_anew(self, born: int | None, differences: Sequence[Difference]) -> None:
+        """Set a damaged one aside, unless somebody else has done so since it was born."""
+        with self._lock:
+            if self._disposable and self._is_file:
+                self._replace(born=born)
+            else:
+                self._clear()
+            self._refresh(lambda _done, _all: None)
+        warnings.warn(
+            f"the catalogue {self.location} said otherwise than the files ({differences[0].what}) and was made anew",
+            PeakpointWarning,
+            stacklevel=4,
+        )
+
+    def checkpoint(self, row: Any) -> Checkpoint:
+        """See ``selection.Files``."""
         prefix = layout.checkpoint_prefix(row.run, row.name)
         return make_checkpoint(row, self._store.path(prefix) if isinstance(self._store, LocalStore) else None)
 
@@ -348,11 +385,8 @@ class Catalogue:
 
     def totals(self) -> tuple[int, int, int]:
         """How many runs and checkpoints there are, and the bytes of their files."""
-        table = schema.runs.c
-        columns = (func.count(), func.sum(table.checkpoints), func.sum(table.size))
         with translated(self._url), self._reading.connect() as connection:
-            count, checkpoints, size = connection.execute(select(*columns)).one()
-        return count, int(checkpoints or 0), int(size or 0)
+            return totals(connection)
 
     def runs(self, top: int | None = None) -> list[Listed]:
         """Every run, or so many at most; those that saved last come first.
@@ -360,24 +394,5 @@ class Catalogue:
         Args:
             top: how many.
         """
-        table = schema.runs.c
-        statement = select(schema.runs).order_by(table.newest.desc().nulls_last(), table.name).limit(top)
         with translated(self._url), self._reading.connect() as connection:
-            pointing: dict[str, list[str]] = {}
-            for (run, _), names in pointers(connection).items():
-                pointing.setdefault(run, []).extend(names)
-            return [
-                Listed(
-                    name=row.name,
-                    rules=tuple(json.loads(row.rules)),
-                    peaks=tuple(read_peaks(row.peaks)),
-                    reports=row.reports,
-                    checkpoints=row.checkpoints,
-                    size_bytes=row.size,
-                    newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
-                    damaged=_damage(row.read),
-                    kept=json.loads(row.peaks).get("kept", {}),
-                    aliases=tuple(sorted(pointing.get(row.name, ()))),
-                )
-                for row in connection.execute(statement)
-            ]
+            return listed(connection, top)

@@ -1,6 +1,7 @@
 """Opening the database of a catalogue: a SQLite file beside the runs, or what ``PEAKPOINT_CATALOGUE`` names."""
 
 import contextlib
+import json
 import os
 import secrets
 import sqlite3
@@ -8,7 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import URL, Engine, create_engine, event, exc, make_url
 
@@ -23,6 +24,18 @@ _PATIENCE = 30.0  # seconds to wait for another process that is writing the cata
 
 class DamagedError(CorruptError):
     """The database is none any more."""
+
+
+def read_json(text: str) -> Any:
+    """The value of a column that holds JSON.
+
+    Raises:
+        DamagedError: it holds none.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DamagedError(f"a column holds no JSON: {error}") from error
 
 
 Standing = Literal["named", "derived", "temporary"]
@@ -77,7 +90,7 @@ def _is_usable(path: Path) -> bool:
             connection.execute("ROLLBACK")
     except sqlite3.OperationalError as error:
         return "locked" in str(error)
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError):  # its messages quote what is damaged
         return True  # damaged: that is mended
     return True
 
@@ -108,6 +121,8 @@ def translated(url: URL) -> Iterator[None]:
     where = url.render_as_string() if url.host or not url.database else url.database
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"a message of the database is no text: {error}") from error
     except exc.DBAPIError as error:
         said = str(error.orig).strip()
         if _is_damaged(error.orig):
@@ -120,7 +135,9 @@ def translated(url: URL) -> Iterator[None]:
 
 
 def _is_damaged(error: BaseException | None) -> bool:
-    """Whether SQLite says that a file is no database, or a broken one."""
+    """Whether SQLite says that a file is no database, or a broken one, or finds a text that is none."""
+    if isinstance(error, sqlite3.OperationalError) and "Could not decode to UTF-8" in str(error):
+        return True
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return isinstance(error, sqlite3.DatabaseError) and code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -185,6 +202,38 @@ def _authorize(action: int, first: str | None, second: str | None, *_: object) -
     return sqlite3.SQLITE_DENY
 
 
+def check_owner(location: str, identity: str, found: Any, *, disposable: bool) -> None:
+    """Refuse the catalogue of another repository.
+
+    Args:
+        location: of the catalogue.
+        identity: of the repository.
+        found: the ``repository`` that it belongs to, and its ``location``.
+        disposable: whether it may be set aside.
+
+    Raises:
+        DamagedError: it is that of another, and may be set aside.
+        ConfigError: it may not.
+    """
+    if found.repository == identity:
+        return
+    if disposable:
+        raise DamagedError(f"the catalogue {location} belongs to another repository")
+    raise ConfigError(
+        f"the catalogue {location} belongs to the repository {found.location}; give each repository a "
+        "database of its own, or a schema (postgresql://...?options=-csearch_path%3DNAME)"
+    )
+
+
+def check(engine: Engine) -> list[str]:
+    """What SQLite finds wrong with its file, indexes included; PostgreSQL has checksums of its own."""
+    if engine.url.get_backend_name() != "sqlite":
+        return []
+    with translated(engine.url), engine.connect() as connection:
+        said = connection.exec_driver_sql("PRAGMA integrity_check(10)").scalars().all()
+    return [str(one) for one in said if one != "ok"]
+
+
 def set_aside(url: URL) -> None:
     """Move a damaged SQLite file and its log out of the way: it may have been somebody's. Replaces nothing."""
     assert url.database is not None
@@ -202,4 +251,15 @@ def discard(url: URL) -> None:
         Path(url.database + suffix).unlink(missing_ok=True)
 
 
-__all__ = ["FILE", "VARIABLE", "DamagedError", "connect", "discard", "place", "set_aside", "translated"]
+__all__ = [
+    "FILE",
+    "VARIABLE",
+    "DamagedError",
+    "check",
+    "connect",
+    "discard",
+    "place",
+    "read_json",
+    "set_aside",
+    "translated",
+]

@@ -8,14 +8,15 @@ as long as its checkpoint exists, and no key is used twice.
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, Table, delete, func, insert, select, update
 
 from peakpoint import journal as journals
 from peakpoint import reader
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.database import DamagedError, read_json
 from peakpoint.catalogue.reading import NOTES, Known, Reading, is_current, read
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import ConfigError
@@ -51,7 +52,10 @@ class Remembered:
 
 def decoded(text: str) -> Known:
     """How far a run is read, from the column of the catalogue."""
-    return msgspec.json.decode(text, type=_Read).known
+    try:
+        return msgspec.json.decode(text, type=_Read).known
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise DamagedError(f"it does not say how far a run is read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +200,14 @@ class _Update:
         for event in self._news.events:
             fresh.take(event)
         table = schema.noted
-        for some in _portions(sorted(named)):
+        for some in portions(sorted(named)):
             self._connection.execute(delete(table).where(table.c.run == self._key, table.c.checkpoint.in_(some)))
         rows = [
             {
                 "run": self._key,
                 "checkpoint": identity,
                 "metrics": json.dumps(metrics_to_json(fresh.metrics.get(identity, {}))),
-                "pinned": _plain(fresh.pinned.get(identity)),
+                "pinned": plain_text(fresh.pinned.get(identity)),
             }
             for identity in named
         ]
@@ -212,7 +216,7 @@ class _Update:
     # --- checkpoints
 
     def _forget(self, keys: Sequence[int]) -> None:
-        for some in _portions(keys):
+        for some in portions(keys):
             self._connection.execute(delete(schema.checkpoints).where(schema.checkpoints.c.key.in_(some)))
 
     def _add(self, found: Sequence[reader.Standing]) -> None:
@@ -228,11 +232,13 @@ class _Update:
                 key, self._free = self._free, self._free + 1
             self._rows[one.name] = (key, one.id)
             late, pinned = noted.get(one.id, ({}, None))
-            entries.append((key, standing, {**one.metrics, **late}, pinned is not None))
-        names = [name for _, _, metrics, _ in entries for name in metrics]
+            entries.append(Entry(key, self._key, standing, {**one.metrics, **late}, pinned is not None))
+        names = [name for entry in entries for name in entry.metrics]
         known = self._columns or Columns.read(self._connection)
         self._columns = known.including(self._connection, names)
-        _insert(self._connection, self._columns, self._key, entries)
+        for table, rows in rows_of(self._columns, entries):
+            if rows:
+                self._connection.execute(insert(table), rows)
 
     # --- the run as a whole
 
@@ -241,16 +247,16 @@ class _Update:
         news, row = self._news, self._row
         events: Sequence[Event] = news.events
         opened = journals.newest(events, journals.Opened)
-        texts = list(opened.rules) if opened is not None else [] if self._new else json.loads(row.rules)
+        texts = list(opened.rules) if opened is not None else [] if self._new else read_json(row.rules)
         if self._new or news.past is not None:
             before: Sequence[Peak] = ()
             missing: Mapping[str, int] = {}
             reports = 0
             events = events if news.past is None else news.past
         else:
-            before, missing, reports = read_peaks(row.peaks), json.loads(row.peaks).get("missing", {}), row.reports
+            before, missing, reports = read_peaks(row.peaks), read_json(row.peaks).get("missing", {}), row.reports
         history = journals.history(events)
-        found, missing = go_on(before, missing, history, _watched(texts))
+        found, missing = go_on(before, missing, history, watched_by(texts))
         return {
             "rules": json.dumps(texts),
             "peaks": json.dumps({"peaks": [asdict(peak) for peak in found], "missing": missing}),
@@ -259,7 +265,7 @@ class _Update:
 
     def _with_kept(self, text: str) -> str:
         """The peaks, and whether there is a checkpoint of that step."""
-        said = json.loads(text)
+        said = read_json(text)
         steps = {peak["metric"]: peak["best_step"] for peak in said.get("peaks", [])}
         table = schema.checkpoints.c
         # a sum has no index: those of this run are few, those of this step many
@@ -281,7 +287,7 @@ class _Update:
         return {"checkpoints": count, "size": int(size or 0), "newest": newest}
 
 
-def _watched(texts: Iterable[str]) -> list[tuple[str, Mode]]:
+def watched_by(texts: Iterable[str]) -> list[tuple[str, Mode]]:
     """The metrics that rules rank by; a rule of a newer release is passed over here."""
     known = []
     for text in texts:
@@ -294,13 +300,14 @@ def _watched(texts: Iterable[str]) -> list[tuple[str, Mode]]:
 
 def read_peaks(text: str) -> list[Peak]:
     """The peaks of a run, as the catalogue keeps them."""
-    return [Peak(**peak) for peak in json.loads(text).get("peaks", [])]
+    return [Peak(**peak) for peak in read_json(text).get("peaks", [])]
 
 
 _MANY = 500  # parameters of one statement; PostgreSQL takes 65,535, some builds of SQLite 32,766
 
 
-def _portions(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+def portions(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    """The values in parts that one statement takes."""
     for begin in range(0, len(values), _MANY):
         yield values[begin : begin + _MANY]
 
@@ -311,15 +318,31 @@ def _noted(connection: Connection, run: int, ids: Collection[str]) -> dict[str, 
     if len(ids) <= _MANY:
         statement = statement.where(table.checkpoint.in_(ids))
     rows = connection.execute(statement).all()
-    return {identity: (metrics_from_json(json.loads(metrics)), pinned) for identity, metrics, pinned in rows}
+    return {identity: (metrics_from_json(read_json(metrics)), pinned) for identity, metrics, pinned in rows}
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
-Entry = tuple[int, reader.Standing, dict[str, float], bool]  # its key, all its metrics, whether it is pinned
+
+class Entry(NamedTuple):
+    """A checkpoint and what is known of it.
+
+    Attributes:
+        key: of its row.
+        run: the key of its run.
+        standing: what its directory tells.
+        metrics: all of them.
+        pinned: whether it is pinned.
+    """
+
+    key: int
+    run: int
+    standing: reader.Standing
+    metrics: dict[str, float]
+    pinned: bool
 
 
-def _plain(text: str | None) -> str | None:
+def plain_text(text: str | None) -> str | None:
     """A text that PostgreSQL takes: it has no NUL."""
     return None if text is None else text.replace("\x00", "\ufffd")
 
@@ -336,11 +359,12 @@ def record_of(manifest: Manifest, metrics: dict[str, float]) -> str:
     return msgspec.json.encode(record).decode()
 
 
-def _insert(connection: Connection, columns: Columns, run: int, entries: Sequence[Entry]) -> None:
+def rows_of(columns: Columns, entries: Sequence[Entry]) -> list[tuple[Table, list[dict[str, Any]]]]:
+    """The rows of some checkpoints, by table."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("checkpoints", "rarities", "details", "reasons")}
-    used = {name: f"m{columns.keys[name]}" for _, _, metrics, _ in entries for name in metrics}
+    used = {name: f"m{columns.keys[name]}" for entry in entries for name in entry.metrics}
     wide = {name for name in used.values() if name in columns.table.columns}
-    for key, standing, metrics, pinned in entries:
+    for key, run, standing, metrics, pinned in entries:
         one = standing.manifest
         row: dict[str, Any] = dict.fromkeys(wide)
         for name, value in metrics.items():
@@ -356,9 +380,8 @@ def _insert(connection: Connection, columns: Columns, run: int, entries: Sequenc
         detail = {"checkpoint": key, "id": one.id, "name": one.name, "record": record_of(one, metrics)}
         rows["details"].append(detail)
         rows["reasons"] += [
-            {"checkpoint": key, "number": number, "reason": _plain(reason)} for number, reason in enumerate(one.reasons)
+            {"checkpoint": key, "number": number, "reason": plain_text(reason)}
+            for number, reason in enumerate(one.reasons)
         ]
     tables = (columns.table, schema.rarities, schema.details, schema.reasons)
-    for table, some in zip(tables, rows.values(), strict=True):
-        if some:
-            connection.execute(insert(table), some)
+    return list(zip(tables, rows.values(), strict=True))

@@ -150,6 +150,14 @@ def version_of(connection: sa.Connection) -> int:
     return 0 if found is None else int(found)
 
 
+def is_sound(engine: sa.Engine, repository: str, born: int | None) -> bool:
+    """Whether a SQLite file is whole and the catalogue of a repository, and was not born as ``born``."""
+    with engine.connect() as connection:
+        checked = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        found = connection.execute(sa.select(meta.c.repository, meta.c.born)).one()
+        return checked == "ok" and found.repository == repository and found.born != born
+
+
 def migrate(
     connection: sa.Connection,
     repository: str,

@@ -1,25 +1,26 @@
 """What a selection finds, lazily, and why."""
 
 import difflib
-import json
+import warnings
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, Engine, case, func, literal, not_, select
 
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.database import translated
+from peakpoint.catalogue.comparing import Difference
+from peakpoint.catalogue.database import DamagedError, read_json, translated
 from peakpoint.catalogue.schema import Columns
 from peakpoint.catalogue.search import WINDOW, Search
 from peakpoint.catalogue.sql import Expression, Translator
 from peakpoint.checkpoint import Checkpoint
-from peakpoint.errors import ConfigError, NotFoundError, TransientStoreError
+from peakpoint.errors import ConfigError, NotFoundError, PeakpointWarning, TransientStoreError
 from peakpoint.manifest import metrics_from_json
 from peakpoint.query import FIELDS, Field, Metric, Query, point
 from peakpoint.ranking import Key, WithinSE
@@ -88,20 +89,57 @@ class Wish:
             raise ConfigError("within one standard error of what? rank by a metric first, as in --max val_accuracy")
 
 
+class Files(Protocol):
+    """What a selection asks of the repository's files."""
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """What cannot be read, and why: runs, by name, and checkpoints, by ref."""
+
+    @property
+    def unread_aliases(self) -> Mapping[str, str]:
+        """Aliases that cannot be read, and why."""
+
+    def checkpoint(self, row: Any) -> Checkpoint:
+        """A checkpoint, of what the catalogue holds."""
+
+    def differences(self, connection: Connection, columns: Columns, rows: Sequence[Any]) -> list[Difference]:
+        """What rows say otherwise than the manifests."""
+
+    def mend(self, born: int, turn: int, differences: Sequence[Difference]) -> None:
+        """Make the catalogue say what the files say; with each turn in vain more of it is made anew.
+
+        Raises:
+            CorruptError: nothing helps.
+        """
+
+
 class Selection:
     """Checkpoints that were selected; each iteration asks the catalogue anew, and reads as far as it is followed.
+
+    Each is compared with its manifest before it is given out. Where the catalogue says otherwise, it is mended and
+    asked again.
 
     Args:
         engine: one that reads.
         wish: what is wanted.
-        make: makes a checkpoint of a row of the catalogue.
+        files: what the catalogue is made from.
         window: see ``Search``.
     """
 
-    def __init__(self, engine: Engine, wish: Wish, make: Callable[[Any], Checkpoint], window: int = WINDOW) -> None:
-        self._engine, self._wish, self._make, self._window = engine, wish, make, window
+    def __init__(self, engine: Engine, wish: Wish, files: Files, window: int = WINDOW) -> None:
+        self._engine, self._wish, self._files, self._window = engine, wish, files, window
         with self._asked():  # which refuses names that do not exist
             pass
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """What is left out because it cannot be read, and why: runs, by name, checkpoints, by ref, and aliases, by ref.
+
+        As of the last look at the files: ask after the checkpoints. Aliases are told where the condition is about them.
+        """
+        aliases = self._files.unread_aliases if self._wish.query.asks_for_aliases() else {}
+        return {**self._files.unread, **{f"@{alias}": why for alias, why in aliases.items()}}
 
     @contextmanager
     def _asked(self) -> Iterator["_Question"]:
@@ -109,7 +147,9 @@ class Selection:
         with translated(self._engine.url), self._engine.connect() as connection:
             columns = Columns.read(connection)
             _check_metrics(self._wish, columns)
-            yield _Question(connection, Translator(columns, connection.dialect.name), columns, self._wish, self._window)
+            translator = Translator(columns, connection.dialect.name)
+            left_out = [name for name in self._files.unread if "/" not in name]
+            yield _Question(connection, translator, columns, self._wish, self._window, left_out)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         yield from self._ranked(self._wish.top)
@@ -144,14 +184,42 @@ class Selection:
 
         No transaction stays open meanwhile: one would keep SQLite's log from ending, and lock the table in PostgreSQL.
         """
-        with self._asked() as question:
-            born, keys = question.born(), question.keys(limit)
-        for begin in range(0, len(keys), _CHUNK):
-            with self._asked() as question:
-                if question.born() != born:
-                    raise TransientStoreError("the catalogue was made anew while it was being read; select again")
-                rows = question.rows(keys[begin : begin + _CHUNK])
-            yield from map(self._make, rows)
+        born, begin, turn = -1, 0, 0
+        keys: array[int] | None = None
+        while keys is None or begin < len(keys):
+            chosen: list[Checkpoint] = []
+            try:
+                with self._asked() as question:
+                    if keys is None:
+                        born, keys = question.born(), question.keys(limit)
+                    elif question.born() != born:
+                        raise TransientStoreError("the catalogue was made anew while it was being read; select again")
+                    rows = question.rows(keys[begin : begin + _CHUNK])
+                    differences = self._differences(question, rows, len(keys) if begin == 0 else None)
+                    chosen += [] if differences else map(self._files.checkpoint, rows)
+            except DamagedError as error:
+                differences = [Difference("", str(error))]
+            if differences:
+                self._files.mend(born, turn, differences)
+                turn, keys = turn + 1, keys if begin else None
+            else:
+                begin, turn = begin + _CHUNK, 0
+            yield from chosen
+
+    def _differences(self, question: "_Question", rows: Sequence[Any], all_keys: int | None) -> list[Difference]:
+        """What the rows say otherwise than the files; of the first ones also how many there are, and what is best.
+
+        Args:
+            question: that they answer.
+            rows: some of them.
+            all_keys: how many keys there are; None where rows may have gone since.
+        """
+        basis = [] if all_keys is None else question.basis()
+        looked_at = list({row.key: row for row in (*basis, *rows)}.values())
+        differences = self._files.differences(question.connection, question.columns, looked_at)
+        if all_keys is not None and len(rows) != min(all_keys, _CHUNK):
+            differences.append(Difference("", "a checkpoint has no name or no run"))
+        return differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +231,7 @@ class _Question:
     columns: Columns
     wish: Wish
     window: int
+    left_out: Sequence[str]  # runs
 
     def born(self) -> int:
         """Another number when keys mean something else."""
@@ -179,11 +248,14 @@ class _Question:
 
     def rows(self, keys: Sequence[int]) -> list[Any]:
         """What belongs to those of the keys that still exist, in their order."""
-        table, details, runs = self.columns.table, schema.details, schema.runs
+        table, details, runs, noted = self.columns.table, schema.details, schema.runs, schema.noted
+        owner = (runs.c.key.label("owner"), runs.c.name.label("run"))
         moment = (table.c.sequence, table.c.epoch, table.c.step, table.c.size)
-        columns = (table.c.key, runs.c.name.label("run"), *moment, details.c.id, details.c.name, details.c.record)
+        columns = (table.c.key, *owner, *moment, details.c.id, details.c.name, details.c.record)
         joined = table.join(details, details.c.checkpoint == table.c.key).join(runs, runs.c.key == table.c.run)
-        rows = self.connection.execute(select(*columns).select_from(joined).where(table.c.key.in_(list(keys))))
+        joined = joined.outerjoin(noted, (noted.c.run == table.c.run) & (noted.c.checkpoint == details.c.id))
+        wanted = select(*columns, noted.c.metrics, noted.c.pinned).select_from(joined)
+        rows = self.connection.execute(wanted.where(table.c.key.in_(list(keys))))
         known = {row.key: row for row in rows}
         return [known[key] for key in keys if key in known]
 
@@ -208,6 +280,16 @@ class _Question:
             told.append(Clause(text=text, removed=missing + wrong, missing=missing, left=left))
         return candidates, tuple(told)
 
+    def basis(self) -> list[Any]:
+        """The best, from which it follows what is as good."""
+        return [] if self.wish.within is None else self.rows([row[0] for row in self._best()])
+
+    def _best(self) -> Sequence[Any]:
+        """The key and the value of the best."""
+        key = self.wish.keys[0]
+        finite = [self.sql.finite(other.value) for other in self.wish.keys[1:]]
+        return self._ranked((key,), finite).rows((self.sql.table.key, self.sql.value(key.value)), 1)
+
     def _search(self) -> Search:
         within = self._within()
         keys = self.wish.keys if within is None else self.wish.keys[1:] or _EARLIEST
@@ -215,6 +297,9 @@ class _Question:
         return self._ranked(keys, more)
 
     def _ranked(self, keys: Sequence[Key], more: Sequence[Expression]) -> Search:
+        if self.left_out:
+            unread = select(schema.runs.c.key).where(schema.runs.c.name.in_(self.left_out))
+            more = (*more, self.columns.table.c.run.not_in(unread))
         return Search(self.connection, self.sql, self.wish.query.clauses, more, keys, self.window)
 
     def _within(self) -> tuple[str, Expression] | None:
@@ -222,12 +307,11 @@ class _Question:
         if self.wish.within is None:
             return None
         key = self.wish.keys[0]
-        finite = [self.sql.finite(other.value) for other in self.wish.keys[1:]]
         value = self.sql.value(key.value)
-        for best in self._ranked((key,), finite).rows((self.sql.table.key, value), 1):
+        for best in self._best():
             details = schema.details.c
             record = self.connection.scalar(select(details.record).where(details.checkpoint == best[0]))
-            metrics = metrics_from_json(json.loads(record or "{}").get("metrics", {}))
+            metrics = metrics_from_json(read_json(record or "{}").get("metrics", {}))
             error = self.wish.within.error_of(best[1], metrics)
             text = f"{key.value.name} within one standard error ({error:.3g}) of the best ({best[1]:.6g})"
             return text, (value >= best[1] - error if key.mode == "max" else value <= best[1] + error)
@@ -236,7 +320,7 @@ class _Question:
 
 def make_checkpoint(row: Any, path: Path | None) -> Checkpoint:
     """A checkpoint from what the catalogue holds."""
-    record = json.loads(row.record)
+    record = read_json(row.record)
     return Checkpoint(
         run=row.run,
         name=row.name,
@@ -280,3 +364,10 @@ def _unknown(name: str, columns: Columns) -> str:
     some = ", ".join(sorted(columns.keys)[:20]) or "none"
     meant = f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
     return f"no checkpoint has a metric {name!r}{meant}{how}; metrics: {some}"
+
+
+def warn_of_unread(unread: Mapping[str, str]) -> None:
+    """Warn of what is left out of selections."""
+    for name, why in unread.items():
+        kind = "checkpoint" if "/" in name else "run"
+        warnings.warn(f"{kind} {name!r} is not considered: {why}", PeakpointWarning, stacklevel=4)

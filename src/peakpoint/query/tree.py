@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 Kind = Literal["number", "text", "truth", "bytes", "time"]
 Span = tuple[int, int]
@@ -161,19 +161,26 @@ class Query:
 
     def metrics(self) -> Iterator[Metric]:
         """Every mention of a metric, in order."""
-        yield from _metrics(self.condition)
+        yield from _mentions(self.condition, Metric)
+
+    def asks_for_aliases(self) -> bool:
+        """Whether the answer depends on what aliases point at."""
+        return any(field.name == "alias" for field in _mentions(self.condition, Field))
 
 
-def _metrics(node: object) -> Iterator[Metric]:
-    """Those in a node, or in anything that a node holds."""
-    if isinstance(node, Metric):
+N = TypeVar("N", Field, Metric)
+
+
+def _mentions(node: object, kind: type[N]) -> Iterator[N]:
+    """Those of a kind in a node, or in anything that a node holds."""
+    if isinstance(node, kind):
         yield node
     elif isinstance(node, tuple):
         for one in node:
-            yield from _metrics(one)
+            yield from _mentions(one, kind)
     elif is_dataclass(node):
         for field in fields(node):
-            yield from _metrics(getattr(node, field.name))
+            yield from _mentions(getattr(node, field.name), kind)
 
 
 def point(text: str, at: Span, message: str) -> str:

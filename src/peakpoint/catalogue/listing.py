@@ -1,0 +1,79 @@
+"""What the catalogue tells of runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, func, select
+
+from peakpoint.catalogue import schema
+from peakpoint.catalogue.database import read_json
+from peakpoint.catalogue.pointers import pointers
+from peakpoint.catalogue.refresh import decoded, read_peaks
+from peakpoint.peaks import Peak
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """One run, as the catalogue knows it.
+
+    Attributes:
+        name: its name.
+        rules: the rules in force, as texts.
+        peaks: best against last of the metrics that the rules watch.
+        reports: how many count.
+        checkpoints: how many exist.
+        size_bytes: of their files.
+        newest: when the newest was made; None without any.
+        damaged: one sentence for each manifest that cannot be read.
+        kept: for each metric of ``peaks``, whether a checkpoint of its best exists.
+        aliases: those that point at a checkpoint of it, by name.
+    """
+
+    name: str
+    rules: tuple[str, ...]
+    peaks: tuple[Peak, ...]
+    reports: int
+    checkpoints: int
+    size_bytes: int
+    newest: datetime | None
+    damaged: tuple[str, ...]
+    kept: Mapping[str, bool]
+    aliases: tuple[str, ...] = ()
+
+
+def _damage(text: str) -> tuple[str, ...]:
+    """What is damaged in a run, of how far it is read."""
+    return tuple(one.damage for one in decoded(text).unsettled.values() if one.damage is not None)
+
+
+def listed(connection: Connection, top: int | None) -> list[Listed]:
+    """Every run, or so many at most; those that saved last come first."""
+    table = schema.runs.c
+    statement = select(schema.runs).order_by(table.newest.desc().nulls_last(), table.name).limit(top)
+    pointing: dict[str, list[str]] = {}
+    for (run, _), names in pointers(connection).items():
+        pointing.setdefault(run, []).extend(names)
+    return [
+        Listed(
+            name=row.name,
+            rules=tuple(read_json(row.rules)),
+            peaks=tuple(read_peaks(row.peaks)),
+            reports=row.reports,
+            checkpoints=row.checkpoints,
+            size_bytes=row.size,
+            newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
+            damaged=_damage(row.read),
+            kept=read_json(row.peaks).get("kept", {}),
+            aliases=tuple(sorted(pointing.get(row.name, ()))),
+        )
+        for row in connection.execute(statement)
+    ]
+
+
+def totals(connection: Connection) -> tuple[int, int, int]:
+    """How many runs and checkpoints there are, and the bytes of their files."""
+    table = schema.runs.c
+    columns = (func.count(), func.sum(table.checkpoints), func.sum(table.size))
+    count, checkpoints, size = connection.execute(select(*columns)).one()
+    return count, int(checkpoints or 0), int(size or 0)
