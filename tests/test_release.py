@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socketserver
+import sqlite3
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -16,9 +17,10 @@ import peakpoint as pp
 import production_task as task
 from peakpoint import aliases, hooks, promotion, validations
 from peakpoint.cli.main import cli
-from peakpoint.errors import ConfigError, RefusedError, SignatureError
+from peakpoint.errors import ConfigError, RefusedError, SignatureError, StoreError
 from peakpoint.policy import read_policies
 from peakpoint.release import records, release
+from peakpoint.store import LocalStore
 
 
 def released(root, alias="champion", **options):
@@ -538,3 +540,49 @@ def test_a_holder_that_was_evaluated_otherwise_is_evaluated_again(tmp_path):
     assert done.outcome == "promoted", done.reasons
     assert len(validations.of(found.store, "r", found.find("r:1").id)) == 1
     assert done.record.comparison["paired"]["examples"] == task.EXAMPLES
+
+
+class Refusing(LocalStore):
+    """Raises an input/output error for keys that end so, so many times."""
+
+    where, times = None, 0
+
+    def get(self, key, begin=0, end=None):
+        if self.where is not None and key.endswith(self.where) and self.times > 0:
+            self.times -= 1
+            raise StoreError(5, f"cannot read {key}: Input/output error")
+        return super().get(key, begin, end)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("what", ["disk", "damage"])
+def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_run):
+    task.trained(tmp_path)
+    task.policy(tmp_path)
+    best = pp.open(tmp_path).find("r:2")
+    pp.open(tmp_path).catalogue().refresh()
+    store, file = Refusing(tmp_path), best.path / "manifest.json"
+    if what == "disk":
+        store.where, store.times = f"{best.name}/manifest.json", 99
+    else:
+        file.write_bytes(file.read_bytes().replace(b'"step"', b'"stop"'))
+    found = pp.open(store)
+    with pytest.warns(pp.PeakpointWarning, match="is not considered"):
+        done = release(found, "champion", read_policies(store), task.in_process, dry_run=dry_run)
+    assert (done.outcome, done.id, done.candidate, done.record) == ("refused", None, None, None)
+    assert "cannot be read, and may be better" in done.reasons[0]
+    assert aliases.numbers(store, "champion") == records(store) == []
+
+
+def test_a_release_is_not_deceived_by_a_damaged_index(tmp_path):
+    task.trained(tmp_path)
+    task.policy(tmp_path)
+    catalogue = pp.open(tmp_path).catalogue()
+    catalogue.refresh()
+    best = pp.open(tmp_path).find("r:2")
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:
+        connection.execute("DELETE FROM peakpoint_checkpoints WHERE step = ?", (best.step,))
+        connection.commit()
+    with pytest.warns(pp.PeakpointWarning, match="said otherwise than the files .* and was made anew"):
+        assert released(tmp_path).candidate.id == best.id
+    assert champion(tmp_path) == best.step

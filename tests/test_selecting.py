@@ -1,6 +1,7 @@
 """select and ls on the command line."""
 
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -188,3 +189,47 @@ def test_what_is_damaged_or_gone_is_marked(tmp_path):
     listed = {run["name"]: run["best_exists"] for run in json.loads(invoke("ls", tmp_path, "--json").output)["runs"]}
     assert listed == {"one": {"acc": True}, "two": {"acc": False}}
     assert json.loads(invoke("ls", tmp_path, "two", "--json").output)["runs"][0]["best_exists"] == {"acc": False}
+
+
+def test_what_cannot_be_read_is_named_and_in_the_exit_code(tmp_path):
+    for run, accuracy in (("good", 0.5), ("best", 0.9)):
+        with checkpointer(tmp_path, run=run, keep=[pp.Last(1)]) as ckpt:
+            ckpt.report(acc=accuracy)
+    best = pp.open(tmp_path).find("best@latest")
+    assert found(tmp_path, "--max", "acc")["unread"] == {}
+    file = best.path / "manifest.json"
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"0.9", b"0.8"))
+    told = process("select", tmp_path, "--max", "acc", "--refs")
+    assert (told.returncode, told.stdout.startswith("good/")) == (23, True)
+    assert f"checkpoint '{best.ref}' is not considered" in told.stderr
+    for command in (("select", "--max", "acc", "--json"), ("ls", "--json")):
+        told = process(command[0], tmp_path, *command[1:])
+        assert told.returncode == 23
+        assert list(json.loads(told.stdout)["unread"]) == [best.ref]
+        assert "seal does not match" in json.loads(told.stdout)["unread"][best.ref]
+        assert best.ref in told.stderr
+    file.write_bytes(data)
+    assert process("audit", tmp_path, "--rebuild").returncode == 12, "what was left out is missing in the catalogue"
+    assert process("audit", tmp_path).returncode == 0
+    assert process("select", tmp_path, "--max", "acc").returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_run_that_only_its_owner_may_read_keeps_nobody_from_the_others(tmp_path):
+    for run, accuracy in (("mine", 0.5), ("theirs", 0.9)):
+        with checkpointer(tmp_path / "runs", run=run, keep=[pp.Last(1)]) as ckpt:
+            ckpt.report(acc=accuracy)
+    (tmp_path / "runs" / "runs" / "theirs").chmod(0o700)
+    for place in (tmp_path, *tmp_path.parents[:-2]):  # which pytest keeps to itself
+        place.chmod(0o755)
+    before = "import os, rich.table, peakpoint.cli.selecting, sqlalchemy.dialects.sqlite, peakpoint.catalogue"
+    code = f"{before}; os.setgid(65534); os.setuid(65534); {RUN}"  # who may not read what Python is made of
+    for arguments, exit_code in ((["select", "--max", "acc"], 23), (["ls", "--json"], 23), (["ls"], 0)):
+        command = [sys.executable, "-c", code, arguments[0], str(tmp_path / "runs"), *arguments[1:]]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "none")}
+        told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert told.returncode == exit_code, told.stderr
+        assert "mine" in told.stdout
+        assert "theirs" in told.stderr
+        assert "Permission denied" in told.stderr

@@ -213,6 +213,10 @@ class _Since:
     id: str
 
 
+def _unread(unread: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name} cannot be read, and may be better: {why}" for name, why in unread.items())
+
+
 def _quoted(alias: str) -> str:
     """The name of a table in TOML."""
     return alias if alias.replace("_", "").replace("-", "").isalnum() else f'"{alias}"'
@@ -245,7 +249,9 @@ class _Release:
 
     def run(self, *, dry_run: bool) -> Release:
         """Go through the steps."""
-        candidate = self._selected()
+        candidate, unread = self._selected()
+        if unread:
+            return self._ends("refused", reasons=unread)
         if candidate is None:
             return self._ends("nothing fits", reasons=("no checkpoint meets the condition of the policy",))
         ref = f"{candidate.run}/{candidate.id}"
@@ -295,31 +301,33 @@ class _Release:
             self._step("sign", f"{made.record} with the key {made.fingerprint}")
         return promotion.unsigned(self._repository, manifest, self._policy)
 
-    def _selected(self) -> Checkpoint | None:
-        """The best that the policy finds.
+    def _selected(self) -> tuple[Checkpoint | None, tuple[str, ...]]:
+        """The best that the policy finds, and what could not be read and may be better, a sentence each.
 
         What the alias was rolled back from comes back by hand only. As long as a roll back is what was done last, so
         does everything that was there before it: somebody is at work on an incident, and knows why.
         """
         self._progress("select")
+        self._repository.catalogue().prove()
         policy = self._policy
         ranked = ", ".join(f"{mode} {name}" for name, mode in policy.by.items())
         rule = self._rule = f"{policy.select or 'all'}; {ranked}"
         bad, since = self._rolled_back()
         top = None if bad or since else 1
         passed = 0
-        for one in self._repository.select(policy.select, by=policy.by, top=top, within=policy.within):
+        chosen = self._repository.select(policy.select, by=policy.by, top=top, within=policy.within)
+        for one in chosen:
             back = bad.get(one.id)
             late = back is None and since is not None and one.created_at <= since.at and one.id != since.id
             if back is None and not late:
                 self._step("select", f"{one.ref} by {rule}")
-                return one
+                return one, _unread(chosen.unread)
             passed += 1
             if passed <= _NAMED:
                 when = f"{back.at:%Y-%m-%d %H:%M} UTC by {back.by}: {back.why}" if back else "it is older than that"
                 self._step("select", f"passed over {one.ref}: {'rolled back at ' if back else ''}{when}")
         self._step("select", f"nothing by {rule}" + (f"; {passed} passed over" if passed else ""))
-        return None
+        return None, _unread(chosen.unread)
 
     def _rolled_back(self) -> tuple[dict[str, AliasRecord], "_Since | None"]:
         """What the alias was rolled back from; and since when nothing older may come, if it was rolled back last.

@@ -30,6 +30,7 @@ _Aliases = Mapping[tuple[str, str], tuple[str, ...]]  # run and id of a checkpoi
 _RUNS = 30  # lines of runs that fit on a screen
 _SHOWN = 20
 _LOOKED_AT = 200  # checkpoints whose files are looked at
+INCOMPLETE = 23  # the exit code of an answer that leaves out what cannot be read
 _SLOW = 20  # runs to read that are worth a bar
 
 
@@ -87,7 +88,10 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
     listed = repository.catalogue().runs(None if everything or json else _RUNS)
     if json:
         found = [render.listed_json(run, Run(repository.store, run.name).holder()) for run in listed]
-        render.as_json({"root": repository.store.location, "runs": found})
+        unread = repository.catalogue().unread
+        render.as_json({"root": repository.store.location, "runs": found, "unread": unread})
+        if unread:
+            sys.exit(INCOMPLETE)
         return
     console = render.console()
     if not listed:
@@ -106,8 +110,8 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
 
 
 def _tell_unread(repository: Repository) -> None:
-    for run, why in repository.catalogue().unread.items():
-        click.echo(f"peakpoint: run {run!r} cannot be read and is left out: {why}", err=True)
+    for name, why in repository.catalogue().unread.items():
+        click.echo(f"peakpoint: {name} cannot be read and is left out: {why}", err=True)
     for alias, why in repository.catalogue().unread_aliases.items():
         click.echo(f"peakpoint: what the alias {alias!r} points at cannot be read: {why}", err=True)
 
@@ -186,7 +190,8 @@ def select(
     with _progress() as progress:
         repository.catalogue().refresh(progress)
     few = top is None and not everything and not refs
-    shown = list(repository.select(where, by=keys, top=_SHOWN + 1 if few else top, within=within))
+    chosen = repository.select(where, by=keys, top=_SHOWN + 1 if few else top, within=within)
+    shown = list(chosen)
     more = few and len(shown) > _SHOWN
     shown = shown[:_SHOWN] if more else shown
     why = repository.select(where, by=keys, top=top, within=within).why() if explain else None
@@ -196,6 +201,7 @@ def select(
         click.echo(f"peakpoint: {ref}: {what}", err=True)
     if json:
         found = {"selected": [_json(one, aliases) | {"damaged": damaged.get(one.ref)} for one in shown], "more": more}
+        found["unread"] = chosen.unread
         render.as_json(found | ({} if why is None else {"why": _why_json(why, aliases)}))
     elif refs:
         for checkpoint in shown:
@@ -204,6 +210,8 @@ def select(
         _print(shown, _columns(query, keys), damaged, aliases, more=more, explained=explain)
         if why is not None:
             _print_why(why, keys)
+    if chosen.unread:  # which a warning has told
+        sys.exit(INCOMPLETE)
 
 
 def _within(given: Mapping[str, Any]) -> WithinSE | None:
