@@ -1,6 +1,7 @@
 """Stopped and resumed is the same as never stopped, to the bit; and where a run continues from."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -111,6 +112,40 @@ def simple(root, total, *, width=4, **options):
             ckpt.report(loss=train(model, optimizer))
             epochs.append(epoch)
     return epochs, said
+
+
+class Noisy(TensorDataset):
+    """Draws random numbers in its workers."""
+
+    def __getitem__(self, index):
+        return self.tensors[0][index] + torch.rand(())
+
+
+@pytest.mark.parametrize(("restores_itself", "warned"), [(True, 1), (False, 0)])
+def test_a_resume_inside_an_epoch_is_exact_or_warns_of_the_generators_of_workers(tmp_path, restores_itself, warned):
+    def batches(root, stop):
+        torch.manual_seed(0)
+        loader = (StatefulDataLoader if restores_itself else DataLoader)(
+            Noisy(torch.zeros(8)), batch_size=2, shuffle=True, num_workers=1
+        )
+        state = {"x": 1, **({"loader": loader} if restores_itself else {})}
+        with checkpointer(root, state=state) as ckpt:
+            for _ in ckpt.epochs(1):
+                for number, batch in enumerate(ckpt.batches(loader), 1):
+                    seen.append(batch)
+                    ckpt.report()
+                    if number == stop:
+                        return
+
+    seen = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        batches(tmp_path / "whole", stop=0)
+        whole, seen = seen, []
+        batches(tmp_path / "cut", stop=2)
+        batches(tmp_path / "cut", stop=0)
+    assert sum("worker processes" in str(one.message) for one in said) == warned
+    assert same(whole, seen) is not bool(warned)
 
 
 def test_auto_continues_if_there_is_something(tmp_path):

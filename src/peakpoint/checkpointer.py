@@ -284,13 +284,20 @@ class Checkpointer:
 
         A run that is continued from such a report goes on with the next batch. A loader that is part of the state and
         has ``state_dict`` (torchdata's ``StatefulDataLoader``) restores itself; any other is started again with the
-        random generators of the beginning of the pass, and its first batches are drawn and dropped.
+        random generators of the beginning of the pass, and its first batches are drawn and dropped. Generators in the
+        worker processes of a loader that restores itself begin anew; a warning says so.
 
         Raises:
             MismatchError: on continuing, the data is shorter than the place in it.
         """
         self._check_open()
         self._ensure_started()
+        if self._loop.restarts_workers(loader, self.state):
+            warn(
+                "the run goes on inside an epoch, and the random generators of the loader's worker processes (torch, "
+                "Python, NumPy in a Dataset) begin anew: what they draw, such as augmentations, differs in the rest of "
+                "this epoch. To resume exactly, leave the loader out of state=, or report between epochs"
+            )
         yield from self._turn_by_turn(self._loop.batches(loader, self.state, self._end_turn))
 
     # --- reporting ----------------------------------------------------------------------------------------------

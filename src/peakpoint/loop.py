@@ -96,6 +96,11 @@ class Loop:
         finally:
             self._step = None
 
+    def restarts_workers(self, loader: Iterable[Any], state: Mapping[str, Any]) -> bool:
+        """Whether the next pass goes on inside an epoch, with worker processes that begin anew."""
+        workers = getattr(loader, "num_workers", 0)
+        return self._place is not None and bool(workers) and is_restored(loader, state)
+
     def batches(self, loader: Iterable[Any], state: Mapping[str, Any], ended: Callable[[], None]) -> Iterator[Any]:
         """See ``Checkpointer.batches``."""
         place, self._place = self._place, None
