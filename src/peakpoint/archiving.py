@@ -268,7 +268,7 @@ def needless(store: Store, run: str) -> list[str]:
         while new:
             new = {base for name in new & stored for base in packs.read_index(store, run, name).bases} - needed
             needed |= new
-    except (CorruptError, FormatError):
+    except (CorruptError, FormatError, NotFoundError):
         return []
     keys = [layout.pack_key(run, checkpoint) for checkpoint in sorted(stored - needed)]
     return keys if shelf.manifests or not archived else [*keys, layout.archived_key(run)]

@@ -6,7 +6,6 @@ touched. Foreign files are neither: Peakpoint did not write them and does not de
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
@@ -23,6 +22,7 @@ from peakpoint.errors import (
     NotFoundError,
     StoreError,
 )
+from peakpoint.findings import Audit, Finding
 from peakpoint.journal import Event, Promoted
 from peakpoint.manifest import MANIFEST, Manifest
 from peakpoint.refs import is_alias
@@ -31,52 +31,11 @@ from peakpoint.seal import digest
 from peakpoint.store import Store
 from peakpoint.writer import sweep
 
+__all__ = ["Audit", "Finding", "audit", "clean", "clean_run"]
+
 _OURS = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?\.safetensors")
 _PACK = re.compile(r"[0-9a-f]{16}\.pack")
 _LOCK_NOTE = b"{}"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that the audit found.
-
-    Attributes:
-        kind: ``"litter"``, ``"damage"``, ``"foreign"`` or ``"busy"``.
-        where: a key.
-        what: one sentence.
-    """
-
-    kind: str
-    where: str
-    what: str
-
-
-@dataclass(slots=True)
-class Audit:
-    """The result of an audit.
-
-    Attributes:
-        findings: in the order of the repository's tree.
-        runs: how many were looked at.
-        checkpoints: how many exist.
-        bytes: how many their files have.
-        deep: whether every byte was compared with its digest.
-    """
-
-    deep: bool
-    findings: list[Finding] = field(default_factory=list)
-    runs: int = 0
-    checkpoints: int = 0
-    bytes: int = 0
-
-    def of_kind(self, kind: str) -> list[Finding]:
-        """The findings of one kind."""
-        return [finding for finding in self.findings if finding.kind == kind]
-
-    @property
-    def clean(self) -> bool:
-        """Whether there is neither litter nor damage."""
-        return not self.of_kind("litter") and not self.of_kind("damage")
 
 
 def audit(
@@ -206,6 +165,7 @@ def _run(
         yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
         yield from _foreign(store, layout.checkpoint_prefix(run, damaged.name))
     for name in shelf.bare:
+        yield from _foreign(store, layout.checkpoint_prefix(run, name))
         yield from _bare(store, run, name, now)
     for entry in trash.contents(store, run):
         yield from _files(store, entry.manifest, deep=result.deep)
@@ -424,7 +384,6 @@ def _bare(store: Store, run: str, name: str, now: datetime) -> Iterator[Finding]
     else:
         yield Finding("litter", prefix, f"in the trash, and its time was over at {record.until:%Y-%m-%d %H:%M} UTC")
     foreign = store.foreign(prefix)
-    yield from _foreign(store, prefix)
     for child in store.children(prefix):
         if not _is_ours(child) and child not in foreign:
             yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
@@ -441,7 +400,7 @@ def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]
                 reader.read(store, manifest, file)
             else:
                 reader.check_size(store, manifest, file)
-        except CorruptError as error:
+        except (CorruptError, FormatError) as error:
             yield Finding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
         except NotFoundError:  # removed meanwhile
             return
