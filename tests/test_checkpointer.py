@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import peakpoint as pp
+from peakpoint.audit import audit
 from peakpoint.store import MemoryStore
 from training import checkpointer, kept, parts, same, train
 
@@ -343,3 +344,51 @@ def test_early_stopping_by_a_metric_that_is_not_reported_is_said_once(tmp_path):
         with pytest.warns(pp.PeakpointWarning, match=r"no 'val_los': early stopping .* did you mean 'val_loss'\?"):
             ckpt.report(step=1, val_loss=1.0)
         assert not ckpt.report(step=2, val_loss=2.0).should_stop
+
+
+FORKED = """
+import os, sys
+import peakpoint as pp
+with pp.Checkpointer(sys.argv[1], run="r", state={"x": 1}, keep=[pp.Last(9)], preempt=None) as ckpt:
+    ckpt.report(step=1)
+    ckpt.wait()
+    child = os.fork()
+    if child == 0:
+        batches = lambda: next(ckpt.batches([1]))
+        calls = ckpt.report, lambda: ckpt.save("why"), ckpt.wait, ckpt.resume, ckpt.close, batches
+        for call in (*calls, lambda: next(ckpt.epochs(9)), lambda: next(ckpt.steps(9))):
+            try:
+                call()
+            except pp.ConflictError as error:
+                assert f"belongs to process {os.getppid()}" in str(error), error
+            else:
+                os._exit(3)
+        raise SystemExit(7)  # leaves the block, and ends the interpreter
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    ckpt.report(step=2)
+"""
+
+
+def test_a_fork_may_not_use_the_checkpointer_and_harms_nothing(tmp_path):
+    subprocess.run([sys.executable, "-W", "error", "-c", FORKED, str(tmp_path)], check=True, stderr=subprocess.DEVNULL)
+    assert [c.step for c in kept(tmp_path)] == [1, 2]
+    assert audit(pp.open(tmp_path), deep=True).findings == []
+    assert pp.open(tmp_path).run("r").events()[-1].why == "closed"
+
+
+def test_nothing_is_committed_when_the_run_is_not_held_any_more(tmp_path):
+    first = checkpointer(tmp_path)
+    first.report(step=1)
+    first.wait()
+    (tmp_path / "runs" / "r" / "writer.lock").unlink()
+    with checkpointer(tmp_path) as second:
+        second.resume()
+        first.report(step=2)
+        with pytest.raises(pp.SaveFailedError, match=r"writer\.lock was removed, replaced or overwritten"):
+            first.wait()
+        second.report(step=3)
+        second.wait()
+    with pytest.raises(pp.SaveFailedError):
+        first.close()
+    assert [c.step for c in kept(tmp_path)] == [1, 3]
+    assert audit(pp.open(tmp_path), deep=True).of_kind("damage") == []

@@ -871,3 +871,18 @@ def test_metrics_by_name_are_a_score_too(tmp_path):
     made = pp.soup(["a@latest", "b@latest"], root=tmp_path, kind="greedy", evaluate=evaluate, metric="loss", mode="min")
     assert made.score == pytest.approx(0.1)
     assert len(made.members) == 2
+
+
+def test_a_soup_whose_run_is_not_held_any_more_is_not_committed():
+    class Losing(MemoryStore):
+        def hold(self, key, note):
+            hold = super().hold(key, note)
+            if "-soup" in key:
+                hold.release()
+            return hold
+
+    store = Losing()
+    refs = saved(store, [{"w": torch.ones(2)}, {"w": torch.zeros(2)}])
+    with pytest.raises(ConflictError, match="not held any more"):
+        pp.soup(refs, root=store)
+    assert pp.open(store).run("r-soup").checkpoints() == []

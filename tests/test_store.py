@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -29,7 +30,16 @@ from peakpoint.errors import (
     StoreError,
     TransientStoreError,
 )
-from peakpoint.store import FileOps, LocalStore, MemoryStore, check_key, open_store
+from peakpoint.store import (
+    RECORD,
+    SMALL,
+    FileOps,
+    LocalStore,
+    MemoryStore,
+    check_key,
+    create_numbered,
+    open_store,
+)
 
 NOTE = json.dumps({"host": "node7", "pid": "4711", "since": "2026-03-01T12:00:00+00:00"}).encode()
 CLIMBING = ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/..", "./a", "a/./b", "a\\b", "a\x00b", "//"]
@@ -425,6 +435,44 @@ def test_a_longer_note_before_leaves_nothing_behind(store):
     hold = store.hold("lock", b'{"host":"h","pid":"1","since":"now"}')
     assert store.holder("lock") == "process 1 on h since now"
     hold.release()
+
+
+def test_who_holds_is_sure_of_it_until_it_is_given_back(store):
+    hold = store.hold("lock", NOTE)
+    hold.check()
+    hold.check()
+    hold.release()
+    with pytest.raises(ConflictError, match="not held any more"):
+        hold.check()
+    again = store.hold("lock", NOTE)
+    with pytest.raises(ConflictError):
+        hold.check()  # another one holds it
+    again.check()
+    again.release()
+
+
+def test_numbers_that_are_taken_are_passed_over_and_not_for_ever(store):
+    for number in (1, 2, 4):
+        store.create(f"n/{number}", b"")
+    assert create_numbered(1, lambda number: store.create(f"n/{number}", b"") or number) == 3
+    asked = []
+
+    def taken(number):
+        asked.append(number)
+        raise ConflictError
+
+    with pytest.raises(ConflictError):
+        create_numbered(5, taken)
+    assert asked == list(range(5, 1005))
+
+
+def test_more_than_a_reader_expects_is_not_read(store):
+    store.put("a", [b"12345"])
+    assert store.get("a", most=5) == b"12345"
+    assert store.get("a", 2, most=3) == b"345"
+    assert store.get("a", 0, 5, most=1) == b"12345"
+    with pytest.raises(FormatError, match=r"a has 5 bytes, .* at most 4"):
+        store.get("a", most=4)
 
 
 @pytest.mark.parametrize(
@@ -1235,6 +1283,124 @@ def test_a_file_where_a_directory_should_be_is_an_error_of_ours(tmp_path):
     assert (tmp_path / "root").read_bytes() == b"a file"
 
 
+# --- the local store: what it has not made -------------------------------------------------------------------------
+
+
+def strange(path):
+    """One of each kind of what is no file and no directory, at a path and beside it; returns their words by name."""
+    path.symlink_to("elsewhere")
+    os.mkfifo(path.with_name("pipe"))
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):  # addresses must be short
+        server.bind("socket")
+    (path.parent / ".tmp-directory").mkdir()
+    return {
+        ".tmp-directory": "a directory",
+        path.name: "a symbolic link",
+        "pipe": "a named pipe",
+        "socket": "a socket",
+    }
+
+
+def test_what_no_store_has_made_is_listed_refused_and_left_alone(local):
+    local.put("d/elsewhere", [b"precious"])
+    words = strange(local.path("d/link"))
+    assert local.foreign("d") == words
+    assert local.foreign("") == {}
+    assert local.children("d") == ["elsewhere", "link", "pipe", "socket"]
+    assert local.litter("d") == []
+    for name, what in words.items():
+        key = f"d/{name}"
+        for work in (local.get, local.view, local.fill, lambda key: local.hold(key, NOTE)):
+            with pytest.raises(FormatError, match=f"{name} is {what}"):
+                work(key)
+        for work in (lambda key: local.put(key, [b"1"]), lambda key: local.create(key, b"1"), local.log):
+            with pytest.raises(StoreError, match=f"{name} is {what}"):
+                work(key)
+        with pytest.raises(StoreError):
+            local.link("d/elsewhere", key)
+        with pytest.raises(FormatError):
+            local.link(key, "d/other")
+        assert local.size(key) is local.holder(key) is local.reading(key) is None
+        assert not local.is_read(key)
+        local.delete(key)
+        if name != ".tmp-directory":
+            local.prune(key)
+    assert local.foreign("d") == words
+    assert local.get("d/elsewhere") == b"precious"
+
+
+def test_nothing_is_reached_through_a_link(local, tmp_path):
+    (tmp_path / "outside" / "e").mkdir(parents=True)
+    (tmp_path / "outside" / "e" / "a").write_bytes(b"precious")
+    (tmp_path / "outside" / ".tmp-a").write_bytes(b"precious")
+    local.put("d/a", [b"1"])
+    local.path("d/link").symlink_to(tmp_path / "outside")
+    for work in (
+        lambda: local.get("d/link/e/a"),
+        lambda: local.view("d/link/e/a"),
+        lambda: local.fill("d/link/e/a"),
+        lambda: local.size("d/link/e/a"),
+        lambda: local.children("d/link"),
+        lambda: local.litter("d/link"),
+        lambda: local.foreign("d/link/e"),
+        lambda: local.put("d/link/e/a", [b"2"]),
+        lambda: local.put("d/link/new/a", [b"2"]),
+        lambda: local.create("d/link/b", b"2"),
+        lambda: local.link("d/a", "d/link/b"),
+        lambda: local.link("d/link/e/a", "d/b"),
+        lambda: local.delete("d/link/.tmp-a"),
+        lambda: local.prune("d/link/e"),
+        lambda: local.log("d/link/j"),
+        lambda: local.hold("d/link/lock", NOTE),
+        lambda: local.holder("d/link/lock"),
+    ):
+        with pytest.raises(StoreError, match="link is a symbolic link, and none is followed") as caught:
+            work()
+        assert caught.value.errno == errno.ELOOP
+    assert local.reading("d/link/e/a") is None
+    assert local.stamp("d/link") == ""
+    assert names_in(tmp_path / "outside") == [".tmp-a", "e"]
+    assert names_in(tmp_path / "outside" / "e") == ["a"]
+    assert names_in(local.path("d")) == ["a", "link"]
+
+
+def test_a_link_that_takes_the_place_of_a_directory_meanwhile_is_not_followed(tmp_path):
+    """What was looked at is what is used: the names below a directory are its own, wherever it is now."""
+    (tmp_path / "outside").mkdir()
+
+    class Exchanging(FileOps):
+        def fsync(self, fd):
+            super().fsync(fd)
+            (tmp_path / "root" / "d").rename(tmp_path / "root" / "moved")
+            (tmp_path / "root" / "d").symlink_to(tmp_path / "outside")
+
+    LocalStore(tmp_path / "root", Exchanging()).put("d/a", [b"1"])
+    assert names_in(tmp_path / "outside") == []
+    assert (tmp_path / "root" / "moved" / "a").read_bytes() == b"1"
+
+
+def test_a_link_is_no_file_to_be_adopted_as_it_is(local, tmp_path):
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    assert local.adopt(tmp_path / "link", "d/a")  # what it points at: the place is the caller's
+    assert local.get("d/a") == b"1"
+    assert stat.S_ISREG(local.path("d/a").lstat().st_mode)
+    with pytest.raises(FormatError, match="a named pipe"):
+        local.adopt(tmp_path / "pipe", "d/b")
+
+
+def test_a_file_of_absurd_size_is_refused_unread(local):
+    local.put("d/a", [b"1"])
+    os.truncate(local.path("d/a"), 2**40)
+    for most in (SMALL, RECORD):
+        with pytest.raises(FormatError, match=rf"d/a has {2**40} bytes, .* at most {most}"):
+            local.get("d/a", most=most)
+    with pytest.raises(FormatError):
+        local.get("d/a", 100)
+    assert local.get("d/a", 0, 3) == b"1\0\0"
+
+
 # --- the local store: without hard links --------------------------------------------------------------------------
 
 
@@ -1382,7 +1548,6 @@ def test_a_lock_of_a_killed_process_is_taken_over(local, spawn):
 
 
 def test_asking_and_being_refused_do_not_lose_the_lock(local):
-    """Closing any descriptor of the file would let go of it."""
     hold = local.hold("runs/r/lock", NOTE)
     assert local.holder("runs/r/lock") is not None
     assert LocalStore(local.root).holder("runs/r/lock") is not None
@@ -1401,6 +1566,51 @@ def test_reading_the_key_of_a_lock_does_not_lose_it(local):
     assert bytes(local.view("runs/r/lock")) == NOTE
     assert "4711" in try_to_hold(local.root)
     hold.release()
+
+
+def test_a_backup_in_the_process_of_the_holder_does_not_lose_the_lock(local, tmp_path):
+    hold = local.hold("runs/r/lock", NOTE)
+    shutil.copytree(local.root, tmp_path / "backup")
+    assert local.path("runs/r/lock").read_bytes() == NOTE
+    assert "4711" in try_to_hold(local.root)
+    hold.check()
+    hold.release()
+
+
+def overwrite(path):
+    path.write_bytes(b"{}")
+
+
+def exchange(path):
+    path.unlink()
+    path.write_bytes(NOTE)
+
+
+def link_to_itself(path):
+    path.rename(path.with_name("moved"))
+    path.symlink_to("moved")
+
+
+@pytest.mark.parametrize("take", [Path.unlink, exchange, overwrite, link_to_itself], ids=lambda take: take.__name__)
+def test_who_holds_learns_that_the_file_was_removed_replaced_or_overwritten(local, take):
+    hold = local.hold("runs/r/lock", NOTE)
+    take(local.path("runs/r/lock"))
+    with pytest.raises(ConflictError, match="was removed, replaced or overwritten"):
+        hold.check()
+    hold.release()
+
+
+def test_of_two_who_hold_after_a_removal_the_second_is_right(local):
+    first = local.hold("runs/r/lock", NOTE)
+    local.path("runs/r/lock").unlink()
+    second = local.hold("runs/r/lock", NOTE)
+    second.check()
+    with pytest.raises(ConflictError):
+        first.check()
+    first.release()
+    second.check()
+    assert "4711" in try_to_hold(local.root)
+    second.release()
 
 
 def test_forked_children_of_the_holder_neither_hold_nor_keep_the_lock(local, spawn):
