@@ -335,13 +335,18 @@ def remove(store: Store, manifest: Manifest) -> None:
     """
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
     records = [child for child in store.children(prefix) if layout.is_record(child)]
+    if layout.TRASHED in records:  # of a removal that was cut short: without the manifest it would count
+        store.delete(layout.trashed_key(manifest.run, manifest.name))
     store.delete(layout.manifest_key(manifest.run, manifest.name))
     sweep(store, manifest.run, manifest.name, [*(file.name for file in manifest.files), *records])
 
 
 def sweep(store: Store, run: str, name: str, files: Sequence[str]) -> None:
-    """Remove ``files`` and unfinished writes from a directory without a manifest, then the directory if it is empty."""
-    for file in files:
+    """Remove ``files`` and unfinished writes from a directory without a manifest, then the directory if it is empty.
+
+    The record that it is in the trash goes first: once a file is gone, the checkpoint cannot be brought back.
+    """
+    for file in sorted(files, key=lambda file: file != layout.TRASHED):
         store.delete(layout.file_key(run, name, file))
     for key in store.litter(layout.checkpoint_prefix(run, name)):
         store.delete(key)
