@@ -71,6 +71,15 @@ WRONG = {
 }
 
 
+def test_an_archived_run_is_no_difference(root):
+    with contextlib.closing(Catalogue(LocalStore(root))) as catalogue:
+        pp.upkeep.archive(pp.open(root).run("a"))
+        before = catalogue.location, (root / "catalogue.sqlite").stat().st_ino
+        assert {run for run, *_ in steps(catalogue, "archived")} == {"a"}
+        assert audit(pp.open(root)).findings == []
+        assert before == (catalogue.location, (root / "catalogue.sqlite").stat().st_ino), "it was made anew"
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_given_out_is_what_the_files_say(root, catalogue_url, what):
     statement, where, by = WRONG[what]

@@ -7,6 +7,7 @@ out. What an index of the database hides shows in the whole comparison only.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, Table, select
@@ -21,6 +22,7 @@ from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import Error, NotFoundError
 from peakpoint.manifest import metrics_from_json, metrics_to_json
 from peakpoint.notes import notes
+from peakpoint.packs import run_archive
 from peakpoint.peaks import go_on
 from peakpoint.store import Store
 
@@ -52,9 +54,10 @@ def compare_rows(connection: Connection, columns: Columns, store: Store, rows: S
     """
     differences: list[Difference] = []
     standings: list[tuple[Any, reader.Standing]] = []
+    archive_of = cache(partial(run_archive, store))
     for row in rows:
         try:
-            standing = reader.look(store, row.run, row.name)
+            standing = reader.look(store, row.run, row.name, archive_of(row.run))
         except (Error, ValueError) as error:  # a name that no key can have is a ValueError
             differences.append(Difference(row.run, f"{row.run}/{row.name}: {error}", unreadable=True))
             continue
@@ -205,7 +208,8 @@ def _alone(run: str, name: str, look: reader.Standing | reader.Damaged | None) -
 def _looks(store: Store, run: str) -> dict[str, reader.Standing | reader.Damaged | None]:
     children = store.children(layout.checkpoints_prefix(run))
     names = [child[:-1] for child in children if child.endswith("/") and child.isascii()]
-    return {name: reader.look(store, run, name) for name in names}
+    archive = run_archive(store, run)
+    return {name: reader.look(store, run, name, archive) for name in names}
 
 
 def _facts(events: Sequence[journals.Event], manifests: Sequence[Any]) -> Facts:
