@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
+from typing import Any
 
 from peakpoint.dropping import drop, without
 from peakpoint.errors import StoreError
@@ -269,19 +270,11 @@ def _record(journal: Journal, removals: Sequence[Removal], by: str, until: datet
     Returns:
         Whether they are recorded.
     """
-    events = [
-        Removed(
-            at=journal.now(),
-            checkpoint=removal.manifest.id,
-            name=removal.manifest.name,
-            step=removal.manifest.step,
-            epoch=removal.manifest.epoch,
-            reason=removal.reason,
-            by=by,
-            until=until,
-        )
-        for removal in removals
-    ]
+    events = []
+    for removal in removals:
+        moment = {"step": removal.manifest.step, "epoch": removal.manifest.epoch}
+        about = _about(removal.manifest, by) | moment
+        events.append(Removed(at=journal.now(), **about, reason=removal.reason, until=until))
     try:
         return journal.record(events, later=until is None)
     except StoreError as error:
@@ -292,9 +285,13 @@ def _record(journal: Journal, removals: Sequence[Removal], by: str, until: datet
         ) from error
 
 
+def _about(manifest: Manifest, by: str) -> dict[str, Any]:
+    return {"checkpoint": manifest.id, "name": manifest.name, "by": by}
+
+
 def _taken_back(journal: Journal, manifest: Manifest, parts: tuple[str, ...], by: str) -> Undone:
     """Without it the journal would go on saying that the checkpoint is being removed, and it could not be pinned."""
-    return Undone(at=journal.now(), checkpoint=manifest.id, name=manifest.name, parts=parts, by=by)
+    return Undone(at=journal.now(), **_about(manifest, by), parts=parts)
 
 
 def thin(
@@ -313,17 +310,8 @@ def thin(
     changed: dict[str, Manifest] = {}
     failures = []
     for thinning in drops:
-        manifest = thinning.manifest
-        journal.append(
-            PartsDropped(
-                at=journal.now(),
-                checkpoint=manifest.id,
-                name=manifest.name,
-                parts=thinning.parts,
-                reason=thinning.reason,
-                by=by,
-            )
-        )
+        about = _about(thinning.manifest, by)
+        journal.append(PartsDropped(at=journal.now(), **about, parts=thinning.parts, reason=thinning.reason))
     if drops:
         journal.sync()
     spared = set(pinned()) if drops else set()
