@@ -713,8 +713,9 @@ def test_what_was_cut_short_protects_until_that_record_is_there(tmp_path):
     journal.close()  # and no word of what came of it
     assert [claim.reason for claim in run.plan((pp.Last(1),)).keep[one.id]] == ["about to become champion"]
     assert upkeep.remove(run, [one], "x") == [f"{one.name} stays: about to become champion"]
-    with checkpointer(tmp_path, keep=[pp.Last(2)]) as ckpt:
-        ckpt.resume()
+    with checkpointer(tmp_path, keep=[pp.Last(2)], undo_for="0") as ckpt:
+        with pytest.warns(pp.PeakpointWarning, match="rules have changed"):
+            ckpt.resume()
         ckpt.report(step=5)
         ckpt.wait()
         assert steps(run) == [1, 4, 5]

@@ -38,9 +38,9 @@ class Full(FileOps):
         if self.removals > 0 and needed == self.lacking:
             raise OSError(self.error, os.strerror(self.error))
 
-    def create(self, path):
+    def create(self, path, *at):
         self.check("inodes")
-        return super().create(path)
+        return super().create(path, *at)
 
     def write(self, fd, data):
         if self.left:
@@ -49,8 +49,8 @@ class Full(FileOps):
             self.check("bytes")
         return super().write(fd, data)
 
-    def unlink(self, path):
-        super().unlink(path)
+    def unlink(self, path, *at):
+        super().unlink(path, *at)
         self.removals -= 0 if path.name.startswith(".tmp-") else 1
 
 
@@ -142,7 +142,7 @@ def test_a_removal_that_was_cut_short_before_its_record(tmp_path):
     run = run_of(tmp_path)
     remove(run.store, run.manifests()[0])
     assert "the journal does not tell when it was removed, or why" in command("explain", tmp_path, "r:epoch=0")
-    with checkpointer(tmp_path, keep=[pp.Last(1)], resume="never") as ckpt:
+    with checkpointer(tmp_path, keep=[pp.Last(99)], resume="never") as ckpt:
         ckpt.report(step=9)
     assert audit.audit(pp.open(tmp_path), deep=True).findings == []
 
