@@ -800,3 +800,13 @@ def test_a_removal_cut_short_and_then_made_for_good_is_not_in_the_trash():
             ("remove", 0, 1, False, HOUR, (operation, "after")),
             ("remove", 0, 1, False, NOTHING, (operation, "after")),
         )
+
+
+@pytest.mark.parametrize("operation", range(10, 14))
+def test_a_close_cut_short_lets_go_of_the_run(operation):
+    played(
+        ("train", "r", ALL, [0.9, 0.5, 0.1], ()),
+        ("begin", "r", PARTED, "auto", None, 0, ()),
+        ("report", 0, 0.5, (operation, "before")),
+        ("keep", "r", PARTED, HOUR, ()),
+    )

@@ -416,11 +416,10 @@ class Checkpointer:
         except ConfigError as error:
             self.__exit__(ConfigError, error, None)
             raise
+        why = "closed" if self.why_stop is None else f"{journals.STOPPED}{self.why_stop}"
         try:
-            if sys.exception() is None:  # whoever stops a training that has just said what will go, keeps it
-                self._saver.finish()
-                self._saver.catch_up()
-            failure = self._finish("closed" if self.why_stop is None else f"{journals.STOPPED}{self.why_stop}")
+            # whoever stops a training that has just said what will go, keeps it
+            failure = self._finish(why, catches_up=sys.exception() is None)
         finally:
             arrived = self._watch.stop()
         self._tell_notices()
@@ -703,8 +702,12 @@ class Checkpointer:
         run_earlier(arrived)
         raise SystemExit(self._exit_code)
 
-    def _finish(self, why: str) -> Failure | None:
+    def _finish(self, why: str, *, catches_up: bool = False) -> Failure | None:
         """Make everything durable and let go of the run.
+
+        Args:
+            why: the reason, for the journal.
+            catches_up: whether the rules are applied if nothing was saved.
 
         Returns:
             A failure to be told.
@@ -712,6 +715,8 @@ class Checkpointer:
         self._closed = True
         try:
             self._saver.finish()
+            if catches_up:
+                self._saver.catch_up()
             failed = self._heal()
             self._saver.record()
             self._journal.append(journals.Closed(at=self._clock(), why=why))
