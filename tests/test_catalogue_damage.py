@@ -206,11 +206,11 @@ class Refusing(LocalStore):
 
     where, times = None, 0
 
-    def get(self, key, begin=0, end=None):
+    def get(self, key, begin=0, end=None, **limits):
         if self.where is not None and self.where in key and self.times > 0:
             self.times -= 1
             raise StoreError(5, f"cannot read {key}: Input/output error")
-        return super().get(key, begin, end)
+        return super().get(key, begin, end, **limits)
 
 
 @pytest.mark.parametrize("where", ["a/checkpoints/a_epoch2_step3/manifest.json", "runs/a/journal", "runs/a/run.json"])

@@ -95,7 +95,10 @@ class Life:
 
     def close(self):
         if self.ckpt is not None:
-            self.ckpt.close()
+            before = self.there()
+            self.ckpt.close()  # which applies the rules where nothing was saved
+            for one in sorted(before.keys() - self.there().keys(), key=lambda one: before[one].sequence):
+                self.note("removed", one)
             self.note("ended")
             self.ckpt = None
 

@@ -547,11 +547,11 @@ class Refusing(LocalStore):
 
     where, times = None, 0
 
-    def get(self, key, begin=0, end=None):
+    def get(self, key, begin=0, end=None, **limits):
         if self.where is not None and key.endswith(self.where) and self.times > 0:
             self.times -= 1
             raise StoreError(5, f"cannot read {key}: Input/output error")
-        return super().get(key, begin, end)
+        return super().get(key, begin, end, **limits)
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
