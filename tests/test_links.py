@@ -131,7 +131,7 @@ def places(made):
     return list(found.values())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(280)
 @pytest.mark.parametrize("put", [link, loop, pipe, directory, huge], ids=lambda put: put.__name__)
 def test_what_is_none_of_ours_is_neither_followed_nor_changed(made, tmp_path, put):
     for number, key in enumerate(places(made)):

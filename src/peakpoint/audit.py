@@ -104,7 +104,10 @@ def _heeding(busy: str | None, run: str, findings: list[Finding]) -> list[Findin
 
 def _at_work(store: Store, run: str) -> str | None:
     """Who changes a run at present: who holds it, or a command beside that, such as a removal by hand."""
-    return store.holder(layout.writer_lock(run)) or ("another process" if journals.written(store, run) else None)
+    try:
+        return store.holder(layout.writer_lock(run)) or ("another process" if journals.written(store, run) else None)
+    except (FormatError, StoreError):
+        return None  # the journal is none that anybody could be writing; it is named where it is read
 
 
 def _outside_runs(store: Store, *, deeper: bool) -> Iterator[Finding]:

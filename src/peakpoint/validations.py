@@ -310,8 +310,10 @@ def _wrong_predictions(store: Store, validation: Validation, *, deep: bool) -> s
     if validation.predictions is None:
         return ""
     key = layout.predictions_key(validation.run, validation.checkpoint, validation.predictions)
-    if store.size(key) is None:
-        return f"the predictions of validation {validation.number} of {validation.name} are missing"
+    size = store.size(key)
+    if size is None or size > LARGE:
+        wrong = "are missing" if size is None else f"have {size} bytes, which none of ours have"
+        return f"the predictions of validation {validation.number} of {validation.name} {wrong}"
     try:
         if deep:
             predictions_of(store, validation)
