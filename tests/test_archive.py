@@ -167,7 +167,6 @@ def test_the_whole_of_an_archived_run_can_be_removed(tmp_path):
     upkeep.archive(run_of(tmp_path))
     assert upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests(), "done with it") == []
     assert run_of(tmp_path).checkpoints() == []
-    command("audit", tmp_path, "--clean")
     assert not list(tmp_path.rglob("*.pack"))
     assert not (tmp_path / layout.archived_key("r")).exists()
     assert len(trained(tmp_path, epochs=2)) == 2, "it begins anew"
@@ -284,6 +283,12 @@ def test_every_damage_to_a_pack_is_noticed(tmp_path):
     assert audit(pp.open(tmp_path), deep=True).findings == [], "the packs are still read"
     for number, expected in enumerate(weights):
         assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
+    with pytest.raises(pp.ConflictError, match="is archived"):  # the only copy is in the pack, and goes to no trash
+        upkeep.remove(run_of(tmp_path), [first], "x", undo_for=DAY)
+    clean(pp.open(tmp_path))
+    assert len(upkeep.restore(run_of(tmp_path))) == 2, "what lacks files is in the archive, whatever the records say"
+    assert audit(pp.open(tmp_path), deep=True).findings == []
+    assert not list(tmp_path.rglob("*.pack"))
 
 
 def test_what_is_damaged_in_an_archive_keeps_nothing_else_there(tmp_path):
@@ -311,8 +316,11 @@ def test_a_damaged_record_of_an_archive_loses_nothing(tmp_path):
         record.write_bytes(bad)
         assert "damage" in {finding.kind for finding in audit(pp.open(tmp_path)).findings}
         clean(pp.open(tmp_path))
-        with pytest.raises((pp.CorruptError, pp.FormatError)):
-            upkeep.restore(run_of(tmp_path))
+        with pytest.raises(pp.ConflictError, match="--restore"):
+            upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests()[:1], "x")
+        assert len(upkeep.restore(run_of(tmp_path))) == 2
+        assert audit(pp.open(tmp_path), deep=True).findings == []
+        upkeep.archive(run_of(tmp_path))
     record.unlink()
     clean(pp.open(tmp_path))
     for number, expected in enumerate(weights):
@@ -360,6 +368,14 @@ def test_hostile_packs_are_refused(tmp_path):
         rewritten(tmp_path, ids[0], **bad)
         with pytest.raises(pp.FormatError):
             pp.load("r:epoch=0", root=tmp_path).verify()
+
+
+def test_a_run_that_lacks_a_file_stays_as_it_is(tmp_path):
+    trained(tmp_path, epochs=2, width=4)
+    (run_of(tmp_path).checkpoints()[1].path / "state.json").unlink()
+    with pytest.raises(pp.CorruptError, match="is damaged"):
+        upkeep.archive(run_of(tmp_path))
+    assert not list(tmp_path.rglob("*.pack"))
 
 
 def test_a_run_with_a_damaged_checkpoint_stays_as_it_is(tmp_path):

@@ -10,7 +10,7 @@ the record or on the other.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peakpoint import layout, packs, reader
+from peakpoint import layout, packs, reader, trash
 from peakpoint.dropping import records
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.journal import Archived, Changing, Journal, Restored, Undone
@@ -82,7 +82,10 @@ def archive(
     near: list[Base] = []  # the nearest first
     packed: list[Packed] = []
     for manifest in manifests:
-        plain = PlainSource(store, manifest)
+        try:
+            plain = PlainSource(store, manifest)
+        except NotFoundError as error:
+            raise CorruptError(f"{manifest.name} is damaged, or was removed a moment ago: {error}") from error
         index = _pack(store, manifest, plain, near, level)
         size = store.size(layout.pack_key(run, manifest.id)) or 0
         packed.append(Packed(manifest, manifest.size_bytes, size, len(index.bases)))
@@ -257,14 +260,12 @@ def needless(store: Store, run: str) -> list[str]:
     if not stored and not archived:
         return []
     shelf = reader.shelf(store, run)
-    if shelf.damaged:
+    removed = [entry.manifest for entry in trash.contents(store, run)]  # earlier code put packed ones there
+    in_trash = [name for name in shelf.bare if store.size(layout.trashed_key(run, name)) is not None]
+    if shelf.damaged or len(in_trash) > len(removed):
         return []
     try:
-        removed = [packs.single_archive(store, run, name) for name in shelf.bare]  # may be in the trash
-        needed = {single.checkpoint for single in removed if single is not None}
-        needed |= packs.packed_bytes(store, run, shelf.manifests).keys()
-        needed |= {manifest.id for manifest in shelf.manifests if not _has_files(store, manifest)}
-        new = needed
+        new = needed = set(packs.packed_bytes(store, run, [*shelf.manifests, *removed]))
         while new:
             new = {base for name in new & stored for base in packs.read_index(store, run, name).bases} - needed
             needed |= new
@@ -272,8 +273,3 @@ def needless(store: Store, run: str) -> list[str]:
         return []
     keys = [layout.pack_key(run, checkpoint) for checkpoint in sorted(stored - needed)]
     return keys if shelf.manifests or not archived else [*keys, layout.archived_key(run)]
-
-
-def _has_files(store: Store, manifest: Manifest) -> bool:
-    children = set(store.children(layout.checkpoint_prefix(manifest.run, manifest.name)))
-    return {file.name for file in manifest.files} <= children

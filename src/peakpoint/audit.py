@@ -332,10 +332,7 @@ def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> 
 
 def _packed(store: Store, run: str, shelf: reader.Shelf) -> Mapping[str, int]:
     """Which checkpoints of a run are in packs; none when no record says so that can be read."""
-    try:
-        return packs.packed_bytes(store, run, shelf.manifests)
-    except (CorruptError, FormatError):
-        return {}  # which is damage, and nothing of the run is touched
+    return packs.packed_bytes(store, run, shelf.manifests)
 
 
 def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: datetime) -> list[Finding]:

@@ -104,34 +104,6 @@ class RunArchive:
     by: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SingleArchive:
-    """The record that one checkpoint is in its pack, as earlier code wrote it.
-
-    Attributes:
-        checkpoint: the id.
-        packed_bytes: bytes of the pack.
-    """
-
-    checkpoint: str
-    packed_bytes: int
-
-
-R = TypeVar("R")
-
-
-def _record(store: Store, key: str, kind: type[R]) -> R | None:
-    try:
-        content = unseal(store.get(key), where=key)
-    except NotFoundError:
-        return None
-    check_format(content, where=key)
-    try:
-        return msgspec.convert(content, kind)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{key} is not a record of an archive that this release reads") from error
-
-
 def run_archive(store: Store, run: str) -> RunArchive | None:
     """The record that a run is archived; None when it is not.
 
@@ -139,12 +111,24 @@ def run_archive(store: Store, run: str) -> RunArchive | None:
         CorruptError: it is damaged.
         FormatError: a newer release wrote it.
     """
-    return _record(store, layout.archived_key(run), RunArchive)
+    key = layout.archived_key(run)
+    try:
+        content = unseal(store.get(key), where=key)
+    except NotFoundError:
+        return None
+    check_format(content, where=key)
+    try:
+        return msgspec.convert(content, RunArchive)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{key} is not a record of an archive that this release reads") from error
 
 
-def single_archive(store: Store, run: str, name: str) -> SingleArchive | None:
-    """The record that the checkpoint of one directory is archived; errors as in ``run_archive``."""
-    return _record(store, layout.singly_archived_key(run, name), SingleArchive)
+def known_archive(store: Store, run: str) -> RunArchive | None:
+    """``run_archive``, and None for a record that cannot be read: audit names it, and the packs tell the rest."""
+    try:
+        return run_archive(store, run)
+    except (CorruptError, FormatError):
+        return None
 
 
 def note_archived(store: Store, run: str, archive: RunArchive) -> None:
@@ -153,16 +137,24 @@ def note_archived(store: Store, run: str, archive: RunArchive) -> None:
 
 
 def packed_bytes(store: Store, run: str, manifests: Iterable[Manifest]) -> dict[str, int]:
-    """The archived ones among the checkpoints of a run: id to the bytes of the pack; errors as in ``run_archive``."""
-    archive = run_archive(store, run)
-    sizes = {} if archive is None else dict(archive.packed_bytes)
+    """The checkpoints of a run whose bytes are in packs: id to the bytes of the pack.
+
+    Those are the ones that the record of the run names, and those that lack files and have a pack, whatever the records
+    say: a record may be lost, and earlier code wrote one for each checkpoint.
+    """
+    stored = set(store.children(layout.archive_prefix(run)))
+    archive = known_archive(store, run) if stored else None
+    named = {} if archive is None else archive.packed_bytes
     packed = {}
     for manifest in manifests:
-        single = None if manifest.id in sizes else single_archive(store, run, manifest.name)
-        size = sizes.get(manifest.id) if single is None else single.packed_bytes
-        if size is not None:
-            packed[manifest.id] = size
+        if f"{manifest.id}{layout.PACK}" in stored and (manifest.id in named or not _is_plain(store, manifest)):
+            packed[manifest.id] = store.size(layout.pack_key(run, manifest.id)) or 0
     return packed
+
+
+def _is_plain(store: Store, manifest: Manifest) -> bool:
+    children = set(store.children(layout.checkpoint_prefix(manifest.run, manifest.name)))
+    return layout.ARCHIVED not in children and {file.name for file in manifest.files} <= children
 
 
 def check_not_archived(store: Store, run: str, manifests: Iterable[Manifest]) -> None:
@@ -171,7 +163,7 @@ def check_not_archived(store: Store, run: str, manifests: Iterable[Manifest]) ->
     Raises:
         ConflictError: the run is archived.
     """
-    if run_archive(store, run) is not None or packed_bytes(store, run, manifests):
+    if store.size(layout.archived_key(run)) is not None or packed_bytes(store, run, manifests):
         raise ConflictError(
             f"run {run!r} is archived, and its checkpoints stay as they are; "
             f"peakpoint archive {shlex.quote(store.location)} {shlex.quote(run)} --restore brings its files back first"
@@ -380,6 +372,7 @@ def gather(sources: Iterable[Source], wanted: Sequence[tuple[Key, int, int]], me
 
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

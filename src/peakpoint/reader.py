@@ -232,8 +232,9 @@ def _unpacked_range(
 
 
 def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> tuple[packs.PackSource, int]:
-    has_pack = store.size(layout.pack_key(manifest.run, manifest.id)) is not None
-    if not has_pack and not packs.packed_bytes(store, manifest.run, [manifest]):
+    archive = packs.known_archive(store, manifest.run)
+    named = archive is not None and manifest.id in archive.packed_bytes
+    if not named and store.size(layout.pack_key(manifest.run, manifest.id)) is None:
         raise missing
     source = packs.source_of(store, manifest.run, manifest.id)
     for number, packed in enumerate(source.index.files):

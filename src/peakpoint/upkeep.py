@@ -102,7 +102,8 @@ def remove(
 ) -> list[str]:
     """Remove checkpoints, whatever rule claims them; works beside a training, which forgets them at its next save.
 
-    What an alias points at, or did lately, stays: it can be gone back to. An archived run goes as a whole, and at once.
+    What an alias points at, or did lately, stays: it can be gone back to. An archived run goes as a whole, and at once;
+    checkpoints of it that are damaged may go alone.
 
     Args:
         run: which.
@@ -117,11 +118,28 @@ def remove(
     Raises:
         ConflictError: the run is archived, and it is not the whole of it that goes for good.
     """
-    if packs.packed_bytes(run.store, run.name, manifests):
-        if {manifest.id for manifest in run.manifests()} - {manifest.id for manifest in manifests}:
+    packed = packs.packed_bytes(run.store, run.name, manifests)
+    if packed:
+        lost = {manifest.id for manifest in manifests if not _is_whole(run, manifest)}
+        if packed.keys() - lost and {manifest.id for manifest in run.manifests()} - {one.id for one in manifests}:
             packs.check_not_archived(run.store, run.name, manifests)
         if undo_for > NOTHING:
-            raise ConflictError(f"run {run.name!r} is archived, so it can only go for good: give --undo-for 0")
+            raise ConflictError(f"run {run.name!r} is archived, so this can only go for good: give --undo-for 0")
+        with writing(run, "peakpoint rm", clock):  # nothing trains it, and the packs go with it
+            return _remove(run, manifests, why, undo_for, clock)
+    return _remove(run, manifests, why, undo_for, clock)
+
+
+def _is_whole(run: Run, manifest: Manifest) -> bool:
+    try:
+        for file in manifest.files:
+            reader.read(run.store, manifest, file)
+    except CorruptError:
+        return False
+    return True
+
+
+def _remove(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedelta, clock: Clock) -> list[str]:
     events = Journal(run.store, run.name, clock)
     try:
         read = being_read(run.store, manifests)
@@ -132,7 +150,7 @@ def remove(
         failures += [f"{one.name} stays: {aliased[one.id]}" for one in manifests if one.id in aliased]
 
         def protected_now() -> Collection[str]:
-            if until is not None and packs.run_archive(run.store, run.name) is not None:
+            if until is not None and run.store.size(layout.archived_key(run.name)) is not None:
                 return {manifest.id for manifest in manifests}  # archived since: its files go to no trash
             return run.aliased(manifests, run.events())
 
@@ -259,7 +277,7 @@ def archive(
         shelf = reader.shelf(run.store, run.name)
         if shelf.damaged:
             raise shelf.damaged[0].error
-        if not shelf.manifests or packs.run_archive(run.store, run.name) is not None:
+        if not shelf.manifests or packs.known_archive(run.store, run.name) is not None:
             return []
         packs.check_not_archived(run.store, run.name, shelf.manifests)  # not even one of them, as earlier code could
         try:
@@ -297,7 +315,7 @@ def restore(
 
     Raises:
         ConflictError: somebody is writing the run.
-        CorruptError: packs are damaged; the run stays archived.
+        CorruptError: packs are damaged; the message names the checkpoints, and all others are back.
         MissingExtraError: NumPy or zstandard is not installed.
     """
     with writing(run, "peakpoint archive --restore", clock) as events:

@@ -22,7 +22,7 @@ from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import Error, NotFoundError
 from peakpoint.manifest import metrics_from_json, metrics_to_json
 from peakpoint.notes import notes
-from peakpoint.packs import run_archive
+from peakpoint.packs import known_archive
 from peakpoint.peaks import go_on
 from peakpoint.store import Store
 
@@ -54,7 +54,7 @@ def compare_rows(connection: Connection, columns: Columns, store: Store, rows: S
     """
     differences: list[Difference] = []
     standings: list[tuple[Any, reader.Standing]] = []
-    archive_of = cache(partial(run_archive, store))
+    archive_of = cache(partial(known_archive, store))
     for row in rows:
         try:
             standing = reader.look(store, row.run, row.name, archive_of(row.run))
@@ -208,7 +208,7 @@ def _alone(run: str, name: str, look: reader.Standing | reader.Damaged | None) -
 def _looks(store: Store, run: str) -> dict[str, reader.Standing | reader.Damaged | None]:
     children = store.children(layout.checkpoints_prefix(run))
     names = [child[:-1] for child in children if child.endswith("/") and child.isascii()]
-    archive = run_archive(store, run)
+    archive = known_archive(store, run)
     return {name: reader.look(store, run, name, archive) for name in names}
 
 

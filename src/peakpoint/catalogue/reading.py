@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from peakpoint import journal as journals
 from peakpoint import layout, reader
 from peakpoint.journal import Event
-from peakpoint.packs import run_archive
+from peakpoint.packs import known_archive
 from peakpoint.seal import digest
 from peakpoint.store import Store
 
@@ -237,7 +237,7 @@ class _Directories:
         self._store, self._run, self._rows = store, run, rows
         self._before = known.unsettled
         self._awaits = {name: set(one.awaits) for name, one in known.unsettled.items()}
-        self._archive = run_archive(store, run)
+        self._archive = known_archive(store, run)
 
     def read(self, events: Sequence[Event]) -> tuple[list[reader.Standing], frozenset[str], dict[str, Unsettled]]:
         """What was found, what is gone, and what is unsettled."""
