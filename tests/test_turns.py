@@ -110,7 +110,7 @@ def removals(root):
 def test_what_moves_after_the_report_is_an_error_that_loses_nothing(tmp_path, kind, what):
     move, names = MOVES[what]
     root = tmp_path / "a"
-    with pytest.raises(pp.ConfigError, match="one step short") as caught:
+    with pytest.raises(pp.ConfigError, match="one step behind") as caught:
         loop(Training(root), kind, 3, move)
     assert str(caught.value).startswith(f"{names} moved after ckpt.report()")
     (checkpoint,) = kept(root)
@@ -216,11 +216,26 @@ def test_after_a_break_it_is_said_when_the_run_is_closed(tmp_path):
         ckpt.report(loss=training.train())
         training.scheduler.step()
         break
-    with pytest.raises(pp.ConfigError, match=r"one step short.*saved again"):
+    with pytest.raises(pp.ConfigError, match=r"one step behind.*Nothing is lost"):
         ckpt.close()
     ckpt.close()
     assert pp.open(tmp_path).run("r").holder() is None
     assert pp.load("r@latest", root=tmp_path)["scheduler"]["last_epoch"] == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a slip"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_error_that_leaves_the_loop_leaves_no_wrong_checkpoint(tmp_path, error):
+    training = Training(tmp_path)
+
+    def fail(_):
+        raise error
+
+    with pytest.raises(type(error)):
+        loop(training, "epochs", 3, lambda training: training.scheduler.step(), fail)
+    assert "one step behind" in "".join(error.__notes__)
+    assert pp.load("r@latest", root=tmp_path)["scheduler"]["last_epoch"] == 1
+    assert len(kept(tmp_path)) == 1
+    assert pp.open(tmp_path).run("r").holder() is None
 
 
 def test_after_a_break_a_state_that_is_no_longer_that_of_the_turn_is_not_saved(tmp_path):

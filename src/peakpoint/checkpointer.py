@@ -438,6 +438,11 @@ class Checkpointer:
             return
         if self._closed or self._process != os.getpid():
             return
+        self._turns.left()  # the loop's own generator is still open
+        try:
+            self._end_left_turn()
+        except ConfigError as late:
+            error.add_note(f"peakpoint: besides, {late}")
         try:
             failure = self._finish(f"{type(error).__name__}: {error}"[:500])
         finally:
@@ -502,7 +507,7 @@ class Checkpointer:
         except SaveFailedError as error:
             return f"The state of now could not be saved, so that of the report stays: {error}"
         self._take_back(late.saved, late.reason)
-        return f"The state has been saved again as it is now, in {name}, and is durable"
+        return f"Nothing is lost: the state as it is now is saved as {name}, in the place of the one of the report"
 
     def _take_back(self, moments: Iterable[Manifest], reason: str) -> None:
         """Remove checkpoints that are wrong, now that it is known."""

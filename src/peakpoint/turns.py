@@ -30,14 +30,14 @@ class Late:
 
     def error(self, done: str) -> ConfigError:
         """The error of the turn; ``done`` says what has become of the state."""
-        so = (
-            "a run that is resumed from that report would skip what was trained after it"
-            if self.moves.stepped
-            else "a run that is resumed from that report would be one step short there"
-        )
+        so, inside = "a run resumed from that report would have these one step behind", ""
+        if self.moves.stepped:
+            so = "a run resumed from that report would skip what was trained after it"
+            inside = ". To report inside an epoch, loop over ckpt.batches(loader)"
         return ConfigError(
             f"{self._what} after ckpt.report() in the same turn of the loop: {so}. Make ckpt.report() the last thing "
-            f"in the body of the loop, after scheduler.step() and the like, and run the same command again. {done}"
+            f"in the body of the loop, after scheduler.step() and the like, and run the same command again{inside}. "
+            f"{done}"
         )
 
     @property
@@ -51,14 +51,15 @@ class Late:
         if self.moves.generators:
             said["generators after report"] = (
                 f"{' and '.join(self.moves.generators)} random numbers were drawn after ckpt.report() in the same turn "
-                "of the loop: a run that is resumed from that report draws others. Make ckpt.report() the last thing "
-                "in the body of the loop"
+                "of the loop: a run resumed from that report draws other numbers. Make ckpt.report() the last thing "
+                "in the body of the loop, or give what draws after it a generator of its own"
             )
         if self.moves.weights:
             said["weights after report"] = (
                 f"{' and '.join(f'state[{name!r}]' for name in self.moves.weights)} changed after ckpt.report() in the "
-                "same turn of the loop, and not by a step of an optimizer: a run that is resumed from that report "
-                "continues from the weights that it had at the report"
+                "same turn of the loop, and not by a step of an optimizer: a run resumed from that report goes on with "
+                "the weights of the report. Unless they are meant to differ (averaged weights, swapped in for an "
+                "evaluation), make ckpt.report() the last thing in the body of the loop"
             )
         return said
 
