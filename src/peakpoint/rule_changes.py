@@ -36,7 +36,7 @@ class RuleChange:
         if self.removed:
             ref = f"{shlex.quote(location)} {self.removed[0].run}/NAME"
             names = shown([manifest.name for manifest in self.removed], _SHOWN)
-            best = "".join(f"; the best {metric} {value:.6g} is {name}" for metric, value, name in self.best)
+            best = "".join(f"; by the former rules the best {one[0]}, {one[1]:.6g}, is {one[2]}" for one in self.best)
             hours = undo_for / timedelta(hours=1)
             back = f"can be brought back for {hours:g} h with: peakpoint undo {ref}" if hours else "is gone for good"
             said.append(
@@ -114,12 +114,14 @@ def rule_change(
             thinned[checkpoint] = (*thinned.get(checkpoint, ()), part)
     going = {manifest.id: manifest for manifest in manifests if manifest.id in removed}
     watching = watched(rule for before in former for rule in before or ())
-    first = {metric: ranked(manifests, metric, mode)[:1] for metric, mode in watching}
-    best = {metric: going[record.id] for metric, leader in first.items() for record in leader if record.id in going}
+    leaders = [(metric, ranked(manifests, metric, mode)[:1]) for metric, mode in watching]
+    best = {
+        (metric, record.id): going[record.id] for metric, first in leaders for record in first if record.id in going
+    }
     return RuleChange(
         removed=tuple(going.values()),
         thinned=thinned,
-        best=tuple((metric, manifest.metrics[metric], manifest.name) for metric, manifest in best.items()),
+        best=tuple((metric, manifest.metrics[metric], manifest.name) for (metric, _), manifest in best.items()),
     )
 
 
