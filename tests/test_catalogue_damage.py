@@ -88,8 +88,11 @@ def test_what_is_given_out_is_what_the_files_say(root, catalogue_url, what):
     right = steps(catalogue, where, by)
     with catalogue._engine.begin() as connection:
         assert connection.execute(sqlalchemy.text(statement)).rowcount
-    with pytest.warns(PeakpointWarning, match="said otherwise than the files .* and was made anew"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         assert steps(catalogue, where, by) == right
+    anew = [one for one in said if "said otherwise than the files" in str(one.message)]
+    assert anew or what == "name of a run", "which a refresh may have missed and read again before that"
     assert steps(catalogue, where, by) == right
     assert catalogue.compare() == []
     catalogue.close()

@@ -118,7 +118,13 @@ def test_a_save_that_fails_at_the_end_is_written_once_more_and_said(tmp_path, en
     assert whole(tmp_path / "a") == [1, 2]
     done = run(tmp_path / "b", ending.format(-1))
     assert done.returncode == 0  # what cannot be changed is said
-    for text in ("ended without close()", "exit code of this process does not tell", "r_epoch2", "No space", "is lost"):
+    for text in (
+        "ended without close()",
+        "exit code of this process does not show this error",
+        "r_epoch2",
+        "No space",
+        "is lost",
+    ):
         assert text in done.stderr
     assert whole(tmp_path / "b") == [0, 1]
 

@@ -41,4 +41,4 @@ def _close(run: str, close: Callable[[], None]) -> None:
     try:
         close()
     except (Error, Warning) as error:
-        say(f"run {run!r} ended without close(), and the exit code of this process does not tell: {error}")
+        say(f"run {run!r} ended without close(); the exit code of this process does not show this error: {error}")

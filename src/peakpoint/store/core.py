@@ -127,7 +127,9 @@ def holder_text(note: bytes) -> str:
 
 def held_by(note: bytes) -> ConflictError:
     """The error for something that the writer of ``note`` holds."""
-    return ConflictError(f"already being written by {holder_text(note)}; wait for it to end, or stop it")
+    mine = f'"pid":"{os.getpid()}"'.encode() in note and socket.gethostname().encode() in note
+    way = "this process itself: call close() of the checkpointer that holds it" if mine else "wait for it, or stop it"
+    return ConflictError(f"already being written by {holder_text(note)}; {way}")
 
 
 class Filling(Protocol):
