@@ -394,5 +394,12 @@ class Catalogue:
         Args:
             top: how many.
         """
-        with translated(self._url), self._reading.connect() as connection:
-            return listed(connection, top)
+        runs: list[Listed] = []
+
+        def look() -> None:
+            self.refresh()  # of one that is made anew while it is looked at
+            with translated(self._url), self._reading.connect() as connection:
+                runs[:] = listed(connection, top)
+
+        self._mended(look)
+        return runs

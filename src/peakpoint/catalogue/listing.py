@@ -1,13 +1,14 @@
 """What the catalogue tells of runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import Connection, func, select
 
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.database import read_json
+from peakpoint.catalogue.database import DamagedError, read_json
 from peakpoint.catalogue.pointers import pointers
 from peakpoint.catalogue.refresh import decoded, read_peaks
 from peakpoint.peaks import Peak
@@ -54,21 +55,25 @@ def listed(connection: Connection, top: int | None) -> list[Listed]:
     pointing: dict[str, list[str]] = {}
     for (run, _), names in pointers(connection).items():
         pointing.setdefault(run, []).extend(names)
-    return [
-        Listed(
+    return [_listed(row, pointing.get(row.name, ())) for row in connection.execute(statement)]
+
+
+def _listed(row: Any, aliases: Iterable[str]) -> Listed:
+    try:
+        return Listed(
             name=row.name,
             rules=tuple(read_json(row.rules)),
             peaks=tuple(read_peaks(row.peaks)),
-            reports=row.reports,
-            checkpoints=row.checkpoints,
-            size_bytes=row.size,
+            reports=int(row.reports),
+            checkpoints=int(row.checkpoints),
+            size_bytes=int(row.size),
             newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
             damaged=_damage(row.read),
-            kept=read_json(row.peaks).get("kept", {}),
-            aliases=tuple(sorted(pointing.get(row.name, ()))),
+            kept=dict(read_json(row.peaks).get("kept", {})),
+            aliases=tuple(sorted(aliases)),
         )
-        for row in connection.execute(statement)
-    ]
+    except (AttributeError, OSError, OverflowError, TypeError, ValueError) as error:
+        raise DamagedError(f"the row of run {row.name!r} is none: {error}") from error
 
 
 def totals(connection: Connection) -> tuple[int, int, int]:

@@ -247,7 +247,7 @@ class _Update:
         news, row = self._news, self._row
         events: Sequence[Event] = news.events
         opened = journals.newest(events, journals.Opened)
-        texts = list(opened.rules) if opened is not None else [] if self._new else read_json(row.rules)
+        texts = list(opened.rules) if opened is not None else [] if self._new else _texts(row.rules)
         if self._new or news.past is not None:
             before: Sequence[Peak] = ()
             missing: Mapping[str, int] = {}
@@ -287,6 +287,13 @@ class _Update:
         return {"checkpoints": count, "size": int(size or 0), "newest": newest}
 
 
+def _texts(text: str) -> list[str]:
+    texts = read_json(text)
+    if not isinstance(texts, list):
+        raise DamagedError(f"the rules of a run are none: {text[:80]}")
+    return texts
+
+
 def watched_by(texts: Iterable[str]) -> list[tuple[str, Mode]]:
     """The metrics that rules rank by; a rule of a newer release is passed over here."""
     known = []
@@ -300,7 +307,10 @@ def watched_by(texts: Iterable[str]) -> list[tuple[str, Mode]]:
 
 def read_peaks(text: str) -> list[Peak]:
     """The peaks of a run, as the catalogue keeps them."""
-    return [Peak(**peak) for peak in read_json(text).get("peaks", [])]
+    try:
+        return [Peak(**peak) for peak in read_json(text).get("peaks", [])]
+    except (AttributeError, TypeError) as error:
+        raise DamagedError(f"the peaks of a run are none: {error}") from error
 
 
 _MANY = 500  # parameters of one statement; PostgreSQL takes 65,535, some builds of SQLite 32,766
