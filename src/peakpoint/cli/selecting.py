@@ -86,9 +86,10 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
         repository.catalogue().refresh(progress)
     _tell_unread(repository)
     listed = repository.catalogue().runs(None if everything or json else _RUNS)
+    unread = repository.catalogue().unread
+    holders = {run.name: Run(repository.store, run.name).holder() for run in listed if run.name not in unread}
     if json:
-        found = [render.listed_json(run, Run(repository.store, run.name).holder()) for run in listed]
-        unread = repository.catalogue().unread
+        found = [render.listed_json(run, holders.get(run.name)) for run in listed]
         render.as_json({"root": repository.store.location, "runs": found, "unread": unread})
         if unread:
             sys.exit(INCOMPLETE)
@@ -97,7 +98,7 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
     if not listed:
         console.print(f"{escape(repository.store.location)} has no runs yet")
         return
-    writing = {run.name for run in listed if Run(repository.store, run.name).holder() is not None}
+    writing = {name for name, holder in holders.items() if holder is not None}
     console.print(render.runs_table(console, listed, writing))
     runs, checkpoints, size = repository.catalogue().totals()
     if len(listed) < runs:
