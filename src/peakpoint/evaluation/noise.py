@@ -256,7 +256,7 @@ def student(probability: float, freedom: float) -> float:
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
 
     def below(angle: float) -> float:
-        return 0.5 + scale * _integral(lambda at: math.cos(at) ** (freedom - 1), 0, angle, 200)
+        return 0.5 + scale * _integral(lambda at: math.cos(at) ** (freedom - 1), 0, angle, 800)
 
     return math.sqrt(freedom) * math.tan(
         _where(below, probability, 0, min(math.pi / 2, 40 / math.sqrt(freedom)))
