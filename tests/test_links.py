@@ -132,7 +132,11 @@ def places(made):
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("put", [link, loop, pipe, directory, huge], ids=lambda put: put.__name__)
+@pytest.mark.parametrize(
+    "put",
+    [link, pipe, *(pytest.param(put, marks=pytest.mark.slow) for put in (loop, directory, huge))],  # minutes
+    ids=lambda put: put.__name__,
+)
 def test_what_is_none_of_ours_is_neither_followed_nor_changed(made, tmp_path, put):
     for number, key in enumerate(places(made)):
         root, outside = tmp_path / f"{number}" / "runs", tmp_path / f"{number}" / "outside"

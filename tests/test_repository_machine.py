@@ -719,7 +719,7 @@ def says(counts, record_property):
 
 
 def test_whatever_is_done_nothing_is_lost(record_property):
-    says(plays(examples=12, steps=30), record_property)
+    says(plays(examples=6, steps=30), record_property)
 
 
 @pytest.mark.slow
