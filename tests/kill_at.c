@@ -61,22 +61,24 @@ AROUND(pwrite64, ssize_t, fd_below(fd), (int fd, const void *data, size_t size, 
 AROUND(fsync, int, fd_below(fd), (int fd), (fd))
 AROUND(ftruncate64, int, fd_below(fd), (int fd, off_t size), (fd, size))
 AROUND(posix_fallocate64, int, fd_below(fd), (int fd, off_t at, off_t size), (fd, at, size))
-AROUND(rename, int, below(from), (const char *from, const char *to), (from, to))
-AROUND(link, int, below(from), (const char *from, const char *to), (from, to))
-AROUND(unlink, int, below(path), (const char *path), (path))
 AROUND(mkdir, int, below(path), (const char *path, mode_t mode), (path, mode))
-AROUND(rmdir, int, below(path), (const char *path), (path))
+/* names below the root are given with an open directory */
+AROUND(renameat, int, fd_below(at), (int at, const char *from, int there, const char *to), (at, from, there, to))
+AROUND(linkat, int, fd_below(at), (int at, const char *from, int there, const char *to, int flags),
+       (at, from, there, to, flags))
+AROUND(unlinkat, int, fd_below(at), (int at, const char *name, int flags), (at, name, flags))
+AROUND(mkdirat, int, fd_below(at), (int at, const char *name, mode_t mode), (at, name, mode))
 
-int open64(const char *path, int flags, ...) {
-    static int (*real)(const char *, int, ...);
-    if (!real) real = dlsym(RTLD_NEXT, "open64");
+int openat64(int at, const char *name, int flags, ...) {
+    static int (*real)(int, const char *, int, ...);
+    if (!real) real = dlsym(RTLD_NEXT, "openat64");
     va_list list;
     va_start(list, flags);
     mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0;
     va_end(list);
-    int ours = (flags & O_CREAT) && below(path);
-    if (ours) tick("open64");
-    int fd = real(path, flags, mode);
-    if (ours) tick("open64");
+    int ours = (flags & O_CREAT) && fd_below(at);
+    if (ours) tick("openat64");
+    int fd = real(at, name, flags, mode);
+    if (ours) tick("openat64");
     return fd;
 }

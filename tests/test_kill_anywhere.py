@@ -62,7 +62,7 @@ def test_a_script_killed_anywhere_resumes_by_the_same_command(tmp_path, preload,
     assert whole.returncode == 0, whole.stderr
     events = (tmp_path / "whole.log").read_text().split()
     kinds = Counter(events)
-    assert {"write", "fsync", "rename", "link", "unlink", "mkdir", "open64", "rmdir"} <= set(kinds), kinds
+    assert {"write", "fsync", "renameat", "linkat", "unlinkat", "mkdirat", "openat64"} <= set(kinds), kinds
     expected = torch.load(tmp_path / "whole" / "final.pt", weights_only=True)
     ticks = sorted({1 + index * (len(events) - 1) // (POINTS - 1) for index in range(POINTS)})
 
