@@ -23,7 +23,7 @@ from peakpoint.audit import clean_run
 from peakpoint.capture import StateEncoder, capture, check_state
 from peakpoint.clock import Clock, utc_now
 from peakpoint.copying import NOTHING
-from peakpoint.errors import ConfigError, ConflictError, PeakpointWarning, SaveFailedError
+from peakpoint.errors import ConfigError, ConflictError, Error, PeakpointWarning, SaveFailedError
 from peakpoint.guard import StepGuard
 from peakpoint.journal import Journal
 from peakpoint.ledger import Ledger
@@ -413,8 +413,8 @@ class Checkpointer:
             return
         try:
             self._end_left_turn()
-        except ConfigError as error:
-            self.__exit__(ConfigError, error, None)
+        except Error as error:
+            self.__exit__(type(error), error, None)
             raise
         why = "closed" if self.why_stop is None else f"{journals.STOPPED}{self.why_stop}"
         try:
@@ -441,7 +441,7 @@ class Checkpointer:
         self._turns.left()  # the loop's own generator is still open
         try:
             self._end_left_turn()
-        except ConfigError as late:
+        except Error as late:
             error.add_note(f"peakpoint: besides, {late}")
         try:
             failure = self._finish(f"{type(error).__name__}: {error}"[:500])
