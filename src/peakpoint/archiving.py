@@ -167,7 +167,7 @@ def restore(
     for manifest in [manifest for manifest in manifests if manifest.id in packed]:
         try:
             _restore(store, manifest, near)
-        except (CorruptError, FormatError) as error:
+        except (CorruptError, FormatError, NotFoundError) as error:
             damage.append(str(error))
             continue
         if not any(records(store, run, manifest.name)):  # else later packs may need parts that only its pack has
@@ -183,7 +183,7 @@ def restore(
     if damage:
         raise CorruptError(
             f"all of run {run!r} is back but what is damaged: {'; '.join(damage)}. Restore the packs in "
-            f"{layout.archive_prefix(run)} from a copy, or remove these checkpoints with peakpoint rm"
+            f"{layout.archive_prefix(run)} from a copy, or give these checkpoints up with peakpoint rm --undo-for 0"
         )
     return [manifest for manifest in manifests if manifest in back or manifest.id in completed]
 

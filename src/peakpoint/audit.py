@@ -83,7 +83,11 @@ def _in_the_way(store: Store, prefix: str, directories: Iterable[str]) -> list[F
 
 def _foreign(store: Store, prefix: str) -> Iterator[Finding]:
     """What is neither a file nor a directory."""
-    for name, what in store.foreign(prefix).items():
+    yield from _named(prefix, store.foreign(prefix))
+
+
+def _named(prefix: str, foreign: Mapping[str, str]) -> Iterator[Finding]:
+    for name, what in foreign.items():
         yield Finding("foreign", f"{prefix}/{name}" if prefix else name, f"{what}; not made by Peakpoint, left alone")
 
 
@@ -138,8 +142,8 @@ def _catalogue(repository: Repository) -> Iterator[Finding]:
 def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Finding]:
     for key in store.litter(prefix):
         yield Finding("litter", key, "an unfinished write")
-    yield from _foreign(store, prefix)
     foreign = store.foreign(prefix)
+    yield from _named(prefix, foreign)
     for child in store.children(prefix):
         if child in foreign:
             continue
@@ -173,7 +177,7 @@ def _run(
     for entry in trash.contents(store, run):
         yield from _files(store, entry.manifest, deep=result.deep)
     yield from _strays(store, layout.checkpoints_prefix(run), None)
-    packed = _packed(store, run, shelf)
+    packed = packs.packed_bytes(store, run, shelf.manifests)
     for manifest in shelf.manifests:
         result.checkpoints += 1
         result.bytes += manifest.size_bytes
@@ -330,11 +334,6 @@ def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> 
             yield Finding("foreign", key, "not written by Peakpoint; left alone")
 
 
-def _packed(store: Store, run: str, shelf: reader.Shelf) -> Mapping[str, int]:
-    """Which checkpoints of a run are in packs; none when no record says so that can be read."""
-    return packs.packed_bytes(store, run, shelf.manifests)
-
-
 def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: datetime) -> list[Finding]:
     """What is in the directory of a checkpoint and belongs to it no more."""
     run, name = manifest.run, manifest.name
@@ -420,7 +419,7 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
             ours = [child for child in store.children(layout.checkpoint_prefix(run, name)) if _is_ours(child)]
             sweep(store, run, name, ours)
             removed += found[:1]
-    packed = _packed(store, run, shelf)
+    packed = packs.packed_bytes(store, run, shelf.manifests)
     over = [finding for manifest in shelf.manifests for finding in _over(store, manifest, packed, now)]
     over += [finding for finding in _validations(store, run, shelf, deep=False) if finding.kind == "litter"]
     over += [

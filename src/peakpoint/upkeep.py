@@ -120,7 +120,7 @@ def remove(
     """
     packed = packs.packed_bytes(run.store, run.name, manifests)
     if packed:
-        lost = {manifest.id for manifest in manifests if not _is_whole(run, manifest)}
+        lost = {manifest.id for manifest in manifests if _damage(run, manifest) is not None}
         if packed.keys() - lost and {manifest.id for manifest in run.manifests()} - {one.id for one in manifests}:
             packs.check_not_archived(run.store, run.name, manifests)
         if undo_for > NOTHING:
@@ -130,13 +130,14 @@ def remove(
     return _remove(run, manifests, why, undo_for, clock)
 
 
-def _is_whole(run: Run, manifest: Manifest) -> bool:
+def _damage(run: Run, manifest: Manifest) -> CorruptError | None:
+    """What is wrong with a checkpoint, every byte compared with its digest; None when nothing is."""
     try:
         for file in manifest.files:
             reader.read(run.store, manifest, file)
-    except CorruptError:
-        return False
-    return True
+    except CorruptError as error:
+        return error
+    return None
 
 
 def _remove(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedelta, clock: Clock) -> list[str]:
@@ -189,7 +190,12 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[Mani
         removed = in_trash(run, clock=clock)
         chosen = {entry.manifest.id: entry for name in names for entry in _named(removed, name)}
         for entry in chosen.values():
-            _check_whole(run, entry.manifest)
+            damage = _damage(run, entry.manifest)
+            if damage is not None:
+                raise CorruptError(
+                    f"{entry.manifest.name} cannot be brought back bit for bit: {damage}. Nothing was brought back; "
+                    "restore its files from a copy, or let it go with peakpoint trash --empty"
+                ) from damage
         for checkpoint, entry in chosen.items():
             name, by = entry.manifest.name, present_user()
             events.append(journal.Changing(at=clock(), checkpoint=checkpoint, name=name, by=by))
@@ -206,18 +212,6 @@ def _named(removed: Sequence[InTrash], name: str) -> list[InTrash]:
         names = [entry.manifest.name for entry in removed]
         raise NotFoundError(f"the trash has no {name!r}{near(name, names)}; peakpoint trash lists what it has")
     return entries
-
-
-def _check_whole(run: Run, manifest: Manifest) -> None:
-    """Compare every byte of a removed checkpoint with its digest."""
-    try:
-        for file in manifest.files:
-            reader.read(run.store, manifest, file)
-    except CorruptError as error:
-        raise CorruptError(
-            f"{manifest.name} cannot be brought back bit for bit: {error}. Nothing was brought back; restore its files "
-            "from a copy, or let it go with peakpoint trash --empty"
-        ) from error
 
 
 def empty_trash(run: Run, *, clock: Clock = utc_now) -> list[InTrash]:
@@ -260,7 +254,7 @@ def archive(
 
     Raises:
         ConflictError: somebody is writing the run, or removing a checkpoint of it.
-        CorruptError: checkpoints are damaged; the message names each. The run is as it was.
+        CorruptError: a checkpoint is damaged; the message says which, and how. The run is as it was.
         MissingExtraError: NumPy or zstandard is not installed.
 
     Example:
