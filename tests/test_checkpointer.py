@@ -262,7 +262,7 @@ def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
     with checkpointer(tmp_path, clock=lambda: now):
         with pytest.raises(pp.ConflictError) as caught:
             checkpointer(tmp_path)
-        for part in (socket.gethostname(), str(os.getpid()), "2026-01-02"):
+        for part in (socket.gethostname(), str(os.getpid()), "2026-01-02", "call close()"):
             assert part in str(caught.value)
         with checkpointer(tmp_path, run="other") as other:
             other.report()

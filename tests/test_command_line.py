@@ -375,6 +375,7 @@ def test_keep_does_not_get_into_the_way_of_a_training(root):
         done = process("keep", root, "one", "--rules", "last:1", "--yes")
         assert done.returncode != 0
         assert "already being written by process" in done.stderr
+        assert "wait for it, or stop it" in done.stderr
         assert "Traceback" not in done.stderr
     assert len(pp.open(root).run("one").checkpoints()) == 3
 

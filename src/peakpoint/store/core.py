@@ -116,18 +116,26 @@ def holder_note(since: datetime) -> bytes:
     return msgspec.json.encode(note)
 
 
+def _holder(note: bytes) -> dict[str, str]:
+    """What a note says; nothing when there is none yet."""
+    try:
+        return msgspec.json.decode(note, type=dict[str, str])
+    except (msgspec.DecodeError, ValueError):
+        return {}
+
+
 def holder_text(note: bytes) -> str:
     """The note of a hold in words."""
-    try:
-        holder = msgspec.json.decode(note, type=dict[str, str])
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (msgspec.DecodeError, ValueError, KeyError):
+    holder = _holder(note)
+    if not {"pid", "host", "since"} <= holder.keys():
         return "another process, which has not said yet who it is"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
 
 
 def held_by(note: bytes) -> ConflictError:
     """The error for something that the writer of ``note`` holds."""
-    mine = f'"pid":"{os.getpid()}"'.encode() in note and socket.gethostname().encode() in note
+    holder = _holder(note)
+    mine = (holder.get("pid"), holder.get("host")) == (str(os.getpid()), socket.gethostname())
     way = "this process itself: call close() of the checkpointer that holds it" if mine else "wait for it, or stop it"
     return ConflictError(f"already being written by {holder_text(note)}; {way}")
 
