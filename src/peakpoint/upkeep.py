@@ -120,8 +120,8 @@ def remove(
     """
     packed = packs.packed_bytes(run.store, run.name, manifests)
     if packed:
-        lost = {manifest.id for manifest in manifests if _damage(run, manifest) is not None}
-        if packed.keys() - lost and {manifest.id for manifest in run.manifests()} - {one.id for one in manifests}:
+        others = {manifest.id for manifest in run.manifests()} - {manifest.id for manifest in manifests}
+        if others and any(manifest.id in packed and _damage(run, manifest) is None for manifest in manifests):
             packs.check_not_archived(run.store, run.name, manifests)
         if undo_for > NOTHING:
             raise ConflictError(f"run {run.name!r} is archived, so this can only go for good: give --undo-for 0")
