@@ -68,7 +68,9 @@ def audit(
         result.findings += _heeding(busy or _at_work(store, run), run, findings)
     result.findings += _catalogue(repository)
     foreign = {finding.where for finding in result.of_kind("foreign")}
-    result.findings = [one for one in result.findings if one.kind != "litter" or one.where not in foreign]
+    result.findings = [
+        finding for finding in result.findings if finding.kind != "litter" or finding.where not in foreign
+    ]
     return result
 
 
@@ -128,13 +130,14 @@ def _catalogue(repository: Repository) -> Iterator[Finding]:
         return
     try:
         catalogue = repository.catalogue()
-        differences = [one for one in catalogue.compare() if not one.unreadable]
+        differences = [difference for difference in catalogue.compare() if not difference.unreadable]
     except (ConfigError, MissingExtraError, StoreError) as error:
         yield Finding("busy", _INDEX, f"the catalogue is not compared with the files: {error}")
         return
     mend = "peakpoint audit ROOT --rebuild makes it anew"
-    for one in differences[:_TOLD]:
-        yield Finding("damage", catalogue.location, f"the catalogue says otherwise than the files: {one.what}; {mend}")
+    for difference in differences[:_TOLD]:
+        what = f"the catalogue says otherwise than the files: {difference.what}; {mend}"
+        yield Finding("damage", catalogue.location, what)
     if len(differences) > _TOLD:
         yield Finding("damage", catalogue.location, f"{len(differences) - _TOLD} more of these; {mend}")
 

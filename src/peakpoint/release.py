@@ -316,16 +316,16 @@ class _Release:
         top = None if bad or since else 1
         passed = 0
         chosen = self._repository.select(policy.select, by=policy.by, top=top, within=policy.within)
-        for one in chosen:
-            back = bad.get(one.id)
-            late = back is None and since is not None and one.created_at <= since.at and one.id != since.id
+        for candidate in chosen:
+            back = bad.get(candidate.id)
+            late = back is None and since is not None and candidate.created_at <= since.at and candidate.id != since.id
             if back is None and not late:
-                self._step("select", f"{one.ref} by {rule}")
-                return one, _unread(chosen.unread)
+                self._step("select", f"{candidate.ref} by {rule}")
+                return candidate, _unread(chosen.unread)
             passed += 1
             if passed <= _NAMED:
                 when = f"{back.at:%Y-%m-%d %H:%M} UTC by {back.by}: {back.why}" if back else "it is older than that"
-                self._step("select", f"passed over {one.ref}: {'rolled back at ' if back else ''}{when}")
+                self._step("select", f"passed over {candidate.ref}: {'rolled back at ' if back else ''}{when}")
         self._step("select", f"nothing by {rule}" + (f"; {passed} passed over" if passed else ""))
         return None, _unread(chosen.unread)
 

@@ -128,5 +128,5 @@ def rule_change(
 def _parts_kept(manifests: Sequence[Manifest], plan: Plan | None) -> set[tuple[str, str]]:
     """Checkpoint and part of everything that a plan keeps; no plan keeps everything."""
     kept = [manifest for manifest in manifests if plan is None or manifest.id in plan.keep]
-    dropped = {(one.manifest.id, part) for one in (plan.drop if plan else ()) for part in one.parts}
+    dropped = {(thinning.manifest.id, part) for thinning in (plan.drop if plan else ()) for part in thinning.parts}
     return {(manifest.id, part) for manifest in kept for part in manifest.parts} - dropped

@@ -88,10 +88,10 @@ class Samples:
 
     def differing(self, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> int | None:
         """The number of the first tensor whose samples differ; None when none does."""
-        for group, one, other in zip(self._groups, before, now, strict=True):
-            here = one.to(other.device)
-            if not torch.equal(here, other):
-                place = int((here != other).nonzero()[0]) * group.ends[-1] // len(here)
+        for group, then, later in zip(self._groups, before, now, strict=True):
+            moved = then.to(later.device)
+            if not torch.equal(moved, later):
+                place = int((moved != later).nonzero()[0]) * group.ends[-1] // len(moved)
                 return next(number for number, end in zip(group.numbers, group.ends, strict=True) if place < end)
         return None
 

@@ -110,9 +110,9 @@ class Saver:
         job, failure = self._job, self._failure
         pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
         removed = self._ledger.removed
-        committed = [one for one in self._committed if one.id not in removed or self._exists(one)]
+        committed = [manifest for manifest in self._committed if manifest.id not in removed or self._exists(manifest)]
         present = {manifest.id for manifest in committed}
-        return tuple(self._ledger.view([*committed, *(one for one in pending if one.id not in present)]))
+        return tuple(self._ledger.view([*committed, *(draft for draft in pending if draft.id not in present)]))
 
     @property
     def committed(self) -> tuple[Manifest, ...]:
@@ -227,7 +227,9 @@ class Saver:
         self.forget(ids)
         removals = [retention.Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
         self._notices += retention.apply(self._store, self._journal, removals, by="loop", pinned=self._protected)
-        self._committed = tuple(one for one in self._committed if one.id not in ids or self._exists(one))
+        self._committed = tuple(
+            manifest for manifest in self._committed if manifest.id not in ids or self._exists(manifest)
+        )
 
     def _has_room(self, job: Job) -> bool:
         free, needed = self._store.free(), job.captured.size_bytes + _SLACK
@@ -317,7 +319,7 @@ class Saver:
         self._notices += self._store.remarks()
         self._newest_is_whole, self._applied = True, False
         # the name was free: whatever had it before is gone
-        self._committed = (*(one for one in self._committed if one.name != manifest.name), manifest)
+        self._committed = (*(other for other in self._committed if other.name != manifest.name), manifest)
         self.last_id = manifest.id
         job.captured.committed(manifest)
         self._unrecorded.append(
@@ -340,7 +342,7 @@ class Saver:
                 "makes up for it"
             )
             with contextlib.suppress(StoreError):
-                self._committed = tuple(one for one in self._committed if self._exists(one))
+                self._committed = tuple(filter(self._exists, self._committed))
 
     def _settled(self, job: Job) -> None:
         """What must be so before the manifest is: the copy is right, the journal durable, and the run still held."""

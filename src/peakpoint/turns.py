@@ -97,14 +97,12 @@ class Turns:
             return None
         self._first = False
         now = self._look()
-        found = [moves(seen, now) for seen, _ in reports]
-        if any(found):
+        moved = [moves(seen, now) for seen, _ in reports]
+        if any(moved):
             unsteady = moves(now, self._look())  # what differs from itself says nothing
-            found = [moved - unsteady for moved in found]
-        wrong = [
-            moment for moved, (_, moment) in zip(found, reports, strict=True) if moved.wrong and moment is not None
-        ]
-        return Late(sum(found, Moves()), tuple(wrong)) if any(found) else None
+            moved = [each - unsteady for each in moved]
+        wrong = [moment for each, (_, moment) in zip(moved, reports, strict=True) if each.wrong and moment is not None]
+        return Late(sum(moved, Moves()), tuple(wrong)) if any(moved) else None
 
     def left(self) -> None:
         """The loop has been left in the middle, by ``break`` or by an exception; nobody knows which yet."""

@@ -326,7 +326,7 @@ class Catalogue:
             return
         before = self.unread  # twice: somebody may have been at work between the catalogue and the files
         with self._lock, translated(self._url):
-            for run in {one.run for one in differences if one.unreadable}:
+            for run in {difference.run for difference in differences if difference.unreadable}:
                 self._remove(run)
         self._looked = -math.inf
         self.refresh()
@@ -339,8 +339,8 @@ class Catalogue:
             self._looked = -math.inf
             self.refresh()
             runs = [run for run in self._present() if run not in self._unread]
-            found = compare_all((self._engine, self._reading), self._store, runs)
-            differences = found if first else [one for one in found if one in differences]
+            again = compare_all((self._engine, self._reading), self._store, runs)
+            differences = again if first else [difference for difference in again if difference in differences]
             if not differences:
                 break
         return differences
@@ -348,7 +348,7 @@ class Catalogue:
     def prove(self) -> None:
         """Compare all of it with the files, and make it anew where it says otherwise."""
         differences = self.compare()
-        wrong = [one for one in differences if not one.unreadable]
+        wrong = [difference for difference in differences if not difference.unreadable]
         if wrong:
             self._make_anew(self._birth, wrong)
         elif differences:

@@ -98,10 +98,10 @@ def _differing(connection: Connection, columns: Columns, entries: Sequence[Entry
 
 
 def _by_key(rows: Iterable[Sequence[Any]]) -> dict[int, list[tuple[Any, ...]]]:
-    found: dict[int, list[tuple[Any, ...]]] = {}
+    grouped: dict[int, list[tuple[Any, ...]]] = {}
     for row in rows:
-        found.setdefault(row[0], []).append(tuple(row))
-    return {key: sorted(some, key=lambda row: row[:2]) for key, some in found.items()}
+        grouped.setdefault(row[0], []).append(tuple(row))
+    return {key: sorted(some, key=lambda row: row[:2]) for key, some in grouped.items()}
 
 
 def _stored(connection: Connection, table: Table, keys: Sequence[int]) -> dict[int, list[tuple[Any, ...]]]:
@@ -163,8 +163,8 @@ def compare_run(connection: Connection, columns: Columns, store: Store, run: str
             else []
         )
     joined = columns.table.join(schema.details, details.checkpoint == table.key)
-    found = select(table.key, details.name, details.id).select_from(joined).where(table.run == owner.key)
-    rows = {row.name: row for row in connection.execute(found)}
+    wanted = select(table.key, details.name, details.id).select_from(joined).where(table.run == owner.key)
+    rows = {row.name: row for row in connection.execute(wanted)}
     try:
         events = journals.read(store, run).events
         looks = _looks(store, run)
@@ -173,7 +173,7 @@ def compare_run(connection: Connection, columns: Columns, store: Store, run: str
     except Error as error:
         return [Difference(run, f"run {run}: {error}", unreadable=True)]
     known = notes(events)
-    standings = {name: found for name, found in looks.items() if isinstance(found, reader.Standing)}
+    standings = {name: look for name, look in looks.items() if isinstance(look, reader.Standing)}
     names = sorted(rows.keys() ^ standings.keys())
     differences = [_alone(run, name, looks.get(name)) for name in names]
     entries = []
@@ -182,7 +182,7 @@ def compare_run(connection: Connection, columns: Columns, store: Store, run: str
         metrics = {**manifest.metrics, **known.metrics.get(manifest.id, {})}
         entries.append(Entry(rows[name].key, owner.key, standings[name], metrics, manifest.id in known.pinned))
     differences += _differing(connection, columns, entries)
-    if any(one.unreadable for one in differences):
+    if any(difference.unreadable for difference in differences):
         return differences  # the sums are others then, too
     facts = _facts(events, [standing.manifest for standing in standings.values()])
     mine = {name: getattr(owner, name) for name in facts}

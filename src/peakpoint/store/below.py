@@ -101,20 +101,20 @@ def entries(at: int, temporary: str) -> list[tuple[str, bool, str | None]]:
         at: the directory.
         temporary: what the names of unfinished writes begin with; a store makes no directories of such names.
     """
-    found: list[tuple[str, bool, str | None]] = []
+    listed: list[tuple[str, bool, str | None]] = []
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
     try:
         with os.scandir(fd) as listing:
             for entry in listing:
                 is_directory = entry.is_dir(follow_symlinks=False)
                 if entry.is_file(follow_symlinks=False) or (is_directory and not entry.name.startswith(temporary)):
-                    found.append((entry.name, is_directory, None))
+                    listed.append((entry.name, is_directory, None))
                     continue
                 with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
-                    found.append((entry.name, is_directory, kind(entry.stat(follow_symlinks=False))))
+                    listed.append((entry.name, is_directory, kind(entry.stat(follow_symlinks=False))))
     finally:
         os.close(fd)
-    return sorted(found)
+    return sorted(listed)
 
 
 def check_replaceable(at: int, path: Path) -> None:
