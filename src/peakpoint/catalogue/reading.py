@@ -273,7 +273,8 @@ class _Directories:
                         stamp = None  # the record of an archive is that of the run: no directory tells of it
                     unsettled[name] = Unsettled(stamp, awaits=tuple(sorted(awaits)))
             case reader.Damaged(error=error):
-                unsettled[name] = Unsettled(stamp, str(error), tuple(sorted(awaits)))
+                # bytes that are put back in place leave no trace in the directory: looked at again every time
+                unsettled[name] = Unsettled(None, str(error), tuple(sorted(awaits)))
             case None:
                 trashed = self._store.size(layout.trashed_key(self._run, name)) is not None
                 awaits -= {"gone"}
