@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import peakpoint as pp
+from commands import in_process
 from peakpoint import holders, layout, reader, upkeep
 from peakpoint.aliases import (
     Change,
@@ -50,7 +51,6 @@ from peakpoint.seal import seal, unseal
 from peakpoint.store import LocalStore, MemoryStore
 from strategies import START, identity
 from test_command_line import invoke as invoked
-from test_command_line import process
 from test_query import point
 from training import checkpointer
 
@@ -694,7 +694,7 @@ def test_what_is_aliased_is_not_removed_by_hand(tmp_path):
     for options in ((), ("--yes",), ("--yes", "--json"), ("--dry-run",)):
         with pytest.raises(ConflictError, match=f"aliases protect r/{two.name}: champion since "):
             invoke("rm", tmp_path, f"r/{two.name}", "r@latest", *options)
-    told = process("rm", tmp_path, "@champion:1", "--yes")
+    told = in_process("rm", tmp_path, "@champion:1", "--yes")
     assert (told.returncode, told.stdout) == (11, ""), "no plan is shown that will not be carried out"
     assert f"aliases protect r/{one.name}: was champion (one of its last 1)" in told.stderr
     assert steps(run) == [1, 2, 4], "nothing of it"

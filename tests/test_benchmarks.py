@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks import page, space
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_small_benchmark_runs(tmp_path):
     figures = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks", "--scale", "0.02", "--repeats", "1", "--json", str(figures)]

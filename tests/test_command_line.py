@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import peakpoint as pp
+from commands import in_process
 from peakpoint.cli import render
 from peakpoint.cli.main import _MODULES, cli
 from peakpoint.demo import show
@@ -59,11 +60,6 @@ def root(made, tmp_path):
 
 def invoke(*arguments):
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def process(*arguments):
-    command = [sys.executable, "-c", RUN, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_ls_says_what_is_kept_and_why(root):
@@ -148,7 +144,7 @@ def test_show_tells_everything_of_one_checkpoint(root):
     ],
 )
 def test_wrong_input_gets_one_clear_error(root, arguments, code, words):
-    done = process(*(argument.format(root=root) for argument in arguments))
+    done = in_process(*(argument.format(root=root) for argument in arguments))
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -156,7 +152,7 @@ def test_wrong_input_gets_one_clear_error(root, arguments, code, words):
 
 def test_a_damaged_repository_record_is_said(root):
     (root / "peakpoint.json").write_text("{}")
-    done = process("ls", root)
+    done = in_process("ls", root)
     assert done.returncode == 13
     assert "Traceback" not in done.stderr
 
@@ -195,12 +191,12 @@ def test_audit_finds_damage_and_cleans_litter_only(root):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert process("audit", root).returncode == 0, "sizes are as they were"
-    deep = process("audit", root, "--deep", "--json")
+    assert in_process("audit", root).returncode == 0, "sizes are as they were"
+    deep = in_process("audit", root, "--deep", "--json")
     assert deep.returncode == 12
     assert "does not match its digest" in deep.stdout
     file.unlink()
-    assert process("audit", root).returncode == 12
+    assert in_process("audit", root).returncode == 12
 
 
 def test_a_run_that_is_being_written_is_left_alone(root):
@@ -255,10 +251,9 @@ def test_exports_open_elsewhere(root, tmp_path):
     invoke("export", root, "one@latest", "--to", tmp_path / "b.pt", "--part", "model", "--part", "optimizer")
     both = torch.load(tmp_path / "b.pt", weights_only=True)
     assert both["optimizer"]["state"][0]["momentum_buffer"].shape == (3, 3)
-    assert process("export", root, "one@latest", "--to", tmp_path / "b.pt").returncode == 11
-    assert (
-        process("export", root, "one@latest", "--to", tmp_path / "o.safetensors", "--part", "optimizer").returncode == 2
-    )
+    assert in_process("export", root, "one@latest", "--to", tmp_path / "b.pt").returncode == 11
+    optimizer = tmp_path / "o.safetensors"
+    assert in_process("export", root, "one@latest", "--to", optimizer, "--part", "optimizer").returncode == 2
     assert sorted(path.name for path in tmp_path.glob("*.*")) == ["b.pt", "m.pth", "m.safetensors"]
 
 
@@ -360,7 +355,7 @@ def test_neither_keep_nor_rm_takes_the_newest_good_one(root):
         good.name: ["best:val/[red]acc:min", "protection:newest"],
         newest.name: ["protection:damaged"],
     }
-    refused = process("rm", root, f"one/{good.name}", "--yes")
+    refused = in_process("rm", root, f"one/{good.name}", "--yes")
     assert (refused.returncode, good.path.exists()) == (2, True)
     assert "is the newest good checkpoint of run 'one', and stays" in refused.stderr
     assert "9 bytes" in refused.stderr
@@ -372,7 +367,8 @@ def test_keep_does_not_get_into_the_way_of_a_training(root):
     model = Tied()
     with checkpointer(root, run="one", state={"model": model}, resume="never", keep=[pp.Last(3)]):
         assert "1 of 3" in invoke("keep", root, "one", "--rules", "last:1", "--dry-run").output
-        done = process("keep", root, "one", "--rules", "last:1", "--yes")
+        command = [sys.executable, "-c", RUN, "keep", root, "one", "--rules", "last:1", "--yes"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert "already being written by process" in done.stderr
         assert "wait for it, or stop it" in done.stderr
@@ -382,7 +378,7 @@ def test_keep_does_not_get_into_the_way_of_a_training(root):
 
 @pytest.mark.parametrize("wrong", ["bset:acc:max", "last:0", "best:acc:up", ""])
 def test_rules_that_cannot_be_are_refused(root, wrong):
-    done = process("keep", root, "one", "--rules", wrong, "--yes")
+    done = in_process("keep", root, "one", "--rules", wrong, "--yes")
     assert done.returncode == pp.ConfigError.exit_code
     assert done.stderr.startswith("peakpoint: ")
     assert len(pp.open(root).run("one").checkpoints()) == 3
@@ -436,7 +432,7 @@ def test_explain_what_is_here_and_what_is_gone(root):
     assert found["removed"]["by"] == "rules"
     assert found["claimed_instead"]["last:2"]
     assert json.loads(invoke("explain", root, "one@latest", "--json").output)["exists"] is True
-    done = process("explain", root, "one:epoch=77")
+    done = in_process("explain", root, "one:epoch=77")
     assert done.returncode == pp.NotFoundError.exit_code
     assert "no removed one either" in done.stderr
 
@@ -473,7 +469,7 @@ def test_record_pin_and_unpin(root):
     assert "bleu = 0.5, test/acc = 0.001" in invoke("explain", root, f"one/{name}").output
     assert "bleu = 0.5" in invoke("show", root, f"one/{name}").output
     for wrong in ("bleu", "bleu=high", "=3"):
-        done = process("record", root, f"one/{name}", wrong)
+        done = in_process("record", root, f"one/{name}", wrong)
         assert done.returncode == pp.ConfigError.exit_code
         assert done.stderr.startswith("peakpoint: ")
     assert "is pinned" in invoke("pin", root, f"one/{name}", "--why", "paper").output
@@ -493,7 +489,7 @@ def test_record_pin_and_unpin(root):
 )
 def test_text_with_broken_bytes_is_refused_and_nothing_done(root, arguments):
     before = pp.open(root).run("one").events()
-    result = process(arguments[0], root, *arguments[1:])
+    result = in_process(arguments[0], root, *arguments[1:])
     assert result.returncode == 2
     assert result.stderr.startswith("peakpoint: ")
     assert "cannot be written as UTF-8" in result.stderr

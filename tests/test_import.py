@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import peakpoint as pp
+from commands import in_process
 from foreign_files import (
     ACCURACY,
     Call,
@@ -63,11 +64,6 @@ def invoke(*arguments, code=0):
     done = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == code, done.output
     return done.output
-
-
-def process(*arguments):
-    command = [sys.executable, "-c", "from peakpoint.cli.main import run; run()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +465,7 @@ def test_a_hostile_file_is_refused_by_name_and_nothing_is_run(kind, made, tmp_pa
         assert word in str(caught.value)
     assert not mark.exists()
     assert not (tmp_path / "root").exists()
-    done = process("import", folder, tmp_path / "root", "--run", "r", "--skip-unreadable")
+    done = in_process("import", folder, tmp_path / "root", "--run", "r", "--skip-unreadable")
     assert done.returncode == 13
     assert named in done.stderr
     assert "Traceback" not in done.stderr
@@ -480,10 +476,10 @@ def test_a_hostile_file_is_refused_by_name_and_nothing_is_run(kind, made, tmp_pa
 @pytest.mark.parametrize("kind", ["os.system", "eval", "getattr", "legacy"])
 def test_nobody_is_advised_to_load_what_means_harm(kind, tmp_path):
     named = hostile(kind, tmp_path / "a.pth", tmp_path / "PWNED")
-    done = process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r")
+    done = in_process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r")
     assert "may mean harm" in done.stderr
     assert "--inert" not in done.stderr
-    done = process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r", "--inert", named)
+    done = in_process("import", tmp_path / "a.pth", tmp_path / "root", "--run", "r", "--inert", named)
     assert done.returncode == 2
     assert "only plain classes of your own code" in done.stderr
     for other in ("nt.system", "subprocess.Popen", "sys.exit", "torch._utils._rebuild_qtensor", "Config"):
@@ -982,7 +978,7 @@ def test_an_import_that_is_interrupted_says_what_came_in(made, tmp_path):
 )
 def test_wrong_input_of_the_command(arguments, code, words, made, tmp_path):
     path, *rest = [argument.format(made=made[0]) for argument in arguments]
-    done = process("import", path, tmp_path / "root", *rest)
+    done = in_process("import", path, tmp_path / "root", *rest)
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr

@@ -134,7 +134,7 @@ def places(made):
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize(
     "put",
-    [link, pipe, *(pytest.param(put, marks=pytest.mark.slow) for put in (loop, directory, huge))],  # minutes
+    [link, *(pytest.param(put, marks=pytest.mark.slow) for put in (pipe, loop, directory, huge))],  # minutes
     ids=lambda put: put.__name__,
 )
 def test_what_is_none_of_ours_is_neither_followed_nor_changed(made, tmp_path, put):

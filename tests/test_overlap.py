@@ -154,7 +154,8 @@ def memory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("capture_bytes", [None, pytest.param("1 MiB", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capture_bytes", [None, "1 MiB"])
 def test_a_thousand_saves_leave_no_files_open_no_threads_and_no_memory(tmp_path, capture_bytes):
     def used():
         gc.collect()
@@ -194,6 +195,7 @@ def compiled():
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_modules(tmp_path):
     lacking = compiled()

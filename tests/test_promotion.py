@@ -280,6 +280,7 @@ def _promoter(root, number, said):
     said.put(done)
 
 
+@pytest.mark.slow
 def test_eight_processes_that_promote_at_once_make_one_history_without_gaps_or_lost_acts(tmp_path):
     repository(tmp_path, accuracies=[0.5] * 2 * PROCESSES)
     context = multiprocessing.get_context("spawn")

@@ -11,7 +11,8 @@ import time
 import pytest
 
 import peakpoint as pp
-from test_command_line import RUN, invoke, process
+from commands import in_process
+from test_command_line import RUN, invoke
 from training import checkpointer
 
 
@@ -113,7 +114,7 @@ def test_markup_of_users_is_text(root):
     ],
 )
 def test_slips_get_a_sentence_and_an_exit_code(root, arguments, code, words):
-    done = process("select", root, *arguments)
+    done = in_process("select", root, *arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -180,7 +181,7 @@ def test_what_is_damaged_or_gone_is_marked(tmp_path):
     (best.path / "model.safetensors").unlink()
     assert re.search(r"one/\S+ \(damaged\) ", invoke("select", tmp_path, "--max", "acc", "--top", "2").output)
     assert "model.safetensors is missing" in found(tmp_path, "run == 'one'", "--max", "acc")["selected"][0]["damaged"]
-    piped = process("select", tmp_path, "run == 'one'", "--max", "acc", "--top", "1", "--refs")
+    piped = in_process("select", tmp_path, "run == 'one'", "--max", "acc", "--top", "1", "--refs")
     assert piped.stdout.strip() == best.ref
     assert "is missing" in piped.stderr
     assert "(gone)" not in invoke("ls", tmp_path).output
@@ -203,19 +204,19 @@ def test_what_cannot_be_read_is_named_and_in_the_exit_code(tmp_path, age):
     data = file.read_bytes()
     file.write_bytes(data.replace(b"0.9", b"0.8"))
     os.utime(best.path, (time.time() - age,) * 2)  # a directory that changed just now has no stamp to go by
-    told = process("select", tmp_path, "--max", "acc", "--refs")
+    told = in_process("select", tmp_path, "--max", "acc", "--refs")
     assert (told.returncode, told.stdout.startswith("good/")) == (23, True)
     assert f"checkpoint '{best.ref}' is not considered" in told.stderr
     for command in (("select", "--max", "acc", "--json"), ("ls", "--json")):
-        told = process(command[0], tmp_path, *command[1:])
+        told = in_process(command[0], tmp_path, *command[1:])
         assert told.returncode == 23
         assert list(json.loads(told.stdout)["unread"]) == [best.ref]
         assert "seal does not match" in json.loads(told.stdout)["unread"][best.ref]
         assert best.ref in told.stderr
     file.write_bytes(data)
-    told = process("select", tmp_path, "--max", "acc", "--refs")
+    told = in_process("select", tmp_path, "--max", "acc", "--refs")
     assert (told.returncode, told.stdout.split()[0]) == (0, best.ref), "it is back as soon as its bytes are"
-    assert process("audit", tmp_path).returncode == 0
+    assert in_process("audit", tmp_path).returncode == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -67,7 +67,7 @@ def train(root, ops):
 @pytest.mark.parametrize(
     ("done", "links", "times"),
     [
-        pytest.param(False, True, 1, id="not done"),
+        pytest.param(False, True, 1, id="not done", marks=pytest.mark.slow),
         pytest.param(True, True, 1, id="done"),
         pytest.param(True, False, 1, id="done-without hard links", marks=pytest.mark.slow),
         pytest.param(True, True, 3, id="done-three in a row", marks=pytest.mark.slow),
