@@ -17,7 +17,7 @@ from peakpoint.demo.training import LeNet5, digits
 
 TRAINING, VALIDATION, EPOCHS, BATCH = 600, 400, 40, 32
 out, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
-torch.set_num_threads(1)  # the same numbers whatever the machine has
+torch.set_num_threads(1)  # the same numbers for any number of cores; not on every processor
 every_image, every_label = digits()
 
 
