@@ -21,6 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SETUP = re.compile(r"<!-- setup\n(.*?)-->", re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.DOTALL | re.MULTILINE)
+NO_PROSE = re.compile(r"[#|!\[<*-]|\d+\.| {4}")  # titles, tables, pictures, lists
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -52,6 +53,14 @@ def test_the_commands_of_a_page_can_be_parsed(page):
 def test_the_links_of_a_page_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "report"], ids=name)
+def test_every_paragraph_of_a_page_has_an_end(page):
+    prose = re.sub(r"<!--.*?-->|^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n", prose):
+        text = paragraph.strip()
+        assert not text or NO_PROSE.match(text) or text[-1] in ".:!?)`*", f"torn: ...{text[-80:]}"
 
 
 def test_every_command_and_option_is_documented():
