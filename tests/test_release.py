@@ -500,6 +500,9 @@ def test_validating_by_hand_checks_what_the_policy_asks_for(tmp_path):
     found = task.trained(root, noises=(0.1,))
     task.policy(root, validation="budgets = { parameters = 5 }")
     assert "did not pass: budget parameters" in command("validate", root, "r:1", code=16)
+    refused = command("release", root, code=16).replace("\n", " ")
+    assert refused.count("validates it again") == 1
+    assert "the next best is not tried by itself" in refused
     (root / "production.toml").write_text((root / "production.toml").read_text().replace("= 5 }", "= 50 }"))
     command("validate", root, "r:1")
     policy = read_policies(found.store).of("champion")

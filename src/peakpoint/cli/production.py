@@ -509,12 +509,6 @@ def _print_release(console: Console, root: Path, done: Release) -> None:
     one = None if done.proposal is None else done.proposal.validation
     if done.outcome == "refused" and one is not None and one.failures:
         again = render.command("validate", root, f"{one.run}/{one.name}")
-        console.print(
-            f"{words(again)} validates it again; another is only selected when the policy says so", soft_wrap=True
-        )
-    one = None if done.proposal is None else done.proposal.validation
-    if done.outcome == "refused" and one is not None and one.failures:
-        again = render.command("validate", root, f"{one.run}/{one.name}")
         console.print(f"{words(again)} validates it again; the next best is not tried by itself", soft_wrap=True)
     colour = {"promoted": "green", "refused": "red", "nothing fits": "red"}.get(done.outcome, "bold")
     console.print(f"[{colour}]{done.outcome}[/]" + (f" (release {done.id})" if done.id else ""))
