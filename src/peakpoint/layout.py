@@ -2,16 +2,26 @@
 
 ::
 
-    peakpoint.json                              the repository, created once
-    runs/<run>/run.json                         the run, created once
-    runs/<run>/writer.lock                      held by the process that writes the run
-    runs/<run>/journal/<number>.jsonl           what was reported and done
-    runs/<run>/checkpoints/<name>/              one checkpoint
-    runs/<run>/archived.json                    says that the run is archived
-    runs/<run>/archive/<id>.pack                the bytes of a checkpoint of an archived run
-    runs/<run>/validations/<id>/<number>.json   what was found when a checkpoint was validated
-    runs/<run>/validations/<id>/<digest>.predictions
-    aliases/<alias>/<number>.json               what an alias points at: the highest number counts
+    peakpoint.json                                       the repository, created once
+    production.toml                                      what may be released, written by people
+    catalogue.sqlite                                     an index, which may be deleted at any time
+    aliases/<alias>/<number>.json                        what an alias points at: the highest number counts
+    aliases/<alias>/<number>.told.json                   that all hooks have been told of it
+    releases/<id>.json                                   a release that was made or refused
+    runs/<run>/run.json                                  the run, created once
+    runs/<run>/writer.lock                               held by the process that writes the run
+    runs/<run>/archived.json                             that the run is archived
+    runs/<run>/archive/<id>.pack                         the bytes of a checkpoint of an archived run
+    runs/<run>/journal/<number>.jsonl                    what was reported and done
+    runs/<run>/validations/<id>/<number>.json            what was found when a checkpoint was validated
+    runs/<run>/validations/<id>/<digest>.predictions     what was predicted then
+    runs/<run>/checkpoints/<name>/manifest.json          the checkpoint: without it there is none
+    runs/<run>/checkpoints/<name>/state.json             the state but for its tensors
+    runs/<run>/checkpoints/<name>/<part>.safetensors     the tensors of a part
+    runs/<run>/checkpoints/<name>/signature-<number>.json
+    runs/<run>/checkpoints/<name>/dropped-<number>.json  parts that are gone
+    runs/<run>/checkpoints/<name>/trashed.json           that it is in the trash, with its manifest
+    runs/<run>/checkpoints/<name>/archived.json          that it alone is archived, which earlier code wrote
 """
 
 import re
@@ -24,8 +34,6 @@ ALIASES = "aliases"
 RELEASES = "releases"
 POLICY = "production.toml"
 STATE = "state.json"
-
-
 DROPPED = "dropped-"  # and a number: the records of parts that are gone
 ARCHIVED = "archived.json"  # of a run: its files are in packs; earlier code wrote such records of single checkpoints
 TRASHED = "trashed.json"  # the record of a checkpoint that can be brought back
