@@ -1,8 +1,10 @@
 """The documentation runs: its code, its commands, its links, and the examples in docstrings."""
 
+import ast
 import doctest
 import importlib
 import pkgutil
+import pydoc
 import re
 import shlex
 import subprocess
@@ -21,6 +23,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SETUP = re.compile(r"<!-- setup\n(.*?)-->", re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.DOTALL | re.MULTILINE)
+NAMED = re.compile(r"(?<![\w/.])peakpoint(?:\.(?!json|toml|py)[A-Za-z_]\w*)+(?![\w/])")
 NO_PROSE = re.compile(r"[#|!\[<*-]|\d+\.| {4}")  # titles, tables, pictures, lists
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -80,6 +83,14 @@ def test_every_public_name_is_documented():
     text = "".join(page.read_text() for page in PAGES)
     for public in peakpoint.__all__:
         assert re.search(rf"\b{public}\b", text), public
+
+
+def test_names_of_ours_in_messages_and_docstrings_are_those_of_something():
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for dotted in NAMED.findall(node.value):
+                    assert pydoc.locate(dotted) is not None, f"{name(path)}: {dotted}"
 
 
 MODULES = [

@@ -373,7 +373,7 @@ def test_a_front_says_how_many_are_on_it():
 
 def test_a_smoothed_best_needs_the_smoothed_values():
     rule = Best("acc", "max", smooth=3)
-    with pytest.raises(ValueError, match="smooth3"):
+    with pytest.raises(ValueError, match=r"no 'acc:smooth3', the mean of 'acc' over 3 reports, which Checkpointer and"):
         rule.claims([record(1, acc=1.0)])
     first = replace(record(1), metrics={"acc": 1.0, "acc:smooth3": math.nan})
     second = replace(record(2), metrics={"acc": 0.5, "acc:smooth3": 0.6})

@@ -130,7 +130,10 @@ class Best(Considered):
         if self.smooth > 1:
             key, called = smoothed(self.metric, self.smooth), f"{self.metric} over {self.smooth} reports"
             if any(self.metric in record.metrics and key not in record.metrics for record in able):
-                raise ValueError(f"records without {key!r}: give them through peakpoint.measured")
+                raise ValueError(
+                    f"the records have no {key!r}, the mean of {self.metric!r} over {self.smooth} reports, which "
+                    "Checkpointer and peakpoint keep add to them"
+                )
         ranking = ranked(able, key, self.mode)
         waiting = self._waiting(able, (self.metric,))
         if not ranking:
