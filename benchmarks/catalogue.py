@@ -233,12 +233,13 @@ def naive(place, count, size, turns):
         found = [(torch.load(path)["metrics"]["val_accuracy"], path) for path in (place / "files").glob("*.pth")]
         return max(found)
 
-    repository = pp.open(place / "ours")
-    assert repository.select(by={"val_accuracy": "max"}).first().metrics["val_accuracy"] == load_all()[0]
+    catalogue = pp.Catalogue(place / "ours")
+    wish = Wish(query=parse(""), keys=read_keys({"val_accuracy": "max"}))
+    assert catalogue.select(wish).first().metrics["val_accuracy"] == load_all()[0]
     result = {
         "checkpoints": count,
         "bytes": sum(path.stat().st_size for path in (place / "files").iterdir()),
-        "peakpoint": _timed(lambda: repository.select(by={"val_accuracy": "max"}).first(), turns * 10),
+        "peakpoint": _timed(lambda: catalogue.select(wish).first(), turns * 10),
         "glob and torch.load": _timed(load_all, max(1, turns // 2)),
     }
     shutil.rmtree(place)

@@ -60,7 +60,7 @@ def compared(seed):
     """Held-out accuracies of the three members, the ensemble, the uniform and the greedy soup."""
     root, run = out / "runs", f"digits-{seed}"
     validation, held_out = trained(run, seed)
-    best = pp.open(root).select(f"run == '{run}' and epoch >= {EPOCHS // 2}", by={"val_accuracy": "max"}, top=3)
+    best = pp.select(root, f"run == '{run}' and epoch >= {EPOCHS // 2}", by={"val_accuracy": "max"}, top=3)
     refs = [checkpoint.ref for checkpoint in best]
 
     def loaded(ref):

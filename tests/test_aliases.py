@@ -915,7 +915,7 @@ def test_an_alias_that_cannot_be_read_is_told_wherever_aliases_are_shown(promote
 
 
 def test_tables_fit_narrow_terminals_with_aliases_as_without(promoted, tmp_path):
-    listed_ = pp.open(tmp_path).catalogue()
+    listed_ = pp.Catalogue(tmp_path)
     listed_.refresh()
 
     def printed(width):

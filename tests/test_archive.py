@@ -157,9 +157,9 @@ def test_notes_and_aliases_of_an_archived_run_go_on(tmp_path):
     run.pin("r@latest", "figure 3")
     assert run.record("r@latest", {"accuracy": 0.5}).metrics["accuracy"] == 0.5
     command("promote", tmp_path, "r@latest", "--as", "champion", "--force", "--yes", "--why", "x")
-    assert [one.epoch for one in pp.open(tmp_path).select("archived")] == [1, 0]
+    assert [one.epoch for one in pp.select(tmp_path, "archived")] == [1, 0]
     upkeep.restore(run)
-    assert list(pp.open(tmp_path).select("archived")) == []
+    assert list(pp.select(tmp_path, "archived")) == []
 
 
 def test_the_whole_of_an_archived_run_can_be_removed(tmp_path):

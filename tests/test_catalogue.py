@@ -604,16 +604,16 @@ def small(tmp_path):
 
 
 def test_deleting_it_loses_nothing(small):
-    before = [facts(one) for one in pp.open(small).select("late == 0.25")]
+    before = [facts(one) for one in pp.select(small, "late == 0.25")]
     assert len(before) == 1
     for file in small.glob("catalogue.sqlite*"):
         file.unlink()
-    assert [facts(one) for one in pp.open(small).select("late == 0.25")] == before
+    assert [facts(one) for one in pp.select(small, "late == 0.25")] == before
 
 
 @pytest.mark.parametrize("damage", ["garbage", "half", "header", "pages"])
 def test_a_damaged_one_is_made_anew(small, damage):
-    pp.open(small).catalogue().refresh()
+    pp.Catalogue(small).refresh()
     file = small / "catalogue.sqlite"
     with sqlite3.connect(file) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -630,7 +630,7 @@ def test_a_damaged_one_is_made_anew(small, damage):
     for old in small.glob("catalogue.sqlite-*"):
         old.unlink()
     file.write_bytes(data)
-    assert [one.step for one in pp.open(small).select("late == 0.25")] == [1]
+    assert [one.step for one in pp.select(small, "late == 0.25")] == [1]
     [kept] = small.glob("catalogue.damaged-*.sqlite")
     assert kept.read_bytes() == data, "it may be somebody's"
     assert [(one.kind, one.where) for one in audit(pp.open(small)).findings] == [("foreign", kept.name)]
@@ -640,17 +640,17 @@ def test_a_file_that_was_named_is_never_replaced(small, tmp_path):
     weights = tmp_path / "weights.bin"
     weights.write_bytes(b"precious weights" * 100)
     with pytest.raises(ConfigError, match="is no catalogue, or a damaged one"):
-        pp.open(small, catalogue=str(weights)).catalogue()
+        pp.Catalogue(small, str(weights))
     assert weights.read_bytes() == b"precious weights" * 100
 
 
 def test_one_of_a_newer_release_is_refused(small, catalogue_url):
-    pp.open(small, catalogue=catalogue_url).catalogue().close()
+    pp.Catalogue(small, catalogue_url).close()
     other = Catalogue(LocalStore(small), catalogue_url)
     with other._engine.begin() as connection:
         connection.execute(sqlalchemy.update(schema.meta).values(version=99))
     with pytest.raises(FormatError, match="version 99"):
-        pp.open(small, catalogue=catalogue_url).catalogue()
+        pp.Catalogue(small, catalogue_url)
     with other._engine.begin() as connection:
         connection.execute(sqlalchemy.update(schema.meta).values(version=1))
     other.close()
@@ -725,24 +725,24 @@ def test_several_who_bring_an_old_one_up_to_date_at_once_do_it_once(small, catal
 
 
 def test_each_repository_has_its_own(small, tmp_path, catalogue_url):
-    pp.open(small, catalogue=catalogue_url).catalogue().close()
+    pp.Catalogue(small, catalogue_url).close()
     with checkpointer(tmp_path / "other") as ckpt:
         ckpt.report(step=1)
     with pytest.raises(ConfigError, match="belongs to the repository"):
-        pp.open(tmp_path / "other", catalogue=catalogue_url).catalogue()
+        pp.Catalogue(tmp_path / "other", catalogue_url)
     moved = shutil.move(small, tmp_path / "moved")
-    assert [one.path.exists() for one in pp.open(moved).select("")] == [True]
+    assert [one.path.exists() for one in pp.select(moved, "")] == [True]
     shutil.copy(tmp_path / "moved" / "catalogue.sqlite", tmp_path / "other" / "catalogue.sqlite")
-    assert [one.run for one in pp.open(tmp_path / "other").select("")] == ["r"]
+    assert [one.run for one in pp.select(tmp_path / "other", "")] == ["r"]
 
 
 def test_where_nothing_can_be_written_it_is_in_the_cache(small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     code = (
         "import os, sys\nimport peakpoint as pp\n"
-        "list(pp.open(sys.argv[2]).select(''))  # imports what there is to import\n"
+        "list(pp.select(sys.argv[2], ''))  # imports what there is to import\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "repository = pp.open(sys.argv[1])\nprint(len(list(repository.select(''))), repository.catalogue().location)\n"
+        "print(len(list(pp.select(sys.argv[1]))), pp.Catalogue(sys.argv[1]).location)\n"
     )
     if os.getuid() != 0:
         pytest.skip("only root can become somebody who may not write")
@@ -765,14 +765,13 @@ def test_where_nothing_can_be_written_it_is_in_the_cache(small, tmp_path, monkey
 def test_where_sqlite_cannot_work_it_is_elsewhere(small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (small / "catalogue.sqlite").mkdir()  # what a file system without the right locks comes to
-    repository = pp.open(small)
-    assert len(list(repository.select(""))) == 1
-    assert repository.catalogue().location.startswith(str(tmp_path / "cache" / "peakpoint"))
+    assert len(list(pp.select(small))) == 1
+    assert pp.Catalogue(small).location.startswith(str(tmp_path / "cache" / "peakpoint"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
-    homeless = pp.open(small)
-    assert len(list(homeless.select(""))) == 1
-    file = Path(homeless.catalogue().location)
+    homeless = pp.Catalogue(small)
+    assert count(homeless) == 1
+    file = Path(homeless.location)
     assert file.exists()
     del homeless
     assert not file.exists()
@@ -780,22 +779,22 @@ def test_where_sqlite_cannot_work_it_is_elsewhere(small, tmp_path, monkeypatch):
 
 def test_what_cannot_be_reached_is_said(small, monkeypatch):
     with pytest.raises(StoreError, match="cannot be used") as caught:
-        pp.open(small, catalogue="postgresql://me:secret@127.0.0.1:1/none").catalogue()
+        pp.Catalogue(small, "postgresql://me:secret@127.0.0.1:1/none")
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match="mysql"):
-        pp.open(small, catalogue="mysql://x/y").catalogue()
+        pp.Catalogue(small, "mysql://x/y")
     with pytest.raises(ConfigError, match="cannot be read"):
-        pp.open(small, catalogue="://").catalogue()
+        pp.Catalogue(small, "://")
     with pytest.raises(ConfigError, match="does not exist"):
-        pp.open(small, catalogue=str(small / "no" / "such" / "place.sqlite")).catalogue()
+        pp.Catalogue(small, str(small / "no" / "such" / "place.sqlite"))
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingExtraError, match=r"peakpoint\[postgres\]"):
-        pp.open(small, catalogue="postgresql://127.0.0.1/x").catalogue()
+        pp.Catalogue(small, "postgresql://127.0.0.1/x")
 
 
 def test_the_environment_names_it(small, tmp_path, monkeypatch):
     monkeypatch.setenv("PEAKPOINT_CATALOGUE", str(tmp_path / "elsewhere.db"))
-    assert len(list(pp.open(small).select(""))) == 1
+    assert len(list(pp.select(small, ""))) == 1
     assert (tmp_path / "elsewhere.db").exists()
     assert not (small / "catalogue.sqlite").exists()
 
@@ -805,11 +804,12 @@ def test_of_a_store_without_directories_it_is_a_file_for_as_long_as_it_is_used()
     with checkpointer(store, keep=[pp.Last(2)]) as ckpt:
         for _ in ckpt.steps(3):
             ckpt.report(acc=0.5)
-    repository = pp.open(store)
-    assert [one.step for one in repository.select("acc == 0.5", by={"step": "max"})] == [3, 2]
-    file = Path(repository.catalogue().location)
+    catalogue = pp.Catalogue(store)
+    wish = Wish(query=parse("acc == 0.5"), keys=read_keys({"step": "max"}))
+    assert [one.step for one in catalogue.select(wish)] == [3, 2]
+    file = Path(catalogue.location)
     assert file.exists()
-    del repository
+    del catalogue
     assert not file.exists()
 
 
@@ -868,34 +868,34 @@ def test_damaged_manifests_are_told_and_do_not_stop_the_rest(small):
     broken = pp.open(small).run("other").checkpoints()[0].path / "manifest.json"
     whole = broken.read_bytes()
     broken.write_bytes(whole.replace(b"0.1", b"0.9"))
-    catalogue = pp.open(small).catalogue()
-    assert sorted((one.run, one.step) for one in pp.open(small).select("")) == [("other", 2), ("r", 1)]
+    catalogue = pp.Catalogue(small)
+    assert sorted((one.run, one.step) for one in pp.select(small, "")) == [("other", 2), ("r", 1)]
     [listed] = [run for run in catalogue.runs() if run.name == "other"]
     assert "seal does not match" in listed.damaged[0]
     broken.unlink()
     broken.write_bytes(whole)
-    assert len(list(pp.open(small).select(""))) == 3
-    assert all(not run.damaged for run in pp.open(small).catalogue().runs())
+    assert len(list(pp.select(small, ""))) == 3
+    assert all(not run.damaged for run in pp.Catalogue(small).runs())
 
 
 def test_a_segment_that_was_written_anew_is_read_anew(small):
     """Nobody should; a backup that is put back does."""
-    catalogue = pp.open(small).catalogue()
-    assert len(list(pp.open(small).select("has(late)"))) == 1
+    catalogue = pp.Catalogue(small)
+    assert len(list(pp.select(small, "has(late)"))) == 1
     shutil.rmtree(small / "runs" / "r" / "journal")
     Journal(LocalStore(small), "r", lambda: START).close()
-    assert len(list(pp.open(small).select("has(acc)"))) == 1
-    assert [one.metrics for one in pp.open(small).select("")] == [{"acc": 0.5}]
+    assert len(list(pp.select(small, "has(acc)"))) == 1
+    assert [one.metrics for one in pp.select(small, "")] == [{"acc": 0.5}]
     with pytest.raises(NotFoundError):
-        pp.open(small).select("latte > 1")
+        pp.select(small, "latte > 1")
     assert catalogue.runs()[0].reports == 0
 
 
 def test_audit_knows_its_files(small):
     repository = pp.open(small)
-    list(repository.select(""))
+    list(pp.select(repository, ""))
     assert [finding for finding in audit(repository).findings if "catalogue" in finding.where] == []
-    assert json.dumps([one.step for one in repository.select("")]) == "[1]"
+    assert json.dumps([one.step for one in pp.select(repository, "")]) == "[1]"
 
 
 # --- somebody looks in the middle ---------------------------------------------------------------------------------
@@ -1038,7 +1038,7 @@ def test_a_backup_that_is_put_back_is_what_there_is(tmp_path):
     shutil.copytree(root / "runs", tmp_path / "backup")
     run = pp.open(root).run("r")
     run.pin("r@latest", "soon forgotten")
-    catalogue = pp.open(root).catalogue()
+    catalogue = pp.Catalogue(root)
     check(root, catalogue)
     shutil.rmtree(root / "runs")
     shutil.copytree(tmp_path / "backup", root / "runs")
@@ -1055,7 +1055,7 @@ def test_two_copies_can_share_one_catalogue_and_are_not_confused(tmp_path, catal
         pp.open(tmp_path / root).run("r").record("r@latest", {"late": value})
     for _ in range(2):
         for root, value in (("one", 1.0), ("two", 2.0)):
-            found = pp.open(tmp_path / root, catalogue=catalogue_url).select("has(late)")
+            found = pp.select(tmp_path / root, catalogue=catalogue_url, where="has(late)")
             assert [(one.metrics["late"], one.path.exists()) for one in found] == [(value, True)]
 
 
@@ -1120,12 +1120,12 @@ def test_one_run_that_cannot_be_read_keeps_nobody_from_the_others(small, recwarn
     journal.append(Closed(at=START, why="closed"))
     journal.close()
     (small / "runs" / "newer" / "checkpoints" / os.fsdecode(b"\xff\xfe")).mkdir()
-    repository = pp.open(small)
-    found = repository.select("")
+    catalogue = pp.Catalogue(small)
+    found = catalogue.select(Wish(query=parse("")))
     assert sorted(one.run for one in found) == ["newer", "r"]
     assert any("'bad' is not considered" in str(warning.message) for warning in recwarn)
-    assert list(repository.catalogue().unread) == ["bad"]
-    [newer] = [run for run in repository.catalogue().runs() if run.name == "newer"]
+    assert list(catalogue.unread) == ["bad"]
+    [newer] = [run for run in catalogue.runs() if run.name == "newer"]
     assert [peak.metric for peak in newer.peaks] == ["acc"]
 
 
@@ -1208,5 +1208,5 @@ def test_many_notes_are_read_in_portions(tmp_path, catalogue_url):
 
 def test_many_clauses_are_told_in_no_time(small):
     text = " and ".join(f"step > -{number}" for number in range(400))
-    why = pp.open(small).select(text).why()
+    why = pp.select(small, text).why()
     assert (why.candidates, len(why.clauses), why.chosen) == (1, 400, 1)

@@ -184,11 +184,11 @@ def audit(root):
 def select(root):
     repository = pp.open(root)
     asked = {
-        "all": repository.select(""),
-        "best": repository.select("accuracy > 0.5", by={"accuracy": "max"}),
-        "archived": repository.select("archived"),
-        "aliased": repository.select('alias = "champion" or alias = "packed/best"'),
-        "imported": repository.select("has(val_acc) and pinned"),
+        "all": pp.select(repository, ""),
+        "best": pp.select(repository, "accuracy > 0.5", by={"accuracy": "max"}),
+        "archived": pp.select(repository, "archived"),
+        "aliased": pp.select(repository, 'alias = "champion" or alias = "packed/best"'),
+        "imported": pp.select(repository, "has(val_acc) and pinned"),
     }
     return {name: [one.ref for one in found] for name, found in asked.items()}
 

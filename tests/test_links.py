@@ -230,6 +230,6 @@ def test_the_catalogue_is_not_written_through_a_link(tmp_path, monkeypatch, name
     save(root)
     (tmp_path / "mine").write_bytes(b"")
     (root / name).symlink_to(tmp_path / "mine")
-    assert len(list(pp.open(root).select("acc > 0.1"))) == 3
+    assert len(list(pp.select(root, "acc > 0.1"))) == 3
     assert (tmp_path / "mine").read_bytes() == b""
     assert [(one.kind, one.where) for one in audit(pp.open(root)).findings] == [("foreign", name)]

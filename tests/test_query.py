@@ -374,15 +374,15 @@ def test_within_one_standard_error_the_smallest_is_chosen(tmp_path):
         write(store, manifest(sequence=number, metrics=values))
     repository = pp.open(tmp_path)
     rule = WithinSE(n_eval=10_000)  # 0.003
-    chosen = repository.select(by={"acc": "max", "sparsity": "max"}, within=rule)
+    chosen = pp.select(repository, by={"acc": "max", "sparsity": "max"}, within=rule)
     assert [one.metrics["sparsity"] for one in chosen] == [0.7, 0.5, 0.1]
-    by_metric = repository.select(by={"acc": "max", "sparsity": "max"}, within=WithinSE(n_eval="n"))
+    by_metric = pp.select(repository, by={"acc": "max", "sparsity": "max"}, within=WithinSE(n_eval="n"))
     assert [one.sequence for one in by_metric] == [one.sequence for one in chosen]
-    percent = repository.select(by={"pct": "max"}, within=WithinSE(n_eval=10_000, percent=True))
+    percent = pp.select(repository, by={"pct": "max"}, within=WithinSE(n_eval=10_000, percent=True))
     assert [one.sequence for one in percent] == [1, 2, 3], "without a further key the earliest is first"
-    own = repository.select(by={"acc": "max", "sparsity": "max"}, within=WithinSE(se="acc_se"))
+    own = pp.select(repository, by={"acc": "max", "sparsity": "max"}, within=WithinSE(se="acc_se"))
     assert [one.sequence for one in own] == [2, 1], "the standard error of the best counts"
-    low = repository.select("acc < 0.9", by={"acc": "min", "sparsity": "min"}, within=WithinSE(se="acc_se"))
+    low = pp.select(repository, "acc < 0.9", by={"acc": "min", "sparsity": "min"}, within=WithinSE(se="acc_se"))
     assert [one.sequence for one in low] == [2, 3, 4]
     assert "one standard error (0.003) of the best (0.9)" in chosen.why().clauses[-1].text
     for wrong, by, words in [
@@ -392,13 +392,13 @@ def test_within_one_standard_error_the_smallest_is_chosen(tmp_path):
         (WithinSE(n_eval="sparsity"), {"acc": "max"}, "no usable number of examples in 'sparsity': 0.1"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(words)):
-            list(repository.select(by=by, within=wrong))
+            list(pp.select(repository, by=by, within=wrong))
     with pytest.raises(NotFoundError, match="did you mean 'acc_se'"):
-        repository.select(by={"acc": "max"}, within=WithinSE(se="acc_sd"))
+        pp.select(repository, by={"acc": "max"}, within=WithinSE(se="acc_sd"))
     for options in ({}, {"n_eval": 5, "se": "x"}, {"n_eval": 0}, {"n_eval": True}, {"se": "a b"}):
         with pytest.raises(ConfigError):
             WithinSE(**options)
-    assert list(repository.select("acc > 5", by={"acc": "max"}, within=rule)) == []
+    assert list(pp.select(repository, "acc > 5", by={"acc": "max"}, within=rule)) == []
 
 
 # --- slips --------------------------------------------------------------------------------------------------------

@@ -563,7 +563,7 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
     task.trained(tmp_path)
     task.policy(tmp_path)
     best = pp.open(tmp_path).find("r:2")
-    pp.open(tmp_path).catalogue().refresh()
+    pp.Catalogue(tmp_path).refresh()
     store, file = Refusing(tmp_path), best.path / "manifest.json"
     if what == "disk":
         store.where, store.times = f"{best.name}/manifest.json", 99
@@ -580,7 +580,7 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
 def test_a_release_is_not_deceived_by_a_damaged_index(tmp_path):
     task.trained(tmp_path)
     task.policy(tmp_path)
-    catalogue = pp.open(tmp_path).catalogue()
+    catalogue = pp.Catalogue(tmp_path)
     catalogue.refresh()
     best = pp.open(tmp_path).find("r:2")
     with contextlib.closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:

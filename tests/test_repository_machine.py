@@ -31,7 +31,9 @@ from hypothesis.stateful import (
 import peakpoint as pp
 from dying import DEATHS, FAULTS, Killed, Ops
 from peakpoint import audit, layout, packs, promotion, release, upkeep
+from peakpoint.catalogue import Wish
 from peakpoint.policy import read_policies
+from peakpoint.query import parse
 from peakpoint.store import LocalStore
 from promoting import validated
 from repository_model import GONE, PARTS, TRASH, Checkpoint, Model, claims, here
@@ -97,7 +99,7 @@ class Repository(RuleBasedStateMachine):
             self.model.archived[name] = False
         store = LocalStore(self.root, Ops())
         store.put(layout.POLICY, [POLICY])
-        self.standing = pp.open(store)  # with a catalogue that follows
+        self.standing = pp.Catalogue(store)  # which follows
 
     def ended(self, arguments):
         if not issubclass(arguments.exc_type, Killed):
@@ -115,7 +117,7 @@ class Repository(RuleBasedStateMachine):
             self.is_as_the_model_says()
         finally:
             threading.excepthook = self.hook
-            self.standing.catalogue().close()
+            self.standing.close()
             for training in self.trainings.values():
                 training.ops.dead = True
                 with suppress(Killed, pp.Error):
@@ -579,11 +581,7 @@ class Repository(RuleBasedStateMachine):
             return validated(repository, ref, wanted=wanted, at=self.now)
 
         def act(store):
-            repository = pp.open(store)
-            try:
-                return release.release(repository, "champion", read_policies(store), validate, clock=self.clock)
-            finally:
-                repository.catalogue().close()
+            return release.release(pp.open(store), "champion", read_policies(store), validate, clock=self.clock)
 
         records = self.model.aliases.get("champion", [])
         done, cut_short = self.does("release", cut, act)
@@ -622,7 +620,7 @@ class Repository(RuleBasedStateMachine):
                 assert repository.find_manifest(f"@{alias}").id == held
         self.looks += 1
         if self.looks % 3 == 0:
-            selected = [(one.run, one.id) for one in self.standing.select()]
+            selected = [(one.run, one.id) for one in self.standing.select(Wish(query=parse("")))]
             assert sorted(selected) == sorted((one.run, one.id) for one in model.here())
         if self.looks % 5 == 0:
             self.is_undamaged()

@@ -692,7 +692,7 @@ def test_a_soup_is_listed_loaded_exported_selected_archived_and_continued_from(t
     assert "members" not in json.loads((repository.run("r").latest().path / "manifest.json").read_text())
     assert [one.metrics for one in repository.run("r-soup").history()] == [{"val": made.score}]
     assert audit.audit(repository, deep=True).clean
-    assert [one.ref for one in repository.select("has(val)", by={"val": "max"})] == [made.checkpoint.ref]
+    assert [one.ref for one in pp.select(repository, "has(val)", by={"val": "max"})] == [made.checkpoint.ref]
     export(repository, made.checkpoint.ref, tmp_path / "soup.safetensors")
     expected = sum(model.weight.detach().double() for model in models) / 3
     assert torch.equal(load_file(tmp_path / "soup.safetensors")["weight"], expected.float())

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from peakpoint import upkeep as upkeep
     from peakpoint.catalogue import Catalogue as Catalogue
     from peakpoint.catalogue import Selection as Selection
+    from peakpoint.catalogue import select as select
     from peakpoint.checkpoint import Checkpoint as Checkpoint
     from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.diffing import Difference as Difference
@@ -126,6 +127,7 @@ _HOMES = {
     "forecast": ("planning.forecast", "forecast"),
     "import_checkpoints": ("importing.everything", "import_checkpoints"),
     "load": ("loading", "load"),
+    "select": ("catalogue", "select"),
     "open": ("repository", "open_repository"),
     "validate": ("examining.here", "validate"),
     "soup": ("soups", "soup"),

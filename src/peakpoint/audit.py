@@ -14,11 +14,9 @@ from peakpoint import journal as journals
 from peakpoint.clock import Clock, utc_now
 from peakpoint.dropping import leftovers, records
 from peakpoint.errors import (
-    ConfigError,
     ConflictError,
     CorruptError,
     FormatError,
-    MissingExtraError,
     NotFoundError,
     StoreError,
 )
@@ -66,7 +64,6 @@ def audit(
         shallow = partial(_run, store, run, Audit(deep=False), now, lambda _: None)
         findings = _lasting(_run(store, run, result, now, progress), shallow)
         result.findings += _heeding(busy or _at_work(store, run), run, findings)
-    result.findings += _catalogue(repository)
     foreign = {finding.where for finding in result.of_kind("foreign")}
     result.findings = [
         finding for finding in result.findings if finding.kind != "litter" or finding.where not in foreign
@@ -122,24 +119,6 @@ def _outside_runs(store: Store, *, deeper: bool) -> Iterator[Finding]:
         yield from _aliases(store)
         yield from _releases(store)
         yield from _strays(store, layout.RUNS, None)
-
-
-def _catalogue(repository: Repository) -> Iterator[Finding]:
-    """What the catalogue says otherwise than the files, if there is one."""
-    if not repository.is_indexed():
-        return
-    try:
-        catalogue = repository.catalogue()
-        differences = [difference for difference in catalogue.compare() if not difference.unreadable]
-    except (ConfigError, MissingExtraError, StoreError) as error:
-        yield Finding("busy", _INDEX, f"the catalogue is not compared with the files: {error}")
-        return
-    mend = "peakpoint audit ROOT --rebuild makes it anew"
-    for difference in differences[:_TOLD]:
-        what = f"the catalogue says otherwise than the files: {difference.what}; {mend}"
-        yield Finding("damage", catalogue.location, what)
-    if len(differences) > _TOLD:
-        yield Finding("damage", catalogue.location, f"{len(differences) - _TOLD} more of these; {mend}")
 
 
 def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Finding]:
@@ -208,7 +187,6 @@ def _journal(store: Store, run: str) -> Iterator[Finding]:
     yield from _promotions(store, run, journal.events)
 
 
-_TOLD = 20  # differences of the catalogue, which may have millions
 _INDEX = "catalogue.sqlite"  # with the log and the shared memory of SQLite, and one that was damaged
 _OF_A_REPOSITORY = {
     layout.REPOSITORY,

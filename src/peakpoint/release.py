@@ -17,6 +17,7 @@ from peakpoint import aliases, hooks, layout, promotion, signing, validations
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Target
 from peakpoint.asking import with_golden
+from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
@@ -24,6 +25,8 @@ from peakpoint.hooks import Told
 from peakpoint.manifest import FORMAT, check_format
 from peakpoint.policy import Policies, Policy
 from peakpoint.promotion import Proposal
+from peakpoint.query import parse
+from peakpoint.ranking import read_keys
 from peakpoint.refs import near
 from peakpoint.repository import Repository
 from peakpoint.seal import digest, seal, unseal
@@ -160,6 +163,7 @@ def release(
     private_key: Path | None = None,
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda _: None,
+    catalogue: str | None = None,
     clock: Clock = utc_now,
 ) -> Release:
     """Release the best checkpoint that a policy finds.
@@ -173,6 +177,7 @@ def release(
         private_key: sign what is promoted with this key, unless it is signed as the policy asks.
         dry_run: only say what would be done; nothing is validated or changed.
         progress: called with each thing that is about to be done.
+        catalogue: where the index is; see ``Catalogue``.
         clock: tells the time.
 
     Raises:
@@ -180,7 +185,7 @@ def release(
         ConflictError: somebody else has changed the alias meanwhile; run it again.
     """
     policy = _policy_of(policies, alias)
-    work = _Release(repository, policy, policies.text, validate, why, private_key, progress, clock)
+    work = _Release(repository, catalogue, policy, policies.text, validate, why, private_key, progress, clock)
     return work.run(dry_run=dry_run)
 
 
@@ -226,6 +231,7 @@ class _Release:
     def __init__(
         self,
         repository: Repository,
+        catalogue: str | None,
         policy: Policy,
         text: str,
         validate: Validate,
@@ -234,7 +240,7 @@ class _Release:
         progress: Callable[[str], None],
         clock: Clock,
     ) -> None:
-        self._repository, self._store = repository, repository.store
+        self._repository, self._store, self._where = repository, repository.store, catalogue
         self._policy, self._text, self._alias = policy, text, policy.alias
         self._validate, self._why, self._progress, self._clock = validate, why, progress, clock
         self._by, self._private_key = present_user(), private_key
@@ -308,14 +314,16 @@ class _Release:
         does everything that was there before it: somebody is at work on an incident, and knows why.
         """
         self._progress("select")
-        self._repository.catalogue().prove()
+        catalogue = Catalogue(self._repository, self._where)
+        catalogue.prove()
         policy = self._policy
         ranked = ", ".join(f"{mode} {name}" for name, mode in policy.by.items())
         rule = self._rule = f"{policy.select or 'all'}; {ranked}"
         bad, since = self._rolled_back()
         top = None if bad or since else 1
         passed = 0
-        chosen = self._repository.select(policy.select, by=policy.by, top=top, within=policy.within)
+        wish = Wish(query=parse(policy.select), keys=read_keys(policy.by), top=top, within=policy.within)
+        chosen = catalogue.select(wish)
         for candidate in chosen:
             back = bad.get(candidate.id)
             late = back is None and since is not None and candidate.created_at <= since.at and candidate.id != since.id

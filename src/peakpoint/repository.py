@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peakpoint import aliases, holders, layout, reader, refs
 from peakpoint import journal as journals
@@ -19,15 +18,10 @@ from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundE
 from peakpoint.manifest import FORMAT, Manifest, check_format
 from peakpoint.names import check_metric, check_text
 from peakpoint.notes import all_known, known, notes
-from peakpoint.query import parse as parse_query
-from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.retention import Plan, plan
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.seal import seal, unseal
 from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
-
-if TYPE_CHECKING:
-    from peakpoint.catalogue import Catalogue, Selection
 
 
 def _number(name: str, value: object) -> float:
@@ -308,17 +302,14 @@ class Repository:
 
     Args:
         store: where it is.
-        catalogue: where its catalogue is; see ``open_repository``.
 
     Raises:
         NotFoundError: there is no repository there.
         FormatError: a newer release wrote it.
     """
 
-    def __init__(self, store: Store, catalogue: str | None = None) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
-        self._index = catalogue
-        self._catalogue: Catalogue | None = None
         try:
             record = unseal(store.get(layout.REPOSITORY, most=SMALL), where=f"{store.location}/{layout.REPOSITORY}")
         except NotFoundError as error:
@@ -358,56 +349,6 @@ class Repository:
                 + (", ..." if len(near) < len(names) else "")
             )
         return Run(self.store, name)
-
-    def is_indexed(self) -> bool:
-        """Whether there is a catalogue, or one is named; ``catalogue`` makes it where there is none."""
-        named = self._catalogue or self._index or os.environ.get("PEAKPOINT_CATALOGUE")
-        return bool(named) or self.store.size("catalogue.sqlite") is not None
-
-    def catalogue(self) -> "Catalogue":
-        """The index of everything that is here, opened once; see ``peakpoint.catalogue``."""
-        if self._catalogue is None:
-            from peakpoint.catalogue import Catalogue  # noqa: PLC0415 - start-up time: SQLAlchemy
-
-            self._catalogue = Catalogue(self.store, self._index)
-        return self._catalogue
-
-    def select(
-        self,
-        where: str = "",
-        *,
-        by: Mapping[str, Mode] = MappingProxyType({}),
-        top: int | None = None,
-        within: WithinSE | None = None,
-    ) -> "Selection":
-        """Checkpoints of all runs that a condition holds for, in order, read as they are asked for.
-
-        Found through the catalogue, which is brought up to date first: no weight file is opened.
-
-        Args:
-            where: a condition such as ``'val_accuracy > 0.7 and run ~ "resnet50*"'``; see ``peakpoint.query``.
-            by: metrics or fields to rank by, with their directions, the most important first: ``{"val_accuracy": "max",
-                "size": "min"}``. Without any, the newest come first. What has no finite value of one of them is left
-                out.
-            top: how many at most.
-            within: what counts as equally good as the best, so that the further keys decide.
-
-        Raises:
-            ConfigError: a condition that cannot be read; the message points at the character.
-            NotFoundError: a metric that no checkpoint has.
-
-        Example:
-            >>> import tempfile, peakpoint as pp
-            >>> root = tempfile.mkdtemp()
-            >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
-            ...     for step in (1, 2, 3):
-            ...         _ = ckpt.report(step=step, loss=1 / step)
-            >>> [found.step for found in pp.open(root).select("loss < 0.6", by={"loss": "min"})]
-            [3, 2]
-        """
-        from peakpoint.catalogue import Wish  # noqa: PLC0415 - start-up time: SQLAlchemy
-
-        return self.catalogue().select(Wish(query=parse_query(where), keys=read_keys(by), top=top, within=within))
 
     def find(self, ref: str) -> Checkpoint:
         """The checkpoint that ``ref`` names, such as ``"resnet50@best:val_accuracy"`` or ``"@champion"``.
@@ -476,21 +417,18 @@ def _beside(store: Store) -> str:
     return ""
 
 
-def open_repository(root: str | os.PathLike[str] | Store, *, catalogue: str | None = None) -> Repository:
+def open_repository(root: str | os.PathLike[str] | Store) -> Repository:
     """Open the repository at ``root`` for reading.
 
     Args:
         root: a directory, or a store.
-        catalogue: where the index is that ``select`` asks: the path of a SQLite file, or a URL of PostgreSQL. By
-            default what the environment variable ``PEAKPOINT_CATALOGUE`` says, or ``catalogue.sqlite`` in the
-            repository.
 
     Raises:
         NotFoundError: there is no repository there.
         ConfigError: ``root`` is of a kind that this release does not serve.
         FormatError: a newer release wrote it.
     """
-    return Repository(open_store(root), catalogue)
+    return Repository(open_store(root))
 
 
 def ensure_repository(store: Store, now: datetime) -> Repository:

@@ -1,5 +1,6 @@
 """Arguments that many commands have."""
 
+import importlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -68,8 +69,6 @@ def torch_side(module: str, extra: str = "torch") -> Any:
     Raises:
         MissingExtraError: what it needs is not installed.
     """
-    import importlib  # noqa: PLC0415 - start-up time
-
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

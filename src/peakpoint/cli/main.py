@@ -15,11 +15,13 @@ from peakpoint._version import __version__
 from peakpoint.errors import Error
 
 _MODULES = {
-    "basics": ("audit", "demo", "rm", "show"),
+    "audit": ("audit",),
+    "basics": ("demo", "rm", "show"),
     "comparing": ("diff",),
     "importing": ("export", "import"),
     "planning": ("plan",),
-    "production": ("aliases", "history", "promote", "release", "retire", "rollback", "tell"),
+    "production": ("aliases", "history", "promote", "retire", "rollback", "tell"),
+    "release": ("release",),
     "reporting": ("report",),
     "rules": ("explain", "keep", "pin", "record", "unpin"),
     "selecting": ("ls", "select"),

@@ -1,4 +1,4 @@
-"""Commands that change what serves: promote, rollback, retire, release; and that tell of it: aliases, history."""
+"""Commands that change what serves: promote, rollback, retire; and that tell of it: aliases, history."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from peakpoint import aliases as records
-from peakpoint import hooks, promotion, signing, validating
-from peakpoint import release as releases
+from peakpoint import hooks, promotion, signing
 from peakpoint.aliases import AliasRecord
 from peakpoint.cli import fitting, render
-from peakpoint.cli.arguments import CATALOGUE, JSON, REF, ROOT
+from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.cli.render import words
 from peakpoint.cli.space import progress
@@ -26,7 +25,6 @@ from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundErr
 from peakpoint.hooks import Told
 from peakpoint.policy import Policy, read_policies
 from peakpoint.promotion import Proposal
-from peakpoint.release import Release
 from peakpoint.repository import Repository, open_repository
 from peakpoint.units import read_time
 from peakpoint.validations import Validation
@@ -97,7 +95,7 @@ def promote(
         _print_proposal(render.console(), proposal)
     if dry_run:
         if json:
-            render.as_json(_proposal_json(proposal))
+            render.as_json(proposal_json(proposal))
         else:
             click.echo(_would(proposal, force=force))
         if proposal.refusals or (proposal.objections and not force):
@@ -116,9 +114,7 @@ def promote(
     record = promotion.promote(proposal, why, force=force)
     told = _tell(repository, record, proposal.policy, quiet=json)
     if json:
-        render.as_json(
-            _proposal_json(proposal) | {"record": record_json(record), "told": [asdict(one) for one in told]}
-        )
+        render.as_json(proposal_json(proposal) | {"record": record_json(record), "told": [asdict(one) for one in told]})
     else:
         when = "already since" if proposal.unchanged else "now:"
         what = (
@@ -128,7 +124,7 @@ def promote(
         )
         forced = ", by force" if record.forced and not proposal.unchanged else ""
         click.echo(f"{_name(record)} is {alias} {when} {what}{forced}")
-    _end(root, alias, told)
+    report_hooks(root, alias, told)
 
 
 def _sign(repository: Repository, proposal: Proposal, key: Path, *, quiet: bool) -> None:
@@ -234,7 +230,8 @@ def _paired_lines(found: Comparison) -> Iterator[str]:
         yield f"right before and wrong now: {shown}{more}"
 
 
-def _proposal_json(proposal: Proposal) -> dict[str, Any]:
+def proposal_json(proposal: Proposal) -> dict[str, Any]:
+    """A proposal for programs."""
     comparison, one = proposal.comparison, proposal.validation
     return {
         "alias": proposal.alias,
@@ -255,7 +252,7 @@ def _tell(repository: Repository, record: AliasRecord, policy: Policy | None, *,
         return hooks.tell(repository.store, record, policy, progress=said)
 
 
-def _end(root: Path, alias: str, told: Sequence[Told]) -> None:
+def report_hooks(root: Path, alias: str, told: Sequence[Told]) -> None:
     """Say which hooks failed, and end with 1 then: the alias has changed all the same."""
     failed = [one for one in told if one.error is not None]
     if told and not failed:
@@ -285,7 +282,7 @@ def tell(root: Path, alias: str, json: bool) -> None:  # noqa: FBT001
         click.echo(f"{render.count(taken, 'hook')} of {len(told)} took record {record.number} of {alias}")
     else:
         click.echo(f"there is nothing to tell of record {record.number} of {alias}")
-    _end(root, alias, told)
+    report_hooks(root, alias, told)
 
 
 # --- rollback, retire ---------------------------------------------------------------------------------------------
@@ -325,7 +322,7 @@ def rollback(root: Path, alias: str, to: int | None, seen: int | None, why: str,
         before = done.before
         was = _name(before) if isinstance(before, AliasRecord) else f"not known, as record {before.number} is damaged"
         click.echo(f"{_name(done.record)} is {alias} again (record {done.record.number}); before: {was}")
-    _end(root, alias, told)
+    report_hooks(root, alias, told)
 
 
 @click.command()
@@ -343,7 +340,7 @@ def retire(root: Path, alias: str, why: str, json: bool) -> None:  # noqa: FBT00
         render.as_json({"record": record_json(record), "told": [asdict(one) for one in told]})
     else:
         click.echo(f"{alias} points at nothing now (record {record.number})")
-    _end(root, alias, told)
+    report_hooks(root, alias, told)
 
 
 # --- aliases, history ---------------------------------------------------------------------------------------------
@@ -451,81 +448,4 @@ def record_json(record: AliasRecord) -> dict[str, Any]:
     return found
 
 
-# --- release ------------------------------------------------------------------------------------------------------
-
-
-@click.command()
-@ROOT
-@click.option(
-    "--alias", default="champion", show_default=True, help="What to release to; its table in production.toml."
-)
-@click.option("--why", default="", help="The reason, for the record; the rule that selected by default.")
-@KEY
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-@CATALOGUE
-@JSON
-def release(
-    root: Path,
-    alias: str,
-    why: str,
-    key: Path | None,
-    dry_run: bool,  # noqa: FBT001
-    catalogue: str | None,
-    json: bool,  # noqa: FBT001
-) -> None:
-    """Select, validate, compare and promote by production.toml; exits with 16 when it refuses."""
-    repository = open_repository(root, catalogue=catalogue)
-    policies = read_policies(repository.store)
-    promotion.check_key(policies.of(alias), key)
-    with working(quiet=json) as said:
-        done = releases.release(
-            repository,
-            alias,
-            policies,
-            validating.validate,
-            why=why,
-            private_key=key,
-            dry_run=dry_run,
-            progress=said,
-        )
-    if json:
-        render.as_json(_release_json(done))
-    else:
-        _print_release(render.console(), root, done)
-    if done.outcome in {"refused", "nothing fits"}:
-        sys.exit(RefusedError.exit_code)
-    _end(root, alias, done.told)
-
-
-def _print_release(console: Console, root: Path, done: Release) -> None:
-    width = max(len(step.name) for step in done.steps)
-    for step in done.steps:
-        console.print(f"[bold]{step.name:<{width}}[/]  {words(step.said)}", soft_wrap=True)
-    if done.proposal is not None and done.proposal.comparison is not None:
-        console.print()
-        print_comparison(console, done.proposal.comparison)
-    for reason in done.reasons:
-        console.print(f"[red]against it[/]: {words(reason)}", soft_wrap=True)
-    one = None if done.proposal is None else done.proposal.validation
-    if done.outcome == "refused" and one is not None and one.failures:
-        again = render.command("validate", root, f"{one.run}/{one.name}")
-        console.print(f"{words(again)} validates it again; the next best is not tried by itself", soft_wrap=True)
-    colour = {"promoted": "green", "refused": "red", "nothing fits": "red"}.get(done.outcome, "bold")
-    console.print(f"[{colour}]{done.outcome}[/]" + (f" (release {done.id})" if done.id else ""))
-
-
-def _release_json(done: Release) -> dict[str, Any]:
-    return {
-        "id": done.id,
-        "alias": done.alias,
-        "outcome": done.outcome,
-        "steps": [asdict(step) for step in done.steps],
-        "candidate": None if done.candidate is None else done.candidate.ref,
-        "proposal": None if done.proposal is None else _proposal_json(done.proposal),
-        "record": None if done.record is None else record_json(done.record),
-        "reasons": done.reasons,
-        "told": [asdict(one) for one in done.told],
-    }
-
-
-COMMANDS = (aliases, history, promote, release, retire, rollback, tell)
+COMMANDS = (aliases, history, promote, retire, rollback, tell)

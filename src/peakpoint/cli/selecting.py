@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.markup import escape
+from rich.progress import Progress
 
 from peakpoint import layout, reader
+from peakpoint.catalogue import Catalogue, Why, Wish
 from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
@@ -18,13 +20,10 @@ from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.query import Metric, Query
 from peakpoint.query import parse as parse_query
-from peakpoint.ranking import WithinSE
+from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Mode
 from peakpoint.units import read_count
-
-if TYPE_CHECKING:
-    from peakpoint.catalogue import Why
 
 _Aliases = Mapping[tuple[str, str], tuple[str, ...]]  # run and id of a checkpoint to those that point at it
 _RUNS = 30  # lines of runs that fit on a screen
@@ -35,24 +34,14 @@ _SLOW = 20  # runs to read that are worth a bar
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def progress_of_runs() -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, once there is much to read."""
     if not sys.stderr.isatty():
         yield lambda _done, _all: None
         return
-    from rich.progress import Progress  # noqa: PLC0415 - start-up time
-
     with Progress(console=render.console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading runs", total=None, visible=False)
         yield lambda done, total: progress.update(task, completed=done, total=total, visible=total > _SLOW)
-
-
-def rebuild(repository: Repository) -> str:
-    """Make the catalogue anew; returns where it is."""
-    catalogue = repository.catalogue()
-    with _progress() as progress:
-        catalogue.rebuild(progress)
-    return catalogue.location
 
 
 # --- ls -----------------------------------------------------------------------------------------------------------
@@ -68,11 +57,11 @@ def ls(root: Path, names: tuple[str, ...], everything: bool, catalogue: str | No
     """List runs: peak against last, and sizes; of one run, or those named, each checkpoint and why it is kept."""
     if names and everything:
         raise ConfigError("--all lists all runs; leave it out, or the names")
-    repository = open_repository(root, catalogue=catalogue)
+    repository = open_repository(root)
     alone = not names and len(repository.store.children(layout.RUNS)) == 1
     runs = repository.runs() if alone else [repository.run(name) for name in names]
     if not runs:
-        _list(root, repository, everything=everything, json=json)
+        _list(root, repository, Catalogue(repository, catalogue), everything=everything, json=json)
     elif json:
         render.as_json({"root": repository.store.location, "runs": [render.run_json(run) for run in runs]})
     else:
@@ -80,13 +69,13 @@ def ls(root: Path, names: tuple[str, ...], everything: bool, catalogue: str | No
             render.print_run(render.console(), run)
 
 
-def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -> None:
+def _list(root: Path, repository: Repository, catalogue: Catalogue, *, everything: bool, json: bool) -> None:
     """A line for each run."""
-    with _progress() as progress:
-        repository.catalogue().refresh(progress)
-    _tell_unread(repository)
-    listed = repository.catalogue().runs(None if everything or json else _RUNS)
-    unread = repository.catalogue().unread
+    with progress_of_runs() as progress:
+        catalogue.refresh(progress)
+    _tell_unread(catalogue)
+    listed = catalogue.runs(None if everything or json else _RUNS)
+    unread = catalogue.unread
     holders = {run.name: Run(repository.store, run.name).holder() for run in listed if run.name not in unread}
     if json:
         found = [render.listed_json(run, holders.get(run.name)) for run in listed]
@@ -100,7 +89,7 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
         return
     writing = {name for name, holder in holders.items() if holder is not None}
     console.print(render.runs_table(console, listed, writing))
-    runs, checkpoints, size = repository.catalogue().totals()
+    runs, checkpoints, size = catalogue.totals()
     if len(listed) < runs:
         console.print(f"[dim]and {render.count(runs - len(listed), 'more run')}; --all lists them all[/]")
     console.print(f"{render.count(runs, 'run')}, {render.count(checkpoints, 'checkpoint')}, {render.size(size)}")
@@ -110,10 +99,10 @@ def _list(root: Path, repository: Repository, *, everything: bool, json: bool) -
     )
 
 
-def _tell_unread(repository: Repository) -> None:
-    for name, why in repository.catalogue().unread.items():
+def _tell_unread(catalogue: Catalogue) -> None:
+    for name, why in catalogue.unread.items():
         click.echo(f"peakpoint: {name} cannot be read and is left out: {why}", err=True)
-    for alias, why in repository.catalogue().unread_aliases.items():
+    for alias, why in catalogue.unread_aliases.items():
         click.echo(f"peakpoint: what the alias {alias!r} points at cannot be read: {why}", err=True)
 
 
@@ -187,17 +176,19 @@ def select(
     query = parse_query(where)
     keys = _keys(ctx.meta["order"], given)
     within = _within(given)
-    repository = open_repository(root, catalogue=catalogue)
-    with _progress() as progress:
-        repository.catalogue().refresh(progress)
+    repository = open_repository(root)
+    index = Catalogue(repository, catalogue)
+    with progress_of_runs() as progress:
+        index.refresh(progress)
     few = top is None and not everything and not refs
-    chosen = repository.select(where, by=keys, top=_SHOWN + 1 if few else top, within=within)
+    ranking = read_keys(keys)
+    chosen = index.select(Wish(query=query, keys=ranking, top=_SHOWN + 1 if few else top, within=within))
     shown = list(chosen)
     more = few and len(shown) > _SHOWN
     shown = shown[:_SHOWN] if more else shown
-    why = repository.select(where, by=keys, top=top, within=within).why() if explain else None
+    why = index.select(Wish(query=query, keys=ranking, top=top, within=within)).why() if explain else None
     damaged = _damaged(repository, shown)
-    aliases = repository.catalogue().aliases()
+    aliases = index.aliases()
     for ref, what in damaged.items() if refs else ():
         click.echo(f"peakpoint: {ref}: {what}", err=True)
     if json:

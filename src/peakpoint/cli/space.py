@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from rich.markup import escape
+from rich.progress import Progress
 
 from peakpoint import packs, upkeep
 from peakpoint.archiving import Packed
@@ -26,8 +27,6 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.progress import Progress  # noqa: PLC0415 - start-up time
-
     with Progress(console=render.console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda size: bar.advance(task, size)
