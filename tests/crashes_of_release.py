@@ -21,7 +21,8 @@ from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materia
 from peakpoint import aliases, audit, layout, promotion, validations
 from peakpoint.errors import NotFoundError
 from peakpoint.policy import read_text
-from peakpoint.release import records, release
+from peakpoint.release import release
+from peakpoint.releases import records
 from peakpoint.repository import Repository
 from peakpoint.store import LocalStore
 from promoting import repository, validated

@@ -21,9 +21,10 @@ from click.testing import CliRunner
 
 import format_state
 import peakpoint as pp
-from peakpoint import aliases, changelog, journal, policy, release, validations
+from peakpoint import aliases, changelog, journal, policy, validations
 from peakpoint.cli.main import cli
 from peakpoint.manifest import plain
+from peakpoint.releases import records
 from test_tree import same
 from training import checkpointer
 
@@ -163,7 +164,7 @@ def all_validations(root):
 
 
 def releases(root):
-    return [json_of(one) for one in release.records(pp.open(root).store)]
+    return [json_of(one) for one in records(pp.open(root).store)]
 
 
 def policies(root):

@@ -13,7 +13,8 @@ from peakpoint import journal as journals
 from peakpoint.asking import with_golden
 from peakpoint.clock import utc_now
 from peakpoint.policy import Improvement, Policy, read_policies
-from peakpoint.release import records, release
+from peakpoint.release import release
+from peakpoint.releases import records
 from peakpoint.repository import Repository
 from peakpoint.store import LocalStore
 from peakpoint.validations import Wanted

@@ -19,7 +19,8 @@ from peakpoint import aliases, hooks, promotion, validations
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, RefusedError, SignatureError, StoreError
 from peakpoint.policy import read_policies
-from peakpoint.release import records, release
+from peakpoint.release import release
+from peakpoint.releases import records
 from peakpoint.store import LocalStore
 
 

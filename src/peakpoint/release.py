@@ -11,8 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import msgspec
-
 from peakpoint import aliases, hooks, layout, promotion, signing, validations
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Target
@@ -22,15 +20,16 @@ from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.hooks import Told
-from peakpoint.manifest import FORMAT, check_format
+from peakpoint.manifest import FORMAT
 from peakpoint.policy import Policies, Policy
 from peakpoint.promotion import Proposal
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
 from peakpoint.refs import near
+from peakpoint.releases import ReleaseRecord, Step
 from peakpoint.repository import Repository
-from peakpoint.seal import digest, seal, unseal
-from peakpoint.store import Store, establish
+from peakpoint.seal import digest, seal
+from peakpoint.store import establish
 from peakpoint.validations import Validation, Wanted
 
 ReleaseOutcome = Literal["promoted", "unchanged", "refused", "nothing fits", "would promote", "would validate"]
@@ -50,19 +49,6 @@ class Validate(Protocol):
         progress: Callable[[str], None],
     ) -> Validation:
         """See ``peakpoint.validating.validate``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step of a release.
-
-    Attributes:
-        name: ``select``, ``validate``, ``compare``, ``sign``, ``promote`` or ``tell``.
-        said: what came of it, in one sentence.
-    """
-
-    name: str
-    said: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,67 +76,6 @@ class Release:
     record: AliasRecord | None = None
     reasons: tuple[str, ...] = ()
     told: tuple[Told, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseRecord:
-    """A release on record.
-
-    Attributes:
-        id: its name.
-        alias: what was released to.
-        outcome: ``"promoted"`` or ``"refused"``.
-        at: when.
-        by: who.
-        candidate: what was to be promoted.
-        former: the holder before; None when there was none.
-        validation: digest of the validation it rested on.
-        record: the number of the alias's record, if one was made.
-        steps: what came of each.
-        reasons: why it was refused.
-        policy: the text of the policy file.
-    """
-
-    id: str
-    alias: str
-    outcome: str
-    at: datetime
-    by: str
-    candidate: Target
-    former: Target | None
-    validation: str | None
-    record: int | None
-    steps: tuple[Step, ...]
-    reasons: tuple[str, ...]
-    policy: str
-
-
-def records(store: Store) -> list[ReleaseRecord]:
-    """Every release on record, earliest first.
-
-    Raises:
-        CorruptError: one is damaged.
-        FormatError: a newer release of Peakpoint wrote it.
-    """
-    found = []
-    for child in store.children(layout.RELEASES):
-        if child.endswith(".json"):
-            where = f"{layout.RELEASES}/{child}"
-            found.append(decode(unseal(store.get(where), where=where), where=where))
-    return sorted(found, key=lambda one: one.at)
-
-
-def decode(record: Mapping[str, Any], *, where: str) -> ReleaseRecord:
-    """Read the record of a release.
-
-    Raises:
-        FormatError: it is none that this version of Peakpoint reads.
-    """
-    check_format(record, where=where)
-    try:
-        return msgspec.convert(record, ReleaseRecord)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{where} is not a record of a release that this version reads: {error}") from error
 
 
 def release(

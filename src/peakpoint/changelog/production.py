@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from peakpoint import aliases, journal, layout, validations
-from peakpoint import release as releases
 from peakpoint.aliases import AliasRecord
 from peakpoint.changelog.entries import FORCED, Entry
 from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.manifest import metrics_to_json
+from peakpoint.releases import decode
 from peakpoint.repository import Run
 from peakpoint.seal import unseal
 from peakpoint.store import Store
@@ -146,7 +146,7 @@ def _refused(record: Mapping[str, Any], release: str) -> Entry | None:
     Raises:
         FormatError: the record has not the members that are needed.
     """
-    found = releases.decode(record, where=layout.release_key(release))
+    found = decode(record, where=layout.release_key(release))
     if found.outcome != "refused":
         return None
     one, former = found.candidate, found.former
