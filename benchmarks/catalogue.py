@@ -20,9 +20,10 @@ import torch
 import peakpoint as pp
 from benchmarks.page import ALONE, BEST, BEST_OF_ALL, CASE, SELECTION
 from peakpoint import journal as journals
-from peakpoint import layout
 from peakpoint.catalogue import Catalogue, Wish
-from peakpoint.manifest import FileRecord, Manifest, encode
+from peakpoint.format import events, layout
+from peakpoint.format.events import Closed, Opened, Reported, Saved, Started
+from peakpoint.format.manifest import FileRecord, Manifest, encode
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
 from peakpoint.repository import ensure_repository, ensure_run
@@ -90,10 +91,8 @@ def _manifest(run, number, count, draw, first):
 
 def _events(manifest):
     at = manifest.created_at
-    yield journals.Reported(
-        at=at, report=manifest.report, step=manifest.step, epoch=manifest.epoch, metrics=manifest.metrics
-    )
-    yield journals.Saved(
+    yield Reported(at=at, report=manifest.report, step=manifest.step, epoch=manifest.epoch, metrics=manifest.metrics)
+    yield Saved(
         at=at,
         checkpoint=manifest.id,
         name=manifest.name,
@@ -120,16 +119,16 @@ def generate(root, runs, each, progress=lambda: None):
         first = START + dt.timedelta(hours=number)
         ensure_run(store, run, first, {"host": "node7"}, RULES)
         texts = tuple(rule.text for rule in RULES)
-        lines = [journals.Opened(at=first, by={}, rules=texts)]
-        lines.append(journals.Started(at=first, checkpoint=None, report=0))
+        lines = [Opened(at=first, by={}, rules=texts)]
+        lines.append(Started(at=first, checkpoint=None, report=0))
         for place in range(each):
             manifest = _manifest(run, place, each, draw, first)
             _write(store, manifest)
             lines += _events(manifest)
-        lines.append(journals.Closed(at=first, why="closed"))
+        lines.append(Closed(at=first, why="closed"))
         journal = store.path(layout.journal_prefix(run))
         journal.mkdir(parents=True)
-        (journal / "000001.jsonl").write_bytes(b"".join(map(journals.encode, lines)))
+        (journal / "000001.jsonl").write_bytes(b"".join(map(events.encode, lines)))
         progress()
 
 
@@ -196,7 +195,7 @@ def adding(root, turns):
             added.append(manifest.id)
         for identity in added:
             assert catalogue.select(Wish(query=parse(f'id == "{identity}"'))).first().run == run
-        journal.append(journals.Closed(at=dt.datetime.now(dt.UTC), why="closed"))
+        journal.append(Closed(at=dt.datetime.now(dt.UTC), why="closed"))
         journal.close()
         found[title] = seconds
     catalogue.close()

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
-from peakpoint import aliases, audit, layout, promotion, validations
+from peakpoint import aliases, audit, promotion, validations
 from peakpoint.errors import NotFoundError
+from peakpoint.format import layout
 from peakpoint.policy import read_text
 from peakpoint.release import release
 from peakpoint.releases import records

@@ -21,7 +21,8 @@ import torch
 
 import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
-from peakpoint import audit, layout, retention, trash, upkeep
+from peakpoint import audit, retention, trash, upkeep
+from peakpoint.format import layout
 from peakpoint.store import LocalStore
 
 torch.set_num_threads(1)

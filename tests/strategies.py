@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.rules import Best, BestAtSparsity, Every, Last, Mode, Moment, Pareto, Rule, Thin, TopK
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)

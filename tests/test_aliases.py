@@ -16,7 +16,7 @@ from rich.console import Console
 
 import peakpoint as pp
 from commands import in_process
-from peakpoint import holders, layout, reader, upkeep
+from peakpoint import holders, reader, upkeep
 from peakpoint.aliases import (
     Change,
     Target,
@@ -43,11 +43,13 @@ from peakpoint.errors import (
     StoreError,
     TransientStoreError,
 )
-from peakpoint.journal import Closed, Journal, Promoted, Promoting, Removed
+from peakpoint.format import layout
+from peakpoint.format.events import Closed, Promoted, Promoting, Removed
+from peakpoint.format.sealed import seal, unseal
+from peakpoint.journal import Journal
 from peakpoint.notes import notes
 from peakpoint.refs import OfAlias, check_alias, parse_any
 from peakpoint.retention import Removal, apply
-from peakpoint.seal import seal, unseal
 from peakpoint.store import LocalStore, MemoryStore
 from strategies import START, identity
 from test_command_line import invoke as invoked

@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import layout, packs, upkeep
+from peakpoint import packs, upkeep
 from peakpoint.archiving import CHAIN
 from peakpoint.audit import audit, clean
 from peakpoint.cli.main import cli
-from peakpoint.journal import Journal, Removed
-from peakpoint.seal import seal, unseal
+from peakpoint.format import layout
+from peakpoint.format.events import Removed
+from peakpoint.format.sealed import seal, unseal
+from peakpoint.journal import Journal
 from peakpoint.store import MemoryStore
 from training import checkpointer, parts, same, train
 

@@ -5,8 +5,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import peakpoint as pp
-from peakpoint import audit, dropping, layout, promotion, upkeep
-from peakpoint.journal import Journal, Removed
+from peakpoint import audit, dropping, promotion, upkeep
+from peakpoint.format import layout
+from peakpoint.format.events import Removed
+from peakpoint.journal import Journal
 from peakpoint.repository import Repository
 from peakpoint.store import LocalStore
 from peakpoint.writer import remove

@@ -24,7 +24,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import peakpoint as pp
-from peakpoint import layout
 from peakpoint.aliases import Change, append, back_from, head
 from peakpoint.audit import audit
 from peakpoint.catalogue import Catalogue, Wish, schema
@@ -39,14 +38,16 @@ from peakpoint.errors import (
     StoreError,
     TransientStoreError,
 )
-from peakpoint.journal import Closed, Journal, Opened, Pinned, history
-from peakpoint.manifest import encode
+from peakpoint.format import layout
+from peakpoint.format.events import Closed, Opened, Pinned
+from peakpoint.format.manifest import encode
+from peakpoint.format.sealed import digest
+from peakpoint.journal import Journal, history
 from peakpoint.peaks import peaks
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.rules import watched
-from peakpoint.seal import digest
 from peakpoint.store import LocalStore, MemoryStore
 from strategies import START, manifest
 from test_query import point, write

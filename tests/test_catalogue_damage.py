@@ -11,10 +11,10 @@ import pytest
 import sqlalchemy
 
 import peakpoint as pp
-from peakpoint import layout
 from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.catalogue import audit as audit_catalogue
 from peakpoint.errors import CorruptError, PeakpointWarning, StoreError
+from peakpoint.format import layout
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
 from peakpoint.store import LocalStore

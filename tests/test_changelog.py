@@ -14,15 +14,36 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import peakpoint as pp
-from peakpoint import aliases, changelog, layout, reader, upkeep, validations
+from peakpoint import aliases, changelog, reader, upkeep, validations
 from peakpoint import journal as journals
 from peakpoint.changelog import Entry, pages, versions
 from peakpoint.changelog.claims import Claims
 from peakpoint.cli.main import cli
 from peakpoint.clock import utc_now
+from peakpoint.format import layout
+from peakpoint.format.events import (
+    STOPPED,
+    Archived,
+    Changing,
+    Closed,
+    Measured,
+    Opened,
+    PartsDropped,
+    Pinned,
+    Promoted,
+    Promoting,
+    Removed,
+    Reported,
+    Restored,
+    Saved,
+    SaveFailed,
+    Started,
+    Undone,
+    Unpinned,
+)
+from peakpoint.format.sealed import seal
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.rules import Moment, claims
-from peakpoint.seal import seal
 from peakpoint.store import LocalStore
 from strategies import START, identity, one_rule, text_tuples, texts, times, trees, values
 from training import checkpointer
@@ -354,14 +375,12 @@ BY = {"host": "node1", "pid": "77", "peakpoint": "1"}
 
 def saved(number, when, **members):
     plain = {"name": f"r_step{number}", "sequence": number, "report": number, "reasons": ("the newest",)}
-    return journals.Saved(at=when, checkpoint=identity(number), **{**plain, **members})
+    return Saved(at=when, checkpoint=identity(number), **{**plain, **members})
 
 
 def removed(number, when, reason="no rule claims it any more (last:1)", by="rules"):
     name = f"r_step{number}"
-    return journals.Removed(
-        at=when, checkpoint=identity(number), name=name, step=number, epoch=None, reason=reason, by=by
-    )
+    return Removed(at=when, checkpoint=identity(number), name=name, step=number, epoch=None, reason=reason, by=by)
 
 
 def told_of(number):
@@ -371,26 +390,26 @@ def told_of(number):
 def a_story(root):
     """Ten days with everything in them."""
     hand = Hand(root)
-    trained = [journals.Opened(at=at(0), by=BY, rules=("best:acc:max", "last:1"))]
-    trained.append(journals.Started(at=at(0), checkpoint=None, report=0))
+    trained = [Opened(at=at(0), by=BY, rules=("best:acc:max", "last:1"))]
+    trained.append(Started(at=at(0), checkpoint=None, report=0))
     for number, value in enumerate([0.5, 0.7, 0.6, 0.8, 0.75, 0.9], 1):
         when = at(0, number)
-        trained.append(journals.Reported(at=when, report=number, step=number, epoch=number - 1, metrics={"acc": value}))
+        trained.append(Reported(at=when, report=number, step=number, epoch=number - 1, metrics={"acc": value}))
         trained.append(saved(number, when))
         trained += [removed(number - 1, when)] if number % 2 == 0 else []
     failed = {"reasons": ("the newest",), "error": "no space left"}
-    trained.append(journals.SaveFailed(at=at(0, 7), **told_of(7), **failed))
-    trained.append(journals.Closed(at=at(0, 8), why="stopped early: no better acc in 10 reports"))
+    trained.append(SaveFailed(at=at(0, 7), **told_of(7), **failed))
+    trained.append(Closed(at=at(0, 8), why="stopped early: no better acc in 10 reports"))
     hand.segment(*trained)
     hand.alias("promoted", 2, at(1), validation="ab" * 32, comparison=None)
-    hand.segment(journals.Pinned(at=at(1, 1), checkpoint=identity(4), why="figure 3", by="anna on desk"))
+    hand.segment(Pinned(at=at(1, 1), checkpoint=identity(4), why="figure 3", by="anna on desk"))
     hand.segment(
-        journals.Opened(at=at(2), by={"user": "ben on desk"}, rules=("best:acc:max",)),
-        journals.PartsDropped(at=at(2), **told_of(4), parts=("optimizer",), reason="not needed", by="ben on desk"),
-        journals.Closed(at=at(2), why="peakpoint keep"),
+        Opened(at=at(2), by={"user": "ben on desk"}, rules=("best:acc:max",)),
+        PartsDropped(at=at(2), **told_of(4), parts=("optimizer",), reason="not needed", by="ben on desk"),
+        Closed(at=at(2), why="peakpoint keep"),
     )
     hand.segment(
-        journals.Measured(
+        Measured(
             at=at(2, 1),
             checkpoint=identity(4),
             step=4,
@@ -401,18 +420,18 @@ def a_story(root):
         )
     )
     hand.segment(
-        journals.Opened(at=at(3), by=BY, rules=("best:acc:max",)),
-        journals.Started(at=at(3), checkpoint=identity(6), report=6),
-        journals.Closed(at=at(3, 1), why="preempted by SIGTERM"),
+        Opened(at=at(3), by=BY, rules=("best:acc:max",)),
+        Started(at=at(3), checkpoint=identity(6), report=6),
+        Closed(at=at(3, 1), why="preempted by SIGTERM"),
     )
     hand.segment(
-        journals.Changing(at=at(4), **told_of(4), by="ben on desk"),
-        journals.Archived(at=at(4), **told_of(4), packed_bytes=10, by="ben on desk"),
-        journals.Restored(at=at(4, 1), **told_of(4), by="ben on desk"),
+        Changing(at=at(4), **told_of(4), by="ben on desk"),
+        Archived(at=at(4), **told_of(4), packed_bytes=10, by="ben on desk"),
+        Restored(at=at(4, 1), **told_of(4), by="ben on desk"),
         removed(4, at(4, 2), "by mistake", "ben on desk"),
-        journals.Undone(at=at(4, 3), **told_of(4), parts=(), by="ben on desk"),
-        journals.Unpinned(at=at(4, 4), checkpoint=identity(4), by="ben on desk"),
-        journals.Closed(at=at(4, 5), why="peakpoint undo"),
+        Undone(at=at(4, 3), **told_of(4), parts=(), by="ben on desk"),
+        Unpinned(at=at(4, 4), checkpoint=identity(4), by="ben on desk"),
+        Closed(at=at(4, 5), why="peakpoint undo"),
     )
     comparison = {"said": "acc 0.9 to 0.95 (better)", "metrics": []}
     hand.alias("promoted", 4, at(5), validation="cd" * 32, comparison=comparison, release="r-17")
@@ -426,7 +445,7 @@ def a_story(root):
     hand.store.create(layout.release_key("r-17"), seal({"format": 1, "id": "r-17", **record, **done}))
     hand.alias("rolled back", 4, at(7), restores=2, why="twice as slow")
     hand.alias("retired", 0, at(9), target=None, why="nobody uses it")
-    hand.segment(journals.Pinned(at=at(9, 1), checkpoint=identity(6), why="figure 4", by="anna on desk"))
+    hand.segment(Pinned(at=at(9, 1), checkpoint=identity(6), why="figure 4", by="anna on desk"))
     return hand
 
 
@@ -548,26 +567,26 @@ rule_texts = st.lists(one_rule.map(lambda rule: rule.text) | st.sampled_from(RUL
 moments = {"step": wholes, "epoch": st.none() | wholes}
 some_metrics = st.dictionaries(st.sampled_from(["m", "n", "val/loss"]), values, max_size=2)
 TOLD = {
-    "saved": st.builds(journals.Saved, **named, sequence=wholes, report=wholes, reasons=text_tuples),
-    "save failed": st.builds(journals.SaveFailed, **named, reasons=text_tuples, error=texts),
-    "removed": st.builds(journals.Removed, **by_one, **moments, reason=texts, until=st.none() | times),
-    "parts dropped": st.builds(journals.PartsDropped, **by_one, parts=text_tuples, reason=texts),
-    "undone": st.builds(journals.Undone, **by_one, parts=text_tuples),
-    "archived": st.builds(journals.Archived, **by_one, packed_bytes=wholes),
-    "restored": st.builds(journals.Restored, **by_one),
+    "saved": st.builds(Saved, **named, sequence=wholes, report=wholes, reasons=text_tuples),
+    "save failed": st.builds(SaveFailed, **named, reasons=text_tuples, error=texts),
+    "removed": st.builds(Removed, **by_one, **moments, reason=texts, until=st.none() | times),
+    "parts dropped": st.builds(PartsDropped, **by_one, parts=text_tuples, reason=texts),
+    "undone": st.builds(Undone, **by_one, parts=text_tuples),
+    "archived": st.builds(Archived, **by_one, packed_bytes=wholes),
+    "restored": st.builds(Restored, **by_one),
     "measured": st.builds(
-        journals.Measured, **of_one, step=wholes, metrics=some_metrics, part=st.none(), source=texts, by=texts
+        Measured, **of_one, step=wholes, metrics=some_metrics, part=st.none(), source=texts, by=texts
     ),
-    "pinned": st.builds(journals.Pinned, **of_one, why=texts, by=texts),
-    "unpinned": st.builds(journals.Unpinned, **of_one, by=texts),
-    "stopped early": st.builds(journals.Closed, at=times, why=texts.map(journals.STOPPED.__add__)),
+    "pinned": st.builds(Pinned, **of_one, why=texts, by=texts),
+    "unpinned": st.builds(Unpinned, **of_one, by=texts),
+    "stopped early": st.builds(Closed, at=times, why=texts.map(STOPPED.__add__)),
 }
 UNTOLD = [
-    st.builds(journals.Opened, at=times, by=st.dictionaries(texts, texts, max_size=2), rules=rule_texts),
-    st.builds(journals.Started, at=times, checkpoint=st.none() | ids, report=wholes, requested=st.none() | texts),
-    st.builds(journals.Reported, at=times, report=wholes, **moments, metrics=some_metrics),
-    st.builds(journals.Changing, **by_one),
-    st.builds(journals.Promoting, **by_one, alias=texts, record=st.integers(1, 9), token=texts),
+    st.builds(Opened, at=times, by=st.dictionaries(texts, texts, max_size=2), rules=rule_texts),
+    st.builds(Started, at=times, checkpoint=st.none() | ids, report=wholes, requested=st.none() | texts),
+    st.builds(Reported, at=times, report=wholes, **moments, metrics=some_metrics),
+    st.builds(Changing, **by_one),
+    st.builds(Promoting, **by_one, alias=texts, record=st.integers(1, 9), token=texts),
 ]
 journal_events = st.sampled_from(list(TOLD)).flatmap(lambda kind: TOLD[kind].map(lambda event: (kind, event)))
 journal_events |= st.one_of(UNTOLD).map(lambda event: (None, event))
@@ -598,8 +617,8 @@ def test_a_record_that_a_journal_speaks_of_is_missed(story):
     record = aliases.head(story.store, "champion")
     said = {"checkpoint": identity(1), "name": "r_step1", "by": "anna", "alias": "champion"}
     story.segment(
-        journals.Promoted(at=at(9), **said, record=record.number, digest=record.digest, token="a"),
-        journals.Promoted(at=at(9), **said, record=None, digest=None, token="b"),
+        Promoted(at=at(9), **said, record=record.number, digest=record.digest, token="a"),
+        Promoted(at=at(9), **said, record=None, digest=None, token="b"),
     )
     assert not story.entries(kinds=["damage"])
     (story.root / layout.alias_key("champion", record.number)).unlink()
@@ -660,7 +679,7 @@ def test_a_removal_that_came_to_nothing_says_so(tmp_path):
     said = {"checkpoint": one.id, "name": one.name, "step": 1, "epoch": None, "by": "anna"}
     journal = journals.Journal(run.store, "r", utc_now)
     for reason in ("first", "second"):
-        journal.append(journals.Removed(at=utc_now(), reason=reason, **said))
+        journal.append(Removed(at=utc_now(), reason=reason, **said))
     found = changelog.entries(pp.open(tmp_path), kinds=["removed"])
     assert [one.details["came_to_nothing"] for one in found] == [True, True]
     assert "was to be removed, and is still here" in pages.by_day(found, "x")
@@ -698,15 +717,15 @@ def test_clocks_that_disagree_keep_the_order_of_a_run(tmp_path):
     hand = Hand(tmp_path / "runs")
     report = {"epoch": None, "step": 1}
     hand.segment(
-        journals.Opened(at=at(0, 5), by=BY, rules=("best:acc:max",)),
-        journals.Started(at=at(0, 5), checkpoint=None, report=0),
-        journals.Reported(at=at(0, 5), report=1, metrics={"acc": 0.5}, **report),
+        Opened(at=at(0, 5), by=BY, rules=("best:acc:max",)),
+        Started(at=at(0, 5), checkpoint=None, report=0),
+        Reported(at=at(0, 5), report=1, metrics={"acc": 0.5}, **report),
         saved(1, at(0, 5)),
     )
     hand.segment(
-        journals.Opened(at=at(0, 3), by=BY, rules=("best:acc:max",)),
-        journals.Started(at=at(0, 3), checkpoint=identity(1), report=1),
-        journals.Reported(at=at(0, 3), report=2, metrics={"acc": 0.6}, **report),
+        Opened(at=at(0, 3), by=BY, rules=("best:acc:max",)),
+        Started(at=at(0, 3), checkpoint=identity(1), report=1),
+        Reported(at=at(0, 3), report=2, metrics={"acc": 0.6}, **report),
         saved(2, at(0, 3)),
     )
     found = hand.entries()

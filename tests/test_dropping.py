@@ -11,7 +11,7 @@ import peakpoint as pp
 from peakpoint import rules as rules_module
 from peakpoint.audit import audit, clean
 from peakpoint.dropping import drop, records
-from peakpoint.manifest import FileRecord
+from peakpoint.format.manifest import FileRecord
 from peakpoint.retention import plan, protections
 from strategies import DIGEST, START, manifest, one_rule, trees
 from training import checkpointer, kept, parts, same, train

@@ -19,7 +19,7 @@ from peakpoint.evaluation.groups import optimizer_of
 from peakpoint.evaluation.judging import Examples, judge
 from peakpoint.evaluation.noise import margin_of_best, of_proportion, welch
 from peakpoint.evaluation.tradeoff import tradeoff
-from peakpoint.journal import Reported
+from peakpoint.format.events import Reported
 from peakpoint.peaks import peaks
 from training import checkpointer
 

@@ -14,7 +14,7 @@ import torch
 
 import peakpoint as pp
 from peakpoint.errors import StoreError
-from peakpoint.journal import Saved, SaveFailed
+from peakpoint.format.events import Saved, SaveFailed
 from peakpoint.store import FileOps, LocalStore
 from training import checkpointer, kept, same
 

@@ -21,9 +21,10 @@ from click.testing import CliRunner
 
 import format_state
 import peakpoint as pp
-from peakpoint import aliases, changelog, journal, policy, validations
+from peakpoint import aliases, changelog, policy, validations
 from peakpoint.cli.main import cli
-from peakpoint.manifest import plain
+from peakpoint.format.events import Event
+from peakpoint.format.manifest import plain
 from peakpoint.releases import records
 from test_tree import same
 from training import checkpointer
@@ -250,7 +251,7 @@ def test_no_byte_has_changed():
 
 def test_every_kind_of_event_is_there(root):
     there = {type(event) for run in pp.open(root).runs() for event in run.events()}
-    assert there == set(typing.get_args(journal.Event)) - LATER
+    assert there == set(typing.get_args(Event)) - LATER
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -13,7 +13,8 @@ import torch
 import peakpoint as pp
 from peakpoint import audit, retention, upkeep
 from peakpoint.errors import StoreError
-from peakpoint.journal import Journal, Removed
+from peakpoint.format.events import Removed
+from peakpoint.journal import Journal
 from peakpoint.repository import Run
 from peakpoint.retention import Removal
 from peakpoint.store import FileOps, LocalStore

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import manifest as manifests
-from peakpoint.manifest import MANIFEST
+from peakpoint.format import manifest as manifests
+from peakpoint.format.manifest import MANIFEST
 from peakpoint.store import MemoryStore
 
 DAMAGED = (pp.CorruptError, pp.FormatError)
@@ -319,7 +319,7 @@ def reseal(root, *, name="c2", state=None, **changes):
     manifest = manifests.decode(path.read_bytes(), where=MANIFEST)
     if state is not None:
         (folder(root, name) / "state.json").write_bytes(state)
-        from peakpoint.seal import digest
+        from peakpoint.format.sealed import digest
 
         files = tuple(
             replace(file, size=len(state), digest=digest(state)) if file.name == "state.json" else file
@@ -745,7 +745,7 @@ def test_file_records_in_a_hostile_manifest(root, file, changes):
 )
 def test_fields_of_a_hostile_manifest(root, changes):
     path = folder(root) / MANIFEST
-    from peakpoint.seal import seal, unseal
+    from peakpoint.format.sealed import seal, unseal
 
     record = unseal(path.read_bytes(), where=MANIFEST)
     path.write_bytes(seal({**record, **changes}))
@@ -757,7 +757,7 @@ def test_fields_of_a_hostile_manifest(root, changes):
 
 @pytest.mark.parametrize("number", [0, 2, "1", None, [1]])
 def test_manifests_of_another_format(root, number):
-    from peakpoint.seal import seal, unseal
+    from peakpoint.format.sealed import seal, unseal
 
     for name in ("c1", "c2"):
         path = folder(root, name) / MANIFEST
@@ -829,7 +829,7 @@ def put_at(tree, path, node):
 )
 def test_any_node_anywhere_in_a_tree(memory, node, part, chooser):
     """One node of a good tree becomes another: it loads, or an error of ours says why not."""
-    from peakpoint.seal import digest
+    from peakpoint.format.sealed import digest
 
     store = MemoryStore()
     key = "runs/r/checkpoints/c2"

@@ -38,6 +38,7 @@ from foreign_files import (
 )
 from peakpoint import audit, journal
 from peakpoint.cli.main import cli
+from peakpoint.format.events import Opened
 from peakpoint.importing import logs, unpickling
 from peakpoint.importing.logs import Row
 from peakpoint.importing.placing import COUNTED, placed
@@ -91,7 +92,7 @@ def test_a_folder_becomes_a_run_with_its_history(made, tmp_path):
     assert [one.metrics["val_accuracy"] for one in run.history()] == ACCURACY
     assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
     assert {one.status for one in report.checkpoints} == {"imported"}
-    opened = journal.newest(run.events(), journal.Opened)
+    opened = journal.newest(run.events(), Opened)
     assert "adamw" in opened.state["optimizer"]
     assert opened.by["source"] == str(folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
@@ -184,7 +185,7 @@ def test_an_import_does_not_say_which_code_has_trained(made, tmp_path):
         subprocess.run([*git, *words], check=True)
     subprocess.run([sys.executable, script, made[0], tmp_path / "root"], check=True)
     run = pp.open(tmp_path / "root").run("r")
-    told = [event.by for event in run.events() if isinstance(event, journal.Opened)]
+    told = [event.by for event in run.events() if isinstance(event, Opened)]
     assert told
     assert not any("code" in by for by in (*told, *(one.written_by for one in run.manifests())))
 

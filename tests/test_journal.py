@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from peakpoint import journal as j
 from peakpoint.errors import CorruptError, StoreError
-from peakpoint.journal import (
+from peakpoint.format.events import (
     Archived,
     Changing,
     Closed,
-    Journal,
+    Event,
     Measured,
     Opened,
     PartsDropped,
@@ -35,8 +35,9 @@ from peakpoint.journal import (
     decode,
     encode,
 )
-from peakpoint.layout import journal_prefix
-from peakpoint.seal import digest, seal
+from peakpoint.format.layout import journal_prefix
+from peakpoint.format.sealed import digest, seal
+from peakpoint.journal import Journal
 from peakpoint.store import FileOps, LocalStore, MemoryStore
 from strategies import START, any_metrics, text_tuples, texts, times
 
@@ -162,7 +163,7 @@ def test_every_kind_of_event_round_trips(kind, data):
 
 
 def test_all_kinds_are_tested():
-    assert set(events_of) == set(j.Event.__args__)
+    assert set(events_of) == set(Event.__args__)
 
 
 def test_every_flipped_bit_of_a_line_is_noticed():

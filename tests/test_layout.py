@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peakpoint import layout
+from peakpoint.format import layout
 
 ROOT = Path(__file__).parents[1]
 LISTED = re.compile(

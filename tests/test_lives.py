@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint import journal as journals
+from peakpoint.format.events import Reported, Saved
 from peakpoint.lives import lives, replay
 from peakpoint.retention import Removal, apply
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule
@@ -17,7 +18,7 @@ replayed: st.SearchStrategy[Rule] = bests | topks | everies | lasts | paretos | 
 
 def events_of(reports):
     return [
-        journals.Reported(at=START, report=number, step=10 * number, epoch=number - 1, metrics=values)
+        Reported(at=START, report=number, step=10 * number, epoch=number - 1, metrics=values)
         for number, values in enumerate(reports, 1)
     ]
 
@@ -86,7 +87,7 @@ def test_a_replay_keeps_what_the_training_kept(tmp_path_factory, reports, rules)
     run = pp.open(root).run("r")
     found = replay(run.events(), rules, 1000)
     assert [one.moment.step for one in found.kept] == [one.step for one in run.checkpoints()]
-    assert found.saves == sum(isinstance(event, journals.Saved) for event in run.events())
+    assert found.saves == sum(isinstance(event, Saved) for event in run.events())
     assert found.reports == len(reports)
 
 

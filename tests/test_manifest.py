@@ -10,10 +10,11 @@ from blake3 import blake3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peakpoint import manifest as m
 from peakpoint.errors import CorruptError, FormatError
-from peakpoint.manifest import FileRecord, TensorRecord, decode, encode, metrics_from_json, metrics_to_json
-from peakpoint.seal import seal, unseal
+from peakpoint.format import manifest as m
+from peakpoint.format.manifest import FileRecord, TensorRecord, decode, encode
+from peakpoint.format.metrics import metrics_from_json, metrics_to_json
+from peakpoint.format.sealed import seal, unseal
 from strategies import DIGEST, START, any_metrics, manifest, manifests
 
 SMALL = encode(manifest(metrics={"val/loss": 0.1, "bad": math.nan}, asked="bäd"))

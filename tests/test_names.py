@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
-from peakpoint.names import (
+from peakpoint.format.names import (
     DEFAULT_TEMPLATE,
     check_metric,
     check_part,
@@ -19,7 +19,7 @@ from peakpoint.names import (
     checkpoint_name,
     safe,
 )
-from peakpoint.seal import seal, unseal
+from peakpoint.format.sealed import seal, unseal
 from strategies import any_metrics, values
 
 HARMLESS = frozenset(string.ascii_letters + string.digits + "._+-")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint import journal as journals
+from peakpoint.format.events import Measured, Removed, Reported, Saved, Started
 from peakpoint.ledger import Ledger
 from peakpoint.notes import Smoothing, derive
 from peakpoint.retention import Removal, apply
@@ -113,7 +114,7 @@ def test_many_record_at_once_while_a_training_runs(tmp_path):
         ckpt.report(step=9)
         ckpt.wait()
     assert names(tmp_path) == [4, 9]
-    measured = [event for event in run_of(tmp_path).events() if isinstance(event, journals.Measured)]
+    measured = [event for event in run_of(tmp_path).events() if isinstance(event, Measured)]
     assert sorted(event.step for event in measured) == list(range(1, 9))
 
 
@@ -168,9 +169,7 @@ def test_notes_count_in_the_order_that_they_have_after_a_restart(tmp_path):
     run.record("r:1", {"acc": 0.5})
     ledger.refresh()
     slow.append(
-        journals.Measured(
-            at=START, checkpoint=one.id, step=1, metrics={"acc": 0.9}, part=None, source="slow", by="somebody"
-        )
+        Measured(at=START, checkpoint=one.id, step=1, metrics={"acc": 0.9}, part=None, source="slow", by="somebody")
     )
     slow.close()
     ledger.refresh()
@@ -242,7 +241,7 @@ def test_what_is_derived_from_the_journal_is_what_the_training_saw(data):
             value = data.draw(st.sampled_from([1.0, 2.0, 4.0, math.nan]))
             report = len(history) + 1
             history = [*history, (report, value)]
-            events.append(journals.Reported(at=START, report=report, step=0, epoch=None, metrics={"m": value}))
+            events.append(Reported(at=START, report=report, step=0, epoch=None, metrics={"m": value}))
         elif what == "save":
             one = manifest(id=f"c{number}", sequence=number + 1, report=len(history))
             manifests.append(one)
@@ -250,11 +249,11 @@ def test_what_is_derived_from_the_journal_is_what_the_training_saw(data):
             smoothing = Smoothing(wanted, [{"m": value} for _, value in history])
             seen[one.id] = smoothing.derived()
             fields = {"name": one.name, "sequence": one.sequence, "report": one.report, "reasons": ()}
-            events.append(journals.Saved(at=START, checkpoint=one.id, **fields))
+            events.append(Saved(at=START, checkpoint=one.id, **fields))
         else:
             origin = data.draw(st.sampled_from(list(places)))
             history = places[origin]
-            events.append(journals.Started(at=START, checkpoint=origin, report=len(history)))
+            events.append(Started(at=START, checkpoint=origin, report=len(history)))
     assert repr(derive(manifests, events, wanted)) == repr(seen)
 
 
@@ -288,7 +287,7 @@ def test_a_budget_lets_the_least_claimed_go_first_and_never_the_newest(tmp_path)
             ckpt.report(step=step, acc=accuracy)
             ckpt.wait()
     assert names(tmp_path) == [2, 4, 5], "the best is claimed twice, the newest is protected"
-    removed = [event for event in run_of(tmp_path).events() if isinstance(event, journals.Removed)]
+    removed = [event for event in run_of(tmp_path).events() if isinstance(event, Removed)]
     assert [event.reason for event in removed] == [
         "over the budget (budget:400000) and claimed least, by 1 rule",
         "over the budget (budget:400000) and claimed least, by 1 rule",

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peakpoint as pp
-from peakpoint import journal, rules
+from peakpoint import rules
 from peakpoint.cli import render
 from peakpoint.cli.main import cli
 from peakpoint.demo.training import LeNet5, digits
 from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.format.events import Reported, Saved
 from peakpoint.lives import replay
 from peakpoint.planning import architectures, optimizers, sizes
 from peakpoint.planning import forecast as planner
@@ -188,7 +189,7 @@ def test_tied_frozen_and_meta():
 
 def reported(curve, count):
     return [
-        journal.Reported(at=START, report=number, step=number, epoch=number - 1, metrics=values)
+        Reported(at=START, report=number, step=number, epoch=number - 1, metrics=values)
         for number, values in enumerate(itertools.islice(curve, count), 1)
     ]
 
@@ -245,7 +246,7 @@ def test_a_plan_is_what_a_training_does(text, name, tmp_path):
             ckpt.report(acc=sign * epoch, loss=-sign * epoch)
     run = pp.open(tmp_path).run("r")
     outlook = next(one for one in found.outlooks if one.name in {name, "any"})
-    saved = [event for event in run.events() if isinstance(event, journal.Saved)]
+    saved = [event for event in run.events() if isinstance(event, Saved)]
     assert outlook.saves == len(saved)
     assert outlook.kept == len(run.manifests())
     assert outlook.whole == sum("optimizer" in one.parts for one in run.manifests())
@@ -298,7 +299,7 @@ def lenet(tmp_path_factory):
 def test_a_short_training_writes_what_was_foreseen(lenet):
     root, found = lenet
     run = pp.open(root).run("lenet")
-    saved = [event for event in run.events() if isinstance(event, journal.Saved)]
+    saved = [event for event in run.events() if isinstance(event, Saved)]
     assert found.likely.saves == len(saved) == 25
     assert found.likely.bytes_written == pytest.approx(sum(event.size_bytes for event in saved), rel=0.005)
     low, high = found.span("kept")
@@ -377,7 +378,7 @@ def test_the_time_of_a_save_is_no_work():
     at, still = START, [0.0, 0.03, 0.05, 0.04]
     reports = []
     for number, waited in enumerate([*still, 0.0], 1):
-        reports.append(journal.Reported(at=at, report=number, step=number, epoch=number - 1, metrics={}))
+        reports.append(Reported(at=at, report=number, step=number, epoch=number - 1, metrics={}))
         at += timedelta(seconds=0.002 + waited)
     timed = [({"waited_seconds": one / 2, "capture_seconds": one / 2}, number) for number, one in enumerate(still, 1)]
     manifests = [SimpleNamespace(report=number, timing=timing) for timing, number in timed]

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.sealed import digest
 from peakpoint.policy import Hook, Improvement, read_policies, read_text
 from peakpoint.ranking import WithinSE
-from peakpoint.seal import digest
 from peakpoint.store import LocalStore, MemoryStore
 from peakpoint.validations import Wanted
 

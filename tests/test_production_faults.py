@@ -8,10 +8,12 @@ from datetime import timedelta
 import pytest
 
 import peakpoint as pp
-from peakpoint import aliases, holders, hooks, layout, promotion, upkeep
+from peakpoint import aliases, holders, hooks, promotion, upkeep
 from peakpoint import journal as journals
 from peakpoint.asking import with_golden
 from peakpoint.clock import utc_now
+from peakpoint.format import layout
+from peakpoint.format.events import Closed, Opened, Removed
 from peakpoint.policy import Improvement, Policy, read_policies
 from peakpoint.release import release
 from peakpoint.releases import records
@@ -42,7 +44,7 @@ def removal(run, manifest, *before):
     for event in before:
         journal.append(event)
     facts = {"step": manifest.step, "epoch": None, "reason": "a test", "by": "somebody"}
-    journal.append(journals.Removed(at=utc_now(), checkpoint=manifest.id, name=manifest.name, **facts))
+    journal.append(Removed(at=utc_now(), checkpoint=manifest.id, name=manifest.name, **facts))
     journal.sync()
     return journal
 
@@ -90,7 +92,7 @@ def test_a_removal_that_ends_before_it_is_looked_for_has_taken_the_checkpoint(tm
             if self.ending and key == layout.manifest_key("r", victim.name):
                 self.ending = False
                 self.delete(key)
-                journal.append(journals.Closed(at=utc_now(), why="noted"))
+                journal.append(Closed(at=utc_now(), why="noted"))
                 journal.close()
             return data
 
@@ -105,7 +107,7 @@ def test_a_removal_that_ends_before_it_is_looked_for_has_taken_the_checkpoint(tm
 
 def test_workers_that_outlive_a_killed_training_remove_nothing(tmp_path):
     found = repository(tmp_path)
-    journal = removal(found.run("r"), found.find_manifest("r:2"), journals.Opened(at=utc_now(), by={}, rules=()))
+    journal = removal(found.run("r"), found.find_manifest("r:2"), Opened(at=utc_now(), by={}, rules=()))
     wait, end = os.pipe()
     worker = os.fork()
     if not worker:

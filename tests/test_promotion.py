@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import aliases, journal, layout, promotion, retention, upkeep
+from peakpoint import aliases, journal, promotion, retention, upkeep
 from peakpoint.compare import paired, unpaired
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, RefusedError
+from peakpoint.format import layout
+from peakpoint.format.events import PartsDropped, Promoting, Removed
 from peakpoint.policy import Improvement, Policy
 from peakpoint.store import LocalStore
 from peakpoint.validations import Wanted
@@ -433,9 +435,7 @@ def test_a_removal_that_came_to_nothing_bars_no_promotion(tmp_path):
     manifest = found.find_manifest("r:1")
     with upkeep.writing(found.run("r"), "a removal that a pin has stopped") as events:
         events.append(
-            journal.Removed(
-                at=events.now(), checkpoint=manifest.id, name=manifest.name, step=1, epoch=None, reason="x", by="x"
-            )
+            Removed(at=events.now(), checkpoint=manifest.id, name=manifest.name, step=1, epoch=None, reason="x", by="x")
         )
         with pytest.raises(ConflictError, match="is just being removed"):
             promote(found, "r:1", force=True)
@@ -447,7 +447,7 @@ def test_a_promotion_that_was_killed_protects_until_the_alias_changes(tmp_path):
     manifest = found.find_manifest("r:1")
     killed = journal.Journal(found.store, "r", Clock())
     killed.append(
-        journal.Promoting(
+        Promoting(
             at=killed.now(), checkpoint=manifest.id, name=manifest.name, alias="champion", record=1, token="t", by="x"
         )
     )
@@ -630,7 +630,7 @@ def test_an_alias_is_a_ref(tmp_path):
 
 
 def test_a_manifest_that_was_rewritten_after_the_promotion_is_refused(tmp_path):
-    from peakpoint.seal import seal, unseal
+    from peakpoint.format.sealed import seal, unseal
 
     found = repository(tmp_path)
     promote(found, "r:1", force=True)
@@ -655,7 +655,7 @@ def test_a_promotion_beside_a_training_that_drops_parts(tmp_path):
     manifest = found.find_manifest("r:3")
     with upkeep.writing(found.run("r"), "a drop") as events:
         events.append(
-            journal.PartsDropped(
+            PartsDropped(
                 at=events.now(), checkpoint=manifest.id, name=manifest.name, parts=("optimizer",), reason="x", by="x"
             )
         )

@@ -7,7 +7,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.refs import AtEpoch, AtStep, BestOf, ByName, Latest, direction, near, parse, resolve
+from peakpoint.format.names import near
+from peakpoint.refs import AtEpoch, AtStep, BestOf, ByName, Latest, direction, parse, resolve
 from peakpoint.rules import Best, Last, Moment, TopK
 from strategies import START, Tree, identity, modes, rule_lists, trees
 

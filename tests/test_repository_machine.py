@@ -30,8 +30,9 @@ from hypothesis.stateful import (
 
 import peakpoint as pp
 from dying import DEATHS, FAULTS, Killed, Ops
-from peakpoint import audit, layout, packs, promotion, release, upkeep
+from peakpoint import audit, packs, promotion, release, upkeep
 from peakpoint.catalogue import Wish
+from peakpoint.format import layout
 from peakpoint.policy import read_policies
 from peakpoint.query import parse
 from peakpoint.store import LocalStore

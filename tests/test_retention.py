@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from peakpoint import journal as j
 from peakpoint import rules as rules_module
 from peakpoint.errors import StoreError
-from peakpoint.journal import Journal, Removed
-from peakpoint.layout import checkpoint_prefix, manifest_key
-from peakpoint.manifest import FileRecord, decode
+from peakpoint.format import events as records
+from peakpoint.format.events import Removed
+from peakpoint.format.layout import checkpoint_prefix, manifest_key
+from peakpoint.format.manifest import FileRecord, decode
+from peakpoint.journal import Journal
 from peakpoint.reader import shelf
 from peakpoint.retention import Removal, apply, plan, protections
 from peakpoint.rules import Best, Budget, Every, Last, claims
@@ -167,7 +169,7 @@ class WatchedLog:
 
     def append(self, data):
         self.log.append(data)
-        self.pending.append(j.decode(data, where="test"))
+        self.pending.append(records.decode(data, where="test"))
 
     def sync(self):
         self.log.sync()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint import layout, upkeep
+from peakpoint import upkeep
 from peakpoint.cli.main import cli
+from peakpoint.format import layout
 from peakpoint.store import FileOps, LocalStore
 from training import checkpointer, kept
 

@@ -20,13 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import dropping, layout, signing, upkeep
-from peakpoint import manifest as manifests
+from peakpoint import dropping, signing, upkeep
 from peakpoint.audit import audit
 from peakpoint.cli.main import cli
 from peakpoint.clock import utc_now
+from peakpoint.format import layout
+from peakpoint.format import manifest as manifests
+from peakpoint.format.sealed import digest
 from peakpoint.reader import read_manifest
-from peakpoint.seal import digest
 from peakpoint.signing import bundle as bundles
 from peakpoint.store import LocalStore, MemoryStore
 from peakpoint.writer import combined_digest

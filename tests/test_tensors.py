@@ -16,7 +16,7 @@ from safetensors.torch import load as safe_load
 from safetensors.torch import load_file
 
 from peakpoint.errors import ConfigError, FormatError
-from peakpoint.manifest import FileRecord, TensorRecord
+from peakpoint.format.manifest import FileRecord, TensorRecord
 from peakpoint.sharing import DTYPES
 from peakpoint.tensors import PAGE, Staging, lay_out, tensors_of
 from peakpoint.tree import Decoder, Encoder

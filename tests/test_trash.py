@@ -8,12 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 import peakpoint as pp
-from peakpoint import layout, trash, upkeep
+from peakpoint import trash, upkeep
 from peakpoint.audit import audit, clean
 from peakpoint.cli.main import cli
+from peakpoint.format import layout
+from peakpoint.format.sealed import seal
 from peakpoint.journal import Journal
 from peakpoint.retention import Removal, apply
-from peakpoint.seal import seal
 from test_archive import bytes_on_disk, files, run_of, trained
 from training import checkpointer, parts, same, train
 

@@ -11,6 +11,7 @@ import torch
 
 import peakpoint as pp
 from peakpoint import journal
+from peakpoint.format.events import Removed
 from training import checkpointer, kept, parts, same, train
 
 
@@ -102,7 +103,7 @@ def loop(training, kind, total, *moves, before=(), reports=1, leave=lambda _: Fa
 
 
 def removals(root):
-    return [event for event in journal.read(pp.open(root).store, "r").events if isinstance(event, journal.Removed)]
+    return [event for event in journal.read(pp.open(root).store, "r").events if isinstance(event, Removed)]
 
 
 @pytest.mark.parametrize("kind", ["epochs", "steps"])

@@ -20,12 +20,13 @@ from torch.nn.utils import prune
 
 import peakpoint as pp
 import validated
-from peakpoint import audit, layout, promotion, validating, validations
+from peakpoint import audit, promotion, validating, validations
 from peakpoint.cli.main import cli
 from peakpoint.examining.exam import classes_of, named
 from peakpoint.examining.models import described
 from peakpoint.examining.weights import zeros_of
-from peakpoint.seal import digest, seal
+from peakpoint.format import layout
+from peakpoint.format.sealed import digest, seal
 from peakpoint.store import LocalStore, MemoryStore
 from peakpoint.validations import Wanted
 from validated import build, crown, save

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from peakpoint.catalogue import Catalogue as Catalogue
     from peakpoint.catalogue import Selection as Selection
     from peakpoint.catalogue import select as select
-    from peakpoint.checkpoint import Checkpoint as Checkpoint
     from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.diffing import Difference as Difference
     from peakpoint.distances import diff as diff
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from peakpoint.examining.answers import Evaluated as Evaluated
     from peakpoint.examining.exam import Candidate as Candidate
     from peakpoint.examining.here import validate as validate
+    from peakpoint.format.manifest import Checkpoint as Checkpoint
     from peakpoint.importing.everything import ImportReport as ImportReport
     from peakpoint.importing.everything import import_checkpoints as import_checkpoints
     from peakpoint.loading import load as load
@@ -85,7 +85,7 @@ _HOMES = {
     "Budget": ("rules", "Budget"),
     "Candidate": ("examining.exam", "Candidate"),
     "Catalogue": ("catalogue", "Catalogue"),
-    "Checkpoint": ("checkpoint", "Checkpoint"),
+    "Checkpoint": ("format.manifest", "Checkpoint"),
     "Checkpointer": ("checkpointer", "Checkpointer"),
     "ConfigError": ("errors", "ConfigError"),
     "ConflictError": ("errors", "ConflictError"),

@@ -11,12 +11,13 @@ import msgspec
 import torch
 
 from peakpoint import journal as journals
-from peakpoint import layout, names
 from peakpoint.audit import clean_run
 from peakpoint.clock import Clock
 from peakpoint.errors import ConflictError
+from peakpoint.format import layout, names
+from peakpoint.format.events import Closed, Event, Opened, Reported, Saved, Started
+from peakpoint.format.manifest import Manifest
 from peakpoint.journal import Journal
-from peakpoint.manifest import Manifest
 from peakpoint.packs import check_not_archived
 from peakpoint.position import Position
 from peakpoint.reader import shelf
@@ -147,11 +148,11 @@ def opened(
     """
     journal = Journal(store, run, clock)
     try:
-        journal.append(journals.Opened(at=journal.now(), by=by, rules=rules, state=state or {}))
+        journal.append(Opened(at=journal.now(), by=by, rules=rules, state=state or {}))
         origin = (None, 0) if newest is None else (newest.id, newest.report)
-        journal.append(journals.Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
+        journal.append(Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
         yield journal
-        journal.append(journals.Closed(at=clock(), why=by["tool"]))
+        journal.append(Closed(at=clock(), why=by["tool"]))
     finally:
         journal.close()
 
@@ -182,13 +183,13 @@ def named(store: Store, draft: Manifest, metric: str | None) -> Manifest:
 
 def tell_report(journal: Journal, report: int, step: int, epoch: int | None, metrics: Mapping[str, float]) -> None:
     """Write down a moment."""
-    journal.append(journals.Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
+    journal.append(Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
 
 
 def tell_saved(journal: Journal, manifest: Manifest) -> None:
     """Write down that a checkpoint exists."""
     journal.append(
-        journals.Saved(
+        Saved(
             at=journal.now(),
             checkpoint=manifest.id,
             name=manifest.name,
@@ -201,10 +202,10 @@ def tell_saved(journal: Journal, manifest: Manifest) -> None:
 
 
 def _draft(
-    store: Store, run: str, made: Made, there: Sequence[Manifest], events: Sequence[journals.Event], at: datetime
+    store: Store, run: str, made: Made, there: Sequence[Manifest], events: Sequence[Event], at: datetime
 ) -> Manifest:
     newest = there[-1] if there else None
-    used = [event.sequence for event in events if isinstance(event, journals.Saved)]
+    used = [event.sequence for event in events if isinstance(event, Saved)]
     report = 1 if newest is None else newest.report + 1
     step = made.step if newest is None else max(made.step, newest.step + 1)
     draft = Manifest(

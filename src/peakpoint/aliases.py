@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.errors import (
     ConfigError,
     ConflictError,
@@ -26,10 +25,11 @@ from peakpoint.errors import (
     NotFoundError,
     StoreError,
 )
-from peakpoint.manifest import FORMAT, check_format
-from peakpoint.names import check_text
-from peakpoint.refs import check_alias, is_alias, near
-from peakpoint.seal import digest, seal, unseal
+from peakpoint.format import layout
+from peakpoint.format.manifest import FORMAT, check_format
+from peakpoint.format.names import check_text, near
+from peakpoint.format.sealed import digest, seal, unseal
+from peakpoint.refs import check_alias, is_alias
 from peakpoint.store import Store, establish
 
 KEEPS = 3  # former holders that stay protected, where no policy says how many

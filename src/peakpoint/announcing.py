@@ -13,7 +13,8 @@ from peakpoint import reader
 from peakpoint.aliases import AliasRecord, Broken
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConflictError, NotFoundError, PeakpointWarning
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import Closed, Promoted, Promoting
+from peakpoint.format.manifest import Manifest
 from peakpoint.notes import notes
 from peakpoint.repository import Run
 
@@ -62,15 +63,15 @@ def announced(
     number = 1 if newest is None else newest.number + 1
     made = Announced()
     try:
-        journal.append(journals.Promoting(at=clock(), record=number, **facts))
+        journal.append(Promoting(at=clock(), record=number, **facts))
         journal.sync()
         try:
             _check_stays(run, manifest)
             yield made
         finally:
             done, digest = (None, None) if made.record is None else (made.record.number, made.record.digest)
-            journal.append(journals.Promoted(at=clock(), record=done, digest=digest, **facts))
-            journal.append(journals.Closed(at=clock(), why=f"peakpoint {alias}"))
+            journal.append(Promoted(at=clock(), record=done, digest=digest, **facts))
+            journal.append(Closed(at=clock(), why=f"peakpoint {alias}"))
     finally:
         journal.close()
 
@@ -121,9 +122,7 @@ def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None
         facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": record.alias, "by": by}
         for one in over:
             made = (record.number, record.digest) if one.record == record.number else (None, None)
-            journal.append(
-                journals.Promoted(at=journal.now(), record=made[0], digest=made[1], token=one.token, **facts)
-            )
-        journal.append(journals.Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
+            journal.append(Promoted(at=journal.now(), record=made[0], digest=made[1], token=one.token, **facts))
+        journal.append(Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
     finally:
         journal.close()

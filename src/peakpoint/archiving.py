@@ -10,11 +10,13 @@ the record or on the other.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peakpoint import layout, packs, reader, trash
+from peakpoint import packs, reader, trash
 from peakpoint.dropping import records
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
-from peakpoint.journal import Archived, Changing, Journal, Restored, Undone
-from peakpoint.manifest import FileRecord, Manifest
+from peakpoint.format import layout
+from peakpoint.format.events import Archived, Changing, Restored, Undone
+from peakpoint.format.manifest import FileRecord, Manifest
+from peakpoint.journal import Journal
 from peakpoint.packs import Base, Index, PlainSource, RunArchive, Source
 from peakpoint.store import Store
 from peakpoint.writer import file_record, put_file

@@ -10,8 +10,9 @@ from blake3 import blake3
 
 from peakpoint import aliases, reader
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
-from peakpoint.manifest import Manifest
-from peakpoint.refs import check_alias, near
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import near
+from peakpoint.refs import check_alias
 from peakpoint.repository import Repository
 from peakpoint.store import Hold, translated
 from peakpoint.validations import Wanted

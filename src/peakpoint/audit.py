@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
-from peakpoint import aliases, archiving, layout, packs, reader, trash, validations
+from peakpoint import aliases, archiving, packs, reader, trash, validations
 from peakpoint import journal as journals
 from peakpoint.clock import Clock, utc_now
 from peakpoint.dropping import leftovers, records
@@ -21,11 +21,12 @@ from peakpoint.errors import (
     StoreError,
 )
 from peakpoint.findings import Audit, Finding
-from peakpoint.journal import Event, Promoted
-from peakpoint.manifest import MANIFEST, Manifest
+from peakpoint.format import layout
+from peakpoint.format.events import Event, Promoted
+from peakpoint.format.manifest import MANIFEST, Manifest
+from peakpoint.format.sealed import digest
 from peakpoint.refs import is_alias
 from peakpoint.repository import Repository, Run, check_run_record
-from peakpoint.seal import digest
 from peakpoint.store import Store
 from peakpoint.writer import sweep
 

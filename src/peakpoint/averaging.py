@@ -9,7 +9,7 @@ import torch
 
 from peakpoint import reader
 from peakpoint.errors import ConfigError, FormatError, MismatchError
-from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.repository import Repository
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.store import Store

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from peakpoint import layout, rng
-from peakpoint.collector import no_collection
+from peakpoint import rng
 from peakpoint.copying import Storage, storage_of, versions_of
 from peakpoint.errors import ConfigError
+from peakpoint.format import layout
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import check_part
+from peakpoint.format.sealed import no_collection
 from peakpoint.guard import Transfer
-from peakpoint.manifest import Manifest
-from peakpoint.names import check_part
 from peakpoint.ring import Ring
 from peakpoint.standing import Facts, Standing
 from peakpoint.tensors import Staging

@@ -17,24 +17,26 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
-from peakpoint import journal as journals
-from peakpoint import layout, names, rules, unclosed
+from peakpoint import rules, unclosed
 from peakpoint.audit import clean_run
 from peakpoint.capture import StateEncoder, capture, check_state
 from peakpoint.clock import Clock, utc_now
 from peakpoint.copying import NOTHING
 from peakpoint.errors import ConfigError, ConflictError, Error, PeakpointWarning, SaveFailedError
+from peakpoint.format import layout, names
+from peakpoint.format.amounts import read_bytes, read_duration
+from peakpoint.format.events import STOPPED, Closed, Opened, Reported, Started
+from peakpoint.format.manifest import Forks, Manifest
+from peakpoint.format.metrics import read_metrics
+from peakpoint.format.names import DEFAULT_TEMPLATE, near
 from peakpoint.guard import StepGuard
 from peakpoint.journal import Journal
 from peakpoint.ledger import Ledger
 from peakpoint.loop import Loop, count
-from peakpoint.manifest import Forks, Manifest
-from peakpoint.names import DEFAULT_TEMPLATE
 from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
 from peakpoint.reader import damage
-from peakpoint.refs import near
-from peakpoint.report import Outcome, classes, read_metrics, say, warn, written_by
+from peakpoint.report import Outcome, classes, say, warn, written_by
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
 from peakpoint.resume import Resumption, restore_generators, resumption
@@ -47,7 +49,6 @@ from peakpoint.stopping import Watch as StopWatch
 from peakpoint.store import Hold, Store, holder_note, open_store
 from peakpoint.tensors import Staging
 from peakpoint.turns import Late, Turns
-from peakpoint.units import read_bytes, read_duration
 from peakpoint.writer import unused_name
 
 
@@ -79,7 +80,7 @@ class Checkpointer:
             such as ``"1h"``; ``"0"`` frees the space at once. By default 24 hours for what goes because the rules have
             changed, which is said when the run is continued, and 0 for what goes from save to save. When space is
             short, the trash goes first.
-        name: the template of checkpoint names; see ``peakpoint.names.checkpoint_name``.
+        name: the template of checkpoint names; see ``peakpoint.format.names.checkpoint_name``.
         preempt: which signals mean preemption, and the exit code; None watches none.
         clock: tells the time.
         announce: receives sentences for people; prints to standard error by default.
@@ -154,7 +155,7 @@ class Checkpointer:
             found = resumption(self._store, self.run)
             self._journal = Journal(self._store, self.run, self._clock)
             texts = tuple(rule.text for rule in self.rules)
-            self._journal.append(journals.Opened(at=now, by=self._by, rules=texts, state=classes(self.state)))
+            self._journal.append(Opened(at=now, by=self._by, rules=texts, state=classes(self.state)))
             self._watch = Watch(preempt)
         except BaseException:
             self._hold.release()
@@ -209,9 +210,7 @@ class Checkpointer:
         following = self._moment({}, self._clock())
         notices = self._saver.start(following, self._former_rules, newest_is_whole=newest_is_whole)
         self._journal.append(
-            journals.Started(
-                at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested
-            )
+            Started(at=self._clock(), checkpoint=found.parent, report=found.kept_report, requested=found.requested)
         )
         if self._load is None:
             self._announce(f"run {self.run!r} starts from the beginning ({found.why})")
@@ -343,7 +342,7 @@ class Checkpointer:
         self._loop.advance(step, epoch)
         now, position = self._clock(), self._loop.position
         self._journal.append(
-            journals.Reported(at=now, report=position.report, step=position.step, epoch=position.epoch, metrics=values)
+            Reported(at=now, report=position.report, step=position.step, epoch=position.epoch, metrics=values)
         )
         self._take(values)
         self._ledger.refresh()
@@ -416,7 +415,7 @@ class Checkpointer:
         except Error as error:
             self.__exit__(type(error), error, None)
             raise
-        why = "closed" if self.why_stop is None else f"{journals.STOPPED}{self.why_stop}"
+        why = "closed" if self.why_stop is None else f"{STOPPED}{self.why_stop}"
         try:
             # whoever stops a training that has just said what will go, keeps it
             failure = self._finish(why, catches_up=sys.exception() is None)
@@ -724,7 +723,7 @@ class Checkpointer:
                 self._saver.catch_up()
             failed = self._heal()
             self._saver.record()
-            self._journal.append(journals.Closed(at=self._clock(), why=why))
+            self._journal.append(Closed(at=self._clock(), why=why))
             return failed
         finally:
             self._loop.stop()

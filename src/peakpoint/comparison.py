@@ -9,7 +9,7 @@ from peakpoint import validations
 from peakpoint.aliases import Target
 from peakpoint.compare import Paired, paired, unpaired
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.manifest import Manifest
+from peakpoint.format.manifest import Manifest
 from peakpoint.notes import all_known
 from peakpoint.repository import Repository, Run
 from peakpoint.rules import Mode, watched

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from peakpoint import journal as journals
-from peakpoint import layout, reader
+from peakpoint import reader
 from peakpoint.errors import FormatError
-from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format import layout
+from peakpoint.format.events import Event, Opened, Saved
+from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.notes import known, notes
 from peakpoint.repository import Repository
 from peakpoint.rules import Mode, watched
@@ -280,16 +281,16 @@ def _side(repository: Repository, manifest: Manifest) -> Side:
     )
 
 
-def _opened(events: Sequence[journals.Event], manifest: Manifest) -> journals.Opened | None:
+def _opened(events: Sequence[Event], manifest: Manifest) -> Opened | None:
     """Who wrote a checkpoint: the process that had opened the run last when it was saved."""
     opened = None
     for event in events:
         match event:
-            case journals.Opened():
+            case Opened():
                 if event.at > manifest.created_at:
                     break  # whose process was killed before it could say so
                 opened = event
-            case journals.Saved(checkpoint=manifest.id):
+            case Saved(checkpoint=manifest.id):
                 break
             case _:
                 pass

@@ -12,7 +12,7 @@ import torch
 from peakpoint import reader
 from peakpoint.diffing import Difference, Distance, TensorDifference, manifests_differ, plain_values_differ, tensors_of
 from peakpoint.errors import FormatError
-from peakpoint.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.repository import open_repository
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.store import Chunk, Store

@@ -11,10 +11,10 @@ from datetime import datetime
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.errors import CorruptError, FormatError
-from peakpoint.manifest import FORMAT, Manifest, check_format
-from peakpoint.seal import seal, unseal
+from peakpoint.format import layout
+from peakpoint.format.manifest import FORMAT, Manifest, check_format
+from peakpoint.format.sealed import seal, unseal
 from peakpoint.store import Store, establish
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peakpoint.errors import ConfigError
-from peakpoint.refs import near
+from peakpoint.format.names import near
 
 RAISED_BY_PROGRAMS = (  # a module is a program: it may raise anything that programs do
     ArithmeticError,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peakpoint.aliases import AliasRecord, Target, back_from, listed, read
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
-from peakpoint.journal import Promoting
+from peakpoint.format.events import Promoting
 from peakpoint.store import Store
 
 

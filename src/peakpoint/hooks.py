@@ -15,14 +15,14 @@ from typing import Any
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.aliases import AliasRecord, numbers
 from peakpoint.apart import kill, run_apart
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConflictError, Error
-from peakpoint.manifest import FORMAT
+from peakpoint.format import layout
+from peakpoint.format.manifest import FORMAT
+from peakpoint.format.sealed import seal
 from peakpoint.policy import Hook, Policy
-from peakpoint.seal import seal
 from peakpoint.store import LocalStore, Store, establish
 
 _TOLD = 500  # characters of what a hook has said

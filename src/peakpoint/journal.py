@@ -12,382 +12,28 @@ checkpoint, and a resumed run makes those again.
 import io
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from peakpoint.clock import Clock
-from peakpoint.collector import no_collection
-from peakpoint.errors import CorruptError, FormatError, StoreError
-from peakpoint.layout import journal_prefix, writer_lock
-from peakpoint.layout import number as number_in
-from peakpoint.manifest import metrics_from_json, metrics_to_json
-from peakpoint.seal import is_intact, seal, unseal
+from peakpoint.errors import CorruptError, StoreError
+from peakpoint.format.events import (
+    CLOSED_LINE,
+    LINES_OF_REMOVALS,
+    OPENED_LINE,
+    Event,
+    Reported,
+    Saved,
+    Started,
+    decode,
+    decode_report,
+    encode,
+)
+from peakpoint.format.layout import journal_prefix, writer_lock
+from peakpoint.format.layout import number as number_in
+from peakpoint.format.sealed import no_collection
 from peakpoint.store import LARGE, Hold, Log, Store, create_numbered
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """A process began to write the run.
-
-    Attributes:
-        at: when.
-        by: host, process id, versions.
-        rules: the rules in force from now on, in text form.
-        state: part name to the class of what was given for it, such as ``"torch.optim.adamw.AdamW"``; for people and
-            reports, never to be imported.
-    """
-
-    at: datetime
-    by: Mapping[str, str]
-    rules: tuple[str, ...]
-    state: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
-    """The history continues from a checkpoint, or from nothing.
-
-    Attributes:
-        at: when.
-        checkpoint: the id that the state was restored from, None for a start from nothing.
-        report: number of the last report that still counts; later ones were abandoned.
-        requested: the ref that was asked for, None when it was left to Peakpoint.
-    """
-
-    at: datetime
-    checkpoint: str | None
-    report: int
-    requested: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reported:
-    """The loop reported a moment.
-
-    Attributes:
-        at: when.
-        report: 1, 2, 3, ... along the history.
-        step: optimizer steps completed.
-        epoch: the epoch's index, None outside epochs.
-        metrics: as reported; NaN and infinities included.
-    """
-
-    at: datetime
-    report: int
-    step: int
-    epoch: int | None
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """A checkpoint was committed."""
-
-    at: datetime
-    checkpoint: str
-    name: str
-    sequence: int
-    report: int
-    reasons: tuple[str, ...]
-    size_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveFailed:
-    """A checkpoint that was wanted did not become durable."""
-
-    at: datetime
-    checkpoint: str
-    name: str
-    reasons: tuple[str, ...]
-    error: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Removed:
-    """A checkpoint is about to be removed; recorded before the first file goes.
-
-    ``until`` is when its files go, and the time to change one's mind ends; None when they go at once.
-    """
-
-    at: datetime
-    checkpoint: str
-    name: str
-    step: int
-    epoch: int | None
-    reason: str
-    by: str
-    until: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartsDropped:
-    """Parts of a checkpoint are about to be dropped; recorded before the first goes.
-
-    ``until`` was as in ``Removed``; it is None in what is written now, and parts go at once.
-    """
-
-    at: datetime
-    checkpoint: str
-    name: str
-    parts: tuple[str, ...]
-    reason: str
-    by: str
-    until: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Archived:
-    """The files of a checkpoint are in its pack."""
-
-    at: datetime
-    checkpoint: str
-    name: str
-    packed_bytes: int
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restored:
-    """The files of an archived checkpoint are back."""
-
-    at: datetime
-    checkpoint: str
-    name: str
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undone:
-    """A removal, or the dropping of parts, was taken back.
-
-    Attributes:
-        at: when.
-        checkpoint: the id.
-        name: its directory.
-        parts: the parts that are back; none when the whole checkpoint is.
-        by: who did it.
-    """
-
-    at: datetime
-    checkpoint: str
-    name: str
-    parts: tuple[str, ...]
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changing:
-    """What a checkpoint's directory holds is about to change; recorded before.
-
-    Whoever follows the journal looks at the directory until word comes of what was done, in a later event.
-    """
-
-    at: datetime
-    checkpoint: str
-    name: str
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A checkpoint was evaluated after its commit, here or elsewhere.
-
-    Attributes:
-        at: when it was recorded.
-        checkpoint: its id.
-        step: of the checkpoint, to which the values belong.
-        metrics: the values; NaN and infinities included.
-        part: the part that was evaluated, such as ``"ema"``; None when it was not said.
-        source: what measured it, in words.
-        by: who recorded it.
-    """
-
-    at: datetime
-    checkpoint: str
-    step: int
-    metrics: Mapping[str, float]
-    part: str | None
-    source: str
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pinned:
-    """A checkpoint is protected from the rules until it is unpinned."""
-
-    at: datetime
-    checkpoint: str
-    why: str
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unpinned:
-    """A checkpoint is no longer protected by a pin."""
-
-    at: datetime
-    checkpoint: str
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Promoting:
-    """An alias is about to point at a checkpoint, which is protected until the record is there.
-
-    Attributes:
-        at: when.
-        checkpoint: the id.
-        name: its directory.
-        alias: the alias.
-        record: the number of the record that will point at it, unless somebody else makes the one of this number.
-        token: random, for the word that comes of it.
-        by: who does it.
-    """
-
-    at: datetime
-    checkpoint: str
-    name: str
-    alias: str
-    record: int
-    token: str
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Promoted:
-    """What came of ``Promoting``.
-
-    Attributes:
-        at: when.
-        checkpoint: the id.
-        name: its directory.
-        alias: the alias.
-        record: the number of the record that points at it; None when it came to nothing.
-        digest: of that record, so that one that is taken out or changed later is missed.
-        token: of ``Promoting``.
-        by: who did it.
-    """
-
-    at: datetime
-    checkpoint: str
-    name: str
-    alias: str
-    record: int | None
-    digest: str | None
-    token: str
-    by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Closed:
-    """The process that had opened the run ended in an orderly way.
-
-    Attributes:
-        at: when.
-        why: ``"closed"``, why the training was stopped early, or the signal or error that ended it.
-    """
-
-    at: datetime
-    why: str
-
-
-STOPPED = "stopped early: "  # and why, in ``Closed.why``
-
-Event = (
-    Opened
-    | Started
-    | Reported
-    | Saved
-    | SaveFailed
-    | Removed
-    | PartsDropped
-    | Undone
-    | Archived
-    | Restored
-    | Changing
-    | Measured
-    | Pinned
-    | Unpinned
-    | Promoting
-    | Promoted
-    | Closed
-)
-
-_KINDS: dict[str, type[Event]] = {
-    "opened": Opened,
-    "started": Started,
-    "reported": Reported,
-    "saved": Saved,
-    "save-failed": SaveFailed,
-    "removed": Removed,
-    "parts-dropped": PartsDropped,
-    "undone": Undone,
-    "archived": Archived,
-    "restored": Restored,
-    "changing": Changing,
-    "measured": Measured,
-    "pinned": Pinned,
-    "unpinned": Unpinned,
-    "promoting": Promoting,
-    "promoted": Promoted,
-    "closed": Closed,
-}
-_NAMES = {kind: name for name, kind in _KINDS.items()}
-_MEMBERS = {kind: tuple(member.name for member in fields(kind)) for kind in _NAMES}
-
-
-def encode(event: Event) -> bytes:
-    """One sealed line."""
-    record: dict[str, Any] = {name: getattr(event, name) for name in _MEMBERS[type(event)]}
-    if isinstance(event, Reported | Measured):
-        record["metrics"] = metrics_to_json(event.metrics)
-    return seal({"kind": _NAMES[type(event)], **record})
-
-
-def decode(line: bytes, *, where: str) -> Event | None:
-    """Read what ``encode`` wrote; None for a kind that a newer release has added.
-
-    Raises:
-        CorruptError: the line is damaged.
-    """
-    try:
-        record = unseal(line, where=where)
-        kind = _KINDS.get(msgspec.convert(record.pop("kind"), str))
-        if kind is None:
-            return None
-        if kind in (Reported, Measured):
-            record["metrics"] = metrics_from_json(record["metrics"])
-        return msgspec.convert(record, kind)
-    except CorruptError:
-        raise
-    except (FormatError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CorruptError(f"{where} is not a journal record: {error}") from error
-
-
-_REPORTED = b'{"kind":"reported",'
-_OPENED = b'{"kind":"opened",'
-_CLOSED = b'{"kind":"closed",'
-_OF_REMOVALS = tuple(
-    b'{"kind":"%s",' % _NAMES[kind].encode() for kind in (Removed, PartsDropped, Undone, Saved, Closed)
-)
-_decode_reported = msgspec.json.Decoder(Reported).decode
-
-
-def _quick(line: bytes) -> Reported | None:
-    """An undamaged report of finite metrics; None for everything else, which ``decode`` judges.
-
-    A long run has a million of these lines and hardly any other.
-    """
-    if not line.startswith(_REPORTED) or not is_intact(line):
-        return None
-    try:
-        return _decode_reported(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,7 +96,7 @@ def written(store: Store, run: str) -> list[str]:
         key = f"{journal_prefix(run)}/{segment}"
         size = store.size(key) or 0
         last = store.get(key, max(0, size - _TAIL)).rstrip(b"\n").rpartition(b"\n")[2]
-        if last.startswith(_CLOSED):
+        if last.startswith(CLOSED_LINE):
             continue
         if _opens(store, run, segment):
             followed = any(_opens(store, run, one) for one in segments[number + 1 :])
@@ -464,13 +110,13 @@ def written(store: Store, run: str) -> list[str]:
 
 def _opens(store: Store, run: str, segment: str) -> bool:
     """Whether a segment is of one who holds the run."""
-    return store.get(f"{journal_prefix(run)}/{segment}", 0, len(_OPENED)) == _OPENED
+    return store.get(f"{journal_prefix(run)}/{segment}", 0, len(OPENED_LINE)) == OPENED_LINE
 
 
 def removals(store: Store, run: str, segment: str) -> list[Event]:
     """What a segment says of removals, and what shows that they are over; every other line is skipped undecoded."""
     key = f"{journal_prefix(run)}/{segment}"
-    lines = [line for line in io.BytesIO(store.get(key, most=LARGE)) if line.startswith(_OF_REMOVALS)]
+    lines = [line for line in io.BytesIO(store.get(key, most=LARGE)) if line.startswith(LINES_OF_REMOVALS)]
     events: list[Event] = []
     _read_segment(b"".join(lines), key, events, [])
     return events
@@ -495,7 +141,7 @@ def _read_segment(data: bytes, where: str, events: list[Event], damage: list[str
     for number, line in enumerate(io.BytesIO(data), 1):
         if line == b"\n" or not line.endswith(b"\n"):
             continue  # empty, or torn: the last
-        event: Event | None = _quick(line)
+        event: Event | None = decode_report(line)
         if event is None:
             try:
                 event = decode(line, where=f"{where} line {number}")

@@ -11,8 +11,9 @@ from types import UnionType
 
 from peakpoint import holders, retention
 from peakpoint import journal as journals
-from peakpoint.journal import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Reading, Removed, Unpinned
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Removed, Unpinned
+from peakpoint.format.manifest import Manifest
+from peakpoint.journal import Reading
 from peakpoint.notes import Derived, Notes, derive, known, notes, windows
 from peakpoint.reader import being_read
 from peakpoint.retention import Plan

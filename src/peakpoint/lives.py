@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint import retention
-from peakpoint.journal import Event, Opened, Removed, Reported, Saved, Started, Undone, history
-from peakpoint.manifest import Forks, Manifest
+from peakpoint.format.events import Event, Opened, Removed, Reported, Saved, Started, Undone
+from peakpoint.format.manifest import Forks, Manifest
+from peakpoint.journal import history
 from peakpoint.notes import Smoothing, windows
 from peakpoint.rules import Claim, Mode, Moment, Record, Rule, claims, parse, ranked, wanted, watched
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from peakpoint.journal import Event, Measured, Pinned, Promoted, Promoting, Reported, Saved, Started, Unpinned
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import Event, Measured, Pinned, Promoted, Promoting, Reported, Saved, Started, Unpinned
+from peakpoint.format.manifest import Manifest
 from peakpoint.rules import Best, Rule, smoothed
 
 Windows = frozenset[tuple[str, int]]

@@ -24,12 +24,12 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, needing
-from peakpoint.manifest import FORMAT, FileRecord, Manifest, check_format
-from peakpoint.seal import seal, unseal
+from peakpoint.format import layout
+from peakpoint.format.amounts import cores
+from peakpoint.format.manifest import FORMAT, FileRecord, Manifest, check_format
+from peakpoint.format.sealed import seal, unseal
 from peakpoint.store import RECORD, Store, establish
-from peakpoint.units import cores
 from peakpoint.writer import Span, StreamedImage
 
 PIECE = 4 * 1024 * 1024  # bytes

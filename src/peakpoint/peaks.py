@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from peakpoint.journal import Reported
+from peakpoint.format.events import Reported
 from peakpoint.rules import Mode
 
 

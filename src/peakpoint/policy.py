@@ -31,18 +31,18 @@ from typing import Any
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.aliases import KEEPS
 from peakpoint.asking import check_wanted
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.names import check_metric
+from peakpoint.format import layout
+from peakpoint.format.amounts import read_duration
+from peakpoint.format.names import check_metric, near
+from peakpoint.format.sealed import digest
 from peakpoint.query import parse as parse_query
 from peakpoint.ranking import WithinSE, read_keys
-from peakpoint.refs import check_alias, near
+from peakpoint.refs import check_alias
 from peakpoint.rules import Mode, mode_of
-from peakpoint.seal import digest
 from peakpoint.store import SMALL, LocalStore, Store
-from peakpoint.units import read_duration
 from peakpoint.validations import MAX_AGE, Wanted
 
 

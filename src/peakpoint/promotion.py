@@ -28,8 +28,8 @@ from peakpoint.errors import (
     RefusedError,
     SignatureError,
 )
-from peakpoint.manifest import Manifest
-from peakpoint.names import check_text
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import check_text
 from peakpoint.policy import Policy, read_policies
 from peakpoint.refs import check_alias
 from peakpoint.repository import Repository, Run

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
-from peakpoint.names import check_metric
+from peakpoint.format.names import check_metric
 from peakpoint.query import Field, Metric, parse_key
 from peakpoint.rules import Mode, mode_of
 

@@ -14,14 +14,13 @@
 Where a run was continued from an older checkpoint, its newest branch goes before abandoned ones.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.names import check_metric, check_run
+from peakpoint.format.names import check_metric, check_run, near
 from peakpoint.rules import Mode, Record, Rule, by_sequence, lineage, mode_of, ranked, watched
 
 FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME, @ALIAS, @ALIAS:N"
@@ -235,9 +234,3 @@ def _by_name(run: str, records: list[R], name: str) -> R:
     if found:
         raise NotFoundError(f"{name!r} is the beginning of several ids: {', '.join(r.id for r in found)}")
     raise NotFoundError(f"run {run!r} has no checkpoint named {name!r}{near(name, names)}")
-
-
-def near(wanted: str, names: Sequence[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing when no name is near."""
-    found = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

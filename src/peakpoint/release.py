@@ -11,24 +11,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from peakpoint import aliases, hooks, layout, promotion, signing, validations
+from peakpoint import aliases, hooks, promotion, signing, validations
 from peakpoint.actor import present_user
 from peakpoint.aliases import AliasRecord, Target
 from peakpoint.asking import with_golden
 from peakpoint.catalogue import Catalogue, Wish
-from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
+from peakpoint.format import layout
+from peakpoint.format.manifest import FORMAT, Checkpoint
+from peakpoint.format.names import near
+from peakpoint.format.sealed import digest, seal
 from peakpoint.hooks import Told
-from peakpoint.manifest import FORMAT
 from peakpoint.policy import Policies, Policy
 from peakpoint.promotion import Proposal
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
-from peakpoint.refs import near
 from peakpoint.releases import ReleaseRecord, Step
 from peakpoint.repository import Repository
-from peakpoint.seal import digest, seal
 from peakpoint.store import establish
 from peakpoint.validations import Validation, Wanted
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.aliases import Target
 from peakpoint.errors import FormatError
-from peakpoint.manifest import check_format
-from peakpoint.seal import unseal
+from peakpoint.format import layout
+from peakpoint.format.manifest import check_format
+from peakpoint.format.sealed import unseal
 from peakpoint.store import Store
 
 

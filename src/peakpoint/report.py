@@ -1,6 +1,5 @@
 """What goes into a report, and what comes out of it."""
 
-import numbers
 import os
 import platform
 import socket
@@ -10,12 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from peakpoint._version import __version__
-from peakpoint.errors import ConfigError, PeakpointWarning
-from peakpoint.names import check_metric
+from peakpoint.errors import PeakpointWarning
 from peakpoint.revision import script_version
 
 
@@ -46,29 +43,6 @@ class Outcome:
     waited_seconds: float
     capture_seconds: float
     step_waited_seconds: float
-
-
-def read_metrics(given: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as floats.
-
-    Raises:
-        ConfigError: a name that cannot be, or a value that is no real number.
-    """
-    values = {}
-    for name, value in given.items():
-        check_metric(name)
-        number = value
-        if isinstance(value, torch.Tensor | np.generic | np.ndarray):  # NumPy's float32 is no Real of its own accord
-            if len(value.reshape(-1)) != 1:
-                raise ConfigError(f"metric {name!r} has the shape {list(value.shape)}; report one number")
-            number = value.item()
-        if not isinstance(number, numbers.Real):
-            raise ConfigError(f"metric {name!r} is {value!r}, a {type(value).__name__}; report a real number")
-        try:
-            values[name] = float(number)
-        except OverflowError as error:
-            raise ConfigError(f"metric {name!r} is too large for a float") from error
-    return values
 
 
 def say(text: str) -> None:

@@ -9,18 +9,31 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from peakpoint import aliases, holders, layout, reader, refs
+from peakpoint import aliases, holders, reader, refs
 from peakpoint import journal as journals
 from peakpoint.actor import present_user
-from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import utc_now
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, PeakpointWarning, StoreError
-from peakpoint.manifest import FORMAT, Manifest, check_format
-from peakpoint.names import check_metric, check_text
+from peakpoint.format import layout
+from peakpoint.format.events import (
+    Closed,
+    Event,
+    Measured,
+    Opened,
+    PartsDropped,
+    Pinned,
+    Removed,
+    Reported,
+    Saved,
+    Undone,
+    Unpinned,
+)
+from peakpoint.format.manifest import FORMAT, Checkpoint, Manifest, check_format
+from peakpoint.format.names import check_metric, check_text
+from peakpoint.format.sealed import seal, unseal
 from peakpoint.notes import all_known, known, notes
 from peakpoint.retention import Plan, plan
 from peakpoint.rules import Claim, Mode, Rule, parse
-from peakpoint.seal import seal, unseal
 from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
 
 
@@ -30,24 +43,24 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def rules_of(events: Sequence[journals.Event]) -> tuple[Rule, ...]:
+def rules_of(events: Sequence[Event]) -> tuple[Rule, ...]:
     """The rules in force: those of the process that opened the run last."""
-    opened = journals.newest(events, journals.Opened)
+    opened = journals.newest(events, Opened)
     return tuple(parse(text) for text in opened.rules) if opened else ()
 
 
-def _may_be_removing(events: Sequence[journals.Event], checkpoint: str, parts: AbstractSet[str]) -> bool:
+def _may_be_removing(events: Sequence[Event], checkpoint: str, parts: AbstractSet[str]) -> bool:
     """Whether a segment ends with a word of removal, also of parts, that nothing shows to be over."""
     removing = False
     for event in events:
         match event:
-            case journals.Removed():
+            case Removed():
                 removing = removing or event.checkpoint == checkpoint
-            case journals.PartsDropped() if not parts.isdisjoint(event.parts):
+            case PartsDropped() if not parts.isdisjoint(event.parts):
                 removing = removing or event.checkpoint == checkpoint
-            case journals.Saved() | journals.Closed():  # said by the thread that removes, when it is done
+            case Saved() | Closed():  # said by the thread that removes, when it is done
                 removing = False
-            case journals.Undone():  # it stays after all, or whole
+            case Undone():  # it stays after all, or whole
                 removing = removing and event.checkpoint != checkpoint
             case _:
                 pass
@@ -103,11 +116,11 @@ class Run:
         noted = notes(self.events())
         return [_checkpoint(self.store, known(manifest, noted, {})) for manifest in self.manifests()]
 
-    def events(self) -> tuple[journals.Event, ...]:
+    def events(self) -> tuple[Event, ...]:
         """The journal: what was reported and done."""
         return journals.read(self.store, self.name).events
 
-    def history(self) -> list[journals.Reported]:
+    def history(self) -> list[Reported]:
         """Every report that counts, earliest first; reports of abandoned branches are left out."""
         return journals.history(self.events())
 
@@ -119,7 +132,7 @@ class Run:
         """The ids of pinned checkpoints, with the reasons."""
         return notes(self.events()).pinned
 
-    def plan(self, rules: Sequence[Rule] | None = None, events: Sequence[journals.Event] | None = None) -> Plan:
+    def plan(self, rules: Sequence[Rule] | None = None, events: Sequence[Event] | None = None) -> Plan:
         """What rules keep of what is there, and what would go; nothing is changed.
 
         Checkpoints with files that are missing or of another size neither go nor count.
@@ -141,7 +154,7 @@ class Run:
             read=reader.being_read(self.store, shelf.manifests),
         )
 
-    def aliased(self, manifests: Sequence[Manifest], events: Sequence[journals.Event]) -> Mapping[str, str]:
+    def aliased(self, manifests: Sequence[Manifest], events: Sequence[Event]) -> Mapping[str, str]:
         """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
         ids = [manifest.id for manifest in manifests]
         return holders.protected(self.store, ids, notes(events).promoting.values())
@@ -233,7 +246,7 @@ class Run:
         if part is not None and part not in manifest.parts:
             raise NotFoundError(f"checkpoint {manifest.name} has no part {part!r}; parts: {', '.join(manifest.parts)}")
         self._note(
-            lambda at, by: journals.Measured(
+            lambda at, by: Measured(
                 at=at, checkpoint=manifest.id, step=manifest.step, metrics=values, part=part, source=source, by=by
             )
         )
@@ -249,7 +262,7 @@ class Run:
         if not check_text("the reason of pin", why).strip():
             raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
         manifest = self.find_manifest(ref)
-        self._note(lambda at, by: journals.Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
+        self._note(lambda at, by: Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
         if self.is_being_removed(manifest) or self.store.size(layout.manifest_key(self.name, manifest.name)) is None:
             raise ConflictError(
                 f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
@@ -277,14 +290,14 @@ class Run:
             NotFoundError: there is no such checkpoint.
         """
         manifest = self.find_manifest(ref)
-        self._note(lambda at, by: journals.Unpinned(at=at, checkpoint=manifest.id, by=by))
+        self._note(lambda at, by: Unpinned(at=at, checkpoint=manifest.id, by=by))
 
-    def _note(self, event: Callable[[datetime, str], journals.Event]) -> None:
+    def _note(self, event: Callable[[datetime, str], Event]) -> None:
         """Append one event, durably, in a segment of its own."""
         journal = journals.Journal(self.store, self.name, utc_now)
         try:
             journal.append(event(journal.now(), present_user()))
-            journal.append(journals.Closed(at=journal.now(), why="noted"))
+            journal.append(Closed(at=journal.now(), why="noted"))
         finally:
             journal.close()
 

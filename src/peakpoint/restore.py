@@ -18,9 +18,9 @@ from torch.nn.parameter import is_lazy
 from peakpoint import rng
 from peakpoint.capture import Stateful
 from peakpoint.errors import MismatchError
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.masks import ORIGINAL, masks_of
 from peakpoint.guard import wait_for_copies
-from peakpoint.manifest import Manifest
-from peakpoint.masks import ORIGINAL, masks_of
 from peakpoint.stored import SavedState
 from peakpoint.tree import kind_of
 from peakpoint.upload import send

@@ -9,7 +9,8 @@ from peakpoint import journal as journals
 from peakpoint import reader, refs, rng
 from peakpoint.dropping import records
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
-from peakpoint.manifest import Forks, Manifest
+from peakpoint.format.events import Event, Reported, Saved, Started
+from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.packs import check_not_archived
 from peakpoint.position import Position
 from peakpoint.repository import Repository
@@ -40,7 +41,7 @@ class Found:
     report: LoadReport | None
     why: str
     position: Position
-    history: Sequence[journals.Reported]
+    history: Sequence[Reported]
     generators: Mapping[str, Any] | None
     parent: str | None
     forks: Forks
@@ -72,7 +73,7 @@ class Resumption:
         return self.shelf.manifests
 
     @property
-    def events(self) -> tuple[journals.Event, ...]:
+    def events(self) -> tuple[Event, ...]:
         """What the journal holds, in order."""
         return self.journal.events
 
@@ -105,9 +106,9 @@ class Resumption:
         """Whether this run has been started from ``ref`` before and has saved something since."""
         last = None
         for number, event in enumerate(self.events):
-            if isinstance(event, journals.Started) and event.requested is not None:
+            if isinstance(event, Started) and event.requested is not None:
                 last = number if event.requested == ref else None
-        return last is not None and any(isinstance(event, journals.Saved) for event in self.events[last:])
+        return last is not None and any(isinstance(event, Saved) for event in self.events[last:])
 
     def _newest_good(self, live: dict[str, Any], *, strict: bool) -> Found:
         skipped = [str(damaged.error) for damaged in self.shelf.damaged]
@@ -135,7 +136,7 @@ class Resumption:
     @property
     def _sequence(self) -> int:
         used = [manifest.sequence for manifest in self.shelf.manifests]
-        used += [event.sequence for event in self.events if isinstance(event, journals.Saved)]
+        used += [event.sequence for event in self.events if isinstance(event, Saved)]
         return max(used, default=0)
 
     def _nothing(self, why: str) -> Found:

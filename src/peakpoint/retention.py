@@ -8,8 +8,9 @@ from typing import Any
 
 from peakpoint.dropping import drop, without
 from peakpoint.errors import StoreError
-from peakpoint.journal import Journal, PartsDropped, Removed, Undone
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import PartsDropped, Removed, Undone
+from peakpoint.format.manifest import Manifest
+from peakpoint.journal import Journal
 from peakpoint.rules import Budget, Claim, Record, Rule, claims
 from peakpoint.store import Store
 from peakpoint.trash import discard

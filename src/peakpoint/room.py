@@ -4,11 +4,12 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from peakpoint import layout, trash
+from peakpoint import trash
 from peakpoint.audit import clean_run
-from peakpoint.manifest import Manifest
+from peakpoint.format import layout
+from peakpoint.format.amounts import size
+from peakpoint.format.manifest import Manifest
 from peakpoint.store import Store
-from peakpoint.units import size
 
 _END = datetime.max.replace(tzinfo=UTC)
 

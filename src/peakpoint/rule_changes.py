@@ -7,8 +7,8 @@ from datetime import timedelta
 
 from peakpoint.asking import shown
 from peakpoint.errors import ConfigError
-from peakpoint.journal import Closed, Event, Opened, Saved
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import Closed, Event, Opened, Saved
+from peakpoint.format.manifest import Manifest
 from peakpoint.retention import Plan
 from peakpoint.rules import Rule, parse, ranked, watched
 

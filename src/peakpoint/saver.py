@@ -10,19 +10,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint import layout, retention, room
+from peakpoint import retention, room
 from peakpoint.audit import clean_run
 from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
 from peakpoint.errors import StoreError
-from peakpoint.journal import Journal, Saved, SaveFailed
+from peakpoint.format import layout
+from peakpoint.format.amounts import UNDO_FOR, read_duration, size
+from peakpoint.format.events import Saved, SaveFailed
+from peakpoint.format.manifest import Manifest
+from peakpoint.journal import Journal
 from peakpoint.ledger import Ledger
-from peakpoint.manifest import Manifest
 from peakpoint.retention import Plan, Removal
 from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.store import Hold, Store
-from peakpoint.units import UNDO_FOR, read_duration, size
 from peakpoint.worker import start
 from peakpoint.writer import commit, unused_name, withdraw
 

@@ -20,11 +20,10 @@ from peakpoint.averaging import (
     held,
     member,
 )
-from peakpoint.checkpoint import Checkpoint
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError
-from peakpoint.manifest import Manifest
-from peakpoint.names import check_metric, check_run, check_text
+from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.names import check_metric, check_run, check_text
 from peakpoint.repository import Repository, open_repository
 from peakpoint.rules import Mode, mode_of
 from peakpoint.sharing import TORCH_DTYPES

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
-from peakpoint.names import check_metric
+from peakpoint.format.names import check_metric
 from peakpoint.rules import Mode, check_mode
 
 

@@ -11,8 +11,8 @@ from torch.optim.swa_utils import update_bn
 
 from peakpoint.averaging import COUNTER, STATISTICS, Averaging, Member, blanks, without_tensors
 from peakpoint.errors import ConfigError, MismatchError
+from peakpoint.format.metrics import read_metrics
 from peakpoint.guard import wait_for_copies
-from peakpoint.report import read_metrics
 from peakpoint.restore import module_differences
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.stored import tensor_nodes

@@ -10,11 +10,11 @@ from datetime import datetime
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.dropping import left, records
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.manifest import FORMAT, MANIFEST, Manifest, check_format, decode
-from peakpoint.seal import seal, unseal
+from peakpoint.format import layout
+from peakpoint.format.manifest import FORMAT, MANIFEST, Manifest, check_format, decode
+from peakpoint.format.sealed import seal, unseal
 from peakpoint.store import Store, establish
 
 

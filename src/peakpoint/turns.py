@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.manifest import Manifest
 from peakpoint.guard import StepGuard
-from peakpoint.manifest import Manifest
 from peakpoint.order import Look, Moves, look, moves
 
 

@@ -9,17 +9,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
-from peakpoint import archiving, journal, layout, packs, reader, retention, trash
+from peakpoint import archiving, packs, reader, retention, trash
 from peakpoint.actor import present_user
 from peakpoint.archiving import Packed
 from peakpoint.audit import clean_run
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConflictError, CorruptError, Error, NotFoundError, StoreError
+from peakpoint.format import layout
+from peakpoint.format.events import Changing, Closed, Opened, Pinned, Undone
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import near
 from peakpoint.journal import Journal
-from peakpoint.manifest import Manifest
 from peakpoint.notes import notes
 from peakpoint.reader import being_read
-from peakpoint.refs import near
 from peakpoint.repository import Run
 from peakpoint.retention import Plan, Removal
 from peakpoint.rules import Rule
@@ -47,7 +49,7 @@ def writing(run: Run, why: str, clock: Clock = utc_now) -> Iterator[Journal]:
         try:
             yield events
             clean_run(run.store, run.name, clock())
-            events.record([journal.Closed(at=clock(), why=why)], later=True)
+            events.record([Closed(at=clock(), why=why)], later=True)
         finally:
             events.close()
     finally:
@@ -80,7 +82,7 @@ def apply_plan(
         packs.check_not_archived(run.store, run.name, run.manifests())
         if rules is not None:
             texts = tuple(rule.text for rule in rules)
-            opened = journal.Opened(at=clock(), by={"user": present_user()}, rules=texts)
+            opened = Opened(at=clock(), by={"user": present_user()}, rules=texts)
             events.record([opened], later=undo_for <= NOTHING)  # what goes for good may have to make the room first
         until, by = _until(clock(), undo_for), present_user()
 
@@ -157,7 +159,7 @@ def _remove(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedel
 
         removals = [Removal(manifest, why) for manifest in free]
         failures += retention.apply(run.store, events, removals, by=present_user(), pinned=protected_now, until=until)
-        events.record([journal.Closed(at=clock(), why="peakpoint rm")], later=True)
+        events.record([Closed(at=clock(), why="peakpoint rm")], later=True)
         return failures
     finally:
         events.close()
@@ -198,11 +200,11 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[Mani
                 ) from damage
         for checkpoint, entry in chosen.items():
             name, by = entry.manifest.name, present_user()
-            events.append(journal.Changing(at=clock(), checkpoint=checkpoint, name=name, by=by))
+            events.append(Changing(at=clock(), checkpoint=checkpoint, name=name, by=by))
             events.sync()
             trash.bring_back(run.store, entry.record)
-            events.append(journal.Undone(at=clock(), checkpoint=checkpoint, name=name, parts=(), by=by))
-            events.append(journal.Pinned(at=clock(), checkpoint=checkpoint, why="brought back with undo", by=by))
+            events.append(Undone(at=clock(), checkpoint=checkpoint, name=name, parts=(), by=by))
+            events.append(Pinned(at=clock(), checkpoint=checkpoint, why="brought back with undo", by=by))
         return [entry.manifest for entry in chosen.values()]
 
 

@@ -16,14 +16,15 @@ from typing import Any
 
 import msgspec
 
-from peakpoint import layout, validations
+from peakpoint import validations
 from peakpoint._version import __version__
 from peakpoint.actor import present_user
 from peakpoint.apart import run_apart
 from peakpoint.asking import Asked, ask, order
 from peakpoint.clock import utc_now
 from peakpoint.errors import ConfigError, MissingExtraError, NotFoundError
-from peakpoint.manifest import metrics_from_json
+from peakpoint.format import layout
+from peakpoint.format.metrics import metrics_from_json
 from peakpoint.repository import Repository
 from peakpoint.revision import code_version
 from peakpoint.store import LocalStore

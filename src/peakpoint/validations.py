@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.errors import CorruptError, FormatError
-from peakpoint.manifest import FORMAT, check_format, metrics_from_json, metrics_to_json
-from peakpoint.seal import digest, seal, unseal
+from peakpoint.format import layout
+from peakpoint.format.manifest import FORMAT, check_format
+from peakpoint.format.metrics import metrics_from_json, metrics_to_json
+from peakpoint.format.sealed import digest, seal, unseal
 from peakpoint.store import LARGE, Store, create_numbered, establish
 
 Outcome = Literal["passed", "failed", "skipped"]

@@ -17,10 +17,10 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from peakpoint import layout
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
-from peakpoint.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode, encode
-from peakpoint.seal import digest
+from peakpoint.format import layout
+from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode, encode
+from peakpoint.format.sealed import digest
 from peakpoint.store import Chunk, Store
 from peakpoint.worker import Worker
 

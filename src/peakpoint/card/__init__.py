@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from peakpoint import aliases, reader, signing, validations
-from peakpoint import journal as journals
 from peakpoint.aliases import AliasRecord
 from peakpoint.card.page import MARK, markdown
 from peakpoint.card.values import Card, Held, Told
@@ -26,8 +25,8 @@ from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.material import gather as gather_material
 from peakpoint.evaluation.writing import put
-from peakpoint.journal import Event
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import Event, Measured, Opened, Saved
+from peakpoint.format.manifest import Manifest
 from peakpoint.repository import Repository
 from peakpoint.rules import watched
 from peakpoint.store import Store, translated
@@ -71,9 +70,7 @@ def gather(repository: Repository, ref: str, told: Told | None = None) -> Card:
         material=material,
         claims=run.kept().get(manifest.id, ()),
         metrics=next((one.metrics for one in material.checkpoints if one.id == manifest.id), manifest.metrics),
-        measured=tuple(
-            event for event in events if isinstance(event, journals.Measured) and event.checkpoint == manifest.id
-        ),
+        measured=tuple(event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id),
         state=_classes(events, manifest),
         lineage=_lineage(material, events, manifest),
         validations=tuple(found),
@@ -88,16 +85,16 @@ def _classes(events: tuple[Event, ...], manifest: Manifest) -> Mapping[str, str]
     """The classes of the state, as the process has given them that saved the checkpoint."""
     state: Mapping[str, str] = {}
     for event in events:
-        if isinstance(event, journals.Opened) and event.state:
+        if isinstance(event, Opened) and event.state:
             state = event.state
-        elif isinstance(event, journals.Saved) and event.checkpoint == manifest.id:
+        elif isinstance(event, Saved) and event.checkpoint == manifest.id:
             break
     return state
 
 
 def _lineage(material: Material, events: tuple[Event, ...], manifest: Manifest) -> tuple[tuple[str, bool], ...]:
     """What it continues, the nearest first, and whether that exists; what is gone does not say what it continued."""
-    names = {event.checkpoint: event.name for event in events if isinstance(event, journals.Saved)}
+    names = {event.checkpoint: event.name for event in events if isinstance(event, Saved)}
     parents = {one.id: one.parent for one in material.checkpoints}
     found: list[tuple[str, bool]] = []
     at = manifest.parent

@@ -9,10 +9,10 @@ from peakpoint.card.front import front_matter, yaml
 from peakpoint.card.values import Card, Held
 from peakpoint.changelog.pages import code, compared, escaped
 from peakpoint.evaluation.tables import printable
-from peakpoint.journal import Reported
+from peakpoint.format.amounts import size
+from peakpoint.format.events import Reported
 from peakpoint.peaks import peaks
 from peakpoint.rules import Claim, watched
-from peakpoint.units import size
 
 MARK = "<!-- peakpoint card -->"
 _UNKNOWN = "not recorded"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from peakpoint.aliases import AliasRecord
 from peakpoint.evaluation.material import Material
-from peakpoint.journal import Measured
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import Measured
+from peakpoint.format.manifest import Manifest
 from peakpoint.rules import Claim
 from peakpoint.signing import Signature
 from peakpoint.validations import Validation

@@ -16,7 +16,6 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, select
 
-from peakpoint import layout
 from peakpoint.catalogue import database, schema
 from peakpoint.catalogue.comparing import Difference, compare_all, compare_rows
 from peakpoint.catalogue.database import VARIABLE, DamagedError, translated
@@ -26,10 +25,11 @@ from peakpoint.catalogue.reading import Known, is_current
 from peakpoint.catalogue.refresh import Remembered, known_runs, refresh_run, remove_run
 from peakpoint.catalogue.search import WINDOW
 from peakpoint.catalogue.selection import Selection, Wish, make_checkpoint, warn_of_unread
-from peakpoint.checkpoint import Checkpoint
 from peakpoint.errors import ConfigError, CorruptError, Error, NotFoundError, PeakpointWarning, StoreError
+from peakpoint.format import layout
+from peakpoint.format.manifest import Checkpoint
+from peakpoint.format.sealed import digest
 from peakpoint.repository import Repository, open_repository
-from peakpoint.seal import digest
 from peakpoint.store import LocalStore, Store
 
 Progress = Callable[[int, int], None]

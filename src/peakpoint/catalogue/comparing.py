@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine, Table, select
 
 from peakpoint import journal as journals
-from peakpoint import layout, reader
+from peakpoint import reader
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import DamagedError, check, read_json, translated
 from peakpoint.catalogue.reading import NOTES
 from peakpoint.catalogue.refresh import Entry, plain_text, portions, rows_of, watched_by
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import Error, NotFoundError
-from peakpoint.manifest import metrics_from_json, metrics_to_json
+from peakpoint.format import layout
+from peakpoint.format.events import Event, Opened
+from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.notes import notes
 from peakpoint.packs import known_archive
 from peakpoint.peaks import go_on
@@ -212,9 +214,9 @@ def _looks(store: Store, run: str) -> dict[str, reader.Standing | reader.Damaged
     return {name: reader.look(store, run, name, archive) for name in names}
 
 
-def _facts(events: Sequence[journals.Event], manifests: Sequence[Any]) -> Facts:
+def _facts(events: Sequence[Event], manifests: Sequence[Any]) -> Facts:
     """What the row of a run says."""
-    opened = journals.newest(events, journals.Opened)
+    opened = journals.newest(events, Opened)
     rules = list(opened.rules) if opened is not None else []
     history = journals.history(events)
     peaks, missing = go_on((), {}, history, watched_by(rules))
@@ -230,7 +232,7 @@ def _facts(events: Sequence[journals.Event], manifests: Sequence[Any]) -> Facts:
     }
 
 
-def _notes(events: Sequence[journals.Event]) -> dict[str, tuple[str, str | None]]:
+def _notes(events: Sequence[Event]) -> dict[str, tuple[str, str | None]]:
     known = notes(events)
     named = {event.checkpoint for event in events if isinstance(event, NOTES)}
     return {

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sqlalchemy import URL, Engine, create_engine, event, exc, make_url
 
 from peakpoint.errors import ConfigError, CorruptError, StoreError, TransientStoreError, needing
-from peakpoint.seal import digest
+from peakpoint.format.sealed import digest
 from peakpoint.store import LocalStore, Store
 
 VARIABLE = "PEAKPOINT_CATALOGUE"

@@ -13,10 +13,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from peakpoint import journal as journals
-from peakpoint import layout, reader
-from peakpoint.journal import Event
+from peakpoint import reader
+from peakpoint.format import layout
+from peakpoint.format.events import (
+    Archived,
+    Changing,
+    Closed,
+    Event,
+    Measured,
+    Opened,
+    PartsDropped,
+    Pinned,
+    Removed,
+    Restored,
+    Saved,
+    Started,
+    Undone,
+    Unpinned,
+)
+from peakpoint.format.sealed import digest
 from peakpoint.packs import known_archive
-from peakpoint.seal import digest
 from peakpoint.store import Store
 
 Rows = Mapping[str, tuple[int, str]]
@@ -107,7 +123,7 @@ class Reading:
         return not (self.whole or self.events or self.found or self.gone)
 
 
-NOTES = (journals.Measured, journals.Pinned, journals.Unpinned)
+NOTES = (Measured, Pinned, Unpinned)
 _TAIL = 64
 
 
@@ -164,7 +180,7 @@ def read(store: Store, run: str, known: Known | None, rows: Rows) -> Reading:
     assert known is not None
     now, events = journal
     past = None
-    if not whole and any(isinstance(event, journals.Opened | journals.Started) for event in events):
+    if not whole and any(isinstance(event, Opened | Started) for event in events):
         past = journals.read(store, run).events
     stamp = store.stamp(layout.checkpoints_prefix(run))
     found, gone, unsettled = _Directories(store, run, known, rows).read(events)
@@ -196,7 +212,7 @@ def _journal(store: Store, run: str, known: Known) -> tuple[Known, list[Event]] 
         if seen < begin or (place < before - 1 and any(isinstance(event, NOTES) for event in more)):
             return None
         events += more
-        if more and isinstance(more[-1], journals.Closed):
+        if more and isinstance(more[-1], Closed):
             closed += end
         else:
             growing[segment] = Growing(end, max(seen, end))
@@ -298,19 +314,19 @@ class _Directories:
     @staticmethod
     def _announce(event: Event, awaits: set[str]) -> None:
         match event:
-            case journals.Saved():
+            case Saved():
                 awaits.clear()
-            case journals.Removed():
+            case Removed():
                 awaits.add("gone")
-            case journals.PartsDropped(parts=parts):
+            case PartsDropped(parts=parts):
                 awaits.update(_WITHOUT + part for part in parts)
-            case journals.Changing():
+            case Changing():
                 awaits.add("word")
-            case journals.Restored():
+            case Restored():
                 awaits.add("restored")
-            case journals.Archived():
+            case Archived():
                 awaits -= {"word", "restored"}
-            case journals.Undone(parts=parts):
+            case Undone(parts=parts):
                 awaits -= {"word", "gone", *(_WITHOUT + part for part in parts)}
             case _:
                 pass
@@ -318,11 +334,11 @@ class _Directories:
 
 _WITHOUT = "without "
 _ABOUT = (
-    journals.Saved,
-    journals.Removed,
-    journals.PartsDropped,
-    journals.Changing,
-    journals.Restored,
-    journals.Archived,
-    journals.Undone,
+    Saved,
+    Removed,
+    PartsDropped,
+    Changing,
+    Restored,
+    Archived,
+    Undone,
 )

@@ -20,8 +20,9 @@ from peakpoint.catalogue.database import DamagedError, read_json
 from peakpoint.catalogue.reading import NOTES, Known, Reading, is_current, read
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import ConfigError
-from peakpoint.journal import Event
-from peakpoint.manifest import Manifest, metrics_from_json, metrics_to_json
+from peakpoint.format.events import Event, Opened
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.notes import Notes
 from peakpoint.peaks import Peak, go_on
 from peakpoint.rules import Mode, parse, watched
@@ -246,7 +247,7 @@ class _Update:
         """Rules, peaks and the number of reports."""
         news, row = self._news, self._row
         events: Sequence[Event] = news.events
-        opened = journals.newest(events, journals.Opened)
+        opened = journals.newest(events, Opened)
         texts = list(opened.rules) if opened is not None else [] if self._new else _texts(row.rules)
         if self._new or news.past is not None:
             before: Sequence[Peak] = ()

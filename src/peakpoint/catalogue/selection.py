@@ -19,9 +19,9 @@ from peakpoint.catalogue.database import DamagedError, read_json, translated
 from peakpoint.catalogue.schema import Columns
 from peakpoint.catalogue.search import WINDOW, Search
 from peakpoint.catalogue.sql import Expression, Translator
-from peakpoint.checkpoint import Checkpoint
 from peakpoint.errors import ConfigError, NotFoundError, PeakpointWarning, TransientStoreError
-from peakpoint.manifest import metrics_from_json
+from peakpoint.format.manifest import Checkpoint
+from peakpoint.format.metrics import metrics_from_json
 from peakpoint.query import FIELDS, Field, Metric, Query, point
 from peakpoint.ranking import Key, WithinSE
 

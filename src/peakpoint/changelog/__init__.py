@@ -20,9 +20,9 @@ from peakpoint.changelog import production, runs
 from peakpoint.changelog.entries import FORCED, KINDS, PRODUCTION, Entry, Kind
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError
-from peakpoint.refs import near
+from peakpoint.format.amounts import read_duration
+from peakpoint.format.names import near
 from peakpoint.repository import Repository, Run
-from peakpoint.units import read_duration
 
 __all__ = ["FORCED", "KINDS", "PRODUCTION", "Entry", "Kind", "entries", "since", "until"]
 

@@ -4,14 +4,16 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peakpoint import aliases, journal, layout, validations
+from peakpoint import aliases, journal, validations
 from peakpoint.aliases import AliasRecord
 from peakpoint.changelog.entries import FORCED, Entry
 from peakpoint.errors import ConfigError, CorruptError, FormatError
-from peakpoint.manifest import metrics_to_json
+from peakpoint.format import layout
+from peakpoint.format.events import Promoted
+from peakpoint.format.metrics import metrics_to_json
+from peakpoint.format.sealed import unseal
 from peakpoint.releases import decode
 from peakpoint.repository import Run
-from peakpoint.seal import unseal
 from peakpoint.store import Store
 
 
@@ -121,7 +123,7 @@ def promises(run: Run, reading: journal.Reading) -> list[Promise]:
     return [
         Promise(run.name, event.alias, event.record, event.digest)
         for event in reading.events
-        if isinstance(event, journal.Promoted) and event.record is not None and event.digest is not None
+        if isinstance(event, Promoted) and event.record is not None and event.digest is not None
     ]
 
 

@@ -5,14 +5,33 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from peakpoint import journal as journals
-from peakpoint import layout, reader
+from peakpoint import reader
 from peakpoint.changelog.claims import Claims, Passed
 from peakpoint.changelog.entries import Entry
 from peakpoint.errors import ConfigError
-from peakpoint.journal import Event, Reading
+from peakpoint.format import layout
+from peakpoint.format.events import (
+    STOPPED,
+    Archived,
+    Closed,
+    Event,
+    Measured,
+    Opened,
+    PartsDropped,
+    Pinned,
+    Removed,
+    Reported,
+    Restored,
+    Saved,
+    SaveFailed,
+    Started,
+    Undone,
+    Unpinned,
+)
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.metrics import metrics_to_json
+from peakpoint.journal import Reading
 from peakpoint.lives import Branch, moment_of
-from peakpoint.manifest import Manifest, metrics_to_json
 from peakpoint.notes import derive, windows
 from peakpoint.repository import Run
 from peakpoint.rules import Moment, Rule, parse
@@ -31,7 +50,7 @@ def in_order(reading: Reading) -> list[tuple[str, Event]]:
     found: list[tuple[datetime, str, Event]] = []
     floor = _LONG_AGO
     for name, events in reading.by_segment():
-        holds = any(isinstance(event, journals.Opened | journals.Started) for event in events)
+        holds = any(isinstance(event, Opened | Started) for event in events)
         now = floor if holds else _LONG_AGO
         for event in events:
             now = max(now, aware(event.at))
@@ -65,7 +84,7 @@ class _Tale:
     early: dict[str, dict[str, float]] = field(default_factory=dict)  # measured before the commit: clocks differ
     gone: dict[str, Moment | None] = field(default_factory=dict)  # moments of what was removed, to come back
     branch: Branch = field(default_factory=lambda: Branch({}, ()))
-    places: dict[str | None, tuple[Branch, journals.Saved]] = field(default_factory=dict)
+    places: dict[str | None, tuple[Branch, Saved]] = field(default_factory=dict)
     newest: int = 0
     claims: Claims = field(default_factory=Claims)
 
@@ -83,26 +102,26 @@ class _Tale:
     def tell(self, segment: str, event: Event) -> Iterator[Entry]:
         by = _who(self.by.get(segment, {}))
         match event:
-            case journals.Opened():
+            case Opened():
                 yield from self._opened(segment, event)
-            case journals.Started():
+            case Started():
                 yield from self._started(segment, event, by)
-            case journals.Reported():
+            case Reported():
                 self.branch.reports[event.report] = event
-            case journals.Saved():
+            case Saved():
                 yield from self._saved(event, by, imported=self.by.get(segment, {}).get("tool") == _IMPORT)
-            case journals.SaveFailed():
+            case SaveFailed():
                 self.names[event.checkpoint] = event.name
                 details = {"reasons": list(event.reasons)}
                 yield self.entry(event, "save failed", event.checkpoint, by=by, why=event.error, details=details)
-            case journals.Measured():
+            case Measured():
                 yield from self._measured(event)
-            case journals.Closed():
+            case Closed():
                 yield from self._closed(segment, event, by)
             case _:
                 yield from self._kept_and_gone(event)
 
-    def _opened(self, segment: str, event: journals.Opened) -> Iterator[Entry]:
+    def _opened(self, segment: str, event: Opened) -> Iterator[Entry]:
         self.by[segment] = event.by
         if event.rules == self.texts:
             return
@@ -112,7 +131,7 @@ class _Tale:
             texts = (" ".join(before) or "none", " ".join(event.rules) or "none")
             yield self.entry(event, "rules changed", by=_who(event.by), before=texts[0], after=texts[1])
 
-    def _started(self, segment: str, event: journals.Started, by: str) -> Iterator[Entry]:
+    def _started(self, segment: str, event: Started, by: str) -> Iterator[Entry]:
         origin, saved = self.places.get(event.checkpoint, (self.branch, None))
         self.branch = origin.continued(event, saved, self.newest)
         about = self.by.get(segment, {})
@@ -128,7 +147,7 @@ class _Tale:
             why = "" if event.requested is None else f"asked for {event.requested}"
             yield self.entry(event, "continued", event.checkpoint, by=by, why=why, details=details)
 
-    def _saved(self, event: journals.Saved, by: str, *, imported: bool) -> Iterator[Entry]:
+    def _saved(self, event: Saved, by: str, *, imported: bool) -> Iterator[Entry]:
         id_ = event.checkpoint
         self.names[id_] = event.name
         self.places[id_] = (self.branch, event)
@@ -165,7 +184,7 @@ class _Tale:
                 details=details,
             )
 
-    def _measured(self, event: journals.Measured) -> Iterator[Entry]:
+    def _measured(self, event: Measured) -> Iterator[Entry]:
         id_ = event.checkpoint
         known = self.values.get(id_)
         before = {} if known is None else {name: known[name] for name in event.metrics if name in known}
@@ -186,39 +205,39 @@ class _Tale:
         elif (old := self.gone.get(id_)) is not None:
             self.gone[id_] = replace(old, metrics={**old.metrics, **event.metrics})
 
-    def _closed(self, segment: str, event: journals.Closed, by: str) -> Iterator[Entry]:
-        if event.why.startswith(journals.STOPPED):
-            yield self.entry(event, "stopped early", by=by, why=event.why.removeprefix(journals.STOPPED))
+    def _closed(self, segment: str, event: Closed, by: str) -> Iterator[Entry]:
+        if event.why.startswith(STOPPED):
+            yield self.entry(event, "stopped early", by=by, why=event.why.removeprefix(STOPPED))
         elif segment in self.trains or not (event.why in _ORDERLY or event.why.startswith("peakpoint ")):
             yield self.entry(event, "ended", by=by, why=event.why)
 
     def _kept_and_gone(self, event: Event) -> Iterator[Entry]:
         match event:
-            case journals.Removed():
+            case Removed():
                 yield from self._removed(event)
-            case journals.PartsDropped():
+            case PartsDropped():
                 details = {"parts": list(event.parts), "until": _time(event.until)}
                 yield self.entry(
                     event, "parts dropped", event.checkpoint, by=event.by, why=event.reason, details=details
                 )
-            case journals.Undone():
+            case Undone():
                 yield self.entry(event, "undone", event.checkpoint, by=event.by, details={"parts": list(event.parts)})
                 moment = None if event.parts else self.gone.pop(event.checkpoint, None)
                 if moment is not None:
                     yield from self._passed(event, event.by, self.claims.add(moment))
-            case journals.Archived():
+            case Archived():
                 packed = {"packed_bytes": event.packed_bytes}
                 yield self.entry(event, "archived", event.checkpoint, by=event.by, details=packed)
-            case journals.Restored():
+            case Restored():
                 yield self.entry(event, "restored", event.checkpoint, by=event.by)
-            case journals.Pinned():
+            case Pinned():
                 yield self.entry(event, "pinned", event.checkpoint, by=event.by, why=event.why)
-            case journals.Unpinned():
+            case Unpinned():
                 yield self.entry(event, "unpinned", event.checkpoint, by=event.by)
             case _:
                 pass  # of Changing and Promoting others tell what came; the record of the alias tells of Promoted
 
-    def _removed(self, event: journals.Removed) -> Iterator[Entry]:
+    def _removed(self, event: Removed) -> Iterator[Entry]:
         self.names.setdefault(event.checkpoint, event.name)
         spared = id(event) in self.spared
         details: dict[str, Any] = {"step": event.step, "epoch": event.epoch, "until": _time(event.until)}
@@ -239,7 +258,7 @@ def entries(run: Run, reading: Reading) -> Iterator[Entry]:
     events = in_order(reading)
     for text in reading.damage:
         yield Entry(at=None, kind="damage", run=run.name, why=text)
-    names = {event.checkpoint: event.name for _, event in events if isinstance(event, journals.Saved)}
+    names = {event.checkpoint: event.name for _, event in events if isinstance(event, Saved)}
     tale = _Tale(run.name, _spared(run, events), _derived(events), names=names)
     for segment, event in events:
         yield from tale.tell(segment, event)
@@ -249,8 +268,8 @@ def entries(run: Run, reading: Reading) -> Iterator[Entry]:
 def _derived(events: Sequence[tuple[str, Event]]) -> Mapping[str, Mapping[str, float]]:
     """The smoothed metrics of each commit, for every rule that ever was in force."""
     plain = [event for _, event in events]
-    texts = {text for event in plain if isinstance(event, journals.Opened) for text in event.rules}
-    saved = [_Placed(event.checkpoint, event.report) for event in plain if isinstance(event, journals.Saved)]
+    texts = {text for event in plain if isinstance(event, Opened) for text in event.rules}
+    saved = [_Placed(event.checkpoint, event.report) for event in plain if isinstance(event, Saved)]
     return derive(saved, plain, windows(_readable(sorted(texts))))
 
 
@@ -267,15 +286,15 @@ def _readable(texts: Iterable[str]) -> list[Rule]:
 
 def _spared(run: Run, events: Sequence[tuple[str, Event]]) -> frozenset[int]:
     """Removals that came to nothing: said again later, or the last word on a checkpoint that exists."""
-    last: dict[str, journals.Removed] = {}
+    last: dict[str, Removed] = {}
     found = set()
     for _, event in events:
         match event:
-            case journals.Removed():
+            case Removed():
                 if event.checkpoint in last:
                     found.add(id(last[event.checkpoint]))
                 last[event.checkpoint] = event
-            case journals.Undone(parts=()):
+            case Undone(parts=()):
                 last.pop(event.checkpoint, None)
             case _:
                 pass

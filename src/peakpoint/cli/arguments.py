@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from peakpoint import units
 from peakpoint.errors import MissingExtraError
+from peakpoint.format import amounts
+from peakpoint.format.amounts import read_duration
 from peakpoint.rules import FORMS
-from peakpoint.units import read_duration
 
 ROOT = click.argument("root", type=click.Path(path_type=Path))
 REF = click.argument("ref")
@@ -48,7 +48,7 @@ class _Duration(click.ParamType[timedelta]):
 UNDO_FOR = click.option(
     "--undo-for",
     type=_Duration(),
-    default=units.UNDO_FOR,
+    default=amounts.UNDO_FOR,
     show_default=True,
     help="How long what goes can be brought back with peakpoint undo, such as 7d; 0 frees the space at once.",
 )

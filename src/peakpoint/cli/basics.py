@@ -9,13 +9,14 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from peakpoint import layout, reader, signing, upkeep, validations
+from peakpoint import reader, signing, upkeep, validations
 from peakpoint.cli import marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.cli.validating import line
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
-from peakpoint.manifest import Manifest
-from peakpoint.names import check_text
+from peakpoint.format import layout
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import check_text
 from peakpoint.packs import packed_bytes
 from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Claim

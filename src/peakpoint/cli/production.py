@@ -22,11 +22,11 @@ from peakpoint.cli.space import progress
 from peakpoint.clock import utc_now
 from peakpoint.comparison import Comparison, MetricPair
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
+from peakpoint.format.amounts import read_time
 from peakpoint.hooks import Told
 from peakpoint.policy import Policy, read_policies
 from peakpoint.promotion import Proposal
 from peakpoint.repository import Repository, open_repository
-from peakpoint.units import read_time
 from peakpoint.validations import Validation
 
 ALIAS = click.argument("alias")

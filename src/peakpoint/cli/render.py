@@ -14,13 +14,13 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import reader, units
+from peakpoint import reader
 from peakpoint.audit import Audit, Finding
-from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
+from peakpoint.format import amounts
+from peakpoint.format.manifest import Checkpoint, Manifest, plain
 from peakpoint.journal import history
-from peakpoint.manifest import Manifest, plain
 from peakpoint.notes import all_known
 from peakpoint.packs import packed_bytes
 from peakpoint.peaks import Peak, peaks
@@ -30,7 +30,7 @@ from peakpoint.rules import Claim, ranked, watched
 if TYPE_CHECKING:
     from peakpoint.catalogue import Listed
 
-size, at = units.size, units.moment
+size, at = amounts.size, amounts.moment
 _NAMED = 10  # things that one command names
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 

@@ -10,15 +10,16 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peakpoint import journal as journals
-from peakpoint import layout, upkeep
+from peakpoint import upkeep
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
 from peakpoint.cli.fitting import Column
 from peakpoint.dropping import records
 from peakpoint.errors import ConfigError, NotFoundError, StoreError
+from peakpoint.format import layout
+from peakpoint.format.events import Measured, Reported
+from peakpoint.format.manifest import Manifest
 from peakpoint.lives import Life, Replay, lives, replay, typical_size
-from peakpoint.manifest import Manifest
 from peakpoint.notes import all_known
 from peakpoint.packs import check_not_archived, packed_bytes
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
@@ -85,7 +86,7 @@ def keep(
 
 def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
     """Refuse a metric that no report and no checkpoint of the run has."""
-    reported = (event.metrics for event in run.events() if isinstance(event, journals.Reported))
+    reported = (event.metrics for event in run.events() if isinstance(event, Reported))
     check_watched(rules, {name for metrics in (*reported, *(one.metrics for one in run.known(()))) for name in metrics})
 
 
@@ -252,7 +253,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     manifests = all_known(run.manifests(), events, rules)
     claims = run.kept().get(manifest.id, ())
     dropped = list(records(run.store, run.name, manifest.name))
-    late = [event for event in events if isinstance(event, journals.Measured) and event.checkpoint == manifest.id]
+    late = [event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id]
     silent = [rule for rule in rules if rule.text not in {claim.rule for claim in claims}]
     names = {other.id: other.name for other in manifests}
     instead = [(rule.text, [names[found] for found in rule.claims(manifests)]) for rule in silent]

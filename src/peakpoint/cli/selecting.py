@@ -11,19 +11,20 @@ import click
 from rich.markup import escape
 from rich.progress import Progress
 
-from peakpoint import layout, reader
+from peakpoint import reader
 from peakpoint.catalogue import Catalogue, Why, Wish
-from peakpoint.checkpoint import Checkpoint
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.format import layout
+from peakpoint.format.amounts import read_count
+from peakpoint.format.manifest import Checkpoint
 from peakpoint.query import Metric, Query
 from peakpoint.query import parse as parse_query
 from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.repository import Repository, Run, open_repository
 from peakpoint.rules import Mode
-from peakpoint.units import read_count
 
 _Aliases = Mapping[tuple[str, str], tuple[str, ...]]  # run and id of a checkpoint to those that point at it
 _RUNS = 30  # lines of runs that fit on a screen

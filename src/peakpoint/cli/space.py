@@ -16,7 +16,7 @@ from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError
-from peakpoint.manifest import Manifest
+from peakpoint.format.manifest import Manifest
 from peakpoint.repository import Run, open_repository
 from peakpoint.trash import InTrash
 

@@ -19,9 +19,9 @@ from peakpoint import validating
 from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConfigError, RefusedError
+from peakpoint.format.amounts import read_duration
 from peakpoint.policy import read_policies
 from peakpoint.repository import open_repository
-from peakpoint.units import read_duration
 from peakpoint.validations import Progress, Validation, Wanted
 
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "dim"}

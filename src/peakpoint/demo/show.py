@@ -20,7 +20,7 @@ from peakpoint import audit, promotion, validating
 from peakpoint.cli import render
 from peakpoint.cli.production import print_comparison
 from peakpoint.errors import ConfigError, Error
-from peakpoint.layout import REPOSITORY
+from peakpoint.format.layout import REPOSITORY
 from peakpoint.peaks import peaks
 from peakpoint.repository import Repository, open_repository
 from peakpoint.rules import watched

@@ -18,7 +18,7 @@ from torch import nn
 
 import peakpoint as pp
 from peakpoint.examining.answers import Evaluated
-from peakpoint.seal import digest
+from peakpoint.format.sealed import digest
 from peakpoint.store import FileOps, LocalStore
 
 TRAINING_IMAGES = 1347

@@ -30,7 +30,7 @@ from peakpoint.evaluation.tradeoff import AtTarget, Spot, Tradeoff, tradeoff
 from peakpoint.evaluation.weighing import Comparison, Difference, Side, Weight
 from peakpoint.evaluation.weighing import compare as compare_weights
 from peakpoint.evaluation.writing import write
-from peakpoint.names import check_metric
+from peakpoint.format.names import check_metric, near
 from peakpoint.repository import Repository
 from peakpoint.rules import Mode, check_mode, ranked
 
@@ -186,7 +186,7 @@ def _check_known(materials: Iterable[Material], metrics: Iterable[str]) -> None:
         if metric not in have:
             shown = ", ".join(have[:20]) + (", ..." if len(have) > 20 else "")
             raise NotFoundError(
-                f"no run here has a metric {metric!r}{refs.near(metric, have)}; metrics: {printable(shown) or 'none'}"
+                f"no run here has a metric {metric!r}{near(metric, have)}; metrics: {printable(shown) or 'none'}"
             )
 
 
@@ -197,9 +197,7 @@ def _check_compressed(materials: Sequence[Material], sparsity: str, part: str) -
     manifests = [manifest for material in materials for manifest in material.checkpoints]
     parts = list(dict.fromkeys(name for manifest in manifests for name in manifest.parts))
     if part not in (_PART, *parts):
-        raise NotFoundError(
-            f"no checkpoint here has a part {part!r}{refs.near(part, parts)}; parts: {', '.join(parts)}"
-        )
+        raise NotFoundError(f"no checkpoint here has a part {part!r}{near(part, parts)}; parts: {', '.join(parts)}")
 
 
 def _doubts(materials: Iterable[Material], modes: Mapping[str, Mode], examples: Examples) -> Iterator[str]:

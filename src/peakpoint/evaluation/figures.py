@@ -26,7 +26,7 @@ from peakpoint.evaluation.material import Material
 from peakpoint.evaluation.tables import printable
 from peakpoint.evaluation.thinning import thin
 from peakpoint.evaluation.tradeoff import Tradeoff
-from peakpoint.journal import Reported
+from peakpoint.format.events import Reported
 from peakpoint.rules import Mode
 
 if TYPE_CHECKING:

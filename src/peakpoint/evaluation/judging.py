@@ -10,7 +10,7 @@ from peakpoint.errors import ConfigError
 from peakpoint.evaluation import noise as noises
 from peakpoint.evaluation.material import Material, ref_of
 from peakpoint.evaluation.noise import Noise
-from peakpoint.journal import Reported
+from peakpoint.format.events import Reported
 from peakpoint.notes import windows
 from peakpoint.peaks import Peak, peaks
 from peakpoint.rules import Mode, Rule, ranked, watched

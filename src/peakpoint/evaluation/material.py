@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from peakpoint import journal as journals
 from peakpoint import packs, reader
-from peakpoint.journal import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
-from peakpoint.manifest import Manifest
+from peakpoint.format.events import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
+from peakpoint.format.manifest import Manifest
 from peakpoint.notes import all_known
 from peakpoint.repository import Run, rules_of
 from peakpoint.rules import Rule, lineage

@@ -12,7 +12,7 @@ from peakpoint.evaluation.noise import Interval
 from peakpoint.evaluation.thinning import sparkline, thin
 from peakpoint.evaluation.tradeoff import AtTarget, Tradeoff
 from peakpoint.evaluation.weighing import Comparison, Weight
-from peakpoint.units import moment, size
+from peakpoint.format.amounts import moment, size
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation

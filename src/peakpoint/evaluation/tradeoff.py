@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peakpoint.evaluation.material import Material, ref_of
-from peakpoint.manifest import Manifest
+from peakpoint.format.manifest import Manifest
 from peakpoint.rules import BestAtSparsity, Mode, Pareto, ranked
 
 

@@ -11,8 +11,8 @@ from peakpoint.errors import MissingExtraError, NotFoundError
 from peakpoint.evaluation.judging import Examples, noise_of
 from peakpoint.evaluation.material import Material, ref_of
 from peakpoint.evaluation.noise import Interval
-from peakpoint.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.masks import masks_of
+from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.masks import masks_of
 from peakpoint.rules import Mode
 from peakpoint.store import Store
 

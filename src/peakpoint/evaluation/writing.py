@@ -15,8 +15,8 @@ import msgspec
 
 from peakpoint.errors import ConfigError, ConflictError, MissingExtraError, StoreError
 from peakpoint.evaluation import pages
-from peakpoint.manifest import plain
-from peakpoint.names import safe
+from peakpoint.format.manifest import plain
+from peakpoint.format.names import safe
 
 if TYPE_CHECKING:
     from peakpoint.evaluation import Evaluation

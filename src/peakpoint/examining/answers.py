@@ -11,8 +11,8 @@ import torch
 from peakpoint.asking import shown
 from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
-from peakpoint.names import check_metric
-from peakpoint.seal import digest
+from peakpoint.format.names import check_metric
+from peakpoint.format.sealed import digest
 from peakpoint.tree import kind_of
 from peakpoint.validations import Predictions, within
 

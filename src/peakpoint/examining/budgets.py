@@ -10,7 +10,7 @@ import torch
 from peakpoint.diffing import tensors_of
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.examining.models import one_input
-from peakpoint.masks import masks_of
+from peakpoint.format.masks import masks_of
 from peakpoint.sharing import TORCH_DTYPES
 
 _WARM_UP = 10  # passes

@@ -10,8 +10,8 @@ import torch
 from peakpoint.asking import file_digest
 from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.examining.memory import Peak
+from peakpoint.format.manifest import Manifest
 from peakpoint.importing.sources import read_safetensors
-from peakpoint.manifest import Manifest
 from peakpoint.notes import known, notes
 from peakpoint.repository import Repository
 from peakpoint.restore import restore_into

@@ -7,7 +7,7 @@ from peakpoint.diffing import tensors_of
 from peakpoint.errors import ConfigError, Error, MismatchError
 from peakpoint.examining.exam import Exam, Outputs, Said, classes_of, device_of, failed, outputs_of, passed, skipped
 from peakpoint.examining.memory import peak_of
-from peakpoint.manifest import Manifest
+from peakpoint.format.manifest import Manifest
 from peakpoint.sharing import DTYPES
 from peakpoint.validations import Predictions
 

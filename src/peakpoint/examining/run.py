@@ -14,8 +14,8 @@ from peakpoint.asking import order
 from peakpoint.errors import Error
 from peakpoint.examining import answers, budgets, models, weights
 from peakpoint.examining.exam import Candidate, Exam, Said, device_of, failed, skipped
+from peakpoint.format.metrics import metrics_to_json
 from peakpoint.functions import MisnamedError
-from peakpoint.manifest import metrics_to_json
 from peakpoint.tree import kind_of
 
 Event = dict[str, Any]

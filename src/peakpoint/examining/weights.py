@@ -8,7 +8,7 @@ import torch
 from peakpoint import reader
 from peakpoint.asking import shown
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
-from peakpoint.masks import MASK, ORIGINAL
+from peakpoint.format.masks import MASK, ORIGINAL
 from peakpoint.sharing import DTYPES
 
 _CHUNK = 1 << 24  # elements looked at at once

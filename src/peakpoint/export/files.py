@@ -13,7 +13,8 @@ import torch
 
 from peakpoint.averaging import held
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
-from peakpoint.manifest import Manifest, metrics_to_json
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository import Repository
 from peakpoint.store import FileOps, translated
 from peakpoint.stored import check_part_of, read_state

@@ -11,13 +11,14 @@ from peakpoint import card
 from peakpoint.averaging import held
 from peakpoint.errors import FormatError
 from peakpoint.export.files import check_free, check_weights, default_part, published
+from peakpoint.format.amounts import read_bytes
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.metrics import metrics_to_json
 from peakpoint.journal import history
-from peakpoint.manifest import Manifest, metrics_to_json
 from peakpoint.repository import Repository
 from peakpoint.store import translated
 from peakpoint.stored import SavedState, check_part_of, read_state
 from peakpoint.tensors import Staging
-from peakpoint.units import read_bytes
 
 
 def export_folder(

@@ -13,9 +13,9 @@ import torch
 
 from peakpoint.errors import ConfigError, FormatError, MismatchError, needing
 from peakpoint.export.files import check_free, published
+from peakpoint.format.manifest import Manifest
 from peakpoint.functions import load_function
 from peakpoint.loading import load
-from peakpoint.manifest import Manifest
 from peakpoint.repository import Repository
 
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peakpoint import names
 from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, CorruptError, FormatError
+from peakpoint.format import names
 from peakpoint.importing import logs
 from peakpoint.importing.foreign import EXTRA, Reading, keepable
 from peakpoint.importing.intake import Imported, Intake, Seen

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from peakpoint import names
 from peakpoint.errors import ConfigError, FormatError
+from peakpoint.format import names
+from peakpoint.format.manifest import FileRecord
 from peakpoint.importing.logs import EPOCH, STEPS, Row, as_number, metric_name, readable, whole
-from peakpoint.manifest import FileRecord
 from peakpoint.tree import Encoder
 
 EXTRA = "extra"

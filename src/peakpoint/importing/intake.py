@@ -15,12 +15,13 @@ from peakpoint.capture import FromElsewhere, StateEncoder, capture
 from peakpoint.clock import Clock
 from peakpoint.copying import NOTHING
 from peakpoint.errors import ConflictError, CorruptError, StoreError
+from peakpoint.format.events import Pinned, Saved, Unpinned
+from peakpoint.format.manifest import Manifest
 from peakpoint.importing.foreign import EXTRA, Foreign, Reading, keepable
 from peakpoint.importing.placing import COUNTED, OutOfPlaceError, Placed, placed
 from peakpoint.importing.sources import Source, read
 from peakpoint.importing.timeline import Moment
 from peakpoint.journal import Journal
-from peakpoint.manifest import Manifest
 from peakpoint.notes import notes as notes_of
 from peakpoint.packs import spans_of
 from peakpoint.position import Position
@@ -140,7 +141,7 @@ class Intake:
                 f"run {self.run!r} holds {own[0]}, which was not imported: give another name with --run"
             )
         self._there = {one.written_by[DIGEST]: one for one in there.manifests}
-        saved = [event for event in self._events if isinstance(event, journals.Saved)]
+        saved = [event for event in self._events if isinstance(event, Saved)]
         reasons = " ".join(reason for event in saved for reason in event.reasons)
         missing = [one.digest for one in self.seen if one.digest not in self._there]
         self._gone = {digest for digest in missing if digest[:_SHORT] in reasons}
@@ -238,7 +239,7 @@ class Intake:
         """With rules, checkpoints are theirs: also those that an earlier import has pinned."""
         for id_, why in notes_of(self._events).pinned.items() if self.rules is not None else ():
             if why.startswith(_PINNED):
-                journal.append(journals.Unpinned(at=journal.now(), checkpoint=id_, by="peakpoint import --rules"))
+                journal.append(Unpinned(at=journal.now(), checkpoint=id_, by="peakpoint import --rules"))
 
     def _why_copied(self, number: int, *, linked: bool) -> tuple[str, ...]:
         if not self.link or linked:
@@ -269,7 +270,7 @@ class Intake:
 
         if self.rules is None:
             why = f"{_PINNED}{one.source.path.name}"
-            journal.append(journals.Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
+            journal.append(Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
         manifest = commit(self.store, draft, captured.images, first=lambda: settled(journal, hold), adopt=adopt)
         tell_saved(journal, manifest)
         self._parent, self._sequence = manifest, manifest.sequence

@@ -15,12 +15,12 @@ import torch
 from blake3 import blake3
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.format.layout import REPOSITORY
+from peakpoint.format.manifest import FileRecord, TensorRecord
 from peakpoint.importing import unpickling
 from peakpoint.importing.distributed import read_folder
 from peakpoint.importing.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
 from peakpoint.importing.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of, whole
-from peakpoint.layout import REPOSITORY
-from peakpoint.manifest import FileRecord, TensorRecord
 from peakpoint.store import translated
 from peakpoint.tensors import tensors_of
 

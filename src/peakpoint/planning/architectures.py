@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
-from peakpoint.refs import near
+from peakpoint.format.names import near
 
 Shape = tuple[int, ...]
 Shapes = Iterator[Shape]

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from peakpoint import layout
 from peakpoint.errors import ConfigError
-from peakpoint.journal import Reported
-from peakpoint.manifest import FileRecord, Manifest
+from peakpoint.format import layout
+from peakpoint.format.events import Reported
+from peakpoint.format.manifest import FileRecord, Manifest
+from peakpoint.format.names import near
 from peakpoint.notes import Smoothing, windows
 from peakpoint.planning.curves import ASSUMPTIONS, Curves
 from peakpoint.planning.intervals import Failures
 from peakpoint.planning.sizes import REST, Sizes, check_whole, live, stood
-from peakpoint.refs import near
 from peakpoint.retention import plan
 from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
 

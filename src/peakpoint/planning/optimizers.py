@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peakpoint.errors import ConfigError
-from peakpoint.refs import near
+from peakpoint.format.names import near
 
 Shape = tuple[int, ...]
 STEP = 4  # bytes: torch counts steps in a float32 of each parameter

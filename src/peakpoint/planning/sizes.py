@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from peakpoint import layout
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.manifest import Manifest
+from peakpoint.format import layout
+from peakpoint.format.manifest import Manifest
 from peakpoint.planning.architectures import Architecture
 from peakpoint.planning.optimizers import STEP, bytes_of, held, needs_shapes
 

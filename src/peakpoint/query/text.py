@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from peakpoint.errors import ConfigError
-from peakpoint.names import check_metric
+from peakpoint.format.amounts import read_bytes
+from peakpoint.format.names import check_metric
 from peakpoint.query import tree
 from peakpoint.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value, point
-from peakpoint.units import read_bytes
 
 # --- tokens -------------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from peakpoint.format.amounts import read_bytes
 from peakpoint.rules.core import Claim, Reasons, Record
-from peakpoint.units import read_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Literal, Protocol, get_args
 
 from peakpoint.errors import ConfigError
-from peakpoint.names import check_part
+from peakpoint.format.names import check_part
 
 Mode = Literal["max", "min"]
 Reasons = dict[str, str]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
-from peakpoint.names import check_metric
+from peakpoint.format.names import check_metric
 from peakpoint.rules.core import (
     Mode,
     Reasons,

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peakpoint import layout, reader
+from peakpoint import reader
 from peakpoint.errors import CorruptError, NotFoundError, SignatureError
-from peakpoint.manifest import MANIFEST, Manifest, decode
+from peakpoint.format import layout
+from peakpoint.format.manifest import MANIFEST, Manifest, decode
 from peakpoint.signing import bundle as bundles
 from peakpoint.signing.keys import (
     PASSWORD,

@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from peakpoint.collector import no_collection
 from peakpoint.errors import CorruptError, FormatError
-from peakpoint.seal import seal, unseal
+from peakpoint.format.metrics import metrics_from_json, metrics_to_json
+from peakpoint.format.sealed import no_collection, seal, unseal
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -127,11 +128,6 @@ class Manifest:
         raise KeyError(name)
 
 
-def metrics_to_json(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN and no infinities: they become ``"nan"``, ``"inf"`` and ``"-inf"``."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-
-
 def plain(value: Any) -> Any:
     """A value for JSON: NaN and infinities at any depth become text, as in ``metrics_to_json``."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -141,11 +137,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(child) for child in value]
     return value
-
-
-def metrics_from_json(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The inverse of ``metrics_to_json``."""
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -203,3 +194,43 @@ def check_format(record: Mapping[str, Any], *, where: str) -> None:
     found = record.get("format")
     if found != FORMAT:
         raise FormatError(f"{where} has format {found!r}; this release of Peakpoint reads format {FORMAT}: update it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint, as its manifest tells it. Frozen; reading it touches no weight file.
+
+    Attributes:
+        run: the run's name.
+        name: the directory's name, for people.
+        id: the identity, 16 hexadecimal digits.
+        sequence: place in the order of commits of the run, from 1.
+        step: optimizer steps completed.
+        epoch: the epoch's index as the loop counts it, from 0; None outside epochs.
+        metrics: every metric of the moment.
+        reasons: why it was saved, one sentence a claim.
+        parts: part name to the names of its tensor files.
+        size_bytes: of all files but the manifest.
+        path: the directory; None in a store without directories.
+        created_at: aware datetime, UTC.
+        forks: see ``Manifest.forks``.
+    """
+
+    run: str
+    name: str
+    id: str
+    sequence: int
+    step: int
+    epoch: int | None
+    metrics: Mapping[str, float]
+    reasons: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
+    size_bytes: int
+    path: Path | None
+    created_at: datetime
+    forks: tuple[tuple[int, int], ...]
+
+    @property
+    def ref(self) -> str:
+        """A ref that names this checkpoint and no other."""
+        return f"{self.run}/{self.name}"

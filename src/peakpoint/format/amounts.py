@@ -43,7 +43,7 @@ def read_bytes(name: str, given: object) -> int:
         ConfigError: it is neither, or not at least 1.
 
     Example:
-        >>> from peakpoint.units import read_bytes
+        >>> from peakpoint.format.amounts import read_bytes
         >>> read_bytes("limit", "1.5 kB"), read_bytes("limit", "2 MiB")
         (1500, 2097152)
     """
@@ -68,7 +68,7 @@ def read_duration(name: str, given: object) -> timedelta:
         ConfigError: it is neither, negative, or longer than a century.
 
     Example:
-        >>> from peakpoint.units import read_duration
+        >>> from peakpoint.format.amounts import read_duration
         >>> read_duration("undo_for", "1.5h")
         datetime.timedelta(seconds=5400)
     """
@@ -95,7 +95,7 @@ def read_count(name: str, given: str) -> int:
         ConfigError: it is none, or not at least 1.
 
     Example:
-        >>> from peakpoint.units import read_count
+        >>> from peakpoint.format.amounts import read_count
         >>> read_count("params", "25.6M"), read_count("params", "61,706"), read_count("params", "1.5e6")
         (25600000, 61706, 1500000)
     """
@@ -116,7 +116,7 @@ def read_rate(name: str, given: str) -> float:
         ConfigError: it is none, or not above 0.
 
     Example:
-        >>> from peakpoint.units import read_rate
+        >>> from peakpoint.format.amounts import read_rate
         >>> read_rate("bandwidth", "1Gbit/s"), read_rate("bandwidth", "20 MB/s")
         (125000000.0, 20000000.0)
     """
@@ -144,7 +144,7 @@ def read_time(name: str, given: str, now: datetime) -> datetime:
 
     Example:
         >>> from datetime import UTC, datetime
-        >>> from peakpoint.units import read_time
+        >>> from peakpoint.format.amounts import read_time
         >>> read_time("--since", "2026-11-25", datetime.now(UTC)).isoformat()
         '2026-11-25T00:00:00+00:00'
     """

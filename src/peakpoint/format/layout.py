@@ -26,7 +26,7 @@
 
 import re
 
-from peakpoint.manifest import MANIFEST
+from peakpoint.format.manifest import MANIFEST
 
 REPOSITORY = "peakpoint.json"
 RUNS = "runs"

@@ -3,9 +3,10 @@
 Names are for people. Identity is an id in the manifest, and no code takes a number back out of a name.
 """
 
+import difflib
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peakpoint.errors import ConfigError
@@ -197,3 +198,9 @@ def _pieces(template: str) -> list[str]:
         else:
             pieces[-1] += character
     return pieces
+
+
+def near(wanted: str, names: Sequence[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing when no name is near."""
+    found = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
