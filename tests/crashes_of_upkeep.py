@@ -21,8 +21,9 @@ import torch
 
 import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
-from peakpoint import audit, retention, trash, upkeep
+from peakpoint import audit, trash, upkeep
 from peakpoint.format import layout
+from peakpoint.rules.retention import Plan, Removal, Thinning
 from peakpoint.store import LocalStore
 
 torch.set_num_threads(1)
@@ -61,13 +62,13 @@ def verb(kind, root, ops=None):
         case "restore":
             upkeep.restore(run)
         case "trash" | "keep":
-            removals = [retention.Removal(manifest, "told so") for manifest in chosen(run)]
+            removals = [Removal(manifest, "told so") for manifest in chosen(run)]
             drops = [
-                retention.Thinning(manifest, ("optimizer",), "told so")
+                Thinning(manifest, ("optimizer",), "told so")
                 for manifest in run.manifests()
                 if manifest.epoch == 0 and "optimizer" in manifest.parts
             ]
-            plan = retention.Plan({}, tuple(removals), tuple(drops))
+            plan = Plan({}, tuple(removals), tuple(drops))
             assert upkeep.apply_plan(run, plan, None, undo_for=DAY if kind == "trash" else timedelta(0)) == []
         case "soup":
             if not any(run.manifests() for run in pp.open(root).runs() if run.name == "s"):

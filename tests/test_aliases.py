@@ -49,7 +49,8 @@ from peakpoint.format.sealed import seal, unseal
 from peakpoint.journal import Journal
 from peakpoint.notes import notes
 from peakpoint.refs import OfAlias, check_alias, parse_any
-from peakpoint.retention import Removal, apply
+from peakpoint.retention import apply
+from peakpoint.rules.retention import Removal
 from peakpoint.store import LocalStore, MemoryStore
 from strategies import START, identity
 from test_command_line import invoke as invoked

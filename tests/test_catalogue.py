@@ -42,12 +42,13 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Pinned
 from peakpoint.format.manifest import encode
 from peakpoint.format.sealed import digest
-from peakpoint.journal import Journal, history
-from peakpoint.peaks import peaks
+from peakpoint.journal import Journal
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
 from peakpoint.repository import ensure_repository, ensure_run
 from peakpoint.rules import watched
+from peakpoint.rules.history import history
+from peakpoint.rules.peaks import peaks
 from peakpoint.store import LocalStore, MemoryStore
 from strategies import START, manifest
 from test_query import point, write

@@ -12,7 +12,7 @@ from peakpoint import rules as rules_module
 from peakpoint.audit import audit, clean
 from peakpoint.dropping import drop, records
 from peakpoint.format.manifest import FileRecord
-from peakpoint.retention import plan, protections
+from peakpoint.rules.retention import plan, protections
 from strategies import DIGEST, START, manifest, one_rule, trees
 from training import checkpointer, kept, parts, same, train
 

@@ -20,7 +20,7 @@ from peakpoint.evaluation.judging import Examples, judge
 from peakpoint.evaluation.noise import margin_of_best, of_proportion, welch
 from peakpoint.evaluation.tradeoff import tradeoff
 from peakpoint.format.events import Reported
-from peakpoint.peaks import peaks
+from peakpoint.rules.peaks import peaks
 from training import checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*never counts as best:peakpoint.PeakpointWarning")

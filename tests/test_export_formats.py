@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import peakpoint as pp
 from foreign_files import script
-from peakpoint import journal
 from peakpoint.cli.main import cli
+from peakpoint.rules.history import history
 from training import same
 
 FACTORY = """
@@ -129,7 +129,7 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
     pp.import_checkpoints(tmp_path / "hf", tmp_path / "back", run="r")
     run, origin = pp.open(tmp_path / "back").run("r"), pp.open(root).run("r")
     assert (run.latest().epoch, run.latest().step) == (2, 6)
-    expected = journal.history(origin.events(), origin.find("r:epoch=2").id)
+    expected = history(origin.events(), origin.find("r:epoch=2").id)
     assert [(one.epoch, one.step, one.metrics) for one in run.history()] == [
         (one.epoch, one.step, one.metrics) for one in expected
     ]

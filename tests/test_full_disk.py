@@ -16,7 +16,7 @@ from peakpoint.errors import StoreError
 from peakpoint.format.events import Removed
 from peakpoint.journal import Journal
 from peakpoint.repository import Run
-from peakpoint.retention import Removal
+from peakpoint.rules.retention import Removal
 from peakpoint.store import FileOps, LocalStore
 from peakpoint.writer import remove
 from test_archive import run_of, trained

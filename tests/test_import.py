@@ -36,7 +36,7 @@ from foreign_files import (
     script,
     train_epoch,
 )
-from peakpoint import audit, journal
+from peakpoint import audit
 from peakpoint.cli.main import cli
 from peakpoint.format.events import Opened
 from peakpoint.importing import logs, unpickling
@@ -44,6 +44,7 @@ from peakpoint.importing.logs import Row
 from peakpoint.importing.placing import COUNTED, placed
 from peakpoint.importing.sources import read_safetensors
 from peakpoint.importing.timeline import timeline
+from peakpoint.rules import history as histories
 from training import same
 
 BEST = "val_accuracy"
@@ -92,7 +93,7 @@ def test_a_folder_becomes_a_run_with_its_history(made, tmp_path):
     assert [one.metrics["val_accuracy"] for one in run.history()] == ACCURACY
     assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
     assert {one.status for one in report.checkpoints} == {"imported"}
-    opened = journal.newest(run.events(), Opened)
+    opened = histories.newest(run.events(), Opened)
     assert "adamw" in opened.state["optimizer"]
     assert opened.by["source"] == str(folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

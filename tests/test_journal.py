@@ -38,6 +38,7 @@ from peakpoint.format.events import (
 from peakpoint.format.layout import journal_prefix
 from peakpoint.format.sealed import digest, seal
 from peakpoint.journal import Journal
+from peakpoint.rules.history import history, newest
 from peakpoint.store import FileOps, LocalStore, MemoryStore
 from strategies import START, any_metrics, text_tuples, texts, times
 
@@ -526,35 +527,35 @@ def runs(draw):
 @given(runs())
 def test_the_history_is_that_of_the_branch(run):
     events, current, at = run
-    assert j.history(events) == current
+    assert history(events) == current
     for checkpoint, expected in at.items():
-        assert j.history(events, checkpoint) == expected
-    assert j.history(events, "elsewhere") == []
-    assert j.history(iter(events)) == current
+        assert history(events, checkpoint) == expected
+    assert history(events, "elsewhere") == []
+    assert history(iter(events)) == current
 
 
 @given(runs())
 def test_the_history_can_be_asked_twice_and_changes_no_event(run):
     events, current, _ = run
     before = repr(events)
-    j.history(events).append(reported(99))
-    assert j.history(events) == current
+    history(events).append(reported(99))
+    assert history(events) == current
     assert repr(events) == before
 
 
 def test_a_branch_from_an_older_checkpoint_leaves_out_what_was_abandoned():
     events = [started(None, 0), reported(1), saved(1, 1), reported(2), saved(2, 2), reported(3)]
     events += [started("c1", 1), reported(2, again=1.0), saved(3, 2), started("c2", 2), reported(3, third=1.0)]
-    assert j.history(events) == [events[1], events[3], events[10]]
-    assert j.history(events, "c3") == [events[1], events[7]]
-    assert j.history(events, "c2") == [events[1], events[3]]
+    assert history(events) == [events[1], events[3], events[10]]
+    assert history(events, "c3") == [events[1], events[7]]
+    assert history(events, "c2") == [events[1], events[3]]
 
 
 def test_newest_is_the_last_of_its_kind():
     events = [saved(1, 1), reported(1), saved(2, 2), reported(2)]
-    assert j.newest(events, Saved) == saved(2, 2)
-    assert j.newest(events, Closed) is None
-    assert j.newest([], Saved) is None
+    assert newest(events, Saved) == saved(2, 2)
+    assert newest(events, Closed) is None
+    assert newest([], Saved) is None
 
 
 def test_events_are_values():

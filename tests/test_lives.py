@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from peakpoint import journal as journals
 from peakpoint.format.events import Reported, Saved
-from peakpoint.lives import lives, replay
-from peakpoint.retention import Removal, apply
+from peakpoint.lives import lives
+from peakpoint.retention import apply
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule
+from peakpoint.rules.retention import Removal
+from peakpoint.rules.simulate import replay
 from strategies import START, bests, everies, lasts, metrics, paretos, thins, topks
 from training import checkpointer, kept
 

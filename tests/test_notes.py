@@ -14,9 +14,10 @@ import peakpoint as pp
 from peakpoint import journal as journals
 from peakpoint.format.events import Measured, Removed, Reported, Saved, Started
 from peakpoint.ledger import Ledger
-from peakpoint.notes import Smoothing, derive
-from peakpoint.retention import Removal, apply
+from peakpoint.retention import apply
 from peakpoint.rules import smoothed
+from peakpoint.rules.history import Smoothing, derive
+from peakpoint.rules.retention import Removal
 from strategies import START, manifest, values
 from training import checkpointer, kept
 

@@ -23,10 +23,10 @@ from peakpoint.cli.main import cli
 from peakpoint.demo.training import LeNet5, digits
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.events import Reported, Saved
-from peakpoint.lives import replay
 from peakpoint.planning import architectures, optimizers, sizes
 from peakpoint.planning import forecast as planner
 from peakpoint.planning.curves import Curves
+from peakpoint.rules.simulate import replay
 from strategies import START, lasts, modes, paretos, thins, topks
 from training import checkpointer
 

@@ -14,6 +14,7 @@ from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundE
 from peakpoint.format import layout
 from peakpoint.format.events import PartsDropped, Promoting, Removed
 from peakpoint.policy import Improvement, Policy
+from peakpoint.rules.retention import Thinning
 from peakpoint.store import LocalStore
 from peakpoint.validations import Wanted
 from promoting import Clock, repository, validated
@@ -111,7 +112,7 @@ def test_a_validation_counts_until_the_part_that_was_validated_is_dropped(tmp_pa
     assert "optimizer" not in run.find_manifest("r:1").parts
     assert objections(found) == ()
     with upkeep.writing(run, "drop") as events:
-        thinning = retention.Thinning(run.find_manifest("r:1"), ("model",), "x")
+        thinning = Thinning(run.find_manifest("r:1"), ("model",), "x")
         assert retention.thin(run.store, events, [thinning], by="x")[1] == []
     assert objections(found) == ("it has lost the part model since it was validated",)
 

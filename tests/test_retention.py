@@ -18,8 +18,9 @@ from peakpoint.format.layout import checkpoint_prefix, manifest_key
 from peakpoint.format.manifest import FileRecord, decode
 from peakpoint.journal import Journal
 from peakpoint.reader import shelf
-from peakpoint.retention import Removal, apply, plan, protections
+from peakpoint.retention import apply
 from peakpoint.rules import Best, Budget, Every, Last, claims
+from peakpoint.rules.retention import Removal, plan, protections
 from peakpoint.store import MemoryStore
 from peakpoint.writer import WholeImage, commit
 from strategies import DIGEST, START, manifest, rule_lists, trees

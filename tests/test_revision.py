@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import peakpoint as pp
-from peakpoint import journal as journals
 from peakpoint.format.events import Opened
 from peakpoint.revision import code_version
+from peakpoint.rules.history import newest
 
 
 def git(directory, *words):
@@ -90,5 +90,5 @@ def test_records_have_it(repository, tmp_path):
     code = git(repository, "rev-parse", "HEAD") + "-dirty"
     run = pp.open(root).run("r")
     assert run.manifests()[0].written_by["code"] == code
-    assert journals.newest(run.events(), Opened).by["code"] == code
+    assert newest(run.events(), Opened).by["code"] == code
     assert json.loads((root / "runs" / "r" / "run.json").read_text())["by"]["code"] == code

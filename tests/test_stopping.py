@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
-from peakpoint.stopping import EarlyStopping, Watch
+from peakpoint.rules.stopping import EarlyStopping, Watch
 from strategies import values
 
 histories = st.lists(st.dictionaries(st.sampled_from(["m", "other"]), values, max_size=2), max_size=20)

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
-from peakpoint.stopping import EarlyStopping, Watch
+from peakpoint.rules.stopping import EarlyStopping, Watch
 
 pytestmark = pytest.mark.slow
 

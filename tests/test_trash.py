@@ -14,7 +14,8 @@ from peakpoint.cli.main import cli
 from peakpoint.format import layout
 from peakpoint.format.sealed import seal
 from peakpoint.journal import Journal
-from peakpoint.retention import Removal, apply
+from peakpoint.retention import apply
+from peakpoint.rules.retention import Removal
 from test_archive import bytes_on_disk, files, run_of, trained
 from training import checkpointer, parts, same, train
 

@@ -73,9 +73,9 @@ if TYPE_CHECKING:
     from peakpoint.rules import Pareto as Pareto
     from peakpoint.rules import Thin as Thin
     from peakpoint.rules import TopK as TopK
+    from peakpoint.rules.stopping import EarlyStopping as EarlyStopping
     from peakpoint.soups import Soup as Soup
     from peakpoint.soups import soup as soup
-    from peakpoint.stopping import EarlyStopping as EarlyStopping
     from peakpoint.stored import Loaded as Loaded
     from peakpoint.validations import Validation as Validation
 
@@ -91,7 +91,7 @@ _HOMES = {
     "ConflictError": ("errors", "ConflictError"),
     "CorruptError": ("errors", "CorruptError"),
     "Difference": ("diffing", "Difference"),
-    "EarlyStopping": ("stopping", "EarlyStopping"),
+    "EarlyStopping": ("rules.stopping", "EarlyStopping"),
     "Ensemble": ("ensembles", "Ensemble"),
     "Error": ("errors", "Error"),
     "Evaluated": ("examining.answers", "Evaluated"),

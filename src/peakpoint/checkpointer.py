@@ -33,7 +33,6 @@ from peakpoint.guard import StepGuard
 from peakpoint.journal import Journal
 from peakpoint.ledger import Ledger
 from peakpoint.loop import Loop, count
-from peakpoint.notes import Smoothing, windows
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
 from peakpoint.reader import damage
 from peakpoint.report import Outcome, classes, say, warn, written_by
@@ -43,9 +42,10 @@ from peakpoint.resume import Resumption, restore_generators, resumption
 from peakpoint.ring import SMALLEST, Ring
 from peakpoint.rule_changes import former_rules
 from peakpoint.rules import Rule
+from peakpoint.rules.history import Smoothing, windows
+from peakpoint.rules.stopping import EarlyStopping
+from peakpoint.rules.stopping import Watch as StopWatch
 from peakpoint.saver import Failure, Job, Saver
-from peakpoint.stopping import EarlyStopping
-from peakpoint.stopping import Watch as StopWatch
 from peakpoint.store import Hold, Store, holder_note, open_store
 from peakpoint.tensors import Staging
 from peakpoint.turns import Late, Turns

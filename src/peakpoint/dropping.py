@@ -5,7 +5,7 @@ it is durable before their first file goes. Readers take manifest and records to
 Files that a crash has left are litter. Parts go at once: only whole checkpoints go through the trash.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -13,7 +13,7 @@ import msgspec
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format import layout
-from peakpoint.format.manifest import FORMAT, Manifest, check_format
+from peakpoint.format.manifest import FORMAT, Manifest, check_format, without
 from peakpoint.format.sealed import seal, unseal
 from peakpoint.store import Store, establish
 
@@ -57,14 +57,6 @@ def records(store: Store, run: str, name: str) -> Iterator[Dropped]:
                 yield replace(msgspec.convert(content, Dropped), key=f"{prefix}/{child}")
             except msgspec.ValidationError as error:
                 raise FormatError(f"{child} is not a record of dropped parts that this release reads") from error
-
-
-def without(manifest: Manifest, gone: Collection[str]) -> Manifest:
-    """A manifest without some parts, and without the files that only they have."""
-    parts = {part: names for part, names in manifest.parts.items() if part not in gone}
-    stays = {name for names in parts.values() for name in names}
-    goes = {name for part in manifest.parts.keys() - parts for name in manifest.parts[part]} - stays
-    return replace(manifest, parts=parts, files=tuple(file for file in manifest.files if file.name not in goes))
 
 
 def left(manifest: Manifest, dropped: Sequence[Dropped]) -> Manifest:

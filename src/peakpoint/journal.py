@@ -11,10 +11,9 @@ checkpoint, and a resumed run makes those again.
 
 import io
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
 
 from peakpoint.clock import Clock
 from peakpoint.errors import CorruptError, StoreError
@@ -23,9 +22,6 @@ from peakpoint.format.events import (
     LINES_OF_REMOVALS,
     OPENED_LINE,
     Event,
-    Reported,
-    Saved,
-    Started,
     decode,
     decode_report,
     encode,
@@ -149,42 +145,6 @@ def _read_segment(data: bytes, where: str, events: list[Event], damage: list[str
                 damage.append(str(error))
         if event is not None:
             events.append(event)
-
-
-def history(events: Iterable[Event], checkpoint: str | None = None) -> list[Reported]:
-    """The reports that count, earliest first; those of abandoned branches are left out.
-
-    Args:
-        events: the journal.
-        checkpoint: the history that belongs to this checkpoint (its id), and ends with it; the present one by default.
-            Empty when the journal has no record of the checkpoint.
-    """
-    reports: list[Reported] = []
-    # A branch gets a list of its own, so that the place of a checkpoint is a list and a report number, never a copy.
-    places: dict[str | None, tuple[list[Reported], int]] = {None: ([], 0)}
-    for event in events:
-        match event:
-            case Started(checkpoint=origin, report=last):
-                reports = _until(*places.get(origin, (reports, last)))
-            case Reported():
-                reports.append(event)
-            case Saved():
-                places[event.checkpoint] = (reports, event.report)
-            case _:
-                pass
-    return reports if checkpoint is None else _until(*places.get(checkpoint, places[None]))
-
-
-def _until(reports: list[Reported], last: int) -> list[Reported]:
-    return [report for report in reports if report.report <= last]
-
-
-E = TypeVar("E")
-
-
-def newest(events: Sequence[Event], kind: type[E]) -> E | None:
-    """The last event of a kind."""
-    return next((event for event in reversed(events) if isinstance(event, kind)), None)
 
 
 class Journal:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import UnionType
 
-from peakpoint import holders, retention
+from peakpoint import holders
 from peakpoint import journal as journals
 from peakpoint.format.events import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Removed, Unpinned
 from peakpoint.format.manifest import Manifest
 from peakpoint.journal import Reading
-from peakpoint.notes import Derived, Notes, derive, known, notes, windows
+from peakpoint.notes import Notes, known, notes
 from peakpoint.reader import being_read
-from peakpoint.retention import Plan
-from peakpoint.rules import Rule
+from peakpoint.rules import Rule, retention
+from peakpoint.rules.history import Derived, derive, windows
+from peakpoint.rules.retention import Plan
 from peakpoint.store import Store
 
 _SAID = Measured | Pinned | Unpinned | Promoting | Promoted | Removed

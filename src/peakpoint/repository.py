@@ -32,8 +32,10 @@ from peakpoint.format.manifest import FORMAT, Checkpoint, Manifest, check_format
 from peakpoint.format.names import check_metric, check_text
 from peakpoint.format.sealed import seal, unseal
 from peakpoint.notes import all_known, known, notes
-from peakpoint.retention import Plan, plan
 from peakpoint.rules import Claim, Mode, Rule, parse
+from peakpoint.rules import history as histories
+from peakpoint.rules.history import newest
+from peakpoint.rules.retention import Plan, plan
 from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
 
 
@@ -45,7 +47,7 @@ def _number(name: str, value: object) -> float:
 
 def rules_of(events: Sequence[Event]) -> tuple[Rule, ...]:
     """The rules in force: those of the process that opened the run last."""
-    opened = journals.newest(events, Opened)
+    opened = newest(events, Opened)
     return tuple(parse(text) for text in opened.rules) if opened else ()
 
 
@@ -122,7 +124,7 @@ class Run:
 
     def history(self) -> list[Reported]:
         """Every report that counts, earliest first; reports of abandoned branches are left out."""
-        return journals.history(self.events())
+        return histories.history(self.events())
 
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force: those of the process that opened the run last."""

@@ -15,6 +15,7 @@ from peakpoint.packs import check_not_archived
 from peakpoint.position import Position
 from peakpoint.repository import Repository
 from peakpoint.restore import LoadReport, restore_into
+from peakpoint.rules import history as histories
 from peakpoint.store import Store
 from peakpoint.stored import SavedState, read_state
 from peakpoint.tree import Decoder
@@ -167,10 +168,10 @@ class Resumption:
         report = LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
         sequence = self._sequence
         if manifest.run == self.run:
-            history = journals.history(self.events, manifest.id) or [
+            history = histories.history(self.events, manifest.id) or [
                 # killed between the manifest and its record: it is the newest, so the present history is its own
                 report
-                for report in journals.history(self.events)
+                for report in histories.history(self.events)
                 if report.report <= manifest.report
             ]
             newer = sequence > manifest.sequence

@@ -9,8 +9,8 @@ from peakpoint.asking import shown
 from peakpoint.errors import ConfigError
 from peakpoint.format.events import Closed, Event, Opened, Saved
 from peakpoint.format.manifest import Manifest
-from peakpoint.retention import Plan
 from peakpoint.rules import Rule, parse, ranked, watched
+from peakpoint.rules.retention import Plan
 
 Rules = tuple[Rule, ...]
 _SHOWN = 3

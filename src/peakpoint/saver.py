@@ -21,9 +21,9 @@ from peakpoint.format.events import Saved, SaveFailed
 from peakpoint.format.manifest import Manifest
 from peakpoint.journal import Journal
 from peakpoint.ledger import Ledger
-from peakpoint.retention import Plan, Removal
 from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
+from peakpoint.rules.retention import Plan, Removal
 from peakpoint.store import Hold, Store
 from peakpoint.worker import start
 from peakpoint.writer import commit, unused_name, withdraw
@@ -227,7 +227,7 @@ class Saver:
     def remove(self, ids: Collection[str], reason: str) -> None:
         """Let go at once of checkpoints that are wrong; the caller has waited for the save under way."""
         self.forget(ids)
-        removals = [retention.Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
+        removals = [Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
         self._notices += retention.apply(self._store, self._journal, removals, by="loop", pinned=self._protected)
         self._committed = tuple(
             manifest for manifest in self._committed if manifest.id not in ids or self._exists(manifest)

@@ -23,8 +23,8 @@ from peakpoint.journal import Journal
 from peakpoint.notes import notes
 from peakpoint.reader import being_read
 from peakpoint.repository import Run
-from peakpoint.retention import Plan, Removal
 from peakpoint.rules import Rule
+from peakpoint.rules.retention import Plan, Removal
 from peakpoint.store import holder_note
 from peakpoint.trash import InTrash
 

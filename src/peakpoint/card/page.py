@@ -11,8 +11,8 @@ from peakpoint.changelog.pages import code, compared, escaped
 from peakpoint.evaluation.tables import printable
 from peakpoint.format.amounts import size
 from peakpoint.format.events import Reported
-from peakpoint.peaks import peaks
 from peakpoint.rules import Claim, watched
+from peakpoint.rules.peaks import peaks
 
 MARK = "<!-- peakpoint card -->"
 _UNKNOWN = "not recorded"

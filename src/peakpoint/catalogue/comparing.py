@@ -25,7 +25,9 @@ from peakpoint.format.events import Event, Opened
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.notes import notes
 from peakpoint.packs import known_archive
-from peakpoint.peaks import go_on
+from peakpoint.rules import history as histories
+from peakpoint.rules.history import newest
+from peakpoint.rules.peaks import go_on
 from peakpoint.store import Store
 
 Facts = dict[str, Any]
@@ -216,9 +218,9 @@ def _looks(store: Store, run: str) -> dict[str, reader.Standing | reader.Damaged
 
 def _facts(events: Sequence[Event], manifests: Sequence[Any]) -> Facts:
     """What the row of a run says."""
-    opened = journals.newest(events, Opened)
+    opened = newest(events, Opened)
     rules = list(opened.rules) if opened is not None else []
-    history = journals.history(events)
+    history = histories.history(events)
     peaks, missing = go_on((), {}, history, watched_by(rules))
     steps = {manifest.step for manifest in manifests}
     kept = {peak.metric: peak.best_step in steps for peak in peaks}

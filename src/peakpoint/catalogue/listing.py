@@ -11,7 +11,7 @@ from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import DamagedError, read_json
 from peakpoint.catalogue.pointers import pointers
 from peakpoint.catalogue.refresh import decoded, read_peaks
-from peakpoint.peaks import Peak
+from peakpoint.rules.peaks import Peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

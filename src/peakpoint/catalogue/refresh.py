@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import msgspec
 from sqlalchemy import Connection, Engine, Table, delete, func, insert, select, update
 
-from peakpoint import journal as journals
 from peakpoint import reader
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import DamagedError, read_json
@@ -24,8 +23,9 @@ from peakpoint.format.events import Event, Opened
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.notes import Notes
-from peakpoint.peaks import Peak, go_on
 from peakpoint.rules import Mode, parse, watched
+from peakpoint.rules import history as histories
+from peakpoint.rules.peaks import Peak, go_on
 from peakpoint.store import Store
 
 Rows = dict[str, tuple[int, str]]
@@ -247,7 +247,7 @@ class _Update:
         """Rules, peaks and the number of reports."""
         news, row = self._news, self._row
         events: Sequence[Event] = news.events
-        opened = journals.newest(events, Opened)
+        opened = histories.newest(events, Opened)
         texts = list(opened.rules) if opened is not None else [] if self._new else _texts(row.rules)
         if self._new or news.past is not None:
             before: Sequence[Peak] = ()
@@ -256,7 +256,7 @@ class _Update:
             events = events if news.past is None else news.past
         else:
             before, missing, reports = read_peaks(row.peaks), read_json(row.peaks).get("missing", {}), row.reports
-        history = journals.history(events)
+        history = histories.history(events)
         found, missing = go_on(before, missing, history, watched_by(texts))
         return {
             "rules": json.dumps(texts),

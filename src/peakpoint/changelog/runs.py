@@ -31,10 +31,9 @@ from peakpoint.format.events import (
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.journal import Reading
-from peakpoint.lives import Branch, moment_of
-from peakpoint.notes import derive, windows
 from peakpoint.repository import Run
 from peakpoint.rules import Moment, Rule, parse
+from peakpoint.rules.history import Branch, derive, moment_of, windows
 
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _IMPORT = "peakpoint import"

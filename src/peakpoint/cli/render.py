@@ -20,12 +20,12 @@ from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
 from peakpoint.format import amounts
 from peakpoint.format.manifest import Checkpoint, Manifest, plain
-from peakpoint.journal import history
 from peakpoint.notes import all_known
 from peakpoint.packs import packed_bytes
-from peakpoint.peaks import Peak, peaks
 from peakpoint.repository import Run, rules_of
 from peakpoint.rules import Claim, ranked, watched
+from peakpoint.rules.history import history
+from peakpoint.rules.peaks import Peak, peaks
 
 if TYPE_CHECKING:
     from peakpoint.catalogue import Listed

@@ -19,13 +19,14 @@ from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Measured, Reported
 from peakpoint.format.manifest import Manifest
-from peakpoint.lives import Life, Replay, lives, replay, typical_size
+from peakpoint.lives import Life, lives
 from peakpoint.notes import all_known
 from peakpoint.packs import check_not_archived, packed_bytes
 from peakpoint.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository import Run, open_repository
-from peakpoint.retention import Plan
 from peakpoint.rules import Rule, check_watched, moment_text, parse_all
+from peakpoint.rules.retention import Plan
+from peakpoint.rules.simulate import Replay, replay, typical_size
 
 GB = 1e9
 

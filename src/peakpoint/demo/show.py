@@ -21,9 +21,9 @@ from peakpoint.cli import render
 from peakpoint.cli.production import print_comparison
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.layout import REPOSITORY
-from peakpoint.peaks import peaks
 from peakpoint.repository import Repository, open_repository
 from peakpoint.rules import watched
+from peakpoint.rules.peaks import peaks
 from peakpoint.validations import Wanted
 
 WHOLE, KILLED = "lenet5-uninterrupted", "lenet5-killed"

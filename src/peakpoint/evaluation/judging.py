@@ -11,9 +11,9 @@ from peakpoint.evaluation import noise as noises
 from peakpoint.evaluation.material import Material, ref_of
 from peakpoint.evaluation.noise import Noise
 from peakpoint.format.events import Reported
-from peakpoint.notes import windows
-from peakpoint.peaks import Peak, peaks
 from peakpoint.rules import Mode, Rule, ranked, watched
+from peakpoint.rules.history import windows
+from peakpoint.rules.peaks import Peak, peaks
 
 Verdict = Literal["peak", "within noise", "still improving", "noise unknown", "one value", "not finite"]
 COMPANION = "_se"

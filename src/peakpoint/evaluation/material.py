@@ -12,6 +12,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.notes import all_known
 from peakpoint.repository import Run, rules_of
 from peakpoint.rules import Rule, lineage
+from peakpoint.rules import history as histories
 
 Point = tuple[float, float]
 
@@ -129,7 +130,7 @@ def _branches(
     events: Sequence[Event],
 ) -> tuple[list[Reported], tuple[tuple[Reported, ...], ...], dict[str, Reported | None]]:
     """The history, the branches that were abandoned, and the report of each saved checkpoint (None in a branch)."""
-    history = journals.history(events)
+    history = histories.history(events)
     counts = {id(report) for report in history}
     branches: list[list[Reported]] = [[]]
     newest: dict[int, Reported] = {}

@@ -5,8 +5,8 @@ the reasons for the save. It is written last, appears atomically and never chang
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +143,7 @@ def encode(manifest: Manifest) -> bytes:
     """One sealed line of JSON.
 
     Example:
-        >>> from peakpoint import manifest as m
+        >>> from peakpoint.format import manifest as m
         >>> m.FORMAT
         1
     """
@@ -234,3 +234,11 @@ class Checkpoint:
     def ref(self) -> str:
         """A ref that names this checkpoint and no other."""
         return f"{self.run}/{self.name}"
+
+
+def without(manifest: Manifest, gone: Collection[str]) -> Manifest:
+    """A manifest without some parts, and without the files that only they have."""
+    parts = {part: names for part, names in manifest.parts.items() if part not in gone}
+    stays = {name for names in parts.values() for name in names}
+    goes = {name for part in manifest.parts.keys() - parts for name in manifest.parts[part]} - stays
+    return replace(manifest, parts=parts, files=tuple(file for file in manifest.files if file.name not in goes))

@@ -29,6 +29,7 @@ from peakpoint.reader import shelf
 from peakpoint.report import written_by
 from peakpoint.repository import Run, ensure_run
 from peakpoint.rules import Rule, check_watched, watched
+from peakpoint.rules.history import history
 from peakpoint.store import Hold, LocalStore, Store
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
@@ -128,7 +129,7 @@ class Intake:
     def __post_init__(self) -> None:
         self._in_force = self.rules or ()
         self._look()
-        known = (*(moment.metrics for moment in self.moments), *(one.metrics for one in journals.history(self._events)))
+        known = (*(moment.metrics for moment in self.moments), *(one.metrics for one in history(self._events)))
         check_watched(self._in_force, {name for metrics in known for name in metrics})
 
     def _look(self) -> None:
@@ -152,11 +153,11 @@ class Intake:
         self._placed = self._places()
 
     def _places(self) -> list[Placed]:
-        newest, told = self._parent, journals.history(self._events)
+        newest, told = self._parent, history(self._events)
         digests = dict(enumerate(one.digest for one in self.seen))
         there = {number: self._there[digest] for number, digest in digests.items() if digest in self._there}
         gone = frozenset(number for number, digest in digests.items() if digest in self._gone)
-        before = [] if newest is None else journals.history(self._events, newest.id)
+        before = [] if newest is None else history(self._events, newest.id)
         rest = [] if newest is None else [one for one in told if one.report > newest.report]
         try:
             return placed(self.moments, there, gone, newest, before, rest)
@@ -168,7 +169,7 @@ class Intake:
     def complete(self) -> bool:
         """Whether there is nothing to do."""
         untold = any(place.new for place in self._placed)
-        enough = len(journals.history(self._events)) >= max((place.report for place in self._placed), default=0)
+        enough = len(history(self._events)) >= max((place.report for place in self._placed), default=0)
         return not self._new and self.rules is None and (enough or not untold)
 
     @property

@@ -18,12 +18,12 @@ from peakpoint.format import layout
 from peakpoint.format.events import Reported
 from peakpoint.format.manifest import FileRecord, Manifest
 from peakpoint.format.names import near
-from peakpoint.notes import Smoothing, windows
 from peakpoint.planning.curves import ASSUMPTIONS, Curves
 from peakpoint.planning.intervals import Failures
 from peakpoint.planning.sizes import REST, Sizes, check_whole, live, stood
-from peakpoint.retention import plan
 from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
+from peakpoint.rules.history import Smoothing, windows
+from peakpoint.rules.retention import plan
 
 MOST_REPORTS = 20_000  # every one is put to every rule
 MOST_WITH_PARETO = 500  # whose work grows with the square of what it keeps

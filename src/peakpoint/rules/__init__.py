@@ -18,7 +18,9 @@ from typing import get_args
 
 from peakpoint.errors import ConfigError
 from peakpoint.rules.budget import Budget
-from peakpoint.rules.core import (
+from peakpoint.rules.metric import Best, BestAtSparsity, Considered, Pareto, TopK, smoothed
+from peakpoint.rules.presets import production, pruning, research
+from peakpoint.rules.record import (
     Claim,
     Mode,
     Moment,
@@ -31,8 +33,6 @@ from peakpoint.rules.core import (
     moment_text,
     ranked,
 )
-from peakpoint.rules.metric import Best, BestAtSparsity, Considered, Pareto, TopK, smoothed
-from peakpoint.rules.presets import production, pruning, research
 from peakpoint.rules.schedule import Every, Last, Thin
 from peakpoint.rules.text import FORMS, Rule, mode_of, parse, parse_all
 

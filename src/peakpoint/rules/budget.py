@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint.format.amounts import read_bytes
-from peakpoint.rules.core import Claim, Reasons, Record
+from peakpoint.rules.record import Claim, Reasons, Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_metric
-from peakpoint.rules.core import (
+from peakpoint.rules.record import (
     Mode,
     Reasons,
     Record,

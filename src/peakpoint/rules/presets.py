@@ -6,8 +6,8 @@ always has everything.
 
 from collections.abc import Iterable
 
-from peakpoint.rules.core import Mode
 from peakpoint.rules.metric import Best, BestAtSparsity, Pareto
+from peakpoint.rules.record import Mode
 from peakpoint.rules.schedule import Every, Last
 from peakpoint.rules.text import Rule
 

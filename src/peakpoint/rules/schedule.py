@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from peakpoint.errors import ConfigError
-from peakpoint.rules.core import Mode, Reasons, Record, Wanting, by_sequence, check_whole, lineage
+from peakpoint.rules.record import Mode, Reasons, Record, Wanting, by_sequence, check_whole, lineage
 
 _SHORTEST_MINUTES, _LONGEST_MINUTES = 1e-9, 1e15  # what clocks and calendars can still tell apart
 

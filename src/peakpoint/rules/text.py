@@ -5,8 +5,8 @@ from typing import Any
 
 from peakpoint.errors import ConfigError
 from peakpoint.rules.budget import Budget
-from peakpoint.rules.core import Mode
 from peakpoint.rules.metric import Best, BestAtSparsity, Pareto, TopK
+from peakpoint.rules.record import Mode
 from peakpoint.rules.schedule import Every, Last, Thin
 
 Rule = Best | TopK | BestAtSparsity | Pareto | Every | Last | Thin | Budget
