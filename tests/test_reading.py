@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from peakpoint import upload
 from peakpoint.store import FileOps, LocalStore
-from peakpoint.store.files import BLOCK, PAGE, DirectFilling, is_cached
+from peakpoint.store.direct_io import BLOCK, PAGE, DirectFilling, is_cached
 from training import checkpointer, parts, same
 
 SIZE = 2 * BLOCK + 12_345

@@ -26,10 +26,10 @@ import msgspec
 
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, needing
 from peakpoint.format import layout
-from peakpoint.format.amounts import cores
 from peakpoint.format.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.format.sealed import seal, unseal
 from peakpoint.store import RECORD, Store, establish
+from peakpoint.store.pages import cores
 from peakpoint.writer import Span, StreamedImage
 
 PIECE = 4 * 1024 * 1024  # bytes

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from peakpoint.errors import PeakpointWarning
-from peakpoint.memory import address
+from peakpoint.store.pages import address
 
 
 def pin(data: mmap.mmap | memoryview) -> bool:

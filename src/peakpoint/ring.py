@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from peakpoint.memory import PAGE, allocate
 from peakpoint.pinning import pin
 from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.store.pages import PAGE, allocate
 from peakpoint.tensors import FileLayout, lay_out
 from peakpoint.writer import BLOCK, Span
 

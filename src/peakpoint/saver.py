@@ -25,7 +25,7 @@ from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.rules.retention import Plan, Removal
 from peakpoint.store import Hold, Store
-from peakpoint.worker import start
+from peakpoint.store.worker import start
 from peakpoint.writer import commit, unused_name, withdraw
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well

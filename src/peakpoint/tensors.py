@@ -16,9 +16,9 @@ import torch
 from peakpoint.copying import NOTHING, Copying, Plan, Storage, Target
 from peakpoint.errors import FormatError
 from peakpoint.format.manifest import FileRecord
-from peakpoint.memory import PAGE, allocate, pages
 from peakpoint.pinning import pin, unpin
 from peakpoint.sharing import DTYPES, TORCH_DTYPES
+from peakpoint.store.pages import PAGE, allocate, pages
 from peakpoint.writer import Span, WholeImage
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from peakpoint.errors import Error
 from peakpoint.report import say
-from peakpoint.worker import start
+from peakpoint.store.worker import start
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
 # a forked child has neither the threads nor the lock: its parent closes

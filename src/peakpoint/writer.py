@@ -22,7 +22,7 @@ from peakpoint.format import layout
 from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode, encode
 from peakpoint.format.sealed import digest
 from peakpoint.store import Chunk, Store
-from peakpoint.worker import Worker
+from peakpoint.store.worker import Worker
 
 BLOCK = 32 * 1024 * 1024
 

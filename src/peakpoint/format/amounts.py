@@ -1,6 +1,5 @@
 """Amounts as people write them, and of cores."""
 
-import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -124,11 +123,6 @@ def read_rate(name: str, given: str) -> float:
     if not rate:
         raise ConfigError(f'{name}={given!r} is no rate; give one such as "1Gbit/s" or "125MB/s"')
     return float(rate)
-
-
-def cores() -> int:
-    """How many threads of work this process may have running."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_time(name: str, given: str, now: datetime) -> datetime:

@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 from peakpoint.errors import ConfigError
-from peakpoint.store.core import (
+from peakpoint.store.direct_io import FileOps
+from peakpoint.store.local import LocalStore
+from peakpoint.store.memory import MemoryStore
+from peakpoint.store.protocol import (
     LARGE,
     RECORD,
     SMALL,
@@ -19,9 +22,6 @@ from peakpoint.store.core import (
     establish,
     holder_note,
 )
-from peakpoint.store.files import FileOps
-from peakpoint.store.local import LocalStore
-from peakpoint.store.memory import MemoryStore
 from peakpoint.store.translating import translated
 
 __all__ = [

@@ -22,9 +22,17 @@ from pathlib import Path
 
 from peakpoint.errors import FormatError, NotFoundError, StoreError
 from peakpoint.store import below, locks
-from peakpoint.store.core import RECORD, Chunk, Filled, Filling, check_key, check_record, check_size
-from peakpoint.store.files import NO_DIRECT, WORTH_DIRECT, DirectFilling, FileOps, Output, available_memory, is_cached
+from peakpoint.store.direct_io import (
+    NO_DIRECT,
+    WORTH_DIRECT,
+    DirectFilling,
+    FileOps,
+    Output,
+    available_memory,
+    is_cached,
+)
 from peakpoint.store.logs import LocalLog
+from peakpoint.store.protocol import RECORD, Chunk, Filled, Filling, check_key, check_record, check_size
 from peakpoint.store.translating import Translating, translated
 
 _TEMPORARY = ".tmp-"

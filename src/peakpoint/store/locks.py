@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from peakpoint.errors import ConflictError, NotFoundError
-from peakpoint.store.core import held_by, holder_text
+from peakpoint.store.protocol import held_by, holder_text
 
 # F_OFD_GETLK and F_OFD_SETLK of fcntl(2); Python does not name those of macOS
 _ASK, _TAKE = (92, 90) if sys.platform == "darwin" else (36, 37)

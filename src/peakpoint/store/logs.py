@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from peakpoint.store.files import FileOps
+from peakpoint.store.direct_io import FileOps
 from peakpoint.store.translating import translated
 
 

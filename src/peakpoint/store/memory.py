@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterable
 
 from peakpoint.errors import ConflictError, NotFoundError
-from peakpoint.store.core import RECORD, Chunk, Filled, check_key, check_record, check_size, held_by, holder_text
+from peakpoint.store.protocol import RECORD, Chunk, Filled, check_key, check_record, check_size, held_by, holder_text
 
 
 class MemoryStore:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peakpoint.errors import NotFoundError, StoreError, TransientStoreError
-from peakpoint.store.core import Filling
+from peakpoint.store.protocol import Filling
 
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
 _LOOKING = frozenset({"read", "look at", "list", "delete"})  # what is no file cannot be found

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from peakpoint.memory import PAGE, address, allocate, pages, touch
+from peakpoint.store.pages import PAGE, address, allocate, pages, touch
 
 BLOCK = 32 * 1024 * 1024
 WORTH_DIRECT = 4 * 1024 * 1024  # smaller files are faster through the page cache

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import mmap
+import os
 
 PAGE = 4096
 
@@ -31,3 +32,8 @@ def address(data: mmap.mmap | memoryview) -> int:
 def touch(data: memoryview) -> None:
     """Have the system give real pages to fresh memory now, letting other threads run; fills it with zeros."""
     ctypes.memset(address(data), 0, len(data))
+
+
+def cores() -> int:
+    """How many threads of work this process may have running."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
