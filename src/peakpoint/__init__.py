@@ -132,14 +132,22 @@ _HOMES = {
     "validate": ("examining.here", "validate"),
     "soup": ("soups", "soup"),
 }
-_MODULES = ("aliases", "card", "changelog", "evaluation", "promotion", "rules", "upkeep")
+_MODULES = {
+    "aliases": "aliases",
+    "card": "card",
+    "changelog": "changelog",
+    "evaluation": "evaluation",
+    "promotion": "promotion",
+    "rules": "rules",
+    "upkeep": "upkeep",
+}
 
 __all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"peakpoint.{name}")
+        return importlib.import_module(f"peakpoint.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'peakpoint' has no attribute {name!r}")
     module, attribute = _HOMES[name]
