@@ -19,7 +19,7 @@ from torch import nn
 
 import peakpoint as pp
 from benchmarks.page import ARCHIVE, ZIPNN, ZSTD
-from peakpoint import upkeep
+from peakpoint.repository import maintenance
 
 WIDTH, LAYERS, CONTEXT, BATCH = 128, 4, 64, 16
 WARM, APART, CHECKPOINTS = 300, 50, 20
@@ -106,11 +106,11 @@ def ours(root, repeats):
     run, before, packing, unpacking = pp.open(root).run("r"), digest(root), [], []
     for _ in range(repeats):
         begin = time.perf_counter()
-        upkeep.archive(run)
+        maintenance.archive(run)
         packing.append(time.perf_counter() - begin)
         size = in_archive(root)
         begin = time.perf_counter()
-        upkeep.restore(run)
+        maintenance.restore(run)
         unpacking.append(time.perf_counter() - begin)
         assert digest(root) == before, "restored bits differ"
     return {"size": size, "pack": packing, "unpack": unpacking}

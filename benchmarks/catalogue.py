@@ -19,14 +19,14 @@ import torch
 
 import peakpoint as pp
 from benchmarks.page import ALONE, BEST, BEST_OF_ALL, CASE, SELECTION
-from peakpoint import journal as journals
 from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.format import events, layout
 from peakpoint.format.events import Closed, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import FileRecord, Manifest, encode
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
-from peakpoint.repository import ensure_repository, ensure_run
+from peakpoint.repository import journal as journals
+from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Best, Last
 from peakpoint.store import LocalStore
 

@@ -16,8 +16,8 @@ from torch import nn
 import peakpoint as pp
 from benchmarks.cases import frozen_resnet50
 from benchmarks.page import LEAN, NAIVE, NAIVE_THIN, PACKED, THIN
-from peakpoint import upkeep
 from peakpoint.demo.training import TRAINING_IMAGES, LeNet5, digits
+from peakpoint.repository import maintenance
 from peakpoint.store import FileOps, LocalStore
 
 EPOCHS, BATCH = 100, 64
@@ -235,7 +235,7 @@ def compare(place, seed, epochs, images, progress=lambda: None):
     assert all(one == kept[0] for one in kept), f"the sides must keep the same: {kept}"
     found = {name: {"bytes": on_disk(side.place), "written": side.written} for name, side in sides.items()}
     lean = sides[LEAN]
-    packed = upkeep.archive(pp.open(lean.place).run("lenet5"))
+    packed = maintenance.archive(pp.open(lean.place).run("lenet5"))
     written = lean.written + sum(one.packed_bytes for one in packed)
     found[PACKED] = {"bytes": on_disk(lean.place), "written": written}
     shutil.rmtree(place)

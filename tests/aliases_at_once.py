@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from object_store import Bucket, Faulty
-from peakpoint.aliases import Change, Target, append, head
 from peakpoint.errors import ConflictError, TransientStoreError
+from peakpoint.repository.aliases import Change, Target, append, head
 from peakpoint.store import LocalStore
 
 place, me, count, seed = sys.argv[1:]

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import peakpoint as pp
-from peakpoint import audit
+from peakpoint.repository import audit
 from peakpoint.store import FileOps, LocalStore
 
 EPOCHS = 4

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
-from peakpoint import aliases, audit, promotion, validations
+from peakpoint import promotion
 from peakpoint.errors import NotFoundError
 from peakpoint.format import layout
 from peakpoint.policy import read_text
 from peakpoint.release import release
-from peakpoint.releases import records
-from peakpoint.repository import Repository
+from peakpoint.repository import aliases, audit, validations
+from peakpoint.repository.releases import records
+from peakpoint.repository.root import Repository
 from peakpoint.store import LocalStore
 from promoting import repository, validated
 

@@ -21,8 +21,8 @@ import torch
 
 import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
-from peakpoint import audit, trash, upkeep
 from peakpoint.format import layout
+from peakpoint.repository import audit, maintenance, trash
 from peakpoint.rules.retention import Plan, Removal, Thinning
 from peakpoint.store import LocalStore
 
@@ -58,9 +58,9 @@ def verb(kind, root, ops=None):
     run = run_of(root, ops)
     match kind:
         case "archive":
-            upkeep.archive(run)
+            maintenance.archive(run)
         case "restore":
-            upkeep.restore(run)
+            maintenance.restore(run)
         case "trash" | "keep":
             removals = [Removal(manifest, "told so") for manifest in chosen(run)]
             drops = [
@@ -69,13 +69,13 @@ def verb(kind, root, ops=None):
                 if manifest.epoch == 0 and "optimizer" in manifest.parts
             ]
             plan = Plan({}, tuple(removals), tuple(drops))
-            assert upkeep.apply_plan(run, plan, None, undo_for=DAY if kind == "trash" else timedelta(0)) == []
+            assert maintenance.apply_plan(run, plan, None, undo_for=DAY if kind == "trash" else timedelta(0)) == []
         case "soup":
             if not any(run.manifests() for run in pp.open(root).runs() if run.name == "s"):
                 pp.soup([f"r:epoch={epoch}" for epoch in range(4)], root=LocalStore(root, ops), run="s")
         case "undo":
-            there = [one.manifest.name for one in upkeep.in_trash(run)]
-            upkeep.undo(run, there)
+            there = [one.manifest.name for one in maintenance.in_trash(run)]
+            maintenance.undo(run, there)
 
 
 def prepare(kind, root):

@@ -4,9 +4,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import peakpoint as pp
-from peakpoint import reader, validations
-from peakpoint.clock import utc_now
-from peakpoint.validations import Finding, Predictions, Validation, Wanted
+from peakpoint.repository import reader, validations
+from peakpoint.repository.provenance import utc_now
+from peakpoint.repository.validations import Finding, Predictions, Validation, Wanted
 from training import checkpointer
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)

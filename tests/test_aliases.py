@@ -16,22 +16,6 @@ from rich.console import Console
 
 import peakpoint as pp
 from commands import in_process
-from peakpoint import holders, reader, upkeep
-from peakpoint.aliases import (
-    Change,
-    Target,
-    alias_at,
-    append,
-    back_from,
-    head,
-    history,
-    holder,
-    listed,
-    names,
-    numbers,
-    read,
-)
-from peakpoint.audit import audit, clean
 from peakpoint.cli import render
 from peakpoint.errors import (
     ConfigError,
@@ -46,10 +30,27 @@ from peakpoint.errors import (
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Promoted, Promoting, Removed
 from peakpoint.format.sealed import seal, unseal
-from peakpoint.journal import Journal
-from peakpoint.notes import notes
-from peakpoint.refs import OfAlias, check_alias, parse_any
-from peakpoint.retention import apply
+from peakpoint.repository import aliases, maintenance, reader
+from peakpoint.repository.aliases import (
+    Change,
+    Target,
+    alias_at,
+    append,
+    back_from,
+    head,
+    history,
+    holder,
+    listed,
+    names,
+    numbers,
+    pointing,
+    read,
+)
+from peakpoint.repository.annotations import notes
+from peakpoint.repository.audit import audit, clean
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.refs import OfAlias, check_alias, parse_any
+from peakpoint.repository.removal import apply
 from peakpoint.rules.retention import Removal
 from peakpoint.store import LocalStore, MemoryStore
 from strategies import START, identity
@@ -225,8 +226,8 @@ def test_families_and_what_lies_about_in_the_directories(tmp_path):
         (tmp_path / "aliases" / odd).write_text("{}")
     assert names(store) == ["a.b/c+d", "champion", "resnet50", "resnet50/champion"]
     assert set(map(tuple, listed(store).values())) == {(1,)}
-    assert holders.protected(store, []).keys() == {identity(1)}
-    assert not holders.heads(store)[1]
+    assert aliases.protected(store, []).keys() == {identity(1)}
+    assert not aliases.heads(store)[1]
 
 
 def test_a_name_that_is_none_is_answered_with_near_ones():
@@ -334,8 +335,8 @@ def test_a_record_that_contradicts_itself_is_no_answer(members, error, words):
     with pytest.raises(error, match=words):
         head(store, "champion")
     assert words in history(store, "champion").damage[0]
-    assert list(holders.heads(store)[1]) == ["champion"]
-    assert holders.protected(store, ["x"])["x"].startswith("what champion protects is not known")
+    assert list(aliases.heads(store)[1]) == ["champion"]
+    assert aliases.protected(store, ["x"])["x"].startswith("what champion protects is not known")
 
 
 def test_members_that_a_newer_release_has_added_are_passed_over():
@@ -453,7 +454,7 @@ def test_an_object_store_serves_as_a_place_for_aliases(bucket):
     with pytest.raises(ConflictError, match="meanwhile"):
         append(bucket, "champion", change(number=9), after=None)
     assert [one.target for one in history(bucket, "champion").records] == [target(1), target(2)]
-    assert holders.protected(bucket, []).keys() == {identity(1), identity(2), identity(3)}
+    assert aliases.protected(bucket, []).keys() == {identity(1), identity(2), identity(3)}
 
 
 # --- what is protected --------------------------------------------------------------------------------------------
@@ -479,16 +480,16 @@ def test_what_is_protected_is_what_is_held_and_was_held_last(done):
             expected.setdefault(identity(number), []).append(("was", alias))
         if present is not None:
             expected.setdefault(identity(present), []).append(("is", alias))
-    found = holders.protected(store, [])
+    found = aliases.protected(store, [])
     assert found.keys() == expected.keys()
     for checkpoint, why in found.items():
         held = [alias for how, alias in expected[checkpoint] if how == "is"]
         said = [f"{alias} since 2026-03-01 12:00 UTC" for alias in held]
         said = said or [f"was {alias} (one of its last {model[alias][-1][1]})" for _, alias in expected[checkpoint]]
         assert why == "; ".join(said)
-    heads, unread = holders.heads(store)
+    heads, unread = aliases.heads(store)
     assert unread == {}
-    assert holders.pointing(heads.values()) == {
+    assert pointing(heads.values()) == {
         checkpoint: tuple(alias for how, alias in held if how == "is")
         for checkpoint, held in expected.items()
         if any(how == "is" for how, _ in held)
@@ -499,7 +500,7 @@ def test_a_former_holder_that_cannot_be_read_is_no_former_holder():
     store = MemoryStore()
     put(store, 1, 2, 3, 4, 5, keeps=2)
     store.put(layout.alias_key("champion", 4), [b"garbage"])
-    assert holders.protected(store, []).keys() == {identity(5), identity(3), identity(2)}
+    assert aliases.protected(store, []).keys() == {identity(5), identity(3), identity(2)}
 
 
 def events(*names_):
@@ -531,7 +532,7 @@ def events(*names_):
 def test_what_is_about_to_be_promoted_is_protected_until_the_record_is_there(said, left):
     store = MemoryStore()
     put(store, 1, 2, alias="a")
-    found = holders.protected(store, [], notes(events(*said)).promoting.values())
+    found = aliases.protected(store, [], notes(events(*said)).promoting.values())
     assert found.pop("c", None) == left
     assert found.keys() == {identity(1), identity(2)}
 
@@ -593,7 +594,7 @@ def test_a_plan_spares_what_is_aliased_and_so_does_carrying_it_out(tmp_path):
     before = run.plan(rules)
     assert [one.manifest.step for one in before.remove] == [1, 2, 3]
     point(run.store, "champion", run.manifests()[1])  # after the plan was made
-    assert upkeep.apply_plan(run, before, rules) == [
+    assert maintenance.apply_plan(run, before, rules) == [
         f"{before.remove[1].manifest.name} stays: it is pinned, or an alias points at it"
     ]
     assert steps(run) == [2, 4]
@@ -613,7 +614,7 @@ def test_parts_of_what_is_aliased_are_not_dropped(tmp_path):
     before = run.plan(rules)
     assert [one.manifest.step for one in before.drop] == [1, 2, 3]
     point(run.store, "champion", run.manifests()[1])
-    [told] = upkeep.apply_plan(run, before, rules)
+    [told] = maintenance.apply_plan(run, before, rules)
     assert told.endswith("stays whole: it is pinned, or an alias points at it")
     assert [sorted({"model", "more"} & one.parts.keys()) for one in run.manifests()] == [
         ["model"],
@@ -681,7 +682,7 @@ def test_who_promotes_while_it_is_being_removed_is_seen_or_sees_it(tmp_path):
         if there:
             point(run.store, "champion", victim)  # what was spared can be promoted and pinned later
             run.pin(f"r/{victim.id}", "figure 3")
-            assert not upkeep.in_trash(run)
+            assert not maintenance.in_trash(run)
 
 
 def test_what_is_aliased_is_not_removed_by_hand(tmp_path):
@@ -689,7 +690,7 @@ def test_what_is_aliased_is_not_removed_by_hand(tmp_path):
     one, two, three, _ = run.manifests()
     point(run.store, "champion", one, keeps=1)
     point(run.store, "champion", two, keeps=1)
-    told = upkeep.remove(run, [one, two, three], "x")
+    told = maintenance.remove(run, [one, two, three], "x")
     assert told[0] == f"{one.name} stays: was champion (one of its last 1)"
     assert told[1].startswith(f"{two.name} stays: champion since ")
     assert steps(run) == [1, 2, 4]
@@ -715,7 +716,7 @@ def test_what_was_cut_short_protects_until_that_record_is_there(tmp_path):
     )
     journal.close()  # and no word of what came of it
     assert [claim.reason for claim in run.plan((pp.Last(1),)).keep[one.id]] == ["about to become champion"]
-    assert upkeep.remove(run, [one], "x") == [f"{one.name} stays: about to become champion"]
+    assert maintenance.remove(run, [one], "x") == [f"{one.name} stays: about to become champion"]
     with checkpointer(tmp_path, keep=[pp.Last(2)], undo_for="0") as ckpt:
         with pytest.warns(pp.PeakpointWarning, match="rules have changed"):
             ckpt.resume()
@@ -731,16 +732,16 @@ def test_an_archived_one_and_one_that_was_brought_back_are_the_same_checkpoint(t
     run = trained(tmp_path, state={"model": list(range(100))})
     one = run.manifests()[0]
     point(run.store, "champion", one)
-    upkeep.archive(run)
+    maintenance.archive(run)
     assert pp.open(tmp_path).find("@champion").id == one.id
     point(run.store, "champion", None, keeps=0)
-    upkeep.restore(run)
-    upkeep.remove(run, [one], "x", undo_for=DAY)
+    maintenance.restore(run)
+    maintenance.remove(run, [one], "x", undo_for=DAY)
     with pytest.raises(
         NotFoundError, match=r"record 1 of champion points at r/\S+ \(\w{16}\), which does not exist any more"
     ):
         pp.open(tmp_path).find("@champion:1")
-    upkeep.undo(run, [one.id])
+    maintenance.undo(run, [one.id])
     assert pp.open(tmp_path).find("@champion:1").id == one.id
     with pytest.raises(NotFoundError, match="retired"):
         pp.open(tmp_path).find("@champion")
@@ -790,7 +791,7 @@ def promoted(tmp_path):
 
 def test_an_audit_finds_nothing_where_nothing_is_wrong(promoted):
     assert findings(promoted.store.root) == []
-    upkeep.remove(promoted, [], "x")
+    maintenance.remove(promoted, [], "x")
     promoted.store.put("releases/20260301.json", [b"{}"])
     promoted.store.put(layout.told_key("family/champion", 1), [b"{}"])
     shutil.rmtree(promoted.store.path(layout.checkpoint_prefix("r", promoted.manifests()[0].name)))
@@ -942,7 +943,7 @@ def test_a_record_that_the_disk_does_not_give_is_told():
     store = Broken()
     for alias in ("a", "b"):
         append(store, alias, change(), after=None)
-    found, unread = holders.heads(store)
+    found, unread = aliases.heads(store)
     assert (list(found), unread) == (["b"], {"a": "input/output error"})
     with pytest.raises(StoreError):
-        holders.protected(store, [])  # nothing is removed then, and the next save tries again
+        aliases.protected(store, [])  # nothing is removed then, and the next save tries again

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import packs, upkeep
-from peakpoint.archiving import CHAIN
-from peakpoint.audit import audit, clean
 from peakpoint.cli.main import cli
 from peakpoint.format import layout
 from peakpoint.format.events import Removed
 from peakpoint.format.sealed import seal, unseal
-from peakpoint.journal import Journal
+from peakpoint.repository import maintenance, packs
+from peakpoint.repository.archive import CHAIN
+from peakpoint.repository.audit import audit, clean
+from peakpoint.repository.journal import Journal
 from peakpoint.store import MemoryStore
 from training import checkpointer, parts, same, train
 
@@ -73,12 +73,12 @@ def test_archived_and_restored_bit_for_bit(tmp_path):
     backbone = torch.nn.Linear(200, 200).requires_grad_(False)  # a file that checkpoints share
     trained(tmp_path, backbone=backbone)
     before, space = files(tmp_path), bytes_on_disk(tmp_path)
-    done = upkeep.archive(run_of(tmp_path))
+    done = maintenance.archive(run_of(tmp_path))
     assert [one.bases for one in done][:2] == [0, 1]
     assert not list(tmp_path.rglob("*.safetensors"))
     assert sum(one.packed_bytes for one in done) < 0.5 * sum(one.size_bytes for one in done)
     assert audit(pp.open(tmp_path), deep=True).clean
-    assert [one.name for one in upkeep.restore(run_of(tmp_path))] == [one.manifest.name for one in done]
+    assert [one.name for one in maintenance.restore(run_of(tmp_path))] == [one.manifest.name for one in done]
     assert files(tmp_path) == before
     assert bytes_on_disk(tmp_path) < 1.02 * space, "what was shared is shared again"
     assert not (tmp_path / "runs/r/archive").exists()
@@ -87,7 +87,7 @@ def test_archived_and_restored_bit_for_bit(tmp_path):
 
 def test_archived_checkpoints_are_read_like_others(tmp_path):
     weights = trained(tmp_path)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.archive(run_of(tmp_path))
     for number, expected in enumerate(weights):
         loaded = pp.load(f"r:epoch={number}", root=tmp_path)
         assert same(dict(loaded["model"]), expected)
@@ -102,7 +102,7 @@ def test_archived_checkpoints_are_read_like_others(tmp_path):
 def test_another_run_goes_on_from_a_checkpoint_of_an_archived_run(tmp_path):
     expected = trained(tmp_path / "whole", epochs=6)
     trained(tmp_path / "r", epochs=4)
-    upkeep.archive(run_of(tmp_path / "r"))
+    maintenance.archive(run_of(tmp_path / "r"))
     model, optimizer = parts(width=64)
     state = {"model": model, "optimizer": optimizer}
     with checkpointer(tmp_path / "r", run="q", state=state, keep=[pp.Last(99)], resume="r@latest") as ckpt:
@@ -125,13 +125,15 @@ def everything(root):
 MODEL_ONLY = pp.Best("loss", "min", parts="model")
 REFUSED = {
     "keep": lambda root: command("keep", root, "r", "--rules", "last:1"),
-    "keep --yes": lambda root: upkeep.apply_plan(run_of(root), run_of(root).plan([pp.Last(1)]), None),
-    "parts": lambda root: upkeep.apply_plan(
+    "keep --yes": lambda root: maintenance.apply_plan(run_of(root), run_of(root).plan([pp.Last(1)]), None),
+    "parts": lambda root: maintenance.apply_plan(
         run_of(root), run_of(root).plan([pp.Best("loss", "min", parts="model")]), None
     ),
-    "rm": lambda root: upkeep.remove(run_of(root), run_of(root).manifests()[:1], "x"),
-    "rm of all, into the trash": lambda root: upkeep.remove(run_of(root), run_of(root).manifests(), "x", undo_for=DAY),
-    "undo": lambda root: upkeep.undo(run_of(root), ["r_epoch0"]),
+    "rm": lambda root: maintenance.remove(run_of(root), run_of(root).manifests()[:1], "x"),
+    "rm of all, into the trash": lambda root: maintenance.remove(
+        run_of(root), run_of(root).manifests(), "x", undo_for=DAY
+    ),
+    "undo": lambda root: maintenance.undo(run_of(root), ["r_epoch0"]),
     "training": lambda root: trained(root, epochs=6),
 }
 
@@ -139,35 +141,35 @@ REFUSED = {
 @pytest.mark.parametrize("verb", REFUSED)
 def test_nothing_changes_single_checkpoints_of_an_archived_run(tmp_path, verb):
     trained(tmp_path, epochs=4)
-    upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests()[:1], "was in the trash before", undo_for=DAY)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.remove(run_of(tmp_path), run_of(tmp_path).manifests()[:1], "was in the trash before", undo_for=DAY)
+    maintenance.archive(run_of(tmp_path))
     before = everything(tmp_path)
     with pytest.raises(pp.ConflictError, match="is archived") as refused:
         REFUSED[verb](tmp_path)
     assert "--restore" in str(refused.value) or "--undo-for 0" in str(refused.value)
     assert everything(tmp_path) == before
-    assert upkeep.archive(run_of(tmp_path)) == []
-    upkeep.restore(run_of(tmp_path))
-    assert len(upkeep.undo(run_of(tmp_path), [upkeep.in_trash(run_of(tmp_path))[0].manifest.id])) == 1
+    assert maintenance.archive(run_of(tmp_path)) == []
+    maintenance.restore(run_of(tmp_path))
+    assert len(maintenance.undo(run_of(tmp_path), [maintenance.in_trash(run_of(tmp_path))[0].manifest.id])) == 1
     assert audit(pp.open(tmp_path), deep=True).findings == []
 
 
 def test_notes_and_aliases_of_an_archived_run_go_on(tmp_path):
     trained(tmp_path, epochs=2)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.archive(run_of(tmp_path))
     run = run_of(tmp_path)
     run.pin("r@latest", "figure 3")
     assert run.record("r@latest", {"accuracy": 0.5}).metrics["accuracy"] == 0.5
     command("promote", tmp_path, "r@latest", "--as", "champion", "--force", "--yes", "--why", "x")
     assert [one.epoch for one in pp.select(tmp_path, "archived")] == [1, 0]
-    upkeep.restore(run)
+    maintenance.restore(run)
     assert list(pp.select(tmp_path, "archived")) == []
 
 
 def test_the_whole_of_an_archived_run_can_be_removed(tmp_path):
     trained(tmp_path, epochs=3)
-    upkeep.archive(run_of(tmp_path))
-    assert upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests(), "done with it") == []
+    maintenance.archive(run_of(tmp_path))
+    assert maintenance.remove(run_of(tmp_path), run_of(tmp_path).manifests(), "done with it") == []
     assert run_of(tmp_path).checkpoints() == []
     assert not list(tmp_path.rglob("*.pack"))
     assert not (tmp_path / layout.archived_key("r")).exists()
@@ -186,7 +188,7 @@ def test_a_removal_that_begins_during_an_archive_stops_one_of_the_two(tmp_path):
 
     before = files(tmp_path)
     with pytest.raises(pp.ConflictError, match="being removed"):
-        upkeep.archive(run, progress=announce)
+        maintenance.archive(run, progress=announce)
     journal.close()
     assert files(tmp_path) == before
     assert not (tmp_path / layout.archived_key("r")).exists()
@@ -200,19 +202,19 @@ def test_what_goes_into_the_trash_during_an_archive_keeps_its_files(tmp_path):
 
     def remove(packed):
         if packed.manifest.epoch == 2:
-            going.extend(upkeep.remove(run, run.manifests()[:1], "x", undo_for=DAY))
+            going.extend(maintenance.remove(run, run.manifests()[:1], "x", undo_for=DAY))
 
-    upkeep.archive(run, progress=remove)
+    maintenance.archive(run, progress=remove)
     assert going == []
-    upkeep.restore(run)
-    upkeep.undo(run, [upkeep.in_trash(run)[0].manifest.name])
+    maintenance.restore(run)
+    maintenance.undo(run, [maintenance.in_trash(run)[0].manifest.name])
     for number, expected in enumerate(weights):
         assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
 
 
 def test_chains_are_bounded(tmp_path):
     trained(tmp_path, epochs=CHAIN + 3, width=2)
-    done = upkeep.archive(run_of(tmp_path))
+    done = maintenance.archive(run_of(tmp_path))
     store = pp.open(tmp_path).store
     depths = [packs.read_index(store, "r", one.manifest.id).depth for one in done]
     assert depths == [*range(1, CHAIN + 1), 1, 2, 3]
@@ -237,10 +239,10 @@ def test_layouts_that_change_come_back(tmp_path_factory, seed, epochs):
             ckpt.wait()
             saved[step] = {name: value.clone() for name, value in state["model"].items()}
     run = pp.open(root).run("r")
-    for verb in (upkeep.archive, upkeep.restore, upkeep.archive):
-        if dice.random() < 0.5 and verb is not upkeep.restore:
+    for verb in (maintenance.archive, maintenance.restore, maintenance.archive):
+        if dice.random() < 0.5 and verb is not maintenance.restore:
             goes = dice.choice(run.manifests())
-            assert upkeep.remove(run, [goes], "chance") == []
+            assert maintenance.remove(run, [goes], "chance") == []
             del saved[goes.step]
         verb(run)
         assert {one.step for one in run.checkpoints()} == saved.keys()
@@ -251,7 +253,7 @@ def test_layouts_that_change_come_back(tmp_path_factory, seed, epochs):
 
 def test_every_damage_to_a_pack_is_noticed(tmp_path):
     weights = trained(tmp_path, epochs=2, width=4)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.archive(run_of(tmp_path))
     first = run_of(tmp_path).manifests()[0]
     path = tmp_path / "runs/r/archive" / f"{first.id}.pack"
     good = path.read_bytes()
@@ -279,39 +281,41 @@ def test_every_damage_to_a_pack_is_noticed(tmp_path):
         pp.load("r:epoch=1", root=tmp_path)
     assert {finding.kind for finding in audit(pp.open(tmp_path)).findings} == {"damage"}
     with pytest.raises(pp.CorruptError):
-        upkeep.restore(run_of(tmp_path))
+        maintenance.restore(run_of(tmp_path))
     clean(pp.open(tmp_path))
     path.write_bytes(good)
     assert audit(pp.open(tmp_path), deep=True).findings == [], "the packs are still read"
     for number, expected in enumerate(weights):
         assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
     with pytest.raises(pp.ConflictError, match="is archived"):  # the only copy is in the pack, and goes to no trash
-        upkeep.remove(run_of(tmp_path), [first], "x", undo_for=DAY)
+        maintenance.remove(run_of(tmp_path), [first], "x", undo_for=DAY)
     clean(pp.open(tmp_path))
-    assert len(upkeep.restore(run_of(tmp_path))) == 2, "what lacks files is in the archive, whatever the records say"
+    assert len(maintenance.restore(run_of(tmp_path))) == 2, (
+        "what lacks files is in the archive, whatever the records say"
+    )
     assert audit(pp.open(tmp_path), deep=True).findings == []
     assert not list(tmp_path.rglob("*.pack"))
 
 
 def test_what_is_damaged_in_an_archive_keeps_nothing_else_there(tmp_path):
     weights = trained(tmp_path, epochs=CHAIN + 2, width=2)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.archive(run_of(tmp_path))
     *others, last = run_of(tmp_path).manifests()
     path = tmp_path / "runs/r/archive" / f"{last.id}.pack"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(pp.CorruptError, match=f"all of run 'r' is back but.*{last.id}"):
-        upkeep.restore(run_of(tmp_path))
+        maintenance.restore(run_of(tmp_path))
     for number, expected in enumerate(weights[:-1]):
         assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
-    upkeep.remove(run_of(tmp_path), [last], "damaged")
+    maintenance.remove(run_of(tmp_path), [last], "damaged")
     clean(pp.open(tmp_path))
     assert audit(pp.open(tmp_path), deep=True).findings == []
-    assert len(upkeep.archive(run_of(tmp_path))) == len(others)
+    assert len(maintenance.archive(run_of(tmp_path))) == len(others)
 
 
 def test_a_damaged_record_of_an_archive_loses_nothing(tmp_path):
     weights = trained(tmp_path, epochs=2)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.archive(run_of(tmp_path))
     record = tmp_path / layout.archived_key("r")
     good = record.read_bytes()
     for bad in (good[:-3], good.replace(b"packed", b"pocked"), b"", seal({"format": 9}), seal({"format": 1, "at": 7})):
@@ -319,10 +323,10 @@ def test_a_damaged_record_of_an_archive_loses_nothing(tmp_path):
         assert "damage" in {finding.kind for finding in audit(pp.open(tmp_path)).findings}
         clean(pp.open(tmp_path))
         with pytest.raises(pp.ConflictError, match="--restore"):
-            upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests()[:1], "x")
-        assert len(upkeep.restore(run_of(tmp_path))) == 2
+            maintenance.remove(run_of(tmp_path), run_of(tmp_path).manifests()[:1], "x")
+        assert len(maintenance.restore(run_of(tmp_path))) == 2
         assert audit(pp.open(tmp_path), deep=True).findings == []
-        upkeep.archive(run_of(tmp_path))
+        maintenance.archive(run_of(tmp_path))
     record.unlink()
     clean(pp.open(tmp_path))
     for number, expected in enumerate(weights):
@@ -341,7 +345,7 @@ def rewritten(root, whose, **changes):
 
 def test_hostile_packs_are_refused(tmp_path):
     trained(tmp_path, epochs=3, width=4)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.archive(run_of(tmp_path))
     ids = [one.id for one in run_of(tmp_path).manifests()]
     good = {one: (tmp_path / "runs/r/archive" / f"{one}.pack").read_bytes() for one in ids}
     files = packs.read_index(pp.open(tmp_path).store, "r", ids[2]).files
@@ -376,7 +380,7 @@ def test_a_run_that_lacks_a_file_stays_as_it_is(tmp_path):
     trained(tmp_path, epochs=2, width=4)
     (run_of(tmp_path).checkpoints()[1].path / "state.json").unlink()
     with pytest.raises(pp.CorruptError, match="is damaged"):
-        upkeep.archive(run_of(tmp_path))
+        maintenance.archive(run_of(tmp_path))
     assert not list(tmp_path.rglob("*.pack"))
 
 
@@ -392,17 +396,17 @@ def test_a_run_with_a_damaged_checkpoint_stays_as_it_is(tmp_path):
         command("archive", tmp_path, "r")
     assert files(tmp_path) == before
     assert not list(tmp_path.rglob("*.pack"))
-    upkeep.remove(run_of(tmp_path), run_of(tmp_path).manifests()[1:2], "damaged")
+    maintenance.remove(run_of(tmp_path), run_of(tmp_path).manifests()[1:2], "damaged")
     assert "3 checkpoints" in command("archive", tmp_path, "r")
 
 
 def test_a_store_without_directories_can_be_archived(tmp_path):
     store = MemoryStore()
     weights = trained(store, epochs=3)
-    done = upkeep.archive(pp.open(store).run("r"))
+    done = maintenance.archive(pp.open(store).run("r"))
     assert len(done) == 3
     assert same(dict(pp.load("r:epoch=2", root=store)["model"]), weights[2])
-    assert len(upkeep.restore(pp.open(store).run("r"))) == 3
+    assert len(maintenance.restore(pp.open(store).run("r"))) == 3
     assert same(dict(pp.load("r:epoch=0", root=store)["model"]), weights[0])
 
 
@@ -410,7 +414,7 @@ def test_a_run_that_is_being_written_is_left_alone(tmp_path):
     with checkpointer(tmp_path) as ckpt:
         ckpt.report(step=1)
         ckpt.wait()
-        for verb in (upkeep.archive, upkeep.restore):
+        for verb in (maintenance.archive, maintenance.restore):
             with pytest.raises(pp.ConflictError, match=f"process {os.getpid()}"):
                 verb(run_of(tmp_path))
 
@@ -429,7 +433,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path):
             assert done.returncode == 2
             assert "pip install 'peakpoint[archive]'" in done.stderr
             assert "Traceback" not in done.stderr
-            upkeep.archive(run_of(tmp_path))
+            maintenance.archive(run_of(tmp_path))
         else:
             assert done.returncode == 2, done.stderr
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint import upkeep
+from peakpoint.repository import maintenance
 from peakpoint.store import LocalStore, MemoryStore
 from test_archive import run_of, trained
 from training import checkpointer
@@ -60,11 +60,11 @@ def test_a_reader_in_another_process_that_dies(tmp_path):
         plan = run_of(tmp_path).plan([pp.Last(1)])
         assert [one.manifest.epoch for one in plan.remove] == [1]
         first = run_of(tmp_path).manifests()[:1]
-        (failure,) = upkeep.remove(run_of(tmp_path), first, "not wanted")
+        (failure,) = maintenance.remove(run_of(tmp_path), first, "not wanted")
         assert "somebody is reading it; try again later" in failure
         process.send_signal(signal.SIGKILL)
     assert [one.manifest.epoch for one in run_of(tmp_path).plan([pp.Last(1)]).remove] == [0, 1]
-    assert upkeep.remove(run_of(tmp_path), first, "not wanted") == []
+    assert maintenance.remove(run_of(tmp_path), first, "not wanted") == []
     assert len(steps(tmp_path)) == 2
 
 
@@ -95,7 +95,7 @@ def test_a_store_that_cannot_tell_says_so():
 def test_a_checkpoint_that_is_archived_while_it_is_read(tmp_path):
     weights = trained(tmp_path, epochs=2)
     loaded = pp.load("r:epoch=1", root=tmp_path)
-    upkeep.archive(run_of(tmp_path))
+    maintenance.archive(run_of(tmp_path))
     assert torch.equal(loaded["model"]["0.weight"], weights[1]["0.weight"])
     with pytest.raises(KeyError):
         loaded["nothing"]

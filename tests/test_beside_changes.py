@@ -5,13 +5,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import peakpoint as pp
-from peakpoint import audit, dropping, promotion, upkeep
+from peakpoint import promotion
 from peakpoint.format import layout
 from peakpoint.format.events import Removed
-from peakpoint.journal import Journal
-from peakpoint.repository import Repository
+from peakpoint.repository import audit, maintenance
+from peakpoint.repository.commit import remove
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.root import Repository
+from peakpoint.repository.trash import drop
 from peakpoint.store import LocalStore
-from peakpoint.writer import remove
 from test_archive import run_of, trained
 from training import checkpointer, parts
 
@@ -63,19 +65,19 @@ def removed(run):
 
 
 def trashed(run):
-    upkeep.remove(run, run.manifests()[:1], "why", undo_for=DAY)
+    maintenance.remove(run, run.manifests()[:1], "why", undo_for=DAY)
 
 
 def dropped(run):
-    dropping.drop(run.store, run.manifests()[0], ["optimizer"], at=NOW, why="why", by="a test")
+    drop(run.store, run.manifests()[0], ["optimizer"], at=NOW, why="why", by="a test")
 
 
 def archived(run):
-    upkeep.archive(run)
+    maintenance.archive(run)
 
 
 def restored(run):
-    upkeep.restore(run)
+    maintenance.restore(run)
 
 
 def begun_anew(run):
@@ -95,7 +97,7 @@ def test_an_audit_knows_a_change_from_damage(tmp_path, change, deep):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
     if change is restored:
-        upkeep.archive(run)
+        maintenance.archive(run)
     store = Meddled(tmp_path, "optimizer.safetensors", lambda: change(run))
     result = audit.audit(Repository(store), deep=deep)
     assert store.has_meddled
@@ -206,9 +208,9 @@ def test_cleaning_leaves_the_record_of_a_removal_that_is_at_work(tmp_path):
     run = run_of(tmp_path)
     name = run.manifests()[0].name
     store = Meddled(tmp_path, "trashed.json put", lambda: audit.clean(pp.open(tmp_path)))
-    assert upkeep.remove(Repository(store).run("r"), run.manifests()[:1], "why", undo_for=DAY) == []
+    assert maintenance.remove(Repository(store).run("r"), run.manifests()[:1], "why", undo_for=DAY) == []
     assert store.has_meddled
-    assert [manifest.name for manifest in upkeep.undo(run, [name])] == [name]
+    assert [manifest.name for manifest in maintenance.undo(run, [name])] == [name]
 
 
 def test_two_that_put_a_checkpoint_into_the_trash_at_once(tmp_path):
@@ -216,8 +218,8 @@ def test_two_that_put_a_checkpoint_into_the_trash_at_once(tmp_path):
     run = run_of(tmp_path)
     first = run.manifests()[0]
     store = Meddled(tmp_path, "trashed.json written", lambda: trashed(run))
-    assert upkeep.remove(Repository(store).run("r"), [first], "why", undo_for=DAY) == []
+    assert maintenance.remove(Repository(store).run("r"), [first], "why", undo_for=DAY) == []
     assert store.has_meddled
     assert [manifest.epoch for manifest in run.manifests()] == [1]
     assert audit.audit(pp.open(tmp_path), deep=True).clean
-    assert [manifest.id for manifest in upkeep.undo(run, [first.name])] == [first.id]
+    assert [manifest.id for manifest in maintenance.undo(run, [first.name])] == [first.id]

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import peakpoint as pp
-from peakpoint import aliases, card, reader, validations
+from peakpoint import card
 from peakpoint.card import Told
 from peakpoint.card.front import front_matter
 from peakpoint.card.front import yaml as written
 from peakpoint.cli.main import cli
-from peakpoint.clock import utc_now
+from peakpoint.repository import aliases, reader, validations
+from peakpoint.repository.provenance import utc_now
 from strategies import START, texts
 from training import checkpointer, parts, train
 

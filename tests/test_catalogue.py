@@ -24,8 +24,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import peakpoint as pp
-from peakpoint.aliases import Change, append, back_from, head
-from peakpoint.audit import audit
 from peakpoint.catalogue import Catalogue, Wish, schema
 from peakpoint.catalogue.refresh import refresh_run
 from peakpoint.errors import (
@@ -42,10 +40,12 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Pinned
 from peakpoint.format.manifest import encode
 from peakpoint.format.sealed import digest
-from peakpoint.journal import Journal
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
-from peakpoint.repository import ensure_repository, ensure_run
+from peakpoint.repository.aliases import Change, append, back_from, head
+from peakpoint.repository.audit import audit
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import watched
 from peakpoint.rules.history import history
 from peakpoint.rules.peaks import peaks
@@ -472,7 +472,8 @@ def test_a_change_of_an_alias_is_seen_at_once(three, tmp_path, catalogue_url, ol
             assert [select_alias(catalogue) for catalogue in catalogues] == [expected] * 2
     code = (
         "import sys\nfrom pathlib import Path\nfrom peakpoint.store import LocalStore\n"
-        "from peakpoint.aliases import Change, append, head\nstore = LocalStore(Path(sys.argv[1]))\nimport datetime\n"
+        "from peakpoint.repository.aliases import Change, append, head\n"
+        "store = LocalStore(Path(sys.argv[1]))\nimport datetime\n"
         "change = Change(kind='retired', target=None, at=datetime.datetime.now(datetime.UTC), by='me', why='x')\n"
         "append(store, 'champion', change, after=head(store, 'champion'))\n"
     )

@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import peakpoint as pp
-from peakpoint import aliases, changelog, reader, upkeep, validations
-from peakpoint import journal as journals
+from peakpoint import changelog
 from peakpoint.changelog import Entry, pages, versions
 from peakpoint.changelog.claims import Claims
 from peakpoint.cli.main import cli
-from peakpoint.clock import utc_now
 from peakpoint.format import layout
 from peakpoint.format.events import (
     STOPPED,
@@ -42,7 +40,10 @@ from peakpoint.format.events import (
     Unpinned,
 )
 from peakpoint.format.sealed import seal
-from peakpoint.repository import ensure_repository, ensure_run
+from peakpoint.repository import aliases, maintenance, reader, validations
+from peakpoint.repository import journal as journals
+from peakpoint.repository.provenance import utc_now
+from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Moment, claims
 from peakpoint.store import LocalStore
 from strategies import START, identity, one_rule, text_tuples, texts, times, trees, values
@@ -146,7 +147,7 @@ class Life:
         self.lost(before, list(self.there().values()))
 
     def remove(self, one, ref, data):
-        upkeep.remove(self.run, [one], "not wanted", undo_for=timedelta(hours=1))
+        maintenance.remove(self.run, [one], "not wanted", undo_for=timedelta(hours=1))
         if one.id in self.run.aliased([one], self.run.events()):
             return
         self.note("removed", one.id)
@@ -157,7 +158,7 @@ class Life:
         if self.trashed:
             before = list(self.there().values())
             back = self.trashed.pop()
-            upkeep.undo(self.run, [back])
+            maintenance.undo(self.run, [back])
             self.note("undone", back)
             self.lost(before, list(self.there().values()))
             self.note("pinned", back, "brought back with undo")
@@ -683,7 +684,7 @@ def test_a_removal_that_came_to_nothing_says_so(tmp_path):
     found = changelog.entries(pp.open(tmp_path), kinds=["removed"])
     assert [one.details["came_to_nothing"] for one in found] == [True, True]
     assert "was to be removed, and is still here" in pages.by_day(found, "x")
-    upkeep.remove(run, [one], "third")
+    maintenance.remove(run, [one], "third")
     found = changelog.entries(pp.open(tmp_path), kinds=["removed"])
     assert [one.details.get("came_to_nothing", False) for one in found] == [True, True, False]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint.audit import audit
+from peakpoint.repository.audit import audit
 from peakpoint.store import MemoryStore
 from training import checkpointer, kept, parts, same, train
 

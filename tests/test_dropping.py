@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint import rules as rules_module
-from peakpoint.audit import audit, clean
-from peakpoint.dropping import drop, records
 from peakpoint.format.manifest import FileRecord
+from peakpoint.repository.audit import audit, clean
+from peakpoint.repository.trash import drop, records
 from peakpoint.rules.retention import plan, protections
 from strategies import DIGEST, START, manifest, one_rule, trees
 from training import checkpointer, kept, parts, same, train

@@ -21,11 +21,12 @@ from click.testing import CliRunner
 
 import format_state
 import peakpoint as pp
-from peakpoint import aliases, changelog, policy, validations
+from peakpoint import changelog, policy
 from peakpoint.cli.main import cli
 from peakpoint.format.events import Event
 from peakpoint.format.manifest import plain
-from peakpoint.releases import records
+from peakpoint.repository import aliases, validations
+from peakpoint.repository.releases import records
 from test_tree import same
 from training import checkpointer
 

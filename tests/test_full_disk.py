@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint import audit, retention, upkeep
 from peakpoint.errors import StoreError
 from peakpoint.format.events import Removed
-from peakpoint.journal import Journal
-from peakpoint.repository import Run
+from peakpoint.repository import audit, maintenance, removal
+from peakpoint.repository.commit import remove
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.run import Run
 from peakpoint.rules.retention import Removal
 from peakpoint.store import FileOps, LocalStore
-from peakpoint.writer import remove
 from test_archive import run_of, trained
 from test_trash import command, epochs
 from training import checkpointer
@@ -79,7 +79,7 @@ disks = pytest.mark.parametrize(
 def test_a_removal_by_hand_frees_it(tmp_path, ops):
     trained(tmp_path, epochs=3)
     run = on(ops(), tmp_path)
-    assert upkeep.remove(run, run.manifests()[:2], "too many") == []
+    assert maintenance.remove(run, run.manifests()[:2], "too many") == []
     assert epochs(tmp_path) == [2]
     assert reasons(tmp_path) == ["too many", "too many"]
     assert "by" in json.loads(command("explain", tmp_path, "r:epoch=0", "--json"))["removed"]
@@ -90,7 +90,7 @@ def test_a_removal_by_hand_frees_it(tmp_path, ops):
 def test_rules_free_it_and_are_in_force(tmp_path, ops):
     trained(tmp_path, epochs=4)
     run = on(ops(), tmp_path)
-    assert upkeep.apply_plan(run, run.plan([pp.Last(1)]), [pp.Last(1)]) == []
+    assert maintenance.apply_plan(run, run.plan([pp.Last(1)]), [pp.Last(1)]) == []
     assert epochs(tmp_path) == [3]
     assert len(reasons(tmp_path)) == 3
     assert [rule.text for rule in run_of(tmp_path).rules()] == ["last:1"]
@@ -101,18 +101,18 @@ def test_rules_free_it_and_are_in_force(tmp_path, ops):
 def test_the_trash_is_emptied(tmp_path, ops):
     trained(tmp_path, epochs=3)
     run = on(ops(), tmp_path)
-    upkeep.remove(run_of(tmp_path), run.manifests()[:2], "too many", undo_for=DAY)
-    assert len(upkeep.empty_trash(run)) == 2
-    assert upkeep.in_trash(run) == []
+    maintenance.remove(run_of(tmp_path), run.manifests()[:2], "too many", undo_for=DAY)
+    assert len(maintenance.empty_trash(run)) == 2
+    assert maintenance.in_trash(run) == []
     assert audit.audit(pp.open(tmp_path), deep=True).findings == []
 
 
 def by_hand(run):
-    upkeep.remove(run, run.manifests()[:1], "too many", undo_for=DAY)
+    maintenance.remove(run, run.manifests()[:1], "too many", undo_for=DAY)
 
 
 def by_rules(run):
-    upkeep.apply_plan(run, run.plan([pp.Last(1)]), None, undo_for=DAY)
+    maintenance.apply_plan(run, run.plan([pp.Last(1)]), None, undo_for=DAY)
 
 
 @disks
@@ -129,7 +129,7 @@ def test_the_trash_needs_room_and_the_way_out_is_named(tmp_path, ops, way):
 def test_a_disk_that_is_filled_again_at_once(tmp_path):
     trained(tmp_path, epochs=3)
     run = on(Full(removals=99), tmp_path)
-    (failure,) = upkeep.remove(run, run.manifests()[:2], "too many")
+    (failure,) = maintenance.remove(run, run.manifests()[:2], "too many")
     assert "the journal does not tell of this removal" in failure
     assert epochs(tmp_path) == [2]
     told = command("explain", tmp_path, "r:epoch=0")
@@ -155,7 +155,7 @@ def test_what_is_protected_before_the_record_stays(tmp_path):
     answers = [set(), {second.id}]  # asked before the first removal, and when it has made room
     journal = Journal(run.store, "r", lambda: datetime(2026, 3, 1, tzinfo=UTC))
     removals = [Removal(first, "why"), Removal(second, "why")]
-    (failure,) = retention.apply(run.store, journal, removals, by="a test", pinned=lambda: answers.pop(0))
+    (failure,) = removal.apply(run.store, journal, removals, by="a test", pinned=lambda: answers.pop(0))
     journal.close()
     assert failure.startswith(f"{second.name} stays")
     assert epochs(tmp_path) == [1, 2]

@@ -36,7 +36,6 @@ from foreign_files import (
     script,
     train_epoch,
 )
-from peakpoint import audit
 from peakpoint.cli.main import cli
 from peakpoint.format.events import Opened
 from peakpoint.importing import logs, unpickling
@@ -44,6 +43,7 @@ from peakpoint.importing.logs import Row
 from peakpoint.importing.placing import COUNTED, placed
 from peakpoint.importing.sources import read_safetensors
 from peakpoint.importing.timeline import timeline
+from peakpoint.repository import audit
 from peakpoint.rules import history as histories
 from training import same
 

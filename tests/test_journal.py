@@ -11,7 +11,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peakpoint import journal as j
 from peakpoint.errors import CorruptError, StoreError
 from peakpoint.format.events import (
     Archived,
@@ -37,7 +36,8 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.layout import journal_prefix
 from peakpoint.format.sealed import digest, seal
-from peakpoint.journal import Journal
+from peakpoint.repository import journal as j
+from peakpoint.repository.journal import Journal
 from peakpoint.rules.history import history, newest
 from peakpoint.store import FileOps, LocalStore, MemoryStore
 from strategies import START, any_metrics, text_tuples, texts, times

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint import audit
+from peakpoint.repository import audit
 
 HERE = Path(__file__).parent
 POINTS = 24

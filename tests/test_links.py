@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 import peakpoint as pp
-from peakpoint.audit import audit, clean
 from peakpoint.cli.main import cli
+from peakpoint.repository.audit import audit, clean
 from promoting import validated
 from training import checkpointer
 from validated import crown

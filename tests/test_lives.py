@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import journal as journals
 from peakpoint.format.events import Reported, Saved
 from peakpoint.lives import lives
-from peakpoint.retention import apply
+from peakpoint.repository import journal as journals
+from peakpoint.repository.removal import apply
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule
 from peakpoint.rules.retention import Removal
 from peakpoint.rules.simulate import replay

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import journal as journals
 from peakpoint.format.events import Measured, Removed, Reported, Saved, Started
-from peakpoint.ledger import Ledger
-from peakpoint.retention import apply
+from peakpoint.repository import journal as journals
+from peakpoint.repository.annotations import Ledger
+from peakpoint.repository.removal import apply
 from peakpoint.rules import smoothed
 from peakpoint.rules.history import Smoothing, derive
 from peakpoint.rules.retention import Removal

@@ -13,8 +13,8 @@ from peakpoint.errors import ConfigError
 from peakpoint.format.sealed import digest
 from peakpoint.policy import Hook, Improvement, read_policies, read_text
 from peakpoint.ranking import WithinSE
+from peakpoint.repository.validations import Wanted
 from peakpoint.store import LocalStore, MemoryStore
-from peakpoint.validations import Wanted
 
 WHOLE = """
 format = 1

@@ -8,18 +8,20 @@ from datetime import timedelta
 import pytest
 
 import peakpoint as pp
-from peakpoint import aliases, holders, hooks, promotion, upkeep
-from peakpoint import journal as journals
+from peakpoint import hooks, promotion
 from peakpoint.asking import with_golden
-from peakpoint.clock import utc_now
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Removed
 from peakpoint.policy import Improvement, Policy, read_policies
 from peakpoint.release import release
-from peakpoint.releases import records
-from peakpoint.repository import Repository
+from peakpoint.repository import aliases, maintenance
+from peakpoint.repository import journal as journals
+from peakpoint.repository.aliases import protected
+from peakpoint.repository.provenance import utc_now
+from peakpoint.repository.releases import records
+from peakpoint.repository.root import Repository
+from peakpoint.repository.validations import Wanted
 from peakpoint.store import LocalStore
-from peakpoint.validations import Wanted
 from production_task import build, data, in_process, policy, trained
 from promoting import repository, validated
 from training import checkpointer
@@ -64,7 +66,7 @@ def test_one_who_gives_up_leaves_the_announcements_of_others(tmp_path):
                 with pytest.raises(pp.ConflictError, match="changed meanwhile"):
                     promotion.promote(late, "a second one, who has seen record 1", force=True)
                 run = found.run("r")
-                upkeep.remove(run, [run.find_manifest("r:1")], "a third one")
+                maintenance.remove(run, [run.find_manifest("r:1")], "a third one")
             return super().create(key, data)
 
     slow = Repository(Slow(tmp_path))
@@ -135,7 +137,7 @@ def test_what_a_roll_back_would_restore_is_protected(tmp_path):
         promote(found, bad)
         promotion.rollback(found, "champion", "it is bad")
     back = next(aliases.back_from(found.store, aliases.holder(found.store, "champion")))
-    assert back.target.checkpoint in holders.protected(found.store, [back.target.checkpoint])
+    assert back.target.checkpoint in protected(found.store, [back.target.checkpoint])
 
 
 def test_an_alias_whose_newest_record_is_damaged_can_be_set_again_by_force(tmp_path):

@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import aliases, journal, promotion, retention, upkeep
+from peakpoint import promotion
 from peakpoint.compare import paired, unpaired
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, RefusedError
 from peakpoint.format import layout
 from peakpoint.format.events import PartsDropped, Promoting, Removed
 from peakpoint.policy import Improvement, Policy
+from peakpoint.repository import aliases, journal, maintenance, removal
+from peakpoint.repository.validations import Wanted
 from peakpoint.rules.retention import Thinning
 from peakpoint.store import LocalStore
-from peakpoint.validations import Wanted
 from promoting import Clock, repository, validated
 from training import checkpointer
 
@@ -108,12 +109,12 @@ def test_a_validation_counts_until_the_part_that_was_validated_is_dropped(tmp_pa
     validated(found, "r:1")
     run = found.run("r")
     rules = [pp.Best("accuracy", "max", parts="model"), pp.Last(1)]
-    assert upkeep.apply_plan(run, run.plan(rules), rules) == []
+    assert maintenance.apply_plan(run, run.plan(rules), rules) == []
     assert "optimizer" not in run.find_manifest("r:1").parts
     assert objections(found) == ()
-    with upkeep.writing(run, "drop") as events:
+    with maintenance.writing(run, "drop") as events:
         thinning = Thinning(run.find_manifest("r:1"), ("model",), "x")
-        assert retention.thin(run.store, events, [thinning], by="x")[1] == []
+        assert removal.thin(run.store, events, [thinning], by="x")[1] == []
     assert objections(found) == ("it has lost the part model since it was validated",)
 
 
@@ -329,7 +330,7 @@ def test_rm_refuses_what_an_alias_points_at(tmp_path):
     found = repository(tmp_path)
     promote(found, "r:1", force=True)
     run = found.run("r")
-    (failure,) = upkeep.remove(run, [run.find_manifest("r:1")], "away")
+    (failure,) = maintenance.remove(run, [run.find_manifest("r:1")], "away")
     assert "stays: champion since" in failure
     assert found.find("@champion").step == 1
 
@@ -382,7 +383,7 @@ def test_a_promotion_at_any_moment_of_a_removal_never_leaves_an_alias_of_nothing
 
         store = Watching(LocalStore(root), point, between)
         run = _run(store)
-        upkeep.remove(run, [run.find_manifest("r:1")], "at the same time", undo_for=undo_for)
+        maintenance.remove(run, [run.find_manifest("r:1")], "at the same time", undo_for=undo_for)
         outcomes.add(_consistent(root))
         if store.operations < point:
             break
@@ -391,7 +392,7 @@ def test_a_promotion_at_any_moment_of_a_removal_never_leaves_an_alias_of_nothing
 
 
 def _run(store):
-    from peakpoint.repository import Repository
+    from peakpoint.repository.root import Repository
 
     return Repository(store).run("r")
 
@@ -407,7 +408,7 @@ def test_a_removal_at_any_moment_of_a_promotion_never_leaves_an_alias_of_nothing
 
         def between(root=root):
             run = pp.open(root).run("r")
-            upkeep.remove(run, [one for one in run.manifests() if one.step == 1], "too", undo_for=undo_for)
+            maintenance.remove(run, [one for one in run.manifests() if one.step == 1], "too", undo_for=undo_for)
 
         store = Watching(LocalStore(root), point, between)
         try:
@@ -426,7 +427,7 @@ def test_a_removal_at_any_moment_of_a_promotion_never_leaves_an_alias_of_nothing
 
 
 def _repository(store):
-    from peakpoint.repository import Repository
+    from peakpoint.repository.root import Repository
 
     return Repository(store)
 
@@ -434,7 +435,7 @@ def _repository(store):
 def test_a_removal_that_came_to_nothing_bars_no_promotion(tmp_path):
     found = repository(tmp_path)
     manifest = found.find_manifest("r:1")
-    with upkeep.writing(found.run("r"), "a removal that a pin has stopped") as events:
+    with maintenance.writing(found.run("r"), "a removal that a pin has stopped") as events:
         events.append(
             Removed(at=events.now(), checkpoint=manifest.id, name=manifest.name, step=1, epoch=None, reason="x", by="x")
         )
@@ -654,7 +655,7 @@ def test_a_promotion_beside_a_training_that_drops_parts(tmp_path):
         assert "optimizer" not in found.find_manifest("r:1").parts, "it has just gone"
         assert promote(found, "r:1", force=True).number == 1
     manifest = found.find_manifest("r:3")
-    with upkeep.writing(found.run("r"), "a drop") as events:
+    with maintenance.writing(found.run("r"), "a drop") as events:
         events.append(
             PartsDropped(
                 at=events.now(), checkpoint=manifest.id, name=manifest.name, parts=("optimizer",), reason="x", by="x"

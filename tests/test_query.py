@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import reader
-from peakpoint.aliases import Change, Target, append, head
 from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.errors import ConfigError, Error, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, encode
 from peakpoint.query import FIELDS, parse
 from peakpoint.ranking import WithinSE, read_keys
-from peakpoint.repository import ensure_repository, ensure_run
+from peakpoint.repository import reader
+from peakpoint.repository.aliases import Change, Target, append, head
+from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.store import LocalStore
 from strategies import DIGEST, START, identity, manifest
 

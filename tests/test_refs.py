@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.names import near
-from peakpoint.refs import AtEpoch, AtStep, BestOf, ByName, Latest, direction, parse, resolve
+from peakpoint.repository.refs import AtEpoch, AtStep, BestOf, ByName, Latest, direction, parse, resolve
 from peakpoint.rules import Best, Last, Moment, TopK
 from strategies import START, Tree, identity, modes, rule_lists, trees
 

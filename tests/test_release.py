@@ -15,12 +15,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import peakpoint as pp
 import production_task as task
-from peakpoint import aliases, hooks, promotion, validations
+from peakpoint import hooks, promotion
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, RefusedError, SignatureError, StoreError
 from peakpoint.policy import read_policies
 from peakpoint.release import release
-from peakpoint.releases import records
+from peakpoint.repository import aliases, validations
+from peakpoint.repository.releases import records
 from peakpoint.store import LocalStore
 
 
@@ -224,7 +225,7 @@ def signing(key):
 
 
 def test_one_that_is_unsigned_or_signed_by_somebody_else(tmp_path, key):
-    from peakpoint.signing import sign
+    from peakpoint.repository.signing import sign
 
     found = task.trained(tmp_path)
     task.policy(tmp_path, signing(key))

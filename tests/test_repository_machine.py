@@ -30,11 +30,12 @@ from hypothesis.stateful import (
 
 import peakpoint as pp
 from dying import DEATHS, FAULTS, Killed, Ops
-from peakpoint import audit, packs, promotion, release, upkeep
+from peakpoint import promotion, release
 from peakpoint.catalogue import Wish
 from peakpoint.format import layout
 from peakpoint.policy import read_policies
 from peakpoint.query import parse
+from peakpoint.repository import audit, maintenance, packs
 from peakpoint.store import LocalStore
 from promoting import validated
 from repository_model import GONE, PARTS, TRASH, Checkpoint, Model, claims, here
@@ -168,7 +169,7 @@ class Repository(RuleBasedStateMachine):
         return pp.open(store).run(name)
 
     def trash(self, name):
-        return upkeep.in_trash(self.run_of(LocalStore(self.root), name), clock=self.clock)
+        return maintenance.in_trash(self.run_of(LocalStore(self.root), name), clock=self.clock)
 
     def pick(self, checkpoints, pick):
         return checkpoints[pick % len(checkpoints)]
@@ -384,7 +385,7 @@ class Repository(RuleBasedStateMachine):
         def act(store):
             run = self.run_of(store, name)
             going = [manifest for manifest in run.manifests() if manifest.id in {one.id for one in chosen}]
-            return upkeep.remove(run, going, "a test", undo_for=undo_for, clock=self.clock)
+            return maintenance.remove(run, going, "a test", undo_for=undo_for, clock=self.clock)
 
         if self.model.archived[name] and (undo_for or len(chosen) < len(there)):
             self.refuses("rm", act, pp.ConflictError)
@@ -408,7 +409,7 @@ class Repository(RuleBasedStateMachine):
         names = [one.manifest.name for one in chosen] or ["nothing"]
 
         def act(store):
-            return upkeep.undo(self.run_of(store, name), names, clock=self.clock)
+            return maintenance.undo(self.run_of(store, name), names, clock=self.clock)
 
         held = name in self.trainings or self.model.archived[name]
         if held or not chosen:
@@ -432,7 +433,7 @@ class Repository(RuleBasedStateMachine):
             plan = run.plan(parsed)
             if not model.about and name not in self.trainings:
                 self.agrees(plan, model.here(name), texts)
-            return upkeep.apply_plan(run, plan, parsed, undo_for=undo_for, clock=self.clock)
+            return maintenance.apply_plan(run, plan, parsed, undo_for=undo_for, clock=self.clock)
 
         if name in self.trainings or model.archived[name]:
             self.refuses("keep", act, pp.ConflictError)
@@ -453,7 +454,7 @@ class Repository(RuleBasedStateMachine):
     @rule(name=runs, cut=cuts(8))
     def empty_trash(self, name, cut):
         def act(store):
-            upkeep.empty_trash(self.run_of(store, name), clock=self.clock)
+            maintenance.empty_trash(self.run_of(store, name), clock=self.clock)
 
         there = self.trash(name)
         if name in self.trainings and there:
@@ -488,7 +489,7 @@ class Repository(RuleBasedStateMachine):
     @rule(name=runs, cut=cuts(40))
     def archive(self, name, cut):
         def act(store):
-            return upkeep.archive(self.run_of(store, name), clock=self.clock)
+            return maintenance.archive(self.run_of(store, name), clock=self.clock)
 
         if name in self.trainings:
             self.refuses("archive", act, pp.ConflictError)
@@ -502,7 +503,7 @@ class Repository(RuleBasedStateMachine):
     @rule(name=runs, cut=cuts(30))
     def restore(self, name, cut):
         def act(store):
-            return upkeep.restore(self.run_of(store, name), clock=self.clock)
+            return maintenance.restore(self.run_of(store, name), clock=self.clock)
 
         if name in self.trainings:
             self.refuses("restore", act, pp.ConflictError)
@@ -635,7 +636,7 @@ class Repository(RuleBasedStateMachine):
         model, name = self.model, run.name
         manifests = {manifest.id: manifest for manifest in run.manifests()}
         assert len(manifests) == len(run.manifests()), "ids are unique"
-        trash = {entry.manifest.id: entry for entry in upkeep.in_trash(run, clock=self.clock)}
+        trash = {entry.manifest.id: entry for entry in maintenance.in_trash(run, clock=self.clock)}
         pinned = run.pinned()
         drafts = [one for one in model.pending if one.run == name]
         for draft in drafts:

@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peakpoint import journal as j
 from peakpoint import rules as rules_module
 from peakpoint.errors import StoreError
 from peakpoint.format import events as records
 from peakpoint.format.events import Removed
 from peakpoint.format.layout import checkpoint_prefix, manifest_key
 from peakpoint.format.manifest import FileRecord, decode
-from peakpoint.journal import Journal
-from peakpoint.reader import shelf
-from peakpoint.retention import apply
+from peakpoint.repository import journal as j
+from peakpoint.repository.commit import WholeImage, commit
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.reader import shelf
+from peakpoint.repository.removal import apply
 from peakpoint.rules import Best, Budget, Every, Last, claims
 from peakpoint.rules.retention import Removal, plan, protections
 from peakpoint.store import MemoryStore
-from peakpoint.writer import WholeImage, commit
 from strategies import DIGEST, START, manifest, rule_lists, trees
 
 

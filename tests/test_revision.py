@@ -9,7 +9,7 @@ import pytest
 
 import peakpoint as pp
 from peakpoint.format.events import Opened
-from peakpoint.revision import code_version
+from peakpoint.repository.provenance import code_version
 from peakpoint.rules.history import newest
 
 

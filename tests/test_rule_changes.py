@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint import upkeep
 from peakpoint.cli.main import cli
 from peakpoint.format import layout
+from peakpoint.repository import maintenance
 from peakpoint.store import FileOps, LocalStore
 from training import checkpointer, kept
 
@@ -52,7 +52,10 @@ def steps(root):
 
 def trashed(root, clock=None):
     found = pp.open(root).run("r")
-    return [one.manifest.step for one in (upkeep.in_trash(found, clock=clock) if clock else upkeep.in_trash(found))]
+    return [
+        one.manifest.step
+        for one in (maintenance.in_trash(found, clock=clock) if clock else maintenance.in_trash(found))
+    ]
 
 
 def test_the_best_by_a_metric_of_another_name_is_announced_and_comes_back(tmp_path):
@@ -175,7 +178,7 @@ def test_parts_that_the_rules_before_needed_are_announced(tmp_path):
 def test_rules_of_a_newer_release_keep_everything(tmp_path):
     run(tmp_path, "last:2", 1, 2)
     found = pp.open(tmp_path).run("r")
-    with upkeep.writing(found, "a newer release") as journal:
+    with maintenance.writing(found, "a newer release") as journal:
         journal.append(pp.journal.Opened(at=journal.now(), by={}, rules=("newest:9",)))
     assert "no longer keep 1 checkpoint: r_step1." in run(tmp_path, "last:2", 3)[0]
 

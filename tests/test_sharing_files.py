@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import peakpoint as pp
-from peakpoint.audit import audit
+from peakpoint.repository.audit import audit
 from peakpoint.store import FileOps, LocalStore
 from training import checkpointer, kept, same
 

@@ -20,17 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import dropping, signing, upkeep
-from peakpoint.audit import audit
 from peakpoint.cli.main import cli
-from peakpoint.clock import utc_now
 from peakpoint.format import layout
 from peakpoint.format import manifest as manifests
 from peakpoint.format.sealed import digest
-from peakpoint.reader import read_manifest
-from peakpoint.signing import bundle as bundles
+from peakpoint.repository import maintenance, signing
+from peakpoint.repository.audit import audit
+from peakpoint.repository.commit import combined_digest
+from peakpoint.repository.provenance import utc_now
+from peakpoint.repository.reader import read_manifest
+from peakpoint.repository.signing import bundle as bundles
+from peakpoint.repository.trash import drop
 from peakpoint.store import LocalStore, MemoryStore
-from peakpoint.writer import combined_digest
 from training import checkpointer, parts, train
 
 CURVES = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}
@@ -544,7 +545,7 @@ def test_a_checkpoint_that_goes_while_it_is_signed_leaves_nothing(root, keys):
 
 def test_dropped_parts_may_be_missing_and_nothing_else(root, keys, other):
     store, manifest = newest(root)
-    left = dropping.drop(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
+    left = drop(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
     assert not (directory(root) / "optimizer.safetensors").exists()
     found = verify(root, keys[1])
     assert set(found.files) == {"manifest.json", "model.safetensors", "state.json"}
@@ -555,7 +556,7 @@ def test_dropped_parts_may_be_missing_and_nothing_else(root, keys, other):
     flip(directory(root) / "model.safetensors", -1)
     refused(root, keys[1], "model.safetensors has changed")
     exchanged = (directory(root) / "model.safetensors").read_bytes()
-    dropping.drop(store, left, ["model"], at=utc_now(), why="to hide it", by="test")
+    drop(store, left, ["model"], at=utc_now(), why="to hide it", by="test")
     (directory(root) / "model.safetensors").write_bytes(exchanged)
     refused(root, keys[1], "model.safetensors has changed")
 
@@ -563,7 +564,7 @@ def test_dropped_parts_may_be_missing_and_nothing_else(root, keys, other):
 def test_parts_brought_back_need_a_signature_that_covers_them(root, keys, other):
     store, manifest = newest(root)
     content = (directory(root) / "optimizer.safetensors").read_bytes()
-    left = dropping.drop(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
+    left = drop(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
     signing.sign(store, left, private_key=other[0])
     (directory(root) / "optimizer.safetensors").write_bytes(content)
     assert "optimizer.safetensors" in verify(root, keys[1]).files  # there again
@@ -575,7 +576,7 @@ def test_parts_brought_back_need_a_signature_that_covers_them(root, keys, other)
 def test_an_archived_checkpoint_verifies_and_can_be_signed(root, keys, other):
     pytest.importorskip("zstandard")
     run = pp.open(root).run("r")
-    upkeep.archive(run)
+    maintenance.archive(run)
     assert not list(root.rglob("*.safetensors"))
     store, manifest = newest(root)
     assert "model.safetensors" in verify(root, keys[1]).files
@@ -583,16 +584,16 @@ def test_an_archived_checkpoint_verifies_and_can_be_signed(root, keys, other):
     assert verify(root, other[1]).record == "signature-2.json"
     assert audit(pp.open(root), deep=True).findings == []
     assert "0.weight" in pp.load("r@latest", root=root, signed_by=keys[1])["model"]
-    upkeep.restore(run)
+    maintenance.restore(run)
     assert verify(root, other[1]).record == "signature-2.json"
 
 
 def test_signatures_go_to_the_trash_and_come_back(root, keys):
     store, manifest = newest(root)
     run = pp.open(root).run("r")
-    upkeep.remove(run, [manifest], "a mistake", undo_for=timedelta(days=1))
+    maintenance.remove(run, [manifest], "a mistake", undo_for=timedelta(days=1))
     assert audit(pp.open(root)).findings == []
-    upkeep.undo(run, [manifest.name])
+    maintenance.undo(run, [manifest.name])
     assert verify(root, keys[1]).record == "signature-1.json"
     command("rm", root, "r@latest", "--yes", "--undo-for", "0")
     assert not store.path(layout.checkpoint_prefix("r", manifest.name)).exists()

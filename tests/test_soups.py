@@ -19,7 +19,6 @@ from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peakpoint as pp
-from peakpoint import audit
 from peakpoint.averaging import rounded
 from peakpoint.cli.main import cli
 from peakpoint.errors import (
@@ -31,6 +30,7 @@ from peakpoint.errors import (
     StoreError,
 )
 from peakpoint.export.files import export
+from peakpoint.repository import audit
 from peakpoint.store import LocalStore, MemoryStore
 from test_failures import Failing
 from training import checkpointer, same

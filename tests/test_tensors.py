@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from peakpoint.errors import ConfigError, FormatError
 from peakpoint.format.manifest import FileRecord, TensorRecord
+from peakpoint.repository.commit import file_record
 from peakpoint.sharing import DTYPES
 from peakpoint.tensors import PAGE, Staging, lay_out, tensors_of
 from peakpoint.tree import Decoder, Encoder
-from peakpoint.writer import file_record
 
 ALL = sorted(DTYPES, key=str)
 FILE = "part.safetensors"

@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 import peakpoint as pp
-from peakpoint import trash, upkeep
-from peakpoint.audit import audit, clean
 from peakpoint.cli.main import cli
 from peakpoint.format import layout
 from peakpoint.format.sealed import seal
-from peakpoint.journal import Journal
-from peakpoint.retention import apply
+from peakpoint.repository import maintenance, trash
+from peakpoint.repository.audit import audit, clean
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.removal import apply
 from peakpoint.rules.retention import Removal
 from test_archive import bytes_on_disk, files, run_of, trained
 from training import checkpointer, parts, same, train
@@ -89,19 +89,19 @@ def test_when_the_time_is_over_the_space_is_free(tmp_path):
     trained(tmp_path)
     run = run_of(tmp_path)
     first, second = run.manifests()[:2]
-    upkeep.remove(run, [first], "why", undo_for=DAY, clock=clock)
-    upkeep.remove(run, [second], "why", undo_for=2 * DAY, clock=clock)
-    assert [one.manifest.id for one in upkeep.in_trash(run, clock=clock)] == [first.id, second.id]
+    maintenance.remove(run, [first], "why", undo_for=DAY, clock=clock)
+    maintenance.remove(run, [second], "why", undo_for=2 * DAY, clock=clock)
+    assert [one.manifest.id for one in maintenance.in_trash(run, clock=clock)] == [first.id, second.id]
     clock.now += DAY
-    assert [one.manifest.id for one in upkeep.in_trash(run, clock=clock)] == [second.id]
+    assert [one.manifest.id for one in maintenance.in_trash(run, clock=clock)] == [second.id]
     (finding,) = audit(pp.open(tmp_path), clock=clock).findings
     assert (finding.kind, "its time was over" in finding.what) == ("litter", True)
     with pytest.raises(pp.NotFoundError, match="peakpoint trash lists"):
-        upkeep.undo(run, [first.name], clock=clock)
+        maintenance.undo(run, [first.name], clock=clock)
     assert [one.what for one in clean(pp.open(tmp_path), clock=clock)] == [finding.what]
     assert not (tmp_path / layout.checkpoint_prefix("r", first.name)).exists()
     assert (tmp_path / layout.checkpoint_prefix("r", second.name)).exists()
-    assert upkeep.undo(run, [second.id[:6]], clock=clock)[0].name == second.name
+    assert maintenance.undo(run, [second.id[:6]], clock=clock)[0].name == second.name
     assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
 
 
@@ -131,9 +131,9 @@ def test_a_training_keeps_what_its_rules_remove(tmp_path):
             clock.now += timedelta(minutes=25)
     run = run_of(tmp_path)
     assert [one.step for one in run.checkpoints()] == [1, 4]
-    there = upkeep.in_trash(run, clock=clock)
+    there = maintenance.in_trash(run, clock=clock)
     assert [one.manifest.step for one in there] == [2, 3]
-    upkeep.undo(run, [there[1].manifest.name], clock=clock)
+    maintenance.undo(run, [there[1].manifest.name], clock=clock)
     assert [one.step for one in run.checkpoints()] == [1, 3, 4]
     assert sorted(pp.load("r:3", root=tmp_path)) == ["model", "optimizer"]
     assert sorted(pp.load("r:1", root=tmp_path)) == ["model"]
@@ -152,9 +152,9 @@ def test_parts_that_rules_drop_are_gone_at_once(tmp_path):
     run = run_of(tmp_path)
     assert "optimizer" not in run.find("r:1").parts
     assert not (run.find("r:1").path / "optimizer.safetensors").exists()
-    assert upkeep.in_trash(run, clock=clock) == []
+    assert maintenance.in_trash(run, clock=clock) == []
     with pytest.raises(pp.NotFoundError, match="trash has no"):
-        upkeep.undo(run, [run.find("r:1").name], clock=clock)
+        maintenance.undo(run, [run.find("r:1").name], clock=clock)
     assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
 
 
@@ -170,7 +170,7 @@ def test_parts_that_earlier_code_dropped_for_a_while_come_back_with_restore(tmp_
     if not whole:
         (first.path / "optimizer.safetensors").write_bytes(optimizer[:-1] + bytes([optimizer[-1] ^ 1]))
     assert "optimizer" not in run.find("r:epoch=0").parts
-    assert [one.name for one in upkeep.restore(run)] == [first.name] * whole
+    assert [one.name for one in maintenance.restore(run)] == [first.name] * whole
     assert ("optimizer" in pp.load("r:epoch=0", root=tmp_path)) is whole
     assert not audit(pp.open(tmp_path), deep=True).of_kind("damage")
 
@@ -180,7 +180,7 @@ def test_what_is_damaged_in_the_trash_is_named_and_does_not_come_back(tmp_path, 
     trained(tmp_path, epochs=3)
     run = run_of(tmp_path)
     first, second = run.manifests()[:2]
-    upkeep.remove(run, [first, second], "why", undo_for=DAY)
+    maintenance.remove(run, [first, second], "why", undo_for=DAY)
     path = tmp_path / layout.file_key("r", first.name, "model.safetensors")
     data = bytearray(path.read_bytes())
     data[-5] ^= 8
@@ -188,20 +188,20 @@ def test_what_is_damaged_in_the_trash_is_named_and_does_not_come_back(tmp_path, 
     (finding,) = audit(pp.open(tmp_path), deep=True).findings
     assert (finding.kind, finding.where) == ("damage", layout.file_key("r", first.name, "model.safetensors"))
     with pytest.raises(pp.CorruptError, match="Nothing was brought back"):
-        upkeep.undo(run, [second.name, first.name])
+        maintenance.undo(run, [second.name, first.name])
     assert len(run.manifests()) == 1
-    assert [manifest.name for manifest in upkeep.undo(run, [second.name])] == [second.name]
+    assert [manifest.name for manifest in maintenance.undo(run, [second.name])] == [second.name]
 
 
 def test_pins_and_names_after_a_return(tmp_path):
     trained(tmp_path)
     run = run_of(tmp_path)
     first = run.manifests()[0]
-    upkeep.remove(run, [first], "why", undo_for=DAY)
+    maintenance.remove(run, [first], "why", undo_for=DAY)
     with checkpointer(tmp_path, resume="never", name="{epoch:04d}") as ckpt:
         ckpt.report(step=1)
     assert first.name not in {one.name for one in run.manifests()}
-    upkeep.undo(run, [first.name])
+    maintenance.undo(run, [first.name])
     run.pin(f"r/{first.name}", "wanted after all")
     assert run.pinned() == {first.id: "wanted after all"}
     assert first.id in {one.id for one in run.manifests()}
@@ -217,18 +217,18 @@ def test_a_removal_that_was_cut_short_leaves_the_checkpoint(tmp_path):
     assert first.id in {one.id for one in run.manifests()}
     (finding,) = audit(pp.open(tmp_path)).findings
     assert "cut short" in finding.what
-    assert upkeep.in_trash(run) == []
+    assert maintenance.in_trash(run) == []
     journal = Journal(run.store, "r", lambda: datetime.now(UTC))
     assert apply(run.store, journal, [Removal(first, "again")], by="z", until=datetime.now(UTC) + DAY) == []
     journal.close()
-    assert [one.record.why for one in upkeep.in_trash(run)] == ["again"]
+    assert [one.record.why for one in maintenance.in_trash(run)] == ["again"]
 
 
 def test_a_damaged_record_is_damage_and_stays(tmp_path):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
     first = run.manifests()[0]
-    upkeep.remove(run, [first], "why", undo_for=DAY)
+    maintenance.remove(run, [first], "why", undo_for=DAY)
     path = tmp_path / layout.trashed_key("r", first.name)
     good = path.read_bytes()
     for bad in (good[:-9], good.replace(b"why", b"who"), b"", seal({"format": 1, "manifest": 7})):
@@ -237,9 +237,9 @@ def test_a_damaged_record_is_damage_and_stays(tmp_path):
         clean(pp.open(tmp_path))
         assert (path.parent / "model.safetensors").exists()
         with pytest.raises(pp.NotFoundError):
-            upkeep.undo(run, [first.name])
+            maintenance.undo(run, [first.name])
     path.write_bytes(good)
-    upkeep.undo(run, [first.name])
+    maintenance.undo(run, [first.name])
     assert audit(pp.open(tmp_path), deep=True).findings == []
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint import journal
 from peakpoint.format.events import Removed
+from peakpoint.repository import journal
 from training import checkpointer, kept, parts, same, train
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint import audit
 from peakpoint.errors import ConflictError, StoreError
+from peakpoint.repository import audit
 from peakpoint.store import FileOps, LocalStore, MemoryStore, establish
 from training import checkpointer
 

@@ -20,15 +20,16 @@ from torch.nn.utils import prune
 
 import peakpoint as pp
 import validated
-from peakpoint import audit, promotion, validating, validations
+from peakpoint import promotion, validating
 from peakpoint.cli.main import cli
 from peakpoint.examining.exam import classes_of, named
 from peakpoint.examining.models import described
 from peakpoint.examining.weights import zeros_of
 from peakpoint.format import layout
 from peakpoint.format.sealed import digest, seal
+from peakpoint.repository import audit, validations
+from peakpoint.repository.validations import Wanted
 from peakpoint.store import LocalStore, MemoryStore
-from peakpoint.validations import Wanted
 from validated import build, crown, save
 
 

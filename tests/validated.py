@@ -9,8 +9,8 @@ import sys
 import torch
 
 import peakpoint as pp
-from peakpoint import aliases, reader
-from peakpoint.clock import utc_now
+from peakpoint.repository import aliases, reader
+from peakpoint.repository.provenance import utc_now
 from training import checkpointer
 
 

@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Any
 from peakpoint._version import __version__
 
 if TYPE_CHECKING:
-    from peakpoint import aliases as aliases
     from peakpoint import card as card
     from peakpoint import changelog as changelog
     from peakpoint import evaluation as evaluation
     from peakpoint import promotion as promotion
     from peakpoint import rules as rules
-    from peakpoint import upkeep as upkeep
     from peakpoint.catalogue import Catalogue as Catalogue
     from peakpoint.catalogue import Selection as Selection
     from peakpoint.catalogue import select as select
@@ -61,9 +59,12 @@ if TYPE_CHECKING:
     from peakpoint.preempt import Preempt as Preempt
     from peakpoint.ranking import WithinSE as WithinSE
     from peakpoint.report import Outcome as Outcome
-    from peakpoint.repository import Repository as Repository
-    from peakpoint.repository import Run as Run
-    from peakpoint.repository import open_repository as open
+    from peakpoint.repository import aliases as aliases
+    from peakpoint.repository import maintenance as upkeep
+    from peakpoint.repository.root import Repository as Repository
+    from peakpoint.repository.root import open_repository as open
+    from peakpoint.repository.run import Run as Run
+    from peakpoint.repository.validations import Validation as Validation
     from peakpoint.restore import LoadReport as LoadReport
     from peakpoint.rules import Best as Best
     from peakpoint.rules import BestAtSparsity as BestAtSparsity
@@ -77,7 +78,6 @@ if TYPE_CHECKING:
     from peakpoint.soups import Soup as Soup
     from peakpoint.soups import soup as soup
     from peakpoint.stored import Loaded as Loaded
-    from peakpoint.validations import Validation as Validation
 
 _HOMES = {
     "Best": ("rules", "Best"),
@@ -110,8 +110,8 @@ _HOMES = {
     "Pareto": ("rules", "Pareto"),
     "Preempt": ("preempt", "Preempt"),
     "RefusedError": ("errors", "RefusedError"),
-    "Repository": ("repository", "Repository"),
-    "Run": ("repository", "Run"),
+    "Repository": ("repository.root", "Repository"),
+    "Run": ("repository.run", "Run"),
     "SaveFailedError": ("errors", "SaveFailedError"),
     "Selection": ("catalogue", "Selection"),
     "SignatureError": ("errors", "SignatureError"),
@@ -120,7 +120,7 @@ _HOMES = {
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
-    "Validation": ("validations", "Validation"),
+    "Validation": ("repository.validations", "Validation"),
     "WithinSE": ("ranking", "WithinSE"),
     "diff": ("distances", "diff"),
     "ensemble": ("ensembles", "ensemble"),
@@ -128,18 +128,18 @@ _HOMES = {
     "import_checkpoints": ("importing.everything", "import_checkpoints"),
     "load": ("loading", "load"),
     "select": ("catalogue", "select"),
-    "open": ("repository", "open_repository"),
+    "open": ("repository.root", "open_repository"),
     "validate": ("examining.here", "validate"),
     "soup": ("soups", "soup"),
 }
 _MODULES = {
-    "aliases": "aliases",
+    "aliases": "repository.aliases",
     "card": "card",
     "changelog": "changelog",
     "evaluation": "evaluation",
     "promotion": "promotion",
     "rules": "rules",
-    "upkeep": "upkeep",
+    "upkeep": "repository.maintenance",
 }
 
 __all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604 - names, gathered

@@ -10,23 +10,24 @@ from typing import Any
 import msgspec
 import torch
 
-from peakpoint import journal as journals
-from peakpoint.audit import clean_run
-from peakpoint.clock import Clock
 from peakpoint.errors import ConflictError
 from peakpoint.format import layout, names
 from peakpoint.format.events import Closed, Event, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
-from peakpoint.journal import Journal
-from peakpoint.packs import check_not_archived
 from peakpoint.position import Position
-from peakpoint.reader import shelf
 from peakpoint.report import written_by
-from peakpoint.repository import ensure_repository, ensure_run, rules_of
+from peakpoint.repository import journal as journals
+from peakpoint.repository.audit import clean_run
+from peakpoint.repository.commit import BLOCK, StreamedImage, WholeImage, commit, unused_name
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.packs import check_not_archived
+from peakpoint.repository.provenance import Clock
+from peakpoint.repository.reader import shelf
+from peakpoint.repository.root import ensure_repository, ensure_run
+from peakpoint.repository.run import rules_of
 from peakpoint.store import Hold, Store, holder_note
 from peakpoint.tensors import FileLayout
 from peakpoint.tree import Encoder
-from peakpoint.writer import BLOCK, StreamedImage, WholeImage, commit, unused_name
 
 
 def made_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:

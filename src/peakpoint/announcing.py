@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from peakpoint import journal as journals
-from peakpoint import reader
-from peakpoint.aliases import AliasRecord, Broken
-from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.format.events import Closed, Promoted, Promoting
 from peakpoint.format.manifest import Manifest
-from peakpoint.notes import notes
-from peakpoint.repository import Run
+from peakpoint.repository import journal as journals
+from peakpoint.repository import reader
+from peakpoint.repository.aliases import AliasRecord, Broken
+from peakpoint.repository.annotations import notes
+from peakpoint.repository.provenance import Clock, utc_now
+from peakpoint.repository.run import Run
 
 
 @dataclass(slots=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from peakpoint import aliases, reader
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import near
-from peakpoint.refs import check_alias
-from peakpoint.repository import Repository
+from peakpoint.repository import aliases, reader
+from peakpoint.repository.refs import check_alias
+from peakpoint.repository.root import Repository
+from peakpoint.repository.validations import Wanted
 from peakpoint.store import Hold, translated
-from peakpoint.validations import Wanted
 
 BUDGETS = {
     "latency_ms": "95th percentile of single forward passes, in milliseconds",

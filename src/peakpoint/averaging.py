@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from peakpoint import reader
 from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.repository import Repository
+from peakpoint.repository import reader
+from peakpoint.repository.root import Repository
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.store import Store
 from peakpoint.stored import check_part_of, read_trees, tensor_nodes

@@ -21,12 +21,12 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_part
 from peakpoint.format.sealed import no_collection
 from peakpoint.guard import Transfer
+from peakpoint.repository.commit import FileImage, WholeImage
 from peakpoint.ring import Ring
 from peakpoint.standing import Facts, Standing
 from peakpoint.tensors import Staging
 from peakpoint.tracing import Tracer
 from peakpoint.tree import Encoder
-from peakpoint.writer import FileImage, WholeImage
 
 
 @runtime_checkable

@@ -18,9 +18,7 @@ from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 from peakpoint import rules, unclosed
-from peakpoint.audit import clean_run
 from peakpoint.capture import StateEncoder, capture, check_state
-from peakpoint.clock import Clock, utc_now
 from peakpoint.copying import NOTHING
 from peakpoint.errors import ConfigError, ConflictError, Error, PeakpointWarning, SaveFailedError
 from peakpoint.format import layout, names
@@ -30,13 +28,16 @@ from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import DEFAULT_TEMPLATE, near
 from peakpoint.guard import StepGuard
-from peakpoint.journal import Journal
-from peakpoint.ledger import Ledger
 from peakpoint.loop import Loop, count
 from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
-from peakpoint.reader import damage
 from peakpoint.report import Outcome, classes, say, warn, written_by
-from peakpoint.repository import ensure_repository, ensure_run
+from peakpoint.repository.annotations import Ledger
+from peakpoint.repository.audit import clean_run
+from peakpoint.repository.commit import unused_name
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.provenance import Clock, utc_now
+from peakpoint.repository.reader import damage
+from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.restore import LoadReport
 from peakpoint.resume import Resumption, restore_generators, resumption
 from peakpoint.ring import SMALLEST, Ring
@@ -49,7 +50,6 @@ from peakpoint.saver import Failure, Job, Saver
 from peakpoint.store import Hold, Store, holder_note, open_store
 from peakpoint.tensors import Staging
 from peakpoint.turns import Late, Turns
-from peakpoint.writer import unused_name
 
 
 class Checkpointer:

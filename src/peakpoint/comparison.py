@@ -5,15 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peakpoint import validations
-from peakpoint.aliases import Target
 from peakpoint.compare import Paired, paired, unpaired
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format.manifest import Manifest
-from peakpoint.notes import all_known
-from peakpoint.repository import Repository, Run
+from peakpoint.repository import validations
+from peakpoint.repository.aliases import Target
+from peakpoint.repository.annotations import all_known
+from peakpoint.repository.root import Repository
+from peakpoint.repository.run import Run
+from peakpoint.repository.validations import Predictions, Validation
 from peakpoint.rules import Mode, watched
-from peakpoint.validations import Predictions, Validation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from peakpoint import reader
 from peakpoint.errors import FormatError
 from peakpoint.format import layout
 from peakpoint.format.events import Event, Opened, Saved
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.notes import known, notes
-from peakpoint.repository import Repository
+from peakpoint.repository import reader
+from peakpoint.repository.annotations import known, notes
+from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, watched
 from peakpoint.rules import parse as parse_rule
 from peakpoint.store import Store

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from peakpoint import reader
 from peakpoint.diffing import Difference, Distance, TensorDifference, manifests_differ, plain_values_differ, tensors_of
 from peakpoint.errors import FormatError
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.repository import open_repository
+from peakpoint.repository import reader
+from peakpoint.repository.root import open_repository
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.store import Chunk, Store
 

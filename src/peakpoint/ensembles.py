@@ -9,7 +9,7 @@ import torch
 from peakpoint.averaging import find_all, held
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.loading import load
-from peakpoint.repository import open_repository
+from peakpoint.repository.root import open_repository
 from peakpoint.store import Store
 from peakpoint.tasting import model_of
 from peakpoint.tree import kind_of

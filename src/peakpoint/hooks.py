@@ -15,14 +15,14 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.aliases import AliasRecord, numbers
 from peakpoint.apart import kill, run_apart
-from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConflictError, Error
 from peakpoint.format import layout
 from peakpoint.format.manifest import FORMAT
 from peakpoint.format.sealed import seal
 from peakpoint.policy import Hook, Policy
+from peakpoint.repository.aliases import AliasRecord, numbers
+from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.store import LocalStore, Store, establish
 
 _TOLD = 500  # characters of what a hook has said

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peakpoint import reader, signing
 from peakpoint.capture import Stateful
 from peakpoint.errors import ConfigError
 from peakpoint.policy import read_policies
-from peakpoint.refs import OfAlias, parse_any
-from peakpoint.repository import Repository
+from peakpoint.repository import reader, signing
+from peakpoint.repository.refs import OfAlias, parse_any
+from peakpoint.repository.root import Repository
 from peakpoint.restore import LoadReport, restore_into
 from peakpoint.store import Store, open_store
 from peakpoint.stored import Loaded, check_part_of, read_state, read_trees
@@ -33,7 +33,7 @@ def load(
     that is used is compared with its digest first. Nothing is unpickled.
 
     Args:
-        ref: such as ``"resnet50@best:val_accuracy"``; see ``peakpoint.refs``.
+        ref: such as ``"resnet50@best:val_accuracy"``; see ``peakpoint.repository.refs``.
         root: the repository.
         into: an object to load ``part`` into (a module, an optimizer, anything with ``load_state_dict``), or a mapping
             of part names to such objects. None returns the state instead.

@@ -31,7 +31,6 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.aliases import KEEPS
 from peakpoint.asking import check_wanted
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
@@ -40,10 +39,11 @@ from peakpoint.format.names import check_metric, near
 from peakpoint.format.sealed import digest
 from peakpoint.query import parse as parse_query
 from peakpoint.ranking import WithinSE, read_keys
-from peakpoint.refs import check_alias
+from peakpoint.repository.aliases import KEEPS
+from peakpoint.repository.refs import check_alias
+from peakpoint.repository.validations import MAX_AGE, Wanted
 from peakpoint.rules import Mode, mode_of
 from peakpoint.store import SMALL, LocalStore, Store
-from peakpoint.validations import MAX_AGE, Wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peakpoint import aliases, reader, signing, validations
-from peakpoint.actor import present_user
-from peakpoint.aliases import AliasRecord, Broken, Change, Target
 from peakpoint.announcing import GoingError, announced, complete
 from peakpoint.asking import with_golden
-from peakpoint.clock import Clock, utc_now
 from peakpoint.compare import judge_improvement
 from peakpoint.comparison import Comparison, compare_with, known_of
 from peakpoint.errors import (
@@ -31,10 +27,14 @@ from peakpoint.errors import (
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
 from peakpoint.policy import Policy, read_policies
-from peakpoint.refs import check_alias
-from peakpoint.repository import Repository, Run
+from peakpoint.repository import aliases, reader, signing, validations
+from peakpoint.repository.aliases import AliasRecord, Broken, Change, Target
+from peakpoint.repository.provenance import Clock, present_user, utc_now
+from peakpoint.repository.refs import check_alias
+from peakpoint.repository.root import Repository
+from peakpoint.repository.run import Run
+from peakpoint.repository.validations import Validation
 from peakpoint.store import Store
-from peakpoint.validations import Validation
 
 CHAMPION = "champion"  # an alias of this name is never without a checkpoint
 

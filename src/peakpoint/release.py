@@ -11,12 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from peakpoint import aliases, hooks, promotion, signing, validations
-from peakpoint.actor import present_user
-from peakpoint.aliases import AliasRecord, Target
+from peakpoint import hooks, promotion
 from peakpoint.asking import with_golden
 from peakpoint.catalogue import Catalogue, Wish
-from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FORMAT, Checkpoint
@@ -27,10 +24,13 @@ from peakpoint.policy import Policies, Policy
 from peakpoint.promotion import Proposal
 from peakpoint.query import parse
 from peakpoint.ranking import read_keys
-from peakpoint.releases import ReleaseRecord, Step
-from peakpoint.repository import Repository
+from peakpoint.repository import aliases, signing, validations
+from peakpoint.repository.aliases import AliasRecord, Target
+from peakpoint.repository.provenance import Clock, present_user, utc_now
+from peakpoint.repository.releases import ReleaseRecord, Step
+from peakpoint.repository.root import Repository
+from peakpoint.repository.validations import Validation, Wanted
 from peakpoint.store import establish
-from peakpoint.validations import Validation, Wanted
 
 ReleaseOutcome = Literal["promoted", "unchanged", "refused", "nothing fits", "would promote", "would validate"]
 

@@ -13,7 +13,7 @@ import torch
 
 from peakpoint._version import __version__
 from peakpoint.errors import PeakpointWarning
-from peakpoint.revision import script_version
+from peakpoint.repository.provenance import script_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peakpoint import journal as journals
-from peakpoint import reader, refs, rng
-from peakpoint.dropping import records
+from peakpoint import rng
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
 from peakpoint.format.events import Event, Reported, Saved, Started
 from peakpoint.format.manifest import Forks, Manifest
-from peakpoint.packs import check_not_archived
 from peakpoint.position import Position
-from peakpoint.repository import Repository
+from peakpoint.repository import journal as journals
+from peakpoint.repository import reader, refs
+from peakpoint.repository.packs import check_not_archived
+from peakpoint.repository.root import Repository
+from peakpoint.repository.trash import records
 from peakpoint.restore import LoadReport, restore_into
 from peakpoint.rules import history as histories
 from peakpoint.store import Store

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from peakpoint.pinning import pin
+from peakpoint.repository.commit import BLOCK, Span
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.store.pages import PAGE, allocate
 from peakpoint.tensors import FileLayout, lay_out
-from peakpoint.writer import BLOCK, Span
 
 SMALLEST = 1024 * 1024
 

@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint import retention, room
-from peakpoint.audit import clean_run
 from peakpoint.capture import Captured
 from peakpoint.copying import ChangedError
 from peakpoint.errors import StoreError
@@ -19,14 +17,16 @@ from peakpoint.format import layout
 from peakpoint.format.amounts import UNDO_FOR, read_duration, size
 from peakpoint.format.events import Saved, SaveFailed
 from peakpoint.format.manifest import Manifest
-from peakpoint.journal import Journal
-from peakpoint.ledger import Ledger
+from peakpoint.repository import removal, space
+from peakpoint.repository.annotations import Ledger
+from peakpoint.repository.audit import clean_run
+from peakpoint.repository.commit import commit, unused_name, withdraw
+from peakpoint.repository.journal import Journal
 from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.rules.retention import Plan, Removal
 from peakpoint.store import Hold, Store
 from peakpoint.store.worker import start
-from peakpoint.writer import commit, unused_name, withdraw
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
 _USUAL = read_duration("undo_for", UNDO_FOR)
@@ -228,7 +228,7 @@ class Saver:
         """Let go at once of checkpoints that are wrong; the caller has waited for the save under way."""
         self.forget(ids)
         removals = [Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
-        self._notices += retention.apply(self._store, self._journal, removals, by="loop", pinned=self._protected)
+        self._notices += removal.apply(self._store, self._journal, removals, by="loop", pinned=self._protected)
         self._committed = tuple(
             manifest for manifest in self._committed if manifest.id not in ids or self._exists(manifest)
         )
@@ -241,7 +241,7 @@ class Saver:
             return True
         message = (
             f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size(needed)} and "
-            f"{size(free)} are free; {room.ways_out(self._store, self._run, self._committed)}"
+            f"{size(free)} are free; {space.ways_out(self._store, self._run, self._committed)}"
         )
         self._fail(job, StoreError(errno.ENOSPC, message))
         return False
@@ -254,7 +254,7 @@ class Saver:
         """
         gone = []
         try:
-            trashed = room.empty_trash(self._store, self._run)
+            trashed = space.empty_trash(self._store, self._run)
             if trashed:
                 gone.append(f"{trashed} in the trash")
             if self._newest_is_whole and (needed is None or (self._store.free() or 0) < needed):
@@ -374,10 +374,10 @@ class Saver:
         until = now + self._undo_for if self._undo_for and not at_once else None
         failures = []
         for removals, bound in [(plan.remove, None)] if at_once else self._bounds(plan.remove, now):
-            failures += retention.apply(
+            failures += removal.apply(
                 self._store, self._journal, removals, by="rules", pinned=self._protected, until=bound
             )
-        thinned, more = retention.thin(self._store, self._journal, plan.drop, by="rules", pinned=self._protected)
+        thinned, more = removal.thin(self._store, self._journal, plan.drop, by="rules", pinned=self._protected)
         if until is not None or (self._trash_until is not None and self._trash_until <= now):
             self._trash_until = None
             self._purge(now)
@@ -397,11 +397,11 @@ class Saver:
         if self._undo_for is not None:
             yield removals, now + self._undo_for if self._undo_for else None
             return
-        overtaken = [removal for removal in removals if removal.manifest.id in self._overtaken]
+        overtaken = [each for each in removals if each.manifest.id in self._overtaken]
         if overtaken:
             self._trash_until = now + _USUAL
             yield overtaken, self._trash_until
-        yield [removal for removal in removals if removal.manifest.id not in self._overtaken], None
+        yield [each for each in removals if each.manifest.id not in self._overtaken], None
 
     def _purge(self, now: datetime) -> None:
         """Let go what has been in the trash for long enough; nothing else is at work in this run."""

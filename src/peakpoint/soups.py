@@ -20,18 +20,18 @@ from peakpoint.averaging import (
     held,
     member,
 )
-from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.names import check_metric, check_run, check_text
-from peakpoint.repository import Repository, open_repository
+from peakpoint.repository.commit import StreamedImage
+from peakpoint.repository.provenance import Clock, utc_now
+from peakpoint.repository.root import Repository, open_repository
 from peakpoint.rules import Mode, mode_of
 from peakpoint.sharing import TORCH_DTYPES
 from peakpoint.store import Store
 from peakpoint.tasting import Kitchen, Tasted, greedy, uniform
 from peakpoint.tensors import lay_out
 from peakpoint.tree import kind_of
-from peakpoint.writer import StreamedImage
 
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import torch
 
-from peakpoint import reader
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord, check_format
 from peakpoint.format.names import near
 from peakpoint.format.sealed import no_collection
+from peakpoint.repository import reader
 from peakpoint.store import Hold, Store
 from peakpoint.tensors import tensors_of
 from peakpoint.tree import TAG, Decoder

@@ -17,9 +17,9 @@ from peakpoint.copying import NOTHING, Copying, Plan, Storage, Target
 from peakpoint.errors import FormatError
 from peakpoint.format.manifest import FileRecord
 from peakpoint.pinning import pin, unpin
+from peakpoint.repository.commit import Span, WholeImage
 from peakpoint.sharing import DTYPES, TORCH_DTYPES
 from peakpoint.store.pages import PAGE, allocate, pages
-from peakpoint.writer import Span, WholeImage
 
 
 @dataclass(frozen=True, slots=True)

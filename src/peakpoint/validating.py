@@ -16,19 +16,17 @@ from typing import Any
 
 import msgspec
 
-from peakpoint import validations
 from peakpoint._version import __version__
-from peakpoint.actor import present_user
 from peakpoint.apart import run_apart
 from peakpoint.asking import Asked, ask, order
-from peakpoint.clock import utc_now
 from peakpoint.errors import ConfigError, MissingExtraError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.metrics import metrics_from_json
-from peakpoint.repository import Repository
-from peakpoint.revision import code_version
+from peakpoint.repository import validations
+from peakpoint.repository.provenance import code_version, present_user, utc_now
+from peakpoint.repository.root import Repository
+from peakpoint.repository.validations import Finding, Predictions, Progress, Validation, Wanted
 from peakpoint.store import LocalStore
-from peakpoint.validations import Finding, Predictions, Progress, Validation, Wanted
 
 _TAIL = 4000  # characters of what was printed that are kept with a finding
 _EXAMINER = "peakpoint.examining.child"

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peakpoint import aliases, reader, signing, validations
-from peakpoint.aliases import AliasRecord
 from peakpoint.card.page import MARK, markdown
 from peakpoint.card.values import Card, Held, Told
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
@@ -27,7 +25,9 @@ from peakpoint.evaluation.material import gather as gather_material
 from peakpoint.evaluation.writing import put
 from peakpoint.format.events import Event, Measured, Opened, Saved
 from peakpoint.format.manifest import Manifest
-from peakpoint.repository import Repository
+from peakpoint.repository import aliases, reader, signing, validations
+from peakpoint.repository.aliases import AliasRecord
+from peakpoint.repository.root import Repository
 from peakpoint.rules import watched
 from peakpoint.store import Store, translated
 

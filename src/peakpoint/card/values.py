@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peakpoint.aliases import AliasRecord
 from peakpoint.evaluation.material import Material
 from peakpoint.format.events import Measured
 from peakpoint.format.manifest import Manifest
+from peakpoint.repository.aliases import AliasRecord
+from peakpoint.repository.signing import Signature
+from peakpoint.repository.validations import Validation
 from peakpoint.rules import Claim
-from peakpoint.signing import Signature
-from peakpoint.validations import Validation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

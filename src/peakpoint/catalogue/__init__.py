@@ -9,10 +9,10 @@ from peakpoint.catalogue.database import FILE, VARIABLE
 from peakpoint.catalogue.listing import Listed
 from peakpoint.catalogue.selection import Clause, Selection, Why, Wish
 from peakpoint.errors import ConfigError, MissingExtraError, StoreError
-from peakpoint.findings import Finding
 from peakpoint.query import parse
 from peakpoint.ranking import WithinSE, read_keys
-from peakpoint.repository import Repository
+from peakpoint.repository.findings import Finding
+from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode
 from peakpoint.store import Store
 

@@ -29,7 +29,7 @@ from peakpoint.errors import ConfigError, CorruptError, Error, NotFoundError, Pe
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.sealed import digest
-from peakpoint.repository import Repository, open_repository
+from peakpoint.repository.root import Repository, open_repository
 from peakpoint.store import LocalStore, Store
 
 Progress = Callable[[int, int], None]

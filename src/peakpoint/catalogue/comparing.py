@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, Table, select
 
-from peakpoint import journal as journals
-from peakpoint import reader
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import DamagedError, check, read_json, translated
 from peakpoint.catalogue.reading import NOTES
@@ -23,8 +21,10 @@ from peakpoint.errors import Error, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.events import Event, Opened
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
-from peakpoint.notes import notes
-from peakpoint.packs import known_archive
+from peakpoint.repository import journal as journals
+from peakpoint.repository import reader
+from peakpoint.repository.annotations import notes
+from peakpoint.repository.packs import known_archive
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest
 from peakpoint.rules.peaks import go_on

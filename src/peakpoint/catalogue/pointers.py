@@ -12,12 +12,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
-from peakpoint.aliases import AliasRecord, directories
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.reading import is_same
 from peakpoint.catalogue.refresh import lock
 from peakpoint.format import layout
-from peakpoint.holders import heads
+from peakpoint.repository.aliases import AliasRecord, directories, heads
 from peakpoint.store import Store
 
 

@@ -12,8 +12,6 @@ journal has announced is there to be seen. So a crash at any instant leaves noth
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from peakpoint import journal as journals
-from peakpoint import reader
 from peakpoint.format import layout
 from peakpoint.format.events import (
     Archived,
@@ -32,7 +30,9 @@ from peakpoint.format.events import (
     Unpinned,
 )
 from peakpoint.format.sealed import digest
-from peakpoint.packs import known_archive
+from peakpoint.repository import journal as journals
+from peakpoint.repository import reader
+from peakpoint.repository.packs import known_archive
 from peakpoint.store import Store
 
 Rows = Mapping[str, tuple[int, str]]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import msgspec
 from sqlalchemy import Connection, Engine, Table, delete, func, insert, select, update
 
-from peakpoint import reader
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.database import DamagedError, read_json
 from peakpoint.catalogue.reading import NOTES, Known, Reading, is_current, read
@@ -22,7 +21,8 @@ from peakpoint.errors import ConfigError
 from peakpoint.format.events import Event, Opened
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
-from peakpoint.notes import Notes
+from peakpoint.repository import reader
+from peakpoint.repository.annotations import Notes
 from peakpoint.rules import Mode, parse, watched
 from peakpoint.rules import history as histories
 from peakpoint.rules.peaks import Peak, go_on

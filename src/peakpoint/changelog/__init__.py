@@ -15,14 +15,15 @@ for people.
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 
-from peakpoint import journal as journals
 from peakpoint.changelog import production, runs
 from peakpoint.changelog.entries import FORCED, KINDS, PRODUCTION, Entry, Kind
-from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_duration
 from peakpoint.format.names import near
-from peakpoint.repository import Repository, Run
+from peakpoint.repository import journal as journals
+from peakpoint.repository.provenance import Clock, utc_now
+from peakpoint.repository.root import Repository
+from peakpoint.repository.run import Run
 
 __all__ = ["FORCED", "KINDS", "PRODUCTION", "Entry", "Kind", "entries", "since", "until"]
 

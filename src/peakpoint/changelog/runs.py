@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from peakpoint import reader
 from peakpoint.changelog.claims import Claims, Passed
 from peakpoint.changelog.entries import Entry
 from peakpoint.errors import ConfigError
@@ -30,8 +29,9 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.journal import Reading
-from peakpoint.repository import Run
+from peakpoint.repository import reader
+from peakpoint.repository.journal import Reading
+from peakpoint.repository.run import Run
 from peakpoint.rules import Moment, Rule, parse
 from peakpoint.rules.history import Branch, derive, moment_of, windows
 

@@ -8,14 +8,14 @@ import click
 from rich.markup import escape
 from rich.progress import Progress
 
-from peakpoint import audit as audits
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.selecting import progress_of_runs
 from peakpoint.errors import CorruptError
 from peakpoint.format import layout
-from peakpoint.repository import Repository, open_repository
+from peakpoint.repository import audit as audits
+from peakpoint.repository.root import Repository, open_repository
 
 
 @click.command()

@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from peakpoint import reader, signing, upkeep, validations
 from peakpoint.cli import marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, torch_side
 from peakpoint.cli.validating import line
@@ -17,8 +16,10 @@ from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatErr
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
-from peakpoint.packs import packed_bytes
-from peakpoint.repository import Repository, Run, open_repository
+from peakpoint.repository import maintenance, reader, signing, validations
+from peakpoint.repository.packs import packed_bytes
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.run import Run
 from peakpoint.rules import Claim
 
 # --- show ---------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def rm(
     if apply_now:
         for run in dict.fromkeys(manifest.run for manifest in chosen.values()):
             mine = [manifest for manifest in chosen.values() if manifest.run == run]
-            failures += upkeep.remove(repository.run(run), mine, why, undo_for=undo_for)
+            failures += maintenance.remove(repository.run(run), mine, why, undo_for=undo_for)
     if json:
         render.as_json(
             {

@@ -17,7 +17,7 @@ from peakpoint.cli.arguments import JSON, REF, ROOT, torch_side
 from peakpoint.cli.fitting import Column
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError, Error
-from peakpoint.repository import open_repository
+from peakpoint.repository.root import open_repository
 from peakpoint.rules import parse_all
 
 # --- import -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from peakpoint import holders
 from peakpoint.cli.fitting import Column
-from peakpoint.repository import Run
+from peakpoint.repository import aliases
+from peakpoint.repository.aliases import heads
+from peakpoint.repository.run import Run
 
 
 def text(aliases: Iterable[str]) -> str:
@@ -22,7 +23,7 @@ def columns(aliases: Sequence[Iterable[str]]) -> list[Column]:
 
 def pointing(run: Run) -> dict[str, tuple[str, ...]]:
     """The ids of the checkpoints of a run that aliases point at, with the aliases; those that are damaged are told."""
-    found, unread = holders.heads(run.store)
+    found, unread = heads(run.store)
     for alias, why in unread.items():
         click.echo(f"peakpoint: what the alias {alias!r} points at cannot be read: {why}", err=True)
-    return holders.pointing(one for one in found.values() if one.target is not None and one.target.run == run.name)
+    return aliases.pointing(one for one in found.values() if one.target is not None and one.target.run == run.name)

@@ -17,11 +17,12 @@ from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_count, read_duration, read_rate
 from peakpoint.format.events import Reported, Saved
 from peakpoint.format.names import near
-from peakpoint.packs import packed_bytes
 from peakpoint.planning import architectures, optimizers, sizes
 from peakpoint.planning.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.planning.intervals import Failures, daly, young
-from peakpoint.repository import Run, open_repository, rules_of
+from peakpoint.repository.packs import packed_bytes
+from peakpoint.repository.root import open_repository
+from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, watched
 from peakpoint.rules.history import history
 

@@ -11,23 +11,24 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from peakpoint import aliases as records
-from peakpoint import hooks, promotion, signing
-from peakpoint.aliases import AliasRecord
+from peakpoint import hooks, promotion
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.cli.render import words
 from peakpoint.cli.space import progress
-from peakpoint.clock import utc_now
 from peakpoint.comparison import Comparison, MetricPair
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
 from peakpoint.format.amounts import read_time
 from peakpoint.hooks import Told
 from peakpoint.policy import Policy, read_policies
 from peakpoint.promotion import Proposal
-from peakpoint.repository import Repository, open_repository
-from peakpoint.validations import Validation
+from peakpoint.repository import aliases as records
+from peakpoint.repository import signing
+from peakpoint.repository.aliases import AliasRecord
+from peakpoint.repository.provenance import utc_now
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.validations import Validation
 
 ALIAS = click.argument("alias")
 WHY = click.option("--why", required=True, help="The reason; it stays on record.")

@@ -17,7 +17,7 @@ from peakpoint.cli.render import words
 from peakpoint.errors import RefusedError
 from peakpoint.policy import read_policies
 from peakpoint.release import Release
-from peakpoint.repository import open_repository
+from peakpoint.repository.root import open_repository
 
 
 @click.command()

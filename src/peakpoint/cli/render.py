@@ -14,15 +14,15 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import reader
-from peakpoint.audit import Audit, Finding
 from peakpoint.cli import fitting, marks
 from peakpoint.cli.fitting import Column
 from peakpoint.format import amounts
 from peakpoint.format.manifest import Checkpoint, Manifest, plain
-from peakpoint.notes import all_known
-from peakpoint.packs import packed_bytes
-from peakpoint.repository import Run, rules_of
+from peakpoint.repository import reader
+from peakpoint.repository.annotations import all_known
+from peakpoint.repository.audit import Audit, Finding
+from peakpoint.repository.packs import packed_bytes
+from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import Claim, ranked, watched
 from peakpoint.rules.history import history
 from peakpoint.rules.peaks import Peak, peaks

@@ -17,7 +17,7 @@ from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT
 from peakpoint.errors import ConfigError
 from peakpoint.evaluation import tables, writing
-from peakpoint.repository import open_repository
+from peakpoint.repository.root import open_repository
 from peakpoint.rules import Mode, mode_of
 
 _WHOLE = (tables.CURVE, "verdict")

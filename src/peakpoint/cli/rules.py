@@ -10,20 +10,21 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peakpoint import upkeep
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
 from peakpoint.cli.fitting import Column
-from peakpoint.dropping import records
 from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Measured, Reported
 from peakpoint.format.manifest import Manifest
 from peakpoint.lives import Life, lives
-from peakpoint.notes import all_known
-from peakpoint.packs import check_not_archived, packed_bytes
-from peakpoint.refs import AtEpoch, AtStep, ByName, parse
-from peakpoint.repository import Run, open_repository
+from peakpoint.repository import maintenance
+from peakpoint.repository.annotations import all_known
+from peakpoint.repository.packs import check_not_archived, packed_bytes
+from peakpoint.repository.refs import AtEpoch, AtStep, ByName, parse
+from peakpoint.repository.root import open_repository
+from peakpoint.repository.run import Run
+from peakpoint.repository.trash import records
 from peakpoint.rules import Rule, check_watched, moment_text, parse_all
 from peakpoint.rules.retention import Plan
 from peakpoint.rules.simulate import Replay, replay, typical_size
@@ -73,7 +74,7 @@ def keep(
     if not json:
         _print_plan(run, rules, decided)
     if apply_now:
-        failures = upkeep.apply_plan(run, decided, rules if text is not None else None, undo_for=undo_for)
+        failures = maintenance.apply_plan(run, decided, rules if text is not None else None, undo_for=undo_for)
     if json:
         render.as_json(_plan_json(run, rules, decided, failures, applied=apply_now))
     elif not decided.remove and not decided.drop:
@@ -223,7 +224,7 @@ def explain(root: Path, ref: str, *, json: bool) -> None:
         life = _gone(run, ref)
         if life is None:
             raise NotFoundError(f"{error}; the journal knows of no removed one either") from error
-        there = {entry.manifest.id: entry.record.until for entry in upkeep.in_trash(run)}
+        there = {entry.manifest.id: entry.record.until for entry in maintenance.in_trash(run)}
         _explain_gone(root, run, life, there.get(life.saved.checkpoint), json=json)
         return
     _explain_here(run, manifest, json=json)

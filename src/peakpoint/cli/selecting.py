@@ -11,7 +11,6 @@ import click
 from rich.markup import escape
 from rich.progress import Progress
 
-from peakpoint import reader
 from peakpoint.catalogue import Catalogue, Why, Wish
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
@@ -23,7 +22,9 @@ from peakpoint.format.manifest import Checkpoint
 from peakpoint.query import Metric, Query
 from peakpoint.query import parse as parse_query
 from peakpoint.ranking import WithinSE, read_keys
-from peakpoint.repository import Repository, Run, open_repository
+from peakpoint.repository import reader
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.run import Run
 from peakpoint.rules import Mode
 
 _Aliases = Mapping[tuple[str, str], tuple[str, ...]]  # run and id of a checkpoint to those that point at it

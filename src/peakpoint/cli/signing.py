@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from peakpoint import signing
 from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.cli.space import progress
-from peakpoint.repository import open_repository
+from peakpoint.repository import signing
+from peakpoint.repository.root import open_repository
 
 
 @click.command()

@@ -16,7 +16,7 @@ from peakpoint.cli.arguments import JSON, ROOT, torch_side
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError, Error
 from peakpoint.functions import RAISED_BY_PROGRAMS, load_function
-from peakpoint.repository import Repository, open_repository
+from peakpoint.repository.root import Repository, open_repository
 
 
 @click.command()

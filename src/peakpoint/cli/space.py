@@ -10,15 +10,16 @@ import click
 from rich.markup import escape
 from rich.progress import Progress
 
-from peakpoint import packs, upkeep
-from peakpoint.archiving import Packed
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Manifest
-from peakpoint.repository import Run, open_repository
-from peakpoint.trash import InTrash
+from peakpoint.repository import maintenance, packs
+from peakpoint.repository.archive import Packed
+from peakpoint.repository.root import open_repository
+from peakpoint.repository.run import Run
+from peakpoint.repository.trash import InTrash
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def archive(root: Path, name: str, *, back: bool, dry_run: bool, level: int | No
         _restore(run, total, json=json)
         return
     with progress("packing", total) as advance:
-        done = upkeep.archive(run, level=level, progress=lambda packed: advance(packed.size_bytes))
+        done = maintenance.archive(run, level=level, progress=lambda packed: advance(packed.size_bytes))
     if json:
         archived = [_json(one.manifest) | {"packed_bytes": one.packed_bytes, "bases": one.bases} for one in done]
         sizes = {"bytes": sum(one.size_bytes for one in done), "packed_bytes": sum(one.packed_bytes for one in done)}
@@ -81,7 +82,7 @@ def restore(context: click.Context, root: Path, name: str) -> None:
 
 def _restore(run: Run, total: int, *, json: bool) -> None:
     with progress("unpacking", total) as advance:
-        back = upkeep.restore(run, progress=lambda manifest: advance(manifest.size_bytes))
+        back = maintenance.restore(run, progress=lambda manifest: advance(manifest.size_bytes))
     if json:
         render.as_json({"run": run.name, "restored": [_json(manifest) for manifest in back]})
     elif back:
@@ -130,7 +131,9 @@ def _print_packed(root: Path, name: str, done: Sequence[Packed]) -> None:
 def trash(root: Path, *, empty: bool, json: bool) -> None:
     """List what was removed and can be brought back, and until when."""
     runs = open_repository(root).runs()
-    entries = [entry for run in runs for entry in (upkeep.empty_trash(run) if empty else upkeep.in_trash(run))]
+    entries = [
+        entry for run in runs for entry in (maintenance.empty_trash(run) if empty else maintenance.in_trash(run))
+    ]
     total = sum(entry.manifest.size_bytes for entry in entries)
     if json:
         render.as_json({"emptied" if empty else "trash": [_trash_json(entry) for entry in entries], "bytes": total})
@@ -173,7 +176,7 @@ def undo(root: Path, names: tuple[str, ...], *, json: bool) -> None:
         if not (run and slash and name):
             raise ConfigError(f"{ref!r} names nothing in the trash; give RUN/NAME, as peakpoint trash lists it")
         wanted.setdefault(run, []).append(name)
-    back = [manifest for run, names in wanted.items() for manifest in upkeep.undo(repository.run(run), names)]
+    back = [manifest for run, names in wanted.items() for manifest in maintenance.undo(repository.run(run), names)]
     if json:
         render.as_json({"back": [_json(manifest) for manifest in back]})
         return

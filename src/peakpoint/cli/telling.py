@@ -14,7 +14,7 @@ from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConflictError
 from peakpoint.evaluation.writing import put
-from peakpoint.repository import open_repository
+from peakpoint.repository.root import open_repository
 from peakpoint.store import translated
 
 _FORMATS = ("markdown", "json", "keep-a-changelog")

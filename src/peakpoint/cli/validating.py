@@ -21,8 +21,8 @@ from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConfigError, RefusedError
 from peakpoint.format.amounts import read_duration
 from peakpoint.policy import read_policies
-from peakpoint.repository import open_repository
-from peakpoint.validations import Progress, Validation, Wanted
+from peakpoint.repository.root import open_repository
+from peakpoint.repository.validations import Progress, Validation, Wanted
 
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 _LINES = 12  # of what was printed, shown with a failure

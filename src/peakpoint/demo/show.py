@@ -16,15 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from peakpoint import audit, promotion, validating
+from peakpoint import promotion, validating
 from peakpoint.cli import render
 from peakpoint.cli.production import print_comparison
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.layout import REPOSITORY
-from peakpoint.repository import Repository, open_repository
+from peakpoint.repository import audit
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.validations import Wanted
 from peakpoint.rules import watched
 from peakpoint.rules.peaks import peaks
-from peakpoint.validations import Wanted
 
 WHOLE, KILLED = "lenet5-uninterrupted", "lenet5-killed"
 _TRAINING = "peakpoint.demo.training"

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from peakpoint import refs
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.evaluation.groups import Group, Grouping, key_of, optimizer_of
 from peakpoint.evaluation.groups import compare as compare_groups
@@ -31,7 +30,8 @@ from peakpoint.evaluation.weighing import Comparison, Difference, Side, Weight
 from peakpoint.evaluation.weighing import compare as compare_weights
 from peakpoint.evaluation.writing import write
 from peakpoint.format.names import check_metric, near
-from peakpoint.repository import Repository
+from peakpoint.repository import refs
+from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, check_mode, ranked
 
 __all__ = [

@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peakpoint import journal as journals
-from peakpoint import packs, reader
 from peakpoint.format.events import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
-from peakpoint.notes import all_known
-from peakpoint.repository import Run, rules_of
+from peakpoint.repository import journal as journals
+from peakpoint.repository import packs, reader
+from peakpoint.repository.annotations import all_known
+from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import Rule, lineage
 from peakpoint.rules import history as histories
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peakpoint import reader
 from peakpoint.errors import MissingExtraError, NotFoundError
 from peakpoint.evaluation.judging import Examples, noise_of
 from peakpoint.evaluation.material import Material, ref_of
 from peakpoint.evaluation.noise import Interval
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.format.masks import masks_of
+from peakpoint.repository import reader
 from peakpoint.rules import Mode
 from peakpoint.store import Store
 

@@ -13,8 +13,8 @@ from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.format.names import check_metric
 from peakpoint.format.sealed import digest
+from peakpoint.repository.validations import Predictions, within
 from peakpoint.tree import kind_of
-from peakpoint.validations import Predictions, within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from peakpoint.apart import Ends
 from peakpoint.examining.exam import Exam
 from peakpoint.examining.run import examine
 from peakpoint.functions import load_function
-from peakpoint.repository import open_repository
-from peakpoint.validations import Wanted
+from peakpoint.repository.root import open_repository
+from peakpoint.repository.validations import Wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,12 @@ from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.examining.memory import Peak
 from peakpoint.format.manifest import Manifest
 from peakpoint.importing.sources import read_safetensors
-from peakpoint.notes import known, notes
-from peakpoint.repository import Repository
+from peakpoint.repository.annotations import known, notes
+from peakpoint.repository.root import Repository
+from peakpoint.repository.validations import Outcome, Predictions, Wanted
 from peakpoint.restore import restore_into
 from peakpoint.stored import Loaded, read_state, read_trees
 from peakpoint.tree import kind_of
-from peakpoint.validations import Outcome, Predictions, Wanted
 
 Outputs = dict[str, torch.Tensor]
 _BATCH = 256  # golden inputs in one forward pass

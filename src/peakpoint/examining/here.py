@@ -9,12 +9,12 @@ from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Candidate, Exam
 from peakpoint.examining.run import examine
 from peakpoint.functions import load_function
-from peakpoint.repository import Repository
+from peakpoint.repository.root import Repository
+from peakpoint.repository.validations import Progress, Validation, Wanted
 from peakpoint.store import Store, open_store
 from peakpoint.stored import Loaded
 from peakpoint.tree import kind_of
 from peakpoint.validating import Collected, conclude
-from peakpoint.validations import Progress, Validation, Wanted
 
 Function = Callable[..., Any] | str
 

@@ -8,8 +8,8 @@ from peakpoint.errors import ConfigError, Error, MismatchError
 from peakpoint.examining.exam import Exam, Outputs, Said, classes_of, device_of, failed, outputs_of, passed, skipped
 from peakpoint.examining.memory import peak_of
 from peakpoint.format.manifest import Manifest
+from peakpoint.repository.validations import Predictions
 from peakpoint.sharing import DTYPES
-from peakpoint.validations import Predictions
 
 _LISTED = 20  # examples and names that evidence lists
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from peakpoint import reader
 from peakpoint.asking import shown
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.format.masks import MASK, ORIGINAL
+from peakpoint.repository import reader
 from peakpoint.sharing import DTYPES
 
 _CHUNK = 1 << 24  # elements looked at at once

@@ -15,7 +15,7 @@ from peakpoint.averaging import held
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.repository import Repository
+from peakpoint.repository.root import Repository
 from peakpoint.store import FileOps, translated
 from peakpoint.stored import check_part_of, read_state
 from peakpoint.tensors import Staging

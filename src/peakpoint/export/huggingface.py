@@ -14,7 +14,7 @@ from peakpoint.export.files import check_free, check_weights, default_part, publ
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.repository import Repository
+from peakpoint.repository.root import Repository
 from peakpoint.rules.history import history
 from peakpoint.store import translated
 from peakpoint.stored import SavedState, check_part_of, read_state

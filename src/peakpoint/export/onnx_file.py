@@ -16,7 +16,7 @@ from peakpoint.export.files import check_free, published
 from peakpoint.format.manifest import Manifest
 from peakpoint.functions import load_function
 from peakpoint.loading import load
-from peakpoint.repository import Repository
+from peakpoint.repository.root import Repository
 
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 _LARGEST = 1_900_000_000  # bytes: one file of protobuf holds no more than 2 GiB

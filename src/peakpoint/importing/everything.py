@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.format import names
 from peakpoint.importing import logs
@@ -16,6 +15,7 @@ from peakpoint.importing.intake import Imported, Intake, Seen
 from peakpoint.importing.sources import Source, find, read
 from peakpoint.importing.timeline import timeline
 from peakpoint.importing.unpickling import check_inert
+from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.rules import Rule, check_rules
 from peakpoint.store import Store, open_store
 

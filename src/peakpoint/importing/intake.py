@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peakpoint import journal as journals
 from peakpoint.adding import held, named, opened, settled, tell_report, tell_saved
-from peakpoint.audit import clean_run
 from peakpoint.capture import FromElsewhere, StateEncoder, capture
-from peakpoint.clock import Clock
 from peakpoint.copying import NOTHING
 from peakpoint.errors import ConflictError, CorruptError, StoreError
 from peakpoint.format.events import Pinned, Saved, Unpinned
@@ -21,19 +18,23 @@ from peakpoint.importing.foreign import EXTRA, Foreign, Reading, keepable
 from peakpoint.importing.placing import COUNTED, OutOfPlaceError, Placed, placed
 from peakpoint.importing.sources import Source, read
 from peakpoint.importing.timeline import Moment
-from peakpoint.journal import Journal
-from peakpoint.notes import notes as notes_of
-from peakpoint.packs import spans_of
 from peakpoint.position import Position
-from peakpoint.reader import shelf
 from peakpoint.report import written_by
-from peakpoint.repository import Run, ensure_run
+from peakpoint.repository import journal as journals
+from peakpoint.repository.annotations import notes as notes_of
+from peakpoint.repository.audit import clean_run
+from peakpoint.repository.commit import WholeImage, commit
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.packs import spans_of
+from peakpoint.repository.provenance import Clock
+from peakpoint.repository.reader import shelf
+from peakpoint.repository.root import ensure_run
+from peakpoint.repository.run import Run
 from peakpoint.rules import Rule, check_watched, watched
 from peakpoint.rules.history import history
 from peakpoint.store import Hold, LocalStore, Store
 from peakpoint.tensors import Staging
 from peakpoint.tree import Encoder
-from peakpoint.writer import WholeImage, commit
 
 DIGEST, PLACE = "source_blake3", "imported_from"  # in a manifest's written_by
 _MODEL = "model.safetensors"

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peakpoint import reader
 from peakpoint.errors import CorruptError, NotFoundError, SignatureError
 from peakpoint.format import layout
 from peakpoint.format.manifest import MANIFEST, Manifest, decode
-from peakpoint.signing import bundle as bundles
-from peakpoint.signing.keys import (
+from peakpoint.repository import reader
+from peakpoint.repository.signing import bundle as bundles
+from peakpoint.repository.signing.keys import (
     PASSWORD,
     fingerprint_of,
     private_key_fingerprint,

@@ -4,11 +4,11 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from peakpoint import trash
-from peakpoint.audit import clean_run
 from peakpoint.format import layout
 from peakpoint.format.amounts import size
 from peakpoint.format.manifest import Manifest
+from peakpoint.repository import trash
+from peakpoint.repository.audit import clean_run
 from peakpoint.store import Store
 
 _END = datetime.max.replace(tzinfo=UTC)

@@ -1,25 +1,78 @@
-"""What the writer of a run knows of its checkpoints besides their manifests, kept up to date.
+"""What is known of checkpoints besides their manifests: measured later, pinned, promoted.
 
-Others may measure, pin and remove checkpoints while the run is being written: each of them appends to a segment of the
-journal of its own, which is read here as soon as it is there.
+A manifest never changes. What is said of a checkpoint after its commit is in the journal, and what rules look at is the
+two together. Others may measure, pin and remove checkpoints while the run is being written: each of them appends to a
+segment of the journal of its own, which ``Ledger`` reads as soon as it is there.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from types import UnionType
 
-from peakpoint import holders
-from peakpoint import journal as journals
 from peakpoint.format.events import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Removed, Unpinned
 from peakpoint.format.manifest import Manifest
-from peakpoint.journal import Reading
-from peakpoint.notes import Notes, known, notes
-from peakpoint.reader import being_read
+from peakpoint.repository import journal as journals
+from peakpoint.repository.aliases import protected
+from peakpoint.repository.journal import Reading
+from peakpoint.repository.reader import being_read
 from peakpoint.rules import Rule, retention
 from peakpoint.rules.history import Derived, derive, windows
 from peakpoint.rules.retention import Plan
 from peakpoint.store import Store
+
+
+@dataclass(slots=True)
+class Notes:
+    """What the journal says about checkpoints, by their ids.
+
+    Attributes:
+        metrics: measured after the commit; of several values of one metric the last counts.
+        pinned: why each is pinned.
+        promoting: what was said of aliases that are about to point at a checkpoint, by its token.
+    """
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    pinned: dict[str, str] = field(default_factory=dict)
+    promoting: dict[str, Promoting] = field(default_factory=dict)
+
+    def take(self, event: Event) -> None:
+        """Take the next event into account."""
+        match event:
+            case Measured():
+                self.metrics.setdefault(event.checkpoint, {}).update(event.metrics)
+            case Pinned():
+                self.pinned[event.checkpoint] = event.why
+            case Unpinned():
+                self.pinned.pop(event.checkpoint, None)
+            case Promoting():
+                self.promoting[event.token] = event
+            case Promoted():
+                self.promoting.pop(event.token, None)
+            case _:
+                pass
+
+
+def notes(events: Iterable[Event]) -> Notes:
+    """Everything that a journal notes."""
+    found = Notes()
+    for event in events:
+        found.take(event)
+    return found
+
+
+def known(manifest: Manifest, noted: Notes, derived: Derived) -> Manifest:
+    """A manifest with all that is known of its metrics, for rules; never to be written."""
+    late = noted.metrics.get(manifest.id, {})
+    return replace(manifest, metrics={**manifest.metrics, **late, **derived}) if late or derived else manifest
+
+
+def all_known(manifests: Sequence[Manifest], events: Sequence[Event], rules: Iterable[Rule]) -> tuple[Manifest, ...]:
+    """Every manifest as rules must see it."""
+    noted, derived = notes(events), derive(manifests, events, windows(rules))
+    return tuple(known(manifest, noted, derived.get(manifest.id, {})) for manifest in manifests)
+
 
 _SAID = Measured | Pinned | Unpinned | Promoting | Promoted | Removed
 
@@ -112,7 +165,7 @@ class Ledger:
 
     def aliased(self, manifests: Iterable[Manifest]) -> Mapping[str, str]:
         """The ids that aliases protect, with the reasons."""
-        return holders.protected(self._store, [manifest.id for manifest in manifests], self.promoting)
+        return protected(self._store, [manifest.id for manifest in manifests], self.promoting)
 
     def planner(self, existing: Sequence[Manifest]) -> Callable[[Sequence[Manifest], Sequence[Rule]], Plan]:
         """What rules make of checkpoints, with what protects those that exist at this moment."""

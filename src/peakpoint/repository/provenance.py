@@ -1,8 +1,16 @@
-"""The version of the training's code: the git commit that its script's directory is at."""
+"""Who does something, when, and with which code.
 
+A clock is a function without arguments that returns an aware ``datetime`` in UTC, so that tests can choose the time.
+Nothing else in the package asks the system for it.
+"""
+
+import getpass
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -56,3 +64,20 @@ def script_version() -> str | None:
         return code_version(Path(script).resolve().parent if script else Path.cwd())
     except OSError:  # the working directory is gone
         return None
+
+
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """The present time in UTC, with microseconds."""
+    return datetime.now(UTC)
+
+
+def present_user() -> str:
+    """``"user on host"``; works for users without a name, as in containers."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = "somebody"
+    return f"{name} on {socket.gethostname()}"

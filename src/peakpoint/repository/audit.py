@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
-from peakpoint import aliases, archiving, packs, reader, trash, validations
-from peakpoint import journal as journals
-from peakpoint.clock import Clock, utc_now
-from peakpoint.dropping import leftovers, records
 from peakpoint.errors import (
     ConflictError,
     CorruptError,
@@ -20,15 +16,20 @@ from peakpoint.errors import (
     NotFoundError,
     StoreError,
 )
-from peakpoint.findings import Audit, Finding
 from peakpoint.format import layout
 from peakpoint.format.events import Event, Promoted
 from peakpoint.format.manifest import MANIFEST, Manifest
 from peakpoint.format.sealed import digest
-from peakpoint.refs import is_alias
-from peakpoint.repository import Repository, Run, check_run_record
+from peakpoint.repository import aliases, archive, packs, reader, trash, validations
+from peakpoint.repository import journal as journals
+from peakpoint.repository.commit import sweep
+from peakpoint.repository.findings import Audit, Finding
+from peakpoint.repository.provenance import Clock, utc_now
+from peakpoint.repository.refs import is_alias
+from peakpoint.repository.root import Repository
+from peakpoint.repository.run import Run, check_run_record
+from peakpoint.repository.trash import leftovers, records
 from peakpoint.store import Store
-from peakpoint.writer import sweep
 
 __all__ = ["Audit", "Finding", "audit", "clean", "clean_run"]
 
@@ -288,7 +289,7 @@ def _unheld(store: Store) -> list[str]:
 def _packs(store: Store, run: str) -> Iterator[Finding]:
     prefix = layout.archive_prefix(run)
     yield from _strays(store, prefix, {child for child in store.children(prefix) if _PACK.fullmatch(child)})
-    for key in archiving.needless(store, run):
+    for key in archive.needless(store, run):
         yield Finding("litter", key, "of an archive, and no checkpoint needs it")
     try:
         packs.run_archive(store, run)
@@ -322,7 +323,7 @@ def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: date
     found = [Finding("litter", key, "a file of a part that was dropped") for key in leftovers(store, run, name, now)]
     found += [
         Finding("litter", key, "a file of an archived run, which is in its pack")
-        for key in archiving.leftovers(store, manifest, packed)
+        for key in archive.leftovers(store, manifest, packed)
     ]
     if store.size(layout.trashed_key(run, name)) is not None and not _is_being_removed(store, run, name):
         found.append(Finding("litter", layout.trashed_key(run, name), "the record of a removal that was cut short"))
@@ -405,7 +406,7 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
     over = [finding for manifest in shelf.manifests for finding in _over(store, manifest, packed, now)]
     over += [finding for finding in _validations(store, run, shelf, deep=False) if finding.kind == "litter"]
     over += [
-        Finding("litter", key, "of an archive, and no checkpoint needs it") for key in archiving.needless(store, run)
+        Finding("litter", key, "of an archive, and no checkpoint needs it") for key in archive.needless(store, run)
     ]
     for finding in over:
         if store.size(finding.where) is not None:  # what has such a name and is no file stays

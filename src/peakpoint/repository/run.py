@@ -1,7 +1,5 @@
-"""A repository: a root with runs. The one way to read what is there."""
+"""One run of a repository: its checkpoints, its journal, and what is known of them."""
 
-import difflib
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -9,11 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from peakpoint import aliases, holders, reader, refs
-from peakpoint import journal as journals
-from peakpoint.actor import present_user
-from peakpoint.clock import utc_now
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, PeakpointWarning, StoreError
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.format import layout
 from peakpoint.format.events import (
     Closed,
@@ -28,15 +22,19 @@ from peakpoint.format.events import (
     Undone,
     Unpinned,
 )
-from peakpoint.format.manifest import FORMAT, Checkpoint, Manifest, check_format
+from peakpoint.format.manifest import Checkpoint, Manifest, check_format
 from peakpoint.format.names import check_metric, check_text
-from peakpoint.format.sealed import seal, unseal
-from peakpoint.notes import all_known, known, notes
+from peakpoint.format.sealed import unseal
+from peakpoint.repository import journal as journals
+from peakpoint.repository import reader, refs
+from peakpoint.repository.aliases import protected
+from peakpoint.repository.annotations import all_known, known, notes
+from peakpoint.repository.provenance import present_user, utc_now
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest
 from peakpoint.rules.retention import Plan, plan
-from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
+from peakpoint.store import SMALL, LocalStore, Store
 
 
 def _number(name: str, value: object) -> float:
@@ -159,7 +157,7 @@ class Run:
     def aliased(self, manifests: Sequence[Manifest], events: Sequence[Event]) -> Mapping[str, str]:
         """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
         ids = [manifest.id for manifest in manifests]
-        return holders.protected(self.store, ids, notes(events).promoting.values())
+        return protected(self.store, ids, notes(events).promoting.values())
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
@@ -187,7 +185,7 @@ class Run:
         return self.find(f"{self.name}@best:{metric}" + (f":{mode}" if mode else ""))
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that ``ref`` names; see ``peakpoint.refs``."""
+        """The checkpoint that ``ref`` names; see ``peakpoint.repository.refs``."""
         return _checkpoint(self.store, known(self.find_manifest(ref), notes(self.events()), {}))
 
     def find_manifest(self, ref: str) -> Manifest:
@@ -310,177 +308,6 @@ class Run:
     def about(self) -> dict[str, Any]:
         """``run.json``: who began the run, when, with which versions and rules."""
         return check_run_record(self.store, self.name)
-
-
-class Repository:
-    """A root with runs; what ``peakpoint.open`` returns. Reading only, safe beside a writing trainer.
-
-    Args:
-        store: where it is.
-
-    Raises:
-        NotFoundError: there is no repository there.
-        FormatError: a newer release wrote it.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        try:
-            record = unseal(store.get(layout.REPOSITORY, most=SMALL), where=f"{store.location}/{layout.REPOSITORY}")
-        except NotFoundError as error:
-            raise NotFoundError(
-                f"{store.location} is not a Peakpoint repository: it has no {layout.REPOSITORY}{_beside(store)}"
-            ) from error
-        check_format(record, where=f"{store.location}/{layout.REPOSITORY}")
-
-    def __repr__(self) -> str:
-        return f"Repository({self.store.location!r})"
-
-    def _names(self) -> list[str]:
-        children = self.store.children(layout.RUNS)
-        return [child.rstrip("/") for child in children if child.endswith("/") and self._is_run(child.rstrip("/"))]
-
-    def _is_run(self, name: str) -> bool:
-        try:
-            return self.store.size(layout.run_record(name)) is not None
-        except StoreError:
-            return True  # somebody else's, which may not be looked at: reading it says so
-
-    def runs(self) -> list[Run]:
-        """Every run, by name."""
-        return [Run(self.store, name) for name in self._names()]
-
-    def run(self, name: str) -> Run:
-        """One run.
-
-        Raises:
-            NotFoundError: there is no run of that name; the message names near ones.
-        """
-        names = self._names()
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:10]
-            raise NotFoundError(
-                f"{self.store.location} has no run {name!r}; runs: {', '.join(near) or 'none'}"
-                + (", ..." if len(near) < len(names) else "")
-            )
-        return Run(self.store, name)
-
-    def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that ``ref`` names, such as ``"resnet50@best:val_accuracy"`` or ``"@champion"``.
-
-        Raises:
-            NotFoundError: no such run, checkpoint or alias.
-            ConfigError: ``ref`` is none of the forms of refs.
-            CorruptError: what an alias points at is not what was promoted.
-        """
-        run, manifest = self.locate(ref)
-        return run.find(f"{manifest.run}/{manifest.id}")
-
-    def find_manifest(self, ref: str) -> Manifest:
-        """The manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
-        return self.locate(ref)[1]
-
-    def locate(self, ref: str) -> tuple[Run, Manifest]:
-        """The run and the manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
-        parsed = refs.parse_any(ref)
-        if isinstance(parsed, refs.OfAlias):
-            return self._aliased(parsed)
-        run = self.run(parsed.run)
-        return run, run.find_manifest(ref)
-
-    def _aliased(self, ref: refs.OfAlias) -> tuple[Run, Manifest]:
-        if ref.number is None:
-            record = aliases.holder(self.store, ref.alias)
-        else:
-            record = aliases.read(self.store, ref.alias, ref.number)
-        target = record.target
-        if target is None:
-            raise NotFoundError(f"record {record.number} of {ref.alias} retired it: it pointed at nothing then")
-        try:
-            manifest = reader.read_manifest(self.store, target.run, target.name)
-        except NotFoundError as error:
-            raise NotFoundError(_lost(record)) from error
-        if manifest.id != target.checkpoint:
-            raise NotFoundError(f"{_lost(record)}; {manifest.id} has its directory now")
-        if reader.manifest_digest(self.store, manifest) != target.manifest:
-            raise CorruptError(
-                f"{target.run}/{target.name} has another manifest than when it became {ref.alias} (record "
-                f"{record.number}): it was tampered with; peakpoint rollback ROOT {ref.alias} goes back one"
-            )
-        return self.run(target.run), manifest
-
-
-def _lost(record: aliases.AliasRecord) -> str:
-    target = record.target
-    assert target is not None
-    return (
-        f"record {record.number} of {record.alias} points at {target.run}/{target.name} ({target.checkpoint}), which "
-        "does not exist any more; peakpoint trash ROOT shows whether it can be brought back, peakpoint rollback ROOT "
-        f"{record.alias} goes back one"
-    )
-
-
-def _beside(store: Store) -> str:
-    """A hint when the root is right above or below the one that was meant."""
-    for child in store.children("")[:200]:
-        if child.endswith("/") and store.size(f"{child}{layout.REPOSITORY}") is not None:
-            return f"; did you mean {store.location}/{child.rstrip('/')}?"
-    if isinstance(store, LocalStore):
-        for parent in store.root.absolute().parents:
-            if (parent / layout.REPOSITORY).is_file():
-                return f"; did you mean {parent}?"
-    return ""
-
-
-def open_repository(root: str | os.PathLike[str] | Store) -> Repository:
-    """Open the repository at ``root`` for reading.
-
-    Args:
-        root: a directory, or a store.
-
-    Raises:
-        NotFoundError: there is no repository there.
-        ConfigError: ``root`` is of a kind that this release does not serve.
-        FormatError: a newer release wrote it.
-    """
-    return Repository(open_store(root))
-
-
-def ensure_repository(store: Store, now: datetime) -> Repository:
-    """Open the repository, creating it first when there is none.
-
-    Raises:
-        StoreError: it cannot be created.
-    """
-    if store.size(layout.REPOSITORY) is None:
-        _create_once(store, layout.REPOSITORY, {"format": FORMAT, "kind": "peakpoint repository", "created_at": now})
-    return Repository(store)
-
-
-def ensure_run(store: Store, run: str, now: datetime, by: Mapping[str, str], rules: Sequence[Rule]) -> None:
-    """Write the run's record unless it exists.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    if store.size(layout.run_record(run)) is None:
-        record = {
-            "format": FORMAT,
-            "run": run,
-            "created_at": now,
-            "by": dict(by),
-            "rules": [rule.text for rule in rules],
-        }
-        _create_once(store, layout.run_record(run), record)
-
-
-def _create_once(store: Store, key: str, record: dict[str, Any]) -> None:
-    try:
-        establish(store, key, seal(record))
-    except ConflictError:
-        # somebody else has just created the same; theirs is as good as ours
-        if store.size(key) is None:
-            raise
 
 
 def check_run_record(store: Store, run: str) -> dict[str, Any]:

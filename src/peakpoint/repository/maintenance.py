@@ -9,24 +9,24 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
-from peakpoint import archiving, packs, reader, retention, trash
-from peakpoint.actor import present_user
-from peakpoint.archiving import Packed
-from peakpoint.audit import clean_run
-from peakpoint.clock import Clock, utc_now
 from peakpoint.errors import ConflictError, CorruptError, Error, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Changing, Closed, Opened, Pinned, Undone
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import near
-from peakpoint.journal import Journal
-from peakpoint.notes import notes
-from peakpoint.reader import being_read
-from peakpoint.repository import Run
+from peakpoint.repository import archive as archives
+from peakpoint.repository import packs, reader, removal, trash
+from peakpoint.repository.annotations import notes
+from peakpoint.repository.archive import Packed
+from peakpoint.repository.audit import clean_run
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.provenance import Clock, present_user, utc_now
+from peakpoint.repository.reader import being_read
+from peakpoint.repository.run import Run
+from peakpoint.repository.trash import InTrash
 from peakpoint.rules import Rule
 from peakpoint.rules.retention import Plan, Removal
 from peakpoint.store import holder_note
-from peakpoint.trash import InTrash
 
 NOTHING = timedelta(0)
 
@@ -89,8 +89,8 @@ def apply_plan(
         def pinned() -> dict[str, str]:
             return _protected(run)
 
-        failures = retention.apply(run.store, events, plan.remove, by=by, pinned=pinned, until=until)
-        return failures + retention.thin(run.store, events, plan.drop, by=by, pinned=pinned)[1]
+        failures = removal.apply(run.store, events, plan.remove, by=by, pinned=pinned, until=until)
+        return failures + removal.thin(run.store, events, plan.drop, by=by, pinned=pinned)[1]
 
 
 def _protected(run: Run) -> dict[str, str]:
@@ -158,7 +158,7 @@ def _remove(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedel
             return run.aliased(manifests, run.events())
 
         removals = [Removal(manifest, why) for manifest in free]
-        failures += retention.apply(run.store, events, removals, by=present_user(), pinned=protected_now, until=until)
+        failures += removal.apply(run.store, events, removals, by=present_user(), pinned=protected_now, until=until)
         events.record([Closed(at=clock(), why="peakpoint rm")], later=True)
         return failures
     finally:
@@ -240,7 +240,7 @@ def archive(
     progress: Callable[[Packed], None] = lambda _: None,
     clock: Clock = utc_now,
 ) -> list[Packed]:
-    """Pack all checkpoints of a run that nothing trains; see ``peakpoint.archiving``.
+    """Pack all checkpoints of a run that nothing trains; see ``peakpoint.repository.archive``.
 
     Until ``restore`` the run is read like any other, and nothing changes, adds or removes single checkpoints of it.
     Needs room for the packs beside the files, which go when every pack has been proven.
@@ -277,7 +277,7 @@ def archive(
             return []
         packs.check_not_archived(run.store, run.name, shelf.manifests)  # not even one of them, as earlier code could
         try:
-            return archiving.archive(
+            return archives.archive(
                 run.store,
                 events,
                 run.name,
@@ -289,7 +289,7 @@ def archive(
             )
         except Error:
             with contextlib.suppress(StoreError):  # the error that brought us here is the one to report
-                for key in archiving.needless(run.store, run.name):
+                for key in archives.needless(run.store, run.name):
                     run.store.delete(key)
             raise
 
@@ -299,7 +299,7 @@ def restore(
 ) -> list[Manifest]:
     """Put the files of an archived run back, bit for bit.
 
-    Also brings back what earlier code put away by pieces; see ``peakpoint.archiving``.
+    Also brings back what earlier code put away by pieces; see ``peakpoint.repository.archive``.
 
     Args:
         run: which.
@@ -315,4 +315,4 @@ def restore(
         MissingExtraError: NumPy or zstandard is not installed.
     """
     with writing(run, "peakpoint archive --restore", clock) as events:
-        return archiving.restore(run.store, events, run.name, run.manifests(), by=present_user(), progress=progress)
+        return archives.restore(run.store, events, run.name, run.manifests(), by=present_user(), progress=progress)

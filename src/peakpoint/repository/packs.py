@@ -28,9 +28,9 @@ from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundE
 from peakpoint.format import layout
 from peakpoint.format.manifest import FORMAT, FileRecord, Manifest, check_format
 from peakpoint.format.sealed import seal, unseal
+from peakpoint.repository.commit import Span, StreamedImage
 from peakpoint.store import RECORD, Store, establish
 from peakpoint.store.pages import cores
-from peakpoint.writer import Span, StreamedImage
 
 PIECE = 4 * 1024 * 1024  # bytes
 _MAGIC = b"PEAKPACK"
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
         begin: first byte in the file.
         end: one past the last.
         dtype: safetensors' name of the element type; "" for bytes that are no tensors.
-        method: how it is packed; see ``peakpoint.codec``.
+        method: how it is packed; see ``peakpoint.repository.codec``.
         at: first byte in the pack.
         length: bytes in the pack.
     """
@@ -398,7 +398,7 @@ def load_codec() -> ModuleType:
         MissingExtraError: what it needs is not installed.
     """
     with needing("archive", "archives need"):
-        return importlib.import_module("peakpoint.codec")
+        return importlib.import_module("peakpoint.repository.codec")
 
 
 # --- files out of packs -------------------------------------------------------------------------------------------

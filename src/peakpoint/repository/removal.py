@@ -4,15 +4,14 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from peakpoint.dropping import drop
 from peakpoint.errors import StoreError
 from peakpoint.format.events import PartsDropped, Removed, Undone
 from peakpoint.format.manifest import Manifest
-from peakpoint.journal import Journal
+from peakpoint.repository.commit import remove
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.trash import discard, drop
 from peakpoint.rules.retention import Removal, Thinning
 from peakpoint.store import Store
-from peakpoint.trash import discard
-from peakpoint.writer import remove
 
 
 def apply(

@@ -10,16 +10,16 @@ the record or on the other.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peakpoint import packs, reader, trash
-from peakpoint.dropping import records
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.events import Archived, Changing, Restored, Undone
 from peakpoint.format.manifest import FileRecord, Manifest
-from peakpoint.journal import Journal
-from peakpoint.packs import Base, Index, PlainSource, RunArchive, Source
+from peakpoint.repository import packs, reader, trash
+from peakpoint.repository.commit import file_record, put_file
+from peakpoint.repository.journal import Journal
+from peakpoint.repository.packs import Base, Index, PlainSource, RunArchive, Source
+from peakpoint.repository.trash import records
 from peakpoint.store import Store
-from peakpoint.writer import file_record, put_file
 
 CHAIN = 16
 """A checkpoint is read through at most so many packs; the next one stands on its own."""

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from peakpoint import packs, trash
-from peakpoint.dropping import left, records
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
 from peakpoint.format.sealed import digest
+from peakpoint.repository import packs, trash
+from peakpoint.repository.commit import BLOCK, combined_digest
+from peakpoint.repository.trash import left, records
 from peakpoint.store import Filled, Filling, Hold, Store
 from peakpoint.store.pages import cores
-from peakpoint.writer import BLOCK, combined_digest
 
 T = TypeVar("T")
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.aliases import Target
 from peakpoint.errors import FormatError
 from peakpoint.format import layout
 from peakpoint.format.manifest import check_format
 from peakpoint.format.sealed import unseal
+from peakpoint.repository.aliases import Target
 from peakpoint.store import Store
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from peakpoint.errors import SignatureError
-from peakpoint.signing.keys import algorithm, fingerprint_of
+from peakpoint.repository.signing.keys import algorithm, fingerprint_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey

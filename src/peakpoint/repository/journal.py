@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from peakpoint.clock import Clock
 from peakpoint.errors import CorruptError, StoreError
 from peakpoint.format.events import (
     CLOSED_LINE,
@@ -29,6 +28,7 @@ from peakpoint.format.events import (
 from peakpoint.format.layout import journal_prefix, writer_lock
 from peakpoint.format.layout import number as number_in
 from peakpoint.format.sealed import no_collection
+from peakpoint.repository.provenance import Clock
 from peakpoint.store import LARGE, Hold, Log, Store, create_numbered
 
 
