@@ -20,11 +20,11 @@ import torch
 import peakpoint as pp
 from benchmarks.page import ALONE, BEST, BEST_OF_ALL, CASE, SELECTION
 from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue.query import parse
+from peakpoint.catalogue.ranking import read_keys
 from peakpoint.format import events, layout
 from peakpoint.format.events import Closed, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import FileRecord, Manifest, encode
-from peakpoint.query import parse
-from peakpoint.ranking import read_keys
 from peakpoint.repository import journal as journals
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Best, Last

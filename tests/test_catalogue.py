@@ -25,6 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import peakpoint as pp
 from peakpoint.catalogue import Catalogue, Wish, schema
+from peakpoint.catalogue.query import parse
+from peakpoint.catalogue.ranking import read_keys
 from peakpoint.catalogue.refresh import refresh_run
 from peakpoint.errors import (
     ConfigError,
@@ -40,8 +42,6 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Pinned
 from peakpoint.format.manifest import encode
 from peakpoint.format.sealed import digest
-from peakpoint.query import parse
-from peakpoint.ranking import read_keys
 from peakpoint.repository.aliases import Change, append, back_from, head
 from peakpoint.repository.audit import audit
 from peakpoint.repository.journal import Journal
@@ -409,7 +409,7 @@ def test_many_who_ask_at_once_see_everything(tmp_path, catalogue_url):
     with checkpointer(root, keep=[pp.Last(100)]) as ckpt:
         ckpt.resume()
         code = (
-            "import sys\nfrom peakpoint.catalogue import Catalogue, Wish\nfrom peakpoint.query import parse\n"
+            "import sys\nfrom peakpoint.catalogue import Catalogue, Wish\nfrom peakpoint.catalogue.query import parse\n"
             "from peakpoint.store import LocalStore\nfrom pathlib import Path\n"
             "catalogue = Catalogue(LocalStore(Path(sys.argv[1])), sys.argv[2])\nbefore = 0\n"
             "while before < 12:\n"

@@ -13,10 +13,10 @@ import sqlalchemy
 import peakpoint as pp
 from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.catalogue import audit as audit_catalogue
+from peakpoint.catalogue.query import parse
+from peakpoint.catalogue.ranking import read_keys
 from peakpoint.errors import CorruptError, PeakpointWarning, StoreError
 from peakpoint.format import layout
-from peakpoint.query import parse
-from peakpoint.ranking import read_keys
 from peakpoint.store import LocalStore
 from training import checkpointer
 

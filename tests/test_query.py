@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue.query import FIELDS, parse
+from peakpoint.catalogue.ranking import WithinSE, read_keys
 from peakpoint.errors import ConfigError, Error, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, encode
-from peakpoint.query import FIELDS, parse
-from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.repository import reader
 from peakpoint.repository.aliases import Change, Target, append, head
 from peakpoint.repository.root import ensure_repository, ensure_run

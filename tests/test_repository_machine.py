@@ -32,9 +32,9 @@ import peakpoint as pp
 from dying import DEATHS, FAULTS, Killed, Ops
 from peakpoint import promotion, release
 from peakpoint.catalogue import Wish
+from peakpoint.catalogue.query import parse
 from peakpoint.format import layout
 from peakpoint.policy import read_policies
-from peakpoint.query import parse
 from peakpoint.repository import audit, maintenance, packs
 from peakpoint.store import LocalStore
 from promoting import validated

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peakpoint.catalogue import Catalogue as Catalogue
     from peakpoint.catalogue import Selection as Selection
     from peakpoint.catalogue import select as select
+    from peakpoint.catalogue.ranking import WithinSE as WithinSE
     from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.diffing import Difference as Difference
     from peakpoint.distances import diff as diff
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from peakpoint.planning.forecast import Forecast as Forecast
     from peakpoint.planning.forecast import forecast as forecast
     from peakpoint.preempt import Preempt as Preempt
-    from peakpoint.ranking import WithinSE as WithinSE
     from peakpoint.report import Outcome as Outcome
     from peakpoint.repository import aliases as aliases
     from peakpoint.repository import maintenance as upkeep
@@ -121,7 +121,7 @@ _HOMES = {
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
     "Validation": ("repository.validations", "Validation"),
-    "WithinSE": ("ranking", "WithinSE"),
+    "WithinSE": ("catalogue.ranking", "WithinSE"),
     "diff": ("distances", "diff"),
     "ensemble": ("ensembles", "ensemble"),
     "forecast": ("planning.forecast", "forecast"),

@@ -32,13 +32,13 @@ from typing import Any
 import msgspec
 
 from peakpoint.asking import check_wanted
+from peakpoint.catalogue.query import parse as parse_query
+from peakpoint.catalogue.ranking import WithinSE, read_keys
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import read_duration
 from peakpoint.format.names import check_metric, near
 from peakpoint.format.sealed import digest
-from peakpoint.query import parse as parse_query
-from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.repository.aliases import KEEPS
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.validations import MAX_AGE, Wanted
@@ -90,7 +90,7 @@ class Policy:
 
     Attributes:
         alias: which.
-        select: the condition that candidates meet; see ``peakpoint.query``.
+        select: the condition that candidates meet; see ``peakpoint.catalogue.query``.
         by: what they are ranked by, the most important first; empty when the policy says nothing of releases.
         within: what counts as equally good as the best.
         wanted: what their validation checks.

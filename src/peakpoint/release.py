@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 from peakpoint import hooks, promotion
 from peakpoint.asking import with_golden
 from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue.query import parse
+from peakpoint.catalogue.ranking import read_keys
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FORMAT, Checkpoint
@@ -22,8 +24,6 @@ from peakpoint.format.sealed import digest, seal
 from peakpoint.hooks import Told
 from peakpoint.policy import Policies, Policy
 from peakpoint.promotion import Proposal
-from peakpoint.query import parse
-from peakpoint.ranking import read_keys
 from peakpoint.repository import aliases, signing, validations
 from peakpoint.repository.aliases import AliasRecord, Target
 from peakpoint.repository.provenance import Clock, present_user, utc_now

@@ -7,10 +7,10 @@ from types import MappingProxyType
 from peakpoint.catalogue.catalogue import Catalogue, Progress
 from peakpoint.catalogue.database import FILE, VARIABLE
 from peakpoint.catalogue.listing import Listed
+from peakpoint.catalogue.query import parse
+from peakpoint.catalogue.ranking import WithinSE, read_keys
 from peakpoint.catalogue.selection import Clause, Selection, Why, Wish
 from peakpoint.errors import ConfigError, MissingExtraError, StoreError
-from peakpoint.query import parse
-from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.repository.findings import Finding
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode
@@ -48,7 +48,7 @@ def select(
 
     Args:
         root: a directory, a store, or what ``open`` returned.
-        where: a condition such as ``'val_accuracy > 0.7 and run ~ "resnet50*"'``; see ``peakpoint.query``.
+        where: a condition such as ``'val_accuracy > 0.7 and run ~ "resnet50*"'``; see ``peakpoint.catalogue.query``.
         by: metrics or fields to rank by, with their directions, the most important first: ``{"val_accuracy": "max",
             "size": "min"}``. Without any, the newest come first. What has no finite value of one of them is left out.
         top: how many at most.

@@ -17,11 +17,11 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, select
 
 from peakpoint.catalogue import database, schema
+from peakpoint.catalogue.aliases import Seen, pointers, refresh_aliases
+from peakpoint.catalogue.changes import Known, is_current
 from peakpoint.catalogue.comparing import Difference, compare_all, compare_rows
 from peakpoint.catalogue.database import VARIABLE, DamagedError, translated
 from peakpoint.catalogue.listing import Listed, listed, totals
-from peakpoint.catalogue.pointers import Seen, pointers, refresh_aliases
-from peakpoint.catalogue.reading import Known, is_current
 from peakpoint.catalogue.refresh import Remembered, known_runs, refresh_run, remove_run
 from peakpoint.catalogue.search import WINDOW
 from peakpoint.catalogue.selection import Selection, Wish, make_checkpoint, warn_of_unread

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine, Table, select
 
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.changes import NOTES
 from peakpoint.catalogue.database import DamagedError, check, read_json, translated
-from peakpoint.catalogue.reading import NOTES
 from peakpoint.catalogue.refresh import Entry, plain_text, portions, rows_of, watched_by
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import Error, NotFoundError

@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.aliases import pointers
 from peakpoint.catalogue.database import DamagedError, read_json
-from peakpoint.catalogue.pointers import pointers
 from peakpoint.catalogue.refresh import decoded, read_peaks
 from peakpoint.rules.peaks import Peak
 

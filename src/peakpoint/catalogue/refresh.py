@@ -14,8 +14,8 @@ import msgspec
 from sqlalchemy import Connection, Engine, Table, delete, func, insert, select, update
 
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.changes import NOTES, Known, Reading, is_current, read
 from peakpoint.catalogue.database import DamagedError, read_json
-from peakpoint.catalogue.reading import NOTES, Known, Reading, is_current, read
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import ConfigError
 from peakpoint.format.events import Event, Opened

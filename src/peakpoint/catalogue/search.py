@@ -12,9 +12,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, func, select
 
+from peakpoint.catalogue.query import Condition, Field
+from peakpoint.catalogue.ranking import Key
 from peakpoint.catalogue.sql import Expression, Translator
-from peakpoint.query import Condition, Field
-from peakpoint.ranking import Key
 
 WINDOW = 4000  # rows that take a few milliseconds
 _NEWEST = Key(Field("created", (0, 0)), "max")

@@ -16,14 +16,14 @@ from sqlalchemy import Connection, Engine, case, func, literal, not_, select
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.comparing import Difference
 from peakpoint.catalogue.database import DamagedError, read_json, translated
+from peakpoint.catalogue.query import FIELDS, Field, Metric, Query, point
+from peakpoint.catalogue.ranking import Key, WithinSE
 from peakpoint.catalogue.schema import Columns
 from peakpoint.catalogue.search import WINDOW, Search
 from peakpoint.catalogue.sql import Expression, Translator
 from peakpoint.errors import ConfigError, NotFoundError, PeakpointWarning, TransientStoreError
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.metrics import metrics_from_json
-from peakpoint.query import FIELDS, Field, Metric, Query, point
-from peakpoint.ranking import Key, WithinSE
 
 _RUNNERS_UP = 3
 _CHUNK = 200

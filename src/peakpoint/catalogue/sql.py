@@ -9,9 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.sql.operators import custom_op
 
 from peakpoint.catalogue import schema
+from peakpoint.catalogue.query import tree
+from peakpoint.catalogue.query.tree import Field, Metric
 from peakpoint.catalogue.schema import Columns
-from peakpoint.query import tree
-from peakpoint.query.tree import Field, Metric
 
 Expression = sa.ColumnElement[Any]
 _PLUS: custom_op[Any] = custom_op("+")

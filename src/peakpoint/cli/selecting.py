@@ -12,6 +12,9 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from peakpoint.catalogue import Catalogue, Why, Wish
+from peakpoint.catalogue.query import Metric, Query
+from peakpoint.catalogue.query import parse as parse_query
+from peakpoint.catalogue.ranking import WithinSE, read_keys
 from peakpoint.cli import fitting, marks, render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.fitting import Column
@@ -19,9 +22,6 @@ from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import read_count
 from peakpoint.format.manifest import Checkpoint
-from peakpoint.query import Metric, Query
-from peakpoint.query import parse as parse_query
-from peakpoint.ranking import WithinSE, read_keys
 from peakpoint.repository import reader
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.run import Run

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.reading import is_same
+from peakpoint.catalogue.changes import is_same
 from peakpoint.catalogue.refresh import lock
 from peakpoint.format import layout
 from peakpoint.repository.aliases import AliasRecord, directories, heads

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from peakpoint.catalogue.query import Field, Metric, parse_key
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_metric
-from peakpoint.query import Field, Metric, parse_key
 from peakpoint.rules import Mode, mode_of
 
 

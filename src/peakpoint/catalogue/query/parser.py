@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from peakpoint.catalogue.query import tree
+from peakpoint.catalogue.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value, point
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.names import check_metric
-from peakpoint.query import tree
-from peakpoint.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value, point
 
 # --- tokens -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ A comparison with a value that is missing (a metric that was not reported, or is
 neither true nor false: it never matches, also not under ``not``.
 """
 
-from peakpoint.query.text import parse, parse_key
-from peakpoint.query.tree import FIELDS, Condition, Field, Metric, Query, point
+from peakpoint.catalogue.query.parser import parse, parse_key
+from peakpoint.catalogue.query.tree import FIELDS, Condition, Field, Metric, Query, point
 
 __all__ = ["FIELDS", "Condition", "Field", "Metric", "Query", "parse", "parse_key", "point"]
