@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peakpoint.capture import encode_state
+from peakpoint.state.capture import encode_state
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from peakpoint.errors import ConfigError
-from peakpoint.functions import load_function
+from peakpoint.state.functions import load_function
 
 
 @pytest.fixture

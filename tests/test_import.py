@@ -41,10 +41,10 @@ from peakpoint.format.events import Opened
 from peakpoint.importing import logs, unpickling
 from peakpoint.importing.logs import Row
 from peakpoint.importing.placing import COUNTED, placed
-from peakpoint.importing.sources import read_safetensors
 from peakpoint.importing.timeline import timeline
 from peakpoint.repository import audit
 from peakpoint.rules import history as histories
+from peakpoint.state.tensor_files import read_safetensors
 from training import same
 
 BEST = "val_accuracy"

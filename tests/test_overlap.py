@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import peakpoint as pp
-from peakpoint.copying import ChangedError, storage_of
-from peakpoint.guard import StepGuard, wait_for_copies
-from peakpoint.tensors import Staging
+from peakpoint.state.host_copy import ChangedError, storage_of
+from peakpoint.state.step_guard import StepGuard, wait_for_copies
+from peakpoint.state.tensor_files import Staging
 from training import checkpointer, kept, same
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import upload
+from peakpoint.state import device_copy
 from peakpoint.store import FileOps, LocalStore
 from peakpoint.store.direct_io import BLOCK, PAGE, DirectFilling, is_cached
 from training import checkpointer, parts, same
@@ -268,7 +268,7 @@ def test_the_loads_of_an_upload_are_every_byte_once(sizes, block):
         (torch.zeros(size, dtype=torch.uint8), torch.randint(1, 255, (size,), dtype=torch.uint8)) for size in sizes
     ]
     staged = torch.zeros(block, dtype=torch.uint8)
-    loads = list(upload.plan(pairs, block))
+    loads = list(device_copy.plan(pairs, block))
     assert all(sum(len(piece.source) for piece in load) == block for load in loads[:-1])
     for load in loads:
         at = 0
@@ -284,4 +284,4 @@ def test_the_loads_of_an_upload_are_every_byte_once(sizes, block):
 
 
 def test_host_memory_is_left_to_torch():
-    assert upload.send([(torch.zeros(3), torch.ones(3)), (torch.zeros(3), None)]) == set()
+    assert device_copy.send([(torch.zeros(3), torch.ones(3)), (torch.zeros(3), None)]) == set()

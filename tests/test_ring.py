@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.ring import SMALLEST, Ring, elements
+from peakpoint.state.streamed_copy import SMALLEST, Ring, elements
+from peakpoint.state.tensor_files import Staging
 from peakpoint.store import LocalStore
-from peakpoint.tensors import Staging
 from test_failures import Failing
 from training import checkpointer, kept, same
 

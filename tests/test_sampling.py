@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.copying import ChangedError, storage_of
-from peakpoint.sampling import LEAST, SMALL, Samples
-from peakpoint.sharing import DTYPES
-from peakpoint.tensors import Staging
+from peakpoint.state.host_copy import ChangedError, storage_of
+from peakpoint.state.samples import LEAST, SMALL, Samples
+from peakpoint.state.shared_storage import DTYPES
+from peakpoint.state.tensor_files import Staging
 from training import checkpointer, kept, same
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peakpoint.standing import WORTH_A_FILE, Facts, Standing
+from peakpoint.state.unchanged import WORTH_A_FILE, Facts, Standing
 
 KB = 1024
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from peakpoint.errors import ConfigError, FormatError
 from peakpoint.format.manifest import FileRecord, TensorRecord
 from peakpoint.repository.commit import file_record
-from peakpoint.sharing import DTYPES
-from peakpoint.tensors import PAGE, Staging, lay_out, tensors_of
-from peakpoint.tree import Decoder, Encoder
+from peakpoint.state.shared_storage import DTYPES
+from peakpoint.state.tensor_files import PAGE, Staging, lay_out, tensors_of
+from peakpoint.state.typed_json import Decoder, Encoder
 
 ALL = sorted(DTYPES, key=str)
 FILE = "part.safetensors"

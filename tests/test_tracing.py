@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.capture import StateEncoder
-from peakpoint.tracing import Tracer
-from peakpoint.tree import Encoder
+from peakpoint.state.capture import StateEncoder
+from peakpoint.state.encode_cache import Tracer
+from peakpoint.state.typed_json import Encoder
 from training import checkpointer, parts, same, train
 
 BASE = torch.arange(64.0)

@@ -26,9 +26,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peakpoint.capture import encode_state
 from peakpoint.errors import ConfigError, FormatError
-from peakpoint.tree import Decoder, Encoder
+from peakpoint.state.capture import encode_state
+from peakpoint.state.typed_json import Decoder, Encoder
 
 PLACE = 'state["x"]'
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

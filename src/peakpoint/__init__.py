@@ -65,7 +65,6 @@ if TYPE_CHECKING:
     from peakpoint.repository.root import open_repository as open
     from peakpoint.repository.run import Run as Run
     from peakpoint.repository.validations import Validation as Validation
-    from peakpoint.restore import LoadReport as LoadReport
     from peakpoint.rules import Best as Best
     from peakpoint.rules import BestAtSparsity as BestAtSparsity
     from peakpoint.rules import Budget as Budget
@@ -77,7 +76,8 @@ if TYPE_CHECKING:
     from peakpoint.rules.stopping import EarlyStopping as EarlyStopping
     from peakpoint.soups import Soup as Soup
     from peakpoint.soups import soup as soup
-    from peakpoint.stored import Loaded as Loaded
+    from peakpoint.state.restore import LoadReport as LoadReport
+    from peakpoint.state.saved import Loaded as Loaded
 
 _HOMES = {
     "Best": ("rules", "Best"),
@@ -100,8 +100,8 @@ _HOMES = {
     "FormatError": ("errors", "FormatError"),
     "ImportReport": ("importing.everything", "ImportReport"),
     "Last": ("rules", "Last"),
-    "LoadReport": ("restore", "LoadReport"),
-    "Loaded": ("stored", "Loaded"),
+    "LoadReport": ("state.restore", "LoadReport"),
+    "Loaded": ("state.saved", "Loaded"),
     "MismatchError": ("errors", "MismatchError"),
     "MissingExtraError": ("errors", "MissingExtraError"),
     "NotFoundError": ("errors", "NotFoundError"),

@@ -25,9 +25,9 @@ from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import shelf
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.repository.run import rules_of
+from peakpoint.state.tensor_files import FileLayout
+from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, Store, holder_note
-from peakpoint.tensors import FileLayout
-from peakpoint.tree import Encoder
 
 
 def made_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:

@@ -11,11 +11,11 @@ from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.repository import reader
 from peakpoint.repository.root import Repository
-from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.state.json_scalars import TAG
+from peakpoint.state.saved import check_part_of, read_trees, tensor_nodes
+from peakpoint.state.shared_storage import TORCH_DTYPES
+from peakpoint.state.tensor_files import tensors_of
 from peakpoint.store import Store
-from peakpoint.stored import check_part_of, read_trees, tensor_nodes
-from peakpoint.tensors import tensors_of
-from peakpoint.tree import TAG
 
 COUNTER = "num_batches_tracked"
 STATISTICS = ("running_mean", "running_var")

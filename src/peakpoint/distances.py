@@ -14,7 +14,7 @@ from peakpoint.errors import FormatError
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.repository import reader
 from peakpoint.repository.root import open_repository
-from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.store import Chunk, Store
 
 _PIECE = 1 << 18  # elements that are compared at a time, in double precision: a few megabytes

@@ -10,9 +10,9 @@ from peakpoint.averaging import find_all, held
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.loading import load
 from peakpoint.repository.root import open_repository
+from peakpoint.state.json_scalars import kind_of
 from peakpoint.store import Store
 from peakpoint.tasting import model_of
-from peakpoint.tree import kind_of
 
 Average = Literal["probabilities", "logits"]
 

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peakpoint.capture import Stateful
 from peakpoint.errors import ConfigError
 from peakpoint.policy import read_policies
 from peakpoint.repository import reader, signing
 from peakpoint.repository.refs import OfAlias, parse_any
 from peakpoint.repository.root import Repository
-from peakpoint.restore import LoadReport, restore_into
+from peakpoint.state.capture import Stateful
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.restore import LoadReport, restore_into
+from peakpoint.state.saved import Loaded, check_part_of, read_state, read_trees
 from peakpoint.store import Store, open_store
-from peakpoint.stored import Loaded, check_part_of, read_state, read_trees
-from peakpoint.tree import kind_of
 
 
 def load(

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import torch
 
-from peakpoint import rng
-from peakpoint.capture import Stateful, is_generator, state_of
-from peakpoint.sampling import SMALL, Samples, can_sample
-from peakpoint.tree import Encoder
+from peakpoint.state import rng
+from peakpoint.state.capture import Stateful, is_generator, state_of
+from peakpoint.state.samples import SMALL, Samples, can_sample
+from peakpoint.state.typed_json import Encoder
 
 _MOST = 64  # tensors of a module that are looked at: who writes to weights writes to many
 _GENERATORS = {"python": "Python's", "numpy": "NumPy's", "torch": "torch's", "cuda": "CUDA's", "mps": "MPS's"}

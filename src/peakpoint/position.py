@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from peakpoint import rng
-from peakpoint.capture import Stateful
 from peakpoint.errors import FormatError, MismatchError
+from peakpoint.state import rng
+from peakpoint.state.capture import Stateful
 
 
 @dataclass(slots=True)

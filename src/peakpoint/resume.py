@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peakpoint import rng
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
 from peakpoint.format.events import Event, Reported, Saved, Started
 from peakpoint.format.manifest import Forks, Manifest
@@ -15,11 +14,12 @@ from peakpoint.repository import reader, refs
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import records
-from peakpoint.restore import LoadReport, restore_into
 from peakpoint.rules import history as histories
+from peakpoint.state import rng
+from peakpoint.state.restore import LoadReport, restore_into
+from peakpoint.state.saved import SavedState, read_state
+from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Store
-from peakpoint.stored import SavedState, read_state
-from peakpoint.tree import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint.capture import Captured
-from peakpoint.copying import ChangedError
 from peakpoint.errors import StoreError
 from peakpoint.format import layout
 from peakpoint.format.amounts import UNDO_FOR, read_duration, size
@@ -25,6 +23,8 @@ from peakpoint.repository.journal import Journal
 from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.rules.retention import Plan, Removal
+from peakpoint.state.capture import Captured
+from peakpoint.state.host_copy import ChangedError
 from peakpoint.store import Hold, Store
 from peakpoint.store.worker import start
 

@@ -27,11 +27,11 @@ from peakpoint.repository.commit import StreamedImage
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.rules import Mode, mode_of
-from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.shared_storage import TORCH_DTYPES
+from peakpoint.state.tensor_files import lay_out
 from peakpoint.store import Store
 from peakpoint.tasting import Kitchen, Tasted, greedy, uniform
-from peakpoint.tensors import lay_out
-from peakpoint.tree import kind_of
 
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]

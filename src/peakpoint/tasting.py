@@ -12,11 +12,12 @@ from torch.optim.swa_utils import update_bn
 from peakpoint.averaging import COUNTER, STATISTICS, Averaging, Member, blanks, without_tensors
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.format.metrics import read_metrics
-from peakpoint.guard import wait_for_copies
-from peakpoint.restore import module_differences
-from peakpoint.sharing import TORCH_DTYPES
-from peakpoint.stored import tensor_nodes
-from peakpoint.tree import Decoder, kind_of
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.restore import module_differences
+from peakpoint.state.saved import tensor_nodes
+from peakpoint.state.shared_storage import TORCH_DTYPES
+from peakpoint.state.step_guard import wait_for_copies
+from peakpoint.state.typed_json import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

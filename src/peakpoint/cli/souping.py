@@ -15,8 +15,8 @@ from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, ROOT, torch_side
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError, Error
-from peakpoint.functions import RAISED_BY_PROGRAMS, load_function
 from peakpoint.repository.root import Repository, open_repository
+from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
 
 
 @click.command()

@@ -14,7 +14,7 @@ from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.format.names import check_metric
 from peakpoint.format.sealed import digest
 from peakpoint.repository.validations import Predictions, within
-from peakpoint.tree import kind_of
+from peakpoint.state.json_scalars import kind_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from peakpoint.diffing import tensors_of
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.examining.models import one_input
 from peakpoint.format.masks import masks_of
-from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.state.shared_storage import TORCH_DTYPES
 
 _WARM_UP = 10  # passes
 _FEWEST, _MOST = 20, 200  # passes that are measured

@@ -9,9 +9,9 @@ import msgspec
 from peakpoint.apart import Ends
 from peakpoint.examining.exam import Exam
 from peakpoint.examining.run import examine
-from peakpoint.functions import load_function
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.validations import Wanted
+from peakpoint.state.functions import load_function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,13 @@ from peakpoint.asking import file_digest
 from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.examining.memory import Peak
 from peakpoint.format.manifest import Manifest
-from peakpoint.importing.sources import read_safetensors
 from peakpoint.repository.annotations import known, notes
 from peakpoint.repository.root import Repository
 from peakpoint.repository.validations import Outcome, Predictions, Wanted
-from peakpoint.restore import restore_into
-from peakpoint.stored import Loaded, read_state, read_trees
-from peakpoint.tree import kind_of
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.restore import restore_into
+from peakpoint.state.saved import Loaded, read_state, read_trees
+from peakpoint.state.tensor_files import read_safetensors
 
 Outputs = dict[str, torch.Tensor]
 _BATCH = 256  # golden inputs in one forward pass

@@ -8,12 +8,12 @@ from peakpoint.asking import ask
 from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Candidate, Exam
 from peakpoint.examining.run import examine
-from peakpoint.functions import load_function
 from peakpoint.repository.root import Repository
 from peakpoint.repository.validations import Progress, Validation, Wanted
+from peakpoint.state.functions import load_function
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.saved import Loaded
 from peakpoint.store import Store, open_store
-from peakpoint.stored import Loaded
-from peakpoint.tree import kind_of
 from peakpoint.validating import Collected, conclude
 
 Function = Callable[..., Any] | str

@@ -9,7 +9,7 @@ from peakpoint.examining.exam import Exam, Outputs, Said, classes_of, device_of,
 from peakpoint.examining.memory import peak_of
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository.validations import Predictions
-from peakpoint.sharing import DTYPES
+from peakpoint.state.shared_storage import DTYPES
 
 _LISTED = 20  # examples and names that evidence lists
 

@@ -15,8 +15,8 @@ from peakpoint.errors import Error
 from peakpoint.examining import answers, budgets, models, weights
 from peakpoint.examining.exam import Candidate, Exam, Said, device_of, failed, skipped
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.functions import MisnamedError
-from peakpoint.tree import kind_of
+from peakpoint.state.functions import MisnamedError
+from peakpoint.state.json_scalars import kind_of
 
 Event = dict[str, Any]
 _SAID = 1000  # characters of a sentence

@@ -9,7 +9,7 @@ from peakpoint.asking import shown
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.format.masks import MASK, ORIGINAL
 from peakpoint.repository import reader
-from peakpoint.sharing import DTYPES
+from peakpoint.state.shared_storage import DTYPES
 
 _CHUNK = 1 << 24  # elements looked at at once
 

@@ -16,10 +16,11 @@ from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository.root import Repository
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.saved import check_part_of, read_state
+from peakpoint.state.tensor_files import Staging
+from peakpoint.state.typed_json import check_tensor
 from peakpoint.store import FileOps, translated
-from peakpoint.stored import check_part_of, read_state
-from peakpoint.tensors import Staging
-from peakpoint.tree import check_tensor, kind_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 

@@ -16,9 +16,9 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository.root import Repository
 from peakpoint.rules.history import history
+from peakpoint.state.saved import SavedState, check_part_of, read_state
+from peakpoint.state.tensor_files import Staging
 from peakpoint.store import translated
-from peakpoint.stored import SavedState, check_part_of, read_state
-from peakpoint.tensors import Staging
 
 
 def export_folder(

@@ -14,9 +14,9 @@ import torch
 from peakpoint.errors import ConfigError, FormatError, MismatchError, needing
 from peakpoint.export.files import check_free, published
 from peakpoint.format.manifest import Manifest
-from peakpoint.functions import load_function
 from peakpoint.loading import load
 from peakpoint.repository.root import Repository
+from peakpoint.state.functions import load_function
 
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 _LARGEST = 1_900_000_000  # bytes: one file of protobuf holds no more than 2 GiB

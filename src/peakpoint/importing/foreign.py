@@ -13,7 +13,7 @@ from peakpoint.errors import ConfigError, FormatError
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
 from peakpoint.importing.logs import EPOCH, STEPS, Row, as_number, metric_name, readable, whole
-from peakpoint.tree import Encoder
+from peakpoint.state.typed_json import Encoder
 
 EXTRA = "extra"
 _NO_PART = re.compile(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]+")

@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peakpoint.adding import held, named, opened, settled, tell_report, tell_saved
-from peakpoint.capture import FromElsewhere, StateEncoder, capture
-from peakpoint.copying import NOTHING
 from peakpoint.errors import ConflictError, CorruptError, StoreError
 from peakpoint.format.events import Pinned, Saved, Unpinned
 from peakpoint.format.manifest import Manifest
@@ -32,9 +30,11 @@ from peakpoint.repository.root import ensure_run
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule, check_watched, watched
 from peakpoint.rules.history import history
+from peakpoint.state.capture import FromElsewhere, StateEncoder, capture
+from peakpoint.state.host_copy import NOTHING
+from peakpoint.state.tensor_files import Staging
+from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, LocalStore, Store
-from peakpoint.tensors import Staging
-from peakpoint.tree import Encoder
 
 DIGEST, PLACE = "source_blake3", "imported_from"  # in a manifest's written_by
 _MODEL = "model.safetensors"

@@ -4,30 +4,26 @@ Every reader here changes nothing, runs nothing, and says what became of everyth
 """
 
 import math
-import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from blake3 import blake3
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format.layout import REPOSITORY
-from peakpoint.format.manifest import FileRecord, TensorRecord
 from peakpoint.importing import unpickling
 from peakpoint.importing.distributed import read_folder
 from peakpoint.importing.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
 from peakpoint.importing.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of, whole
+from peakpoint.state.tensor_files import read_safetensors
 from peakpoint.store import translated
-from peakpoint.tensors import tensors_of
 
 PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 SAFETENSORS = ".safetensors"
 _KINDS = {SAFETENSORS: "safetensors", **dict.fromkeys(PICKLED, "torch")}
-_LARGEST_HEADER = 100 * 1024**2
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _HF_PARTS = {  # of transformers, and of accelerate's save_state
     **{f"{part}.pt": part for part in ("optimizer", "scheduler", "scaler")},
@@ -163,41 +159,6 @@ def _stripped(found: Foreign, prefix: str) -> Foreign:
 
 def _torch(source: Source, how: Reading) -> Foreign:
     return from_dict(unpickling.load(source.path, inert=how.inert), source.path, how)
-
-
-# --- safetensors --------------------------------------------------------------------------------------------------
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], FileRecord]:
-    """The tensors of a file, mapped privately, its metadata, and its record without digests.
-
-    Raises:
-        FormatError: it is no safetensors file, or one that this release does not read.
-        CorruptError: it is cut short.
-    """
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(_LARGEST_HEADER, size - 8):
-            raise FormatError(f"{path} is no safetensors file: its header does not fit into its {size} bytes")
-        try:
-            header = msgspec.json.decode(file.read(length))
-            metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
-            given = [(name, one["dtype"], one["shape"], *one["data_offsets"], "") for name, one in header.items()]
-            rows = msgspec.convert(given, list[TensorRecord])
-            rows.sort(key=lambda row: (row.begin, row.end))
-        except (msgspec.MsgspecError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise FormatError(f"{path} is no safetensors file: its header cannot be read: {error}") from error
-        at = 0
-        for row in rows:
-            if row.begin != at:
-                raise FormatError(f"{path} has tensors that overlap or leave gaps at {row.name!r}")
-            at = row.end
-        if 8 + length + at != size:
-            raise CorruptError(f"{path} has {size} bytes, and its header says {8 + length + at}: cut short or damaged")
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    record = FileRecord(name=path.name, size=size, digest="", header=8 + length, tensors=tuple(rows))
-    return tensors_of(record, mapped), metadata, record
 
 
 def _safetensors(source: Source, how: Reading) -> Foreign:  # noqa: ARG001 - all readers are called alike

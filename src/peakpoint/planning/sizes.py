@@ -23,7 +23,7 @@ _METADATA = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
 # in base64; every tensor has a node of about 75 bytes. tests/test_planner.py compares both with a real save.
 GENERATORS = 13_650
 NODE = 75
-_WORTH_A_FILE = 64 * 1024  # see peakpoint.standing
+_WORTH_A_FILE = 64 * 1024  # see peakpoint.state.unchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

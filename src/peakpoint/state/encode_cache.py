@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.tree import TAG, Encoder
+from peakpoint.state.json_scalars import TAG
+from peakpoint.state.typed_json import Encoder
 
 Facts = list[tuple[Any, ...]]
 Step = Callable[[Any, list[torch.Tensor]], bool]

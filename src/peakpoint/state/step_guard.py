@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from peakpoint.copying import NOTHING, Storage, storage_of
+from peakpoint.state.host_copy import NOTHING, Storage, storage_of
 
 
 class Transfer(Protocol):

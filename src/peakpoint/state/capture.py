@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from peakpoint import rng
-from peakpoint.copying import Storage, storage_of, versions_of
 from peakpoint.errors import ConfigError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_part
 from peakpoint.format.sealed import no_collection
-from peakpoint.guard import Transfer
 from peakpoint.repository.commit import FileImage, WholeImage
-from peakpoint.ring import Ring
-from peakpoint.standing import Facts, Standing
-from peakpoint.tensors import Staging
-from peakpoint.tracing import Tracer
-from peakpoint.tree import Encoder
+from peakpoint.state import rng
+from peakpoint.state.encode_cache import Tracer
+from peakpoint.state.host_copy import Storage, storage_of, versions_of
+from peakpoint.state.step_guard import Transfer
+from peakpoint.state.streamed_copy import Ring
+from peakpoint.state.tensor_files import Staging
+from peakpoint.state.typed_json import Encoder
+from peakpoint.state.unchanged import Facts, Standing
 
 
 @runtime_checkable

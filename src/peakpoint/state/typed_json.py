@@ -8,91 +8,48 @@ an enum member becomes its value, and an ``argparse.Namespace`` becomes a dict.
 """
 
 import argparse
-import ast
-import base64
-import contextlib
 import datetime as dt
 import decimal
 import enum
 import itertools
-import math
 import pathlib
-import re
-import struct
 import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError, FormatError
-from peakpoint.sharing import DTYPES, TORCH_DTYPES, Entry, clusters, is_dense_layout
-from peakpoint.sharing import store as store_cluster
+from peakpoint.state.json_scalars import (
+    PATHS,
+    TAG,
+    UNREADABLE,
+    Place,
+    dtype_text,
+    from_base64,
+    is_unicode,
+    make_place,
+    read_dtype,
+    read_float,
+    refusal,
+    scalar,
+    to_base64,
+)
+from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES, Entry, clusters, is_dense_layout
+from peakpoint.state.shared_storage import store as store_cluster
 
-TAG = "$"
 _DEEPEST = 100
 _INLINE_BYTES = 1024  # arrays up to this size stay in the JSON; larger ones become tensors
 
 _TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # a buffer is a plain tensor with a mark
-_SIMPLE_DTYPE = re.compile(r"[<>|][biufcmMOSUV]\d*(\[[^\]]*\])?")
 _FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (int, float, str, bool, bytes, list, dict, set, tuple)}
 _ALIGNED = 16  # bytes: enough for every element type
-_UNREADABLE = (  # what constructors raise for arguments that encode never writes
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-_PATHS: dict[str, type[pathlib.PurePath]] = {
-    "PosixPath": type(pathlib.Path()) if isinstance(pathlib.Path(), pathlib.PosixPath) else pathlib.PurePosixPath,
-    "WindowsPath": type(pathlib.Path()) if isinstance(pathlib.Path(), pathlib.WindowsPath) else pathlib.PureWindowsPath,
-    "PurePosixPath": pathlib.PurePosixPath,
-    "PureWindowsPath": pathlib.PureWindowsPath,
-}
 _NAMED_DTYPES = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
 }
-
-
-def kind_of(value: object) -> str:
-    """The full name of a value's type, as errors name it."""
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-class Place(NamedTuple):
-    """A place in the state; its text, which only errors need, is made when it is asked for."""
-
-    parent: "Place | str"
-    key: Any
-    attribute: bool
-
-    def __str__(self) -> str:
-        if self.attribute and str(self.key).isidentifier():
-            return f"{self.parent}.{self.key}"
-        key = f'"{self.key}"' if isinstance(self.key, str) and '"' not in self.key else repr(self.key)
-        return f"{self.parent}[{key}]"
-
-
-def _place(fields: tuple["Place | str", Any, bool]) -> Place:
-    return tuple.__new__(Place, fields)  # three times as fast as the constructor
-
-
-def _refuse(path: Place | str, value: object, why: str = "") -> ConfigError:
-    hint = why or (
-        "it cannot be kept exactly; give an object with state_dict() and load_state_dict(), or tensors, arrays, "
-        "numbers, text and containers of them"
-    )
-    return ConfigError(f"{path} is a {kind_of(value)}: {hint}")
 
 
 @dataclass(slots=True)
@@ -143,13 +100,13 @@ class Encoder:
             return self._array(value, path, keys)
         if isinstance(value, enum.Enum):
             return self._walk(value.value, f"{path}.value", (*keys, "value"))
-        return _scalar(value, path)
+        return scalar(value, path)
 
     def mapping(self, value: Mapping[Any, Any], path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
         """A dict: a JSON object when its keys are strings that do not look like tags, a list of pairs otherwise."""
         walk = self._walk  # hundreds of thousands of calls in a large state: every look-up counts
-        encoded = [walk(child, _place((path, key, attributes)), (*keys, str(key))) for key, child in value.items()]
-        if all(type(key) is str and not key.startswith(TAG) and _is_unicode(key) for key in value):
+        encoded = [walk(child, make_place((path, key, attributes)), (*keys, str(key))) for key, child in value.items()]
+        if all(type(key) is str and not key.startswith(TAG) and is_unicode(key) for key in value):
             return dict(zip(value, encoded, strict=True))
         pairs = [[_key(key, path), child] for key, child in zip(value, encoded, strict=True)]
         _check_distinct(value, path)
@@ -157,7 +114,7 @@ class Encoder:
 
     def sequence(self, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> list[Any]:  # noqa: ARG002, FBT001
         """The elements in order."""
-        return [self._walk(child, _place((path, at, False)), (*keys, str(at))) for at, child in enumerate(value)]
+        return [self._walk(child, make_place((path, at, False)), (*keys, str(at))) for at, child in enumerate(value)]
 
     def members(self, value: Any, path: Place | str) -> list[Any]:
         """The elements of a set, in an order that depends on nothing but the elements."""
@@ -167,12 +124,12 @@ class Encoder:
 
     def _array(self, value: np.ndarray[Any, Any], path: Place | str, keys: tuple[str, ...]) -> dict[str, Any]:
         if value.dtype.hasobject:
-            raise _refuse(path, value, "it holds Python objects, which cannot be kept without pickle")
-        node: dict[str, Any] = {TAG: "ndarray", "dtype": _numpy_dtype(value.dtype, path), "shape": list(value.shape)}
+            raise refusal(path, value, "it holds Python objects, which cannot be kept without pickle")
+        node: dict[str, Any] = {TAG: "ndarray", "dtype": dtype_text(value.dtype, path), "shape": list(value.shape)}
         if value.flags.f_contiguous and not value.flags.c_contiguous:
             node["order"] = "F"
         if value.nbytes <= _INLINE_BYTES or value.dtype.names is not None or value.dtype.kind not in "biufc":
-            return node | {"v": _base64(value.tobytes(order="C"))}
+            return node | {"v": to_base64(value.tobytes(order="C"))}
         stored = torch.frombuffer(bytearray(value.tobytes(order="C")), dtype=torch.uint8)
         return node | {"bytes": self._tensor(stored, path, keys)}
 
@@ -213,126 +170,15 @@ def check_tensor(value: torch.Tensor, path: Place | str) -> None:
         ConfigError: a subclass, a layout, a device or an element type of that kind.
     """
     if type(value) not in _TENSOR_TYPES:
-        raise _refuse(path, value, "only plain tensors and parameters can be kept; convert it to a tensor first")
+        raise refusal(path, value, "only plain tensors and parameters can be kept; convert it to a tensor first")
     if value.layout != torch.strided:
-        raise _refuse(path, value, f"its layout is {value.layout}; convert it with .to_dense() first")
+        raise refusal(path, value, f"its layout is {value.layout}; convert it with .to_dense() first")
     if value.is_quantized or value.is_nested:
-        raise _refuse(path, value, "quantized and nested tensors cannot be kept; save their components")
+        raise refusal(path, value, "quantized and nested tensors cannot be kept; save their components")
     if value.is_meta:
-        raise _refuse(path, value, "it is on the meta device and has no values")
+        raise refusal(path, value, "it is on the meta device and has no values")
     if value.dtype not in DTYPES:
-        raise _refuse(path, value, f"its dtype {value.dtype} has no place in the safetensors format")
-
-
-# --- scalars ------------------------------------------------------------------------------------------------------
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates
-        return False
-    return True
-
-
-def _numpy_dtype(dtype: np.dtype[Any], path: Place | str) -> str:
-    text = ""
-    with contextlib.suppress(ValueError, SyntaxError):  # fields that overlap, fields of types without a description
-        text = dtype.str if dtype.names is None else _base64(repr(dtype.descr).encode())
-        back = _read_numpy_dtype(text)
-        if back == dtype and back.type is dtype.type:
-            return text
-    raise _refuse(path, dtype, f"NumPy's element type {dtype!r} cannot be kept exactly")
-
-
-def _float(value: float) -> Any:
-    if math.isfinite(value):
-        return value
-    if math.isnan(value):
-        return {TAG: "float", "v": struct.pack(">d", value).hex()}
-    return {TAG: "float", "v": "inf" if value > 0 else "-inf"}
-
-
-def _int(value: int) -> Any:
-    return value if -(2**63) <= value < 2**63 else {TAG: "int", "v": hex(value)}
-
-
-def _str(value: str) -> Any:
-    return value if _is_unicode(value) else {TAG: "str", "v": _base64(value.encode("utf-8", "surrogatepass"))}
-
-
-def _zone(zone: dt.tzinfo | None, path: Place | str) -> Any:
-    if zone is None:
-        return None
-    if isinstance(zone, zoneinfo.ZoneInfo) and zone.key is not None:
-        return zone.key
-    if type(zone) is dt.timezone:
-        offset = zone.utcoffset(None)
-        name = zone.tzname(None)
-        named = [] if name == dt.timezone(offset).tzname(None) else [_str(name)]
-        return [offset.days * 86400 + offset.seconds, offset.microseconds, *named]
-    raise _refuse(path, zone)
-
-
-def _datetime(value: dt.datetime, path: Place | str) -> Any:
-    naive = value.replace(tzinfo=None, fold=0)
-    return {TAG: "datetime", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
-
-
-def _time(value: dt.time, path: Place | str) -> Any:
-    naive = value.replace(tzinfo=None, fold=0)
-    return {TAG: "time", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
-
-
-def _tagged(tag: str, convert: Callable[[Any], Any]) -> Callable[[Any, Place | str], Any]:
-    return lambda value, path: {TAG: tag, "v": convert(value)}  # noqa: ARG005
-
-
-_SCALARS: dict[type, Callable[[Any, Place | str], Any]] = {
-    type(None): lambda value, path: value,  # noqa: ARG005
-    bool: lambda value, path: value,  # noqa: ARG005
-    int: lambda value, path: _int(value),  # noqa: ARG005
-    float: lambda value, path: _float(value),  # noqa: ARG005
-    str: lambda value, path: _str(value),  # noqa: ARG005
-    bytes: _tagged("bytes", _base64),
-    bytearray: _tagged("bytearray", _base64),
-    complex: _tagged("complex", lambda value: [_float(value.real), _float(value.imag)]),
-    decimal.Decimal: _tagged("Decimal", str),
-    range: _tagged("range", lambda value: [_int(value.start), _int(value.stop), _int(value.step)]),
-    dt.datetime: _datetime,
-    dt.time: _time,
-    dt.date: _tagged("date", dt.date.isoformat),
-    dt.timedelta: _tagged("timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
-    torch.dtype: _tagged("torch.dtype", lambda value: str(value).removeprefix("torch.")),
-    torch.device: _tagged("torch.device", str),
-    torch.Size: _tagged("torch.Size", list),
-}
-
-
-def _scalar(value: Any, path: Place | str) -> Any:
-    encode = _SCALARS.get(type(value))
-    if encode is not None:
-        return encode(value, path)
-    if type(value) is np.str_:  # of text and bytes, arrays would drop the zeros at the end
-        text = value.encode("utf-32-le", "surrogatepass")
-        return {TAG: "numpy", "dtype": f"<U{len(value)}", "v": _base64(text)}
-    if type(value) is np.bytes_:
-        return {TAG: "numpy", "dtype": f"|S{len(value)}", "v": _base64(value[:])}
-    if isinstance(value, np.generic):
-        if value.dtype.hasobject:
-            raise _refuse(path, value)
-        return {TAG: "numpy", "dtype": _numpy_dtype(value.dtype, path), "v": _base64(value.tobytes())}
-    if isinstance(value, np.dtype):
-        return {TAG: "numpy.dtype", "v": _numpy_dtype(value, path)}
-    if isinstance(value, pathlib.PurePath) and _PATHS.get(type(value).__name__) is type(value):
-        return {TAG: "path", "class": type(value).__name__, "v": _str(str(value))}
-    raise _refuse(path, value)
+        raise refusal(path, value, f"its dtype {value.dtype} has no place in the safetensors format")
 
 
 def _key(value: Any, path: Place | str) -> Any:
@@ -343,7 +189,7 @@ def _key(value: Any, path: Place | str) -> Any:
         return {TAG: "frozenset", "v": sorted((_key(member, path) for member in value), key=repr)}
     if isinstance(value, enum.Enum):
         return _key(value.value, path)
-    return _scalar(value, f"key {value!r} of {path}")
+    return scalar(value, f"key {value!r} of {path}")
 
 
 def _plain_key(value: Any) -> Any:
@@ -376,7 +222,7 @@ def _ordered(encoder: Encoder, value: Any, path: Place | str, keys: tuple[str, .
 def _defaults(encoder: Encoder, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
     factory = value.default_factory
     if factory is not None and _FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
-        raise _refuse(path, value, f"its default_factory {factory!r} cannot be kept; turn it into a dict")
+        raise refusal(path, value, f"its default_factory {factory!r} cannot be kept; turn it into a dict")
     content = encoder.mapping(value, path, keys, attributes)
     return {TAG: "defaultdict", "factory": None if factory is None else factory.__name__, "v": content}
 
@@ -438,7 +284,7 @@ class Decoder:
             return decode(self, node)
         except RecursionError:
             raise
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise FormatError(f"the state holds a {tag!r} that cannot be read: {error!r}") from error
 
     def mapping(self, tree: Any) -> dict[Any, Any]:
@@ -479,8 +325,8 @@ class Decoder:
 
     def array(self, node: dict[str, Any]) -> np.ndarray[Any, Any]:
         """A NumPy array of its own memory."""
-        data = self.tensor(node["bytes"]).numpy().tobytes() if "bytes" in node else _bytes(node["v"])
-        dtype = _read_numpy_dtype(node["dtype"])
+        data = self.tensor(node["bytes"]).numpy().tobytes() if "bytes" in node else from_base64(node["v"])
+        dtype = read_dtype(node["dtype"])
         if dtype.itemsize:
             array = np.frombuffer(bytearray(data), dtype=dtype).reshape(node["shape"])
         else:
@@ -493,18 +339,6 @@ def _available(device: torch.device) -> bool:
     return module is not None and module.is_available() and (device.index or 0) < module.device_count()
 
 
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)
-
-
-def _read_numpy_dtype(text: str) -> np.dtype[Any]:
-    if _SIMPLE_DTYPE.fullmatch(text):
-        return np.dtype(text)
-    description = ast.literal_eval(_bytes(text).decode())
-    structured: np.dtype[Any] = np.lib.format.descr_to_dtype(description)
-    return structured
-
-
 def _read_zone(zone: Any) -> dt.tzinfo | None:
     if zone is None:
         return None
@@ -512,13 +346,6 @@ def _read_zone(zone: Any) -> dt.tzinfo | None:
         return zoneinfo.ZoneInfo(zone)
     offset = dt.timedelta(seconds=zone[0], microseconds=zone[1])
     return dt.timezone(offset, *map(Decoder({}).decode, zone[2:]))
-
-
-def _read_float(text: str) -> float:
-    if text in ("inf", "-inf"):
-        return float(text)
-    value: float = struct.unpack(">d", bytes.fromhex(text))[0]
-    return value
 
 
 def _read_ordered(decoder: Decoder, node: dict[str, Any]) -> OrderedDict[Any, Any]:
@@ -534,11 +361,11 @@ def _read_defaults(decoder: Decoder, node: dict[str, Any]) -> defaultdict[Any, A
 
 
 def _read_path(node: dict[str, Any], decoder: Decoder) -> pathlib.PurePath:
-    return _PATHS[node["class"]](decoder.decode(node["v"]))
+    return PATHS[node["class"]](decoder.decode(node["v"]))
 
 
 def _read_numpy(node: dict[str, Any]) -> Any:
-    data, dtype = _bytes(node["v"]), _read_numpy_dtype(node["dtype"])
+    data, dtype = from_base64(node["v"]), read_dtype(node["dtype"])
     if dtype.kind == "S":
         return np.bytes_(data)
     if dtype.kind == "U":
@@ -560,10 +387,10 @@ _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "set": lambda d, n: set(d.decode(n["v"])),
     "frozenset": lambda d, n: frozenset(d.decode(n["v"])),
     "int": lambda d, n: int(n["v"], 16),  # noqa: ARG005
-    "float": lambda d, n: _read_float(n["v"]),  # noqa: ARG005
-    "str": lambda d, n: _bytes(n["v"]).decode("utf-8", "surrogatepass"),  # noqa: ARG005
-    "bytes": lambda d, n: _bytes(n["v"]),  # noqa: ARG005
-    "bytearray": lambda d, n: bytearray(_bytes(n["v"])),  # noqa: ARG005
+    "float": lambda d, n: read_float(n["v"]),  # noqa: ARG005
+    "str": lambda d, n: from_base64(n["v"]).decode("utf-8", "surrogatepass"),  # noqa: ARG005
+    "bytes": lambda d, n: from_base64(n["v"]),  # noqa: ARG005
+    "bytearray": lambda d, n: bytearray(from_base64(n["v"])),  # noqa: ARG005
     "complex": lambda d, n: complex(*d.decode(n["v"])),
     "Decimal": lambda d, n: decimal.Decimal(n["v"]),  # noqa: ARG005
     "range": lambda d, n: range(*d.decode(n["v"])),
@@ -579,6 +406,6 @@ _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "torch.device": lambda d, n: torch.device(n["v"]),  # noqa: ARG005
     "torch.Size": lambda d, n: torch.Size(n["v"]),  # noqa: ARG005
     "numpy": lambda d, n: _read_numpy(n),  # noqa: ARG005
-    "numpy.dtype": lambda d, n: _read_numpy_dtype(n["v"]),  # noqa: ARG005
+    "numpy.dtype": lambda d, n: read_dtype(n["v"]),  # noqa: ARG005
     "path": lambda d, n: _read_path(n, d),
 }

@@ -6,15 +6,18 @@ stream of their own and the training's stream waits for them, not the processor.
 """
 
 import contextlib
+import mmap
 import threading
 import time
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from peakpoint.errors import Error
-from peakpoint.sampling import SMALL, Samples, can_sample
+from peakpoint.errors import Error, PeakpointWarning
+from peakpoint.state.samples import SMALL, Samples, can_sample
+from peakpoint.store.pages import address
 
 _CHUNK = 64 * 1024 * 1024  # how much is copied between two looks at the clock, the stream and the version counters
 
@@ -383,3 +386,25 @@ def versions_of(tensors: Collection[torch.Tensor]) -> list[int]:
 def _copy_all(chunk: Chunk, tensors: Sequence[torch.Tensor], *, non_blocking: bool) -> None:
     # one call for all of them; the public way is a loop
     torch._foreach_copy_(chunk.targets, chunk.pick(tensors), non_blocking=non_blocking)
+
+
+def pin(data: mmap.mmap | memoryview) -> bool:
+    """Lock memory for CUDA, so that copies from and to the GPU run beside the training.
+
+    Our own pages are registered, and not CUDA's taken: direct I/O refuses memory that a driver has mapped. Where the
+    system does not allow so much locked memory, copies are correct all the same, and slower.
+    """
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostRegister(address(data), len(data), 0))
+    if code != 0:
+        warnings.warn(
+            f"CUDA could not pin {len(data) / 1e6:.0f} MB (error {code}; see ulimit -l): copies are slower",
+            PeakpointWarning,
+            stacklevel=2,
+        )
+    return code == 0
+
+
+def unpin(data: mmap.mmap | memoryview) -> None:
+    """Undo ``pin``, which is due before the memory is let go of."""
+    torch.cuda.cudart().cudaHostUnregister(address(data))  # type: ignore[no-untyped-call]

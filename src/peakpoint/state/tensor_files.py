@@ -9,16 +9,16 @@ import math
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import torch
 
-from peakpoint.copying import NOTHING, Copying, Plan, Storage, Target
-from peakpoint.errors import FormatError
-from peakpoint.format.manifest import FileRecord
-from peakpoint.pinning import pin, unpin
+from peakpoint.errors import CorruptError, FormatError
+from peakpoint.format.manifest import FileRecord, TensorRecord
 from peakpoint.repository.commit import Span, WholeImage
-from peakpoint.sharing import DTYPES, TORCH_DTYPES
+from peakpoint.state.host_copy import NOTHING, Copying, Plan, Storage, Target, pin, unpin
+from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES
 from peakpoint.store.pages import PAGE, allocate, pages
 
 
@@ -184,3 +184,38 @@ def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=file.header + record.begin)
         tensors[record.name] = flat.view(record.shape)
     return tensors
+
+
+_LARGEST_HEADER = 100 * 1024**2
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], FileRecord]:
+    """The tensors of a file, mapped privately, its metadata, and its record without digests.
+
+    Raises:
+        FormatError: it is no safetensors file, or one that this release does not read.
+        CorruptError: it is cut short.
+    """
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 10 or length > min(_LARGEST_HEADER, size - 8):
+            raise FormatError(f"{path} is no safetensors file: its header does not fit into its {size} bytes")
+        try:
+            header = msgspec.json.decode(file.read(length))
+            metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
+            given = [(name, one["dtype"], one["shape"], *one["data_offsets"], "") for name, one in header.items()]
+            rows = msgspec.convert(given, list[TensorRecord])
+            rows.sort(key=lambda row: (row.begin, row.end))
+        except (msgspec.MsgspecError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise FormatError(f"{path} is no safetensors file: its header cannot be read: {error}") from error
+        at = 0
+        for row in rows:
+            if row.begin != at:
+                raise FormatError(f"{path} has tensors that overlap or leave gaps at {row.name!r}")
+            at = row.end
+        if 8 + length + at != size:
+            raise CorruptError(f"{path} has {size} bytes, and its header says {8 + length + at}: cut short or damaged")
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    record = FileRecord(name=path.name, size=size, digest="", header=8 + length, tensors=tuple(rows))
+    return tensors_of(record, mapped), metadata, record

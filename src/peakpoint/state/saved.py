@@ -13,9 +13,10 @@ from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord, check_
 from peakpoint.format.names import near
 from peakpoint.format.sealed import no_collection
 from peakpoint.repository import reader
+from peakpoint.state.json_scalars import TAG
+from peakpoint.state.tensor_files import tensors_of
+from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Hold, Store
-from peakpoint.tensors import tensors_of
-from peakpoint.tree import TAG, Decoder
 
 _OURS = ("rng", "loop")  # parts that are not the user's
 

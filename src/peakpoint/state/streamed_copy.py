@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from peakpoint.pinning import pin
 from peakpoint.repository.commit import BLOCK, Span
-from peakpoint.sharing import TORCH_DTYPES
+from peakpoint.state.host_copy import pin
+from peakpoint.state.shared_storage import TORCH_DTYPES
+from peakpoint.state.tensor_files import FileLayout, lay_out
 from peakpoint.store.pages import PAGE, allocate
-from peakpoint.tensors import FileLayout, lay_out
 
 SMALLEST = 1024 * 1024
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peakpoint.sharing import is_dense
+from peakpoint.state.shared_storage import is_dense
 
 LEAST = 64
 SMALL = 16 * 1024  # bytes that are copied as quickly as samples are taken

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from peakpoint import rng
-from peakpoint.capture import Stateful
 from peakpoint.errors import MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.masks import ORIGINAL, masks_of
-from peakpoint.guard import wait_for_copies
-from peakpoint.stored import SavedState
-from peakpoint.tree import kind_of
-from peakpoint.upload import send
+from peakpoint.state import rng
+from peakpoint.state.capture import Stateful
+from peakpoint.state.device_copy import send
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.saved import SavedState
+from peakpoint.state.step_guard import wait_for_copies
 
 
 @dataclass(frozen=True, slots=True)

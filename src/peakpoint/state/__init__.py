@@ -1,0 +1,1 @@
+"""Live objects to files and back: capture, typed JSON, tensors, restore."""
