@@ -10,8 +10,8 @@ import threading
 import pytest
 
 import peakpoint as pp
-from peakpoint.preempt import Watch
 from peakpoint.repository.audit import audit
+from peakpoint.training.preemption import Watch
 from training import checkpointer, kept, parts
 
 SCRIPT = """

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from peakpoint.catalogue import Selection as Selection
     from peakpoint.catalogue import select as select
     from peakpoint.catalogue.ranking import WithinSE as WithinSE
-    from peakpoint.checkpointer import Checkpointer as Checkpointer
     from peakpoint.diffing import Difference as Difference
     from peakpoint.distances import diff as diff
     from peakpoint.ensembles import Ensemble as Ensemble
@@ -57,8 +56,6 @@ if TYPE_CHECKING:
     from peakpoint.loading import load as load
     from peakpoint.planning.forecast import Forecast as Forecast
     from peakpoint.planning.forecast import forecast as forecast
-    from peakpoint.preempt import Preempt as Preempt
-    from peakpoint.report import Outcome as Outcome
     from peakpoint.repository import aliases as aliases
     from peakpoint.repository import maintenance as upkeep
     from peakpoint.repository.root import Repository as Repository
@@ -78,6 +75,9 @@ if TYPE_CHECKING:
     from peakpoint.soups import soup as soup
     from peakpoint.state.restore import LoadReport as LoadReport
     from peakpoint.state.saved import Loaded as Loaded
+    from peakpoint.training.checkpointer import Checkpointer as Checkpointer
+    from peakpoint.training.outcome import Outcome as Outcome
+    from peakpoint.training.preemption import Preempt as Preempt
 
 _HOMES = {
     "Best": ("rules", "Best"),
@@ -86,7 +86,7 @@ _HOMES = {
     "Candidate": ("examining.exam", "Candidate"),
     "Catalogue": ("catalogue", "Catalogue"),
     "Checkpoint": ("format.manifest", "Checkpoint"),
-    "Checkpointer": ("checkpointer", "Checkpointer"),
+    "Checkpointer": ("training.checkpointer", "Checkpointer"),
     "ConfigError": ("errors", "ConfigError"),
     "ConflictError": ("errors", "ConflictError"),
     "CorruptError": ("errors", "CorruptError"),
@@ -105,10 +105,10 @@ _HOMES = {
     "MismatchError": ("errors", "MismatchError"),
     "MissingExtraError": ("errors", "MissingExtraError"),
     "NotFoundError": ("errors", "NotFoundError"),
-    "Outcome": ("report", "Outcome"),
+    "Outcome": ("training.outcome", "Outcome"),
     "PeakpointWarning": ("errors", "PeakpointWarning"),
     "Pareto": ("rules", "Pareto"),
-    "Preempt": ("preempt", "Preempt"),
+    "Preempt": ("training.preemption", "Preempt"),
     "RefusedError": ("errors", "RefusedError"),
     "Repository": ("repository.root", "Repository"),
     "Run": ("repository.run", "Run"),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -183,9 +183,3 @@ def with_golden(wanted: Wanted) -> Wanted:
 def file_digest(path: Path) -> str:
     """The BLAKE3 digest of a file, however large."""
     return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-
-
-def shown(names: Sequence[str], most: int = 5) -> str:
-    """Names in a sentence, not too many."""
-    more = f", ... and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

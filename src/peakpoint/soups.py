@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from peakpoint.adding import Made, add, check_run_for, made_image
 from peakpoint.averaging import (
     Averaging,
     Member,
@@ -32,6 +31,7 @@ from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.tensor_files import lay_out
 from peakpoint.store import Store
 from peakpoint.tasting import Kitchen, Tasted, greedy, uniform
+from peakpoint.training.external import Made, add, check_run_for, made_image
 
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]

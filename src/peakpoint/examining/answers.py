@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from peakpoint.asking import shown
 from peakpoint.errors import ConfigError
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
-from peakpoint.format.names import check_metric
+from peakpoint.format.names import check_metric, shown
 from peakpoint.format.sealed import digest
 from peakpoint.repository.validations import Predictions, within
 from peakpoint.state.json_scalars import kind_of

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peakpoint.adding import held, named, opened, settled, tell_report, tell_saved
 from peakpoint.errors import ConflictError, CorruptError, StoreError
 from peakpoint.format.events import Pinned, Saved, Unpinned
 from peakpoint.format.manifest import Manifest
@@ -16,8 +15,6 @@ from peakpoint.importing.foreign import EXTRA, Foreign, Reading, keepable
 from peakpoint.importing.placing import COUNTED, OutOfPlaceError, Placed, placed
 from peakpoint.importing.sources import Source, read
 from peakpoint.importing.timeline import Moment
-from peakpoint.position import Position
-from peakpoint.report import written_by
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import notes as notes_of
 from peakpoint.repository.audit import clean_run
@@ -35,6 +32,9 @@ from peakpoint.state.host_copy import NOTHING
 from peakpoint.state.tensor_files import Staging
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, LocalStore, Store
+from peakpoint.training.external import held, named, opened, settled, tell_report, tell_saved
+from peakpoint.training.outcome import written_by
+from peakpoint.training.position import Position
 
 DIGEST, PLACE = "source_blake3", "imported_from"  # in a manifest's written_by
 _MODEL = "model.safetensors"

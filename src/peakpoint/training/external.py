@@ -14,8 +14,6 @@ from peakpoint.errors import ConflictError
 from peakpoint.format import layout, names
 from peakpoint.format.events import Closed, Event, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
-from peakpoint.position import Position
-from peakpoint.report import written_by
 from peakpoint.repository import journal as journals
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import BLOCK, StreamedImage, WholeImage, commit, unused_name
@@ -28,6 +26,8 @@ from peakpoint.repository.run import rules_of
 from peakpoint.state.tensor_files import FileLayout
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, Store, holder_note
+from peakpoint.training.outcome import written_by
+from peakpoint.training.position import Position
 
 
 def made_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:

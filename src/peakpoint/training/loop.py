@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.position import Batches, Position, begin_pass, continue_pass, is_restored, start_pass
+from peakpoint.training.position import Batches, Position, begin_pass, continue_pass, is_restored, start_pass
 
 
 def count(name: str, value: SupportsIndex) -> int:

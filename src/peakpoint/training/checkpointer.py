@@ -17,7 +17,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
-from peakpoint import rules, unclosed
+from peakpoint import rules
 from peakpoint.errors import ConfigError, ConflictError, Error, PeakpointWarning, SaveFailedError
 from peakpoint.format import layout, names
 from peakpoint.format.amounts import read_bytes, read_duration
@@ -25,9 +25,6 @@ from peakpoint.format.events import STOPPED, Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import DEFAULT_TEMPLATE, near
-from peakpoint.loop import Loop, count
-from peakpoint.preempt import Preempt, Watch, deliver_again, run_earlier
-from peakpoint.report import Outcome, classes, say, warn, written_by
 from peakpoint.repository.annotations import Ledger
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import unused_name
@@ -35,13 +32,10 @@ from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.reader import damage
 from peakpoint.repository.root import ensure_repository, ensure_run
-from peakpoint.resume import Resumption, restore_generators, resumption
-from peakpoint.rule_changes import former_rules
 from peakpoint.rules import Rule
 from peakpoint.rules.history import Smoothing, windows
 from peakpoint.rules.stopping import EarlyStopping
 from peakpoint.rules.stopping import Watch as StopWatch
-from peakpoint.saver import Failure, Job, Saver
 from peakpoint.state.capture import StateEncoder, capture, check_state
 from peakpoint.state.host_copy import NOTHING
 from peakpoint.state.restore import LoadReport
@@ -49,7 +43,14 @@ from peakpoint.state.step_guard import StepGuard
 from peakpoint.state.streamed_copy import SMALLEST, Ring
 from peakpoint.state.tensor_files import Staging
 from peakpoint.store import Hold, Store, holder_note, open_store
-from peakpoint.turns import Late, Turns
+from peakpoint.training import unclosed
+from peakpoint.training.loop import Loop, count
+from peakpoint.training.outcome import Outcome, classes, say, warn, written_by
+from peakpoint.training.preemption import Preempt, Watch, deliver_again, run_earlier
+from peakpoint.training.resume import Resumption, restore_generators, resumption
+from peakpoint.training.rule_changes import former_rules
+from peakpoint.training.saver import Failure, Job, Saver
+from peakpoint.training.turns import Late, Turns
 
 
 class Checkpointer:

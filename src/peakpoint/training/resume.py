@@ -8,7 +8,6 @@ from typing import Any
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
 from peakpoint.format.events import Event, Reported, Saved, Started
 from peakpoint.format.manifest import Forks, Manifest
-from peakpoint.position import Position
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.packs import check_not_archived
@@ -20,6 +19,7 @@ from peakpoint.state.restore import LoadReport, restore_into
 from peakpoint.state.saved import SavedState, read_state
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Store
+from peakpoint.training.position import Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

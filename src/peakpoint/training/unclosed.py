@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from peakpoint.errors import Error
-from peakpoint.report import say
 from peakpoint.store.worker import start
+from peakpoint.training.outcome import say
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
 # a forked child has neither the threads nor the lock: its parent closes

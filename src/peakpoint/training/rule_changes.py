@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from peakpoint.asking import shown
 from peakpoint.errors import ConfigError
 from peakpoint.format.events import Closed, Event, Opened, Saved
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import shown
 from peakpoint.rules import Rule, parse, ranked, watched
 from peakpoint.rules.retention import Plan
 

@@ -20,13 +20,13 @@ from peakpoint.repository.annotations import Ledger
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import commit, unused_name, withdraw
 from peakpoint.repository.journal import Journal
-from peakpoint.rule_changes import Rules, rule_change
 from peakpoint.rules import Rule
 from peakpoint.rules.retention import Plan, Removal
 from peakpoint.state.capture import Captured
 from peakpoint.state.host_copy import ChangedError
 from peakpoint.store import Hold, Store
 from peakpoint.store.worker import start
+from peakpoint.training.rule_changes import Rules, rule_change
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
 _USUAL = read_duration("undo_for", UNDO_FOR)

@@ -6,8 +6,8 @@ from typing import Any
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Manifest
-from peakpoint.order import Look, Moves, look, moves
 from peakpoint.state.step_guard import StepGuard
+from peakpoint.training.moves import Look, Moves, look, moves
 
 
 @dataclass(frozen=True, slots=True)

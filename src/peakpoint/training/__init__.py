@@ -1,0 +1,1 @@
+"""The checkpointer in a training loop: save, resume, stop, preempt."""
