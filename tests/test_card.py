@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import peakpoint as pp
-from peakpoint import card
-from peakpoint.card import Told
-from peakpoint.card.front import front_matter
-from peakpoint.card.front import yaml as written
 from peakpoint.cli.main import cli
+from peakpoint.reports import card
+from peakpoint.reports.card import Told
+from peakpoint.reports.card.front_matter import front_matter
+from peakpoint.reports.card.front_matter import yaml as written
 from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import utc_now
 from strategies import START, texts

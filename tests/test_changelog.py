@@ -14,9 +14,6 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import peakpoint as pp
-from peakpoint import changelog
-from peakpoint.changelog import Entry, pages, versions
-from peakpoint.changelog.claims import Claims
 from peakpoint.cli.main import cli
 from peakpoint.format import layout
 from peakpoint.format.events import (
@@ -40,6 +37,9 @@ from peakpoint.format.events import (
     Unpinned,
 )
 from peakpoint.format.sealed import seal
+from peakpoint.reports import changelog
+from peakpoint.reports.changelog import Entry, keep_a_changelog, markdown
+from peakpoint.reports.changelog.claims import Claims
 from peakpoint.repository import aliases, maintenance, reader, validations
 from peakpoint.repository import journal as journals
 from peakpoint.repository.provenance import utc_now
@@ -251,9 +251,9 @@ def test_nothing_is_lost_doubled_or_out_of_order(tmp_path_factory, data):
     assert settled(map(told, found)) == settled(life.expected)
     assert [one.at for one in found] == sorted(one.at for one in found)
     _check_periods(pp.open(life.root), found, data)
-    for text in (pages.by_day(found, "x"), versions.keep_a_changelog(found, "x")):
+    for text in (markdown.by_day(found, "x"), keep_a_changelog.keep_a_changelog(found, "x")):
         assert all(entry.alias in text for entry in found if entry.alias)
-    whole = pages.by_day(found, "x", everything=True)
+    whole = markdown.by_day(found, "x", everything=True)
     assert sum(re.match(r"- (\d{4}-\d\d-\d\d )?\d\d:\d\d ", line) is not None for line in whole.splitlines()) == len(
         found
     )
@@ -461,7 +461,7 @@ def test_the_story_has_every_kind(story):
 
 
 @pytest.mark.parametrize(
-    ("name", "write"), [("changelog.md", pages.by_day), ("versions.md", versions.keep_a_changelog)]
+    ("name", "write"), [("changelog.md", markdown.by_day), ("versions.md", keep_a_changelog.keep_a_changelog)]
 )
 def test_the_story_in_markdown(story, name, write):
     text = write(story.entries(), "runs")
@@ -470,9 +470,9 @@ def test_the_story_in_markdown(story, name, write):
 
 def test_the_versions_hold_every_entry_once(story):
     found = story.entries()
-    held = [entry for _, some in versions._versions(found) for entry in some]
+    held = [entry for _, some in keep_a_changelog._versions(found) for entry in some]
     assert sorted(map(repr, held)) == sorted(map(repr, found))
-    headings = [line for line in versions.keep_a_changelog(found, "x").splitlines() if line.startswith("## ")]
+    headings = [line for line in keep_a_changelog.keep_a_changelog(found, "x").splitlines() if line.startswith("## ")]
     assert headings == [
         "## [Unreleased]",
         "## [champion 5] - 2026-03-10",
@@ -554,8 +554,8 @@ def test_a_damaged_line_costs_itself_and_is_told(tmp_path_factory, data):
         assert {repr(one) for one in left if one.run == "r" and not one.alias} == {
             repr(one) for one in before if one.run == "r" and not one.alias
         }
-    assert "## Damage" in pages.by_day(found, "x")
-    assert "- **damage**" in versions.keep_a_changelog(found, "x")
+    assert "## Damage" in markdown.by_day(found, "x")
+    assert "- **damage**" in keep_a_changelog.keep_a_changelog(found, "x")
     assert damage == hand.entries(since=at(1000))  # nobody knows when it came
 
 
@@ -603,7 +603,7 @@ def test_whatever_a_journal_says_each_thing_is_told_once(tmp_path_factory, segme
     found = hand.entries()
     expected = Counter((kind, event.at) for events in segments for kind, event in events if kind is not None)
     assert Counter((one.kind, one.at) for one in found if one.kind in TOLD) == expected
-    for write in (pages.by_day, versions.keep_a_changelog):
+    for write in (markdown.by_day, keep_a_changelog.keep_a_changelog):
         assert all(character.isprintable() or character == "\n" for character in write(found, "x", everything=True))
 
 
@@ -683,7 +683,7 @@ def test_a_removal_that_came_to_nothing_says_so(tmp_path):
         journal.append(Removed(at=utc_now(), reason=reason, **said))
     found = changelog.entries(pp.open(tmp_path), kinds=["removed"])
     assert [one.details["came_to_nothing"] for one in found] == [True, True]
-    assert "was to be removed, and is still here" in pages.by_day(found, "x")
+    assert "was to be removed, and is still here" in markdown.by_day(found, "x")
     maintenance.remove(run, [one], "third")
     found = changelog.entries(pp.open(tmp_path), kinds=["removed"])
     assert [one.details.get("came_to_nothing", False) for one in found] == [True, True, False]
@@ -803,7 +803,7 @@ HOSTILE = [
 hostile = st.lists(st.sampled_from(HOSTILE) | texts, min_size=1, max_size=4).map("".join).filter(str.strip)
 
 
-@pytest.mark.parametrize("write", [pages.by_day, versions.keep_a_changelog])
+@pytest.mark.parametrize("write", [markdown.by_day, keep_a_changelog.keep_a_changelog])
 @settings(max_examples=150, deadline=None)
 @given(text=hostile)
 def test_no_text_makes_structure(write, text):
@@ -815,12 +815,12 @@ def test_no_text_makes_structure(write, text):
 
 @given(hostile)
 def test_no_text_becomes_a_link_where_links_are_found_in_words(text):
-    found = pages.escaped(text + " http://a.b www.a.b a@b.c")
+    found = markdown.escaped(text + " http://a.b www.a.b a@b.c")
     assert not re.search(r"(?<!\\)://|www\.|(?<!\\)@", found)
 
 
 def test_a_long_text_is_cut():
-    assert len(pages.escaped("x" * 100_000)) < 500
+    assert len(markdown.escaped("x" * 100_000)) < 500
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -860,5 +860,5 @@ def test_a_file_of_somebody_else_is_not_replaced(story, tmp_path):
 def test_an_empty_repository_has_a_changelog(tmp_path):
     hand = Hand(tmp_path / "runs")
     assert hand.entries() == []
-    assert "Nothing was recorded" in pages.by_day([], "x")
-    assert "## [Unreleased]" in versions.keep_a_changelog([], "x")
+    assert "Nothing was recorded" in markdown.by_day([], "x")
+    assert "## [Unreleased]" in keep_a_changelog.keep_a_changelog([], "x")

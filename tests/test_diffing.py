@@ -16,9 +16,9 @@ from hypothesis.extra import numpy as arrays
 
 import peakpoint as pp
 from peakpoint.cli.main import cli
-from peakpoint.diffing import records_differ
 from peakpoint.distances import distance
 from peakpoint.errors import ConfigError, CorruptError, NotFoundError
+from peakpoint.reports.diff import records_differ
 from training import checkpointer, parts, train
 
 KINDS = {

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune
 
 import peakpoint as pp
-from peakpoint.evaluation import evaluate
-from peakpoint.evaluation.groups import optimizer_of
-from peakpoint.evaluation.judging import Examples, judge
-from peakpoint.evaluation.noise import margin_of_best, of_proportion, welch
-from peakpoint.evaluation.tradeoff import tradeoff
 from peakpoint.format.events import Reported
+from peakpoint.reports.evaluation import evaluate
+from peakpoint.reports.evaluation.groups import optimizer_of
+from peakpoint.reports.evaluation.noise import margin_of_best, of_proportion, welch
+from peakpoint.reports.evaluation.peaks import Examples, judge
+from peakpoint.reports.evaluation.sparsity import tradeoff
 from peakpoint.rules.peaks import peaks
 from training import checkpointer
 

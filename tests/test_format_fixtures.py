@@ -21,10 +21,11 @@ from click.testing import CliRunner
 
 import format_state
 import peakpoint as pp
-from peakpoint import changelog, policy
+from peakpoint import policy
 from peakpoint.cli.main import cli
 from peakpoint.format.events import Event
 from peakpoint.format.manifest import plain
+from peakpoint.reports import changelog
 from peakpoint.repository import aliases, validations
 from peakpoint.repository.releases import records
 from test_tree import same

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from peakpoint.errors import ConfigError
-from peakpoint.planning.intervals import Failures, daly, young
+from peakpoint.reports.plan.intervals import Failures, daly, young
 
 minutes = st.floats(1, 1e5)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint.format.events import Reported, Saved
-from peakpoint.lives import lives
+from peakpoint.reports.explain import lives
 from peakpoint.repository import journal as journals
 from peakpoint.repository.removal import apply
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule

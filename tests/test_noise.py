@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peakpoint.evaluation.noise import (
+from peakpoint.reports.evaluation.noise import (
     LEAST_VALUES,
     expected_best,
     margin_of_best,

@@ -23,9 +23,9 @@ from peakpoint.cli.main import cli
 from peakpoint.demo.training import LeNet5, digits
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.events import Reported, Saved
-from peakpoint.planning import architectures, optimizers, sizes
-from peakpoint.planning import forecast as planner
-from peakpoint.planning.curves import Curves
+from peakpoint.reports.plan import forecast as planner
+from peakpoint.reports.plan import networks, optimizers, sizes
+from peakpoint.reports.plan.curves import Curves
 from peakpoint.rules.simulate import replay
 from strategies import START, lasts, modes, paretos, thins, topks
 from training import checkpointer
@@ -71,16 +71,16 @@ def counts():
 
 def test_presets_have_the_parameters_of_their_architectures():
     known = {"lenet-5": 61_706, "resnet-18": 11_689_512, "resnet-50": 25_557_032, "gpt-2": 124_439_808}
-    assert {name: architectures.architecture(name).parameters for name in architectures.NAMES} == counts()
+    assert {name: networks.architecture(name).parameters for name in networks.NAMES} == counts()
     assert {**counts(), **known} == counts()
     assert counts()["gpt-3"] == 174_604_259_328
-    assert architectures.architecture("lenet-5").parameters == sum(p.numel() for p in LeNet5().parameters())
+    assert networks.architecture("lenet-5").parameters == sum(p.numel() for p in LeNet5().parameters())
 
 
 def test_the_weights_of_the_presets_are_of_the_known_sizes():
     megabytes = {
-        name: parts(sizes.designed(architectures.architecture(name), optimizer="none"))["model"] / 1e6
-        for name in architectures.NAMES
+        name: parts(sizes.designed(networks.architecture(name), optimizer="none"))["model"] / 1e6
+        for name in networks.NAMES
     }
     near = {"lenet-5": 0.25, "resnet-18": 45, "resnet-50": 100, "gpt-2": 500, "gpt-3": 350_000}
     assert megabytes == pytest.approx(near, rel=0.05)
@@ -306,7 +306,7 @@ def test_a_short_training_writes_what_was_foreseen(lenet):
     assert low <= len(run.manifests()) <= high
     assert found.sizes.bytes == pytest.approx(run.manifests()[-1].size_bytes, rel=0.005)
     known = planner.forecast(
-        sizes.designed(architectures.architecture("lenet-5")), keep=[pp.Last(1)], epochs=25
+        sizes.designed(networks.architecture("lenet-5")), keep=[pp.Last(1)], epochs=25
     )  # from the preset alone
     assert known.likely.bytes_written == pytest.approx(sum(event.size_bytes for event in saved), rel=0.005)
 
@@ -437,7 +437,7 @@ def test_sizes_that_cannot_be():
     with pytest.raises(ConfigError, match="dtype 'float23'"):
         sizes.counted(1, optimizer="adam", dtype="float23")
     with pytest.raises(ConfigError, match="there is no preset 'resnet50'; did you mean 'resnet-50'"):
-        architectures.architecture("resnet50")
+        networks.architecture("resnet50")
     with pytest.raises(ConfigError, match="takes a mapping of parts"):
         sizes.live(nn.Linear(1, 1))
 
@@ -543,10 +543,10 @@ def test_the_help_has_every_form_of_a_rule_on_a_line(command, width):
 
 def test_the_command_lists_the_presets():
     rows = as_json("--presets")["presets"]
-    assert [row["name"] for row in rows] == list(architectures.NAMES)
+    assert [row["name"] for row in rows] == list(networks.NAMES)
     assert rows[0]["adam_bytes"] < 1e6
     assert "174,604,259,328" in invoke("--presets").output
-    for name in architectures.NAMES:
+    for name in networks.NAMES:
         assert as_json("--preset", name, "--epochs", 3, "--rules", "last:1")["outlooks"][0]["kept"] == 1
 
 

@@ -23,8 +23,8 @@ from rich.console import Console
 import peakpoint as pp
 from peakpoint.cli import reporting
 from peakpoint.cli.main import cli
-from peakpoint.evaluation import evaluate, pages, tables, write, writing
-from peakpoint.evaluation.tables import Table
+from peakpoint.reports.evaluation import evaluate, files, pages, tables, write
+from peakpoint.reports.evaluation.tables import Table
 from training import checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*never counts as best:peakpoint.PeakpointWarning")
@@ -195,7 +195,7 @@ def test_another_checkpoint_with_the_same_value_is_as_good(tmp_path):
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", writing.SUFFIXES)
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
 def test_a_report_is_replaced_by_the_next_and_nothing_else_is(root, tmp_path, suffix):
     path = tmp_path / f"report{suffix}"
     invoke(root, "one", "--to", path)
@@ -315,7 +315,7 @@ def test_a_run_looks_the_same_in_every_picture_of_a_page(tmp_path):
             for step, sparsity in enumerate([0.0, 0.5]):
                 ckpt.report(acc=0.5 + step / 10, loss=0.5 - step / 10, sparsity=sparsity, step=step)
     found = evaluate(pp.open(tmp_path))
-    from peakpoint.evaluation import figures
+    from peakpoint.reports.evaluation import figures
 
     looks = {}
     for panel in figures.panels(found):
@@ -331,7 +331,7 @@ def test_a_run_looks_the_same_in_every_picture_of_a_page(tmp_path):
 
 @given(st.lists(st.lists(st.integers(0, 20), unique=True, min_size=1, max_size=6), max_size=8))
 def test_no_two_runs_look_the_same(pictures):
-    from peakpoint.evaluation import figures
+    from peakpoint.reports.evaluation import figures
 
     looks = figures._Looks({})
     shown = [looks.of(map(str, runs)) for runs in pictures]
@@ -342,7 +342,7 @@ def test_no_two_runs_look_the_same(pictures):
 
 
 def svgs(root):
-    from peakpoint.evaluation import figures
+    from peakpoint.reports.evaluation import figures
 
     return [(figures.svg(panel), panel.alt) for panel in figures.panels(evaluate(pp.open(root)))]
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peakpoint.evaluation.thinning import sparkline, thin
+from peakpoint.reports.evaluation.downsample import sparkline, thin
 
 curves = st.lists(st.floats(), max_size=300)
 anything = st.lists(st.one_of(st.floats(), st.sampled_from([0.0, 1.0, math.nan])), max_size=300)

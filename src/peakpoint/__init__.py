@@ -20,16 +20,12 @@ from typing import TYPE_CHECKING, Any
 from peakpoint._version import __version__
 
 if TYPE_CHECKING:
-    from peakpoint import card as card
-    from peakpoint import changelog as changelog
-    from peakpoint import evaluation as evaluation
     from peakpoint import promotion as promotion
     from peakpoint import rules as rules
     from peakpoint.catalogue import Catalogue as Catalogue
     from peakpoint.catalogue import Selection as Selection
     from peakpoint.catalogue import select as select
     from peakpoint.catalogue.ranking import WithinSE as WithinSE
-    from peakpoint.diffing import Difference as Difference
     from peakpoint.distances import diff as diff
     from peakpoint.ensembles import Ensemble as Ensemble
     from peakpoint.ensembles import ensemble as ensemble
@@ -54,8 +50,12 @@ if TYPE_CHECKING:
     from peakpoint.importing.everything import ImportReport as ImportReport
     from peakpoint.importing.everything import import_checkpoints as import_checkpoints
     from peakpoint.loading import load as load
-    from peakpoint.planning.forecast import Forecast as Forecast
-    from peakpoint.planning.forecast import forecast as forecast
+    from peakpoint.reports import card as card
+    from peakpoint.reports import changelog as changelog
+    from peakpoint.reports import evaluation as evaluation
+    from peakpoint.reports.diff import Difference as Difference
+    from peakpoint.reports.plan.forecast import Forecast as Forecast
+    from peakpoint.reports.plan.forecast import forecast as forecast
     from peakpoint.repository import aliases as aliases
     from peakpoint.repository import maintenance as upkeep
     from peakpoint.repository.root import Repository as Repository
@@ -90,13 +90,13 @@ _HOMES = {
     "ConfigError": ("errors", "ConfigError"),
     "ConflictError": ("errors", "ConflictError"),
     "CorruptError": ("errors", "CorruptError"),
-    "Difference": ("diffing", "Difference"),
+    "Difference": ("reports.diff", "Difference"),
     "EarlyStopping": ("rules.stopping", "EarlyStopping"),
     "Ensemble": ("ensembles", "Ensemble"),
     "Error": ("errors", "Error"),
     "Evaluated": ("examining.answers", "Evaluated"),
     "Every": ("rules", "Every"),
-    "Forecast": ("planning.forecast", "Forecast"),
+    "Forecast": ("reports.plan.forecast", "Forecast"),
     "FormatError": ("errors", "FormatError"),
     "ImportReport": ("importing.everything", "ImportReport"),
     "Last": ("rules", "Last"),
@@ -124,7 +124,7 @@ _HOMES = {
     "WithinSE": ("catalogue.ranking", "WithinSE"),
     "diff": ("distances", "diff"),
     "ensemble": ("ensembles", "ensemble"),
-    "forecast": ("planning.forecast", "forecast"),
+    "forecast": ("reports.plan.forecast", "forecast"),
     "import_checkpoints": ("importing.everything", "import_checkpoints"),
     "load": ("loading", "load"),
     "select": ("catalogue", "select"),
@@ -134,9 +134,9 @@ _HOMES = {
 }
 _MODULES = {
     "aliases": "repository.aliases",
-    "card": "card",
-    "changelog": "changelog",
-    "evaluation": "evaluation",
+    "card": "reports.card",
+    "changelog": "reports.changelog",
+    "evaluation": "reports.evaluation",
     "promotion": "promotion",
     "rules": "rules",
     "upkeep": "repository.maintenance",

@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 
-from peakpoint.diffing import Difference, Distance, TensorDifference, manifests_differ, plain_values_differ, tensors_of
 from peakpoint.errors import FormatError
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.reports.diff import (
+    Difference,
+    Distance,
+    TensorDifference,
+    manifests_differ,
+    plain_values_differ,
+    tensors_of,
+)
 from peakpoint.repository import reader
 from peakpoint.repository.root import open_repository
 from peakpoint.state.shared_storage import TORCH_DTYPES
@@ -30,7 +37,7 @@ def diff(
     """What differs between two checkpoints of a repository, and how far the values of their tensors are apart.
 
     Tensors with the same digest are not read. Of the others, two are in memory at a time, and each is compared with its
-    digest. ``peakpoint.diffing.records_differ`` says everything but the values, without torch.
+    digest. ``peakpoint.reports.diff.records_differ`` says everything but the values, without torch.
 
     Args:
         a: the ref of the first, such as ``"resnet50@best:val_accuracy"``.

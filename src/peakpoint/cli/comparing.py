@@ -13,7 +13,7 @@ from rich.markup import escape
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT, torch_side
 from peakpoint.cli.space import progress
-from peakpoint.diffing import Difference, MetricDifference, TensorDifference, manifests_differ
+from peakpoint.reports.diff import Difference, MetricDifference, TensorDifference, manifests_differ
 from peakpoint.repository.root import open_repository
 
 _WIDE = 120  # columns from which on a tensor is one line

@@ -17,9 +17,9 @@ from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_count, read_duration, read_rate
 from peakpoint.format.events import Reported, Saved
 from peakpoint.format.names import near
-from peakpoint.planning import architectures, optimizers, sizes
-from peakpoint.planning.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
-from peakpoint.planning.intervals import Failures, daly, young
+from peakpoint.reports.plan import networks, optimizers, sizes
+from peakpoint.reports.plan.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
+from peakpoint.reports.plan.intervals import Failures, daly, young
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run, rules_of
@@ -51,7 +51,7 @@ _LEAST = click.IntRange(min=1)
 @click.argument("root", type=click.Path(path_type=Path), required=False)
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M or 1e6.")
-@click.option("--preset", help=f"A known network instead: {', '.join(architectures.NAMES)}.")
+@click.option("--preset", help=f"A known network instead: {', '.join(networks.NAMES)}.")
 @click.option("--presets", is_flag=True, help="Only list the known networks with their sizes.")
 @click.option("--optimizer", help=f"One of {', '.join(optimizers.NAMES)}.")
 @click.option("--dtype", help=f"Of the weights: {', '.join(optimizers.DTYPES)}.")
@@ -112,7 +112,7 @@ def plan(
 
 
 def _of_numbers(given: dict[str, Any]) -> sizes.Sizes:
-    network = None if given["preset"] is None else architectures.architecture(given["preset"])
+    network = None if given["preset"] is None else networks.architecture(given["preset"])
     if not given["rules"] or given["epochs"] is None:
         raise ConfigError(f"a plan needs --epochs and --rules, such as 'best:val_accuracy:max last:3'. Forms: {FORMS}")
     options = {option: given[option] for option in ("optimizer", "dtype", "master")}
@@ -326,7 +326,7 @@ def _print_saving(console: Console, saving: dict[str, Any]) -> None:
 
 def _print_presets(*, json: bool) -> None:
     rows: list[dict[str, Any]] = []
-    for network in map(architectures.architecture, architectures.NAMES):
+    for network in map(networks.architecture, networks.NAMES):
         weights = sizes.designed(network, optimizer="none")
         rows.append(
             {

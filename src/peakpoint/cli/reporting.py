@@ -12,11 +12,11 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from peakpoint import evaluation
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, ROOT
 from peakpoint.errors import ConfigError
-from peakpoint.evaluation import tables, writing
+from peakpoint.reports import evaluation
+from peakpoint.reports.evaluation import files, tables
 from peakpoint.repository.root import open_repository
 from peakpoint.rules import Mode, mode_of
 
@@ -81,7 +81,7 @@ def report(
         )
     written = [file for target in targets for file in evaluation.write(found, target, force=force, separate=separate)]
     if json:
-        render.as_json(writing.as_json(found) | {"files": [str(file) for file in written]})
+        render.as_json(files.as_json(found) | {"files": [str(file) for file in written]})
         return
     if not targets:
         _print(found, render.console())

@@ -17,7 +17,7 @@ from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Measured, Reported
 from peakpoint.format.manifest import Manifest
-from peakpoint.lives import Life, lives
+from peakpoint.reports.explain import Life, lives
 from peakpoint.repository import maintenance
 from peakpoint.repository.annotations import all_known
 from peakpoint.repository.packs import check_not_archived, packed_bytes

@@ -6,14 +6,14 @@ from typing import Any
 import click
 import msgspec
 
-from peakpoint import card as cards
-from peakpoint import changelog as changelogs
-from peakpoint.card.front import front_matter
-from peakpoint.changelog import Entry, pages, versions
 from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConflictError
-from peakpoint.evaluation.writing import put
+from peakpoint.reports import card as cards
+from peakpoint.reports import changelog as changelogs
+from peakpoint.reports.card.front_matter import front_matter
+from peakpoint.reports.changelog import Entry, keep_a_changelog, markdown
+from peakpoint.reports.evaluation.files import put
 from peakpoint.repository.root import open_repository
 from peakpoint.store import translated
 
@@ -68,14 +68,14 @@ def changelog(
 def _told(found: list[Entry], form: str, location: str, *, everything: bool) -> str:
     if form == "json":
         return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
-    write = versions.keep_a_changelog if form == "keep-a-changelog" else pages.by_day
+    write = keep_a_changelog.keep_a_changelog if form == "keep-a-changelog" else markdown.by_day
     return write(found, location, everything=everything)
 
 
 def _write(to: Path, text: str, *, force: bool) -> None:
     if not force and to.exists():
         with translated("look at", to):
-            ours = f"<!-- {pages.MARK} -->" in to.read_text(encoding="utf-8", errors="ignore")[:200]
+            ours = f"<!-- {markdown.MARK} -->" in to.read_text(encoding="utf-8", errors="ignore")[:200]
         if not ours:
             raise ConflictError(
                 f"{to} exists, and no changelog of Peakpoint is in it; choose another name, or replace it with --force"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from peakpoint.diffing import tensors_of
 from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.examining.models import one_input
 from peakpoint.format.masks import masks_of
+from peakpoint.reports.diff import tensors_of
 from peakpoint.state.shared_storage import TORCH_DTYPES
 
 _WARM_UP = 10  # passes

@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peakpoint.changelog.entries import FORCED, Entry
 from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.format import layout
 from peakpoint.format.events import Promoted
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.format.sealed import unseal
+from peakpoint.reports.changelog.entries import FORCED, Entry
 from peakpoint.repository import aliases, journal, validations
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.releases import decode

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from peakpoint.changelog.entries import PRODUCTION, Entry
-from peakpoint.changelog.pages import MARK, escaped, folded, line
+from peakpoint.reports.changelog.entries import PRODUCTION, Entry
+from peakpoint.reports.changelog.markdown import MARK, escaped, folded, line
 
 _SECTIONS = ("Added", "Changed", "Removed", "Fixed", "Security")
 _SECTION = {

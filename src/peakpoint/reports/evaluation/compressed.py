@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peakpoint.errors import MissingExtraError, NotFoundError
-from peakpoint.evaluation.judging import Examples, noise_of
-from peakpoint.evaluation.material import Material, ref_of
-from peakpoint.evaluation.noise import Interval
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.format.masks import masks_of
+from peakpoint.reports.evaluation.noise import Interval
+from peakpoint.reports.evaluation.peaks import Examples, noise_of
+from peakpoint.reports.evaluation.run_data import Material, ref_of
 from peakpoint.repository import reader
 from peakpoint.rules import Mode
 from peakpoint.store import Store

@@ -21,18 +21,20 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from peakpoint.evaluation.judging import Examples, Judged, judge
-from peakpoint.evaluation.material import Material
-from peakpoint.evaluation.tables import printable
-from peakpoint.evaluation.thinning import thin
-from peakpoint.evaluation.tradeoff import Tradeoff
 from peakpoint.format.events import Reported
+from peakpoint.reports.evaluation.downsample import thin
+from peakpoint.reports.evaluation.peaks import Examples, Judged, judge
+from peakpoint.reports.evaluation.run_data import Material
+from peakpoint.reports.evaluation.sparsity import Tradeoff
+from peakpoint.reports.evaluation.tables import printable
 from peakpoint.rules import Mode
 
 if TYPE_CHECKING:
-    from peakpoint.evaluation import Evaluation
+    from peakpoint.reports.evaluation import Evaluation
 
-_STYLE = mpl.rc_params_from_file(str(files("peakpoint.evaluation") / "figures.mplstyle"), use_default_template=False)
+_STYLE = mpl.rc_params_from_file(
+    str(files("peakpoint.reports.evaluation") / "figures.mplstyle"), use_default_template=False
+)
 INK = str(_STYLE["text.color"])
 """The colour of everything that is no data; a page replaces it by its own."""
 

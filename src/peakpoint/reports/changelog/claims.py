@@ -1,11 +1,11 @@
 """Claims that rules have given up, because another checkpoint took the place: computed, as nobody records them.
 
 The recorded commits, measurements and removals are played again with the rules that were in force, as in
-``peakpoint.lives``. A rule is asked among what it claims already and what is new: what it did not claim before cannot
-matter, by the laws of ``peakpoint.rules``. So a commit costs what the rule takes to rank its own claims, and not the
-whole run; where a run was resumed from an older checkpoint, a claimed one was removed, or the rules have changed, the
-rule looks at everything once. ``Every`` without ``keep`` gives nothing up as long as nothing was abandoned, and is not
-asked until then.
+``peakpoint.reports.explain``. A rule is asked among what it claims already and what is new: what it did not claim
+before cannot matter, by the laws of ``peakpoint.rules``. So a commit costs what the rule takes to rank its own claims,
+and not the whole run; where a run was resumed from an older checkpoint, a claimed one was removed, or the rules have
+changed, the rule looks at everything once. ``Every`` without ``keep`` gives nothing up as long as nothing was
+abandoned, and is not asked until then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

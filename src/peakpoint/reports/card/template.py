@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import PurePath
 
-from peakpoint.card.front import front_matter, yaml
-from peakpoint.card.values import Card, Held
-from peakpoint.changelog.pages import code, compared, escaped
-from peakpoint.evaluation.tables import printable
 from peakpoint.format.amounts import size
 from peakpoint.format.events import Reported
+from peakpoint.reports.card.front_matter import front_matter, yaml
+from peakpoint.reports.card.values import Card, Held
+from peakpoint.reports.changelog.markdown import code, compared, escaped
+from peakpoint.reports.evaluation.tables import printable
 from peakpoint.rules import Claim, watched
 from peakpoint.rules.peaks import peaks
 

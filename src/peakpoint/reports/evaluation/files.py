@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from peakpoint.errors import ConfigError, ConflictError, MissingExtraError, StoreError
-from peakpoint.evaluation import pages
 from peakpoint.format.manifest import plain
 from peakpoint.format.names import safe
+from peakpoint.reports.evaluation import pages
 
 if TYPE_CHECKING:
-    from peakpoint.evaluation import Evaluation
+    from peakpoint.reports.evaluation import Evaluation
 
 SUFFIXES = (".html", ".md", ".png", ".svg", ".json", ".csv", ".parquet")
 _COLUMNS = ("run", "report", "step", "epoch", "metric", "value", "saved", "kept", "checkpoint")
@@ -106,7 +106,7 @@ def _content(found: "Evaluation", suffix: str, *, separate: bool) -> bytes:
 
 
 def _figures() -> Any:
-    return _optional("peakpoint.evaluation.figures", "figures", "report")
+    return _optional("peakpoint.reports.evaluation.figures", "figures", "report")
 
 
 def _optional(module: str, what: str, extra: str) -> Any:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peakpoint.evaluation.material import Material, ref_of
 from peakpoint.format.manifest import Manifest
+from peakpoint.reports.evaluation.run_data import Material, ref_of
 from peakpoint.rules import BestAtSparsity, Mode, Pareto, ranked
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peakpoint.card.values import Card
+from peakpoint.reports.card.values import Card
 
 _DATASET = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")  # on the Hub
 _WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from peakpoint.errors import ConfigError
-from peakpoint.evaluation.judging import Judged
-from peakpoint.evaluation.material import Material
-from peakpoint.evaluation.noise import CONFIDENCE, Interval, welch
+from peakpoint.reports.evaluation.noise import CONFIDENCE, Interval, welch
+from peakpoint.reports.evaluation.peaks import Judged
+from peakpoint.reports.evaluation.run_data import Material
 from peakpoint.rules import Mode
 
 UNKNOWN = "(not known)"

@@ -18,9 +18,9 @@ from peakpoint.format import layout
 from peakpoint.format.events import Reported
 from peakpoint.format.manifest import FileRecord, Manifest
 from peakpoint.format.names import near
-from peakpoint.planning.curves import ASSUMPTIONS, Curves
-from peakpoint.planning.intervals import Failures
-from peakpoint.planning.sizes import REST, Sizes, check_whole, live, stood
+from peakpoint.reports.plan.curves import ASSUMPTIONS, Curves
+from peakpoint.reports.plan.intervals import Failures
+from peakpoint.reports.plan.sizes import REST, Sizes, check_whole, live, stood
 from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
 from peakpoint.rules.history import Smoothing, windows
 from peakpoint.rules.retention import plan

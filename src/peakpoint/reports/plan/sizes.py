@@ -13,8 +13,8 @@ import msgspec
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
-from peakpoint.planning.architectures import Architecture
-from peakpoint.planning.optimizers import STEP, bytes_of, held, needs_shapes
+from peakpoint.reports.plan.networks import Architecture
+from peakpoint.reports.plan.optimizers import STEP, bytes_of, held, needs_shapes
 
 _PAGE = 4096
 _METADATA = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
@@ -114,7 +114,7 @@ def counted(parameters: int, *, optimizer: str, dtype: str = "float32", master: 
 
     Args:
         parameters: how many there are.
-        optimizer: see ``peakpoint.planning.optimizers.held``.
+        optimizer: see ``peakpoint.reports.plan.optimizers.held``.
         dtype: of the weights; of the moments as well, unless there is a ``master``.
         master: of a second copy of the weights that the optimizer keeps, and of the moments: ``"float32"`` in training
             with weights of 16 bits.

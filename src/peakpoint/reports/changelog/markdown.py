@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import groupby
 
-from peakpoint.changelog.entries import PRODUCTION, Entry
-from peakpoint.evaluation.pages import escaped as plain
-from peakpoint.evaluation.tables import printable
+from peakpoint.reports.changelog.entries import PRODUCTION, Entry
+from peakpoint.reports.evaluation.pages import escaped as plain
+from peakpoint.reports.evaluation.tables import printable
 
 MARK = "peakpoint changelog"
 FOLD = 3  # of one kind on one day that are told one by one

@@ -3,7 +3,7 @@
 ::
 
     import peakpoint as pp
-    from peakpoint import changelog
+    from peakpoint.reports import changelog
 
     for entry in changelog.entries(pp.open("runs"), since=changelog.since("7d")):
         print(entry.at, entry.kind, entry.checkpoint, entry.why)
@@ -15,11 +15,11 @@ for people.
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 
-from peakpoint.changelog import production, runs
-from peakpoint.changelog.entries import FORCED, KINDS, PRODUCTION, Entry, Kind
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_duration
 from peakpoint.format.names import near
+from peakpoint.reports.changelog import production, runs
+from peakpoint.reports.changelog.entries import FORCED, KINDS, PRODUCTION, Entry, Kind
 from peakpoint.repository import journal as journals
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from peakpoint.evaluation.tables import CURVE, PEAKS, Table, printable, tables
+from peakpoint.reports.evaluation.tables import CURVE, PEAKS, Table, printable, tables
 
 if TYPE_CHECKING:
-    from peakpoint.evaluation import Evaluation
+    from peakpoint.reports.evaluation import Evaluation
 
 MARK = "peakpoint report"
 TITLE = "Training report"
 
 _SECURITY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_CSS = "\n" + files("peakpoint.evaluation").joinpath("page.css").read_text(encoding="utf-8")
+_CSS = "\n" + files("peakpoint.reports.evaluation").joinpath("page.css").read_text(encoding="utf-8")
 _SHORT = 20  # characters
 _ID = re.compile(r"(/[0-9a-f]{8}(?![^\s;,]))")
 _CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}

@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.evaluation.groups import Group, Grouping, key_of, optimizer_of
-from peakpoint.evaluation.groups import compare as compare_groups
-from peakpoint.evaluation.judging import Examples, Judged, directions, judge
-from peakpoint.evaluation.material import Material, gather, ref_of
-from peakpoint.evaluation.noise import Interval, Noise
-from peakpoint.evaluation.tables import few, printable
-from peakpoint.evaluation.tradeoff import AtTarget, Spot, Tradeoff, tradeoff
-from peakpoint.evaluation.weighing import Comparison, Difference, Side, Weight
-from peakpoint.evaluation.weighing import compare as compare_weights
-from peakpoint.evaluation.writing import write
 from peakpoint.format.names import check_metric, near
+from peakpoint.reports.evaluation.compressed import Comparison, Difference, Side, Weight
+from peakpoint.reports.evaluation.compressed import compare as compare_weights
+from peakpoint.reports.evaluation.files import write
+from peakpoint.reports.evaluation.groups import Group, Grouping, key_of, optimizer_of
+from peakpoint.reports.evaluation.groups import compare as compare_groups
+from peakpoint.reports.evaluation.noise import Interval, Noise
+from peakpoint.reports.evaluation.peaks import Examples, Judged, directions, judge
+from peakpoint.reports.evaluation.run_data import Material, gather, ref_of
+from peakpoint.reports.evaluation.sparsity import AtTarget, Spot, Tradeoff, tradeoff
+from peakpoint.reports.evaluation.tables import few, printable
 from peakpoint.repository import refs
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, check_mode, ranked

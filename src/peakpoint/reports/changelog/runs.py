@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from peakpoint.changelog.claims import Claims, Passed
-from peakpoint.changelog.entries import Entry
 from peakpoint.errors import ConfigError
 from peakpoint.format import layout
 from peakpoint.format.events import (
@@ -29,6 +27,8 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
+from peakpoint.reports.changelog.claims import Claims, Passed
+from peakpoint.reports.changelog.entries import Entry
 from peakpoint.repository import reader
 from peakpoint.repository.journal import Reading
 from peakpoint.repository.run import Run

@@ -195,7 +195,7 @@ def records_differ(repository: Repository, a: str, b: str) -> Difference:
 
     Example:
         >>> import tempfile, peakpoint as pp
-        >>> from peakpoint.diffing import records_differ
+        >>> from peakpoint.reports.diff import records_differ
         >>> root = tempfile.mkdtemp()
         >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Best("loss", "min"), pp.Last(2)]) as ckpt:
         ...     for epoch in ckpt.epochs(2):

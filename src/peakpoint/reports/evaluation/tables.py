@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peakpoint.evaluation.groups import Grouping
-from peakpoint.evaluation.judging import Judged
-from peakpoint.evaluation.material import Material
-from peakpoint.evaluation.noise import Interval
-from peakpoint.evaluation.thinning import sparkline, thin
-from peakpoint.evaluation.tradeoff import AtTarget, Tradeoff
-from peakpoint.evaluation.weighing import Comparison, Weight
 from peakpoint.format.amounts import moment, size
+from peakpoint.reports.evaluation.compressed import Comparison, Weight
+from peakpoint.reports.evaluation.downsample import sparkline, thin
+from peakpoint.reports.evaluation.groups import Grouping
+from peakpoint.reports.evaluation.noise import Interval
+from peakpoint.reports.evaluation.peaks import Judged
+from peakpoint.reports.evaluation.run_data import Material
+from peakpoint.reports.evaluation.sparsity import AtTarget, Tradeoff
 
 if TYPE_CHECKING:
-    from peakpoint.evaluation import Evaluation
+    from peakpoint.reports.evaluation import Evaluation
 
 PEAKS = "Peak against last"
 CURVE = "curve"

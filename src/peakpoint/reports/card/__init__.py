@@ -3,7 +3,7 @@
 ::
 
     import peakpoint as pp
-    from peakpoint import card
+    from peakpoint.reports import card
 
     found = card.gather(pp.open("runs"), "@champion", card.Told(license="apache-2.0", data="CIFAR-10"))
     card.write(found, "champion-card")
@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peakpoint.card.page import MARK, markdown
-from peakpoint.card.values import Card, Held, Told
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
-from peakpoint.evaluation.material import Material
-from peakpoint.evaluation.material import gather as gather_material
-from peakpoint.evaluation.writing import put
 from peakpoint.format.events import Event, Measured, Opened, Saved
 from peakpoint.format.manifest import Manifest
+from peakpoint.reports.card.template import MARK, markdown
+from peakpoint.reports.card.values import Card, Held, Told
+from peakpoint.reports.evaluation.files import put
+from peakpoint.reports.evaluation.run_data import Material
+from peakpoint.reports.evaluation.run_data import gather as gather_material
 from peakpoint.repository import aliases, reader, signing, validations
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.root import Repository
@@ -167,7 +167,7 @@ def _curve(found: Card) -> bytes | None:
     if not pairs:
         return None
     try:
-        figures: Any = importlib.import_module("peakpoint.evaluation.figures")
+        figures: Any = importlib.import_module("peakpoint.reports.evaluation.figures")
     except ModuleNotFoundError:
         return None  # the page has a table instead, and says what draws
     metric, mode = pairs[0]

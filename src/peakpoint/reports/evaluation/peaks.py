@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peakpoint.errors import ConfigError
-from peakpoint.evaluation import noise as noises
-from peakpoint.evaluation.material import Material, ref_of
-from peakpoint.evaluation.noise import Noise
 from peakpoint.format.events import Reported
+from peakpoint.reports.evaluation import noise as noises
+from peakpoint.reports.evaluation.noise import Noise
+from peakpoint.reports.evaluation.run_data import Material, ref_of
 from peakpoint.rules import Mode, Rule, ranked, watched
 from peakpoint.rules.history import windows
 from peakpoint.rules.peaks import Peak, peaks

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peakpoint.evaluation.material import Material
 from peakpoint.format.events import Measured
 from peakpoint.format.manifest import Manifest
+from peakpoint.reports.evaluation.run_data import Material
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.signing import Signature
 from peakpoint.repository.validations import Validation

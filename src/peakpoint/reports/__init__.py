@@ -1,0 +1,1 @@
+"""What people read: evaluation, changelog, card, plan, diff, explain."""
