@@ -18,11 +18,12 @@ from pathlib import Path
 
 import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
-from peakpoint import promotion
 from peakpoint.errors import NotFoundError
 from peakpoint.format import layout
-from peakpoint.policy import read_text
-from peakpoint.release import release
+from peakpoint.production import promotion
+from peakpoint.production.policy import read_text
+from peakpoint.production.proposal import propose
+from peakpoint.production.release import release
 from peakpoint.repository import aliases, audit, validations
 from peakpoint.repository.releases import records
 from peakpoint.repository.root import Repository
@@ -77,9 +78,9 @@ def prepare(kind, base, root):
     found = pp.open(root)
     if kind != "first":
         validated(found, "r:1", predicted=PREDICTED[1], labels=LABELS)
-        promotion.promote(promotion.propose(found, "r:1", "champion"), "the first")
+        promotion.promote(propose(found, "r:1", "champion"), "the first")
     if kind == "rollback":
-        promotion.promote(promotion.propose(found, "r:2", "champion"), "better", force=True)
+        promotion.promote(propose(found, "r:2", "champion"), "better", force=True)
 
 
 def state(root):

@@ -74,7 +74,7 @@ model = "production_task:build"
 
 
 def in_process(repository, ref, wanted, *, alias, timeout, progress):
-    """``peakpoint.validating.validate``, with a torch that is imported already."""
+    """``peakpoint.production.validation.validate``, with a torch that is imported already."""
     return pp.validate(
         ref,
         root=repository.store,

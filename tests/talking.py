@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from peakpoint.apart import Ends
+from peakpoint.production.subprocess_runner import Ends
 
 
 def main(given):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from peakpoint.apart import run_apart
 from peakpoint.errors import Error
+from peakpoint.production.subprocess_runner import run_apart
 
 
 def run(act, timeout=60.0, **job):
@@ -144,7 +144,7 @@ def test_an_interrupt_here_ends_it_there():
 
 STARTER = """
 import sys
-from peakpoint.apart import run_apart
+from peakpoint.production.subprocess_runner import run_apart
 
 def said(line):
     if line != b"begun":

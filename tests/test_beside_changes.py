@@ -5,9 +5,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import peakpoint as pp
-from peakpoint import promotion
 from peakpoint.format import layout
 from peakpoint.format.events import Removed
+from peakpoint.production import promotion
+from peakpoint.production.proposal import propose
 from peakpoint.repository import audit, maintenance
 from peakpoint.repository.commit import remove
 from peakpoint.repository.journal import Journal
@@ -190,11 +191,11 @@ def test_what_comes_and_goes_under_an_audit_is_not_found(tmp_path):
 def test_an_audit_follows_an_alias_that_moves(tmp_path):
     trained(tmp_path, epochs=3)
     found = pp.open(tmp_path)
-    promotion.promote(promotion.propose(found, "r:epoch=0", "champion"), "why", force=True)
+    promotion.promote(propose(found, "r:epoch=0", "champion"), "why", force=True)
     first = found.run("r").manifests()[0]
 
     def move():
-        promotion.promote(promotion.propose(found, "r:epoch=1", "champion"), "why", force=True)
+        promotion.promote(propose(found, "r:epoch=1", "champion"), "why", force=True)
         remove(found.store, first)
 
     store = Meddled(tmp_path, layout.manifest_key("r", first.name), move)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from peakpoint.compare import Paired, judge_improvement, paired, unpaired
 from peakpoint.errors import ConfigError
+from peakpoint.production.paired_test import Paired, judge_improvement, paired, unpaired
 
 stats = pytest.importorskip("scipy.stats", reason="SciPy is the oracle")
 optimize = pytest.importorskip("scipy.optimize")

@@ -21,10 +21,10 @@ from click.testing import CliRunner
 
 import format_state
 import peakpoint as pp
-from peakpoint import policy
 from peakpoint.cli.main import cli
 from peakpoint.format.events import Event
 from peakpoint.format.manifest import plain
+from peakpoint.production import policy
 from peakpoint.reports import changelog
 from peakpoint.repository import aliases, validations
 from peakpoint.repository.releases import records

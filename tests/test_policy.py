@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peakpoint.catalogue.ranking import WithinSE
 from peakpoint.errors import ConfigError
 from peakpoint.format.sealed import digest
-from peakpoint.policy import Hook, Improvement, read_policies, read_text
+from peakpoint.production.policy import Hook, Improvement, read_policies, read_text
 from peakpoint.repository.validations import Wanted
 from peakpoint.store import LocalStore, MemoryStore
 

@@ -8,12 +8,13 @@ from datetime import timedelta
 import pytest
 
 import peakpoint as pp
-from peakpoint import hooks, promotion
-from peakpoint.asking import with_golden
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Removed
-from peakpoint.policy import Improvement, Policy, read_policies
-from peakpoint.release import release
+from peakpoint.production import hooks, promotion
+from peakpoint.production.policy import Improvement, Policy, read_policies
+from peakpoint.production.proposal import propose
+from peakpoint.production.release import release
+from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, maintenance
 from peakpoint.repository import journal as journals
 from peakpoint.repository.aliases import protected
@@ -28,7 +29,7 @@ from training import checkpointer
 
 
 def promote(found, ref, alias="champion", **options):
-    return promotion.promote(promotion.propose(found, ref, alias, **options), "a test", force=True)
+    return promotion.promote(propose(found, ref, alias, **options), "a test", force=True)
 
 
 def released(found, validate=in_process):
@@ -57,7 +58,7 @@ def removal(run, manifest, *before):
 def test_one_who_gives_up_leaves_the_announcements_of_others(tmp_path):
     found = repository(tmp_path)
     promote(found, "r:2")
-    late = promotion.propose(found, "r:1", "champion")
+    late = propose(found, "r:1", "champion")
     promote(found, "r:3")
 
     class Slow(LocalStore):
@@ -99,7 +100,7 @@ def test_a_removal_that_ends_before_it_is_looked_for_has_taken_the_checkpoint(tm
             return data
 
     slow = Repository(Slow(tmp_path))
-    proposal = promotion.propose(slow, "r:1", "champion")
+    proposal = propose(slow, "r:1", "champion")
     journal = removal(found.run("r"), victim)
     slow.store.ending = True
     with pytest.raises(pp.ConflictError, match="just being removed"):
@@ -255,7 +256,7 @@ def test_values_of_two_evaluations_are_not_compared(tmp_path):
     promote(found, "r:1")
     better = Improvement(metric="accuracy", mode="max", minimum=0.1, significance=0.01)
     asked = Policy(alias="champion", wanted=easy, improvement=better)
-    assert promotion.propose(found, "r:2", "champion", policy=asked).objections
+    assert propose(found, "r:2", "champion", policy=asked).objections
 
 
 def test_an_agreement_with_the_champion_is_asked_for_when_there_is_one(tmp_path):
@@ -267,7 +268,7 @@ def test_an_agreement_with_the_champion_is_asked_for_when_there_is_one(tmp_path)
     validated(found, "r:2", wanted=wanted)
     promote(found, "r:1")
     asked = Policy(alias="champion", wanted=wanted)
-    assert promotion.propose(found, "r:2", "champion", policy=asked).objections
+    assert propose(found, "r:2", "champion", policy=asked).objections
 
 
 def test_an_agreement_with_a_champion_that_cannot_be_read_is_none(tmp_path):
@@ -287,7 +288,7 @@ def test_an_agreement_with_a_champion_that_cannot_be_read_is_none(tmp_path):
 def test_a_validation_from_the_future_does_not_count(tmp_path):
     found = repository(tmp_path)
     validated(found, "r:1", at=utc_now() + timedelta(days=3650))
-    assert promotion.propose(found, "r:1", "champion").objections
+    assert propose(found, "r:1", "champion").objections
 
 
 def test_one_record_of_an_alias_is_of_one_release(tmp_path):

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint import promotion
-from peakpoint.compare import paired, unpaired
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, RefusedError
 from peakpoint.format import layout
 from peakpoint.format.events import PartsDropped, Promoting, Removed
-from peakpoint.policy import Improvement, Policy
+from peakpoint.production import promotion
+from peakpoint.production.paired_test import paired, unpaired
+from peakpoint.production.policy import Improvement, Policy
+from peakpoint.production.proposal import propose
 from peakpoint.repository import aliases, journal, maintenance, removal
 from peakpoint.repository.validations import Wanted
 from peakpoint.rules.retention import Thinning
@@ -24,7 +25,7 @@ from training import checkpointer
 
 def promote(found, ref, alias="champion", why="it is good", *, force=False, policy=None, **options):
     """With the clock and the actor of ``options`` in both."""
-    proposal = promotion.propose(found, ref, alias, policy=policy, **options)
+    proposal = propose(found, ref, alias, policy=policy, **options)
     return promotion.promote(proposal, why, force=force, **options)
 
 
@@ -40,7 +41,7 @@ def holder(found, alias="champion"):
 
 
 def objections(found, ref="r:1", alias="champion", **options):
-    return promotion.propose(found, ref, alias, **options).objections
+    return propose(found, ref, alias, **options).objections
 
 
 def test_what_was_never_validated_is_refused_and_by_force_it_is_on_record(tmp_path):
@@ -123,11 +124,11 @@ def test_who_may_not_is_refused_also_by_force(tmp_path):
     validated(found, "r:1")
     policy = Policy(alias="champion", may_promote=("anna", "ci on *"))
     for who, allowed in (("anna on x", True), ("ci on build-7", True), ("bob on x", False), ("anna2 on x", False)):
-        proposal = promotion.propose(found, "r:1", "champion", policy=policy, by=who)
+        proposal = propose(found, "r:1", "champion", policy=policy, by=who)
         assert bool(proposal.refusals) is not allowed, who
     with pytest.raises(RefusedError, match=r"bob on x may not change champion: the policy allows anna, ci on \*$"):
         promote(found, "r:1", policy=policy, by="bob on x", force=True)
-    promotion.promote(promotion.propose(found, "r:1", "champion", policy=policy, by="anna on x"), "x", by="anna on x")
+    promotion.promote(propose(found, "r:1", "champion", policy=policy, by="anna on x"), "x", by="anna on x")
     with pytest.raises(RefusedError, match="bob on x may not change champion"):
         promotion.rollback(found, "champion", "no", policy=policy, by="bob on x")
 
@@ -163,12 +164,12 @@ def test_the_comparison_says_which_metric_is_better_by_the_rules_directions(tmp_
         ckpt.report(step=3, loss=float("nan"), other=2.0, odd=1.5)
     found = pp.open(tmp_path)
     promote(found, "r:1", force=True)
-    pairs = {one.name: one for one in promotion.propose(found, "r:2", "champion").comparison.metrics}
+    pairs = {one.name: one for one in propose(found, "r:2", "champion").comparison.metrics}
     assert (pairs["loss"].champion, pairs["loss"].candidate, pairs["loss"].better) == (0.5, 0.4, True)
     assert pairs["other"].better is None, "no rule says which direction is better"
     assert pairs["odd"].better is None, "rules say both"
     assert "only" not in pairs
-    (loss,) = [one for one in promotion.propose(found, "r:3", "champion").comparison.metrics if one.name == "loss"]
+    (loss,) = [one for one in propose(found, "r:3", "champion").comparison.metrics if one.name == "loss"]
     assert loss.better is None
     assert promote(found, "r:3", force=True).comparison["metrics"][0]["candidate"] == "nan"
 
@@ -178,10 +179,10 @@ def test_values_that_were_evaluated_for_both_come_before_recorded_ones(tmp_path)
     validated(found, "r:1", metrics={"accuracy": 0.71})
     promote(found, "r:1")
     validated(found, "r:2")
-    (pair,) = promotion.propose(found, "r:2", "champion").comparison.metrics
+    (pair,) = propose(found, "r:2", "champion").comparison.metrics
     assert (pair.champion, pair.candidate, pair.source) == (0.7, 0.9, "recorded")
     validated(found, "r:2", metrics={"accuracy": 0.88})
-    (pair,) = promotion.propose(found, "r:2", "champion").comparison.metrics
+    (pair,) = propose(found, "r:2", "champion").comparison.metrics
     assert (pair.champion, pair.candidate, pair.source) == (0.71, 0.88, "validated")
 
 
@@ -193,7 +194,7 @@ def test_predictions_are_compared_example_by_example(tmp_path_factory, rows):
     validated(found, "r:1", predicted=old, labels=labels)
     promote(found, "r:1")
     validated(found, "r:2", predicted=new, labels=labels)
-    comparison = promotion.propose(found, "r:2", "champion").comparison
+    comparison = propose(found, "r:2", "champion").comparison
     assert comparison.paired == paired(old, new, labels)
     flipped = [(i, c, a, b) for i, (a, b, c) in enumerate(rows) if a == c != b]
     assert list(comparison.flips) == flipped[:10]
@@ -203,9 +204,9 @@ def test_predictions_on_other_examples_are_not_compared(tmp_path):
     found = repository(tmp_path)
     validated(found, "r:1", predicted=[0, 1], labels=[0, 0])
     promote(found, "r:1")
-    assert promotion.propose(found, "r:2", "champion").comparison.unpaired == "no predictions of the candidate are kept"
+    assert propose(found, "r:2", "champion").comparison.unpaired == "no predictions of the candidate are kept"
     validated(found, "r:2", predicted=[0, 1], labels=[0, 1])
-    comparison = promotion.propose(found, "r:2", "champion").comparison
+    comparison = propose(found, "r:2", "champion").comparison
     assert comparison.paired is None
     assert comparison.unpaired == "the predictions of the two are not on the same examples"
     assert comparison.apart == (0.5, *unpaired(0.5, 1.0, 2, 2))
@@ -236,7 +237,7 @@ def test_a_holder_that_is_damaged_can_be_replaced(tmp_path):
     path = found.find("r:1").path / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"step":1', b'"step":7'))
     validated(found, "r:2")
-    comparison = promotion.propose(found, "r:2", "champion").comparison
+    comparison = propose(found, "r:2", "champion").comparison
     assert comparison.unpaired.startswith("the holder cannot be read")
     assert promote(found, "r:2").number == 2
 
@@ -246,7 +247,7 @@ def test_a_holder_that_is_damaged_can_be_replaced(tmp_path):
 
 def test_a_proposal_that_has_seen_another_champion_changes_nothing(tmp_path):
     found = repository(tmp_path)
-    mine = promotion.propose(found, "r:1", "champion")
+    mine = propose(found, "r:1", "champion")
     promote(found, "r:2", force=True, why="I was first")
     with pytest.raises(ConflictError, match=r"champion has been changed meanwhile.*I was first"):
         promotion.promote(mine, "me too", force=True)
@@ -273,7 +274,7 @@ def _promoter(root, number, said):
             try:
                 # the same checkpoint twice in a row is no change: each process has its own, and goes to and fro
                 ref = f"r:{1 + (number + act * PROCESSES) % (2 * PROCESSES)}"
-                proposal = promotion.propose(found, ref, "champion")
+                proposal = propose(found, ref, "champion")
                 if proposal.unchanged:
                     break
                 record = promotion.promote(proposal, f"process {number}, act {act}", force=True)
@@ -373,7 +374,7 @@ def test_a_promotion_at_any_moment_of_a_removal_never_leaves_an_alias_of_nothing
         point += 1
         root = tmp_path / f"{point}"
         repository(root)
-        proposal = promotion.propose(pp.open(root), "r:1", "champion")
+        proposal = propose(pp.open(root), "r:1", "champion")
 
         def between(proposal=proposal):
             try:
@@ -413,7 +414,7 @@ def test_a_removal_at_any_moment_of_a_promotion_never_leaves_an_alias_of_nothing
         store = Watching(LocalStore(root), point, between)
         try:
             found = _run(store)
-            proposal = promotion.propose(_repository(store), "r:1", "champion")
+            proposal = propose(_repository(store), "r:1", "champion")
             promotion.promote(proposal, "at the same time", force=True)
             outcomes.add("promoted")
         except (ConflictError, NotFoundError, RefusedError) as error:

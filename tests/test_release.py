@@ -15,11 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import peakpoint as pp
 import production_task as task
-from peakpoint import hooks, promotion
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, RefusedError, SignatureError, StoreError
-from peakpoint.policy import read_policies
-from peakpoint.release import release
+from peakpoint.production import hooks, promotion
+from peakpoint.production.policy import read_policies
+from peakpoint.production.proposal import propose
+from peakpoint.production.release import release
 from peakpoint.repository import aliases, validations
 from peakpoint.repository.releases import records
 from peakpoint.store import LocalStore
@@ -134,9 +135,7 @@ def refused(root, *says):
     assert (again.outcome, again.reasons, again.id) == ("refused", done.reasons, done.id)
     assert len(records(pp.open(root).store)) == 1, "what is refused again for the same reason is not on record twice"
     found = pp.open(root)
-    proposal = promotion.propose(
-        found, done.candidate.ref, "champion", policy=read_policies(found.store).of("champion")
-    )
+    proposal = propose(found, done.candidate.ref, "champion", policy=read_policies(found.store).of("champion"))
     with pytest.raises(RefusedError) as caught:
         promotion.promote(proposal, "by hand")
     assert set(done.reasons) <= set(caught.value.reasons)
@@ -279,7 +278,7 @@ def test_what_was_rolled_back_does_not_come_back_by_itself(tmp_path):
     task.trained(tmp_path, noises=(0.4,), run="u")
     assert released(tmp_path).outcome == "unchanged"
     found = pp.open(tmp_path)
-    promotion.promote(promotion.propose(found, "s:1", "champion"), "it was not its fault", force=True)
+    promotion.promote(propose(found, "s:1", "champion"), "it was not its fault", force=True)
     assert released(tmp_path).candidate.ref == found.find("s:1").ref
 
 
@@ -354,7 +353,7 @@ def test_a_hook_that_fails_says_how(tmp_path, command, error):
     found = task.trained(tmp_path, noises=(0.1,))
     task.policy(tmp_path, f'[[champion.hooks]]\ncommand = {json.dumps(command)}\ntimeout = "200ms"')
     policy = read_policies(found.store).of("champion")
-    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    record = promotion.promote(propose(found, "r:1", "champion"), "x", force=True)
     assert [one.error for one in hooks.tell(found.store, record, policy)] == [error]
     assert hooks.are_due(found.store, record, policy)
 
@@ -365,7 +364,7 @@ def test_an_address_that_has_moved_has_not_been_told(tmp_path, hook, code):
     task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{hook.url}"')
     hook.code = code
     policy = read_policies(found.store).of("champion")
-    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    record = promotion.promote(propose(found, "r:1", "champion"), "x", force=True)
     (told,) = hooks.tell(found.store, record, policy)
     assert told.error.startswith(f"it answered {code}")
     assert hooks.are_due(found.store, record, policy)
@@ -375,7 +374,7 @@ def test_what_a_hook_prints_is_thrown_away_before_it_fills_the_disk(tmp_path):
     found = task.trained(tmp_path, noises=(0.1,))
     printed = 'yes | head -c 4000000; until [ "$(stat -L -c %b /proc/$$/fd/1)" -lt 1000 ]; do :; done'
     task.policy(tmp_path, f"[[champion.hooks]]\ncommand = {json.dumps(['sh', '-c', printed])}")
-    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    record = promotion.promote(propose(found, "r:1", "champion"), "x", force=True)
     (told,) = hooks.tell(found.store, record, read_policies(found.store).of("champion"))
     assert told.error is None
 
@@ -399,7 +398,7 @@ class Deaf(socketserver.StreamRequestHandler):
 @pytest.mark.parametrize("answer", [Endless, Deaf])
 def test_the_time_of_an_address_is_that_of_the_whole_call(tmp_path, answer):
     found = task.trained(tmp_path, noises=(0.1,))
-    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x" * 10_000_000, force=True)
+    record = promotion.promote(propose(found, "r:1", "champion"), "x" * 10_000_000, force=True)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), answer) as server:
         server.left = threading.Event()
         threading.Thread(target=server.handle_request, daemon=True).start()
@@ -418,7 +417,7 @@ class NoHttp(socketserver.StreamRequestHandler):
 
 def test_an_address_where_nobody_speaks_http(tmp_path):
     found = task.trained(tmp_path, noises=(0.1,))
-    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    record = promotion.promote(propose(found, "r:1", "champion"), "x", force=True)
     with socketserver.TCPServer(("127.0.0.1", 0), NoHttp) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         for url in (f"http://127.0.0.1:{server.server_address[1]}/changed", "http://127.0.0.1/with a space"):
@@ -432,7 +431,7 @@ def test_an_address_that_nobody_answers_at(tmp_path, hook):
     hook.server_close()
     task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{hook.url}"')
     policy = read_policies(found.store).of("champion")
-    record = promotion.promote(promotion.propose(found, "r:1", "champion"), "x", force=True)
+    record = promotion.promote(propose(found, "r:1", "champion"), "x", force=True)
     (told,) = hooks.tell(found.store, record, policy)
     assert told.error.startswith("it cannot be reached")
 
@@ -508,16 +507,16 @@ def test_validating_by_hand_checks_what_the_policy_asks_for(tmp_path):
     (root / "production.toml").write_text((root / "production.toml").read_text().replace("= 5 }", "= 50 }"))
     command("validate", root, "r:1")
     policy = read_policies(found.store).of("champion")
-    assert promotion.propose(found, "r:1", "champion", policy=policy).objections == ()
+    assert propose(found, "r:1", "champion", policy=policy).objections == ()
     command("validate", root, "r:1", "--tolerance", "0.1")
-    objections = promotion.propose(found, "r:1", "champion", policy=policy).objections
+    objections = propose(found, "r:1", "champion", policy=policy).objections
     assert objections[0].startswith("it was validated otherwise than the policy asks (evaluate, model, tolerance")
 
 
 def test_history_says_when_a_record_was_changed(tmp_path):
     found = task.trained(tmp_path)
     for step in (1, 2, 3):
-        promotion.promote(promotion.propose(found, f"r:{step}", "champion"), "x", force=True)
+        promotion.promote(propose(found, f"r:{step}", "champion"), "x", force=True)
     (tmp_path / "aliases/champion/000002.json").unlink()
     done = CliRunner().invoke(cli, ["history", str(tmp_path), "champion"])
     assert done.exit_code == 12
@@ -527,7 +526,7 @@ def test_history_says_when_a_record_was_changed(tmp_path):
 def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
     found = task.trained(tmp_path)
     for alias in ("champion", "other"):
-        promotion.promote(promotion.propose(found, "r:1", alias), "x", force=True)
+        promotion.promote(propose(found, "r:1", alias), "x", force=True)
     path = tmp_path / "aliases/champion/000001.json"
     path.write_bytes(path.read_bytes()[:-30])
     done = CliRunner().invoke(cli, ["aliases", str(tmp_path)])
@@ -538,7 +537,7 @@ def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
 
 def test_a_holder_that_was_evaluated_otherwise_is_evaluated_again(tmp_path):
     found = task.trained(tmp_path, noises=(0.9,))
-    promotion.promote(promotion.propose(found, "r:1", "champion"), "by hand", force=True)
+    promotion.promote(propose(found, "r:1", "champion"), "by hand", force=True)
     task.policy(tmp_path, '[champion.improvement]\nmetric = "accuracy"\nmode = "max"\nsignificance = 0.01')
     task.trained(tmp_path, noises=(0.05,), run="s")
     done = released(tmp_path)

@@ -30,11 +30,12 @@ from hypothesis.stateful import (
 
 import peakpoint as pp
 from dying import DEATHS, FAULTS, Killed, Ops
-from peakpoint import promotion, release
 from peakpoint.catalogue import Wish
 from peakpoint.catalogue.query import parse
 from peakpoint.format import layout
-from peakpoint.policy import read_policies
+from peakpoint.production import promotion, release
+from peakpoint.production.policy import read_policies
+from peakpoint.production.proposal import propose
 from peakpoint.repository import audit, maintenance, packs
 from peakpoint.store import LocalStore
 from promoting import validated
@@ -525,7 +526,7 @@ class Repository(RuleBasedStateMachine):
         one = self.pick(self.model.here(), pick)
 
         def act(store):
-            proposal = promotion.propose(pp.open(store), f"{one.run}/{one.id}", alias, clock=self.clock)
+            proposal = propose(pp.open(store), f"{one.run}/{one.id}", alias, clock=self.clock)
             return promotion.promote(proposal, "a test", force=True, clock=self.clock)
 
         _, cut_short = self.does("promote", cut, act)

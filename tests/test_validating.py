@@ -20,13 +20,14 @@ from torch.nn.utils import prune
 
 import peakpoint as pp
 import validated
-from peakpoint import promotion, validating
 from peakpoint.cli.main import cli
-from peakpoint.examining.exam import classes_of, named
-from peakpoint.examining.models import described
-from peakpoint.examining.weights import zeros_of
 from peakpoint.format import layout
 from peakpoint.format.sealed import digest, seal
+from peakpoint.production import validation
+from peakpoint.production.checks.candidate import classes_of, named
+from peakpoint.production.checks.model import described
+from peakpoint.production.checks.weights import zeros_of
+from peakpoint.production.proposal import propose
 from peakpoint.repository import audit, validations
 from peakpoint.repository.validations import Wanted
 from peakpoint.store import LocalStore, MemoryStore
@@ -462,7 +463,7 @@ def test_golden_files_that_are_none_fail(tmp_path, content, says):
 
 def test_other_golden_inputs_are_another_question(tmp_path):
     wanted = Wanted(model="validated:build", golden=str(golden(tmp_path / "g")))
-    from peakpoint.asking import with_golden
+    from peakpoint.production.validation import with_golden
 
     known = with_golden(wanted)
     assert known.golden_digest is not None
@@ -522,7 +523,7 @@ def test_what_is_recorded_after_a_validation_is_compared_with_what_it_found(tmp_
     validation = pp.validate(ref, root=tmp_path, evaluate=lambda _: {"loss": evaluated})
     repository = pp.open(tmp_path)
     repository.run("r").record(ref, {"loss": recorded})
-    said = promotion.propose(repository, ref, "champion").objections
+    said = propose(repository, ref, "champion").objections
     assert f"loss was recorded as {recorded:g} since it was validated, which had found {evaluated:g}" in said
     assert validation.passed == (evaluated == 0.5)
 
@@ -918,7 +919,7 @@ def test_the_validations_of_a_checkpoint_outlive_it(tmp_path):
 
 
 def apart(root, ref, **wanted):
-    return validating.validate(pp.open(root), ref, Wanted(**wanted), timeout=120)
+    return validation.validate(pp.open(root), ref, Wanted(**wanted), timeout=120)
 
 
 def test_a_process_apart_finds_the_same(tmp_path):
@@ -927,7 +928,7 @@ def test_a_process_apart_finds_the_same(tmp_path):
     file = str(golden(tmp_path / "g"))
     names = []
     wanted = Wanted(evaluate="validated:evaluated", model="validated:build", golden=file, checks=("validated:fine",))
-    there = validating.validate(pp.open(tmp_path), ref, wanted, progress=names.append)
+    there = validation.validate(pp.open(tmp_path), ref, wanted, progress=names.append)
     here = pp.validate(
         ref, root=tmp_path, evaluate=validated.evaluated, model=build, golden=file, checks=[validated.fine]
     )
@@ -1007,11 +1008,11 @@ def test_a_store_that_only_this_process_has_cannot_be_examined_elsewhere():
     store = MemoryStore()
     ref = save(store)
     with pytest.raises(pp.ConfigError, match="another process"):
-        validating.validate(pp.open(store), ref, Wanted())
+        validation.validate(pp.open(store), ref, Wanted())
 
 
 def test_a_hang_is_stopped(tmp_path):
     ref = save(tmp_path)
-    result = validating.validate(pp.open(tmp_path), ref, Wanted(), timeout=0.01)
+    result = validation.validate(pp.open(tmp_path), ref, Wanted(), timeout=0.01)
     assert result.failures[0].said == "it took longer than 0.01 s, and was stopped during integrity"
     assert [one.outcome for one in result.findings[1:]] == ["skipped"] * 7

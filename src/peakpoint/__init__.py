@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from peakpoint._version import __version__
 
 if TYPE_CHECKING:
-    from peakpoint import promotion as promotion
     from peakpoint import rules as rules
     from peakpoint.catalogue import Catalogue as Catalogue
     from peakpoint.catalogue import Selection as Selection
@@ -43,13 +42,14 @@ if TYPE_CHECKING:
     from peakpoint.errors import SignatureError as SignatureError
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
-    from peakpoint.examining.answers import Evaluated as Evaluated
-    from peakpoint.examining.exam import Candidate as Candidate
-    from peakpoint.examining.here import validate as validate
     from peakpoint.format.manifest import Checkpoint as Checkpoint
     from peakpoint.importing.everything import ImportReport as ImportReport
     from peakpoint.importing.everything import import_checkpoints as import_checkpoints
     from peakpoint.loading import load as load
+    from peakpoint.production import promotion as promotion
+    from peakpoint.production.checks.candidate import Candidate as Candidate
+    from peakpoint.production.checks.metrics import Evaluated as Evaluated
+    from peakpoint.production.checks.validate import validate as validate
     from peakpoint.reports import card as card
     from peakpoint.reports import changelog as changelog
     from peakpoint.reports import evaluation as evaluation
@@ -83,7 +83,7 @@ _HOMES = {
     "Best": ("rules", "Best"),
     "BestAtSparsity": ("rules", "BestAtSparsity"),
     "Budget": ("rules", "Budget"),
-    "Candidate": ("examining.exam", "Candidate"),
+    "Candidate": ("production.checks.candidate", "Candidate"),
     "Catalogue": ("catalogue", "Catalogue"),
     "Checkpoint": ("format.manifest", "Checkpoint"),
     "Checkpointer": ("training.checkpointer", "Checkpointer"),
@@ -94,7 +94,7 @@ _HOMES = {
     "EarlyStopping": ("rules.stopping", "EarlyStopping"),
     "Ensemble": ("ensembles", "Ensemble"),
     "Error": ("errors", "Error"),
-    "Evaluated": ("examining.answers", "Evaluated"),
+    "Evaluated": ("production.checks.metrics", "Evaluated"),
     "Every": ("rules", "Every"),
     "Forecast": ("reports.plan.forecast", "Forecast"),
     "FormatError": ("errors", "FormatError"),
@@ -129,7 +129,7 @@ _HOMES = {
     "load": ("loading", "load"),
     "select": ("catalogue", "select"),
     "open": ("repository.root", "open_repository"),
-    "validate": ("examining.here", "validate"),
+    "validate": ("production.checks.validate", "validate"),
     "soup": ("soups", "soup"),
 }
 _MODULES = {
@@ -137,7 +137,7 @@ _MODULES = {
     "card": "reports.card",
     "changelog": "reports.changelog",
     "evaluation": "reports.evaluation",
-    "promotion": "promotion",
+    "promotion": "production.promotion",
     "rules": "rules",
     "upkeep": "repository.maintenance",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peakpoint.errors import ConfigError
-from peakpoint.policy import read_policies
+from peakpoint.production.policy import read_policies
 from peakpoint.repository import reader, signing
 from peakpoint.repository.refs import OfAlias, parse_any
 from peakpoint.repository.root import Repository

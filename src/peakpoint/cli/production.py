@@ -11,18 +11,18 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from peakpoint import hooks, promotion
 from peakpoint.cli import fitting, render
 from peakpoint.cli.arguments import JSON, REF, ROOT
 from peakpoint.cli.fitting import Column
 from peakpoint.cli.render import words
 from peakpoint.cli.space import progress
-from peakpoint.comparison import Comparison, MetricPair
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
 from peakpoint.format.amounts import read_time
-from peakpoint.hooks import Told
-from peakpoint.policy import Policy, read_policies
-from peakpoint.promotion import Proposal
+from peakpoint.production import hooks, promotion
+from peakpoint.production.comparison import Comparison, MetricPair
+from peakpoint.production.hooks import Told
+from peakpoint.production.policy import Policy, read_policies
+from peakpoint.production.proposal import Proposal, propose, unsigned
 from peakpoint.repository import aliases as records
 from peakpoint.repository import signing
 from peakpoint.repository.aliases import AliasRecord
@@ -90,7 +90,7 @@ def promote(
     promotion.check_why("promote", why)
     repository = open_repository(root)
     alias = alias.removeprefix("@")
-    proposal = promotion.propose(repository, ref, alias, to_be_signed=key is not None)
+    proposal = propose(repository, ref, alias, to_be_signed=key is not None)
     promotion.check_key(proposal.policy, key)
     if not json:
         _print_proposal(render.console(), proposal)
@@ -132,7 +132,7 @@ def _sign(repository: Repository, proposal: Proposal, key: Path, *, quiet: bool)
     """Sign a candidate, and make sure that the policy is content with that key."""
     with progress("signing", proposal.manifest.size_bytes) as advance:
         made = signing.sign(repository.store, proposal.manifest, private_key=key, progress=advance)
-    said = promotion.unsigned(repository, proposal.manifest, proposal.policy)
+    said = unsigned(repository, proposal.manifest, proposal.policy)
     if said is not None:
         raise RefusedError(f"it is signed now ({made.record}), but not as it has to be: {said}", (said,))
     if not quiet:

@@ -8,15 +8,15 @@ from typing import Any
 import click
 from rich.console import Console
 
-from peakpoint import promotion, validating
-from peakpoint import release as releases
 from peakpoint.cli import render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.production import KEY, print_comparison, proposal_json, record_json, report_hooks, working
 from peakpoint.cli.render import words
 from peakpoint.errors import RefusedError
-from peakpoint.policy import read_policies
-from peakpoint.release import Release
+from peakpoint.production import promotion, validation
+from peakpoint.production import release as releases
+from peakpoint.production.policy import read_policies
+from peakpoint.production.release import Release
 from peakpoint.repository.root import open_repository
 
 
@@ -48,7 +48,7 @@ def release(
             repository,
             alias,
             policies,
-            validating.validate,
+            validation.validate,
             why=why,
             private_key=key,
             dry_run=dry_run,

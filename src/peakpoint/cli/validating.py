@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint import validating
 from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, REF, ROOT, reads
 from peakpoint.errors import ConfigError, RefusedError
 from peakpoint.format.amounts import read_duration
-from peakpoint.policy import read_policies
+from peakpoint.production import validation
+from peakpoint.production.policy import read_policies
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.validations import Progress, Validation, Wanted
 
@@ -90,7 +90,7 @@ def validate(
         wanted, seconds = policy.wanted, seconds or policy.timeout
         click.echo(f"checking what production.toml asks of {policy.alias}", err=True)
     with _progress() as progress:
-        found = validating.validate(repository, ref, wanted, alias=against, timeout=seconds, progress=progress)
+        found = validation.validate(repository, ref, wanted, alias=against, timeout=seconds, progress=progress)
     if json:
         render.as_json(asdict(found) | {"passed": found.passed})
     else:

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from peakpoint import promotion, validating
 from peakpoint.cli import render
 from peakpoint.cli.production import print_comparison
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.layout import REPOSITORY
+from peakpoint.production import promotion, validation
+from peakpoint.production.proposal import propose
 from peakpoint.repository import audit
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.validations import Wanted
@@ -193,9 +194,9 @@ def _say_production(console: Console, repository: Repository) -> None:
     wanted = Wanted(evaluate=f"{_TRAINING}:evaluate", model=f"{_TRAINING}:LeNet5")
     console.print("\n[bold]Production.[/] An early checkpoint is validated and becomes champion; then the best does:")
     for one in (next((one for one in run.checkpoints() if one.id != best.id), best), best):
-        found = validating.validate(repository, one.ref, wanted)
+        found = validation.validate(repository, one.ref, wanted)
         _expect(found.passed, f"{one.ref} was to pass its validation, and did not")
-        proposal = promotion.propose(repository, one.ref, "champion")
+        proposal = propose(repository, one.ref, "champion")
         if proposal.comparison is not None:
             print_comparison(console, proposal.comparison)
         record = promotion.promote(proposal, "the demonstration")

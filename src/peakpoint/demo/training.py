@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import peakpoint as pp
-from peakpoint.examining.answers import Evaluated
 from peakpoint.format.sealed import digest
+from peakpoint.production.checks.metrics import Evaluated
 from peakpoint.store import FileOps, LocalStore
 
 TRAINING_IMAGES = 1347

@@ -5,11 +5,10 @@ changes, and outlives the checkpoint, so that what an alias rested on can be rea
 """
 
 import base64
-import math
 import re
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -326,96 +325,6 @@ def _wrong_predictions(store: Store, validation: Validation, *, deep: bool) -> s
 def checkpoints_with(store: Store, run: str) -> list[str]:
     """The ids of checkpoints of a run, gone ones too, that have validations."""
     return [child[:-1] for child in store.children(layout.validations_of(run)) if child.endswith("/")]
-
-
-_AHEAD = timedelta(minutes=5)  # that clocks may differ
-
-
-def objections(
-    validation: Validation | None,
-    *,
-    manifest: str,
-    parts: Sequence[str],
-    metrics: Mapping[str, float],
-    now: datetime,
-    max_age: timedelta = MAX_AGE,
-    wanted: Wanted | None = None,
-    champion: str | None = None,
-    failures: bool = True,
-) -> tuple[str, ...]:
-    """Why a promotion cannot rest on a validation, a sentence each; none when it can.
-
-    Args:
-        validation: the last of the checkpoint.
-        manifest: digest of the checkpoint's manifest now.
-        parts: the parts that it has now.
-        metrics: what is recorded of it now.
-        now: the time.
-        max_age: how old it may be.
-        wanted: what a policy asks to be checked; None when there is no policy.
-        champion: id of the present holder of the alias.
-        failures: whether checks that failed count; without, only whether it answers what is asked today.
-    """
-    if validation is None:
-        return ("it was never validated",)
-    found = [f"its last validation failed: {one.check}: {one.said}" for one in validation.failures if failures]
-    if not failures and any(
-        one.evidence.get("cut_short") or one.evidence.get("misnamed") for one in validation.failures
-    ):
-        found.append("its last validation could not be carried out")
-    if validation.manifest != manifest:
-        found.append("its manifest is another than the one that was validated")
-    part = validation.wanted.part
-    if wanted is None and part != "model" and "model" in parts:
-        found.append(f"it was validated as to its part {part}, and not to its model")
-    if part in validation.parts and part not in parts:
-        found.append(f"it has lost the part {part} since it was validated")
-    if now - validation.at > max_age:
-        found.append(f"its validation is stale: of {validation.at:%Y-%m-%d %H:%M} UTC, older than {max_age}")
-    if validation.at - now > _AHEAD:
-        found.append(f"its validation is of {validation.at:%Y-%m-%d %H:%M} UTC, which is still to come")
-    if wanted is not None and wanted.digest != validation.wanted.digest:
-        found.append(
-            f"it was validated otherwise than the policy asks ({', '.join(_different(wanted, validation.wanted))}); "
-            "peakpoint validate ROOT REF checks what the policy asks"
-        )
-    found += _recorded_since(validation, metrics)
-    compared = validation.against is not None or validation.wanted.agreement > 0
-    if compared and champion not in {None, validation.against, validation.checkpoint}:
-        found.append("its validation is stale: it was not compared with what is champion now")
-    return tuple(found)
-
-
-def _different(one: Wanted, other: Wanted) -> list[str]:
-    a, b = (msgspec.to_builtins(each) for each in (one, other))
-    return [name for name in a if a[name] != b[name] and name != "golden"]
-
-
-def within(one: float, other: float, tolerance: float) -> bool:
-    """Whether two values of a metric are the same but for a tolerance; what is not finite is the same as nothing.
-
-    Digits that binary fractions do not have are no difference: 0.901 - 0.9 is a little more than 0.001.
-
-    Example:
-        >>> within(0.901, 0.9, 1e-3), within(0.5, float("inf"), 1e-3)
-        (True, False)
-    """
-    finite = math.isfinite(one) and math.isfinite(other)
-    return finite and abs(one - other) <= tolerance + 4 * math.ulp(max(abs(one), abs(other)))
-
-
-def _recorded_since(validation: Validation, metrics: Mapping[str, float]) -> Iterator[str]:
-    """What has been recorded since, and is not what was found."""
-    for finding in validation.findings:
-        rows = finding.evidence.get("metrics") if finding.check == "metrics" else None
-        for name, row in (rows or {}).items():
-            # evidence is plain JSON: NaN and infinities are texts there
-            then, found = (math.nan if row[one] is None else float(row[one]) for one in ("recorded", "evaluated"))
-            now = metrics.get(name)
-            if now is None or row["evaluated"] is None or now == then or (math.isnan(now) and math.isnan(then)):
-                continue
-            if not within(now, found, validation.wanted.tolerance):
-                yield f"{name} was recorded as {now:.6g} since it was validated, which had found {found:.6g}"
 
 
 # --- predictions --------------------------------------------------------------------------------------------------

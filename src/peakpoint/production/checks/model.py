@@ -3,10 +3,20 @@
 import torch
 
 from peakpoint.errors import ConfigError, Error, MismatchError
-from peakpoint.examining.exam import Exam, Outputs, Said, classes_of, device_of, failed, outputs_of, passed, skipped
-from peakpoint.examining.memory import peak_of
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import shown
+from peakpoint.production.checks.candidate import (
+    Exam,
+    Outputs,
+    Said,
+    classes_of,
+    device_of,
+    failed,
+    outputs_of,
+    passed,
+    skipped,
+)
+from peakpoint.production.checks.memory import peak_of
 from peakpoint.reports.diff import tensors_of
 from peakpoint.repository.validations import Predictions
 from peakpoint.state.shared_storage import DTYPES

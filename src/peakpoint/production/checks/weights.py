@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.format.masks import MASK, ORIGINAL
 from peakpoint.format.names import shown
+from peakpoint.production.checks.candidate import Exam, Said, failed, passed, skipped
 from peakpoint.repository import reader
 from peakpoint.state.shared_storage import DTYPES
 

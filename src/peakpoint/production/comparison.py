@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peakpoint.compare import Paired, paired, unpaired
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format.manifest import Manifest
+from peakpoint.production.paired_test import Paired, paired, unpaired
 from peakpoint.repository import validations
 from peakpoint.repository.aliases import Target
 from peakpoint.repository.annotations import all_known

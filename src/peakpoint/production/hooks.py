@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.apart import kill, run_apart
 from peakpoint.errors import ConflictError, Error
 from peakpoint.format import layout
 from peakpoint.format.manifest import FORMAT
 from peakpoint.format.sealed import seal
-from peakpoint.policy import Hook, Policy
+from peakpoint.production.policy import Hook, Policy
+from peakpoint.production.subprocess_runner import kill, run_apart
 from peakpoint.repository.aliases import AliasRecord, numbers
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.store import LocalStore, Store, establish
@@ -176,7 +176,9 @@ def _post(hook: Hook, change: bytes) -> str | None:
 
     job = msgspec.json.encode({"url": hook.url, "body": change.decode()})
     try:
-        ended = run_apart("peakpoint.http_post", job, timeout=hook.timeout, said=said, printed=lambda _: None)
+        ended = run_apart(
+            "peakpoint.production.http_post", job, timeout=hook.timeout, said=said, printed=lambda _: None
+        )
     except Error as error:
         return f"it cannot be reached: {error}"
     return answers[0] if answers else ended

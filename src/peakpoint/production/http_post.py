@@ -1,4 +1,4 @@
-"""One POST in a process apart, which can be ended whatever it waits for: see ``peakpoint.apart``."""
+"""One POST in a process apart, which can be ended whatever it waits for; see ``production.subprocess_runner``."""
 
 import http.client
 import urllib.error
@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.apart import Ends
+from peakpoint.production.subprocess_runner import Ends
 
 
 class Post(msgspec.Struct):
@@ -33,7 +33,7 @@ def main(ends: list[Any]) -> None:
     """Send what the job says, and say why it was not taken, or null.
 
     Args:
-        ends: see ``peakpoint.apart``.
+        ends: see ``peakpoint.production.subprocess_runner``.
     """
     pipes = Ends(ends)
     pipes.say(msgspec.json.encode(_send(msgspec.json.decode(pipes.job(), type=Post))))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
-from peakpoint.examining.models import one_input
 from peakpoint.format.masks import masks_of
+from peakpoint.production.checks.candidate import Exam, Said, failed, passed, skipped
+from peakpoint.production.checks.model import one_input
 from peakpoint.reports.diff import tensors_of
 from peakpoint.state.shared_storage import TORCH_DTYPES
 

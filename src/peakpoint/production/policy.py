@@ -31,7 +31,6 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.asking import check_wanted
 from peakpoint.catalogue.query import parse as parse_query
 from peakpoint.catalogue.ranking import WithinSE, read_keys
 from peakpoint.errors import ConfigError, NotFoundError
@@ -39,6 +38,7 @@ from peakpoint.format import layout
 from peakpoint.format.amounts import read_duration
 from peakpoint.format.names import check_metric, near
 from peakpoint.format.sealed import digest
+from peakpoint.production.validation import check_wanted
 from peakpoint.repository.aliases import KEEPS
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.validations import MAX_AGE, Wanted

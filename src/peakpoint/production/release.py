@@ -11,8 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from peakpoint import hooks, promotion
-from peakpoint.asking import with_golden
 from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.catalogue.query import parse
 from peakpoint.catalogue.ranking import read_keys
@@ -21,9 +19,11 @@ from peakpoint.format import layout
 from peakpoint.format.manifest import FORMAT, Checkpoint
 from peakpoint.format.names import near
 from peakpoint.format.sealed import digest, seal
-from peakpoint.hooks import Told
-from peakpoint.policy import Policies, Policy
-from peakpoint.promotion import Proposal
+from peakpoint.production import hooks, promotion
+from peakpoint.production.hooks import Told
+from peakpoint.production.policy import Policies, Policy
+from peakpoint.production.proposal import Proposal, propose, stale, unsigned
+from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, signing, validations
 from peakpoint.repository.aliases import AliasRecord, Target
 from peakpoint.repository.provenance import Clock, present_user, utc_now
@@ -48,7 +48,7 @@ class Validate(Protocol):
         timeout: float | None,
         progress: Callable[[str], None],
     ) -> Validation:
-        """See ``peakpoint.validating.validate``."""
+        """See ``peakpoint.production.validation.validate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def release(
         repository: where.
         alias: to what.
         policies: what ``production.toml`` says.
-        validate: validates a candidate; see ``peakpoint.validating.validate``.
+        validate: validates a candidate; see ``peakpoint.production.validation.validate``.
         why: the reason, for the record; the rule that selected it by default.
         private_key: sign what is promoted with this key, unless it is signed as the policy asks.
         dry_run: only say what would be done; nothing is validated or changed.
@@ -191,7 +191,7 @@ class _Release:
             return self._unchanged(candidate, proposal, dry_run=dry_run)
         if proposal.refusals:
             return self._refused(candidate, proposal, dry_run=dry_run)
-        missing = promotion.stale(proposal, self._clock, failures=False)
+        missing = stale(proposal, self._clock, failures=False)
         if missing and dry_run:
             self._step("validate", f"would validate {candidate.ref}: {'; '.join(missing)}")
             return self._ends("would validate", candidate=candidate, proposal=proposal)
@@ -226,11 +226,11 @@ class _Release:
         """Sign the candidate, unless it is signed as the policy asks; what the policy still says against it then."""
         store, manifest = self._store, proposal.manifest
         asked = self._policy.public_key
-        if asked is None or promotion.unsigned(self._repository, manifest, self._policy) is not None:
+        if asked is None or unsigned(self._repository, manifest, self._policy) is not None:
             self._progress("sign")
             made = signing.sign(store, manifest, private_key=private_key)
             self._step("sign", f"{made.record} with the key {made.fingerprint}")
-        return promotion.unsigned(self._repository, manifest, self._policy)
+        return unsigned(self._repository, manifest, self._policy)
 
     def _selected(self) -> tuple[Checkpoint | None, tuple[str, ...]]:
         """The best that the policy finds, and what could not be read and may be better, a sentence each.
@@ -283,7 +283,7 @@ class _Release:
         return aliases.rolled_back(history.records), since
 
     def _proposal(self, ref: str) -> Proposal:
-        return promotion.propose(
+        return propose(
             self._repository,
             ref,
             self._alias,

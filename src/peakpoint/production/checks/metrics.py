@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.examining.exam import Exam, Said, failed, passed, skipped
 from peakpoint.format.names import check_metric, shown
 from peakpoint.format.sealed import digest
-from peakpoint.repository.validations import Predictions, within
+from peakpoint.production.checks.candidate import Exam, Said, failed, passed, skipped
+from peakpoint.production.proposal import within
+from peakpoint.repository.validations import Predictions
 from peakpoint.state.json_scalars import kind_of
 
 

@@ -7,227 +7,56 @@ is to be, and at most a checkpoint that stays protected until the alias changes 
 """
 
 import contextlib
+import secrets
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from peakpoint.announcing import GoingError, announced, complete
-from peakpoint.asking import with_golden
-from peakpoint.compare import judge_improvement
-from peakpoint.comparison import Comparison, compare_with, known_of
 from peakpoint.errors import (
     ConfigError,
     ConflictError,
     CorruptError,
     FormatError,
     NotFoundError,
+    PeakpointWarning,
     RefusedError,
-    SignatureError,
 )
+from peakpoint.format.events import Closed, Promoted, Promoting
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
-from peakpoint.policy import Policy, read_policies
-from peakpoint.repository import aliases, reader, signing, validations
-from peakpoint.repository.aliases import AliasRecord, Broken, Change, Target
+from peakpoint.production.policy import Policy
+from peakpoint.production.proposal import Proposal, allowed_policy, propose
+from peakpoint.repository import aliases, reader, signing
+from peakpoint.repository import journal as journals
+from peakpoint.repository.aliases import AliasRecord, Broken, Change
+from peakpoint.repository.annotations import notes
 from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
-from peakpoint.repository.validations import Validation
 from peakpoint.store import Store
 
+__all__ = [
+    "CHAMPION",
+    "Announced",
+    "GoingError",
+    "Proposal",
+    "RolledBack",
+    "announced",
+    "check_key",
+    "check_why",
+    "complete",
+    "promote",
+    "propose",
+    "refusal",
+    "retire",
+    "rollback",
+]
 CHAMPION = "champion"  # an alias of this name is never without a checkpoint
-
-
-# --- the proposal -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """What a promotion would do, and what speaks against it. Nothing has been changed.
-
-    Attributes:
-        alias: which.
-        run: of the candidate.
-        manifest: of the candidate.
-        target: what the alias would point at.
-        newest: the newest record of the alias; None when there is none.
-        validation: the last of the candidate; None when there is none.
-        comparison: with the present holder; None when there is none, or it is the candidate.
-        objections: what speaks against it, a sentence each; a promotion that is forced overrides them, and says so.
-        refusals: what no force overrides.
-        policy: of the alias; None when there is none.
-    """
-
-    alias: str
-    run: Run
-    manifest: Manifest
-    target: Target
-    newest: AliasRecord | Broken | None
-    validation: Validation | None
-    comparison: Comparison | None
-    objections: tuple[str, ...]
-    refusals: tuple[str, ...]
-    policy: Policy | None
-
-    @property
-    def present(self) -> AliasRecord | None:
-        """The newest record, if it can be read."""
-        return self.newest if isinstance(self.newest, AliasRecord) else None
-
-    @property
-    def held(self) -> Target | None:
-        """What the alias points at, as far as that is known."""
-        return None if self.present is None else self.present.target
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the alias points there already."""
-        return self.held == self.target
-
-
-def propose(
-    repository: Repository,
-    ref: str,
-    alias: str,
-    *,
-    policy: Policy | None = None,
-    by: str = "",
-    to_be_signed: bool = False,
-    clock: Clock = utc_now,
-) -> Proposal:
-    """Look at everything that a promotion depends on; changes nothing, and opens no weight file but for signatures.
-
-    Args:
-        repository: where.
-        ref: the candidate.
-        alias: what it is to become, such as ``"champion"``.
-        policy: what is asked; by default the alias's table in ``production.toml``, if there is one. A ``Policy`` with
-            nothing but the alias asks nothing.
-        by: who promotes; the present user by default.
-        to_be_signed: a signature that the policy asks for and that is missing is no refusal: it will be made.
-        clock: tells the time.
-
-    Raises:
-        NotFoundError: there is no such checkpoint.
-        ConfigError: a name that cannot be.
-        FormatError: a newer release has written the newest record of the alias.
-
-    Example:
-        >>> import tempfile, peakpoint as pp
-        >>> root = tempfile.mkdtemp()
-        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
-        ...     _ = ckpt.report(step=1), ckpt.report(step=2)
-        >>> pp.promotion.propose(pp.open(root), "r:1", "champion").objections
-        ('it was never validated',)
-    """
-    store = repository.store
-    policy = policy or read_policies(store).of(check_alias(alias))
-    run, manifest = repository.locate(ref)
-    digest = reader.manifest_digest(store, manifest)
-    proposal = Proposal(
-        alias=alias,
-        run=run,
-        manifest=manifest,
-        target=Target(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest),
-        newest=aliases.tip(store, alias),
-        validation=None,
-        comparison=None,
-        objections=(),
-        refusals=(),
-        policy=policy,
-    )
-    if proposal.unchanged:
-        return proposal
-    proposal, objections = _validated(proposal, clock)
-    held = proposal.held
-    if held is not None:
-        comparison = compare_with(repository, run, manifest, proposal.validation, held)
-        objections += () if policy is None else _not_enough(policy, comparison)
-        proposal = replace(proposal, comparison=comparison)
-    refusals = _refusals(repository, manifest, policy, by or present_user(), to_be_signed=to_be_signed)
-    return replace(proposal, objections=objections, refusals=refusals)
-
-
-def _validated(proposal: Proposal, clock: Clock) -> tuple[Proposal, tuple[str, ...]]:
-    """A proposal with its validation, and what speaks against it so far."""
-    found: tuple[str, ...] = ()
-    if isinstance(proposal.newest, Broken):
-        found = (f"what {proposal.alias} points at now is not known: {proposal.newest.error}",)
-    try:
-        validation = validations.newest(proposal.run.store, proposal.target.run, proposal.target.checkpoint)
-    except (CorruptError, FormatError) as error:
-        return proposal, (*found, f"its last validation cannot be read: {error}; validate it again")
-    proposal = replace(proposal, validation=validation)
-    return proposal, (*found, *stale(proposal, clock))
-
-
-def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) -> tuple[str, ...]:
-    """Why a promotion cannot rest on the validation of a proposal; see ``validations.objections``.
-
-    Raises:
-        NotFoundError: the golden inputs that the policy names are not there.
-    """
-    policy, last = proposal.policy, proposal.validation
-    # whether that is still the champion that it was compared with, whatever the checkpoint is to become
-    beside = proposal.newest if last is None or last.alias is None else aliases.tip(proposal.run.store, last.alias)
-    held = beside.target if isinstance(beside, AliasRecord) else None
-    return validations.objections(
-        last,
-        manifest=proposal.target.manifest,
-        parts=tuple(proposal.manifest.parts),
-        metrics=known_of(proposal.run, proposal.manifest),
-        now=clock(),
-        max_age=validations.MAX_AGE if policy is None else policy.max_age,
-        wanted=None if policy is None else with_golden(policy.wanted),
-        champion=None if held is None else held.checkpoint,
-        failures=failures,
-    )
-
-
-def _refusals(
-    repository: Repository, manifest: Manifest, policy: Policy | None, by: str, *, to_be_signed: bool
-) -> tuple[str, ...]:
-    found = []
-    if policy is not None and not policy.allows(by):
-        found.append(_not_allowed(policy, by))
-    try:
-        reader.check_sizes(repository.store, manifest)
-    except (CorruptError, FormatError) as error:
-        return (*found, str(error))
-    if not to_be_signed and (said := unsigned(repository, manifest, policy)) is not None:
-        found.append(said)
-    return tuple(found)
-
-
-def unsigned(repository: Repository, manifest: Manifest, policy: Policy | None) -> str | None:
-    """Why a checkpoint is not signed as a policy asks; None when it is, or nothing is asked. Reads every byte of it."""
-    if policy is None or policy.public_key is None:
-        return None
-    try:
-        signing.verify(repository.store, manifest, public_key=policy.public_key)
-    except SignatureError as error:
-        return f"the policy asks for a signature: {error}"
-    return None
-
-
-def _not_enough(policy: Policy, comparison: Comparison) -> tuple[str, ...]:
-    asked = policy.improvement
-    if asked is None:
-        return ()
-    pair = next((one for one in comparison.metrics if one.name == asked.metric), None)
-    if pair is None:
-        return (f"the policy asks for an improvement of {asked.metric}, which only one of the two has, or none",)
-    judged = judge_improvement(
-        metric=asked.metric,
-        mode=asked.mode,
-        champion=pair.champion,
-        candidate=pair.candidate,
-        paired=comparison.paired,
-        minimum=asked.minimum,
-        significance=asked.significance,
-    )
-    return () if judged.passed else (judged.said,)
 
 
 # --- the acts -----------------------------------------------------------------------------------------------------
@@ -394,7 +223,7 @@ def rollback(
     """
     check_why("rollback", why)
     store = repository.store
-    actor, policy = _allowed(store, alias, policy, by)
+    actor, policy = allowed_policy(store, alias, policy, by)
     newest = aliases.tip(store, check_alias(alias))
     present = newest if isinstance(newest, Broken) else aliases.holder(store, alias)
     if seen is not None and present.number != seen:
@@ -470,23 +299,6 @@ def _still_there(repository: Repository, former: AliasRecord, policy: Policy | N
     return run, manifest
 
 
-def _allowed(store: Store, alias: str, policy: Policy | None, by: str) -> tuple[str, Policy | None]:
-    """Who acts, and by which policy.
-
-    Raises:
-        RefusedError: the policy does not allow it.
-    """
-    actor = by or present_user()
-    policy = policy or read_policies(store).of(check_alias(alias))
-    if policy is not None and not policy.allows(actor):
-        raise RefusedError(said := _not_allowed(policy, actor), (said,))
-    return actor, policy
-
-
-def _not_allowed(policy: Policy, actor: str) -> str:
-    return f"{actor} may not change {policy.alias}: the policy allows {', '.join(policy.may_promote)}"
-
-
 def retire(
     repository: Repository,
     alias: str,
@@ -507,7 +319,116 @@ def retire(
     check_why("retire", why)
     if alias.rpartition("/")[2] == CHAMPION:
         raise ConfigError(f"{alias} is never without a checkpoint: promote another one to it instead")
-    actor, _ = _allowed(repository.store, alias, policy, by)
+    actor, _ = allowed_policy(repository.store, alias, policy, by)
     present = aliases.holder(repository.store, check_alias(alias))
     change = Change(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
     return aliases.append(repository.store, alias, change, after=present)
+
+
+@dataclass(slots=True)
+class Announced:
+    """A promotion that was announced.
+
+    Attributes:
+        record: the record of the alias, to be set when it is made.
+    """
+
+    record: AliasRecord | None = None
+
+
+_AHEAD = timedelta(minutes=5)  # that clocks may differ
+
+
+@contextmanager
+def announced(
+    run: Run, manifest: Manifest, alias: str, newest: AliasRecord | Broken | None, by: str, clock: Clock
+) -> Iterator[Announced]:
+    """Announce that an alias is about to point at a checkpoint, and afterwards what came of it.
+
+    Args:
+        run: of the checkpoint.
+        manifest: of the checkpoint.
+        alias: which.
+        newest: its newest record, which the one to be made follows.
+        by: who does it.
+        clock: tells the time.
+
+    Raises:
+        GoingError: somebody is removing the checkpoint; nothing was done.
+    """
+    journal = journals.Journal(run.store, run.name, clock)
+    facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": alias, "by": by}
+    if isinstance(newest, AliasRecord) and newest.at - clock() > _AHEAD:
+        warnings.warn(
+            f"record {newest.number} of {alias} is of {newest.at:%Y-%m-%d %H:%M} UTC, which is still to come: a clock "
+            "was wrong, and what served when cannot be told for that time",
+            PeakpointWarning,
+            stacklevel=4,
+        )
+    facts["token"] = secrets.token_hex(8)
+    number = 1 if newest is None else newest.number + 1
+    made = Announced()
+    try:
+        journal.append(Promoting(at=clock(), record=number, **facts))
+        journal.sync()
+        try:
+            _check_stays(run, manifest)
+            yield made
+        finally:
+            done, digest = (None, None) if made.record is None else (made.record.number, made.record.digest)
+            journal.append(Promoted(at=clock(), record=done, digest=digest, **facts))
+            journal.append(Closed(at=clock(), why=f"peakpoint {alias}"))
+    finally:
+        journal.close()
+
+
+class GoingError(ConflictError):
+    """A checkpoint is just being removed."""
+
+
+def _check_stays(run: Run, manifest: Manifest) -> None:
+    """Refuse a checkpoint that somebody is removing, or parts of it.
+
+    Whoever removes has said so first, and looks at what is protected after that: one of the two sees the other.
+
+    Raises:
+        ConflictError: it is being removed, or gone, or has lost parts since it was looked at.
+    """
+    name = f"{run.name}/{manifest.name}"
+    there = _manifest(run, manifest)
+    going = there is None or run.is_being_removed(there)
+    now = _manifest(run, manifest)  # once more: a removal may have been over before it was looked for
+    if going or now is None:
+        raise GoingError(
+            f"{name} is just being removed, or parts of it are; nothing was done. peakpoint trash shows what can be "
+            "brought back"
+        )
+    if now.parts != manifest.parts:
+        raise GoingError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
+
+
+def _manifest(run: Run, like: Manifest) -> Manifest | None:
+    """A checkpoint as it is now; None when it is gone."""
+    try:
+        found = reader.read_manifest(run.store, run.name, like.name)
+    except NotFoundError:
+        return None
+    return found if found.id == like.id else None
+
+
+def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
+    """Say what came of announcements whose makers were killed after the record was made."""
+    there = notes(run.events()).promoting.values()
+    mine = [one for one in there if (one.checkpoint, one.alias) == (manifest.id, record.alias)]
+    over = [one for one in mine if one.record <= record.number]
+    if not over:
+        return
+    journal = journals.Journal(run.store, run.name, utc_now)
+    try:
+        facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": record.alias, "by": by}
+        for one in over:
+            made = (record.number, record.digest) if one.record == record.number else (None, None)
+            journal.append(Promoted(at=journal.now(), record=made[0], digest=made[1], token=one.token, **facts))
+        journal.append(Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
+    finally:
+        journal.close()

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import torch
 
-from peakpoint.asking import order
 from peakpoint.errors import Error
-from peakpoint.examining import answers, budgets, models, weights
-from peakpoint.examining.exam import Candidate, Exam, Said, device_of, failed, skipped
 from peakpoint.format.metrics import metrics_to_json
+from peakpoint.production.checks import budgets, metrics, model, weights
+from peakpoint.production.checks.candidate import Candidate, Exam, Said, device_of, failed, skipped
+from peakpoint.production.validation import order
 from peakpoint.state.functions import MisnamedError
 from peakpoint.state.json_scalars import kind_of
 
@@ -47,8 +47,8 @@ def examine(exam: Exam) -> Iterator[Event]:
 
 
 def _checks(exam: Exam) -> list[Callable[[Exam], Said]]:
-    always = [weights.integrity, weights.finite, weights.sparsity, models.loads, models.signature]
-    always += [answers.metrics, models.golden]
+    always = [weights.integrity, weights.finite, weights.sparsity, model.loads, model.signature]
+    always += [metrics.metrics, model.golden]
     limits = [budgets.budget(name) for name in exam.wanted.budgets] or [budgets.no_budgets]
     return [*always, *limits, *(_further(number) for number in range(len(exam.wanted.checks)))]
 

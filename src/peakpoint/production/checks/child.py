@@ -1,4 +1,4 @@
-"""The process apart that examines: see ``peakpoint.apart``."""
+"""The process apart that examines: see ``peakpoint.production.subprocess_runner``."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.apart import Ends
-from peakpoint.examining.exam import Exam
-from peakpoint.examining.run import examine
+from peakpoint.production.checks.candidate import Exam
+from peakpoint.production.checks.runner import examine
+from peakpoint.production.subprocess_runner import Ends
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.validations import Wanted
 from peakpoint.state.functions import load_function
@@ -39,7 +39,7 @@ def main(ends: list[Any]) -> None:
     """Examine, and say what was found, a line of JSON each.
 
     Args:
-        ends: see ``peakpoint.apart``.
+        ends: see ``peakpoint.production.subprocess_runner``.
     """
     pipes = Ends(ends)
     job = msgspec.json.decode(pipes.job(), type=Job)

@@ -4,17 +4,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from peakpoint.asking import ask
 from peakpoint.errors import ConfigError
-from peakpoint.examining.exam import Candidate, Exam
-from peakpoint.examining.run import examine
+from peakpoint.production.checks.candidate import Candidate, Exam
+from peakpoint.production.checks.runner import examine
+from peakpoint.production.validation import Collected, ask, conclude
 from peakpoint.repository.root import Repository
 from peakpoint.repository.validations import Progress, Validation, Wanted
 from peakpoint.state.functions import load_function
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.saved import Loaded
 from peakpoint.store import Store, open_store
-from peakpoint.validating import Collected, conclude
 
 Function = Callable[..., Any] | str
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peakpoint.asking import file_digest
 from peakpoint.errors import ConfigError, FormatError, MismatchError
-from peakpoint.examining.memory import Peak
 from peakpoint.format.manifest import Manifest
+from peakpoint.production.checks.memory import Peak
+from peakpoint.production.validation import file_digest
 from peakpoint.repository.annotations import known, notes
 from peakpoint.repository.root import Repository
 from peakpoint.repository.validations import Outcome, Predictions, Wanted

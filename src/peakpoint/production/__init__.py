@@ -1,0 +1,1 @@
+"""Validate, compare, promote, release, roll back, and tell others."""
