@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as arrays
 
 import peakpoint as pp
 from peakpoint.cli.main import cli
-from peakpoint.distances import distance
 from peakpoint.errors import ConfigError, CorruptError, NotFoundError
+from peakpoint.models.value_diff import distance
 from peakpoint.reports.diff import records_differ
 from training import checkpointer, parts, train
 

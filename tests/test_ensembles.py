@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.ensembles import Ensemble
 from peakpoint.errors import ConfigError, CorruptError, MismatchError, NotFoundError
+from peakpoint.models.ensemble import Ensemble
 from training import checkpointer
 
 

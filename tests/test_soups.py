@@ -19,7 +19,6 @@ from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peakpoint as pp
-from peakpoint.averaging import rounded
 from peakpoint.cli.main import cli
 from peakpoint.errors import (
     ConfigError,
@@ -30,6 +29,7 @@ from peakpoint.errors import (
     StoreError,
 )
 from peakpoint.export.files import export
+from peakpoint.models.average import rounded
 from peakpoint.repository import audit
 from peakpoint.store import LocalStore, MemoryStore
 from test_failures import Failing

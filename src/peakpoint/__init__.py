@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from peakpoint.catalogue import Selection as Selection
     from peakpoint.catalogue import select as select
     from peakpoint.catalogue.ranking import WithinSE as WithinSE
-    from peakpoint.distances import diff as diff
-    from peakpoint.ensembles import Ensemble as Ensemble
-    from peakpoint.ensembles import ensemble as ensemble
     from peakpoint.errors import ConfigError as ConfigError
     from peakpoint.errors import ConflictError as ConflictError
     from peakpoint.errors import CorruptError as CorruptError
@@ -45,7 +42,12 @@ if TYPE_CHECKING:
     from peakpoint.format.manifest import Checkpoint as Checkpoint
     from peakpoint.importing.everything import ImportReport as ImportReport
     from peakpoint.importing.everything import import_checkpoints as import_checkpoints
-    from peakpoint.loading import load as load
+    from peakpoint.models.ensemble import Ensemble as Ensemble
+    from peakpoint.models.ensemble import ensemble as ensemble
+    from peakpoint.models.load import load as load
+    from peakpoint.models.soup import Soup as Soup
+    from peakpoint.models.soup import soup as soup
+    from peakpoint.models.value_diff import diff as diff
     from peakpoint.production import promotion as promotion
     from peakpoint.production.checks.candidate import Candidate as Candidate
     from peakpoint.production.checks.metrics import Evaluated as Evaluated
@@ -71,8 +73,6 @@ if TYPE_CHECKING:
     from peakpoint.rules import Thin as Thin
     from peakpoint.rules import TopK as TopK
     from peakpoint.rules.stopping import EarlyStopping as EarlyStopping
-    from peakpoint.soups import Soup as Soup
-    from peakpoint.soups import soup as soup
     from peakpoint.state.restore import LoadReport as LoadReport
     from peakpoint.state.saved import Loaded as Loaded
     from peakpoint.training.checkpointer import Checkpointer as Checkpointer
@@ -92,7 +92,7 @@ _HOMES = {
     "CorruptError": ("errors", "CorruptError"),
     "Difference": ("reports.diff", "Difference"),
     "EarlyStopping": ("rules.stopping", "EarlyStopping"),
-    "Ensemble": ("ensembles", "Ensemble"),
+    "Ensemble": ("models.ensemble", "Ensemble"),
     "Error": ("errors", "Error"),
     "Evaluated": ("production.checks.metrics", "Evaluated"),
     "Every": ("rules", "Every"),
@@ -115,22 +115,22 @@ _HOMES = {
     "SaveFailedError": ("errors", "SaveFailedError"),
     "Selection": ("catalogue", "Selection"),
     "SignatureError": ("errors", "SignatureError"),
-    "Soup": ("soups", "Soup"),
+    "Soup": ("models.soup", "Soup"),
     "StoreError": ("errors", "StoreError"),
     "Thin": ("rules", "Thin"),
     "TopK": ("rules", "TopK"),
     "TransientStoreError": ("errors", "TransientStoreError"),
     "Validation": ("repository.validations", "Validation"),
     "WithinSE": ("catalogue.ranking", "WithinSE"),
-    "diff": ("distances", "diff"),
-    "ensemble": ("ensembles", "ensemble"),
+    "diff": ("models.value_diff", "diff"),
+    "ensemble": ("models.ensemble", "ensemble"),
     "forecast": ("reports.plan.forecast", "forecast"),
     "import_checkpoints": ("importing.everything", "import_checkpoints"),
-    "load": ("loading", "load"),
+    "load": ("models.load", "load"),
     "select": ("catalogue", "select"),
     "open": ("repository.root", "open_repository"),
     "validate": ("production.checks.validate", "validate"),
-    "soup": ("soups", "soup"),
+    "soup": ("models.soup", "soup"),
 }
 _MODULES = {
     "aliases": "repository.aliases",

@@ -35,7 +35,7 @@ def diff(root: Path, a: str, b: str, no_values: bool, top: int, everything: bool
     one, other = repository.find_manifest(a), repository.find_manifest(b)
     found = manifests_differ(repository, one, other)
     if not no_values:
-        distances = torch_side("peakpoint.distances")
+        distances = torch_side("peakpoint.models.value_diff")
         total = sum(tensor.bytes for tensor in found.tensors if tensor.what in {"dtype", "values"})
         with progress("comparing", total) as advance:
             found = distances.measured(repository.store, one, other, found, advance)

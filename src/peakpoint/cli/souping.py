@@ -62,7 +62,7 @@ def soup(
 ) -> None:
     """Average the weights of checkpoints, and save the mean as a checkpoint of a run of its own."""
     repository = open_repository(root)
-    soups = torch_side("peakpoint.soups")
+    soups = torch_side("peakpoint.models.soup")
     name, mode = (None, None) if metric is None else _metric(metric)
     with progress("reading", _bytes(repository, refs, part) if kind == "uniform" else None) as advance:
         made = soups.soup(

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from peakpoint.averaging import held
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
+from peakpoint.models.average import held
 from peakpoint.repository.root import Repository
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.saved import check_part_of, read_state

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from peakpoint.averaging import held
 from peakpoint.errors import FormatError
 from peakpoint.export.files import check_free, check_weights, default_part, published
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
+from peakpoint.models.average import held
 from peakpoint.reports import card
 from peakpoint.repository.root import Repository
 from peakpoint.rules.history import history

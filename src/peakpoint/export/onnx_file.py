@@ -14,7 +14,7 @@ import torch
 from peakpoint.errors import ConfigError, FormatError, MismatchError, needing
 from peakpoint.export.files import check_free, published
 from peakpoint.format.manifest import Manifest
-from peakpoint.loading import load
+from peakpoint.models.load import load
 from peakpoint.repository.root import Repository
 from peakpoint.state.functions import load_function
 

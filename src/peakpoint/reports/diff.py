@@ -1,7 +1,7 @@
 """What differs between two checkpoints, from their manifests and journals: no weight file is opened, nothing is torch.
 
 Tensors with the same digest are the same, so that all that has changed is known in milliseconds. How far the values of
-the others are apart is for ``peakpoint.distances``.
+the others are apart is for ``peakpoint.models.value_diff``.
 """
 
 import math

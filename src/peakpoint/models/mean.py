@@ -9,9 +9,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from peakpoint.averaging import COUNTER, STATISTICS, Averaging, Member, blanks, without_tensors
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.format.metrics import read_metrics
+from peakpoint.models.average import COUNTER, STATISTICS, Averaging, Member, blanks, without_tensors
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.restore import module_differences
 from peakpoint.state.saved import tensor_nodes

@@ -11,17 +11,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from peakpoint.averaging import (
-    Averaging,
-    Member,
-    check_alike,
-    find_all,
-    held,
-    member,
-)
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.names import check_metric, check_run, check_text
+from peakpoint.models.average import Averaging, Member, check_alike, find_all, held, member
+from peakpoint.models.mean import Kitchen, Tasted, greedy, uniform
 from peakpoint.repository.commit import StreamedImage
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository, open_repository
@@ -30,7 +24,6 @@ from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.tensor_files import lay_out
 from peakpoint.store import Store
-from peakpoint.tasting import Kitchen, Tasted, greedy, uniform
 from peakpoint.training.external import Made, add, check_run_for, made_image
 
 Kind = Literal["uniform", "greedy"]

@@ -6,13 +6,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from peakpoint.averaging import find_all, held
 from peakpoint.errors import ConfigError, MismatchError
-from peakpoint.loading import load
+from peakpoint.models.average import find_all, held
+from peakpoint.models.load import load
+from peakpoint.models.mean import model_of
 from peakpoint.repository.root import open_repository
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.store import Store
-from peakpoint.tasting import model_of
 
 Average = Literal["probabilities", "logits"]
 

@@ -1,0 +1,1 @@
+"""Checkpoints as models: load, average, soup, ensemble, differences of values."""
