@@ -37,11 +37,11 @@ from foreign_files import (
     train_epoch,
 )
 from peakpoint.cli.main import cli
+from peakpoint.exchange import metric_logs, pickles
+from peakpoint.exchange.metric_logs import Row
+from peakpoint.exchange.moments import timeline
+from peakpoint.exchange.places import COUNTED, placed
 from peakpoint.format.events import Opened
-from peakpoint.importing import logs, unpickling
-from peakpoint.importing.logs import Row
-from peakpoint.importing.placing import COUNTED, placed
-from peakpoint.importing.timeline import timeline
 from peakpoint.repository import audit
 from peakpoint.rules import history as histories
 from peakpoint.state.tensor_files import read_safetensors
@@ -491,10 +491,10 @@ def test_nobody_is_advised_to_load_what_means_harm(kind, tmp_path):
 
 def test_several_plain_classes_are_all_suggested(tmp_path):
     with pytest.raises(pp.FormatError, match=r"--inert a\.B --inert __main__\.C \(inert="):
-        unpickling.check_globals(["a.B", "__main__.C"], "x.pth")
+        pickles.check_globals(["a.B", "__main__.C"], "x.pth")
     for other in ("a.run", "subprocess.Popen"):
         with pytest.raises(pp.FormatError, match=r"may mean harm\. If you trust it, load it in an environment"):
-            unpickling.check_globals(["a.B", other], "x.pth")
+            pickles.check_globals(["a.B", other], "x.pth")
 
 
 def test_what_torch_says_of_a_file_is_not_passed_on(tmp_path):
@@ -554,7 +554,7 @@ def test_a_plain_class_can_be_kept_as_a_record(tmp_path):
     assert kept == {"class": "foreign_files.Net", "state": {"training": False, "size": 3}}
     mark = tmp_path / "PWNED"
     hostile("eval", tmp_path / "b.pth", mark)
-    kept = unpickling.load(tmp_path / "b.pth", inert=["builtins.eval"])
+    kept = pickles.load(tmp_path / "b.pth", inert=["builtins.eval"])
     assert not mark.exists()
     assert kept["x"]["class"] == "builtins.eval"
 
@@ -615,7 +615,7 @@ def test_no_flipped_byte_gets_past_with_another_error(data, made):
     for _ in range(data.draw(st.integers(1, 8))):
         source[data.draw(st.integers(0, len(source) - 1))] = data.draw(st.integers(0, 255))
     try:
-        unpickling.load(bytes(source), where="x.pth")
+        pickles.load(bytes(source), where="x.pth")
     except (pp.FormatError, pp.CorruptError) as error:
         assert "x.pth" in str(error)  # noqa: PT017 - it may well load, when the byte is one of a tensor
 
@@ -768,7 +768,7 @@ def test_lightning_s_rows_are_merged_by_epoch(tmp_path):
         rows += [{"epoch": epoch, "step": 10 * epoch + at, "train_loss": 1 / (10 * epoch + at + 1)} for at in (4, 9)]
         rows.append({"epoch": epoch, "step": 10 * epoch + 9, "val_loss": 0.5 - epoch})
     write_csv(tmp_path / "metrics.csv", rows)
-    assert logs.read(tmp_path / "metrics.csv") == [
+    assert metric_logs.read(tmp_path / "metrics.csv") == [
         Row(epoch, 10 * epoch + 9, {"train_loss": 1 / (10 * epoch + 10), "val_loss": 0.5 - epoch}) for epoch in range(3)
     ]
 
@@ -789,7 +789,7 @@ WANTED = [Row(epoch, None, {"val/acc_top": 0.1 * epoch}) for epoch in range(3)]
 )
 def test_forms_of_json(name, text, tmp_path):
     (tmp_path / name).write_text(text)
-    assert logs.read(tmp_path / name) == WANTED
+    assert metric_logs.read(tmp_path / name) == WANTED
 
 
 @pytest.mark.parametrize(
@@ -804,7 +804,7 @@ def test_forms_of_json(name, text, tmp_path):
 def test_logs_that_cannot_be_are_refused(name, text, words, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(pp.FormatError, match=words):
-        logs.read(tmp_path / name)
+        metric_logs.read(tmp_path / name)
 
 
 def test_tensorboard_is_read_and_joined(made, tmp_path):
@@ -815,7 +815,7 @@ def test_tensorboard_is_read_and_joined(made, tmp_path):
         for epoch in range(7):
             writer.add_scalar("test/acc", epoch / 10, epoch)
             writer.add_scalar("new style", epoch, epoch, new_style=True)
-    rows = logs.read(tmp_path / "tb")
+    rows = metric_logs.read(tmp_path / "tb")
     assert [row.step for row in rows] == list(range(7))
     assert rows[3].metrics == pytest.approx({"test/acc": 0.3, "new_style": 3.0})
     report = bring(made[0], tmp_path / "root", metrics=tmp_path / "tb", join="epoch")
@@ -826,7 +826,7 @@ def test_tensorboard_is_read_and_joined(made, tmp_path):
     assert "5 of 7 rows of metrics join a checkpoint, by epoch" in report.notes
     (tmp_path / "empty").mkdir()
     with pytest.raises(pp.FormatError, match="without event files"):
-        logs.read(tmp_path / "empty")
+        metric_logs.read(tmp_path / "empty")
 
 
 def test_rows_that_join_nothing_are_said(made, tmp_path):

@@ -28,7 +28,7 @@ from peakpoint.errors import (
     NotFoundError,
     StoreError,
 )
-from peakpoint.export.files import export
+from peakpoint.exchange.exports.files import export
 from peakpoint.models.average import rounded
 from peakpoint.repository import audit
 from peakpoint.store import LocalStore, MemoryStore

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from peakpoint.errors import SignatureError as SignatureError
     from peakpoint.errors import StoreError as StoreError
     from peakpoint.errors import TransientStoreError as TransientStoreError
+    from peakpoint.exchange.imports import ImportReport as ImportReport
+    from peakpoint.exchange.imports import import_checkpoints as import_checkpoints
     from peakpoint.format.manifest import Checkpoint as Checkpoint
-    from peakpoint.importing.everything import ImportReport as ImportReport
-    from peakpoint.importing.everything import import_checkpoints as import_checkpoints
     from peakpoint.models.ensemble import Ensemble as Ensemble
     from peakpoint.models.ensemble import ensemble as ensemble
     from peakpoint.models.load import load as load
@@ -98,7 +98,7 @@ _HOMES = {
     "Every": ("rules", "Every"),
     "Forecast": ("reports.plan.forecast", "Forecast"),
     "FormatError": ("errors", "FormatError"),
-    "ImportReport": ("importing.everything", "ImportReport"),
+    "ImportReport": ("exchange.imports", "ImportReport"),
     "Last": ("rules", "Last"),
     "LoadReport": ("state.restore", "LoadReport"),
     "Loaded": ("state.saved", "Loaded"),
@@ -125,7 +125,7 @@ _HOMES = {
     "diff": ("models.value_diff", "diff"),
     "ensemble": ("models.ensemble", "ensemble"),
     "forecast": ("reports.plan.forecast", "forecast"),
-    "import_checkpoints": ("importing.everything", "import_checkpoints"),
+    "import_checkpoints": ("exchange.imports", "import_checkpoints"),
     "load": ("models.load", "load"),
     "select": ("catalogue", "select"),
     "open": ("repository.root", "open_repository"),

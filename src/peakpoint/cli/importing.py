@@ -56,7 +56,7 @@ def import_(
     """Bring checkpoints of other tools into a run; no code of a file's is run, and no file is changed."""
     renamed = dict(_pair(part) for part in parts)
     rules = None if texts is None else parse_all(texts)
-    importing = torch_side("peakpoint.importing.everything", "import")
+    importing = torch_side("peakpoint.exchange.imports", "import")
     with _saying_what_came(root, run), progress("importing", _size(path)) as advance:
         report = importing.import_checkpoints(
             path, root, run=run, parts=renamed, rules=rules, progress=advance, **options
@@ -209,14 +209,14 @@ def export(
     if to.suffix == ".onnx":
         if factory is None:
             raise ConfigError("--to FILE.onnx needs --model MODULE:FUNCTION, your function that makes the model")
-        manifest, checked = torch_side("peakpoint.export.onnx_file", "onnx").export_onnx(
+        manifest, checked = torch_side("peakpoint.exchange.exports.onnx", "onnx").export_onnx(
             repository, ref, to, factory, inputs, parts[0] if parts else "model"
         )
     elif form == "hf":
-        folders = torch_side("peakpoint.export.huggingface")
+        folders = torch_side("peakpoint.exchange.exports.huggingface")
         manifest = folders.export_folder(repository, ref, to, parts[0] if parts else "", shard=shard, config=config)
     else:
-        manifest = torch_side("peakpoint.export.files").export(repository, ref, to, parts)
+        manifest = torch_side("peakpoint.exchange.exports.files").export(repository, ref, to, parts)
     size = to.stat().st_size if to.is_file() else sum(file.stat().st_size for file in to.iterdir())
     if json:
         told = {"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": size}

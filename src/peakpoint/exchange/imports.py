@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError
+from peakpoint.exchange import metric_logs
+from peakpoint.exchange.intake import Imported, Intake, Seen
+from peakpoint.exchange.moments import timeline
+from peakpoint.exchange.pickles import check_inert
+from peakpoint.exchange.sources import Source, find, read
+from peakpoint.exchange.state_dicts import EXTRA, Reading, keepable
 from peakpoint.format import names
-from peakpoint.importing import logs
-from peakpoint.importing.foreign import EXTRA, Reading, keepable
-from peakpoint.importing.intake import Imported, Intake, Seen
-from peakpoint.importing.sources import Source, find, read
-from peakpoint.importing.timeline import timeline
-from peakpoint.importing.unpickling import check_inert
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.rules import Rule, check_rules
 from peakpoint.store import Store, open_store
 
-_AXES = (logs.EPOCH, logs.STEP)
+_AXES = (metric_logs.EPOCH, metric_logs.STEP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +71,12 @@ def import_checkpoints(
         path: a file, or a folder that is searched with all folders below it.
         root: the repository, created when it does not exist.
         run: the run: a new one, or one that holds nothing but what was imported.
-        metrics: a log to be joined; see ``peakpoint.importing.logs.read``.
+        metrics: a log to be joined; see ``peakpoint.exchange.metric_logs.read``.
         join: what its rows are joined by: ``"epoch"``, ``"step"``, or ``"auto"``.
         parts: names in the files to names of parts, besides those that are known.
         strip_prefix: taken from the names of a model's tensors, such as ``"module."``.
         epochs_from: what the files and the log call the first epoch: 0 or 1.
-        inert: full names of classes to be kept as records of their values; see ``peakpoint.importing.unpickling``.
+        inert: full names of classes to be kept as records of their values; see ``peakpoint.exchange.pickles``.
         rules: put these in force, and pin nothing.
         link: give safetensors files that can serve as they are a second name instead of copying them. Whoever writes
             into one of the two afterwards changes both.
@@ -115,7 +115,7 @@ def import_checkpoints(
     seen, unreadable = _look(sources, how, skip=skip_unreadable or dry_run)
     seen, twins = _without_twins(seen)
     _check_stripped(seen, strip_prefix)
-    rows = [] if metrics is None else _shifted(logs.read(Path(metrics)), epochs_from)
+    rows = [] if metrics is None else _shifted(metric_logs.read(Path(metrics)), epochs_from)
     if metrics is not None and seen:
         _check_joins(seen, rows, join, Path(metrics))
     own = max((one.found.rows for one in seen), key=len, default=())
@@ -147,7 +147,7 @@ def _checked(parts: Mapping[str, str]) -> dict[str, str]:
     return dict(parts)
 
 
-def _shifted(rows: Sequence[logs.Row], first: int) -> list[logs.Row]:
+def _shifted(rows: Sequence[metric_logs.Row], first: int) -> list[metric_logs.Row]:
     if any(row.epoch is not None and row.epoch < first for row in rows):
         raise ConfigError(f"the log has an epoch before {first}, which was said to be the first")
     return [row if row.epoch is None else replace(row, epoch=row.epoch - first) for row in rows]
@@ -158,10 +158,10 @@ def _check_stripped(seen: Sequence[Seen], prefix: str) -> None:
         raise ConfigError(f"--strip-prefix {prefix}: no name of a tensor begins with it in any of the files")
 
 
-def _check_joins(seen: Sequence[Seen], rows: Sequence[logs.Row], how: str, path: Path) -> None:
+def _check_joins(seen: Sequence[Seen], rows: Sequence[metric_logs.Row], how: str, path: Path) -> None:
     """Refuse a log that has nothing to do with the files."""
     files: dict[str, set[int | None]] = {axis: {getattr(one.found, axis) for one in seen} for axis in _AXES}
-    joined = {axis: sum(logs.key(row, axis) in here - {None} for row in rows) for axis, here in files.items()}
+    joined = {axis: sum(metric_logs.key(row, axis) in here - {None} for row in rows) for axis, here in files.items()}
     if any(count for axis, count in joined.items() if how in {"auto", axis}):
         return
     own: dict[str, set[int | None]] = {axis: {getattr(row, axis) for row in rows} for axis in _AXES}

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peakpoint.errors import ConflictError
+from peakpoint.exchange.moments import Moment
 from peakpoint.format.events import Reported
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.importing.timeline import Moment
 
 COUNTED = "counted_step"  # in a manifest's written_by: no file has told the step
 

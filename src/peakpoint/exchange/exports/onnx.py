@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError, FormatError, MismatchError, needing
-from peakpoint.export.files import check_free, published
+from peakpoint.exchange.exports.files import check_free, published
 from peakpoint.format.manifest import Manifest
 from peakpoint.models.load import load
 from peakpoint.repository.root import Repository

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from peakpoint.errors import CorruptError, FormatError
-from peakpoint.importing import unpickling
+from peakpoint.exchange import pickles
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORDS = frozenset(
@@ -57,7 +57,7 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if full == "torch.Size":
             return torch.Size
-        found = self._kinds.get(full) or _DTYPES.get(full) or unpickling.PATHS.get(full)
+        found = self._kinds.get(full) or _DTYPES.get(full) or pickles.PATHS.get(full)
         if found is None:
             raise FormatError(
                 f".metadata names {full}, which has no place there: Peakpoint has run nothing of it; save the "
@@ -76,7 +76,7 @@ def read_folder(folder: Path, *, inert: Collection[str] = ()) -> dict[str, Any]:
         FormatError: the folder names something that is not allowed, or is of a kind that this release does not read.
         CorruptError: it is cut short or damaged.
     """
-    unpickling.require_torch()
+    pickles.require_torch()
     found = _metadata(folder)
     flat: dict[str, Any] = {}
     try:
@@ -99,7 +99,7 @@ def _metadata(folder: Path) -> Any:
             found = _Unpickler(file).load()
     except FormatError as error:
         raise FormatError(f"{folder}/{error}") from error
-    except unpickling.UNREADABLE as error:
+    except pickles.UNREADABLE as error:
         raise CorruptError(f"{folder}/.metadata is damaged: {error!r}"[:400]) from error
     if type(found).__name__ != "Metadata" or not isinstance(getattr(found, "storage_data", None), dict):
         raise FormatError(f"{folder}/.metadata is no metadata of torch.distributed.checkpoint's own files")
@@ -118,7 +118,7 @@ def _item(folder: Path, info: Any, name: str, inert: Collection[str]) -> Any:
     with file.open("rb") as stream:
         stream.seek(info.offset)
         data = stream.read(info.length)
-    return unpickling.load(data, where=f"{file} ({name})", inert=inert)
+    return pickles.load(data, where=f"{file} ({name})", inert=inert)
 
 
 def _tensor(folder: Path, stored: Mapping[tuple[str, Any], Any], name: str, entry: Any) -> torch.Tensor:

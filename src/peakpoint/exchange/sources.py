@@ -13,11 +13,11 @@ import msgspec
 from blake3 import blake3
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.exchange import pickles
+from peakpoint.exchange.dcp import read_folder
+from peakpoint.exchange.metric_logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of, whole
+from peakpoint.exchange.state_dicts import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
 from peakpoint.format.layout import REPOSITORY
-from peakpoint.importing import unpickling
-from peakpoint.importing.distributed import read_folder
-from peakpoint.importing.foreign import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
-from peakpoint.importing.logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of, whole
 from peakpoint.state.tensor_files import read_safetensors
 from peakpoint.store import translated
 
@@ -158,7 +158,7 @@ def _stripped(found: Foreign, prefix: str) -> Foreign:
 
 
 def _torch(source: Source, how: Reading) -> Foreign:
-    return from_dict(unpickling.load(source.path, inert=how.inert), source.path, how)
+    return from_dict(pickles.load(source.path, inert=how.inert), source.path, how)
 
 
 def _safetensors(source: Source, how: Reading) -> Foreign:  # noqa: ARG001 - all readers are called alike
@@ -212,7 +212,7 @@ def _huggingface(source: Source, how: Reading) -> Foreign:
     parts: dict[str, Any] = {"model": model}
     for name, part in _HF_PARTS.items():
         if name in names and part not in parts:
-            parts[part] = unpickling.load(folder / name, inert=how.inert)
+            parts[part] = pickles.load(folder / name, inert=how.inert)
             notes.append(f"{name} -> {part}")
     extra = {name.removesuffix(".json"): _json(folder / name) for name in _HF_JSON if name in names}
     notes += [f"{name}.json -> {EXTRA}" for name in extra]
@@ -270,7 +270,7 @@ def _shards(index: Path) -> list[str]:
 def _weights_of(path: Path, how: Reading) -> dict[str, Any]:
     if path.suffix == SAFETENSORS:
         return dict(read_safetensors(path)[0])
-    found = unpickling.load(path, inert=how.inert)
+    found = pickles.load(path, inert=how.inert)
     if not is_weights(found):
         raise FormatError(f"{path} is no dict of tensors")
     return dict(found)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peakpoint.errors import FormatError
-from peakpoint.export.files import check_free, check_weights, default_part, published
+from peakpoint.exchange.exports.files import check_free, check_weights, default_part, published
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json

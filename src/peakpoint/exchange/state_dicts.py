@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError, FormatError
+from peakpoint.exchange.metric_logs import EPOCH, STEPS, Row, as_number, metric_name, readable, whole
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
-from peakpoint.importing.logs import EPOCH, STEPS, Row, as_number, metric_name, readable, whole
 from peakpoint.state.typed_json import Encoder
 
 EXTRA = "extra"

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from peakpoint.importing.foreign import Foreign
-from peakpoint.importing.logs import EPOCH, STEP, Row, key
+from peakpoint.exchange.metric_logs import EPOCH, STEP, Row, key
+from peakpoint.exchange.state_dicts import Foreign
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peakpoint.errors import ConflictError, CorruptError, StoreError
+from peakpoint.exchange.moments import Moment
+from peakpoint.exchange.places import COUNTED, OutOfPlaceError, Placed, placed
+from peakpoint.exchange.sources import Source, read
+from peakpoint.exchange.state_dicts import EXTRA, Foreign, Reading, keepable
 from peakpoint.format.events import Pinned, Saved, Unpinned
 from peakpoint.format.manifest import Manifest
-from peakpoint.importing.foreign import EXTRA, Foreign, Reading, keepable
-from peakpoint.importing.placing import COUNTED, OutOfPlaceError, Placed, placed
-from peakpoint.importing.sources import Source, read
-from peakpoint.importing.timeline import Moment
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import notes as notes_of
 from peakpoint.repository.audit import clean_run
@@ -49,7 +49,7 @@ class Imported:
         path: the file or folder.
         tool: what wrote it, as far as can be told; its kind when it cannot be read.
         epoch: the epoch's index from 0, None when nothing tells it.
-        step: steps completed; see ``peakpoint.importing.timeline`` for those that do not tell it.
+        step: steps completed; see ``peakpoint.exchange.moments`` for those that do not tell it.
         step_counted: whether no file tells the step.
         metrics: of the moment, those of logs included.
         parts: names of the parts.

@@ -1,1 +1,0 @@
-"""Checkpoints that other tools have written become a run; see ``importing.everything``."""
