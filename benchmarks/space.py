@@ -16,7 +16,7 @@ from torch import nn
 import peakpoint as pp
 from benchmarks.cases import frozen_resnet50
 from benchmarks.page import LEAN, NAIVE, NAIVE_THIN, PACKED, THIN
-from peakpoint.demo.training import TRAINING_IMAGES, LeNet5, digits
+from peakpoint.cli.demo.training import TRAINING_IMAGES, LeNet5, digits
 from peakpoint.repository import maintenance
 from peakpoint.store import FileOps, LocalStore
 

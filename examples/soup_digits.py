@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import peakpoint as pp
-from peakpoint.demo.training import LeNet5, digits
+from peakpoint.cli.demo.training import LeNet5, digits
 
 TRAINING, VALIDATION, EPOCHS, BATCH = 600, 400, 40, 32
 out, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1

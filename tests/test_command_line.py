@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 import peakpoint as pp
 from commands import in_process
 from peakpoint.cli import render
+from peakpoint.cli.demo import show
 from peakpoint.cli.main import _MODULES, cli
-from peakpoint.demo import show
 from peakpoint.rules import check_watched, parse_all
 from training import checkpointer
 

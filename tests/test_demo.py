@@ -27,7 +27,7 @@ def demo(tmp_path_factory):
 
 
 def test_from_a_selection_to_production_and_back(demo):
-    checks = ("--with", "peakpoint.demo.training:evaluate", "--model", "peakpoint.demo.training:LeNet5")
+    checks = ("--with", "peakpoint.cli.demo.training:evaluate", "--model", "peakpoint.cli.demo.training:LeNet5")
     best, other = peakpoint("select", demo, "--max", "val_accuracy", "--top", 2, "--refs").split()
     for number, ref in ((4, other), (5, best)):
         assert peakpoint("validate", demo, ref, *checks).rstrip().endswith("passed")
@@ -54,7 +54,7 @@ def test_a_release_of_the_demonstration(demo):
     table = """
         select = "val_accuracy > 0.5"
         rank = ["max val_accuracy", "min epoch"]
-        validation = { with = "peakpoint.demo.training:evaluate", model = "peakpoint.demo.training:LeNet5" }
+        validation = { with = "peakpoint.cli.demo.training:evaluate", model = "peakpoint.cli.demo.training:LeNet5" }
         """
     (demo / "production.toml").write_text(f"format = 1\n[champion]\n{table}\n[shadow]\n{table}")
     waits = json.loads(peakpoint("release", demo, "--json"))

@@ -96,7 +96,7 @@ def test_names_of_ours_in_messages_and_docstrings_are_those_of_something():
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(peakpoint.__path__, "peakpoint.")
-    if not module.name.startswith("peakpoint.demo")
+    if not module.name.startswith("peakpoint.cli.demo")
 ]
 
 

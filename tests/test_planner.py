@@ -19,8 +19,8 @@ from torch import nn
 import peakpoint as pp
 from peakpoint import rules
 from peakpoint.cli import render
+from peakpoint.cli.demo.training import LeNet5, digits
 from peakpoint.cli.main import cli
-from peakpoint.demo.training import LeNet5, digits
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.events import Reported, Saved
 from peakpoint.reports.plan import forecast as planner

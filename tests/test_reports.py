@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import peakpoint as pp
-from peakpoint.cli import reporting
+from peakpoint.cli import report
 from peakpoint.cli.main import cli
 from peakpoint.reports.evaluation import evaluate, files, pages, tables, write
 from peakpoint.reports.evaluation.tables import Table
@@ -419,14 +419,14 @@ def test_nothing_can_be_reported_but_not_drawn(tmp_path):
 def test_on_a_narrow_terminal_every_cell_is_there(given):
     cells, width = given
     table = Table(title="t", columns=tuple(f"head{at}" for at in range(len(cells))), rows=(tuple(cells),))
-    lines = [line.plain for line in reporting._paragraph(table, cells, width)]
+    lines = [line.plain for line in report._paragraph(table, cells, width)]
     assert "".join(lines) == cells[0] + "".join(f"  head{at} {cell}" for at, cell in enumerate(cells) if at)
     longest = max(len(f"  head{at} {cell}") for at, cell in enumerate(cells))
     assert all(len(line) <= max(width, longest) for line in lines)
     console = Console(width=200, file=io.StringIO())
-    console.print(reporting._rich(table, 0))
+    console.print(report._rich(table, 0))
     printed = [line.rstrip() for line in console.file.getvalue().split("\n")]
-    assert printed[:-1] == [line.plain.rstrip() for line in reporting._paragraph(table, cells, 0)]
+    assert printed[:-1] == [line.plain.rstrip() for line in report._paragraph(table, cells, 0)]
 
 
 def test_a_run_that_is_being_written_can_be_reported(tmp_path):

@@ -227,7 +227,7 @@ def test_a_run_that_only_its_owner_may_read_keeps_nobody_from_the_others(tmp_pat
     (tmp_path / "runs" / "runs" / "theirs").chmod(0o700)
     for place in (tmp_path, *tmp_path.parents[:-2]):  # which pytest keeps to itself
         place.chmod(0o755)
-    before = "import os, rich.table, peakpoint.cli.selecting, sqlalchemy.dialects.sqlite, peakpoint.catalogue"
+    before = "import os, rich.table, peakpoint.cli.select, sqlalchemy.dialects.sqlite, peakpoint.catalogue"
     code = f"{before}; os.setgid(65534); os.setuid(65534); {RUN}"  # who may not read what Python is made of
     for arguments, exit_code in ((["select", "--max", "acc"], 23), (["ls", "--json"], 23), (["ls"], 0)):
         command = [sys.executable, "-c", code, arguments[0], str(tmp_path / "runs"), *arguments[1:]]

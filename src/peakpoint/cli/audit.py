@@ -11,7 +11,7 @@ from rich.progress import Progress
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
-from peakpoint.cli.selecting import progress_of_runs
+from peakpoint.cli.select import progress_of_runs
 from peakpoint.errors import CorruptError
 from peakpoint.format import layout
 from peakpoint.repository import audit as audits

@@ -11,11 +11,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from peakpoint.cli import fitting, render
+from peakpoint.cli import render, tables
 from peakpoint.cli.arguments import JSON, REF, ROOT
-from peakpoint.cli.fitting import Column
 from peakpoint.cli.render import words
 from peakpoint.cli.space import progress
+from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
 from peakpoint.format.amounts import read_time
 from peakpoint.production import hooks, promotion
@@ -204,7 +204,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
             Column("", [_MARKS[one.better] for one in pairs], right=False),
             Column("from", [one.source for one in pairs], right=False),
         ]
-        console.print(fitting.table(fitting.fitted(columns, ["from", ""], console.width), console.width))
+        console.print(tables.table(tables.fitted(columns, ["from", ""], console.width), console.width))
     console.print("\n".join(_paired_lines(found)), soft_wrap=True)
 
 
@@ -374,7 +374,7 @@ def aliases(root: Path, json: bool) -> None:  # noqa: FBT001
             Column("by", [words(one.by) for one in found], right=False),
         ]
         said = [f"{words(_name(one))}: {words(one.why)}" for one in found]
-        console.print(fitting.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
+        console.print(tables.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
     elif not damage:
         click.echo("there are no aliases yet; peakpoint promote ROOT REF --as champion --why '...' makes one")
     _damaged(damage)
@@ -426,7 +426,7 @@ def _print_history(shown: Sequence[AliasRecord]) -> None:
     for one in shown:
         forced = "".join(f"; FORCED although {reason}" for reason in one.forced)
         said.append(f"{words(_name(one))}: {words(one.why + forced)}")
-    console.print(fitting.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
+    console.print(tables.with_reasons(console, columns, ["by"], "checkpoint, and why", said))
 
 
 def _what(one: AliasRecord) -> str:

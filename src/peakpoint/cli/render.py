@@ -14,8 +14,8 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint.cli import fitting, marks
-from peakpoint.cli.fitting import Column
+from peakpoint.cli import alias_marks, tables
+from peakpoint.cli.tables import Column
 from peakpoint.format import amounts
 from peakpoint.format.manifest import Checkpoint, Manifest, plain
 from peakpoint.repository import reader
@@ -166,7 +166,7 @@ def kept_table(
     metrics = [Column(escape(metric), [value(one, metric) for one in manifests]) for metric in watched]
     columns = [
         Column("checkpoint", [escape(one.name) for one in manifests], right=False),
-        *marks.columns([aliases.get(one.id, ()) for one in manifests]),
+        *alias_marks.columns([aliases.get(one.id, ()) for one in manifests]),
         Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in manifests]),
         Column("step", [str(one.step) for one in manifests]),
         *metrics,
@@ -174,7 +174,7 @@ def kept_table(
     ]
     spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch", "aliases"]
     reasons = [claims_text(kept.get(one.id, ())) for one in manifests]
-    return fitting.with_reasons(console, columns, spare, "kept because", reasons)
+    return tables.with_reasons(console, columns, spare, "kept because", reasons)
 
 
 def claims_text(claims: Iterable[Claim]) -> str:
@@ -207,7 +207,7 @@ def best_exist(peaks: Iterable[Peak], manifests: Sequence[Manifest]) -> dict[str
 def peaks_table(peaks: Sequence[Peak], exist: Mapping[str, bool]) -> Table:
     """Best against last, and whether a checkpoint of the best exists."""
     heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
-    return fitting.plain(heads, [_peak_cells(peak, exist) for peak in peaks])
+    return tables.plain(heads, [_peak_cells(peak, exist) for peak in peaks])
 
 
 def _peak_cells(peak: Peak, exist: Mapping[str, bool]) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ def files_table(manifest: Manifest) -> Table:
         )
         for file in manifest.files
     ]
-    return fitting.plain(("file", "part", ">tensors", ">size", "digest (BLAKE3)"), rows)
+    return tables.plain(("file", "part", ">tensors", ">size", "digest (BLAKE3)"), rows)
 
 
 _COLOURS = {"damage": "bold red", "litter": "yellow", "foreign": "blue", "busy": "cyan", "removed": "green"}
@@ -254,7 +254,7 @@ _COLOURS = {"damage": "bold red", "litter": "yellow", "foreign": "blue", "busy":
 def findings_table(findings: Sequence[Finding]) -> Table:
     """What an audit found."""
     rows = [(f"[{_COLOURS[one.kind]}]{one.kind}[/]", escape(one.where), escape(one.what)) for one in findings]
-    return fitting.plain(("kind", "where", "what"), rows)
+    return tables.plain(("kind", "where", "what"), rows)
 
 
 def audit_sentence(result: Audit) -> str:
@@ -270,7 +270,7 @@ def print_run(console: Console, run: Run) -> None:
     pairs = watched(in_force)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
     total = sum(manifest.size_bytes for manifest in manifests)
-    packed, aliases = packed_bytes(run.store, run.name, manifests), marks.pointing(run)
+    packed, aliases = packed_bytes(run.store, run.name, manifests), alias_marks.pointing(run)
     away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
     holder = run.holder()
     console.print(
@@ -301,8 +301,8 @@ def runs_table(console: Console, runs: Sequence["Listed"], writing: Collection[s
         if title != "aliases" or any(column)
     ]
     spare = ["reports", "at", "checkpoints", "size", "newest", "last", "aliases"]
-    left = fitting.fitted(columns, spare, console.width)
-    return fitting.table(left, console.width)
+    left = tables.fitted(columns, spare, console.width)
+    return tables.table(left, console.width)
 
 
 def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
@@ -312,7 +312,7 @@ def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
         peak = [f"{metric} ({mode})", best, moment, last, lost]
     return (
         escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
-        marks.text(run.aliases),
+        alias_marks.text(run.aliases),
         f"{run.checkpoints:,}",
         size(run.size_bytes),
         f"{run.reports:,}",
@@ -343,7 +343,7 @@ def run_json(run: Run) -> dict[str, Any]:
     events, manifests = run.events(), run.manifests()
     in_force = rules_of(events)
     kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
-    packed, aliases = packed_bytes(run.store, run.name, manifests), marks.pointing(run)
+    packed, aliases = packed_bytes(run.store, run.name, manifests), alias_marks.pointing(run)
     past = history(events)
     found = peaks(past, watched(in_force))
     return {

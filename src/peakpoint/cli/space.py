@@ -10,9 +10,9 @@ import click
 from rich.markup import escape
 from rich.progress import Progress
 
-from peakpoint.cli import fitting, render
+from peakpoint.cli import render, tables
 from peakpoint.cli.arguments import JSON, ROOT
-from peakpoint.cli.fitting import Column
+from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import maintenance, packs
@@ -111,7 +111,7 @@ def _print_packed(root: Path, name: str, done: Sequence[Packed]) -> None:
         Column("of it", [f"{one.packed_bytes / (one.size_bytes or one.packed_bytes):.0%}" for one in done]),
         Column("as differences to", [_NEIGHBOURS[one.bases] for one in done], right=False),
     ]
-    console.print(fitting.table(columns, console.width))
+    console.print(tables.table(columns, console.width))
     before, after = sum(one.size_bytes for one in done), sum(one.packed_bytes for one in done)
     back = escape(render.command("archive", root, name, "--restore"))
     console.print(
@@ -152,7 +152,7 @@ def trash(root: Path, *, empty: bool, json: bool) -> None:
         Column("until", [f"{entry.record.until:%Y-%m-%d %H:%M} UTC" for entry in entries], right=False),
     ]
     whys = [escape(entry.record.why) for entry in entries]
-    console.print(fitting.with_reasons(console, columns, ["size"], "why", whys))
+    console.print(tables.with_reasons(console, columns, ["size"], "why", whys))
     console.print(
         f"{render.size(total)}; {escape(render.command('undo', root, 'RUN/NAME'))} brings one back", soft_wrap=True
     )

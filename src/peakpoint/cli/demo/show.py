@@ -29,7 +29,7 @@ from peakpoint.rules import watched
 from peakpoint.rules.peaks import peaks
 
 WHOLE, KILLED = "lenet5-uninterrupted", "lenet5-killed"
-_TRAINING = "peakpoint.demo.training"
+_TRAINING = "peakpoint.cli.demo.training"
 
 
 class DemoError(Error):

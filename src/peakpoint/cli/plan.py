@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peakpoint.cli import fitting, render
+from peakpoint.cli import render, tables
 from peakpoint.cli.arguments import JSON, reads, rules_help
 from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError
@@ -235,7 +235,7 @@ def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def _print_plan(console: Console, found: Forecast, costs: dict[str, Any], saving: dict[str, Any] | None) -> None:
     console.print(f"[bold]One checkpoint[/] of {escape(found.sizes.source)}")
-    table = fitting.plain(("part", ">size", "why"))
+    table = tables.plain(("part", ">size", "why"))
     for part in found.sizes.parts:
         still = f"; {render.size(part.frozen)} of it do not change, and are written once" if part.frozen else ""
         table.add_row(escape(part.name), render.size(part.bytes), escape(part.why + still))
@@ -246,7 +246,7 @@ def _print_plan(console: Console, found: Forecast, costs: dict[str, Any], saving
         f"{escape(' '.join(found.rules))}"
     )
     heads = ("saves", "written", "kept", "whole", "bytes kept", "at most", "bytes at most")
-    table = fitting.plain(("if the metrics", *(f">{head}" for head in heads)))
+    table = tables.plain(("if the metrics", *(f">{head}" for head in heads)))
     for one in found.outlooks:
         row = [one.saves, render.size(one.bytes_written), one.kept, one.whole, render.size(one.bytes_kept)]
         table.add_row(_SAID[one.name], *map(str, row), str(one.most), render.size(one.bytes_most))
@@ -346,7 +346,7 @@ def _print_presets(*, json: bool) -> None:
         return
     console = render.console()
     heads = ("parameters", "weights", "with SGD's momentum", "with Adam's moments", "16 bits, mixed")
-    table = fitting.plain(("network", *(f">{head}" for head in heads)))
+    table = tables.plain(("network", *(f">{head}" for head in heads)))
     for row in rows:
         figures = [render.size(row[f"{key}_bytes"]) for key in ("weights", "sgd_momentum", "adam", "mixed")]
         table.add_row(f"{row['name']} ({row['dtype']})", f"{row['parameters']:,}", *figures)

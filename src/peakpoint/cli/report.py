@@ -12,8 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from peakpoint.cli import fitting, render
+from peakpoint.cli import render
 from peakpoint.cli.arguments import JSON, ROOT
+from peakpoint.cli.tables import plain
 from peakpoint.errors import ConfigError
 from peakpoint.reports import evaluation
 from peakpoint.reports.evaluation import files, tables
@@ -139,7 +140,7 @@ def _rich(table: tables.Table, width: int) -> RenderableType:
         return Group(*(line for cells in table.rows for line in _paragraph(table, cells, width)))
     heads = [escape(tables.printable(column)) for column in table.columns]
     rows = [[_styled(head, cell) for (head, _), cell in zip(table.heads, cells, strict=True)] for cells in table.rows]
-    return fitting.plain(heads, rows, unbroken=[head for head, keep in zip(heads, whole, strict=True) if keep])
+    return plain(heads, rows, unbroken=[head for head, keep in zip(heads, whole, strict=True) if keep])
 
 
 def _paragraph(table: tables.Table, cells: Sequence[str], width: int) -> list[Text]:

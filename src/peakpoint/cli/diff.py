@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peakpoint.cli import fitting, render
+from peakpoint.cli import render, tables
 from peakpoint.cli.arguments import JSON, ROOT, torch_side
 from peakpoint.cli.space import progress
 from peakpoint.reports.diff import Difference, MetricDifference, TensorDifference, manifests_differ
@@ -57,13 +57,13 @@ def _print_diff(console: Console, found: Difference, listed: Sequence[TensorDiff
     a, b = found.a, found.b
     rows = [("id", a.id, b.id), *((what, escape(one), escape(other)) for what, one, other in _rows(found))]
     rows += map(_metric_cells, found.metrics)
-    console.print(fitting.plain(("", f"a: {escape(a.ref)}", f"b: {escape(b.ref)}"), rows))
+    console.print(tables.plain(("", f"a: {escape(a.ref)}", f"b: {escape(b.ref)}"), rows))
     console.print()
     for part, where in [(one, "a") for one in found.parts_only_in_a] + [(one, "b") for one in found.parts_only_in_b]:
         console.print(f"part {escape(part)} is only in {where}")
     if found.plain:
         values = [(escape(plain.path), *map(escape, _plain(plain.a, plain.b))) for plain in found.plain[:20]]
-        console.print(fitting.plain(("value", "a", "b"), values))
+        console.print(tables.plain(("value", "a", "b"), values))
         if len(found.plain) > 20:
             console.print(f"and {len(found.plain) - 20} other values; --json lists them")
         console.print()
@@ -125,7 +125,7 @@ def _print_tensors(console: Console, found: Difference, listed: Sequence[TensorD
     between = "  " if console.width >= _WIDE else "\n"
     names = [f"{escape(f'{one.part}: {one.name}')}{between}[dim]{_what(one)}[/]" for one in listed]
     rows = [(name, render.size(one.bytes), *_figures(one)) for name, one in zip(names, listed, strict=True)]
-    console.print(fitting.plain(heads, [row[: len(heads)] for row in rows], unbroken=heads[1:]))
+    console.print(tables.plain(heads, [row[: len(heads)] for row in rows], unbroken=heads[1:]))
     if len(found.tensors) > len(listed):
         console.print(f"and {len(found.tensors) - len(listed)} more; --all lists them")
 

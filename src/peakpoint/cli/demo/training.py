@@ -1,6 +1,6 @@
 """LeNet-5 on scikit-learn's digits: the program that the demonstration runs, kills and runs again.
 
-``python -m peakpoint.demo.training ROOT RUN EPOCHS [KILL_AT_SAVE]`` prints a line of JSON for each epoch, and one
+``python -m peakpoint.cli.demo.training ROOT RUN EPOCHS [KILL_AT_SAVE]`` prints a line of JSON for each epoch, and one
 with the digest of the final weights.
 """
 

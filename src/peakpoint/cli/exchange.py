@@ -12,10 +12,10 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint.cli import fitting, render
+from peakpoint.cli import render, tables
 from peakpoint.cli.arguments import JSON, REF, ROOT, torch_side
-from peakpoint.cli.fitting import Column
 from peakpoint.cli.space import progress
+from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, Error
 from peakpoint.repository.root import open_repository
 from peakpoint.rules import parse_all
@@ -173,7 +173,7 @@ def _table(checkpoints: Sequence[Any], width: int) -> Table:
         Column("size", [render.size(one.size_bytes) for one in checkpoints]),
         Column("what", list(map(status, checkpoints)), right=False),
     ]
-    return fitting.table(fitting.fitted(columns, ["parts", "kind", "size", *reversed(metrics)], width), width)
+    return tables.table(tables.fitted(columns, ["parts", "kind", "size", *reversed(metrics)], width), width)
 
 
 # --- export -------------------------------------------------------------------------------------------------------

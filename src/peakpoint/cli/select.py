@@ -15,9 +15,9 @@ from peakpoint.catalogue import Catalogue, Why, Wish
 from peakpoint.catalogue.query import Metric, Query
 from peakpoint.catalogue.query import parse as parse_query
 from peakpoint.catalogue.ranking import WithinSE, read_keys
-from peakpoint.cli import fitting, marks, render
+from peakpoint.cli import alias_marks, render, tables
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
-from peakpoint.cli.fitting import Column
+from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import read_count
@@ -270,7 +270,7 @@ def _print(
     values = [Column(escape(name), [render.number(one.metrics.get(name)) for one in shown]) for name in metrics]
     columns = [
         Column("checkpoint", [_marked(one, damaged) for one in shown], right=False),
-        *marks.columns([aliases.get((one.run, one.id), ()) for one in shown]),
+        *alias_marks.columns([aliases.get((one.run, one.id), ()) for one in shown]),
         Column("epoch", ["" if one.epoch is None else str(one.epoch) for one in shown]),
         Column("step", [str(one.step) for one in shown]),
         *values,
@@ -286,7 +286,7 @@ def _print(
         "size",
         "aliases",
     ]
-    table = fitting.table(fitting.fitted(columns, spare, console.width), console.width)
+    table = tables.table(tables.fitted(columns, spare, console.width), console.width)
     console.print(table)
     if more:
         console.print(
@@ -312,7 +312,7 @@ def _print_why(why: "Why", keys: dict[str, Mode]) -> None:
     for clause in why.clauses:
         missing = f"{clause.missing:,}" if clause.missing else ""
         rows.append((escape(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}"))
-    console.print(fitting.plain(("clause", ">removed", ">without a value", ">left"), rows))
+    console.print(tables.plain(("clause", ">removed", ">without a value", ">left"), rows))
     ranked = ", ".join(f"{escape(name)} ({mode})" for name, mode in keys.items()) or "newest first"
     console.print(f"{why.chosen:,} of {why.clauses[-1].left if why.clauses else why.candidates:,} chosen, by {ranked}")
     for place, one in enumerate(why.runners_up, why.chosen + 1):

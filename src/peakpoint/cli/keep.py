@@ -10,9 +10,9 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peakpoint.cli import fitting, marks, render
+from peakpoint.cli import alias_marks, render, tables
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, rules_help
-from peakpoint.cli.fitting import Column
+from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Measured, Reported
@@ -127,7 +127,7 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
         Column("size", [render.size(manifest.size_bytes) for manifest in manifests]),
     ]
     if manifests:
-        console.print(fitting.with_reasons(console, columns, ["size"], "why", whys))
+        console.print(tables.with_reasons(console, columns, ["size"], "why", whys))
     total = sum(manifest.size_bytes for manifest in manifests)
     console.print(
         f"{len(manifests) - len(going)} of {render.count(len(manifests), 'checkpoint')} stay, "
@@ -167,7 +167,7 @@ def _what_if(run: Run, rules: Sequence[Rule], price: float | None, *, json: bool
     )
     kept = Column("kept", [moment_text(one.moment) for one in found.kept], right=False)
     console.print(
-        fitting.with_reasons(console, [kept], [], "why", [render.claims_text(one.claims) for one in found.kept])
+        tables.with_reasons(console, [kept], [], "why", [render.claims_text(one.claims) for one in found.kept])
     )
     costs = "" if price is None else f" ({render.money(found.bytes_kept / GB * price)} a month at {price:g} a GB)"
     console.print(
@@ -263,7 +263,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         measured = [{"at": e.at, "metrics": dict(e.metrics), "source": e.source, "by": e.by} for e in late]
         lost = [{"at": record.at, "parts": record.parts, "reason": record.why} for record in dropped]
         extra = {"measured": measured, "claimed_instead": dict(instead), "dropped": lost}
-        extra["aliases"] = marks.pointing(run).get(manifest.id, ())
+        extra["aliases"] = alias_marks.pointing(run).get(manifest.id, ())
         render.as_json(render.manifest_json(manifest, claims) | {"exists": True} | extra)
         return
     console = render.console()

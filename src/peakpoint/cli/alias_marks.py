@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from peakpoint.cli.fitting import Column
+from peakpoint.cli.tables import Column
 from peakpoint.repository import aliases
 from peakpoint.repository.aliases import heads
 from peakpoint.repository.run import Run

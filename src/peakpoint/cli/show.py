@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from peakpoint.cli import marks, render
+from peakpoint.cli import alias_marks, render
 from peakpoint.cli.arguments import JSON, REF, ROOT, UNDO_FOR, torch_side
-from peakpoint.cli.validating import line
+from peakpoint.cli.validate import line
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
@@ -38,7 +38,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     tested = validations.survey(run.store, run.name, manifest.id)
     packed = packed_bytes(run.store, run.name, [manifest]).get(manifest.id)
     signed = signing.signatures(run.store, run.name, manifest.name)
-    aliases = marks.pointing(run).get(manifest.id, ())
+    aliases = alias_marks.pointing(run).get(manifest.id, ())
     if json:
         extra = {
             "aliases": aliases,
@@ -100,7 +100,7 @@ def _facts(
     return [
         ("checkpoint", escape(f"{manifest.run}/{manifest.name}")),
         ("id", manifest.id),
-        *([("aliases", marks.text(aliases))] if aliases else []),
+        *([("aliases", alias_marks.text(aliases))] if aliases else []),
         ("directory", escape(str(root / layout.checkpoint_prefix(manifest.run, manifest.name)))),
         ("taken at", f"{where}; commit {manifest.sequence} of the run, report {manifest.report}"),
         ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),
@@ -227,7 +227,7 @@ def _print_removal(repository: Repository, manifests: Sequence[Manifest]) -> Non
 @click.option("--epochs", type=click.IntRange(min=6), default=60, show_default=True, help="Epochs of each training.")
 def demo(out: Path, epochs: int) -> None:
     """Train, kill in the middle of a save, resume: see that nothing is lost."""
-    torch_side("peakpoint.demo.show").run(out, epochs)
+    torch_side("peakpoint.cli.demo.show").run(out, epochs)
 
 
 COMMANDS = (show, rm, demo)
