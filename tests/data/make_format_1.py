@@ -2,7 +2,7 @@
 
 It was run once, with that revision, as ``PYTHONPATH=src:tests python tests/data/make_format_1.py``. The data are never
 made again, and nothing runs this: it stays so that it can be read what the data are. Later releases read them; see
-tests/test_format_fixtures.py. It wrote
+tests/format/test_fixtures.py. It wrote
 
 - ``format-1/``, the repository,
 - ``format-1.tensors.json``, every tensor of every checkpoint as it was when it was saved,
@@ -35,12 +35,12 @@ import safetensors.torch
 import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from peakpoint.policy import read_policies
+from peakpoint.retention import Thinning
 
 import format_state
 import peakpoint as pp
 from peakpoint import aliases, clock, hooks, promotion, release, report, retention, signing, upkeep, validating
-from peakpoint.policy import read_policies
-from peakpoint.retention import Thinning
 from peakpoint.store import FileOps, LocalStore
 
 HERE = Path(__file__).parent

@@ -7,9 +7,9 @@ other rules?" and "what after a restart?" are one calculation:
 - a moment is saved if and only if a rule would claim it among the checkpoints that exist (``wanted``);
 - a checkpoint is kept while a rule claims it (``claims``).
 
-Laws that every rule obeys (tests/test_rules.py proves them): the answer does not depend on the order of the records;
-what was claimed stays claimed after everything else but the newest is removed; adding a rule never removes a claim; a
-value that is not finite never wins; ties go to the earlier record. ``Budget`` is the exception: it wants less.
+Laws that every rule obeys (tests/rules/test_rules.py proves them): the answer does not depend on the order of the
+records; what was claimed stays claimed after everything else but the newest is removed; adding a rule never removes a
+claim; a value that is not finite never wins; ties go to the earlier record. ``Budget`` is the exception: it wants less.
 """
 
 import difflib

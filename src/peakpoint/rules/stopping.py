@@ -33,7 +33,7 @@ class EarlyStopping:
 
     Source: patience, min_delta and warm-up (``start_from_epoch``) as in Keras 3, ``keras.callbacks.EarlyStopping``;
     goal and divergence as Lightning 2.6's ``stopping_threshold`` and ``divergence_threshold``. docs/guide.md lists the
-    differences; tests/test_stopping_peers.py runs all three on the same curves.
+    differences; tests/rules/test_stopping_peers.py runs all three on the same curves.
 
     Example:
         >>> rule = EarlyStopping("val_loss", "min", patience=2)

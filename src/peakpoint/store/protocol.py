@@ -1,4 +1,4 @@
-"""What a store is. The contract, in full, is the conformance suite in tests/test_store.py.
+"""What a store is. The contract, in full, is the conformance suite in tests/store/test_store.py.
 
 Keys are relative POSIX paths such as ``runs/a/run.json``. A store needs no locks and no overwriting: everything that
 the format writes is created once, appended to by one writer, or deleted.

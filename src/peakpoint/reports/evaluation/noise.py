@@ -145,7 +145,7 @@ def of_curve(values: Sequence[float]) -> Noise | None:
     Source: pseudo-residuals, (x[i-1] + x[i+1]) / 2 - x[i], whose variance is 3/2 of the noise's; Gasser, Sroka &
     Jennen-Steinmetz, Biometrika 73, 1986. The median of their absolute values over the normal distribution's third
     quartile instead of the root of their mean square: Hampel, JASA 69, 1974. The degrees of freedom, a third of the
-    number of values, are what makes ``Noise.margin`` right in simulations (tests/test_noise.py).
+    number of values, are what makes ``Noise.margin`` right in simulations (tests/reports/test_noise.py).
 
     Args:
         values: finite, earliest first.

@@ -1,7 +1,7 @@
 """What the state of an optimizer takes, before there is any.
 
 Most optimizers make their state at the first step. Which tensors they will hold follows from the class, its options and
-the shapes of the parameters. tests/test_planner.py compares it with what torch's optimizers really hold.
+the shapes of the parameters. tests/reports/test_plan.py compares it with what torch's optimizers really hold.
 """
 
 import math

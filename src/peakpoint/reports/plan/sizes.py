@@ -20,7 +20,7 @@ _PAGE = 4096
 _METADATA = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
 
 # Of state.json, measured: the generators of Python and NumPy have 625 words of 4 bytes each and torch's 5056 bytes, all
-# in base64; every tensor has a node of about 75 bytes. tests/test_planner.py compares both with a real save.
+# in base64; every tensor has a node of about 75 bytes. tests/reports/test_plan.py compares both with a real save.
 GENERATORS = 13_650
 NODE = 75
 _WORTH_A_FILE = 64 * 1024  # see peakpoint.state.unchanged

@@ -1,0 +1,24 @@
+"""Checkpoints of which only the manifest exists."""
+
+from peakpoint.format import layout
+from peakpoint.format.manifest import encode
+from peakpoint.repository import reader
+from peakpoint.repository.aliases import Change, Target, append, head
+from strategies import START
+
+
+def write(store, one):
+    directory = store.path(layout.checkpoint_prefix(one.run, one.name))
+    directory.mkdir(parents=True)
+    (directory / "manifest.json").write_bytes(encode(one))
+
+
+def point(store, alias, one, *, at=START, why="because", **more):
+    """Let an alias point at a checkpoint, or at nothing any more; the record."""
+    target = None
+    if one is not None:
+        told = reader.manifest_digest(store, one)
+        target = Target(run=one.run, checkpoint=one.id, name=one.name, manifest=told)
+    kind = "retired" if target is None else "rolled back" if "restores" in more else "promoted"
+    change = Change(kind=kind, target=target, at=at, by="somebody", why=why, **more)
+    return append(store, alias, change, after=head(store, alias))
