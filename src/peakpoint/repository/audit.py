@@ -317,7 +317,9 @@ def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> 
             yield Finding("foreign", key, "not written by Peakpoint; left alone")
 
 
-def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: datetime) -> list[Finding]:
+def _over(
+    store: Store, manifest: Manifest, packed: Mapping[str, int], now: datetime, *, held: bool = False
+) -> list[Finding]:
     """What is in the directory of a checkpoint and belongs to it no more."""
     run, name = manifest.run, manifest.name
     found = [Finding("litter", key, "a file of a part that was dropped") for key in leftovers(store, run, name, now)]
@@ -325,15 +327,15 @@ def _over(store: Store, manifest: Manifest, packed: Mapping[str, int], now: date
         Finding("litter", key, "a file of an archived run, which is in its pack")
         for key in archive.leftovers(store, manifest, packed)
     ]
-    if store.size(layout.trashed_key(run, name)) is not None and not _is_being_removed(store, run, name):
+    if store.size(layout.trashed_key(run, name)) is not None and not _is_being_removed(store, run, name, held=held):
         found.append(Finding("litter", layout.trashed_key(run, name), "the record of a removal that was cut short"))
     return found
 
 
-def _is_being_removed(store: Store, run: str, name: str) -> bool:
+def _is_being_removed(store: Store, run: str, name: str, *, held: bool) -> bool:
     """Whether a removal by hand, which holds nothing, may be between its record in the trash and the manifest."""
     try:
-        return Run(store, run).is_being_removed(reader.read_manifest(store, run, name))
+        return Run(store, run).is_being_removed(reader.read_manifest(store, run, name), held=held)
     except NotFoundError:
         return True
 
@@ -403,7 +405,7 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
             sweep(store, run, name, ours)
             removed += found[:1]
     packed = packs.packed_bytes(store, run, shelf.manifests)
-    over = [finding for manifest in shelf.manifests for finding in _over(store, manifest, packed, now)]
+    over = [finding for manifest in shelf.manifests for finding in _over(store, manifest, packed, now, held=True)]
     over += [finding for finding in _validations(store, run, shelf, deep=False) if finding.kind == "litter"]
     over += [
         Finding("litter", key, "of an archive, and no checkpoint needs it") for key in archive.needless(store, run)

@@ -79,12 +79,17 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
 _TAIL = 4096
 
 
-def written(store: Store, run: str) -> list[str]:
-    """The segments that somebody may still be writing; reads a few bytes of each.
+def written(store: Store, run: str, *, held: bool = False) -> list[str]:
+    """The segments that somebody else may still be writing; reads a few bytes of each.
 
     One that ends with ``Closed`` is over, and so is one whose writer has died. Of those who hold the run, the newest
     may live, as long as somebody holds it: this is known where locks of files are not, and data-loader workers who
     outlive a killed training do not hold it.
+
+    Args:
+        store: where.
+        run: which.
+        held: whether the caller holds the run: then of those who held it before nobody lives.
     """
     segments = segments_of(store, run)
     found = []
@@ -95,7 +100,7 @@ def written(store: Store, run: str) -> list[str]:
         if last.startswith(CLOSED_LINE):
             continue
         if _opens(store, run, segment):
-            followed = any(_opens(store, run, one) for one in segments[number + 1 :])
+            followed = held or any(_opens(store, run, one) for one in segments[number + 1 :])
             alive = not followed and store.holder(writer_lock(run)) is not None
         else:
             alive = store.is_read(key)

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 
 from peakpoint.errors import ConflictError, CorruptError, Error, NotFoundError, StoreError
 from peakpoint.format import layout
@@ -283,7 +284,7 @@ def archive(
                 run.name,
                 shelf.manifests,
                 by=present_user(),
-                being_removed=run.is_being_removed,
+                being_removed=partial(run.is_being_removed, held=True),
                 level=level,
                 progress=progress,
             )

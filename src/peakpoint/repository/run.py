@@ -268,7 +268,7 @@ class Run:
                 f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
             )
 
-    def is_being_removed(self, manifest: Manifest) -> bool:
+    def is_being_removed(self, manifest: Manifest, *, held: bool = False) -> bool:
         """Whether somebody may be removing a checkpoint, or parts of it, at this moment.
 
         Whoever removes one has said so first, in the journal, and looks at what is protected after that: one who has
@@ -277,10 +277,11 @@ class Run:
 
         Args:
             manifest: of the checkpoint, as it is after it was protected.
+            held: whether the caller holds the run: then a training that was killed in the middle of a removal is over.
         """
         return any(
             _may_be_removing(journals.removals(self.store, self.name, segment), manifest.id, manifest.parts.keys())
-            for segment in journals.written(self.store, self.name)
+            for segment in journals.written(self.store, self.name, held=held)
         )
 
     def unpin(self, ref: str) -> None:
