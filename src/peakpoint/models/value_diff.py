@@ -168,7 +168,7 @@ class _Totals:
         self.l2 = math.hypot(self.l2, _norm(between))
         self.largest = max(self.largest, float(between.abs().max()) if len(between) else 0.0)
         if all(norms):
-            self.dots.append((float(torch.dot(left / norms[0], right / norms[1])), *norms))
+            self.dots.append((_cosine(left, right), *norms))
 
     def distance(self, count: int, *, bits: bool) -> Distance:
         """The whole."""
@@ -188,6 +188,12 @@ class _Totals:
             zeros=(self.zeros[0] / count if count else 0.0, self.zeros[1] / count if count else 0.0),
             not_finite=(self.not_finite[0], self.not_finite[1]),
         )
+
+
+def _cosine(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Of vectors that are scaled first: norms of the smallest numbers there are have no digits to divide by."""
+    units = [values / values.abs().max() for values in (left, right)]
+    return float(torch.dot(*units) / (torch.linalg.vector_norm(units[0]) * torch.linalg.vector_norm(units[1])))
 
 
 def _norm(values: torch.Tensor) -> float:
