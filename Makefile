@@ -27,7 +27,7 @@ $(VENV)/peers: $(VENV)/installed
 	touch $@
 
 slow: $(VENV)/peers          ## the tests that take minutes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest --numprocesses=2 -m slow
 
 check: $(VENV)/installed     ## style, types, import layers
 	$(BIN)/ruff check
