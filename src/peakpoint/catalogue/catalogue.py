@@ -2,6 +2,14 @@
 
 It holds no truth of its own: deleting it loses nothing, and before it is asked it is brought up to date, so that a
 checkpoint is found as soon as it is committed. See ``catalogue.refresh`` for how, and ``catalogue.schema`` for what.
+
+The life of a selection: ``query.parse`` makes a tree of a text. ``Catalogue.refresh`` compares stamps of every run's
+directories with those that it noted, and reads what is new of a run that differs: lines of the journal, manifests of
+new directories; each run is one transaction. ``catalogue.sql`` makes an expression with parameters of the tree,
+``catalogue.search`` decides how SQLite is to go about it, and ``Selection`` gives out ``Checkpoint`` values in groups.
+The rows of each group are held against their manifests first; where they differ, nothing of the group is given out
+before the catalogue is mended, in the end by making it anew. The connection that reads can do nothing else: SQLite's
+authorizer refuses to compile it.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Folders of ``torch.distributed.checkpoint``, read in one process.
 
 torch's own reader unpickles the metadata, and everything that is no tensor, without restriction. Here every class that
-the metadata may name is a bag of attributes made for this one reading, and every item goes through ``unpickling.load``.
+the metadata may name is a bag of attributes made for this one reading, and every item goes through ``pickles.load``.
 
 Source: PyTorch, ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
 """

@@ -1,4 +1,4 @@
-"""The writing side of an import: which sources are there already, and each of the others through ``writer.commit``."""
+"""The writing side of an import: which sources are there already, and each of the others as a commit."""
 
 import errno
 import mmap

@@ -33,7 +33,7 @@ class Reading:
     Attributes:
         parts: names in the file to names of parts, besides those that are known; ``"extra"`` makes it none.
         strip_prefix: taken from the names of a model's tensors.
-        inert: see ``unpickling.load``.
+        inert: see ``pickles.load``.
         epochs_from: the number that the file gives to the first epoch, 0 or 1.
     """
 

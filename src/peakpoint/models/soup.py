@@ -2,6 +2,10 @@
 
 Source: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
 increasing inference time", ICML 2022.
+
+``average.check_alike`` compares the trees and records of the members. ``Averaging.mean`` makes one tensor at a time,
+for the model that is tried, and again for the file, whose blocks are made while they are written. The tree is that of
+the first member, so that what shares memory still does.
 """
 
 import os

@@ -121,7 +121,7 @@ class Policy:
     digest: str = ""
 
     def allows(self, actor: str) -> bool:
-        """Whether somebody, as ``actor.present_user`` names them, may change the alias."""
+        """Whether somebody, as ``provenance.present_user`` names them, may change the alias."""
         user = actor.partition(" on ")[0]
         return not self.may_promote or any(
             fnmatch.fnmatchcase(actor, one) or fnmatch.fnmatchcase(user, one) for one in self.may_promote

@@ -2,6 +2,13 @@
 
 The examination itself (``peakpoint.production.checks``) needs torch and runs code of the user. Here it runs in a
 process apart, so that a crash of it is a failed check and no crash of ours. Nothing here imports torch.
+
+The life of a validation: ``ask`` refuses what cannot be, finds the checkpoint and the champion, and holds the
+checkpoint as being read. ``subprocess_runner.run_apart`` starts a fresh interpreter that calls ``checks.child.main``;
+``checks.runner.examine`` makes the checks one after the other and says a line of JSON for each on a pipe of its own.
+Before each line it marks the place in what is printed, so that output and checks stay together. ``Collected`` takes the
+lines, and fills up what a death has left open. ``conclude`` keeps predictions, then creates the record. ``pp.validate``
+makes the checks in its own process.
 """
 
 import importlib.util

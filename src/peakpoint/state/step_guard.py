@@ -13,7 +13,7 @@ from peakpoint.state.host_copy import NOTHING, Storage, storage_of
 
 
 class Transfer(Protocol):
-    """A capture under way: ``Copying`` into a buffer for everything, or ``ring.Streaming`` through a small one."""
+    """A capture under way: ``Copying`` into a buffer for everything, or ``Streaming`` through a small one."""
 
     waited_seconds: float
 

@@ -1,4 +1,10 @@
-"""Which checkpoint a run continues from, and the history that belongs to it."""
+"""Which checkpoint a run continues from, and the history that belongs to it.
+
+``Resumption`` takes the newest manifest whose files all match their digests. ``state.restore.restore_into`` compares
+names, shapes and dtypes of every part with the live objects before it changes the first. The history is the one that
+belongs to the checkpoint, ``forks`` note what was abandoned, and the random generators are set last, again right before
+the loop begins.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence

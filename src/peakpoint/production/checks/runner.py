@@ -30,7 +30,7 @@ def examine(exam: Exam) -> Iterator[Event]:
 
     Yields:
         ``environment``; for each check ``begin``, what it found out beside, and ``finding``; ``done``. See
-        ``validating.Collected.take``.
+        ``validation.Collected.take``.
     """
     yield {"environment": _environment()}
     told: Event = {}
