@@ -214,6 +214,17 @@ def test_cleaning_leaves_the_record_of_a_removal_that_is_at_work(tmp_path):
     assert [manifest.name for manifest in maintenance.undo(run, [name])] == [name]
 
 
+def test_what_is_archived_right_before_it_goes_into_the_trash_stays(tmp_path):
+    """Its files would go to no trash: there would be nothing to bring back."""
+    trained(tmp_path, epochs=2)
+    run = run_of(tmp_path)
+    store = Meddled(tmp_path, ".jsonl", lambda: maintenance.archive(run))
+    (failure,) = maintenance.remove(Repository(store).run("r"), run.manifests()[:1], "why", undo_for=DAY)
+    assert "or the run was archived a moment ago" in failure
+    assert store.has_meddled
+    assert len(pp.upkeep.restore(run)) == 2
+
+
 def test_two_that_put_a_checkpoint_into_the_trash_at_once(tmp_path):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)

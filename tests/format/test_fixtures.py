@@ -292,6 +292,12 @@ def test_signatures_hold(root):
 
 
 @pytest.mark.parametrize("run", ARCHIVED)
+def test_what_is_archived_in_pieces_is_not_archived_again(root, run):
+    with pytest.raises(pp.ConflictError, match=f"{run} --restore brings its files back first"):
+        pp.upkeep.archive(pp.open(root).run(run))
+
+
+@pytest.mark.parametrize("run", ARCHIVED)
 def test_archived_checkpoints_are_restored_bit_for_bit(root, run):
     restore(root, run)
     for one in pp.open(root).run(run).manifests():

@@ -135,6 +135,17 @@ def test_the_whole_of_an_archived_run_can_be_removed(tmp_path):
     assert len(trained(tmp_path, epochs=2)) == 2, "it begins anew"
 
 
+def test_a_run_with_a_damaged_manifest_is_not_archived(tmp_path):
+    trained(tmp_path, epochs=2)
+    file = run_of(tmp_path).checkpoints()[0].path / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(b'"epoch":0', b'"epoch":7'))
+    before = files(tmp_path)
+    with pytest.raises(pp.CorruptError, match="r_epoch0_step1"):
+        maintenance.archive(run_of(tmp_path))
+    assert files(tmp_path) == before
+    assert not (tmp_path / "runs/r/archived.json").exists()
+
+
 def test_a_removal_that_begins_during_an_archive_stops_one_of_the_two(tmp_path):
     trained(tmp_path, epochs=3)
     run = run_of(tmp_path)

@@ -46,7 +46,7 @@ def apply(
     spared, failures = set(pinned()), []
     for removal in removals:
         if removal.manifest.id in spared:
-            failures.append(f"{removal.manifest.name} stays: it is pinned, or an alias points at it")
+            failures.append(f"{removal.manifest.name} stays: {_PROTECTED}")
             journal.record([_taken_back(journal, removal.manifest, (), by)], later=not recorded)
             continue
         try:
@@ -64,6 +64,7 @@ def apply(
     return failures
 
 
+_PROTECTED = "it is pinned, an alias points at it, or the run was archived a moment ago"
 _FOR_GOOD = "removing for good, with --undo-for 0, needs no room"
 
 
