@@ -174,8 +174,10 @@ def test_what_goes_into_the_trash_during_an_archive_keeps_its_files(tmp_path):
         if packed.manifest.epoch == 2:
             going.extend(maintenance.remove(run, run.manifests()[:1], "x", undo_for=DAY))
 
+    first = run.checkpoints()[0].path / "model.safetensors"
     maintenance.archive(run, progress=remove)
     assert going == []
+    assert first.exists(), "what is in the trash needs no pack"
     maintenance.restore(run)
     maintenance.undo(run, [maintenance.in_trash(run)[0].manifest.name])
     for number, expected in enumerate(weights):
