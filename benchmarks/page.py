@@ -202,7 +202,7 @@ def _catalogue(result):
         *_table(
             ["", "ms", "times faster"],
             [
-                ["`Repository.select`", f"{ours * 1e3:.2f}", f"{loop / ours:,.0f}"],
+                ["`Catalogue.select`", f"{ours * 1e3:.2f}", f"{loop / ours:,.0f}"],
                 ["a loop over the files with `torch.load`", f"{loop * 1e3:,.0f}", "1"],
             ],
         ),

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import stat
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 import peakpoint as pp
 from peakpoint.cli.main import cli
 from peakpoint.repository.audit import audit, clean
+from peakpoint.store import LocalStore
 from promoting import validated
 from training import checkpointer
 from validated import crown
@@ -233,3 +235,32 @@ def test_the_catalogue_is_not_written_through_a_link(tmp_path, monkeypatch, name
     assert len(list(pp.select(root, "acc > 0.1"))) == 3
     assert (tmp_path / "mine").read_bytes() == b""
     assert [(one.kind, one.where) for one in audit(pp.open(root)).findings] == [("foreign", name)]
+
+
+EXCHANGES = []  # what happens right before a file is opened, once; hooks of an interpreter cannot be taken back
+
+
+def exchange(event, arguments):
+    if event == "open" and EXCHANGES and arguments[0] == "record.json":
+        EXCHANGES.pop()()
+
+
+@pytest.mark.parametrize("verb", ["get", "hold"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_takes_the_place_of_a_file_after_it_was_looked_at_is_neither_followed_nor_waited_for(tmp_path, kind, verb):
+    sys.addaudithook(exchange)
+    store, outside = LocalStore(tmp_path / "runs"), tmp_path / "outside"
+    outside.write_text("precious")
+    store.put("record.json", [b"ours"])
+    path, done = store.path("record.json"), []
+
+    def act():
+        path.unlink()
+        path.symlink_to(outside) if kind == "link" else os.mkfifo(path)
+        done.append(kind)
+
+    EXCHANGES.append(act)
+    with pytest.raises(pp.Error):
+        store.get("record.json") if verb == "get" else store.hold("record.json", b"me")
+    assert done == [kind]
+    assert outside.read_text() == "precious"
