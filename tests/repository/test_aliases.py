@@ -595,8 +595,10 @@ def test_a_plan_spares_what_is_aliased_and_so_does_carrying_it_out(tmp_path):
     assert [one.manifest.step for one in before.remove] == [1, 2, 3]
     point(run.store, "champion", run.manifests()[1])  # after the plan was made
     assert maintenance.apply_plan(run, before, rules) == [
-        f"{before.remove[1].manifest.name} stays: it is pinned, an alias points at it, "
-        "or the run was archived a moment ago"
+        (
+            f"{before.remove[1].manifest.name} stays: it is pinned, an alias points at it, "
+            "or the run was archived a moment ago"
+        )
     ]
     assert steps(run) == [2, 4]
     after = run.plan(rules)

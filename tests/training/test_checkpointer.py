@@ -16,7 +16,7 @@ import torch
 
 import peakpoint as pp
 from peakpoint.repository.audit import audit
-from peakpoint.store import MemoryStore
+from peakpoint.store import FileOps, LocalStore, MemoryStore
 from training import checkpointer, kept, parts, same, train
 
 
@@ -392,3 +392,38 @@ def test_nothing_is_committed_when_the_run_is_not_held_any_more(tmp_path):
         first.close()
     assert [c.step for c in kept(tmp_path)] == [1, 3]
     assert audit(pp.open(tmp_path), deep=True).of_kind("damage") == []
+
+
+class Unsynced(FileOps):
+    """Notes how many bytes of journals are not durable when a manifest comes to exist."""
+
+    def __init__(self):
+        self.journals, self.pending, self.at_manifests = {}, 0, []
+
+    def create(self, path, *at):
+        fd = super().create(path, *at)
+        if path.suffix == ".jsonl":
+            self.journals[fd] = path
+        return fd
+
+    def write(self, fd, data):
+        written = super().write(fd, data)
+        self.pending += written if fd in self.journals else 0
+        return written
+
+    def fsync(self, fd):
+        super().fsync(fd)
+        self.pending = 0 if fd in self.journals else self.pending
+
+    def link(self, source, target, *at):
+        if target.name == "manifest.json":
+            self.at_manifests.append(self.pending)
+        super().link(source, target, *at)
+
+
+def test_the_history_of_a_checkpoint_is_durable_before_it_exists(tmp_path):
+    ops = Unsynced()
+    with checkpointer(LocalStore(tmp_path, ops)) as ckpt:
+        for step in range(1, 4):
+            ckpt.report(step=step)
+    assert ops.at_manifests == [0, 0, 0]
