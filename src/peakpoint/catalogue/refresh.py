@@ -1,6 +1,6 @@
 """Bringing one run up to date in the catalogue.
 
-Its files are read first (see ``catalogue.reading``), without holding anything up; then one short transaction writes
+Its files are read first (see ``catalogue.changes``), without holding anything up; then one short transaction writes
 what is new, unless somebody else has changed the run meanwhile: then it is read again from there. A row keeps its key
 as long as its checkpoint exists, and no key is used twice.
 """

@@ -1,4 +1,4 @@
-"""Where things are in a repository: the only place that builds keys.
+"""Where things are in a repository: every kind of key.
 
 ::
 

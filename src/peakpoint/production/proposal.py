@@ -144,7 +144,7 @@ def _validated(proposal: Proposal, clock: Clock) -> tuple[Proposal, tuple[str, .
 
 
 def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) -> tuple[str, ...]:
-    """Why a promotion cannot rest on the validation of a proposal; see ``validations.objections``.
+    """Why a promotion cannot rest on the validation of a proposal; see ``objections``.
 
     Raises:
         NotFoundError: the golden inputs that the policy names are not there.

@@ -68,12 +68,8 @@ def records(store: Store) -> list[ReleaseRecord]:
         CorruptError: one is damaged.
         FormatError: a newer release of Peakpoint wrote it.
     """
-    found = []
-    for child in store.children(layout.RELEASES):
-        if child.endswith(".json"):
-            where = f"{layout.RELEASES}/{child}"
-            found.append(decode(unseal(store.get(where), where=where), where=where))
-    return sorted(found, key=lambda one: one.at)
+    keys = [f"{layout.RELEASES}/{child}" for child in store.children(layout.RELEASES) if child.endswith(".json")]
+    return sorted((decode(unseal(store.get(key), where=key), where=key) for key in keys), key=lambda record: record.at)
 
 
 def decode(record: Mapping[str, Any], *, where: str) -> ReleaseRecord:

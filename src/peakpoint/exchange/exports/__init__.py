@@ -1,1 +1,1 @@
-"""Checkpoints as files that other tools open; see ``export.files``."""
+"""Checkpoints as files that other tools open; see ``exports.files``."""

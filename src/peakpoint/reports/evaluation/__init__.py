@@ -9,8 +9,8 @@
         print(one.run, one.label, one.peak.best, one.peak.lost, one.verdict)
     pp.evaluation.write(found, "report.html")
 
-``material`` reads, ``noise`` knows what chance does, ``judging`` compares best and last, ``groups`` compares runs,
-``tradeoff`` and ``weighing`` are about compressed models; ``tables``, ``figures``, ``pages`` and ``writing`` show it.
+``run_data`` reads, ``noise`` knows what chance does, ``peaks`` compares best and last, ``groups`` compares runs,
+``sparsity`` and ``compressed`` are about compressed models; ``tables``, ``figures``, ``pages`` and ``files`` show it.
 Matplotlib and pyarrow are imported when they are used.
 """
 
