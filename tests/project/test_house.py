@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import pydoc
 import re
 import tomllib
 from pathlib import Path
@@ -50,6 +51,11 @@ def test_what_the_page_names_is_there():
     for named in re.findall(r"`((?:src/peakpoint/|tests/|docs/)?[a-z_]+(?:/[a-z_]+)*(?:/|\.py|\.md))`", PAGE):
         places = (ROOT / named, PACKAGE / named)
         assert any(place.exists() for place in places), named
+
+
+def test_what_the_page_names_with_its_room_is_there():
+    for dotted in re.findall(rf"`((?:{'|'.join(ROOMS)})(?:\.(?!json)[A-Za-z_]\w*)+)`", PAGE):
+        assert pydoc.locate(f"peakpoint.{dotted}") is not None, dotted
 
 
 # --- sizes --------------------------------------------------------------------------------------------------------
