@@ -331,3 +331,28 @@ def test_a_signal_in_the_first_turn_saves_and_leaves(tmp_path):
         )
     assert [checkpoint.epoch for checkpoint in kept(tmp_path)] == [0]
     loop(training, "epochs", 2)
+
+
+class Ahead:
+    """A loader that has a place of its own, and reads further than the loop is."""
+
+    def __init__(self):
+        self.place = 0
+
+    def __iter__(self):
+        return iter(())
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def test_a_loader_may_run_ahead_after_the_report(tmp_path):
+    loader = Ahead()
+    with checkpointer(tmp_path, state={"loader": loader}) as ckpt:
+        for _ in ckpt.epochs(3):
+            ckpt.report(acc=0.5)
+            loader.place += 1
+    assert [one.epoch for one in kept(tmp_path)] == [0, 1, 2]
