@@ -219,14 +219,16 @@ class Repository(RuleBasedStateMachine):
         model.rules[name] = rules
         model.applies(model.here(name), rules, cut_short=True)
         self.count("begin", ops)
-        if ref is None and options["resume"] == "auto" and model.here(name) and model.newest_whole(name) is None:
-            with pytest.raises(pp.CorruptError):
-                ckpt.resume()
-            ckpt.close()
-            del self.trainings[name]
-            return
+        stuck = resume != "never" and bool(model.here(name)) and model.newest_whole(name) is None
         with self.training(name):
-            report = ckpt.resume()
+            try:
+                report = ckpt.resume()
+            except pp.CorruptError:
+                assert stuck  # with a ref, too: a run that has begun from it goes on from its own
+                ckpt.close()
+                del self.trainings[name]
+                return
+            assert not stuck or ref is not None
             if report is not None:
                 training.step = report.step
                 origin = next(one for one in model.here() if report.ref == f"{one.run}/{one.name}")
