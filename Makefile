@@ -29,12 +29,12 @@ $(VENV)/peers: $(VENV)/installed
 slow: $(VENV)/peers          ## the tests that take minutes
 	$(BIN)/pytest --numprocesses=2 -m slow
 
-check: $(VENV)/installed     ## style, types, import layers, code lines by room
+check: $(VENV)/installed     ## style, types, import layers, code lines and words by room
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python .ci/sizes.py
+	$(BIN)/python .ci/house.py
 
 bench: $(VENV)/installed     ## the benchmarks, in minutes; writes docs/performance.md
 	$(BIN)/pip install --quiet --editable '.[bench]'
