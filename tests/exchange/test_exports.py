@@ -1,8 +1,7 @@
-"""Export to a Hugging Face folder and to ONNX, and the way back."""
+"""Export to a file or a Hugging Face folder, and the way back."""
 
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -15,26 +14,6 @@ from foreign_files import script
 from peakpoint.cli.main import cli
 from peakpoint.rules.history import history
 from training import same
-
-FACTORY = """
-import torch
-from foreign_files import Net
-
-def build():
-    return Net()
-
-def build_with_input():
-    return Net(), torch.zeros(2, 1, 4, 4)
-
-def broken():
-    raise ValueError("no weights today")
-
-def other():
-    return torch.nn.Linear(2, 2)
-
-def text():
-    return "net"
-"""
 
 
 def invoke(*arguments, code=0):
@@ -140,55 +119,13 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == {"model_type": "net", "width": 4}
 
 
-@pytest.fixture
-def factory(tmp_path, monkeypatch):
-    """A folder with the user's module, which is the present directory."""
-    (tmp_path / "factory.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("factory", None)
-
-
-@pytest.mark.parametrize(
-    "options", [["--model", "factory:build", "--input", "2x1x4x4"], ["--model", "factory:build_with_input"]]
-)
-def test_an_onnx_file_computes_the_same(options, root, factory):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    told = json.loads(invoke("export", root, "r:epoch=2", "--to", "m.onnx", *options, "--json"))
-    assert "of the model" in told["checked"]
-    assert sorted(path.name for path in factory.iterdir() if path.suffix != ".py" and path.is_file()) == ["m.onnx"]
-    from onnx.reference import ReferenceEvaluator
-
-    from foreign_files import Net
-
-    model = Net()
-    pp.load("r:epoch=2", root=root, into=model)
-    evaluator = ReferenceEvaluator(onnx.load(factory / "m.onnx"))
-    x = torch.randn(2, 1, 4, 4)
-    [found] = evaluator.run(None, {evaluator.input_names[0]: x.numpy()})
-    assert torch.allclose(torch.tensor(found), model.eval()(x), atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--to", "m.onnx"], 2, "needs --model"),
-        (["--to", "m.onnx", "--model", "factory"], 2, "MODULE:FUNCTION"),
-        (["--to", "m.onnx", "--model", "nothing:build"], 2, "No module named 'nothing'"),
-        (["--to", "m.onnx", "--model", "factory:broken"], 2, "no weights today"),
-        (["--to", "m.onnx", "--model", "factory:text"], 2, "no torch.nn.Module"),
-        (["--to", "m.onnx", "--model", "factory:build"], 2, "give --input"),
-        (["--to", "m.onnx", "--model", "factory:build", "--input", "2x1:float99"], 2, "is no shape"),
-        (["--to", "noformat"], 2, "or .onnx; for a folder, say --format hf"),
-        (
-            ["--to", "m.onnx", "--model", "factory:build", "--input", "1x21"],
-            2,
-            "the model does not compute this input, [1, 21]: RuntimeError: Expected 3D",
-        ),
-        (["--to", "m.onnx", "--model", "factory:other", "--input", "2x2"], 14, "does not fit"),
+        (["--to", "noformat"], 2, "or .pt; for a folder, say --format hf"),
+        (["--to", "m.onnx"], 2, "must end with .safetensors, .pth or .pt"),
         (["--to", "hf", "--format", "hf", "--config", "none.json"], 10, "does not exist"),
-        (["--to", "hf", "--format", "hf", "--config", "factory.py"], 13, "no JSON"),
+        (["--to", "hf", "--format", "hf", "--config", "notes.txt"], 13, "no JSON"),
         (["--to", "hf", "--format", "hf", "--part", "optimizer"], 2, "export it to .pth"),
         (["--to", "no/hf", "--format", "hf"], 10, "make it first"),
         (["--to", ".", "--format", "hf"], 11, "exists"),
@@ -196,8 +133,10 @@ def test_an_onnx_file_computes_the_same(options, root, factory):
         (["--to", "hf"], 2, "must end with"),
     ],
 )
-def test_what_cannot_be_exported_leaves_nothing_behind(arguments, code, words, root, factory):
+def test_what_cannot_be_exported_leaves_nothing_behind(arguments, code, words, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("width: 4")
     with pytest.raises(pp.Error, match=re.escape(words)) as caught:
         invoke("export", root, "r@latest", *arguments)
     assert caught.value.exit_code == code
-    assert [path.name for path in factory.iterdir() if path.name != "__pycache__"] == ["factory.py"]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -182,13 +182,11 @@ def _table(checkpoints: Sequence[Any], width: int) -> Table:
 @click.command()
 @ROOT
 @REF
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="FILE.safetensors, .pth, .pt, .onnx or DIR.")
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="FILE.safetensors, .pth, .pt or DIR.")
 @click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
 @click.option("--format", "form", type=click.Choice(["hf"]), help="hf: a folder as Hugging Face's tools write it.")
 @click.option("--shard", default="5 GB", show_default=True, help="hf: the most bytes of one file.")
 @click.option("--config", type=click.Path(path_type=Path), help="hf: becomes config.json.")
-@click.option("--model", "factory", metavar="MODULE:FUNCTION", help="onnx: your function that makes the model.")
-@click.option("--input", "inputs", multiple=True, metavar="1x3x224x224[:float32]", help="onnx: shape of an input.")
 @JSON
 def export(
     root: Path,
@@ -199,31 +197,20 @@ def export(
     form: str | None,
     shard: str,
     config: Path | None,
-    factory: str | None,
-    inputs: tuple[str, ...],
     json: bool,
 ) -> None:
     """Write a checkpoint to a file or folder that other tools open."""
     repository = open_repository(root)
-    checked = ""
-    if to.suffix == ".onnx":
-        if factory is None:
-            raise ConfigError("--to FILE.onnx needs --model MODULE:FUNCTION, your function that makes the model")
-        manifest, checked = torch_side("peakpoint.exchange.exports.onnx", "onnx").export_onnx(
-            repository, ref, to, factory, inputs, parts[0] if parts else "model"
-        )
-    elif form == "hf":
+    if form == "hf":
         folders = torch_side("peakpoint.exchange.exports.huggingface")
         manifest = folders.export_folder(repository, ref, to, parts[0] if parts else "", shard=shard, config=config)
     else:
         manifest = torch_side("peakpoint.exchange.exports.files").export(repository, ref, to, parts)
     size = to.stat().st_size if to.is_file() else sum(file.stat().st_size for file in to.iterdir())
     if json:
-        told = {"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": size}
-        render.as_json(told | ({"checked": checked} if checked else {}))
+        render.as_json({"ref": f"{manifest.run}/{manifest.name}", "to": str(to), "size_bytes": size})
     else:
-        more = f"; {checked}" if checked else ""
-        click.echo(f"{manifest.run}/{manifest.name} -> {to} ({render.size(size)}){more}")
+        click.echo(f"{manifest.run}/{manifest.name} -> {to} ({render.size(size)})")
 
 
 COMMANDS = (import_, export)

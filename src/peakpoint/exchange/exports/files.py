@@ -48,8 +48,10 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
         CorruptError: the checkpoint is damaged.
     """
     if to.suffix not in SUFFIXES:
-        endings = f"{', '.join(SUFFIXES)} or .onnx"
-        raise ConfigError(f"cannot export to {to}: its name must end with {endings}; for a folder, say --format hf")
+        endings = ", ".join(SUFFIXES[:-1])
+        raise ConfigError(
+            f"cannot export to {to}: its name must end with {endings} or {SUFFIXES[-1]}; for a folder, say --format hf"
+        )
     check_free(to)
     manifest = repository.find_manifest(ref)
     chosen = list(parts) or [default_part(manifest)]
