@@ -38,7 +38,7 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.sealed import seal
 from peakpoint.reports import changelog
-from peakpoint.reports.changelog import Entry, keep_a_changelog, markdown
+from peakpoint.reports.changelog import ChangelogEntry, keep_a_changelog, markdown
 from peakpoint.reports.changelog.claims import Claims
 from peakpoint.repository import aliases, maintenance, reader, validations
 from peakpoint.repository import journal as journals
@@ -783,7 +783,7 @@ def an_account(text):
     details |= {"comparison": {"said": text}, "validation": text, "restores": 2}
     texts_ = {"by": text, "why": text, "before": text, "after": text, "alias": "a", "checkpoint": f"r/{text}"}
     return [
-        Entry(at=None if kind == "damage" else at(number), kind=kind, run="r", details=details, **texts_)
+        ChangelogEntry(at=None if kind == "damage" else at(number), kind=kind, run="r", details=details, **texts_)
         for number, kind in enumerate(changelog.KINDS)
     ]
 

@@ -12,7 +12,7 @@ from peakpoint.errors import ConflictError
 from peakpoint.reports import card as cards
 from peakpoint.reports import changelog as changelogs
 from peakpoint.reports.card.front_matter import front_matter
-from peakpoint.reports.changelog import Entry, keep_a_changelog, markdown
+from peakpoint.reports.changelog import ChangelogEntry, keep_a_changelog, markdown
 from peakpoint.reports.evaluation.files import put
 from peakpoint.repository.root import open_repository
 from peakpoint.store import translated
@@ -65,7 +65,7 @@ def changelog(
     click.echo(f"wrote {to} ({len(found):,} {'entry' if len(found) == 1 else 'entries'})")
 
 
-def _told(found: list[Entry], form: str, location: str, *, everything: bool) -> str:
+def _told(found: list[ChangelogEntry], form: str, location: str, *, everything: bool) -> str:
     if form == "json":
         return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
     write = keep_a_changelog.keep_a_changelog if form == "keep-a-changelog" else markdown.by_day
@@ -111,7 +111,9 @@ def card(
 ) -> None:
     """Write the model card of a checkpoint, above all of @champion: what it is, how good, why it is trusted."""
     text = "" if about is None else cards.about_text(about)
-    found = cards.gather(open_repository(root), ref, cards.Told(license=license_, tags=tags, about=text, **said))
+    found = cards.gather(
+        open_repository(root), ref, cards.ModelDescription(license=license_, tags=tags, about=text, **said)
+    )
     files = [] if to is None else cards.write(found, to, force=force)
     if json:
         page = cards.markdown(found) if to is None else files[0].read_text(encoding="utf-8")

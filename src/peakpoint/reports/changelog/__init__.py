@@ -19,13 +19,13 @@ from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_duration
 from peakpoint.format.names import near
 from peakpoint.reports.changelog import production, runs
-from peakpoint.reports.changelog.entries import FORCED, KINDS, PRODUCTION, Entry, Kind
+from peakpoint.reports.changelog.entries import FORCED, KINDS, PRODUCTION, ChangelogEntry, Kind
 from peakpoint.repository import journal as journals
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
 
-__all__ = ["FORCED", "KINDS", "PRODUCTION", "Entry", "Kind", "entries", "since", "until"]
+__all__ = ["FORCED", "KINDS", "PRODUCTION", "ChangelogEntry", "Kind", "entries", "since", "until"]
 
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -37,7 +37,7 @@ def entries(
     until: datetime | None = None,
     only: Sequence[str] | None = None,
     kinds: Collection[str] | None = None,
-) -> list[Entry]:
+) -> list[ChangelogEntry]:
     """Everything that was done, earliest first, each thing once.
 
     Damaged records are entries themselves. They come first and are told whatever the period: nobody knows when it
@@ -83,7 +83,7 @@ def entries(
     )  # stable: in the order of the records
 
 
-def _all(repository: Repository, chosen: Iterable[Run], only: Sequence[str] | None) -> Iterator[Entry]:
+def _all(repository: Repository, chosen: Iterable[Run], only: Sequence[str] | None) -> Iterator[ChangelogEntry]:
     promised = []
     for run in chosen:
         reading = journals.read(run.store, run.name)
@@ -95,14 +95,14 @@ def _all(repository: Repository, chosen: Iterable[Run], only: Sequence[str] | No
             yield entry
 
 
-def _within(entry: Entry, since: datetime | None, until: datetime | None) -> bool:
+def _within(entry: ChangelogEntry, since: datetime | None, until: datetime | None) -> bool:
     if entry.at is None:
         return True
     at = runs.aware(entry.at)
     return (since is None or since <= at) and (until is None or at < until)
 
 
-def _is_of(entry: Entry, kinds: Collection[str] | None) -> bool:
+def _is_of(entry: ChangelogEntry, kinds: Collection[str] | None) -> bool:
     return not kinds or entry.kind in kinds or (FORCED in kinds and entry.forced)
 
 

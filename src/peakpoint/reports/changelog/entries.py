@@ -36,7 +36,7 @@ PRODUCTION: tuple[str, ...] = ("promoted", "rolled back", "retired", "refused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ChangelogEntry:
     """One thing that was done, or that happened.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from peakpoint.reports.changelog.entries import PRODUCTION, Entry
+from peakpoint.reports.changelog.entries import PRODUCTION, ChangelogEntry
 from peakpoint.reports.changelog.markdown import MARK, escaped, folded, line
 
 _SECTIONS = ("Added", "Changed", "Removed", "Fixed", "Security")
@@ -23,7 +23,7 @@ _SECTION = {
 }  # everything else has changed
 
 
-def keep_a_changelog(entries: Sequence[Entry], title: str, *, everything: bool = False) -> str:
+def keep_a_changelog(entries: Sequence[ChangelogEntry], title: str, *, everything: bool = False) -> str:
     """The account by versions, the newest first.
 
     A version is a change of an alias; what was done since the one before, in all runs, belongs to it. A promotion that
@@ -46,9 +46,9 @@ def keep_a_changelog(entries: Sequence[Entry], title: str, *, everything: bool =
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _versions(entries: Sequence[Entry]) -> Iterator[tuple[Entry | None, list[Entry]]]:
+def _versions(entries: Sequence[ChangelogEntry]) -> Iterator[tuple[ChangelogEntry | None, list[ChangelogEntry]]]:
     """Each version with what belongs to it, itself included; last what is not part of any yet. Damage has no time."""
-    found: list[Entry] = []
+    found: list[ChangelogEntry] = []
     for entry in entries:
         if entry.at is None:
             continue
@@ -59,7 +59,7 @@ def _versions(entries: Sequence[Entry]) -> Iterator[tuple[Entry | None, list[Ent
     yield None, [one for one in entries if one.at is None] + found
 
 
-def _yanked(entries: Sequence[Entry]) -> set[tuple[str | None, int]]:
+def _yanked(entries: Sequence[ChangelogEntry]) -> set[tuple[str | None, int]]:
     """Alias and number of the promotions that a roll back has taken back."""
     found = set()
     for entry in entries:
@@ -73,7 +73,7 @@ def _yanked(entries: Sequence[Entry]) -> set[tuple[str | None, int]]:
     return found
 
 
-def _heading(version: Entry | None, yanked: set[tuple[str | None, int]]) -> str:
+def _heading(version: ChangelogEntry | None, yanked: set[tuple[str | None, int]]) -> str:
     if version is None:
         return "## [Unreleased]"
     number = version.details["record"]
@@ -81,7 +81,9 @@ def _heading(version: Entry | None, yanked: set[tuple[str | None, int]]) -> str:
     return f"## [{escaped(version.alias or '')} {number}] - {version.at:%Y-%m-%d}{mark}"
 
 
-def _section(section: str, version: Entry | None, some: Sequence[Entry], *, everything: bool) -> Iterator[str]:
+def _section(
+    section: str, version: ChangelogEntry | None, some: Sequence[ChangelogEntry], *, everything: bool
+) -> Iterator[str]:
     if version is not None and _SECTION[version.kind] == section:
         yield f"- {line(version)}"
     if section == "Security":

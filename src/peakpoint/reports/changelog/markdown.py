@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import groupby
 
-from peakpoint.reports.changelog.entries import PRODUCTION, Entry
+from peakpoint.reports.changelog.entries import PRODUCTION, ChangelogEntry
 from peakpoint.reports.evaluation.pages import escaped as plain
 from peakpoint.reports.evaluation.tables import printable
 
@@ -69,40 +69,40 @@ def _count(number: int, thing: str) -> str:
 # --- one entry, one line ------------------------------------------------------------------------------------------
 
 
-def line(entry: Entry) -> str:
+def line(entry: ChangelogEntry) -> str:
     """An entry in one sentence of Markdown, without its time."""
     said = _SAID[entry.kind](entry)
     by = f" ({escaped(entry.by)})" if entry.by and entry.by != "rules" and entry.kind in _BY else ""
     return said + by
 
 
-def _because(entry: Entry) -> str:
+def _because(entry: ChangelogEntry) -> str:
     return f": {escaped(entry.why)}" if entry.why else ""
 
 
-def _promoted(entry: Entry) -> str:
+def _promoted(entry: ChangelogEntry) -> str:
     what = f"**{escaped(entry.alias or '')}** is now {_name(entry.after)}"
     if entry.before is not None:
         what += f", before {_name(entry.before)}"
     return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
 
 
-def _rolled_back(entry: Entry) -> str:
+def _rolled_back(entry: ChangelogEntry) -> str:
     what = f"**{escaped(entry.alias or '')}** went back to {_name(entry.after)} from {_name(entry.before)}"
     return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
 
 
-def _retired(entry: Entry) -> str:
+def _retired(entry: ChangelogEntry) -> str:
     what = f"**{escaped(entry.alias or '')}** was retired, and points at nothing; before {_name(entry.before)}"
     return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
 
 
-def _refused(entry: Entry) -> str:
+def _refused(entry: ChangelogEntry) -> str:
     what = f"{_name(entry.checkpoint)} did not become **{escaped(entry.alias or '')}**"
     return f"{what}{_because(entry)} (release {escaped(str(entry.details.get('release')))})"
 
 
-def _evidence(entry: Entry) -> str:
+def _evidence(entry: ChangelogEntry) -> str:
     found = []
     if said := compared(entry.details.get("comparison")):
         found.append(said)
@@ -123,16 +123,16 @@ def compared(comparison: object) -> str:
     return f"compared: {escaped(str(said))}" if said else ""
 
 
-def _plain_kind(verb: str) -> Callable[[Entry], str]:
+def _plain_kind(verb: str) -> Callable[[ChangelogEntry], str]:
     return lambda entry: f"{_name(entry.checkpoint)} {verb}{_because(entry)}"
 
 
-def _removed(entry: Entry) -> str:
+def _removed(entry: ChangelogEntry) -> str:
     verb = "was to be removed, and is still here" if entry.details.get("came_to_nothing") else "removed"
     return f"{_name(entry.checkpoint)} {verb}{_because(entry)}"
 
 
-def _lost(entry: Entry) -> str:
+def _lost(entry: ChangelogEntry) -> str:
     rule = code(str(entry.details.get("rule")))
     return f"{_name(entry.run)}: {rule} moved from {_claim(entry.before)} to {_claim(entry.after)}"
 
@@ -145,47 +145,47 @@ def _claim(claim: str | None) -> str:
     return f"{code(ref.partition('/')[2] or ref)} ({escaped(reason)})"
 
 
-def _validated(entry: Entry) -> str:
+def _validated(entry: ChangelogEntry) -> str:
     outcome = "**failed**" if entry.after == "failed" else escaped(entry.after or "")
     return f"{_name(entry.checkpoint)} validated: {outcome}{_because(entry)}"
 
 
-def _measured(entry: Entry) -> str:
+def _measured(entry: ChangelogEntry) -> str:
     was = f", before {escaped(entry.before)}" if entry.before else ""
     by = f" by {escaped(entry.why)}" if entry.why else ""
     return f"{_name(entry.checkpoint)} measured{by}: {escaped(entry.after or '')}{was}"
 
 
-def _parts(entry: Entry) -> str:
+def _parts(entry: ChangelogEntry) -> str:
     return f"{_name(entry.checkpoint)} lost {escaped(', '.join(entry.details.get('parts', ())))}{_because(entry)}"
 
 
-def _undone(entry: Entry) -> str:
+def _undone(entry: ChangelogEntry) -> str:
     parts = entry.details.get("parts")
     return f"{_name(entry.checkpoint)} brought back" + (f" with {escaped(', '.join(parts))}" if parts else "")
 
 
-def _about_run(verb: str) -> Callable[[Entry], str]:
+def _about_run(verb: str) -> Callable[[ChangelogEntry], str]:
     return lambda entry: f"{_name(entry.run)} {verb}{_because(entry)}"
 
 
-def _ended(entry: Entry) -> str:
+def _ended(entry: ChangelogEntry) -> str:
     return f"{_name(entry.run)} " + ("finished" if entry.why == "closed" else f"ended{_because(entry)}")
 
 
-def _continued(entry: Entry) -> str:
+def _continued(entry: ChangelogEntry) -> str:
     return f"{_name(entry.run)} continued from {_name(entry.checkpoint)}{_because(entry)}"
 
 
-def _rules(entry: Entry) -> str:
+def _rules(entry: ChangelogEntry) -> str:
     return f"rules of {_name(entry.run)} changed from {code(entry.before or '')} to {code(entry.after or '')}"
 
 
-def _damage(entry: Entry) -> str:
+def _damage(entry: ChangelogEntry) -> str:
     return f"**damage**{_because(entry)}"
 
 
-_SAID: dict[str, Callable[[Entry], str]] = {
+_SAID: dict[str, Callable[[ChangelogEntry], str]] = {
     "saved": _plain_kind("saved"),
     "imported": _plain_kind("imported"),
     "save failed": _plain_kind("was not saved"),
@@ -217,7 +217,7 @@ _BY |= {"validated", "rules changed"}
 # --- many entries -------------------------------------------------------------------------------------------------
 
 
-def folded(entries: Sequence[Entry], *, everything: bool, times: str = "%H:%M") -> list[str]:
+def folded(entries: Sequence[ChangelogEntry], *, everything: bool, times: str = "%H:%M") -> list[str]:
     """Lines for what was done in runs, newest first; where there is much of one kind, one line for all of it.
 
     Args:
@@ -225,7 +225,7 @@ def folded(entries: Sequence[Entry], *, everything: bool, times: str = "%H:%M") 
         everything: fold nothing.
         times: how times are written.
     """
-    groups: dict[_Key, list[Entry]] = {}
+    groups: dict[_Key, list[ChangelogEntry]] = {}
     for entry in entries:
         groups.setdefault(_key(entry), []).append(entry)
     many = {key for key, group in groups.items() if not everything and _is_many(key, group)}
@@ -244,19 +244,19 @@ _Key = tuple[str | None, str, str]
 """Run, kind, and the rule of a claim; ``"rules"`` for what rules have removed."""
 
 
-def _key(entry: Entry) -> _Key:
+def _key(entry: ChangelogEntry) -> _Key:
     if entry.kind == "claim lost":
         return entry.run, entry.kind, str(entry.details.get("rule"))
     return entry.run, entry.kind, "rules" if entry.by == "rules" else ""
 
 
-def _is_many(key: _Key, group: Sequence[Entry]) -> bool:
+def _is_many(key: _Key, group: Sequence[ChangelogEntry]) -> bool:
     if key[1] == "claim lost":
         return len(group) > 1 or not group[0].details.get("ranks")  # the newest is another one after every save
     return key[1] in _MANY and len(group) > (1 if key[2] else FOLD)
 
 
-def _totals(groups: Mapping[_Key, Sequence[Entry]], many: Iterable[_Key]) -> Iterator[str]:
+def _totals(groups: Mapping[_Key, Sequence[ChangelogEntry]], many: Iterable[_Key]) -> Iterator[str]:
     """``"r: 12 checkpoints saved, 9 removed by rules"``: a line for each run."""
     runs: dict[str | None, list[_Key]] = {}
     for key in many:
@@ -271,7 +271,7 @@ def _totals(groups: Mapping[_Key, Sequence[Entry]], many: Iterable[_Key]) -> Ite
         yield f"- {_name(run)}: {', '.join(said)}"
 
 
-def _moved(group: Sequence[Entry]) -> str:
+def _moved(group: Sequence[ChangelogEntry]) -> str:
     """How the claim of one rule went on; the newest first."""
     rule = code(str(group[0].details.get("rule")))
     times = ("", "once", "twice")[len(group)] if len(group) < 3 else f"{len(group):,} times"
@@ -279,7 +279,7 @@ def _moved(group: Sequence[Entry]) -> str:
     return f"{_name(group[0].run)}: {rule} moved on {times}, from {first} to {last}"
 
 
-def by_day(entries: Sequence[Entry], title: str, *, everything: bool = False) -> str:
+def by_day(entries: Sequence[ChangelogEntry], title: str, *, everything: bool = False) -> str:
     """The account: first what happened to aliases, then damage, then what was done in runs by day; the newest first.
 
     Args:
@@ -302,12 +302,12 @@ def by_day(entries: Sequence[Entry], title: str, *, everything: bool = False) ->
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _day(entry: Entry) -> date:
+def _day(entry: ChangelogEntry) -> date:
     assert entry.at is not None
     return entry.at.date()
 
 
-def _period(entries: Sequence[Entry]) -> str:
+def _period(entries: Sequence[ChangelogEntry]) -> str:
     times = [entry.at for entry in entries if entry.at is not None]
     if not times:
         return "Nothing was recorded in this time."
@@ -315,7 +315,7 @@ def _period(entries: Sequence[Entry]) -> str:
     return f"{number} from {times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC."
 
 
-def _aliases(entries: Sequence[Entry]) -> Iterator[str]:
+def _aliases(entries: Sequence[ChangelogEntry]) -> Iterator[str]:
     """A paragraph for each alias: what it was at the beginning and is at the end, and how often it changed."""
     names = sorted({one.alias for one in entries if one.alias is not None and one.kind in PRODUCTION})
     for alias in names:

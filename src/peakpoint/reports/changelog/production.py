@@ -9,7 +9,7 @@ from peakpoint.format import layout
 from peakpoint.format.events import Promoted
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.format.sealed import unseal
-from peakpoint.reports.changelog.entries import FORCED, Entry
+from peakpoint.reports.changelog.entries import FORCED, ChangelogEntry
 from peakpoint.repository import aliases, journal, validations
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.releases import decode
@@ -27,7 +27,7 @@ class Promise:
     digest: str
 
 
-def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[Entry]:
+def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[ChangelogEntry]:
     """Every change of every alias; damage of its history; records that the journals speak of and that are not there."""
     for alias in aliases.names(store):
         found = aliases.history(store, alias)
@@ -35,7 +35,7 @@ def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[Entry]:
         for record in found.records:
             yield _change(record, records.get(record.number - 1))
         for text in found.damage:
-            yield Entry(at=None, kind="damage", alias=alias, why=text)
+            yield ChangelogEntry(at=None, kind="damage", alias=alias, why=text)
         promised = [promise for promise in promises if promise.alias == alias]
         unreadable = set(aliases.numbers(store, alias)) - records.keys()
         yield from _broken(promised, {one.number: one.digest for one in found.records}, unreadable)
@@ -43,16 +43,18 @@ def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[Entry]:
     yield from _broken([promise for promise in promises if promise.alias not in known], {}, set())
 
 
-def _broken(promises: Collection[Promise], there: Mapping[int, str], unreadable: Collection[int]) -> Iterator[Entry]:
+def _broken(
+    promises: Collection[Promise], there: Mapping[int, str], unreadable: Collection[int]
+) -> Iterator[ChangelogEntry]:
     for one in promises:
         if one.record in unreadable or there.get(one.record) == one.digest:
             continue  # told already, or as it was
         what = "was changed since" if one.record in there else "is missing"
         why = f"{layout.alias_key(one.alias, one.record)} {what}: the journal of {one.run} says that it was made"
-        yield Entry(at=None, kind="damage", run=one.run, alias=one.alias, why=why)
+        yield ChangelogEntry(at=None, kind="damage", run=one.run, alias=one.alias, why=why)
 
 
-def _change(record: AliasRecord, former: AliasRecord | None) -> Entry:
+def _change(record: AliasRecord, former: AliasRecord | None) -> ChangelogEntry:
     target = record.target
     before = None if former is None or former.target is None else _ref(former)
     details: dict[str, Any] = {"record": record.number}
@@ -69,7 +71,7 @@ def _change(record: AliasRecord, former: AliasRecord | None) -> Entry:
         "comparison": record.comparison,
         "release": record.release,
     }
-    return Entry(
+    return ChangelogEntry(
         at=record.at,
         kind=record.kind,
         run=None if target is None else target.run,
@@ -88,12 +90,12 @@ def _ref(record: AliasRecord) -> str:
     return f"{record.target.run}/{record.target.name}"
 
 
-def of_validations(run: Run) -> Iterator[Entry]:
+def of_validations(run: Run) -> Iterator[ChangelogEntry]:
     """Every validation of a run's checkpoints, gone ones too."""
     for checkpoint in validations.checkpoints_with(run.store, run.name):
         found, damage = validations.readable(run.store, run.name, checkpoint)
         for text in damage:
-            yield Entry(at=None, kind="damage", run=run.name, why=text, details={"id": checkpoint})
+            yield ChangelogEntry(at=None, kind="damage", run=run.name, why=text, details={"id": checkpoint})
         for one in found:
             said = [f"{finding.check}: {finding.said}" for finding in one.failures]
             details = {
@@ -105,7 +107,7 @@ def of_validations(run: Run) -> Iterator[Entry]:
                 "metrics": metrics_to_json(one.metrics),
                 "against": one.against,
             }
-            yield Entry(
+            yield ChangelogEntry(
                 at=one.at,
                 kind="validated",
                 run=run.name,
@@ -127,7 +129,7 @@ def promises(run: Run, reading: journal.Reading) -> list[Promise]:
     ]
 
 
-def of_releases(store: Store) -> Iterator[Entry]:
+def of_releases(store: Store) -> Iterator[ChangelogEntry]:
     """Releases that were refused; those that went through are told by the records of the aliases."""
     for child in store.children(layout.RELEASES):
         if not child.endswith(".json"):
@@ -136,13 +138,13 @@ def of_releases(store: Store) -> Iterator[Entry]:
         try:
             refused = _refused(unseal(store.get(key), where=key), child.removesuffix(".json"))
         except (ConfigError, CorruptError, FormatError) as error:
-            yield Entry(at=None, kind="damage", why=str(error))
+            yield ChangelogEntry(at=None, kind="damage", why=str(error))
             continue
         if refused is not None:
             yield refused
 
 
-def _refused(record: Mapping[str, Any], release: str) -> Entry | None:
+def _refused(record: Mapping[str, Any], release: str) -> ChangelogEntry | None:
     """The entry of a release that was refused; None of one that was not.
 
     Raises:
@@ -152,7 +154,7 @@ def _refused(record: Mapping[str, Any], release: str) -> Entry | None:
     if found.outcome != "refused":
         return None
     one, former = found.candidate, found.former
-    return Entry(
+    return ChangelogEntry(
         at=found.at,
         kind="refused",
         run=one.run,

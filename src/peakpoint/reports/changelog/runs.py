@@ -28,7 +28,7 @@ from peakpoint.format.events import (
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.reports.changelog.claims import Claims, Passed
-from peakpoint.reports.changelog.entries import Entry
+from peakpoint.reports.changelog.entries import ChangelogEntry
 from peakpoint.repository import reader
 from peakpoint.repository.journal import Reading
 from peakpoint.repository.run import Run
@@ -90,15 +90,15 @@ class _Tale:
     def ref(self, checkpoint: str) -> str:
         return f"{self.run}/{self.names.get(checkpoint, checkpoint)}"
 
-    def entry(self, event: Event, kind: Any, checkpoint: str | None = None, **members: Any) -> Entry:
+    def entry(self, event: Event, kind: Any, checkpoint: str | None = None, **members: Any) -> ChangelogEntry:
         if checkpoint is not None:
             members["details"] = {"id": checkpoint, **members.get("details", {})}
             members["checkpoint"] = self.ref(checkpoint)
-        return Entry(at=event.at, kind=kind, run=self.run, **members)
+        return ChangelogEntry(at=event.at, kind=kind, run=self.run, **members)
 
     # --- one event after the other ------------------------------------------------------------------------------
 
-    def tell(self, segment: str, event: Event) -> Iterator[Entry]:
+    def tell(self, segment: str, event: Event) -> Iterator[ChangelogEntry]:
         by = _who(self.by.get(segment, {}))
         match event:
             case Opened():
@@ -120,7 +120,7 @@ class _Tale:
             case _:
                 yield from self._kept_and_gone(event)
 
-    def _opened(self, segment: str, event: Opened) -> Iterator[Entry]:
+    def _opened(self, segment: str, event: Opened) -> Iterator[ChangelogEntry]:
         self.by[segment] = event.by
         if event.rules == self.texts:
             return
@@ -130,7 +130,7 @@ class _Tale:
             texts = (" ".join(before) or "none", " ".join(event.rules) or "none")
             yield self.entry(event, "rules changed", by=_who(event.by), before=texts[0], after=texts[1])
 
-    def _started(self, segment: str, event: Started, by: str) -> Iterator[Entry]:
+    def _started(self, segment: str, event: Started, by: str) -> Iterator[ChangelogEntry]:
         origin, saved = self.places.get(event.checkpoint, (self.branch, None))
         self.branch = origin.continued(event, saved, self.newest)
         about = self.by.get(segment, {})
@@ -146,7 +146,7 @@ class _Tale:
             why = "" if event.requested is None else f"asked for {event.requested}"
             yield self.entry(event, "continued", event.checkpoint, by=by, why=why, details=details)
 
-    def _saved(self, event: Saved, by: str, *, imported: bool) -> Iterator[Entry]:
+    def _saved(self, event: Saved, by: str, *, imported: bool) -> Iterator[ChangelogEntry]:
         id_ = event.checkpoint
         self.names[id_] = event.name
         self.places[id_] = (self.branch, event)
@@ -168,7 +168,7 @@ class _Tale:
         else:
             yield from self._passed(event, by, self.claims.add(moment))
 
-    def _passed(self, event: Event, by: str, passed: Iterable[Passed]) -> Iterator[Entry]:
+    def _passed(self, event: Event, by: str, passed: Iterable[Passed]) -> Iterator[ChangelogEntry]:
         for one in passed:
             after = None if one.taker is None else f"{self.ref(one.taker)}: {one.reason}"
             details = {"rule": one.rule, "ranks": one.ranks, "taker": one.taker and self.ref(one.taker)}
@@ -183,7 +183,7 @@ class _Tale:
                 details=details,
             )
 
-    def _measured(self, event: Measured) -> Iterator[Entry]:
+    def _measured(self, event: Measured) -> Iterator[ChangelogEntry]:
         id_ = event.checkpoint
         known = self.values.get(id_)
         before = {} if known is None else {name: known[name] for name in event.metrics if name in known}
@@ -204,13 +204,13 @@ class _Tale:
         elif (old := self.gone.get(id_)) is not None:
             self.gone[id_] = replace(old, metrics={**old.metrics, **event.metrics})
 
-    def _closed(self, segment: str, event: Closed, by: str) -> Iterator[Entry]:
+    def _closed(self, segment: str, event: Closed, by: str) -> Iterator[ChangelogEntry]:
         if event.why.startswith(STOPPED):
             yield self.entry(event, "stopped early", by=by, why=event.why.removeprefix(STOPPED))
         elif segment in self.trains or not (event.why in _ORDERLY or event.why.startswith("peakpoint ")):
             yield self.entry(event, "ended", by=by, why=event.why)
 
-    def _kept_and_gone(self, event: Event) -> Iterator[Entry]:
+    def _kept_and_gone(self, event: Event) -> Iterator[ChangelogEntry]:
         match event:
             case Removed():
                 yield from self._removed(event)
@@ -236,7 +236,7 @@ class _Tale:
             case _:
                 pass  # of Changing and Promoting others tell what came; the record of the alias tells of Promoted
 
-    def _removed(self, event: Removed) -> Iterator[Entry]:
+    def _removed(self, event: Removed) -> Iterator[ChangelogEntry]:
         self.names.setdefault(event.checkpoint, event.name)
         spared = id(event) in self.spared
         details: dict[str, Any] = {"step": event.step, "epoch": event.epoch, "until": _time(event.until)}
@@ -252,11 +252,11 @@ def aware(moment: datetime) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def entries(run: Run, reading: Reading) -> Iterator[Entry]:
+def entries(run: Run, reading: Reading) -> Iterator[ChangelogEntry]:
     """Everything that was done in a run, in the order in which it happened; damage first."""
     events = in_order(reading)
     for text in reading.damage:
-        yield Entry(at=None, kind="damage", run=run.name, why=text)
+        yield ChangelogEntry(at=None, kind="damage", run=run.name, why=text)
     names = {event.checkpoint: event.name for _, event in events if isinstance(event, Saved)}
     tale = _Tale(run.name, _spared(run, events), _derived(events), names=names)
     for segment, event in events:
@@ -310,7 +310,7 @@ def _id(run: Run, name: str) -> str | None:
     return standing.manifest.id if isinstance(standing, reader.Standing) else None
 
 
-def _unrecorded(run: Run, tale: _Tale) -> Iterator[Entry]:
+def _unrecorded(run: Run, tale: _Tale) -> Iterator[ChangelogEntry]:
     """Checkpoints that exist and were never recorded: their process was killed in between."""
     told = {tale.names[checkpoint] for checkpoint in tale.values.keys() - tale.gone.keys()}
     for child in run.store.children(layout.checkpoints_prefix(run.name)):
@@ -321,13 +321,15 @@ def _unrecorded(run: Run, tale: _Tale) -> Iterator[Entry]:
             case reader.Standing(manifest=manifest) if manifest.id not in tale.values:
                 yield _of_manifest(manifest)
             case reader.Damaged(error=error):
-                yield Entry(at=None, kind="damage", run=run.name, checkpoint=f"{run.name}/{name}", why=str(error))
+                yield ChangelogEntry(
+                    at=None, kind="damage", run=run.name, checkpoint=f"{run.name}/{name}", why=str(error)
+                )
             case _:
                 pass
 
 
-def _of_manifest(manifest: Manifest) -> Entry:
-    return Entry(
+def _of_manifest(manifest: Manifest) -> ChangelogEntry:
+    return ChangelogEntry(
         at=manifest.created_at,
         kind="saved",
         run=manifest.run,
