@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 import peakpoint as pp
 from peakpoint.cli.main import cli
 from peakpoint.reports import card
-from peakpoint.reports.card import Told
+from peakpoint.reports.card import ModelDescription
 from peakpoint.reports.card.front_matter import front_matter
 from peakpoint.reports.card.front_matter import yaml as written
 from peakpoint.repository import aliases, reader, validations
@@ -84,7 +84,7 @@ def root(made, tmp_path):
 
 
 def page(root, ref="@champion", **told):
-    return card.markdown(card.gather(pp.open(root), ref, Told(**told)))
+    return card.markdown(card.gather(pp.open(root), ref, ModelDescription(**told)))
 
 
 def split(text):
@@ -144,7 +144,9 @@ def test_the_front_matter(root):
         card.gather(
             pp.open(root),
             "@champion",
-            Told(license="mit", data="CIFAR-10", task="image-classification", base_model="a/b", tags=("x",)),
+            ModelDescription(
+                license="mit", data="CIFAR-10", task="image-classification", base_model="a/b", tags=("x",)
+            ),
         )
     )
     assert front["tags"] == ["peakpoint", "x"]
@@ -352,7 +354,7 @@ def test_an_abandoned_branch_is_said(root):
 
 def test_a_former_holder_by_the_number_of_its_record(root):
     assert page(root, "@champion:1") == page(root, "small@latest")
-    assert front_matter(card.gather(pp.open(root), "@champion", Told(data="a/b")))["datasets"] == ["a/b"]
+    assert front_matter(card.gather(pp.open(root), "@champion", ModelDescription(data="a/b")))["datasets"] == ["a/b"]
 
 
 def test_an_old_validation_of_another_manifest_is_said(root):

@@ -25,7 +25,7 @@ from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.events import Reported, Saved
 from peakpoint.reports.plan import forecast as planner
 from peakpoint.reports.plan import networks, optimizers, sizes
-from peakpoint.reports.plan.curves import Curves
+from peakpoint.reports.plan.curves import AssumedMetrics
 from peakpoint.rules.simulate import replay
 from strategies import START, lasts, modes, paretos, thins, topks
 from training import checkpointer
@@ -79,7 +79,7 @@ def test_presets_have_the_parameters_of_their_architectures():
 
 def test_the_weights_of_the_presets_are_of_the_known_sizes():
     megabytes = {
-        name: parts(sizes.designed(networks.architecture(name), optimizer="none"))["model"] / 1e6
+        name: parts(sizes.from_network(networks.architecture(name), optimizer="none"))["model"] / 1e6
         for name in networks.NAMES
     }
     near = {"lenet-5": 0.25, "resnet-18": 45, "resnet-50": 100, "gpt-2": 500, "gpt-3": 350_000}
@@ -90,8 +90,8 @@ def test_what_an_optimizer_adds_to_the_weights():
     count = 10**9
 
     def grown(**options):
-        found = sizes.counted(count, **options)
-        return found.bytes / parts(sizes.counted(count, optimizer="none", dtype=options["dtype"]))["model"]
+        found = sizes.from_count(count, **options)
+        return found.bytes / parts(sizes.from_count(count, optimizer="none", dtype=options["dtype"]))["model"]
 
     assert grown(optimizer="adam", dtype="float32") == pytest.approx(3, rel=1e-4)
     assert grown(optimizer="sgd+momentum", dtype="float32") == pytest.approx(2, rel=1e-4)
@@ -136,15 +136,17 @@ def test_optimizers_hold_what_was_foreseen(name, dtype, tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 40)).to(dtype)
     optimizer = OPTIMIZERS[name](model.parameters())
     state = {"model": model, "optimizer": optimizer}
-    foreseen = sizes.live(state)
+    foreseen = sizes.from_state(state)
     model(torch.randn(2, 3, 8, 8, dtype=dtype)).sum().backward()
     optimizer.step()
     held = [value for one in optimizer.state.values() for value in one.values() if isinstance(value, torch.Tensor)]
-    guess = optimizers.held(type(optimizer).__name__, [p.shape for p in model.parameters()], optimizer.param_groups[0])
+    guess = optimizers.optimizer_state(
+        type(optimizer).__name__, [p.shape for p in model.parameters()], optimizer.param_groups[0]
+    )
     bytes_held = sum(value.numel() * value.element_size() for value in held)
     assert guess.tensors + guess.scalars == len(held)
     assert guess.elements * dtype.itemsize + guess.scalars * optimizers.STEP == bytes_held
-    assert parts(sizes.live(state)) == pytest.approx(parts(foreseen), abs=100)  # the same, and now it is there
+    assert parts(sizes.from_state(state)) == pytest.approx(parts(foreseen), abs=100)  # the same, and now it is there
     with checkpointer(tmp_path, state=state) as ckpt:
         ckpt.report(step=1)
     written = {file.name.partition(".")[0]: file.size for file in pp.open(tmp_path).run("r").manifests()[0].files}
@@ -159,29 +161,29 @@ def test_optimizers_hold_what_was_foreseen(name, dtype, tmp_path):
 def test_muon_holds_what_was_foreseen():
     model = nn.Linear(30, 40, bias=False)
     optimizer = torch.optim.Muon(model.parameters())
-    foreseen = parts(sizes.live({"optimizer": optimizer}))
+    foreseen = parts(sizes.from_state({"optimizer": optimizer}))
     model(torch.randn(2, 30)).sum().backward()
     optimizer.step()
-    assert parts(sizes.live({"optimizer": optimizer})) == foreseen
+    assert parts(sizes.from_state({"optimizer": optimizer})) == foreseen
 
 
 def test_tied_frozen_and_meta():
     one = nn.Linear(300, 300)
     two = nn.Linear(300, 300)
     two.weight = one.weight
-    tied = parts(sizes.live({"model": nn.Sequential(one, two)}))["model"]
+    tied = parts(sizes.from_state({"model": nn.Sequential(one, two)}))["model"]
     assert tied == 4096 + 4 * (300 * 300 + 2 * 300)
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300), nn.Linear(300, 10))
     head = torch.optim.AdamW(model[2].parameters())
-    part = sizes.live({"model": model, "optimizer": head}).parts[0]
+    part = sizes.from_state({"model": model, "optimizer": head}).parts[0]
     assert part.frozen == 4096 + 4 * (300 * 300 + 3 * 300)
     assert part.bytes == part.frozen + 4096 + 4 * (10 * 300 + 10 + 2 * 300) + 8
     average = torch.optim.swa_utils.AveragedModel(model)  # no optimizer trains it, and it changes all the same
-    assert sizes.live({"model": model, "ema": average, "optimizer": head}).parts[1].frozen == 0
+    assert sizes.from_state({"model": model, "ema": average, "optimizer": head}).parts[1].frozen == 0
     with torch.device("meta"):
         ghost = nn.Linear(50_000, 50_000)
     state = {"model": ghost, "optimizer": torch.optim.Adam(ghost.parameters())}
-    assert sizes.live(state).bytes == pytest.approx(3 * 4 * 50_000 * 50_001, rel=1e-5)
+    assert sizes.from_state(state).bytes == pytest.approx(3 * 4 * 50_000 * 50_001, rel=1e-5)
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -204,10 +206,10 @@ playable = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(playable, st.integers(1, 12))
 def test_a_plan_is_what_a_replay_of_such_reports_tells(keep, epochs):
-    sized = sizes.counted(1000, optimizer="adam")
+    sized = sizes.from_count(1000, optimizer="adam")
     found = planner.forecast(sized, keep=keep, epochs=epochs, steps_per_epoch=1)
     for outlook in found.outlooks:
-        curve = Curves(keep, epochs, 1, {}, 0).metrics(outlook.name)
+        curve = AssumedMetrics(keep, epochs, 1, {}, 0).metrics(outlook.name)
         told = replay(reported(curve, epochs), keep, sized.bytes)
         assert (outlook.saves, outlook.kept, outlook.most) == (told.saves, len(told.kept), told.most)
         assert outlook.bytes_kept == told.bytes_kept
@@ -306,7 +308,7 @@ def test_a_short_training_writes_what_was_foreseen(lenet):
     assert low <= len(run.manifests()) <= high
     assert found.sizes.bytes == pytest.approx(run.manifests()[-1].size_bytes, rel=0.005)
     known = planner.forecast(
-        sizes.designed(networks.architecture("lenet-5")), keep=[pp.Last(1)], epochs=25
+        sizes.from_network(networks.architecture("lenet-5")), keep=[pp.Last(1)], epochs=25
     )  # from the preset alone
     assert known.likely.bytes_written == pytest.approx(sum(event.size_bytes for event in saved), rel=0.005)
 
@@ -314,7 +316,7 @@ def test_a_short_training_writes_what_was_foreseen(lenet):
 def test_a_plan_from_a_run_that_exists(lenet):
     root, _ = lenet
     manifests = pp.open(root).run("lenet").manifests()
-    found = sizes.measured(manifests, "lenet")
+    found = sizes.from_manifests(manifests, "lenet")
     assert found.bytes == manifests[-1].size_bytes
     assert found.stall == pytest.approx(
         sum(one.timing[name] for one in manifests for name in ("capture_seconds", "step_waited_seconds"))
@@ -324,7 +326,7 @@ def test_a_plan_from_a_run_that_exists(lenet):
     measured = planner.pace(pp.open(root).run("lenet").history())
     assert (measured.epochs, measured.reports_per_epoch, measured.steps) == (25, 1, 11)
     with pytest.raises(NotFoundError, match="no checkpoints yet"):
-        sizes.measured([], "lenet")
+        sizes.from_manifests([], "lenet")
 
 
 def test_what_is_shared_in_a_run_is_known(tmp_path):
@@ -335,12 +337,12 @@ def test_what_is_shared_in_a_run_is_known(tmp_path):
             model(torch.randn(2, 300)).sum().backward()
             optimizer.step()
             ckpt.report()
-    part = sizes.measured(pp.open(tmp_path).run("r").manifests(), "r").parts[0]
+    part = sizes.from_manifests(pp.open(tmp_path).run("r").manifests(), "r").parts[0]
     assert part.frozen == 4096 + 4 * 300 * 301
 
 
 def test_more_is_written_in_the_worst_case_than_in_the_best():
-    sized = sizes.counted(10**6, optimizer="adam")
+    sized = sizes.from_count(10**6, optimizer="adam")
     found = planner.forecast(sized, keep=PARSED("best:acc:max"), epochs=100)
     assert found.span("saves") == (1, 100)
     assert 1 < found.likely.saves < 100
@@ -350,7 +352,7 @@ def test_more_is_written_in_the_worst_case_than_in_the_best():
 
 
 def test_sparsity_follows_its_schedule():
-    sized = sizes.counted(10**6, optimizer="adam")
+    sized = sizes.from_count(10**6, optimizer="adam")
     keep = PARSED("best-at:acc:max:sparsity:0.5,0.9:0.01")
     found = planner.forecast(sized, keep=keep, epochs=100, sparsity={0: 0.0, 50: 0.5, 60: 0.5, 70: 0.9})
     # at 0.5 from epoch 49 to 60, at 0.9 from epoch 70 on
@@ -361,7 +363,7 @@ def test_sparsity_follows_its_schedule():
 @pytest.mark.parametrize("schedule", [{0: 0.0, 10: 0.9}, {0: 0.0, 5: 0.5, 10: 0.5, 12: 0.9}, {0: 0.9, 10: 0.5}])
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_everything_is_on_the_front_when_metrics_are_traded_against_a_schedule(schedule, mode):
-    sized = sizes.counted(10**6, optimizer="adam")
+    sized = sizes.from_count(10**6, optimizer="adam")
     keep = pp.rules.pruning("loss", mode, (0.5, 0.9))
     found = planner.forecast(sized, keep=keep, epochs=20, reports_per_epoch=2, sparsity=schedule)
     traded = found.outlooks[-1]
@@ -370,7 +372,7 @@ def test_everything_is_on_the_front_when_metrics_are_traded_against_a_schedule(s
 
 def test_a_schedule_stays_at_its_targets_when_metrics_are_traded():
     keep = [at := pp.BestAtSparsity("a", "max", (0.9,), 0.0), pp.Pareto({"a": "max", "sparsity": "max"})]
-    *_, last = Curves(keep, planner.MOST_WITH_PARETO, 1, {0: 0.9}, 0).metrics("trades off")
+    *_, last = AssumedMetrics(keep, planner.MOST_WITH_PARETO, 1, {0: 0.9}, 0).metrics("trades off")
     assert at.target_of(SimpleNamespace(metrics=last)) == 0.9
 
 
@@ -389,7 +391,7 @@ def test_the_time_of_a_save_is_no_work():
 
 
 def test_rules_by_time_and_by_steps():
-    sized = sizes.counted(10**6, optimizer="adam")
+    sized = sizes.from_count(10**6, optimizer="adam")
     keep = PARSED("every:60min every:1000st")
     found = planner.forecast(sized, keep=keep, epochs=36, steps_per_epoch=100, epoch_time=timedelta(minutes=5))
     assert found.likely.name == "any"
@@ -400,11 +402,11 @@ def test_rules_by_time_and_by_steps():
 
 
 def test_rules_without_effect_are_named():
-    sized = sizes.counted(10**6, optimizer="adam")
+    sized = sizes.from_count(10**6, optimizer="adam")
     assert planner.forecast(sized, keep=PARSED("every:200ep last:1"), epochs=100).idle == ("every:200ep",)
 
 
-SIZED = sizes.counted(10**6, optimizer="adam")
+SIZED = sizes.from_count(10**6, optimizer="adam")
 
 
 @pytest.mark.parametrize(
@@ -431,15 +433,15 @@ def test_what_cannot_be_planned(changes, message):
 
 def test_sizes_that_cannot_be():
     with pytest.raises(ConfigError, match="did you mean 'adamw'"):
-        sizes.counted(1, optimizer="adamww")
+        sizes.from_count(1, optimizer="adamww")
     with pytest.raises(ConfigError, match="depends on the shapes"):
-        sizes.counted(1, optimizer="Adafactor")
+        sizes.from_count(1, optimizer="Adafactor")
     with pytest.raises(ConfigError, match="dtype 'float23'"):
-        sizes.counted(1, optimizer="adam", dtype="float23")
+        sizes.from_count(1, optimizer="adam", dtype="float23")
     with pytest.raises(ConfigError, match="there is no preset 'resnet50'; did you mean 'resnet-50'"):
         networks.architecture("resnet50")
     with pytest.raises(ConfigError, match="takes a mapping of parts"):
-        sizes.live(nn.Linear(1, 1))
+        sizes.from_state(nn.Linear(1, 1))
 
 
 def test_the_archive_ratio_is_the_one_that_was_measured():

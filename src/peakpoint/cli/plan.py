@@ -117,13 +117,13 @@ def _of_numbers(given: dict[str, Any]) -> sizes.Sizes:
         raise ConfigError(f"a plan needs --epochs and --rules, such as 'best:val_accuracy:max last:3'. Forms: {FORMS}")
     options = {option: given[option] for option in ("optimizer", "dtype", "master")}
     if network is not None:
-        return sizes.designed(network, **options)
+        return sizes.from_network(network, **options)
     if given["optimizer"] is None:
         raise ConfigError(
             f"--params alone does not say what the optimizer holds: give --optimizer, one of "
             f"{', '.join(optimizers.NAMES)}"
         )
-    return sizes.counted(given["params"], **options | {"dtype": given["dtype"] or "float32"})
+    return sizes.from_count(given["params"], **options | {"dtype": given["dtype"] or "float32"})
 
 
 def _of_run(run: Run, given: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _of_run(run: Run, given: dict[str, Any]) -> dict[str, Any]:
     steps = None if measured.steps is None else max(1, round(measured.steps * per_epoch))
     seconds = None if not measured.seconds else timedelta(seconds=measured.seconds * per_epoch)
     return {
-        "sizes": sizes.measured(manifests, run.name),
+        "sizes": sizes.from_manifests(manifests, run.name),
         "rules": rules,
         "epochs": epochs,
         "reports_per_epoch": per_epoch,
@@ -327,7 +327,7 @@ def _print_saving(console: Console, saving: dict[str, Any]) -> None:
 def _print_presets(*, json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for network in map(networks.architecture, networks.NAMES):
-        weights = sizes.designed(network, optimizer="none")
+        weights = sizes.from_network(network, optimizer="none")
         rows.append(
             {
                 "name": network.name,
@@ -335,9 +335,9 @@ def _print_presets(*, json: bool) -> None:
                 "parameters": network.parameters,
                 "dtype": network.dtype,
                 "weights_bytes": weights.parts[0].bytes,
-                "sgd_momentum_bytes": sizes.designed(network, optimizer="sgd+momentum").bytes,
-                "adam_bytes": sizes.designed(network, optimizer="adam").bytes,
-                "mixed_bytes": sizes.designed(network, optimizer="adam", dtype="bfloat16", master="float32").bytes,
+                "sgd_momentum_bytes": sizes.from_network(network, optimizer="sgd+momentum").bytes,
+                "adam_bytes": sizes.from_network(network, optimizer="adam").bytes,
+                "mixed_bytes": sizes.from_network(network, optimizer="adam", dtype="bfloat16", master="float32").bytes,
                 "source": network.source,
             }
         )

@@ -5,7 +5,7 @@
     import peakpoint as pp
     from peakpoint.reports import card
 
-    found = card.gather(pp.open("runs"), "@champion", card.Told(license="apache-2.0", data="CIFAR-10"))
+    found = card.gather(pp.open("runs"), "@champion", card.ModelDescription(license="apache-2.0", data="CIFAR-10"))
     card.write(found, "champion-card")
 
 Everything in it is read from the records, or was told by whoever writes it; what neither says is "not recorded".
@@ -21,7 +21,7 @@ from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.format.events import Event, Measured, Opened, Saved
 from peakpoint.format.manifest import Manifest
 from peakpoint.reports.card.template import MARK, markdown
-from peakpoint.reports.card.values import Card, Held, Told
+from peakpoint.reports.card.values import AliasPeriod, ModelCard, ModelDescription
 from peakpoint.reports.evaluation.files import put
 from peakpoint.reports.evaluation.run_data import Material
 from peakpoint.reports.evaluation.run_data import gather as gather_material
@@ -31,19 +31,19 @@ from peakpoint.repository.root import Repository
 from peakpoint.rules import watched
 from peakpoint.store import Store, translated
 
-__all__ = ["Card", "Held", "Told", "gather", "markdown", "write"]
+__all__ = ["AliasPeriod", "ModelCard", "ModelDescription", "gather", "markdown", "write"]
 
 CURVE = "curve.png"
 PAGE = "README.md"
 
 
-def gather(repository: Repository, ref: str, told: Told | None = None) -> Card:
+def gather(repository: Repository, ref: str, description: ModelDescription | None = None) -> ModelCard:
     """Read all that is recorded of a checkpoint; no weights.
 
     Args:
         repository: where it is.
         ref: which, above all ``"@champion"``.
-        told: what no record says.
+        description: what no record says.
 
     Raises:
         NotFoundError: no such checkpoint or alias.
@@ -54,7 +54,7 @@ def gather(repository: Repository, ref: str, told: Told | None = None) -> Card:
         >>> root = tempfile.mkdtemp()
         >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Best("acc", "max")]) as ckpt:
         ...     _ = ckpt.report(step=1, acc=0.7)
-        >>> print(markdown(gather(pp.open(root), "r@latest", Told(license="mit"))).splitlines()[2])
+        >>> print(markdown(gather(pp.open(root), "r@latest", ModelDescription(license="mit"))).splitlines()[2])
         license: "mit"
     """
     run, manifest = repository.locate(ref)
@@ -62,12 +62,12 @@ def gather(repository: Repository, ref: str, told: Told | None = None) -> Card:
     events = run.events()
     found, damage = validations.readable(run.store, run.name, manifest.id)
     held, broken = _held(run.store, manifest)
-    return Card(
+    return ModelCard(
         ref=ref,
         location=repository.store.location,
         manifest=manifest,
         manifest_digest=reader.manifest_digest(run.store, manifest),
-        material=material,
+        run_data=material,
         claims=run.kept().get(manifest.id, ()),
         metrics=next((one.metrics for one in material.checkpoints if one.id == manifest.id), manifest.metrics),
         measured=tuple(event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id),
@@ -75,9 +75,9 @@ def gather(repository: Repository, ref: str, told: Told | None = None) -> Card:
         lineage=_lineage(material, events, manifest),
         validations=tuple(found),
         signatures=signing.signatures(run.store, run.name, manifest.name),
-        held=held,
+        alias_periods=held,
         damage=(*damage, *broken),
-        told=told or Told(),
+        description=description or ModelDescription(),
     )
 
 
@@ -104,16 +104,16 @@ def _lineage(material: Material, events: tuple[Event, ...], manifest: Manifest) 
     return tuple(found)
 
 
-def _held(store: Store, manifest: Manifest) -> tuple[tuple[Held, ...], tuple[str, ...]]:
+def _held(store: Store, manifest: Manifest) -> tuple[tuple[AliasPeriod, ...], tuple[str, ...]]:
     """When aliases pointed at a checkpoint, and what of their histories cannot be read."""
-    held: list[Held] = []
+    held: list[AliasPeriod] = []
     damage: list[str] = []
     for alias in aliases.names(store):
         found = aliases.history(store, alias)
         newest = aliases.numbers(store, alias)[-1]
         damage += found.damage
         held += [
-            Held(record, before, after, record.number == newest)
+            AliasPeriod(record, before, after, record.number == newest)
             for before, record, after in zip(
                 (None, *found.records), found.records, (*found.records[1:], None), strict=False
             )
@@ -126,7 +126,7 @@ def _is(record: AliasRecord, manifest: Manifest) -> bool:
     return record.target is not None and record.target.checkpoint == manifest.id
 
 
-def write(found: Card, folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
+def write(found: ModelCard, folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
     """Write a card to a folder: ``README.md``, and ``curve.png`` where Matplotlib is installed.
 
     Args:
@@ -161,9 +161,9 @@ def _check(page: Path, picture: Path, *, force: bool) -> None:
         )
 
 
-def _curve(found: Card) -> bytes | None:
+def _curve(found: ModelCard) -> bytes | None:
     """The first metric that rules rank by, with its peak and this checkpoint; None when it cannot be drawn."""
-    pairs = watched(found.material.rules)
+    pairs = watched(found.run_data.rules)
     if not pairs:
         return None
     try:
@@ -174,7 +174,7 @@ def _curve(found: Card) -> bytes | None:
     manifest = found.manifest
     value = found.metrics.get(metric)
     here = None if value is None else (manifest.step, manifest.epoch, value)
-    panel = figures.curve(found.material, metric, mode, here)
+    panel = figures.curve(found.run_data, metric, mode, here)
     return None if panel is None else bytes(figures.save([panel], ".png"))
 
 

@@ -6,18 +6,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peakpoint.reports.card.values import Card
+from peakpoint.reports.card.values import ModelCard
 
 _DATASET = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")  # on the Hub
 _WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)
 
 
-def front_matter(card: Card) -> dict[str, Any]:
+def front_matter(card: ModelCard) -> dict[str, Any]:
     """The members, in the Hub's schema; metrics that are no finite numbers are left out.
 
     Source: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
-    told = card.told
+    told = card.description
     found: dict[str, Any] = {"library_name": "pytorch"}
     if told.license:
         found["license"] = told.license
@@ -35,10 +35,10 @@ def front_matter(card: Card) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def _result(card: Card, metrics: Mapping[str, float]) -> dict[str, Any]:
-    data = card.told.data or "not recorded"
+def _result(card: ModelCard, metrics: Mapping[str, float]) -> dict[str, Any]:
+    data = card.description.data or "not recorded"
     return {
-        "task": {"type": card.told.task or "other"},
+        "task": {"type": card.description.task or "other"},
         "dataset": {"name": data, "type": re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-") or "other"},
         "metrics": [
             {"type": name, "value": value, "name": f"{name} ({_source(card, name)})"} for name, value in metrics.items()
@@ -46,7 +46,7 @@ def _result(card: Card, metrics: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _source(card: Card, metric: str) -> str:
+def _source(card: ModelCard, metric: str) -> str:
     if metric in card.evaluated:
         return "evaluated again in its validation"
     return "measured later" if any(metric in one.metrics for one in card.measured) else "reported in training"

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from peakpoint.format.amounts import size
 from peakpoint.format.events import Reported
 from peakpoint.reports.card.front_matter import front_matter, yaml
-from peakpoint.reports.card.values import Card, Held
+from peakpoint.reports.card.values import AliasPeriod, ModelCard
 from peakpoint.reports.changelog.markdown import code, compared, escaped
 from peakpoint.reports.evaluation.tables import printable
 from peakpoint.rules import Claim, watched
@@ -19,7 +19,7 @@ _UNKNOWN = "not recorded"
 _LAST = 10  # reports in a table where there is no picture
 
 
-def markdown(card: Card, picture: str | None = None) -> str:
+def markdown(card: ModelCard, picture: str | None = None) -> str:
     """The card.
 
     Args:
@@ -28,8 +28,8 @@ def markdown(card: Card, picture: str | None = None) -> str:
     """
     sections = (
         ("", _head(card)),
-        ("About", [card.told.about.strip()] if card.told.about.strip() else []),
-        ("Data", [_said(card.told.data)]),
+        ("About", [card.description.about.strip()] if card.description.about.strip() else []),
+        ("Data", [_said(card.description.data)]),
         ("Metrics", _metrics(card)),
         ("Curve", _curve(card, picture)),
         ("Why it was saved, and why it is kept", _reasons(card)),
@@ -60,9 +60,9 @@ def _time(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
-def _head(card: Card) -> list[str]:
+def _head(card: ModelCard) -> list[str]:
     manifest, by = card.manifest, card.manifest.written_by
-    now = [one.record.alias for one in card.held if one.holds]
+    now = [one.record.alias for one in card.alias_periods if one.holds]
     epoch = "" if manifest.epoch is None else f"epoch {manifest.epoch} (from 0), "
     versions = ", ".join(f"{name} {by[name]}" for name in ("peakpoint", "python", "torch") if name in by)
     rows = [
@@ -76,8 +76,8 @@ def _head(card: Card) -> list[str]:
         ("optimizer", escaped(card.state.get("optimizer", _UNKNOWN))),
         ("size", size(manifest.size_bytes)),
         ("signed", escaped(", ".join(f"with the key {one.fingerprint or '?'}" for one in card.signatures) or "no")),
-        ("license", escaped(card.told.license or _UNKNOWN)),
-        ("base model", escaped(card.told.base_model or _UNKNOWN)),
+        ("license", escaped(card.description.license or _UNKNOWN)),
+        ("base model", escaped(card.description.base_model or _UNKNOWN)),
     ]
     if "imported_from" in by:
         rows.insert(2, ("imported from", escaped(PurePath(by["imported_from"]).name)))
@@ -90,9 +90,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _metrics(card: Card) -> list[str]:
+def _metrics(card: ModelCard) -> list[str]:
     later = {name: value for one in card.measured for name, value in one.metrics.items()}
-    modes = dict(watched(card.material.rules))
+    modes = dict(watched(card.run_data.rules))
     names = list(dict.fromkeys([*card.manifest.metrics, *later, *card.evaluated]))
     if not names:
         return [f"{_UNKNOWN.capitalize()}."]
@@ -111,15 +111,15 @@ def _metrics(card: Card) -> list[str]:
     return [*_table(heads, rows), *(["", *sources] if sources else [])]
 
 
-def _curve(card: Card, picture: str | None) -> list[str]:
-    metrics = [name for name, _ in watched(card.material.rules)] or list(card.manifest.metrics)
+def _curve(card: ModelCard, picture: str | None) -> list[str]:
+    metrics = [name for name, _ in watched(card.run_data.rules)] or list(card.manifest.metrics)
     if picture is not None:
         return [f"![The curve of {escaped(metrics[0])}, with its peak and this checkpoint]({picture})"]
-    reports = card.material.history
+    reports = card.run_data.history
     if not reports or not metrics:
         return []
     best: dict[int, list[str]] = {}
-    for peak in peaks(reports, watched(card.material.rules)):
+    for peak in peaks(reports, watched(card.run_data.rules)):
         best.setdefault(peak.best_report, []).append(peak.metric)
     newest = {one.report for one in reports[-_LAST:]}
     shown = [one for one in reports if one.report in newest | best.keys() | {card.manifest.report}]
@@ -131,7 +131,7 @@ def _curve(card: Card, picture: str | None) -> list[str]:
     return [*_table(heads, rows), "", f"{note} {hint}"]
 
 
-def _row(card: Card, report: Reported, metrics: Sequence[str], best: Sequence[str]) -> tuple[str, ...]:
+def _row(card: ModelCard, report: Reported, metrics: Sequence[str], best: Sequence[str]) -> tuple[str, ...]:
     marks = [f"peak of {escaped(metric)}" for metric in best]
     if report.report == card.manifest.report and report.step == card.manifest.step:
         marks.append("**this checkpoint**")
@@ -139,7 +139,7 @@ def _row(card: Card, report: Reported, metrics: Sequence[str], best: Sequence[st
     return ("" if report.epoch is None else str(report.epoch), str(report.step), *values, ", ".join(marks))
 
 
-def _reasons(card: Card) -> list[str]:
+def _reasons(card: ModelCard) -> list[str]:
     saved = [f"- saved: {escaped(reason)}" for reason in card.manifest.reasons]
     kept = [f"- kept: {escaped(claim.reason)}{_by_rule(claim)}" for claim in card.claims]
     return [*saved, *(kept or ["- nothing claims it at present: it goes with the next save"])]
@@ -149,7 +149,7 @@ def _by_rule(claim: Claim) -> str:
     return "" if claim.rule.startswith("protection:") else f" ({escaped(claim.rule)})"
 
 
-def _validation(card: Card) -> list[str]:
+def _validation(card: ModelCard) -> list[str]:
     found = card.validation
     if found is None:
         return ["It was never validated."]
@@ -171,13 +171,13 @@ def _validation(card: Card) -> list[str]:
     return [*lines, *(["", f"Environment: {escaped(environment)}."] if environment else [])]
 
 
-def _production(card: Card) -> list[str]:
-    if not card.held:
+def _production(card: ModelCard) -> list[str]:
+    if not card.alias_periods:
         return ["No alias has ever pointed at it."]
-    return _table(("alias", "from", "until", "by", "why", "evidence"), map(_held, card.held))
+    return _table(("alias", "from", "until", "by", "why", "evidence"), map(_held, card.alias_periods))
 
 
-def _held(one: Held) -> tuple[str, ...]:
+def _held(one: AliasPeriod) -> tuple[str, ...]:
     record, after = one.record, one.after
     until = "now" if one.holds else "not known"
     if after is not None:
@@ -194,7 +194,7 @@ def _held(one: Held) -> tuple[str, ...]:
     return name, _time(record.at), until, escaped(record.by), escaped(record.why), "; ".join(evidence)
 
 
-def _lineage(card: Card) -> list[str]:
+def _lineage(card: ModelCard) -> list[str]:
     lines = [f"- made from {code(ref)}" for ref in card.manifest.members]
     lines += [f"- continues {code(ref)}{'' if there else ', which is gone'}" for ref, there in card.lineage[:_LAST]]
     if len(card.lineage) > _LAST:
@@ -204,11 +204,11 @@ def _lineage(card: Card) -> list[str]:
     return lines or ["It continues nothing."]
 
 
-def _loading(card: Card) -> list[str]:
+def _loading(card: ModelCard) -> list[str]:
     manifest = card.manifest
     root = json.dumps(printable(PurePath(card.location).name or "runs"), ensure_ascii=False)
     part = "model" if "model" in manifest.parts else next(iter(manifest.parts), "model")
-    now = next((one.record.alias for one in card.held if one.holds), None)
+    now = next((one.record.alias for one in card.alias_periods if one.holds), None)
     ref = f"{manifest.run}/{manifest.id}"
     lines = [
         "import peakpoint as pp",
@@ -223,7 +223,7 @@ def _loading(card: Card) -> list[str]:
     return ["```python", *(line.replace("```", "` ` `") for line in lines), "```", *(["", plain] if plain else [])]
 
 
-def _files(card: Card) -> list[str]:
+def _files(card: ModelCard) -> list[str]:
     part_of = {file: part for part, files in card.manifest.parts.items() for file in files}
     rows = [
         (

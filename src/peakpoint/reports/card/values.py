@@ -13,7 +13,7 @@ from peakpoint.rules import Claim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class ModelDescription:
     """What only a person can say of a model.
 
     Attributes:
@@ -34,7 +34,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class AliasPeriod:
     """A time during which an alias pointed at the checkpoint.
 
     Attributes:
@@ -51,7 +51,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class ModelCard:
     """All that is recorded of one checkpoint.
 
     Attributes:
@@ -59,7 +59,7 @@ class Card:
         location: of the repository.
         manifest: without the parts that were dropped since.
         manifest_digest: of the bytes of its manifest.
-        material: the run.
+        run_data: the run.
         claims: why it is kept.
         metrics: all that is known, the last value of each.
         measured: what was measured after it was saved.
@@ -67,16 +67,16 @@ class Card:
         lineage: what it continues, the nearest first, and whether that exists.
         validations: earliest first.
         signatures: beside its manifest, the newest first; nothing of them is verified.
-        held: when aliases pointed at it, by alias.
+        alias_periods: when aliases pointed at it, by alias.
         damage: what could not be read, a sentence each.
-        told: what the user says.
+        description: what the user says.
     """
 
     ref: str
     location: str
     manifest: Manifest
     manifest_digest: str
-    material: Material
+    run_data: Material
     claims: tuple[Claim, ...]
     metrics: Mapping[str, float]
     measured: tuple[Measured, ...]
@@ -84,9 +84,9 @@ class Card:
     lineage: tuple[tuple[str, bool], ...]
     validations: tuple[Validation, ...]
     signatures: tuple[Signature, ...]
-    held: tuple[Held, ...]
+    alias_periods: tuple[AliasPeriod, ...]
     damage: tuple[str, ...]
-    told: Told
+    description: ModelDescription
 
     @property
     def validation(self) -> Validation | None:

@@ -20,7 +20,7 @@ ASSUMPTIONS = {
 }
 
 
-class Curves:
+class AssumedMetrics:
     """Metrics of a run that has not happened.
 
     Args:

@@ -18,9 +18,9 @@ from peakpoint.format import layout
 from peakpoint.format.events import Reported
 from peakpoint.format.manifest import FileRecord, Manifest
 from peakpoint.format.names import near
-from peakpoint.reports.plan.curves import ASSUMPTIONS, Curves
+from peakpoint.reports.plan.curves import ASSUMPTIONS, AssumedMetrics
 from peakpoint.reports.plan.intervals import Failures
-from peakpoint.reports.plan.sizes import REST, Sizes, check_whole, live, stood
+from peakpoint.reports.plan.sizes import REST, Sizes, check_whole, from_state, stalled_seconds
 from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
 from peakpoint.rules.history import Smoothing, windows
 from peakpoint.rules.retention import plan
@@ -161,7 +161,7 @@ def forecast(
         >>> found.likely.kept, found.likely.saves, found.naive_bytes
         (3, 100, 1203445000)
     """
-    sizes = state if isinstance(state, Sizes) else live(state)
+    sizes = state if isinstance(state, Sizes) else from_state(state)
     rules = check_rules(keep)
     if not rules:
         raise ConfigError("no rules: give some, such as Last(3)")
@@ -178,7 +178,7 @@ def forecast(
     if seconds is not None and seconds <= 0:
         raise ConfigError(f"epoch_time={epoch_time!r} must be above 0")
     _check_rules(rules, sizes, steps_per_epoch, seconds, sparsity)
-    curves = Curves(rules, reports, reports_per_epoch, sparsity or {}, seed)
+    curves = AssumedMetrics(rules, reports, reports_per_epoch, sparsity or {}, seed)
     run = _Run(rules, sizes, reports_per_epoch, steps_per_epoch or 1, (seconds or 60.0) / reports_per_epoch)
     outlooks = tuple(run.play(name, curves.metrics(name)) for name in curves.names)
     wanting = set().union(*(outlook[1] for outlook in outlooks))
@@ -364,7 +364,7 @@ def pace(reports: Sequence[Reported], manifests: Iterable[Manifest] = (), saved:
     """
     counts = Counter(report.epoch for report in reports if report.epoch is not None)
     pairs = list(itertools.pairwise(reports))
-    still = {one.report: stood(one) for one in manifests}
+    still = {one.report: stalled_seconds(one) for one in manifests}
     usual = statistics.fmean(still.values()) if still else 0.0
     work = [
         (after.at - before.at).total_seconds() - still.get(before.report, usual if before.report in saved else 0.0)

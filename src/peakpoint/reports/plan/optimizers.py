@@ -26,7 +26,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class OptimizerState:
     """What an optimizer holds for one parameter.
 
     Attributes:
@@ -40,25 +40,25 @@ class Held:
     scalars: int
 
 
-Rule = Callable[[Shape, Mapping[str, Any]], Held]
+Rule = Callable[[Shape, Mapping[str, Any]], OptimizerState]
 
 
 def _whole(count: int, scalars: int = 1, *flags: str) -> Rule:
     """So many tensors of the parameter's shape, and one more for each option that is set."""
 
-    def held(shape: Shape, options: Mapping[str, Any]) -> Held:
+    def held(shape: Shape, options: Mapping[str, Any]) -> OptimizerState:
         tensors = count + sum(bool(options.get(flag)) for flag in flags)
-        return Held(tensors * math.prod(shape), tensors, scalars)
+        return OptimizerState(tensors * math.prod(shape), tensors, scalars)
 
     return held
 
 
-def _factored(shape: Shape, _: Mapping[str, Any]) -> Held:
+def _factored(shape: Shape, _: Mapping[str, Any]) -> OptimizerState:
     """One number for each row and each column. Source: Shazeer and Stern, "Adafactor", ICML 2018."""
     if len(shape) < 2:
-        return Held(math.prod(shape), 1, 1)
+        return OptimizerState(math.prod(shape), 1, 1)
     *many, rows, columns = shape
-    return Held(math.prod(many) * (rows + columns), 2, 1)
+    return OptimizerState(math.prod(many) * (rows + columns), 2, 1)
 
 
 # By the lower-case name of the class; the options are those of torch.optim.
@@ -85,7 +85,9 @@ _ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {
 NAMES = tuple(sorted({*_KNOWN, *_ALIASES}))
 
 
-def held(optimizer: str, shapes: Iterable[Shape], options: Mapping[str, Any] | None = None) -> Held:
+def optimizer_state(
+    optimizer: str, shapes: Iterable[Shape], options: Mapping[str, Any] | None = None
+) -> OptimizerState:
     """What an optimizer will hold, all parameters together.
 
     Args:
@@ -97,9 +99,9 @@ def held(optimizer: str, shapes: Iterable[Shape], options: Mapping[str, Any] | N
         ConfigError: an optimizer that is not known here; names near ones.
 
     Example:
-        >>> held("AdamW", [(3, 4), (4,)])
-        Held(elements=32, tensors=4, scalars=2)
-        >>> held("adafactor", [(300, 400)]).elements
+        >>> optimizer_state("AdamW", [(3, 4), (4,)])
+        OptimizerState(elements=32, tensors=4, scalars=2)
+        >>> optimizer_state("adafactor", [(300, 400)]).elements
         700
     """
     name, given = _ALIASES.get(optimizer.lower(), (optimizer.lower(), options or {}))
@@ -109,7 +111,9 @@ def held(optimizer: str, shapes: Iterable[Shape], options: Mapping[str, Any] | N
             f"{', '.join(NAMES)}. Of any other, plan from the live state after its first step"
         )
     each = [_KNOWN[name](shape, given) for shape in shapes]
-    return Held(sum(one.elements for one in each), sum(one.tensors for one in each), sum(one.scalars for one in each))
+    return OptimizerState(
+        sum(one.elements for one in each), sum(one.tensors for one in each), sum(one.scalars for one in each)
+    )
 
 
 def needs_shapes(optimizer: str) -> bool:

@@ -14,7 +14,7 @@ from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.reports.plan.networks import Architecture
-from peakpoint.reports.plan.optimizers import STEP, bytes_of, held, needs_shapes
+from peakpoint.reports.plan.optimizers import STEP, bytes_of, needs_shapes, optimizer_state
 
 _PAGE = 4096
 _METADATA = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
@@ -109,12 +109,12 @@ def check_whole(name: str, value: object) -> None:
 # --- from a count, or from an architecture ------------------------------------------------------------------------
 
 
-def counted(parameters: int, *, optimizer: str, dtype: str = "float32", master: str | None = None) -> Sizes:
+def from_count(parameters: int, *, optimizer: str, dtype: str = "float32", master: str | None = None) -> Sizes:
     """Of a model of which only the number of parameters is known.
 
     Args:
         parameters: how many there are.
-        optimizer: see ``peakpoint.reports.plan.optimizers.held``.
+        optimizer: see ``peakpoint.reports.plan.optimizers.optimizer_state``.
         dtype: of the weights; of the moments as well, unless there is a ``master``.
         master: of a second copy of the weights that the optimizer keeps, and of the moments: ``"float32"`` in training
             with weights of 16 bits.
@@ -124,7 +124,7 @@ def counted(parameters: int, *, optimizer: str, dtype: str = "float32", master: 
             the shapes.
 
     Example:
-        >>> sizes = counted(25_600_000, optimizer="adamw")
+        >>> sizes = from_count(25_600_000, optimizer="adamw")
         >>> [(part.name, part.bytes) for part in sizes.parts]
         [('model', 102404096), ('optimizer', 204804100), ('rest', 13950)]
     """
@@ -134,7 +134,7 @@ def counted(parameters: int, *, optimizer: str, dtype: str = "float32", master: 
     return _foreseen([(parameters,)], (), optimizer, dtype, master, "")
 
 
-def designed(
+def from_network(
     network: Architecture, *, optimizer: str | None = None, dtype: str | None = None, master: str | None = None
 ) -> Sizes:
     """Of a known architecture; by default in the element type and with the optimizer that are usual for it.
@@ -160,7 +160,7 @@ def _foreseen(
     weights += [_Tensor(f"layers.{n}.running_mean", (width,), 4 * width) for n, width in enumerate(averages)]
     weights += [_Tensor(f"layers.{n}.batches", (), 8) for n in range(len(norms))]
     count = sum(map(math.prod, shapes))
-    state = held(optimizer, shapes)
+    state = optimizer_state(optimizer, shapes)
     total = moment * (state.elements + (count if master else 0)) + STEP * state.scalars
     tensors = state.tensors + state.scalars + (len(shapes) if master else 0)
     named = [_Tensor(f"state.{n}.exp_avg_sq", (), total if n == 0 else 0) for n in range(tensors)]
@@ -182,7 +182,7 @@ def _foreseen(
 # --- from live objects --------------------------------------------------------------------------------------------
 
 
-def live(state: Mapping[str, Any]) -> Sizes:
+def from_state(state: Mapping[str, Any]) -> Sizes:
     """Of a training that has not begun: the state that would be given to ``Checkpointer``.
 
     What an optimizer will hold of parameters that it has not stepped on yet is foreseen from its class.
@@ -268,7 +268,7 @@ def _coming(optimizer: Any, dtypes: set[str]) -> Iterator[_Tensor]:
             if have.get(parameter) or not getattr(parameter, "requires_grad", True):
                 continue
             shape = tuple(parameter.shape)
-            one = held(type(optimizer).__name__, [shape], group)
+            one = optimizer_state(type(optimizer).__name__, [shape], group)
             size = one.elements * parameter.element_size()
             dtypes.add(str(parameter.dtype))
             for n in range(one.tensors):
@@ -280,7 +280,7 @@ def _coming(optimizer: Any, dtypes: set[str]) -> Iterator[_Tensor]:
 # --- from checkpoints ---------------------------------------------------------------------------------------------
 
 
-def measured(manifests: Sequence[Manifest], run: str) -> Sizes:
+def from_manifests(manifests: Sequence[Manifest], run: str) -> Sizes:
     """Of a run that exists: the sizes of its newest whole checkpoint, and the times of all of them.
 
     Args:
@@ -318,7 +318,7 @@ def measured(manifests: Sequence[Manifest], run: str) -> Sizes:
     )
 
 
-def stood(manifest: Manifest) -> float:
+def stalled_seconds(manifest: Manifest) -> float:
     """Seconds that the loop stood still for a save in all, also for the save before it."""
     return _sum(manifest.timing, "waited_seconds", "capture_seconds", "step_waited_seconds")
 
