@@ -327,10 +327,10 @@ def test_hooks_are_told_of_each_change_once_they_take_it(tmp_path, hook):
     hook.code = 503
     done = released(tmp_path)
     assert done.outcome == "promoted"
-    assert [one.error for one in done.told] == [None, "it answered 503 Service Unavailable"]
+    assert [one.error for one in done.hook_results] == [None, "it answered 503 Service Unavailable"]
     hook.code = 200
-    assert [one.error for one in released(tmp_path).told] == [None, None]
-    assert released(tmp_path).told == ()
+    assert [one.error for one in released(tmp_path).hook_results] == [None, None]
+    assert released(tmp_path).hook_results == ()
     change = hook.bodies[-1]
     assert json.loads(log.read_text()[: len(log.read_text()) // 2]) == change
     assert (change["alias"], change["record"], change["kind"]) == ("champion", 1, "promoted")

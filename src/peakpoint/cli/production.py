@@ -19,8 +19,8 @@ from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
 from peakpoint.format.amounts import read_time
 from peakpoint.production import hooks, promotion
-from peakpoint.production.comparison import Comparison, MetricPair
-from peakpoint.production.hooks import Told
+from peakpoint.production.comparison import HolderComparison, MetricPair
+from peakpoint.production.hooks import HookResult
 from peakpoint.production.policy import Policy, read_policies
 from peakpoint.production.proposal import Proposal, propose, unsigned
 from peakpoint.repository import aliases as records
@@ -159,7 +159,7 @@ def _would(proposal: Proposal, *, force: bool) -> str:
 
 
 def _print_proposal(console: Console, proposal: Proposal) -> None:
-    present, one = proposal.present, proposal.validation
+    present, one = proposal.current, proposal.validation
     held = "nothing" if present is None or present.target is None else f"{_name(present)}, {_since(present)}"
     held = held if proposal.newest is None or present is not None else "not known"
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -192,7 +192,7 @@ def validation_text(one: Validation) -> str:
     return f"number {one.number}, {render.age(one.at)}, by {words(one.by)}: {outcome}"
 
 
-def print_comparison(console: Console, found: Comparison) -> None:
+def print_comparison(console: Console, found: HolderComparison) -> None:
     """The candidate beside the present holder."""
     pairs = found.metrics
     if pairs:
@@ -213,7 +213,7 @@ def _difference(one: MetricPair) -> str:
     return f"{render.rounded(difference, one.champion, one.candidate):+.6g}"
 
 
-def _paired_lines(found: Comparison) -> Iterator[str]:
+def _paired_lines(found: HolderComparison) -> Iterator[str]:
     test = found.paired
     if test is None:
         yield f"not compared example by example: {words(found.unpaired)}"
@@ -237,7 +237,7 @@ def proposal_json(proposal: Proposal) -> dict[str, Any]:
     return {
         "alias": proposal.alias,
         "candidate": asdict(proposal.target) | {"ref": proposal.target.ref},
-        "present": None if proposal.present is None else record_json(proposal.present),
+        "present": None if proposal.current is None else record_json(proposal.current),
         "validation": None if one is None else {"number": one.number, "passed": one.passed, "digest": one.digest},
         "comparison": None if comparison is None else comparison.to_json() | {"flips": comparison.flips},
         "objections": proposal.objections,
@@ -246,14 +246,14 @@ def proposal_json(proposal: Proposal) -> dict[str, Any]:
     }
 
 
-def _tell(repository: Repository, record: AliasRecord, policy: Policy | None, *, quiet: bool) -> list[Told]:
+def _tell(repository: Repository, record: AliasRecord, policy: Policy | None, *, quiet: bool) -> list[HookResult]:
     if not hooks.are_due(repository.store, record, policy):
         return []
     with working(quiet=quiet) as said:
         return hooks.tell(repository.store, record, policy, progress=said)
 
 
-def report_hooks(root: Path, alias: str, told: Sequence[Told]) -> None:
+def report_hooks(root: Path, alias: str, told: Sequence[HookResult]) -> None:
     """Say which hooks failed, and end with 1 then: the alias has changed all the same."""
     failed = [one for one in told if one.error is not None]
     if told and not failed:

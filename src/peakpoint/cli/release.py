@@ -61,7 +61,7 @@ def release(
         _print_release(render.console(), root, done)
     if done.outcome in {"refused", "nothing fits"}:
         sys.exit(RefusedError.exit_code)
-    report_hooks(root, alias, done.told)
+    report_hooks(root, alias, done.hook_results)
 
 
 def _print_release(console: Console, root: Path, done: Release) -> None:
@@ -91,7 +91,7 @@ def _release_json(done: Release) -> dict[str, Any]:
         "proposal": None if done.proposal is None else proposal_json(done.proposal),
         "record": None if done.record is None else record_json(done.record),
         "reasons": done.reasons,
-        "told": [asdict(one) for one in done.told],
+        "told": [asdict(one) for one in done.hook_results],
     }
 
 

@@ -44,7 +44,7 @@ class MetricPair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class HolderComparison:
     """A candidate beside the present holder.
 
     Attributes:
@@ -99,12 +99,14 @@ def _plain(value: float) -> float | str:
 
 def compare_with(
     repository: Repository, run: Run, manifest: Manifest, validation: Validation | None, held: Target
-) -> Comparison:
+) -> HolderComparison:
     """A candidate beside the present holder of an alias, from what is recorded of both."""
     try:
         theirs, holder = repository.locate(held.ref)
     except (NotFoundError, CorruptError, FormatError) as error:
-        return Comparison(champion=held.ref, metrics=(), paired=None, unpaired=f"the holder cannot be read: {error}")
+        return HolderComparison(
+            champion=held.ref, metrics=(), paired=None, unpaired=f"the holder cannot be read: {error}"
+        )
     why, before = "", None
     try:
         before = validations.newest(repository.store, held.run, held.checkpoint)
@@ -112,7 +114,7 @@ def compare_with(
         why = f"the validation of the holder cannot be read: {error}"
     if before is not None and validation is not None and not before.wanted.alike(validation.wanted):
         why, before = f"the two were evaluated otherwise: {_by(before)} and {_by(validation)}", None
-    return Comparison(
+    return HolderComparison(
         champion=f"{holder.run}/{holder.name}",
         metrics=tuple(_pairs(theirs, holder, before, run, manifest, validation)),
         **({"paired": None, "unpaired": why} if why else _predicted(repository, before, validation)),

@@ -31,7 +31,7 @@ _MOST_OUTPUT = 1 << 20  # bytes on the disk
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class HookResult:
     """What became of telling one hook.
 
     Attributes:
@@ -75,7 +75,7 @@ def tell(
     *,
     progress: Callable[[str], None] = lambda _: None,
     clock: Clock = utc_now,
-) -> list[Told]:
+) -> list[HookResult]:
     """Tell every hook of a policy of a change, unless all of them have taken it already.
 
     Args:
@@ -91,12 +91,12 @@ def tell(
     if policy is None or not are_due(store, record, policy):
         return []
     change = msgspec.json.encode(change_of(store, record))
-    told: list[Told] = []
+    told: list[HookResult] = []
     for hook in policy.hooks:
         progress(hook.said)
         if numbers(store, record.alias)[-1] != record.number:
             return told  # what a hook is told last is what counts
-        told.append(Told(hook.said, _run(hook, change, policy) if hook.command else _post(hook, change)))
+        told.append(HookResult(hook.said, _run(hook, change, policy) if hook.command else _post(hook, change)))
     if all(one.error is None for one in told):
         _note(store, record, [one.hook for one in told], clock)
     return told

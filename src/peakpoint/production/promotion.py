@@ -106,9 +106,9 @@ def promote(
     check_why("promote", why)
     store, actor = proposal.run.store, by or present_user()
     if proposal.unchanged:
-        assert proposal.present is not None
-        complete(proposal.run, proposal.manifest, proposal.present, actor)
-        return proposal.present
+        assert proposal.current is not None
+        complete(proposal.run, proposal.manifest, proposal.current, actor)
+        return proposal.current
     if proposal.refusals or (proposal.objections and not force):
         raise refusal(proposal)
     change = Change(

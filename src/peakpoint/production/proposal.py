@@ -9,7 +9,7 @@ import msgspec
 
 from peakpoint.errors import CorruptError, FormatError, RefusedError, SignatureError
 from peakpoint.format.manifest import Manifest
-from peakpoint.production.comparison import Comparison, compare_with, known_of
+from peakpoint.production.comparison import HolderComparison, compare_with, known_of
 from peakpoint.production.paired_test import judge_improvement
 from peakpoint.production.policy import Policy, read_policies
 from peakpoint.production.validation import with_golden
@@ -46,25 +46,25 @@ class Proposal:
     target: Target
     newest: AliasRecord | Broken | None
     validation: Validation | None
-    comparison: Comparison | None
+    comparison: HolderComparison | None
     objections: tuple[str, ...]
     refusals: tuple[str, ...]
     policy: Policy | None
 
     @property
-    def present(self) -> AliasRecord | None:
+    def current(self) -> AliasRecord | None:
         """The newest record, if it can be read."""
         return self.newest if isinstance(self.newest, AliasRecord) else None
 
     @property
-    def held(self) -> Target | None:
+    def holder(self) -> Target | None:
         """What the alias points at, as far as that is known."""
-        return None if self.present is None else self.present.target
+        return None if self.current is None else self.current.target
 
     @property
     def unchanged(self) -> bool:
         """Whether the alias points there already."""
-        return self.held == self.target
+        return self.holder == self.target
 
 
 def propose(
@@ -121,7 +121,7 @@ def propose(
     if proposal.unchanged:
         return proposal
     proposal, objections = _validated(proposal, clock)
-    held = proposal.held
+    held = proposal.holder
     if held is not None:
         comparison = compare_with(repository, run, manifest, proposal.validation, held)
         objections += () if policy is None else _not_enough(policy, comparison)
@@ -192,7 +192,7 @@ def unsigned(repository: Repository, manifest: Manifest, policy: Policy | None) 
     return None
 
 
-def _not_enough(policy: Policy, comparison: Comparison) -> tuple[str, ...]:
+def _not_enough(policy: Policy, comparison: HolderComparison) -> tuple[str, ...]:
     asked = policy.improvement
     if asked is None:
         return ()

@@ -20,7 +20,7 @@ from peakpoint.format.manifest import FORMAT, Checkpoint
 from peakpoint.format.names import near
 from peakpoint.format.sealed import digest, seal
 from peakpoint.production import hooks, promotion
-from peakpoint.production.hooks import Told
+from peakpoint.production.hooks import HookResult
 from peakpoint.production.policy import Policies, Policy
 from peakpoint.production.proposal import Proposal, propose, stale, unsigned
 from peakpoint.production.validation import with_golden
@@ -64,7 +64,7 @@ class Release:
         proposal: what was decided on.
         record: of the alias, when it points at the candidate now.
         reasons: why not, a sentence each.
-        told: what became of the hooks.
+        hook_results: what became of the hooks.
     """
 
     id: str | None
@@ -75,7 +75,7 @@ class Release:
     proposal: Proposal | None = None
     record: AliasRecord | None = None
     reasons: tuple[str, ...] = ()
-    told: tuple[Told, ...] = ()
+    hook_results: tuple[HookResult, ...] = ()
 
 
 def release(
@@ -215,7 +215,7 @@ class _Release:
 
     def _examined(self, ref: str, proposal: Proposal, *, again: bool) -> Proposal:
         """Validate the candidate where that is needed, and the holder where it could not be compared with otherwise."""
-        held = proposal.held
+        held = proposal.holder
         if again:
             self._examine(ref)
         if held is not None and self._policy.improvement is not None and not self._is_comparable(held):
@@ -345,18 +345,18 @@ class _Release:
 
     def _unchanged(self, candidate: Checkpoint, proposal: Proposal, *, dry_run: bool) -> Release:
         """The alias points there already; what a release that was killed has left open is completed."""
-        record = proposal.present
+        record = proposal.current
         assert record is not None
         said = f"{candidate.ref} is {self._alias} since {record.at:%Y-%m-%d %H:%M} UTC (record {record.number})"
         self._step("promote", said)
-        told: tuple[Told, ...] = ()
+        told: tuple[HookResult, ...] = ()
         if not dry_run:
             promotion.promote(proposal, self._reason())
             told = self._told(record)
             if record.release is not None:
                 self._note(record.release, "promoted", proposal, record)
         return self._ends(
-            "unchanged", id=record.release, candidate=candidate, proposal=proposal, record=record, told=told
+            "unchanged", id=record.release, candidate=candidate, proposal=proposal, record=record, hook_results=told
         )
 
     def _refused(self, candidate: Checkpoint, proposal: Proposal, *, dry_run: bool) -> Release:
@@ -375,12 +375,14 @@ class _Release:
         told = self._told(record)
         release = record.release or release
         self._note(release, "promoted", proposal, record)
-        return self._ends("promoted", id=release, candidate=candidate, proposal=proposal, record=record, told=told)
+        return self._ends(
+            "promoted", id=release, candidate=candidate, proposal=proposal, record=record, hook_results=told
+        )
 
     def _reason(self) -> str:
         return self._why or f"released by the policy: {self._rule}"
 
-    def _told(self, record: AliasRecord) -> tuple[Told, ...]:
+    def _told(self, record: AliasRecord) -> tuple[HookResult, ...]:
         told = hooks.tell(self._store, record, self._policy, progress=self._progress, clock=self._clock)
         for one in told:
             self._step("tell", f"{one.hook}: {one.error or 'told'}")
@@ -420,6 +422,6 @@ class _Release:
 
     def _former(self, proposal: Proposal, record: AliasRecord | None) -> Target | None:
         """What the alias pointed at before."""
-        if record is None or proposal.present is None or proposal.present.number != record.number:
-            return proposal.held
+        if record is None or proposal.current is None or proposal.current.number != record.number:
+            return proposal.holder
         return aliases.read(self._store, self._alias, record.number - 1).target if record.number > 1 else None

@@ -9,7 +9,7 @@ import torch
 
 from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.format.manifest import Manifest
-from peakpoint.production.checks.memory import Peak
+from peakpoint.production.checks.memory import MemoryPeak
 from peakpoint.production.validation import file_digest
 from peakpoint.repository.annotations import known, notes
 from peakpoint.repository.root import Repository
@@ -120,7 +120,7 @@ class Exam:
     recorded: Mapping[str, float] = field(default_factory=dict)
     model: Any = None
     example: Any = None
-    memory: Peak | None = None
+    memory: MemoryPeak | None = None
     unrun: str = ""
     evaluated: dict[str, float] = field(default_factory=dict)
     predictions: Predictions | None = None

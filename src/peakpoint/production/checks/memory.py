@@ -15,7 +15,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
+class MemoryPeak:
     """What was measured.
 
     Attributes:
@@ -27,7 +27,7 @@ class Peak:
     how: str
 
 
-def peak_of(work: Callable[[], torch.device]) -> Peak:
+def measure_peak(work: Callable[[], torch.device]) -> MemoryPeak:
     """Do some work, and measure how much more memory than before it took at its peak.
 
     On the CPU this is resident memory, measured by the high-water mark that Linux keeps for each process, set back
@@ -48,10 +48,10 @@ def peak_of(work: Callable[[], torch.device]) -> Peak:
             torch.cuda.max_memory_allocated(device)
             - held[torch.cuda.current_device() if device.index is None else device.index]
         )
-        return Peak(taken, "given out by torch's allocator on the GPU")
+        return MemoryPeak(taken, "given out by torch's allocator on the GPU")
     if isinstance(before, str):
-        return Peak(None, before)
-    return Peak(max(_field("VmHWM") - before, 0), "resident memory of the process, peak less what it had before")
+        return MemoryPeak(None, before)
+    return MemoryPeak(max(_field("VmHWM") - before, 0), "resident memory of the process, peak less what it had before")
 
 
 def _reset() -> int | str:

@@ -16,7 +16,7 @@ from peakpoint.production.checks.candidate import (
     passed,
     skipped,
 )
-from peakpoint.production.checks.memory import peak_of
+from peakpoint.production.checks.memory import measure_peak
 from peakpoint.reports.diff import tensors_of
 from peakpoint.repository.validations import Predictions
 from peakpoint.state.shared_storage import DTYPES
@@ -44,7 +44,7 @@ def loads(exam: Exam) -> Said:
 
     try:
         if "memory_mb" in exam.wanted.budgets:
-            exam.memory = peak_of(work)
+            exam.memory = measure_peak(work)
         else:
             work()
     except MismatchError as error:
