@@ -79,6 +79,7 @@ class AliasRecord:
         forced: what was refused and done all the same, a sentence each.
         comparison: the comparison with the former holder that was shown before.
         release: the id of the release that made it; None when it was made by hand.
+        decision: of that release: the text of its policy, and the steps with what came of each.
         keeps: how many former holders are protected from retention from now on.
         digest: of this record's bytes; not part of them.
     """
@@ -97,6 +98,7 @@ class AliasRecord:
     forced: tuple[str, ...] = ()
     comparison: Mapping[str, Any] | None = None
     release: str | None = None
+    decision: Mapping[str, Any] | None = None
     keeps: int = KEEPS
     digest: str = field(default="", compare=False)
 
@@ -123,6 +125,7 @@ class Change:
     forced: tuple[str, ...] = ()
     comparison: Mapping[str, Any] | None = None
     release: str | None = None
+    decision: Mapping[str, Any] | None = None
     keeps: int = KEEPS
 
 
@@ -300,7 +303,10 @@ def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Bro
     wrong = _contradiction(record)
     if wrong:
         raise ConfigError(f"a record of {alias} that {wrong}: nothing was recorded")
-    data = seal({"format": FORMAT, **{one.name: getattr(record, one.name) for one in fields(record)[:-1]}})
+    content = {one.name: getattr(record, one.name) for one in fields(record)[:-1]}
+    if record.decision is None:
+        del content["decision"]  # a record that no release made stays as earlier versions write it
+    data = seal({"format": FORMAT, **content})
     try:
         establish(store, layout.alias_key(alias, number), data)
     except (ConflictError, StoreError) as error:
