@@ -232,7 +232,7 @@ def naive(place, count, size, turns):
         found = [(torch.load(path)["metrics"]["val_accuracy"], path) for path in (place / "files").glob("*.pth")]
         return max(found)
 
-    catalogue = pp.Catalogue(place / "ours")
+    catalogue = Catalogue(place / "ours")
     wish = Wish(query=parse(""), keys=read_keys({"val_accuracy": "max"}))
     assert catalogue.select(wish).first().metrics["val_accuracy"] == load_all()[0]
     result = {

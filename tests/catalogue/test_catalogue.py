@@ -42,6 +42,7 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Pinned
 from peakpoint.format.manifest import encode
 from peakpoint.format.sealed import digest
+from peakpoint.repository import maintenance
 from peakpoint.repository.aliases import Change, append, back_from, head
 from peakpoint.repository.audit import audit
 from peakpoint.repository.journal import Journal
@@ -153,7 +154,7 @@ class Anything(RuleBasedStateMachine):
             self.ckpt.close()
         known = {"best": pp.Best("acc", "max"), "last": pp.Last(3), "low": pp.Best("loss", "min", parts="model")}
         if name in {run.name for run in pp.open(self.root).runs()}:
-            pp.upkeep.restore(pp.open(self.root).run(name))
+            maintenance.restore(pp.open(self.root).run(name))
         self.ckpt = checkpointer(
             self.root, run=name, keep=[known[k] for k in keep], undo_for=(keep[0] == "low" and "1h") or "0"
         )
@@ -175,14 +176,14 @@ class Anything(RuleBasedStateMachine):
             there = run.manifests()
             if there:
                 one = there[pick % len(there)]
-                unless_archived(lambda: pp.upkeep.remove(run, [one], "because", undo_for=DAY * undo))  # noqa: B023
+                unless_archived(lambda: maintenance.remove(run, [one], "because", undo_for=DAY * undo))  # noqa: B023
                 return
 
     @rule()
     def take_back(self):
         for run in pp.open(self.root).runs():
-            if run.holder() is None and (there := pp.upkeep.in_trash(run)):
-                unless_archived(lambda: pp.upkeep.undo(run, [there[0].manifest.id]))  # noqa: B023
+            if run.holder() is None and (there := maintenance.in_trash(run)):
+                unless_archived(lambda: maintenance.undo(run, [there[0].manifest.id]))  # noqa: B023
                 return
 
     @rule(pick=st.integers(0, 9), value=st.sampled_from([0.3, 2.0, math.nan]))
@@ -203,13 +204,13 @@ class Anything(RuleBasedStateMachine):
     @rule(back=st.booleans())
     def archive(self, back):
         for run in self.runs():
-            (pp.upkeep.restore if back else pp.upkeep.archive)(run)
+            (maintenance.restore if back else maintenance.archive)(run)
 
     @rule(texts=st.sampled_from(["best:acc:max:parts=model", "last:1", "best:loss:min"]))
     def keep(self, texts):
         for run in self.runs():
             rules = (pp.rules.parse(texts),)
-            unless_archived(lambda: pp.upkeep.apply_plan(run, run.plan(rules), rules))  # noqa: B023
+            unless_archived(lambda: maintenance.apply_plan(run, run.plan(rules), rules))  # noqa: B023
 
     @rule(alias=st.sampled_from(["champion", "r/champion", "challenger-2"]), pick=st.integers(0, 9))
     def promote(self, alias, pick):
@@ -289,14 +290,14 @@ def test_the_same_in_both_databases(tmp_path, catalogue_url):
         run.record("r@latest", {"late": 2.0, "acc": 0.95})
         run.pin("r@latest", "figure 3")
         check(root, catalogue)
-    pp.upkeep.archive(run)
+    maintenance.archive(run)
     check(root, catalogue)
     assert len(list(catalogue.select(Wish(query=parse("archived"))))) == len(run.checkpoints())
-    pp.upkeep.restore(run)
+    maintenance.restore(run)
     check(root, catalogue)
-    pp.upkeep.remove(run, run.manifests()[:1], "x", undo_for=DAY)
+    maintenance.remove(run, run.manifests()[:1], "x", undo_for=DAY)
     check(root, catalogue)
-    pp.upkeep.undo(run, [pp.upkeep.in_trash(run)[0].manifest.id])
+    maintenance.undo(run, [maintenance.in_trash(run)[0].manifest.id])
     check(root, catalogue)
     for alias, place in (("champion", 0), ("r/champion", -1), ("champion", -1), ("gone", 0)):
         point(LocalStore(root), alias, run.manifests()[place])
@@ -616,7 +617,7 @@ def test_deleting_it_loses_nothing(small):
 
 @pytest.mark.parametrize("damage", ["garbage", "half", "header", "pages"])
 def test_a_damaged_one_is_made_anew(small, damage):
-    pp.Catalogue(small).refresh()
+    Catalogue(small).refresh()
     file = small / "catalogue.sqlite"
     with sqlite3.connect(file) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -643,17 +644,17 @@ def test_a_file_that_was_named_is_never_replaced(small, tmp_path):
     weights = tmp_path / "weights.bin"
     weights.write_bytes(b"precious weights" * 100)
     with pytest.raises(ConfigError, match="is no catalogue, or a damaged one"):
-        pp.Catalogue(small, str(weights))
+        Catalogue(small, str(weights))
     assert weights.read_bytes() == b"precious weights" * 100
 
 
 def test_one_of_a_newer_release_is_refused(small, catalogue_url):
-    pp.Catalogue(small, catalogue_url).close()
+    Catalogue(small, catalogue_url).close()
     other = Catalogue(LocalStore(small), catalogue_url)
     with other._engine.begin() as connection:
         connection.execute(sqlalchemy.update(schema.meta).values(version=99))
     with pytest.raises(FormatError, match="version 99"):
-        pp.Catalogue(small, catalogue_url)
+        Catalogue(small, catalogue_url)
     with other._engine.begin() as connection:
         connection.execute(sqlalchemy.update(schema.meta).values(version=1))
     other.close()
@@ -728,11 +729,11 @@ def test_several_who_bring_an_old_one_up_to_date_at_once_do_it_once(small, catal
 
 
 def test_each_repository_has_its_own(small, tmp_path, catalogue_url):
-    pp.Catalogue(small, catalogue_url).close()
+    Catalogue(small, catalogue_url).close()
     with checkpointer(tmp_path / "other") as ckpt:
         ckpt.report(step=1)
     with pytest.raises(ConfigError, match="belongs to the repository"):
-        pp.Catalogue(tmp_path / "other", catalogue_url)
+        Catalogue(tmp_path / "other", catalogue_url)
     moved = shutil.move(small, tmp_path / "moved")
     assert [one.path.exists() for one in pp.select(moved, "")] == [True]
     shutil.copy(tmp_path / "moved" / "catalogue.sqlite", tmp_path / "other" / "catalogue.sqlite")
@@ -745,7 +746,7 @@ def test_where_nothing_can_be_written_it_is_in_the_cache(small, tmp_path, monkey
         "import os, sys\nimport peakpoint as pp\n"
         "list(pp.select(sys.argv[2], ''))  # imports what there is to import\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "print(len(list(pp.select(sys.argv[1]))), pp.Catalogue(sys.argv[1]).location)\n"
+        "print(len(list(pp.select(sys.argv[1]))), Catalogue(sys.argv[1]).location)\n"
     )
     if os.getuid() != 0:
         pytest.skip("only root can become somebody who may not write")
@@ -769,10 +770,10 @@ def test_where_sqlite_cannot_work_it_is_elsewhere(small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (small / "catalogue.sqlite").mkdir()  # what a file system without the right locks comes to
     assert len(list(pp.select(small))) == 1
-    assert pp.Catalogue(small).location.startswith(str(tmp_path / "cache" / "peakpoint"))
+    assert Catalogue(small).location.startswith(str(tmp_path / "cache" / "peakpoint"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
-    homeless = pp.Catalogue(small)
+    homeless = Catalogue(small)
     assert count(homeless) == 1
     file = Path(homeless.location)
     assert file.exists()
@@ -782,17 +783,17 @@ def test_where_sqlite_cannot_work_it_is_elsewhere(small, tmp_path, monkeypatch):
 
 def test_what_cannot_be_reached_is_said(small, monkeypatch):
     with pytest.raises(StoreError, match="cannot be used") as caught:
-        pp.Catalogue(small, "postgresql://me:secret@127.0.0.1:1/none")
+        Catalogue(small, "postgresql://me:secret@127.0.0.1:1/none")
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match="mysql"):
-        pp.Catalogue(small, "mysql://x/y")
+        Catalogue(small, "mysql://x/y")
     with pytest.raises(ConfigError, match="cannot be read"):
-        pp.Catalogue(small, "://")
+        Catalogue(small, "://")
     with pytest.raises(ConfigError, match="does not exist"):
-        pp.Catalogue(small, str(small / "no" / "such" / "place.sqlite"))
+        Catalogue(small, str(small / "no" / "such" / "place.sqlite"))
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingExtraError, match=r"peakpoint\[postgres\]"):
-        pp.Catalogue(small, "postgresql://127.0.0.1/x")
+        Catalogue(small, "postgresql://127.0.0.1/x")
 
 
 def test_the_environment_names_it(small, tmp_path, monkeypatch):
@@ -807,7 +808,7 @@ def test_of_a_store_without_directories_it_is_a_file_for_as_long_as_it_is_used()
     with checkpointer(store, keep=[pp.Last(2)]) as ckpt:
         for _ in ckpt.steps(3):
             ckpt.report(acc=0.5)
-    catalogue = pp.Catalogue(store)
+    catalogue = Catalogue(store)
     wish = Wish(query=parse("acc == 0.5"), keys=read_keys({"step": "max"}))
     assert [one.step for one in catalogue.select(wish)] == [3, 2]
     file = Path(catalogue.location)
@@ -871,19 +872,19 @@ def test_damaged_manifests_are_told_and_do_not_stop_the_rest(small):
     broken = pp.open(small).run("other").checkpoints()[0].path / "manifest.json"
     whole = broken.read_bytes()
     broken.write_bytes(whole.replace(b"0.1", b"0.9"))
-    catalogue = pp.Catalogue(small)
+    catalogue = Catalogue(small)
     assert sorted((one.run, one.step) for one in pp.select(small, "")) == [("other", 2), ("r", 1)]
     [listed] = [run for run in catalogue.runs() if run.name == "other"]
     assert "seal does not match" in listed.damaged[0]
     broken.unlink()
     broken.write_bytes(whole)
     assert len(list(pp.select(small, ""))) == 3
-    assert all(not run.damaged for run in pp.Catalogue(small).runs())
+    assert all(not run.damaged for run in Catalogue(small).runs())
 
 
 def test_a_segment_that_was_written_anew_is_read_anew(small):
     """Nobody should; a backup that is put back does."""
-    catalogue = pp.Catalogue(small)
+    catalogue = Catalogue(small)
     assert len(list(pp.select(small, "has(late)"))) == 1
     shutil.rmtree(small / "runs" / "r" / "journal")
     Journal(LocalStore(small), "r", lambda: START).close()
@@ -933,21 +934,21 @@ class Followed(LocalStore):
 
 
 def _remove(run):
-    pp.upkeep.remove(run, run.manifests()[:2], "x", undo_for=DAY)
+    maintenance.remove(run, run.manifests()[:2], "x", undo_for=DAY)
 
 
 def _remove_for_good(run):
-    pp.upkeep.remove(run, run.manifests()[:2], "x")
+    maintenance.remove(run, run.manifests()[:2], "x")
 
 
 def _take_back(run):
-    for one in pp.upkeep.in_trash(run):
-        pp.upkeep.undo(run, [one.manifest.id])
+    for one in maintenance.in_trash(run):
+        maintenance.undo(run, [one.manifest.id])
 
 
 def _drop(run):
     rules = (pp.Best("acc", "max", parts="model"), pp.Last(3, parts="model"))
-    pp.upkeep.apply_plan(run, run.plan(rules), rules)
+    maintenance.apply_plan(run, run.plan(rules), rules)
 
 
 def _measure(run):
@@ -960,8 +961,8 @@ DONE = {
     "remove for good": [_remove_for_good],
     "take back": [_remove, _take_back],
     "drop parts": [_drop],
-    "archive": [pp.upkeep.archive],
-    "restore": [pp.upkeep.archive, pp.upkeep.restore],
+    "archive": [maintenance.archive],
+    "restore": [maintenance.archive, maintenance.restore],
     "measure": [_measure, _remove, _measure],
 }
 
@@ -1041,7 +1042,7 @@ def test_a_backup_that_is_put_back_is_what_there_is(tmp_path):
     shutil.copytree(root / "runs", tmp_path / "backup")
     run = pp.open(root).run("r")
     run.pin("r@latest", "soon forgotten")
-    catalogue = pp.Catalogue(root)
+    catalogue = Catalogue(root)
     check(root, catalogue)
     shutil.rmtree(root / "runs")
     shutil.copytree(tmp_path / "backup", root / "runs")
@@ -1081,7 +1082,7 @@ def test_what_is_held_over_a_change_stays_right(tmp_path, catalogue_url):
     pp.open(root).run("many").pin(late.ref, "read again, and its key stays")
     other = Catalogue(LocalStore(root), catalogue_url)
     assert other.select(Wish(query=parse("pinned"))).count() == 1
-    pp.upkeep.remove(pp.open(root).run("many"), pp.open(root).run("many").manifests()[-2:-1], "x")
+    maintenance.remove(pp.open(root).run("many"), pp.open(root).run("many").manifests()[-2:-1], "x")
     short(root, [0.0], run="new")
     other.refresh()
     rest = list(walk)
@@ -1123,7 +1124,7 @@ def test_one_run_that_cannot_be_read_keeps_nobody_from_the_others(small, recwarn
     journal.append(Closed(at=START, why="closed"))
     journal.close()
     (small / "runs" / "newer" / "checkpoints" / os.fsdecode(b"\xff\xfe")).mkdir()
-    catalogue = pp.Catalogue(small)
+    catalogue = Catalogue(small)
     found = catalogue.select(Wish(query=parse("")))
     assert sorted(one.run for one in found) == ["newer", "r"]
     assert any("'bad' is not considered" in str(warning.message) for warning in recwarn)

@@ -17,6 +17,7 @@ from peakpoint.catalogue.query import parse
 from peakpoint.catalogue.ranking import read_keys
 from peakpoint.errors import CorruptError, PeakpointWarning, StoreError
 from peakpoint.format import layout
+from peakpoint.repository import maintenance
 from peakpoint.store import LocalStore
 from training import checkpointer
 
@@ -73,7 +74,7 @@ WRONG = {
 
 def test_an_archived_run_is_no_difference(root):
     with contextlib.closing(Catalogue(LocalStore(root))) as catalogue:
-        pp.upkeep.archive(pp.open(root).run("a"))
+        maintenance.archive(pp.open(root).run("a"))
         before = catalogue.location, (root / "catalogue.sqlite").stat().st_ino
         assert {run for run, *_ in steps(catalogue, "archived")} == {"a"}
         assert list(audit_catalogue(pp.open(root))) == []
@@ -115,7 +116,7 @@ def test_a_list_of_runs_is_made_anew_where_a_row_is_none(root, what):
 
 
 def test_one_that_is_nobodys_is_set_aside(root):
-    catalogue = pp.Catalogue(root)
+    catalogue = Catalogue(root)
     right = steps(catalogue, "", BY_ACC, top=1)
     with catalogue._engine.begin() as connection:
         connection.execute(sqlalchemy.text(WRONG["metric"][0]))
@@ -125,7 +126,7 @@ def test_one_that_is_nobodys_is_set_aside(root):
 
 
 def test_what_is_as_good_as_the_best_follows_from_the_files(root):
-    catalogue = pp.Catalogue(root)
+    catalogue = Catalogue(root)
     within = pp.WithinSE(n_eval=100)
     right = steps(catalogue, "", {"acc": "max", "size": "min"}, within=within)
     with catalogue._engine.begin() as connection:
@@ -144,7 +145,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("what", HIDDEN)
 def test_what_hides_is_found_by_audit_and_mended_by_rebuilding(root, catalogue_url, what):
-    repository, catalogue = pp.open(root), pp.Catalogue(root, catalogue_url)
+    repository, catalogue = pp.open(root), Catalogue(root, catalogue_url)
     catalogue.refresh()
     assert not list(audit_catalogue(repository, catalogue_url))
     with catalogue._engine.begin() as connection:

@@ -12,6 +12,7 @@ import pytest
 
 import peakpoint as pp
 from commands import RUN, in_process, invoke
+from peakpoint.repository import maintenance
 from training import checkpointer
 
 
@@ -184,7 +185,7 @@ def test_what_is_damaged_or_gone_is_marked(tmp_path):
     assert piped.stdout.strip() == best.ref
     assert "is missing" in piped.stderr
     assert "(gone)" not in invoke("ls", tmp_path).output
-    pp.upkeep.remove(pp.open(tmp_path).run("two"), [pp.open(tmp_path).find_manifest("two@best:acc")], "x")
+    maintenance.remove(pp.open(tmp_path).run("two"), [pp.open(tmp_path).find_manifest("two@best:acc")], "x")
     assert re.search(r"two .* 0.9 +epoch 0 \(gone\)", invoke("ls", tmp_path).output)
     assert re.search(r"acc +max +0.9 +epoch 0 \(gone\)", invoke("ls", tmp_path, "two").output)
     listed = {run["name"]: run["best_exists"] for run in json.loads(invoke("ls", tmp_path, "--json").output)["runs"]}

@@ -156,7 +156,7 @@ def test_parts_that_the_training_has_not_are_still_a_mismatch(made, tmp_path):
         pp.Checkpointer(
             tmp_path / "root", run="r", state={"model": model}, keep=[pp.Last(1)], preempt=None, announce=[].append
         ) as ckpt,
-        pytest.raises(pp.MismatchError, match="names no part 'optimizer'") as caught,
+        pytest.raises(pp.errors.MismatchError, match="names no part 'optimizer'") as caught,
     ):
         ckpt.resume()
     assert "extra" not in str(caught.value)
@@ -194,7 +194,7 @@ def test_an_import_does_not_say_which_code_has_trained(made, tmp_path):
 def test_rules_by_metrics_that_nothing_has_are_refused(made, tmp_path):
     words = r"no report has the metric 'val_acuracy' of the rule best:val_acuracy:max; did you mean 'val_accuracy'"
     for dry_run in (True, False):
-        with pytest.raises(pp.ConfigError, match=words):
+        with pytest.raises(pp.errors.ConfigError, match=words):
             bring(made[0], tmp_path / "root", rules=[pp.Best("val_acuracy", "max"), pp.Last(1)], dry_run=dry_run)
     assert not (tmp_path / "root").exists()
     bring(made[0], tmp_path / "root", rules=[pp.Best("later", "max", pending=2), pp.Last(1)])
@@ -336,7 +336,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(made, tmp_path):
         with (folder / "e7.pth").open("ab") as file:
             file.write(b"more")
 
-    with pytest.raises(pp.CorruptError, match=r"e7\.pth"):
+    with pytest.raises(pp.errors.CorruptError, match=r"e7\.pth"):
         bring(folder, tmp_path / "root", progress=write)
     assert [one.epoch for one in pp.open(tmp_path / "root").run("r").checkpoints()] == [0, 1]
     assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
@@ -388,7 +388,7 @@ def test_names_that_parts_and_metrics_cannot_have_are_changed(tmp_path):
     assert {"model", "my_extra", "extra"} <= one.parts.keys()
     odd = tmp_path / os.fsdecode(b"b\xff.pth")
     shutil.copy(tmp_path / "a.pth", odd)
-    with pytest.raises(pp.ConfigError, match="cannot be written as UTF-8"):
+    with pytest.raises(pp.errors.ConfigError, match="cannot be written as UTF-8"):
         bring(odd, tmp_path / "other", parts={"net/G": "model"})
 
 
@@ -410,12 +410,12 @@ def test_prefixes_parts_and_first_epochs_are_as_said(tmp_path):
     loaded = pp.load("bare@latest", root=tmp_path / "root")
     assert list(loaded["model"]) == ["weight", "bias"]
     assert list(loaded) == ["model", "extra"]
-    with pytest.raises(pp.ConfigError, match="no name of a tensor begins with it"):
+    with pytest.raises(pp.errors.ConfigError, match="no name of a tensor begins with it"):
         bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"gen": "model"}, strip_prefix="modul.")
     report = bring(tmp_path / "a.pth", tmp_path / "b", parts={"gen": "model"}, strip_prefix="module.w", dry_run=True)
     assert "'module.w' was taken from 1 of 2 names of tensors" in report.checkpoints[0].notes
     assert pp.open(tmp_path / "root").run("bare").latest().epoch == 0
-    with pytest.raises(pp.FormatError, match="the file has no 'generator'; it has gen"):
+    with pytest.raises(pp.errors.FormatError, match="the file has no 'generator'; it has gen"):
         bring(tmp_path / "a.pth", tmp_path / "root", run="x", parts={"generator": "model"})
 
 
@@ -425,7 +425,7 @@ def test_parts_of_files_without_names_are_renamed_too(tmp_path):
     for number, name in enumerate(("a.safetensors", "b.pth")):
         bring(tmp_path / name, tmp_path / "root", run=f"r{number}", parts={"model": "teacher"})
         assert list(pp.load(f"r{number}@latest", root=tmp_path / "root")) == ["teacher"]
-        with pytest.raises(pp.FormatError, match="has no 'modell'; it has model"):
+        with pytest.raises(pp.errors.FormatError, match="has no 'modell'; it has model"):
             bring(tmp_path / name, tmp_path / "root", run="x", parts={"modell": "teacher"})
 
 
@@ -461,7 +461,7 @@ def test_both_formats_of_torch_are_read(options, tmp_path):
 def test_a_hostile_file_is_refused_by_name_and_nothing_is_run(kind, made, tmp_path):
     folder, mark = shutil.copytree(made[0], tmp_path / "copy"), tmp_path / "PWNED"
     named = hostile(kind, folder / "model.pth", mark)
-    with pytest.raises(pp.FormatError) as caught:
+    with pytest.raises(pp.errors.FormatError) as caught:
         bring(folder, tmp_path / "root")
     for word in (named, "model.pth", "has run nothing of it", "--skip-unreadable", "Nothing was imported"):
         assert word in str(caught.value)
@@ -485,25 +485,25 @@ def test_nobody_is_advised_to_load_what_means_harm(kind, tmp_path):
     assert done.returncode == 2
     assert "only plain classes of your own code" in done.stderr
     for other in ("nt.system", "subprocess.Popen", "sys.exit", "torch._utils._rebuild_qtensor", "Config"):
-        with pytest.raises(pp.ConfigError, match="only plain classes"):
+        with pytest.raises(pp.errors.ConfigError, match="only plain classes"):
             bring(tmp_path / "a.pth", tmp_path / "root", inert=[other])
 
 
 def test_several_plain_classes_are_all_suggested(tmp_path):
-    with pytest.raises(pp.FormatError, match=r"--inert a\.B --inert __main__\.C \(inert="):
+    with pytest.raises(pp.errors.FormatError, match=r"--inert a\.B --inert __main__\.C \(inert="):
         pickles.check_globals(["a.B", "__main__.C"], "x.pth")
     for other in ("a.run", "subprocess.Popen"):
-        with pytest.raises(pp.FormatError, match=r"may mean harm\. If you trust it, load it in an environment"):
+        with pytest.raises(pp.errors.FormatError, match=r"may mean harm\. If you trust it, load it in an environment"):
             pickles.check_globals(["a.B", other], "x.pth")
 
 
 def test_what_torch_says_of_a_file_is_not_passed_on(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "x": Call(int, 1)}, tmp_path / "a.pth")
-    with pytest.raises(pp.CorruptError, match="its pickle cannot be built") as caught:
+    with pytest.raises(pp.errors.CorruptError, match="its pickle cannot be built") as caught:
         bring(tmp_path / "a.pth", tmp_path / "root")
     assert caught.value.__cause__.__cause__ is None, "nor does a traceback show it"
     plain_pickle(tmp_path / "b.pth")
-    with pytest.raises(pp.FormatError, match="convert it yourself in an environment without anything to lose"):
+    with pytest.raises(pp.errors.FormatError, match="convert it yourself in an environment without anything to lose"):
         bring(tmp_path / "b.pth", tmp_path / "root")
 
 
@@ -517,7 +517,7 @@ def test_the_hostile_files_would_work_elsewhere(tmp_path):
 def test_a_hostile_file_inside_an_item_of_dcp_is_not_run(tmp_path):
     mark = tmp_path / "PWNED"
     on_distributed(tmp_path / "dcp", {"model": Net().state_dict(), "x": Call(os.system, f"touch {mark}")})
-    with pytest.raises(pp.FormatError, match=r"names posix\.system"):
+    with pytest.raises(pp.errors.FormatError, match=r"names posix\.system"):
         bring(tmp_path / "dcp", tmp_path / "root")
     assert not mark.exists()
 
@@ -528,20 +528,23 @@ def test_metadata_of_dcp_names_its_own_classes_only(tmp_path):
     mark = tmp_path / "PWNED"
     on_distributed(tmp_path / "dcp", {"model": Net().state_dict()})
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Call(os.system, f"touch {mark}")))
-    with pytest.raises(pp.FormatError, match=r"\.metadata names posix\.system"):
+    with pytest.raises(pp.errors.FormatError, match=r"\.metadata names posix\.system"):
         bring(tmp_path / "dcp", tmp_path / "root")
     assert not mark.exists()
 
 
 def test_torch_allowing_more_does_not_allow_it_here(tmp_path):
     torch.save({"model": Net().state_dict(), "x": Call(os.getcwd)}, tmp_path / "a.pth")
-    with torch.serialization.safe_globals([(os.getcwd, "posix.getcwd")]), pytest.raises(pp.FormatError, match="getcwd"):
+    with (
+        torch.serialization.safe_globals([(os.getcwd, "posix.getcwd")]),
+        pytest.raises(pp.errors.FormatError, match="getcwd"),
+    ):
         bring(tmp_path / "a.pth", tmp_path / "root")
 
 
 def test_a_dtype_cannot_hide_pointers_in_bytes(tmp_path):
     torch.save({"model": Net().state_dict(), "x": lying_dtype()}, tmp_path / "a.pth")
-    with pytest.raises(pp.FormatError, match="NumPy element type 'O8'"):
+    with pytest.raises(pp.errors.FormatError, match="NumPy element type 'O8'"):
         bring(tmp_path / "a.pth", tmp_path / "root")
 
 
@@ -562,31 +565,31 @@ def test_a_plain_class_can_be_kept_as_a_record(tmp_path):
 def test_odd_files_get_clear_errors(made, tmp_path):
     source = (made[0] / "e9.pth").read_bytes()
     files = {
-        "empty.pth": (b"", pp.CorruptError, "is empty"),
-        "text.pth": (b"hello, this is text", pp.FormatError, "no file of torch.save"),
-        "short.pth": (source[: len(source) // 2], pp.CorruptError, "cut short or damaged"),
-        "picture.safetensors": (b"\x89PNG" * 30, pp.FormatError, "no safetensors file"),
-        "tensors.pth": ((made[0] / "e9.pth").read_bytes()[:3000], pp.CorruptError, "cut short"),
+        "empty.pth": (b"", pp.errors.CorruptError, "is empty"),
+        "text.pth": (b"hello, this is text", pp.errors.FormatError, "no file of torch.save"),
+        "short.pth": (source[: len(source) // 2], pp.errors.CorruptError, "cut short or damaged"),
+        "picture.safetensors": (b"\x89PNG" * 30, pp.errors.FormatError, "no safetensors file"),
+        "tensors.pth": ((made[0] / "e9.pth").read_bytes()[:3000], pp.errors.CorruptError, "cut short"),
     }
     for name, (data, kind, words) in files.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(kind, match=words):
             bring(tmp_path / name, tmp_path / "root")
     plain_pickle(tmp_path / "p.pth")
-    with pytest.raises(pp.FormatError, match="plain pickle"):
+    with pytest.raises(pp.errors.FormatError, match="plain pickle"):
         bring(tmp_path / "p.pth", tmp_path / "root")
     torch.save([torch.ones(2)], tmp_path / "list.pth")
-    with pytest.raises(pp.FormatError, match="holds a list"):
+    with pytest.raises(pp.errors.FormatError, match="holds a list"):
         bring(tmp_path / "list.pth", tmp_path / "root")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch does not want to be asked for this any more
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 1)), tmp_path / "script.pt")
-    with pytest.raises(pp.FormatError, match="TorchScript"):
+    with pytest.raises(pp.errors.FormatError, match="TorchScript"):
         bring(tmp_path / "script.pt", tmp_path / "root")
-    with pytest.raises(pp.NotFoundError, match="does not exist"):
+    with pytest.raises(pp.errors.NotFoundError, match="does not exist"):
         bring(tmp_path / "nothing", tmp_path / "root")
     (tmp_path / "none").mkdir()
-    with pytest.raises(pp.FormatError, match="holds no checkpoint"):
+    with pytest.raises(pp.errors.FormatError, match="holds no checkpoint"):
         bring(tmp_path / "none", tmp_path / "root")
     assert not (tmp_path / "root").exists()
 
@@ -595,7 +598,7 @@ def test_a_zip_that_claims_more_than_it_has_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}.")
         archive.writestr("a/data/0", bytes(50_000_000))
-    with pytest.raises(pp.FormatError, match=r"torch\.save wrote no such file"):
+    with pytest.raises(pp.errors.FormatError, match=r"torch\.save wrote no such file"):
         bring(tmp_path / "bomb.pth", tmp_path / "root")
 
 
@@ -604,7 +607,7 @@ def test_a_pickle_of_another_protocol_is_refused(tmp_path):
 
     torch.save({"model": Net().state_dict()}, tmp_path / "a.pth")
     replace_in_pickle(tmp_path / "a.pth", lambda _: pickle.dumps(Net, protocol=4))
-    with pytest.raises(pp.FormatError, match="protocol 4"):
+    with pytest.raises(pp.errors.FormatError, match="protocol 4"):
         bring(tmp_path / "a.pth", tmp_path / "root")
 
 
@@ -616,7 +619,7 @@ def test_no_flipped_byte_gets_past_with_another_error(data, made):
         source[data.draw(st.integers(0, len(source) - 1))] = data.draw(st.integers(0, 255))
     try:
         pickles.load(bytes(source), where="x.pth")
-    except (pp.FormatError, pp.CorruptError) as error:
+    except (pp.errors.FormatError, pp.errors.CorruptError) as error:
         assert "x.pth" in str(error)  # noqa: PT017 - it may well load, when the byte is one of a tensor
 
 
@@ -627,14 +630,14 @@ def test_no_safetensors_header_gets_past_with_another_error(data, tmp_path_facto
     path.write_bytes(len(data).to_bytes(8, "little") + data)
     try:
         assert read_safetensors(path)[0] == {}, "a header without tensors is one"
-    except (pp.FormatError, pp.CorruptError) as error:
+    except (pp.errors.FormatError, pp.errors.CorruptError) as error:
         assert "h.safetensors" in str(error)  # noqa: PT017 - see above
 
 
 def test_an_old_torch_is_refused(monkeypatch, tmp_path):
     torch.save({"model": Net().state_dict()}, tmp_path / "a.pth")
     monkeypatch.setattr(torch, "__version__", "2.5.1")
-    with pytest.raises(pp.MissingExtraError, match="CVE-2025-32434"):
+    with pytest.raises(pp.errors.MissingExtraError, match="CVE-2025-32434"):
         bring(tmp_path / "a.pth", tmp_path / "root")
 
 
@@ -709,14 +712,14 @@ def test_folders_of_hugging_face(tmp_path):
         }
         assert loaded["extra"]["config"] == {"model_type": "net"}
     (tmp_path / "out" / "checkpoint-10" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
-    with pytest.raises(pp.CorruptError, match=r"lists '\.\./x'"):
+    with pytest.raises(pp.errors.CorruptError, match=r"lists '\.\./x'"):
         bring(tmp_path / "out", tmp_path / "other")
 
 
 def test_a_hostile_optimizer_in_a_folder_of_hugging_face(tmp_path):
     hugging_face(tmp_path / "checkpoint-4", 4)
     hostile("os.system", tmp_path / "checkpoint-4" / "optimizer.pt", tmp_path / "PWNED")
-    with pytest.raises(pp.FormatError, match=r"optimizer\.pt names posix\.system"):
+    with pytest.raises(pp.errors.FormatError, match=r"optimizer\.pt names posix\.system"):
         bring(tmp_path / "checkpoint-4", tmp_path / "root")
     assert not (tmp_path / "PWNED").exists()
 
@@ -747,7 +750,7 @@ def test_folders_of_torch_distributed(tmp_path):
     assert into.param_groups[0]["lr"] == 0.01
     piece = next((tmp_path / "dcp").glob("*.distcp"))
     piece.write_bytes(piece.read_bytes()[:-100])
-    with pytest.raises(pp.CorruptError, match="cut short"):
+    with pytest.raises(pp.errors.CorruptError, match="cut short"):
         bring(tmp_path / "dcp", tmp_path / "other")
 
 
@@ -803,7 +806,7 @@ def test_forms_of_json(name, text, tmp_path):
 )
 def test_logs_that_cannot_be_are_refused(name, text, words, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(pp.FormatError, match=words):
+    with pytest.raises(pp.errors.FormatError, match=words):
         metric_logs.read(tmp_path / name)
 
 
@@ -825,7 +828,7 @@ def test_tensorboard_is_read_and_joined(made, tmp_path):
     assert run.best("test/acc", mode="max").epoch == 4
     assert "5 of 7 rows of metrics join a checkpoint, by epoch" in report.notes
     (tmp_path / "empty").mkdir()
-    with pytest.raises(pp.FormatError, match="without event files"):
+    with pytest.raises(pp.errors.FormatError, match="without event files"):
         metric_logs.read(tmp_path / "empty")
 
 
@@ -842,10 +845,10 @@ def test_a_log_that_joins_nothing_is_an_error_that_says_why(made, tmp_path):
         r"no row of .*m.json joins a checkpoint by step: its 10 rows have epochs 0 to 9 and no steps, and the files "
         r"have epochs 0 to 4 and steps 2 to 10; --join epoch would join 5 of them"
     )
-    with pytest.raises(pp.ConfigError, match=words):
+    with pytest.raises(pp.errors.ConfigError, match=words):
         bring(made[0], tmp_path / "root", metrics=log, join="step", dry_run=True)
     torch.save(Net().state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(pp.ConfigError, match=r"the files have no epochs and no steps$"):
+    with pytest.raises(pp.errors.ConfigError, match=r"the files have no epochs and no steps$"):
         bring(tmp_path / "bare.pth", tmp_path / "root", metrics=log)
     assert not (tmp_path / "root").exists()
 
@@ -1127,5 +1130,5 @@ def test_what_two_ranks_write_is_put_together(tmp_path):
     assert torch.equal(model["rows"], whole)
     assert torch.equal(model["columns"], whole)
     next(folder.glob("__1_*.distcp")).unlink()
-    with pytest.raises(pp.CorruptError, match="which is not in it"):
+    with pytest.raises(pp.errors.CorruptError, match="which is not in it"):
         bring(folder, tmp_path / "other")

@@ -125,7 +125,7 @@ def test_a_reader_is_told_that_a_checkpoint_has_just_gone(tmp_path, change, veri
     run = run_of(tmp_path)
     name = run.manifests()[0].name
     store = Meddled(tmp_path, "optimizer.safetensors", lambda: change(run))
-    with pytest.raises(pp.NotFoundError, match="was removed a moment ago"):
+    with pytest.raises(pp.errors.NotFoundError, match="was removed a moment ago"):
         pp.load(f"r/{name}", root=store, verify=verify)["optimizer"]
 
 
@@ -222,7 +222,7 @@ def test_what_is_archived_right_before_it_goes_into_the_trash_stays(tmp_path):
     (failure,) = maintenance.remove(Repository(store).run("r"), run.manifests()[:1], "why", undo_for=DAY)
     assert "or the run was archived a moment ago" in failure
     assert store.has_meddled
-    assert len(pp.upkeep.restore(run)) == 2
+    assert len(maintenance.restore(run)) == 2
 
 
 def test_two_that_put_a_checkpoint_into_the_trash_at_once(tmp_path):

@@ -15,6 +15,7 @@ import peakpoint as pp
 from failing import Failing
 from peakpoint.errors import StoreError
 from peakpoint.format.events import Saved, SaveFailed
+from peakpoint.repository import maintenance
 from peakpoint.store import LocalStore
 from training import checkpointer, kept, same
 
@@ -264,7 +265,7 @@ def test_a_full_disk_is_raised_by_the_next_report(tmp_path):
 def test_the_run_is_let_go_when_the_checkpointer_cannot_be_made(tmp_path):
     ops = Failing("create", "journal", errno.EIO)  # a full disk is no reason: there may be something to let go
     ops.arm()
-    with pytest.raises(pp.StoreError, match="Input/output error"):
+    with pytest.raises(pp.errors.StoreError, match="Input/output error"):
         checkpointer(LocalStore(tmp_path, ops))
     with checkpointer(LocalStore(tmp_path, ops)) as ckpt:
         ckpt.report()
@@ -290,7 +291,7 @@ def test_the_run_is_let_go_when_the_signals_cannot_be_watched(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, 0, 10_000])
 def test_signals_that_cannot_be_caught_are_refused(number):
-    with pytest.raises(pp.ConfigError, match="can catch"):
+    with pytest.raises(pp.errors.ConfigError, match="can catch"):
         pp.Preempt(signals=(number,))
 
 
@@ -301,7 +302,7 @@ def test_a_journal_that_cannot_be_closed_lets_go_of_run_and_signals(tmp_path):
     ckpt.report()
     ckpt.wait()
     ops.arm()
-    with pytest.raises(pp.StoreError):
+    with pytest.raises(pp.errors.StoreError):
         ckpt.close()
     assert signal.getsignal(signal.SIGUSR1) == before
     assert pp.open(tmp_path).run("r").holder() is None
@@ -342,10 +343,10 @@ def save_all(store, steps, capacity=None, **options):
 def test_the_trash_goes_first_when_the_disk_is_full(tmp_path):
     save_all(tmp_path, [1, 2, 3])
     found = pp.open(tmp_path).run("r")
-    pp.upkeep.remove(found, found.manifests()[:1], "why", undo_for=timedelta(days=7))
+    maintenance.remove(found, found.manifests()[:1], "why", undo_for=timedelta(days=7))
     [said] = save_all(Disk(tmp_path), [4], 10_000_000)
     assert said == "the disk is full: to make room for r_step4, checkpoints went for good: 1 in the trash"
-    assert ([one.step for one in kept(tmp_path)], pp.upkeep.in_trash(found)) == ([2, 3, 4], [])
+    assert ([one.step for one in kept(tmp_path)], maintenance.in_trash(found)) == ([2, 3, 4], [])
 
 
 def test_what_no_rule_claims_goes_before_the_save_when_the_disk_is_full(tmp_path):
@@ -360,7 +361,7 @@ def test_a_disk_that_is_full_of_what_is_wanted_is_said_with_the_ways_out(tmp_pat
     save_all(tmp_path, [1, 2])
     save_all(tmp_path, [1, 2], run="other-run")
     other = pp.open(tmp_path).run("other-run")
-    pp.upkeep.remove(other, other.manifests()[:1], "why", undo_for=timedelta(days=7))
+    maintenance.remove(other, other.manifests()[:1], "why", undo_for=timedelta(days=7))
     with pytest.raises(pp.SaveFailedError) as caught:
         save_all(Disk(tmp_path), [3], 10_000_000)
     assert (

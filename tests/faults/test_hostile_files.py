@@ -22,8 +22,8 @@ from peakpoint.format import manifest as manifests
 from peakpoint.format.manifest import MANIFEST
 from peakpoint.store import MemoryStore
 
-DAMAGED = (pp.CorruptError, pp.FormatError)
-UNFIT = (*DAMAGED, pp.MismatchError)
+DAMAGED = (pp.errors.CorruptError, pp.errors.FormatError)
+UNFIT = (*DAMAGED, pp.errors.MismatchError)
 
 
 def quiet(_):
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_changes_no_live_object(root):
     path.write_bytes(data)
     live = build(5)
     before = copy.deepcopy(live["model"].state_dict())
-    with pytest.raises(pp.CorruptError, match=r"tensor '.*' in optimizer\.safetensors"):
+    with pytest.raises(pp.errors.CorruptError, match=r"tensor '.*' in optimizer\.safetensors"):
         pp.load("r/c2", root=root, into={"model": live["model"], "optimizer": live["optimizer"]})
     for name, value in live["model"].state_dict().items():
         assert torch.equal(value, before[name])
@@ -181,7 +181,10 @@ def test_when_all_are_damaged_resuming_raises(root):
         (folder(root, name) / "state.json").write_bytes(b"{}")
     live = build(5)
     before = live["model"][0].weight.detach().clone()
-    with checkpointer(root, live) as ckpt, pytest.raises(pp.CorruptError, match="no checkpoint of run 'r' is whole"):
+    with (
+        checkpointer(root, live) as ckpt,
+        pytest.raises(pp.errors.CorruptError, match="no checkpoint of run 'r' is whole"),
+    ):
         ckpt.resume()
     assert torch.equal(live["model"][0].weight, before)
 
@@ -204,7 +207,7 @@ def test_truncated_files(alone, name):
 def test_a_file_that_lacks_its_last_byte(root, name):
     path = folder(root) / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(pp.CorruptError, match=rf"{name} has \d+ bytes instead of \d+"):
+    with pytest.raises(pp.errors.CorruptError, match=rf"{name} has \d+ bytes instead of \d+"):
         load_everything(root)
 
 
@@ -221,13 +224,13 @@ def test_extended_files(alone, name, more):
 @pytest.mark.parametrize("name", [name for name in FILES if name != MANIFEST])
 def test_missing_files(root, name):
     (folder(root) / name).unlink()
-    with pytest.raises(pp.CorruptError, match=f"c2 is damaged: {name} is missing"):
+    with pytest.raises(pp.errors.CorruptError, match=f"c2 is damaged: {name} is missing"):
         load_everything(root)
 
 
 def test_without_a_manifest_there_is_no_checkpoint(root):
     (folder(root) / MANIFEST).unlink()
-    with pytest.raises(pp.NotFoundError):
+    with pytest.raises(pp.errors.NotFoundError):
         load_everything(root)
     assert pp.load("r@latest", root=root)["values"][5] == "five"
 
@@ -240,7 +243,7 @@ def test_files_swapped_between_checkpoints(root, name):
     two.write_bytes(first)
     assert first != second
     for ref in ("r/c1", "r/c2"):
-        with pytest.raises(pp.CorruptError, match="damaged"):
+        with pytest.raises(pp.errors.CorruptError, match="damaged"):
             load_everything(root, ref)
 
 
@@ -249,7 +252,7 @@ def test_files_swapped_within_a_checkpoint(root):
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
-    with pytest.raises(pp.CorruptError):
+    with pytest.raises(pp.errors.CorruptError):
         load_everything(root)
 
 
@@ -260,7 +263,7 @@ def test_a_manifest_in_another_directory(root):
     with checkpointer(root, live) as ckpt, pytest.warns(pp.PeakpointWarning, match="renamed or copied"):
         assert ckpt.resume().step == 1
     shutil.rmtree(folder(root, "c1"))
-    with pytest.raises(pp.CorruptError, match=r"belongs to r/c1; the directory was renamed or copied"):
+    with pytest.raises(pp.errors.CorruptError, match=r"belongs to r/c1; the directory was renamed or copied"):
         load_everything(root)
 
 
@@ -269,13 +272,13 @@ def test_a_checkpoint_whose_manifest_is_damaged_is_not_said_to_be_missing(root, 
     """It is there, and damaged: to say that there is none of that name sends the user looking elsewhere."""
     path = folder(root) / MANIFEST
     path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
-    with pytest.raises(pp.CorruptError, match="c2"):
+    with pytest.raises(pp.errors.CorruptError, match="c2"):
         load_everything(root, ref)
 
 
 def test_a_copied_directory_is_no_checkpoint(root):
     shutil.copytree(folder(root, "c1"), folder(root, "c3"))
-    with pytest.raises(pp.CorruptError, match="renamed or copied"):
+    with pytest.raises(pp.errors.CorruptError, match="renamed or copied"):
         load_everything(root, "r/c3")
     assert load_everything(root, "r/c1")["values"][5] == "five"
     with pytest.warns(pp.PeakpointWarning, match="renamed or copied"):
@@ -306,7 +309,7 @@ def test_a_manifest_that_is_none(root, text):
     with pytest.raises(DAMAGED):
         load_everything(root)
     live = build(5)
-    with checkpointer(root, live) as ckpt, pytest.raises(pp.CorruptError):
+    with checkpointer(root, live) as ckpt, pytest.raises(pp.errors.CorruptError):
         ckpt.resume()
 
 
@@ -400,7 +403,7 @@ def test_a_tree_that_is_none(root, text):
 @pytest.mark.parametrize("text", [TEXTS["newer format"], TEXTS["no format"]], ids=["newer", "none"])
 def test_a_tree_of_another_format_is_refused_always(root, text):
     reseal(root, state=text)
-    assert attempt(root, expected=pp.FormatError) == 3
+    assert attempt(root, expected=pp.errors.FormatError) == 3
 
 
 F8 = base64.b64encode(bytes(8)).decode()
@@ -480,7 +483,7 @@ def test_hostile_nodes(root, node, part):
     reseal(root, state=json.dumps(tree).encode())
     if node.get("name") == "0.weight" and part == "values":
         node = dict(node, name="array")
-    with pytest.raises(pp.FormatError):
+    with pytest.raises(pp.errors.FormatError):
         dict(pp.load("r/c2", root=root))
     # parts that are asked for on their own do not depend on it
     assert attempt(root) == (3 if part == "model" else 2)
@@ -537,7 +540,7 @@ def test_positions_outside_of_a_generators_buffer(root, position):
     reseal(root, state=json.dumps(tree).encode())
     live = build(5)
     before = live["twister"].get_state(legacy=False)["state"]["pos"]
-    with checkpointer(root, live, resume="r/c2") as ckpt, pytest.raises(pp.MismatchError, match="twister"):
+    with checkpointer(root, live, resume="r/c2") as ckpt, pytest.raises(pp.errors.MismatchError, match="twister"):
         ckpt.resume()
     assert live["twister"].get_state(legacy=False)["state"]["pos"] == before
 
@@ -547,7 +550,7 @@ def test_positions_outside_of_philoxs_buffer(root, position):
     tree = tree_of(root)
     tree["parts"]["philox"]["buffer_pos"] = position
     reseal(root, state=json.dumps(tree).encode())
-    with checkpointer(root, build(5), resume="r/c2") as ckpt, pytest.raises(pp.MismatchError, match="philox"):
+    with checkpointer(root, build(5), resume="r/c2") as ckpt, pytest.raises(pp.errors.MismatchError, match="philox"):
         ckpt.resume()
 
 
@@ -589,7 +592,7 @@ def test_generator_states_that_are_none(root, change):
     tree["rng"] = {**tree["rng"], **change} if change else change
     reseal(root, state=json.dumps(tree).encode())
     states = random.getstate(), torch.get_rng_state()
-    with checkpointer(root, build(5), resume="r/c2") as ckpt, pytest.raises(pp.FormatError):
+    with checkpointer(root, build(5), resume="r/c2") as ckpt, pytest.raises(pp.errors.FormatError):
         ckpt.resume()
     random.setstate(states[0])
     torch.set_rng_state(states[1])
@@ -621,7 +624,7 @@ def test_loop_positions_that_are_none(root, change):
     reseal(root, state=json.dumps(tree).encode())
     live = build(5)
     before = live["model"][0].weight.detach().clone()
-    with checkpointer(root, live, resume="r/c2") as ckpt, pytest.raises(pp.FormatError):
+    with checkpointer(root, live, resume="r/c2") as ckpt, pytest.raises(pp.errors.FormatError):
         ckpt.resume()
     assert torch.equal(live["model"][0].weight, before)
 
@@ -749,7 +752,7 @@ def test_fields_of_a_hostile_manifest(root, changes):
 
     record = unseal(path.read_bytes(), where=MANIFEST)
     path.write_bytes(seal({**record, **changes}))
-    with pytest.raises((*DAMAGED, pp.NotFoundError)):
+    with pytest.raises((*DAMAGED, pp.errors.NotFoundError)):
         dict(pp.load("r/c2", root=root))
     # the checkpoint beside it is as good as before
     assert pp.load("r/c1", root=root)["values"][5] == "five"
@@ -763,7 +766,7 @@ def test_manifests_of_another_format(root, number):
         path = folder(root, name) / MANIFEST
         record = unseal(path.read_bytes(), where=MANIFEST)
         path.write_bytes(seal({**record, "format": number}))
-    with pytest.raises(pp.FormatError, match="update it"):
+    with pytest.raises(pp.errors.FormatError, match="update it"):
         dict(pp.load("r@latest", root=root))
 
 
@@ -947,7 +950,7 @@ def test_a_pickle_in_place_of_a_file_is_not_opened(alone, tmp_path):
             load_everything(alone)
         path.write_bytes(intact)
     reseal(alone, state=bomb)
-    with pytest.raises(pp.FormatError):
+    with pytest.raises(pp.errors.FormatError):
         load_everything(alone)
     assert not sign.exists()
     pickle.loads(bomb)

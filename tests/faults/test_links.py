@@ -175,7 +175,7 @@ def test_a_training_into_a_linked_directory_is_refused(tmp_path, name):
     (root / name).rename(tmp_path / "elsewhere")
     (root / name).symlink_to(tmp_path / "elsewhere")
     before = content(tmp_path / "elsewhere")
-    with pytest.raises(pp.StoreError, match=f"{name.rpartition('/')[2]} is a symbolic link"):
+    with pytest.raises(pp.errors.StoreError, match=f"{name.rpartition('/')[2]} is a symbolic link"):
         save(root, epochs=5)
     assert {key: value for key, value in content(tmp_path / "elsewhere").items() if key != "writer.lock"} == {
         key: value for key, value in before.items() if key != "writer.lock"
@@ -220,7 +220,7 @@ def test_an_alias_whose_next_record_is_a_directory_refuses(tmp_path):
     root = tmp_path / "runs"
     save(root)
     (root / "aliases" / "champion" / "000001.json").mkdir(parents=True)
-    with pytest.raises(pp.FormatError, match=r"000001\.json is a directory"):
+    with pytest.raises(pp.errors.FormatError, match=r"000001\.json is a directory"):
         crown(root, "r@latest")
     assert [one.where for one in audit(pp.open(root)).findings] == ["aliases/champion/000001.json/"]
 

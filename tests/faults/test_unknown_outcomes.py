@@ -52,7 +52,7 @@ def train(root, ops):
     acknowledged = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pp.PeakpointWarning)  # retention that could not follow
-        with contextlib.suppress(pp.SaveFailedError, pp.StoreError):
+        with contextlib.suppress(pp.SaveFailedError, pp.errors.StoreError):
             with checkpointer(LocalStore(root, ops), state=state, keep=[pp.Last(1)], resume="never") as ckpt:
                 for step in (1, 2):
                     state["model"]["w"].fill_(step)

@@ -25,7 +25,7 @@ from peakpoint.format.events import Event
 from peakpoint.format.manifest import plain
 from peakpoint.production import policy
 from peakpoint.reports import changelog
-from peakpoint.repository import aliases, validations
+from peakpoint.repository import aliases, maintenance, validations
 from peakpoint.repository.releases import records
 from training import checkpointer
 from trees import same
@@ -284,7 +284,7 @@ def test_signatures_hold(root):
     for ref in ("digits@latest", "digits/digits_epoch3_step8_accuracy0.7000", "mixed/mixed_step6", "@champion"):
         command("verify", root, ref, "--key", root / "signer.pub")
         assert pp.load(ref, root=root, signed_by=root / "signer.pub")
-    with pytest.raises(pp.SignatureError):
+    with pytest.raises(pp.errors.SignatureError):
         command("verify", root, "kinds@latest", "--key", root / "signer.pub")
 
 
@@ -294,7 +294,7 @@ def test_signatures_hold(root):
 @pytest.mark.parametrize("run", ARCHIVED)
 def test_what_is_archived_in_pieces_is_not_archived_again(root, run):
     with pytest.raises(pp.ConflictError, match=f"{run} --restore brings its files back first"):
-        pp.upkeep.archive(pp.open(root).run(run))
+        maintenance.archive(pp.open(root).run(run))
 
 
 @pytest.mark.parametrize("run", ARCHIVED)

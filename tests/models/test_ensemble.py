@@ -43,7 +43,7 @@ def test_predictions_are_the_means_of_those_of_the_members(trained, count):
         assert torch.allclose(found.exp().sum(-1), torch.ones(10), atol=1e-6)
         logits = pp.ensemble(refs[:count], build, root=root, average="logits")
         assert torch.allclose(logits(INPUTS).double(), outputs.mean(0), atol=1e-6)
-    assert isinstance(together, pp.Ensemble)
+    assert isinstance(together, Ensemble)
     assert not any(module.training for member in together.members for module in member.modules())
     assert together.size_bytes == count * sum(one.nbytes for one in build().state_dict().values())
     assert "r/r_step1" in repr(together)

@@ -31,7 +31,7 @@ from peakpoint.errors import (
 )
 from peakpoint.exchange.exports.files import export
 from peakpoint.models.average import rounded
-from peakpoint.repository import audit
+from peakpoint.repository import audit, maintenance
 from peakpoint.store import LocalStore, MemoryStore
 from training import checkpointer, same
 
@@ -697,11 +697,11 @@ def test_a_soup_is_listed_loaded_exported_selected_archived_and_continued_from(t
     expected = sum(model.weight.detach().double() for model in models) / 3
     assert torch.equal(load_file(tmp_path / "soup.safetensors")["weight"], expected.float())
     assert torch.equal(load_file(made.checkpoint.path / "model.safetensors")["weight"], expected.float())
-    pp.upkeep.archive(repository.run("r"))
-    pp.upkeep.archive(repository.run("r-soup"))
+    maintenance.archive(repository.run("r"))
+    maintenance.archive(repository.run("r-soup"))
     with pytest.raises(pp.ConflictError, match="is archived"):
         pp.soup([*refs, made.checkpoint.ref], root=tmp_path)
-    pp.upkeep.restore(repository.run("r-soup"))
+    maintenance.restore(repository.run("r-soup"))
     again = pp.soup([*refs, made.checkpoint.ref], root=tmp_path)  # also of archived ones, and of soups
     assert again.checkpoint.sequence == 2
     assert again.checkpoint.step == 4
@@ -744,7 +744,7 @@ def test_other_parts_and_runs_have_soups(tmp_path):
 def test_members_may_go_and_the_soup_stays(tmp_path):
     made = pp.soup(saved(tmp_path, [{"w": W}, {"w": W + 1}]), root=tmp_path)
     run = pp.open(tmp_path).run("r")
-    pp.upkeep.remove(run, [run.manifests()[0]], "no longer needed")
+    maintenance.remove(run, [run.manifests()[0]], "no longer needed")
     shown = CliRunner().invoke(cli, ["show", str(tmp_path), made.checkpoint.ref])
     assert "which is gone" in shown.output
     assert "r/r_step2" in shown.output

@@ -202,7 +202,7 @@ def test_a_release_refuses_to_guess_what_a_damaged_history_says(tmp_path):
     path = tmp_path / layout.alias_key("champion", 3)
     path.chmod(0o644)
     path.write_bytes(b"{}")
-    with pytest.raises((pp.CorruptError, pp.FormatError)):
+    with pytest.raises((pp.errors.CorruptError, pp.errors.FormatError)):
         released(found)
 
 
@@ -307,7 +307,7 @@ def test_a_significance_that_cannot_be_is_refused_with_the_file(tmp_path):
     found = repository(tmp_path)
     text = '[champion.improvement]\nmetric = "accuracy"\nmode = "max"\nsignificance = 1.0\n'
     (tmp_path / "production.toml").write_text(f"format = 1\n[champion]\n{text}")
-    with pytest.raises(pp.ConfigError, match=r"production\.toml, table \[champion\]: significance = 1\.0"):
+    with pytest.raises(pp.errors.ConfigError, match=r"production\.toml, table \[champion\]: significance = 1\.0"):
         promote(found, "r:1")
 
 

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import peakpoint as pp
 import production_task as task
+from peakpoint.catalogue import Catalogue
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, RefusedError, SignatureError, StoreError
 from peakpoint.production import hooks, promotion
@@ -564,7 +565,7 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
     task.trained(tmp_path)
     task.policy(tmp_path)
     best = pp.open(tmp_path).find("r:2")
-    pp.Catalogue(tmp_path).refresh()
+    Catalogue(tmp_path).refresh()
     store, file = Refusing(tmp_path), best.path / "manifest.json"
     if what == "disk":
         store.where, store.times = f"{best.name}/manifest.json", 99
@@ -581,7 +582,7 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
 def test_a_release_is_not_deceived_by_a_damaged_index(tmp_path):
     task.trained(tmp_path)
     task.policy(tmp_path)
-    catalogue = pp.Catalogue(tmp_path)
+    catalogue = Catalogue(tmp_path)
     catalogue.refresh()
     best = pp.open(tmp_path).find("r:2")
     with contextlib.closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:

@@ -28,7 +28,7 @@ from peakpoint.production.checks.candidate import classes_of, named
 from peakpoint.production.checks.model import described
 from peakpoint.production.checks.weights import zeros_of
 from peakpoint.production.proposal import propose
-from peakpoint.repository import audit, validations
+from peakpoint.repository import audit, maintenance, validations
 from peakpoint.repository.validations import Wanted
 from peakpoint.store import LocalStore, MemoryStore
 from validated import build, crown, save
@@ -122,7 +122,7 @@ def test_a_missing_file_fails(tmp_path):
 
 def test_an_archived_checkpoint_is_validated_as_it_would_be_loaded(tmp_path):
     ref = save(tmp_path)
-    pp.upkeep.archive(pp.open(tmp_path).run("r"))
+    maintenance.archive(pp.open(tmp_path).run("r"))
     assert not tensor_file(tmp_path, ref)[0].exists()
     assert pp.validate(ref, root=tmp_path, model=build).passed
 
@@ -251,7 +251,7 @@ def test_what_makes_no_model_fails(tmp_path, made):
     ref = save(tmp_path)
     finding = outcome(tmp_path, ref, "loads", model=lambda: made)
     assert finding.outcome == "failed"
-    with pytest.raises(pp.ConfigError, match="give a function"):
+    with pytest.raises(pp.errors.ConfigError, match="give a function"):
         pp.validate(ref, root=tmp_path, model=3)
 
 
@@ -469,9 +469,9 @@ def test_other_golden_inputs_are_another_question(tmp_path):
     assert known.golden_digest is not None
     assert known.digest != wanted.digest
     golden(tmp_path / "g")
-    with pytest.raises(pp.ConfigError, match="other golden inputs"):
+    with pytest.raises(pp.errors.ConfigError, match="other golden inputs"):
         with_golden(known)
-    with pytest.raises(pp.NotFoundError, match="no file"):
+    with pytest.raises(pp.errors.NotFoundError, match="no file"):
         with_golden(replace(wanted, golden=str(tmp_path / "none")))
 
 
@@ -724,16 +724,16 @@ def test_any_evidence_can_be_kept(tmp_path):
 )
 def test_what_cannot_be_is_refused_before_anything_is_done(tmp_path, wanted, says):
     ref = save(tmp_path)
-    with pytest.raises(pp.ConfigError, match=says):
+    with pytest.raises(pp.errors.ConfigError, match=says):
         pp.validate(ref, root=tmp_path, **wanted)
     assert validations.newest(LocalStore(tmp_path), *ref.split("/")) is None
 
 
 def test_what_is_not_there_is_said(tmp_path):
     ref = save(tmp_path)
-    with pytest.raises(pp.NotFoundError, match="did you mean 'model'"):
+    with pytest.raises(pp.errors.NotFoundError, match="did you mean 'model'"):
         pp.validate(ref, root=tmp_path, part="modle")
-    with pytest.raises(pp.NotFoundError, match="no checkpoint named"):
+    with pytest.raises(pp.errors.NotFoundError, match="no checkpoint named"):
         pp.validate("r/none", root=tmp_path)
 
 
@@ -746,7 +746,7 @@ def test_a_checkpoint_that_goes_meanwhile_leaves_no_record(tmp_path):
     def remove(candidate):
         (tmp_path / layout.manifest_key("r", candidate.manifest.name)).unlink()
 
-    with pytest.raises(pp.NotFoundError, match="was removed while it was being validated"):
+    with pytest.raises(pp.errors.NotFoundError, match="was removed while it was being validated"):
         pp.validate(ref, root=tmp_path, checks=[remove])
     assert validations.checkpoints_with(LocalStore(tmp_path), "r") == []
 
@@ -812,7 +812,7 @@ def test_the_last_number_there_is_hangs_nothing(tmp_path):
     first = pp.validate(ref, root=tmp_path)
     folder = (tmp_path / layout.validation_key(first.run, first.checkpoint, 1)).parent
     (folder / f"{10**18 - 1}.json").write_bytes(b"{}")
-    with pytest.raises(pp.CorruptError, match="leaves no number"):
+    with pytest.raises(pp.errors.CorruptError, match="leaves no number"):
         pp.validate(ref, root=tmp_path)
 
 
@@ -887,7 +887,7 @@ def test_records_that_say_nonsense_are_refused(tmp_path, change):
     record.write_bytes(seal(content))
     assert validations.read(LocalStore(tmp_path), "r", one.checkpoint, 1) == one
     record.write_bytes(seal(content | change))
-    with pytest.raises((pp.FormatError, pp.CorruptError)):
+    with pytest.raises((pp.errors.FormatError, pp.errors.CorruptError)):
         validations.read(LocalStore(tmp_path), "r", one.checkpoint, 1)
 
 
@@ -901,7 +901,7 @@ def test_predictions_that_say_nonsense_are_refused(tmp_path, change):
     content.pop("seal")
     data = seal(content | change)
     store.put(layout.predictions_key("r", one.checkpoint, digest(data)), [data])
-    with pytest.raises(pp.FormatError):
+    with pytest.raises(pp.errors.FormatError):
         validations.predictions_of(store, replace(one, predictions=digest(data)))
 
 
@@ -910,7 +910,7 @@ def test_the_validations_of_a_checkpoint_outlive_it(tmp_path):
     save(tmp_path)
     one = pp.validate(ref, root=tmp_path)
     run = pp.open(tmp_path).run("r")
-    pp.upkeep.remove(run, [run.find_manifest(ref)], "a test")
+    maintenance.remove(run, [run.find_manifest(ref)], "a test")
     assert validations.newest(run.store, "r", one.checkpoint) == one
     assert audit.audit(pp.open(tmp_path)).clean
 
@@ -1003,14 +1003,14 @@ def test_the_command_prints_records_and_leaves_with_16(tmp_path):
 def test_wrong_options_are_refused(tmp_path, options, says):
     ref = save(tmp_path)
     done = CliRunner().invoke(cli, ["validate", str(tmp_path), ref, *options])
-    assert isinstance(done.exception, pp.ConfigError)
+    assert isinstance(done.exception, pp.errors.ConfigError)
     assert says in str(done.exception)
 
 
 def test_a_store_that_only_this_process_has_cannot_be_examined_elsewhere():
     store = MemoryStore()
     ref = save(store)
-    with pytest.raises(pp.ConfigError, match="another process"):
+    with pytest.raises(pp.errors.ConfigError, match="another process"):
         validation.validate(pp.open(store), ref, Wanted())
 
 

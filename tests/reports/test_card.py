@@ -288,10 +288,10 @@ def test_files_of_somebody_else_stay(root, tmp_path):
         card.write(card.gather(pp.open(root), "@champion"), tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert card.write(card.gather(pp.open(root), "@champion"), tmp_path, force=True)
-    with pytest.raises(pp.NotFoundError, match="there is no file"):
+    with pytest.raises(pp.errors.NotFoundError, match="there is no file"):
         invoke("card", root, "@champion", "--about", tmp_path / "none.md")
     (tmp_path / "odd.md").write_bytes(b"\xff")
-    with pytest.raises(pp.ConfigError, match="is no text in UTF-8"):
+    with pytest.raises(pp.errors.ConfigError, match="is no text in UTF-8"):
         invoke("card", root, "@champion", "--about", tmp_path / "odd.md")
 
 

@@ -263,7 +263,7 @@ def _check_periods(repository, found, data):
     """From the first moment on, up to the last one excluded."""
     since, until = (data.draw(st.sampled_from([None, *(one.at for one in found)])) for _ in range(2))
     if since is not None and until is not None and until <= since:
-        with pytest.raises(pp.ConfigError, match="is empty"):
+        with pytest.raises(pp.errors.ConfigError, match="is empty"):
             changelog.entries(repository, since=since, until=until)
         return
     inside = [one for one in found if (since is None or since <= one.at) and (until is None or one.at < until)]
@@ -505,7 +505,7 @@ def test_who_came_in_whose_place(story):
 
 def test_what_was_forced_is_found_by_that_word(story):
     assert [one.details["record"] for one in story.entries(kinds=["forced"])] == [3]
-    with pytest.raises(pp.ConfigError, match="did you mean 'forced'"):
+    with pytest.raises(pp.errors.ConfigError, match="did you mean 'forced'"):
         story.entries(kinds=["forcd"])
 
 
@@ -518,7 +518,7 @@ def test_only_some_runs(story):
     aliases.append(story.store, "champion", replace(change, target=target_of(6)), after=head)
     found = story.entries(only=["other"])
     assert [(one.before, one.after) for one in found] == [(None, "other/r_step9"), ("other/r_step9", "r/r_step6")]
-    with pytest.raises(pp.NotFoundError, match="no run 'x'"):
+    with pytest.raises(pp.errors.NotFoundError, match="no run 'x'"):
         story.entries(only=["x"])
 
 
@@ -744,12 +744,12 @@ def test_times():
     assert changelog.since("2026-03-01 12:00") == noon == changelog.until("2026-03-01T13:00+01:00")
     assert changelog.since("2026-03-01") + timedelta(days=1) == changelog.until("2026-03-01")
     for text in ("yesterday", "", "2026-13-01", "7", "-7d", "9999-12-31T23:00-05:00"):
-        with pytest.raises(pp.ConfigError, match="is no time; give a date"):
+        with pytest.raises(pp.errors.ConfigError, match="is no time; give a date"):
             changelog.since(text)
 
 
 def test_a_time_without_zone_is_refused(story):
-    with pytest.raises(pp.ConfigError, match="has no time zone"):
+    with pytest.raises(pp.errors.ConfigError, match="has no time zone"):
         story.entries(since=datetime(2026, 3, 1))  # noqa: DTZ001
 
 

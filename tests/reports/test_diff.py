@@ -18,7 +18,8 @@ import peakpoint as pp
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, CorruptError, NotFoundError
 from peakpoint.models.value_diff import distance
-from peakpoint.reports.diff import records_differ
+from peakpoint.reports.diff import Difference, records_differ
+from peakpoint.repository import maintenance
 from training import checkpointer, parts, train
 
 KINDS = {
@@ -121,7 +122,7 @@ def root(tmp_path_factory):
 
 def test_two_checkpoints_of_one_run(root):
     found = pp.diff("a:epoch=0", "a:epoch=2", root=root)
-    assert isinstance(found, pp.Difference)
+    assert isinstance(found, Difference)
     acc, loss = found.metrics
     assert (acc.name, acc.mode, acc.better) == ("acc", "max", "b")
     assert acc.change == pytest.approx(0.2)
@@ -212,7 +213,7 @@ def test_archived_checkpoints_are_compared_too(root, tmp_path):
                 model.weight.add_(step)
             ckpt.report(step=step)
     before = pp.diff("r:1", "r:2", root=tmp_path)
-    pp.upkeep.archive(pp.open(tmp_path).run("r"))
+    maintenance.archive(pp.open(tmp_path).run("r"))
     assert pp.diff("r:1", "r:2", root=tmp_path) == before
 
 

@@ -15,11 +15,13 @@ from torch.nn.utils import prune
 
 import peakpoint as pp
 from peakpoint.format.events import Reported
+from peakpoint.reports import evaluation
 from peakpoint.reports.evaluation import evaluate
 from peakpoint.reports.evaluation.groups import optimizer_of
 from peakpoint.reports.evaluation.noise import margin_of_best, of_proportion, welch
 from peakpoint.reports.evaluation.peaks import Examples, judge
 from peakpoint.reports.evaluation.sparsity import tradeoff
+from peakpoint.repository import maintenance
 from peakpoint.rules.peaks import peaks
 from training import checkpointer
 
@@ -167,7 +169,7 @@ def test_the_numbers_behind_a_verdict(tmp_path):
 
 def test_percentages_are_never_guessed(tmp_path):
     write(tmp_path, "r", acc=[50, 72, 70])
-    with pytest.raises(pp.ConfigError, match="--percent"):
+    with pytest.raises(pp.errors.ConfigError, match="--percent"):
         found(tmp_path, n_eval=100)
     [one] = found(tmp_path, n_eval=10_000, percent=True).peaks
     assert one.noise.se == pytest.approx(100 * of_proportion(0.71, 10_000))
@@ -354,7 +356,7 @@ def test_groups_with_more_values_are_not_taken_for_better(tmp_path):
 
 @pytest.mark.parametrize("by", ["(", "net", "(a)(b)"])
 def test_what_cannot_group_is_refused(seeds, by):
-    with pytest.raises(pp.ConfigError, match="--group-by"):
+    with pytest.raises(pp.errors.ConfigError, match="--group-by"):
         found(seeds, group_by=by)
 
 
@@ -482,7 +484,7 @@ def test_zeros_are_counted_in_an_archived_checkpoint_too(pruned, tmp_path):
 
     root = shutil.copytree(pruned[0], tmp_path / "copy")
     run = pp.open(root).run("p")
-    pp.upkeep.archive(run)
+    maintenance.archive(run)
     [one] = found(root, compare=[("p:epoch=0", "p@latest")], recount=True).comparisons
     assert (one.compressed.parameters, one.compressed.nonzero) == counted(pruned[1])
     assert one.compressed.packed_bytes > 0
@@ -564,7 +566,7 @@ def test_unknown_names_are_answered_with_known_ones(tmp_path, options, words):
     write(tmp_path, "r", acc=[0.5, 0.7])
     with pytest.raises(pp.Error, match=words) as caught:
         evaluate(pp.open(tmp_path), **options)
-    assert isinstance(caught.value, pp.ConfigError | LookupError)
+    assert isinstance(caught.value, pp.errors.ConfigError | LookupError)
 
 
 def test_directions_must_be_said(tmp_path):
@@ -572,16 +574,16 @@ def test_directions_must_be_said(tmp_path):
     report = found(tmp_path)
     assert report.peaks == ()
     assert any("--metric NAME:max, of acc" in remark for remark in report.remarks)
-    with pytest.raises(pp.ConfigError, match="mode must be"):
+    with pytest.raises(pp.errors.ConfigError, match="mode must be"):
         found(tmp_path, metrics={"acc": "up"})
-    with pytest.raises(pp.ConfigError, match="no rule says"):
+    with pytest.raises(pp.errors.ConfigError, match="no rule says"):
         found(tmp_path, compare=[("r", "r")])
 
 
 @pytest.mark.parametrize("options", [{"runs": "r"}, {"metrics": ["acc"]}, {"metrics": "acc"}])
 def test_what_is_no_list_or_dict_is_refused(tmp_path, options):
     write(tmp_path, "r", acc=[0.5])
-    with pytest.raises(pp.ConfigError, match="runs is a list"):
+    with pytest.raises(pp.errors.ConfigError, match="runs is a list"):
         evaluate(pp.open(tmp_path), **options)
 
 
@@ -612,11 +614,11 @@ def test_a_training_that_was_stopped_early_says_so(tmp_path):
         ) as ckpt:
             for epoch in ckpt.epochs(12):
                 ckpt.report(acc=1 - abs(5 - epoch) / 10)
-    found = pp.evaluation.evaluate(pp.open(tmp_path))
+    found = evaluation.evaluate(pp.open(tmp_path))
     ended = {one.name: (one.stopped_early, one.ended, len(one.history)) for one in found.materials}
     assert ended["whole"] == (False, "closed", 12)
     assert ended["stopped"][0] is True
     assert ended["stopped"][1].startswith("stopped early: acc has not improved")
     assert ended["stopped"][2] == 9
-    pp.evaluation.write(found, tmp_path / "curves.svg")
+    evaluation.write(found, tmp_path / "curves.svg")
     assert "stopped early" in (tmp_path / "curves.svg").read_text()

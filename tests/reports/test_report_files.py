@@ -234,7 +234,7 @@ def test_a_full_disk_leaves_the_earlier_report_and_nothing_else(root, tmp_path):
 
 def test_what_is_no_file_is_not_replaced(root, tmp_path):
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(pp.StoreError, match="cannot look at"):
+    with pytest.raises(pp.errors.StoreError, match="cannot look at"):
         write(evaluate(pp.open(root), ["one"]), tmp_path)
 
 
@@ -406,7 +406,7 @@ def test_nothing_can_be_reported_but_not_drawn(tmp_path):
     found = evaluate(pp.open(tmp_path / "r"))
     for suffix in (".html", ".md", ".json", ".csv", ".parquet"):
         write(found, tmp_path / f"x{suffix}")
-    with pytest.raises(pp.ConfigError, match="nothing to draw"):
+    with pytest.raises(pp.errors.ConfigError, match="nothing to draw"):
         write(found, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 

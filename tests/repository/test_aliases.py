@@ -17,6 +17,7 @@ from rich.console import Console
 import peakpoint as pp
 from commands import in_process
 from commands import invoke as invoked
+from peakpoint.catalogue import Catalogue
 from peakpoint.cli import render
 from peakpoint.errors import (
     ConfigError,
@@ -922,7 +923,7 @@ def test_an_alias_that_cannot_be_read_is_told_wherever_aliases_are_shown(promote
 
 
 def test_tables_fit_narrow_terminals_with_aliases_as_without(promoted, tmp_path):
-    listed_ = pp.Catalogue(tmp_path)
+    listed_ = Catalogue(tmp_path)
     listed_.refresh()
 
     def printed(width):

@@ -90,9 +90,9 @@ def test_what_is_no_measurement_is_refused_and_nothing_written(tmp_path, wrong):
     with checkpointer(tmp_path) as ckpt:
         ckpt.report(step=1)
     before = run_of(tmp_path).events()
-    with pytest.raises(pp.ConfigError):
+    with pytest.raises(pp.errors.ConfigError):
         run_of(tmp_path).record("r:1", wrong)
-    with pytest.raises(pp.NotFoundError, match="no part 'ema'; parts: model"):
+    with pytest.raises(pp.errors.NotFoundError, match="no part 'ema'; parts: model"):
         run_of(tmp_path).record("r:1", {"acc": 1.0}, part="ema")
     assert run_of(tmp_path).events() == before
 
@@ -142,9 +142,9 @@ def test_a_pin_protects_until_it_is_taken_away(tmp_path):
         run_of(tmp_path).unpin("r:1")
         ckpt.report(step=5)
     assert names(tmp_path) == [5]
-    with pytest.raises(pp.NotFoundError):
+    with pytest.raises(pp.errors.NotFoundError):
         run_of(tmp_path).pin("r:1", "too late")
-    with pytest.raises(pp.ConfigError, match="reason"):
+    with pytest.raises(pp.errors.ConfigError, match="reason"):
         run_of(tmp_path).pin("r:5", " ")
 
 

@@ -140,7 +140,7 @@ def test_a_run_with_a_damaged_manifest_is_not_archived(tmp_path):
     file = run_of(tmp_path).checkpoints()[0].path / "manifest.json"
     file.write_bytes(file.read_bytes().replace(b'"epoch":0', b'"epoch":7'))
     before = files(tmp_path)
-    with pytest.raises(pp.CorruptError, match="r_epoch0_step1"):
+    with pytest.raises(pp.errors.CorruptError, match="r_epoch0_step1"):
         maintenance.archive(run_of(tmp_path))
     assert files(tmp_path) == before
     assert not (tmp_path / "runs/r/archived.json").exists()
@@ -241,18 +241,18 @@ def test_every_damage_to_a_pack_is_noticed(tmp_path):
                 loaded = pp.load(ref, root=tmp_path)
                 loaded.verify()
                 assert same(dict(loaded["model"]), expected)
-            except pp.CorruptError:
+            except pp.errors.CorruptError:
                 noticed += 1
     assert noticed > len(places), "nearly all of them hurt both"
     for length in (0, 8, 16, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:length])
-        with pytest.raises(pp.CorruptError, match=first.id):
+        with pytest.raises(pp.errors.CorruptError, match=first.id):
             pp.load("r:epoch=1", root=tmp_path)
     path.unlink()
-    with pytest.raises(pp.CorruptError, match=r"\.pack is missing"):
+    with pytest.raises(pp.errors.CorruptError, match=r"\.pack is missing"):
         pp.load("r:epoch=1", root=tmp_path)
     assert {finding.kind for finding in audit(pp.open(tmp_path)).findings} == {"damage"}
-    with pytest.raises(pp.CorruptError):
+    with pytest.raises(pp.errors.CorruptError):
         maintenance.restore(run_of(tmp_path))
     clean(pp.open(tmp_path))
     path.write_bytes(good)
@@ -275,7 +275,7 @@ def test_what_is_damaged_in_an_archive_keeps_nothing_else_there(tmp_path):
     *others, last = run_of(tmp_path).manifests()
     path = tmp_path / "runs/r/archive" / f"{last.id}.pack"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(pp.CorruptError, match=f"all of run 'r' is back but.*{last.id}"):
+    with pytest.raises(pp.errors.CorruptError, match=f"all of run 'r' is back but.*{last.id}"):
         maintenance.restore(run_of(tmp_path))
     for number, expected in enumerate(weights[:-1]):
         assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
@@ -336,22 +336,22 @@ def test_hostile_packs_are_refused(tmp_path):
         {"files": []},
     ):
         rewritten(tmp_path, ids[2], **changes)
-        with pytest.raises((pp.CorruptError, pp.FormatError, pp.ConfigError)):
+        with pytest.raises((pp.errors.CorruptError, pp.errors.FormatError, pp.errors.ConfigError)):
             pp.load("r:epoch=2", root=tmp_path).verify()
         (tmp_path / "runs/r/archive" / f"{ids[2]}.pack").write_bytes(good[ids[2]])
     rewritten(tmp_path, ids[0], bases=[ids[2]])  # a circle
-    with pytest.raises(pp.CorruptError, match="needs itself"):
+    with pytest.raises(pp.errors.CorruptError, match="needs itself"):
         pp.load("r:epoch=2", root=tmp_path).verify()
     for bad in ({"format": 9}, {"depth": "deep"}, {"files": 7}):
         rewritten(tmp_path, ids[0], **bad)
-        with pytest.raises(pp.FormatError):
+        with pytest.raises(pp.errors.FormatError):
             pp.load("r:epoch=0", root=tmp_path).verify()
 
 
 def test_a_run_that_lacks_a_file_stays_as_it_is(tmp_path):
     trained(tmp_path, epochs=2, width=4)
     (run_of(tmp_path).checkpoints()[1].path / "state.json").unlink()
-    with pytest.raises(pp.CorruptError, match="is damaged"):
+    with pytest.raises(pp.errors.CorruptError, match="is damaged"):
         maintenance.archive(run_of(tmp_path))
     assert not list(tmp_path.rglob("*.pack"))
 
@@ -364,7 +364,7 @@ def test_a_run_with_a_damaged_checkpoint_stays_as_it_is(tmp_path):
     data[-3] ^= 1
     target.write_bytes(data)
     before = files(tmp_path)
-    with pytest.raises(pp.CorruptError, match=f"{second.name} is damaged"):
+    with pytest.raises(pp.errors.CorruptError, match=f"{second.name} is damaged"):
         command("archive", tmp_path, "r")
     assert files(tmp_path) == before
     assert not list(tmp_path.rglob("*.pack"))

@@ -54,7 +54,7 @@ def test_a_best_loses_its_optimizer_and_keeps_its_weights(tmp_path):
     other, others = parts(seed=5)
     pp.load("r:2", root=tmp_path, into=other)
     assert same(dict(other.state_dict()), weights[2])
-    with pytest.raises(pp.NotFoundError, match="no part 'optimizer'"):
+    with pytest.raises(pp.errors.NotFoundError, match="no part 'optimizer'"):
         pp.load("r:2", root=tmp_path, into=others, part="optimizer")
     assert audit(pp.open(tmp_path), deep=True).clean
     (record,) = records(pp.open(tmp_path).store, "r", found[2].name)
@@ -70,7 +70,7 @@ def test_a_run_does_not_continue_from_what_is_not_whole(tmp_path):
     run(tmp_path, [0.9, 0.2, 0.3])
     for one in kept(tmp_path)[1:]:
         (one.path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(pp.CorruptError, match=r"(?s)no checkpoint of run 'r' is whole.*optimizer were dropped"):
+    with pytest.raises(pp.errors.CorruptError, match=r"(?s)no checkpoint of run 'r' is whole.*optimizer were dropped"):
         run(tmp_path, [0.5])
 
 
@@ -88,10 +88,10 @@ def test_a_pin_keeps_a_checkpoint_whole(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["modle", ("model", "x"), "optimiser"])
 def test_a_slip_in_the_name_of_a_part_is_refused(tmp_path, wrong):
-    with pytest.raises(pp.ConfigError, match="needs a part"):
+    with pytest.raises(pp.errors.ConfigError, match="needs a part"):
         checkpointer(tmp_path, state={"model": torch.nn.Linear(1, 1)}, keep=[pp.Last(1, parts=wrong)])
     for bad in ((), 3, ("",), "a b"):
-        with pytest.raises(pp.ConfigError):
+        with pytest.raises(pp.errors.ConfigError):
             pp.Last(1, parts=bad)
 
 

@@ -99,7 +99,7 @@ def verify(root, public, **options):
 
 
 def refused(root, public, *says, **options):
-    with pytest.raises(pp.SignatureError) as raised:
+    with pytest.raises(pp.errors.SignatureError) as raised:
         verify(root, public, **options)
     for words in says:
         assert words in str(raised.value)
@@ -224,7 +224,7 @@ def test_a_flipped_bit_is_named(root, keys, file, at):
 def test_a_damaged_manifest_is_no_checkpoint(root, keys):
     store, manifest = newest(root)
     flip(directory(root) / "manifest.json", 30)
-    with pytest.raises(pp.CorruptError):
+    with pytest.raises(pp.errors.CorruptError):
         signing.verify(store, manifest, public_key=keys[1])
 
 
@@ -271,10 +271,10 @@ def test_a_forged_checkpoint_is_good_to_digests_and_refused_by_name(root, keys):
     assert torch.all(pp.load("r@latest", root=root)["model"]["0.weight"] == 0.25)
     refused(root, keys[1], "manifest.json has changed since it was signed")
     refused(root, keys[1], "manifest.json has changed since it was signed", files=False)
-    with pytest.raises(pp.SignatureError, match=r"manifest\.json has changed since it was signed"):
+    with pytest.raises(pp.errors.SignatureError, match=r"manifest\.json has changed since it was signed"):
         pp.load("r@latest", root=root, signed_by=keys[1])
     # one who read the manifest before the exchange is not told that what is there now is what he has
-    with pytest.raises(pp.SignatureError, match=r"manifest\.json is not the one that was read"):
+    with pytest.raises(pp.errors.SignatureError, match=r"manifest\.json is not the one that was read"):
         signing.verify(LocalStore(root), before, public_key=keys[1])
 
 
@@ -288,9 +288,9 @@ def test_a_manifest_in_hand_that_was_never_there_is_refused(root, keys):
         replace(manifest, step=manifest.step + 1),
         replace(manifest, id="0" * 16),
     ):
-        with pytest.raises(pp.SignatureError, match="is not the one that was read"):
+        with pytest.raises(pp.errors.SignatureError, match="is not the one that was read"):
             signing.verify(store, wrong, public_key=keys[1], files=False)
-        with pytest.raises(pp.SignatureError, match="is not the one that was read"):
+        with pytest.raises(pp.errors.SignatureError, match="is not the one that was read"):
             signing.sign(store, wrong, private_key=keys[0])
     measured = replace(manifest, metrics={**manifest.metrics, "bleu": 0.5})  # as measured later
     assert signing.verify(store, measured, public_key=keys[1]).record == "signature-1.json"
@@ -301,7 +301,7 @@ def test_a_signature_of_another_checkpoint_is_refused(root, keys):
     place = directory(root)
     first = min(path for path in place.parent.iterdir() if path != place)
     shutil.copy(place / "signature-1.json", first / "signature-1.json")
-    with pytest.raises(pp.SignatureError, match=r"manifest\.json has changed"):
+    with pytest.raises(pp.errors.SignatureError, match=r"manifest\.json has changed"):
         signing.verify(store, read_manifest(store, "r", first.name), public_key=keys[1])
 
 
@@ -455,7 +455,7 @@ def test_a_bundle_with_any_byte_changed_is_read_or_refused(data):
         changed[data.draw(st.integers(0, len(GOOD) - 1))] = data.draw(st.integers(0, 255))
     try:
         found = bundles.signed_digests(bundles.read(bytes(changed)), KEY.public_key())
-    except pp.SignatureError:
+    except pp.errors.SignatureError:
         assert changed != GOOD
         return
     assert found == DIGESTS  # a change that means nothing, such as in keyid
@@ -467,10 +467,10 @@ def test_links_are_refused(root, keys, tmp_path, file):
     path = directory(root) / file
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(pp.SignatureError, match=f"{file} is a symbolic link"):
+    with pytest.raises(pp.errors.SignatureError, match=f"{file} is a symbolic link"):
         signing.verify(store, manifest, public_key=keys[1])
     if file != "signature-1.json":
-        with pytest.raises(pp.SignatureError, match="is a symbolic link"):
+        with pytest.raises(pp.errors.SignatureError, match="is a symbolic link"):
             signing.sign(store, manifest, private_key=keys[0])
 
 
@@ -491,7 +491,7 @@ def test_a_stranger_in_the_directory_does_not_matter(root, keys):
 def test_what_is_damaged_is_not_signed(root, keys):
     flip(directory(root) / "model.safetensors", -1)
     store, manifest = newest(root)
-    with pytest.raises(pp.CorruptError, match=r"in model\.safetensors|model\.safetensors"):
+    with pytest.raises(pp.errors.CorruptError, match=r"in model\.safetensors|model\.safetensors"):
         signing.sign(store, manifest, private_key=keys[0])
     assert [one.record for one in signing.signatures(store, "r", manifest.name)] == ["signature-1.json"]
 
@@ -499,7 +499,7 @@ def test_what_is_damaged_is_not_signed(root, keys):
 def test_what_is_gone_is_not_signed(root, keys):
     store, manifest = newest(root)
     (directory(root) / "manifest.json").unlink()
-    with pytest.raises(pp.NotFoundError):
+    with pytest.raises(pp.errors.NotFoundError):
         signing.sign(store, manifest, private_key=keys[0])
 
 
@@ -526,7 +526,7 @@ def test_a_checkpoint_that_goes_while_it_is_signed_leaves_nothing(root, keys):
     hasty, prefix = _Hasty(), layout.checkpoint_prefix("r", manifest.name)
     for child in store.children(prefix):
         hasty.put(f"{prefix}/{child}", [store.get(f"{prefix}/{child}")])
-    with pytest.raises(pp.NotFoundError, match="was removed while it was being signed"):
+    with pytest.raises(pp.errors.NotFoundError, match="was removed while it was being signed"):
         signing.sign(hasty, manifest, private_key=keys[0])
     assert "signature-2.json" not in hasty.children(prefix)
 
@@ -605,12 +605,12 @@ def test_a_signature_that_a_crash_left_alone_is_litter(root):
 
 def test_load_takes_only_what_was_signed(root, keys, other):
     assert "0.weight" in pp.load("r@latest", root=root, signed_by=keys[1])["model"]
-    with pytest.raises(pp.SignatureError, match="made with the key"):
+    with pytest.raises(pp.errors.SignatureError, match="made with the key"):
         pp.load("r@latest", root=root, signed_by=str(other[1]))
     first = pp.open(root).run("r").checkpoints()[0]
-    with pytest.raises(pp.SignatureError, match="is not signed"):
+    with pytest.raises(pp.errors.SignatureError, match="is not signed"):
         pp.load(f"r/{first.name}", root=root, signed_by=keys[1])
-    with pytest.raises(pp.ConfigError, match="signed_by= needs verify=True"):
+    with pytest.raises(pp.errors.ConfigError, match="signed_by= needs verify=True"):
         pp.load("r@latest", root=root, signed_by=keys[1], verify=False)
 
 
@@ -618,13 +618,13 @@ def test_bytes_that_changed_after_signing_are_never_used(root, keys):
     flip(directory(root) / "model.safetensors", -1)
     model, _ = parts(seed=5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(pp.CorruptError, match=r"model\.safetensors"):
+    with pytest.raises(pp.errors.CorruptError, match=r"model\.safetensors"):
         pp.load("r@latest", root=root, into=model, signed_by=keys[1])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(pp.CorruptError, match=r"model\.safetensors"):
+    with pytest.raises(pp.errors.CorruptError, match=r"model\.safetensors"):
         pp.load("r@latest", root=root, signed_by=keys[1])["model"]
     flip(directory(root) / "state.json", 5)
-    with pytest.raises(pp.CorruptError, match=r"state\.json"):
+    with pytest.raises(pp.errors.CorruptError, match=r"state\.json"):
         pp.load("r@latest", root=root, signed_by=keys[1])
 
 
@@ -638,9 +638,9 @@ def test_encrypted_keys(root, tmp_path, monkeypatch):
     private.write_bytes(private_pem(key, b"geheim"))
     public.write_bytes(public_pem(key))
     store, manifest = newest(root)
-    with pytest.raises(pp.ConfigError, match="is encrypted; set PEAKPOINT_SIGNING_PASSWORD"):
+    with pytest.raises(pp.errors.ConfigError, match="is encrypted; set PEAKPOINT_SIGNING_PASSWORD"):
         signing.sign(store, manifest, private_key=private)
-    with pytest.raises(pp.ConfigError, match="its password is another one") as raised:
+    with pytest.raises(pp.errors.ConfigError, match="its password is another one") as raised:
         signing.sign(store, manifest, private_key=private, password="falsch")
     assert "falsch" not in str(raised.value)
     signing.sign(store, manifest, private_key=private, password="geheim")
@@ -674,24 +674,24 @@ def test_what_is_no_key_is_refused_with_what_to_do(root, keys, tmp_path):
     }
     for name, content in wrong.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(pp.ConfigError, match=name) as raised:
+        with pytest.raises(pp.errors.ConfigError, match=name) as raised:
             signing.sign(store, manifest, private_key=tmp_path / name)
         assert raised.value.__cause__ is None
-        with pytest.raises(pp.ConfigError, match=name):
+        with pytest.raises(pp.errors.ConfigError, match=name):
             signing.verify(store, manifest, public_key=tmp_path / name)
     for name, key in {
         "rsa.pub": rsa.generate_private_key(65537, 2048),
         "k1.pub": ec.generate_private_key(ec.SECP256K1()),
     }.items():
         (tmp_path / name).write_bytes(public_pem(key))
-        with pytest.raises(pp.ConfigError, match="P-256, P-384 or P-521"):
+        with pytest.raises(pp.errors.ConfigError, match="P-256, P-384 or P-521"):
             signing.public_key_fingerprint(tmp_path / name)
-    with pytest.raises(pp.ConfigError, match="is a public key; signing needs the private one"):
+    with pytest.raises(pp.errors.ConfigError, match="is a public key; signing needs the private one"):
         signing.sign(store, manifest, private_key=public)
-    with pytest.raises(pp.ConfigError, match=r"openssl pkey -in .* -pubout"):
+    with pytest.raises(pp.errors.ConfigError, match=r"openssl pkey -in .* -pubout"):
         signing.verify(store, manifest, public_key=private)
     for missing in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(pp.ConfigError, match="cannot be read"):
+        with pytest.raises(pp.errors.ConfigError, match="cannot be read"):
             signing.public_key_fingerprint(missing)
     assert [one.record for one in signing.signatures(store, "r", manifest.name)] == ["signature-1.json"]
 

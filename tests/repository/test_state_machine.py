@@ -30,13 +30,13 @@ from hypothesis.stateful import (
 
 import peakpoint as pp
 from dying import DEATHS, FAULTS, Killed, Ops
-from peakpoint.catalogue import Wish
+from peakpoint.catalogue import Catalogue, Wish
 from peakpoint.catalogue.query import parse
 from peakpoint.format import layout
 from peakpoint.production import promotion, release
 from peakpoint.production.policy import read_policies
 from peakpoint.production.proposal import propose
-from peakpoint.repository import audit, maintenance, packs
+from peakpoint.repository import aliases, audit, maintenance, packs
 from peakpoint.store import LocalStore
 from promoting import validated
 from repository_model import GONE, PARTS, TRASH, Checkpoint, Model, claims, here
@@ -102,7 +102,7 @@ class Repository(RuleBasedStateMachine):
             self.model.archived[name] = False
         store = LocalStore(self.root, Ops())
         store.put(layout.POLICY, [POLICY])
-        self.standing = pp.Catalogue(store)  # which follows
+        self.standing = Catalogue(store)  # which follows
 
     def ended(self, arguments):
         if not issubclass(arguments.exc_type, Killed):
@@ -223,7 +223,7 @@ class Repository(RuleBasedStateMachine):
         with self.training(name):
             try:
                 report = ckpt.resume()
-            except pp.CorruptError:
+            except pp.errors.CorruptError:
                 assert stuck  # with a ref, too: a run that has begun from it goes on from its own
                 ckpt.close()
                 del self.trainings[name]
@@ -416,7 +416,7 @@ class Repository(RuleBasedStateMachine):
 
         held = name in self.trainings or self.model.archived[name]
         if held or not chosen:
-            self.refuses("undo", act, pp.ConflictError if held else pp.NotFoundError)
+            self.refuses("undo", act, pp.ConflictError if held else pp.errors.NotFoundError)
             return
         back, cut_short = self.does("undo", cut, act)
         for entry in chosen:
@@ -539,7 +539,7 @@ class Repository(RuleBasedStateMachine):
         """An alias has another record, unless somebody was cut short before it was made."""
         records = self.model.aliases.setdefault(alias, [])
         number = len(records) + 1
-        if cut_short and pp.aliases.numbers(LocalStore(self.root), alias)[-1:] != [number]:
+        if cut_short and aliases.numbers(LocalStore(self.root), alias)[-1:] != [number]:
             if not records:
                 del self.model.aliases[alias]
             self.model.about += [checkpoint]
@@ -558,7 +558,7 @@ class Repository(RuleBasedStateMachine):
         ways = [] if held is None else list(model.way_back(alias))
         ways = [(number, one) for number, one in ways if one != held and model.checkpoints[one].place[0] == "here"]
         if not ways:
-            self.refuses("rollback", act, pp.NotFoundError)
+            self.refuses("rollback", act, pp.errors.NotFoundError)
             return
         done, cut_short = self.does("rollback", cut, act)
         number, checkpoint = ways[0]
@@ -572,7 +572,7 @@ class Repository(RuleBasedStateMachine):
             promotion.retire(pp.open(store), alias, "a test", clock=self.clock)
 
         if alias == "champion" or self.model.holder(alias) is None:
-            self.refuses("retire", act, pp.ConfigError if alias == "champion" else pp.NotFoundError)
+            self.refuses("retire", act, pp.errors.ConfigError if alias == "champion" else pp.errors.NotFoundError)
             return
         _, cut_short = self.does("retire", cut, act)
         self.points(alias, None, None, cut_short=cut_short)
@@ -591,7 +591,7 @@ class Repository(RuleBasedStateMachine):
         records = self.model.aliases.get("champion", [])
         done, cut_short = self.does("release", cut, act)
         if cut_short:
-            made = pp.aliases.head(LocalStore(self.root), "champion")
+            made = aliases.head(LocalStore(self.root), "champion")
             if made is not None and made.number > len(records):
                 self.points("champion", made.target.checkpoint, None, cut_short=False)
             else:

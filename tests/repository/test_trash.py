@@ -39,7 +39,7 @@ def test_removed_and_brought_back_bit_for_bit(tmp_path):
     name = run_of(tmp_path).find("r:epoch=1").name
     assert "removed 1 checkpoint" in command("rm", tmp_path, "r:epoch=1", "--yes", "--why", "a mistake")
     assert epochs(tmp_path) == [0, 2, 3, 4]
-    with pytest.raises(pp.NotFoundError):
+    with pytest.raises(pp.errors.NotFoundError):
         pp.load("r:epoch=1", root=tmp_path)
     assert audit(pp.open(tmp_path), deep=True).findings == []
     assert "a mistake" in command("trash", tmp_path)
@@ -85,7 +85,7 @@ def test_when_the_time_is_over_the_space_is_free(tmp_path):
     assert [one.manifest.id for one in maintenance.in_trash(run, clock=clock)] == [second.id]
     (finding,) = audit(pp.open(tmp_path), clock=clock).findings
     assert (finding.kind, "its time was over" in finding.what) == ("litter", True)
-    with pytest.raises(pp.NotFoundError, match="peakpoint trash lists"):
+    with pytest.raises(pp.errors.NotFoundError, match="peakpoint trash lists"):
         maintenance.undo(run, [first.name], clock=clock)
     assert [one.what for one in clean(pp.open(tmp_path), clock=clock)] == [finding.what]
     assert not (tmp_path / layout.checkpoint_prefix("r", first.name)).exists()
@@ -142,7 +142,7 @@ def test_parts_that_rules_drop_are_gone_at_once(tmp_path):
     assert "optimizer" not in run.find("r:1").parts
     assert not (run.find("r:1").path / "optimizer.safetensors").exists()
     assert maintenance.in_trash(run, clock=clock) == []
-    with pytest.raises(pp.NotFoundError, match="trash has no"):
+    with pytest.raises(pp.errors.NotFoundError, match="trash has no"):
         maintenance.undo(run, [run.find("r:1").name], clock=clock)
     assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
 
@@ -176,7 +176,7 @@ def test_what_is_damaged_in_the_trash_is_named_and_does_not_come_back(tmp_path, 
     path.write_bytes(data) if harm == "a bit" else path.unlink()
     (finding,) = audit(pp.open(tmp_path), deep=True).findings
     assert (finding.kind, finding.where) == ("damage", layout.file_key("r", first.name, "model.safetensors"))
-    with pytest.raises(pp.CorruptError, match="Nothing was brought back"):
+    with pytest.raises(pp.errors.CorruptError, match="Nothing was brought back"):
         maintenance.undo(run, [second.name, first.name])
     assert len(run.manifests()) == 1
     assert [manifest.name for manifest in maintenance.undo(run, [second.name])] == [second.name]
@@ -238,7 +238,7 @@ def test_what_a_killed_training_was_removing_is_cleaned(tmp_path):
 
 def test_a_run_whose_training_was_killed_while_removing_is_archived(tmp_path):
     run = killed_while_removing(tmp_path)
-    assert len(pp.upkeep.archive(run)) == 3
+    assert len(maintenance.archive(run)) == 3
     assert len(run.manifests()) == 3
 
 
@@ -271,7 +271,7 @@ def test_a_damaged_record_is_damage_and_stays(tmp_path):
         assert {finding.kind for finding in audit(pp.open(tmp_path)).findings} == {"damage"}
         clean(pp.open(tmp_path))
         assert (path.parent / "model.safetensors").exists()
-        with pytest.raises(pp.NotFoundError):
+        with pytest.raises(pp.errors.NotFoundError):
             maintenance.undo(run, [first.name])
     path.write_bytes(good)
     maintenance.undo(run, [first.name])
@@ -281,11 +281,11 @@ def test_a_damaged_record_is_damage_and_stays(tmp_path):
 def test_wrong_input(tmp_path):
     trained(tmp_path, epochs=2)
     for arguments in (["undo", tmp_path, "r"], ["rm", tmp_path, "r@latest", "--undo-for", "soon"]):
-        with pytest.raises(pp.ConfigError):
+        with pytest.raises(pp.errors.ConfigError):
             command(*arguments)
-    with pytest.raises(pp.NotFoundError, match="no run"):
+    with pytest.raises(pp.errors.NotFoundError, match="no run"):
         command("undo", tmp_path, "q/x")
-    with pytest.raises(pp.NotFoundError, match="trash has no"):
+    with pytest.raises(pp.errors.NotFoundError, match="trash has no"):
         command("undo", tmp_path, "r/x")
-    with pytest.raises(pp.ConfigError, match="no time span"):
+    with pytest.raises(pp.errors.ConfigError, match="no time span"):
         checkpointer(tmp_path, undo_for="a while")

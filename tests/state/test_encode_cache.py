@@ -142,11 +142,11 @@ def test_what_cannot_be_kept_is_refused_the_second_time_too():
     state = {"t": torch.ones(3), "deep": {"x": 1}}
     tracer.encode(state, 'state["m"]', attributes=False)
     state["deep"]["x"] = object()
-    with pytest.raises(pp.ConfigError, match=r'state\["m"\]\["deep"\]\["x"\] is a object'):
+    with pytest.raises(pp.errors.ConfigError, match=r'state\["m"\]\["deep"\]\["x"\] is a object'):
         tracer.encode(state, 'state["m"]', attributes=False)
     state["deep"]["x"] = 2
     state["t"] = torch.ones(3).to_sparse()
-    with pytest.raises(pp.ConfigError, match=r"to_dense"):
+    with pytest.raises(pp.errors.ConfigError, match=r"to_dense"):
         tracer.encode(state, 'state["m"]', attributes=False)
     state["t"] = torch.ones(4)
     tracer.encode(state, 'state["m"]', attributes=False)

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler as sched
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import peakpoint as pp
+from peakpoint.state.restore import LoadReport
 from peakpoint.store import MemoryStore
 
 
@@ -603,7 +604,7 @@ def test_a_loader_that_lost_its_generator_is_a_mismatch(root):
             break
     with checkpointer(root, {"x": [1]}) as ckpt:
         for _ in ckpt.epochs(1):
-            with pytest.raises(pp.MismatchError, match="generator"):
+            with pytest.raises(pp.errors.MismatchError, match="generator"):
                 next(iter(ckpt.batches(loader(None))))
             break
 
@@ -631,7 +632,7 @@ def snapshot(state):
 def assert_refused(root, state, *lines):
     """Resuming lists exactly these differences and changes nothing; so does loading by ref."""
     before = snapshot(state)
-    with pytest.raises(pp.MismatchError) as caught:
+    with pytest.raises(pp.errors.MismatchError) as caught:
         resume(root, state)
     assert caught.value.differences == lines
     for line in lines:
@@ -686,7 +687,7 @@ def pruned_later(*, masks):
 def test_pruned_weights_are_named_with_the_way_to_restore_them(root):
     saved = pruned_later(masks="random")
     save(root, saved)
-    with pytest.raises(pp.MismatchError) as caught:
+    with pytest.raises(pp.errors.MismatchError) as caught:
         resume(root, pruned_later(masks=None))
     advice = str(caught.value).rpartition("\n")[2]
     assert advice.startswith(
@@ -718,7 +719,7 @@ def test_everything_that_differs_is_listed_at_once(root):
 def test_long_lists_are_cut_in_the_message_only(root):
     save(root, {"model": small()})
     live = small(2, many=nn.ModuleList(nn.Linear(1, 1) for _ in range(40)))
-    with pytest.raises(pp.MismatchError) as caught:
+    with pytest.raises(pp.errors.MismatchError) as caught:
         resume(root, {"model": live})
     assert len(caught.value.differences) == 80
     assert "... and 50 more" in str(caught.value)
@@ -807,7 +808,7 @@ def test_nothing_changes_when_the_last_part_does_not_fit(root):
     state = generator.get_state()
     live = {"count": [5], **with_optimizer(small(2)), "last": torch.zeros(4)}
     before = snapshot(live)
-    with pytest.raises(pp.MismatchError, match="float32"):
+    with pytest.raises(pp.errors.MismatchError, match="float32"):
         resume(root, {"generator": generator, **live})
     assert identical(snapshot(live), before)
     assert torch.equal(generator.get_state(), state)
@@ -819,7 +820,7 @@ def test_an_object_that_refuses_its_state(root):
             raise IndexError("not mine")
 
     save(root, {"sampler": Sampler()})
-    with pytest.raises(pp.MismatchError, match="sampler: Picky refused its state: not mine") as caught:
+    with pytest.raises(pp.errors.MismatchError, match="sampler: Picky refused its state: not mine") as caught:
         resume(root, {"sampler": Picky()})
     assert isinstance(caught.value.__cause__, IndexError)
 
@@ -827,7 +828,7 @@ def test_an_object_that_refuses_its_state(root):
 def test_the_run_can_be_continued_after_a_mismatch(root):
     saved = small()
     save(root, {"model": saved})
-    with pytest.raises(pp.MismatchError):
+    with pytest.raises(pp.errors.MismatchError):
         resume(root, {"model": nn.Linear(1, 1)})
     live = small(2)
     resume(root, {"model": live})
@@ -892,7 +893,7 @@ def test_load_into_a_model(root, trained):
     live = small(2)
     report = pp.load("r@latest", root=root, into=live)
     assert identical(live.state_dict(), trained["model"].state_dict())
-    assert isinstance(report, pp.LoadReport)
+    assert isinstance(report, LoadReport)
     assert (report.step, report.missing, report.skipped) == (12, (), ())
     assert [(r.part, r.what) for r in report.restored] == [("model", "4 of 4 tensors")]
     assert report.ref.startswith("r/")
@@ -922,19 +923,19 @@ def test_load_one_part(root, trained):
 def test_unknown_parts(root, trained, part):
     live = small(2)
     before = frozen(live.state_dict())
-    with pytest.raises(pp.NotFoundError, match=f"has no part '{part}'") as caught:
+    with pytest.raises(pp.errors.NotFoundError, match=f"has no part '{part}'") as caught:
         pp.load("r@latest", root=root, into=live, part=part)
     assert str(caught.value).endswith("parts: model, optimizer, count, table")
     if part.startswith("mod"):
         assert "did you mean 'model'" in str(caught.value)
-    with pytest.raises(pp.NotFoundError):
+    with pytest.raises(pp.errors.NotFoundError):
         pp.load("r@latest", root=root, into={"model": live, part: small(3)})
     assert identical(live.state_dict(), before)
 
 
 @pytest.mark.parametrize("into", [5, [1], "model", torch.zeros(1), object()], ids=lambda value: type(value).__name__)
 def test_load_into_what_takes_no_state(root, trained, into):
-    with pytest.raises(pp.ConfigError, match="into= takes an object with load_state_dict"):
+    with pytest.raises(pp.errors.ConfigError, match="into= takes an object with load_state_dict"):
         pp.load("r@latest", root=root, into=into)
 
 
@@ -942,7 +943,7 @@ def test_load_refuses_what_does_not_fit(root, trained):
     live = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(7, 1)})
     before = frozen(live.state_dict())
     line = "model: 'b.weight' is float32[1, 3] in the checkpoint, float32[1, 7] in the model"
-    with pytest.raises(pp.MismatchError) as caught:
+    with pytest.raises(pp.errors.MismatchError) as caught:
         pp.load("r@latest", root=root, into=live)
     assert caught.value.differences == (line,)
     assert identical(live.state_dict(), before)
@@ -962,11 +963,11 @@ def test_a_damaged_file_is_named_with_its_tensor(tmp_path):
         path.write_bytes(data)
         live = small(2)
         before = frozen(live.state_dict())
-        with pytest.raises(pp.CorruptError, match=f"tensor '{tensor.name}' in model.safetensors"):
+        with pytest.raises(pp.errors.CorruptError, match=f"tensor '{tensor.name}' in model.safetensors"):
             pp.load("r@latest", root=tmp_path, into=live)
         loaded = pp.load("r@latest", root=tmp_path)
         for use in (lambda: loaded["model"], loaded.verify, lambda: loaded.tensor("model", tensor.name)):  # noqa: B023
-            with pytest.raises(pp.CorruptError, match=f"tensor '{tensor.name}' in model.safetensors"):
+            with pytest.raises(pp.errors.CorruptError, match=f"tensor '{tensor.name}' in model.safetensors"):
                 use()
         assert loaded["optimizer"]["param_groups"]
         assert pp.load("r@latest", root=tmp_path, verify=False)["model"].keys() == live.state_dict().keys()

@@ -101,7 +101,7 @@ def test_an_error_while_reading_is_ours(tmp_path, error):
     filling = store.fill("d/a")
     filling.wait(BLOCK)
     assert filling.data[:BLOCK] == data[:BLOCK]
-    with pytest.raises(pp.StoreError, match=r"cannot read .*d/a"):
+    with pytest.raises(pp.errors.StoreError, match=r"cannot read .*d/a"):
         filling.wait(SIZE)
     filling.close()
     assert threads() == []
@@ -243,11 +243,11 @@ def test_what_is_not_there_is_said_with_what_is(saved):
     loaded = pp.load("r@latest", root=root)
     with pytest.raises(KeyError, match="modle"):
         loaded["modle"]
-    with pytest.raises(pp.NotFoundError, match=r"no part 'modle'.*model"):
+    with pytest.raises(pp.errors.NotFoundError, match=r"no part 'modle'.*model"):
         loaded.tensor("modle", "x")
-    with pytest.raises(pp.NotFoundError, match=r"no tensor '0.wieght'.*0\.weight"):
+    with pytest.raises(pp.errors.NotFoundError, match=r"no tensor '0.wieght'.*0\.weight"):
         loaded.tensor("model", "0.wieght")
-    with pytest.raises(pp.NotFoundError, match="no part 'rng'"):
+    with pytest.raises(pp.errors.NotFoundError, match="no part 'rng'"):
         loaded.names("rng")
 
 
@@ -255,7 +255,7 @@ def test_a_file_that_is_gone_is_noticed_on_opening(saved):
     root, _ = saved
     (path,) = root.rglob("odd.safetensors")
     path.unlink()
-    with pytest.raises(pp.CorruptError, match=r"odd\.safetensors is missing"):
+    with pytest.raises(pp.errors.CorruptError, match=r"odd\.safetensors is missing"):
         pp.load("r@latest", root=root)
 
 

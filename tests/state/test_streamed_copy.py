@@ -126,5 +126,5 @@ def test_a_failed_save_through_a_ring_is_said_to_be_lost(tmp_path, call):
 
 @pytest.mark.parametrize("wrong", [0, -1, 4096, "much", "1 MiB/s", 1.5e9, True, "0.5 MiB", "", None.__class__])
 def test_what_cannot_be_a_size_is_refused(tmp_path, wrong):
-    with pytest.raises(pp.ConfigError, match="capture_bytes"):
+    with pytest.raises(pp.errors.ConfigError, match="capture_bytes"):
         checkpointer(tmp_path, state={"x": 1}, capture_bytes=wrong)

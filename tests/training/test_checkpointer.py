@@ -76,14 +76,14 @@ def test_any_real_number_is_a_metric(tmp_path, value):
     "value", ["0.5", None, 1j, [0.5], torch.zeros(2), np.zeros((2, 2)), torch.zeros(0), 10**400, torch.tensor(1j)]
 )
 def test_anything_else_is_not(tmp_path, value):
-    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.ConfigError, match="acc"):
+    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.errors.ConfigError, match="acc"):
         ckpt.report(acc=value)
     assert kept(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a b", "a:b", "", "a\nb", 3])
 def test_a_metric_needs_a_name_that_can_be_referred_to(tmp_path, name):
-    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.ConfigError):
+    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.errors.ConfigError):
         ckpt.report({name: 0.5})
 
 
@@ -128,7 +128,7 @@ def test_a_second_report_in_an_epoch_after_more_training_is_refused(tmp_path):
         ckpt.report(loss=train(model, optimizer))
         ckpt.report(acc=0.5)  # another metric of the same moment
         train(model, optimizer)
-        with pytest.raises(pp.ConfigError, match="second report in epoch 0"):
+        with pytest.raises(pp.errors.ConfigError, match="second report in epoch 0"):
             ckpt.report(loss=0.5)
         assert next(loop) == 1
         ckpt.report(loss=0.5)
@@ -139,7 +139,7 @@ def test_a_report_before_resuming_is_refused(tmp_path):
     with checkpointer(tmp_path) as ckpt:
         ckpt.report()
     for call in (lambda c: c.report(), lambda c: c.save("x"), lambda c: next(c.batches([1]))):
-        with checkpointer(tmp_path) as ckpt, pytest.raises(pp.ConfigError, match="has not been restored"):
+        with checkpointer(tmp_path) as ckpt, pytest.raises(pp.errors.ConfigError, match="has not been restored"):
             call(ckpt)
     assert len(kept(tmp_path)) == 1
     with checkpointer(tmp_path) as ckpt:
@@ -157,7 +157,7 @@ def test_what_was_saved_on_request_stays(tmp_path):
         for _ in range(3):
             ckpt.report(loss=0.4)
         for reason in ("", "  ", None):
-            with pytest.raises(pp.ConfigError, match="needs a reason"):
+            with pytest.raises(pp.errors.ConfigError, match="needs a reason"):
                 ckpt.save(reason)
     assert outcome.reasons == ("saved on request: before the learning rate drops",)
     asked, newest = kept(tmp_path)
@@ -228,7 +228,7 @@ def test_names_that_are_taken_get_a_number(tmp_path):
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, options):
     root = tmp_path / "runs"
-    with pytest.raises(pp.ConfigError):
+    with pytest.raises(pp.errors.ConfigError):
         checkpointer(root, **options)
     assert not root.exists()
 
@@ -236,7 +236,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, option
 def test_a_state_that_cannot_be_kept_is_refused_and_leaves_no_checkpoint(tmp_path):
     state = {"model": torch.nn.Linear(1, 1), "thing": {"deep": [object()]}}
     with checkpointer(tmp_path, state=state) as ckpt:
-        with pytest.raises(pp.ConfigError, match="deep"):
+        with pytest.raises(pp.errors.ConfigError, match="deep"):
             ckpt.report()
         state["thing"]["deep"][0] = 1
         assert ckpt.report().saved
@@ -246,14 +246,14 @@ def test_a_state_that_cannot_be_kept_is_refused_and_leaves_no_checkpoint(tmp_pat
 def test_a_loop_in_a_loop_and_a_closed_checkpointer_are_refused(tmp_path):
     with checkpointer(tmp_path) as ckpt:
         for _ in ckpt.epochs(1):
-            with pytest.raises(pp.ConfigError, match="inside another"):
+            with pytest.raises(pp.errors.ConfigError, match="inside another"):
                 next(ckpt.steps(1))
         for bad in (-1, 1.5):
-            with pytest.raises(pp.ConfigError):
+            with pytest.raises(pp.errors.ConfigError):
                 next(ckpt.epochs(bad))
     ckpt.close()
     for call in (ckpt.report, ckpt.wait, ckpt.resume, lambda: ckpt.save("x"), lambda: next(ckpt.epochs(1))):
-        with pytest.raises(pp.ConfigError, match="is closed"):
+        with pytest.raises(pp.errors.ConfigError, match="is closed"):
             call()
 
 
@@ -333,7 +333,7 @@ def test_nothing_warns_in_an_ordinary_training(tmp_path, recwarn):
 
 
 def test_a_reason_with_broken_bytes_is_refused_before_anything_is_saved(tmp_path):
-    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.ConfigError, match="UTF-8"):
+    with checkpointer(tmp_path) as ckpt, pytest.raises(pp.errors.ConfigError, match="UTF-8"):
         ckpt.save("\udcff")
     assert kept(tmp_path) == []
 

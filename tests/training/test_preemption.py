@@ -64,7 +64,7 @@ def test_another_exit_code_and_other_signals(tmp_path, heard):
     with pytest.raises(SystemExit) as left:
         run(tmp_path, pp.Preempt(signals=(signal.SIGUSR1,), exit_code=9), 1, signal.SIGUSR1)
     assert left.value.code == 9
-    with pytest.raises(pp.ConfigError):
+    with pytest.raises(pp.errors.ConfigError):
         pp.Preempt(exit_code=256)
 
 

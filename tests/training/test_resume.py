@@ -157,7 +157,7 @@ def test_auto_continues_if_there_is_something(tmp_path):
 
 
 def test_must_insists(tmp_path):
-    with pytest.raises(pp.NotFoundError, match="has no checkpoint"):
+    with pytest.raises(pp.errors.NotFoundError, match="has no checkpoint"):
         simple(tmp_path, 2, resume="must")
     simple(tmp_path, 2)
     assert simple(tmp_path, 3, resume="must")[0] == [2]
@@ -176,9 +176,9 @@ def test_a_ref_starts_there_once(tmp_path):
     assert simple(tmp_path, 6, resume="r:epoch=1")[0] == [4, 5]
     assert simple(tmp_path, 6, run="other", resume="r:epoch=1")[0] == [2, 3, 4, 5]
     assert simple(tmp_path, 7, run="other", resume="r:epoch=1")[0] == [6]
-    with pytest.raises(pp.NotFoundError):
+    with pytest.raises(pp.errors.NotFoundError):
         simple(tmp_path, 7, resume="r:epoch=70")
-    with pytest.raises(pp.ConfigError):
+    with pytest.raises(pp.errors.ConfigError):
         simple(tmp_path, 7, resume="perhaps")
 
 
@@ -229,7 +229,7 @@ def test_when_all_are_damaged_nothing_is_guessed(tmp_path):
     simple(tmp_path, 2)
     for checkpoint in kept(tmp_path):
         damage(checkpoint)
-    with pytest.raises(pp.CorruptError, match="no checkpoint of run 'r' is whole"):
+    with pytest.raises(pp.errors.CorruptError, match="no checkpoint of run 'r' is whole"):
         simple(tmp_path, 4)
     assert simple(tmp_path, 1, resume="never")[0] == [0]
 
@@ -239,7 +239,7 @@ def test_a_state_that_does_not_fit_is_refused_and_not_touched(tmp_path):
     model, optimizer = parts(5, width=6)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with checkpointer(tmp_path, state={"model": model, "optimizer": optimizer}) as ckpt:
-        with pytest.raises(pp.MismatchError, match=r"0\.weight") as caught:
+        with pytest.raises(pp.errors.MismatchError, match=r"0\.weight") as caught:
             ckpt.resume()
         assert len(caught.value.differences) >= 3
     assert same(before, dict(model.state_dict()))
@@ -268,7 +268,7 @@ def test_a_shorter_loader_is_refused(tmp_path):
             break
     with checkpointer(tmp_path) as ckpt:
         next(ckpt.epochs(1))
-        with pytest.raises(pp.MismatchError, match="ends after 1"):
+        with pytest.raises(pp.errors.MismatchError, match="ends after 1"):
             next(ckpt.batches(DataLoader(data, batch_size=8)))
 
 

@@ -235,7 +235,7 @@ def test_a_change_of_rules_is_applied_although_nothing_is_left_to_train(tmp_path
 
 def test_a_training_that_has_not_begun_removes_nothing(cut_short):
     checkpointer(cut_short, keep=[pp.Last(1)]).close()
-    with pytest.raises(pp.MismatchError):
+    with pytest.raises(pp.errors.MismatchError):
         three_steps(cut_short, state={"model": torch.nn.Linear(9, 9)})
     assert steps(cut_short) == [2, 3]
 

@@ -111,7 +111,7 @@ def removals(root):
 def test_what_moves_after_the_report_is_an_error_that_loses_nothing(tmp_path, kind, what):
     move, names = MOVES[what]
     root = tmp_path / "a"
-    with pytest.raises(pp.ConfigError, match="one step behind") as caught:
+    with pytest.raises(pp.errors.ConfigError, match="one step behind") as caught:
         loop(Training(root), kind, 3, move)
     assert str(caught.value).startswith(f"{names} moved after ckpt.report()")
     (checkpoint,) = kept(root)
@@ -137,7 +137,7 @@ def test_a_report_in_the_middle_of_an_epoch_is_an_error_when_it_ends(tmp_path, w
     def again(training):
         train(training.model, getattr(training, which))
 
-    with pytest.raises(pp.ConfigError, match="would skip what was trained after it") as caught:
+    with pytest.raises(pp.errors.ConfigError, match="would skip what was trained after it") as caught:
         loop(Training(tmp_path), "epochs", 3, again)
     assert str(caught.value).startswith(f"state['{which}'] was stepped")
     (checkpoint,) = kept(tmp_path)
@@ -150,7 +150,7 @@ def test_a_report_in_the_middle_of_an_epoch_is_an_error_when_it_ends(tmp_path, w
 
 
 def test_a_second_report_after_more_training_leaves_nothing_wrong(tmp_path):
-    with pytest.raises(pp.ConfigError, match="second report in epoch 0"):
+    with pytest.raises(pp.errors.ConfigError, match="second report in epoch 0"):
         loop(Training(tmp_path), "epochs", 2, reports=2)
     assert kept(tmp_path) == []
     assert "went on" in removals(tmp_path)[0].reason
@@ -163,7 +163,7 @@ def test_it_is_noticed_at_once_although_nothing_is_saved(tmp_path):
         next(epochs)
         assert not ckpt.report(loss=training.train()).saved
         training.scheduler.step()
-        with pytest.raises(pp.ConfigError, match="Nothing was saved"):
+        with pytest.raises(pp.errors.ConfigError, match="Nothing was saved"):
             next(epochs)
     assert kept(tmp_path) == []
 
@@ -174,7 +174,7 @@ def test_it_is_noticed_later_when_it_begins_later(tmp_path):
             count(training)
 
     training = Training(tmp_path, keep=[pp.Every(epochs=2)])
-    with pytest.raises(pp.ConfigError, match=r"state\['counts'\]"):
+    with pytest.raises(pp.errors.ConfigError, match=r"state\['counts'\]"):
         loop(training, "epochs", 9, late, before=[lambda training: training.scheduler.step()])
     assert [checkpoint.epoch for checkpoint in kept(tmp_path)] == [1, 3]
     assert pp.load("r@latest", root=tmp_path)["counts"]["seen"] == 1
@@ -199,7 +199,7 @@ def test_between_epochs_everything_may_move_when_reports_are_made_inside(tmp_pat
         training.train()
 
     batches(Training(tmp_path), after)
-    with pytest.raises(pp.ConfigError, match=r"state\['counts'\] moved"):
+    with pytest.raises(pp.errors.ConfigError, match=r"state\['counts'\] moved"):
         batches(Training(tmp_path / "b"), after, within=count)
     newest = kept(tmp_path / "b")[-1]
     assert newest.step == 1
@@ -217,7 +217,7 @@ def test_after_a_break_it_is_said_when_the_run_is_closed(tmp_path):
         ckpt.report(loss=training.train())
         training.scheduler.step()
         break
-    with pytest.raises(pp.ConfigError, match=r"one step behind.*Nothing is lost"):
+    with pytest.raises(pp.errors.ConfigError, match=r"one step behind.*Nothing is lost"):
         ckpt.close()
     ckpt.close()
     assert pp.open(tmp_path).run("r").holder() is None
@@ -244,7 +244,7 @@ def test_after_a_break_a_state_that_is_no_longer_that_of_the_turn_is_not_saved(t
         training.model[0].weight.data.zero_()
 
     moves = [lambda training: training.scheduler.step()]
-    with pytest.raises(pp.ConfigError, match=r"stays as it was at the report \(report 1 at step 1\)"):
+    with pytest.raises(pp.errors.ConfigError, match=r"stays as it was at the report \(report 1 at step 1\)"):
         loop(Training(tmp_path), "epochs", 3, *moves, leave=lambda _: True, finally_=forget)
     (checkpoint,) = kept(tmp_path)
     assert pp.load(checkpoint.ref, root=tmp_path)["model"]["0.weight"].any()

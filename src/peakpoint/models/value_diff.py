@@ -57,7 +57,7 @@ def diff(
         ...         _ = weight.add_(torch.tensor([0.0, 0.5]))
         ...         _ = ckpt.report()
         >>> found = pp.diff("r:epoch=0", "r:epoch=1", root=root).tensors[0]
-        >>> isinstance(pp.diff("r:epoch=0", "r:epoch=0", root=root), pp.Difference)
+        >>> isinstance(pp.diff("r:epoch=0", "r:epoch=0", root=root), Difference)
         True
         >>> found.what, found.distance.l2, found.distance.largest, found.distance.changed
         ('values', 0.5, 0.5, 1)

@@ -98,8 +98,8 @@ def promote(
         ...     _ = ckpt.report(step=1), ckpt.report(step=2)
         >>> repository = pp.open(root)
         >>> for ref in ("r:1", "r:2"):
-        ...     proposal = pp.promotion.propose(repository, ref, "champion")
-        ...     record = pp.promotion.promote(proposal, "an example", force=True)
+        ...     proposal = propose(repository, ref, "champion")
+        ...     record = promote(proposal, "an example", force=True)
         >>> record.number, record.forced, repository.find("@champion").step
         (2, ('it was never validated',), 2)
     """
@@ -215,9 +215,9 @@ def rollback(
         ...     _ = ckpt.report(step=1), ckpt.report(step=2)
         >>> repository = pp.open(root)
         >>> for ref in ("r:1", "r:2"):
-        ...     proposal = pp.promotion.propose(repository, ref, "champion")
-        ...     record = pp.promotion.promote(proposal, "an example", force=True)
-        >>> back = pp.promotion.rollback(repository, "champion", "an example")
+        ...     proposal = propose(repository, ref, "champion")
+        ...     record = promote(proposal, "an example", force=True)
+        >>> back = rollback(repository, "champion", "an example")
         >>> back.record.number, back.record.restores, repository.find("@champion").step
         (3, 1, 1)
     """

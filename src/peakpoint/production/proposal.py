@@ -99,7 +99,7 @@ def propose(
         >>> root = tempfile.mkdtemp()
         >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
         ...     _ = ckpt.report(step=1), ckpt.report(step=2)
-        >>> pp.promotion.propose(pp.open(root), "r:1", "champion").objections
+        >>> propose(pp.open(root), "r:1", "champion").objections
         ('it was never validated',)
     """
     store = repository.store

@@ -265,7 +265,7 @@ def archive(
         >>> root = tempfile.mkdtemp()
         >>> with pp.Checkpointer(root, run="r", state={"model": torch.nn.Linear(99, 99)}, keep=[pp.Last(2)]) as ckpt:
         ...     _ = ckpt.report(step=1), ckpt.report(step=2)
-        >>> [packed.bases for packed in pp.upkeep.archive(pp.open(root).run("r"))]
+        >>> [packed.bases for packed in archive(pp.open(root).run("r"))]
         [0, 1]
         >>> pp.load("r@latest", root=root)["model"]["weight"].shape
         torch.Size([99, 99])

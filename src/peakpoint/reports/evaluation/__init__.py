@@ -3,11 +3,12 @@
 ::
 
     import peakpoint as pp
+    from peakpoint.reports import evaluation
 
-    found = pp.evaluation.evaluate(pp.open("runs"), n_eval=10_000)
+    found = evaluation.evaluate(pp.open("runs"), n_eval=10_000)
     for one in found.peaks:
         print(one.run, one.label, one.peak.best, one.peak.lost, one.verdict)
-    pp.evaluation.write(found, "report.html")
+    evaluation.write(found, "report.html")
 
 ``run_data`` reads, ``noise`` knows what chance does, ``peaks`` compares best and last, ``groups`` compares runs,
 ``sparsity`` and ``compressed`` are about compressed models; ``tables``, ``figures``, ``pages`` and ``files`` show it.
