@@ -38,7 +38,7 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.sealed import seal
 from peakpoint.reports import changelog
-from peakpoint.reports.changelog import ChangelogEntry, keep_a_changelog, markdown
+from peakpoint.reports.changelog import ChangelogEntry, markdown
 from peakpoint.reports.changelog.claims import Claims
 from peakpoint.repository import aliases, maintenance, reader, validations
 from peakpoint.repository import journal as journals
@@ -251,8 +251,8 @@ def test_nothing_is_lost_doubled_or_out_of_order(tmp_path_factory, data):
     assert settled(map(told, found)) == settled(life.expected)
     assert [one.at for one in found] == sorted(one.at for one in found)
     _check_periods(pp.open(life.root), found, data)
-    for text in (markdown.by_day(found, "x"), keep_a_changelog.keep_a_changelog(found, "x")):
-        assert all(entry.alias in text for entry in found if entry.alias)
+    text = markdown.by_day(found, "x")
+    assert all(entry.alias in text for entry in found if entry.alias)
     whole = markdown.by_day(found, "x", everything=True)
     assert sum(re.match(r"- (\d{4}-\d\d-\d\d )?\d\d:\d\d ", line) is not None for line in whole.splitlines()) == len(
         found
@@ -460,27 +460,8 @@ def test_the_story_has_every_kind(story):
     assert kinds == {*changelog.KINDS} - {"imported", "validated", "damage"}
 
 
-@pytest.mark.parametrize(
-    ("name", "write"), [("changelog.md", markdown.by_day), ("versions.md", keep_a_changelog.keep_a_changelog)]
-)
-def test_the_story_in_markdown(story, name, write):
-    text = write(story.entries(), "runs")
-    assert text == (GOLDEN / name).read_text()
-
-
-def test_the_versions_hold_every_entry_once(story):
-    found = story.entries()
-    held = [entry for _, some in keep_a_changelog._versions(found) for entry in some]
-    assert sorted(map(repr, held)) == sorted(map(repr, found))
-    headings = [line for line in keep_a_changelog.keep_a_changelog(found, "x").splitlines() if line.startswith("## ")]
-    assert headings == [
-        "## [Unreleased]",
-        "## [champion 5] - 2026-03-10",
-        "## [champion 4] - 2026-03-08",
-        "## [champion 3] - 2026-03-07 [YANKED]",
-        "## [champion 2] - 2026-03-06",
-        "## [champion 1] - 2026-03-02",
-    ]
+def test_the_story_in_markdown(story):
+    assert markdown.by_day(story.entries(), "runs") == (GOLDEN / "changelog.md").read_text()
 
 
 def test_who_came_in_whose_place(story):
@@ -555,7 +536,6 @@ def test_a_damaged_line_costs_itself_and_is_told(tmp_path_factory, data):
             repr(one) for one in before if one.run == "r" and not one.alias
         }
     assert "## Damage" in markdown.by_day(found, "x")
-    assert "- **damage**" in keep_a_changelog.keep_a_changelog(found, "x")
     assert damage == hand.entries(since=at(1000))  # nobody knows when it came
 
 
@@ -603,8 +583,8 @@ def test_whatever_a_journal_says_each_thing_is_told_once(tmp_path_factory, segme
     found = hand.entries()
     expected = Counter((kind, event.at) for events in segments for kind, event in events if kind is not None)
     assert Counter((one.kind, one.at) for one in found if one.kind in TOLD) == expected
-    for write in (markdown.by_day, keep_a_changelog.keep_a_changelog):
-        assert all(character.isprintable() or character == "\n" for character in write(found, "x", everything=True))
+    page = markdown.by_day(found, "x", everything=True)
+    assert all(character.isprintable() or character == "\n" for character in page)
 
 
 def test_a_torn_line_is_none(story):
@@ -803,13 +783,12 @@ HOSTILE = [
 hostile = st.lists(st.sampled_from(HOSTILE) | texts, min_size=1, max_size=4).map("".join).filter(str.strip)
 
 
-@pytest.mark.parametrize("write", [markdown.by_day, keep_a_changelog.keep_a_changelog])
 @settings(max_examples=150, deadline=None)
 @given(text=hostile)
-def test_no_text_makes_structure(write, text):
+def test_no_text_makes_structure(text):
     for everything in (False, True):
-        page = write(an_account(text), text, everything=everything)
-        assert structure(page) == structure(write(an_account("words"), "words", everything=everything))
+        page = markdown.by_day(an_account(text), text, everything=everything)
+        assert structure(page) == structure(markdown.by_day(an_account("words"), "words", everything=everything))
         assert all(character.isprintable() or character == "\n" for character in page)
 
 
@@ -830,7 +809,7 @@ def test_the_command(story, tmp_path):
     assert "# Changelog of" in invoke("changelog", story.root).output
     found = json.loads(invoke("changelog", story.root, "--json").output)
     assert [one["kind"] for one in found] == [one.kind for one in story.entries()]
-    some = json.loads(invoke("changelog", story.root, "--format", "json", "--kind", "promoted", "--run", "r").output)
+    some = json.loads(invoke("changelog", story.root, "--json", "--kind", "promoted", "--run", "r").output)
     assert [one["details"]["record"] for one in some] == [1, 2, 3]
     period = ("--since", "2026-03-07", "--until", "2026-03-07")
     assert [one["kind"] for one in json.loads(invoke("changelog", story.root, *period, "--json").output)] == [
@@ -840,9 +819,9 @@ def test_the_command(story, tmp_path):
     assert "Nothing was recorded" in invoke("changelog", story.root, "--since", "1h", "--kind", "saved").output
     page = tmp_path / "CHANGELOG.md"
     for _ in range(2):
-        done = invoke("changelog", story.root, "--format", "keep-a-changelog", "--to", page)
+        done = invoke("changelog", story.root, "--to", page)
         assert done.output == f"wrote {page} ({len(found)} entries)\n"
-    assert "## [champion 5]" in page.read_text()
+    assert "## Production" in page.read_text()
     page = tmp_path / "all.json"
     invoke("changelog", story.root, "--to", page)
     assert json.loads(page.read_text()) == found
@@ -861,4 +840,3 @@ def test_an_empty_repository_has_a_changelog(tmp_path):
     hand = Hand(tmp_path / "runs")
     assert hand.entries() == []
     assert "Nothing was recorded" in markdown.by_day([], "x")
-    assert "## [Unreleased]" in keep_a_changelog.keep_a_changelog([], "x")

@@ -12,13 +12,10 @@ from peakpoint.errors import ConflictError
 from peakpoint.reports import card as cards
 from peakpoint.reports import changelog as changelogs
 from peakpoint.reports.card.front_matter import front_matter
-from peakpoint.reports.changelog import ChangelogEntry, keep_a_changelog, markdown
+from peakpoint.reports.changelog import markdown
 from peakpoint.reports.evaluation.files import put
 from peakpoint.repository.root import open_repository
 from peakpoint.store import translated
-
-_FORMATS = ("markdown", "json", "keep-a-changelog")
-
 
 # --- changelog ----------------------------------------------------------------------------------------------------
 
@@ -33,16 +30,19 @@ _FORMATS = ("markdown", "json", "keep-a-changelog")
 )
 @click.option("--run", "only", multiple=True, metavar="RUN", help="Only what is about this run; may be repeated.")
 @click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only this, such as promoted; may be repeated.")
-@click.option("--format", "form", type=click.Choice(_FORMATS), help="Markdown by default, JSON for FILE.json.")
 @click.option("--all", "everything", is_flag=True, help="Tell every save and removal, however many there are.")
-@click.option("--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write it to a file.")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write it to a file; JSON for FILE.json.",
+)
 @click.option("--force", is_flag=True, help="Replace a file that is no earlier changelog, too.")
 @JSON
 def changelog(
     root: Path,
     only: tuple[str, ...],
     kinds: tuple[str, ...],
-    form: str | None,
     everything: bool,  # noqa: FBT001
     to: Path | None,
     force: bool,  # noqa: FBT001
@@ -55,21 +55,15 @@ def changelog(
     """
     repository = open_repository(root)
     found = changelogs.entries(repository, only=only or None, kinds=kinds, **period)
-    if json or form is None:
-        form = "json" if json or (to is not None and to.suffix.lower() == ".json") else "markdown"
-    text = _told(found, form, repository.store.location, everything=everything)
+    if json or (to is not None and to.suffix.lower() == ".json"):
+        text = msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
+    else:
+        text = markdown.by_day(found, repository.store.location, everything=everything)
     if to is None:
         click.echo(text, nl=False)
         return
     _write(to, text, force=force)
     click.echo(f"wrote {to} ({len(found):,} {'entry' if len(found) == 1 else 'entries'})")
-
-
-def _told(found: list[ChangelogEntry], form: str, location: str, *, everything: bool) -> str:
-    if form == "json":
-        return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
-    write = keep_a_changelog.keep_a_changelog if form == "keep-a-changelog" else markdown.by_day
-    return write(found, location, everything=everything)
 
 
 def _write(to: Path, text: str, *, force: bool) -> None:

@@ -8,8 +8,8 @@
     for entry in changelog.entries(pp.open("runs"), since=changelog.since("7d")):
         print(entry.at, entry.kind, entry.checkpoint, entry.why)
 
-``runs`` tells of a run, ``claims`` of claims that rules have given up, ``production`` of aliases; ``pages`` writes it
-for people.
+``runs`` tells of a run, ``claims`` of claims that rules have given up, ``production`` of aliases; ``markdown`` writes
+it for people.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The account for people, in Markdown: by day, or as https://keepachangelog.com has it, by promotion."""
+"""The account in Markdown: production first, then what was done in runs, day by day."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -217,13 +217,12 @@ _BY |= {"validated", "rules changed"}
 # --- many entries -------------------------------------------------------------------------------------------------
 
 
-def folded(entries: Sequence[ChangelogEntry], *, everything: bool, times: str = "%H:%M") -> list[str]:
+def folded(entries: Sequence[ChangelogEntry], *, everything: bool) -> list[str]:
     """Lines for what was done in runs, newest first; where there is much of one kind, one line for all of it.
 
     Args:
         entries: newest first.
         everything: fold nothing.
-        times: how times are written.
     """
     groups: dict[_Key, list[ChangelogEntry]] = {}
     for entry in entries:
@@ -233,7 +232,7 @@ def folded(entries: Sequence[ChangelogEntry], *, everything: bool, times: str = 
     for entry in entries:
         key = _key(entry)
         if key not in many:
-            time = "" if entry.at is None else f"{entry.at:{times}} "
+            time = "" if entry.at is None else f"{entry.at:%H:%M} "
             found.append(f"- {time}{line(entry)}")
         elif entry is groups[key][0] and entry.kind == "claim lost":
             found.append(f"- {_moved(groups[key])}")
