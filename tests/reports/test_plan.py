@@ -465,22 +465,17 @@ def as_json(*words):
 
 
 def test_the_command_plans_from_numbers():
-    told = as_json(
-        *PLAN, "--rules", "best:val_accuracy:max every:10ep last:3", "--bandwidth", "1Gbit/s", "--price", 0.02
-    )
+    told = as_json(*PLAN, "--rules", "best:val_accuracy:max every:10ep last:3", "--bandwidth", "1Gbit/s")
     assert told["checkpoint_bytes"] == pytest.approx(3 * 4 * 25_600_000, rel=1e-3)
     assert [one["kept"] for one in told["outlooks"]] == [13, 13, 12]
     assert told["naive_bytes"] == 100 * told["checkpoint_bytes"]
     assert told["costs"]["upload_checkpoint_seconds"] == pytest.approx(told["checkpoint_bytes"] / 125e6)
-    assert told["costs"]["per_month"][1] == pytest.approx(13 * told["checkpoint_bytes"] / 1e9 * 0.02)
     assert told["costs"]["archive_ratio"] == 0.76
     assert told["interval"] is None
-    assert "requests" not in told["costs"]
     text = invoke(*PLAN, "--rules", "last:3 every:500ep").output
     assert "307.2 MB" in text
     assert "every epoch, whole" in text
     assert "every:500ep claims nothing" in text
-    assert "at the price" not in text
 
 
 def test_metrics_that_are_called_like_pictures_are_printed_as_they_are():
@@ -530,7 +525,7 @@ def test_the_sparsity_of_a_run_is_the_one_that_it_reported(tmp_path):
 def test_nothing_that_is_kept_takes_no_archive():
     words = ["--params", "1e6", "--optimizer", "adamw", "--epochs", "3", "--rules", "every:5ep"]
     assert as_json(*words)["checkpoint_bytes"] == pytest.approx(12e6, rel=0.01)
-    text = invoke(*words, "--price", 1, "--bandwidth", "1Gbit/s").output
+    text = invoke(*words, "--bandwidth", "1Gbit/s").output
     assert "\nnothing is kept at the end\n" in text
     assert "0 B, " not in text
 

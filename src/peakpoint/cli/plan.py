@@ -26,8 +26,6 @@ from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, watched
 from peakpoint.rules.history import history
 
-GB = 1e9
-
 
 def _points(name: str, text: str) -> dict[int, float]:
     points = {}
@@ -43,7 +41,6 @@ def _points(name: str, text: str) -> dict[int, float]:
 
 
 _DURATION = reads(read_duration)
-_PRICE = click.FloatRange(min=0)
 _LEAST = click.IntRange(min=1)
 
 
@@ -65,9 +62,6 @@ _LEAST = click.IntRange(min=1)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the curve that rises and then degrades.")
 @click.option("--archive-ratio", type=click.FloatRange(min=0, min_open=True), help="What the archive leaves of a byte.")
 @click.option("--bandwidth", callback=reads(read_rate), help="Of an upload, such as 1Gbit/s.")
-@click.option("--price", type=_PRICE, help="Of a GB in a month.")
-@click.option("--price-requests", type=_PRICE, help="Of 1000 requests that write.")
-@click.option("--price-egress", type=_PRICE, help="Of a GB that is read back once.")
 @click.option("--mtbf", callback=_DURATION, help="Mean time between failures, such as 8h: says how often to save.")
 @click.option(
     "--stall", callback=_DURATION, help="How long a save stalls the loop, such as 50ms; of a run, as measured."
@@ -83,7 +77,7 @@ def plan(
     text: str | None,
     **given: Any,
 ) -> None:
-    """Say what a run will write and keep, what that costs, and how often to save; nothing is written.
+    """Say what a run will write and keep, how large that is, and how often to save; nothing is written.
 
     Of a run that exists (ROOT RUN), of a known network (--preset), or of a number of parameters (--params).
     """
@@ -169,7 +163,7 @@ def _recorded(reports: Sequence[Reported], rules: Sequence[Rule]) -> dict[int, f
 
 
 def _costs(found: Forecast, given: dict[str, Any]) -> dict[str, Any]:
-    """What space and time it takes elsewhere; costs only of prices that were given."""
+    """What space it takes in the archive, and what time an upload takes."""
     kept = found.span("bytes_kept")
     ratio, source = given["archive_ratio"], "as given"
     if ratio is None and given.get("packed") is not None:
@@ -177,23 +171,15 @@ def _costs(found: Forecast, given: dict[str, Any]) -> dict[str, Any]:
     if ratio is None:
         kind = "bfloat16" if found.sizes.bfloat16 else "float32"
         ratio, source = ARCHIVE_RATIO[kind], f"measured on a small transformer in {kind}, docs/performance.md"
-    rate, price = given["bandwidth"], given["price"]
-    costs: dict[str, Any] = {
+    rate = given["bandwidth"]
+    return {
         "archive_ratio": ratio,
         "archive_ratio_source": source,
         "archive_bytes": [round(size * ratio) for size in kept],
         "upload_bytes_per_second": rate,
         "upload_checkpoint_seconds": rate and found.sizes.bytes / rate,
         "upload_kept_seconds": rate and [size / rate for size in kept],
-        "per_month": price if price is None else [size / GB * price for size in kept],
-        "naive_per_month": price if price is None else found.naive_bytes / GB * price,
     }
-    if given["price_requests"] is not None:
-        files = found.sizes.files
-        costs["requests"] = [count * files / 1000 * given["price_requests"] for count in found.span("saves")]
-    if given["price_egress"] is not None:
-        costs["egress_checkpoint"] = found.sizes.bytes / GB * given["price_egress"]
-    return costs
 
 
 def _saving(found: Forecast, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -258,7 +244,7 @@ def _print_plan(console: Console, found: Forecast, costs: dict[str, Any], saving
         console.print(f"[dim]{_SAID[one.name]}: {one.assumption}[/]")
     for text in found.idle:
         console.print(f"[yellow]{escape(text)} claims nothing[/] in a run of this length")
-    _print_costs(console, found, costs)
+    _print_costs(console, costs)
     if saving is not None:
         _print_saving(console, saving)
 
@@ -272,7 +258,7 @@ _SAID = {
 }
 
 
-def _print_costs(console: Console, found: Forecast, costs: dict[str, Any]) -> None:
+def _print_costs(console: Console, costs: dict[str, Any]) -> None:
     console.print()
     if not costs["archive_bytes"][-1]:
         console.print("nothing is kept at the end")
@@ -286,17 +272,6 @@ def _print_costs(console: Console, found: Forecast, costs: dict[str, Any]) -> No
             f"upload: {_time(costs['upload_checkpoint_seconds'])} a checkpoint, "
             f"{_span(costs['upload_kept_seconds'], _time)} for what is kept at the end"
         )
-    if costs["per_month"] is not None:
-        console.print(
-            f"a month at the price given: {_span(costs['per_month'], render.money)}; every epoch, whole: "
-            f"{render.money(costs['naive_per_month'])}"
-        )
-    if "requests" in costs:
-        console.print(
-            f"requests: {_span(costs['requests'], render.money)} for all saves, {found.sizes.files} files each"
-        )
-    if "egress_checkpoint" in costs:
-        console.print(f"one checkpoint read back: {render.money(costs['egress_checkpoint'])}")
 
 
 def _time(seconds: float) -> str:

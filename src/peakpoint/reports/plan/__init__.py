@@ -1,1 +1,1 @@
-"""What a run will cost, before it has happened: bytes, money, and what is lost when it is interrupted."""
+"""What a run will cost, before it has happened: bytes, time, and what is lost when it is interrupted."""

@@ -67,11 +67,6 @@ class Sizes:
         """Of a whole checkpoint."""
         return sum(part.bytes for part in self.parts)
 
-    @property
-    def files(self) -> int:
-        """How many files a whole checkpoint has, with its manifest."""
-        return 1 + sum((part.bytes > part.frozen) + (part.frozen > 0) for part in self.parts)
-
 
 REST = "rest"
 
