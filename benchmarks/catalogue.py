@@ -19,9 +19,9 @@ import torch
 
 import peakpoint as pp
 from benchmarks.page import ALONE, BEST, BEST_OF_ALL, CASE, SELECTION
-from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import parse
-from peakpoint.catalogue.ranking import read_keys
+from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.format import events, layout
 from peakpoint.format.events import Closed, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import FileRecord, Manifest, encode
@@ -147,9 +147,9 @@ def queries(root, turns):
     catalogue.refresh()
     found = {"the look at the files that every selection begins with": _timed(catalogue.refresh, turns)}
     for name, (where, by, top) in CASES.items():
-        wish = Wish(query=parse(where), keys=read_keys(by), top=top)
+        wish = SelectionQuery(query=parse(where), keys=ranking_keys(by), top=top)
         found[name] = _timed(lambda wish=wish: list(catalogue.select(wish)), turns)
-    counted = Wish(query=parse(SELECTION))
+    counted = SelectionQuery(query=parse(SELECTION))
     found["how many the selection has"] = _timed(catalogue.select(counted).count, max(1, turns // 5))
     catalogue.close()
     return found
@@ -194,7 +194,7 @@ def adding(root, turns):
             seconds.append(time.perf_counter() - start)
             added.append(manifest.id)
         for identity in added:
-            assert catalogue.select(Wish(query=parse(f'id == "{identity}"'))).first().run == run
+            assert catalogue.select(SelectionQuery(query=parse(f'id == "{identity}"'))).first().run == run
         journal.append(Closed(at=dt.datetime.now(dt.UTC), why="closed"))
         journal.close()
         found[title] = seconds
@@ -233,7 +233,7 @@ def naive(place, count, size, turns):
         return max(found)
 
     catalogue = Catalogue(place / "ours")
-    wish = Wish(query=parse(""), keys=read_keys({"val_accuracy": "max"}))
+    wish = SelectionQuery(query=parse(""), keys=ranking_keys({"val_accuracy": "max"}))
     assert catalogue.select(wish).first().metrics["val_accuracy"] == load_all()[0]
     result = {
         "checkpoints": count,

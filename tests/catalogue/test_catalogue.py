@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import peakpoint as pp
-from peakpoint.catalogue import Catalogue, Wish, schema
+from peakpoint.catalogue import Catalogue, SelectionQuery, schema
 from peakpoint.catalogue.query import parse
-from peakpoint.catalogue.ranking import read_keys
+from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.catalogue.refresh import refresh_run
 from peakpoint.errors import (
     ConfigError,
@@ -60,12 +60,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::peakpoint.errors.PeakpointWarni
 
 
 def everything(catalogue):
-    return list(catalogue.select(Wish(query=parse(""))))
+    return list(catalogue.select(SelectionQuery(query=parse(""))))
 
 
 def count(catalogue):
     """How many there are; reads no manifest."""
-    return catalogue.select(Wish(query=parse(""))).count()
+    return catalogue.select(SelectionQuery(query=parse(""))).count()
 
 
 def facts(checkpoint):
@@ -89,7 +89,7 @@ def check(root, catalogue):
         assert dict(one.kept) == {peak.metric: peak.best_step in steps for peak in one.peaks}
         assert one.newest == max((checkpoint.created_at for checkpoint in mine), default=None)
         pinned = set(run.pinned()) & {checkpoint.id for checkpoint in mine}
-        chosen = catalogue.select(Wish(query=parse(f"pinned and run == '{run.name}'")))
+        chosen = catalogue.select(SelectionQuery(query=parse(f"pinned and run == '{run.name}'")))
         assert {checkpoint.id for checkpoint in chosen} == pinned
     check_aliases(root, catalogue, truth.values(), listed)
     assert catalogue.compare() == []
@@ -104,7 +104,7 @@ def check_aliases(root, catalogue, checkpoints, listed):
     pointed = {alias: (one["run"], one["checkpoint"]) for alias, one in pointed.items() if one is not None}
     assert {alias: place for place, names in catalogue.aliases().items() for alias in names} == pointed
     for alias, place in pointed.items():
-        found = [(one.run, one.id) for one in catalogue.select(Wish(query=parse(f"alias == '{alias}'")))]
+        found = [(one.run, one.id) for one in catalogue.select(SelectionQuery(query=parse(f"alias == '{alias}'")))]
         assert found == [place for one in checkpoints if (one.run, one.id) == place], "of a run that is lost nothing"
     for name, run in listed.items():
         assert run.aliases == tuple(sorted(alias for alias, place in pointed.items() if place[0] == name))
@@ -130,7 +130,7 @@ class Anything(RuleBasedStateMachine):
         with checkpointer(self.root, run="first") as ckpt:
             ckpt.resume()
         self.catalogue = Catalogue(LocalStore(self.root), by_hand=0)
-        self.catalogue.window = 5
+        self.catalogue.candidate_limit = 5
 
     def teardown(self):
         if self.ckpt is not None:
@@ -263,7 +263,7 @@ class Anything(RuleBasedStateMachine):
         for suffix in ("", "-wal", "-shm"):
             (self.root / f"catalogue.sqlite{suffix}").unlink(missing_ok=True)
         self.catalogue = Catalogue(LocalStore(self.root), by_hand=0)
-        self.catalogue.window = 5
+        self.catalogue.candidate_limit = 5
 
     @invariant()
     def the_catalogue_says_what_the_files_say(self):
@@ -292,7 +292,7 @@ def test_the_same_in_both_databases(tmp_path, catalogue_url):
         check(root, catalogue)
     maintenance.archive(run)
     check(root, catalogue)
-    assert len(list(catalogue.select(Wish(query=parse("archived"))))) == len(run.checkpoints())
+    assert len(list(catalogue.select(SelectionQuery(query=parse("archived"))))) == len(run.checkpoints())
     maintenance.restore(run)
     check(root, catalogue)
     maintenance.remove(run, run.manifests()[:1], "x", undo_for=DAY)
@@ -410,11 +410,12 @@ def test_many_who_ask_at_once_see_everything(tmp_path, catalogue_url):
     with checkpointer(root, keep=[pp.Last(100)]) as ckpt:
         ckpt.resume()
         code = (
-            "import sys\nfrom peakpoint.catalogue import Catalogue, Wish\nfrom peakpoint.catalogue.query import parse\n"
+            "import sys\nfrom peakpoint.catalogue import Catalogue, SelectionQuery\n"
+            "from peakpoint.catalogue.query import parse\n"
             "from peakpoint.store import LocalStore\nfrom pathlib import Path\n"
             "catalogue = Catalogue(LocalStore(Path(sys.argv[1])), sys.argv[2])\nbefore = 0\n"
             "while before < 12:\n"
-            "    now = catalogue.select(Wish(query=parse(''))).count()\n"
+            "    now = catalogue.select(SelectionQuery(query=parse(''))).count()\n"
             "    assert now >= before\n    before = now\n"
         )
         command = [sys.executable, "-W", "error", "-c", code, str(root), catalogue_url]
@@ -424,7 +425,7 @@ def test_many_who_ask_at_once_see_everything(tmp_path, catalogue_url):
 
         def follow():
             try:
-                while catalogue.select(Wish(query=parse(""))).count() < 12:
+                while catalogue.select(SelectionQuery(query=parse(""))).count() < 12:
                     pass
             except Exception as error:  # noqa: BLE001 - to be told in the test's own thread
                 failures.append(error)
@@ -435,7 +436,7 @@ def test_many_who_ask_at_once_see_everything(tmp_path, catalogue_url):
         for step in range(1, 13):
             ckpt.report(step=step, **{f"m{step}": 1.0})  # new columns, too
             ckpt.wait()
-            assert catalogue.select(Wish(query=parse(""))).count() == step
+            assert catalogue.select(SelectionQuery(query=parse(""))).count() == step
         for thread in threads:
             thread.join()
         for other in others:
@@ -450,7 +451,7 @@ def test_many_who_ask_at_once_see_everything(tmp_path, catalogue_url):
 
 
 def select_alias(catalogue, text="alias == 'champion'"):
-    return [one.step for one in catalogue.select(Wish(query=parse(text)))]
+    return [one.step for one in catalogue.select(SelectionQuery(query=parse(text)))]
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["fresh", "old"])
@@ -504,7 +505,7 @@ def test_aliases_are_not_read_again_while_nothing_changes(three, tmp_path):
     catalogue = Catalogue(store)
     assert select_alias(catalogue) == [1]
     store.read = ()
-    assert catalogue.select(Wish(query=parse("alias == 'champion'"))).count() == 1
+    assert catalogue.select(SelectionQuery(query=parse("alias == 'champion'"))).count() == 1
     assert store.read == ()
     pp.open(root).run("r").record("r@latest", {"acc": 0.7})
     assert select_alias(catalogue) == [1]
@@ -703,7 +704,9 @@ def test_one_of_the_first_release_learns_of_aliases_where_it_stands(small, catal
     catalogues = [Catalogue(store, catalogue_url) for _ in range(2)]
     for catalogue in catalogues:
         check(small, catalogue)
-        assert [one.step for one in catalogue.select(Wish(query=parse("alias == 'champion' and late > 0")))] == [1]
+        assert [
+            one.step for one in catalogue.select(SelectionQuery(query=parse("alias == 'champion' and late > 0")))
+        ] == [1]
     with engine.begin() as connection:
         assert schema.version_of(connection) == len(schema.MIGRATIONS)
         assert connection.scalar(sqlalchemy.select(schema.meta.c.born)) == born, "it was not made anew"
@@ -809,7 +812,7 @@ def test_of_a_store_without_directories_it_is_a_file_for_as_long_as_it_is_used()
         for _ in ckpt.steps(3):
             ckpt.report(acc=0.5)
     catalogue = Catalogue(store)
-    wish = Wish(query=parse("acc == 0.5"), keys=read_keys({"step": "max"}))
+    wish = SelectionQuery(query=parse("acc == 0.5"), keys=ranking_keys({"step": "max"}))
     assert [one.step for one in catalogue.select(wish)] == [3, 2]
     file = Path(catalogue.location)
     assert file.exists()
@@ -829,9 +832,9 @@ def test_more_metrics_than_there_are_columns(tmp_path, catalogue_url):
         write(store, manifest(sequence=number + 1, metrics=values | ({"rare": math.nan} if number else {})))
     catalogue = Catalogue(store, catalogue_url)
     last = f"metric('layer{schema.WIDEST + 19:03d}/sparsity')"
-    found = catalogue.select(Wish(query=parse(f"{last} > 1 and {last} < 2.1 or has(rare)")))
+    found = catalogue.select(SelectionQuery(query=parse(f"{last} > 1 and {last} < 2.1 or has(rare)")))
     assert [one.sequence for one in found] == [2]
-    by = catalogue.select(Wish(query=parse(f"{last} > 0"), keys=read_keys({last[8:-2]: "max"}), top=2))
+    by = catalogue.select(SelectionQuery(query=parse(f"{last} > 0"), keys=ranking_keys({last[8:-2]: "max"}), top=2))
     assert [one.sequence for one in by] == [3, 2]
     assert [clause.left for clause in by.why().clauses] == [3, 3]
     catalogue.close()
@@ -847,7 +850,7 @@ def test_hostile_names_are_data(tmp_path, catalogue_url):
     for name in names:
         quoted = name.replace('"', '\\"')
         text = f'metric("{quoted}") == 0.5'
-        assert len(list(catalogue.select(Wish(query=parse(text))))) >= 1, name
+        assert len(list(catalogue.select(SelectionQuery(query=parse(text))))) >= 1, name
     assert catalogue.metrics() == tuple(sorted(names))
     check(tmp_path / "runs", catalogue)
     catalogue.close()
@@ -855,13 +858,13 @@ def test_hostile_names_are_data(tmp_path, catalogue_url):
 
 def test_numbers_that_are_too_large_are_refused_or_infinite(small, catalogue_url):
     catalogue = Catalogue(LocalStore(small), catalogue_url)
-    huge = catalogue.select(Wish(query=parse("late * 1e308 * 1e308 > 1")))
+    huge = catalogue.select(SelectionQuery(query=parse("late * 1e308 * 1e308 > 1")))
     if catalogue_url.startswith("postgresql"):
         with pytest.raises(ConfigError, match="cannot be computed"):
             list(huge)
     else:
         assert len(list(huge)) == 1
-    assert list(catalogue.select(Wish(query=parse("size > 9007199254740992 or step < -3e9")))) == []
+    assert list(catalogue.select(SelectionQuery(query=parse("size > 9007199254740992 or step < -3e9")))) == []
     catalogue.close()
 
 
@@ -1032,7 +1035,7 @@ def test_a_run_of_the_same_name_is_another_run(tmp_path, catalogue_url):
     shutil.rmtree(tmp_path / "runs" / "runs" / "r")
     short(tmp_path / "runs", [0.4, 0.8])
     check(tmp_path / "runs", catalogue)
-    assert len(list(catalogue.select(Wish(query=parse("acc > 0.5"))))) == 1
+    assert len(list(catalogue.select(SelectionQuery(query=parse("acc > 0.5"))))) == 1
     catalogue.close()
 
 
@@ -1048,8 +1051,8 @@ def test_a_backup_that_is_put_back_is_what_there_is(tmp_path):
     shutil.copytree(tmp_path / "backup", root / "runs")
     pp.open(root).run("r").record("r:1", {"new": 0.5})
     check(root, catalogue)
-    assert not list(catalogue.select(Wish(query=parse("pinned"))))
-    assert len(list(catalogue.select(Wish(query=parse("new == 0.5"))))) == 1
+    assert not list(catalogue.select(SelectionQuery(query=parse("pinned"))))
+    assert len(list(catalogue.select(SelectionQuery(query=parse("new == 0.5"))))) == 1
 
 
 def test_two_copies_can_share_one_catalogue_and_are_not_confused(tmp_path, catalogue_url):
@@ -1073,7 +1076,7 @@ def test_what_is_held_over_a_change_stays_right(tmp_path, catalogue_url):
     for number in range(1, 270):
         write(LocalStore(root), manifest(run="many", sequence=number, step=number, metrics={"acc": 0.7}))
     catalogue = Catalogue(LocalStore(root), catalogue_url)
-    selection = catalogue.select(Wish(query=parse("acc > 0.5"), keys=read_keys({"step": "min"})))
+    selection = catalogue.select(SelectionQuery(query=parse("acc > 0.5"), keys=ranking_keys({"step": "min"})))
     count = selection.count()
     assert count > 250
     walk = iter(selection)
@@ -1081,7 +1084,7 @@ def test_what_is_held_over_a_change_stays_right(tmp_path, catalogue_url):
     late = list(selection)[-1]
     pp.open(root).run("many").pin(late.ref, "read again, and its key stays")
     other = Catalogue(LocalStore(root), catalogue_url)
-    assert other.select(Wish(query=parse("pinned"))).count() == 1
+    assert other.select(SelectionQuery(query=parse("pinned"))).count() == 1
     maintenance.remove(pp.open(root).run("many"), pp.open(root).run("many").manifests()[-2:-1], "x")
     short(root, [0.0], run="new")
     other.refresh()
@@ -1103,7 +1106,7 @@ def test_a_selection_that_is_held_asks_the_catalogue_that_is_there(tmp_path, pos
     root = tmp_path / "runs"
     short(root, [0.1], run="b", loss=0.1)
     catalogue = Catalogue(LocalStore(root), postgres)
-    held = catalogue.select(Wish(query=parse("loss < 0.5")))
+    held = catalogue.select(SelectionQuery(query=parse("loss < 0.5")))
     assert [one.run for one in held] == ["b"]
     with checkpointer(root, run="a", keep=[pp.Last(1)]) as ckpt:
         ckpt.report(step=1, first=0.9)
@@ -1125,7 +1128,7 @@ def test_one_run_that_cannot_be_read_keeps_nobody_from_the_others(small, recwarn
     journal.close()
     (small / "runs" / "newer" / "checkpoints" / os.fsdecode(b"\xff\xfe")).mkdir()
     catalogue = Catalogue(small)
-    found = catalogue.select(Wish(query=parse("")))
+    found = catalogue.select(SelectionQuery(query=parse("")))
     assert sorted(one.run for one in found) == ["newer", "r"]
     assert any("'bad' is not considered" in str(warning.message) for warning in recwarn)
     assert list(catalogue.unread) == ["bad"]

@@ -11,10 +11,10 @@ import pytest
 import sqlalchemy
 
 import peakpoint as pp
-from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue import audit as audit_catalogue
 from peakpoint.catalogue.query import parse
-from peakpoint.catalogue.ranking import read_keys
+from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.errors import CorruptError, PeakpointWarning, StoreError
 from peakpoint.format import layout
 from peakpoint.repository import maintenance
@@ -43,7 +43,7 @@ def root(made, tmp_path):
 
 
 def steps(catalogue, where, by=None, **more):
-    wish = Wish(query=parse(where), keys=read_keys(by or {}), **more)
+    wish = SelectionQuery(query=parse(where), keys=ranking_keys(by or {}), **more)
     return [(one.run, one.step, dict(one.metrics)) for one in catalogue.select(wish)]
 
 

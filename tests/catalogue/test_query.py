@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import FIELDS, parse
-from peakpoint.catalogue.ranking import WithinSE, read_keys
+from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.errors import ConfigError, Error, NotFoundError
 from peakpoint.format.manifest import FileRecord
 from peakpoint.repository.root import ensure_repository, ensure_run
@@ -88,14 +88,14 @@ def catalogues(made, postgres_server):
     found = [Catalogue(store), Catalogue(store, f"{postgres_server}?options=-csearch_path%3Dquery")]
     for catalogue in found:
         catalogue.refresh()
-        catalogue.window = 40  # so that 60 checkpoints are many
+        catalogue.candidate_limit = 40  # so that 60 checkpoints are many
     yield found
     for catalogue in found:
         catalogue.close()
 
 
 def select(catalogue, text, by=None, top=None, within=None):
-    return catalogue.select(Wish(query=parse(text), keys=read_keys(by or {}), top=top, within=within))
+    return catalogue.select(SelectionQuery(query=parse(text), keys=ranking_keys(by or {}), top=top, within=within))
 
 
 # --- the oracle: Kleene's three values, None is unknown -----------------------------------------------------------

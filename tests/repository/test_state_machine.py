@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 import peakpoint as pp
 from dying import DEATHS, FAULTS, Killed, Ops
-from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import parse
 from peakpoint.format import layout
 from peakpoint.production import promotion, release
@@ -625,7 +625,7 @@ class Repository(RuleBasedStateMachine):
                 assert repository.find_manifest(f"@{alias}").id == held
         self.looks += 1
         if self.looks % 3 == 0:
-            selected = [(one.run, one.id) for one in self.standing.select(Wish(query=parse("")))]
+            selected = [(one.run, one.id) for one in self.standing.select(SelectionQuery(query=parse("")))]
             assert sorted(selected) == sorted((one.run, one.id) for one in model.here())
         if self.looks % 5 == 0:
             self.is_undamaged()

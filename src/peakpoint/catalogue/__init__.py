@@ -6,10 +6,10 @@ from types import MappingProxyType
 
 from peakpoint.catalogue.catalogue import Catalogue, Progress
 from peakpoint.catalogue.database import FILE, VARIABLE
-from peakpoint.catalogue.listing import Listed
 from peakpoint.catalogue.query import parse
-from peakpoint.catalogue.ranking import WithinSE, read_keys
-from peakpoint.catalogue.selection import Clause, Selection, Why, Wish
+from peakpoint.catalogue.ranking import WithinSE, ranking_keys
+from peakpoint.catalogue.run_summary import RunSummary
+from peakpoint.catalogue.selection import Clause, Explanation, Selection, SelectionQuery
 from peakpoint.errors import ConfigError, MissingExtraError, StoreError
 from peakpoint.repository.findings import Finding
 from peakpoint.repository.root import Repository
@@ -21,11 +21,11 @@ __all__ = [
     "VARIABLE",
     "Catalogue",
     "Clause",
-    "Listed",
+    "Explanation",
     "Progress",
+    "RunSummary",
     "Selection",
-    "Why",
-    "Wish",
+    "SelectionQuery",
     "audit",
     "select",
 ]
@@ -68,7 +68,7 @@ def select(
         >>> [checkpoint.step for checkpoint in pp.select(root, "loss < 0.6", by={"loss": "min"})]
         [3, 2]
     """
-    wish = Wish(query=parse(where), keys=read_keys(by), top=top, within=within)
+    wish = SelectionQuery(query=parse(where), keys=ranking_keys(by), top=top, within=within)
     return Catalogue(root, catalogue).select(wish)
 
 

@@ -21,7 +21,7 @@ from peakpoint.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class AliasSnapshot:
     """The aliases as they were when they were looked at last.
 
     Attributes:
@@ -35,7 +35,9 @@ class Seen:
     unread: Mapping[str, str] = field(default_factory=dict)
 
 
-def refresh_aliases(engines: tuple[Engine, Engine], store: Store, tick: int, before: Seen) -> tuple[int, Seen]:
+def refresh_aliases(
+    engines: tuple[Engine, Engine], store: Store, tick: int, before: AliasSnapshot
+) -> tuple[int, AliasSnapshot]:
     """Bring the table of aliases up to date.
 
     Args:
@@ -58,7 +60,7 @@ def refresh_aliases(engines: tuple[Engine, Engine], store: Store, tick: int, bef
         found, unread = heads(store)
         new = {name: (record.number, record.digest) for name, record in found.items()}
         if new == old:
-            return tick, Seen(stamps, tick, unread)
+            return tick, AliasSnapshot(stamps, tick, unread)
         with writing.begin() as connection:
             lock(connection)
             now = connection.execute(select(schema.meta.c.tick)).scalar_one()
@@ -68,7 +70,11 @@ def refresh_aliases(engines: tuple[Engine, Engine], store: Store, tick: int, bef
                     connection.execute(insert(schema.aliases), list(map(_row, found.values())))
                 connection.execute(update(schema.meta).values(tick=now + 1))
                 # what others have changed since is asked for anew
-                return (now + 1, Seen(stamps, now + 1, unread)) if now == tick else (-1, Seen(unread=unread))
+                return (
+                    (now + 1, AliasSnapshot(stamps, now + 1, unread))
+                    if now == tick
+                    else (-1, AliasSnapshot(unread=unread))
+                )
 
 
 def _stamps(store: Store) -> dict[str, str | None]:

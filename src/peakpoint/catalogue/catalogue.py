@@ -25,14 +25,14 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, select
 
 from peakpoint.catalogue import database, schema
-from peakpoint.catalogue.aliases import Seen, pointers, refresh_aliases
-from peakpoint.catalogue.changes import Known, is_current
-from peakpoint.catalogue.comparing import Difference, compare_all, compare_rows
+from peakpoint.catalogue.aliases import AliasSnapshot, pointers, refresh_aliases
+from peakpoint.catalogue.changes import ReadPosition, is_current
 from peakpoint.catalogue.database import VARIABLE, DamagedError, translated
-from peakpoint.catalogue.listing import Listed, listed, totals
-from peakpoint.catalogue.refresh import Remembered, known_runs, refresh_run, remove_run
-from peakpoint.catalogue.search import WINDOW
-from peakpoint.catalogue.selection import Selection, Wish, make_checkpoint, warn_of_unread
+from peakpoint.catalogue.refresh import CachedRun, known_runs, refresh_run, remove_run
+from peakpoint.catalogue.run_summary import RunSummary, listed, totals
+from peakpoint.catalogue.search import CANDIDATE_LIMIT
+from peakpoint.catalogue.selection import Selection, SelectionQuery, make_checkpoint, warn_of_unread
+from peakpoint.catalogue.verification import CatalogueMismatch, compare_all, compare_rows
 from peakpoint.errors import ConfigError, CorruptError, Error, NotFoundError, PeakpointWarning, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint
@@ -66,7 +66,7 @@ class Catalogue:
     """The catalogue of one repository. Safe to use from several threads, and beside others who use or write it.
 
     Attributes:
-        window: how many rows a search in SQLite looks at first; see ``catalogue.search``.
+        candidate_limit: how many rows a search in SQLite looks at first; see ``catalogue.search``.
 
     Args:
         root: of the repository: a directory, a store, or what ``open`` returned.
@@ -94,7 +94,7 @@ class Catalogue:
         store = self._store = repository.store
         self._by_hand, self._looked = by_hand, -math.inf
         self._names: tuple[str | None, list[str]] = (None, [])
-        self.window = WINDOW
+        self.candidate_limit = CANDIDATE_LIMIT
         self._url, standing = database.place(store, where)
         self._disposable = standing != "named"
         self._engine, self._reading = database.connect(self._url)
@@ -102,10 +102,10 @@ class Catalogue:
         if standing == "temporary":
             weakref.finalize(self, database.discard, self._url)
         self._lock = threading.Lock()
-        self._known: dict[str, Known] = {}
-        self._remembered: dict[str, Remembered] = {}  # those that were refreshed last
+        self._known: dict[str, ReadPosition] = {}
+        self._remembered: dict[str, CachedRun] = {}  # those that were refreshed last
         self._unread: dict[str, str] = {}
-        self._seen = Seen()
+        self._seen = AliasSnapshot()
         _OPEN.add(self)
         self._tick = -1
         self._birth: int | None = None
@@ -183,7 +183,7 @@ class Catalogue:
         self._open()
 
     def _forget(self) -> None:
-        self._known, self._tick, self._remembered, self._seen = {}, -1, {}, Seen()
+        self._known, self._tick, self._remembered, self._seen = {}, -1, {}, AliasSnapshot()
 
     def _is_sound(self, born: int | None) -> bool:
         """Whether the file that is there now is a catalogue of this repository, and not the wrong one of that birth."""
@@ -313,7 +313,7 @@ class Catalogue:
 
     # --- asking
 
-    def select(self, wish: Wish) -> Selection:
+    def select(self, wish: SelectionQuery) -> Selection:
         """What is wanted, of what exists now.
 
         Raises:
@@ -323,16 +323,18 @@ class Catalogue:
         warn_of_unread(self.unread)
         for alias, why in self._seen.unread.items():
             warnings.warn(f"the alias {alias!r} is not considered: {why}", PeakpointWarning, stacklevel=3)
-        return Selection(self._reading, wish, self, self.window)
+        return Selection(self._reading, wish, self, self.candidate_limit)
 
     # --- beside the files
 
-    def differences(self, connection: Connection, columns: schema.Columns, rows: Sequence[Any]) -> list[Difference]:
-        """See ``selection.Files``."""
+    def differences(
+        self, connection: Connection, columns: schema.Columns, rows: Sequence[Any]
+    ) -> list[CatalogueMismatch]:
+        """See ``selection.SelectionSource``."""
         return compare_rows(connection, columns, self._store, rows)
 
-    def mend(self, born: int, turn: int, differences: Sequence[Difference]) -> None:
-        """See ``selection.Files``."""
+    def mend(self, born: int, turn: int, differences: Sequence[CatalogueMismatch]) -> None:
+        """See ``selection.SelectionSource``."""
         if turn >= _TURNS:
             raise CorruptError(
                 f"the catalogue {self.location} says otherwise than the files, also after it was made anew: "
@@ -349,9 +351,9 @@ class Catalogue:
         self.refresh()
         warn_of_unread({name: why for name, why in self.unread.items() if name not in before})
 
-    def compare(self) -> list[Difference]:
+    def compare(self) -> list[CatalogueMismatch]:
         """All that it says otherwise than the files; what changes in between is not among it."""
-        differences: list[Difference] = []
+        differences: list[CatalogueMismatch] = []
         for first in (True, False):
             self._looked = -math.inf
             self.refresh()
@@ -371,7 +373,7 @@ class Catalogue:
         elif differences:
             self.mend(0, 0, differences)
 
-    def _make_anew(self, born: int | None, differences: Sequence[Difference]) -> None:
+    def _make_anew(self, born: int | None, differences: Sequence[CatalogueMismatch]) -> None:
         """Set a damaged one aside, unless somebody else has done so since it was born."""
         with self._lock:
             if self._disposable and self._is_file:
@@ -386,7 +388,7 @@ class Catalogue:
         )
 
     def checkpoint(self, row: Any) -> Checkpoint:
-        """See ``selection.Files``."""
+        """See ``selection.SelectionSource``."""
         prefix = layout.checkpoint_prefix(row.run, row.name)
         return make_checkpoint(row, self._store.path(prefix) if isinstance(self._store, LocalStore) else None)
 
@@ -405,13 +407,13 @@ class Catalogue:
         with translated(self._url), self._reading.connect() as connection:
             return totals(connection)
 
-    def runs(self, top: int | None = None) -> list[Listed]:
+    def runs(self, top: int | None = None) -> list[RunSummary]:
         """Every run, or so many at most; those that saved last come first.
 
         Args:
             top: how many.
         """
-        runs: list[Listed] = []
+        runs: list[RunSummary] = []
 
         def look() -> None:
             self.refresh()  # of one that is made anew while it is looked at

@@ -71,7 +71,7 @@ class Growing:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class ReadPosition:
     """How far the files of a run are read.
 
     Attributes:
@@ -98,7 +98,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class RunChanges:
     """What is new of a run.
 
     Attributes:
@@ -110,7 +110,7 @@ class Reading:
         gone: names that the catalogue has, and that are there no more or are among ``found``.
     """
 
-    known: Known
+    known: ReadPosition
     whole: bool
     events: Sequence[Event]
     past: Sequence[Event] | None
@@ -127,7 +127,7 @@ NOTES = (Measured, Pinned, Unpinned)
 _TAIL = 64
 
 
-def is_current(store: Store, run: str, known: Known, *, by_hand: bool = True) -> bool:
+def is_current(store: Store, run: str, known: ReadPosition, *, by_hand: bool = True) -> bool:
     """Whether a run's files are as they were when they were read.
 
     Args:
@@ -154,7 +154,7 @@ def is_same(store: Store, prefix: str, stamp: str | None) -> bool:
     return stamp is not None and store.stamp(prefix) == stamp
 
 
-def read(store: Store, run: str, known: Known | None, rows: Rows) -> Reading:
+def read(store: Store, run: str, known: ReadPosition | None, rows: Rows) -> RunChanges:
     """Read what is new.
 
     Args:
@@ -174,7 +174,7 @@ def read(store: Store, run: str, known: Known | None, rows: Rows) -> Reading:
         journal = _journal(store, run, known)
     whole = journal is None
     if journal is None:
-        known, rows = Known(identity), {}
+        known, rows = ReadPosition(identity), {}
         journal = _journal(store, run, known)
         assert journal is not None, "nothing was known that could be contradicted"
     assert known is not None
@@ -185,13 +185,13 @@ def read(store: Store, run: str, known: Known | None, rows: Rows) -> Reading:
     stamp = store.stamp(layout.checkpoints_prefix(run))
     found, gone, unsettled = _Directories(store, run, known, rows).read(events)
     now = replace(now, identity=identity, checkpoints=stamp, unsettled=unsettled)
-    return Reading(now, whole, events, past, found, gone)
+    return RunChanges(now, whole, events, past, found, gone)
 
 
 # --- the journal --------------------------------------------------------------------------------------------------
 
 
-def _journal(store: Store, run: str, known: Known) -> tuple[Known, list[Event]] | None:
+def _journal(store: Store, run: str, known: ReadPosition) -> tuple[ReadPosition, list[Event]] | None:
     """How far the journal is read after this, and what is new in it; None when it has another past than was read."""
     prefix = layout.journal_prefix(run)
     stamp, segments = store.stamp(prefix), journals.segments_of(store, run)
@@ -220,11 +220,11 @@ def _journal(store: Store, run: str, known: Known) -> tuple[Known, list[Event]] 
     if segments and (segments[-1] != known.last or segments[-1] in known.growing):
         tail = _tail(store, f"{prefix}/{segments[-1]}", end)
     last = segments[-1] if segments else ""
-    now = Known(journal=stamp, last=last, segments=len(segments), closed=closed, tail=tail, growing=growing)
+    now = ReadPosition(journal=stamp, last=last, segments=len(segments), closed=closed, tail=tail, growing=growing)
     return now, events
 
 
-def _has_that_past(store: Store, prefix: str, segments: Sequence[str], known: Known, stamp: str | None) -> bool:
+def _has_that_past(store: Store, prefix: str, segments: Sequence[str], known: ReadPosition, stamp: str | None) -> bool:
     """Whether the segments that were read are those that are there."""
     if not segments:
         return True
@@ -249,7 +249,7 @@ def _tail(store: Store, key: str, end: int) -> str:
 class _Directories:
     """The checkpoints of a run, read again where that is needed."""
 
-    def __init__(self, store: Store, run: str, known: Known, rows: Rows) -> None:
+    def __init__(self, store: Store, run: str, known: ReadPosition, rows: Rows) -> None:
         self._store, self._run, self._rows = store, run, rows
         self._before = known.unsettled
         self._awaits = {name: set(one.awaits) for name, one in known.unsettled.items()}

@@ -11,7 +11,7 @@ from peakpoint.rules import Mode, mode_of
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class RankingKey:
     """One thing to rank by.
 
     Attributes:
@@ -23,13 +23,13 @@ class Key:
     mode: Mode
 
 
-def read_keys(by: Mapping[str, Mode]) -> tuple[Key, ...]:
+def ranking_keys(by: Mapping[str, Mode]) -> tuple[RankingKey, ...]:
     """Keys from ``{"val_accuracy": "max", "size": "min"}``; the first counts most.
 
     Raises:
         ConfigError: a name or a mode that cannot be.
     """
-    return tuple(Key(parse_key(name), mode_of(mode)) for name, mode in by.items())
+    return tuple(RankingKey(parse_key(name), mode_of(mode)) for name, mode in by.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy import Connection, Engine, Table, delete, func, insert, select, update
 
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.changes import NOTES, Known, Reading, is_current, read
+from peakpoint.catalogue.changes import NOTES, ReadPosition, RunChanges, is_current, read
 from peakpoint.catalogue.database import DamagedError, read_json
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import ConfigError
@@ -32,7 +32,7 @@ Rows = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
+class CachedRun:
     """What a process remembers of a run that it has refreshed.
 
     Attributes:
@@ -44,14 +44,14 @@ class Remembered:
     """
 
     text: str | None
-    known: Known | None
+    known: ReadPosition | None
     rows: Rows
     columns: Columns | None = None
     born: int = 0
     noted: bool = True
 
 
-def decoded(text: str) -> Known:
+def decoded(text: str) -> ReadPosition:
     """How far a run is read, from the column of the catalogue."""
     try:
         return msgspec.json.decode(text, type=_Read).known
@@ -61,11 +61,11 @@ def decoded(text: str) -> Known:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    known: Known
+    known: ReadPosition
     number: int  # another one with every change, so that the same text means the same rows
 
 
-def known_runs(connection: Connection) -> dict[str, Known]:
+def known_runs(connection: Connection) -> dict[str, ReadPosition]:
     """How far every run is read."""
     rows = connection.execute(select(schema.runs.c.name, schema.runs.c.read)).all()
     return {name: decoded(text) for name, text in rows}
@@ -80,8 +80,8 @@ def remove_run(engine: Engine, name: str) -> None:
 
 
 def refresh_run(
-    engines: tuple[Engine, Engine], store: Store, run: str, before: Remembered | None = None
-) -> tuple[int, Remembered]:
+    engines: tuple[Engine, Engine], store: Store, run: str, before: CachedRun | None = None
+) -> tuple[int, CachedRun]:
     """Bring one run up to date.
 
     Args:
@@ -112,13 +112,13 @@ def refresh_run(
         before = None  # somebody else was here; what was read is read again
 
 
-def _recalled(connection: Connection, run: str) -> tuple[int, Remembered]:
+def _recalled(connection: Connection, run: str) -> tuple[int, CachedRun]:
     """The catalogue's tick, and what it has of a run."""
     row = connection.execute(_state(run)).one()
     if row.read is None:
-        return row.tick, Remembered(None, None, {})
+        return row.tick, CachedRun(None, None, {})
     noted = connection.execute(select(schema.noted.c.run).where(schema.noted.c.run == row.key).limit(1)).first()
-    return row.tick, Remembered(row.read, decoded(row.read), _rows(connection, row.key), noted=noted is not None)
+    return row.tick, CachedRun(row.read, decoded(row.read), _rows(connection, row.key), noted=noted is not None)
 
 
 def _state(run: str) -> Any:
@@ -149,7 +149,7 @@ def lock(connection: Connection) -> None:
 class _Update:
     """One run on its way into the catalogue."""
 
-    def __init__(self, connection: Connection, run: str, row: Any, news: Reading, before: Remembered) -> None:
+    def __init__(self, connection: Connection, run: str, row: Any, news: RunChanges, before: CachedRun) -> None:
         self._connection, self._run, self._row, self._news = connection, run, row, news
         known = before.columns if before.born == row.born else None
         self._columns = known if known is not None and len(known.keys) == row.metrics else None
@@ -166,7 +166,7 @@ class _Update:
         self._connection.execute(insert(schema.runs).values(key=key, name=self._run, **empty))
         return int(key)
 
-    def carry_out(self) -> tuple[int, Remembered]:
+    def carry_out(self) -> tuple[int, CachedRun]:
         """Everything, in the order in which one thing needs the other."""
         news, row = self._news, self._row
         if self._new:
@@ -185,7 +185,7 @@ class _Update:
         text = msgspec.json.encode(_Read(news.known, tick)).decode()
         self._connection.execute(update(schema.runs).where(schema.runs.c.key == self._key).values(**values, read=text))
         self._connection.execute(update(schema.meta).values(tick=tick, free=self._free))
-        return tick, Remembered(text, news.known, self._rows, self._columns, row.born, self._noted)
+        return tick, CachedRun(text, news.known, self._rows, self._columns, row.born, self._noted)
 
     # --- measured later, pinned
 
@@ -233,7 +233,7 @@ class _Update:
                 key, self._free = self._free, self._free + 1
             self._rows[one.name] = (key, one.id)
             late, pinned = noted.get(one.id, ({}, None))
-            entries.append(Entry(key, self._key, standing, {**one.metrics, **late}, pinned is not None))
+            entries.append(CheckpointEntry(key, self._key, standing, {**one.metrics, **late}, pinned is not None))
         names = [name for entry in entries for name in entry.metrics]
         known = self._columns or Columns.read(self._connection)
         self._columns = known.including(self._connection, names)
@@ -335,7 +335,7 @@ def _noted(connection: Connection, run: int, ids: Collection[str]) -> dict[str, 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
+class CheckpointEntry(NamedTuple):
     """A checkpoint and what is known of it.
 
     Attributes:
@@ -370,7 +370,7 @@ def record_of(manifest: Manifest, metrics: dict[str, float]) -> str:
     return msgspec.json.encode(record).decode()
 
 
-def rows_of(columns: Columns, entries: Sequence[Entry]) -> list[tuple[Table, list[dict[str, Any]]]]:
+def rows_of(columns: Columns, entries: Sequence[CheckpointEntry]) -> list[tuple[Table, list[dict[str, Any]]]]:
     """The rows of some checkpoints, by table."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("checkpoints", "rarities", "details", "reasons")}
     used = {name: f"m{columns.keys[name]}" for entry in entries for name in entry.metrics}

@@ -54,7 +54,7 @@ runs = sa.Table(
     sa.Column("checkpoints", sa.BigInteger, nullable=False),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("newest", sa.Double),  # when the newest checkpoint was made
-    sa.Column("read", sa.Text, nullable=False),  # how far its files are read: ``changes.Known`` as JSON
+    sa.Column("read", sa.Text, nullable=False),  # how far its files are read: ``changes.ReadPosition`` as JSON
 )
 noted = sa.Table(
     PREFIX + "noted",

@@ -13,11 +13,11 @@ from typing import Any
 from sqlalchemy import Connection, Select, func, select
 
 from peakpoint.catalogue.query import Condition, Field
-from peakpoint.catalogue.ranking import Key
+from peakpoint.catalogue.ranking import RankingKey
 from peakpoint.catalogue.sql import Expression, Translator
 
-WINDOW = 4000  # rows that take a few milliseconds
-_NEWEST = Key(Field("created", (0, 0)), "max")
+CANDIDATE_LIMIT = 4000  # rows that take a few milliseconds
+_NEWEST = RankingKey(Field("created", (0, 0)), "max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,15 @@ class Search:
         clauses: what must hold.
         more: further conditions, in SQL.
         keys: by what rows are ranked; the newest first without any.
-        window: how many rows are few.
+        candidate_limit: how many rows are few.
     """
 
     connection: Connection
     sql: Translator
     clauses: Sequence[Condition]
     more: Sequence[Expression]
-    keys: Sequence[Key]
-    window: int
+    keys: Sequence[RankingKey]
+    candidate_limit: int
 
     def conditions(self) -> list[Expression]:
         """All that must hold."""
@@ -51,7 +51,7 @@ class Search:
 
     def _statement(self, columns: Sequence[Expression], limit: int | None) -> Select[Any]:
         ranked = select(*columns).order_by(*self._order(self.sql)).limit(limit)
-        if limit is None or limit > self.window // 4 or not self.sql.sqlite:
+        if limit is None or limit > self.candidate_limit // 4 or not self.sql.sqlite:
             return ranked.where(*self.conditions())
         scan = self.sql.without_indexes()
         conditions = [scan.where(clause) for clause in self.clauses]
@@ -80,7 +80,7 @@ class Search:
         value = self.sql.value(key.value)
         statement = select(value).where(self.sql.finite(key.value))
         ordered = statement.order_by(value.desc() if key.mode == "max" else value.asc())
-        edge = self.connection.scalar(ordered.offset(self.window - 1).limit(1))
+        edge = self.connection.scalar(ordered.offset(self.candidate_limit - 1).limit(1))
         if edge is None:
             return None
         inside: Expression = value >= edge if key.mode == "max" else value <= edge
@@ -90,7 +90,7 @@ class Search:
         """The clause that leaves the fewest rows, if it leaves few."""
         counts = {}
         for place, clause in enumerate(self.clauses):
-            some = select(self.sql.table.key).where(self.sql.where(clause)).limit(self.window).subquery()
+            some = select(self.sql.table.key).where(self.sql.where(clause)).limit(self.candidate_limit).subquery()
             counts[place] = self.connection.scalar(select(func.count()).select_from(some)) or 0
         fewest = min(counts, key=lambda place: counts[place], default=None)
-        return fewest if fewest is not None and counts[fewest] < self.window else None
+        return fewest if fewest is not None and counts[fewest] < self.candidate_limit else None

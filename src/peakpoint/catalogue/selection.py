@@ -14,13 +14,13 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, Engine, case, func, literal, not_, select
 
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.comparing import Difference
 from peakpoint.catalogue.database import DamagedError, read_json, translated
 from peakpoint.catalogue.query import FIELDS, Field, Metric, Query, point
-from peakpoint.catalogue.ranking import Key, WithinSE
+from peakpoint.catalogue.ranking import RankingKey, WithinSE
 from peakpoint.catalogue.schema import Columns
-from peakpoint.catalogue.search import WINDOW, Search
+from peakpoint.catalogue.search import CANDIDATE_LIMIT, Search
 from peakpoint.catalogue.sql import Expression, Translator
+from peakpoint.catalogue.verification import CatalogueMismatch
 from peakpoint.errors import ConfigError, NotFoundError, PeakpointWarning, TransientStoreError
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.metrics import metrics_from_json
@@ -28,7 +28,7 @@ from peakpoint.format.metrics import metrics_from_json
 _RUNNERS_UP = 3
 _CHUNK = 200
 _MOST = 10**9
-_EARLIEST = (Key(Field("step", (0, 0)), "min"),)
+_EARLIEST = (RankingKey(Field("step", (0, 0)), "min"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Clause:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Why:
+class Explanation:
     """How a selection came about.
 
     Attributes:
@@ -66,7 +66,7 @@ class Why:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class SelectionQuery:
     """What is to be selected.
 
     Attributes:
@@ -77,7 +77,7 @@ class Wish:
     """
 
     query: Query
-    keys: tuple[Key, ...] = ()
+    keys: tuple[RankingKey, ...] = ()
     top: int | None = None
     within: WithinSE | None = None
 
@@ -89,7 +89,7 @@ class Wish:
             raise ConfigError("within one standard error of what? rank by a metric first, as in --max val_accuracy")
 
 
-class Files(Protocol):
+class SelectionSource(Protocol):
     """What a selection asks of the repository's files."""
 
     @property
@@ -103,10 +103,10 @@ class Files(Protocol):
     def checkpoint(self, row: Any) -> Checkpoint:
         """A checkpoint, of what the catalogue holds."""
 
-    def differences(self, connection: Connection, columns: Columns, rows: Sequence[Any]) -> list[Difference]:
+    def differences(self, connection: Connection, columns: Columns, rows: Sequence[Any]) -> list[CatalogueMismatch]:
         """What rows say otherwise than the manifests."""
 
-    def mend(self, born: int, turn: int, differences: Sequence[Difference]) -> None:
+    def mend(self, born: int, turn: int, differences: Sequence[CatalogueMismatch]) -> None:
         """Make the catalogue say what the files say; with each turn in vain more of it is made anew.
 
         Raises:
@@ -124,11 +124,13 @@ class Selection:
         engine: one that reads.
         wish: what is wanted.
         files: what the catalogue is made from.
-        window: see ``Search``.
+        candidate_limit: see ``Search``.
     """
 
-    def __init__(self, engine: Engine, wish: Wish, files: Files, window: int = WINDOW) -> None:
-        self._engine, self._wish, self._files, self._window = engine, wish, files, window
+    def __init__(
+        self, engine: Engine, wish: SelectionQuery, files: SelectionSource, candidate_limit: int = CANDIDATE_LIMIT
+    ) -> None:
+        self._engine, self._wish, self._files, self._candidate_limit = engine, wish, files, candidate_limit
         with self._asked():  # which refuses names that do not exist
             pass
 
@@ -149,7 +151,7 @@ class Selection:
             _check_metrics(self._wish, columns)
             translator = Translator(columns, connection.dialect.name)
             left_out = [name for name in self._files.unread if "/" not in name]
-            yield _Question(connection, translator, columns, self._wish, self._window, left_out)
+            yield _Question(connection, translator, columns, self._wish, self._candidate_limit, left_out)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         yield from self._ranked(self._wish.top)
@@ -170,14 +172,14 @@ class Selection:
             found = question.count()
         return found if self._wish.top is None else min(found, self._wish.top)
 
-    def why(self) -> Why:
+    def why(self) -> Explanation:
         """What each clause removed, and what would have come next; looks at every checkpoint."""
         with self._asked() as question:
             candidates, clauses = question.told()
         left, top = clauses[-1].left if clauses else candidates, self._wish.top
         chosen = left if top is None else min(left, top)
         runners = () if top is None else tuple(islice(self._ranked(top + _RUNNERS_UP), top, None))
-        return Why(candidates=candidates, clauses=clauses, chosen=chosen, runners_up=runners)
+        return Explanation(candidates=candidates, clauses=clauses, chosen=chosen, runners_up=runners)
 
     def _ranked(self, limit: int | None) -> Iterator[Checkpoint]:
         """The keys at once, what belongs to them as it is asked for.
@@ -198,7 +200,7 @@ class Selection:
                     differences = self._differences(question, rows, len(keys) if begin == 0 else None)
                     chosen += [] if differences else map(self._files.checkpoint, rows)
             except DamagedError as error:
-                differences = [Difference("", str(error))]
+                differences = [CatalogueMismatch("", str(error))]
             if differences:
                 self._files.mend(born, turn, differences)
                 turn, keys = turn + 1, keys if begin else None
@@ -206,7 +208,7 @@ class Selection:
                 begin, turn = begin + _CHUNK, 0
             yield from chosen
 
-    def _differences(self, question: "_Question", rows: Sequence[Any], all_keys: int | None) -> list[Difference]:
+    def _differences(self, question: "_Question", rows: Sequence[Any], all_keys: int | None) -> list[CatalogueMismatch]:
         """What the rows say otherwise than the files; of the first ones also how many there are, and what is best.
 
         Args:
@@ -218,7 +220,7 @@ class Selection:
         looked_at = list({row.key: row for row in (*basis, *rows)}.values())
         differences = self._files.differences(question.connection, question.columns, looked_at)
         if all_keys is not None and len(rows) != min(all_keys, _CHUNK):
-            differences.append(Difference("", "a checkpoint has no name or no run"))
+            differences.append(CatalogueMismatch("", "a checkpoint has no name or no run"))
         return differences
 
 
@@ -229,8 +231,8 @@ class _Question:
     connection: Connection
     sql: Translator
     columns: Columns
-    wish: Wish
-    window: int
+    wish: SelectionQuery
+    candidate_limit: int
     left_out: Sequence[str]  # runs
 
     def born(self) -> int:
@@ -296,11 +298,11 @@ class _Question:
         more = () if within is None else (within[1],)
         return self._ranked(keys, more)
 
-    def _ranked(self, keys: Sequence[Key], more: Sequence[Expression]) -> Search:
+    def _ranked(self, keys: Sequence[RankingKey], more: Sequence[Expression]) -> Search:
         if self.left_out:
             unread = select(schema.runs.c.key).where(schema.runs.c.name.in_(self.left_out))
             more = (*more, self.columns.table.c.run.not_in(unread))
-        return Search(self.connection, self.sql, self.wish.query.clauses, more, keys, self.window)
+        return Search(self.connection, self.sql, self.wish.query.clauses, more, keys, self.candidate_limit)
 
     def _within(self) -> tuple[str, Expression] | None:
         """What is as good as the best."""
@@ -338,7 +340,7 @@ def make_checkpoint(row: Any, path: Path | None) -> Checkpoint:
     )
 
 
-def _check_metrics(wish: Wish, columns: Columns) -> None:
+def _check_metrics(wish: SelectionQuery, columns: Columns) -> None:
     """Refuse names that no checkpoint has, with near ones.
 
     Raises:

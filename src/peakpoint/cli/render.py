@@ -28,7 +28,7 @@ from peakpoint.rules.history import history
 from peakpoint.rules.peaks import Peak, peaks
 
 if TYPE_CHECKING:
-    from peakpoint.catalogue import Listed
+    from peakpoint.catalogue import RunSummary
 
 size, at = amounts.size, amounts.moment
 _NAMED = 10  # things that one command names
@@ -290,7 +290,7 @@ def print_run(console: Console, run: Run) -> None:
     console.print()
 
 
-def runs_table(console: Console, runs: Sequence["Listed"], writing: Collection[str]) -> Table:
+def runs_table(console: Console, runs: Sequence["RunSummary"], writing: Collection[str]) -> Table:
     """Runs, a line each: the peak against the last of the first metric that its rules watch; some are being written."""
     rows = [_run_row(run, writing=run.name in writing) for run in runs]
     titles = ("run", "aliases", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")
@@ -305,7 +305,7 @@ def runs_table(console: Console, runs: Sequence["Listed"], writing: Collection[s
     return tables.table(left, console.width)
 
 
-def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
+def _run_row(run: "RunSummary", *, writing: bool) -> tuple[str, ...]:
     peak = [""] * 5
     if run.peaks:
         metric, mode, best, moment, last, _, lost = _peak_cells(run.peaks[0], run.kept)
@@ -321,7 +321,7 @@ def _run_row(run: "Listed", *, writing: bool) -> tuple[str, ...]:
     )
 
 
-def listed_json(run: "Listed", writer: str | None) -> dict[str, Any]:
+def listed_json(run: "RunSummary", writer: str | None) -> dict[str, Any]:
     """A run for programs, without its checkpoints."""
     return {
         "name": run.name,

@@ -11,10 +11,10 @@ import click
 from rich.markup import escape
 from rich.progress import Progress
 
-from peakpoint.catalogue import Catalogue, Why, Wish
+from peakpoint.catalogue import Catalogue, Explanation, SelectionQuery
 from peakpoint.catalogue.query import Metric, Query
 from peakpoint.catalogue.query import parse as parse_query
-from peakpoint.catalogue.ranking import WithinSE, read_keys
+from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.cli import alias_marks, render, tables
 from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
 from peakpoint.cli.tables import Column
@@ -183,12 +183,12 @@ def select(
     with progress_of_runs() as progress:
         index.refresh(progress)
     few = top is None and not everything and not refs
-    ranking = read_keys(keys)
-    chosen = index.select(Wish(query=query, keys=ranking, top=_SHOWN + 1 if few else top, within=within))
+    ranking = ranking_keys(keys)
+    chosen = index.select(SelectionQuery(query=query, keys=ranking, top=_SHOWN + 1 if few else top, within=within))
     shown = list(chosen)
     more = few and len(shown) > _SHOWN
     shown = shown[:_SHOWN] if more else shown
-    why = index.select(Wish(query=query, keys=ranking, top=top, within=within)).why() if explain else None
+    why = index.select(SelectionQuery(query=query, keys=ranking, top=top, within=within)).why() if explain else None
     damaged = _damaged(repository, shown)
     aliases = index.aliases()
     for ref, what in damaged.items() if refs else ():
@@ -305,7 +305,7 @@ def _telling(shown: Sequence[Checkpoint]) -> list[str]:
     return sorted(sorted({name for one in shown for name in one.metrics}), key=place)
 
 
-def _print_why(why: "Why", keys: dict[str, Mode]) -> None:
+def _print_why(why: "Explanation", keys: dict[str, Mode]) -> None:
     console = render.console()
     console.print()
     rows = [("[dim]all checkpoints[/]", "", "", f"{why.candidates:,}")]
@@ -336,7 +336,7 @@ def _json(one: Checkpoint, aliases: _Aliases) -> dict[str, Any]:
     }
 
 
-def _why_json(why: "Why", aliases: _Aliases) -> dict[str, Any]:
+def _why_json(why: "Explanation", aliases: _Aliases) -> dict[str, Any]:
     return {
         "candidates": why.candidates,
         "clauses": [asdict(clause) for clause in why.clauses],

@@ -32,7 +32,7 @@ from typing import Any
 import msgspec
 
 from peakpoint.catalogue.query import parse as parse_query
-from peakpoint.catalogue.ranking import WithinSE, read_keys
+from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import read_duration
@@ -286,7 +286,7 @@ def _policy(alias: str, content: Any, base: Path) -> Policy:
     asked = table.validation
     parse_query(table.select)
     by = dict(map(_rank, table.rank))
-    read_keys(by)
+    ranking_keys(by)
     if table.select and not by:
         raise ConfigError('it selects, but does not say which is best: rank = ["max METRIC"]')
     if table.keep_last < 1:

@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from peakpoint.catalogue import Catalogue, Wish
+from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import parse
-from peakpoint.catalogue.ranking import read_keys
+from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FORMAT, Checkpoint
@@ -247,7 +247,7 @@ class _Release:
         bad, since = self._rolled_back()
         top = None if bad or since else 1
         passed = 0
-        wish = Wish(query=parse(policy.select), keys=read_keys(policy.by), top=top, within=policy.within)
+        wish = SelectionQuery(query=parse(policy.select), keys=ranking_keys(policy.by), top=top, within=policy.within)
         chosen = catalogue.select(wish)
         for candidate in chosen:
             back = bad.get(candidate.id)

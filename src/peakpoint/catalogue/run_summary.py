@@ -15,7 +15,7 @@ from peakpoint.rules.peaks import Peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
+class RunSummary:
     """One run, as the catalogue knows it.
 
     Attributes:
@@ -48,7 +48,7 @@ def _damage(text: str) -> tuple[str, ...]:
     return tuple(one.damage for one in decoded(text).unsettled.values() if one.damage is not None)
 
 
-def listed(connection: Connection, top: int | None) -> list[Listed]:
+def listed(connection: Connection, top: int | None) -> list[RunSummary]:
     """Every run, or so many at most; those that saved last come first."""
     table = schema.runs.c
     statement = select(schema.runs).order_by(table.newest.desc().nulls_last(), table.name).limit(top)
@@ -58,9 +58,9 @@ def listed(connection: Connection, top: int | None) -> list[Listed]:
     return [_listed(row, pointing.get(row.name, ())) for row in connection.execute(statement)]
 
 
-def _listed(row: Any, aliases: Iterable[str]) -> Listed:
+def _listed(row: Any, aliases: Iterable[str]) -> RunSummary:
     try:
-        return Listed(
+        return RunSummary(
             name=row.name,
             rules=tuple(read_json(row.rules)),
             peaks=tuple(read_peaks(row.peaks)),

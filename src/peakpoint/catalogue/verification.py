@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, Table, select
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.changes import NOTES
 from peakpoint.catalogue.database import DamagedError, check, read_json, translated
-from peakpoint.catalogue.refresh import Entry, plain_text, portions, rows_of, watched_by
+from peakpoint.catalogue.refresh import CheckpointEntry, plain_text, portions, rows_of, watched_by
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import Error, NotFoundError
 from peakpoint.format import layout
@@ -33,7 +33,7 @@ from peakpoint.store import Store
 Facts = dict[str, Any]
 
 
-class Difference(NamedTuple):
+class CatalogueMismatch(NamedTuple):
     """One thing that the catalogue says otherwise than the files.
 
     Attributes:
@@ -47,7 +47,9 @@ class Difference(NamedTuple):
     unreadable: bool = False
 
 
-def compare_rows(connection: Connection, columns: Columns, store: Store, rows: Sequence[Any]) -> list[Difference]:
+def compare_rows(
+    connection: Connection, columns: Columns, store: Store, rows: Sequence[Any]
+) -> list[CatalogueMismatch]:
     """Compare checkpoints that a selection has found with their manifests.
 
     Args:
@@ -56,29 +58,31 @@ def compare_rows(connection: Connection, columns: Columns, store: Store, rows: S
         store: where the files are.
         rows: see ``selection``: with ``owner``, the key of the run, and ``metrics`` and ``pinned``, which were noted.
     """
-    differences: list[Difference] = []
+    differences: list[CatalogueMismatch] = []
     standings: list[tuple[Any, reader.Standing]] = []
     archive_of = cache(partial(known_archive, store))
     for row in rows:
         try:
             standing = reader.look(store, row.run, row.name, archive_of(row.run))
         except (Error, ValueError) as error:  # a name that no key can have is a ValueError
-            differences.append(Difference(row.run, f"{row.run}/{row.name}: {error}", unreadable=True))
+            differences.append(CatalogueMismatch(row.run, f"{row.run}/{row.name}: {error}", unreadable=True))
             continue
         if isinstance(standing, reader.Standing):
             standings.append((row, standing))
         elif standing is None:
-            differences.append(Difference(row.run, f"{row.run}/{row.name} does not exist"))
+            differences.append(CatalogueMismatch(row.run, f"{row.run}/{row.name} does not exist"))
         else:
-            differences.append(Difference(row.run, str(standing.error), unreadable=True))
+            differences.append(CatalogueMismatch(row.run, str(standing.error), unreadable=True))
     entries = []
     for row, standing in standings:
         known = {**standing.manifest.metrics, **metrics_from_json(read_json(row.metrics or "{}"))}
-        entries.append(Entry(row.key, row.owner, standing, known, row.pinned is not None))
+        entries.append(CheckpointEntry(row.key, row.owner, standing, known, row.pinned is not None))
     return differences + list(_differing(connection, columns, entries))
 
 
-def _differing(connection: Connection, columns: Columns, entries: Sequence[Entry]) -> Iterator[Difference]:
+def _differing(
+    connection: Connection, columns: Columns, entries: Sequence[CheckpointEntry]
+) -> Iterator[CatalogueMismatch]:
     """Those whose rows are not what a refresh would write."""
     readable = []
     for entry in entries:
@@ -116,9 +120,9 @@ def _stored(connection: Connection, table: Table, keys: Sequence[int]) -> dict[i
     return _by_key(rows)
 
 
-def _difference(entry: Entry, what: str) -> Difference:
+def _difference(entry: CheckpointEntry, what: str) -> CatalogueMismatch:
     manifest = entry.standing.manifest
-    return Difference(manifest.run, f"{manifest.run}/{manifest.name}: {what}")
+    return CatalogueMismatch(manifest.run, f"{manifest.run}/{manifest.name}: {what}")
 
 
 def _where(table: Table, mine: Sequence[Any], theirs: Sequence[Any], titles: Mapping[str, str]) -> str:
@@ -136,7 +140,7 @@ def _where(table: Table, mine: Sequence[Any], theirs: Sequence[Any], titles: Map
 # --- everything ---------------------------------------------------------------------------------------------------
 
 
-def compare_all(engines: tuple[Engine, Engine], store: Store, runs: Sequence[str]) -> list[Difference]:
+def compare_all(engines: tuple[Engine, Engine], store: Store, runs: Sequence[str]) -> list[CatalogueMismatch]:
     """Compare all that the catalogue has of some runs with their files, and SQLite's indexes with its tables.
 
     Args:
@@ -145,24 +149,24 @@ def compare_all(engines: tuple[Engine, Engine], store: Store, runs: Sequence[str
         runs: which.
     """
     writing, reading = engines
-    differences: list[Difference] = []
+    differences: list[CatalogueMismatch] = []
     try:
         with translated(reading.url), reading.connect() as connection:
             columns = Columns.read(connection)
             for run in runs:
                 differences += compare_run(connection, columns, store, run)
     except DamagedError as error:
-        differences.append(Difference("", str(error)))
-    return differences + [Difference("", what) for what in check(writing)]
+        differences.append(CatalogueMismatch("", str(error)))
+    return differences + [CatalogueMismatch("", what) for what in check(writing)]
 
 
-def compare_run(connection: Connection, columns: Columns, store: Store, run: str) -> list[Difference]:
+def compare_run(connection: Connection, columns: Columns, store: Store, run: str) -> list[CatalogueMismatch]:
     """Compare all that the catalogue has of a run with its files."""
     table, details = columns.table.c, schema.details.c
     owner = connection.execute(select(schema.runs).where(schema.runs.c.name == run)).one_or_none()
     if owner is None:
         return (
-            [Difference(run, f"run {run} is missing in the catalogue")]
+            [CatalogueMismatch(run, f"run {run} is missing in the catalogue")]
             if store.size(layout.run_record(run)) is not None
             else []
         )
@@ -175,7 +179,7 @@ def compare_run(connection: Connection, columns: Columns, store: Store, run: str
     except NotFoundError:
         return []  # gone meanwhile
     except Error as error:
-        return [Difference(run, f"run {run}: {error}", unreadable=True)]
+        return [CatalogueMismatch(run, f"run {run}: {error}", unreadable=True)]
     known = notes(events)
     standings = {name: look for name, look in looks.items() if isinstance(look, reader.Standing)}
     names = sorted(rows.keys() ^ standings.keys())
@@ -184,29 +188,31 @@ def compare_run(connection: Connection, columns: Columns, store: Store, run: str
     for name in rows.keys() & standings.keys():
         manifest = standings[name].manifest
         metrics = {**manifest.metrics, **known.metrics.get(manifest.id, {})}
-        entries.append(Entry(rows[name].key, owner.key, standings[name], metrics, manifest.id in known.pinned))
+        entries.append(
+            CheckpointEntry(rows[name].key, owner.key, standings[name], metrics, manifest.id in known.pinned)
+        )
     differences += _differing(connection, columns, entries)
     if any(difference.unreadable for difference in differences):
         return differences  # the sums are others then, too
     facts = _facts(events, [standing.manifest for standing in standings.values()])
     mine = {name: getattr(owner, name) for name in facts}
     differences += [
-        Difference(run, f"run {run}: {name} is {mine[name]!r} in the catalogue, and {value!r} in the files")
+        CatalogueMismatch(run, f"run {run}: {name} is {mine[name]!r} in the catalogue, and {value!r} in the files")
         for name, value in facts.items()
         if mine[name] != value
     ]
     if _notes_there(connection, owner.key) != _notes(events):
         differences.append(
-            Difference(run, f"run {run}: what was noted of its checkpoints is not what its journal says")
+            CatalogueMismatch(run, f"run {run}: what was noted of its checkpoints is not what its journal says")
         )
     return differences
 
 
-def _alone(run: str, name: str, look: reader.Standing | reader.Damaged | None) -> Difference:
+def _alone(run: str, name: str, look: reader.Standing | reader.Damaged | None) -> CatalogueMismatch:
     """A checkpoint that only the catalogue or only the files have."""
     if isinstance(look, reader.Damaged):
-        return Difference(run, str(look.error), unreadable=True)
-    return Difference(run, f"{run}/{name} {'does not exist' if look is None else 'is missing in the catalogue'}")
+        return CatalogueMismatch(run, str(look.error), unreadable=True)
+    return CatalogueMismatch(run, f"{run}/{name} {'does not exist' if look is None else 'is missing in the catalogue'}")
 
 
 def _looks(store: Store, run: str) -> dict[str, reader.Standing | reader.Damaged | None]:
