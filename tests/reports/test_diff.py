@@ -18,7 +18,7 @@ import peakpoint as pp
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, CorruptError, NotFoundError
 from peakpoint.models.value_diff import distance
-from peakpoint.reports.diff import Difference, records_differ
+from peakpoint.reports.diff import Difference, diff_records
 from peakpoint.repository import maintenance
 from training import checkpointer, parts, train
 
@@ -171,7 +171,7 @@ def test_classes_rules_and_code_are_those_of_the_process_that_saved(tmp_path):
         ckpt.report(step=1)
     with checkpointer(tmp_path, state={"x": torch.nn.Bilinear(1, 2, 1)}, keep=[pp.Last(6)], resume="never") as ckpt:
         ckpt.report(step=2)
-    found = records_differ(pp.open(tmp_path), "r:1", "r:2")
+    found = diff_records(pp.open(tmp_path), "r:1", "r:2")
     assert [side.rules for side in (found.a, found.b)] == [("last:5",), ("last:6",)]
     assert [side.classes["x"].rpartition(".")[2] for side in (found.a, found.b)] == ["Linear", "Bilinear"]
 
@@ -179,7 +179,7 @@ def test_classes_rules_and_code_are_those_of_the_process_that_saved(tmp_path):
 def test_what_was_measured_later_counts(root):
     run = pp.open(root).run("b")
     run.record("b:epoch=1", {"test": 0.9})
-    found = records_differ(pp.open(root), "b:epoch=0", "b:epoch=1")
+    found = diff_records(pp.open(root), "b:epoch=0", "b:epoch=1")
     assert next(one for one in found.metrics if one.name == "test").b == 0.9
 
 
@@ -201,7 +201,7 @@ def test_tensors_that_are_the_same_are_not_read(root, tmp_path):
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         with pytest.raises(CorruptError, match=r"tensor .* in model.safetensors"):
             pp.diff(ref.ref, "a:epoch=2", root=root)
-        assert records_differ(pp.open(root), ref.ref, "a:epoch=2").tensors  # manifests know all the same
+        assert diff_records(pp.open(root), ref.ref, "a:epoch=2").tensors  # manifests know all the same
     finally:
         path.write_bytes(before)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint.format.events import Reported, Saved
-from peakpoint.reports.explain import lives
+from peakpoint.reports.explain import checkpoint_histories
 from peakpoint.repository import journal as journals
 from peakpoint.repository.removal import apply
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule
@@ -30,11 +30,11 @@ def test_an_end_names_who_beat_it(tmp_path):
         for step, accuracy in enumerate([0.5, 0.9, 0.7, 0.6], 1):
             ckpt.report(step=step, acc=accuracy)
             ckpt.wait()
-    found = lives(pp.open(tmp_path).run("r").events())
+    found = checkpoint_histories(pp.open(tmp_path).run("r").events())
     assert [life.record.step for life in found] == [1, 2, 3, 4]
     assert [life.removed is None for life in found] == [False, True, False, True]
     assert found[2].record.metrics == {"acc": 0.7}
-    assert found[2].beaten == (
+    assert found[2].claimed_instead == (
         ("best:acc:max", ("r_step2_acc0.9000: best acc (max): 0.9, next 0.7 at step 3",)),
         ("last:1", ("r_step4_acc0.6000: the newest",)),
     )
@@ -57,7 +57,7 @@ def test_lives_are_those_of_the_manifests_however_a_run_was_resumed(tmp_path_fac
                 step += 1
                 ckpt.report(step=step, acc=value)
     run = pp.open(root).run("r")
-    told = {life.record.id: life.record for life in lives(run.events())}
+    told = {life.record.id: life.record for life in checkpoint_histories(run.events())}
     for manifest in run.manifests():
         one = told[manifest.id]
         assert (one.sequence, one.step, one.forks) == (manifest.sequence, manifest.step, manifest.forks)
@@ -74,7 +74,7 @@ def test_an_end_that_came_to_nothing_at_first_has_the_reason_of_the_last(tmp_pat
         journal = journals.Journal(run.store, "r", lambda: START)
         apply(run.store, journal, [Removal(old, why)], by="somebody", pinned=lambda spared=spared: spared)
         journal.close()
-    assert [life.removed and life.removed.reason for life in lives(run.events())] == ["second", None]
+    assert [life.removed and life.removed.reason for life in checkpoint_histories(run.events())] == ["second", None]
 
 
 @pytest.mark.filterwarnings("ignore::peakpoint.PeakpointWarning")

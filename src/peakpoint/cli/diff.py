@@ -13,7 +13,7 @@ from rich.markup import escape
 from peakpoint.cli import render, tables
 from peakpoint.cli.arguments import JSON, ROOT, torch_side
 from peakpoint.cli.space import progress
-from peakpoint.reports.diff import Difference, MetricDifference, TensorDifference, manifests_differ
+from peakpoint.reports.diff import Difference, MetricDifference, TensorDifference, diff_manifests
 from peakpoint.repository.root import open_repository
 
 _WIDE = 120  # columns from which on a tensor is one line
@@ -33,7 +33,7 @@ def diff(root: Path, a: str, b: str, no_values: bool, top: int, everything: bool
     """Say what differs between two checkpoints: metrics, rules, versions, values, tensor by tensor."""
     repository = open_repository(root)
     one, other = repository.find_manifest(a), repository.find_manifest(b)
-    found = manifests_differ(repository, one, other)
+    found = diff_manifests(repository, one, other)
     if not no_values:
         distances = torch_side("peakpoint.models.value_diff")
         total = sum(tensor.bytes for tensor in found.tensors if tensor.what in {"dtype", "values"})

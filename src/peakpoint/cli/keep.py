@@ -17,7 +17,7 @@ from peakpoint.errors import ConfigError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Measured, Reported
 from peakpoint.format.manifest import Manifest
-from peakpoint.reports.explain import Life, lives
+from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
 from peakpoint.repository import maintenance
 from peakpoint.repository.annotations import all_known
 from peakpoint.repository.packs import check_not_archived, packed_bytes
@@ -230,13 +230,13 @@ def explain(root: Path, ref: str, *, json: bool) -> None:
     _explain_here(run, manifest, json=json)
 
 
-def _gone(run: Run, ref: str) -> Life | None:
+def _gone(run: Run, ref: str) -> CheckpointHistory | None:
     """The removed checkpoint that a ref names; the last one of several."""
 
-    def is_here(life: Life) -> bool:  # damaged, or its removal came to nothing
+    def is_here(life: CheckpointHistory) -> bool:  # damaged, or its removal came to nothing
         return life.removed is None and run.store.size(layout.manifest_key(run.name, life.saved.name)) is not None
 
-    removed = [life for life in lives(run.events()) if not is_here(life)]
+    removed = [life for life in checkpoint_histories(run.events()) if not is_here(life)]
     match parse(ref):
         case ByName(name=name):
             found = [life for life in removed if life.saved.name == name]
@@ -285,7 +285,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
         console.print(f"[dim]{escape(rule)} does not claim it but {escape(shown or 'nothing')}[/]")
 
 
-def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, json: bool) -> None:
+def _explain_gone(root: Path, run: Run, life: CheckpointHistory, until: datetime | None, *, json: bool) -> None:
     """What became of it; until when it is in the trash, if it still is."""
     removed = life.removed
     if json:
@@ -301,7 +301,7 @@ def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, j
                 "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
                 "removed": removed and {name: getattr(removed, name) for name in ("at", "reason", "by", "until")},
                 "in_trash": until is not None,
-                "claimed_instead": {rule: list(claimed) for rule, claimed in life.beaten},
+                "claimed_instead": {rule: list(claimed) for rule, claimed in life.claimed_instead},
             }
         )
         return
@@ -321,7 +321,7 @@ def _explain_gone(root: Path, run: Run, life: Life, until: datetime | None, *, j
         console.print(f"in the trash until {until:%Y-%m-%d %H:%M} UTC; {back} brings it back", soft_wrap=True)
     elif removed.until is not None:
         console.print("it was in the trash, and its files are gone for good")
-    for rule, claimed in life.beaten:
+    for rule, claimed in life.claimed_instead:
         console.print(f"  [cyan]{escape(rule)}[/] kept instead")
         more = [f"and {len(claimed) - 3} more"] if len(claimed) > 3 else []
         _print_lines(console, map(escape, [*claimed[:3], *more] or ["nothing"]), indent=4)

@@ -15,8 +15,8 @@ from peakpoint.reports.diff import (
     Difference,
     Distance,
     TensorDifference,
-    manifests_differ,
-    plain_values_differ,
+    diff_manifests,
+    diff_plain_values,
     tensors_of,
 )
 from peakpoint.repository import reader
@@ -37,7 +37,7 @@ def diff(
     """What differs between two checkpoints of a repository, and how far the values of their tensors are apart.
 
     Tensors with the same digest are not read. Of the others, two are in memory at a time, and each is compared with its
-    digest. ``peakpoint.reports.diff.records_differ`` says everything but the values, without torch.
+    digest. ``peakpoint.reports.diff.diff_records`` says everything but the values, without torch.
 
     Args:
         a: the ref of the first, such as ``"resnet50@best:val_accuracy"``.
@@ -64,7 +64,7 @@ def diff(
     """
     repository = open_repository(root)
     one, other = repository.find_manifest(a), repository.find_manifest(b)
-    return measured(repository.store, one, other, manifests_differ(repository, one, other), progress)
+    return measured(repository.store, one, other, diff_manifests(repository, one, other), progress)
 
 
 def measured(
@@ -85,7 +85,7 @@ def measured(
                 between = distance(*_read(store, one, *mine[key]), *_read(store, other, *others[key]))
                 progress(tensor.bytes)
             tensors.append(replace(tensor, distance=between))
-        plain, same = plain_values_differ(store, one, other)
+        plain, same = diff_plain_values(store, one, other)
     return replace(found, tensors=tuple(sorted(tensors, key=_order)), plain=plain, generators_same=same)
 
 

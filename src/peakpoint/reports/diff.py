@@ -25,7 +25,7 @@ from peakpoint.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
+class DiffSide:
     """One of the two checkpoints.
 
     Attributes:
@@ -163,8 +163,8 @@ class Difference:
         generators_same: whether the random generators are in the same state; None when that was not read.
     """
 
-    a: Side
-    b: Side
+    a: DiffSide
+    b: DiffSide
     metrics: tuple[MetricDifference, ...]
     tensors: tuple[TensorDifference, ...]
     same_tensors: int
@@ -181,7 +181,7 @@ class Difference:
         return not self.tensors and not self.plain
 
 
-def records_differ(repository: Repository, a: str, b: str) -> Difference:
+def diff_records(repository: Repository, a: str, b: str) -> Difference:
     """What differs between two checkpoints, without opening a weight file.
 
     Args:
@@ -195,20 +195,20 @@ def records_differ(repository: Repository, a: str, b: str) -> Difference:
 
     Example:
         >>> import tempfile, peakpoint as pp
-        >>> from peakpoint.reports.diff import records_differ
+        >>> from peakpoint.reports.diff import diff_records
         >>> root = tempfile.mkdtemp()
         >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Best("loss", "min"), pp.Last(2)]) as ckpt:
         ...     for epoch in ckpt.epochs(2):
         ...         _ = ckpt.report(loss=1.0 - epoch / 4)
-        >>> found = records_differ(pp.open(root), "r:epoch=0", "r:epoch=1")
+        >>> found = diff_records(pp.open(root), "r:epoch=0", "r:epoch=1")
         >>> found.metrics[0].change, found.metrics[0].better
         (-0.25, 'b')
     """
-    return manifests_differ(repository, repository.find_manifest(a), repository.find_manifest(b))
+    return diff_manifests(repository, repository.find_manifest(a), repository.find_manifest(b))
 
 
-def manifests_differ(repository: Repository, one: Manifest, other: Manifest) -> Difference:
-    """``records_differ`` of checkpoints that have been found."""
+def diff_manifests(repository: Repository, one: Manifest, other: Manifest) -> Difference:
+    """``diff_records`` of checkpoints that have been found."""
     first, second = _side(repository, one), _side(repository, other)
     mine, others = dict(tensors_of(one)), dict(tensors_of(other))
     tensors, same = [], []
@@ -263,10 +263,10 @@ def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None
     )
 
 
-def _side(repository: Repository, manifest: Manifest) -> Side:
+def _side(repository: Repository, manifest: Manifest) -> DiffSide:
     events = repository.run(manifest.run).events()
     opened = _opened(events, manifest)
-    return Side(
+    return DiffSide(
         ref=f"{manifest.run}/{manifest.name}",
         id=manifest.id,
         step=manifest.step,
@@ -297,7 +297,7 @@ def _opened(events: Sequence[Event], manifest: Manifest) -> Opened | None:
     return opened
 
 
-def _metrics(a: Side, b: Side) -> Iterator[MetricDifference]:
+def _metrics(a: DiffSide, b: DiffSide) -> Iterator[MetricDifference]:
     pairs = set(watched(parse_rule(text) for text in dict.fromkeys([*a.rules, *b.rules])))
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
         modes = [mode for metric, mode in pairs if metric == name]
@@ -312,7 +312,7 @@ def _metrics(a: Side, b: Side) -> Iterator[MetricDifference]:
 # --- plain values -------------------------------------------------------------------------------------------------
 
 
-def plain_values_differ(store: Store, one: Manifest, other: Manifest) -> tuple[tuple[PlainDifference, ...], bool]:
+def diff_plain_values(store: Store, one: Manifest, other: Manifest) -> tuple[tuple[PlainDifference, ...], bool]:
     """The values of the state that are no tensors and differ, and whether the random generators are the same.
 
     Reads ``state.json`` of both, and compares it with its digest.

@@ -12,7 +12,7 @@ from peakpoint.rules.history import Branch, moment_of, windows
 
 
 @dataclass(frozen=True, slots=True)
-class Life:
+class CheckpointHistory:
     """One checkpoint from its commit to its end.
 
     Attributes:
@@ -25,15 +25,15 @@ class Life:
     saved: Saved
     record: Moment
     removed: Removed | None
-    beaten: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    claimed_instead: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-def lives(events: Iterable[Event]) -> list[Life]:
+def checkpoint_histories(events: Iterable[Event]) -> list[CheckpointHistory]:
     """Every checkpoint that a run ever had, earliest first."""
     branch = Branch({}, ())
     places: dict[str | None, tuple[Branch, Saved]] = {}
     texts: tuple[str, ...] = ()
-    found: dict[str, Life] = {}
+    found: dict[str, CheckpointHistory] = {}
     for event in events:
         match event:
             case Opened():
@@ -46,17 +46,17 @@ def lives(events: Iterable[Event]) -> list[Life]:
                 branch.reports[event.report] = event
             case Saved():
                 places[event.checkpoint] = (branch, event)
-                found[event.checkpoint] = Life(event, moment_of(event, branch), None)
+                found[event.checkpoint] = CheckpointHistory(event, moment_of(event, branch), None)
             case Removed() if event.checkpoint in found:
                 life = found[event.checkpoint]  # said before, when that removal came to nothing
                 there = [one for one in found.values() if one.removed is None or one is life]
                 names = {other.record.id: other.saved.name for other in there}
                 others = [other.record for other in there]
                 beaten = tuple((text, _instead(text, others, names, event.checkpoint)) for text in texts)
-                found[event.checkpoint] = Life(life.saved, life.record, event, beaten)
+                found[event.checkpoint] = CheckpointHistory(life.saved, life.record, event, beaten)
             case Undone(checkpoint=checkpoint, parts=()) if checkpoint in found:
                 life = found[checkpoint]
-                found[checkpoint] = Life(life.saved, life.record, None)
+                found[checkpoint] = CheckpointHistory(life.saved, life.record, None)
             case _:
                 pass
     return list(found.values())
