@@ -19,7 +19,7 @@ from peakpoint.reports import evaluation
 from peakpoint.reports.evaluation import evaluate
 from peakpoint.reports.evaluation.groups import optimizer_of
 from peakpoint.reports.evaluation.noise import margin_of_best, of_proportion, welch
-from peakpoint.reports.evaluation.peaks import Examples, judge
+from peakpoint.reports.evaluation.peaks import Examples, run_peaks
 from peakpoint.reports.evaluation.sparsity import tradeoff
 from peakpoint.repository import maintenance
 from peakpoint.rules.peaks import peaks
@@ -125,7 +125,7 @@ def test_what_is_rounded_and_anneals_to_a_constant_is_never_a_peak(examples, ear
         name="r", history=history, rules=(), kept={}, saved=frozenset(), checkpoints=(),
         series=lambda metric: [report.metrics[metric] for report in history],
     )  # fmt: skip
-    [one] = judge(nothing, "m", mode, Examples())
+    [one] = run_peaks(nothing, "m", mode, Examples())
     assert one.verdict != "peak"
     assert one.noise is None
 
@@ -235,7 +235,7 @@ def test_abandoned_branches_do_not_count(tmp_path):
     write(tmp_path, "r", acc=[0.7, 0.65], keep=[pp.Last(4)], resume="r:epoch=1", start=2)
     report = found(tmp_path, metrics={"acc": "max"})
     [one] = report.peaks
-    [material] = report.materials
+    [material] = report.runs
     assert [r.metrics["acc"] for r in material.history] == [0.5, 0.6, 0.7, 0.65]
     assert [[r.metrics["acc"] for r in branch] for branch in material.abandoned] == [[0.9, 0.4]]
     assert (one.peak.best, one.peak.best_epoch) == (0.7, 2)
@@ -247,7 +247,7 @@ def test_checkpoints_of_abandoned_branches_are_not_those_of_the_history(tmp_path
     write(tmp_path, "r", acc=[0.5, 0.6, 0.9, 0.95], keep=[pp.Last(4)])
     write(tmp_path, "r", acc=[0.1, 0.2], keep=[pp.TopK("acc", "max", 4)], resume="r:epoch=1", start=2)
     report = found(tmp_path)
-    [material] = report.materials
+    [material] = report.runs
     assert set(material.kept) == material.saved == {1, 2}
     assert [row[-1] is not None for row in material.rows()] == [True, True, False, False]
     assert report.peaks[0].checkpoint == pp.open(tmp_path).find("r:epoch=1").ref
@@ -615,7 +615,7 @@ def test_a_training_that_was_stopped_early_says_so(tmp_path):
             for epoch in ckpt.epochs(12):
                 ckpt.report(acc=1 - abs(5 - epoch) / 10)
     found = evaluation.evaluate(pp.open(tmp_path))
-    ended = {one.name: (one.stopped_early, one.ended, len(one.history)) for one in found.materials}
+    ended = {one.name: (one.stopped_early, one.ended, len(one.history)) for one in found.runs}
     assert ended["whole"] == (False, "closed", 12)
     assert ended["stopped"][0] is True
     assert ended["stopped"][1].startswith("stopped early: acc has not improved")

@@ -24,7 +24,7 @@ import peakpoint as pp
 from peakpoint.cli import report
 from peakpoint.cli.main import cli
 from peakpoint.reports.evaluation import evaluate, files, pages, tables, write
-from peakpoint.reports.evaluation.tables import Table
+from peakpoint.reports.evaluation.tables import ReportTable
 from training import checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*never counts as best:peakpoint.PeakpointWarning")
@@ -349,7 +349,7 @@ def svgs(root):
 
 @given(st.lists(st.lists(st.text(max_size=20), min_size=2, max_size=2), max_size=4), st.text(max_size=20))
 def test_no_text_becomes_markup(rows, title):
-    table = Table(title=title, columns=("a", ">b"), rows=tuple(map(tuple, rows)), notes=(title,))
+    table = ReportTable(title=title, columns=("a", ">b"), rows=tuple(map(tuple, rows)), notes=(title,))
     body = ET.Element("body")
     pages._table(body, table)
     found = Tags(ET.tostring(body, encoding="unicode", method="html"))
@@ -366,7 +366,7 @@ def test_ids_and_short_cells_are_not_broken():
         "run/9e689312_epoch0_step0",
     )
     body = ET.Element("body")
-    pages._table(body, Table(title="t", columns=("a", "b", "c", "d"), rows=(cells,)))
+    pages._table(body, ReportTable(title="t", columns=("a", "b", "c", "d"), rows=(cells,)))
     found = [(cell.get("class"), "".join(cell.itertext())) for cell in body.iter("td")]
     assert found == [("tight", cells[0]), *((None, cell) for cell in cells[1:])]
     assert [span.text for span in body.iter("span")] == ["/9e689312"]
@@ -418,7 +418,7 @@ def test_nothing_can_be_reported_but_not_drawn(tmp_path):
 )
 def test_on_a_narrow_terminal_every_cell_is_there(given):
     cells, width = given
-    table = Table(title="t", columns=tuple(f"head{at}" for at in range(len(cells))), rows=(tuple(cells),))
+    table = ReportTable(title="t", columns=tuple(f"head{at}" for at in range(len(cells))), rows=(tuple(cells),))
     lines = [line.plain for line in report._paragraph(table, cells, width)]
     assert "".join(lines) == cells[0] + "".join(f"  head{at} {cell}" for at, cell in enumerate(cells) if at)
     longest = max(len(f"  head{at} {cell}") for at, cell in enumerate(cells))

@@ -13,7 +13,7 @@ from peakpoint.reports import card as cards
 from peakpoint.reports import changelog as changelogs
 from peakpoint.reports.card.front_matter import front_matter
 from peakpoint.reports.changelog import markdown
-from peakpoint.reports.evaluation.files import put
+from peakpoint.reports.evaluation.files import replace_file
 from peakpoint.repository.root import open_repository
 from peakpoint.store import translated
 
@@ -74,7 +74,7 @@ def _write(to: Path, text: str, *, force: bool) -> None:
             raise ConflictError(
                 f"{to} exists, and no changelog of Peakpoint is in it; choose another name, or replace it with --force"
             )
-    put(to, text.encode())
+    replace_file(to, text.encode())
 
 
 # --- card ---------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:
 
 
 def _print(found: evaluation.Evaluation, console: Console) -> None:
-    if not found.materials:
+    if not found.runs:
         console.print(_text(f"{found.location} has no runs yet"))
     for table in tables.tables(found):
         console.print(_text(table.title, "bold"))
@@ -129,7 +129,7 @@ def _text(text: str, style: str = "") -> Text:
     return Text(tables.printable(text), style)
 
 
-def _rich(table: tables.Table, width: int) -> RenderableType:
+def _rich(table: tables.ReportTable, width: int) -> RenderableType:
     """A table; where it is too narrow for one, a paragraph for each row."""
     lengths = [
         max(map(cell_len, column)) for column in zip([head for head, _ in table.heads], *table.rows, strict=True)
@@ -143,7 +143,7 @@ def _rich(table: tables.Table, width: int) -> RenderableType:
     return plain(heads, rows, unbroken=[head for head, keep in zip(heads, whole, strict=True) if keep])
 
 
-def _paragraph(table: tables.Table, cells: Sequence[str], width: int) -> list[Text]:
+def _paragraph(table: tables.ReportTable, cells: Sequence[str], width: int) -> list[Text]:
     """The first cell, then heads with their cells, as many on a line as fit."""
     lines = [Text.assemble(_text(cells[0], "bold"))]
     for (head, _), cell in list(zip(table.heads, cells, strict=True))[1:]:

@@ -22,9 +22,8 @@ from peakpoint.format.events import Event, Measured, Opened, Saved
 from peakpoint.format.manifest import Manifest
 from peakpoint.reports.card.template import MARK, markdown
 from peakpoint.reports.card.values import AliasPeriod, ModelCard, ModelDescription
-from peakpoint.reports.evaluation.files import put
-from peakpoint.reports.evaluation.run_data import Material
-from peakpoint.reports.evaluation.run_data import gather as gather_material
+from peakpoint.reports.evaluation.files import replace_file
+from peakpoint.reports.evaluation.run_data import RunData, read_run_data
 from peakpoint.repository import aliases, reader, signing, validations
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.root import Repository
@@ -58,7 +57,7 @@ def gather(repository: Repository, ref: str, description: ModelDescription | Non
         license: "mit"
     """
     run, manifest = repository.locate(ref)
-    material = gather_material(run)
+    material = read_run_data(run)
     events = run.events()
     found, damage = validations.readable(run.store, run.name, manifest.id)
     held, broken = _held(run.store, manifest)
@@ -92,7 +91,7 @@ def _classes(events: tuple[Event, ...], manifest: Manifest) -> Mapping[str, str]
     return state
 
 
-def _lineage(material: Material, events: tuple[Event, ...], manifest: Manifest) -> tuple[tuple[str, bool], ...]:
+def _lineage(material: RunData, events: tuple[Event, ...], manifest: Manifest) -> tuple[tuple[str, bool], ...]:
     """What it continues, the nearest first, and whether that exists; what is gone does not say what it continued."""
     names = {event.checkpoint: event.name for event in events if isinstance(event, Saved)}
     parents = {one.id: one.parent for one in material.checkpoints}
@@ -146,8 +145,8 @@ def write(found: ModelCard, folder: str | os.PathLike[str], *, force: bool = Fal
     _check(page, picture, force=force)
     drawn = _curve(found)
     if drawn is not None:
-        put(picture, drawn)
-    put(page, markdown(found, None if drawn is None else CURVE).encode())
+        replace_file(picture, drawn)
+    replace_file(page, markdown(found, None if drawn is None else CURVE).encode())
     return [page] if drawn is None else [page, picture]
 
 

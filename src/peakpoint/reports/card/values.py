@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from peakpoint.format.events import Measured
 from peakpoint.format.manifest import Manifest
-from peakpoint.reports.evaluation.run_data import Material
+from peakpoint.reports.evaluation.run_data import RunData
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.signing import Signature
 from peakpoint.repository.validations import Validation
@@ -76,7 +76,7 @@ class ModelCard:
     location: str
     manifest: Manifest
     manifest_digest: str
-    run_data: Material
+    run_data: RunData
     claims: tuple[Claim, ...]
     metrics: Mapping[str, float]
     measured: tuple[Measured, ...]

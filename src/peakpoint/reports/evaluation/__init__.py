@@ -21,35 +21,39 @@ from functools import partial
 
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.names import check_metric, near
-from peakpoint.reports.evaluation.compressed import Comparison, Difference, Side, Weight
-from peakpoint.reports.evaluation.compressed import compare as compare_weights
+from peakpoint.reports.evaluation.compressed import (
+    CompressedComparison,
+    MetricChange,
+    ModelSize,
+    RunCheckpoint,
+    compare_compressed,
+)
 from peakpoint.reports.evaluation.files import write
-from peakpoint.reports.evaluation.groups import Group, Grouping, key_of, optimizer_of
-from peakpoint.reports.evaluation.groups import compare as compare_groups
+from peakpoint.reports.evaluation.groups import Grouping, RunGroup, compare_groups, group_key, optimizer_of
 from peakpoint.reports.evaluation.noise import Interval, Noise
-from peakpoint.reports.evaluation.peaks import Examples, Judged, directions, judge
-from peakpoint.reports.evaluation.run_data import Material, gather, ref_of
-from peakpoint.reports.evaluation.sparsity import AtTarget, Spot, Tradeoff, tradeoff
+from peakpoint.reports.evaluation.peaks import Examples, RunPeak, directions, run_peaks
+from peakpoint.reports.evaluation.run_data import RunData, read_run_data, ref_of
+from peakpoint.reports.evaluation.sparsity import BestAtTarget, SparsityPoint, Tradeoff, tradeoff
 from peakpoint.reports.evaluation.tables import few, printable
 from peakpoint.repository import refs
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, check_mode, ranked
 
 __all__ = [
-    "AtTarget",
-    "Comparison",
-    "Difference",
+    "BestAtTarget",
+    "CompressedComparison",
     "Evaluation",
     "Examples",
-    "Group",
     "Grouping",
     "Interval",
-    "Judged",
-    "Material",
+    "MetricChange",
+    "ModelSize",
     "Noise",
-    "Spot",
+    "RunData",
+    "RunGroup",
+    "RunPeak",
+    "SparsityPoint",
     "Tradeoff",
-    "Weight",
     "evaluate",
     "write",
 ]
@@ -63,7 +67,7 @@ class Evaluation:
 
     Attributes:
         location: the repository.
-        materials: each run as it was read; ``Material.rows`` is every value.
+        runs: each run as it was read; ``RunData.rows`` is every value.
         optimizers: run to the class of its optimizer.
         peaks: best against last, by run and metric.
         groups: runs side by side, by metric.
@@ -73,12 +77,12 @@ class Evaluation:
     """
 
     location: str
-    materials: tuple[Material, ...]
+    runs: tuple[RunData, ...]
     optimizers: Mapping[str, str]
-    peaks: tuple[Judged, ...]
+    peaks: tuple[RunPeak, ...]
     groups: tuple[Grouping, ...]
     tradeoffs: tuple[Tradeoff, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[CompressedComparison, ...]
     remarks: tuple[str, ...]
 
 
@@ -134,17 +138,17 @@ def evaluate(
     wanted = {check_metric(name): mode for name, mode in (metrics or {}).items()}
     for name, mode in wanted.items():
         check_mode(f"metric {name!r}", mode)
-    key_of(group_by)
+    group_key(group_by)
     chosen = [repository.run(name) for name in dict.fromkeys(runs)] if runs else repository.runs()
     # what is compared need not be evaluated
     named = [name for pair in compare for name in map(_run_of, pair)]
-    materials = {run.name: gather(run) for run in chosen}
-    others = {name: gather(repository.run(name)) for name in dict.fromkeys(named) if name not in materials}
+    materials = {run.name: read_run_data(run) for run in chosen}
+    others = {name: read_run_data(repository.run(name)) for name in dict.fromkeys(named) if name not in materials}
     read = tuple(materials.values())
     _check_known(read, [*wanted, *examples.by_metric])
     _check_compressed([*read, *others.values()], sparsity, part)
     pairs = {one.name: tuple(wanted.items()) or directions(one.rules, sparsity) for one in read}
-    peaks = [found for one in read for name, mode in pairs[one.name] for found in judge(one, name, mode, examples)]
+    peaks = [found for one in read for name, mode in pairs[one.name] for found in run_peaks(one, name, mode, examples)]
     every = tuple(dict.fromkeys(pair for some in pairs.values() for pair in some))
     watching = {pair: [one for one in read if pair in pairs[one.name]] for pair in every}
     tradeoffs = [found for (name, mode), some in watching.items() if (found := tradeoff(some, name, mode, sparsity))]
@@ -154,13 +158,13 @@ def evaluate(
     asked = [(f"{one} and {other}", side(one), side(other)) for one, other in compare]
     return Evaluation(
         location=repository.store.location,
-        materials=read,
+        runs=read,
         optimizers={one.name: optimizer_of(one.state) for one in read},
         peaks=tuple(peaks),
         groups=tuple(compare_groups(read, peaks, group_by)),
         tradeoffs=tuple(tradeoffs),
         comparisons=tuple(
-            compare_weights(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
+            compare_compressed(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
             for why, one, other in (asked if compare else _having(dense, part))
         ),
         remarks=(
@@ -181,7 +185,7 @@ def _run_of(name: str) -> str:
     return refs.parse(name).run if any(mark in name for mark in "@:/") else name
 
 
-def _check_known(materials: Iterable[Material], metrics: Iterable[str]) -> None:
+def _check_known(materials: Iterable[RunData], metrics: Iterable[str]) -> None:
     have = sorted({name for material in materials for name in material.metrics})
     for metric in metrics:
         if metric not in have:
@@ -191,7 +195,7 @@ def _check_known(materials: Iterable[Material], metrics: Iterable[str]) -> None:
             )
 
 
-def _check_compressed(materials: Sequence[Material], sparsity: str, part: str) -> None:
+def _check_compressed(materials: Sequence[RunData], sparsity: str, part: str) -> None:
     """What was named must be there; that nothing is sparse, or no part is called model, is no mistake."""
     if sparsity != _SPARSITY:
         _check_known(materials, [sparsity])
@@ -201,7 +205,7 @@ def _check_compressed(materials: Sequence[Material], sparsity: str, part: str) -
         raise NotFoundError(f"no checkpoint here has a part {part!r}{near(part, parts)}; parts: {', '.join(parts)}")
 
 
-def _doubts(materials: Iterable[Material], modes: Mapping[str, Mode], examples: Examples) -> Iterator[str]:
+def _doubts(materials: Iterable[RunData], modes: Mapping[str, Mode], examples: Examples) -> Iterator[str]:
     """Percentages that look like fractions."""
     for material in materials if examples.percent else ():
         for name, mode in modes.items():
@@ -216,10 +220,10 @@ def _side(
     name: str,
     *,
     repository: Repository,
-    materials: Mapping[str, Material],
+    materials: Mapping[str, RunData],
     wanted: Mapping[str, Mode],
     modes: Mapping[str, Mode],
-) -> Side:
+) -> RunCheckpoint:
     """A ref, or a run whose best checkpoint is meant; with all that is known of its metrics."""
     material = materials[_run_of(name)]
     if name == material.name:
@@ -235,7 +239,7 @@ def _side(
     return material, next(manifest for manifest in material.checkpoints if manifest.id == identity)
 
 
-_Pair = tuple[str, Side, Side]
+_Pair = tuple[str, RunCheckpoint, RunCheckpoint]
 
 
 def _having(pairs: Iterable[_Pair], part: str) -> list[_Pair]:
@@ -255,7 +259,7 @@ def _without(pairs: Sequence[_Pair], part: str) -> Iterator[str]:
             )
 
 
-def _dense_pairs(materials: Mapping[str, Material], tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:
+def _dense_pairs(materials: Mapping[str, RunData], tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:
     """The best dense checkpoint of a run with its best at each target."""
     seen = set()
     for found in tradeoffs:
@@ -272,7 +276,7 @@ def _dense_pairs(materials: Mapping[str, Material], tradeoffs: Iterable[Tradeoff
                 yield why, (material, pair[0]), (material, pair[1])
 
 
-def _not_ranked(materials: Sequence[Material], pairs: Mapping[str, Sequence[tuple[str, Mode]]]) -> Iterator[str]:
+def _not_ranked(materials: Sequence[RunData], pairs: Mapping[str, Sequence[tuple[str, Mode]]]) -> Iterator[str]:
     """Metrics that are shown of other runs only."""
     for name, mode in dict.fromkeys(pair for some in pairs.values() for pair in some):
         without = [
@@ -288,8 +292,8 @@ def _not_ranked(materials: Sequence[Material], pairs: Mapping[str, Sequence[tupl
 
 
 def _remarks(
-    materials: Sequence[Material],
-    peaks: Sequence[Judged],
+    materials: Sequence[RunData],
+    peaks: Sequence[RunPeak],
     pairs: Mapping[str, Sequence[tuple[str, Mode]]],
     *,
     asked: bool,

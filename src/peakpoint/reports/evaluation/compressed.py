@@ -11,7 +11,7 @@ from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.format.masks import masks_of
 from peakpoint.reports.evaluation.noise import Interval
 from peakpoint.reports.evaluation.peaks import Examples, noise_of
-from peakpoint.reports.evaluation.run_data import Material, ref_of
+from peakpoint.reports.evaluation.run_data import RunData, ref_of
 from peakpoint.repository import reader
 from peakpoint.rules import Mode
 from peakpoint.store import Store
@@ -21,7 +21,7 @@ _NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
+class ModelSize:
     """What one checkpoint weighs.
 
     Attributes:
@@ -51,7 +51,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class MetricChange:
     """One metric of two checkpoints.
 
     Attributes:
@@ -72,7 +72,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class CompressedComparison:
     """Two checkpoints side by side.
 
     Attributes:
@@ -83,17 +83,17 @@ class Comparison:
     """
 
     why: str
-    original: Weight
-    compressed: Weight
-    differences: tuple[Difference, ...]
+    original: ModelSize
+    compressed: ModelSize
+    differences: tuple[MetricChange, ...]
 
 
-Side = tuple[Material, Manifest]
+RunCheckpoint = tuple[RunData, Manifest]
 
 
-def compare(
-    original: Side,
-    compressed: Side,
+def compare_compressed(
+    original: RunCheckpoint,
+    compressed: RunCheckpoint,
     modes: Mapping[str, Mode],
     examples: Examples,
     *,
@@ -101,7 +101,7 @@ def compare(
     part: str = "model",
     sparsity: str = "sparsity",
     recount: bool = False,
-) -> Comparison:
+) -> CompressedComparison:
     """Put two checkpoints side by side.
 
     Args:
@@ -118,17 +118,19 @@ def compare(
         NotFoundError: a checkpoint has no such part.
     """
     shared = [name for name in original[1].metrics if name in compressed[1].metrics]
-    return Comparison(
+    return CompressedComparison(
         why=why,
-        original=weigh(*original, part=part, sparsity=sparsity, recount=recount),
-        compressed=weigh(*compressed, part=part, sparsity=sparsity, recount=recount),
+        original=model_size(*original, part=part, sparsity=sparsity, recount=recount),
+        compressed=model_size(*compressed, part=part, sparsity=sparsity, recount=recount),
         differences=tuple(_difference(name, original, compressed, modes.get(name), examples) for name in shared),
     )
 
 
-def _difference(metric: str, one: Side, other: Side, mode: Mode | None, examples: Examples) -> Difference:
+def _difference(
+    metric: str, one: RunCheckpoint, other: RunCheckpoint, mode: Mode | None, examples: Examples
+) -> MetricChange:
     values = one[1].metrics[metric], other[1].metrics[metric]
-    found = Difference(metric=metric, mode=mode, original=values[0], compressed=values[1], interval=None, source="")
+    found = MetricChange(metric=metric, mode=mode, original=values[0], compressed=values[1], interval=None, source="")
     if mode is None or not all(map(math.isfinite, values)):
         return found
     first, second = (noise_of(material, metric, mode, (kept.report,), examples) for material, kept in (one, other))
@@ -140,7 +142,7 @@ def _difference(metric: str, one: Side, other: Side, mode: Mode | None, examples
     return replace(found, interval=interval, source=first.source if first.source == second.source else source)
 
 
-def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, recount: bool) -> Weight:
+def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: str, recount: bool) -> ModelSize:
     """What a part of a checkpoint weighs.
 
     Raises:
@@ -165,7 +167,7 @@ def weigh(material: Material, manifest: Manifest, *, part: str, sparsity: str, r
     elif 0 <= recorded <= 1:
         nonzero = round(parameters * (1 - recorded))
         source = f"if the recorded {sparsity} is that of all parameters"
-    return Weight(
+    return ModelSize(
         ref=ref_of(manifest),
         part=part,
         parameters=parameters,

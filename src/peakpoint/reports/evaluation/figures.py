@@ -23,8 +23,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from peakpoint.format.events import Reported
 from peakpoint.reports.evaluation.downsample import thin
-from peakpoint.reports.evaluation.peaks import Examples, Judged, judge
-from peakpoint.reports.evaluation.run_data import Material
+from peakpoint.reports.evaluation.peaks import Examples, RunPeak, run_peaks
+from peakpoint.reports.evaluation.run_data import RunData
 from peakpoint.reports.evaluation.sparsity import Tradeoff
 from peakpoint.reports.evaluation.tables import printable
 from peakpoint.rules import Mode
@@ -75,11 +75,11 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
         found: what to show.
         separate: a picture for each run instead of all runs in one.
     """
-    materials = {run.name: run for run in found.materials}
+    materials = {run.name: run for run in found.runs}
     looks = _Looks({})
     made = []
     for names in [{name} for name in materials] if separate else [set(materials)]:
-        groups: dict[str, list[Judged]] = {}
+        groups: dict[str, list[RunPeak]] = {}
         for one in found.peaks:
             if one.window == 1 and one.run in names:
                 groups.setdefault(_split_off(one.peak.metric), []).append(one)
@@ -87,7 +87,7 @@ def panels(found: "Evaluation", *, separate: bool = False) -> list[Panel]:
     return made + [_front(one, looks) for one in found.tradeoffs]
 
 
-def curve(material: Material, metric: str, mode: Mode, here: tuple[int, int | None, float] | None) -> Panel | None:
+def curve(material: RunData, metric: str, mode: Mode, here: tuple[int, int | None, float] | None) -> Panel | None:
     """The curve of one metric of one run, with its peak.
 
     Args:
@@ -99,7 +99,7 @@ def curve(material: Material, metric: str, mode: Mode, here: tuple[int, int | No
     Returns:
         None when the metric never had a finite value.
     """
-    judged = [one for one in judge(material, metric, mode, Examples()) if one.window == 1]
+    judged = [one for one in run_peaks(material, metric, mode, Examples()) if one.window == 1]
     if not judged:
         return None
     panel = _curves(_split_off(metric), judged, {material.name: material}, _Looks({}))
@@ -188,7 +188,7 @@ def _short(name: str, most: int = 40) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Curves:
+class CurvePicture:
     """One metric of some runs, with that of the other splits.
 
     Attributes:
@@ -200,8 +200,8 @@ class _Curves:
     """
 
     title: str
-    judged: Sequence[Judged]
-    materials: Mapping[str, Material]
+    judged: Sequence[RunPeak]
+    materials: Mapping[str, RunData]
     looks: Mapping[str, tuple[str, str]]
     by_epoch: bool
 
@@ -229,13 +229,13 @@ class _Curves:
             if one.run in self.looks:
                 self._marks(axes, one)
 
-    def _names(self, one: Judged) -> list[str]:
+    def _names(self, one: RunPeak) -> list[str]:
         """The lines of a run: its metric, and the other splits' when it has a colour."""
         own = self.materials[one.run].metrics
         others = [name for name, style in self.metrics.items() if style != "-" and name in own]
         return [one.peak.metric, *others] if one.run in self.looks else [one.peak.metric]
 
-    def _line(self, axes: Axes, one: Judged, metric: str) -> Sequence[float]:
+    def _line(self, axes: Axes, one: RunPeak, metric: str) -> Sequence[float]:
         """Draw a line; returns its values."""
         material = self.materials[one.run]
         style: Any = {"linestyle": self.metrics[metric], "linewidth": 1.6 if metric == one.peak.metric else 1.1}
@@ -261,7 +261,7 @@ class _Curves:
         points = thin(found)
         return [x for x, _ in points], [y for _, y in points]
 
-    def _marks(self, axes: Axes, one: Judged) -> None:
+    def _marks(self, axes: Axes, one: RunPeak) -> None:
         peak, colour, shape = one.peak, *self.looks[one.run]
         for reports, face in ((_gone(self.materials[one.run]), "none"), (_there(self.materials[one.run]), colour)):
             if len(self.materials) == 1 and len(reports) <= _MOST_DOTS:
@@ -320,12 +320,12 @@ class _Looks:
         return {run: self.given[run] for run in sorted(chosen)}
 
 
-def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Material], given: _Looks) -> Panel:
+def _curves(title: str, judged: Sequence[RunPeak], materials: Mapping[str, RunData], given: _Looks) -> Panel:
     ranking = sorted(judged, key=lambda one: one.peak.best, reverse=judged[0].peak.mode == "max")
     looks = given.of(list(dict.fromkeys(one.run for one in ranking))[: len(_COLOURS)])
     mine = {one.run: materials[one.run] for one in ranking}
     by_epoch = all(material.counts_epochs() for material in mine.values())
-    curves = _Curves(title=title, judged=ranking, materials=mine, looks=looks, by_epoch=by_epoch)
+    curves = CurvePicture(title=title, judged=ranking, materials=mine, looks=looks, by_epoch=by_epoch)
     name = f"{ranking[0].run}-{title}" if len(mine) == 1 else title
     shown = ", ".join(
         f"{one.run} {one.peak.metric}: best {one.peak.best:.5g}, last {one.peak.last:.5g}" for one in ranking[:6]
@@ -333,11 +333,11 @@ def _curves(title: str, judged: Sequence[Judged], materials: Mapping[str, Materi
     return Panel(name=name, alt=printable(f"Curves of {title}. {shown}"), draw=curves.draw, legend=curves.legend())
 
 
-def _gone(material: Material) -> list[Reported]:
+def _gone(material: RunData) -> list[Reported]:
     return [one for one in material.history if one.report in material.saved and one.report not in material.kept]
 
 
-def _there(material: Material) -> list[Reported]:
+def _there(material: RunData) -> list[Reported]:
     return [one for one in material.history if one.report in material.kept]
 
 

@@ -64,7 +64,7 @@ def write(
                 f"{file} exists and is no report of ours; choose another name, or replace it with --force"
             )
     for file, content in files.items():
-        put(file, content)
+        replace_file(file, content)
     return list(files)
 
 
@@ -131,7 +131,7 @@ def as_json(found: "Evaluation") -> dict[str, Any]:
             "rules": [rule.text for rule in one.rules],
             "ended": one.ended,
         }
-        for one in found.materials
+        for one in found.runs
     ]
     others = {name: [asdict(one) for one in getattr(found, name)] for name in ("groups", "tradeoffs", "comparisons")}
     peaks = [asdict(one) | {"peak": asdict(one.peak) | {"lost": one.peak.lost}} for one in found.peaks]
@@ -140,7 +140,7 @@ def as_json(found: "Evaluation") -> dict[str, Any]:
 
 
 def _rows(found: "Evaluation") -> Iterable[tuple[Any, ...]]:
-    return (row for one in found.materials for row in one.rows())
+    return (row for one in found.runs for row in one.rows())
 
 
 def _csv(found: "Evaluation") -> bytes:
@@ -178,7 +178,7 @@ def _is_ours(file: Path) -> bool:
     return pages.MARK.encode() in head + tail or head.startswith(",".join(_COLUMNS).encode())
 
 
-def put(file: Path, content: bytes) -> None:
+def replace_file(file: Path, content: bytes) -> None:
     """Write a file, replacing one that is there: under another name first, durable, then renamed.
 
     Raises:

@@ -8,8 +8,8 @@ from statistics import mean, stdev
 
 from peakpoint.errors import ConfigError
 from peakpoint.reports.evaluation.noise import CONFIDENCE, Interval, welch
-from peakpoint.reports.evaluation.peaks import Judged
-from peakpoint.reports.evaluation.run_data import Material
+from peakpoint.reports.evaluation.peaks import RunPeak
+from peakpoint.reports.evaluation.run_data import RunData
 from peakpoint.rules import Mode
 
 UNKNOWN = "(not known)"
@@ -22,7 +22,7 @@ _OTHERS_IN_OPTIM = ("torch.optim.lr_scheduler.", "torch.optim.swa_utils.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class RunGroup:
     """What the runs of one kind came to.
 
     Attributes:
@@ -64,11 +64,11 @@ class Grouping:
     by: str
     metric: str
     mode: Mode
-    groups: tuple[Group, ...]
+    groups: tuple[RunGroup, ...]
     note: str
 
 
-def key_of(by: str) -> Callable[[Material], str]:
+def group_key(by: str) -> Callable[[RunData], str]:
     r"""What says to which group a run belongs.
 
     Args:
@@ -98,7 +98,7 @@ def key_of(by: str) -> Callable[[Material], str]:
             r"'-(sgd|adamw)-'"
         )
 
-    def found(material: Material) -> str:
+    def found(material: RunData) -> str:
         match = pattern.search(material.name)
         return (match and match[1]) or NO_MATCH
 
@@ -124,22 +124,22 @@ def _short(kind: str) -> str:
     return kind.rpartition(".")[2]
 
 
-def compare(materials: Sequence[Material], judged: Sequence[Judged], by: str) -> list[Grouping]:
+def compare_groups(materials: Sequence[RunData], judged: Sequence[RunPeak], by: str) -> list[Grouping]:
     """Group the peaks by metric and kind of run; metrics of a single run are left out."""
-    key = key_of(by)
+    key = group_key(by)
     kinds = {material.name: key(material) for material in materials}
     found = []
     for metric, mode in dict.fromkeys((one.peak.metric, one.peak.mode) for one in judged):
         mine = [one for one in judged if (one.peak.metric, one.peak.mode, one.window) == (metric, mode, 1)]
         if len(mine) > 1:
-            sets: dict[str, list[Judged]] = {}
+            sets: dict[str, list[RunPeak]] = {}
             for one in mine:
                 sets.setdefault(kinds[one.run], []).append(one)
             found.append(_grouping(by, metric, mode, sets))
     return found
 
 
-def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[Judged]]) -> Grouping:
+def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[RunPeak]]) -> Grouping:
     sign = -1 if mode == "max" else 1
     ordered = sorted(sets, key=lambda name: (name in LEFT_OVER, sign * mean(one.peak.best for one in sets[name]), name))
     # each pair could have been the one that is looked at: Bonferroni. Source: Dunn, JASA 56, 1961
@@ -150,7 +150,7 @@ def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[Judged]]) -
     for name in ordered:
         best = [one.peak.best for one in sets[name]]
         groups.append(
-            Group(
+            RunGroup(
                 name=name,
                 runs=tuple(one.run for one in sets[name]),
                 best=mean(best),
@@ -172,7 +172,7 @@ def _spread(values: Sequence[float]) -> float | None:
         return math.inf
 
 
-def _note(groups: Sequence[Group], pairs: int) -> str:
+def _note(groups: Sequence[RunGroup], pairs: int) -> str:
     if len(groups) == 1:
         return "all runs are of one kind: there is nothing to compare"
     counts = [group.values for group in groups]

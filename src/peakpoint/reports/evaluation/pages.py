@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from peakpoint.reports.evaluation.tables import CURVE, PEAKS, Table, printable, tables
+from peakpoint.reports.evaluation.tables import CURVE, PEAKS, ReportTable, printable, tables
 
 if TYPE_CHECKING:
     from peakpoint.reports.evaluation import Evaluation
@@ -59,13 +59,13 @@ def html(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
 
 def about(found: "Evaluation") -> str:
     """What the report is of, in a sentence."""
-    times = [one.history[-1].at for one in found.materials if one.history]
+    times = [one.history[-1].at for one in found.runs if one.history]
     newest = f", newest report {max(times):%Y-%m-%d %H:%M} UTC" if times else ""
-    count = len(found.materials)
+    count = len(found.runs)
     return f"{printable(found.location)}: {count} run{'' if count == 1 else 's'}{newest}"
 
 
-def _table(body: ET.Element, table: Table) -> None:
+def _table(body: ET.Element, table: ReportTable) -> None:
     ET.SubElement(body, "h2").text = printable(table.title)
     element = ET.SubElement(ET.SubElement(body, "div", {"class": "wide"}), "table")
     row = ET.SubElement(ET.SubElement(element, "thead"), "tr")

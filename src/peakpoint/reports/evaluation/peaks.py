@@ -10,7 +10,7 @@ from peakpoint.errors import ConfigError
 from peakpoint.format.events import Reported
 from peakpoint.reports.evaluation import noise as noises
 from peakpoint.reports.evaluation.noise import Noise
-from peakpoint.reports.evaluation.run_data import Material, ref_of
+from peakpoint.reports.evaluation.run_data import RunData, ref_of
 from peakpoint.rules import Mode, Rule, ranked, watched
 from peakpoint.rules.history import windows
 from peakpoint.rules.peaks import Peak, peaks
@@ -68,7 +68,7 @@ class Examples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class RunPeak:
     """One metric of one run: the peak, and what to think of it.
 
     Attributes:
@@ -114,7 +114,7 @@ def directions(rules: Iterable[Rule], sparsity: str) -> tuple[tuple[str, Mode], 
     return tuple(pair for pair in watched(rules) if pair[0] != sparsity)
 
 
-def judge(material: Material, metric: str, mode: Mode, examples: Examples) -> list[Judged]:
+def run_peaks(material: RunData, metric: str, mode: Mode, examples: Examples) -> list[RunPeak]:
     """The peak of a metric and, where rules smooth it, of its means; nothing when it has no finite value."""
     found = peaks(material.history, [(metric, mode)])
     if not found:
@@ -131,7 +131,7 @@ def judge(material: Material, metric: str, mode: Mode, examples: Examples) -> li
     return judged
 
 
-def noise_of(material: Material, metric: str, mode: Mode, reports: Sequence[int], examples: Examples) -> Noise | None:
+def noise_of(material: RunData, metric: str, mode: Mode, reports: Sequence[int], examples: Examples) -> Noise | None:
     """The standard error of one value: from the number of examples, as it was reported, or from the curve's scatter.
 
     Args:
@@ -176,8 +176,8 @@ def _means(history: Sequence[Reported], metric: str, window: int) -> list[Report
 
 
 def _judged(
-    material: Material, peak: Peak, window: int, noise: Noise | None, values: Sequence[float], examples: Examples
-) -> Judged:
+    material: RunData, peak: Peak, window: int, noise: Noise | None, values: Sequence[float], examples: Examples
+) -> RunPeak:
     margin = None if noise is None else noise.margin(peak.count)
     contenders = None
     if margin is not None:
@@ -187,7 +187,7 @@ def _judged(
     ranking = ranked(material.checkpoints, peak.metric, peak.mode) if window == 1 else []
     there = [one for one in material.checkpoints if ranking and one.id == ranking[0].id]
     proportion = examples.of(peak.metric, peak.mode) is not None and math.isfinite(peak.lost)
-    return Judged(
+    return RunPeak(
         run=material.name,
         peak=peak,
         window=window,

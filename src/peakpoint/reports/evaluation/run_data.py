@@ -18,7 +18,7 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
+class RunData:
     """One run, read once.
 
     Attributes:
@@ -94,7 +94,7 @@ def ref_of(manifest: Manifest) -> str:
     return f"{manifest.run}/{manifest.name}"
 
 
-def gather(run: Run) -> Material:
+def read_run_data(run: Run) -> RunData:
     """Read a run: its journal and its manifests, no weights."""
     reading = journals.read(run.store, run.name)
     shelf = reader.shelf(run.store, run.name)
@@ -110,7 +110,7 @@ def gather(run: Run) -> Material:
     kept |= {saved[manifest.id].report: manifest for manifest in known if manifest.id in saved}
     damage = [*reading.damage, *(str(damaged.error) for damaged in shelf.damaged)]
     opened = [event for event in reading.events if isinstance(event, Opened) and event.state]
-    return Material(
+    return RunData(
         run=run,
         history=tuple(_measured(history, reading.events, saved)),
         abandoned=abandoned,

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peakpoint.format.manifest import Manifest
-from peakpoint.reports.evaluation.run_data import Material, ref_of
+from peakpoint.reports.evaluation.run_data import RunData, ref_of
 from peakpoint.rules import BestAtSparsity, Mode, Pareto, ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spot:
+class SparsityPoint:
     """One checkpoint in the plane of sparsity and metric.
 
     Attributes:
@@ -33,7 +33,7 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AtTarget:
+class BestAtTarget:
     """The best checkpoint of a run at one sparsity.
 
     Attributes:
@@ -48,7 +48,7 @@ class AtTarget:
     run: str
     target: float
     tolerance: float
-    spot: Spot | None
+    spot: SparsityPoint | None
     cost: float | None
 
 
@@ -68,12 +68,12 @@ class Tradeoff:
     metric: str
     mode: Mode
     sparsity: str
-    spots: tuple[Spot, ...]
-    targets: tuple[AtTarget, ...]
-    dense: tuple[Spot, ...]
+    spots: tuple[SparsityPoint, ...]
+    targets: tuple[BestAtTarget, ...]
+    dense: tuple[SparsityPoint, ...]
 
 
-def tradeoff(materials: Sequence[Material], metric: str, mode: Mode, sparsity: str) -> Tradeoff | None:
+def tradeoff(materials: Sequence[RunData], metric: str, mode: Mode, sparsity: str) -> Tradeoff | None:
     """The trade-off among the checkpoints of some runs; None when fewer than two sparsities are there.
 
     Args:
@@ -107,7 +107,7 @@ def tradeoff(materials: Sequence[Material], metric: str, mode: Mode, sparsity: s
                 spot = spots[at[0].id] if at else None
                 cost = None if spot is None or best is None else (spot.value - best.value) * _sign(mode)
                 targets.append(
-                    AtTarget(run=material.name, target=target, tolerance=rule.tolerance, spot=spot, cost=cost)
+                    BestAtTarget(run=material.name, target=target, tolerance=rule.tolerance, spot=spot, cost=cost)
                 )
     ordered = sorted(spots.values(), key=lambda spot: (spot.run, spot.sparsity, spot.step))
     return Tradeoff(
@@ -119,8 +119,8 @@ def _sign(mode: Mode) -> float:
     return -1.0 if mode == "max" else 1.0
 
 
-def _spot(manifest: Manifest, metric: str, sparsity: str, *, on_front: bool) -> Spot:
-    return Spot(
+def _spot(manifest: Manifest, metric: str, sparsity: str, *, on_front: bool) -> SparsityPoint:
+    return SparsityPoint(
         run=manifest.run,
         ref=ref_of(manifest),
         step=manifest.step,

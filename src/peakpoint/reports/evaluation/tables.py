@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peakpoint.format.amounts import moment, size
-from peakpoint.reports.evaluation.compressed import Comparison, Weight
+from peakpoint.reports.evaluation.compressed import CompressedComparison, ModelSize
 from peakpoint.reports.evaluation.downsample import sparkline, thin
 from peakpoint.reports.evaluation.groups import Grouping
 from peakpoint.reports.evaluation.noise import Interval
-from peakpoint.reports.evaluation.peaks import Judged
-from peakpoint.reports.evaluation.run_data import Material
-from peakpoint.reports.evaluation.sparsity import AtTarget, Tradeoff
+from peakpoint.reports.evaluation.peaks import RunPeak
+from peakpoint.reports.evaluation.run_data import RunData
+from peakpoint.reports.evaluation.sparsity import BestAtTarget, Tradeoff
 
 if TYPE_CHECKING:
     from peakpoint.reports.evaluation import Evaluation
@@ -22,7 +22,7 @@ CURVE = "curve"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class ReportTable:
     """Rows of text; nothing is escaped yet.
 
     Attributes:
@@ -42,7 +42,7 @@ class Table:
         """Each head, and whether numbers stand below it."""
         return [(column.removeprefix(">"), column.startswith(">")) for column in self.columns]
 
-    def without(self, head: str) -> "Table":
+    def without(self, head: str) -> "ReportTable":
         """The same without a column."""
         left = [at for at, (title, _) in enumerate(self.heads) if title != head]
         rows = tuple(tuple(cells[at] for at in left) for cells in self.rows)
@@ -69,11 +69,11 @@ def signed(value: float) -> str:
     return f"{value:+.3g}" if math.isfinite(value) else str(value)
 
 
-def tables(found: "Evaluation") -> list[Table]:
+def tables(found: "Evaluation") -> list[ReportTable]:
     """Every table that has a row."""
-    materials = {one.name: one for one in found.materials}
+    materials = {one.name: one for one in found.runs}
     every = [
-        _table("Runs", [_run_row(one, found.optimizers[one.name]) for one in found.materials]),
+        _table("Runs", [_run_row(one, found.optimizers[one.name]) for one in found.runs]),
         _table(PEAKS, [_peak_row(one, materials[one.run]) for one in found.peaks], _peak_notes(found.peaks)),
         *(_group(grouping) for grouping in found.groups if len(grouping.groups) > 1),
         *(table for one in found.tradeoffs for table in _tradeoff(one)),
@@ -86,14 +86,14 @@ Row = Sequence[tuple[str, str]]
 """Each head with its cell."""
 
 
-def _table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> Table:
+def _table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> ReportTable:
     listed = list(rows)
     columns = tuple(head for head, _ in listed[0]) if listed else ()
     cells = tuple(tuple(cell for _, cell in row) for row in listed)
-    return Table(title=title, columns=columns, rows=cells, notes=tuple(notes))
+    return ReportTable(title=title, columns=columns, rows=cells, notes=tuple(notes))
 
 
-def _run_row(one: Material, optimizer: str) -> Row:
+def _run_row(one: RunData, optimizer: str) -> Row:
     last = one.history[-1] if one.history else None
     return (
         ("run", one.name),
@@ -106,7 +106,7 @@ def _run_row(one: Material, optimizer: str) -> Row:
     )
 
 
-def _ended(material: Material) -> str:
+def _ended(material: RunData) -> str:
     if material.writer is not None:
         return f"not yet: being written by {material.writer}"
     if material.ended is None:
@@ -114,7 +114,7 @@ def _ended(material: Material) -> str:
     return "in good order" if material.ended == "closed" else material.ended
 
 
-def _peak_row(one: Judged, material: Material) -> Row:
+def _peak_row(one: RunPeak, material: RunData) -> Row:
     peak, noise = one.peak, one.noise
     lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
     chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
@@ -135,7 +135,7 @@ def _peak_row(one: Judged, material: Material) -> Row:
     )
 
 
-def _where(one: Judged, material: Material) -> str:
+def _where(one: RunPeak, material: RunData) -> str:
     """A short ref of the best moment's checkpoint, or what there is instead."""
     short = {f"{each.run}/{each.name}": f"{each.run}/{each.id[:8]}" for each in material.checkpoints}
     if one.checkpoint is not None:
@@ -149,7 +149,7 @@ def _where(one: Judged, material: Material) -> str:
     return f"{gone}; the best kept is {short[ref]} with {number(value)}"
 
 
-def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
+def _peak_notes(peaks: Iterable[RunPeak]) -> Iterator[str]:
     known = [one for one in peaks if one.margin is not None]
     if known:
         yield (
@@ -168,7 +168,7 @@ def _peak_notes(peaks: Iterable[Judged]) -> Iterator[str]:
         yield f"{few(names)}, {label}: {text}."
 
 
-def _which(known: Iterable[Judged], source: str) -> str:
+def _which(known: Iterable[RunPeak], source: str) -> str:
     """The metrics whose noise has this source, with their runs where it is not that of all."""
     runs: dict[str, dict[str, bool]] = {}
     for one in known:
@@ -190,7 +190,7 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _group(grouping: Grouping) -> Table:
+def _group(grouping: Grouping) -> ReportTable:
     by = grouping.by if grouping.by == "optimizer" or grouping.by.startswith("state:") else "group"
     rows = [
         (
@@ -221,7 +221,7 @@ def interval_text(interval: Interval | None) -> str:
     return f"{signed(interval.difference)} ({signed(interval.low)} to {signed(interval.high)})"
 
 
-def _tradeoff(found: Tradeoff) -> Iterator[Table]:
+def _tradeoff(found: Tradeoff) -> Iterator[ReportTable]:
     without = {at.run for at in found.targets} - {spot.run for spot in found.dense}
     notes = [f"{run} has no dense checkpoint to compare with." for run in sorted(without)]
     rows = [_target_row(at, found) for at in found.targets]
@@ -242,7 +242,7 @@ def _tradeoff(found: Tradeoff) -> Iterator[Table]:
     )
 
 
-def _target_row(at: AtTarget, found: Tradeoff) -> Row:
+def _target_row(at: BestAtTarget, found: Tradeoff) -> Row:
     spot = at.spot
     cost = "" if at.cost is None or spot in found.dense else signed(-at.cost if found.mode == "max" else at.cost)
     return (
@@ -255,7 +255,7 @@ def _target_row(at: AtTarget, found: Tradeoff) -> Row:
     )
 
 
-def _comparison(found: Comparison) -> Table:
+def _comparison(found: CompressedComparison) -> ReportTable:
     one, other = found.original, found.compressed
     rows = [("checkpoint", one.ref, other.ref, "")]
     for item in found.differences:
@@ -278,12 +278,12 @@ def _comparison(found: Comparison) -> Table:
     counted = dict.fromkeys(weight.source for weight in (one, other))
     notes += [f"Non-zero parameters of {one.part}: {source}." for source in counted]
     columns = ("", "original", "compressed", ">difference or share")
-    return Table(
+    return ReportTable(
         title=f"Compressed against original: {found.why}", columns=columns, rows=tuple(rows), notes=tuple(notes)
     )
 
 
-def _weight_rows(one: Weight, other: Weight) -> Iterator[tuple[str, str, str, str]]:
+def _weight_rows(one: ModelSize, other: ModelSize) -> Iterator[tuple[str, str, str, str]]:
     figures: tuple[tuple[str, str, Callable[[int], str]], ...] = (
         (f"parameters of {one.part}", "parameters", "{:,}".format),
         ("not zero", "nonzero", "{:,}".format),
