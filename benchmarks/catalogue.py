@@ -24,7 +24,7 @@ from peakpoint.catalogue.query import parse
 from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.format import events, layout
 from peakpoint.format.events import Closed, Opened, Reported, Saved, Started
-from peakpoint.format.manifest import FileRecord, Manifest, encode
+from peakpoint.format.manifest import FileRecord, Manifest, encode_manifest
 from peakpoint.repository import journal as journals
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Best, Last
@@ -106,7 +106,7 @@ def _events(manifest):
 def _write(store, manifest):
     directory = store.path(layout.checkpoint_prefix(manifest.run, manifest.name))
     directory.mkdir(parents=True)
-    (directory / "manifest.json").write_bytes(encode(manifest))
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
 
 
 def generate(root, runs, each, progress=lambda: None):

@@ -40,7 +40,7 @@ from peakpoint.errors import (
 )
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Pinned
-from peakpoint.format.manifest import encode
+from peakpoint.format.manifest import encode_manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import maintenance
 from peakpoint.repository.aliases import Change, append, back_from, head
@@ -336,7 +336,7 @@ def test_a_checkpoint_is_found_as_soon_as_it_is_committed(tmp_path, catalogue_ur
     directory.mkdir()
     os.utime(directory, (1, 1))
     os.utime(directory.parent, (1, 1))
-    (directory / "manifest.json").write_bytes(encode(manifest()))
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest()))
     os.utime(directory.parent, (1, 1))
     assert [one.name for one in everything(catalogue)] == ["r_step1"]
     (directory / "manifest.json").unlink()

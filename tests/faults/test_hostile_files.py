@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.format import manifest as manifests
-from peakpoint.format.manifest import MANIFEST
+from peakpoint.format.manifest import MANIFEST, Manifest, encode_manifest
+from peakpoint.format.sealed import decode_record
 from peakpoint.store import MemoryStore
 
 DAMAGED = (pp.errors.CorruptError, pp.errors.FormatError)
@@ -217,7 +217,7 @@ def test_extended_files(alone, name, more):
     path = folder(alone) / name
     with path.open("ab") as file:
         file.write(more)
-    with pytest.raises(DAMAGED, match=r"damaged|sealed"):
+    with pytest.raises(DAMAGED, match=r"damaged|corrupt"):
         load_everything(alone)
 
 
@@ -319,7 +319,7 @@ def test_a_manifest_that_is_none(root, text):
 def reseal(root, *, name="c2", state=None, **changes):
     """Replace the tree or fields of the manifest, with every digest and seal in order."""
     path = folder(root, name) / MANIFEST
-    manifest = manifests.decode(path.read_bytes(), where=MANIFEST)
+    manifest = decode_record(Manifest, path.read_bytes(), where=MANIFEST)
     if state is not None:
         (folder(root, name) / "state.json").write_bytes(state)
         from peakpoint.format.sealed import digest
@@ -329,7 +329,7 @@ def reseal(root, *, name="c2", state=None, **changes):
             for file in manifest.files
         )
         manifest = replace(manifest, files=files)
-    path.write_bytes(manifests.encode(replace(manifest, **changes)))
+    path.write_bytes(encode_manifest(replace(manifest, **changes)))
 
 
 def tree_of(root, name="c2"):
@@ -838,7 +838,7 @@ def test_any_node_anywhere_in_a_tree(memory, node, part, chooser):
     key = "runs/r/checkpoints/c2"
     for name in ("peakpoint.json", "runs/r/run.json"):
         store.put(name, [memory.get(name)])
-    manifest = manifests.decode(memory.get(f"{key}/{MANIFEST}"), where=MANIFEST)
+    manifest = decode_record(Manifest, memory.get(f"{key}/{MANIFEST}"), where=MANIFEST)
     for file in manifest.files:
         store.put(f"{key}/{file.name}", [memory.get(f"{key}/{file.name}")])
     tree = json.loads(memory.get(f"{key}/state.json"))
@@ -849,7 +849,7 @@ def test_any_node_anywhere_in_a_tree(memory, node, part, chooser):
         for file in manifest.files
     )
     store.put(f"{key}/state.json", [text])
-    store.put(f"{key}/{MANIFEST}", [manifests.encode(replace(manifest, files=files))])
+    store.put(f"{key}/{MANIFEST}", [encode_manifest(replace(manifest, files=files))])
     live = build(5)
     outcomes = []
     for into in (None, {part: live[part]}):

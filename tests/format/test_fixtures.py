@@ -22,7 +22,7 @@ import format_state
 import peakpoint as pp
 from commands import command
 from peakpoint.format.events import Event
-from peakpoint.format.manifest import plain
+from peakpoint.format.metrics import json_value
 from peakpoint.production import policy
 from peakpoint.reports import changelog
 from peakpoint.repository import aliases, maintenance, validations
@@ -76,7 +76,7 @@ def findings(root, *options, code=12):
 def json_of(value):
     """A record in plain JSON."""
     content = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    return msgspec.json.decode(msgspec.json.encode(plain(content), enc_hook=str))
+    return msgspec.json.decode(msgspec.json.encode(json_value(content), enc_hook=str))
 
 
 def by_run(root, say):

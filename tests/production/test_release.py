@@ -532,7 +532,7 @@ def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     done = CliRunner().invoke(cli, ["aliases", str(tmp_path)])
     assert done.exit_code == 12
-    assert "champion: aliases/champion/000001.json is not a sealed" in done.output
+    assert "champion: aliases/champion/000001.json is corrupt" in done.output
     assert "r/r_step1" in done.output
 
 

@@ -303,7 +303,7 @@ def test_what_cannot_be_read_is_said(root):
     alias.write_bytes(alias.read_bytes().replace(b"better", b"BETTER"))
     text = page(root, f"small/{one.id}")
     said = text.partition("## What could not be read")[2]
-    assert said.count("is damaged: its seal does not match its bytes") == 2
+    assert said.count("is corrupt: its seal does not match its bytes") == 2
     assert "It was never validated." in text
     assert "at present" not in text
 

@@ -396,7 +396,7 @@ def test_the_record_of_somebody_else_is_not_taken_for_the_own_one():
 def test_a_damaged_record_in_the_way_is_told():
     store = MemoryStore()
     store.put(layout.alias_key("champion", 1), [b"garbage"])
-    with pytest.raises(CorruptError, match="not a sealed"):
+    with pytest.raises(CorruptError, match="is corrupt"):
         append(store, "champion", change(), after=None)
 
 
@@ -914,11 +914,11 @@ def test_an_alias_that_cannot_be_read_is_told_wherever_aliases_are_shown(promote
     for command in (["ls"], ["ls", "--json"], ["ls", "r"], ["show", "r:1"], ["explain", "r:1", "--json"]):
         result = invoke(command[0], tmp_path, *command[1:])
         assert "'champion'" in result.stderr, command
-        assert "not a sealed" in result.stderr, command
+        assert "is corrupt" in result.stderr, command
         assert "@champion" not in result.stdout
-    with pytest.warns(PeakpointWarning, match="the alias 'champion' is not considered: .*not a sealed"):
+    with pytest.warns(PeakpointWarning, match="the alias 'champion' is not considered: .*is corrupt"):
         assert "@champion" not in invoke("select", tmp_path).stdout
-    with pytest.raises(CorruptError, match="not a sealed"):
+    with pytest.raises(CorruptError, match="is corrupt"):
         invoke("show", tmp_path, "@champion")
 
 

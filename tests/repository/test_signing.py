@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from commands import command
 from peakpoint.format import layout
-from peakpoint.format import manifest as manifests
+from peakpoint.format.manifest import encode_manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import maintenance, signing
 from peakpoint.repository.audit import audit
@@ -261,7 +261,7 @@ def forge(root, value=0.25):
     (place / file.name).write_bytes(data)
     changed = replace(file, tensors=tuple(tensors), digest=combined_digest(file.header_digest, tensors))
     others = tuple(changed if one.name == file.name else one for one in manifest.files)
-    (place / "manifest.json").write_bytes(manifests.encode(replace(manifest, files=others)))
+    (place / "manifest.json").write_bytes(encode_manifest(replace(manifest, files=others)))
 
 
 def test_a_forged_checkpoint_is_good_to_digests_and_refused_by_name(root, keys):

@@ -1,7 +1,7 @@
 """Checkpoints of which only the manifest exists."""
 
 from peakpoint.format import layout
-from peakpoint.format.manifest import encode
+from peakpoint.format.manifest import encode_manifest
 from peakpoint.repository import reader
 from peakpoint.repository.aliases import Change, Target, append, head
 from strategies import START
@@ -10,7 +10,7 @@ from strategies import START
 def write(store, one):
     directory = store.path(layout.checkpoint_prefix(one.run, one.name))
     directory.mkdir(parents=True)
-    (directory / "manifest.json").write_bytes(encode(one))
+    (directory / "manifest.json").write_bytes(encode_manifest(one))
 
 
 def point(store, alias, one, *, at=START, why="because", **more):

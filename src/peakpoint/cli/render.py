@@ -17,7 +17,8 @@ from rich.table import Table
 from peakpoint.cli import alias_marks, tables
 from peakpoint.cli.tables import Column
 from peakpoint.format import amounts
-from peakpoint.format.manifest import Checkpoint, Manifest, plain
+from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.metrics import json_value
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import all_known
 from peakpoint.repository.audit import Audit, Finding
@@ -44,7 +45,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def as_json(value: Any) -> None:
     """Print JSON; NaN and infinities as strings."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(plain(value)), indent=2).decode() + "\n")
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(json_value(value)), indent=2).decode() + "\n")
 
 
 def words(text: str) -> str:

@@ -4,20 +4,14 @@ A manifest names every file of a checkpoint with its size and digest, every tens
 the reasons for the save. It is written last, appears atomically and never changes. docs/format.md is normative.
 """
 
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
+from peakpoint.format.sealed import encode_record
 
-from peakpoint.errors import CorruptError, FormatError
-from peakpoint.format.metrics import metrics_from_json, metrics_to_json
-from peakpoint.format.sealed import no_collection, seal, unseal
-
-FORMAT = 1
 MANIFEST = "manifest.json"
 
 Forks = tuple[tuple[int, int], ...]
@@ -128,72 +122,9 @@ class Manifest:
         raise KeyError(name)
 
 
-def plain(value: Any) -> Any:
-    """A value for JSON: NaN and infinities at any depth become text, as in ``metrics_to_json``."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: plain(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(child) for child in value]
-    return value
-
-
-def encode(manifest: Manifest) -> bytes:
-    """One sealed line of JSON.
-
-    Example:
-        >>> from peakpoint.format import manifest as m
-        >>> m.FORMAT
-        1
-    """
-    record = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
-    record["metrics"] = metrics_to_json(manifest.metrics)
-    if not manifest.members:
-        del record["members"]
-    return seal({"format": FORMAT, **record})
-
-
-def decode(data: bytes, *, where: str) -> Manifest:
-    """Read what ``encode`` wrote.
-
-    Args:
-        data: the file's bytes.
-        where: the file, named in errors.
-
-    Raises:
-        CorruptError: bits have flipped or bytes are missing.
-        FormatError: a newer format, or not a manifest.
-    """
-    with no_collection():
-        return _decode(data, where=where)
-
-
-def _decode(data: bytes, *, where: str) -> Manifest:
-    if not data:
-        raise CorruptError(f"{where} is empty")
-    try:
-        record = unseal(data, where=where)
-    except FormatError as error:
-        # A manifest always carries a seal, so one without is damaged, not foreign.
-        raise CorruptError(str(error)) from error
-    check_format(record, where=where)
-    try:
-        record["metrics"] = metrics_from_json(record["metrics"])
-        return msgspec.convert(record, Manifest)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FormatError(f"{where} is not a manifest that this release reads: {error}") from error
-
-
-def check_format(record: Mapping[str, Any], *, where: str) -> None:
-    """Refuse records of a format that this release does not know.
-
-    Raises:
-        FormatError: the record's ``format`` is missing or newer.
-    """
-    found = record.get("format")
-    if found != FORMAT:
-        raise FormatError(f"{where} has format {found!r}; this release of Peakpoint reads format {FORMAT}: update it")
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Encode a manifest as one sealed line of JSON; ``members`` is written only when there are some."""
+    return encode_record(manifest, omit=() if manifest.members else ("members",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

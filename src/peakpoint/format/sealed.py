@@ -14,13 +14,17 @@ The seal finds accidents (bit rot, torn writes), not attackers. Source: BLAKE3, 
 import contextlib
 import gc
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import msgspec
 from blake3 import blake3
 
 from peakpoint.errors import CorruptError, FormatError
+from peakpoint.format.metrics import metrics_from_json, metrics_to_json
+
+FORMAT = 1
 
 _TAIL = re.compile(rb',"seal":"([0-9a-f]{16})"\}\n?$')
 
@@ -51,27 +55,83 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
 
     Args:
         data: the whole line or file.
-        where: named in errors.
+        where: the line or file, named in errors.
 
     Raises:
         CorruptError: the bytes are not those that were sealed.
-        FormatError: there is no seal at all, so this is not one of our records.
+        FormatError: the seal holds, but what is sealed is not JSON.
     """
     tail = _TAIL.search(data)
     if tail is None:
-        raise FormatError(f"{where} is not a sealed Peakpoint record (its last member is not a seal)")
+        raise CorruptError(f"{where} is corrupt: it " + ("does not end with a seal" if data else "is empty"))
     body = data[: tail.start()]
     if digest(body)[:16].encode() != tail.group(1):
-        raise CorruptError(f"{where} is damaged: its seal does not match its bytes")
+        raise CorruptError(f"{where} is corrupt: its seal does not match its bytes")
     try:
-        record: dict[str, Any] = msgspec.json.decode(body + b"}")
+        members: dict[str, Any] = msgspec.json.decode(body + b"}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where} is sealed but is not JSON: {error}") from error
-    return record
+    return members
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def encode_record(record: Any, *, omit: Collection[str] = ()) -> bytes:
+    """Encode a dataclass as a sealed record: ``format``, then its fields in their order.
+
+    Args:
+        record: a dataclass; a field ``metrics`` may hold NaN and infinities.
+        omit: the names of fields that are not written.
+    """
+    members = {field.name: getattr(record, field.name) for field in fields(record) if field.name not in omit}
+    if "metrics" in members:
+        members["metrics"] = metrics_to_json(members["metrics"])
+    return seal({"format": FORMAT, **members})
+
+
+R = TypeVar("R")
+
+
+def decode_record(kind: type[R], data: bytes, *, where: str) -> R:
+    """Decode a sealed record of one kind; members that the kind does not have are passed over.
+
+    Args:
+        kind: the dataclass that ``encode_record`` was given, or ``dict`` for all members as they are.
+        data: the bytes of the file.
+        where: the file's key, named in errors.
+
+    Raises:
+        CorruptError: the bytes are not those that were written.
+        FormatError: another release wrote the record, and this one cannot read it.
+    """
+    with gc_paused():
+        try:
+            members = unseal(data, where=where)
+        except CorruptError as error:
+            raise CorruptError(f"{error}; restore the file from a backup") from error
+        check_format(members, where=where)
+        try:
+            if "metrics" in members:
+                members["metrics"] = metrics_from_json(members["metrics"])
+            return msgspec.convert(members, kind)
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # of metrics, and of msgspec
+            raise FormatError(f"{where} cannot be read by this release of Peakpoint: {error}; update it") from error
+
+
+def check_format(members: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a record of a format that this release does not know.
+
+    Raises:
+        FormatError: the record's ``format`` is missing or newer.
+    """
+    version = members.get("format")
+    if version != FORMAT:
+        raise FormatError(f"{where} has format {version!r}; this release of Peakpoint reads format {FORMAT}: update it")
 
 
 @contextlib.contextmanager
-def no_collection() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Let the cyclic garbage collector rest while many objects are made that will stay.
 
     It runs again and again while a large state is described, walks every object of the program each time and finds
@@ -79,8 +139,8 @@ def no_collection() -> Iterator[None]:
 
     Example:
         >>> import gc
-        >>> from peakpoint.format.sealed import no_collection
-        >>> with no_collection():
+        >>> from peakpoint.format.sealed import gc_paused
+        >>> with gc_paused():
         ...     gc.isenabled()
         False
         >>> gc.isenabled()

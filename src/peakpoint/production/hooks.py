@@ -17,8 +17,7 @@ import msgspec
 
 from peakpoint.errors import ConflictError, Error
 from peakpoint.format import layout
-from peakpoint.format.manifest import FORMAT
-from peakpoint.format.sealed import seal
+from peakpoint.format.sealed import FORMAT, seal
 from peakpoint.production.policy import Hook, Policy
 from peakpoint.production.subprocess_runner import kill, run_apart
 from peakpoint.repository.aliases import AliasRecord, numbers

@@ -16,9 +16,9 @@ from peakpoint.catalogue.query import parse
 from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import FORMAT, Checkpoint
+from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.names import near
-from peakpoint.format.sealed import digest, seal
+from peakpoint.format.sealed import FORMAT, digest, seal
 from peakpoint.production import hooks, promotion
 from peakpoint.production.hooks import HookResult
 from peakpoint.production.policy import Policies, Policy

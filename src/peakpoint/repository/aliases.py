@@ -28,9 +28,8 @@ from peakpoint.errors import (
 )
 from peakpoint.format import layout
 from peakpoint.format.events import Promoting
-from peakpoint.format.manifest import FORMAT, check_format
 from peakpoint.format.names import check_text, near
-from peakpoint.format.sealed import digest, seal, unseal
+from peakpoint.format.sealed import FORMAT, check_format, digest, seal, unseal
 from peakpoint.repository.refs import check_alias, is_alias
 from peakpoint.store import Store, establish
 
@@ -179,10 +178,7 @@ _MOST = 10**18
 
 def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
     where = layout.alias_key(alias, number)
-    try:
-        content = unseal(data, where=where)
-    except FormatError as error:  # a record always carries a seal: one without is damaged, not foreign
-        raise CorruptError(str(error)) from error
+    content = unseal(data, where=where)
     check_format(content, where=where)
     content.pop("digest", None)
     try:

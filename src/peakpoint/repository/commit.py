@@ -19,8 +19,8 @@ from blake3 import blake3
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode, encode
-from peakpoint.format.sealed import digest
+from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, encode_manifest
+from peakpoint.format.sealed import decode_record, digest
 from peakpoint.store import Chunk, Store
 from peakpoint.store.worker import Worker
 
@@ -249,7 +249,7 @@ def commit(
         }
         manifest = replace(draft, files=files, timing=known)
         first()
-        store.create(layout.manifest_key(draft.run, draft.name), encode(manifest))
+        store.create(layout.manifest_key(draft.run, draft.name), encode_manifest(manifest))
     except BaseException:
         _abandon(store, draft, images)
         raise
@@ -272,7 +272,7 @@ def withdraw(store: Store, draft: Manifest) -> None:
     """
     key = layout.manifest_key(draft.run, draft.name)
     try:
-        present = decode(store.get(key), where=MANIFEST)
+        present = decode_record(Manifest, store.get(key), where=MANIFEST)
     except (NotFoundError, CorruptError, FormatError):
         return
     if present.id == draft.id:

@@ -27,7 +27,7 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.layout import journal_prefix, writer_lock
 from peakpoint.format.layout import number as number_in
-from peakpoint.format.sealed import no_collection
+from peakpoint.format.sealed import gc_paused
 from peakpoint.repository.provenance import Clock
 from peakpoint.store import LARGE, Hold, Log, Store, create_numbered
 
@@ -66,7 +66,7 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
     events: list[Event] = []
     damage: list[str] = []
     segments: dict[str, int] = {}
-    with no_collection():
+    with gc_paused():
         for segment in segments_of(store, run):
             if only is None or segment in only:
                 before = len(events)
@@ -133,7 +133,7 @@ def read_on(store: Store, run: str, segment: str, begin: int) -> tuple[list[Even
     data = store.get(key, begin, most=LARGE)
     whole = data[: data.rfind(b"\n") + 1]
     events: list[Event] = []
-    with no_collection():
+    with gc_paused():
         _read_segment(whole, key, events, [])
     return events, begin + len(whole)
 

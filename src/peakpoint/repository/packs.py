@@ -26,8 +26,8 @@ import msgspec
 
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, needing
 from peakpoint.format import layout
-from peakpoint.format.manifest import FORMAT, FileRecord, Manifest, check_format
-from peakpoint.format.sealed import seal, unseal
+from peakpoint.format.manifest import FileRecord, Manifest
+from peakpoint.format.sealed import FORMAT, check_format, seal, unseal
 from peakpoint.repository.commit import Span, StreamedImage
 from peakpoint.store import RECORD, Store, establish
 from peakpoint.store.pages import cores
@@ -473,10 +473,7 @@ def read_index(store: Store, run: str, checkpoint: str) -> Index:
     length = int.from_bytes(trailer[:8], "little")
     if trailer[8:] != _MAGIC or length > min(size - _TRAILER, RECORD):
         raise CorruptError(f"{key} is damaged: it does not end with an index")
-    try:
-        record = unseal(store.get(key, size - _TRAILER - length, size - _TRAILER), where=key)
-    except FormatError as error:
-        raise CorruptError(str(error)) from error
+    record = unseal(store.get(key, size - _TRAILER - length, size - _TRAILER), where=key)
     check_format(record, where=key)
     try:
         index = msgspec.convert(record, Index)

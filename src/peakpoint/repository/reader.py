@@ -11,8 +11,8 @@ from blake3 import blake3
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode
-from peakpoint.format.sealed import digest
+from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
+from peakpoint.format.sealed import decode_record, digest
 from peakpoint.repository import packs, trash
 from peakpoint.repository.commit import BLOCK, combined_digest
 from peakpoint.repository.trash import left, records
@@ -131,7 +131,7 @@ def manifest_digest(store: Store, manifest: Manifest) -> str:
 
 def whole_manifest(store: Store, run: str, name: str) -> Manifest:
     """The manifest in one directory, with the parts that were dropped since; errors as in ``read_manifest``."""
-    manifest = decode(store.get(layout.manifest_key(run, name)), where=MANIFEST)
+    manifest = decode_record(Manifest, store.get(layout.manifest_key(run, name)), where=MANIFEST)
     if (manifest.run, manifest.name) != (run, name):
         raise CorruptError(
             f"{MANIFEST} says that it belongs to {manifest.run}/{manifest.name}; the directory was renamed or copied"

@@ -9,8 +9,7 @@ import msgspec
 
 from peakpoint.errors import FormatError
 from peakpoint.format import layout
-from peakpoint.format.manifest import check_format
-from peakpoint.format.sealed import unseal
+from peakpoint.format.sealed import check_format, unseal
 from peakpoint.repository.aliases import Target
 from peakpoint.store import Store
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from peakpoint.errors import ConflictError, CorruptError, NotFoundError, StoreError
 from peakpoint.format import layout
-from peakpoint.format.manifest import FORMAT, Checkpoint, Manifest, check_format
-from peakpoint.format.sealed import seal, unseal
+from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.sealed import FORMAT, check_format, seal, unseal
 from peakpoint.repository import aliases, reader, refs
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule

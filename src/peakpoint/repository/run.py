@@ -22,9 +22,9 @@ from peakpoint.format.events import (
     Undone,
     Unpinned,
 )
-from peakpoint.format.manifest import Checkpoint, Manifest, check_format
+from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.names import check_metric, check_text
-from peakpoint.format.sealed import unseal
+from peakpoint.format.sealed import check_format, unseal
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.aliases import protected

@@ -19,8 +19,8 @@ import msgspec
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import FORMAT, MANIFEST, Manifest, check_format, decode, without
-from peakpoint.format.sealed import seal, unseal
+from peakpoint.format.manifest import MANIFEST, Manifest, without
+from peakpoint.format.sealed import FORMAT, check_format, decode_record, seal, unseal
 from peakpoint.store import Store, establish
 
 
@@ -49,7 +49,7 @@ class Trashed:
             CorruptError: it is damaged.
             FormatError: a newer release wrote it.
         """
-        return decode(self.manifest.encode(), where=MANIFEST)
+        return decode_record(Manifest, self.manifest.encode(), where=MANIFEST)
 
 
 def discard(store: Store, manifest: Manifest, *, until: datetime, at: datetime, why: str, by: str) -> None:

@@ -17,9 +17,8 @@ import msgspec
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format import layout
-from peakpoint.format.manifest import FORMAT, check_format
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
-from peakpoint.format.sealed import digest, seal, unseal
+from peakpoint.format.sealed import FORMAT, check_format, digest, seal, unseal
 from peakpoint.store import LARGE, Store, create_numbered, establish
 
 Outcome = Literal["passed", "failed", "skipped"]

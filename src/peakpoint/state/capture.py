@@ -17,7 +17,7 @@ from peakpoint.errors import ConfigError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_part
-from peakpoint.format.sealed import no_collection
+from peakpoint.format.sealed import gc_paused
 from peakpoint.repository.commit import FileImage, WholeImage
 from peakpoint.state import rng
 from peakpoint.state.encode_cache import Tracer
@@ -289,7 +289,7 @@ def capture(
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
-    with no_collection():
+    with gc_paused():
         return _capture(state, loop, encoder, buffer, owned, stepped, foreign)
 
 

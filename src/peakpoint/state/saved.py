@@ -9,9 +9,9 @@ import torch
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord, check_format
+from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.format.names import near
-from peakpoint.format.sealed import no_collection
+from peakpoint.format.sealed import check_format, gc_paused
 from peakpoint.repository import reader
 from peakpoint.state.json_scalars import TAG
 from peakpoint.state.tensor_files import tensors_of
@@ -47,7 +47,7 @@ def read_trees(store: Store, manifest: Manifest) -> Trees:
     """
     text = reader.read(store, manifest, _file(manifest, layout.STATE))
     try:
-        with no_collection():
+        with gc_paused():
             record = msgspec.json.decode(text)
         parts = {part: tree for part, tree in dict(record["parts"]).items() if part in manifest.parts}
         trees = Trees(parts, record["rng"], record["loop"], frozenset(record.get("optional", ())))
@@ -136,7 +136,7 @@ def read_state(
         CorruptError: a file is missing or damaged.
         FormatError: a newer release wrote it.
     """
-    with no_collection():
+    with gc_paused():
         return _read_state(store, manifest, parts, verify=verify)
 
 
@@ -202,7 +202,7 @@ class Loaded(Mapping[str, Any]):
         if part not in self._trees.parts:
             raise KeyError(part)
         if part not in self._parts:
-            with no_collection():
+            with gc_paused():
                 stored = read_tensors(self._store, self.manifest, part, verify=self._verify)
                 self._parts[part] = Decoder(stored).decode(self._trees.parts[part])
         return self._parts[part]

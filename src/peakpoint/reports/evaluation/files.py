@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from peakpoint.errors import ConfigError, ConflictError, MissingExtraError, StoreError
-from peakpoint.format.manifest import plain
+from peakpoint.format.metrics import json_value
 from peakpoint.format.names import safe
 from peakpoint.reports.evaluation import pages
 
@@ -136,7 +136,7 @@ def as_json(found: "Evaluation") -> dict[str, Any]:
     others = {name: [asdict(one) for one in getattr(found, name)] for name in ("groups", "tradeoffs", "comparisons")}
     peaks = [asdict(one) | {"peak": asdict(one.peak) | {"lost": one.peak.lost}} for one in found.peaks]
     record = {"kind": pages.MARK, "root": found.location, "runs": runs, "peaks": peaks, **others}
-    return dict(plain(record | {"remarks": found.remarks}))
+    return dict(json_value(record | {"remarks": found.remarks}))
 
 
 def _rows(found: "Evaluation") -> Iterable[tuple[Any, ...]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from peakpoint.errors import CorruptError, NotFoundError, SignatureError
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, Manifest, decode
+from peakpoint.format.manifest import MANIFEST, Manifest
+from peakpoint.format.sealed import decode_record
 from peakpoint.repository import reader
 from peakpoint.repository.signing import bundle as bundles
 from peakpoint.repository.signing.keys import (
@@ -155,7 +156,7 @@ def _manifest_bytes(store: Store, manifest: Manifest) -> bytes:
     key = layout.manifest_key(manifest.run, manifest.name)
     _check_plain(store, key)
     data = store.get(key)
-    there = decode(data, where=MANIFEST)
+    there = decode_record(Manifest, data, where=MANIFEST)
     # what was dropped is left out, and metrics that were measured later are added, when a manifest is read
     same = replace(manifest, metrics=there.metrics, parts=there.parts, files=there.files)
     files = {file.name: file for file in there.files}
@@ -263,7 +264,9 @@ class _Files:
 
     def __init__(self, store: Store, manifest: Manifest, data: bytes, progress: Callable[[int], None]) -> None:
         self._store, self._manifest, self._progress = store, manifest, progress
-        self._all = {file.name: file for file in decode(data, where=MANIFEST).files}  # with those that were dropped
+        self._all = {
+            file.name: file for file in decode_record(Manifest, data, where=MANIFEST).files
+        }  # with those that were dropped
         self._here = {file.name for file in manifest.files}
         self._known = {MANIFEST: hashlib.sha256(data).hexdigest()}
 
