@@ -43,7 +43,7 @@ from peakpoint.format.events import Closed, Opened, Pinned
 from peakpoint.format.manifest import encode_manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import maintenance
-from peakpoint.repository.aliases import Change, append, back_from, head
+from peakpoint.repository.aliases import AliasChange, append, back_from, head
 from peakpoint.repository.audit import audit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.root import ensure_repository, ensure_run
@@ -227,10 +227,10 @@ class Anything(RuleBasedStateMachine):
             return
         before = next(back_from(store, present), None)
         if retire:
-            change = Change(kind="retired", target=None, at=START, by="me", why="x", keeps=0)
+            change = AliasChange(kind="retired", target=None, at=START, by="me", why="x", keeps=0)
         elif before is not None:
             more = {"restores": before.stands_for, "target": before.target}
-            change = Change(kind="rolled back", at=START, by="me", why="x", **more)
+            change = AliasChange(kind="rolled back", at=START, by="me", why="x", **more)
         else:
             return
         append(store, alias, change, after=present)
@@ -474,9 +474,9 @@ def test_a_change_of_an_alias_is_seen_at_once(three, tmp_path, catalogue_url, ol
             assert [select_alias(catalogue) for catalogue in catalogues] == [expected] * 2
     code = (
         "import sys\nfrom pathlib import Path\nfrom peakpoint.store import LocalStore\n"
-        "from peakpoint.repository.aliases import Change, append, head\n"
+        "from peakpoint.repository.aliases import AliasChange, append, head\n"
         "store = LocalStore(Path(sys.argv[1]))\nimport datetime\n"
-        "change = Change(kind='retired', target=None, at=datetime.datetime.now(datetime.UTC), by='me', why='x')\n"
+        "change = AliasChange(kind='retired', target=None, at=datetime.datetime.now(datetime.UTC), by='me', why='x')\n"
         "append(store, 'champion', change, after=head(store, 'champion'))\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(root)], check=True)

@@ -17,11 +17,11 @@ from peakpoint.production.release import release
 from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, maintenance
 from peakpoint.repository import journal as journals
-from peakpoint.repository.aliases import protected
+from peakpoint.repository.aliases import protected_by_aliases
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.releases import records
 from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Wanted
+from peakpoint.repository.validations import ValidationSpec
 from peakpoint.store import LocalStore
 from production_task import build, data, in_process, policy, trained
 from promoting import repository, validated
@@ -138,7 +138,7 @@ def test_what_a_roll_back_would_restore_is_protected(tmp_path):
         promote(found, bad)
         promotion.rollback(found, "champion", "it is bad")
     back = next(aliases.back_from(found.store, aliases.holder(found.store, "champion")))
-    assert back.target.checkpoint in protected(found.store, [back.target.checkpoint])
+    assert back.target.checkpoint in protected_by_aliases(found.store, [back.target.checkpoint])
 
 
 def test_an_alias_whose_newest_record_is_damaged_can_be_set_again_by_force(tmp_path):
@@ -249,7 +249,7 @@ def test_a_roll_back_leads_to_what_can_be_loaded(tmp_path):
 
 def test_values_of_two_evaluations_are_not_compared(tmp_path):
     found = repository(tmp_path, (0.9, 0.8))
-    hard, easy = Wanted(evaluate="checks:hard"), Wanted(evaluate="checks:easy")
+    hard, easy = ValidationSpec(evaluate="checks:hard"), ValidationSpec(evaluate="checks:easy")
     labels, right, wrong = [0, 0, 1, 1] * 9, [0, 0, 1, 1] * 9, [1, 1, 0, 0] * 9  # by class, as image folders give them
     validated(found, "r:1", wanted=hard, metrics={"accuracy": 0.0}, predicted=wrong, labels=labels)
     validated(found, "r:2", wanted=easy, metrics={"accuracy": 1.0}, predicted=right, labels=labels)
@@ -263,7 +263,7 @@ def test_an_agreement_with_the_champion_is_asked_for_when_there_is_one(tmp_path)
     found = repository(tmp_path)
     golden = tmp_path / "golden.safetensors"
     golden.write_bytes(b"inputs")
-    wanted = with_golden(Wanted(model="a:b", golden=str(golden), agreement=0.99))
+    wanted = with_golden(ValidationSpec(model="a:b", golden=str(golden), agreement=0.99))
     validated(found, "r:1", wanted=wanted)
     validated(found, "r:2", wanted=wanted)
     promote(found, "r:1")

@@ -13,7 +13,7 @@ from peakpoint.catalogue.ranking import WithinSE
 from peakpoint.errors import ConfigError
 from peakpoint.format.sealed import digest
 from peakpoint.production.policy import Hook, Improvement, read_policies, read_text
-from peakpoint.repository.validations import Wanted
+from peakpoint.repository.validations import ValidationSpec
 from peakpoint.store import LocalStore, MemoryStore
 
 WHOLE = """
@@ -71,7 +71,7 @@ def test_everything_that_a_policy_can_say(tmp_path):
     assert list(policy.by.items()) == [("val_accuracy", "max"), ("size", "min")]
     assert policy.within == WithinSE(n_eval=899)
     assert policy.keeps == 5
-    assert policy.wanted == Wanted(
+    assert policy.wanted == ValidationSpec(
         evaluate="checks:evaluate",
         model="checks:build",
         metrics=("val_accuracy",),

@@ -16,7 +16,7 @@ from peakpoint.production.paired_test import paired, unpaired
 from peakpoint.production.policy import Improvement, Policy
 from peakpoint.production.proposal import propose
 from peakpoint.repository import aliases, journal, maintenance, removal
-from peakpoint.repository.validations import Wanted
+from peakpoint.repository.validations import ValidationSpec
 from peakpoint.rules.retention import Thinning
 from peakpoint.store import LocalStore
 from promoting import Clock, repository, validated
@@ -93,7 +93,7 @@ def test_a_validation_that_was_compared_with_another_champion_is_stale(tmp_path)
 
 def test_a_validation_by_other_checks_than_the_policy_names_does_not_count(tmp_path):
     found = repository(tmp_path)
-    asked = Wanted(evaluate="checks:evaluate", budgets={"latency_ms": 20})
+    asked = ValidationSpec(evaluate="checks:evaluate", budgets={"latency_ms": 20})
     policy = Policy(alias="champion", wanted=asked)
     validated(found, "r:1")
     (said,) = objections(found, policy=policy)

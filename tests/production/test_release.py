@@ -461,7 +461,7 @@ def test_the_whole_way_at_the_command_line(tmp_path):
         task.in_process(
             found,
             f"r:{step}",
-            validations.Wanted(evaluate="production_task:evaluate", model="production_task:build"),
+            validations.ValidationSpec(evaluate="production_task:evaluate", model="production_task:build"),
             alias="champion",
             timeout=None,
             progress=lambda _: None,

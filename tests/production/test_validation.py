@@ -29,7 +29,7 @@ from peakpoint.production.checks.model import described
 from peakpoint.production.checks.weights import zeros_of
 from peakpoint.production.proposal import propose
 from peakpoint.repository import audit, maintenance, validations
-from peakpoint.repository.validations import Wanted
+from peakpoint.repository.validations import ValidationSpec
 from peakpoint.store import LocalStore, MemoryStore
 from validated import build, crown, save
 
@@ -462,7 +462,7 @@ def test_golden_files_that_are_none_fail(tmp_path, content, says):
 
 
 def test_other_golden_inputs_are_another_question(tmp_path):
-    wanted = Wanted(model="validated:build", golden=str(golden(tmp_path / "g")))
+    wanted = ValidationSpec(model="validated:build", golden=str(golden(tmp_path / "g")))
     from peakpoint.production.validation import with_golden
 
     known = with_golden(wanted)
@@ -786,9 +786,9 @@ def test_of_several_at_once_each_gets_a_number(tmp_path, store):
 @settings(max_examples=50)
 @given(limit=st.integers(1, 100), tolerance=st.integers(0, 3))
 def test_how_a_number_is_written_does_not_make_it_another_question(limit, tolerance):
-    one = Wanted(budgets={"size_mb": limit}, tolerance=tolerance)
-    assert one.digest == Wanted(budgets={"size_mb": float(limit)}, tolerance=float(tolerance)).digest
-    assert one.digest != Wanted(budgets={"size_mb": limit + 1}, tolerance=tolerance).digest
+    one = ValidationSpec(budgets={"size_mb": limit}, tolerance=tolerance)
+    assert one.digest == ValidationSpec(budgets={"size_mb": float(limit)}, tolerance=float(tolerance)).digest
+    assert one.digest != ValidationSpec(budgets={"size_mb": limit + 1}, tolerance=tolerance).digest
 
 
 CUT_SHORT = """
@@ -919,7 +919,7 @@ def test_the_validations_of_a_checkpoint_outlive_it(tmp_path):
 
 
 def apart(root, ref, **wanted):
-    return validation.validate(pp.open(root), ref, Wanted(**wanted), timeout=120)
+    return validation.validate(pp.open(root), ref, ValidationSpec(**wanted), timeout=120)
 
 
 def test_a_process_apart_finds_the_same(tmp_path):
@@ -927,7 +927,9 @@ def test_a_process_apart_finds_the_same(tmp_path):
     crown(tmp_path, ref)
     file = str(golden(tmp_path / "g"))
     names = []
-    wanted = Wanted(evaluate="validated:evaluated", model="validated:build", golden=file, checks=("validated:fine",))
+    wanted = ValidationSpec(
+        evaluate="validated:evaluated", model="validated:build", golden=file, checks=("validated:fine",)
+    )
     there = validation.validate(pp.open(tmp_path), ref, wanted, progress=names.append)
     here = pp.validate(
         ref, root=tmp_path, evaluate=validated.evaluated, model=build, golden=file, checks=[validated.fine]
@@ -1011,11 +1013,11 @@ def test_a_store_that_only_this_process_has_cannot_be_examined_elsewhere():
     store = MemoryStore()
     ref = save(store)
     with pytest.raises(pp.errors.ConfigError, match="another process"):
-        validation.validate(pp.open(store), ref, Wanted())
+        validation.validate(pp.open(store), ref, ValidationSpec())
 
 
 def test_a_hang_is_stopped(tmp_path):
     ref = save(tmp_path)
-    result = validation.validate(pp.open(tmp_path), ref, Wanted(), timeout=0.01)
+    result = validation.validate(pp.open(tmp_path), ref, ValidationSpec(), timeout=0.01)
     assert result.failures[0].said == "it took longer than 0.01 s, and was stopped during integrity"
     assert [one.outcome for one in result.findings[1:]] == ["skipped"] * 7

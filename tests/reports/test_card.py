@@ -36,8 +36,8 @@ def promote(root, ref, kind="promoted", **members):
     repository = pp.open(root)
     run, one = repository.locate(ref)
     digest = reader.manifest_digest(run.store, one)
-    target = aliases.Target(run=run.name, checkpoint=one.id, name=one.name, manifest=digest)
-    change = aliases.Change(kind=kind, target=target, at=utc_now(), **{"by": "anna", "why": "better", **members})
+    target = aliases.AliasTarget(run=run.name, checkpoint=one.id, name=one.name, manifest=digest)
+    change = aliases.AliasChange(kind=kind, target=target, at=utc_now(), **{"by": "anna", "why": "better", **members})
     return aliases.append(run.store, "champion", change, after=aliases.head(run.store, "champion"))
 
 
@@ -52,7 +52,7 @@ def validate(root, ref, said="0.81 as recorded", **members):
         "parts": tuple(one.parts),
         "at": START,
         "by": "anna",
-        "wanted": validations.Wanted(),
+        "wanted": validations.ValidationSpec(),
         "findings": (validations.Finding(check="metrics", outcome="passed", said=said, seconds=1.5),),
         "metrics": {"acc": 0.81},
         "environment": {"torch": "2"},

@@ -166,7 +166,7 @@ class Life:
     def promote(self, one, ref, data):
         store = self.run.store
         digest = reader.manifest_digest(store, one)
-        target = aliases.Target(run="r", checkpoint=one.id, name=one.name, manifest=digest)
+        target = aliases.AliasTarget(run="r", checkpoint=one.id, name=one.name, manifest=digest)
         forced = data.draw(st.sampled_from([(), ("it was never validated",)]))
         alias = data.draw(st.sampled_from(["champion", "small/champion"]))
         former = aliases.head(store, alias)
@@ -174,7 +174,7 @@ class Life:
         target = None if kind == "retired" else target
         restores = 1 if kind == "rolled back" else None
         said = {"by": "anna", "why": "as I say", "forced": forced, "restores": restores}
-        change = aliases.Change(kind=kind, target=target, at=utc_now(), **said)
+        change = aliases.AliasChange(kind=kind, target=target, at=utc_now(), **said)
         aliases.append(store, alias, change, after=former)
         before = former.target and former.target.checkpoint if former else None
         self.note(kind, target and one.id, "as I say", alias, before, bool(forced))
@@ -190,7 +190,7 @@ class Life:
             parts=("x",),
             at=utc_now(),
             by="anna",
-            wanted=validations.Wanted(),
+            wanted=validations.ValidationSpec(),
             findings=(finding,),
         )
         validations.record(self.run.store, validation)
@@ -342,7 +342,7 @@ def at(days, hours=0):
 
 
 def target_of(number, run="r"):
-    return aliases.Target(run=run, checkpoint=identity(number), name=f"r_step{number}", manifest="0" * 64)
+    return aliases.AliasTarget(run=run, checkpoint=identity(number), name=f"r_step{number}", manifest="0" * 64)
 
 
 class Hand:
@@ -364,7 +364,9 @@ class Hand:
     def alias(self, kind, number, when, **members):
         target = members.pop("target", number)
         found = None if target is None else target_of(target)
-        change = aliases.Change(kind=kind, target=found, at=when, **{"by": "anna on desk", "why": "better", **members})
+        change = aliases.AliasChange(
+            kind=kind, target=found, at=when, **{"by": "anna on desk", "why": "better", **members}
+        )
         return aliases.append(self.store, "champion", change, after=aliases.head(self.store, "champion"))
 
     def entries(self, **options):
@@ -494,7 +496,7 @@ def test_only_some_runs(story):
     ensure_run(story.store, "other", START, {}, [])
     assert story.entries(only=["other"]) == []
     assert story.entries(only=["r"]) == story.entries()
-    change = aliases.Change(kind="promoted", target=target_of(9, "other"), at=at(10), by="anna", why="another run")
+    change = aliases.AliasChange(kind="promoted", target=target_of(9, "other"), at=at(10), by="anna", why="another run")
     head = aliases.append(story.store, "champion", change, after=aliases.head(story.store, "champion"))
     aliases.append(story.store, "champion", replace(change, target=target_of(6)), after=head)
     found = story.entries(only=["other"])
@@ -629,7 +631,7 @@ def test_a_damaged_validation_leaves_the_others(tmp_path):
             parts=(),
             at=START,
             by="anna",
-            wanted=validations.Wanted(),
+            wanted=validations.ValidationSpec(),
             findings=(validations.Finding(check="speed", outcome="failed", said=said),),
         )
         validations.record(hand.store, validation)

@@ -34,8 +34,8 @@ from peakpoint.format.events import Closed, Promoted, Promoting, Removed
 from peakpoint.format.sealed import seal, unseal
 from peakpoint.repository import aliases, maintenance, reader
 from peakpoint.repository.aliases import (
-    Change,
-    Target,
+    AliasChange,
+    AliasTarget,
     alias_at,
     append,
     back_from,
@@ -48,10 +48,10 @@ from peakpoint.repository.aliases import (
     pointing,
     read,
 )
-from peakpoint.repository.annotations import notes
+from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.audit import audit, clean
 from peakpoint.repository.journal import Journal
-from peakpoint.repository.refs import OfAlias, check_alias, parse_any
+from peakpoint.repository.refs import AliasRef, check_alias, parse_any
 from peakpoint.repository.removal import apply
 from peakpoint.rules.retention import Removal
 from peakpoint.store import LocalStore, MemoryStore
@@ -70,12 +70,12 @@ HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
 def target(number):
-    return Target(run="r", checkpoint=identity(number), name=f"n{number}", manifest="0" * 64)
+    return AliasTarget(run="r", checkpoint=identity(number), name=f"n{number}", manifest="0" * 64)
 
 
 def change(kind="promoted", number=1, **more):
     given = {"at": START, "by": "somebody", "why": "because", **more}
-    return Change(kind=kind, target=None if kind == "retired" else target(number), **given)
+    return AliasChange(kind=kind, target=None if kind == "retired" else target(number), **given)
 
 
 def put(store, *numbers_, alias="champion", **more):
@@ -227,7 +227,7 @@ def test_families_and_what_lies_about_in_the_directories(tmp_path):
         (tmp_path / "aliases" / odd).write_text("{}")
     assert names(store) == ["a.b/c+d", "champion", "resnet50", "resnet50/champion"]
     assert set(map(tuple, listed(store).values())) == {(1,)}
-    assert aliases.protected(store, []).keys() == {identity(1)}
+    assert aliases.protected_by_aliases(store, []).keys() == {identity(1)}
     assert not aliases.heads(store)[1]
 
 
@@ -242,7 +242,7 @@ def test_a_name_that_is_none_is_answered_with_near_ones():
     for number in (2, 0, -1, 10**18, 10**1000):
         with pytest.raises(NotFoundError, match=r"no record .*; it has records 1 to 1"):
             read(store, "champion", number)
-    assert parse_any("@resnet50/champion:12") == OfAlias("resnet50/champion", 12)
+    assert parse_any("@resnet50/champion:12") == AliasRef("resnet50/champion", 12)
     for text in ("@", "@champion:", "@champion:0", "@champion:x", "@champion:1:2", "@../x", "@a/b/c"):
         with pytest.raises(ConfigError):
             parse_any(text)
@@ -337,7 +337,7 @@ def test_a_record_that_contradicts_itself_is_no_answer(members, error, words):
         head(store, "champion")
     assert words in history(store, "champion").damage[0]
     assert list(aliases.heads(store)[1]) == ["champion"]
-    assert aliases.protected(store, ["x"])["x"].startswith("what champion protects is not known")
+    assert aliases.protected_by_aliases(store, ["x"])["x"].startswith("what champion protects is not known")
 
 
 def test_members_that_a_newer_release_has_added_are_passed_over():
@@ -455,7 +455,7 @@ def test_an_object_store_serves_as_a_place_for_aliases(bucket):
     with pytest.raises(ConflictError, match="meanwhile"):
         append(bucket, "champion", change(number=9), after=None)
     assert [one.target for one in history(bucket, "champion").records] == [target(1), target(2)]
-    assert aliases.protected(bucket, []).keys() == {identity(1), identity(2), identity(3)}
+    assert aliases.protected_by_aliases(bucket, []).keys() == {identity(1), identity(2), identity(3)}
 
 
 # --- what is protected --------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_what_is_protected_is_what_is_held_and_was_held_last(done):
             expected.setdefault(identity(number), []).append(("was", alias))
         if present is not None:
             expected.setdefault(identity(present), []).append(("is", alias))
-    found = aliases.protected(store, [])
+    found = aliases.protected_by_aliases(store, [])
     assert found.keys() == expected.keys()
     for checkpoint, why in found.items():
         held = [alias for how, alias in expected[checkpoint] if how == "is"]
@@ -501,7 +501,7 @@ def test_a_former_holder_that_cannot_be_read_is_no_former_holder():
     store = MemoryStore()
     put(store, 1, 2, 3, 4, 5, keeps=2)
     store.put(layout.alias_key("champion", 4), [b"garbage"])
-    assert aliases.protected(store, []).keys() == {identity(5), identity(3), identity(2)}
+    assert aliases.protected_by_aliases(store, []).keys() == {identity(5), identity(3), identity(2)}
 
 
 def events(*names_):
@@ -533,7 +533,7 @@ def events(*names_):
 def test_what_is_about_to_be_promoted_is_protected_until_the_record_is_there(said, left):
     store = MemoryStore()
     put(store, 1, 2, alias="a")
-    found = aliases.protected(store, [], notes(events(*said)).promoting.values())
+    found = aliases.protected_by_aliases(store, [], annotations_of(events(*said)).promoting.values())
     assert found.pop("c", None) == left
     assert found.keys() == {identity(1), identity(2)}
 
@@ -950,4 +950,4 @@ def test_a_record_that_the_disk_does_not_give_is_told():
     found, unread = aliases.heads(store)
     assert (list(found), unread) == (["b"], {"a": "input/output error"})
     with pytest.raises(StoreError):
-        aliases.protected(store, [])  # nothing is removed then, and the next save tries again
+        aliases.protected_by_aliases(store, [])  # nothing is removed then, and the next save tries again

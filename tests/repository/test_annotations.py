@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from peakpoint.format.events import Measured, Removed, Reported, Saved, Started
 from peakpoint.repository import journal as journals
-from peakpoint.repository.annotations import Ledger
+from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.removal import apply
 from peakpoint.rules import smoothed
 from peakpoint.rules.history import Smoothing, derive
@@ -64,7 +64,7 @@ def test_a_measurement_that_is_made_while_a_run_is_being_opened_is_seen(tmp_path
     before = journals.read(run.store, "r")
     run.record("r:1", {"acc": 0.9})
     run.pin("r:1", "a good one")
-    ledger = Ledger(run.store, "r", "none.jsonl", before, run.manifests(), [])
+    ledger = LiveAnnotations(run.store, "r", "none.jsonl", before, run.manifests(), [])
     ledger.refresh()
     assert [seen.metrics for seen in ledger.view(run.manifests())] == [{"acc": 0.9}]
     assert list(ledger.pinned.values()) == ["a good one"]
@@ -155,7 +155,7 @@ def test_a_pin_that_comes_while_a_training_starts_is_seen(tmp_path):
     before = journals.read(run.store, "r")
     run.pin("r:1", "right now")
     run.record("r:1", {"acc": 0.5})
-    ledger = Ledger(run.store, "r", "000009.jsonl", before, run.manifests(), ())
+    ledger = LiveAnnotations(run.store, "r", "000009.jsonl", before, run.manifests(), ())
     ledger.refresh()
     assert ledger.pinned == {one.id: "right now"}
     assert ledger.view(run.manifests())[0].metrics == {"acc": 0.5}
@@ -165,7 +165,7 @@ def test_notes_count_in_the_order_that_they_have_after_a_restart(tmp_path):
     with checkpointer(tmp_path) as ckpt:
         ckpt.report(step=1)
     run, one = run_of(tmp_path), kept(tmp_path)[0]
-    ledger = Ledger(run.store, "r", "000009.jsonl", journals.read(run.store, "r"), run.manifests(), ())
+    ledger = LiveAnnotations(run.store, "r", "000009.jsonl", journals.read(run.store, "r"), run.manifests(), ())
     slow = journals.Journal(run.store, "r", lambda: START)  # it is earlier, and writes later
     run.record("r:1", {"acc": 0.5})
     ledger.refresh()

@@ -19,7 +19,7 @@ from peakpoint.format.sealed import decode_record
 from peakpoint.repository import journal as j
 from peakpoint.repository.commit import WholeImage, commit
 from peakpoint.repository.journal import Journal
-from peakpoint.repository.reader import shelf
+from peakpoint.repository.reader import list_run
 from peakpoint.repository.removal import apply
 from peakpoint.rules import Best, Budget, Every, Last, claims
 from peakpoint.rules.retention import Removal, plan, protections
@@ -217,7 +217,7 @@ def test_removals_are_durably_recorded_before_the_first_file_goes():
         by="rules",
     )
     assert j.read(store, "r").events == tuple(recorded)
-    assert [one.name for one in shelf(store, "r").manifests] == ["c1", "c4"]
+    assert [one.name for one in list_run(store, "r").manifests] == ["c1", "c4"]
 
 
 def test_of_each_checkpoint_the_manifest_goes_first_and_nothing_is_left():
@@ -251,13 +251,13 @@ def test_what_cannot_be_removed_is_told_stays_and_is_tried_again():
     assert len(failures) == 1
     assert failures[0].startswith("c2 could not be removed: ")
     assert "Input/output error" in failures[0]
-    left = shelf(store, "r").manifests
+    left = list_run(store, "r").manifests
     assert [one.name for one in left] == ["c2", "c4"]
     assert left[0] == manifests[1]  # whole: its manifest would have gone first
     assert store.size(f"{checkpoint_prefix('r', 'c2')}/state.json") == 2
     store.refuse = set()
     assert apply(store, journal, plan(left, [Last(1)]).remove, by="rules") == []
-    assert [one.name for one in shelf(store, "r").manifests] == ["c4"]
+    assert [one.name for one in list_run(store, "r").manifests] == ["c4"]
 
 
 def test_a_removal_that_was_cut_short_leaves_litter_and_no_half_checkpoint():
@@ -265,9 +265,9 @@ def test_a_removal_that_was_cut_short_leaves_litter_and_no_half_checkpoint():
     store.refuse = {f"{checkpoint_prefix('r', 'c1')}/state.json"}
     failures = apply(store, Journal(store, "r", clock), plan(manifests, [Last(1)]).remove, by="rules")
     assert len(failures) == 1
-    found = shelf(store, "r")
+    found = list_run(store, "r")
     assert [one.name for one in found.manifests] == ["c2"]
-    assert found.bare == ("c1",)
+    assert found.without_manifest == ("c1",)
 
 
 @pytest.mark.parametrize(("number", "until"), [(errno.EIO, None), (errno.ENOSPC, START), (errno.EDQUOT, START)])
@@ -287,7 +287,7 @@ def test_nothing_is_deleted_when_the_record_cannot_be_written(number, until):
     with pytest.raises(StoreError):
         apply(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody", until=until)
     assert store.happened == []
-    assert shelf(store, "r").manifests == (one,)
+    assert list_run(store, "r").manifests == (one,)
 
 
 def test_a_checkpoint_that_is_gone_already_is_no_failure():
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_is_gone_already_is_no_failure():
     removals = [Removal(manifests[0], "twice"), Removal(replace(manifests[0], name="never-was"), "never was")]
     assert apply(store, journal, removals, by="x") == []
     assert apply(store, journal, removals, by="x") == []
-    assert [one.name for one in shelf(store, "r").manifests] == ["c2"]
+    assert [one.name for one in list_run(store, "r").manifests] == ["c2"]
 
 
 # --- pins and budgets ---------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def test_a_pin_that_comes_while_others_are_being_removed_is_heeded():
     for draft in (one, other):
         commit(store, draft, [WholeImage("state.json", b"{}")], first=lambda: None)
     journal = Journal(store, "r", lambda: START)
-    removals = [Removal(found, "no rule") for found in shelf(store, "r").manifests]
+    removals = [Removal(found, "no rule") for found in list_run(store, "r").manifests]
 
     def pinned():
         events = j.read(store, "r").events
@@ -407,7 +407,7 @@ def test_a_pin_that_comes_while_others_are_being_removed_is_heeded():
 
     failures = apply(store, journal, removals, by="rules", pinned=pinned)
     assert failures == ["a stays: it is pinned, an alias points at it, or the run was archived a moment ago"]
-    assert [found.name for found in shelf(store, "r").manifests] == ["a"]
+    assert [found.name for found in list_run(store, "r").manifests] == ["a"]
 
 
 # --- plans as documents -------------------------------------------------------------------------------------------

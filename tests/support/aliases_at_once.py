@@ -9,7 +9,7 @@ from pathlib import Path
 
 from object_store import Bucket, Faulty
 from peakpoint.errors import ConflictError, TransientStoreError
-from peakpoint.repository.aliases import Change, Target, append, head
+from peakpoint.repository.aliases import AliasChange, AliasTarget, append, head
 from peakpoint.store import LocalStore
 
 place, me, count, seed = sys.argv[1:]
@@ -19,9 +19,9 @@ print("ready", flush=True)
 sys.stdin.readline()  # until all are
 for number in range(int(count)):
     what = f"{me}-{number}"
-    target = Target(run="r", checkpoint=what.replace("-", "0"), name=what, manifest="0" * 64)
+    target = AliasTarget(run="r", checkpoint=what.replace("-", "0"), name=what, manifest="0" * 64)
     while True:
-        change = Change(kind="promoted", target=target, at=datetime.now(UTC), by=me, why=what)
+        change = AliasChange(kind="promoted", target=target, at=datetime.now(UTC), by=me, why=what)
         try:
             made = append(store, "family/champion", change, after=head(store, "family/champion"))
         except ConflictError:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import peakpoint as pp
 from peakpoint.repository import reader, validations
 from peakpoint.repository.provenance import utc_now
-from peakpoint.repository.validations import Finding, Predictions, Validation, Wanted
+from peakpoint.repository.validations import Finding, Predictions, Validation, ValidationSpec
 from training import checkpointer
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
@@ -29,7 +29,7 @@ def validated(found, ref, *, failures=(), at=None, predicted=None, labels=None, 
         predictions = validations.keep_predictions(store, run.name, manifest.id, Predictions(predicted, labels))
     findings = [Finding(check="integrity", outcome="passed", said="every byte is as it was")]
     findings += [Finding(check=check, outcome="failed", said=f"{check} is wrong") for check in failures]
-    given = {"wanted": Wanted(), **members}
+    given = {"wanted": ValidationSpec(), **members}
     return validations.record(
         store,
         Validation(

@@ -3,7 +3,7 @@
 from peakpoint.format import layout
 from peakpoint.format.manifest import encode_manifest
 from peakpoint.repository import reader
-from peakpoint.repository.aliases import Change, Target, append, head
+from peakpoint.repository.aliases import AliasChange, AliasTarget, append, head
 from strategies import START
 
 
@@ -18,7 +18,7 @@ def point(store, alias, one, *, at=START, why="because", **more):
     target = None
     if one is not None:
         told = reader.manifest_digest(store, one)
-        target = Target(run=one.run, checkpoint=one.id, name=one.name, manifest=told)
+        target = AliasTarget(run=one.run, checkpoint=one.id, name=one.name, manifest=told)
     kind = "retired" if target is None else "rolled back" if "restores" in more else "promoted"
-    change = Change(kind=kind, target=target, at=at, by="somebody", why=why, **more)
+    change = AliasChange(kind=kind, target=target, at=at, by="somebody", why=why, **more)
     return append(store, alias, change, after=head(store, alias))

@@ -70,12 +70,12 @@ def crown(root, ref, alias="champion"):
     """Let an alias point at a checkpoint."""
     repository = pp.open(root)
     manifest = repository.find_manifest(ref)
-    target = aliases.Target(
+    target = aliases.AliasTarget(
         run=manifest.run,
         checkpoint=manifest.id,
         name=manifest.name,
         manifest=reader.manifest_digest(repository.store, manifest),
     )
-    change = aliases.Change(kind="promoted", target=target, at=utc_now(), by="a test", why="because")
+    change = aliases.AliasChange(kind="promoted", target=target, at=utc_now(), by="a test", why="because")
     aliases.append(repository.store, alias, change, after=aliases.head(repository.store, alias))
     return manifest.id

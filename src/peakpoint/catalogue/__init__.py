@@ -11,7 +11,7 @@ from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.catalogue.run_summary import RunSummary
 from peakpoint.catalogue.selection import Clause, Explanation, Selection, SelectionQuery
 from peakpoint.errors import ConfigError, MissingExtraError, StoreError
-from peakpoint.repository.findings import Finding
+from peakpoint.repository.findings import AuditFinding
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode
 from peakpoint.store import Store
@@ -72,7 +72,7 @@ def select(
     return Catalogue(root, catalogue).select(wish)
 
 
-def audit(repository: Repository, catalogue: str | None = None) -> Iterator[Finding]:
+def audit(repository: Repository, catalogue: str | None = None) -> Iterator[AuditFinding]:
     """Compare the catalogue with the files, if there is one; yields what it says otherwise.
 
     Args:
@@ -85,11 +85,11 @@ def audit(repository: Repository, catalogue: str | None = None) -> Iterator[Find
         index = Catalogue(repository, catalogue)
         differences = [difference for difference in index.compare() if not difference.unreadable]
     except (ConfigError, MissingExtraError, StoreError) as error:
-        yield Finding("busy", FILE, f"the catalogue is not compared with the files: {error}")
+        yield AuditFinding("busy", FILE, f"the catalogue is not compared with the files: {error}")
         return
     remedy = "peakpoint audit ROOT --rebuild makes it anew"
     for difference in differences[:_SHOWN]:
         what = f"the catalogue says otherwise than the files: {difference.what}; {remedy}"
-        yield Finding("damage", index.location, what)
+        yield AuditFinding("damage", index.location, what)
     if len(differences) > _SHOWN:
-        yield Finding("damage", index.location, f"{len(differences) - _SHOWN} more of these; {remedy}")
+        yield AuditFinding("damage", index.location, f"{len(differences) - _SHOWN} more of these; {remedy}")

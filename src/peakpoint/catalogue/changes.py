@@ -114,7 +114,7 @@ class RunChanges:
     whole: bool
     events: Sequence[Event]
     past: Sequence[Event] | None
-    found: Sequence[reader.Standing]
+    found: Sequence[reader.FoundCheckpoint]
     gone: frozenset[str]
 
     @property
@@ -255,7 +255,9 @@ class _Directories:
         self._awaits = {name: set(one.awaits) for name, one in known.unsettled.items()}
         self._archive = known_archive(store, run)
 
-    def read(self, events: Sequence[Event]) -> tuple[list[reader.Standing], frozenset[str], dict[str, Unsettled]]:
+    def read(
+        self, events: Sequence[Event]
+    ) -> tuple[list[reader.FoundCheckpoint], frozenset[str], dict[str, Unsettled]]:
         """What was found, what is gone, and what is unsettled."""
         touched = self._heed(events)
         children = self._store.children(layout.checkpoints_prefix(self._run))
@@ -264,7 +266,7 @@ class _Directories:
         touched |= {name for name, one in self._before.items() if not (one.resting or self._is_same(name, one.stamp))}
         calm = {name: one for name, one in self._before.items() if name in present and name not in touched}
         fresh = {name for name in present if name in touched or (name not in self._rows and name not in calm)}
-        found: list[reader.Standing] = []
+        found: list[reader.FoundCheckpoint] = []
         unsettled = dict(calm)
         for name in sorted(fresh):
             self._look(name, found, unsettled)
@@ -274,11 +276,11 @@ class _Directories:
     def _is_same(self, name: str, stamp: str | None) -> bool:
         return is_same(self._store, layout.checkpoint_prefix(self._run, name), stamp)
 
-    def _look(self, name: str, found: list[reader.Standing], unsettled: dict[str, Unsettled]) -> None:
+    def _look(self, name: str, found: list[reader.FoundCheckpoint], unsettled: dict[str, Unsettled]) -> None:
         stamp = self._store.stamp(layout.checkpoint_prefix(self._run, name))
         awaits = self._awaits.get(name, set())
-        match reader.look(self._store, self._run, name, self._archive):
-            case reader.Standing(manifest=manifest, archived=archived) as standing:
+        match reader.inspect(self._store, self._run, name, self._archive):
+            case reader.FoundCheckpoint(manifest=manifest, archived=archived) as standing:
                 found.append(standing)
                 seen = {"restored"} if not archived else set()
                 there = {_WITHOUT + part for part in manifest.parts}

@@ -22,7 +22,7 @@ from peakpoint.format.events import Event, Opened
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.repository import reader
-from peakpoint.repository.annotations import Notes
+from peakpoint.repository.annotations import Annotations
 from peakpoint.rules import Mode, parse, watched
 from peakpoint.rules import history as histories
 from peakpoint.rules.peaks import Peak, go_on
@@ -190,7 +190,7 @@ class _Update:
     # --- measured later, pinned
 
     def _note(self) -> None:
-        fresh = Notes()
+        fresh = Annotations()
         named = {event.checkpoint for event in self._news.events if isinstance(event, NOTES)}
         if not named:
             return
@@ -220,7 +220,7 @@ class _Update:
         for some in portions(keys):
             self._connection.execute(delete(schema.checkpoints).where(schema.checkpoints.c.key.in_(some)))
 
-    def _add(self, found: Sequence[reader.Standing]) -> None:
+    def _add(self, found: Sequence[reader.FoundCheckpoint]) -> None:
         if not found:
             return
         ids = {standing.manifest.id for standing in found}
@@ -348,7 +348,7 @@ class CheckpointEntry(NamedTuple):
 
     key: int
     run: int
-    standing: reader.Standing
+    standing: reader.FoundCheckpoint
     metrics: dict[str, float]
     pinned: bool
 
@@ -386,7 +386,7 @@ def rows_of(columns: Columns, entries: Sequence[CheckpointEntry]) -> list[tuple[
                     rows["rarities"].append({"checkpoint": key, "metric": columns.keys[name], "value": value})
         row |= {"key": key, "run": run, "sequence": one.sequence, "epoch": one.epoch, "step": one.step}
         row |= {"size": one.size_bytes, "created": one.created_at.timestamp(), "pinned": pinned}
-        row |= {"archived": standing.archived, "whole": not standing.cut}
+        row |= {"archived": standing.archived, "whole": not standing.incomplete}
         rows["checkpoints"].append(row)
         detail = {"checkpoint": key, "id": one.id, "name": one.name, "record": record_of(one, metrics)}
         rows["details"].append(detail)

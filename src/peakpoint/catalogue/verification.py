@@ -23,7 +23,7 @@ from peakpoint.format.events import Event, Opened
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader
-from peakpoint.repository.annotations import notes
+from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.packs import known_archive
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest
@@ -59,15 +59,15 @@ def compare_rows(
         rows: see ``selection``: with ``owner``, the key of the run, and ``metrics`` and ``pinned``, which were noted.
     """
     differences: list[CatalogueMismatch] = []
-    standings: list[tuple[Any, reader.Standing]] = []
+    standings: list[tuple[Any, reader.FoundCheckpoint]] = []
     archive_of = cache(partial(known_archive, store))
     for row in rows:
         try:
-            standing = reader.look(store, row.run, row.name, archive_of(row.run))
+            standing = reader.inspect(store, row.run, row.name, archive_of(row.run))
         except (Error, ValueError) as error:  # a name that no key can have is a ValueError
             differences.append(CatalogueMismatch(row.run, f"{row.run}/{row.name}: {error}", unreadable=True))
             continue
-        if isinstance(standing, reader.Standing):
+        if isinstance(standing, reader.FoundCheckpoint):
             standings.append((row, standing))
         elif standing is None:
             differences.append(CatalogueMismatch(row.run, f"{row.run}/{row.name} does not exist"))
@@ -180,8 +180,8 @@ def compare_run(connection: Connection, columns: Columns, store: Store, run: str
         return []  # gone meanwhile
     except Error as error:
         return [CatalogueMismatch(run, f"run {run}: {error}", unreadable=True)]
-    known = notes(events)
-    standings = {name: look for name, look in looks.items() if isinstance(look, reader.Standing)}
+    known = annotations_of(events)
+    standings = {name: look for name, look in looks.items() if isinstance(look, reader.FoundCheckpoint)}
     names = sorted(rows.keys() ^ standings.keys())
     differences = [_alone(run, name, looks.get(name)) for name in names]
     entries = []
@@ -208,18 +208,18 @@ def compare_run(connection: Connection, columns: Columns, store: Store, run: str
     return differences
 
 
-def _alone(run: str, name: str, look: reader.Standing | reader.Damaged | None) -> CatalogueMismatch:
+def _alone(run: str, name: str, look: reader.FoundCheckpoint | reader.Damaged | None) -> CatalogueMismatch:
     """A checkpoint that only the catalogue or only the files have."""
     if isinstance(look, reader.Damaged):
         return CatalogueMismatch(run, str(look.error), unreadable=True)
     return CatalogueMismatch(run, f"{run}/{name} {'does not exist' if look is None else 'is missing in the catalogue'}")
 
 
-def _looks(store: Store, run: str) -> dict[str, reader.Standing | reader.Damaged | None]:
+def _looks(store: Store, run: str) -> dict[str, reader.FoundCheckpoint | reader.Damaged | None]:
     children = store.children(layout.checkpoints_prefix(run))
     names = [child[:-1] for child in children if child.endswith("/") and child.isascii()]
     archive = known_archive(store, run)
-    return {name: reader.look(store, run, name, archive) for name in names}
+    return {name: reader.inspect(store, run, name, archive) for name in names}
 
 
 def _facts(events: Sequence[Event], manifests: Sequence[Any]) -> Facts:
@@ -241,7 +241,7 @@ def _facts(events: Sequence[Event], manifests: Sequence[Any]) -> Facts:
 
 
 def _notes(events: Sequence[Event]) -> dict[str, tuple[str, str | None]]:
-    known = notes(events)
+    known = annotations_of(events)
     named = {event.checkpoint for event in events if isinstance(event, NOTES)}
     return {
         identity: (

@@ -73,9 +73,9 @@ def _with_progress(repository: Repository, *, deep: bool) -> audits.Audit:
         )
 
 
-def _print_audit(root: Path, result: audits.Audit, removed: list[audits.Finding]) -> None:
+def _print_audit(root: Path, result: audits.Audit, removed: list[audits.AuditFinding]) -> None:
     console = render.console()
-    rows = [audits.Finding("removed", finding.where, finding.what) for finding in removed] + result.findings
+    rows = [audits.AuditFinding("removed", finding.where, finding.what) for finding in removed] + result.findings
     if rows:
         console.print(render.findings_table(rows))
     console.print(render.audit_sentence(result))

@@ -19,7 +19,7 @@ from peakpoint.format.events import Measured, Reported
 from peakpoint.format.manifest import Manifest
 from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
 from peakpoint.repository import maintenance
-from peakpoint.repository.annotations import all_known
+from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.packs import check_not_archived, packed_bytes
 from peakpoint.repository.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository.root import open_repository
@@ -252,7 +252,7 @@ def _gone(run: Run, ref: str) -> CheckpointHistory | None:
 def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     events = run.events()
     rules = run.rules()
-    manifests = all_known(run.manifests(), events, rules)
+    manifests = all_with_annotations(run.manifests(), events, rules)
     claims = run.kept().get(manifest.id, ())
     dropped = list(records(run.store, run.name, manifest.name))
     late = [event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id]

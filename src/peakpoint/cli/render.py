@@ -20,8 +20,8 @@ from peakpoint.format import amounts
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.metrics import json_value
 from peakpoint.repository import reader
-from peakpoint.repository.annotations import all_known
-from peakpoint.repository.audit import Audit, Finding
+from peakpoint.repository.annotations import all_with_annotations
+from peakpoint.repository.audit import Audit, AuditFinding
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import Claim, ranked, watched
@@ -252,7 +252,7 @@ def files_table(manifest: Manifest) -> Table:
 _COLOURS = {"damage": "bold red", "litter": "yellow", "foreign": "blue", "busy": "cyan", "removed": "green"}
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[AuditFinding]) -> Table:
     """What an audit found."""
     rows = [(f"[{_COLOURS[one.kind]}]{one.kind}[/]", escape(one.where), escape(one.what)) for one in findings]
     return tables.plain(("kind", "where", "what"), rows)
@@ -269,7 +269,7 @@ def print_run(console: Console, run: Run) -> None:
     events, manifests = run.events(), run.manifests()
     in_force = rules_of(events)
     pairs = watched(in_force)
-    kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
+    kept, manifests = run.plan(None, events).keep, all_with_annotations(manifests, events, ())
     total = sum(manifest.size_bytes for manifest in manifests)
     packed, aliases = packed_bytes(run.store, run.name, manifests), alias_marks.pointing(run)
     away = sum(manifest.size_bytes - packed[manifest.id] for manifest in manifests if manifest.id in packed)
@@ -343,7 +343,7 @@ def run_json(run: Run) -> dict[str, Any]:
     """A run for programs."""
     events, manifests = run.events(), run.manifests()
     in_force = rules_of(events)
-    kept, manifests = run.plan(None, events).keep, all_known(manifests, events, ())
+    kept, manifests = run.plan(None, events).keep, all_with_annotations(manifests, events, ())
     packed, aliases = packed_bytes(run.store, run.name, manifests), alias_marks.pointing(run)
     past = history(events)
     found = peaks(past, watched(in_force))
@@ -355,7 +355,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "checkpoint_count": len(manifests),
         "size_bytes": sum(manifest.size_bytes for manifest in manifests),
         "newest": max((manifest.created_at for manifest in manifests), default=None),
-        "damaged": [str(one.error) for one in reader.shelf(run.store, run.name).damaged],
+        "damaged": [str(one.error) for one in reader.list_run(run.store, run.name).damaged],
         "peaks": [_peak_json(peak) for peak in found],
         "best_exists": best_exist(found, manifests),
         "aliases": sorted(alias for some in aliases.values() for alias in some),

@@ -244,7 +244,7 @@ def _damaged(repository: Repository, shown: Sequence[Checkpoint]) -> dict[str, s
             manifests.append(reader.read_manifest(repository.store, one.run, one.name))
         except NotFoundError:  # removed since it was selected
             continue
-    wrong = reader.damage(repository.store, manifests)
+    wrong = reader.find_damage(repository.store, manifests)
     return {f"{one.run}/{one.name}": wrong[one.id] for one in manifests if one.id in wrong}
 
 

@@ -70,7 +70,7 @@ def show(root: Path, ref: str, json: bool) -> None:  # noqa: FBT001
     console.print(render.files_table(manifest))
 
 
-def _damaged(tested: validations.Survey) -> list[str]:
+def _damaged(tested: validations.ValidationSurvey) -> list[str]:
     return [f"[bold red]damaged[/]: {escape(what)}" for _, what in tested.damage]
 
 
@@ -194,11 +194,11 @@ def _spare_what_aliases_protect(run: Run, manifests: Sequence[Manifest]) -> None
 
 def _spare_the_newest_good(run: Run, chosen: Collection[str]) -> None:
     """Refuse to remove what the run would continue from while newer ones stay that it cannot continue from."""
-    shelf = reader.shelf(run.store, run.name)
-    damaged = reader.damage(run.store, shelf.manifests)
+    shelf = reader.list_run(run.store, run.name)
+    damaged = reader.find_damage(run.store, shelf.manifests)
     useless: list[str] = []
     for manifest in reversed(shelf.manifests):
-        if manifest.id not in damaged and manifest.id not in shelf.cut:
+        if manifest.id not in damaged and manifest.id not in shelf.incomplete:
             if manifest.id in chosen and useless:
                 raise ConfigError(
                     f"{run.name}/{manifest.name} is the newest good checkpoint of run {run.name!r}, and stays: "

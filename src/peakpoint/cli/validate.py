@@ -22,7 +22,7 @@ from peakpoint.format.amounts import read_duration
 from peakpoint.production import validation
 from peakpoint.production.policy import read_policies
 from peakpoint.repository.root import open_repository
-from peakpoint.repository.validations import Progress, Validation, Wanted
+from peakpoint.repository.validations import Progress, Validation, ValidationSpec
 
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 _LINES = 12  # of what was printed, shown with a failure
@@ -84,7 +84,7 @@ def validate(
     asked["signature"] = _pairs("--signature", asked["signature"], str, "output=F32[*,10]")
     repository = open_repository(root)
     seconds = None if timeout is None else timeout.total_seconds()
-    wanted = Wanted(**asked)
+    wanted = ValidationSpec(**asked)
     policy = None if _said(asked) else read_policies(repository.store).of(against.removeprefix("@"))
     if policy is not None:
         wanted, seconds = policy.wanted, seconds or policy.timeout

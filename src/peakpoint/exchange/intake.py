@@ -16,13 +16,13 @@ from peakpoint.exchange.state_dicts import EXTRA, Foreign, Reading, keepable
 from peakpoint.format.events import Pinned, Saved, Unpinned
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
-from peakpoint.repository.annotations import notes as notes_of
+from peakpoint.repository.annotations import annotations_of as notes_of
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import WholeImage, commit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.packs import spans_of
 from peakpoint.repository.provenance import Clock
-from peakpoint.repository.reader import shelf
+from peakpoint.repository.reader import list_run
 from peakpoint.repository.root import ensure_run
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule, check_watched, watched
@@ -134,7 +134,7 @@ class Intake:
         check_watched(self._in_force, {name for metrics in known for name in metrics})
 
     def _look(self) -> None:
-        there = shelf(self.store, self.run)
+        there = list_run(self.store, self.run)
         self._events = journals.read(self.store, self.run).events
         own = [one.name for one in there.manifests if DIGEST not in one.written_by]
         own += [one.name for one in there.damaged]

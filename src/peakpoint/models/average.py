@@ -81,7 +81,7 @@ def held(store: Store, manifests: Sequence[Manifest]) -> Iterator[None]:
     """No rule removes these as long as this lasts."""
     with contextlib.ExitStack() as holds:
         for manifest in manifests:
-            hold = reader.reading(store, manifest)
+            hold = reader.hold_for_reading(store, manifest)
             if hold is not None:
                 holds.callback(hold.release)
         yield

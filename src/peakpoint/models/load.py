@@ -8,7 +8,7 @@ from typing import Any
 from peakpoint.errors import ConfigError
 from peakpoint.production.policy import read_policies
 from peakpoint.repository import reader, signing
-from peakpoint.repository.refs import OfAlias, parse_any
+from peakpoint.repository.refs import AliasRef, parse_any
 from peakpoint.repository.root import Repository
 from peakpoint.state.capture import Stateful
 from peakpoint.state.json_scalars import kind_of
@@ -75,7 +75,7 @@ def load(
         raise ConfigError("signed_by= needs verify=True: a signature is worth as much as the comparison of the bytes")
     if signed_by is not None:
         signing.verify(store, manifest, public_key=Path(signed_by), files=False)
-    hold = reader.reading(store, manifest)
+    hold = reader.hold_for_reading(store, manifest)
     if into is None:
         reader.check_sizes(store, manifest)
         return Loaded(manifest, store, read_trees(store, manifest), verify, _hold=hold)
@@ -99,5 +99,5 @@ def key_for(store: Store, ref: str) -> Path | None:
         ConfigError: the policy cannot be understood.
     """
     parsed = parse_any(ref)
-    policy = read_policies(store).of(parsed.alias) if isinstance(parsed, OfAlias) else None
+    policy = read_policies(store).of(parsed.alias) if isinstance(parsed, AliasRef) else None
     return None if policy is None else policy.public_key

@@ -75,7 +75,7 @@ def measured(
     tensors = []
     with contextlib.ExitStack() as holds:  # no rule removes what is being read
         for manifest in (one, other):
-            hold = reader.reading(store, manifest)
+            hold = reader.hold_for_reading(store, manifest)
             if hold is not None:
                 holds.callback(hold.release)
         for tensor in found.tensors:

@@ -9,8 +9,8 @@ from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format.manifest import Manifest
 from peakpoint.production.paired_test import Paired, paired, unpaired
 from peakpoint.repository import validations
-from peakpoint.repository.aliases import Target
-from peakpoint.repository.annotations import all_known
+from peakpoint.repository.aliases import AliasTarget
+from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
 from peakpoint.repository.validations import Predictions, Validation
@@ -98,7 +98,7 @@ def _plain(value: float) -> float | str:
 
 
 def compare_with(
-    repository: Repository, run: Run, manifest: Manifest, validation: Validation | None, held: Target
+    repository: Repository, run: Run, manifest: Manifest, validation: Validation | None, held: AliasTarget
 ) -> HolderComparison:
     """A candidate beside the present holder of an alias, from what is recorded of both."""
     try:
@@ -146,7 +146,7 @@ def _pairs(
 
 def known_of(run: Run, manifest: Manifest) -> Mapping[str, float]:
     """Every metric that is recorded of a checkpoint, also what was measured after its commit."""
-    return all_known([manifest], run.events(), ())[0].metrics
+    return all_with_annotations([manifest], run.events(), ())[0].metrics
 
 
 def _predicted(repository: Repository, before: Validation | None, now: Validation | None) -> dict[str, Any]:

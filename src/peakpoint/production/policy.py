@@ -41,7 +41,7 @@ from peakpoint.format.sealed import digest
 from peakpoint.production.validation import check_wanted
 from peakpoint.repository.aliases import KEEPS
 from peakpoint.repository.refs import check_alias
-from peakpoint.repository.validations import MAX_AGE, Wanted
+from peakpoint.repository.validations import MAX_AGE, ValidationSpec
 from peakpoint.rules import Mode, mode_of
 from peakpoint.store import SMALL, LocalStore, Store
 
@@ -109,7 +109,7 @@ class Policy:
     select: str = ""
     by: Mapping[str, Mode] = field(default_factory=dict)
     within: WithinSE | None = None
-    wanted: Wanted = field(default_factory=Wanted)
+    wanted: ValidationSpec = field(default_factory=ValidationSpec)
     max_age: timedelta = MAX_AGE
     timeout: float | None = None
     improvement: Improvement | None = None
@@ -315,9 +315,9 @@ def _rank(text: str) -> tuple[str, Mode]:
     return name.strip(), mode_of(mode)
 
 
-def _wanted(asked: _Validation, base: Path) -> Wanted:
+def _wanted(asked: _Validation, base: Path) -> ValidationSpec:
     """What is asked; whether the golden file is there, and what is in it, is seen when it is needed."""
-    wanted = Wanted(
+    wanted = ValidationSpec(
         evaluate=asked.evaluate,
         model=asked.model,
         part=asked.part,

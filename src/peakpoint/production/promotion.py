@@ -32,8 +32,8 @@ from peakpoint.production.policy import Policy
 from peakpoint.production.proposal import Proposal, allowed_policy, propose
 from peakpoint.repository import aliases, reader, signing
 from peakpoint.repository import journal as journals
-from peakpoint.repository.aliases import AliasRecord, Broken, Change
-from peakpoint.repository.annotations import notes
+from peakpoint.repository.aliases import AliasChange, AliasRecord, DamagedRecord
+from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
@@ -111,7 +111,7 @@ def promote(
         return proposal.current
     if proposal.refusals or (proposal.objections and not force):
         raise refusal(proposal)
-    change = Change(
+    change = AliasChange(
         kind="promoted",
         target=proposal.target,
         at=clock(),
@@ -172,7 +172,7 @@ class RolledBack:
     """
 
     record: AliasRecord
-    before: AliasRecord | Broken
+    before: AliasRecord | DamagedRecord
     passed_over: tuple[str, ...]
 
 
@@ -225,12 +225,12 @@ def rollback(
     store = repository.store
     actor, policy = allowed_policy(store, alias, policy, by)
     newest = aliases.tip(store, check_alias(alias))
-    present = newest if isinstance(newest, Broken) else aliases.holder(store, alias)
+    present = newest if isinstance(newest, DamagedRecord) else aliases.holder(store, alias)
     if seen is not None and present.number != seen:
         raise ConflictError(f"{alias} is at record {present.number}, not at {seen}: somebody has changed it meanwhile")
     passed: list[str] = []
     for former in _as_far_as_known(_former(repository, present, to), passed):
-        change = Change(
+        change = AliasChange(
             kind="rolled back",
             target=former.target,
             at=clock(),
@@ -238,7 +238,7 @@ def rollback(
             why=why,
             restores=former.stands_for,
             validation=former.validation,
-            keeps=former.keeps if isinstance(present, Broken) else present.keeps,
+            keeps=former.keeps if isinstance(present, DamagedRecord) else present.keeps,
         )
         try:
             run, manifest = _still_there(repository, former, policy)
@@ -267,7 +267,7 @@ def _as_far_as_known(records: Iterator[AliasRecord], passed: list[str]) -> Itera
         passed.append(str(error))
 
 
-def _former(repository: Repository, present: AliasRecord | Broken, to: int | None) -> Iterator[AliasRecord]:
+def _former(repository: Repository, present: AliasRecord | DamagedRecord, to: int | None) -> Iterator[AliasRecord]:
     """What can be gone back to, the best first."""
     held = present.target if isinstance(present, AliasRecord) else None
     if to is None and isinstance(present, AliasRecord):
@@ -321,7 +321,7 @@ def retire(
         raise ConfigError(f"{alias} is never without a checkpoint: promote another one to it instead")
     actor, _ = allowed_policy(repository.store, alias, policy, by)
     present = aliases.holder(repository.store, check_alias(alias))
-    change = Change(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
+    change = AliasChange(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
     return aliases.append(repository.store, alias, change, after=present)
 
 
@@ -341,7 +341,7 @@ _AHEAD = timedelta(minutes=5)  # that clocks may differ
 
 @contextmanager
 def announced(
-    run: Run, manifest: Manifest, alias: str, newest: AliasRecord | Broken | None, by: str, clock: Clock
+    run: Run, manifest: Manifest, alias: str, newest: AliasRecord | DamagedRecord | None, by: str, clock: Clock
 ) -> Iterator[Announced]:
     """Announce that an alias is about to point at a checkpoint, and afterwards what came of it.
 
@@ -418,7 +418,7 @@ def _manifest(run: Run, like: Manifest) -> Manifest | None:
 
 def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
     """Say what came of announcements whose makers were killed after the record was made."""
-    there = notes(run.events()).promoting.values()
+    there = annotations_of(run.events()).promoting.values()
     mine = [one for one in there if (one.checkpoint, one.alias) == (manifest.id, record.alias)]
     over = [one for one in mine if one.record <= record.number]
     if not over:

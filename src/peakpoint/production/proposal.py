@@ -14,12 +14,12 @@ from peakpoint.production.paired_test import judge_improvement
 from peakpoint.production.policy import Policy, read_policies
 from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, reader, signing, validations
-from peakpoint.repository.aliases import AliasRecord, Broken, Target
+from peakpoint.repository.aliases import AliasRecord, AliasTarget, DamagedRecord
 from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
-from peakpoint.repository.validations import MAX_AGE, Validation, Wanted
+from peakpoint.repository.validations import MAX_AGE, Validation, ValidationSpec
 from peakpoint.store import Store
 
 
@@ -43,8 +43,8 @@ class Proposal:
     alias: str
     run: Run
     manifest: Manifest
-    target: Target
-    newest: AliasRecord | Broken | None
+    target: AliasTarget
+    newest: AliasRecord | DamagedRecord | None
     validation: Validation | None
     comparison: HolderComparison | None
     objections: tuple[str, ...]
@@ -57,7 +57,7 @@ class Proposal:
         return self.newest if isinstance(self.newest, AliasRecord) else None
 
     @property
-    def holder(self) -> Target | None:
+    def holder(self) -> AliasTarget | None:
         """What the alias points at, as far as that is known."""
         return None if self.current is None else self.current.target
 
@@ -110,7 +110,7 @@ def propose(
         alias=alias,
         run=run,
         manifest=manifest,
-        target=Target(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest),
+        target=AliasTarget(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest),
         newest=aliases.tip(store, alias),
         validation=None,
         comparison=None,
@@ -133,7 +133,7 @@ def propose(
 def _validated(proposal: Proposal, clock: Clock) -> tuple[Proposal, tuple[str, ...]]:
     """A proposal with its validation, and what speaks against it so far."""
     found: tuple[str, ...] = ()
-    if isinstance(proposal.newest, Broken):
+    if isinstance(proposal.newest, DamagedRecord):
         found = (f"what {proposal.alias} points at now is not known: {proposal.newest.error}",)
     try:
         validation = validations.newest(proposal.run.store, proposal.target.run, proposal.target.checkpoint)
@@ -239,7 +239,7 @@ def objections(
     metrics: Mapping[str, float],
     now: datetime,
     max_age: timedelta = MAX_AGE,
-    wanted: Wanted | None = None,
+    wanted: ValidationSpec | None = None,
     champion: str | None = None,
     failures: bool = True,
 ) -> tuple[str, ...]:
@@ -286,7 +286,7 @@ def objections(
     return tuple(found)
 
 
-def _different(one: Wanted, other: Wanted) -> list[str]:
+def _different(one: ValidationSpec, other: ValidationSpec) -> list[str]:
     a, b = (msgspec.to_builtins(each) for each in (one, other))
     return [name for name in a if a[name] != b[name] and name != "golden"]
 

@@ -25,11 +25,11 @@ from peakpoint.production.policy import Policies, Policy
 from peakpoint.production.proposal import Proposal, propose, stale, unsigned
 from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, signing, validations
-from peakpoint.repository.aliases import AliasRecord, Target
+from peakpoint.repository.aliases import AliasRecord, AliasTarget
 from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.releases import ReleaseRecord, Step
 from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Validation, Wanted
+from peakpoint.repository.validations import Validation, ValidationSpec
 from peakpoint.store import establish
 
 ReleaseOutcome = Literal["promoted", "unchanged", "refused", "nothing fits", "would promote", "would validate"]
@@ -42,7 +42,7 @@ class Validate(Protocol):
         self,
         repository: Repository,
         ref: str,
-        wanted: Wanted,
+        wanted: ValidationSpec,
         *,
         alias: str,
         timeout: float | None,
@@ -304,7 +304,7 @@ class _Release:
             progress=self._progress,
         )
 
-    def _is_comparable(self, held: Target) -> bool:
+    def _is_comparable(self, held: AliasTarget) -> bool:
         """Whether the present holder was evaluated as the policy asks, so that a candidate can be compared with it."""
         try:
             last = validations.newest(self._store, held.run, held.checkpoint)
@@ -420,7 +420,7 @@ class _Release:
         except ConflictError:
             return
 
-    def _former(self, proposal: Proposal, record: AliasRecord | None) -> Target | None:
+    def _former(self, proposal: Proposal, record: AliasRecord | None) -> AliasTarget | None:
         """What the alias pointed at before."""
         if record is None or proposal.current is None or proposal.current.number != record.number:
             return proposal.holder

@@ -36,7 +36,7 @@ from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import code_version, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Finding, Predictions, Progress, Validation, Wanted
+from peakpoint.repository.validations import Finding, Predictions, Progress, Validation, ValidationSpec
 from peakpoint.store import Hold, LocalStore, translated
 
 # --- what is asked -----------------------------------------------------------------------------------------------
@@ -51,14 +51,14 @@ BUDGETS = {
 _OUTPUT = re.compile(r"[A-Z][A-Z0-9_]*\[((\*|\d+)(, ?(\*|\d+))*)?\]")
 
 
-def order(wanted: Wanted) -> tuple[str, ...]:
+def order(wanted: ValidationSpec) -> tuple[str, ...]:
     """The names of the checks, in their order."""
     budgets = [f"budget {name}" for name in wanted.budgets] or ["budgets"]
     always = ("integrity", "finite", "sparsity", "loads", "signature", "metrics", "golden")
     return (*always, *budgets, *wanted.checks)
 
 
-def check_wanted(wanted: Wanted) -> None:
+def check_wanted(wanted: ValidationSpec) -> None:
     """Refuse what can be seen to be wrong before anything is looked at.
 
     Raises:
@@ -91,7 +91,7 @@ def _check_budgets(budgets: Mapping[str, float]) -> None:
             raise ConfigError(f"the budget {name}={value!r} is no number above 0")
 
 
-def _check_means(wanted: Wanted) -> None:
+def _check_means(wanted: ValidationSpec) -> None:
     """Whether all that is asked for could be seen at all."""
     if wanted.agreement and wanted.golden is None:
         raise ConfigError("an agreement with the champion is seen on golden inputs: give them with --golden FILE")
@@ -120,7 +120,7 @@ class Asked:
     repository: Repository
     manifest: Manifest
     digest: str
-    wanted: Wanted
+    wanted: ValidationSpec
     alias: str
     champion: Manifest | None
     without: str
@@ -132,7 +132,7 @@ class Asked:
             self.hold.release()
 
 
-def ask(repository: Repository, ref: str, wanted: Wanted, alias: str) -> Asked:
+def ask(repository: Repository, ref: str, wanted: ValidationSpec, alias: str) -> Asked:
     """Find everything that a validation needs, before the first check.
 
     Raises:
@@ -142,7 +142,7 @@ def ask(repository: Repository, ref: str, wanted: Wanted, alias: str) -> Asked:
     check_wanted(wanted)
     alias = check_alias(alias.removeprefix("@"))
     _, manifest = repository.locate(ref)
-    hold = reader.reading(repository.store, manifest)
+    hold = reader.hold_for_reading(repository.store, manifest)
     try:
         _check_part(manifest, wanted.part)
         champion, without = _champion(repository, alias)
@@ -173,7 +173,7 @@ def _check_part(manifest: Manifest, part: str) -> None:
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:
     record = aliases.tip(repository.store, alias)
-    if isinstance(record, aliases.Broken):
+    if isinstance(record, aliases.DamagedRecord):
         return None, f"what {alias} is cannot be read: {record.error}"
     if record is None or record.target is None:
         there = near(alias, aliases.names(repository.store))
@@ -184,7 +184,7 @@ def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]
         return None, f"{alias} is {record.target.ref}, which cannot be read: {error}"
 
 
-def with_golden(wanted: Wanted) -> Wanted:
+def with_golden(wanted: ValidationSpec) -> ValidationSpec:
     """What is asked, with the digest of the golden inputs as they are now: so it stands in the record.
 
     Raises:
@@ -357,7 +357,7 @@ def _cpu() -> str:
 def validate(
     repository: Repository,
     ref: str,
-    wanted: Wanted,
+    wanted: ValidationSpec,
     *,
     alias: str = "champion",
     timeout: float | None = None,

@@ -17,7 +17,7 @@ from peakpoint.format import layout
 from peakpoint.format.events import Event, Opened, Saved
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.repository import reader
-from peakpoint.repository.annotations import known, notes
+from peakpoint.repository.annotations import annotations_of, with_annotations
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, watched
 from peakpoint.rules import parse as parse_rule
@@ -272,7 +272,7 @@ def _side(repository: Repository, manifest: Manifest) -> DiffSide:
         step=manifest.step,
         epoch=manifest.epoch,
         created_at=manifest.created_at,
-        metrics=known(manifest, notes(events), {}).metrics,
+        metrics=with_annotations(manifest, annotations_of(events), {}).metrics,
         reasons=manifest.reasons,
         rules=opened.rules if opened else (),
         written_by=manifest.written_by,

@@ -38,7 +38,7 @@ Kind = Literal["promoted", "rolled back", "retired"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class AliasTarget:
     """The checkpoint that an alias points at.
 
     Attributes:
@@ -86,7 +86,7 @@ class AliasRecord:
     alias: str
     number: int
     kind: Kind
-    target: Target | None
+    target: AliasTarget | None
     at: datetime
     by: str
     why: str
@@ -108,14 +108,14 @@ class AliasRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class AliasChange:
     """What is to be recorded of an alias; the rest of a record follows from where it goes.
 
     The attributes are those of ``AliasRecord``.
     """
 
     kind: Kind
-    target: Target | None
+    target: AliasTarget | None
     at: datetime
     by: str
     why: str
@@ -223,7 +223,7 @@ def head(store: Store, alias: str) -> AliasRecord | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class DamagedRecord:
     """The newest record of an alias, when it is damaged: another one can be added to it all the same.
 
     Attributes:
@@ -239,7 +239,7 @@ class Broken:
     error: str
 
 
-def tip(store: Store, alias: str) -> AliasRecord | Broken | None:
+def tip(store: Store, alias: str) -> AliasRecord | DamagedRecord | None:
     """Like ``head``, for those who can do with a damaged record."""
     there = numbers(store, alias)
     if not there:
@@ -247,7 +247,7 @@ def tip(store: Store, alias: str) -> AliasRecord | Broken | None:
     try:
         return read(store, alias, there[-1])
     except CorruptError as error:
-        return Broken(alias, there[-1], digest(store.get(layout.alias_key(alias, there[-1]))), str(error))
+        return DamagedRecord(alias, there[-1], digest(store.get(layout.alias_key(alias, there[-1]))), str(error))
 
 
 def holder(store: Store, alias: str) -> AliasRecord:
@@ -268,7 +268,7 @@ def holder(store: Store, alias: str) -> AliasRecord:
     return found
 
 
-def append(store: Store, alias: str, change: Change, *, after: AliasRecord | Broken | None) -> AliasRecord:
+def append(store: Store, alias: str, change: AliasChange, *, after: AliasRecord | DamagedRecord | None) -> AliasRecord:
     """Add the next record, durably, if ``after`` still is the newest: a compare-and-swap.
 
     When the store has lost only its reply, the record is found there, and nothing is raised.
@@ -333,7 +333,7 @@ def _changed(alias: str, there: AliasRecord | None, error: ConflictError | Store
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class AliasHistory:
     """All records of an alias.
 
     Attributes:
@@ -345,7 +345,7 @@ class History:
     damage: tuple[str, ...]
 
 
-def history(store: Store, alias: str) -> History:
+def history(store: Store, alias: str) -> AliasHistory:
     """Read and check the whole chain of an alias.
 
     Raises:
@@ -378,7 +378,7 @@ def history(store: Store, alias: str) -> History:
         except (CorruptError, FormatError) as error:
             damage.append(str(error))
         before, last = digest(data), number
-    return History(tuple(found), tuple(damage))
+    return AliasHistory(tuple(found), tuple(damage))
 
 
 def alias_at(records: Sequence[AliasRecord], time: datetime) -> AliasRecord | None:
@@ -463,7 +463,9 @@ def pointing(records: Iterable[AliasRecord]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def protected(store: Store, checkpoints: Iterable[str], promoting: Iterable[Promoting] = ()) -> dict[str, str]:
+def protected_by_aliases(
+    store: Store, checkpoints: Iterable[str], promoting: Iterable[Promoting] = ()
+) -> dict[str, str]:
     """Which checkpoints retention must leave alone because of an alias: id to why.
 
     It points at them, did lately, or is about to. While the newest record of an alias cannot be read, nobody knows what
@@ -502,7 +504,7 @@ def _former(store: Store, newest: AliasRecord, earlier: Sequence[int], held: str
     return found | _first(newest.keeps, _way_back(store, newest), held)
 
 
-def _first(count: int, targets: Iterable[Target | None], held: str | None) -> set[str]:
+def _first(count: int, targets: Iterable[AliasTarget | None], held: str | None) -> set[str]:
     found = set[str]()
     for target in targets:
         if len(found) >= count:
@@ -512,14 +514,14 @@ def _first(count: int, targets: Iterable[Target | None], held: str | None) -> se
     return found
 
 
-def _target(store: Store, alias: str, number: int) -> Target | None:
+def _target(store: Store, alias: str, number: int) -> AliasTarget | None:
     try:
         return read(store, alias, number).target
     except (CorruptError, FormatError, NotFoundError):
         return None  # audit names it; a former holder that is not known cannot be gone back to either
 
 
-def _way_back(store: Store, newest: AliasRecord) -> Iterator[Target | None]:
+def _way_back(store: Store, newest: AliasRecord) -> Iterator[AliasTarget | None]:
     with contextlib.suppress(CorruptError, FormatError):  # it ends there, also for a roll back
         for record in back_from(store, newest):
             yield record.target

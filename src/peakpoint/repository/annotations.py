@@ -2,7 +2,7 @@
 
 A manifest never changes. What is said of a checkpoint after its commit is in the journal, and what rules look at is the
 two together. Others may measure, pin and remove checkpoints while the run is being written: each of them appends to a
-segment of the journal of its own, which ``Ledger`` reads as soon as it is there.
+segment of the journal of its own, which ``LiveAnnotations`` reads as soon as it is there.
 """
 
 import threading
@@ -14,7 +14,7 @@ from types import UnionType
 from peakpoint.format.events import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Removed, Unpinned
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
-from peakpoint.repository.aliases import protected
+from peakpoint.repository.aliases import protected_by_aliases
 from peakpoint.repository.journal import Reading
 from peakpoint.repository.reader import being_read
 from peakpoint.rules import Rule, retention
@@ -24,7 +24,7 @@ from peakpoint.store import Store
 
 
 @dataclass(slots=True)
-class Notes:
+class Annotations:
     """What the journal says about checkpoints, by their ids.
 
     Attributes:
@@ -54,30 +54,32 @@ class Notes:
                 pass
 
 
-def notes(events: Iterable[Event]) -> Notes:
+def annotations_of(events: Iterable[Event]) -> Annotations:
     """Everything that a journal notes."""
-    found = Notes()
+    found = Annotations()
     for event in events:
         found.take(event)
     return found
 
 
-def known(manifest: Manifest, noted: Notes, derived: Derived) -> Manifest:
+def with_annotations(manifest: Manifest, noted: Annotations, derived: Derived) -> Manifest:
     """A manifest with all that is known of its metrics, for rules; never to be written."""
     late = noted.metrics.get(manifest.id, {})
     return replace(manifest, metrics={**manifest.metrics, **late, **derived}) if late or derived else manifest
 
 
-def all_known(manifests: Sequence[Manifest], events: Sequence[Event], rules: Iterable[Rule]) -> tuple[Manifest, ...]:
+def all_with_annotations(
+    manifests: Sequence[Manifest], events: Sequence[Event], rules: Iterable[Rule]
+) -> tuple[Manifest, ...]:
     """Every manifest as rules must see it."""
-    noted, derived = notes(events), derive(manifests, events, windows(rules))
-    return tuple(known(manifest, noted, derived.get(manifest.id, {})) for manifest in manifests)
+    noted, derived = annotations_of(events), derive(manifests, events, windows(rules))
+    return tuple(with_annotations(manifest, noted, derived.get(manifest.id, {})) for manifest in manifests)
 
 
 _SAID = Measured | Pinned | Unpinned | Promoting | Promoted | Removed
 
 
-class Ledger:
+class LiveAnnotations:
     """Notes on the checkpoints of one run; safe to use from several threads.
 
     Args:
@@ -101,7 +103,7 @@ class Ledger:
         self._store, self._run = store, run
         self._lock = threading.Lock()
         self._derived = derive(manifests, journal.events, windows(rules))
-        self._notes = Notes()
+        self._notes = Annotations()
         self._removed: frozenset[str] = frozenset()
         self._said: dict[str, Sequence[Event]] = {}  # by each segment, about checkpoints
         self._done = {own}
@@ -131,7 +133,7 @@ class Ledger:
     def _settle(self, segments: Sequence[str]) -> None:
         """Know what was said, in the order of the segments, as after a restart."""
         events = [event for name in segments for event in self._said.get(name, ())]
-        self._notes = notes(events)
+        self._notes = annotations_of(events)
         self._removed = frozenset(event.checkpoint for event in events if isinstance(event, Removed))
 
     def add(self, checkpoint: str, derived: Derived) -> None:
@@ -161,11 +163,13 @@ class Ledger:
     def view(self, manifests: Iterable[Manifest]) -> list[Manifest]:
         """The manifests with all that is known of their metrics, for rules."""
         with self._lock:
-            return [known(manifest, self._notes, self._derived.get(manifest.id, {})) for manifest in manifests]
+            return [
+                with_annotations(manifest, self._notes, self._derived.get(manifest.id, {})) for manifest in manifests
+            ]
 
     def aliased(self, manifests: Iterable[Manifest]) -> Mapping[str, str]:
         """The ids that aliases protect, with the reasons."""
-        return protected(self._store, [manifest.id for manifest in manifests], self.promoting)
+        return protected_by_aliases(self._store, [manifest.id for manifest in manifests], self.promoting)
 
     def planner(self, existing: Sequence[Manifest]) -> Callable[[Sequence[Manifest], Sequence[Rule]], Plan]:
         """What rules make of checkpoints, with what protects those that exist at this moment."""

@@ -261,9 +261,9 @@ def needless(store: Store, run: str) -> list[str]:
     archived = store.size(layout.archived_key(run)) is not None
     if not stored and not archived:
         return []
-    shelf = reader.shelf(store, run)
+    shelf = reader.list_run(store, run)
     removed = [entry.manifest for entry in trash.contents(store, run)]  # earlier code put packed ones there
-    in_trash = [name for name in shelf.bare if store.size(layout.trashed_key(run, name)) is not None]
+    in_trash = [name for name in shelf.without_manifest if store.size(layout.trashed_key(run, name)) is not None]
     if shelf.damaged or len(in_trash) > len(removed):
         return []
     try:

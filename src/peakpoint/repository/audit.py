@@ -23,7 +23,7 @@ from peakpoint.format.sealed import digest
 from peakpoint.repository import aliases, archive, packs, reader, trash, validations
 from peakpoint.repository import journal as journals
 from peakpoint.repository.commit import sweep
-from peakpoint.repository.findings import Audit, Finding
+from peakpoint.repository.findings import Audit, AuditFinding
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.refs import is_alias
 from peakpoint.repository.root import Repository
@@ -31,7 +31,7 @@ from peakpoint.repository.run import Run, check_run_record
 from peakpoint.repository.trash import leftovers, records
 from peakpoint.store import Store
 
-__all__ = ["Audit", "Finding", "audit", "clean", "clean_run"]
+__all__ = ["Audit", "AuditFinding", "audit", "clean", "clean_run"]
 
 _OURS = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?\.safetensors")
 _PACK = re.compile(r"[0-9a-f]{16}\.pack")
@@ -73,38 +73,41 @@ def audit(
     return result
 
 
-def _in_the_way(store: Store, prefix: str, directories: Iterable[str]) -> list[Finding]:
+def _in_the_way(store: Store, prefix: str, directories: Iterable[str]) -> list[AuditFinding]:
     """What stands in the place of directories that Peakpoint would have to go through."""
     foreign = store.foreign(prefix)
     keys = {f"{prefix}/{name}" if prefix else name: foreign[name] for name in directories if name in foreign}
     return [
-        Finding("damage", key, f"{what} that Peakpoint does not follow: not looked at") for key, what in keys.items()
+        AuditFinding("damage", key, f"{what} that Peakpoint does not follow: not looked at")
+        for key, what in keys.items()
     ]
 
 
-def _foreign(store: Store, prefix: str) -> Iterator[Finding]:
+def _foreign(store: Store, prefix: str) -> Iterator[AuditFinding]:
     """What is neither a file nor a directory."""
     yield from _named(prefix, store.foreign(prefix))
 
 
-def _named(prefix: str, foreign: Mapping[str, str]) -> Iterator[Finding]:
+def _named(prefix: str, foreign: Mapping[str, str]) -> Iterator[AuditFinding]:
     for name, what in foreign.items():
-        yield Finding("foreign", f"{prefix}/{name}" if prefix else name, f"{what}; not made by Peakpoint, left alone")
+        yield AuditFinding(
+            "foreign", f"{prefix}/{name}" if prefix else name, f"{what}; not made by Peakpoint, left alone"
+        )
 
 
-def _lasting(findings: Iterable[Finding], look_again: Callable[[], Iterable[Finding]]) -> list[Finding]:
+def _lasting(findings: Iterable[AuditFinding], look_again: Callable[[], Iterable[AuditFinding]]) -> list[AuditFinding]:
     """Findings without what comes and goes while others work; of damage the first look is sure."""
     first = list(findings)
     again = set(look_again()) if any(finding.kind != "damage" for finding in first) else set()
     return [finding for finding in first if finding.kind == "damage" or finding in again]
 
 
-def _heeding(busy: str | None, run: str, findings: list[Finding]) -> list[Finding]:
+def _heeding(busy: str | None, run: str, findings: list[AuditFinding]) -> list[AuditFinding]:
     """Findings without the unfinished work of who writes the run."""
     if busy is None:
         return findings
     where, what = layout.run_prefix(run), f"being written by {busy}; unfinished writes are not looked at"
-    return [Finding("busy", where, what), *(finding for finding in findings if finding.kind != "litter")]
+    return [AuditFinding("busy", where, what), *(finding for finding in findings if finding.kind != "litter")]
 
 
 def _at_work(store: Store, run: str) -> str | None:
@@ -115,7 +118,7 @@ def _at_work(store: Store, run: str) -> str | None:
         return None  # the journal is none that anybody could be writing; it is named where it is read
 
 
-def _outside_runs(store: Store, *, deeper: bool) -> Iterator[Finding]:
+def _outside_runs(store: Store, *, deeper: bool) -> Iterator[AuditFinding]:
     yield from _strays(store, "", _OF_A_REPOSITORY)
     if deeper:
         yield from _aliases(store)
@@ -123,24 +126,24 @@ def _outside_runs(store: Store, *, deeper: bool) -> Iterator[Finding]:
         yield from _strays(store, layout.RUNS, None)
 
 
-def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[Finding]:
+def _strays(store: Store, prefix: str, known: set[str] | None) -> Iterator[AuditFinding]:
     for key in store.litter(prefix):
-        yield Finding("litter", key, "an unfinished write")
+        yield AuditFinding("litter", key, "an unfinished write")
     foreign = store.foreign(prefix)
     yield from _named(prefix, foreign)
     for child in store.children(prefix):
         if child in foreign:
             continue
         if not prefix and _SET_ASIDE.fullmatch(child):
-            yield Finding("foreign", child, "a catalogue that was damaged and set aside; delete it when you will")
+            yield AuditFinding("foreign", child, "a catalogue that was damaged and set aside; delete it when you will")
         elif (known is not None and child not in known) or (known is None and not child.endswith("/")):
             where = f"{prefix}/{child}" if prefix else child
-            yield Finding("foreign", where, "not written by Peakpoint; left alone")
+            yield AuditFinding("foreign", where, "not written by Peakpoint; left alone")
 
 
 def _run(
     store: Store, run: str, result: Audit, now: datetime, progress: Callable[[Manifest], None]
-) -> Iterator[Finding]:
+) -> Iterator[AuditFinding]:
     prefix = layout.run_prefix(run)
     yield from _strays(store, prefix, _OF_A_RUN)
     unseen = _in_the_way(store, prefix, _DIRECTORIES)
@@ -150,12 +153,12 @@ def _run(
     yield from _record(store, run)
     yield from _packs(store, run)
     yield from _journal(store, run)
-    shelf = reader.shelf(store, run)
+    shelf = reader.list_run(store, run)
     yield from _validations(store, run, shelf, deep=result.deep)
     for damaged in shelf.damaged:
-        yield Finding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
+        yield AuditFinding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
         yield from _foreign(store, layout.checkpoint_prefix(run, damaged.name))
-    for name in shelf.bare:
+    for name in shelf.without_manifest:
         yield from _foreign(store, layout.checkpoint_prefix(run, name))
         yield from _bare(store, run, name, now)
     for entry in trash.contents(store, run):
@@ -176,16 +179,16 @@ def _run(
         progress(manifest)
 
 
-def _journal(store: Store, run: str) -> Iterator[Finding]:
+def _journal(store: Store, run: str) -> Iterator[AuditFinding]:
     prefix = layout.journal_prefix(run)
     yield from _strays(store, prefix, set(journals.segments_of(store, run)))
     try:
         journal = journals.read(store, run)
     except FormatError as error:
-        yield Finding("damage", prefix, str(error))
+        yield AuditFinding("damage", prefix, str(error))
         return
     for sentence in journal.damage:
-        yield Finding("damage", prefix, sentence)
+        yield AuditFinding("damage", prefix, sentence)
     yield from _promotions(store, run, journal.events)
 
 
@@ -209,7 +212,7 @@ _OF_A_RUN = {"run.json", "writer.lock", layout.ARCHIVED, *(f"{name}/" for name i
 _RELEASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.json")
 
 
-def _aliases(store: Store) -> Iterator[Finding]:
+def _aliases(store: Store) -> Iterator[AuditFinding]:
     """What is wrong with aliases: their records, what they point at now, and what else is in their directories."""
     families = aliases.directories(store)
     yield from _strays(store, layout.ALIASES, {f"{name}/" for name in families})
@@ -226,13 +229,13 @@ def _aliases(store: Store) -> Iterator[Finding]:
                 yield from _alias(store, name)
 
 
-def _alias(store: Store, name: str) -> Iterator[Finding]:
+def _alias(store: Store, name: str) -> Iterator[AuditFinding]:
     for sentence in aliases.history(store, name).damage:
-        yield Finding("damage", layout.alias_prefix(name), sentence)
+        yield AuditFinding("damage", layout.alias_prefix(name), sentence)
     yield from _target(store, name)
 
 
-def _target(store: Store, name: str) -> Iterator[Finding]:
+def _target(store: Store, name: str) -> Iterator[AuditFinding]:
     """What is wrong with the checkpoint that an alias points at."""
     try:
         record = aliases.head(store, name)
@@ -246,7 +249,9 @@ def _target(store: Store, name: str) -> Iterator[Finding]:
     except NotFoundError:
         found = None
     except (FormatError, StoreError) as error:
-        yield Finding("damage", layout.alias_key(name, record.number), f"{name} points at what is no file: {error}")
+        yield AuditFinding(
+            "damage", layout.alias_key(name, record.number), f"{name} points at what is no file: {error}"
+        )
         return
     if found != target.manifest:
         latest = aliases.head(store, name)
@@ -255,10 +260,10 @@ def _target(store: Store, name: str) -> Iterator[Finding]:
             return
         what = "does not exist" if found is None else "has another manifest than when it was promoted"
         where = layout.alias_key(name, record.number)
-        yield Finding("damage", where, f"{name} points at {target.run}/{target.name}, a checkpoint that {what}")
+        yield AuditFinding("damage", where, f"{name} points at {target.run}/{target.name}, a checkpoint that {what}")
 
 
-def _promotions(store: Store, run: str, events: Sequence[Event]) -> Iterator[Finding]:
+def _promotions(store: Store, run: str, events: Sequence[Event]) -> Iterator[AuditFinding]:
     """Records of aliases that the journal knows otherwise: the newest has none after it that would miss it."""
     for event in events:
         if not isinstance(event, Promoted) or event.record is None or not is_alias(event.alias):
@@ -267,14 +272,14 @@ def _promotions(store: Store, run: str, events: Sequence[Event]) -> Iterator[Fin
         told = f"the journal of {run} tells of at {event.at:%Y-%m-%d %H:%M} UTC by {event.by}"
         try:
             if digest(store.get(where)) != event.digest:
-                yield Finding("damage", where, f"it is not the record that {told}: it was changed")
+                yield AuditFinding("damage", where, f"it is not the record that {told}: it was changed")
         except NotFoundError:
-            yield Finding("damage", where, f"the record that {told} is missing: somebody has taken it out")
+            yield AuditFinding("damage", where, f"the record that {told} is missing: somebody has taken it out")
         except FormatError as error:
-            yield Finding("damage", where, f"the record that {told} cannot be read: {error}")
+            yield AuditFinding("damage", where, f"the record that {told} cannot be read: {error}")
 
 
-def _releases(store: Store) -> Iterator[Finding]:
+def _releases(store: Store) -> Iterator[AuditFinding]:
     there = {child for child in store.children(layout.RELEASES) if _RELEASE.fullmatch(child)}
     yield from _strays(store, layout.RELEASES, there)
 
@@ -286,18 +291,18 @@ def _unheld(store: Store) -> list[str]:
     return ["", layout.RUNS, layout.ALIASES, *map(layout.alias_prefix, names), layout.RELEASES]
 
 
-def _packs(store: Store, run: str) -> Iterator[Finding]:
+def _packs(store: Store, run: str) -> Iterator[AuditFinding]:
     prefix = layout.archive_prefix(run)
     yield from _strays(store, prefix, {child for child in store.children(prefix) if _PACK.fullmatch(child)})
     for key in archive.needless(store, run):
-        yield Finding("litter", key, "of an archive, and no checkpoint needs it")
+        yield AuditFinding("litter", key, "of an archive, and no checkpoint needs it")
     try:
         packs.run_archive(store, run)
     except (CorruptError, FormatError) as error:
-        yield Finding("damage", layout.archived_key(run), str(error))
+        yield AuditFinding("damage", layout.archived_key(run), str(error))
 
 
-def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> Iterator[Finding]:
+def _validations(store: Store, run: str, shelf: reader.RunListing, *, deep: bool) -> Iterator[AuditFinding]:
     prefix = layout.validations_of(run)
     yield from _strays(store, prefix, None)
     for checkpoint in validations.checkpoints_with(store, run):
@@ -307,28 +312,32 @@ def _validations(store: Store, run: str, shelf: reader.Shelf, *, deep: bool) -> 
         read = partial(reader.being_read, store, mine)
         found = validations.survey(store, run, checkpoint, read, deep=deep)
         for key in () if found.busy else unfinished:
-            yield Finding("litter", key, "an unfinished write")
+            yield AuditFinding("litter", key, "an unfinished write")
         for key, what in found.damage:
-            yield Finding("damage", key, what)
+            yield AuditFinding("damage", key, what)
         for key in found.orphans:
-            yield Finding("litter", key, "predictions of a validation that was cut short")
+            yield AuditFinding("litter", key, "predictions of a validation that was cut short")
         yield from _foreign(store, layout.validations_prefix(run, checkpoint))
         for key in found.foreign:
-            yield Finding("foreign", key, "not written by Peakpoint; left alone")
+            yield AuditFinding("foreign", key, "not written by Peakpoint; left alone")
 
 
 def _over(
     store: Store, manifest: Manifest, packed: Mapping[str, int], now: datetime, *, held: bool = False
-) -> list[Finding]:
+) -> list[AuditFinding]:
     """What is in the directory of a checkpoint and belongs to it no more."""
     run, name = manifest.run, manifest.name
-    found = [Finding("litter", key, "a file of a part that was dropped") for key in leftovers(store, run, name, now)]
+    found = [
+        AuditFinding("litter", key, "a file of a part that was dropped") for key in leftovers(store, run, name, now)
+    ]
     found += [
-        Finding("litter", key, "a file of an archived run, which is in its pack")
+        AuditFinding("litter", key, "a file of an archived run, which is in its pack")
         for key in archive.leftovers(store, manifest, packed)
     ]
     if store.size(layout.trashed_key(run, name)) is not None and not _is_being_removed(store, run, name, held=held):
-        found.append(Finding("litter", layout.trashed_key(run, name), "the record of a removal that was cut short"))
+        found.append(
+            AuditFinding("litter", layout.trashed_key(run, name), "the record of a removal that was cut short")
+        )
     return found
 
 
@@ -340,20 +349,20 @@ def _is_being_removed(store: Store, run: str, name: str, *, held: bool) -> bool:
         return True
 
 
-def _record(store: Store, run: str) -> Iterator[Finding]:
+def _record(store: Store, run: str) -> Iterator[AuditFinding]:
     key = layout.run_record(run)
     if store.size(key) is None:
         # a crash between the run's directory and its record; the next writer of that run completes it
-        if reader.shelf(store, run).manifests and store.size(key) is None:  # which came before the first checkpoint
-            yield Finding("damage", key, "the run's record is missing although it has checkpoints")
+        if reader.list_run(store, run).manifests and store.size(key) is None:  # which came before the first checkpoint
+            yield AuditFinding("damage", key, "the run's record is missing although it has checkpoints")
         return
     try:
         check_run_record(store, run)
     except (CorruptError, FormatError) as error:
-        yield Finding("damage", key, str(error))
+        yield AuditFinding("damage", key, str(error))
 
 
-def _bare(store: Store, run: str, name: str, now: datetime) -> Iterator[Finding]:
+def _bare(store: Store, run: str, name: str, now: datetime) -> Iterator[AuditFinding]:
     prefix = layout.checkpoint_prefix(run, name)
     try:
         record = trash.read(store, run, name)
@@ -361,23 +370,25 @@ def _bare(store: Store, run: str, name: str, now: datetime) -> Iterator[Finding]
             record.decoded()
             return
     except (CorruptError, FormatError) as error:
-        yield Finding("damage", prefix, f"it was in the trash and cannot be brought back: {error}")
+        yield AuditFinding("damage", prefix, f"it was in the trash and cannot be brought back: {error}")
         return
     if record is None:
-        yield Finding("litter", prefix, "a directory without a manifest: a save or a removal that was cut short")
+        yield AuditFinding("litter", prefix, "a directory without a manifest: a save or a removal that was cut short")
     else:
-        yield Finding("litter", prefix, f"in the trash, and its time was over at {record.until:%Y-%m-%d %H:%M} UTC")
+        yield AuditFinding(
+            "litter", prefix, f"in the trash, and its time was over at {record.until:%Y-%m-%d %H:%M} UTC"
+        )
     foreign = store.foreign(prefix)
     for child in store.children(prefix):
         if not _is_ours(child) and child not in foreign:
-            yield Finding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
+            yield AuditFinding("foreign", f"{prefix}/{child}", "not written by Peakpoint; left alone")
 
 
 def _is_ours(child: str) -> bool:
     return child == layout.STATE or layout.is_record(child) or _OURS.fullmatch(child) is not None
 
 
-def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]:
+def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[AuditFinding]:
     for file in manifest.files:
         try:
             if deep:
@@ -385,20 +396,20 @@ def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[Finding]
             else:
                 reader.check_size(store, manifest, file)
         except (CorruptError, FormatError) as error:
-            yield Finding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
+            yield AuditFinding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
         except NotFoundError:  # removed meanwhile
             return
 
 
-def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
+def clean_run(store: Store, run: str, now: datetime) -> list[AuditFinding]:
     """Remove the litter of one run, and what has been in the trash for long enough; the caller holds the run.
 
     Returns:
         What was removed.
     """
-    removed: list[Finding] = []
-    shelf = reader.shelf(store, run)
-    for name in shelf.bare:
+    removed: list[AuditFinding] = []
+    shelf = reader.list_run(store, run)
+    for name in shelf.without_manifest:
         found = list(_bare(store, run, name, now))
         if found and found[0].kind == "litter":
             ours = [child for child in store.children(layout.checkpoint_prefix(run, name)) if _is_ours(child)]
@@ -408,7 +419,7 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
     over = [finding for manifest in shelf.manifests for finding in _over(store, manifest, packed, now, held=True)]
     over += [finding for finding in _validations(store, run, shelf, deep=False) if finding.kind == "litter"]
     over += [
-        Finding("litter", key, "of an archive, and no checkpoint needs it") for key in archive.needless(store, run)
+        AuditFinding("litter", key, "of an archive, and no checkpoint needs it") for key in archive.needless(store, run)
     ]
     for finding in over:
         if store.size(finding.where) is not None:  # what has such a name and is no file stays
@@ -419,13 +430,13 @@ def clean_run(store: Store, run: str, now: datetime) -> list[Finding]:
     for prefix in prefixes:
         for key in store.litter(prefix):
             store.delete(key)
-            removed.append(Finding("litter", key, "an unfinished write"))
+            removed.append(AuditFinding("litter", key, "an unfinished write"))
     if "archive/" in store.children(layout.run_prefix(run)) and not store.children(layout.archive_prefix(run)):
         store.prune(layout.archive_prefix(run))
     return removed
 
 
-def clean(repository: Repository, *, clock: Clock = utc_now) -> list[Finding]:
+def clean(repository: Repository, *, clock: Clock = utc_now) -> list[AuditFinding]:
     """Remove all litter, but for the runs that are being written.
 
     Args:
@@ -436,13 +447,13 @@ def clean(repository: Repository, *, clock: Clock = utc_now) -> list[Finding]:
         What was removed.
     """
     store = repository.store
-    removed: list[Finding] = []
+    removed: list[AuditFinding] = []
     if _in_the_way(store, "", _TOP):
         return removed
     for prefix in _unheld(store):
         for key in store.litter(prefix):
             store.delete(key)
-            removed.append(Finding("litter", key, "an unfinished write"))
+            removed.append(AuditFinding("litter", key, "an unfinished write"))
     for run in [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]:
         if _in_the_way(store, layout.run_prefix(run), _DIRECTORIES):
             continue

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AuditFinding:
     """One thing that the audit found.
 
     Attributes:
@@ -31,12 +31,12 @@ class Audit:
     """
 
     deep: bool
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[AuditFinding] = field(default_factory=list)
     runs: int = 0
     checkpoints: int = 0
     bytes: int = 0
 
-    def of_kind(self, kind: str) -> list[Finding]:
+    def of_kind(self, kind: str) -> list[AuditFinding]:
         """The findings of one kind."""
         return [finding for finding in self.findings if finding.kind == kind]
 

@@ -17,7 +17,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import near
 from peakpoint.repository import archive as archives
 from peakpoint.repository import packs, reader, removal, trash
-from peakpoint.repository.annotations import notes
+from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.archive import Packed
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.journal import Journal
@@ -97,7 +97,7 @@ def apply_plan(
 def _protected(run: Run) -> dict[str, str]:
     """What is pinned or aliased now."""
     now = run.events()
-    return {**notes(now).pinned, **run.aliased(run.manifests(), now)}
+    return {**annotations_of(now).pinned, **run.aliased(run.manifests(), now)}
 
 
 def remove(
@@ -271,7 +271,7 @@ def archive(
         torch.Size([99, 99])
     """
     with writing(run, "peakpoint archive", clock) as events:
-        shelf = reader.shelf(run.store, run.name)
+        shelf = reader.list_run(run.store, run.name)
         if shelf.damaged:
             raise shelf.damaged[0].error
         if not shelf.manifests or packs.known_archive(run.store, run.name) is not None:

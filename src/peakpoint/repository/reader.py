@@ -36,7 +36,7 @@ class Damaged:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class RunListing:
     """What the directory of a run's checkpoints holds.
 
     Attributes:
@@ -48,26 +48,26 @@ class Shelf:
 
     manifests: tuple[Manifest, ...]
     damaged: tuple[Damaged, ...]
-    bare: tuple[str, ...]
-    cut: frozenset[str] = frozenset()
+    without_manifest: tuple[str, ...]
+    incomplete: frozenset[str] = frozenset()
 
 
-def shelf(store: Store, run: str) -> Shelf:
+def list_run(store: Store, run: str) -> RunListing:
     """Read every manifest of a run.
 
     A checkpoint that goes because a newer one has come is not missed together with the newer one.
     """
-    looked: dict[str, Standing | Damaged | None] = {}
+    looked: dict[str, FoundCheckpoint | Damaged | None] = {}
     while unseen := [name for name in _directories(store, run) if name not in looked]:
-        looked |= {name: look(store, run, name) for name in unseen}
+        looked |= {name: inspect(store, run, name) for name in unseen}
         if None not in looked.values():
             break  # nothing went meanwhile
-    standing = [state for state in looked.values() if isinstance(state, Standing)]
-    return Shelf(
+    standing = [state for state in looked.values() if isinstance(state, FoundCheckpoint)]
+    return RunListing(
         tuple(sorted((state.manifest for state in standing), key=lambda manifest: manifest.sequence)),
         tuple(state for state in looked.values() if isinstance(state, Damaged)),
         tuple(name for name, state in looked.items() if state is None),
-        frozenset(state.manifest.id for state in standing if state.cut),
+        frozenset(state.manifest.id for state in standing if state.incomplete),
     )
 
 
@@ -77,7 +77,7 @@ def _directories(store: Store, run: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class FoundCheckpoint:
     """A checkpoint that exists, as its directory tells it.
 
     Attributes:
@@ -87,25 +87,27 @@ class Standing:
     """
 
     manifest: Manifest
-    cut: bool
+    incomplete: bool
     archived: bool
 
 
-def look(store: Store, run: str, name: str, archive: packs.RunArchive | None = None) -> Standing | Damaged | None:
+def inspect(
+    store: Store, run: str, name: str, archive: packs.RunArchive | None = None
+) -> FoundCheckpoint | Damaged | None:
     """What one directory of a run's checkpoints holds; None when it has no manifest.
 
     Args:
         store: where.
         run: which run.
         name: the directory.
-        archive: of the run, if it is archived; only ``Standing.archived`` asks for it.
+        archive: of the run, if it is archived; only ``FoundCheckpoint.archived`` asks for it.
     """
     try:
         children = store.children(layout.checkpoint_prefix(run, name))
         manifest = whole_manifest(store, run, name)
         dropped = list(records(store, run, name)) if any(map(layout.is_record, children)) else []
         archived = layout.ARCHIVED in children or (archive is not None and manifest.id in archive.packed_bytes)
-        return Standing(left(manifest, dropped), bool(dropped), archived)
+        return FoundCheckpoint(left(manifest, dropped), bool(dropped), archived)
     except NotFoundError:
         return None
     except (CorruptError, FormatError) as error:
@@ -325,7 +327,7 @@ def _look_at_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
     _check_size(manifest, file, size)
 
 
-def damage(store: Store, manifests: Iterable[Manifest]) -> dict[str, str]:
+def find_damage(store: Store, manifests: Iterable[Manifest]) -> dict[str, str]:
     """The checkpoints with files that are missing or of another size: id to what is wrong; reads nothing.
 
     One that was removed a moment ago is not among them.
@@ -340,7 +342,7 @@ def damage(store: Store, manifests: Iterable[Manifest]) -> dict[str, str]:
     return found
 
 
-def reading(store: Store, manifest: Manifest) -> Hold | None:
+def hold_for_reading(store: Store, manifest: Manifest) -> Hold | None:
     """Say that a checkpoint is being read, so that rules leave it alone; None where that cannot be said."""
     return store.reading(layout.manifest_key(manifest.run, manifest.name))
 

@@ -78,7 +78,7 @@ class ByName:
 
 
 @dataclass(frozen=True, slots=True)
-class OfAlias:
+class AliasRef:
     """``@ALIAS``, or with the number of a record ``@ALIAS:N``."""
 
     alias: str
@@ -108,19 +108,19 @@ def check_alias(name: str) -> str:
     return name
 
 
-def parse_any(text: str) -> Ref | OfAlias:
+def parse_any(text: str) -> Ref | AliasRef:
     """Read a ref that may also be an alias's; see ``parse``.
 
     Example:
         >>> parse_any("@resnet50/champion:3")
-        OfAlias(alias='resnet50/champion', number=3)
+        AliasRef(alias='resnet50/champion', number=3)
     """
     if not text.startswith("@"):
         return parse(text)
     alias, colon, number = text[1:].partition(":")
     if colon and not (_NUMBER.fullmatch(number) and int(number)):
         raise ConfigError(f"{text!r}: after the colon comes the number of a record of the alias, from 1")
-    return OfAlias(check_alias(alias), int(number) if colon else None)
+    return AliasRef(check_alias(alias), int(number) if colon else None)
 
 
 def parse(text: str) -> Ref:

@@ -10,7 +10,7 @@ import msgspec
 from peakpoint.errors import FormatError
 from peakpoint.format import layout
 from peakpoint.format.sealed import check_format, unseal
-from peakpoint.repository.aliases import Target
+from peakpoint.repository.aliases import AliasTarget
 from peakpoint.store import Store
 
 
@@ -51,8 +51,8 @@ class ReleaseRecord:
     outcome: str
     at: datetime
     by: str
-    candidate: Target
-    former: Target | None
+    candidate: AliasTarget
+    former: AliasTarget | None
     validation: str | None
     record: int | None
     steps: tuple[Step, ...]

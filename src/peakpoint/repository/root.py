@@ -87,12 +87,12 @@ class Repository:
     def locate(self, ref: str) -> tuple[Run, Manifest]:
         """The run and the manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
         parsed = refs.parse_any(ref)
-        if isinstance(parsed, refs.OfAlias):
+        if isinstance(parsed, refs.AliasRef):
             return self._aliased(parsed)
         run = self.run(parsed.run)
         return run, run.find_manifest(ref)
 
-    def _aliased(self, ref: refs.OfAlias) -> tuple[Run, Manifest]:
+    def _aliased(self, ref: refs.AliasRef) -> tuple[Run, Manifest]:
         if ref.number is None:
             record = aliases.holder(self.store, ref.alias)
         else:

@@ -27,8 +27,8 @@ from peakpoint.format.names import check_metric, check_text
 from peakpoint.format.sealed import check_format, unseal
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
-from peakpoint.repository.aliases import protected
-from peakpoint.repository.annotations import all_known, known, notes
+from peakpoint.repository.aliases import protected_by_aliases
+from peakpoint.repository.annotations import all_with_annotations, annotations_of, with_annotations
 from peakpoint.repository.provenance import present_user, utc_now
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.rules import history as histories
@@ -100,7 +100,7 @@ class Run:
 
     def manifests(self) -> tuple[Manifest, ...]:
         """The manifest of every checkpoint that exists, earliest commit first."""
-        return reader.shelf(self.store, self.name).manifests
+        return reader.list_run(self.store, self.name).manifests
 
     def known(self, rules: Sequence[Rule] | None = None) -> tuple[Manifest, ...]:
         """``manifests`` with all that is known of their metrics: also what was measured later, and smoothed values.
@@ -109,12 +109,12 @@ class Run:
             rules: the rules that say what to smooth; those in force by default.
         """
         events = self.events()
-        return all_known(self.manifests(), events, rules_of(events) if rules is None else rules)
+        return all_with_annotations(self.manifests(), events, rules_of(events) if rules is None else rules)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint that exists, earliest commit first."""
-        noted = notes(self.events())
-        return [_checkpoint(self.store, known(manifest, noted, {})) for manifest in self.manifests()]
+        noted = annotations_of(self.events())
+        return [_checkpoint(self.store, with_annotations(manifest, noted, {})) for manifest in self.manifests()]
 
     def events(self) -> tuple[Event, ...]:
         """The journal: what was reported and done."""
@@ -130,7 +130,7 @@ class Run:
 
     def pinned(self) -> Mapping[str, str]:
         """The ids of pinned checkpoints, with the reasons."""
-        return notes(self.events()).pinned
+        return annotations_of(self.events()).pinned
 
     def plan(self, rules: Sequence[Rule] | None = None, events: Sequence[Event] | None = None) -> Plan:
         """What rules keep of what is there, and what would go; nothing is changed.
@@ -143,21 +143,21 @@ class Run:
         """
         events = self.events() if events is None else events
         asked = rules_of(events) if rules is None else rules
-        shelf = reader.shelf(self.store, self.name)
+        shelf = reader.list_run(self.store, self.name)
         return plan(
-            all_known(shelf.manifests, events, asked),
+            all_with_annotations(shelf.manifests, events, asked),
             asked,
-            notes(events).pinned,
+            annotations_of(events).pinned,
             aliased=self.aliased(shelf.manifests, events),
-            damaged=reader.damage(self.store, shelf.manifests),
-            cut=shelf.cut,
+            damaged=reader.find_damage(self.store, shelf.manifests),
+            cut=shelf.incomplete,
             read=reader.being_read(self.store, shelf.manifests),
         )
 
     def aliased(self, manifests: Sequence[Manifest], events: Sequence[Event]) -> Mapping[str, str]:
         """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
         ids = [manifest.id for manifest in manifests]
-        return protected(self.store, ids, notes(events).promoting.values())
+        return protected_by_aliases(self.store, ids, annotations_of(events).promoting.values())
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
         """Why each checkpoint is kept: its id, with the claims and protections on it."""
@@ -186,7 +186,7 @@ class Run:
 
     def find(self, ref: str) -> Checkpoint:
         """The checkpoint that ``ref`` names; see ``peakpoint.repository.refs``."""
-        return _checkpoint(self.store, known(self.find_manifest(ref), notes(self.events()), {}))
+        return _checkpoint(self.store, with_annotations(self.find_manifest(ref), annotations_of(self.events()), {}))
 
     def find_manifest(self, ref: str) -> Manifest:
         """The manifest of the checkpoint that ``ref`` names.
@@ -196,7 +196,7 @@ class Run:
             ConfigError: ``ref`` is none of the forms of refs.
         """
         parsed = refs.parse(ref)
-        shelf = reader.shelf(self.store, self.name)
+        shelf = reader.list_run(self.store, self.name)
         damaged = {damage.name: damage.error for damage in shelf.damaged}
         if isinstance(parsed, refs.ByName) and parsed.name in damaged:
             raise damaged[parsed.name]
@@ -207,8 +207,8 @@ class Run:
         if not isinstance(parsed, refs.BestOf):
             return refs.resolve(parsed, shelf.manifests, ())
         events = self.events()
-        noted = notes(events)
-        seen = [known(manifest, noted, {}) for manifest in shelf.manifests]
+        noted = annotations_of(events)
+        seen = [with_annotations(manifest, noted, {}) for manifest in shelf.manifests]
         best = refs.resolve(parsed, seen, rules_of(events) if parsed.mode is None else ())
         return next(manifest for manifest in shelf.manifests if manifest.id == best.id)
 

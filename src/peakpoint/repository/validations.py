@@ -26,7 +26,7 @@ MAX_AGE = timedelta(days=7)  # of a validation that a promotion rests on, where 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class ValidationSpec:
     """What a validation is asked to check, beyond what every validation checks.
 
     Attributes:
@@ -57,7 +57,7 @@ class Wanted:
     signature: Mapping[str, str] = field(default_factory=dict)
     sparsity: str = "sparsity"
 
-    def alike(self, other: "Wanted") -> bool:
+    def alike(self, other: "ValidationSpec") -> bool:
         """Whether what two validations have evaluated can be compared."""
         names = ("evaluate", "model", "part", "golden_digest")
         return all(getattr(self, name) == getattr(other, name) for name in names)
@@ -65,7 +65,7 @@ class Wanted:
     @property
     def digest(self) -> str:
         """The same for two that ask the same, however numbers were written: 20 milliseconds are 20.0."""
-        plain = asdict(msgspec.convert(asdict(self), Wanted))
+        plain = asdict(msgspec.convert(asdict(self), ValidationSpec))
         return digest(
             msgspec.json.encode(plain | {"golden": None}, order="deterministic")
         )  # its digest says what it is
@@ -121,7 +121,7 @@ class Validation:
     parts: tuple[str, ...]
     at: datetime
     by: str
-    wanted: Wanted
+    wanted: ValidationSpec
     findings: tuple[Finding, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
     against: str | None = None
@@ -250,7 +250,7 @@ def newest(store: Store, run: str, checkpoint: str) -> Validation | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class ValidationSurvey:
     """Everything in the directory of a checkpoint's validations.
 
     Attributes:
@@ -270,7 +270,7 @@ class Survey:
 
 def survey(
     store: Store, run: str, checkpoint: str, busy: Callable[[], object] = lambda: None, *, deep: bool = False
-) -> Survey:
+) -> ValidationSurvey:
     """Look at all validations of a checkpoint, damaged ones too.
 
     Args:
@@ -302,7 +302,9 @@ def survey(
             damage.append((key, wrong))
     # of a record that cannot be read nobody knows what it names
     orphans = () if in_use or len(found) < len(_numbers(store, run, checkpoint)) else tuple(sorted(kept))
-    return Survey(tuple(found), tuple(damage), orphans, tuple(f"{prefix}/{child}" for child in strays), in_use)
+    return ValidationSurvey(
+        tuple(found), tuple(damage), orphans, tuple(f"{prefix}/{child}" for child in strays), in_use
+    )
 
 
 def _wrong_predictions(store: Store, validation: Validation, *, deep: bool) -> str:

@@ -25,12 +25,12 @@ from peakpoint.format.events import STOPPED, Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import DEFAULT_TEMPLATE, near
-from peakpoint.repository.annotations import Ledger
+from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import unused_name
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock, utc_now
-from peakpoint.repository.reader import damage
+from peakpoint.repository.reader import find_damage
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Rule
 from peakpoint.rules.history import Smoothing, windows
@@ -164,7 +164,9 @@ class Checkpointer:
         self._resumption: Resumption | None = found  # None once the run has started: a long journal takes memory
         self._former_rules = former_rules(found.events)
         known = [*self.rules, *(rule for former in self._former_rules for rule in former or ())]
-        self._ledger = Ledger(self._store, self.run, self._journal.segment, found.journal, found.manifests, known)
+        self._ledger = LiveAnnotations(
+            self._store, self.run, self._journal.segment, found.journal, found.manifests, known
+        )
         self._saver = Saver(
             self._store, self.run, self._journal, self.rules, found.manifests, self._ledger, kept_for, self._hold
         )
@@ -204,7 +206,7 @@ class Checkpointer:
         for report in found.history:
             self._take(report.metrics)
         self._generators = found.generators
-        self._saver.set_aside({*found.damaged, *damage(self._store, there.manifests)})
+        self._saver.set_aside({*found.damaged, *find_damage(self._store, there.manifests)})
         newest_is_whole = bool(self._saver.committed) and self._saver.committed[-1].id == found.parent
         if newest_is_whole:
             self._encoder.inherit(self._saver.committed[-1])

@@ -20,7 +20,7 @@ from peakpoint.repository.commit import BLOCK, StreamedImage, WholeImage, commit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.provenance import Clock
-from peakpoint.repository.reader import shelf
+from peakpoint.repository.reader import list_run
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.repository.run import rules_of
 from peakpoint.state.tensor_files import FileLayout
@@ -82,7 +82,7 @@ def check_run_for(store: Store, run: str) -> tuple[Manifest, ...]:
     Raises:
         ConflictError: it holds checkpoints of a training, which would continue from the new one.
     """
-    there = shelf(store, run)
+    there = list_run(store, run)
     own = [one.name for one in there.manifests if not one.members] + [one.name for one in there.damaged]
     if own:
         raise ConflictError(
@@ -120,7 +120,7 @@ def held(store: Store, run: str, clock: Clock) -> Iterator[tuple[datetime, Hold]
     ensure_repository(store, now)
     hold = store.hold(layout.writer_lock(run), holder_note(now))
     try:
-        check_not_archived(store, run, shelf(store, run).manifests)
+        check_not_archived(store, run, list_run(store, run).manifests)
         yield now, hold
     finally:
         hold.release()

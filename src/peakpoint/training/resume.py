@@ -72,7 +72,7 @@ class Resumption:
 
     store: Store
     run: str
-    shelf: reader.Shelf
+    shelf: reader.RunListing
     journal: journals.Reading
 
     @property
@@ -96,7 +96,7 @@ class Resumption:
             return self._nothing('resume="never"')
         if how not in ("auto", "must"):
             parsed = refs.parse_any(how)
-            elsewhere = isinstance(parsed, refs.OfAlias) or parsed.run != self.run
+            elsewhere = isinstance(parsed, refs.AliasRef) or parsed.run != self.run
             followed = bool(self.shelf.manifests) if elsewhere else self._followed(how)
             if not followed:
                 manifest = Repository(self.store).find_manifest(how)
@@ -207,7 +207,7 @@ def resumption(store: Store, run: str) -> Resumption:
     Raises:
         ConflictError: the run is archived.
     """
-    shelf = reader.shelf(store, run)
+    shelf = reader.list_run(store, run)
     check_not_archived(store, run, shelf.manifests)
     return Resumption(store, run, shelf, journals.read(store, run))
 

@@ -16,7 +16,7 @@ from peakpoint.format.amounts import UNDO_FOR, read_duration, size
 from peakpoint.format.events import Saved, SaveFailed
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import removal, space
-from peakpoint.repository.annotations import Ledger
+from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import commit, unused_name, withdraw
 from peakpoint.repository.journal import Journal
@@ -87,7 +87,7 @@ class Saver:
         journal: Journal,
         rules: Sequence[Rule],
         committed: Sequence[Manifest],
-        ledger: Ledger,
+        ledger: LiveAnnotations,
         undo_for: timedelta | None,
         hold: Hold,
     ) -> None:

@@ -24,7 +24,7 @@ from peakpoint.production import promotion, validation
 from peakpoint.production.proposal import propose
 from peakpoint.repository import audit
 from peakpoint.repository.root import Repository, open_repository
-from peakpoint.repository.validations import Wanted
+from peakpoint.repository.validations import ValidationSpec
 from peakpoint.rules import watched
 from peakpoint.rules.peaks import peaks
 
@@ -143,7 +143,7 @@ def _expect(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - a condition,
         raise DemoError(otherwise)
 
 
-def _say_kill(console: Console, killed: Training, save: int, left: list[audit.Finding]) -> None:
+def _say_kill(console: Console, killed: Training, save: int, left: list[audit.AuditFinding]) -> None:
     console.print(
         f"[bold]The kill.[/] The second training got SIGKILL in the middle of save {save}, with half of the optimizer "
         f"written, after {len(killed.accuracies)} reported epochs. It left behind:"
@@ -191,7 +191,7 @@ def _say_production(console: Console, repository: Repository) -> None:
     """Two checkpoints become champion one after the other, and the first comes back."""
     run = repository.run(KILLED)
     best = run.best("val_accuracy")
-    wanted = Wanted(evaluate=f"{_TRAINING}:evaluate", model=f"{_TRAINING}:LeNet5")
+    wanted = ValidationSpec(evaluate=f"{_TRAINING}:evaluate", model=f"{_TRAINING}:LeNet5")
     console.print("\n[bold]Production.[/] An early checkpoint is validated and becomes champion; then the best does:")
     for one in (next((one for one in run.checkpoints() if one.id != best.id), best), best):
         found = validation.validate(repository, one.ref, wanted)

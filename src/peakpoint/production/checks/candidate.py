@@ -11,9 +11,9 @@ from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.production.checks.memory import MemoryPeak
 from peakpoint.production.validation import file_digest
-from peakpoint.repository.annotations import known, notes
+from peakpoint.repository.annotations import annotations_of, with_annotations
 from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Outcome, Predictions, Wanted
+from peakpoint.repository.validations import Outcome, Predictions, ValidationSpec
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.restore import restore_into
 from peakpoint.state.saved import Loaded, read_state, read_trees
@@ -110,7 +110,7 @@ class Exam:
 
     repository: Repository
     manifest: Manifest
-    wanted: Wanted
+    wanted: ValidationSpec
     alias: str
     champion: Manifest | None
     without: str
@@ -131,7 +131,7 @@ class Exam:
 
     def __post_init__(self) -> None:
         run = self.repository.run(self.manifest.run)
-        self.recorded = known(self.manifest, notes(run.events()), {}).metrics
+        self.recorded = with_annotations(self.manifest, annotations_of(run.events()), {}).metrics
 
     @property
     def state(self) -> Loaded:

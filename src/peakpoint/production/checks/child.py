@@ -10,7 +10,7 @@ from peakpoint.production.checks.candidate import Exam
 from peakpoint.production.checks.runner import examine
 from peakpoint.production.subprocess_runner import Ends
 from peakpoint.repository.root import open_repository
-from peakpoint.repository.validations import Wanted
+from peakpoint.repository.validations import ValidationSpec
 from peakpoint.state.functions import load_function
 
 
@@ -29,7 +29,7 @@ class Job:
 
     root: str
     ref: str
-    wanted: Wanted
+    wanted: ValidationSpec
     alias: str
     champion: str | None
     without: str

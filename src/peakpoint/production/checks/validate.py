@@ -9,7 +9,7 @@ from peakpoint.production.checks.candidate import Candidate, Exam
 from peakpoint.production.checks.runner import examine
 from peakpoint.production.validation import Collected, ask, conclude
 from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Progress, Validation, Wanted
+from peakpoint.repository.validations import Progress, Validation, ValidationSpec
 from peakpoint.state.functions import load_function
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.saved import Loaded
@@ -78,7 +78,7 @@ def validate(
     for name, given in (("metrics", metrics), ("checks", checks)):
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise ConfigError(f"{name}={given!r:.80} is one thing: give a list of them")
-    wanted = Wanted(
+    wanted = ValidationSpec(
         evaluate=_name(evaluate),
         model=_name(model),
         part=part,

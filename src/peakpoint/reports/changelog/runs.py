@@ -306,8 +306,8 @@ def _spared(run: Run, events: Sequence[tuple[str, Event]]) -> frozenset[int]:
 
 def _id(run: Run, name: str) -> str | None:
     """The id of the checkpoint in a directory; None when there is none, or none that can be read."""
-    standing = reader.look(run.store, run.name, name)
-    return standing.manifest.id if isinstance(standing, reader.Standing) else None
+    standing = reader.inspect(run.store, run.name, name)
+    return standing.manifest.id if isinstance(standing, reader.FoundCheckpoint) else None
 
 
 def _unrecorded(run: Run, tale: _Tale) -> Iterator[ChangelogEntry]:
@@ -317,8 +317,8 @@ def _unrecorded(run: Run, tale: _Tale) -> Iterator[ChangelogEntry]:
         name = child.removesuffix("/")
         if name == child or name in told:
             continue
-        match reader.look(run.store, run.name, name):
-            case reader.Standing(manifest=manifest) if manifest.id not in tale.values:
+        match reader.inspect(run.store, run.name, name):
+            case reader.FoundCheckpoint(manifest=manifest) if manifest.id not in tale.values:
                 yield _of_manifest(manifest)
             case reader.Damaged(error=error):
                 yield ChangelogEntry(

@@ -184,7 +184,7 @@ def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: st
 def _recounted(store: Store, manifest: Manifest, files: Sequence[FileRecord], masks: Mapping[str, str]) -> int:
     stored = {tensor.name: (file, tensor) for file in files for tensor in file.tensors}
     count = 0
-    hold = reader.reading(store, manifest)  # a training leaves it alone meanwhile
+    hold = reader.hold_for_reading(store, manifest)  # a training leaves it alone meanwhile
     try:
         for name, (file, tensor) in stored.items():
             if tensor.dtype in _FLOATS and name not in masks.values():

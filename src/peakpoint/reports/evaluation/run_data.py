@@ -9,7 +9,7 @@ from peakpoint.format.events import STOPPED, Closed, Event, Measured, Opened, Re
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
 from peakpoint.repository import packs, reader
-from peakpoint.repository.annotations import all_known
+from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import Rule, lineage
 from peakpoint.rules import history as histories
@@ -97,14 +97,14 @@ def ref_of(manifest: Manifest) -> str:
 def read_run_data(run: Run) -> RunData:
     """Read a run: its journal and its manifests, no weights."""
     reading = journals.read(run.store, run.name)
-    shelf = reader.shelf(run.store, run.name)
+    shelf = reader.list_run(run.store, run.name)
     history, abandoned, at = _branches(reading.events)
     saved = {moment: report for moment, report in at.items() if report is not None}
     # the process of the newest may have been killed before it could say that it was saved
     current = {record.id for record in lineage(shelf.manifests)}
     numbers = {report.report: report for report in history}
     rules = rules_of(reading.events)
-    known = all_known(shelf.manifests, reading.events, ())
+    known = all_with_annotations(shelf.manifests, reading.events, ())
     unsaid = [one for one in known if one.id in current and one.id not in at and one.report in numbers]
     kept = {one.report: one for one in unsaid if numbers[one.report].step == one.step}
     kept |= {saved[manifest.id].report: manifest for manifest in known if manifest.id in saved}

@@ -57,7 +57,7 @@ class Signature:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signed:
+class VerifiedSignature:
     """A signature that holds.
 
     Attributes:
@@ -109,7 +109,7 @@ def sign(
         MissingExtraError: ``pip install 'peakpoint[signing]'``.
     """
     key = read_private_key(private_key, password)
-    hold = reader.reading(store, manifest)  # so that no rule takes it now
+    hold = reader.hold_for_reading(store, manifest)  # so that no rule takes it now
     try:
         digests = {MANIFEST: hashlib.sha256(_manifest_bytes(store, manifest)).hexdigest()}
         for file in manifest.files:
@@ -216,7 +216,7 @@ def verify(
     public_key: Path,
     files: bool = True,
     progress: Callable[[int], None] = _nothing,
-) -> Signed:
+) -> VerifiedSignature:
     """Verify that the owner of a key has signed a checkpoint, and that it still is what was signed.
 
     One signature that was made with this key and holds is enough. It has to cover ``manifest.json`` as it is and every
@@ -253,7 +253,7 @@ def verify(
         except (SignatureError, NotFoundError) as error:
             refused.append(f"{record}: {error}")
         else:
-            return Signed(record=record, fingerprint=fingerprint, files=same)
+            return VerifiedSignature(record=record, fingerprint=fingerprint, files=same)
     if not refused:
         raise SignatureError(f"{ref} is not signed: there is no signature beside its manifest; peakpoint sign adds one")
     raise SignatureError(f"{ref} does not count as signed with the key {fingerprint}: {'; '.join(refused)}")
