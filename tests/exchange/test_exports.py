@@ -125,7 +125,7 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
         (["--to", "noformat"], 2, "or .pt; for a folder, say --format hf"),
         (["--to", "m.onnx"], 2, "must end with .safetensors, .pth or .pt"),
         (["--to", "hf", "--format", "hf", "--config", "none.json"], 10, "does not exist"),
-        (["--to", "hf", "--format", "hf", "--config", "notes.txt"], 13, "no JSON"),
+        (["--to", "hf", "--format", "hf", "--config", "notes.txt"], 13, "not JSON"),
         (["--to", "hf", "--format", "hf", "--part", "optimizer"], 2, "export it to .pth"),
         (["--to", "no/hf", "--format", "hf"], 10, "make it first"),
         (["--to", ".", "--format", "hf"], 11, "exists"),

@@ -9,11 +9,11 @@ from typing import Any
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.exchange import metric_logs
-from peakpoint.exchange.intake import Imported, Intake, Seen
-from peakpoint.exchange.moments import timeline
+from peakpoint.exchange.intake import ImportedSource, Intake, SourceSummary
+from peakpoint.exchange.moments import ImportMoment, timeline
 from peakpoint.exchange.pickles import check_inert
-from peakpoint.exchange.sources import Source, find, read
-from peakpoint.exchange.state_dicts import EXTRA, Reading, keepable
+from peakpoint.exchange.sources import CheckpointSource, find, read
+from peakpoint.exchange.state_dicts import EXTRA, ReadOptions, storable
 from peakpoint.format import names
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.rules import Rule, check_rules
@@ -27,15 +27,14 @@ class ImportReport:
     """What an import did, or would do.
 
     Attributes:
-        run: the run.
         checkpoints: each source, in the order of the moments.
         reports: how many moments the history has, also those without a checkpoint.
-        others: files that were not looked at.
+        others: paths of files that are not checkpoints.
         notes: what people should know.
     """
 
     run: str
-    checkpoints: tuple[Imported, ...]
+    checkpoints: tuple[ImportedSource, ...]
     reports: int
     others: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -63,17 +62,18 @@ def import_checkpoints(
 
     Reads files of ``torch.save`` (also Lightning's), safetensors files, folders of Hugging Face and of
     ``torch.distributed.checkpoint``. Runs no code of a file's; changes no source. Each checkpoint comes in whole or not
-    at all. An import that was cut short goes on when it is repeated: what is there is known by its digest.
+    at all. An import that was cut short, or whose folder has grown since, goes on when it is repeated: digests tell
+    which sources were imported.
 
     Without ``rules`` every imported checkpoint is pinned, so that no later training removes it.
 
     Args:
         path: a file, or a folder that is searched with all folders below it.
         root: the repository, created when it does not exist.
-        run: the run: a new one, or one that holds nothing but what was imported.
+        run: a new one, or one that this same import has begun.
         metrics: a log to be joined; see ``peakpoint.exchange.metric_logs.read``.
         join: what its rows are joined by: ``"epoch"``, ``"step"``, or ``"auto"``.
-        parts: names in the files to names of parts, besides those that are known.
+        parts: names in the files to names of parts, besides the usual ones.
         strip_prefix: taken from the names of a model's tensors, such as ``"module."``.
         epochs_from: what the files and the log call the first epoch: 0 or 1.
         inert: full names of classes to be kept as records of their values; see ``peakpoint.exchange.pickles``.
@@ -83,14 +83,13 @@ def import_checkpoints(
         skip_unreadable: leave out what cannot be read; by default nothing is imported then.
         dry_run: write nothing.
         progress: called with the bytes of each source that is done.
-        clock: tells the time.
 
     Raises:
-        NotFoundError: there is nothing of that name.
-        ConfigError: an option that cannot be, or a rule by a metric that nothing has.
-        FormatError: no checkpoint, or one that names what is not built from files.
+        NotFoundError: the path does not exist.
+        ConfigError: an option is wrong, or a rule ranks by a metric that no source has.
+        FormatError: a file is not a checkpoint, or names classes that are not built from files.
         CorruptError: a file is cut short, or was changed during the import.
-        ConflictError: the run holds checkpoints of a training, or newer ones than those to be imported.
+        ConflictError: the run holds checkpoints of a training, or another import.
         StoreError: the repository cannot be written.
 
     Example:
@@ -105,117 +104,148 @@ def import_checkpoints(
     names.check_run(run)
     inert = frozenset(inert)
     check_inert(inert)
-    how = Reading(parts=_checked(parts or {}), strip_prefix=strip_prefix, inert=inert, epochs_from=epochs_from)
     if epochs_from not in (0, 1):
-        raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is called 0 or 1")
+        raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is 0 or 1")
     if join not in {"auto", *_AXES}:
-        raise ConfigError(f"join={join!r} cannot be: give auto, epoch or step")
-    given = None if rules is None else check_rules(rules)
+        raise ConfigError(f"join={join!r}: choose auto, epoch or step")
+    options = ReadOptions(
+        parts=_checked_parts(parts or {}), strip_prefix=strip_prefix, inert=inert, epochs_from=epochs_from
+    )
+    checked_rules = None if rules is None else check_rules(rules)
     sources, others = find(Path(path))
-    seen, unreadable = _look(sources, how, skip=skip_unreadable or dry_run)
-    seen, twins = _without_twins(seen)
-    _check_stripped(seen, strip_prefix)
-    rows = [] if metrics is None else _shifted(metric_logs.read(Path(metrics)), epochs_from)
-    if metrics is not None and seen:
-        _check_joins(seen, rows, join, Path(metrics))
-    own = max((one.found.rows for one in seen), key=len, default=())
-    moments, notes = timeline([one.found for one in seen], [*rows, *own], "step" if own and not rows else join)
-    store = open_store(root)
-    intake = Intake(store=store, run=run, seen=seen, moments=moments, rules=given, how=how, link=link)
-    done = intake.preview() if dry_run or intake.complete else intake.write(clock, progress)
-    order = [number for moment in moments for number in moment.taken]
-    lost = sum(not moment.known for moment in moments)
-    if lost:
-        say, come = ("says", "it comes") if lost == 1 else ("say", "they come")
-        notes.append(f"{lost} {say} neither epoch nor step: {come} before all others")
-    if epochs_from == 0 and min((moment.epoch for moment in moments if moment.epoch is not None), default=0) == 1:
-        notes.append("the first epoch is 1, and epochs count from 0: if they count from 1 there, say --epochs-from 1")
+    summaries, unreadable = _summaries(sources, options, skip=skip_unreadable or dry_run)
+    summaries, twins = _without_twins(summaries)
+    _check_stripped(summaries, strip_prefix)
+    moments, notes = _timeline(summaries, None if metrics is None else Path(metrics), join, epochs_from)
+    intake = Intake(
+        store=open_store(root),
+        run=run,
+        summaries=summaries,
+        moments=moments,
+        rules=checked_rules,
+        options=options,
+        link=link,
+    )
+    outcomes = intake.preview() if dry_run or intake.complete else intake.write(clock, progress)
     return ImportReport(
         run=run,
-        checkpoints=(*(done[number] for number in order), *twins, *unreadable),
+        checkpoints=(*(outcomes[number] for moment in moments for number in moment.checkpoints), *twins, *unreadable),
         reports=intake.reports,
         others=tuple(others),
-        notes=tuple(notes),
+        notes=(*notes, *_doubts(moments, epochs_from)),
     )
 
 
-def _checked(parts: Mapping[str, str]) -> dict[str, str]:
+def _timeline(
+    summaries: Sequence[SourceSummary], log: Path | None, join: str, epochs_from: int
+) -> tuple[list[ImportMoment], list[str]]:
+    """Order the sources, joined with a log, or with the longest history in the files themselves."""
+    rows = [] if log is None else _shifted(metric_logs.read(log), epochs_from)
+    if log is not None and summaries:
+        _check_joins(summaries, rows, join, log)
+    inner = max((summary.checkpoint.rows for summary in summaries), key=len, default=())
+    checkpoints = [summary.checkpoint for summary in summaries]
+    return timeline(checkpoints, [*rows, *inner], metric_logs.STEP if inner and not rows else join)
+
+
+def _doubts(moments: Sequence[ImportMoment], epochs_from: int) -> list[str]:
+    """Return notes on what the files leave open."""
+    notes = []
+    unplaced = sum(not moment.placed for moment in moments)
+    if unplaced:
+        verbs = ("has", "it comes") if unplaced == 1 else ("have", "they come")
+        notes.append(f"{unplaced} {verbs[0]} neither epoch nor step: {verbs[1]} before all others")
+    if epochs_from == 0 and min((moment.epoch for moment in moments if moment.epoch is not None), default=0) == 1:
+        notes.append("the first epoch is 1, and epochs count from 0: if they count from 1 there, say --epochs-from 1")
+    return notes
+
+
+def _checked_parts(parts: Mapping[str, str]) -> dict[str, str]:
     for part in parts.values():
         names.check_part(part)
-    if len({part for part in parts.values() if part != EXTRA}) < sum(part != EXTRA for part in parts.values()):
+    targets = [part for part in parts.values() if part != EXTRA]
+    if len(set(targets)) < len(targets):
         raise ConfigError(f"two names become one part: {', '.join(parts.values())}")
     return dict(parts)
 
 
-def _shifted(rows: Sequence[metric_logs.Row], first: int) -> list[metric_logs.Row]:
+def _shifted(rows: Sequence[metric_logs.LogRow], first: int) -> list[metric_logs.LogRow]:
     if any(row.epoch is not None and row.epoch < first for row in rows):
-        raise ConfigError(f"the log has an epoch before {first}, which was said to be the first")
+        raise ConfigError(f"the log has an epoch before {first}, the first one by --epochs-from")
     return [row if row.epoch is None else replace(row, epoch=row.epoch - first) for row in rows]
 
 
-def _check_stripped(seen: Sequence[Seen], prefix: str) -> None:
-    if prefix and seen and not any(one.found.stripped for one in seen):
+def _check_stripped(summaries: Sequence[SourceSummary], prefix: str) -> None:
+    if prefix and summaries and not any(summary.checkpoint.stripped for summary in summaries):
         raise ConfigError(f"--strip-prefix {prefix}: no name of a tensor begins with it in any of the files")
 
 
-def _check_joins(seen: Sequence[Seen], rows: Sequence[metric_logs.Row], how: str, path: Path) -> None:
-    """Refuse a log that has nothing to do with the files."""
-    files: dict[str, set[int | None]] = {axis: {getattr(one.found, axis) for one in seen} for axis in _AXES}
-    joined = {axis: sum(metric_logs.key(row, axis) in here - {None} for row in rows) for axis, here in files.items()}
-    if any(count for axis, count in joined.items() if how in {"auto", axis}):
+def _check_joins(summaries: Sequence[SourceSummary], rows: Sequence[metric_logs.LogRow], join: str, path: Path) -> None:
+    """Refuse a log that has no moment in common with the files."""
+    in_files: dict[str, set[int | None]] = {
+        axis: {getattr(summary.checkpoint, axis) for summary in summaries} for axis in _AXES
+    }
+    in_log: dict[str, set[int | None]] = {axis: {getattr(row, axis) for row in rows} for axis in _AXES}
+    joined = {
+        axis: sum(metric_logs.key(row, axis) in values - {None} for row in rows) for axis, values in in_files.items()
+    }
+    if any(count for axis, count in joined.items() if join in {"auto", axis}):
         return
-    own: dict[str, set[int | None]] = {axis: {getattr(row, axis) for row in rows} for axis in _AXES}
-    other = next((f"; --join {axis} would join {count} of them" for axis, count in joined.items() if count), "")
+    hint = next((f"; --join {axis} would join {count} of them" for axis, count in joined.items() if count), "")
     raise ConfigError(
-        f"no row of {path} joins a checkpoint{'' if how == 'auto' else f' by {how}'}: its {len(rows)} rows have "
-        f"{_spread(own)}, and the files have {_spread(files)}{other}"
+        f"no row of {path} joins a checkpoint{'' if join == 'auto' else f' by {join}'}: its {len(rows)} rows have "
+        f"{_ranges(in_log)}, and the files have {_ranges(in_files)}{hint}"
     )
 
 
-def _spread(values: Mapping[str, set[int | None]]) -> str:
-    found = []
-    for axis, given in values.items():
-        numbers = sorted(number for number in given if number is not None)
-        many = f"{axis}s {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else ""
-        found.append(many or (f"{axis} {numbers[0]}" if numbers else f"no {axis}s"))
-    return " and ".join(found)
+def _ranges(values: Mapping[str, set[int | None]]) -> str:
+    texts = []
+    for axis, of_axis in values.items():
+        numbers = sorted(number for number in of_axis if number is not None)
+        several = f"{axis}s {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else ""
+        texts.append(several or (f"{axis} {numbers[0]}" if numbers else f"no {axis}s"))
+    return " and ".join(texts)
 
 
-def _look(sources: Sequence[Source], how: Reading, *, skip: bool) -> tuple[list[Seen], list[Imported]]:
-    """Read every source once, so that what cannot be read is found before anything is written."""
-    seen, unreadable = [], []
+def _summaries(
+    sources: Sequence[CheckpointSource], options: ReadOptions, *, skip: bool
+) -> tuple[list[SourceSummary], list[ImportedSource]]:
+    """Read every source once, so that an unreadable one is noticed before anything is written."""
+    summaries, unreadable = [], []
     for source in sorted(sources, key=lambda source: _natural(source.path)):
         try:
-            seen.append(_see(source, how))
+            summaries.append(_summary(source, options))
         except (FormatError, CorruptError, ConfigError) as error:
             if not skip:
                 hint = "; --skip-unreadable imports the others" if len(sources) > 1 else ""
                 raise type(error)(f"{error}{hint}. Nothing was imported") from error
-            told = Imported(path=source.path, tool=source.kind, metrics={}, status="unreadable", error=str(error))
-            unreadable.append(replace(told, size_bytes=source.size_bytes))
-    return seen, unreadable
+            outcome = ImportedSource(path=source.path, tool=source.kind, metrics={}, status="unreadable")
+            unreadable.append(replace(outcome, error=str(error), size_bytes=source.size_bytes))
+    return summaries, unreadable
 
 
-def _without_twins(seen: Sequence[Seen]) -> tuple[list[Seen], list[Imported]]:
-    """The first of each source that is there several times, and what is said of the others."""
-    first: dict[str, Seen] = {}
+def _without_twins(summaries: Sequence[SourceSummary]) -> tuple[list[SourceSummary], list[ImportedSource]]:
+    """Return the first of sources with the same bytes, and the outcomes of the others."""
+    originals: dict[str, SourceSummary] = {}
     twins = []
-    for one in seen:
-        other = first.setdefault(one.digest, one)
-        if other is not one:
-            note = f"{one.source.path.name} has the same bytes as {other.source.path.name}: it comes in once"
-            twins.append(replace(one.told("twin"), parts=(), notes=(note,)))
-    return list(first.values()), twins
+    for summary in summaries:
+        original = originals.setdefault(summary.digest, summary)
+        if original is not summary:
+            names_of_both = summary.source.path.name, original.source.path.name
+            note = "{} has the same bytes as {}: it is imported once".format(*names_of_both)
+            twins.append(replace(summary.outcome("twin"), parts=(), notes=(note,)))
+    return list(originals.values()), twins
 
 
 def _natural(path: Path) -> list[Any]:
-    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", str(path))]
+    """Return a key that sorts numbers in names by value: ``e9`` before ``e10``."""
+    return [(0, int(text), "") if text.isdecimal() else (1, 0, text) for text in re.split(r"(\d+)", str(path))]
 
 
-def _see(source: Source, how: Reading) -> Seen:
+def _summary(source: CheckpointSource, options: ReadOptions) -> SourceSummary:
     names.check_text("the name of the source", str(source.path.absolute()))
     stamp = source.stamp()
-    found, dropped = keepable(read(source, how))
-    summary = replace(found, parts=dict.fromkeys(found.parts), extra=dict.fromkeys(found.extra))
-    summary = replace(summary, notes=(*found.notes, *dropped))
-    return Seen(source=source, stamp=stamp, digest=source.digest(), found=summary)
+    checkpoint, notes = storable(read(source, options))
+    empty = replace(checkpoint, parts=dict.fromkeys(checkpoint.parts), extra=dict.fromkeys(checkpoint.extra))
+    empty = replace(empty, notes=(*checkpoint.notes, *notes))
+    return SourceSummary(source=source, stamp=stamp, digest=source.digest(), checkpoint=empty)

@@ -1,22 +1,22 @@
-"""The writing side of an import: which sources are there already, and each of the others as a commit."""
+"""The writing side of an import: which sources a run holds already, and each of the others as a commit."""
 
 import errno
 import mmap
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from peakpoint.errors import ConflictError, CorruptError, StoreError
-from peakpoint.exchange.moments import Moment
-from peakpoint.exchange.places import COUNTED, OutOfPlaceError, Placed, placed
-from peakpoint.exchange.sources import Source, read
-from peakpoint.exchange.state_dicts import EXTRA, Foreign, Reading, keepable
-from peakpoint.format.events import Pinned, Saved, Unpinned
+from peakpoint.exchange.moments import ImportMoment
+from peakpoint.exchange.sources import CheckpointSource, read
+from peakpoint.exchange.state_dicts import EXTRA, ForeignCheckpoint, ReadOptions, storable
+from peakpoint.format.events import Pinned, Reported, Saved, Unpinned
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository import journal as journals
-from peakpoint.repository.annotations import annotations_of as notes_of
+from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import WholeImage, commit
 from peakpoint.repository.journal import Journal
@@ -36,28 +36,34 @@ from peakpoint.training.external import held, named, opened, settled, tell_repor
 from peakpoint.training.outcome import written_by
 from peakpoint.training.position import Position
 
-DIGEST, PLACE = "source_blake3", "imported_from"  # in a manifest's written_by
+# in a manifest's written_by
+DIGEST, PATH = "source_blake3", "imported_from"
+COUNTED = "counted_step"  # no file has the step
+
 _MODEL = "model.safetensors"
-_SLACK = 4 * 1024 * 1024
+_PINNED = "imported from "  # how the reason of a pin begins that an import made
+_DIGEST_DIGITS = 16  # of a source's digest, in the reason of its checkpoint
+_ALIGNMENT = 8  # bytes: tensors of every element type can be read in place there
+_RESERVE = 4 * 1024 * 1024  # bytes for manifests, journal and directories
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Imported:
+class ImportedSource:
     """What became of one source.
 
     Attributes:
         path: the file or folder.
         tool: what wrote it, as far as can be told; its kind when it cannot be read.
-        epoch: the epoch's index from 0, None when nothing tells it.
-        step: steps completed; see ``peakpoint.exchange.moments`` for those that do not tell it.
-        step_counted: whether no file tells the step.
+        epoch: the epoch's index from 0, None when no file has it.
+        step: steps completed; see ``peakpoint.exchange.moments`` for sources without it.
+        step_counted: whether no file has the step.
         metrics: of the moment, those of logs included.
         parts: names of the parts.
         size_bytes: of the source.
-        notes: what became of what, a sentence each.
+        notes: what became of its contents, a sentence each.
         name: of the checkpoint; None when there is none: dry run, or unreadable.
-        status: ``"imported"``, ``"linked"``, ``"there"`` (imported earlier), ``"removed"`` (imported earlier,
-            and gone since), ``"twin"`` (the same bytes as another source), ``"planned"`` or ``"unreadable"``.
+        status: ``"imported"``, ``"linked"``, ``"there"`` (imported earlier), ``"removed"`` (imported earlier, and
+            removed since), ``"twin"`` (the same bytes as another source), ``"planned"`` or ``"unreadable"``.
         error: why it is unreadable.
     """
 
@@ -76,26 +82,26 @@ class Imported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """A source that has been read once, without its tensors."""
+class SourceSummary:
+    """A source that has been read once; its tensors are not kept in memory."""
 
-    source: Source
+    source: CheckpointSource
     stamp: tuple[tuple[int, int], ...]
     digest: str
-    found: Foreign  # its parts are emptied
+    checkpoint: ForeignCheckpoint  # its parts are emptied
 
-    def told(self, status: str, name: str | None = None, *more: str) -> Imported:
-        """What became of it, with the moment that it tells itself."""
-        found = self.found
-        return Imported(
+    def outcome(self, status: str, name: str | None = None, *notes: str) -> ImportedSource:
+        """Return what became of it, with the moment in its own files."""
+        checkpoint = self.checkpoint
+        return ImportedSource(
             path=self.source.path,
-            tool=found.tool,
-            epoch=found.epoch,
-            step=found.step,
-            metrics=found.metrics,
-            parts=(*found.parts, *([EXTRA] if found.extra else ())),
+            tool=checkpoint.tool,
+            epoch=checkpoint.epoch,
+            step=checkpoint.step,
+            metrics=checkpoint.metrics,
+            parts=(*checkpoint.parts, *([EXTRA] if checkpoint.extra else ())),
             size_bytes=self.source.size_bytes,
-            notes=(*found.notes, *more),
+            notes=(*checkpoint.notes, *notes),
             name=name,
             status=status,
         )
@@ -105,132 +111,145 @@ class Seen:
 class Intake:
     """Brings sources into a run, or says what it would do.
 
+    The run is new, or holds the beginning of this same import: one that was cut short, or whose folder has grown since.
+
     Attributes:
-        store: where.
-        run: the run.
-        seen: the sources.
-        moments: their moments in order, and those of logs.
-        rules: put these in force; None leaves those that are, and pins what comes in.
-        how: how sources are read.
+        moments: of the sources in order, and those of logs.
+        rules: put these in force; None leaves those that are, and pins what is imported.
         link: whether to link files that can serve as they are.
 
     Raises:
-        ConflictError: the run holds something that these sources do not fit to.
-        ConfigError: a rule ranks by a metric that none of them has.
+        ConflictError: the run holds something else.
+        ConfigError: a rule ranks by a metric that no source has.
     """
 
     store: Store
     run: str
-    seen: Sequence[Seen]
-    moments: Sequence[Moment]
+    summaries: Sequence[SourceSummary]
+    moments: Sequence[ImportMoment]
     rules: tuple[Rule, ...] | None
-    how: Reading
+    options: ReadOptions
     link: bool
 
     def __post_init__(self) -> None:
         self._in_force = self.rules or ()
-        self._look()
-        known = (*(moment.metrics for moment in self.moments), *(one.metrics for one in history(self._events)))
-        check_watched(self._in_force, {name for metrics in known for name in metrics})
+        self._read_run()
+        metrics = [*(moment.metrics for moment in self.moments), *(report.metrics for report in self._history)]
+        check_watched(self._in_force, {name for values in metrics for name in values})
 
-    def _look(self) -> None:
-        there = list_run(self.store, self.run)
+    def _read_run(self) -> None:
+        listing = list_run(self.store, self.run)
         self._events = journals.read(self.store, self.run).events
-        own = [one.name for one in there.manifests if DIGEST not in one.written_by]
-        own += [one.name for one in there.damaged]
-        if own:
+        trained = [manifest.name for manifest in listing.manifests if DIGEST not in manifest.written_by]
+        trained += [checkpoint.name for checkpoint in listing.damaged]
+        if trained:
             raise ConflictError(
-                f"run {self.run!r} holds {own[0]}, which was not imported: give another name with --run"
+                f"run {self.run!r} holds {trained[0]}, which was not imported: give another name with --run"
             )
-        self._there = {one.written_by[DIGEST]: one for one in there.manifests}
+        self._present = {manifest.written_by[DIGEST]: manifest for manifest in listing.manifests}
         saved = [event for event in self._events if isinstance(event, Saved)]
         reasons = " ".join(reason for event in saved for reason in event.reasons)
-        missing = [one.digest for one in self.seen if one.digest not in self._there]
-        self._gone = {digest for digest in missing if digest[:_SHORT] in reasons}
-        known = {*self._there, *self._gone}
-        self._new = [one for one in self.seen if one.digest not in known]
-        self._parent = there.manifests[-1] if there.manifests else None
-        self._sequence = max([event.sequence for event in saved] + [one.sequence for one in there.manifests], default=0)
-        self._placed = self._places()
+        absent = [summary.digest for summary in self.summaries if summary.digest not in self._present]
+        self._removed = {digest for digest in absent if digest[:_DIGEST_DIGITS] in reasons}
+        self._new = [summary for summary in self.summaries if summary.digest in set(absent) - self._removed]
+        self._parent = listing.manifests[-1] if listing.manifests else None
+        sequences = [event.sequence for event in saved] + [manifest.sequence for manifest in listing.manifests]
+        self._sequence = max(sequences, default=0)
+        self._history = history(self._events)
+        self._check_beginning()
 
-    def _places(self) -> list[Placed]:
-        newest, told = self._parent, history(self._events)
-        digests = dict(enumerate(one.digest for one in self.seen))
-        there = {number: self._there[digest] for number, digest in digests.items() if digest in self._there}
-        gone = frozenset(number for number, digest in digests.items() if digest in self._gone)
-        before = [] if newest is None else history(self._events, newest.id)
-        rest = [] if newest is None else [one for one in told if one.report > newest.report]
-        try:
-            return placed(self.moments, there, gone, newest, before, rest)
-        except OutOfPlaceError as error:
-            which = "a row of the metrics" if error.number is None else str(self.seen[error.number].source.path)
-            raise ConflictError(f"{which} does not go into run {self.run!r}: {error}") from error
+    def _check_beginning(self) -> None:
+        """Refuse a run that does not hold the beginning of this import: nothing may come before what it holds."""
+        newest = 0 if self._parent is None else self._parent.report
+        places = {self.summaries[number].digest: report for report, number in self._numbered_sources()}
+        agrees = len(self.moments) >= len(self._history) and all(
+            _agrees(moment, report, final=report.report <= newest)
+            for moment, report in zip(self.moments, self._history, strict=False)
+        )
+        if not agrees or any(places.get(digest) != present.report for digest, present in self._present.items()):
+            raise self._conflict("other files, metrics or options")
+        early = [summary.source.path.name for summary in self._new if places[summary.digest] < newest]
+        if early:
+            raise self._conflict(f"later moments than that of {early[0]}")
+
+    def _conflict(self, what: str) -> ConflictError:
+        return ConflictError(
+            f"run {self.run!r} holds an import of {what}: an import goes on with the same files, metrics and options, "
+            "and files that are new come last; otherwise import all into another run with --run"
+        )
+
+    def _numbered_sources(self) -> Iterator[tuple[int, int]]:
+        """Number of the report and of the source, for every source in order."""
+        for report, moment in enumerate(self.moments, 1):
+            for number in moment.checkpoints:
+                yield report, number
 
     @property
     def complete(self) -> bool:
-        """Whether there is nothing to do."""
-        untold = any(place.new for place in self._placed)
-        enough = len(history(self._events)) >= max((place.report for place in self._placed), default=0)
-        return not self._new and self.rules is None and (enough or not untold)
+        """Whether nothing is left to do."""
+        return not self._new and self.rules is None and len(self._history) >= len(self.moments)
 
     @property
     def reports(self) -> int:
         """How many moments the run has when it is done."""
-        there = 0 if self._parent is None else self._parent.report
-        return max([there, *(place.report for place in self._placed)])
+        return len(self.moments)
 
-    def _told(self, number: int, moment: Moment, status: str, name: str | None = None, *more: str) -> Imported:
-        told = self.seen[number].told(status, name, *more)
-        return replace(told, epoch=moment.epoch, step=moment.step, step_counted=moment.counted, metrics=moment.metrics)
+    def _outcome(self, number: int, moment: ImportMoment, status: str, *notes: str, name: str | None) -> ImportedSource:
+        outcome = self.summaries[number].outcome(status, name, *notes)
+        step, counted = moment.step, moment.counted
+        return replace(outcome, epoch=moment.epoch, step=step, step_counted=counted, metrics=moment.metrics)
 
-    def _earlier(self, number: int, moment: Moment) -> Imported | None:
-        """What is said of a source that was imported earlier; None of a new one."""
-        digest = self.seen[number].digest
-        if digest in self._there:
-            return self._told(number, moment, "there", self._there[digest].name)
-        return self._told(number, moment, "removed") if digest in self._gone else None
+    def _earlier(self, number: int, moment: ImportMoment) -> ImportedSource | None:
+        """Return the outcome of a source that was imported earlier; None of a new one."""
+        digest = self.summaries[number].digest
+        if digest in self._present:
+            return self._outcome(number, moment, "there", name=self._present[digest].name)
+        return self._outcome(number, moment, "removed", name=None) if digest in self._removed else None
 
-    def preview(self) -> dict[int, Imported]:
-        """What would be done."""
-        taken = [(number, place.moment) for place in self._placed for number in place.moment.taken]
+    def preview(self) -> dict[int, ImportedSource]:
+        """Return what would be done, by number of the source."""
         return {
-            number: self._earlier(number, moment) or self._told(number, moment, "planned") for number, moment in taken
+            number: self._earlier(number, moment) or self._outcome(number, moment, "planned", name=None)
+            for moment in self.moments
+            for number in moment.checkpoints
         }
 
-    def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, Imported]:
+    def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, ImportedSource]:
         """Do it, holding the run."""
         with held(self.store, self.run, clock) as (now, hold):
-            self._look()  # somebody may have written since
-            source = str(self.seen[0].source.path.parent.absolute())
+            self._read_run()  # another process may have written since
+            source = str(self.summaries[0].source.path.parent.absolute())
             by = written_by(trains=False) | {"tool": "peakpoint import", "source": source}
             ensure_run(self.store, self.run, now, by, self.rules or ())
             clean_run(self.store, self.run, now)
             if self.rules is None:
                 self._in_force = Run(self.store, self.run).rules()
-            self._check_room()
+            self._check_space()
             texts = tuple(rule.text for rule in self._in_force)
-            optimizer = next((one.found.optimizer for one in self.seen if one.found.optimizer), "")
+            optimizers = (summary.checkpoint.optimizer for summary in self.summaries)
+            optimizer = next((name for name in optimizers if name), "")
             state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
             with opened(self.store, self.run, clock, by, texts, self._parent, state) as journal:
                 self._unpin(journal)
                 return self._write(journal, hold, progress)
 
-    def _write(self, journal: Journal, hold: Hold, progress: Callable[[int], None]) -> dict[int, Imported]:
+    def _write(self, journal: Journal, hold: Hold, progress: Callable[[int], None]) -> dict[int, ImportedSource]:
         buffer = Staging()
-        done: dict[int, Imported] = {}
-        for place in self._placed:
-            moment = place.moment
-            if place.new:
-                tell_report(journal, place.report, moment.step, moment.epoch, moment.metrics)
-            for number in moment.taken:
-                done[number] = self._earlier(number, moment) or self._save(journal, hold, buffer, number, place)
-                progress(self.seen[number].source.size_bytes)
-        return done
+        outcomes: dict[int, ImportedSource] = {}
+        newest = 0 if self._parent is None else self._parent.report  # what follows it is not in the history any more
+        for report, moment in enumerate(self.moments, 1):
+            if report > newest:
+                tell_report(journal, report, moment.step, moment.epoch, moment.metrics)
+            for number in moment.checkpoints:
+                earlier = self._earlier(number, moment)
+                outcomes[number] = earlier or self._save(journal, hold, buffer, number, report, moment)
+                progress(self.summaries[number].source.size_bytes)
+        return outcomes
 
-    def _check_room(self) -> None:
-        needed = sum(one.source.size_bytes for one in self._new)
+    def _check_space(self) -> None:
+        needed = sum(summary.source.size_bytes for summary in self._new)
         free = self.store.free()
-        if free is not None and not self.link and free < needed + _SLACK:
+        if free is not None and not self.link and free < needed + _RESERVE:
             raise StoreError(
                 errno.ENOSPC,
                 f"no space in {self.store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
@@ -239,29 +258,30 @@ class Intake:
 
     def _unpin(self, journal: Journal) -> None:
         """With rules, checkpoints are theirs: also those that an earlier import has pinned."""
-        for id_, why in notes_of(self._events).pinned.items() if self.rules is not None else ():
+        for checkpoint, why in annotations_of(self._events).pinned.items() if self.rules is not None else ():
             if why.startswith(_PINNED):
-                journal.append(Unpinned(at=journal.now(), checkpoint=id_, by="peakpoint import --rules"))
+                journal.append(Unpinned(at=journal.now(), checkpoint=checkpoint, by="peakpoint import --rules"))
 
-    def _why_copied(self, number: int, *, linked: bool) -> tuple[str, ...]:
-        if not self.link or linked:
-            return ()
-        if self.seen[number].found.linkable is None:
-            return ("copied, not linked: it is no safetensors file that is one whole model",)
-        return ("copied, not linked: another file system, a header that is not aligned, or a store without links",)
+    def _why_copied(self, number: int) -> str:
+        if self.summaries[number].checkpoint.linkable is None:
+            return "copied, not linked: it is not a safetensors file that is one whole model"
+        return "copied, not linked: another file system, a header that is not aligned, or a store without links"
 
-    def _save(self, journal: Journal, hold: Hold, buffer: Staging, number: int, place: Placed) -> Imported:
+    def _save(
+        self, journal: Journal, hold: Hold, buffer: Staging, number: int, report: int, moment: ImportMoment
+    ) -> ImportedSource:
         """Commit one checkpoint."""
-        one, moment = self.seen[number], place.moment
-        found, _ = keepable(read(one.source, self.how))
-        state = dict(found.parts) | ({EXTRA: dict(found.extra)} if found.extra else {})
-        origin, images = self._linkable(found)
-        position = _position(place, complete=found.complete).as_plain()
+        summary = self.summaries[number]
+        path = summary.source.path
+        checkpoint, _ = storable(read(summary.source, self.options))
+        state = dict(checkpoint.parts) | ({EXTRA: dict(checkpoint.extra)} if checkpoint.extra else {})
+        origin, images = self._linkable(checkpoint)
+        position = _position(report, moment, complete=checkpoint.complete).as_plain()
         foreign = FromElsewhere(optional=(EXTRA,), images=images)
         captured = capture(state, position, StateEncoder(shares=False), buffer, NOTHING, NOTHING, foreign)
-        if one.source.stamp() != one.stamp:
-            raise CorruptError(f"{one.source.path} was changed during the import; import again when it is at rest")
-        draft = self._draft(one, place, captured.parts)
+        if summary.source.stamp() != summary.stamp:
+            raise CorruptError(f"{path} was changed during the import; import again when nothing writes to it")
+        draft = self._draft(summary, report, moment, captured.parts)
         linked: list[bool] = []
 
         def adopt(name: str, key: str) -> bool:
@@ -271,60 +291,68 @@ class Intake:
             return linked[-1]
 
         if self.rules is None:
-            why = f"{_PINNED}{one.source.path.name}"
+            why = f"{_PINNED}{path.name}"
             journal.append(Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
         manifest = commit(self.store, draft, captured.images, first=lambda: settled(journal, hold), adopt=adopt)
         tell_saved(journal, manifest)
         self._parent, self._sequence = manifest, manifest.sequence
-        more = self._why_copied(number, linked=any(linked))
-        return self._told(number, moment, "linked" if any(linked) else "imported", manifest.name, *more)
+        notes = [self._why_copied(number)] if self.link and not any(linked) else []
+        return self._outcome(number, moment, "linked" if any(linked) else "imported", *notes, name=manifest.name)
 
-    def _linkable(self, found: Foreign) -> tuple[Path | None, Mapping[str, WholeImage]]:
-        """A file that may serve as it is: where it is, and its image."""
-        if not self.link or found.linkable is None:
+    def _linkable(self, checkpoint: ForeignCheckpoint) -> tuple[Path | None, Mapping[str, WholeImage]]:
+        """Return the path and the image of a file that may serve as it is."""
+        if not self.link or checkpoint.linkable is None:
             return None, {}
-        origin, record = found.linkable
+        origin, record = checkpoint.linkable
         encoder = Encoder()
-        encoder.encode(found.parts["model"], "model")
-        if record.header % _ALIGNED or list(encoder.tensors) != list(found.parts["model"]):
+        encoder.encode(checkpoint.parts["model"], "model")
+        if record.header % _ALIGNMENT or list(encoder.tensors) != list(checkpoint.parts["model"]):
             return None, {}  # tensors that cannot be read in place, or whose names are changed for our files
         with origin.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return origin, {_MODEL: WholeImage(_MODEL, data, record.header, spans_of(record))}
 
-    def _draft(self, one: Seen, place: Placed, parts: Mapping[str, tuple[str, ...]]) -> Manifest:
-        moment, path = place.moment, one.source.path
-        told = {PLACE: str(path.absolute()), DIGEST: one.digest}
-        told |= {COUNTED: "no file tells it"} if moment.counted else {}
+    def _draft(
+        self, summary: SourceSummary, report: int, moment: ImportMoment, parts: Mapping[str, tuple[str, ...]]
+    ) -> Manifest:
+        path, tool, digest = summary.source.path, summary.checkpoint.tool, summary.digest
+        origin = {PATH: str(path.absolute()), DIGEST: digest}
+        origin |= {COUNTED: "no file tells it"} if moment.counted else {}
         draft = Manifest(
             id=secrets.token_hex(8),
             run=self.run,
             name="",
             sequence=self._sequence + 1,
-            report=place.report,
+            report=report,
             step=moment.step,
             epoch=moment.epoch,
             metrics=moment.metrics,
-            reasons=(f"imported from {path.name} ({one.found.tool}, BLAKE3 {one.digest[:_SHORT]})",),
+            reasons=(f"imported from {path.name} ({tool}, BLAKE3 {digest[:_DIGEST_DIGITS]})",),
             asked=None,
             parts=parts,
             files=(),
             parent=None if self._parent is None else self._parent.id,
             forks=() if self._parent is None else self._parent.forks,
-            created_at=datetime.fromtimestamp(max(time for _, time in one.stamp) / 1e9, UTC),
-            written_by={**written_by(trains=False), **told},
+            created_at=datetime.fromtimestamp(max(time for _, time in summary.stamp) / 1e9, UTC),
+            written_by={**written_by(trains=False), **origin},
             timing={},
         )
         metric = next((name for name, _ in watched(self._in_force) if name in moment.metrics), None)
         return named(self.store, draft, metric)
 
 
-_PINNED = "imported from "
-_ALIGNED = 8  # bytes: what tensors of every element type need
-_SHORT = 16
+def _agrees(moment: ImportMoment, report: Reported, *, final: bool) -> bool:
+    """Whether a moment is that of a report.
+
+    Nothing of the moment may be missing in a final report. Reports after the newest checkpoint are written again: a
+    moment may add to them, and must not lack anything of them. NaN equals NaN.
+    """
+    of_moment, of_report = metrics_to_json(moment.metrics).items(), metrics_to_json(report.metrics).items()
+    at_step = moment.counted or moment.step == report.step or (not final and moment.epoch is not None)
+    return moment.epoch == report.epoch and at_step and (of_moment <= of_report if final else of_report <= of_moment)
 
 
-def _position(place: Placed, *, complete: bool) -> Position:
-    epoch, step = place.moment.epoch, place.moment.step
+def _position(report: int, moment: ImportMoment, *, complete: bool) -> Position:
+    epoch, step = moment.epoch, moment.step
     following = 0 if epoch is None else epoch + complete
-    return Position(report=place.report, step=step, epoch=epoch, next_epoch=following, next_step=step, batches=None)
+    return Position(report=report, step=step, epoch=epoch, next_epoch=following, next_step=step, batches=None)

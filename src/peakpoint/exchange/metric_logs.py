@@ -19,18 +19,17 @@ from peakpoint.store import translated
 
 EPOCH, STEP = "epoch", "step"
 STEPS = (STEP, "global_step", "iteration", "iter")  # names that scripts give it
-_MOST = 2**53  # up to which floats count one by one
-_UNFIT = re.compile(r"[\s:\x00-\x1f]+")
+_LARGEST_COUNT = 2**53  # above it, floats skip whole numbers
+_NOT_IN_NAMES = re.compile(r"[\s:\x00-\x1f]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What was logged of one moment.
+class LogRow:
+    """One moment of a log.
 
     Attributes:
-        epoch: as the log counts it, None when it does not.
-        step: the same.
-        metrics: by name.
+        epoch: as the log counts it, None when it has none.
+        step: as the log counts it, None when it has none.
     """
 
     epoch: int | None
@@ -38,33 +37,33 @@ class Row:
     metrics: Mapping[str, float]
 
 
-def readable(given: str) -> str:
-    """A text that can be written down; lone surrogates cannot."""
-    return given.encode("utf-8", "replace").decode()
+def readable(text: str) -> str:
+    """Return a text without lone surrogates, which no file of text can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
-def whole(value: float | None) -> int | None:
-    """A count from a number; None from everything else.
+def as_count(value: float | None) -> int | None:
+    """Return a count from a number; None from everything else.
 
     Example:
-        >>> whole(3.0), whole(2.5), whole(-1.0), whole(float("nan"))
+        >>> as_count(3.0), as_count(2.5), as_count(-1.0), as_count(float("nan"))
         (3, None, None, None)
     """
-    return int(value) if value is not None and value.is_integer() and 0 <= value < _MOST else None
+    return int(value) if value is not None and value.is_integer() and 0 <= value < _LARGEST_COUNT else None
 
 
-def metric_name(given: str) -> str:
-    """A name as metrics have it: without spaces and colons.
+def metric_name(text: str) -> str:
+    """Return a name that a metric may have: without spaces and colons.
 
     Example:
         >>> metric_name("Loss/val: top 5")
         'Loss/val_top_5'
     """
-    return _UNFIT.sub("_", readable(given))[:200] or "unnamed"
+    return _NOT_IN_NAMES.sub("_", readable(text))[:200] or "unnamed"
 
 
 def as_number(value: Any) -> float | None:
-    """A number from a number or a cell of text; None from everything else, also from true and false."""
+    """Return a number from a number or a cell of text; None from everything else, also from true and false."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -73,20 +72,20 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a log.
+def read(path: Path) -> list[LogRow]:
+    """Read the rows of a log.
 
     Args:
         path: ``.json`` (a list of records, records by epoch, columns, or a ``trainer_state.json``), ``.jsonl``,
             ``.csv``, or TensorBoard's event file or folder.
 
     Raises:
-        NotFoundError: there is no such file.
-        FormatError: it is none of these.
+        NotFoundError: the file does not exist.
+        FormatError: the file is none of these.
         MissingExtraError: TensorBoard's files need ``pip install 'peakpoint[tensorboard]'``.
     """
     if not path.exists():
-        raise NotFoundError(f"there are no metrics in {path}: it does not exist")
+        raise NotFoundError(f"cannot read metrics from {path}: it does not exist")
     if path.is_dir() or "tfevents" in path.name:
         return merged(_tensorboard(path))
     try:
@@ -94,7 +93,7 @@ def read(path: Path) -> list[Row]:
             text = path.read_text(encoding="utf-8-sig")
         records = _records(path, text)
     except (UnicodeDecodeError, ValueError, csv.Error, RecursionError) as error:
-        raise FormatError(f"{path} is no JSON, JSON lines or CSV: {error}") from error
+        raise FormatError(f"{path} is not JSON, JSON lines or CSV: {error}") from error
     rows = [row for record in records if (row := row_of(record)) is not None]
     if not rows:
         raise FormatError(f"{path} has no row with an epoch or a step ({', '.join(STEPS)}) and a number")
@@ -105,64 +104,64 @@ def _records(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
     if path.suffix.lower() == ".csv":
         return list(csv.DictReader(text.splitlines()))
     if path.suffix.lower() in {".jsonl", ".ndjson"}:
-        found: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+        records: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
     else:
-        found = json.loads(text)
-    if isinstance(found, dict):
-        found = _records_of_dict(found)
-    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+        records = json.loads(text)
+    if isinstance(records, dict):
+        records = _records_of_dict(records)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError("it is neither a list of records nor records by epoch")
-    return found
+    return records
 
 
-def _records_of_dict(given: Mapping[str, Any]) -> Any:
-    if isinstance(given.get("log_history"), list):
-        return given["log_history"]
-    if given and all(isinstance(column, list) for column in given.values()):
-        if len({len(column) for column in given.values()}) > 1:
+def _records_of_dict(log: Mapping[str, Any]) -> Any:
+    if isinstance(log.get("log_history"), list):
+        return log["log_history"]
+    if log and all(isinstance(column, list) for column in log.values()):
+        if len({len(column) for column in log.values()}) > 1:
             raise ValueError("its columns have different lengths")
-        return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
-    if all(isinstance(record, dict) for record in given.values()):
-        return [{EPOCH: key, **record} for key, record in given.items()]
-    return [given]
+        return [dict(zip(log, values, strict=True)) for values in zip(*log.values(), strict=True)]
+    if all(isinstance(record, dict) for record in log.values()):
+        return [{EPOCH: epoch, **record} for epoch, record in log.items()]
+    return [log]
 
 
-def row_of(record: Mapping[str, Any]) -> Row | None:
-    """A row from columns by name; None when it has no number, or neither epoch nor step."""
+def row_of(record: Mapping[str, Any]) -> LogRow | None:
+    """Return a row from columns by name; None when it has no number, or neither epoch nor step."""
     values = {name: number for name, value in record.items() if name and (number := as_number(value)) is not None}
-    epoch = whole(values.pop(EPOCH, None))
-    step = whole(next((values.pop(name) for name in STEPS if name in values), None))
+    epoch = as_count(values.pop(EPOCH, None))
+    step = as_count(next((values.pop(name) for name in STEPS if name in values), None))
     if not values or (epoch is None and step is None):
         return None
-    return Row(epoch, step, {metric_name(name): value for name, value in values.items()})
+    return LogRow(epoch, step, {metric_name(name): value for name, value in values.items()})
 
 
-def merged(rows: Iterable[Row], *, by: str = "auto") -> list[Row]:
-    """One row for each epoch if every row has one, otherwise for each step, or as said; later values count."""
+def merged(rows: Iterable[LogRow], *, by: str = "auto") -> list[LogRow]:
+    """Merge rows of one epoch if every row has one, otherwise of one step; ``by`` decides. Later values count."""
     rows = list(rows)
     by_epoch = by != STEP and all(row.epoch is not None for row in rows)
-    found: dict[int, Row] = {}
+    merged_rows: dict[int, LogRow] = {}
     for row in rows:
-        key = row.epoch if by_epoch else row.step if row.step is not None else row.epoch
-        assert key is not None
-        before = found.get(key, Row(row.epoch, row.step, {}))
-        steps = [step for step in (before.step, row.step) if step is not None]
-        found[key] = Row(row.epoch, max(steps, default=None), {**before.metrics, **row.metrics})
-    return [found[key] for key in sorted(found)]
+        place = row.epoch if by_epoch else row.step if row.step is not None else row.epoch
+        assert place is not None
+        earlier = merged_rows.get(place, LogRow(row.epoch, row.step, {}))
+        steps = [step for step in (earlier.step, row.step) if step is not None]
+        merged_rows[place] = LogRow(row.epoch, max(steps, default=None), {**earlier.metrics, **row.metrics})
+    return [merged_rows[place] for place in sorted(merged_rows)]
 
 
-def _tensorboard(path: Path) -> list[Row]:
+def _tensorboard(path: Path) -> list[LogRow]:
     with needing("tensorboard", f"reading {path} needs"):
         accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
         tensor_util: Any = importlib.import_module("tensorboard.util.tensor_util")
-    places = sorted({file.parent for file in path.rglob("*tfevents*")}) if path.is_dir() else [path]
-    if not places:
+    folders = sorted({file.parent for file in path.rglob("*tfevents*")}) if path.is_dir() else [path]
+    if not folders:
         raise FormatError(f"{path} is a folder without event files of TensorBoard")
     rows = []
-    for place in places:
-        below = place.relative_to(path).as_posix() if path.is_dir() else "."
+    for folder in folders:
+        below = folder.relative_to(path).as_posix() if path.is_dir() else "."
         prefix = "" if below == "." else f"{below}/"
-        events = accumulator.EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
         by_step: dict[int, dict[str, float]] = {}
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
@@ -178,8 +177,8 @@ def _tensorboard(path: Path) -> list[Row]:
     return rows
 
 
-def key(row: Row, how: str) -> int | None:
-    """What a row is joined by."""
-    if how == STEP:
+def key(row: LogRow, axis: str) -> int | None:
+    """Return the epoch or step that joins a row to a moment."""
+    if axis == STEP:
         return row.step
     return row.step if row.epoch is None else row.epoch

@@ -1,10 +1,10 @@
 """Pickles of other tools, read without running anything that they name.
 
-Three layers. First the pickle is only scanned: a global that is not on the list below ends it, by name, before anything
-is built. Then torch's ``weights_only`` unpickler builds it, which calls nothing but what is allowed. Last, what is
-allowed beyond torch's own tensors is not the constructor of NumPy or the standard library wherever that could be led
-astray, but one of ours: ``numpy.dtype.__setstate__`` takes flags from the file that make NumPy read pointers from
-bytes, so dtypes are rebuilt from their text; a ``defaultdict`` calls what it was given, so it becomes a dict.
+Three layers. First the pickle is only scanned: a global that is not on the list below ends the reading before anything
+is built. Then torch's ``weights_only`` unpickler builds it, which calls nothing but what is allowed. Last,
+constructors of NumPy and the standard library that a file could mislead are replaced by ours: ``numpy.dtype``'s
+``__setstate__`` takes flags from the file that make NumPy read pointers from bytes, so dtypes are rebuilt from their
+text; a ``defaultdict`` calls its argument, so it becomes a dict.
 
 Source: PyTorch, ``torch/_weights_only_unpickler.py``; CVE-2025-32434 for why torch before 2.6 is refused.
 """
@@ -56,7 +56,7 @@ class _Dtype:
 
     def __init__(self, text: Any, *_: Any) -> None:
         if not isinstance(text, str) or not _DTYPE.fullmatch(text):
-            raise FormatError(f"it holds a NumPy element type {text!r}, which Peakpoint does not read from a pickle")
+            raise FormatError(f"it holds NumPy elements of type {text!r}, which Peakpoint does not read from a pickle")
         self.dtype = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
@@ -80,12 +80,12 @@ class _Array:
 
 def _scalar(kind: Any, data: Any) -> Any:
     if not isinstance(kind, _Dtype) or not isinstance(data, bytes) or len(data) != kind.dtype.itemsize:
-        raise FormatError("it holds a NumPy scalar that is no number")
+        raise FormatError("it holds a NumPy scalar that is not a number")
     return np.frombuffer(data, dtype=kind.dtype)[0]
 
 
 class _Marker:
-    """Stands for something that is only ever handed on, and never called."""
+    """Stands for a class that a pickle only passes on, and never calls."""
 
 
 def _default_dict(*_: Any) -> dict[Any, Any]:
@@ -97,7 +97,7 @@ def _deque(items: Any = (), *_: Any) -> list[Any]:
 
 
 class Inert:
-    """What ``inert=`` makes of a class: its name and its values; see ``load``."""
+    """The name and the values of an object whose class ``inert=`` names; see ``load``."""
 
     name: ClassVar[str] = ""
 
@@ -106,9 +106,9 @@ class Inert:
 
     def __new__(cls, *args: Any) -> Self:
         """Keep the arguments."""
-        made = super().__new__(cls)
-        made.arguments = args
-        return made
+        record = super().__new__(cls)
+        record.arguments = args
+        return record
 
     arguments: tuple[Any, ...]
 
@@ -156,17 +156,17 @@ UNREADABLE = (  # what torch and constructors raise for bytes that torch.save ne
 
 
 def load(source: Path | bytes, *, where: str = "", inert: Collection[str] = ()) -> Any:
-    """What ``torch.save`` wrote, with tensors on the CPU; of files they are mapped where possible.
+    """Load what ``torch.save`` wrote, with tensors on the CPU, mapped from the file where possible.
 
     Runs no code of the file's and imports nothing that it names.
 
     Args:
-        source: a file, or the bytes of one.
-        where: names it in errors.
+        source: a file, or its bytes.
+        where: names the source in errors.
         inert: full names of classes that become a dict of their name and values instead of ending the reading.
 
     Raises:
-        FormatError: the file names something that is not allowed, or is nothing that ``torch.save`` wrote.
+        FormatError: the file names a class or function that is not allowed, or ``torch.save`` did not write it.
         CorruptError: it is cut short or damaged.
     """
     require_torch()
@@ -182,17 +182,17 @@ def load(source: Path | bytes, *, where: str = "", inert: Collection[str] = ()) 
 def _build(source: Path | bytes, where: str, inert: Collection[str], *, mapped: bool) -> Any:
     kinds = {name: type("Inert", (Inert,), {"name": name}) for name in inert}
     allowed: list[Any] = [(value, name) for name, value in {**_OURS, **kinds}.items()]
-    given = source if isinstance(source, Path) else io.BytesIO(source)
+    file = source if isinstance(source, Path) else io.BytesIO(source)
     try:
         with torch.serialization.safe_globals(allowed):
-            value = torch.load(given, map_location="cpu", weights_only=True, mmap=mapped)
+            value = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         return _Thaw().thaw(value)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from error
     except RecursionError as error:
         raise FormatError(f"{where} is nested too deep") from error
     except UNREADABLE:  # not chained: torch's text recommends to load the file without any restriction
-        raise CorruptError(f"{where} is damaged, or no file of torch.save: its pickle cannot be built") from None
+        raise CorruptError(f"{where} is damaged, or not a file of torch.save: its pickle cannot be built") from None
 
 
 def require_torch() -> None:
@@ -222,9 +222,9 @@ def _check_kind(source: Path | bytes, where: str) -> bool:
     if begin[:1] == b"\x80":
         raise FormatError(
             f"{where} is a plain pickle, which Peakpoint does not read, and not a file of torch.save; if you trust it, "
-            "convert it yourself in an environment without anything to lose"
+            "load it in an environment without anything to lose and save it with torch.save"
         )
-    raise FormatError(f"{where} is no file of torch.save: it is neither a zip archive nor a pickle with torch's mark")
+    raise FormatError(f"{where} is not a file of torch.save: it is neither a zip nor a pickle with torch's mark")
 
 
 def _first(path: Path) -> bytes:
@@ -258,7 +258,7 @@ def _zipped_pickle(source: Path | bytes, where: str) -> list[bytes]:
 def _legacy_pickles(source: Path | bytes, where: str) -> list[bytes]:
     """The pickles in front of the tensors of a file of torch before 1.6."""
     stream = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
-    found = []
+    pickles = []
     with stream:
         for _ in range(_LEGACY_PICKLES):
             begin = stream.tell()
@@ -268,8 +268,8 @@ def _legacy_pickles(source: Path | bytes, where: str) -> list[bytes]:
             if end - begin > _LARGEST_PICKLE:
                 raise FormatError(f"{where} has a pickle of more than {_LARGEST_PICKLE} bytes without its tensors")
             stream.seek(begin)
-            found.append(stream.read(end - begin))
-    return found
+            pickles.append(stream.read(end - begin))
+    return pickles
 
 
 def _operations(stream: Any, where: str) -> Iterator[tuple[Any, Any, Any]]:
@@ -280,25 +280,25 @@ def _operations(stream: Any, where: str) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def scan(pickles: Collection[bytes], where: str) -> list[str]:
-    """Every global that pickles name, in order; nothing is built.
+    """Return every global that pickles name, in order; nothing is built.
 
     Raises:
-        FormatError: they name one in a way that cannot be read off, which ``torch.save`` does not use.
-        CorruptError: they are no pickles.
+        FormatError: they name one by an operation that ``torch.save`` does not use.
+        CorruptError: they are not pickles.
     """
-    found: dict[str, None] = {}
+    globals_named: dict[str, None] = {}
     names, modules = torch._utils.NAME_MAPPING, torch._utils.IMPORT_MAPPING  # noqa: SLF001 - of Python 2, as torch.load
     for data in pickles:
         for operation, argument, place in _operations(io.BytesIO(data), where):
             if operation.name == "GLOBAL":
                 module, name = _name_at(data, place + 1)  # as torch reads it: pickletools would undo escapes
                 module, name = names.get((module, name), (module, name))
-                found[f"{modules.get(module, module)}.{name}"] = None
+                globals_named[f"{modules.get(module, module)}.{name}"] = None
             elif operation.name == "PROTO" and argument != 2:
                 raise FormatError(_other_protocol(where, f"protocol {argument}"))
             elif operation.name in {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}:
                 raise FormatError(_other_protocol(where, operation.name))
-    return list(found)
+    return list(globals_named)
 
 
 def _name_at(data: bytes, begin: int) -> tuple[str, str]:
@@ -307,58 +307,54 @@ def _name_at(data: bytes, begin: int) -> tuple[str, str]:
     return data[begin:middle].decode("utf-8", "replace"), data[middle + 1 : end].decode("utf-8", "replace")
 
 
-def _other_protocol(where: str, what: str) -> str:
+def _other_protocol(where: str, operation: str) -> str:
     return (
-        f"{where} is a pickle with {what}, and not of the protocol that torch.save uses; {_ELSEWHERE}, "
+        f"{where} is a pickle with {operation}, and not of the protocol that torch.save uses; {_ELSEWHERE}, "
         "without pickle_protocol="
     )
 
 
 def check_globals(names: Collection[str], where: str, inert: Collection[str] = ()) -> None:
-    """Refuse what is not allowed.
+    """Refuse globals that are not on the lists.
 
     Raises:
-        FormatError: names every global that is not, and says what to do.
+        FormatError: names each of them, and says what to do.
     """
     foreign = [name for name in names if not (name in _PLAIN or name in _OURS or name in inert)]
     if not foreign:
         return
-    refused = (
-        f"{where} names {', '.join(foreign)}: Peakpoint builds no such thing from a file, and has run nothing of it. "
-    )
+    refused = f"{where} was not loaded: it names {', '.join(foreign)}, which Peakpoint does not build from a file. "
     if all(_could_be_plain(name) for name in foreign):
         options = " ".join(f"--inert {name}" for name in foreign)
-        what = "it is a plain class" if len(foreign) == 1 else "they are plain classes"
+        classes = "it is a plain class" if len(foreign) == 1 else "they are plain classes"
         raise FormatError(
-            f"{refused}If {what} of yours, {options} (inert= in Python) keeps a record of the values; otherwise "
+            f"{refused}If {classes} of yours, {options} (inert= in Python) keeps a record of the values; otherwise "
             f"{_ELSEWHERE}"
         )
-    raise FormatError(
-        f"{refused}A checkpoint needs no such thing, so the file may mean harm. {_ELSEWHERE.capitalize()}"
-    )
+    raise FormatError(f"{refused}No checkpoint needs this, so the file may be hostile. {_ELSEWHERE.capitalize()}")
 
 
 _ELSEWHERE = "if you trust it, load it in an environment without anything to lose, and save its state dicts from there"
-_OF_OTHERS = {*sys.stdlib_module_names, "functorch", "numpy", "torch", "torchgen"} - {"__main__"}
+_LIBRARIES = {*sys.stdlib_module_names, "functorch", "numpy", "torch", "torchgen"} - {"__main__"}
 
 
-def _is_of_others(name: str) -> bool:
-    return name.partition(".")[0] in _OF_OTHERS or "." not in name
+def _is_of_library(name: str) -> bool:
+    return name.partition(".")[0] in _LIBRARIES or "." not in name
 
 
 def _could_be_plain(name: str) -> bool:
-    """Whether it could be a plain class of somebody's training, to judge by its name."""
-    return not _is_of_others(name) and name.rpartition(".")[2].lstrip("_")[:1].isupper()
+    """Whether the name looks like that of a plain class of a training script."""
+    return not _is_of_library(name) and name.rpartition(".")[2].lstrip("_")[:1].isupper()
 
 
 def check_inert(names: Collection[str]) -> None:
-    """Refuse what is no class of the user's code.
+    """Refuse names that are not classes of the user's code.
 
     Raises:
-        ConfigError: it belongs to the standard library, NumPy or torch, or names no module.
+        ConfigError: one belongs to the standard library, NumPy or torch, or names no module.
     """
     for name in names:
-        if _is_of_others(name):
+        if _is_of_library(name):
             raise ConfigError(
                 f"--inert {name}: only plain classes of your own code can be kept as records, such as "
                 "mypackage.Config, and nothing of the standard library, of NumPy or of torch"
@@ -366,11 +362,11 @@ def check_inert(names: Collection[str]) -> None:
 
 
 class _Thaw:
-    """Puts arrays and records in the places of what stood for them while the pickle was read."""
+    """Replaces the stand-ins of a pickle by arrays and records."""
 
     def __init__(self) -> None:
-        self._done: dict[int, Any] = {}
-        self._held: list[Any] = []  # so that no id is used twice
+        self._thawed: dict[int, Any] = {}
+        self._alive: list[Any] = []  # an object that is freed would give its id to another
 
     def thaw(self, value: Any) -> Any:
         if isinstance(value, _Array):
@@ -380,11 +376,11 @@ class _Thaw:
         change = _CHANGES.get(Inert if isinstance(value, Inert) else type(value))
         if change is None:
             return value
-        if id(value) not in self._done:
-            self._held.append(value)
-            self._done[id(value)] = value
-            self._done[id(value)] = change(self, value)
-        return self._done[id(value)]
+        if id(value) not in self._thawed:
+            self._alive.append(value)
+            self._thawed[id(value)] = value
+            self._thawed[id(value)] = change(self, value)
+        return self._thawed[id(value)]
 
     def mapping(self, value: Any) -> Any:
         for key in list(value):

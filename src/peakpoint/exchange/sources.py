@@ -1,6 +1,6 @@
 """The files and folders of other tools: finding and reading them.
 
-Every reader here changes nothing, runs nothing, and says what became of everything that it has found.
+Every reader here changes nothing, runs nothing, and says what became of everything in a file.
 """
 
 import math
@@ -15,16 +15,30 @@ from blake3 import blake3
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.exchange import pickles
 from peakpoint.exchange.dcp import read_folder
-from peakpoint.exchange.metric_logs import EPOCH, STEP, STEPS, Row, as_number, merged, metric_name, row_of, whole
-from peakpoint.exchange.state_dicts import EXTRA, Foreign, Reading, from_dict, is_weights, renamed, steps_of
+from peakpoint.exchange.metric_logs import EPOCH, STEP, STEPS, LogRow, as_count, as_number, merged, metric_name, row_of
+from peakpoint.exchange.state_dicts import (
+    EXTRA,
+    ForeignCheckpoint,
+    ReadOptions,
+    from_dict,
+    is_weights,
+    renamed,
+    steps_of,
+)
 from peakpoint.format.layout import REPOSITORY
+from peakpoint.format.manifest import FileRecord
 from peakpoint.state.tensor_files import read_safetensors
 from peakpoint.store import translated
 
 PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
 SAFETENSORS = ".safetensors"
 _KINDS = {SAFETENSORS: "safetensors", **dict.fromkeys(PICKLED, "torch")}
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _HF_PARTS = {  # of transformers, and of accelerate's save_state
     **{f"{part}.pt": part for part in ("optimizer", "scheduler", "scaler")},
     **{f"{part}.bin": part for part in ("optimizer", "scheduler")},
@@ -33,13 +47,13 @@ _HF_JSON = ("config.json", "generation_config.json", "trainer_state.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class CheckpointSource:
     """A checkpoint of another tool, not read yet.
 
     Attributes:
         path: a file or a folder.
         kind: ``"torch"``, ``"safetensors"``, ``"huggingface"`` or ``"dcp"``.
-        files: what belongs to it.
+        files: all files that belong to it.
     """
 
     path: Path
@@ -48,73 +62,72 @@ class Source:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its files."""
+        """The bytes of its files."""
         return sum(file.stat().st_size for file in self.files)
 
     def stamp(self) -> tuple[tuple[int, int], ...]:
-        """Sizes and times of its files, which tell whether somebody writes to them."""
+        """Return sizes and times of its files: they change when somebody writes to them."""
         return tuple((state.st_size, state.st_mtime_ns) for state in (file.stat() for file in self.files))
 
     def digest(self) -> str:
-        """BLAKE3 of its bytes; of a folder, of the names and digests of its files."""
-        found = {}
+        """Return BLAKE3 of its bytes; for a folder, of the names and digests of its files."""
+        digests = {}
         with translated("read", self.path):
             for file in self.files:
-                hashed = blake3(max_threads=blake3.AUTO)
-                found[file.name] = hashed.update_mmap(file).hexdigest()
-        if len(found) == 1:
-            return next(iter(found.values()))
-        return blake3(msgspec.json.encode(sorted(found.items()))).hexdigest()
+                digests[file.name] = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        return blake3(msgspec.json.encode(sorted(digests.items()))).hexdigest()
 
 
-# --- what is there ------------------------------------------------------------------------------------------------
+# --- finding ------------------------------------------------------------------------------------------------------
 
 
-def find(path: Path) -> tuple[list[Source], list[Path]]:
-    """The checkpoints at or below ``path``, and the files that are none.
+def find(path: Path) -> tuple[list[CheckpointSource], list[Path]]:
+    """Return the checkpoints at or below ``path``, and the files that are none.
 
     Raises:
-        NotFoundError: there is nothing of that name.
-        FormatError: nothing there has the form of a checkpoint.
+        NotFoundError: the path does not exist.
+        FormatError: nothing below it has the form of a checkpoint.
     """
     if not path.exists():
         raise NotFoundError(f"cannot import {path}: it does not exist")
     with translated("read", path):
-        there = list(_below(path))
-    found = [one for one in there if isinstance(one, Source)]
-    if not found:
+        entries = list(_below(path))
+    sources = [entry for entry in entries if isinstance(entry, CheckpointSource)]
+    if not sources:
         raise FormatError(
             f"{path} holds no checkpoint: looked for {', '.join(sorted(PICKLED))}, {SAFETENSORS}, folders with "
-            f"{_WEIGHTS[0]} or {_WEIGHTS[2]}, and folders of torch.distributed.checkpoint"
+            f"{_WEIGHT_FILES[0]} or {_WEIGHT_FILES[2]}, and folders of torch.distributed.checkpoint"
         )
-    return found, [one for one in there if isinstance(one, Path)]
+    return sources, [entry for entry in entries if isinstance(entry, Path)]
 
 
-def _below(path: Path) -> Iterator[Source | Path]:
-    """Checkpoints, and the paths of everything else; files before folders."""
+def _below(path: Path) -> Iterator[CheckpointSource | Path]:
+    """Yield checkpoints, and the paths of everything else; files before folders."""
     if path.is_file():
         kind = _KINDS.get(path.suffix.lower())
-        yield path if kind is None else Source(path=path, kind=kind, files=(path,))
+        yield path if kind is None else CheckpointSource(path=path, kind=kind, files=(path,))
         return
     children = sorted(child for child in path.iterdir() if child.name == ".metadata" or child.name[0] != ".")
     files = [child for child in children if child.is_file()]
     names = {child.name for child in files}
     if REPOSITORY in names:
-        yield path  # one of ours
+        yield path  # a repository of Peakpoint
         return
     if ".metadata" in names:
-        yield Source(path=path, kind="dcp", files=tuple(files))
+        yield CheckpointSource(path=path, kind="dcp", files=tuple(files))
         return
     beside = names & {*_HF_JSON, *_HF_PARTS} or any(name.endswith(".index.json") for name in names)
-    if names & set(_WEIGHTS) and beside:
-        mine = [file for file in files if _is_of_huggingface(file.name)]
-        yield Source(path=path, kind="huggingface", files=tuple(mine))
-        yield from (file for file in files if file not in mine)
+    if names & set(_WEIGHT_FILES) and beside:
+        checkpoint_files = [file for file in files if _is_of_huggingface(file.name)]
+        yield CheckpointSource(path=path, kind="huggingface", files=tuple(checkpoint_files))
+        yield from (file for file in files if file not in checkpoint_files)
     else:
         for file in files:
             yield from _below(file)
     for child in children:
-        if child.is_dir():  # a link leads to what is found elsewhere, or in circles
+        if child.is_dir():  # a link would lead to the same files twice, or in circles
             yield from [child] if child.is_symlink() else _below(child)
 
 
@@ -123,55 +136,55 @@ def _is_of_huggingface(name: str) -> bool:
     return weights or name in {*_HF_PARTS, *_HF_JSON}
 
 
-def read(source: Source, how: Reading) -> Foreign:
+def read(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
     """Read a checkpoint; tensors are mapped from the files where possible.
 
     Raises:
-        FormatError: it is no checkpoint, or names what is not built from files; the message names it.
+        FormatError: it is not a checkpoint, or names a class that is not built from files; the message names it.
         CorruptError: it is cut short or damaged.
     """
     with translated("read", source.path):
-        found = _READERS[source.kind](source, how)
+        checkpoint = _READERS[source.kind](source, options)
         if source.kind in {"safetensors", "huggingface"}:
-            found = renamed(found, source.path, how)
-    if found.epoch is not None and source.kind != "huggingface":
-        if found.epoch < how.epochs_from:
-            raise FormatError(f"{source.path} is of epoch {found.epoch}, but epochs count from {how.epochs_from}")
-        found = replace(found, epoch=found.epoch - how.epochs_from)
-    return _stripped(found, how.strip_prefix) if how.strip_prefix else found
+            checkpoint = renamed(checkpoint, source.path, options)
+    epoch, first = checkpoint.epoch, options.epochs_from
+    if epoch is not None and source.kind != "huggingface":
+        if epoch < first:
+            raise FormatError(f"{source.path} is of epoch {epoch}, but epochs count from {first}")
+        checkpoint = replace(checkpoint, epoch=epoch - first)
+    return _stripped(checkpoint, options.strip_prefix) if options.strip_prefix else checkpoint
 
 
-def _stripped(found: Foreign, prefix: str) -> Foreign:
-    parts, count, total = dict(found.parts), 0, 0
+def _stripped(checkpoint: ForeignCheckpoint, prefix: str) -> ForeignCheckpoint:
+    parts, count, total = dict(checkpoint.parts), 0, 0
     for part in ("model", "ema"):
         if part in parts:
             count += sum(key.startswith(prefix) for key in parts[part])
             total += len(parts[part])
-            renamed = {key.removeprefix(prefix): value for key, value in parts[part].items()}
-            if len(renamed) < len(parts[part]):
+            short = {key.removeprefix(prefix): value for key, value in parts[part].items()}
+            if len(short) < len(parts[part]):
                 raise FormatError(f"taking {prefix!r} from the names of {part} makes two of them the same")
-            parts[part] = renamed
-    note = f"{prefix!r} was taken from {count} of {total} names of tensors"
-    return replace(
-        found, parts=parts, notes=(*found.notes, note), linkable=None if count else found.linkable, stripped=count
-    )
+            parts[part] = short
+    notes = (*checkpoint.notes, f"{prefix!r} was taken from {count} of {total} names of tensors")
+    linkable = None if count else checkpoint.linkable
+    return replace(checkpoint, parts=parts, notes=notes, linkable=linkable, stripped=count)
 
 
-def _torch(source: Source, how: Reading) -> Foreign:
-    return from_dict(pickles.load(source.path, inert=how.inert), source.path, how)
+def _torch(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
+    return from_dict(pickles.load(source.path, inert=options.inert), source.path, options)
 
 
-def _safetensors(source: Source, how: Reading) -> Foreign:  # noqa: ARG001 - all readers are called alike
+def _safetensors(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:  # noqa: ARG001 - as all readers
     tensors, metadata, record = read_safetensors(source.path)
     if not tensors:
         raise FormatError(f"{source.path} holds no tensors")
-    given = {key: as_number(value) for key, value in metadata.items()}
-    step = next((given[name] for name in STEPS if given.get(name) is not None), None)
+    numbers = {key: as_number(value) for key, value in metadata.items()}
+    step = next((numbers[name] for name in STEPS if numbers.get(name) is not None), None)
     extra = {"metadata": metadata} if metadata.keys() - {"format"} else {}
-    return Foreign(
+    return ForeignCheckpoint(
         tool="safetensors",
-        epoch=whole(given.get(EPOCH)),
-        step=whole(step),
+        epoch=as_count(numbers.get(EPOCH)),
+        step=as_count(step),
         metrics=_metrics(metadata.get("metrics", "")),
         parts={"model": tensors},
         extra=extra,
@@ -181,53 +194,41 @@ def _safetensors(source: Source, how: Reading) -> Foreign:  # noqa: ARG001 - all
 
 
 def _metrics(text: str) -> dict[str, float]:
-    """The metrics that an export of Peakpoint tells as JSON; nothing from another text."""
+    """Return the metrics that an export of Peakpoint writes as JSON; none from another text."""
     try:
-        found = msgspec.json.decode(text)
+        values = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return {}
-    given = found.items() if isinstance(found, dict) else ()
-    return {metric_name(key): number for key, value in given if (number := as_number(value)) is not None}
+    pairs = values.items() if isinstance(values, dict) else ()
+    return {metric_name(key): number for key, value in pairs if (number := as_number(value)) is not None}
 
 
 # --- folders of Hugging Face --------------------------------------------------------------------------------------
 
 
-def _huggingface(source: Source, how: Reading) -> Foreign:
-    folder, linkable = source.path, None
-    names = {file.name for file in source.files}
-    notes = []
-    weights = next(name for name in _WEIGHTS if name in names)
-    if weights == _WEIGHTS[0]:
-        model, _, record = read_safetensors(folder / weights)
-        linkable = folder / weights, record
-    else:
-        model = {}
-        for shard in _shards(folder / weights) if weights.endswith(".json") else [weights]:
-            more = _weights_of(folder / shard, how)
-            if model.keys() & more.keys():
-                raise FormatError(f"{folder / weights} lists two files with {min(model.keys() & more.keys())!r}")
-            model |= more
-    notes.append(f"{weights} -> model")
+def _huggingface(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
+    folder, names = source.path, {file.name for file in source.files}
+    weights = next(name for name in _WEIGHT_FILES if name in names)
+    model, linkable = _hf_model(folder / weights, options)
     parts: dict[str, Any] = {"model": model}
+    notes = [f"{weights} -> model"]
     for name, part in _HF_PARTS.items():
         if name in names and part not in parts:
-            parts[part] = pickles.load(folder / name, inert=how.inert)
+            parts[part] = pickles.load(folder / name, inert=options.inert)
             notes.append(f"{name} -> {part}")
     extra = {name.removesuffix(".json"): _json(folder / name) for name in _HF_JSON if name in names}
     notes += [f"{name}.json -> {EXTRA}" for name in extra]
     state = extra.get("trainer_state", {})
     log = [record for record in state.get("log_history") or () if isinstance(record, dict)]
     history = merged((row for record in log if (row := _hf_row(record)) is not None), by=STEP)
-    step = whole(as_number(state.get("global_step")))
+    step = as_count(as_number(state.get("global_step")))
     epoch = as_number(state.get("epoch"))
-    here = {name: value for row in history if row.step == step for name, value in row.metrics.items()}
-    return Foreign(
+    return ForeignCheckpoint(
         tool="transformers" if state else "huggingface",
         epoch=_hf_epoch(epoch),
         step=steps_of(parts.get("optimizer")) if step is None else step,
         complete=epoch is None or epoch.is_integer(),
-        metrics=here,
+        metrics={name: value for row in history if row.step == step for name, value in row.metrics.items()},
         parts=parts,
         extra=extra,
         rows=tuple(history),
@@ -236,24 +237,38 @@ def _huggingface(source: Source, how: Reading) -> Foreign:
     )
 
 
+def _hf_model(path: Path, options: ReadOptions) -> tuple[dict[str, Any], tuple[Path, FileRecord] | None]:
+    """Return the tensors of one file or of the shards of an index, and the file when it is one that may be linked."""
+    if path.name == _WEIGHT_FILES[0]:
+        model, _, record = read_safetensors(path)
+        return dict(model), (path, record)
+    tensors: dict[str, Any] = {}
+    for shard in _shards(path) if path.suffix == ".json" else [path.name]:
+        of_shard = _weights_of(path.parent / shard, options)
+        if tensors.keys() & of_shard.keys():
+            raise FormatError(f"{path} lists two files with {min(tensors.keys() & of_shard.keys())!r}")
+        tensors |= of_shard
+    return tensors, None
+
+
 def _hf_epoch(completed: float | None) -> int | None:
-    """The index of the epoch that was running, or was just complete, from the epochs completed."""
+    """Return the index of the epoch that was running, or was just complete, from the epochs completed."""
     return None if completed is None or not math.isfinite(completed) else max(math.ceil(completed) - 1, 0)
 
 
-def _hf_row(record: Mapping[str, Any]) -> Row | None:
+def _hf_row(record: Mapping[str, Any]) -> LogRow | None:
     row = row_of({**record, EPOCH: None})
-    return None if row is None else Row(_hf_epoch(as_number(record.get(EPOCH))), row.step, row.metrics)
+    return None if row is None else LogRow(_hf_epoch(as_number(record.get(EPOCH))), row.step, row.metrics)
 
 
 def _json(path: Path) -> Any:
     try:
-        found = msgspec.json.decode(path.read_bytes())
+        content = msgspec.json.decode(path.read_bytes())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} holds no JSON object")
-    return found
+        raise CorruptError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} does not hold a JSON object")
+    return content
 
 
 def _shards(index: Path) -> list[str]:
@@ -267,21 +282,21 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _weights_of(path: Path, how: Reading) -> dict[str, Any]:
+def _weights_of(path: Path, options: ReadOptions) -> dict[str, Any]:
     if path.suffix == SAFETENSORS:
         return dict(read_safetensors(path)[0])
-    found = pickles.load(path, inert=how.inert)
-    if not is_weights(found):
-        raise FormatError(f"{path} is no dict of tensors")
-    return dict(found)
+    tensors = pickles.load(path, inert=options.inert)
+    if not is_weights(tensors):
+        raise FormatError(f"{path} is not a dict of tensors")
+    return dict(tensors)
 
 
 # --- torch.distributed.checkpoint ---------------------------------------------------------------------------------
 
 
-def _dcp(source: Source, how: Reading) -> Foreign:
-    found = from_dict(read_folder(source.path, inert=how.inert), source.path, how)
-    return replace(found, tool="torch.distributed.checkpoint")
+def _dcp(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
+    checkpoint = from_dict(read_folder(source.path, inert=options.inert), source.path, options)
+    return replace(checkpoint, tool="torch.distributed.checkpoint")
 
 
 _READERS = {"torch": _torch, "safetensors": _safetensors, "huggingface": _huggingface, "dcp": _dcp}

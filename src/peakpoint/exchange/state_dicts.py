@@ -1,4 +1,4 @@
-"""A checkpoint of another tool as one kind of record, and how it is made from the dict that a script has saved."""
+"""A checkpoint of another tool as one record, made from the dict that a script has saved."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError, FormatError
-from peakpoint.exchange.metric_logs import EPOCH, STEPS, Row, as_number, metric_name, readable, whole
+from peakpoint.exchange.metric_logs import EPOCH, STEPS, LogRow, as_count, as_number, metric_name, readable
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
 from peakpoint.state.typed_json import Encoder
 
 EXTRA = "extra"
-_NO_PART = re.compile(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]+")
-_KNOWN = {  # the names that scripts use, the first that is there and is one counts
+_NOT_IN_PART_NAMES = re.compile(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]+")
+_USUAL_NAMES = {  # in dicts of scripts; the first that the dict has, with a fitting value, counts
     "model": ("model_state_dict", "state_dict", "model_state", "model", "net", "network", "weights"),
     "optimizer": ("optimizer_state_dict", "optimizer_state", "optimizer", "optim", "optim_state_dict"),
     "scheduler": ("scheduler_state_dict", "lr_scheduler_state_dict", "scheduler", "lr_scheduler"),
@@ -27,11 +27,11 @@ _KNOWN = {  # the names that scripts use, the first that is there and is one cou
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """How to read.
+class ReadOptions:
+    """What a user says of the files.
 
     Attributes:
-        parts: names in the file to names of parts, besides those that are known; ``"extra"`` makes it none.
+        parts: names in the file to names of parts, besides the usual ones; ``"extra"`` for what is not a part.
         strip_prefix: taken from the names of a model's tensors.
         inert: see ``pickles.load``.
         epochs_from: the number that the file gives to the first epoch, 0 or 1.
@@ -44,19 +44,19 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Foreign:
+class ForeignCheckpoint:
     """A checkpoint of another tool, read.
 
     Attributes:
         tool: what wrote it, as far as can be told.
-        epoch: the epoch's index from 0, None when it does not say.
-        step: optimizer steps completed, None when it does not say.
+        epoch: the epoch's index from 0, None when no file has it.
+        step: optimizer steps completed, None when no file has them.
         complete: whether the epoch was complete.
         metrics: of the moment.
         parts: part name to state dict.
-        extra: everything that is no part, as it was.
-        rows: the history of metrics that came with it.
-        notes: what became of what, a sentence each.
+        extra: everything else, unchanged.
+        rows: the history of metrics in the same files.
+        notes: what became of the contents, a sentence each.
         optimizer: the optimizer's name as the file gives it, "" when it does not.
         stripped: how many names of tensors were shortened.
         linkable: a safetensors file that is the whole part ``model``, with the bytes before its tensors.
@@ -69,43 +69,44 @@ class Foreign:
     metrics: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-    rows: tuple[Row, ...] = ()
+    rows: tuple[LogRow, ...] = ()
     notes: tuple[str, ...] = ()
     optimizer: str = ""
     stripped: int = 0
     linkable: tuple[Path, FileRecord] | None = None
 
 
-def from_dict(given: Any, where: Path, how: Reading) -> Foreign:
-    """A checkpoint from what a script has given to ``torch.save``.
+def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoint:
+    """Make a checkpoint of what a script has passed to ``torch.save``.
 
     Raises:
-        FormatError: it is no dict with tensors.
+        FormatError: it is not a dict with tensors.
     """
-    if not isinstance(given, dict) or not given:
-        raise FormatError(f"{where} holds a {type(given).__name__}, and not a dict with state dicts")
-    if is_weights(given):
-        return renamed(Foreign(tool="torch.save", parts={"model": given}, notes=("all of it -> model",)), where, how)
-    if not all(isinstance(key, str) for key in given):
-        raise FormatError(f"{where} holds a dict whose keys are no text")
-    lightning = "pytorch-lightning_version" in given
-    parts, named = _parts(given, how)
+    if not isinstance(content, dict) or not content:
+        raise FormatError(f"{path} holds a {type(content).__name__}, and not a dict with state dicts")
+    if is_weights(content):
+        bare = ForeignCheckpoint(tool="torch.save", parts={"model": content}, notes=("all of it -> model",))
+        return renamed(bare, path, options)
+    if not all(isinstance(key, str) for key in content):
+        raise FormatError(f"{path} holds a dict whose keys are not text")
+    lightning = "pytorch-lightning_version" in content
+    parts, part_names = _parts(content, options)
     if lightning:
-        _add_lightning_parts(given, parts, named)
+        _add_lightning_parts(content, parts, part_names)
     if not parts:
-        raise FormatError(f"{where} holds no state dict; it has {', '.join(given)}: name one with --part NAME=model")
-    extra = {key: value for key, value in given.items() if key not in named}
+        raise FormatError(f"{path} holds no state dict; it has {', '.join(content)}: name one with --part NAME=model")
+    extra = {key: value for key, value in content.items() if key not in part_names}
     epoch, step, metrics, notes = _numbers(extra)
-    notes = [f"{key} -> {part}" for key, part in named.items()] + notes
+    notes = [f"{key} -> {part}" for key, part in part_names.items()] + notes
     complete = True
     if lightning:
-        metrics |= _lightning_scores(extra, where.name)
+        metrics |= _lightning_scores(extra, path.name)
         complete = _lightning_complete(extra)
     if step is None:
         step = steps_of(parts.get("optimizer"))
         notes += [] if step is None else [f"step {step} from the optimizer's state"]
-    return Foreign(
-        tool=f"lightning {given['pytorch-lightning_version']}" if lightning else "torch.save",
+    return ForeignCheckpoint(
+        tool=f"lightning {content['pytorch-lightning_version']}" if lightning else "torch.save",
         epoch=epoch,
         step=step,
         complete=complete,
@@ -117,23 +118,23 @@ def from_dict(given: Any, where: Path, how: Reading) -> Foreign:
     )
 
 
-def renamed(found: Foreign, where: Path, how: Reading) -> Foreign:
-    """Give parts other names, of files that name no parts themselves.
+def renamed(checkpoint: ForeignCheckpoint, path: Path, options: ReadOptions) -> ForeignCheckpoint:
+    """Return a checkpoint whose parts have no names of their own in the file, with those of the options.
 
     Raises:
-        FormatError: there is no such part.
+        FormatError: a part of that name does not exist.
     """
-    parts, extra = dict(found.parts), dict(found.extra)
-    for name, part in how.parts.items():
-        if name not in found.parts:
-            raise FormatError(f"--part {name}={part}: {where} has no {name!r}; it has {', '.join(found.parts)}")
+    parts, extra = dict(checkpoint.parts), dict(checkpoint.extra)
+    for name, part in options.parts.items():
+        if name not in checkpoint.parts:
+            raise FormatError(f"--part {name}={part}: {path} has no {name!r}; it has {', '.join(checkpoint.parts)}")
         (extra if part == EXTRA else parts)[name if part == EXTRA else part] = parts.pop(name)
-    kept = found.linkable if parts.get("model") is found.parts.get("model") else None
-    return replace(found, parts=parts, extra=extra, linkable=kept)
+    same_model = parts.get("model") is checkpoint.parts.get("model")
+    return replace(checkpoint, parts=parts, extra=extra, linkable=checkpoint.linkable if same_model else None)
 
 
 def is_weights(value: Any) -> bool:
-    """Whether it is a dict of tensors and nothing else."""
+    """Whether a value is a dict of tensors and nothing else."""
     return isinstance(value, dict) and bool(value) and all(isinstance(child, torch.Tensor) for child in value.values())
 
 
@@ -147,54 +148,57 @@ def _fits(part: str, value: Any) -> bool:
     return _is_optimizer(value) if part == "optimizer" else isinstance(value, dict)
 
 
-def _parts(given: Mapping[str, Any], how: Reading) -> tuple[dict[str, Any], dict[str, str]]:
-    """The parts, and the names in the file with the parts that they became."""
-    for key in how.parts:
-        if key not in given:
-            raise FormatError(f"--part {key}={how.parts[key]}: the file has no {key!r}; it has {', '.join(given)}")
-    named = {key: part for key, part in how.parts.items() if part != EXTRA}
-    for part, usual in _KNOWN.items():
-        free = [name for name in usual if name in given and name not in how.parts and _fits(part, given[name])]
-        if free and part not in named.values():
-            named[free[0]] = part
-    for key, value in given.items():
-        if key not in named and key not in how.parts and (is_weights(value) or _is_optimizer(value)):
-            named[key] = _part_name(key)
-    return {part: _with_numbers(part, given[key]) for key, part in named.items()}, named
+def _parts(content: Mapping[str, Any], options: ReadOptions) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the parts, and the names in the file with the parts that they became."""
+    for key in options.parts:
+        if key not in content:
+            raise FormatError(
+                f"--part {key}={options.parts[key]}: the file has no {key!r}; it has {', '.join(content)}"
+            )
+    part_names = {key: part for key, part in options.parts.items() if part != EXTRA}
+    for part, usual in _USUAL_NAMES.items():
+        unnamed = [name for name in usual if name in content and name not in options.parts]
+        fitting = [name for name in unnamed if _fits(part, content[name])]
+        if fitting and part not in part_names.values():
+            part_names[fitting[0]] = part
+    for key, value in content.items():
+        if key not in part_names and key not in options.parts and (is_weights(value) or _is_optimizer(value)):
+            part_names[key] = _part_name(key)
+    return {part: _with_numbers(part, content[key]) for key, part in part_names.items()}, part_names
 
 
 def _part_name(key: str) -> str:
-    """A name of the file's as the name of a part."""
-    name = _NO_PART.sub("_", key)[:60].rstrip(".") or "part"
+    """Return a name in the file as the name of a part."""
+    name = _NOT_IN_PART_NAMES.sub("_", key)[:60].rstrip(".") or "part"
     return f"my_{name}" if name in {EXTRA, "state", "manifest", "rng", "loop"} else name
 
 
 def _with_numbers(part: str, value: Any) -> Any:
-    """An optimizer's state whose parameters are numbers again: torch.distributed.checkpoint makes them text."""
+    """Return an optimizer's state with parameters by number: torch.distributed.checkpoint makes the numbers text."""
     if part != "optimizer" or not value["state"] or not all(str(key).isdecimal() for key in value["state"]):
         return value
     return {**value, "state": {int(key): moments for key, moments in value["state"].items()}}
 
 
 def _numbers(extra: Mapping[str, Any]) -> tuple[int | None, int | None, dict[str, float], list[str]]:
-    """Epoch, step, metrics, and what was made of them."""
+    """Return epoch, step, metrics, and notes on what was made of them."""
     values = {key: number for key, value in extra.items() if (number := _number(value)) is not None}
-    epoch = whole(values.pop(EPOCH, None))
-    found = next((name for name in STEPS if name in values), None)
-    step = None if found is None else whole(values.pop(found))
+    epoch = as_count(values.pop(EPOCH, None))
+    step_name = next((name for name in STEPS if name in values), None)
+    step = None if step_name is None else as_count(values.pop(step_name))
     metrics = {metric_name(key): value for key, value in values.items()}
     for key in ("metrics", "scores", "results"):
         if isinstance(extra.get(key), dict):
             metrics |= dict(_flat(extra[key]))
     best = [name for name in metrics if name.startswith("best")]
     notes = [f"{name} is the best so far, and kept under this name" for name in best]
-    others = [key for key in extra if key not in values and key not in {EPOCH, *STEPS}]
-    notes += [f"{', '.join(others)} -> {EXTRA}"] if others else []
+    unread = [key for key in extra if key not in values and key not in {EPOCH, *STEPS}]
+    notes += [f"{', '.join(unread)} -> {EXTRA}"] if unread else []
     return epoch, step, metrics, notes
 
 
-def _flat(given: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in given.items():
+def _flat(scores: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in scores.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}/")
         elif (number := _number(value)) is not None:
@@ -208,11 +212,11 @@ def _number(value: Any) -> float | None:
 
 
 def steps_of(optimizer: Any) -> int | None:
-    """The steps that an optimizer's state counts, None when it does not."""
+    """Return the steps that an optimizer's state counts, None when it does not."""
     if not _is_optimizer(optimizer) or not isinstance(optimizer["state"], dict):
         return None
-    moments = [one for one in optimizer["state"].values() if isinstance(one, dict)]
-    counts = [count for one in moments if (count := whole(_number(one.get("step")))) is not None]
+    states = [state for state in optimizer["state"].values() if isinstance(state, dict)]
+    counts = [count for state in states if (count := as_count(_number(state.get("step")))) is not None]
     return max(counts, default=None)
 
 
@@ -226,29 +230,29 @@ def _optimizer_name(extra: Mapping[str, Any]) -> str:
     return ""
 
 
-def _add_lightning_parts(given: Mapping[str, Any], parts: dict[str, Any], named: dict[str, str]) -> None:
+def _add_lightning_parts(content: Mapping[str, Any], parts: dict[str, Any], part_names: dict[str, str]) -> None:
     for key, part in (("optimizer_states", "optimizer"), ("lr_schedulers", "scheduler")):
-        states = given.get(key)
+        states = content.get(key)
         if isinstance(states, list) and states:
             names = [part] if len(states) == 1 else [f"{part}_{number}" for number in range(len(states))]
             parts |= dict(zip(names, states, strict=True))
-            named[key] = ", ".join(names)
+            part_names[key] = ", ".join(names)
 
 
 def _lightning_scores(extra: Mapping[str, Any], name: str) -> dict[str, float]:
-    """What ``ModelCheckpoint`` knows: the value of this file if it is among its best, and the best so far."""
-    found: dict[str, float] = {}
+    """Return what ``ModelCheckpoint`` has: the value of this file if it is among its best, and the best so far."""
+    scores: dict[str, float] = {}
     callbacks = extra.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
         if isinstance(state, dict) and isinstance(state.get("monitor"), str):
             monitor = metric_name(state["monitor"])
             best = _number(state.get("best_model_score"))
             if best is not None:
-                found[f"best_{monitor}"] = best
+                scores[f"best_{monitor}"] = best
             for path, score in dict(state.get("best_k_models") or {}).items():
                 if Path(str(path)).name == name and (value := _number(score)) is not None:
-                    found[monitor] = value
-    return found
+                    scores[monitor] = value
+    return scores
 
 
 def _lightning_complete(extra: Mapping[str, Any]) -> bool:
@@ -258,15 +262,19 @@ def _lightning_complete(extra: Mapping[str, Any]) -> bool:
         return True
 
 
-def keepable(found: Foreign) -> tuple[Foreign, list[str]]:
-    """What can be kept exactly; a part that cannot is refused, an extra that cannot is left out and named."""
-    for part, value in found.parts.items():
+def storable(checkpoint: ForeignCheckpoint) -> tuple[ForeignCheckpoint, list[str]]:
+    """Return what can be stored exactly, and a note on every extra that cannot, which is left out.
+
+    Raises:
+        ConfigError: a part cannot be stored exactly.
+    """
+    for part, value in checkpoint.parts.items():
         Encoder().encode(value, f'state["{names.check_part(part)}"]')
-    extra, dropped = dict(found.extra), []
-    for key, value in found.extra.items():
+    extra, notes = dict(checkpoint.extra), []
+    for key, value in checkpoint.extra.items():
         try:
             Encoder().encode(value, f'{EXTRA}["{key}"]')
         except ConfigError as error:
             del extra[key]
-            dropped.append(f"LEFT OUT: {error}")
-    return replace(found, extra=extra), dropped
+            notes.append(f"LEFT OUT: {error}")
+    return replace(checkpoint, extra=extra), notes

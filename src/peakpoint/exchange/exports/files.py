@@ -33,16 +33,14 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     ``torch.load``: the state dict itself for one part, a dict of parts for several.
 
     Args:
-        repository: where from.
-        ref: which checkpoint.
         to: the file; must not exist.
-        parts: which parts; by default ``model``, or the only part with tensors.
+        parts: by default ``model``, or the only part with tensors.
 
     Returns:
         The manifest of the checkpoint.
 
     Raises:
-        ConfigError: a suffix or a combination of parts that cannot be written.
+        ConfigError: the suffix is not one of these, or these parts cannot be in one such file.
         ConflictError: the file exists.
         NotFoundError: no such checkpoint or part.
         CorruptError: the checkpoint is damaged.
@@ -54,27 +52,27 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
         )
     check_free(to)
     manifest = repository.find_manifest(ref)
-    chosen = list(parts) or [default_part(manifest)]
-    for part in chosen:
+    part_names = list(parts) or [default_part(manifest)]
+    for part in part_names:
         check_part_of(manifest, part)
     with held(repository.store, [manifest]):
-        saved = read_state(repository.store, manifest, chosen)
-        values = {part: saved.value(part, own=True) for part in chosen}
+        saved = read_state(repository.store, manifest, part_names)
+        values = {part: saved.value(part, own=True) for part in part_names}
         with published(to) as temporary:
             if to.suffix == ".safetensors":
                 _write_safetensors(temporary, values, manifest)
             else:
                 with temporary.open("wb") as file:  # a file of ours: its errors are OSErrors, not torch's own
-                    torch.save(values[chosen[0]] if len(chosen) == 1 else values, file)
+                    torch.save(values[part_names[0]] if len(part_names) == 1 else values, file)
     return manifest
 
 
 def default_part(manifest: Manifest) -> str:
-    """``model``, or the only part with tensors."""
-    having = [part for part, files in manifest.parts.items() if files]
-    if "model" in having or len(having) != 1:
+    """Return ``model``, or the only part with tensors."""
+    with_tensors = [part for part, files in manifest.parts.items() if files]
+    if "model" in with_tensors or len(with_tensors) != 1:
         return "model"
-    return having[0]
+    return with_tensors[0]
 
 
 def _write_safetensors(path: Path, values: dict[str, Any], manifest: Manifest) -> None:
@@ -85,7 +83,7 @@ def _write_safetensors(path: Path, values: dict[str, Any], manifest: Manifest) -
     image = memoryview(Staging().fill({path.name: value})[0].data)
     begin = 8 + int.from_bytes(image[:8], "little")
     header = json.loads(bytes(image[8:begin]))
-    header["__metadata__"] |= _told(manifest)
+    header["__metadata__"] |= _metadata(manifest)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors can be read in place
     with path.open("wb") as file:
@@ -93,8 +91,8 @@ def _write_safetensors(path: Path, values: dict[str, Any], manifest: Manifest) -
         file.write(image[begin:])
 
 
-def _told(manifest: Manifest) -> dict[str, str]:
-    """What a file says of its checkpoint; the format has texts only."""
+def _metadata(manifest: Manifest) -> dict[str, str]:
+    """Return the checkpoint's facts for a safetensors header, which holds text only."""
     return {
         "run": manifest.run,
         "name": manifest.name,
@@ -105,10 +103,10 @@ def _told(manifest: Manifest) -> dict[str, str]:
 
 
 def check_weights(part: str, value: Any) -> None:
-    """Refuse what is no dict of tensors.
+    """Refuse a part that is not a dict of tensors.
 
     Raises:
-        ConfigError: it is not; the message says where, and what to do.
+        ConfigError: the message says where, and what to do.
     """
     if not isinstance(value, dict) or not value:
         raise ConfigError(f"part {part!r} is a {kind_of(value)} and not a dict of tensors; export it to .pth")
@@ -119,11 +117,11 @@ def check_weights(part: str, value: Any) -> None:
 
 
 def check_free(to: Path) -> None:
-    """Refuse a place where nothing new can be written.
+    """Refuse a path where nothing new can be written.
 
     Raises:
-        ConflictError: there is something already.
-        NotFoundError: there is no such directory.
+        ConflictError: the path exists.
+        NotFoundError: its directory does not exist.
     """
     if to.exists():
         raise ConflictError(f"{to} exists; remove it first, or export to another name")
@@ -135,7 +133,7 @@ def check_free(to: Path) -> None:
 
 @contextlib.contextmanager
 def published(to: Path) -> Iterator[Path]:
-    """Where to write a file or a folder, which then gets its name, durably; after an error nothing is left."""
+    """Give a temporary path for a file or folder, which then gets its name, durably; an error leaves nothing."""
     temporary = to.with_name(f".tmp-{secrets.token_hex(4)}-{to.name}")
     ops = FileOps()
     with translated("write", to):

@@ -1,4 +1,4 @@
-"""Export to a folder as Hugging Face's tools write it: weights, an index of shards, config, history of metrics."""
+"""Export to a folder of Hugging Face's form: weights, an index of shards, config, history of metrics."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -26,13 +26,11 @@ def export_folder(
 ) -> Manifest:
     """Write one part of a checkpoint to a folder of its own; atomic and durable.
 
-    The folder has ``model.safetensors``, or shards with ``model.safetensors.index.json``; ``config.json`` when it is
-    given or was imported with the checkpoint; ``trainer_state.json`` with the metrics of the checkpoint's history; and
+    The folder has ``model.safetensors``, or shards with ``model.safetensors.index.json``; ``config.json`` when one is
+    passed or was imported with the checkpoint; ``trainer_state.json`` with the metrics of the checkpoint's history; and
     the model card, ``README.md``.
 
     Args:
-        repository: where from.
-        ref: which checkpoint.
         to: the folder; must not exist.
         part: which part; by default ``model``, or the only part with tensors.
         shard: the most bytes of tensors in one file; one tensor may be larger.
@@ -42,23 +40,23 @@ def export_folder(
         The manifest of the checkpoint.
 
     Raises:
-        ConfigError: a part that is no dict of tensors, or a size that cannot be.
+        ConfigError: the part is not a dict of tensors, or the size is not a number of bytes.
         ConflictError: the folder exists.
         NotFoundError: no such checkpoint, part or file.
         CorruptError: the checkpoint is damaged.
     """
-    most = read_bytes("shard", shard)
+    max_bytes = read_bytes("shard", shard)
     check_free(to)
     settings = None if config is None else _read_config(config)
     manifest = repository.find_manifest(ref)
     part = part or default_part(manifest)
     check_part_of(manifest, part)
-    kept = [name for name in ("config", "extra") if name in manifest.parts]
+    config_parts = [name for name in ("config", "extra") if name in manifest.parts]
     with held(repository.store, [manifest]):
-        saved = read_state(repository.store, manifest, [part, *kept])
+        saved = read_state(repository.store, manifest, [part, *config_parts])
         weights = saved.value(part)
         check_weights(part, weights)
-        settings = _kept_config(saved, kept) if settings is None else settings
+        settings = _stored_config(saved, config_parts) if settings is None else settings
         state, page = _trainer_state(repository, manifest), card.markdown(card.gather(repository, ref))
         with published(to) as folder:
             folder.mkdir()
@@ -66,7 +64,7 @@ def export_folder(
             _write_json(folder / "trainer_state.json", state)
             if settings is not None:
                 _write_json(folder / "config.json", settings)
-            _write_weights(folder, weights, most)
+            _write_weights(folder, weights, max_bytes)
     return manifest
 
 
@@ -74,27 +72,27 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_weights(folder: Path, weights: Mapping[str, torch.Tensor], most: int) -> None:
-    shards = list(_shards(weights, most))
+def _write_weights(folder: Path, weights: Mapping[str, torch.Tensor], max_bytes: int) -> None:
+    shards = list(_shards(weights, max_bytes))
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:
-        places = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
+        weight_map = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
         total = sum(tensor.nbytes for tensor in weights.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
     buffer = Staging()
     for name, tensors in zip(names, shards, strict=True):
         (folder / name).write_bytes(buffer.fill({name: tensors})[0].data)
 
 
-def _shards(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors in their order, in groups of at most ``most`` bytes."""
+def _shards(weights: Mapping[str, torch.Tensor], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield tensors in their order, in groups of at most ``max_bytes``."""
     group: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights.items():
-        if group and size + tensor.nbytes > most:
+        if group and size + tensor.nbytes > max_bytes:
             yield group
             group, size = {}, 0
         group[name] = tensor
@@ -105,17 +103,17 @@ def _shards(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[str
 def _read_config(path: Path) -> Any:
     try:
         with translated("read", path):
-            found = json.loads(path.read_bytes())
+            config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} holds no JSON object")
-    return found
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} does not hold a JSON object")
+    return config
 
 
-def _kept_config(saved: SavedState, kept: list[str]) -> Any:
-    """The config among the state, if it is there and is JSON."""
-    for name in kept:
+def _stored_config(saved: SavedState, parts: list[str]) -> Any:
+    """Return the first config in the state that is JSON, or None."""
+    for name in parts:
         value = saved.value(name)
         value = value.get("config") if name == "extra" and isinstance(value, dict) else value
         if isinstance(value, dict):
@@ -127,7 +125,7 @@ def _kept_config(saved: SavedState, kept: list[str]) -> Any:
 
 
 def _trainer_state(repository: Repository, manifest: Manifest) -> dict[str, Any]:
-    """What transformers' ``TrainerState`` reads; epochs are those completed."""
+    """Return what transformers' ``TrainerState`` reads; epochs are those completed."""
     events = repository.run(manifest.run).events()
     log = []
     for report in history(events, manifest.id):
