@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import shutil
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -461,47 +462,32 @@ def test_the_front_is_that_of_brute_force(points, mode, reverse):
     assert len(on_front) == len({(spot.sparsity, spot.value) for spot in on_front})
 
 
-def counted(net):
-    floats = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point() or tensor.is_complex()]
-    return sum(tensor.numel() for tensor in floats), sum(
-        int((tensor.to(torch.complex64) != 0).sum()) for tensor in floats
-    )
-
-
-def test_zeros_are_counted_in_the_weights_when_asked(pruned):
+def test_the_recorded_sparsity_tells_how_many_parameters_are_not_zero(pruned):
     root, net = pruned
-    [one] = found(root, compare=[("p:epoch=0", "p@latest")], recount=True).comparisons
-    assert (one.compressed.parameters, one.compressed.nonzero) == counted(net)
+    [one] = found(root, compare=[("p:epoch=0", "p@latest")]).comparisons
+    floats = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point() or tensor.is_complex()]
+    assert one.compressed.parameters == sum(tensor.numel() for tensor in floats)
     assert one.original.nonzero == one.original.parameters
-    assert one.compressed.source == "counted in the weights"
-    [told] = found(root, compare=[("p:epoch=0", "p@latest")]).comparisons
-    assert told.compressed.nonzero == round(0.1 * one.compressed.parameters)
-    assert "if the recorded sparsity" in told.compressed.source
+    assert one.compressed.nonzero == round(0.1 * one.compressed.parameters)
+    assert "if the recorded sparsity" in one.compressed.source
 
 
-def test_zeros_are_counted_in_an_archived_checkpoint_too(pruned, tmp_path):
-    import shutil
-
+def test_an_archived_checkpoint_shows_its_packed_size(pruned, tmp_path):
     root = shutil.copytree(pruned[0], tmp_path / "copy")
-    run = pp.open(root).run("p")
-    maintenance.archive(run)
-    [one] = found(root, compare=[("p:epoch=0", "p@latest")], recount=True).comparisons
-    assert (one.compressed.parameters, one.compressed.nonzero) == counted(pruned[1])
+    maintenance.archive(pp.open(root).run("p"))
+    [one] = found(root, compare=[("p:epoch=0", "p@latest")]).comparisons
     assert one.compressed.packed_bytes > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
-def test_a_masked_weight_is_counted_once_and_as_the_product(tmp_path, dtype):
+def test_a_masked_weight_is_counted_once(tmp_path, dtype):
     layer = torch.nn.Linear(20, 10)
     prune.random_unstructured(layer, "weight", amount=180)
-    layer.weight_mask = layer.weight_mask.to(dtype) * (128 if dtype == torch.uint8 else 1)
-    with torch.no_grad():
-        layer.weight_orig[layer.weight_mask != 0] = torch.tensor([0.0, -0.0] + 18 * [1.0])
+    layer.weight_mask = layer.weight_mask.to(dtype)
     write(tmp_path, "r", acc=[0.5], sparsity=[0.9], state={"model": layer})
-    for recount, nonzero in [(True, 18 + 10), (False, 21)]:
-        weight = found(tmp_path, compare=[("r", "r")], recount=recount).comparisons[0].original
-        assert (weight.parameters, weight.nonzero) == (210, nonzero)
-        assert weight.sparse_bytes == math.ceil(210 / 8) + 4 * nonzero
+    size = found(tmp_path, compare=[("r", "r")]).comparisons[0].original
+    assert (size.parameters, size.nonzero) == (210, 21)
+    assert size.sparse_bytes == math.ceil(210 / 8) + 4 * 21
 
 
 def test_the_estimate_of_sparse_storage_is_a_mask_and_the_values(tmp_path):
@@ -537,8 +523,6 @@ def test_it_is_said_where_the_part_is_missing(tmp_path):
 
 
 def test_latency_is_what_was_recorded_and_nothing_else(pruned, tmp_path):
-    import shutil
-
     root = shutil.copytree(pruned[0], tmp_path / "copy")
     run = pp.open(root).run("p")
     run.record("p:epoch=1", {"latency_ms": 9.0})

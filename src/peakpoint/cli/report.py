@@ -44,7 +44,6 @@ _STYLES = {
 @click.option("--sparsity", default="sparsity", show_default=True, help="The metric that holds the sparsity.")
 @click.option("--compare", nargs=2, multiple=True, metavar="ORIGINAL COMPRESSED", help="Refs, or runs: their best.")
 @click.option("--part", default="model", show_default=True, help="The part whose parameters are counted.")
-@click.option("--recount", is_flag=True, help="Count zeros in the weights instead of trusting the metric.")
 @click.option("--separate", is_flag=True, help="A figure for each run.")
 @click.option(
     "--to",

@@ -97,9 +97,8 @@ def evaluate(
     sparsity: str = _SPARSITY,
     compare: Sequence[tuple[str, str]] = (),
     part: str = _PART,
-    recount: bool = False,
 ) -> Evaluation:
-    """Evaluate runs; reads journals and manifests, and weights only to recount.
+    """Evaluate runs; reads journals and manifests, no weights.
 
     Args:
         repository: where they are.
@@ -113,7 +112,6 @@ def evaluate(
         compare: pairs of original and compressed, each a ref, or a run whose best checkpoint is meant. By default the
             best dense checkpoint of a run with its best at each target of a ``BestAtSparsity`` rule.
         part: the part whose parameters are counted.
-        recount: count zeros in the weights instead of trusting the metric.
 
     Returns:
         Frozen values; nothing is printed or written.
@@ -164,7 +162,7 @@ def evaluate(
         groups=tuple(compare_groups(read, peaks, group_by)),
         tradeoffs=tuple(tradeoffs),
         comparisons=tuple(
-            compare_compressed(one, other, modes, examples, why=why, part=part, sparsity=sparsity, recount=recount)
+            compare_compressed(one, other, modes, examples, why=why, part=part, sparsity=sparsity)
             for why, one, other in (asked if compare else _having(dense, part))
         ),
         remarks=(

@@ -1,20 +1,16 @@
 """Compressed against original: what a checkpoint is, weighs and takes, beside another."""
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from peakpoint.errors import MissingExtraError, NotFoundError
-from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.errors import NotFoundError
+from peakpoint.format.manifest import Manifest, TensorRecord
 from peakpoint.format.masks import masks_of
 from peakpoint.reports.evaluation.noise import Interval
 from peakpoint.reports.evaluation.peaks import Examples, noise_of
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
-from peakpoint.repository import reader
 from peakpoint.rules import Mode
-from peakpoint.store import Store
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64"})
 _NORMAL_95 = 1.959964
@@ -100,7 +96,6 @@ def compare_compressed(
     why: str,
     part: str = "model",
     sparsity: str = "sparsity",
-    recount: bool = False,
 ) -> CompressedComparison:
     """Put two checkpoints side by side.
 
@@ -112,7 +107,6 @@ def compare_compressed(
         why: why these two.
         part: the part to weigh.
         sparsity: the metric that holds the sparsity.
-        recount: count zeros in the weights, one tensor at a time, instead of trusting that metric.
 
     Raises:
         NotFoundError: a checkpoint has no such part.
@@ -120,8 +114,8 @@ def compare_compressed(
     shared = [name for name in original[1].metrics if name in compressed[1].metrics]
     return CompressedComparison(
         why=why,
-        original=model_size(*original, part=part, sparsity=sparsity, recount=recount),
-        compressed=model_size(*compressed, part=part, sparsity=sparsity, recount=recount),
+        original=model_size(*original, part=part, sparsity=sparsity),
+        compressed=model_size(*compressed, part=part, sparsity=sparsity),
         differences=tuple(_difference(name, original, compressed, modes.get(name), examples) for name in shared),
     )
 
@@ -142,13 +136,11 @@ def _difference(
     return replace(found, interval=interval, source=first.source if first.source == second.source else source)
 
 
-def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: str, recount: bool) -> ModelSize:
+def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: str) -> ModelSize:
     """What a part of a checkpoint weighs.
 
     Raises:
         NotFoundError: there is no such part.
-        CorruptError: its files are damaged (with ``recount``).
-        MissingExtraError: NumPy is not installed (with ``recount``).
     """
     if part not in manifest.parts:
         parts = ", ".join(manifest.parts) or "none"
@@ -159,12 +151,9 @@ def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: st
     values = [tensor for tensor in tensors if tensor.name not in masks.values()]
     floats = [tensor for tensor in values if tensor.dtype in _FLOATS]
     parameters = sum(_elements(tensor) for tensor in floats)
-    nonzero, source = None, f"not known: no metric {sparsity}; --recount counts"
+    nonzero, source = None, f"not known: no metric {sparsity}"
     recorded = manifest.metrics.get(sparsity, math.nan)
-    if recount:
-        nonzero = _recounted(material.run.store, manifest, files, masks)
-        source = "counted in the weights"
-    elif 0 <= recorded <= 1:
+    if 0 <= recorded <= 1:
         nonzero = round(parameters * (1 - recorded))
         source = f"if the recorded {sparsity} is that of all parameters"
     return ModelSize(
@@ -181,24 +170,6 @@ def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: st
     )
 
 
-def _recounted(store: Store, manifest: Manifest, files: Sequence[FileRecord], masks: Mapping[str, str]) -> int:
-    stored = {tensor.name: (file, tensor) for file in files for tensor in file.tensors}
-    count = 0
-    hold = reader.hold_for_reading(store, manifest)  # a training leaves it alone meanwhile
-    try:
-        for name, (file, tensor) in stored.items():
-            if tensor.dtype in _FLOATS and name not in masks.values():
-                nonzero = _nonzero(reader.read_tensor(store, manifest, file, tensor), tensor)
-                if name in masks:
-                    mask = stored[masks[name]]
-                    nonzero = nonzero & _nonzero(reader.read_tensor(store, manifest, *mask), mask[1])
-                count += int(nonzero.sum())
-        return count
-    finally:
-        if hold is not None:
-            hold.release()
-
-
 def _elements(tensor: TensorRecord) -> int:
     return math.prod(tensor.shape)
 
@@ -210,21 +181,3 @@ def _sparse_bytes(tensors: Sequence[TensorRecord], floats: Sequence[TensorRecord
     count = sum(_elements(tensor) for tensor in floats)
     packed = math.ceil(count / 8) + round(dense * nonzero / count) if count else 0
     return whole - dense + min(dense, packed)
-
-
-def _nonzero(data: bytearray, tensor: TensorRecord) -> Any:
-    """Which elements are not zero; a negative zero is one."""
-    try:
-        numpy: Any = importlib.import_module("numpy")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "--recount needs numpy, which is not installed: pip install 'peakpoint[torch]'"
-        ) from error
-    if not data:
-        return numpy.zeros(0, bool)
-    if tensor.dtype == "C64":
-        return numpy.frombuffer(data, numpy.complex64) != 0
-    width = len(data) // _elements(tensor)
-    words = numpy.frombuffer(data, f"<u{width}")
-    sign = 1 << (8 * width - 1) if tensor.dtype in _FLOATS else 0
-    return words & numpy.array((1 << 8 * width) - 1 - sign, words.dtype) != 0
