@@ -40,7 +40,7 @@ _STYLES = {
     "--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples that an accuracy is measured on."
 )
 @click.option("--percent", is_flag=True, help="The metrics of --n-eval are percentages, from 0 to 100.")
-@click.option("--group-by", default="optimizer", show_default=True, help="Or state:PART, or a REGEX with one group.")
+@click.option("--group-by", default="optimizer", show_default=True, help="Or a REGEX with one group.")
 @click.option("--sparsity", default="sparsity", show_default=True, help="The metric that holds the sparsity.")
 @click.option("--compare", nargs=2, multiple=True, metavar="ORIGINAL COMPRESSED", help="Refs, or runs: their best.")
 @click.option("--part", default="model", show_default=True, help="The part whose parameters are counted.")

@@ -107,7 +107,7 @@ def evaluate(
         n_eval: on how many examples each value of a metric was measured, for metrics that are proportions of them: a
             number for every metric that is to be maximised, or the number by metric.
         percent: these proportions are percentages, from 0 to 100, instead of fractions.
-        group_by: ``"optimizer"``, ``"state:PART"``, or a regular expression with one group for the run's name.
+        group_by: ``"optimizer"``, or a regular expression with one group, searched for in the run's name.
         sparsity: the metric that holds the sparsity, from 0 to 1.
         compare: pairs of original and compressed, each a ref, or a run whose best checkpoint is meant. By default the
             best dense checkpoint of a run with its best at each target of a ``BestAtSparsity`` rule.

@@ -1,4 +1,4 @@
-"""Runs side by side: by optimizer, by another part of the state, or by their names."""
+"""Runs side by side: by optimizer, or by their names."""
 
 import math
 import re
@@ -17,7 +17,6 @@ NO_MATCH = "(no match)"
 LEFT_OVER = (UNKNOWN, NO_MATCH)
 """Groups of runs that have nothing in common; nothing is compared with them."""
 
-_STATE = "state:"
 _OTHERS_IN_OPTIM = ("torch.optim.lr_scheduler.", "torch.optim.swa_utils.")
 
 
@@ -72,11 +71,10 @@ def group_key(by: str) -> Callable[[RunData], str]:
     r"""What says to which group a run belongs.
 
     Args:
-        by: ``"optimizer"``; ``"state:PART"``, the class of a part; or a regular expression with one group, which is
-            searched for in the run's name.
+        by: ``"optimizer"``, or a regular expression with one group, which is searched for in the run's name.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is neither.
 
     Example:
         >>> from types import SimpleNamespace as Run
@@ -85,16 +83,13 @@ def group_key(by: str) -> Callable[[RunData], str]:
     """
     if by == "optimizer":
         return lambda material: optimizer_of(material.state)
-    if by.startswith(_STATE):
-        part = by.removeprefix(_STATE)
-        return lambda material: _short(material.state.get(part, "")) or UNKNOWN
     try:
         pattern = re.compile(by)
     except re.error as error:
         raise ConfigError(f"--group-by {by!r} is no regular expression: {error}") from error
     if pattern.groups != 1:
         raise ConfigError(
-            f"--group-by {by!r} must be optimizer, state:PART, or a regular expression with exactly one group, such as "
+            f"--group-by {by!r} must be optimizer, or a regular expression with exactly one group, such as "
             r"'-(sgd|adamw)-'"
         )
 

@@ -191,7 +191,7 @@ def few(names: Sequence[str]) -> str:
 
 
 def _group(grouping: Grouping) -> ReportTable:
-    by = grouping.by if grouping.by == "optimizer" or grouping.by.startswith("state:") else "group"
+    by = grouping.by if grouping.by == "optimizer" else "group"
     rows = [
         (
             (by, group.name),
