@@ -50,7 +50,7 @@ _STYLES = {
     "targets",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="FILE.html, .md, .png, .svg, .json, .csv or .parquet, or a directory.",
+    help="FILE.html, .md, .png, .svg, .json or .csv, or a directory.",
 )
 @click.option("--force", is_flag=True, help="Replace files that are no earlier reports, too.")
 @JSON

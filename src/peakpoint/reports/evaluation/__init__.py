@@ -12,7 +12,7 @@
 
 ``run_data`` reads, ``noise`` knows what chance does, ``peaks`` compares best and last, ``groups`` compares runs,
 ``sparsity`` and ``compressed`` are about compressed models; ``tables``, ``figures``, ``pages`` and ``files`` show it.
-Matplotlib and pyarrow are imported when they are used.
+Matplotlib is imported when it is used.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

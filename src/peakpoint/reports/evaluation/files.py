@@ -21,10 +21,9 @@ from peakpoint.reports.evaluation import pages
 if TYPE_CHECKING:
     from peakpoint.reports.evaluation import Evaluation
 
-SUFFIXES = (".html", ".md", ".png", ".svg", ".json", ".csv", ".parquet")
+SUFFIXES = (".html", ".md", ".png", ".svg", ".json", ".csv")
 _COLUMNS = ("run", "report", "step", "epoch", "metric", "value", "saved", "kept", "checkpoint")
 _LOOK = 4096  # bytes at each end of a file in which its mark stands
-_BATCH = 100_000  # rows
 _MOST_PICTURES = 60  # in one file
 
 
@@ -92,8 +91,6 @@ def _content(found: "Evaluation", suffix: str, *, separate: bool) -> bytes:
             return msgspec.json.format(msgspec.json.encode(as_json(found)), indent=2) + b"\n"
         case ".csv":
             return _csv(found)
-        case ".parquet":
-            return _parquet(found)
     figures = _figures()
     panels = figures.panels(found, separate=separate)
     if suffix == ".html":
@@ -106,15 +103,11 @@ def _content(found: "Evaluation", suffix: str, *, separate: bool) -> bytes:
 
 
 def _figures() -> Any:
-    return _optional("peakpoint.reports.evaluation.figures", "figures", "report")
-
-
-def _optional(module: str, what: str, extra: str) -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("peakpoint.reports.evaluation.figures")
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{what} need {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
+            f"figures need {error.name}, which is not installed: pip install 'peakpoint[report]'"
         ) from error
 
 
@@ -149,21 +142,6 @@ def _csv(found: "Evaluation") -> bytes:
     writer.writerow(_COLUMNS)
     writer.writerows(_rows(found))
     return text.getvalue().encode()
-
-
-def _parquet(found: "Evaluation") -> bytes:
-    arrow = _optional("pyarrow", "Parquet files", "parquet")
-    parquet = _optional("pyarrow.parquet", "Parquet files", "parquet")
-    text, whole, yes = arrow.string(), arrow.int64(), arrow.bool_()
-    types = (text, whole, whole, whole, text, arrow.float64(), yes, yes, text)
-    schema = arrow.schema(zip(_COLUMNS, types, strict=True), metadata={"kind": pages.MARK})
-    buffer = io.BytesIO()
-    rows = iter(_rows(found))
-    with parquet.ParquetWriter(buffer, schema) as writer:
-        while batch := list(itertools.islice(rows, _BATCH)):
-            columns = [arrow.array(column, kind) for column, kind in zip(zip(*batch, strict=True), types, strict=True)]
-            writer.write_table(arrow.Table.from_arrays(columns, schema=schema))
-    return buffer.getvalue()
 
 
 def _is_ours(file: Path) -> bool:
