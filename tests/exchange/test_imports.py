@@ -91,7 +91,7 @@ def test_a_folder_becomes_a_run_with_its_history(made, tmp_path):
     assert [one.metrics["val_accuracy"] for one in run.history()] == ACCURACY
     assert audit.audit(pp.open(tmp_path / "root"), deep=True).clean
     assert {one.status for one in report.checkpoints} == {"imported"}
-    opened = histories.newest(run.events(), Opened)
+    opened = histories.newest_event(run.events(), Opened)
     assert "adamw" in opened.state["optimizer"]
     assert opened.by["source"] == str(folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -16,7 +16,7 @@ from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.removal import apply
 from peakpoint.rules import smoothed
-from peakpoint.rules.history import Smoothing, derive
+from peakpoint.rules.history import Smoothing, smoothed_metrics
 from peakpoint.rules.retention import Removal
 from strategies import START, manifest, values
 from training import checkpointer, kept
@@ -219,7 +219,7 @@ def test_means_are_those_of_the_last_finite_values(reported, window):
     for number, value in enumerate(reported, 1):
         smoothing.report({"m": value})
         finite = [v for v in reported[:number] if math.isfinite(v)][-window:]
-        found = smoothing.derived()[smoothed("m", window)]
+        found = smoothing.means()[smoothed("m", window)]
         if len(finite) < window:
             assert math.isnan(found)
         else:
@@ -248,14 +248,14 @@ def test_what_is_derived_from_the_journal_is_what_the_training_saw(data):
             manifests.append(one)
             places[one.id] = history
             smoothing = Smoothing(wanted, [{"m": value} for _, value in history])
-            seen[one.id] = smoothing.derived()
+            seen[one.id] = smoothing.means()
             fields = {"name": one.name, "sequence": one.sequence, "report": one.report, "reasons": ()}
             events.append(Saved(at=START, checkpoint=one.id, **fields))
         else:
             origin = data.draw(st.sampled_from(list(places)))
             history = places[origin]
             events.append(Started(at=START, checkpoint=origin, report=len(history)))
-    assert repr(derive(manifests, events, wanted)) == repr(seen)
+    assert repr(smoothed_metrics({one.id: one.report for one in manifests}, events, wanted)) == repr(seen)
 
 
 def curve(root, values_, **options):

@@ -38,7 +38,7 @@ from peakpoint.format.layout import journal_prefix
 from peakpoint.format.sealed import digest, seal
 from peakpoint.repository import journal as j
 from peakpoint.repository.journal import Journal
-from peakpoint.rules.history import history, newest
+from peakpoint.rules.history import history, newest_event
 from peakpoint.store import FileOps, LocalStore, MemoryStore
 from strategies import START, any_metrics, text_tuples, texts, times
 
@@ -553,9 +553,9 @@ def test_a_branch_from_an_older_checkpoint_leaves_out_what_was_abandoned():
 
 def test_newest_is_the_last_of_its_kind():
     events = [saved(1, 1), reported(1), saved(2, 2), reported(2)]
-    assert newest(events, Saved) == saved(2, 2)
-    assert newest(events, Closed) is None
-    assert newest([], Saved) is None
+    assert newest_event(events, Saved) == saved(2, 2)
+    assert newest_event(events, Closed) is None
+    assert newest_event([], Saved) is None
 
 
 def test_events_are_values():

@@ -10,7 +10,7 @@ import pytest
 import peakpoint as pp
 from peakpoint.format.events import Opened
 from peakpoint.repository.provenance import code_version
-from peakpoint.rules.history import newest
+from peakpoint.rules.history import newest_event
 
 
 def git(directory, *words):
@@ -90,5 +90,5 @@ def test_records_have_it(repository, tmp_path):
     code = git(repository, "rev-parse", "HEAD") + "-dirty"
     run = pp.open(root).run("r")
     assert run.manifests()[0].written_by["code"] == code
-    assert newest(run.events(), Opened).by["code"] == code
+    assert newest_event(run.events(), Opened).by["code"] == code
     assert json.loads((root / "runs" / "r" / "run.json").read_text())["by"]["code"] == code

@@ -247,7 +247,7 @@ class _Update:
         """Rules, peaks and the number of reports."""
         news, row = self._news, self._row
         events: Sequence[Event] = news.events
-        opened = histories.newest(events, Opened)
+        opened = histories.newest_event(events, Opened)
         texts = list(opened.rules) if opened is not None else [] if self._new else _texts(row.rules)
         if self._new or news.past is not None:
             before: Sequence[Peak] = ()

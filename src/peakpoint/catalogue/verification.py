@@ -26,7 +26,7 @@ from peakpoint.repository import reader
 from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.packs import known_archive
 from peakpoint.rules import history as histories
-from peakpoint.rules.history import newest
+from peakpoint.rules.history import newest_event
 from peakpoint.rules.peaks import go_on
 from peakpoint.store import Store
 
@@ -224,7 +224,7 @@ def _looks(store: Store, run: str) -> dict[str, reader.FoundCheckpoint | reader.
 
 def _facts(events: Sequence[Event], manifests: Sequence[Any]) -> Facts:
     """What the row of a run says."""
-    opened = newest(events, Opened)
+    opened = newest_event(events, Opened)
     rules = list(opened.rules) if opened is not None else []
     history = histories.history(events)
     peaks, missing = go_on((), {}, history, watched_by(rules))

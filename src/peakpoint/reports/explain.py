@@ -6,9 +6,9 @@ Nothing here decides anything: it replays what was recorded, with the same rules
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peakpoint.format.events import Event, Opened, Removed, Reported, Saved, Started, Undone
+from peakpoint.format.events import Event, Opened, Removed, Saved, Undone
 from peakpoint.rules import Moment, Record, parse
-from peakpoint.rules.history import Branch, moment_of, windows
+from peakpoint.rules.history import RunReplay, smoothing_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +30,16 @@ class CheckpointHistory:
 
 def checkpoint_histories(events: Iterable[Event]) -> list[CheckpointHistory]:
     """Every checkpoint that a run ever had, earliest first."""
-    branch = Branch({}, ())
-    places: dict[str | None, tuple[Branch, Saved]] = {}
+    replay = RunReplay()
     texts: tuple[str, ...] = ()
     found: dict[str, CheckpointHistory] = {}
     for event in events:
+        replay.take(event)
         match event:
             case Opened():
                 texts = event.rules
-            case Started():
-                newest = max((saved.sequence for _, saved in places.values()), default=0)
-                origin, saved = places.get(event.checkpoint, (branch, None))
-                branch = origin.continued(event, saved, newest)
-            case Reported():
-                branch.reports[event.report] = event
             case Saved():
-                places[event.checkpoint] = (branch, event)
-                found[event.checkpoint] = CheckpointHistory(event, moment_of(event, branch), None)
+                found[event.checkpoint] = CheckpointHistory(event, replay.moment(event.checkpoint), None)
             case Removed() if event.checkpoint in found:
                 life = found[event.checkpoint]  # said before, when that removal came to nothing
                 there = [one for one in found.values() if one.removed is None or one is life]
@@ -65,7 +58,7 @@ def checkpoint_histories(events: Iterable[Event]) -> list[CheckpointHistory]:
 def _instead(text: str, records: Sequence[Record], names: Mapping[str, str], own: str) -> tuple[str, ...]:
     """What a rule claimed when a checkpoint went, newest first."""
     rule = parse(text)
-    if windows([rule]):
+    if smoothing_windows([rule]):
         return ("it ranks by smoothed values, which are not recorded",)
     reasons = rule.claims(records)
     order = sorted((record for record in records if record.id in reasons), key=lambda record: -record.sequence)

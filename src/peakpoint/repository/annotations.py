@@ -18,7 +18,7 @@ from peakpoint.repository.aliases import protected_by_aliases
 from peakpoint.repository.journal import Reading
 from peakpoint.repository.reader import being_read
 from peakpoint.rules import Rule, retention
-from peakpoint.rules.history import Derived, derive, windows
+from peakpoint.rules.history import SmoothedMetrics, smoothed_metrics, smoothing_windows
 from peakpoint.rules.retention import Plan
 from peakpoint.store import Store
 
@@ -62,7 +62,7 @@ def annotations_of(events: Iterable[Event]) -> Annotations:
     return found
 
 
-def with_annotations(manifest: Manifest, noted: Annotations, derived: Derived) -> Manifest:
+def with_annotations(manifest: Manifest, noted: Annotations, derived: SmoothedMetrics) -> Manifest:
     """A manifest with all that is known of its metrics, for rules; never to be written."""
     late = noted.metrics.get(manifest.id, {})
     return replace(manifest, metrics={**manifest.metrics, **late, **derived}) if late or derived else manifest
@@ -72,7 +72,10 @@ def all_with_annotations(
     manifests: Sequence[Manifest], events: Sequence[Event], rules: Iterable[Rule]
 ) -> tuple[Manifest, ...]:
     """Every manifest as rules must see it."""
-    noted, derived = annotations_of(events), derive(manifests, events, windows(rules))
+    noted, derived = (
+        annotations_of(events),
+        smoothed_metrics({manifest.id: manifest.report for manifest in manifests}, events, smoothing_windows(rules)),
+    )
     return tuple(with_annotations(manifest, noted, derived.get(manifest.id, {})) for manifest in manifests)
 
 
@@ -102,7 +105,9 @@ class LiveAnnotations:
     ) -> None:
         self._store, self._run = store, run
         self._lock = threading.Lock()
-        self._derived = derive(manifests, journal.events, windows(rules))
+        self._derived = smoothed_metrics(
+            {manifest.id: manifest.report for manifest in manifests}, journal.events, smoothing_windows(rules)
+        )
         self._notes = Annotations()
         self._removed: frozenset[str] = frozenset()
         self._said: dict[str, Sequence[Event]] = {}  # by each segment, about checkpoints
@@ -136,7 +141,7 @@ class LiveAnnotations:
         self._notes = annotations_of(events)
         self._removed = frozenset(event.checkpoint for event in events if isinstance(event, Removed))
 
-    def add(self, checkpoint: str, derived: Derived) -> None:
+    def add(self, checkpoint: str, derived: SmoothedMetrics) -> None:
         """Remember the smoothed metrics of a new checkpoint."""
         if derived:
             with self._lock:

@@ -32,7 +32,7 @@ from peakpoint.repository.annotations import all_with_annotations, annotations_o
 from peakpoint.repository.provenance import present_user, utc_now
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.rules import history as histories
-from peakpoint.rules.history import newest
+from peakpoint.rules.history import newest_event
 from peakpoint.rules.retention import Plan, plan
 from peakpoint.store import SMALL, LocalStore, Store
 
@@ -45,7 +45,7 @@ def _number(name: str, value: object) -> float:
 
 def rules_of(events: Sequence[Event]) -> tuple[Rule, ...]:
     """The rules in force: those of the process that opened the run last."""
-    opened = newest(events, Opened)
+    opened = newest_event(events, Opened)
     return tuple(parse(text) for text in opened.rules) if opened else ()
 
 

@@ -3,54 +3,18 @@
 import math
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from peakpoint.format.events import Event, Reported, Saved, Started
 from peakpoint.format.manifest import Forks
 from peakpoint.rules import Best, Moment, Rule, smoothed
 
 
-def history(events: Iterable[Event], checkpoint: str | None = None) -> list[Reported]:
-    """The reports that count, earliest first; those of abandoned branches are left out.
-
-    Args:
-        events: the journal.
-        checkpoint: the history that belongs to this checkpoint (its id), and ends with it; the present one by default.
-            Empty when the journal has no record of the checkpoint.
-    """
-    reports: list[Reported] = []
-    # A branch gets a list of its own, so that the place of a checkpoint is a list and a report number, never a copy.
-    places: dict[str | None, tuple[list[Reported], int]] = {None: ([], 0)}
-    for event in events:
-        match event:
-            case Started(checkpoint=origin, report=last):
-                reports = _until(*places.get(origin, (reports, last)))
-            case Reported():
-                reports.append(event)
-            case Saved():
-                places[event.checkpoint] = (reports, event.report)
-            case _:
-                pass
-    return reports if checkpoint is None else _until(*places.get(checkpoint, places[None]))
-
-
-def _until(reports: list[Reported], last: int) -> list[Reported]:
-    return [report for report in reports if report.report <= last]
-
-
-E = TypeVar("E")
-
-
-def newest(events: Sequence[Event], kind: type[E]) -> E | None:
-    """The last event of a kind."""
-    return next((event for event in reversed(events) if isinstance(event, kind)), None)
-
-
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """The history that a checkpoint belongs to.
+    """The reports that followed one another up to a moment.
 
     Attributes:
         reports: by their numbers.
@@ -60,40 +24,122 @@ class Branch:
     reports: dict[int, Reported]
     forks: Forks
 
-    def continued(self, start: Started, saved: Saved | None, newest: int) -> "Branch":
-        """What goes on from a checkpoint of this branch, or from nothing (see ``Manifest.forks``)."""
-        last = start.report if saved is None else saved.report
-        reports = {number: report for number, report in self.reports.items() if number <= last}
+    def until(self, report: int) -> dict[int, Reported]:
+        """Return the reports up to a number."""
+        return {number: reported for number, reported in self.reports.items() if number <= report}
+
+
+class RunReplay:
+    """The branches of a run, replayed event by event: what continued what.
+
+    Args:
+        events: the journal, or its beginning; ``take`` adds further events.
+
+    Attributes:
+        branch: the present branch.
+    """
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.branch = Branch({}, ())
+        # a branch is shared and grows: the place of a checkpoint in it is the number of its report, never a copy
+        self._commits: dict[str | None, tuple[Branch, Saved]] = {}
+        self._newest_sequence = 0
+        for event in events:
+            if isinstance(event, Reported):  # nearly all are, up to a million: without a call they take half the time
+                self.branch.reports[event.report] = event
+            else:
+                self.take(event)
+
+    def take(self, event: Event) -> None:
+        """Take the next event into account."""
+        match event:
+            case Reported():
+                self.branch.reports[event.report] = event
+            case Saved():
+                self._commits[event.checkpoint] = (self.branch, event)
+                self._newest_sequence = max(self._newest_sequence, event.sequence)
+            case Started():
+                self.branch = self._continued(event)
+            case _:
+                pass
+
+    def _continued(self, start: Started) -> Branch:
+        branch, saved = self._commits.get(start.checkpoint, (self.branch, None))
+        newest = self._newest_sequence
         if saved is not None:
             fork = ((saved.sequence, newest + 1),) if newest > saved.sequence else ()
-            return Branch(reports, (*self.forks, *fork))
+            return Branch(branch.until(saved.report), (*branch.forks, *fork))
         if start.checkpoint is None:
-            return Branch(reports, ((0, newest + 1),) if newest else ())
-        return Branch(reports, () if start.report == 0 else self.forks)
+            return Branch(branch.until(start.report), ((0, newest + 1),) if newest else ())
+        # a commit that the journal does not tell of: its process was killed before it could
+        return Branch(branch.until(start.report), branch.forks if start.report else ())
+
+    def reports(self, checkpoint: str | None = None) -> list[Reported]:
+        """Return the reports that count, earliest first; those of abandoned branches are left out.
+
+        Args:
+            checkpoint: the id of the checkpoint with which they end; None for the present history. Empty when the
+                journal has no record of the checkpoint.
+        """
+        if checkpoint is None:
+            return list(self.branch.reports.values())
+        if checkpoint not in self._commits:
+            return []
+        branch, saved = self._commits[checkpoint]
+        return list(branch.until(saved.report).values())
+
+    def reports_backwards(self, checkpoint: str, report: int) -> Iterator[Reported]:
+        """Yield the reports that belong to a checkpoint, latest first.
+
+        Args:
+            checkpoint: its id.
+            report: the number of its report: a checkpoint whose process was killed before the journal told of it is
+                the newest of the present branch.
+        """
+        branch, saved = self._commits.get(checkpoint, (self.branch, None))
+        last = report if saved is None else saved.report
+        return (reported for number, reported in reversed(branch.reports.items()) if number <= last)
+
+    def report_of(self, checkpoint: str) -> Reported | None:
+        """Return the report of a committed checkpoint; None when the journal does not have it."""
+        branch, saved = self._commits[checkpoint]
+        return branch.reports.get(saved.report)
+
+    def moment(self, checkpoint: str) -> Moment:
+        """Return what rules look at, of a committed checkpoint."""
+        branch, saved = self._commits[checkpoint]
+        report = branch.reports.get(saved.report)
+        return Moment(
+            id=saved.checkpoint,
+            sequence=saved.sequence,
+            step=0 if report is None else report.step,
+            epoch=None if report is None else report.epoch,
+            metrics={} if report is None else report.metrics,
+            created_at=saved.at,
+            forks=branch.forks,
+            size_bytes=saved.size_bytes,
+        )
 
 
-def moment_of(saved: Saved, branch: Branch) -> Moment:
-    """What rules look at, of a checkpoint that was committed on a branch."""
-    report = branch.reports.get(saved.report)
-    return Moment(
-        id=saved.checkpoint,
-        sequence=saved.sequence,
-        step=0 if report is None else report.step,
-        epoch=None if report is None else report.epoch,
-        metrics={} if report is None else report.metrics,
-        created_at=saved.at,
-        forks=branch.forks,
-        size_bytes=saved.size_bytes,
-    )
+def history(events: Iterable[Event], checkpoint: str | None = None) -> list[Reported]:
+    """Return the reports that count, earliest first; see ``RunReplay.reports``."""
+    return RunReplay(events).reports(checkpoint)
 
 
-Windows = frozenset[tuple[str, int]]
-
-Derived = Mapping[str, float]
+E = TypeVar("E")
 
 
-def windows(rules: Iterable[Rule]) -> Windows:
-    """The metrics that rules smooth, and over how many reports."""
+def newest_event(events: Sequence[Event], kind: type[E]) -> E | None:
+    """Return the last event of a kind."""
+    return next((event for event in reversed(events) if isinstance(event, kind)), None)
+
+
+SmoothingWindows = frozenset[tuple[str, int]]
+SmoothedMetrics = Mapping[str, float]
+
+
+def smoothing_windows(rules: Iterable[Rule]) -> SmoothingWindows:
+    """Return the metrics that rules smooth, and over how many reports."""
     return frozenset((rule.metric, rule.smooth) for rule in rules if isinstance(rule, Best) and rule.smooth > 1)
 
 
@@ -103,12 +149,12 @@ class Smoothing:
     Values that are not finite are left out. Before there are enough the mean is NaN, which never wins.
 
     Args:
-        wanted: metrics and numbers of values.
+        windows: the metrics, each with its number of values.
         history: what was reported so far, earliest first.
     """
 
-    def __init__(self, wanted: Windows, history: Iterable[Mapping[str, float]] = ()) -> None:
-        self._last = {(metric, window): deque[float](maxlen=window) for metric, window in wanted}
+    def __init__(self, windows: SmoothingWindows, history: Iterable[Mapping[str, float]] = ()) -> None:
+        self._last = {(metric, window): deque[float](maxlen=window) for metric, window in windows}
         for metrics in history:
             self.report(metrics)
 
@@ -119,7 +165,7 @@ class Smoothing:
             if math.isfinite(value):
                 last.append(value)
 
-    def derived(self) -> Derived:
+    def means(self) -> SmoothedMetrics:
         """The means after the last report, by the names that ``rules.smoothed`` gives."""
         return {
             smoothed(metric, window): _mean(last, window) if len(last) == window else math.nan
@@ -135,50 +181,34 @@ def _mean(values: Iterable[float], count: int) -> float:
         return math.copysign(sys.float_info.max, shares[0])
 
 
-class Placed(Protocol):
-    """What has a place in a history: a manifest, for example."""
+def smoothed_metrics(
+    checkpoints: Mapping[str, int], events: Iterable[Event], windows: SmoothingWindows
+) -> dict[str, SmoothedMetrics]:
+    """Return the smoothed metrics at the moment of each checkpoint, along the history that it belongs to.
 
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def report(self) -> int: ...  # noqa: D102
-
-
-def derive(manifests: Iterable[Placed], events: Sequence[Event], wanted: Windows) -> dict[str, Derived]:
-    """The smoothed metrics at the moment of each checkpoint, along the history that it belongs to."""
-    if not wanted:
+    Args:
+        checkpoints: the ids, each with the number of its report.
+        events: the journal.
+        windows: what is smoothed.
+    """
+    if not windows:
         return {}
-    branch: list[Reported] = []
-    places: dict[str | None, tuple[list[Reported], int]] = {None: ([], 0)}
-    for event in events:
-        match event:
-            case Started():
-                reports, last = places.get(event.checkpoint, (branch, event.report))
-                branch = [report for report in reports if report.report <= last]
-            case Reported():
-                branch.append(event)
-            case Saved():
-                places[event.checkpoint] = (branch, event.report)
-            case _:
-                pass
-    found = {}
-    for manifest in manifests:
-        # one whose process was killed before it could say so is the newest of the present history
-        reports, last = places.get(manifest.id, (branch, manifest.report))
-        found[manifest.id] = _at(reports, last, wanted)
-    return found
+    replay = RunReplay(events)
+    return {
+        checkpoint: _means_at(replay.reports_backwards(checkpoint, report), windows)
+        for checkpoint, report in checkpoints.items()
+    }
 
 
-def _at(reports: Sequence[Reported], last: int, wanted: Windows) -> Derived:
-    needed = {pair: pair[1] for pair in wanted}
+def _means_at(reports: Iterable[Reported], windows: SmoothingWindows) -> SmoothedMetrics:
+    """Return the means at the first of some reports, latest first, and look at no more reports than needed."""
+    missing = {(metric, window): window for metric, window in windows}
     tail: list[Reported] = []
-    for report in reversed(reports):
-        if report.report > last:
-            continue
+    for report in reports:
         tail.append(report)
-        for metric, window in wanted:
+        for metric, window in windows:
             if math.isfinite(report.metrics.get(metric, math.nan)):
-                needed[metric, window] -= 1
-        if all(left <= 0 for left in needed.values()):
+                missing[metric, window] -= 1
+        if all(count <= 0 for count in missing.values()):
             break
-    return Smoothing(wanted, [report.metrics for report in reversed(tail)]).derived()
+    return Smoothing(windows, [report.metrics for report in reversed(tail)]).means()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from peakpoint.format.events import Event
 from peakpoint.format.manifest import Manifest
 from peakpoint.rules import Claim, Mode, Moment, Rule, claims, ranked, wanted, watched
-from peakpoint.rules.history import Smoothing, history, windows
+from peakpoint.rules.history import Smoothing, history, smoothing_windows
 from peakpoint.rules.retention import NEWEST, kept_ids
 
 
@@ -82,7 +82,7 @@ def replay(events: Sequence[Event], rules: Sequence[Rule], size_bytes: int, also
         size_bytes: what one checkpoint takes.
         also: other rules whose metrics are of interest.
     """
-    smoothing = Smoothing(windows(rules))
+    smoothing = Smoothing(smoothing_windows(rules))
     existing: list[Moment] = []
     moments: list[Moment] = []
     saves, most = 0, 0
@@ -93,7 +93,7 @@ def replay(events: Sequence[Event], rules: Sequence[Rule], size_bytes: int, also
             sequence=number,
             step=report.step,
             epoch=report.epoch,
-            metrics={**report.metrics, **smoothing.derived()},
+            metrics={**report.metrics, **smoothing.means()},
             created_at=report.at,
             size_bytes=size_bytes,
         )

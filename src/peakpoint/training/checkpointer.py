@@ -33,7 +33,7 @@ from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.reader import find_damage
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Rule
-from peakpoint.rules.history import Smoothing, windows
+from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.rules.stopping import EarlyStopping
 from peakpoint.rules.stopping import Watch as StopWatch
 from peakpoint.state.capture import StateEncoder, capture, check_state
@@ -141,7 +141,7 @@ class Checkpointer:
         self._reported: Mapping[str, float] | None = None  # by the last report that counts
         self._stopping = None if stop is None else StopWatch(stop)
         self._stops_by = None if stop is None else stop.metric
-        self._smoothing = Smoothing(windows(self.rules))
+        self._smoothing = Smoothing(smoothing_windows(self.rules))
         self._sequence = 0
         self._forks: Forks = ()
         self._parent: str | None = None
@@ -351,7 +351,7 @@ class Checkpointer:
         self._ledger.refresh()
         self._warn_about(values)
         moment = self._moment(values, now)
-        derived = self._smoothing.derived()
+        derived = self._smoothing.means()
         seen = replace(moment, metrics={**values, **derived}) if derived else moment
         claims = rules.wanted(self.rules, self._saver.known, seen)
         signal = self._watch.arrived
@@ -594,7 +594,7 @@ class Checkpointer:
             captured = capture(self.state, position, self._encoder, self._buffer, owned, stepped)
             copied = time.perf_counter() - begin
             self._sequence += 1
-            self._ledger.add(moment.id, self._smoothing.derived())
+            self._ledger.add(moment.id, self._smoothing.means())
             draft = replace(
                 moment,
                 name=self._name(moment),
@@ -653,7 +653,7 @@ class Checkpointer:
         held = self._saver.failure()
         if held is None:
             return True
-        seen = replace(moment, metrics={**moment.metrics, **self._smoothing.derived()})
+        seen = replace(moment, metrics={**moment.metrics, **self._smoothing.means()})
         if moment.asked is None and held.job.draft.id in rules.claims(self.rules, [*self._saver.known, seen]):
             self._say_once(
                 f"held {held.job.draft.id}",

@@ -17,7 +17,6 @@ from peakpoint.format.events import (
     PartsDropped,
     Pinned,
     Removed,
-    Reported,
     Restored,
     Saved,
     SaveFailed,
@@ -33,7 +32,7 @@ from peakpoint.repository import reader
 from peakpoint.repository.journal import Reading
 from peakpoint.repository.run import Run
 from peakpoint.rules import Moment, Rule, parse
-from peakpoint.rules.history import Branch, derive, moment_of, windows
+from peakpoint.rules.history import RunReplay, smoothed_metrics, smoothing_windows
 
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _IMPORT = "peakpoint import"
@@ -59,14 +58,6 @@ def in_order(reading: Reading) -> list[tuple[str, Event]]:
     return [(name, event) for _, name, event in found]
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A commit, for ``derive``."""
-
-    id: str
-    report: int
-
-
 @dataclass(slots=True)
 class _Tale:
     """A run while it is told."""
@@ -82,9 +73,7 @@ class _Tale:
     values: dict[str, dict[str, float]] = field(default_factory=dict)  # by checkpoint: reported and measured
     early: dict[str, dict[str, float]] = field(default_factory=dict)  # measured before the commit: clocks differ
     gone: dict[str, Moment | None] = field(default_factory=dict)  # moments of what was removed, to come back
-    branch: Branch = field(default_factory=lambda: Branch({}, ()))
-    places: dict[str | None, tuple[Branch, Saved]] = field(default_factory=dict)
-    newest: int = 0
+    replay: RunReplay = field(default_factory=RunReplay)
     claims: Claims = field(default_factory=Claims)
 
     def ref(self, checkpoint: str) -> str:
@@ -100,13 +89,12 @@ class _Tale:
 
     def tell(self, segment: str, event: Event) -> Iterator[ChangelogEntry]:
         by = _who(self.by.get(segment, {}))
+        self.replay.take(event)
         match event:
             case Opened():
                 yield from self._opened(segment, event)
             case Started():
                 yield from self._started(segment, event, by)
-            case Reported():
-                self.branch.reports[event.report] = event
             case Saved():
                 yield from self._saved(event, by, imported=self.by.get(segment, {}).get("tool") == _IMPORT)
             case SaveFailed():
@@ -131,8 +119,6 @@ class _Tale:
             yield self.entry(event, "rules changed", by=_who(event.by), before=texts[0], after=texts[1])
 
     def _started(self, segment: str, event: Started, by: str) -> Iterator[ChangelogEntry]:
-        origin, saved = self.places.get(event.checkpoint, (self.branch, None))
-        self.branch = origin.continued(event, saved, self.newest)
         about = self.by.get(segment, {})
         if about.get("tool") == _IMPORT:
             return
@@ -149,15 +135,14 @@ class _Tale:
     def _saved(self, event: Saved, by: str, *, imported: bool) -> Iterator[ChangelogEntry]:
         id_ = event.checkpoint
         self.names[id_] = event.name
-        self.places[id_] = (self.branch, event)
-        self.newest = max(self.newest, event.sequence)
-        moment = moment_of(event, self.branch)
+        moment = self.replay.moment(id_)
+        reported = metrics_to_json(moment.metrics)
         self.values[id_] = {**moment.metrics, **self.early.get(id_, {})}
         moment = replace(moment, metrics={**self.values[id_], **self.derived.get(id_, {})})
         details = {
             "step": moment.step,
             "epoch": moment.epoch,
-            "metrics": metrics_to_json(moment_of(event, self.branch).metrics),
+            "metrics": reported,
             "reasons": list(event.reasons),
             "size_bytes": event.size_bytes,
         }
@@ -268,8 +253,8 @@ def _derived(events: Sequence[tuple[str, Event]]) -> Mapping[str, Mapping[str, f
     """The smoothed metrics of each commit, for every rule that ever was in force."""
     plain = [event for _, event in events]
     texts = {text for event in plain if isinstance(event, Opened) for text in event.rules}
-    saved = [_Placed(event.checkpoint, event.report) for event in plain if isinstance(event, Saved)]
-    return derive(saved, plain, windows(_readable(sorted(texts))))
+    reports = {event.checkpoint: event.report for event in plain if isinstance(event, Saved)}
+    return smoothed_metrics(reports, plain, smoothing_windows(_readable(sorted(texts))))
 
 
 def _readable(texts: Iterable[str]) -> list[Rule]:

@@ -12,7 +12,7 @@ from peakpoint.reports.evaluation import noise as noises
 from peakpoint.reports.evaluation.noise import Noise
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
 from peakpoint.rules import Mode, Rule, ranked, watched
-from peakpoint.rules.history import windows
+from peakpoint.rules.history import smoothing_windows
 from peakpoint.rules.peaks import Peak, peaks
 
 Verdict = Literal["peak", "within noise", "still improving", "noise unknown", "one value", "not finite"]
@@ -122,7 +122,7 @@ def run_peaks(material: RunData, metric: str, mode: Mode, examples: Examples) ->
     noise = noise_of(material, metric, mode, (found[0].best_report, found[0].last_report), examples)
     values = material.series(metric)
     judged = [_judged(material, found[0], 1, noise, values, examples)]
-    for _, window in sorted(pair for pair in windows(material.rules) if pair[0] == metric):
+    for _, window in sorted(pair for pair in smoothing_windows(material.rules) if pair[0] == metric):
         means = _means(material.history, metric, window)
         for peak in peaks(means, [(metric, mode)]):
             steadier = _averaged(noise, window)

@@ -22,7 +22,7 @@ from peakpoint.reports.plan.curves import ASSUMPTIONS, AssumedMetrics
 from peakpoint.reports.plan.intervals import Failures
 from peakpoint.reports.plan.sizes import REST, Sizes, check_whole, from_state, stalled_seconds
 from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
-from peakpoint.rules.history import Smoothing, windows
+from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.rules.retention import plan
 
 MOST_REPORTS = 20_000  # every one is put to every rule
@@ -240,14 +240,14 @@ class _Run:
     def play(self, name: str, metrics: Iterable[Mapping[str, float]]) -> tuple[Outlook, set[str]]:
         """Play the run; also says which rules have claimed anything."""
         parts, files = _files(self.sizes)
-        smoothing = Smoothing(windows(self.rules))
+        smoothing = Smoothing(smoothing_windows(self.rules))
         existing: tuple[Manifest, ...] = ()
         claimed: Counter[str] = Counter()
         wanting: set[str] = set()
         saved_at, most, bytes_most, written, number = [0], 0, 0, 0, 0
         for number, values in enumerate(metrics, 1):
             smoothing.report(values)
-            moment = self._moment(number, {**values, **smoothing.derived()}, parts, files)
+            moment = self._moment(number, {**values, **smoothing.means()}, parts, files)
             claims = wanted(self.rules, existing, moment)
             if not claims:
                 continue
