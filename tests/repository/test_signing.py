@@ -29,6 +29,7 @@ from peakpoint.repository.commit import combined_digest
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.reader import read_manifest
 from peakpoint.repository.signing import bundle as bundles
+from peakpoint.repository.signing import keys as signing_keys
 from peakpoint.repository.trash import drop
 from peakpoint.store import LocalStore, MemoryStore
 from training import checkpointer, parts, train
@@ -351,7 +352,7 @@ def signed_statement(root, keys, edit):
     payload = edit(statement)
     payload = json.dumps(statement).encode() if payload is None else payload
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
-    sig = key.sign(bundles._authenticated(payload), ec.ECDSA(serialization_hash(key)))
+    sig = key.sign(bundles.authenticated(payload), ec.ECDSA(serialization_hash(key)))
     bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(sig).decode()
     path.write_text(json.dumps(bundle))
 
@@ -371,17 +372,17 @@ def serialization_hash(key):
             "'../../../peakpoint.json'",
         ),
         (lambda s: s["predicate"]["resources"].append(resource("/etc/passwd")), "'/etc/passwd'"),
-        (lambda s: s["predicate"]["resources"].append(resource("dir/more")), "which is no file of this checkpoint"),
+        (lambda s: s["predicate"]["resources"].append(resource("dir/more")), "which is not a file of this checkpoint"),
         (lambda s: s["predicate"]["resources"].append(resource("state.json")), "names a file twice"),
         (lambda s: s["predicate"]["resources"].pop(0), "does not cover manifest.json"),
         (lambda s: s["predicate"]["resources"].pop(1), "does not cover model.safetensors"),
         (lambda s: s["predicate"]["resources"][0].update(algorithm="md5"), "SHA-256"),
         (lambda s: s["predicate"]["serialization"].update(method="shards"), "SHA-256"),
-        (lambda s: s["predicate"].pop("resources"), "no statement about a model"),
-        (lambda s: s.update(predicateType="https://slsa.dev/provenance/v1"), "no statement of type"),
-        (lambda s: s.update(_type="https://in-toto.io/Statement/v0.1"), "no statement of type"),
-        (lambda _: b"no json", "no statement about a model"),
-        (lambda _: b"[" * 100_000, "no statement about a model"),
+        (lambda s: s["predicate"].pop("resources"), "is not a statement about a model"),
+        (lambda s: s.update(predicateType="https://slsa.dev/provenance/v1"), "is not a statement of type"),
+        (lambda s: s.update(_type="https://in-toto.io/Statement/v0.1"), "is not a statement of type"),
+        (lambda _: b"no json", "is not a statement about a model"),
+        (lambda _: b"[" * 100_000, "is not a statement about a model"),
     ],
 )
 def test_a_statement_that_is_signed_and_says_something_else(root, keys, edit, says):
@@ -444,7 +445,10 @@ def test_a_hostile_bundle_is_refused_and_hides_no_good_one(root, keys, content):
 
 KEY = ec.derive_private_key(12345, ec.SECP256R1())
 DIGESTS = {"manifest.json": "1" * 64, "a": "2" * 64}
-GOOD = bundles.make("n", DIGESTS, KEY)
+PAYLOAD = bundles.encode_statement("n", DIGESTS)
+GOOD = bundles.encode_bundle(
+    PAYLOAD, signing_keys.sign(KEY, bundles.authenticated(PAYLOAD)), signing_keys.fingerprint(KEY.public_key())
+)
 
 
 @settings(max_examples=150)
@@ -454,7 +458,7 @@ def test_a_bundle_with_any_byte_changed_is_read_or_refused(data):
     for _ in range(data.draw(st.integers(0, 3))):
         changed[data.draw(st.integers(0, len(GOOD) - 1))] = data.draw(st.integers(0, 255))
     try:
-        found = bundles.signed_digests(bundles.read(bytes(changed)), KEY.public_key())
+        found = signing._signed_digests(bundles.decode_bundle(bytes(changed)), KEY.public_key())
     except pp.errors.SignatureError:
         assert changed != GOOD
         return
@@ -632,7 +636,7 @@ def test_bytes_that_changed_after_signing_are_never_used(root, keys):
 
 
 def test_encrypted_keys(root, tmp_path, monkeypatch):
-    monkeypatch.delenv(signing.PASSWORD, raising=False)
+    monkeypatch.delenv(signing_keys.PASSWORD, raising=False)
     key = ec.generate_private_key(ec.SECP256R1())
     private, public = tmp_path / "key.pem", tmp_path / "key.pub"
     private.write_bytes(private_pem(key, b"geheim"))
@@ -640,11 +644,11 @@ def test_encrypted_keys(root, tmp_path, monkeypatch):
     store, manifest = newest(root)
     with pytest.raises(pp.errors.ConfigError, match="is encrypted; set PEAKPOINT_SIGNING_PASSWORD"):
         signing.sign(store, manifest, private_key=private)
-    with pytest.raises(pp.errors.ConfigError, match="its password is another one") as raised:
+    with pytest.raises(pp.errors.ConfigError, match="the password is wrong") as raised:
         signing.sign(store, manifest, private_key=private, password="falsch")
     assert "falsch" not in str(raised.value)
     signing.sign(store, manifest, private_key=private, password="geheim")
-    monkeypatch.setenv(signing.PASSWORD, "geheim")
+    monkeypatch.setenv(signing_keys.PASSWORD, "geheim")
     signing.sign(store, manifest, private_key=private)
     assert verify(root, public).record == "signature-3.json"
     plain, _ = pair(tmp_path, "plain")
@@ -654,7 +658,7 @@ def test_encrypted_keys(root, tmp_path, monkeypatch):
 def test_a_password_may_be_any_bytes(root, tmp_path, monkeypatch):
     private = tmp_path / "key.pem"
     private.write_bytes(private_pem(ec.generate_private_key(ec.SECP256R1()), b"gehe\xffim"))
-    monkeypatch.setenv(signing.PASSWORD, os.fsdecode(b"gehe\xffim"))
+    monkeypatch.setenv(signing_keys.PASSWORD, os.fsdecode(b"gehe\xffim"))
     store, manifest = newest(root)
     assert signing.sign(store, manifest, private_key=private).record.startswith("signature-")
 
