@@ -293,7 +293,7 @@ def test_signatures_hold(root):
 
 @pytest.mark.parametrize("run", ARCHIVED)
 def test_what_is_archived_in_pieces_is_not_archived_again(root, run):
-    with pytest.raises(pp.ConflictError, match=f"{run} --restore brings its files back first"):
+    with pytest.raises(pp.ConflictError, match=f"{run} --restore"):
         maintenance.archive(pp.open(root).run(run))
 
 

@@ -18,10 +18,11 @@ from commands import command
 from peakpoint.format import layout
 from peakpoint.format.events import Removed
 from peakpoint.format.sealed import seal, unseal
-from peakpoint.repository import maintenance, packs
-from peakpoint.repository.archive import CHAIN
+from peakpoint.repository import maintenance
+from peakpoint.repository.archive import LONGEST_CHAIN
 from peakpoint.repository.audit import audit, clean
 from peakpoint.repository.journal import Journal
+from peakpoint.repository.packs.index import read_index
 from peakpoint.store import MemoryStore
 from training import checkpointer, parts, same, train
 
@@ -185,11 +186,11 @@ def test_what_goes_into_the_trash_during_an_archive_keeps_its_files(tmp_path):
 
 
 def test_chains_are_bounded(tmp_path):
-    trained(tmp_path, epochs=CHAIN + 3, width=2)
+    trained(tmp_path, epochs=LONGEST_CHAIN + 3, width=2)
     done = maintenance.archive(run_of(tmp_path))
     store = pp.open(tmp_path).store
-    depths = [packs.read_index(store, "r", one.manifest.id).depth for one in done]
-    assert depths == [*range(1, CHAIN + 1), 1, 2, 3]
+    depths = [read_index(store, "r", one.manifest.id).depth for one in done]
+    assert depths == [*range(1, LONGEST_CHAIN + 1), 1, 2, 3]
 
 
 @given(st.integers(0, 2**32), st.integers(3, 7))
@@ -270,12 +271,12 @@ def test_every_damage_to_a_pack_is_noticed(tmp_path):
 
 
 def test_what_is_damaged_in_an_archive_keeps_nothing_else_there(tmp_path):
-    weights = trained(tmp_path, epochs=CHAIN + 2, width=2)
+    weights = trained(tmp_path, epochs=LONGEST_CHAIN + 2, width=2)
     maintenance.archive(run_of(tmp_path))
     *others, last = run_of(tmp_path).manifests()
     path = tmp_path / "runs/r/archive" / f"{last.id}.pack"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(pp.errors.CorruptError, match=f"all of run 'r' is back but.*{last.id}"):
+    with pytest.raises(pp.errors.CorruptError, match=f"run 'r' is restored, except for damaged checkpoints.*{last.id}"):
         maintenance.restore(run_of(tmp_path))
     for number, expected in enumerate(weights[:-1]):
         assert same(dict(pp.load(f"r:epoch={number}", root=tmp_path)["model"]), expected)
@@ -320,7 +321,7 @@ def test_hostile_packs_are_refused(tmp_path):
     maintenance.archive(run_of(tmp_path))
     ids = [one.id for one in run_of(tmp_path).manifests()]
     good = {one: (tmp_path / "runs/r/archive" / f"{one}.pack").read_bytes() for one in ids}
-    files = packs.read_index(pp.open(tmp_path).store, "r", ids[2]).files
+    files = read_index(pp.open(tmp_path).store, "r", ids[2]).files
     plain = msgspec.to_builtins(files)
     holes = [{**plain[0], "pieces": plain[0]["pieces"][1:]}, *plain[1:]]
     outside = [{**plain[0], "pieces": [[*piece[:4], 10**12, 1] for piece in plain[0]["pieces"]]}, *plain[1:]]

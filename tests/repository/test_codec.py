@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import CorruptError
-from peakpoint.repository.codec import bases_of, pack, unpack
+from peakpoint.repository.packs.codec import bases_of, pack, unpack
 
 WIDTHS = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,

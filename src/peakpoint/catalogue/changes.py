@@ -32,7 +32,7 @@ from peakpoint.format.events import (
 from peakpoint.format.sealed import digest
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader
-from peakpoint.repository.packs import known_archive
+from peakpoint.repository.packs import readable_run_archive
 from peakpoint.store import Store
 
 Rows = Mapping[str, tuple[int, str]]
@@ -207,7 +207,7 @@ def _journal(store: Store, run: str, known: ReadPosition) -> tuple[ReadPosition,
             continue
         begin = 0 if one is None else one.read
         seen = store.size(f"{prefix}/{segment}") or 0
-        more, end = journals.read_on(store, run, segment, begin)
+        more, end = journals.read_appended(store, run, segment, begin)
         # notes count in the order of segments, and segments only grow
         if seen < begin or (place < before - 1 and any(isinstance(event, NOTES) for event in more)):
             return None
@@ -253,7 +253,7 @@ class _Directories:
         self._store, self._run, self._rows = store, run, rows
         self._before = known.unsettled
         self._awaits = {name: set(one.awaits) for name, one in known.unsettled.items()}
-        self._archive = known_archive(store, run)
+        self._archive = readable_run_archive(store, run)
 
     def read(
         self, events: Sequence[Event]

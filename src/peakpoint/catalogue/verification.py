@@ -24,7 +24,7 @@ from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import annotations_of
-from peakpoint.repository.packs import known_archive
+from peakpoint.repository.packs import readable_run_archive
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest_event
 from peakpoint.rules.peaks import go_on
@@ -60,7 +60,7 @@ def compare_rows(
     """
     differences: list[CatalogueMismatch] = []
     standings: list[tuple[Any, reader.FoundCheckpoint]] = []
-    archive_of = cache(partial(known_archive, store))
+    archive_of = cache(partial(readable_run_archive, store))
     for row in rows:
         try:
             standing = reader.inspect(store, row.run, row.name, archive_of(row.run))
@@ -218,7 +218,7 @@ def _alone(run: str, name: str, look: reader.FoundCheckpoint | reader.Damaged | 
 def _looks(store: Store, run: str) -> dict[str, reader.FoundCheckpoint | reader.Damaged | None]:
     children = store.children(layout.checkpoints_prefix(run))
     names = [child[:-1] for child in children if child.endswith("/") and child.isascii()]
-    archive = known_archive(store, run)
+    archive = readable_run_archive(store, run)
     return {name: reader.inspect(store, run, name, archive) for name in names}
 
 

@@ -16,10 +16,10 @@ from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import maintenance, packs
-from peakpoint.repository.archive import Packed
+from peakpoint.repository.archive import PackedCheckpoint
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run
-from peakpoint.repository.trash import InTrash
+from peakpoint.repository.trash import TrashEntry
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def _json(manifest: Manifest) -> dict[str, Any]:
 _NEIGHBOURS = ("nothing", "the one before", "the two before")
 
 
-def _print_packed(root: Path, name: str, done: Sequence[Packed]) -> None:
+def _print_packed(root: Path, name: str, done: Sequence[PackedCheckpoint]) -> None:
     if not done:
         click.echo(f"nothing to archive: run {name!r} is archived, or has no checkpoints")
         return
@@ -158,7 +158,7 @@ def trash(root: Path, *, empty: bool, json: bool) -> None:
     )
 
 
-def _trash_json(entry: InTrash) -> dict[str, Any]:
+def _trash_json(entry: TrashEntry) -> dict[str, Any]:
     record = entry.record
     return _json(entry.manifest) | {"until": record.until, "reason": record.why, "by": record.by}
 

@@ -17,14 +17,13 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import annotations_of
-from peakpoint.repository.audit import clean_run
-from peakpoint.repository.commit import WholeImage, commit
+from peakpoint.repository.commit import WholeImage, commit, spans_of
 from peakpoint.repository.journal import Journal
-from peakpoint.repository.packs import spans_of
 from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import list_run
 from peakpoint.repository.root import ensure_run
 from peakpoint.repository.run import Run
+from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule, check_watched, watched
 from peakpoint.rules.history import history
 from peakpoint.state.capture import FromElsewhere, StateEncoder, capture

@@ -1,10 +1,10 @@
 """The archive: finished runs in a fraction of their space, and back again bit for bit.
 
 Archived is a state of a run. Each of its checkpoints is packed as differences to the ones before it, and each pack is
-unpacked and compared with every digest; then one record makes the run archived, and the files go. The manifests stay
-where they are: checkpoints of an archived run are listed, chosen, explained and loaded like any other, only more
-slowly. Restoring writes all files again, and then takes the record away. What a crash leaves is litter on one side of
-the record or on the other.
+unpacked and compared with every digest; then one record makes the run archived, and the files are deleted. The
+manifests stay where they are: checkpoints of an archived run are listed, chosen, explained and loaded like any other,
+only more slowly. Restoring writes all files again, and then deletes the record. After a crash either the packs or the
+files are superfluous, depending on whether the record exists.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,23 +17,24 @@ from peakpoint.format.manifest import FileRecord, Manifest
 from peakpoint.repository import packs, reader, trash
 from peakpoint.repository.commit import file_record, put_file
 from peakpoint.repository.journal import Journal
-from peakpoint.repository.packs import Base, Index, PlainSource, RunArchive, Source
-from peakpoint.repository.trash import records
+from peakpoint.repository.packs import RunArchive
+from peakpoint.repository.packs.index import PackIndex, read_index
+from peakpoint.repository.packs.reader import ByteSource, FileSource, load_codec, open_pack
+from peakpoint.repository.packs.writer import PackBase, write_pack
 from peakpoint.store import Store
 
-CHAIN = 16
+LONGEST_CHAIN = 16
 """A checkpoint is read through at most so many packs; the next one stands on its own."""
 
-_NEIGHBOURS = 2
+_NEIGHBOURS = 2  # a straight line through two checkpoints predicts the next; see ``packs.codec``
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedCheckpoint:
     """A checkpoint that has been packed.
 
     Attributes:
-        manifest: which.
-        size_bytes: of its files, what other checkpoints share included.
+        size_bytes: of its files, including those that other checkpoints share.
         packed_bytes: of its pack.
         bases: how many other checkpoints the pack needs.
     """
@@ -51,28 +52,25 @@ def archive(
     manifests: Sequence[Manifest],
     *,
     by: str,
-    being_removed: Callable[[Manifest], bool],
+    is_being_removed: Callable[[Manifest], bool],
     level: int | None = None,
-    progress: Callable[[Packed], None] = lambda _: None,
-) -> list[Packed]:
+    progress: Callable[[PackedCheckpoint], None] = lambda _: None,
+) -> list[PackedCheckpoint]:
     """Archive a run; the caller holds it.
 
-    Nothing goes before every pack is durable and has been compared with every digest. When it raises, the run is as it
-    was, and its packs are litter.
+    Nothing is deleted before every pack is durable and has been compared with every digest. When it raises, the run is
+    as it was, and its packs are superfluous.
 
     Args:
-        store: where.
+        store: holds the run.
         journal: receives an ``Archived`` for each checkpoint.
-        run: which run.
+        run: its name.
         manifests: its checkpoints, earliest first.
         by: who decided, for the record.
-        being_removed: whether somebody may be removing a checkpoint; asked once the record is there, so that whoever
+        is_being_removed: whether somebody may be removing a checkpoint; called once the record exists, so that whoever
             begins later sees it.
         level: of zstd; None for the usual.
         progress: called with each checkpoint that is packed.
-
-    Returns:
-        What was packed, earliest first.
 
     Raises:
         ConflictError: a checkpoint is being removed at this moment.
@@ -80,30 +78,19 @@ def archive(
         MissingExtraError: NumPy or zstandard is not installed.
         StoreError: the store refused.
     """
-    packs.load_codec()
-    near: list[Base] = []  # the nearest first
-    packed: list[Packed] = []
-    for manifest in manifests:
-        try:
-            plain = PlainSource(store, manifest)
-        except NotFoundError as error:
-            raise CorruptError(f"{manifest.name} is damaged, or was removed a moment ago: {error}") from error
-        index = _pack(store, manifest, plain, near, level)
-        size = store.size(layout.pack_key(run, manifest.id)) or 0
-        packed.append(Packed(manifest, manifest.size_bytes, size, len(index.bases)))
-        progress(packed[-1])
-        near = [Base(manifest.id, plain, index.depth), *near][:_NEIGHBOURS] if index.depth < CHAIN else []
+    load_codec()
+    packed = _pack_all(store, manifests, level, progress)
     for manifest in manifests:
         journal.append(Changing(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
     journal.sync()
-    sizes = {done.manifest.id: done.packed_bytes for done in packed}
-    packs.note_archived(store, run, RunArchive(packed_bytes=sizes, at=journal.now(), by=by))
-    if any(map(being_removed, manifests)):
+    sizes = {checkpoint.manifest.id: checkpoint.packed_bytes for checkpoint in packed}
+    packs.mark_archived(store, run, RunArchive(packed_bytes=sizes, at=journal.now(), by=by))
+    if any(map(is_being_removed, manifests)):
         store.delete(layout.archived_key(run))
         raise ConflictError(f"a checkpoint of run {run!r} is being removed; archive the run again when that is done")
     for manifest in manifests:
-        known = {"checkpoint": manifest.id, "name": manifest.name, "by": by}
-        journal.append(Archived(at=journal.now(), packed_bytes=sizes[manifest.id], **known))
+        about = {"checkpoint": manifest.id, "name": manifest.name, "by": by}
+        journal.append(Archived(at=journal.now(), packed_bytes=sizes[manifest.id], **about))
     journal.sync()
     for manifest in manifests:
         # one that was removed meanwhile may have put its files into the trash
@@ -113,11 +100,31 @@ def archive(
     return packed
 
 
-def _pack(store: Store, manifest: Manifest, plain: PlainSource, near: Sequence[Base], level: int | None) -> Index:
+def _pack_all(
+    store: Store, manifests: Sequence[Manifest], level: int | None, progress: Callable[[PackedCheckpoint], None]
+) -> list[PackedCheckpoint]:
+    bases: list[PackBase] = []  # the nearest first
+    packed: list[PackedCheckpoint] = []
+    for manifest in manifests:
+        try:
+            files = FileSource(store, manifest)
+        except NotFoundError as error:
+            raise CorruptError(f"{manifest.name} is damaged, or was removed a moment ago: {error}") from error
+        index = _pack(store, manifest, files, bases, level)
+        size = store.size(layout.pack_key(manifest.run, manifest.id)) or 0
+        packed.append(PackedCheckpoint(manifest, manifest.size_bytes, size, len(index.bases)))
+        progress(packed[-1])
+        bases = [PackBase(manifest.id, files, index.depth), *bases][:_NEIGHBOURS] if index.depth < LONGEST_CHAIN else []
+    return packed
+
+
+def _pack(
+    store: Store, manifest: Manifest, files: FileSource, bases: Sequence[PackBase], level: int | None
+) -> PackIndex:
     """Write the pack, and prove that it gives the files back."""
-    index = packs.write_pack(store, manifest, plain, near, level)
-    sources = {base.checkpoint: base.source for base in near}
-    for image in packs.unpacked(packs.source_of(store, manifest.run, manifest.id, sources)):
+    index = write_pack(store, manifest, files, bases, level)
+    sources = {base.checkpoint: base.source for base in bases}
+    for image in open_pack(store, manifest.run, manifest.id, sources).images():
         _compare(manifest, image.name, file_record(image))
     return index
 
@@ -126,7 +133,7 @@ def _compare(manifest: Manifest, name: str, written: FileRecord) -> None:
     if written != replace(manifest.file(name), shared=""):
         raise CorruptError(
             f"checkpoint {manifest.name} is damaged: the bytes of {name} do not match its digests; "
-            "peakpoint audit --deep says where"
+            "to see where: peakpoint audit --deep"
         )
 
 
@@ -139,64 +146,72 @@ def restore(
     by: str,
     progress: Callable[[Manifest], None] = lambda _: None,
 ) -> list[Manifest]:
-    """Put the files of an archived run back, bit for bit; the caller holds the run.
+    """Restore the files of an archived run, bit for bit; the caller holds the run.
 
-    What earlier code put away by pieces comes back, too: single archived checkpoints, and dropped parts whose files are
-    still whole.
+    What earlier code archived piece by piece is restored, too: single checkpoints, and dropped parts whose files are
+    still intact.
 
     Args:
-        store: where.
+        store: holds the run.
         journal: receives a ``Restored`` for each checkpoint.
-        run: which run.
+        run: its name.
         manifests: its checkpoints, earliest first: each is unpacked with the help of the files of the ones before.
         by: who decided, for the record.
-        progress: called with each that is done.
+        progress: called with each checkpoint that is done.
 
     Returns:
-        What is back.
+        The restored checkpoints.
 
     Raises:
-        CorruptError: packs are damaged; the message names the checkpoints, and all others are back.
+        CorruptError: packs are damaged; the message names the checkpoints, and all others are restored.
         MissingExtraError: NumPy or zstandard is not installed.
         StoreError: the store refused; the run stays archived.
     """
-    completed = {manifest.id for manifest in manifests if _bring_parts_back(store, journal, manifest, by)}
+    completed = {manifest.id for manifest in manifests if _restore_parts(store, journal, manifest, by)}
     manifests = [reader.read_manifest(store, run, manifest.name) for manifest in manifests]
-    packed = packs.packed_bytes(store, run, manifests)
-    near: list[tuple[Manifest, Source]] = []
-    back: list[Manifest] = []
-    damage: list[str] = []
-    for manifest in [manifest for manifest in manifests if manifest.id in packed]:
-        try:
-            _restore(store, manifest, near)
-        except (CorruptError, FormatError, NotFoundError) as error:
-            damage.append(str(error))
-            continue
-        if not any(records(store, run, manifest.name)):  # else later packs may need parts that only its pack has
-            near = [*near, (manifest, PlainSource(store, manifest))][-_NEIGHBOURS:]
-        progress(manifest)
-        back.append(manifest)
-    for manifest in back:
+    restored, damage = _unpack_all(store, run, manifests, progress)
+    for manifest in restored:
         journal.append(Restored(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
     journal.sync()
     store.delete(layout.archived_key(run))
-    for manifest in back:
+    for manifest in restored:
         store.delete(layout.singly_archived_key(run, manifest.name))
     if damage:
         raise CorruptError(
-            f"all of run {run!r} is back but what is damaged: {'; '.join(damage)}. Restore the packs in "
-            f"{layout.archive_prefix(run)} from a copy, or give these checkpoints up with peakpoint rm --undo-for 0"
+            f"run {run!r} is restored, except for damaged checkpoints: {'; '.join(damage)}. Copy the packs in "
+            f"{layout.archive_prefix(run)} from a backup, or remove these checkpoints: peakpoint rm --undo-for 0"
         )
-    return [manifest for manifest in manifests if manifest in back or manifest.id in completed]
+    return [manifest for manifest in manifests if manifest in restored or manifest.id in completed]
 
 
-def _restore(store: Store, manifest: Manifest, near: Sequence[tuple[Manifest, Source]]) -> None:
-    sources = {other.id: source for other, source in near}
-    images = {image.name: image for image in packs.unpacked(packs.source_of(store, manifest.run, manifest.id, sources))}
+def _unpack_all(
+    store: Store, run: str, manifests: Sequence[Manifest], progress: Callable[[Manifest], None]
+) -> tuple[list[Manifest], list[str]]:
+    """Unpack what is packed; returns the restored checkpoints, and a sentence for each that is damaged."""
+    packed = packs.packed_bytes(store, run, manifests)
+    neighbours: list[tuple[Manifest, ByteSource]] = []
+    restored: list[Manifest] = []
+    damage: list[str] = []
+    for manifest in [manifest for manifest in manifests if manifest.id in packed]:
+        try:
+            _unpack(store, manifest, neighbours)
+        except (CorruptError, FormatError, NotFoundError) as error:
+            damage.append(str(error))
+            continue
+        if not any(trash.dropped_parts(store, run, manifest.name)):  # later packs may need parts that only its pack has
+            neighbours = [*neighbours, (manifest, FileSource(store, manifest))][-_NEIGHBOURS:]
+        progress(manifest)
+        restored.append(manifest)
+    return restored, damage
+
+
+def _unpack(store: Store, manifest: Manifest, neighbours: Sequence[tuple[Manifest, ByteSource]]) -> None:
+    sources = {neighbour.id: source for neighbour, source in neighbours}
+    images = {image.name: image for image in open_pack(store, manifest.run, manifest.id, sources).images()}
     for file in manifest.files:
         if file.name not in images:
-            reader.read(store, manifest, file)  # of a part that was back before the checkpoint was
-        elif not _share(store, manifest, file.name, [other for other, _ in near]):
+            reader.read(store, manifest, file)  # of a part that was restored before the checkpoint was
+        elif not _share(store, manifest, file, [neighbour for neighbour, _ in neighbours]):
             key = layout.file_key(manifest.run, manifest.name, file.name)
             try:
                 _compare(manifest, file.name, put_file(store, key, images[file.name]))
@@ -205,39 +220,39 @@ def _restore(store: Store, manifest: Manifest, near: Sequence[tuple[Manifest, So
                 raise
 
 
-def _share(store: Store, manifest: Manifest, name: str, others: Sequence[Manifest]) -> bool:
-    """Use the file of a checkpoint that has just been restored once more, where they had one in common."""
-    file = manifest.file(name)
-    for other in others:
-        if any(replace(theirs, shared="") == replace(file, shared="") for theirs in other.files):
-            source = layout.file_key(other.run, other.name, name)
-            return store.link(source, layout.file_key(manifest.run, manifest.name, name))
+def _share(store: Store, manifest: Manifest, file: FileRecord, neighbours: Sequence[Manifest]) -> bool:
+    """Share the file with a checkpoint that has just been restored, where both have the same."""
+    for neighbour in neighbours:
+        if any(replace(other, shared="") == replace(file, shared="") for other in neighbour.files):
+            source = layout.file_key(neighbour.run, neighbour.name, file.name)
+            return store.link(source, layout.file_key(manifest.run, manifest.name, file.name))
     return False
 
 
-def _bring_parts_back(store: Store, journal: Journal, manifest: Manifest, by: str) -> bool:
-    """Take back what earlier code dropped with time to change one's mind, where every byte of it is still there."""
-    back: list[str] = []
+def _restore_parts(store: Store, journal: Journal, manifest: Manifest, by: str) -> bool:
+    """Restore parts that earlier code dropped for a while, where every byte of them still exists."""
+    parts: list[str] = []
     whole = reader.whole_manifest(store, manifest.run, manifest.name)
-    for dropped in [record for record in records(store, manifest.run, manifest.name) if record.until is not None]:
+    records = list(trash.dropped_parts(store, manifest.run, manifest.name))
+    for record in [record for record in records if record.until is not None]:
         try:
-            for name in dropped.files:
+            for name in record.files:
                 reader.read(store, whole, whole.file(name))
         except (CorruptError, NotFoundError):
-            continue  # gone, or damaged: the part stays dropped, and the checkpoint is whole without it
-        store.delete(dropped.key)
-        back += dropped.parts
-    if back:
-        journal.append(Undone(at=journal.now(), checkpoint=manifest.id, name=manifest.name, parts=tuple(back), by=by))
-    return bool(back)
+            continue  # deleted, or damaged: the part stays dropped, and the checkpoint is intact without it
+        store.delete(record.key)
+        parts += record.parts
+    if parts:
+        journal.append(Undone(at=journal.now(), checkpoint=manifest.id, name=manifest.name, parts=tuple(parts), by=by))
+    return bool(parts)
 
 
-def leftovers(store: Store, manifest: Manifest, packed: Mapping[str, int]) -> list[str]:
-    """Keys of files of an archived checkpoint that are still, or again, where the manifest says.
+def superfluous_files(store: Store, manifest: Manifest, packed: Mapping[str, int]) -> list[str]:
+    """Return the keys of files of an archived checkpoint that exist beside its pack.
 
     Args:
-        store: where.
-        manifest: which checkpoint.
+        store: holds the run.
+        manifest: of the checkpoint.
         packed: of its run; see ``packs.packed_bytes``.
     """
     if manifest.id not in packed:
@@ -247,31 +262,34 @@ def leftovers(store: Store, manifest: Manifest, packed: Mapping[str, int]) -> li
     return [layout.file_key(manifest.run, manifest.name, name) for name in names]
 
 
-def needless(store: Store, run: str) -> list[str]:
-    """Keys of packs, and of the record of an archive, that no checkpoint needs: a crash or a removal has left them.
+def superfluous_packs(store: Store, run: str) -> list[str]:
+    """Return the keys of packs, and of the record of an archive, that no checkpoint needs, after a crash or a removal.
 
     A checkpoint needs its pack when it is archived, or lacks files, even if no record says why. When a manifest, a
-    record or a pack that is needed cannot be read, nobody can say what it needs, and nothing is returned.
+    record or a needed pack cannot be read, nobody can say what it needs, and nothing is returned.
     """
-    stored = {
-        child.removesuffix(layout.PACK)
-        for child in store.children(layout.archive_prefix(run))
-        if child.endswith(layout.PACK)
-    }
+    children = store.children(layout.archive_prefix(run))
+    stored = {child.removesuffix(layout.PACK) for child in children if child.endswith(layout.PACK)}
     archived = store.size(layout.archived_key(run)) is not None
     if not stored and not archived:
         return []
-    shelf = reader.list_run(store, run)
+    listing = reader.list_run(store, run)
     removed = [entry.manifest for entry in trash.contents(store, run)]  # earlier code put packed ones there
-    in_trash = [name for name in shelf.without_manifest if store.size(layout.trashed_key(run, name)) is not None]
-    if shelf.damaged or len(in_trash) > len(removed):
+    in_trash = [name for name in listing.without_manifest if store.size(layout.trashed_key(run, name)) is not None]
+    if listing.damaged or len(in_trash) > len(removed):
         return []
     try:
-        new = needed = set(packs.packed_bytes(store, run, [*shelf.manifests, *removed]))
-        while new:
-            new = {base for name in new & stored for base in packs.read_index(store, run, name).bases} - needed
-            needed |= new
+        needed = _with_bases(store, run, stored, set(packs.packed_bytes(store, run, [*listing.manifests, *removed])))
     except (CorruptError, FormatError, NotFoundError):
         return []
     keys = [layout.pack_key(run, checkpoint) for checkpoint in sorted(stored - needed)]
-    return keys if shelf.manifests or not archived else [*keys, layout.archived_key(run)]
+    return keys if listing.manifests or not archived else [*keys, layout.archived_key(run)]
+
+
+def _with_bases(store: Store, run: str, stored: set[str], packed: set[str]) -> set[str]:
+    """Add the checkpoints that packs need, and those that theirs need."""
+    needed = unread = packed
+    while unread:
+        unread = {base for name in unread & stored for base in read_index(store, run, name).bases} - needed
+        needed = needed | unread
+    return needed

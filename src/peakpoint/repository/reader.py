@@ -15,7 +15,8 @@ from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorReco
 from peakpoint.format.sealed import decode_record, digest
 from peakpoint.repository import packs, trash
 from peakpoint.repository.commit import BLOCK, combined_digest
-from peakpoint.repository.trash import left, records
+from peakpoint.repository.packs.reader import PackSource, open_pack
+from peakpoint.repository.trash import dropped_parts, without_dropped
 from peakpoint.store import Filled, Filling, Hold, Store
 from peakpoint.store.pages import cores
 
@@ -105,9 +106,9 @@ def inspect(
     try:
         children = store.children(layout.checkpoint_prefix(run, name))
         manifest = whole_manifest(store, run, name)
-        dropped = list(records(store, run, name)) if any(map(layout.is_record, children)) else []
+        dropped = list(dropped_parts(store, run, name)) if any(map(layout.is_record, children)) else []
         archived = layout.ARCHIVED in children or (archive is not None and manifest.id in archive.packed_bytes)
-        return FoundCheckpoint(left(manifest, dropped), bool(dropped), archived)
+        return FoundCheckpoint(without_dropped(manifest, dropped), bool(dropped), archived)
     except NotFoundError:
         return None
     except (CorruptError, FormatError) as error:
@@ -123,7 +124,7 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
         CorruptError: it is damaged, or belongs to another directory.
         FormatError: a newer release wrote it.
     """
-    return left(whole_manifest(store, run, name), list(records(store, run, name)))
+    return without_dropped(whole_manifest(store, run, name), list(dropped_parts(store, run, name)))
 
 
 def manifest_digest(store: Store, manifest: Manifest) -> str:
@@ -221,7 +222,7 @@ def _unpacked(store: Store, manifest: Manifest, file: FileRecord, missing: Corru
     source, number = _packed(store, manifest, file, missing)
     data = bytearray(file.size)
     at = 0
-    for block in packs.blocks_of(source, number):
+    for block in source.blocks(number):
         data[at : at + len(block)] = block
         at += len(block)
     return memoryview(data)
@@ -234,12 +235,12 @@ def _unpacked_range(
     return source.range(number, begin, end, {})
 
 
-def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> tuple[packs.PackSource, int]:
-    archive = packs.known_archive(store, manifest.run)
+def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> tuple[PackSource, int]:
+    archive = packs.readable_run_archive(store, manifest.run)
     named = archive is not None and manifest.id in archive.packed_bytes
     if not named and store.size(layout.pack_key(manifest.run, manifest.id)) is None:
         raise missing
-    source = packs.source_of(store, manifest.run, manifest.id)
+    source = open_pack(store, manifest.run, manifest.id)
     for number, packed in enumerate(source.index.files):
         if packed.record.name == file.name and packed.record.size == file.size:
             return source, number
@@ -267,7 +268,7 @@ def _place(store: Store, manifest: Manifest, file: FileRecord) -> object:
     try:
         present = read_manifest(store, manifest.run, manifest.name)
     except NotFoundError as error:
-        record = trash.read(store, manifest.run, manifest.name)
+        record = trash.read_trashed(store, manifest.run, manifest.name)
         if record is not None:
             return record
         raise NotFoundError(f"checkpoint {manifest.name} was removed a moment ago") from error

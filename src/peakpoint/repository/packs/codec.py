@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from peakpoint.errors import CorruptError
 
-Words = NDArray[Any]
+Integers = NDArray[Any]
 Bytes = bytes | bytearray | memoryview
 
 LEVELS = {"raw": 3, "plain": 3, "delta": 1, "trend": 1}
@@ -28,15 +28,15 @@ LEVELS = {"raw": 3, "plain": 3, "delta": 1, "trend": 1}
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 4}
 _INTEGERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
-_SAMPLES, _SAMPLE = 4, 8192  # so many runs of so many words decide which way is best
-_SPARSE = 0.1  # from this share of zeros on they are worth a mask
+_SAMPLES, _SAMPLE = 4, 8192  # so many runs of so many integers decide which method is best
+_SPARSE = 0.1  # share of zeros from which a mask of them saves more than it takes
 
 RAW, SAME, PLAIN, DELTA, TREND = "raw", "same", "plain", "delta", "trend"
 _BASES = {RAW: 0, SAME: 1, PLAIN: 0, DELTA: 1, TREND: 2}
 
 
 def bases_of(method: str) -> int:
-    """How many neighbours a method needs.
+    """Return how many neighbours a method needs.
 
     Raises:
         CorruptError: there is no such method.
@@ -57,7 +57,7 @@ def pack(data: Bytes, dtype: str, bases: Sequence[Bytes] = (), level: int | None
         level: of zstd; None for the usual.
 
     Returns:
-        The method, and what it made of the bytes.
+        The method, and the packed bytes.
 
     Example:
         >>> import numpy as np
@@ -72,114 +72,115 @@ def pack(data: Bytes, dtype: str, bases: Sequence[Bytes] = (), level: int | None
     width = _width(dtype)
     if width == 1 or len(data) % width:
         return RAW, _compress(bytes(data), level or LEVELS[RAW])
-    words, others = _words(data, dtype), [_words(base, dtype) for base in bases]
-    sparse = bool(np.count_nonzero(words) < (1 - _SPARSE) * len(words))
-    possible = (PLAIN, DELTA, TREND)[: len(others) + 1]
-    method = min(possible, key=lambda one: len(_encode(*_sample(words, others), dtype, one, sparse, 1)))
-    packed = _encode(words, others, dtype, method, sparse, level or LEVELS[method])
+    integers, base_integers = _integers(data, dtype), [_integers(base, dtype) for base in bases]
+    sparse = bool(np.count_nonzero(integers) < (1 - _SPARSE) * len(integers))
+    sample = _sample(integers, base_integers)
+    possible = (PLAIN, DELTA, TREND)[: len(bases) + 1]
+    method = min(possible, key=lambda method: len(_encode(*sample, dtype, method, sparse, 1)))
+    packed = _encode(integers, base_integers, dtype, method, sparse, level or LEVELS[method])
     return (f"{method}-sparse" if sparse else method), packed
 
 
 def unpack(packed: Bytes, dtype: str, method: str, size: int, bases: Sequence[Bytes] = ()) -> bytes:
-    """The inverse of ``pack``.
+    """Give back the bytes that ``pack`` was given.
 
     Args:
         packed: what ``pack`` returned.
         dtype: as given to ``pack``.
         method: as returned by it.
-        size: bytes that were packed.
+        size: number of bytes that were packed.
         bases: the neighbours that the method needs, see ``bases_of``.
 
     Raises:
-        CorruptError: these are not bytes that ``pack`` has made of so many.
+        CorruptError: ``pack`` cannot have made these bytes of ``size`` bytes.
     """
     if len(bases) < bases_of(method) or any(len(base) != size for base in bases):
-        raise CorruptError("an archive refers to neighbours that are not there")
+        raise CorruptError("an archive refers to neighbours that do not exist")
     if method == SAME:
         return bytes(bases[0])
     if method == RAW:
         return _decompress(packed, size)
     width = _width(dtype)
     if size % width:
-        raise CorruptError(f"an archive holds {size} bytes of {dtype}, which is no whole number of elements")
-    others = [_words(base, dtype) for base in bases[: bases_of(method)]]
-    return _decode(packed, others, dtype, method, size // width).tobytes()
+        raise CorruptError(f"an archive holds {size} bytes of {dtype}, which is not a whole number of elements")
+    base_integers = [_integers(base, dtype) for base in bases[: bases_of(method)]]
+    return _decode(packed, base_integers, dtype, method, size // width).tobytes()
 
 
 def _width(dtype: str) -> int:
     return _FLOATS.get(dtype) or _INTEGERS.get(dtype, 1)
 
 
-def _words(data: Bytes, dtype: str) -> Words:
+def _integers(data: Bytes, dtype: str) -> Integers:
     return np.frombuffer(data, f"<u{_width(dtype)}")
 
 
-def _sample(words: Words, others: Sequence[Words]) -> tuple[Words, list[Words]]:
-    if len(words) <= 2 * _SAMPLES * _SAMPLE:
-        return words, list(others)
-    starts = np.linspace(0, len(words) - _SAMPLE, _SAMPLES).astype(int)
-    return _picked(words, starts), [_picked(other, starts) for other in others]
+def _sample(integers: Integers, bases: Sequence[Integers]) -> tuple[Integers, list[Integers]]:
+    if len(integers) <= 2 * _SAMPLES * _SAMPLE:
+        return integers, list(bases)
+    starts = np.linspace(0, len(integers) - _SAMPLE, _SAMPLES).astype(int)
+    return _picked(integers, starts), [_picked(base, starts) for base in bases]
 
 
-def _picked(words: Words, starts: Words) -> Words:
-    return np.concatenate([words[start : start + _SAMPLE] for start in starts])
+def _picked(integers: Integers, starts: Integers) -> Integers:
+    return np.concatenate([integers[start : start + _SAMPLE] for start in starts])
 
 
-def _encode(words: Words, others: Sequence[Words], dtype: str, method: str, sparse: bool, level: int) -> bytes:  # noqa: FBT001
-    mask, others = b"", others[: _BASES[method]]
+def _encode(integers: Integers, bases: Sequence[Integers], dtype: str, method: str, sparse: bool, level: int) -> bytes:  # noqa: FBT001
+    mask, bases = b"", bases[: _BASES[method]]
     if sparse:
-        there = words != 0
-        mask = _compress(np.packbits(there ^ (others[0] != 0) if others else there).tobytes(), level)
-        words, others = words[there], [other[there] for other in others]
-    residuals = _residuals(words, _predicted(others, dtype, method), dtype)
+        nonzero = integers != 0
+        mask = _compress(np.packbits(nonzero ^ (bases[0] != 0) if bases else nonzero).tobytes(), level)
+        integers, bases = integers[nonzero], [base[nonzero] for base in bases]
+    residuals = _residuals(integers, _predicted(bases, dtype, method), dtype)
     planes = np.ascontiguousarray(residuals.view(np.uint8).reshape(len(residuals), residuals.itemsize).T)
     body = _compress(planes.tobytes(), level)
     return (len(mask).to_bytes(4, "little") + mask + body) if sparse else body
 
 
-def _decode(packed: Bytes, others: Sequence[Words], dtype: str, method: str, count: int) -> Words:
-    sparse, width, there = method.endswith("-sparse"), _width(dtype), None
+def _decode(packed: Bytes, bases: Sequence[Integers], dtype: str, method: str, count: int) -> Integers:
+    sparse, width, nonzero = method.endswith("-sparse"), _width(dtype), None
     method = method.removesuffix("-sparse")
     if sparse:
         view = memoryview(packed)
         end = 4 + int.from_bytes(view[:4], "little")
         mask, packed = view[4:end], view[end:]
         bits = np.frombuffer(_decompress(mask, (count + 7) // 8), np.uint8)
-        there = np.unpackbits(bits, count=count).astype(bool)
-        if others:
-            there ^= others[0] != 0
-        others = [other[there] for other in others]
-    left = count if there is None else int(np.count_nonzero(there))
-    planes = np.frombuffer(_decompress(packed, left * width), np.uint8).reshape(width, left)
-    residuals = np.ascontiguousarray(planes.T).view(f"<u{width}").reshape(left)
-    words = _restored(residuals, _predicted(others, dtype, method), dtype)
-    if there is None:
-        return words
-    full = np.zeros(count, words.dtype)
-    full[there] = words
+        nonzero = np.unpackbits(bits, count=count).astype(bool)
+        if bases:
+            nonzero ^= bases[0] != 0
+        bases = [base[nonzero] for base in bases]
+    stored = count if nonzero is None else int(np.count_nonzero(nonzero))
+    planes = np.frombuffer(_decompress(packed, stored * width), np.uint8).reshape(width, stored)
+    residuals = np.ascontiguousarray(planes.T).view(f"<u{width}").reshape(stored)
+    integers = _restored(residuals, _predicted(bases, dtype, method), dtype)
+    if nonzero is None:
+        return integers
+    full = np.zeros(count, integers.dtype)
+    full[nonzero] = integers
     return full
 
 
-def _signs(words: Words) -> Words:
-    """All bits set where the highest is, none elsewhere."""
-    return (words.view(f"<i{words.itemsize}") >> (8 * words.itemsize - 1)).view(words.dtype)
+def _signs(integers: Integers) -> Integers:
+    """Set all bits where the highest is set, and none elsewhere."""
+    return (integers.view(f"<i{integers.itemsize}") >> (8 * integers.itemsize - 1)).view(integers.dtype)
 
 
-def _sign_bit(words: Words) -> Any:
-    return words.dtype.type(1 << (8 * words.itemsize - 1))
+def _sign_bit(integers: Integers) -> Any:
+    return integers.dtype.type(1 << (8 * integers.itemsize - 1))
 
 
-def _ordered(words: Words, dtype: str) -> Words:
-    """Integers in the order of the floats; a bijection of all bit patterns, NaN and both zeros included."""
+def _ordered(integers: Integers, dtype: str) -> Integers:
+    """Map bits of floats to integers in the order of the floats: a bijection, NaN and both zeros included."""
     if dtype not in _FLOATS:
-        return words
-    flips = _signs(words)
-    flips |= _sign_bit(words)
-    flips ^= words
+        return integers
+    flips = _signs(integers)
+    flips |= _sign_bit(integers)
+    flips ^= integers
     return flips
 
 
-def _from_ordered(ordered: Words, dtype: str) -> Words:
+def _from_ordered(ordered: Integers, dtype: str) -> Integers:
     if dtype not in _FLOATS:
         return ordered
     flips = ~_signs(ordered)
@@ -188,24 +189,24 @@ def _from_ordered(ordered: Words, dtype: str) -> Words:
     return flips
 
 
-def _predicted(others: Sequence[Words], dtype: str, method: str) -> Words | None:
+def _predicted(bases: Sequence[Integers], dtype: str, method: str) -> Integers | None:
     if method == PLAIN:
         return None
-    near = _ordered(others[0], dtype)
-    return near if method == DELTA else near + near - _ordered(others[1], dtype)  # modulo 2 ** bits
+    near = _ordered(bases[0], dtype)
+    return near if method == DELTA else near + near - _ordered(bases[1], dtype)  # modulo 2 ** bits
 
 
-def _residuals(words: Words, predicted: Words | None, dtype: str) -> Words:
+def _residuals(integers: Integers, predicted: Integers | None, dtype: str) -> Integers:
     if predicted is None:
-        return words
-    difference = _ordered(words, dtype) - predicted
+        return integers
+    difference = _ordered(integers, dtype) - predicted
     signs = _signs(difference)
     difference <<= 1  # the sign goes into the last bit
     difference ^= signs
     return difference
 
 
-def _restored(residuals: Words, predicted: Words | None, dtype: str) -> Words:
+def _restored(residuals: Integers, predicted: Integers | None, dtype: str) -> Integers:
     if predicted is None:
         return residuals
     signs = residuals & residuals.dtype.type(1)
@@ -220,7 +221,7 @@ def _compress(data: bytes, level: int) -> bytes:
 
 
 def _decompress(data: Bytes, size: int) -> bytes:
-    """At most ``size`` bytes are ever made, whatever the input says."""
+    """Decompress to ``size`` bytes; never makes more, whatever the input says."""
     try:
         if zstandard.get_frame_parameters(data).content_size == size:
             return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
