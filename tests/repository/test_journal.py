@@ -301,9 +301,9 @@ def test_events_are_readable_before_they_are_synced(store):
 
 
 def test_no_journal_is_an_empty_one(store):
-    assert j.read(store, "r") == j.Reading((), (), {})
+    assert j.read(store, "r") == j.JournalContents((), (), {})
     Journal(store, "r", clock).close()
-    assert j.read(store, "r") == j.Reading((), (), {"000001.jsonl": 0})
+    assert j.read(store, "r") == j.JournalContents((), (), {"000001.jsonl": 0})
     assert j.read(store, "other").segments == {}
 
 

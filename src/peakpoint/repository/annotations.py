@@ -15,7 +15,7 @@ from peakpoint.format.events import Closed, Event, Measured, Opened, Pinned, Pro
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
 from peakpoint.repository.aliases import protected_by_aliases
-from peakpoint.repository.journal import Reading
+from peakpoint.repository.journal import JournalContents
 from peakpoint.repository.reader import being_read
 from peakpoint.rules import Rule, retention
 from peakpoint.rules.history import SmoothedMetrics, smoothed_metrics, smoothing_windows
@@ -99,7 +99,7 @@ class LiveAnnotations:
         store: Store,
         run: str,
         own: str,
-        journal: Reading,
+        journal: JournalContents,
         manifests: Iterable[Manifest],
         rules: Iterable[Rule],
     ) -> None:

@@ -1,7 +1,7 @@
 r"""The journal of a run: what was reported and what was done, append-only.
 
-Every process that changes a run creates one segment, ``<number>.jsonl``, numbered one above the highest there is, and
-appends sealed lines to it. Readers take the segments in the order of their numbers. A last line without its newline
+Every process that changes a run creates one segment, ``<number>.jsonl``, numbered one above the highest that exists,
+and appends sealed lines to it. Readers take the segments in the order of their numbers. A last line without its newline
 was torn by a crash; it was never acknowledged, and is skipped.
 
 Reports are written at once, which a killed process survives, and made durable with the next commit, so that the
@@ -33,13 +33,12 @@ from peakpoint.store import LARGE, Hold, Log, Store, create_numbered
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a journal holds.
+class JournalContents:
+    """The events of a journal, in order.
 
     Attributes:
-        events: in order.
         damage: one sentence for each line that could not be read; torn last lines are not damage.
-        segments: name of each segment, with the number of its events.
+        segments: name of each segment to the number of its events.
     """
 
     events: tuple[Event, ...]
@@ -47,7 +46,7 @@ class Reading:
     segments: Mapping[str, int]
 
     def by_segment(self) -> Iterator[tuple[str, tuple[Event, ...]]]:
-        """Each segment with its events."""
+        """Yield each segment with its events."""
         begin = 0
         for name, count in self.segments.items():
             yield name, self.events[begin : begin + count]
@@ -55,13 +54,13 @@ class Reading:
 
 
 def segments_of(store: Store, run: str) -> list[str]:
-    """The names of a journal's segments, in the order of their numbers."""
+    """Return the names of a journal's segments, in the order of their numbers."""
     names = [name for name in store.children(journal_prefix(run)) if name.endswith(".jsonl")]
     return sorted(names, key=lambda name: (len(name), name))
 
 
-def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading:
-    """Read the journal of a run, or some of its segments; an empty one when there is none."""
+def read(store: Store, run: str, only: Collection[str] | None = None) -> JournalContents:
+    """Read the journal of a run, or some of its segments; empty when the run has none."""
     prefix = journal_prefix(run)
     events: list[Event] = []
     damage: list[str] = []
@@ -69,30 +68,30 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Reading
     with gc_paused():
         for segment in segments_of(store, run):
             if only is None or segment in only:
-                before = len(events)
+                first = len(events)
                 data = store.get(f"{prefix}/{segment}", most=LARGE)
                 _read_segment(data, f"{prefix}/{segment}", events, damage)
-                segments[segment] = len(events) - before
-    return Reading(tuple(events), tuple(damage), segments)
+                segments[segment] = len(events) - first
+    return JournalContents(tuple(events), tuple(damage), segments)
 
 
-_TAIL = 4096
+_TAIL = 4096  # bytes; an event that closes a segment is shorter
 
 
-def written(store: Store, run: str, *, held: bool = False) -> list[str]:
-    """The segments that somebody else may still be writing; reads a few bytes of each.
+def live_segments(store: Store, run: str, *, held: bool = False) -> list[str]:
+    """Return the segments that somebody else may still be writing; reads a few bytes of each.
 
-    One that ends with ``Closed`` is over, and so is one whose writer has died. Of those who hold the run, the newest
-    may live, as long as somebody holds it: this is known where locks of files are not, and data-loader workers who
-    outlive a killed training do not hold it.
+    A segment that ends with ``Closed`` is complete, and so is one whose writer has died. Of the writers that hold the
+    run, only the newest may be alive, and only while somebody holds the run: this works where locks of files do not,
+    and data-loader workers that outlive a killed training do not hold the run.
 
     Args:
-        store: where.
-        run: which.
-        held: whether the caller holds the run: then of those who held it before nobody lives.
+        store: holds the run.
+        run: its name.
+        held: whether the caller holds the run: then no earlier holder is alive.
     """
     segments = segments_of(store, run)
-    found = []
+    live = []
     for number, segment in enumerate(segments):
         key = f"{journal_prefix(run)}/{segment}"
         size = store.size(key) or 0
@@ -100,22 +99,22 @@ def written(store: Store, run: str, *, held: bool = False) -> list[str]:
         if last.startswith(CLOSED_LINE):
             continue
         if _opens(store, run, segment):
-            followed = held or any(_opens(store, run, one) for one in segments[number + 1 :])
-            alive = not followed and store.holder(writer_lock(run)) is not None
+            superseded = held or any(_opens(store, run, later) for later in segments[number + 1 :])
+            alive = not superseded and store.holder(writer_lock(run)) is not None
         else:
             alive = store.is_read(key)
         if alive:
-            found.append(segment)
-    return found
+            live.append(segment)
+    return live
 
 
 def _opens(store: Store, run: str, segment: str) -> bool:
-    """Whether a segment is of one who holds the run."""
+    """Tell whether the writer of a segment holds the run."""
     return store.get(f"{journal_prefix(run)}/{segment}", 0, len(OPENED_LINE)) == OPENED_LINE
 
 
-def removals(store: Store, run: str, segment: str) -> list[Event]:
-    """What a segment says of removals, and what shows that they are over; every other line is skipped undecoded."""
+def removal_events(store: Store, run: str, segment: str) -> list[Event]:
+    """Read the removals of a segment, and the events that end them; every other line is skipped undecoded."""
     key = f"{journal_prefix(run)}/{segment}"
     lines = [line for line in io.BytesIO(store.get(key, most=LARGE)) if line.startswith(LINES_OF_REMOVALS)]
     events: list[Event] = []
@@ -123,19 +122,19 @@ def removals(store: Store, run: str, segment: str) -> list[Event]:
     return events
 
 
-def read_on(store: Store, run: str, segment: str, begin: int) -> tuple[list[Event], int]:
-    """What was appended to a segment since ``begin``, a number of bytes; damaged lines are left out.
+def read_appended(store: Store, run: str, segment: str, begin: int) -> tuple[list[Event], int]:
+    """Read what was appended to a segment after byte ``begin``; damaged lines are left out.
 
     Returns:
-        The events, and how far the segment is read now: a line without its newline is not.
+        The events, and the byte to go on from: a last line without its newline is not read yet.
     """
     key = f"{journal_prefix(run)}/{segment}"
     data = store.get(key, begin, most=LARGE)
-    whole = data[: data.rfind(b"\n") + 1]
+    lines = data[: data.rfind(b"\n") + 1]
     events: list[Event] = []
     with gc_paused():
-        _read_segment(whole, key, events, [])
-    return events, begin + len(whole)
+        _read_segment(lines, key, events, [])
+    return events, begin + len(lines)
 
 
 def _read_segment(data: bytes, where: str, events: list[Event], damage: list[str]) -> None:
@@ -156,12 +155,12 @@ class Journal:
     """The segment of this process, created now or, on a full disk, with the first event; safe for several threads.
 
     Args:
-        store: where.
-        run: whose journal.
-        clock: tells the time of events.
+        store: holds the run.
+        run: its name.
+        clock: gives the times of events.
 
     Attributes:
-        segment: the name of the segment; empty as long as there is no room for it.
+        segment: the name of the segment; empty while the disk is too full to create it.
 
     Raises:
         StoreError: the segment cannot be created for another reason.
@@ -170,7 +169,7 @@ class Journal:
     def __init__(self, store: Store, run: str, clock: Clock) -> None:
         self._store, self._prefix, self._clock = store, journal_prefix(run), clock
         self._lock = threading.Lock()
-        self._late: list[Event] = []  # which there has been no room for
+        self._unwritten: list[Event] = []  # while the disk is full
         self._log: Log | None = None
         self._alive: Hold | None = None
         self.segment = ""
@@ -196,7 +195,7 @@ class Journal:
         return create_numbered(1 + max(numbers, default=0), create)
 
     def now(self) -> datetime:
-        """The time to stamp an event with."""
+        """Return the time of an event that happens now."""
         return self._clock()
 
     def append(self, event: Event) -> None:
@@ -210,33 +209,33 @@ class Journal:
             self._opened().append(encode(event))
 
     def _catch_up(self) -> None:
-        while self._late:
-            self._opened().append(encode(self._late[0]))
-            self._late.pop(0)
+        while self._unwritten:
+            self._opened().append(encode(self._unwritten[0]))
+            self._unwritten.pop(0)
 
     def record(self, events: Iterable[Event], *, later: bool = False) -> bool:
         """Write events, durably.
 
         Args:
             events: in order.
-            later: whether they may wait where there is no room: then they are written before the next event, by the
-                next ``record`` or when the journal is closed, if there is room by then.
+            later: whether they may wait while the disk is full: they are written before the next event, by the next
+                ``record`` or when the journal is closed, if there is space by then.
 
         Returns:
-            Whether they, and those that have waited, are durable.
+            Whether they, and those that were waiting, are durable.
 
         Raises:
             StoreError: the store refused.
         """
         with self._lock:
-            self._late += events
+            self._unwritten += events
             try:
                 self._catch_up()
                 self.sync()
             except StoreError as error:
                 if later and error.is_full:
                     return False
-                self._late.clear()
+                self._unwritten.clear()
                 raise
         return True
 
@@ -248,7 +247,7 @@ class Journal:
     def close(self) -> None:
         """Make all events durable and close the segment."""
         try:
-            if self._late:
+            if self._unwritten:
                 self.record((), later=True)
         finally:
             if self._log is not None:

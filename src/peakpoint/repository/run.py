@@ -280,8 +280,10 @@ class Run:
             held: whether the caller holds the run: then a training that was killed in the middle of a removal is over.
         """
         return any(
-            _may_be_removing(journals.removals(self.store, self.name, segment), manifest.id, manifest.parts.keys())
-            for segment in journals.written(self.store, self.name, held=held)
+            _may_be_removing(
+                journals.removal_events(self.store, self.name, segment), manifest.id, manifest.parts.keys()
+            )
+            for segment in journals.live_segments(self.store, self.name, held=held)
         )
 
     def unpin(self, ref: str) -> None:

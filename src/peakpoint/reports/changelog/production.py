@@ -120,7 +120,7 @@ def of_validations(run: Run) -> Iterator[ChangelogEntry]:
             )
 
 
-def promises(run: Run, reading: journal.Reading) -> list[Promise]:
+def promises(run: Run, reading: journal.JournalContents) -> list[Promise]:
     """The records of aliases that the journal of a run says were made."""
     return [
         Promise(run.name, event.alias, event.record, event.digest)

@@ -29,7 +29,7 @@ from peakpoint.format.metrics import metrics_to_json
 from peakpoint.reports.changelog.claims import Claims, Passed
 from peakpoint.reports.changelog.entries import ChangelogEntry
 from peakpoint.repository import reader
-from peakpoint.repository.journal import Reading
+from peakpoint.repository.journal import JournalContents
 from peakpoint.repository.run import Run
 from peakpoint.rules import Moment, Rule, parse
 from peakpoint.rules.history import RunReplay, smoothed_metrics, smoothing_windows
@@ -39,7 +39,7 @@ _IMPORT = "peakpoint import"
 _ORDERLY = ("closed", "noted")  # why a segment ends, when that is nothing to tell of
 
 
-def in_order(reading: Reading) -> list[tuple[str, Event]]:
+def in_order(reading: JournalContents) -> list[tuple[str, Event]]:
     """The events of a journal in the order in which they happened, each with its segment.
 
     Those that hold a run follow one another, whatever their clocks say; what others have noted beside them is put in
@@ -237,7 +237,7 @@ def aware(moment: datetime) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def entries(run: Run, reading: Reading) -> Iterator[ChangelogEntry]:
+def entries(run: Run, reading: JournalContents) -> Iterator[ChangelogEntry]:
     """Everything that was done in a run, in the order in which it happened; damage first."""
     events = in_order(reading)
     for text in reading.damage:

@@ -163,7 +163,7 @@ def _measured(
         yield replace(report, metrics={**report.metrics, **more}) if more else report
 
 
-def _ended(reading: journals.Reading) -> str | None:
+def _ended(reading: journals.JournalContents) -> str | None:
     """What the last process that trained said at its end."""
     for _, events in reversed(list(reading.by_segment())):
         if any(isinstance(event, Reported | Started) for event in events):
