@@ -11,10 +11,9 @@ from peakpoint.format.events import Removed
 from peakpoint.production import promotion
 from peakpoint.production.proposal import propose
 from peakpoint.repository import audit, maintenance
-from peakpoint.repository.commit import remove
 from peakpoint.repository.journal import Journal
+from peakpoint.repository.removal import delete, drop_parts
 from peakpoint.repository.root import Repository
-from peakpoint.repository.trash import drop
 from peakpoint.store import LocalStore
 from training import checkpointer, parts
 
@@ -62,7 +61,7 @@ class Meddled(LocalStore):
 
 def removed(run):
     """By one who has asked before whether somebody reads it."""
-    remove(run.store, run.manifests()[0])
+    delete(run.store, run.manifests()[0])
 
 
 def trashed(run):
@@ -70,7 +69,7 @@ def trashed(run):
 
 
 def dropped(run):
-    drop(run.store, run.manifests()[0], ["optimizer"], at=NOW, why="why", by="a test")
+    drop_parts(run.store, run.manifests()[0], ["optimizer"], at=NOW, why="why", by="a test")
 
 
 def archived(run):
@@ -141,7 +140,7 @@ def test_a_training_passes_over_a_checkpoint_that_goes_while_it_resumes(tmp_path
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
     model, optimizer = parts(width=64)
-    store = Meddled(tmp_path, "model.safetensors", lambda: remove(run.store, run.manifests()[-1]))
+    store = Meddled(tmp_path, "model.safetensors", lambda: delete(run.store, run.manifests()[-1]))
     with (
         pytest.warns(pp.PeakpointWarning, match="was removed a moment ago"),
         checkpointer(store, state={"model": model, "optimizer": optimizer}) as ckpt,
@@ -196,7 +195,7 @@ def test_an_audit_follows_an_alias_that_moves(tmp_path):
 
     def move():
         promotion.promote(propose(found, "r:epoch=1", "champion"), "why", force=True)
-        remove(found.store, first)
+        delete(found.store, first)
 
     store = Meddled(tmp_path, layout.manifest_key("r", first.name), move)
     result = audit.audit(Repository(store))

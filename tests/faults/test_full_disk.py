@@ -16,7 +16,6 @@ from commands import command
 from peakpoint.errors import StoreError
 from peakpoint.format.events import Removed
 from peakpoint.repository import audit, maintenance, removal
-from peakpoint.repository.commit import remove
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.run import Run
 from peakpoint.rules.retention import Removal
@@ -119,7 +118,7 @@ def by_rules(run):
 @pytest.mark.parametrize("way", [by_hand, by_rules])
 def test_the_trash_needs_room_and_the_way_out_is_named(tmp_path, ops, way):
     trained(tmp_path, epochs=3)
-    with pytest.raises(StoreError, match=r"nothing was removed.* with --undo-for 0, needs no room"):
+    with pytest.raises(StoreError, match=r"nothing was removed.* with --undo-for 0, needs no free space"):
         way(on(ops(), tmp_path))
     assert epochs(tmp_path) == [0, 1, 2]
     assert reasons(tmp_path) == []
@@ -130,7 +129,7 @@ def test_a_disk_that_is_filled_again_at_once(tmp_path):
     trained(tmp_path, epochs=3)
     run = on(Full(removals=99), tmp_path)
     (failure,) = maintenance.remove(run, run.manifests()[:2], "too many")
-    assert "the journal does not tell of this removal" in failure
+    assert "the removal is not recorded in the journal" in failure
     assert epochs(tmp_path) == [2]
     told = command("explain", tmp_path, "r:epoch=0")
     assert "the journal does not tell when it was removed, or why" in told
@@ -141,7 +140,7 @@ def test_a_disk_that_is_filled_again_at_once(tmp_path):
 def test_a_removal_that_was_cut_short_before_its_record(tmp_path):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
-    remove(run.store, run.manifests()[0])
+    removal.delete(run.store, run.manifests()[0])
     assert "the journal does not tell when it was removed, or why" in command("explain", tmp_path, "r:epoch=0")
     with checkpointer(tmp_path, keep=[pp.Last(99)], resume="never") as ckpt:
         ckpt.report(step=9)
@@ -155,9 +154,9 @@ def test_what_is_protected_before_the_record_stays(tmp_path):
     answers = [set(), {second.id}]  # asked before the first removal, and when it has made room
     journal = Journal(run.store, "r", lambda: datetime(2026, 3, 1, tzinfo=UTC))
     removals = [Removal(first, "why"), Removal(second, "why")]
-    (failure,) = removal.apply(run.store, journal, removals, by="a test", pinned=lambda: answers.pop(0))
+    (failure,) = removal.remove(run.store, journal, removals, by="a test", protected=lambda: answers.pop(0))
     journal.close()
-    assert failure.startswith(f"{second.name} stays")
+    assert failure.startswith(f"{second.name} was not removed")
     assert epochs(tmp_path) == [1, 2]
 
 

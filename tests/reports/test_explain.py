@@ -8,7 +8,7 @@ import peakpoint as pp
 from peakpoint.format.events import Reported, Saved
 from peakpoint.reports.explain import checkpoint_histories
 from peakpoint.repository import journal as journals
-from peakpoint.repository.removal import apply
+from peakpoint.repository.removal import remove
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule
 from peakpoint.rules.retention import Removal
 from peakpoint.rules.simulate import replay
@@ -72,7 +72,7 @@ def test_an_end_that_came_to_nothing_at_first_has_the_reason_of_the_last(tmp_pat
     old, _ = run.manifests()
     for why, spared in (("first", {old.id}), ("second", set())):
         journal = journals.Journal(run.store, "r", lambda: START)
-        apply(run.store, journal, [Removal(old, why)], by="somebody", pinned=lambda spared=spared: spared)
+        remove(run.store, journal, [Removal(old, why)], by="somebody", protected=lambda spared=spared: spared)
         journal.close()
     assert [life.removed and life.removed.reason for life in checkpoint_histories(run.events())] == ["second", None]
 

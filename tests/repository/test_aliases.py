@@ -52,7 +52,7 @@ from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.audit import audit, clean
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.refs import AliasRef, check_alias, parse_any
-from peakpoint.repository.removal import apply
+from peakpoint.repository.removal import remove
 from peakpoint.rules.retention import Removal
 from peakpoint.store import LocalStore, MemoryStore
 from rows import point
@@ -597,7 +597,7 @@ def test_a_plan_spares_what_is_aliased_and_so_does_carrying_it_out(tmp_path):
     point(run.store, "champion", run.manifests()[1])  # after the plan was made
     assert maintenance.apply_plan(run, before, rules) == [
         (
-            f"{before.remove[1].manifest.name} stays: it is pinned, an alias points at it, "
+            f"{before.remove[1].manifest.name} was not removed: it is pinned, an alias points at it, "
             "or the run was archived a moment ago"
         )
     ]
@@ -619,7 +619,7 @@ def test_parts_of_what_is_aliased_are_not_dropped(tmp_path):
     assert [one.manifest.step for one in before.drop] == [1, 2, 3]
     point(run.store, "champion", run.manifests()[1])
     [told] = maintenance.apply_plan(run, before, rules)
-    assert told.endswith("stays whole: it is pinned, or an alias points at it")
+    assert "was not removed: it is pinned, an alias points at it" in told
     assert [sorted({"model", "more"} & one.parts.keys()) for one in run.manifests()] == [
         ["model"],
         ["model", "more"],
@@ -678,7 +678,7 @@ def test_who_promotes_while_it_is_being_removed_is_seen_or_sees_it(tmp_path):
                 promote()
             return found
 
-        told = apply(run.store, journal, [Removal(victim, "x")], by="rules", pinned=protected)
+        told = remove(run.store, journal, [Removal(victim, "x")], by="rules", protected=protected)
         journal.close()
         aliased, there = names(run.store) == ["champion"], victim.id in {one.id for one in run.manifests()}
         assert (aliased, there, bool(refused)) == ((True, True, False) if moment == 0 else (False, there, True))
@@ -695,8 +695,8 @@ def test_what_is_aliased_is_not_removed_by_hand(tmp_path):
     point(run.store, "champion", one, keeps=1)
     point(run.store, "champion", two, keeps=1)
     told = maintenance.remove(run, [one, two, three], "x")
-    assert told[0] == f"{one.name} stays: was champion (one of its last 1)"
-    assert told[1].startswith(f"{two.name} stays: champion since ")
+    assert told[0] == f"{one.name} was not removed: was champion (one of its last 1)"
+    assert told[1].startswith(f"{two.name} was not removed: champion since ")
     assert steps(run) == [1, 2, 4]
     assert not [event for event in run.events() if isinstance(event, Removed) and event.checkpoint != three.id]
     for options in ((), ("--yes",), ("--yes", "--json"), ("--dry-run",)):
@@ -720,7 +720,7 @@ def test_what_was_cut_short_protects_until_that_record_is_there(tmp_path):
     )
     journal.close()  # and no word of what came of it
     assert [claim.reason for claim in run.plan((pp.Last(1),)).keep[one.id]] == ["about to become champion"]
-    assert maintenance.remove(run, [one], "x") == [f"{one.name} stays: about to become champion"]
+    assert maintenance.remove(run, [one], "x") == [f"{one.name} was not removed: about to become champion"]
     with checkpointer(tmp_path, keep=[pp.Last(2)], undo_for="0") as ckpt:
         with pytest.warns(pp.PeakpointWarning, match="rules have changed"):
             ckpt.resume()
@@ -808,11 +808,11 @@ def test_an_audit_finds_what_was_done_to_aliases(promoted, tmp_path):
     store.put(newest, [seal(unseal(whole, where=newest) | {"why": "another"})])
     [(kind, where, what)] = findings(tmp_path)
     assert (kind, where) == ("damage", newest)
-    assert what == "it is not the record that the journal of r tells of at 2026-03-01 12:00 UTC by me: it was changed"
+    assert what == "changed since the promotion at 2026-03-01 12:00 UTC by me (journal of r)"
     store.delete(newest)
     [(kind, where, what)] = findings(tmp_path)
     assert (kind, where) == ("damage", newest)
-    assert what.endswith("by me is missing: somebody has taken it out")
+    assert what == "the record of the promotion at 2026-03-01 12:00 UTC by me (journal of r) is missing"
     store.put(newest, [whole])
     store.delete(layout.alias_key("champion", 2))
     assert [(kind, where) for kind, where, _ in findings(tmp_path)] == [

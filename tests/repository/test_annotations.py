@@ -14,7 +14,7 @@ import peakpoint as pp
 from peakpoint.format.events import Measured, Removed, Reported, Saved, Started
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import LiveAnnotations
-from peakpoint.repository.removal import apply
+from peakpoint.repository.removal import remove
 from peakpoint.rules import smoothed
 from peakpoint.rules.history import Smoothing, smoothed_metrics
 from peakpoint.rules.retention import Removal
@@ -182,7 +182,7 @@ def removed_by_hand(root, ref):
     """What ``peakpoint rm`` does."""
     run = run_of(root)
     journal = journals.Journal(run.store, "r", lambda: START)
-    assert apply(run.store, journal, [Removal(run.find_manifest(ref), "by hand")], by="somebody") == []
+    assert remove(run.store, journal, [Removal(run.find_manifest(ref), "by hand")], by="somebody") == []
     journal.close()
 
 

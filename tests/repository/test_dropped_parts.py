@@ -11,7 +11,8 @@ import peakpoint as pp
 from peakpoint import rules as rules_module
 from peakpoint.format.manifest import FileRecord
 from peakpoint.repository.audit import audit, clean
-from peakpoint.repository.trash import drop, records
+from peakpoint.repository.removal import drop_parts
+from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules.retention import plan, protections
 from strategies import DIGEST, START, manifest, one_rule, trees
 from training import checkpointer, kept, parts, same, train
@@ -57,7 +58,7 @@ def test_a_best_loses_its_optimizer_and_keeps_its_weights(tmp_path):
     with pytest.raises(pp.errors.NotFoundError, match="no part 'optimizer'"):
         pp.load("r:2", root=tmp_path, into=others, part="optimizer")
     assert audit(pp.open(tmp_path), deep=True).clean
-    (record,) = records(pp.open(tmp_path).store, "r", found[2].name)
+    (record,) = dropped_parts(pp.open(tmp_path).store, "r", found[2].name)
     assert record.parts == ("optimizer",)
     assert "do not need optimizer" in record.why
     loaded.close()
@@ -101,7 +102,7 @@ def test_what_a_crash_left_of_a_dropped_part_is_litter(tmp_path):
     one = pp.open(tmp_path).find_manifest("r:1")
     path = kept(tmp_path)[0].path / "optimizer.safetensors"
     data = path.read_bytes()
-    left = drop(store, one, ["optimizer"], at=START, why="test", by="test")
+    left = drop_parts(store, one, ["optimizer"], at=START, why="test", by="test")
     assert pp.open(tmp_path).find_manifest("r:1") == left
     path.write_bytes(data)  # as if the process had died before the file went
     found = audit(pp.open(tmp_path), deep=True)

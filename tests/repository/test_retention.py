@@ -20,7 +20,7 @@ from peakpoint.repository import journal as j
 from peakpoint.repository.commit import WholeImage, commit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.reader import list_run
-from peakpoint.repository.removal import apply
+from peakpoint.repository.removal import remove
 from peakpoint.rules import Best, Budget, Every, Last, claims
 from peakpoint.rules.retention import Removal, plan, protections
 from peakpoint.store import MemoryStore
@@ -202,7 +202,7 @@ def test_removals_are_durably_recorded_before_the_first_file_goes():
     store, manifests = shop()
     journal = Journal(store, "r", clock)
     made = plan(manifests, [Last(1), Best("m", "min")])
-    assert apply(store, journal, made.remove, by="rules") == []
+    assert remove(store, journal, made.remove, by="rules") == []
     recorded = [event for what, event in store.happened if what == "durable"]
     assert [event.checkpoint for event in recorded] == [manifests[1].id, manifests[2].id]
     first_delete = next(n for n, (what, _) in enumerate(store.happened) if what == "delete")
@@ -223,7 +223,7 @@ def test_removals_are_durably_recorded_before_the_first_file_goes():
 def test_of_each_checkpoint_the_manifest_goes_first_and_nothing_is_left():
     store, manifests = shop()
     journal = Journal(store, "r", clock)
-    apply(store, journal, plan(manifests, [Last(1)]).remove, by="rules")
+    remove(store, journal, plan(manifests, [Last(1)]).remove, by="rules")
     for one in manifests[:3]:
         mine = [
             key for what, key in store.happened if what == "delete" and key.startswith(checkpoint_prefix("r", one.name))
@@ -238,7 +238,7 @@ def test_of_each_checkpoint_the_manifest_goes_first_and_nothing_is_left():
 def test_nothing_to_remove_writes_nothing():
     store, manifests = shop()
     journal = Journal(store, "r", clock)
-    assert apply(store, journal, plan(manifests, [Last(9)]).remove, by="rules") == []
+    assert remove(store, journal, plan(manifests, [Last(9)]).remove, by="rules") == []
     assert store.happened == []
     assert j.read(store, "r").events == ()
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_removed_is_told_stays_and_is_tried_again():
     store, manifests = shop()
     journal = Journal(store, "r", clock)
     store.refuse = {manifest_key("r", "c2")}
-    failures = apply(store, journal, plan(manifests, [Last(1)]).remove, by="rules")
+    failures = remove(store, journal, plan(manifests, [Last(1)]).remove, by="rules")
     assert len(failures) == 1
     assert failures[0].startswith("c2 could not be removed: ")
     assert "Input/output error" in failures[0]
@@ -256,14 +256,14 @@ def test_what_cannot_be_removed_is_told_stays_and_is_tried_again():
     assert left[0] == manifests[1]  # whole: its manifest would have gone first
     assert store.size(f"{checkpoint_prefix('r', 'c2')}/state.json") == 2
     store.refuse = set()
-    assert apply(store, journal, plan(left, [Last(1)]).remove, by="rules") == []
+    assert remove(store, journal, plan(left, [Last(1)]).remove, by="rules") == []
     assert [one.name for one in list_run(store, "r").manifests] == ["c4"]
 
 
 def test_a_removal_that_was_cut_short_leaves_litter_and_no_half_checkpoint():
     store, manifests = shop(2)
     store.refuse = {f"{checkpoint_prefix('r', 'c1')}/state.json"}
-    failures = apply(store, Journal(store, "r", clock), plan(manifests, [Last(1)]).remove, by="rules")
+    failures = remove(store, Journal(store, "r", clock), plan(manifests, [Last(1)]).remove, by="rules")
     assert len(failures) == 1
     found = list_run(store, "r")
     assert [one.name for one in found.manifests] == ["c2"]
@@ -285,7 +285,7 @@ def test_nothing_is_deleted_when_the_record_cannot_be_written(number, until):
     store = Broken()
     one = commit(store, manifest(name="c1"), [WholeImage(name="state.json", data=b"{}")], first=lambda: None)
     with pytest.raises(StoreError):
-        apply(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody", until=until)
+        remove(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody", until=until)
     assert store.happened == []
     assert list_run(store, "r").manifests == (one,)
 
@@ -294,8 +294,8 @@ def test_a_checkpoint_that_is_gone_already_is_no_failure():
     store, manifests = shop(2)
     journal = Journal(store, "r", clock)
     removals = [Removal(manifests[0], "twice"), Removal(replace(manifests[0], name="never-was"), "never was")]
-    assert apply(store, journal, removals, by="x") == []
-    assert apply(store, journal, removals, by="x") == []
+    assert remove(store, journal, removals, by="x") == []
+    assert remove(store, journal, removals, by="x") == []
     assert [one.name for one in list_run(store, "r").manifests] == ["c2"]
 
 
@@ -405,8 +405,8 @@ def test_a_pin_that_comes_while_others_are_being_removed_is_heeded():
         assert sum(isinstance(event, Removed) for event in events) == 2, "the removals are recorded first"
         return {one.id}
 
-    failures = apply(store, journal, removals, by="rules", pinned=pinned)
-    assert failures == ["a stays: it is pinned, an alias points at it, or the run was archived a moment ago"]
+    failures = remove(store, journal, removals, by="rules", protected=pinned)
+    assert failures == ["a was not removed: it is pinned, an alias points at it, or the run was archived a moment ago"]
     assert [found.name for found in list_run(store, "r").manifests] == ["a"]
 
 

@@ -28,9 +28,9 @@ from peakpoint.repository.audit import audit
 from peakpoint.repository.commit import combined_digest
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.reader import read_manifest
+from peakpoint.repository.removal import drop_parts
 from peakpoint.repository.signing import bundle as bundles
 from peakpoint.repository.signing import keys as signing_keys
-from peakpoint.repository.trash import drop
 from peakpoint.store import LocalStore, MemoryStore
 from training import checkpointer, parts, train
 
@@ -540,7 +540,7 @@ def test_a_checkpoint_that_goes_while_it_is_signed_leaves_nothing(root, keys):
 
 def test_dropped_parts_may_be_missing_and_nothing_else(root, keys, other):
     store, manifest = newest(root)
-    left = drop(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
+    left = drop_parts(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
     assert not (directory(root) / "optimizer.safetensors").exists()
     found = verify(root, keys[1])
     assert set(found.files) == {"manifest.json", "model.safetensors", "state.json"}
@@ -551,7 +551,7 @@ def test_dropped_parts_may_be_missing_and_nothing_else(root, keys, other):
     flip(directory(root) / "model.safetensors", -1)
     refused(root, keys[1], "model.safetensors has changed")
     exchanged = (directory(root) / "model.safetensors").read_bytes()
-    drop(store, left, ["model"], at=utc_now(), why="to hide it", by="test")
+    drop_parts(store, left, ["model"], at=utc_now(), why="to hide it", by="test")
     (directory(root) / "model.safetensors").write_bytes(exchanged)
     refused(root, keys[1], "model.safetensors has changed")
 
@@ -559,7 +559,7 @@ def test_dropped_parts_may_be_missing_and_nothing_else(root, keys, other):
 def test_parts_brought_back_need_a_signature_that_covers_them(root, keys, other):
     store, manifest = newest(root)
     content = (directory(root) / "optimizer.safetensors").read_bytes()
-    left = drop(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
+    left = drop_parts(store, manifest, ["optimizer"], at=utc_now(), why="space", by="test")
     signing.sign(store, left, private_key=other[0])
     (directory(root) / "optimizer.safetensors").write_bytes(content)
     assert "optimizer.safetensors" in verify(root, keys[1]).files  # there again

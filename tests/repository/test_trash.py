@@ -12,11 +12,11 @@ from commands import command
 from peakpoint.format import layout
 from peakpoint.format.events import Opened, Removed
 from peakpoint.format.sealed import seal
-from peakpoint.repository import maintenance, trash
+from peakpoint.repository import maintenance, removal
 from peakpoint.repository.audit import audit, clean
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import utc_now
-from peakpoint.repository.removal import apply
+from peakpoint.repository.removal import remove
 from peakpoint.rules.retention import Removal
 from training import checkpointer, parts, same, train
 
@@ -84,8 +84,8 @@ def test_when_the_time_is_over_the_space_is_free(tmp_path):
     clock.now += DAY
     assert [one.manifest.id for one in maintenance.in_trash(run, clock=clock)] == [second.id]
     (finding,) = audit(pp.open(tmp_path), clock=clock).findings
-    assert (finding.kind, "its time was over" in finding.what) == ("litter", True)
-    with pytest.raises(pp.errors.NotFoundError, match="peakpoint trash lists"):
+    assert (finding.kind, "could be restored until" in finding.what) == ("litter", True)
+    with pytest.raises(pp.errors.NotFoundError, match="is not in the trash"):
         maintenance.undo(run, [first.name], clock=clock)
     assert [one.what for one in clean(pp.open(tmp_path), clock=clock)] == [finding.what]
     assert not (tmp_path / layout.checkpoint_prefix("r", first.name)).exists()
@@ -142,7 +142,7 @@ def test_parts_that_rules_drop_are_gone_at_once(tmp_path):
     assert "optimizer" not in run.find("r:1").parts
     assert not (run.find("r:1").path / "optimizer.safetensors").exists()
     assert maintenance.in_trash(run, clock=clock) == []
-    with pytest.raises(pp.errors.NotFoundError, match="trash has no"):
+    with pytest.raises(pp.errors.NotFoundError, match="is not in the trash"):
         maintenance.undo(run, [run.find("r:1").name], clock=clock)
     assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
 
@@ -176,7 +176,7 @@ def test_what_is_damaged_in_the_trash_is_named_and_does_not_come_back(tmp_path, 
     path.write_bytes(data) if harm == "a bit" else path.unlink()
     (finding,) = audit(pp.open(tmp_path), deep=True).findings
     assert (finding.kind, finding.where) == ("damage", layout.file_key("r", first.name, "model.safetensors"))
-    with pytest.raises(pp.errors.CorruptError, match="Nothing was brought back"):
+    with pytest.raises(pp.errors.CorruptError, match="Nothing was restored"):
         maintenance.undo(run, [second.name, first.name])
     assert len(run.manifests()) == 1
     assert [manifest.name for manifest in maintenance.undo(run, [second.name])] == [second.name]
@@ -208,7 +208,7 @@ def killed_while_removing(root):
     journal.append(Removed(at=utc_now(), reason="why", by="rules", until=until, **about))
     journal.close()
     with pytest.raises(OSError, match="killed"):
-        trash.discard(Killing(store), first, until=until, at=utc_now(), why="why", by="rules")
+        removal.move_to_trash(Killing(store), first, until=until, at=utc_now(), why="why", by="rules")
     return run
 
 
@@ -230,7 +230,7 @@ class Killing:
 def test_what_a_killed_training_was_removing_is_cleaned(tmp_path):
     run = killed_while_removing(tmp_path)
     litter = audit(pp.open(tmp_path)).of_kind("litter")
-    assert [one.what for one in litter] == ["the record of a removal that was cut short"]
+    assert [one.what for one in litter] == ["the record of an interrupted removal"]
     clean(pp.open(tmp_path))
     assert audit(pp.open(tmp_path), deep=True).clean
     assert len(run.manifests()) == 3
@@ -247,14 +247,14 @@ def test_a_removal_that_was_cut_short_leaves_the_checkpoint(tmp_path):
     run = run_of(tmp_path)
     first = run.manifests()[0]
     text = run.store.get(layout.manifest_key("r", first.name))
-    trash.discard(run.store, first, until=datetime.now(UTC) + DAY, at=datetime.now(UTC), why="x", by="y")
+    removal.move_to_trash(run.store, first, until=datetime.now(UTC) + DAY, at=datetime.now(UTC), why="x", by="y")
     run.store.create(layout.manifest_key("r", first.name), text)  # as if it had not been deleted
     assert first.id in {one.id for one in run.manifests()}
     (finding,) = audit(pp.open(tmp_path)).findings
-    assert "cut short" in finding.what
+    assert "interrupted" in finding.what
     assert maintenance.in_trash(run) == []
     journal = Journal(run.store, "r", lambda: datetime.now(UTC))
-    assert apply(run.store, journal, [Removal(first, "again")], by="z", until=datetime.now(UTC) + DAY) == []
+    assert remove(run.store, journal, [Removal(first, "again")], by="z", until=datetime.now(UTC) + DAY) == []
     journal.close()
     assert [one.record.why for one in maintenance.in_trash(run)] == ["again"]
 
@@ -285,7 +285,7 @@ def test_wrong_input(tmp_path):
             command(*arguments)
     with pytest.raises(pp.errors.NotFoundError, match="no run"):
         command("undo", tmp_path, "q/x")
-    with pytest.raises(pp.errors.NotFoundError, match="trash has no"):
+    with pytest.raises(pp.errors.NotFoundError, match="is not in the trash"):
         command("undo", tmp_path, "r/x")
     with pytest.raises(pp.errors.ConfigError, match="no time span"):
         checkpointer(tmp_path, undo_for="a while")

@@ -24,7 +24,7 @@ from peakpoint.repository.packs import check_not_archived, packed_bytes
 from peakpoint.repository.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run
-from peakpoint.repository.trash import records
+from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules import Rule, check_watched, moment_text, parse_all
 from peakpoint.rules.retention import Plan
 from peakpoint.rules.simulate import Replay, replay, typical_size
@@ -254,7 +254,7 @@ def _explain_here(run: Run, manifest: Manifest, *, json: bool) -> None:
     rules = run.rules()
     manifests = all_with_annotations(run.manifests(), events, rules)
     claims = run.kept().get(manifest.id, ())
-    dropped = list(records(run.store, run.name, manifest.name))
+    dropped = list(dropped_parts(run.store, run.name, manifest.name))
     late = [event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id]
     silent = [rule for rule in rules if rule.text not in {claim.rule for claim in claims}]
     names = {other.id: other.name for other in manifests}

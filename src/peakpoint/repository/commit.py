@@ -38,8 +38,13 @@ class Span:
     end: int
 
 
+def spans_of(file: FileRecord) -> tuple[Span, ...]:
+    """Return where the tensors of a file are."""
+    return tuple(Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in file.tensors)
+
+
 class FileImage(Protocol):
-    """The bytes of a file to be."""
+    """The bytes of a file that is about to be written."""
 
     @property
     def name(self) -> str:
@@ -325,20 +330,6 @@ def _write(store: Store, key: str, image: FileImage, hashing: Worker) -> Callabl
         return hashes.record()
 
     return record
-
-
-def remove(store: Store, manifest: Manifest) -> None:
-    """Make a checkpoint cease to exist; idempotent, and to be repeated when it was interrupted.
-
-    Raises:
-        StoreError: the store refused. If the manifest is gone, the rest is litter.
-    """
-    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    records = [child for child in store.children(prefix) if layout.is_record(child)]
-    if layout.TRASHED in records:  # of a removal that was cut short: without the manifest it would count
-        store.delete(layout.trashed_key(manifest.run, manifest.name))
-    store.delete(layout.manifest_key(manifest.run, manifest.name))
-    sweep(store, manifest.run, manifest.name, [*(file.name for file in manifest.files), *records])
 
 
 def sweep(store: Store, run: str, name: str, files: Sequence[str]) -> None:

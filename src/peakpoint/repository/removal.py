@@ -1,133 +1,212 @@
-"""Removal: what a plan of retention lets go, goes."""
+"""Removal: delete checkpoints, put them into the trash and restore them, and drop parts.
+
+A removal is durable in the journal before the first file is deleted. Then the manifest is deleted, and the files after
+it, so that a crash at any instant leaves a whole checkpoint or a directory without a manifest, which is an incomplete
+save to every reader. On the way to the trash, ``trashed.json`` is durable before the manifest is deleted: a crash in
+between leaves the checkpoint. ``dropped-N.json`` is durable before the first file of a dropped part is deleted.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from peakpoint.errors import StoreError
-from peakpoint.format.events import PartsDropped, Removed, Undone
-from peakpoint.format.manifest import Manifest
-from peakpoint.repository.commit import remove
+from peakpoint.errors import NotFoundError, StoreError
+from peakpoint.format import layout
+from peakpoint.format.events import Event, PartsDropped, Removed, Undone
+from peakpoint.format.manifest import Manifest, without
+from peakpoint.format.sealed import FORMAT, seal
+from peakpoint.repository.commit import sweep
 from peakpoint.repository.journal import Journal
-from peakpoint.repository.trash import discard, drop
+from peakpoint.repository.trash import TrashedCheckpoint
 from peakpoint.rules.retention import Removal, Thinning
-from peakpoint.store import Store
+from peakpoint.store import Store, establish
+
+Protected = Callable[[], Collection[str]]
+"""Returns the ids that a pin or an alias protects at this moment."""
+
+_PROTECTED = "it is pinned, an alias points at it, or the run was archived a moment ago"
+_PERMANENT = "; removing permanently, with --undo-for 0, needs no free space"
 
 
-def apply(
+def delete(store: Store, manifest: Manifest) -> None:
+    """Delete a checkpoint permanently; idempotent, and to be repeated when it was interrupted.
+
+    Raises:
+        StoreError: the store refused. If the manifest is deleted, the checkpoint does not exist, and audit finds the
+            rest.
+    """
+    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
+    records = [child for child in store.children(prefix) if layout.is_record(child)]
+    if layout.TRASHED in records:  # of a removal that was cut short: without the manifest it would count
+        store.delete(layout.trashed_key(manifest.run, manifest.name))
+    store.delete(layout.manifest_key(manifest.run, manifest.name))
+    sweep(store, manifest.run, manifest.name, [*(file.name for file in manifest.files), *records])
+
+
+def move_to_trash(store: Store, manifest: Manifest, *, until: datetime, at: datetime, why: str, by: str) -> None:
+    """Remove a checkpoint, keeping its files; idempotent, and to be repeated when it was interrupted.
+
+    Raises:
+        StoreError: the store refused. If the manifest is deleted, the checkpoint is in the trash.
+    """
+    key = layout.manifest_key(manifest.run, manifest.name)
+    try:
+        text = store.get(key).decode()
+    except NotFoundError:
+        return  # somebody else has removed it
+    content = {"format": FORMAT, "manifest": text, "until": until, "at": at, "why": why, "by": by}
+    # replaces the record of an attempt that was cut short, or of one at this moment
+    store.put(layout.trashed_key(manifest.run, manifest.name), [seal(content)])
+    store.delete(key)
+
+
+def restore_from_trash(store: Store, record: TrashedCheckpoint) -> Manifest:
+    """Make a checkpoint exist again; the caller knows that its files are intact."""
+    manifest = record.decoded()
+    establish(store, layout.manifest_key(manifest.run, manifest.name), record.manifest.encode())
+    store.delete(layout.trashed_key(manifest.run, manifest.name))
+    return manifest
+
+
+def drop_parts(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime, why: str, by: str) -> Manifest:
+    """Drop parts of a checkpoint permanently; idempotent, and to be repeated when it was interrupted.
+
+    Args:
+        store: holds the checkpoint.
+        manifest: without the parts that were dropped before.
+        parts: names of parts.
+        at: the time for the record.
+        why: one sentence.
+        by: who decides.
+
+    Returns:
+        The manifest without them.
+
+    Raises:
+        StoreError: the store refused. If the record exists, the parts are dropped, and audit finds the rest.
+    """
+    remaining = without(manifest, parts)
+    files = [file.name for file in manifest.files if file not in remaining.files]
+    dropped = [part for part in parts if part in manifest.parts]
+    content = {"format": FORMAT, "parts": dropped, "files": files, "at": at, "why": why, "by": by}
+    prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
+    number = 1 + max((layout.number(child, layout.DROPPED, ".json") for child in store.children(prefix)), default=0)
+    establish(store, f"{prefix}/{layout.DROPPED}{number}.json", seal(content))
+    for name in files:
+        store.delete(layout.file_key(manifest.run, manifest.name, name))
+    return remaining
+
+
+def remove(
     store: Store,
     journal: Journal,
     removals: Sequence[Removal],
     *,
     by: str,
-    pinned: Callable[[], Collection[str]] = tuple,
+    protected: Protected = tuple,
     until: datetime | None = None,
 ) -> list[str]:
-    """Remove, recording each reason durably before the first file goes.
+    """Remove checkpoints, recording each reason durably before the first file is deleted.
 
-    A checkpoint that cannot be removed stays and is tried again by the next plan. On a full disk what goes at once
-    makes the room for its record.
+    A checkpoint that cannot be removed stays and is tried again by the next plan. On a full disk a permanent removal
+    frees the space for its own record.
 
     Args:
-        store: where.
+        store: holds the run.
         journal: receives a ``Removed`` for each.
-        removals: what goes.
+        removals: the checkpoints, with the reasons.
         by: who decided, for the record.
-        pinned: what is protected now, by a pin or an alias. Asked once the removals are recorded: whoever pins or
-            promotes at the same time either sees the record, or is seen here.
-        until: keep the files in the trash until then; None lets them go at once.
+        protected: called once the removals are recorded: whoever pins or promotes at the same time either sees the
+            record, or is seen here.
+        until: keep the files in the trash until then; None deletes them at once.
 
     Returns:
         One sentence for each removal that failed.
     """
-    if not removals:
-        return []
-    recorded = _record(journal, removals, by, until)
-    spared, failures = set(pinned()), []
-    for removal in removals:
-        if removal.manifest.id in spared:
-            failures.append(f"{removal.manifest.name} stays: {_PROTECTED}")
-            journal.record([_taken_back(journal, removal.manifest, (), by)], later=not recorded)
-            continue
-        try:
-            if until is None:
-                remove(store, removal.manifest)
-            else:
-                discard(store, removal.manifest, until=until, at=journal.now(), why=removal.reason, by=by)
-        except StoreError as error:
-            hint = f"; {_FOR_GOOD}" if error.is_full and until is not None else ""
-            failures.append(f"{removal.manifest.name} could not be removed: {error}{hint}")
-        if not recorded:  # others do not know yet of those that follow, and may protect them
-            recorded, spared = journal.record((), later=True), set(pinned())
-    if not recorded and len(failures) < len(removals):
-        failures.append("the journal does not tell of this removal: the disk is full all the same; free some space")
-    return failures
 
+    def act(removal: Removal) -> None:
+        if until is None:
+            delete(store, removal.manifest)
+        else:
+            move_to_trash(store, removal.manifest, until=until, at=journal.now(), why=removal.reason, by=by)
 
-_PROTECTED = "it is pinned, an alias points at it, or the run was archived a moment ago"
-_FOR_GOOD = "removing for good, with --undo-for 0, needs no room"
-
-
-def _record(journal: Journal, removals: Sequence[Removal], by: str, until: datetime | None) -> bool:
-    """Record the reasons durably; where there is no room for that, as soon as a removal has made it.
-
-    Returns:
-        Whether they are recorded.
-    """
-    events = []
-    for removal in removals:
+    def event(removal: Removal) -> Removed:
         moment = {"step": removal.manifest.step, "epoch": removal.manifest.epoch}
         about = _about(removal.manifest, by) | moment
-        events.append(Removed(at=journal.now(), **about, reason=removal.reason, until=until))
-    try:
-        return journal.record(events, later=until is None)
-    except StoreError as error:
-        if not error.is_full:
-            raise
-        raise StoreError(
-            error.errno, f"nothing was removed, since the trash needs room: {error}; {_FOR_GOOD}"
-        ) from error
+        return Removed(at=journal.now(), **about, reason=removal.reason, until=until)
 
-
-def _about(manifest: Manifest, by: str) -> dict[str, Any]:
-    return {"checkpoint": manifest.id, "name": manifest.name, "by": by}
-
-
-def _taken_back(journal: Journal, manifest: Manifest, parts: tuple[str, ...], by: str) -> Undone:
-    """Without it the journal would go on saying that the checkpoint is being removed, and it could not be pinned."""
-    return Undone(at=journal.now(), **_about(manifest, by), parts=parts)
+    hint = "" if until is None else _PERMANENT
+    return _carry_out(journal, removals, event, act, by, protected, late_record=until is None, hint=hint)
 
 
 def thin(
-    store: Store,
-    journal: Journal,
-    drops: Sequence[Thinning],
-    *,
-    by: str,
-    pinned: Callable[[], Collection[str]] = tuple,
+    store: Store, journal: Journal, thinnings: Sequence[Thinning], *, by: str, protected: Protected = tuple
 ) -> tuple[dict[str, Manifest], list[str]]:
-    """Drop parts, recording each reason durably before the first file goes; they cannot be brought back.
+    """Drop parts permanently, recording each reason durably before the first file is deleted.
 
     Returns:
         The manifests as they are now, by id, and one sentence for each that failed.
     """
-    changed: dict[str, Manifest] = {}
-    failures = []
-    for thinning in drops:
+    thinned: dict[str, Manifest] = {}
+
+    def act(thinning: Thinning) -> None:
+        thinned[thinning.manifest.id] = drop_parts(
+            store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by
+        )
+
+    def event(thinning: Thinning) -> PartsDropped:
         about = _about(thinning.manifest, by)
-        journal.append(PartsDropped(at=journal.now(), **about, parts=thinning.parts, reason=thinning.reason))
-    if drops:
-        journal.sync()
-    spared = set(pinned()) if drops else set()
-    for thinning in drops:
-        if thinning.manifest.id in spared:
-            failures.append(f"{thinning.manifest.name} stays whole: it is pinned, or an alias points at it")
-            journal.append(_taken_back(journal, thinning.manifest, thinning.parts, by))
+        return PartsDropped(at=journal.now(), **about, parts=thinning.parts, reason=thinning.reason)
+
+    return thinned, _carry_out(journal, thinnings, event, act, by, protected)
+
+
+A = TypeVar("A", Removal, Thinning)
+
+
+def _carry_out(
+    journal: Journal,
+    actions: Sequence[A],
+    event: Callable[[A], Event],
+    act: Callable[[A], None],
+    by: str,
+    protected: Protected,
+    *,
+    late_record: bool = False,
+    hint: str = "",
+) -> list[str]:
+    """Record all actions durably, then carry out each that is not protected by then.
+
+    With ``late_record`` the first actions may free the space for the record where the disk is full; otherwise ``hint``
+    tells what helps there. Returns one sentence for each action that failed.
+    """
+    if not actions:
+        return []
+    try:
+        recorded = journal.record([event(action) for action in actions], later=late_record)
+    except StoreError as error:
+        if not error.is_full:
+            raise
+        raise StoreError(error.errno, f"nothing was removed, since recording it needs space: {error}{hint}") from error
+    protected_ids, failures = set(protected()), []
+    for action in actions:
+        manifest, parts = action.manifest, action.parts if isinstance(action, Thinning) else ()
+        what = f"{', '.join(parts)} of {manifest.name}" if parts else manifest.name
+        if manifest.id in protected_ids:
+            failures.append(f"{what} was not removed: {_PROTECTED}")
+            # else the journal would go on saying that it is being removed, and it could not be pinned
+            journal.record([Undone(at=journal.now(), **_about(manifest, by), parts=parts)], later=not recorded)
             continue
         try:
-            changed[thinning.manifest.id] = drop(
-                store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by
-            )
+            act(action)
         except StoreError as error:
-            failures.append(f"parts of {thinning.manifest.name} could not be dropped: {error}")
-    return changed, failures
+            failures.append(f"{what} could not be removed: {error}{hint if error.is_full else ''}")
+        if not recorded:  # others do not know yet of those that follow, and may protect them
+            recorded, protected_ids = journal.record((), later=True), set(protected())
+    if not recorded and len(failures) < len(actions):
+        failures.append("the removal is not recorded in the journal: the disk is still full; free some space")
+    return failures
+
+
+def _about(manifest: Manifest, by: str) -> dict[str, Any]:
+    return {"checkpoint": manifest.id, "name": manifest.name, "by": by}

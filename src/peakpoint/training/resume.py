@@ -18,7 +18,7 @@ from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import Repository
-from peakpoint.repository.trash import records
+from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules import history as histories
 from peakpoint.state import rng
 from peakpoint.state.restore import LoadReport, restore_into
@@ -73,7 +73,7 @@ class Resumption:
     store: Store
     run: str
     shelf: reader.RunListing
-    journal: journals.Reading
+    journal: journals.JournalContents
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
@@ -122,7 +122,7 @@ class Resumption:
         skipped = [str(damaged.error) for damaged in self.shelf.damaged]
         passed: list[str] = []
         for manifest in reversed(self.shelf.manifests):
-            gone = [part for record in records(self.store, self.run, manifest.name) for part in record.parts]
+            gone = [part for record in dropped_parts(self.store, self.run, manifest.name) for part in record.parts]
             if gone:
                 skipped.append(f"{manifest.name} cannot be continued from: its parts {', '.join(gone)} were dropped")
                 continue

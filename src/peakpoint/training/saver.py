@@ -17,9 +17,9 @@ from peakpoint.format.events import Saved, SaveFailed
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import removal, space
 from peakpoint.repository.annotations import LiveAnnotations
-from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import commit, unused_name, withdraw
 from peakpoint.repository.journal import Journal
+from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
 from peakpoint.rules.retention import Plan, Removal
 from peakpoint.state.capture import Captured
@@ -228,7 +228,7 @@ class Saver:
         """Let go at once of checkpoints that are wrong; the caller has waited for the save under way."""
         self.forget(ids)
         removals = [Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
-        self._notices += removal.apply(self._store, self._journal, removals, by="loop", pinned=self._protected)
+        self._notices += removal.remove(self._store, self._journal, removals, by="loop", protected=self._protected)
         self._committed = tuple(
             manifest for manifest in self._committed if manifest.id not in ids or self._exists(manifest)
         )
@@ -241,7 +241,7 @@ class Saver:
             return True
         message = (
             f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size(needed)} and "
-            f"{size(free)} are free; {space.ways_out(self._store, self._run, self._committed)}"
+            f"{size(free)} are free; {space.ways_to_free_space(self._store, self._run, self._committed)}"
         )
         self._fail(job, StoreError(errno.ENOSPC, message))
         return False
@@ -374,10 +374,10 @@ class Saver:
         until = now + self._undo_for if self._undo_for and not at_once else None
         failures = []
         for removals, bound in [(plan.remove, None)] if at_once else self._bounds(plan.remove, now):
-            failures += removal.apply(
-                self._store, self._journal, removals, by="rules", pinned=self._protected, until=bound
+            failures += removal.remove(
+                self._store, self._journal, removals, by="rules", protected=self._protected, until=bound
             )
-        thinned, more = removal.thin(self._store, self._journal, plan.drop, by="rules", pinned=self._protected)
+        thinned, more = removal.thin(self._store, self._journal, plan.drop, by="rules", protected=self._protected)
         if until is not None or (self._trash_until is not None and self._trash_until <= now):
             self._trash_until = None
             self._purge(now)
