@@ -1,4 +1,4 @@
-"""Room on a full disk: what can go that nothing wants, and what people can do when there is nothing."""
+"""Free space on a full disk: delete what nobody needs, and say what people can do when that is not enough."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,47 +8,48 @@ from peakpoint.format import layout
 from peakpoint.format.amounts import size
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import trash
-from peakpoint.repository.audit import clean_run
+from peakpoint.repository.run_audit import clean_run
 from peakpoint.store import Store
 
 _END = datetime.max.replace(tzinfo=UTC)
 
 
 def empty_trash(store: Store, run: str) -> int:
-    """Let everything in the trash of a run go; the caller holds it.
+    """Delete everything in the trash of a run; the caller holds the run.
 
     Returns:
-        How many checkpoints went.
+        How many checkpoints were deleted.
 
     Raises:
         StoreError: the store refused.
     """
-    trashed = trash.contents(store, run)
-    if trashed:
+    entries = trash.contents(store, run)
+    if entries:
         clean_run(store, run, _END)
-    return len(trashed)
+    return len(entries)
 
 
-def ways_out(store: Store, run: str, kept: Sequence[Manifest]) -> str:
-    """What can be done when the disk is full of what is wanted.
+def ways_to_free_space(store: Store, run: str, kept: Sequence[Manifest]) -> str:
+    """Say what can be done when the disk is full and every checkpoint is claimed.
 
     Args:
-        store: where.
+        store: on the full disk.
         run: the run that is being written.
         kept: its checkpoints.
     """
     root, ways = shlex.quote(store.location), []
-    trashed = {
-        other: sum(entry.manifest.size_bytes for entry in trash.contents(store, other))
-        for other in (child.rstrip("/") for child in store.children(layout.RUNS))
-    }
-    if any(trashed.values()):
-        names = ", ".join(other for other, held in trashed.items() if held)
-        ways.append(f"empty the trash of {names} ({size(sum(trashed.values()))}): peakpoint trash {root} --empty")
+    runs = [child.rstrip("/") for child in store.children(layout.RUNS)]
+    trash_sizes = {name: _total_size([entry.manifest for entry in trash.contents(store, name)]) for name in runs}
+    if any(trash_sizes.values()):
+        names = ", ".join(name for name, trash_size in trash_sizes.items() if trash_size)
+        ways.append(f"empty the trash of {names} ({size(sum(trash_sizes.values()))}): peakpoint trash {root} --empty")
     if len(kept) > 1:
-        held = size(sum(manifest.size_bytes for manifest in kept))
         ways.append(
-            f"remove some of the {len(kept)} checkpoints that the rules keep of this run ({held}): "
+            f"remove some of the {len(kept)} checkpoints that the rules keep of this run ({size(_total_size(kept))}): "
             f"peakpoint rm {root} {run}/NAME --undo-for 0"
         )
-    return "; ".join([*ways, "free some space, or let fewer checkpoints be kept"])
+    return "; ".join([*ways, "free some space, or let the rules keep fewer checkpoints"])
+
+
+def _total_size(manifests: Sequence[Manifest]) -> int:
+    return sum(manifest.size_bytes for manifest in manifests)

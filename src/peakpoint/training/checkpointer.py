@@ -26,12 +26,12 @@ from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import DEFAULT_TEMPLATE, near
 from peakpoint.repository.annotations import LiveAnnotations
-from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import unused_name
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.reader import find_damage
 from peakpoint.repository.root import ensure_repository, ensure_run
+from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
 from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.rules.stopping import EarlyStopping

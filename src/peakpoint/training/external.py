@@ -15,7 +15,6 @@ from peakpoint.format import layout, names
 from peakpoint.format.events import Closed, Event, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
-from peakpoint.repository.audit import clean_run
 from peakpoint.repository.commit import BLOCK, StreamedImage, WholeImage, commit, unused_name
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.packs import check_not_archived
@@ -23,6 +22,7 @@ from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import list_run
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.repository.run import rules_of
+from peakpoint.repository.run_audit import clean_run
 from peakpoint.state.tensor_files import FileLayout
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, Store, holder_note
