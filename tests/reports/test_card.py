@@ -19,7 +19,7 @@ from peakpoint.cli.main import cli
 from peakpoint.reports import card
 from peakpoint.reports.card import ModelDescription
 from peakpoint.reports.card.front_matter import front_matter
-from peakpoint.reports.card.front_matter import yaml as written
+from peakpoint.reports.card.front_matter import yaml as to_yaml
 from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import utc_now
 from strategies import START, texts
@@ -191,10 +191,10 @@ trees = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(trees)
 def test_what_is_written_as_yaml_is_read_as_it_was(value):
-    assert yaml.safe_load(written(value)) == value
+    assert yaml.safe_load(to_yaml(value)) == value
 
 
-@pytest.mark.parametrize("text", [EVIL, "null", "1e5", "\ufeff", "😀", "- a", "yes", "\x7f"])
+@pytest.mark.parametrize("text", [EVIL, "a\n---\nb", "{{ mark }}", "null", "1e5", "\ufeff", "😀", "- a", "yes", "\x7f"])
 def test_no_text_breaks_the_front_matter(root, text):
     front, _ = split(page(root, license=text, data=text, task=text, base_model=text, tags=(text,)))
     assert (front["license"], front["base_model"], front["tags"]) == (text, text, ["peakpoint", text])
@@ -282,16 +282,29 @@ def test_without_matplotlib_there_is_a_table(root, tmp_path):
     assert "pip install 'peakpoint[report]'" in text
 
 
+@pytest.mark.parametrize("library", ["jinja2"])
+def test_without_the_extra_the_message_says_what_to_install(root, library):
+    script = (
+        f"import sys; sys.modules[{library!r}] = None\n"
+        "from peakpoint.cli.main import run\n"
+        f"sys.argv = ['peakpoint', 'card', {str(root)!r}, '@champion']\n"
+        "run()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == pp.errors.MissingExtraError.exit_code
+    assert f"model cards need {library}, which is not installed: pip install 'peakpoint[card]'" in done.stderr
+
+
 def test_files_of_somebody_else_stay(root, tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(pp.ConflictError, match="is no card of ours"):
+    with pytest.raises(pp.ConflictError, match="is not an earlier card"):
         card.write(card.gather(pp.open(root), "@champion"), tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert card.write(card.gather(pp.open(root), "@champion"), tmp_path, force=True)
-    with pytest.raises(pp.errors.NotFoundError, match="there is no file"):
+    with pytest.raises(pp.errors.NotFoundError, match="does not exist"):
         invoke("card", root, "@champion", "--about", tmp_path / "none.md")
     (tmp_path / "odd.md").write_bytes(b"\xff")
-    with pytest.raises(pp.errors.ConfigError, match="is no text in UTF-8"):
+    with pytest.raises(pp.errors.ConfigError, match="is not text in UTF-8"):
         invoke("card", root, "@champion", "--about", tmp_path / "odd.md")
 
 
@@ -319,8 +332,8 @@ def test_the_holder_is_not_known_when_the_newest_record_is_damaged(root):
 
 def test_lineage_and_an_unclaimed_one(root):
     text = page(root, "small@latest")
-    assert "- continues `small/" in text
-    assert "which is gone" in text
+    assert "- continued from `small/" in text
+    assert "which was removed" in text
     first = pp.open(root).run("small").manifests()[0]
     assert "## Lineage" in page(root, f"small/{first.id}")
 
@@ -337,7 +350,7 @@ def test_what_a_soup_was_made_from_is_its_lineage(tmp_path):
     lineage = page.partition("## Lineage")[2].partition("##")[0].split("\n")
     found = pp.open(tmp_path)
     assert lineage[2:4] == [f"- made from `r/{found.find(ref).id}`" for ref in refs]
-    assert "first of its run" not in page
+    assert "It has no parent" not in page
 
 
 def test_an_abandoned_branch_is_said(root):
@@ -348,8 +361,8 @@ def test_an_abandoned_branch_is_said(root):
         ckpt.resume()
         ckpt.report(acc=0.1, epoch=10)
     text = page(root, "small@latest")
-    assert f"- continues `small/{back.name}`\n" in text
-    assert "- on the way here 1 branch was abandoned" in text
+    assert f"- continued from `small/{back.name}`\n" in text
+    assert "- abandoned branches before it: 1\n" in text
 
 
 def test_a_former_holder_by_the_number_of_its_record(root):
@@ -359,4 +372,4 @@ def test_a_former_holder_by_the_number_of_its_record(root):
 
 def test_an_old_validation_of_another_manifest_is_said(root):
     validate(root, "@champion", manifest="0" * 64, at=START + timedelta(days=1))
-    assert "Its manifest is another one than the one that was validated." in page(root)
+    assert "Its manifest has changed since then: the validation is of other bytes." in page(root)

@@ -1,31 +1,29 @@
-"""The model card: what one checkpoint is, in Markdown with the front matter that the Hugging Face Hub reads.
+"""The model card of a checkpoint: Markdown with the front matter that the Hugging Face Hub reads.
 
 ::
 
     import peakpoint as pp
     from peakpoint.reports import card
 
-    found = card.gather(pp.open("runs"), "@champion", card.ModelDescription(license="apache-2.0", data="CIFAR-10"))
-    card.write(found, "champion-card")
+    champion = card.gather(pp.open("runs"), "@champion", card.ModelDescription(license="apache-2.0", data="CIFAR-10"))
+    card.write(champion, "champion-card")
 
-Everything in it is read from the records, or was told by whoever writes it; what neither says is "not recorded".
+It shows what the records and the ``ModelDescription`` hold; everything else is "not recorded".
 """
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peakpoint.errors import ConfigError, ConflictError, NotFoundError
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError, needing
 from peakpoint.format.events import Event, Measured, Opened, Saved
 from peakpoint.format.manifest import Manifest
-from peakpoint.reports.card.template import MARK, markdown
-from peakpoint.reports.card.values import AliasPeriod, ModelCard, ModelDescription
+from peakpoint.reports.card.values import MARK, AliasPeriod, ModelCard, ModelDescription
 from peakpoint.reports.evaluation.files import replace_file
 from peakpoint.reports.evaluation.run_data import RunData, read_run_data
 from peakpoint.repository import aliases, reader, signing, validations
-from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.root import Repository
 from peakpoint.rules import watched
 from peakpoint.store import Store, translated
@@ -37,16 +35,15 @@ PAGE = "README.md"
 
 
 def gather(repository: Repository, ref: str, description: ModelDescription | None = None) -> ModelCard:
-    """Read all that is recorded of a checkpoint; no weights.
+    """Read all that is recorded of a checkpoint, without its weights.
 
     Args:
-        repository: where it is.
-        ref: which, above all ``"@champion"``.
-        description: what no record says.
+        ref: the checkpoint, such as ``"@champion"``.
+        description: what no record holds.
 
     Raises:
         NotFoundError: no such checkpoint or alias.
-        CorruptError: what an alias points at is not what was promoted.
+        CorruptError: an alias points at a checkpoint that is not the promoted one.
 
     Example:
         >>> import tempfile, peakpoint as pp
@@ -57,31 +54,31 @@ def gather(repository: Repository, ref: str, description: ModelDescription | Non
         license: "mit"
     """
     run, manifest = repository.locate(ref)
-    material = read_run_data(run)
+    run_data = read_run_data(run)
     events = run.events()
-    found, damage = validations.readable(run.store, run.name, manifest.id)
-    held, broken = _held(run.store, manifest)
+    readable_validations, validation_damage = validations.readable(run.store, run.name, manifest.id)
+    alias_periods, alias_damage = _alias_periods(run.store, manifest)
+    metrics = {checkpoint.id: checkpoint.metrics for checkpoint in run_data.checkpoints}
     return ModelCard(
-        ref=ref,
         location=repository.store.location,
         manifest=manifest,
         manifest_digest=reader.manifest_digest(run.store, manifest),
-        run_data=material,
+        run_data=run_data,
         claims=run.kept().get(manifest.id, ()),
-        metrics=next((one.metrics for one in material.checkpoints if one.id == manifest.id), manifest.metrics),
+        metrics=metrics.get(manifest.id, manifest.metrics),
         measured=tuple(event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id),
         state=_classes(events, manifest),
-        lineage=_lineage(material, events, manifest),
-        validations=tuple(found),
+        lineage=_lineage(run_data, events, manifest),
+        validations=tuple(readable_validations),
         signatures=signing.signatures(run.store, run.name, manifest.name),
-        alias_periods=held,
-        damage=(*damage, *broken),
+        alias_periods=tuple(alias_periods),
+        damage=(*validation_damage, *alias_damage),
         description=description or ModelDescription(),
     )
 
 
-def _classes(events: tuple[Event, ...], manifest: Manifest) -> Mapping[str, str]:
-    """The classes of the state, as the process has given them that saved the checkpoint."""
+def _classes(events: Sequence[Event], manifest: Manifest) -> Mapping[str, str]:
+    """The classes of the state, as recorded by the process that saved the checkpoint."""
     state: Mapping[str, str] = {}
     for event in events:
         if isinstance(event, Opened) and event.state:
@@ -91,104 +88,111 @@ def _classes(events: tuple[Event, ...], manifest: Manifest) -> Mapping[str, str]
     return state
 
 
-def _lineage(material: RunData, events: tuple[Event, ...], manifest: Manifest) -> tuple[tuple[str, bool], ...]:
-    """What it continues, the nearest first, and whether that exists; what is gone does not say what it continued."""
+def _lineage(run_data: RunData, events: Sequence[Event], manifest: Manifest) -> tuple[tuple[str, bool], ...]:
+    """The ancestors, the nearest first, and whether each exists: it ends at one that is gone."""
     names = {event.checkpoint: event.name for event in events if isinstance(event, Saved)}
-    parents = {one.id: one.parent for one in material.checkpoints}
-    found: list[tuple[str, bool]] = []
-    at = manifest.parent
-    while at is not None and len(found) < len(parents) + 1:
-        found.append((f"{manifest.run}/{names.get(at, at)}", at in parents))
-        at = parents.get(at)
-    return tuple(found)
+    parents = {checkpoint.id: checkpoint.parent for checkpoint in run_data.checkpoints}
+    lineage: list[tuple[str, bool]] = []
+    ancestor = manifest.parent
+    while ancestor is not None and len(lineage) <= len(parents):  # a bound, should damaged records form a circle
+        lineage.append((f"{manifest.run}/{names.get(ancestor, ancestor)}", ancestor in parents))
+        ancestor = parents.get(ancestor)
+    return tuple(lineage)
 
 
-def _held(store: Store, manifest: Manifest) -> tuple[tuple[AliasPeriod, ...], tuple[str, ...]]:
-    """When aliases pointed at a checkpoint, and what of their histories cannot be read."""
-    held: list[AliasPeriod] = []
+def _alias_periods(store: Store, manifest: Manifest) -> tuple[list[AliasPeriod], list[str]]:
+    """When aliases pointed at a checkpoint, and the damage of their histories."""
+    periods: list[AliasPeriod] = []
     damage: list[str] = []
     for alias in aliases.names(store):
-        found = aliases.history(store, alias)
+        history = aliases.history(store, alias)
         newest = aliases.numbers(store, alias)[-1]
-        damage += found.damage
-        held += [
-            AliasPeriod(record, before, after, record.number == newest)
-            for before, record, after in zip(
-                (None, *found.records), found.records, (*found.records[1:], None), strict=False
-            )
-            if _is(record, manifest)
-        ]
-    return tuple(held), tuple(damage)
+        damage += history.damage
+        neighbours = zip((None, *history.records), history.records, (*history.records[1:], None), strict=False)
+        for before, record, after in neighbours:
+            if record.target is not None and record.target.checkpoint == manifest.id:
+                periods.append(AliasPeriod(record, before, after, record.number == newest))
+    return periods, damage
 
 
-def _is(record: AliasRecord, manifest: Manifest) -> bool:
-    return record.target is not None and record.target.checkpoint == manifest.id
+def markdown(card: ModelCard, picture: str | None = None) -> str:
+    """Render a card.
+
+    Args:
+        card: the result of ``gather``.
+        picture: the path of the curve, relative to the page; without it a table of reports takes its place.
+
+    Raises:
+        MissingExtraError: ``pip install 'peakpoint[card]'``.
+    """
+    with needing("card", "model cards need"):
+        page: Any = importlib.import_module("peakpoint.reports.card.page")
+    return str(page.markdown(card, picture))
 
 
-def write(found: ModelCard, folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
+def write(card: ModelCard, folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
     """Write a card to a folder: ``README.md``, and ``curve.png`` where Matplotlib is installed.
 
     Args:
-        found: what ``gather`` returned.
-        folder: made when it does not exist.
-        force: also replace a ``README.md`` that is no card of ours, and a ``curve.png`` beside it.
+        folder: created when it does not exist.
+        force: also replace a ``README.md`` that is not an earlier card, and a ``curve.png`` beside it.
 
     Returns:
         The files.
 
     Raises:
-        ConflictError: there is one.
-        StoreError: the disk said no.
+        ConflictError: such a file exists.
+        MissingExtraError: ``pip install 'peakpoint[card]'``.
+        StoreError: a file cannot be written.
     """
-    target = Path(folder)
-    page, picture = target / PAGE, target / CURVE
-    _check(page, picture, force=force)
-    drawn = _curve(found)
-    if drawn is not None:
-        replace_file(picture, drawn)
-    replace_file(page, markdown(found, None if drawn is None else CURVE).encode())
-    return [page] if drawn is None else [page, picture]
+    page, picture = Path(folder) / PAGE, Path(folder) / CURVE
+    _check_free(page, picture, force=force)
+    curve = _curve(card)
+    text = markdown(card, None if curve is None else CURVE)
+    if curve is not None:
+        replace_file(picture, curve)
+    replace_file(page, text.encode())
+    return [page] if curve is None else [page, picture]
 
 
-def _check(page: Path, picture: Path, *, force: bool) -> None:
+def _check_free(page: Path, picture: Path, *, force: bool) -> None:
     with translated("look at", page):
-        ours = page.exists() and MARK in page.read_text(encoding="utf-8", errors="ignore")
-        there = [one for one in (page, picture) if one.exists()]
-    if there and not ours and not force:
+        is_card = page.exists() and MARK in page.read_text(encoding="utf-8", errors="ignore")
+        existing = [file for file in (page, picture) if file.exists()]
+    if existing and not is_card and not force:
         raise ConflictError(
-            f"{there[0]} exists and is no card of ours; choose another folder, or replace it with --force"
+            f"{existing[0]} exists and is not an earlier card: choose another folder, or replace it with --force"
         )
 
 
-def _curve(found: ModelCard) -> bytes | None:
-    """The first metric that rules rank by, with its peak and this checkpoint; None when it cannot be drawn."""
-    pairs = watched(found.run_data.rules)
-    if not pairs:
+def _curve(card: ModelCard) -> bytes | None:
+    """Draw the first metric that rules rank by, with its peak and this checkpoint; None when it cannot be drawn."""
+    ranked_by = watched(card.run_data.rules)
+    if not ranked_by:
         return None
     try:
         figures: Any = importlib.import_module("peakpoint.reports.evaluation.figures")
     except ModuleNotFoundError:
         return None  # the page has a table instead, and says what draws
-    metric, mode = pairs[0]
-    manifest = found.manifest
-    value = found.metrics.get(metric)
-    here = None if value is None else (manifest.step, manifest.epoch, value)
-    panel = figures.curve(found.run_data, metric, mode, here)
+    metric, mode = ranked_by[0]
+    value = card.metrics.get(metric)
+    point = None if value is None else (card.manifest.step, card.manifest.epoch, value)
+    panel = figures.curve(card.run_data, metric, mode, point)
     return None if panel is None else bytes(figures.save([panel], ".png"))
 
 
 def about_text(path: Path) -> str:
-    """The text of a user's file.
+    """Read the user's text for a card.
 
     Raises:
-        NotFoundError: there is no such file.
-        ConfigError: it is no text.
+        NotFoundError: no such file.
+        ConfigError: a file that is not text in UTF-8.
         StoreError: it cannot be read.
     """
     if not path.exists():
-        raise NotFoundError(f"there is no file {path}")
+        raise NotFoundError(f"file {path} does not exist")
     try:
         with translated("read", path):
             return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no text in UTF-8: {error}") from error
+        raise ConfigError(f"{path} is not text in UTF-8: {error}") from error

@@ -1,4 +1,4 @@
-"""The front matter of a card: YAML as the Hugging Face Hub reads it."""
+"""The front matter of a card, in the schema of the Hugging Face Hub."""
 
 import json
 import math
@@ -13,26 +13,24 @@ _WORD = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[A-Za-z][A-Za-z0
 
 
 def front_matter(card: ModelCard) -> dict[str, Any]:
-    """The members, in the Hub's schema; metrics that are no finite numbers are left out.
+    """Return the members of the front matter; metrics that are not finite are left out.
 
     Source: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
-    told = card.description
-    found: dict[str, Any] = {"library_name": "pytorch"}
-    if told.license:
-        found["license"] = told.license
-    if told.base_model:
-        found["base_model"] = told.base_model
-    if told.task:
-        found["pipeline_tag"] = told.task
-    found["tags"] = list(dict.fromkeys(["peakpoint", *told.tags]))
-    if told.data and _DATASET.fullmatch(told.data):
-        found["datasets"] = [told.data]
-    finite = {name: value for name, value in {**card.metrics, **card.evaluated}.items() if math.isfinite(value)}
-    if finite:
-        found["metrics"] = list(finite)
-        found["model-index"] = [{"name": card.manifest.run, "results": [_result(card, finite)]}]
-    return {name: value for name, value in found.items() if value}
+    description = card.description
+    metrics = {name: value for name, value in {**card.metrics, **card.evaluated}.items() if math.isfinite(value)}
+    is_dataset = _DATASET.fullmatch(description.data or "")
+    members = {
+        "library_name": "pytorch",
+        "license": description.license,
+        "base_model": description.base_model,
+        "pipeline_tag": description.task,
+        "tags": list(dict.fromkeys(["peakpoint", *description.tags])),
+        "datasets": [description.data] if is_dataset else [],
+        "metrics": list(metrics),
+        "model-index": [{"name": card.manifest.run, "results": [_result(card, metrics)]}] if metrics else [],
+    }
+    return {name: value for name, value in members.items() if value}
 
 
 def _result(card: ModelCard, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def _result(card: ModelCard, metrics: Mapping[str, float]) -> dict[str, Any]:
 def _source(card: ModelCard, metric: str) -> str:
     if metric in card.evaluated:
         return "evaluated again in its validation"
-    return "measured later" if any(metric in one.metrics for one in card.measured) else "reported in training"
+    return "measured later" if metric in card.measured_later else "reported in training"
 
 
 def yaml(value: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a card is made of."""
+"""The content of a model card."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from peakpoint.repository.signing import Signature
 from peakpoint.repository.validations import Validation
 from peakpoint.rules import Claim
 
+MARK = "<!-- peakpoint card -->"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
@@ -18,11 +20,10 @@ class ModelDescription:
 
     Attributes:
         license: such as ``"apache-2.0"``; the Hub knows these by identifiers.
-        data: what it was trained and evaluated on.
+        data: the data that it was trained and evaluated on.
         task: such as ``"image-classification"``, as the Hub calls it.
-        base_model: the model on the Hub that it was made of.
-        tags: further tags.
-        about: Markdown of the user, put in as it is.
+        base_model: the model on the Hub that it was made from.
+        about: the user's own Markdown, put in unchanged.
     """
 
     license: str | None = None
@@ -38,16 +39,16 @@ class AliasPeriod:
     """A time during which an alias pointed at the checkpoint.
 
     Attributes:
-        record: which made it so.
-        before: the record in front of it that can be read; None for the first.
-        after: the next one that can be read; None when there is none.
-        holds: whether the alias points at it now.
+        record: the change of the alias that began it.
+        before: the readable record before it; None for the first.
+        after: the next readable record; None when there is none.
+        is_current: whether the alias points at the checkpoint now.
     """
 
     record: AliasRecord
     before: AliasRecord | None
     after: AliasRecord | None
-    holds: bool
+    is_current: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,24 +56,20 @@ class ModelCard:
     """All that is recorded of one checkpoint.
 
     Attributes:
-        ref: as it was asked for.
         location: of the repository.
         manifest: without the parts that were dropped since.
         manifest_digest: of the bytes of its manifest.
-        run_data: the run.
         claims: why it is kept.
-        metrics: all that is known, the last value of each.
-        measured: what was measured after it was saved.
-        state: part to the class of what was given for it.
-        lineage: what it continues, the nearest first, and whether that exists.
+        metrics: the last known value of each.
+        measured: the measurements made after it was saved.
+        state: part to the class of the object that was saved.
+        lineage: its ancestors, the nearest first, and whether each exists.
         validations: earliest first.
-        signatures: beside its manifest, the newest first; nothing of them is verified.
+        signatures: the newest first; none is verified here.
         alias_periods: when aliases pointed at it, by alias.
-        damage: what could not be read, a sentence each.
-        description: what the user says.
+        damage: a sentence for each record that could not be read.
     """
 
-    ref: str
     location: str
     manifest: Manifest
     manifest_digest: str
@@ -90,10 +87,20 @@ class ModelCard:
 
     @property
     def validation(self) -> Validation | None:
-        """The last one that can be read."""
+        """The last readable validation."""
         return self.validations[-1] if self.validations else None
 
     @property
     def evaluated(self) -> Mapping[str, float]:
-        """The metrics as the last validation has found them; nothing without one."""
+        """The metrics of the last validation; empty without one."""
         return {} if self.validation is None else self.validation.metrics
+
+    @property
+    def measured_later(self) -> Mapping[str, float]:
+        """The last measured value of each metric."""
+        return {name: value for event in self.measured for name, value in event.metrics.items()}
+
+    @property
+    def current_aliases(self) -> list[str]:
+        """The aliases that point at it now."""
+        return [period.record.alias for period in self.alias_periods if period.is_current]

@@ -1,0 +1,131 @@
+"""The page of a model card, from the template ``card.md.jinja``: needs Jinja2."""
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import PurePath
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from peakpoint.format.amounts import size
+from peakpoint.format.events import Reported
+from peakpoint.reports.card.front_matter import front_matter, yaml
+from peakpoint.reports.card.values import MARK, AliasPeriod, ModelCard
+from peakpoint.reports.changelog.markdown import code, compared, escaped
+from peakpoint.reports.evaluation.tables import printable
+from peakpoint.rules import watched
+from peakpoint.rules.peaks import peaks
+
+_LAST = 10  # ancestors in the lineage, and reports in the table that stands for a picture
+_DIRECTIONS = {"max": "larger is better", "min": "smaller is better"}
+
+
+class Markdown(str):
+    """Text that is Markdown already: everything else that the template prints is escaped."""
+
+    __slots__ = ()
+
+
+def markdown(card: ModelCard, picture: str | None = None) -> str:
+    """Render a card.
+
+    Args:
+        card: what ``gather`` found.
+        picture: the path of the curve, relative to the page; without it a table of reports takes its place.
+    """
+    manifest, by, validation = card.manifest, card.manifest.written_by, card.validation
+    part = "model" if "model" in manifest.parts else next(iter(manifest.parts), "model")
+    metrics = [name for name, _ in watched(card.run_data.rules)] or list(manifest.metrics)
+    page = (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            card=card,
+            manifest=manifest,
+            description=card.description,
+            validation=validation,
+            by=by,
+            mark=Markdown(MARK),
+            front_matter=Markdown(yaml(front_matter(card)).rstrip()),
+            about=Markdown(card.description.about.strip()),
+            picture=None if picture is None else Markdown(picture),
+            unknown="not recorded",
+            aliases=card.current_aliases,
+            versions=_listed({name: by[name] for name in ("peakpoint", "python", "torch") if name in by}),
+            signed=", ".join(f"with the key {signature.fingerprint or '?'}" for signature in card.signatures),
+            metrics=list(dict.fromkeys([*manifest.metrics, *card.measured_later, *card.evaluated])),
+            directions={name: _DIRECTIONS[mode] for name, mode in watched(card.run_data.rules)},
+            curves=metrics[:4],
+            reports=list(_reports(card)),
+            environment=", ".join(f"{name} {value}" for name, value in validation.environment.items())
+            if validation
+            else "",
+            longest=_LAST,
+            ref=f"{manifest.run}/{manifest.id}",
+            root=PurePath(card.location).name or "runs",
+            part=part,
+            tensor_files=[name for name in manifest.parts.get(part, ()) if name.endswith(".safetensors")],
+            part_of={file: part for part, files in manifest.parts.items() for file in files},
+        )
+    )
+    return page.rstrip() + "\n"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("peakpoint.reports.card", ""),
+        autoescape=False,  # noqa: S701 - `finalize` escapes for Markdown, which HTML's escapes would not
+        finalize=lambda value: value if isinstance(value, Markdown) else escaped(str(value)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "basename": lambda path: PurePath(path).name,
+        "code": lambda text: Markdown(code(text)),
+        "evidence": _evidence,
+        "literal": _literal,
+        "number": lambda value: "" if value is None else f"{value:.6g}",
+        "size": size,
+        "time": _time,
+    }
+    return environment
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _time(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def _literal(text: str) -> Markdown:
+    """A string literal of Python, for a block of code: it cannot end the block."""
+    return Markdown(json.dumps(printable(text), ensure_ascii=False).replace("```", "` ` `"))
+
+
+def _reports(card: ModelCard) -> Iterator[tuple[Reported, list[str], bool]]:
+    """The reports of the table: which metrics have their peak there, and whether it is this checkpoint's."""
+    history, manifest = card.run_data.history, card.manifest
+    peaks_at: dict[int, list[str]] = {}
+    for peak in peaks(history, watched(card.run_data.rules)):
+        peaks_at.setdefault(peak.best_report, []).append(peak.metric)
+    shown = {report.report for report in history[-_LAST:]} | peaks_at.keys() | {manifest.report}
+    for report in history:
+        if report.report in shown:
+            is_this_checkpoint = (report.report, report.step) == (manifest.report, manifest.step)
+            yield report, peaks_at.get(report.report, []), is_this_checkpoint
+
+
+def _evidence(period: AliasPeriod) -> Markdown:
+    record, before = period.record, period.before
+    evidence = [f"validation {escaped(record.validation[:12])}" if record.validation else "no validation"]
+    if record.restores:
+        evidence = [f"rolled back to record {record.restores}"]
+    if before is not None and before.target is not None:
+        evidence.append(f"before it: {escaped(before.target.run)}/{escaped(before.target.name)}")
+    if comparison := compared(record.comparison):
+        evidence.append(comparison)
+    evidence += [f"**forced** despite: {escaped(reason)}" for reason in record.forced]
+    return Markdown("; ".join(evidence))
