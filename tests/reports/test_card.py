@@ -19,7 +19,7 @@ from peakpoint.cli.main import cli
 from peakpoint.reports import card
 from peakpoint.reports.card import ModelDescription
 from peakpoint.reports.card.front_matter import front_matter
-from peakpoint.reports.card.front_matter import yaml as to_yaml
+from peakpoint.reports.card.page import to_yaml
 from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import utc_now
 from strategies import START, texts
@@ -282,7 +282,7 @@ def test_without_matplotlib_there_is_a_table(root, tmp_path):
     assert "pip install 'peakpoint[report]'" in text
 
 
-@pytest.mark.parametrize("library", ["jinja2"])
+@pytest.mark.parametrize("library", ["jinja2", "yaml"])
 def test_without_the_extra_the_message_says_what_to_install(root, library):
     script = (
         f"import sys; sys.modules[{library!r}] = None\n"

@@ -51,7 +51,7 @@ def gather(repository: Repository, ref: str, description: ModelDescription | Non
         >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Best("acc", "max")]) as ckpt:
         ...     _ = ckpt.report(step=1, acc=0.7)
         >>> print(markdown(gather(pp.open(root), "r@latest", ModelDescription(license="mit"))).splitlines()[2])
-        license: "mit"
+        license: mit
     """
     run, manifest = repository.locate(ref)
     run_data = read_run_data(run)

@@ -1,15 +1,18 @@
-"""The page of a model card, from the template ``card.md.jinja``: needs Jinja2."""
+"""The page of a model card, from the template ``card.md.jinja``: needs Jinja2 and PyYAML."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import PurePath
+from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from peakpoint.format.amounts import size
 from peakpoint.format.events import Reported
-from peakpoint.reports.card.front_matter import front_matter, yaml
+from peakpoint.reports.card.front_matter import front_matter
 from peakpoint.reports.card.values import MARK, AliasPeriod, ModelCard
 from peakpoint.reports.changelog.markdown import code, compared, escaped
 from peakpoint.reports.evaluation.tables import printable
@@ -46,7 +49,7 @@ def markdown(card: ModelCard, picture: str | None = None) -> str:
             validation=validation,
             by=by,
             mark=Markdown(MARK),
-            front_matter=Markdown(yaml(front_matter(card)).rstrip()),
+            front_matter=Markdown(to_yaml(front_matter(card)).rstrip()),
             about=Markdown(card.description.about.strip()),
             picture=None if picture is None else Markdown(picture),
             unknown="not recorded",
@@ -129,3 +132,22 @@ def _evidence(period: AliasPeriod) -> Markdown:
         evidence.append(comparison)
     evidence += [f"**forced** despite: {escaped(reason)}" for reason in record.forced]
     return Markdown("; ".join(evidence))
+
+
+def to_yaml(members: dict[str, Any]) -> str:
+    r"""Write front matter. What a terminal would not print as it is, is escaped.
+
+    Example:
+        >>> print(to_yaml({"name": "a: b", "numbers": [1, 1e-05], "of": "é\x85"}), end="")
+        name: 'a: b'
+        numbers:
+        - 1
+        - 1.0e-05
+        of: "\xE9\N"
+    """
+    text = _dumped(members, allow_unicode=True)
+    return text if text.replace("\n", "").isprintable() else _dumped(members, allow_unicode=False)
+
+
+def _dumped(members: dict[str, Any], *, allow_unicode: bool) -> str:
+    return str(yaml.safe_dump(members, sort_keys=False, allow_unicode=allow_unicode, width=math.inf))
