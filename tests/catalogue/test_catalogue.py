@@ -47,7 +47,7 @@ from peakpoint.repository.aliases import AliasChange, append, back_from, head
 from peakpoint.repository.audit import audit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.root import ensure_repository, ensure_run
-from peakpoint.rules import watched
+from peakpoint.rules import ranking_metrics
 from peakpoint.rules.history import history
 from peakpoint.rules.peaks import peaks
 from peakpoint.store import LocalStore, MemoryStore
@@ -83,7 +83,7 @@ def check(root, catalogue):
         one, events = listed[run.name], run.events()
         mine = [checkpoint for checkpoint in truth.values() if checkpoint.run == run.name]
         assert one.rules == tuple(rule.text for rule in run.rules())
-        assert repr(one.peaks) == repr(tuple(peaks(history(events), watched(run.rules()))))
+        assert repr(one.peaks) == repr(tuple(peaks(history(events), ranking_metrics(run.rules()))))
         assert (one.checkpoints, one.size_bytes) == (len(mine), sum(checkpoint.size_bytes for checkpoint in mine))
         steps = {checkpoint.step for checkpoint in mine}
         assert dict(one.kept) == {peak.metric: peak.best_step in steps for peak in one.peaks}

@@ -23,7 +23,7 @@ from commands import RUN, in_process, invoke
 from peakpoint.cli import render
 from peakpoint.cli.demo import show
 from peakpoint.cli.main import _MODULES
-from peakpoint.rules import check_watched, parse_all
+from peakpoint.rules import check_ranking_metrics, parse_all
 from training import checkpointer
 
 MODULE = [sys.executable, "-m", "peakpoint"]
@@ -393,7 +393,7 @@ def test_metrics_that_were_measured_later_and_those_awaited_are_none_that_nothin
     assert invoke("keep", root, "one", "--rules", "best:bleu:max last:1").exit_code == 0
     assert invoke("keep", root, "one", "--rules", "best:rouge:max:pending=2 last:1").exit_code == 0
     with pytest.raises(pp.errors.ConfigError, match=r"'sparsty' of the rule best-at:bleu:.*; there are bleu, val/"):
-        check_watched(parse_all("best-at:bleu:max:sparsty:0.5:0.01"), {"bleu", "val/acc"})
+        check_ranking_metrics(parse_all("best-at:bleu:max:sparsty:0.5:0.01"), {"bleu", "val/acc"})
 
 
 def test_what_if_says_whether_the_peak_survives(root):

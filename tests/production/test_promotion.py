@@ -17,7 +17,7 @@ from peakpoint.production.policy import Improvement, Policy
 from peakpoint.production.proposal import propose
 from peakpoint.repository import aliases, journal, maintenance, removal
 from peakpoint.repository.validations import ValidationSpec
-from peakpoint.rules.retention import Thinning
+from peakpoint.rules.retention import PartRemoval
 from peakpoint.store import LocalStore
 from promoting import Clock, repository, validated
 from training import checkpointer
@@ -114,7 +114,7 @@ def test_a_validation_counts_until_the_part_that_was_validated_is_dropped(tmp_pa
     assert "optimizer" not in run.find_manifest("r:1").parts
     assert objections(found) == ()
     with maintenance.writing(run, "drop") as events:
-        thinning = Thinning(run.find_manifest("r:1"), ("model",), "x")
+        thinning = PartRemoval(run.find_manifest("r:1"), ("model",), "x")
         assert removal.thin(run.store, events, [thinning], by="x")[1] == []
     assert objections(found) == ("it has lost the part model since it was validated",)
 

@@ -15,7 +15,7 @@ from peakpoint.format.events import Measured, Removed, Reported, Saved, Started
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.removal import remove
-from peakpoint.rules import smoothed
+from peakpoint.rules import smoothed_name
 from peakpoint.rules.history import Smoothing, smoothed_metrics
 from peakpoint.rules.retention import Removal
 from strategies import START, manifest, values
@@ -219,7 +219,7 @@ def test_means_are_those_of_the_last_finite_values(reported, window):
     for number, value in enumerate(reported, 1):
         smoothing.report({"m": value})
         finite = [v for v in reported[:number] if math.isfinite(v)][-window:]
-        found = smoothing.means()[smoothed("m", window)]
+        found = smoothing.means()[smoothed_name("m", window)]
         if len(finite) < window:
             assert math.isnan(found)
         else:

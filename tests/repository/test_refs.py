@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.repository.refs import AtEpoch, AtStep, BestOf, ByName, Latest, direction, parse, resolve
 from peakpoint.rules import Best, Last, Moment, TopK
 from strategies import START, Tree, identity, modes, rule_lists, trees
@@ -274,9 +274,9 @@ def test_long_lists_are_shortened_to_their_end():
 
 
 def test_near_names_near_names_only():
-    assert near("val_los", ["val_loss", "acc"]) == "; did you mean 'val_loss'?"
-    assert near("zzz", ["val_loss", "acc"]) == ""
-    assert near("a", []) == ""
+    assert did_you_mean("val_los", ["val_loss", "acc"]) == "; did you mean 'val_loss'?"
+    assert did_you_mean("zzz", ["val_loss", "acc"]) == ""
+    assert did_you_mean("a", []) == ""
 
 
 def test_the_direction_comes_from_the_rules_or_must_be_said():

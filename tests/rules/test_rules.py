@@ -30,11 +30,11 @@ from peakpoint.rules import (
     check_rules,
     claims,
     lineage,
+    moment_claims,
     parse,
     presets,
     ranked,
-    wanted,
-    watched,
+    ranking_metrics,
 )
 from strategies import (
     START,
@@ -268,7 +268,7 @@ def test_a_moment_is_wanted_if_and_only_if_a_rule_would_claim_it(tree, rules, re
         for rule in rules
         if "moment" in oracle(rule, [*tree.records, moment], newest_branch(tree) | {"moment"})
     ]
-    assert [claim.rule for claim in wanted(rules, tree.records, moment)] == expected
+    assert [claim.rule for claim in moment_claims(rules, tree.records, moment)] == expected
 
 
 @given(trees(), rule_lists)
@@ -583,7 +583,7 @@ def test_check_rules_takes_lists_of_rules_only():
 
 def test_watched_names_each_metric_and_direction_once():
     rules = [Last(1), TopK("a", "min", 3), Best("b", "max"), Best("a", "min"), Best("a", "max"), Every(epochs=2)]
-    assert watched(rules) == (("a", "min"), ("b", "max"), ("a", "max"))
+    assert ranking_metrics(rules) == (("a", "min"), ("b", "max"), ("a", "max"))
 
 
 @pytest.mark.parametrize("preset", [presets.research, presets.production, presets.pruning])
@@ -620,7 +620,7 @@ class Training:
             forks=self.forks,
         )
         self.reported.append(moment)
-        if wanted(self.rules, self.existing, moment):
+        if moment_claims(self.rules, self.existing, moment):
             self.sequence += 1
             self.existing.append(moment)
             self.drop()

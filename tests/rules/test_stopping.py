@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
-from peakpoint.rules.stopping import EarlyStopping, Watch
+from peakpoint.rules.stopping import EarlyStopping, StoppingState
 from strategies import values
 
 histories = st.lists(st.dictionaries(st.sampled_from(["m", "other"]), values, max_size=2), max_size=20)
@@ -125,7 +125,7 @@ def test_arguments_are_checked():
 
 @given(rules, histories)
 def test_report_by_report_is_the_same_as_all_at_once(rule, history):
-    watch = Watch(rule)
+    watch = StoppingState(rule)
     for number, metrics in enumerate(history, 1):
         watch.report(metrics)
         assert watch.why == rule.verdict(history[:number])

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError
-from peakpoint.rules.stopping import EarlyStopping, Watch
+from peakpoint.rules.stopping import EarlyStopping, StoppingState
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def lightning():
 
 def here(curve, mode, **arguments):
     """The index of the report at which Peakpoint says to stop; None is a report without the metric."""
-    watch = Watch(EarlyStopping("m", mode, **arguments))
+    watch = StoppingState(EarlyStopping("m", mode, **arguments))
     for index, value in enumerate(curve):
         watch.report({} if value is None else {"m": value})
         if watch.why is not None:

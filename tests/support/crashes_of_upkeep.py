@@ -23,7 +23,7 @@ import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
 from peakpoint.format import layout
 from peakpoint.repository import audit, maintenance, trash
-from peakpoint.rules.retention import Plan, Removal, Thinning
+from peakpoint.rules.retention import PartRemoval, Removal, RetentionPlan
 from peakpoint.store import LocalStore
 
 torch.set_num_threads(1)
@@ -64,11 +64,11 @@ def verb(kind, root, ops=None):
         case "trash" | "keep":
             removals = [Removal(manifest, "told so") for manifest in chosen(run)]
             drops = [
-                Thinning(manifest, ("optimizer",), "told so")
+                PartRemoval(manifest, ("optimizer",), "told so")
                 for manifest in run.manifests()
                 if manifest.epoch == 0 and "optimizer" in manifest.parts
             ]
-            plan = Plan({}, tuple(removals), tuple(drops))
+            plan = RetentionPlan({}, tuple(removals), tuple(drops))
             assert maintenance.apply_plan(run, plan, None, undo_for=DAY if kind == "trash" else timedelta(0)) == []
         case "soup":
             if not any(run.manifests() for run in pp.open(root).runs() if run.name == "s"):

@@ -23,9 +23,9 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import Annotations
-from peakpoint.rules import Mode, parse, watched
+from peakpoint.rules import Mode, parse, ranking_metrics
 from peakpoint.rules import history as histories
-from peakpoint.rules.peaks import Peak, go_on
+from peakpoint.rules.peaks import Peak, extend_peaks
 from peakpoint.store import Store
 
 Rows = dict[str, tuple[int, str]]
@@ -257,7 +257,7 @@ class _Update:
         else:
             before, missing, reports = read_peaks(row.peaks), read_json(row.peaks).get("missing", {}), row.reports
         history = histories.history(events)
-        found, missing = go_on(before, missing, history, watched_by(texts))
+        found, missing = extend_peaks(before, missing, history, watched_by(texts))
         return {
             "rules": json.dumps(texts),
             "peaks": json.dumps({"peaks": [asdict(peak) for peak in found], "missing": missing}),
@@ -303,7 +303,7 @@ def watched_by(texts: Iterable[str]) -> list[tuple[str, Mode]]:
             known.append(parse(text))
         except ConfigError:
             continue
-    return list(watched(known))
+    return list(ranking_metrics(known))
 
 
 def read_peaks(text: str) -> list[Peak]:

@@ -27,7 +27,7 @@ from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.packs import readable_run_archive
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest_event
-from peakpoint.rules.peaks import go_on
+from peakpoint.rules.peaks import extend_peaks
 from peakpoint.store import Store
 
 Facts = dict[str, Any]
@@ -227,7 +227,7 @@ def _facts(events: Sequence[Event], manifests: Sequence[Any]) -> Facts:
     opened = newest_event(events, Opened)
     rules = list(opened.rules) if opened is not None else []
     history = histories.history(events)
-    peaks, missing = go_on((), {}, history, watched_by(rules))
+    peaks, missing = extend_peaks((), {}, history, watched_by(rules))
     steps = {manifest.step for manifest in manifests}
     kept = {peak.metric: peak.best_step in steps for peak in peaks}
     return {

@@ -25,8 +25,8 @@ from peakpoint.repository.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run
 from peakpoint.repository.trash import dropped_parts
-from peakpoint.rules import Rule, check_watched, moment_text, parse_all
-from peakpoint.rules.retention import Plan
+from peakpoint.rules import Rule, check_ranking_metrics, moment_text, parse_all
+from peakpoint.rules.retention import RetentionPlan
 from peakpoint.rules.simulate import Replay, replay, typical_size
 
 GB = 1e9
@@ -89,7 +89,9 @@ def keep(
 def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
     """Refuse a metric that no report and no checkpoint of the run has."""
     reported = (event.metrics for event in run.events() if isinstance(event, Reported))
-    check_watched(rules, {name for metrics in (*reported, *(one.metrics for one in run.known(()))) for name in metrics})
+    check_ranking_metrics(
+        rules, {name for metrics in (*reported, *(one.metrics for one in run.known(()))) for name in metrics}
+    )
 
 
 def _leave_with(failures: Sequence[str]) -> None:
@@ -99,7 +101,7 @@ def _leave_with(failures: Sequence[str]) -> None:
         raise SystemExit(StoreError.exit_code)
 
 
-def _print_done(root: Path, run: Run, decided: Plan, failures: Sequence[str], undo_for: timedelta) -> None:
+def _print_done(root: Path, run: Run, decided: RetentionPlan, failures: Sequence[str], undo_for: timedelta) -> None:
     parts = f", dropped parts of {len(decided.drop)} for good" if decided.drop else ""
     failed = f"; {len(failures)} failed" if failures else ""
     click.echo(f"removed {render.count(len(decided.remove), 'checkpoint')}{parts}{failed}")
@@ -108,7 +110,7 @@ def _print_done(root: Path, run: Run, decided: Plan, failures: Sequence[str], un
         click.echo(render.undo_hint(root, gone, undo_for))
 
 
-def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
+def _print_plan(run: Run, rules: Sequence[Rule], decided: RetentionPlan) -> None:
     console = render.console()
     console.print(f"[bold]{escape(run.name)}[/] under {escape(' '.join(rule.text for rule in rules))}")
     manifests = run.manifests()
@@ -136,7 +138,7 @@ def _print_plan(run: Run, rules: Sequence[Rule], decided: Plan) -> None:
 
 
 def _plan_json(
-    run: Run, rules: Sequence[Rule], decided: Plan, failures: Sequence[str], *, applied: bool
+    run: Run, rules: Sequence[Rule], decided: RetentionPlan, failures: Sequence[str], *, applied: bool
 ) -> dict[str, Any]:
     keep = decided.keep
     drops = [

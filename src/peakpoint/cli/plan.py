@@ -16,14 +16,14 @@ from peakpoint.cli.space import progress
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_count, read_duration, read_rate
 from peakpoint.format.events import Reported, Saved
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.reports.plan import networks, optimizers, sizes
 from peakpoint.reports.plan.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.reports.plan.intervals import Failures, daly, young
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run, rules_of
-from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, watched
+from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, ranking_metrics
 from peakpoint.rules.history import history
 
 
@@ -128,11 +128,11 @@ def _of_run(run: Run, given: dict[str, Any]) -> dict[str, Any]:
     if not rules:
         raise ConfigError(f"run {run.name!r} has no rules in force: give some with --rules, such as last:3")
     names = sorted({metric for report in reports for metric in report.metrics})
-    for metric, _ in watched(rules):
+    for metric, _ in ranking_metrics(rules):
         if reports and metric not in names and not (given["sparsity"] and metric == "sparsity"):
             raise ConfigError(
-                f"the rules rank by {metric!r}, which run {run.name!r} has never reported{near(metric, names)}; it "
-                f"reports {', '.join(names) or 'nothing'}"
+                f"the rules rank by {metric!r}, which run {run.name!r} has never reported"
+                f"{did_you_mean(metric, names)}; it reports {', '.join(names) or 'nothing'}"
             )
     packed = packed_bytes(run.store, run.name, manifests)
     whole = sum(one.size_bytes for one in manifests if one.id in packed)

@@ -24,14 +24,14 @@ from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.audit import Audit, AuditFinding
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.run import Run, rules_of
-from peakpoint.rules import Claim, ranked, watched
+from peakpoint.rules import Claim, ranked, ranking_metrics
 from peakpoint.rules.history import history
 from peakpoint.rules.peaks import Peak, peaks
 
 if TYPE_CHECKING:
     from peakpoint.catalogue import RunSummary
 
-size, at = amounts.size, amounts.moment
+size, at = amounts.size_text, amounts.moment_label
 _NAMED = 10  # things that one command names
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 
@@ -268,7 +268,7 @@ def print_run(console: Console, run: Run) -> None:
     """A run: its rules, peak against last, and its checkpoints with the reasons why each is kept."""
     events, manifests = run.events(), run.manifests()
     in_force = rules_of(events)
-    pairs = watched(in_force)
+    pairs = ranking_metrics(in_force)
     kept, manifests = run.plan(None, events).keep, all_with_annotations(manifests, events, ())
     total = sum(manifest.size_bytes for manifest in manifests)
     packed, aliases = packed_bytes(run.store, run.name, manifests), alias_marks.pointing(run)
@@ -346,7 +346,7 @@ def run_json(run: Run) -> dict[str, Any]:
     kept, manifests = run.plan(None, events).keep, all_with_annotations(manifests, events, ())
     packed, aliases = packed_bytes(run.store, run.name, manifests), alias_marks.pointing(run)
     past = history(events)
-    found = peaks(past, watched(in_force))
+    found = peaks(past, ranking_metrics(in_force))
     return {
         "name": run.name,
         "rules": [rule.text for rule in in_force],

@@ -24,7 +24,7 @@ from peakpoint.repository.reader import list_run
 from peakpoint.repository.root import ensure_run
 from peakpoint.repository.run import Run
 from peakpoint.repository.run_audit import clean_run
-from peakpoint.rules import Rule, check_watched, watched
+from peakpoint.rules import Rule, check_ranking_metrics, ranking_metrics
 from peakpoint.rules.history import history
 from peakpoint.state.capture import FromElsewhere, StateEncoder, capture
 from peakpoint.state.host_copy import NOTHING
@@ -134,7 +134,7 @@ class Intake:
         self._in_force = self.rules or ()
         self._read_run()
         metrics = [*(moment.metrics for moment in self.moments), *(report.metrics for report in self._history)]
-        check_watched(self._in_force, {name for values in metrics for name in values})
+        check_ranking_metrics(self._in_force, {name for values in metrics for name in values})
 
     def _read_run(self) -> None:
         listing = list_run(self.store, self.run)
@@ -336,7 +336,7 @@ class Intake:
             written_by={**written_by(trains=False), **origin},
             timing={},
         )
-        metric = next((name for name, _ in watched(self._in_force) if name in moment.metrics), None)
+        metric = next((name for name, _ in ranking_metrics(self._in_force) if name in moment.metrics), None)
         return named(self.store, draft, metric)
 
 

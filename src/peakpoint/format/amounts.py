@@ -153,7 +153,7 @@ def read_time(name: str, given: str, now: datetime) -> datetime:
         ) from error
 
 
-def size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes in decimal units: ``"12.3 MB"``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
@@ -162,6 +162,6 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def moment(step: int, epoch: int | None) -> str:
+def moment_label(step: int, epoch: int | None) -> str:
     """``"epoch 3"`` or ``"step 400"``."""
     return f"step {step}" if epoch is None else f"epoch {epoch}"

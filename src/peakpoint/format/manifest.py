@@ -167,7 +167,7 @@ class Checkpoint:
         return f"{self.run}/{self.name}"
 
 
-def without(manifest: Manifest, gone: Collection[str]) -> Manifest:
+def without_parts(manifest: Manifest, gone: Collection[str]) -> Manifest:
     """A manifest without some parts, and without the files that only they have."""
     parts = {part: names for part, names in manifest.parts.items() if part not in gone}
     stays = {name for names in parts.values() for name in names}

@@ -200,13 +200,13 @@ def _pieces(template: str) -> list[str]:
     return pieces
 
 
-def near(wanted: str, names: Sequence[str]) -> str:
+def did_you_mean(wanted: str, names: Sequence[str]) -> str:
     """``"; did you mean 'x'?"``, or nothing when no name is near."""
     found = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
-def shown(names: Sequence[str], most: int = 5) -> str:
+def listing(names: Sequence[str], most: int = 5) -> str:
     """Names in a sentence, not too many."""
     more = f", ... and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -14,7 +14,7 @@ from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
 from peakpoint.repository.validations import Predictions, Validation
-from peakpoint.rules import Mode, watched
+from peakpoint.rules import Mode, ranking_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ def _by(validation: Validation) -> str:
 def _pairs(
     theirs: Run, holder: Manifest, before: Validation | None, run: Run, manifest: Manifest, now: Validation | None
 ) -> Iterator[MetricPair]:
-    modes = set(watched([*theirs.rules(), *run.rules()]))
+    modes = set(ranking_metrics([*theirs.rules(), *run.rules()]))
     old, new = known_of(theirs, holder), known_of(run, manifest)
     late_old, late_new = ({} if one is None else one.metrics for one in (before, now))
     for name in sorted(old.keys() & new.keys() | late_old.keys() & late_new.keys()):

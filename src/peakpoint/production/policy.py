@@ -36,7 +36,7 @@ from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import read_duration
-from peakpoint.format.names import check_metric, near
+from peakpoint.format.names import check_metric, did_you_mean
 from peakpoint.format.sealed import digest
 from peakpoint.production.validation import check_wanted
 from peakpoint.repository.aliases import KEEPS
@@ -276,7 +276,8 @@ def _explained(message: str) -> str:
     place = message.partition("at `$.")[2].strip("`").partition("[")[0]
     known = [one.encode_name for one in msgspec.structs.fields(_KNOWN[place])]
     return (
-        f"there is no entry {name!r}{near(name, known)}; entries{f' of {place}' if place else ''}: {', '.join(known)}"
+        f"there is no entry {name!r}{did_you_mean(name, known)}; "
+        f"entries{f' of {place}' if place else ''}: {', '.join(known)}"
     )
 
 

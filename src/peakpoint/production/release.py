@@ -17,7 +17,7 @@ from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.format.sealed import FORMAT, digest, seal
 from peakpoint.production import hooks, promotion
 from peakpoint.production.hooks import HookResult
@@ -119,7 +119,7 @@ def _policy_of(policies: Policies, alias: str) -> Policy:
     if policy is None or not policy.by:
         lacks = "has no table" if policy is None else "says nothing of what to select in the table"
         lacks = lacks if policies.text else "does not exist, and so has no table"
-        have = (", ".join(policies.content) or "none") + near(alias, list(policies.content))
+        have = (", ".join(policies.content) or "none") + did_you_mean(alias, list(policies.content))
         raise ConfigError(
             f"{policies.where} {lacks} [{_quoted(alias)}]: a release needs select = '...' and "
             f'rank = ["max METRIC"] there; tables: {have}'

@@ -30,7 +30,7 @@ from peakpoint.errors import ConfigError, CorruptError, FormatError, MissingExtr
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_from_json
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.production.subprocess_runner import run_apart
 from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import code_version, present_user, utc_now
@@ -86,7 +86,7 @@ def _check_budgets(budgets: Mapping[str, float]) -> None:
     for name, value in budgets.items():
         if name not in BUDGETS:
             have = "; ".join(f"{name} ({what})" for name, what in BUDGETS.items())
-            raise ConfigError(f"there is no budget {name!r}{near(name, list(BUDGETS))}; budgets: {have}")
+            raise ConfigError(f"there is no budget {name!r}{did_you_mean(name, list(BUDGETS))}; budgets: {have}")
         if not (_is_number(value) and value > 0):
             raise ConfigError(f"the budget {name}={value!r} is no number above 0")
 
@@ -166,7 +166,7 @@ def _check_part(manifest: Manifest, part: str) -> None:
     have = [name for name in manifest.parts if name not in ("rng", "loop")]
     if part not in have:
         raise NotFoundError(
-            f"checkpoint {manifest.name} has no part {part!r}{near(part, have)}; parts: "
+            f"checkpoint {manifest.name} has no part {part!r}{did_you_mean(part, have)}; parts: "
             f"{', '.join(have) or 'none'}; choose one with --part"
         )
 
@@ -176,7 +176,7 @@ def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]
     if isinstance(record, aliases.DamagedRecord):
         return None, f"what {alias} is cannot be read: {record.error}"
     if record is None or record.target is None:
-        there = near(alias, aliases.names(repository.store))
+        there = did_you_mean(alias, aliases.names(repository.store))
         return None, f"nothing is {alias} {'yet' if record is None else 'at present'}{there}"
     try:
         return repository.locate(f"@{alias}")[1], ""

@@ -19,7 +19,7 @@ from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import annotations_of, with_annotations
 from peakpoint.repository.root import Repository
-from peakpoint.rules import Mode, watched
+from peakpoint.rules import Mode, ranking_metrics
 from peakpoint.rules import parse as parse_rule
 from peakpoint.store import Store
 
@@ -298,7 +298,7 @@ def _opened(events: Sequence[Event], manifest: Manifest) -> Opened | None:
 
 
 def _metrics(a: DiffSide, b: DiffSide) -> Iterator[MetricDifference]:
-    pairs = set(watched(parse_rule(text) for text in dict.fromkeys([*a.rules, *b.rules])))
+    pairs = set(ranking_metrics(parse_rule(text) for text in dict.fromkeys([*a.rules, *b.rules])))
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
         modes = [mode for metric, mode in pairs if metric == name]
         mode = modes[0] if len(modes) == 1 else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint.format.events import Event, Opened, Removed, Saved, Undone
-from peakpoint.rules import Moment, Record, parse
+from peakpoint.rules import CheckpointRecord, Moment, parse
 from peakpoint.rules.history import RunReplay, smoothing_windows
 
 
@@ -55,7 +55,7 @@ def checkpoint_histories(events: Iterable[Event]) -> list[CheckpointHistory]:
     return list(found.values())
 
 
-def _instead(text: str, records: Sequence[Record], names: Mapping[str, str], own: str) -> tuple[str, ...]:
+def _instead(text: str, records: Sequence[CheckpointRecord], names: Mapping[str, str], own: str) -> tuple[str, ...]:
     """What a rule claimed when a checkpoint went, newest first."""
     rule = parse(text)
     if smoothing_windows([rule]):

@@ -28,7 +28,7 @@ from peakpoint.errors import (
 )
 from peakpoint.format import layout
 from peakpoint.format.events import Promoting
-from peakpoint.format.names import check_text, near
+from peakpoint.format.names import check_text, did_you_mean
 from peakpoint.format.sealed import FORMAT, check_format, digest, seal, unseal
 from peakpoint.repository.refs import check_alias, is_alias
 from peakpoint.store import Store, establish
@@ -260,7 +260,7 @@ def holder(store: Store, alias: str) -> AliasRecord:
     if found is None:
         there = names(store)
         raise NotFoundError(
-            f"there is no alias {alias!r}{near(alias, there)}; aliases: {', '.join(there) or 'none yet'}; "
+            f"there is no alias {alias!r}{did_you_mean(alias, there)}; aliases: {', '.join(there) or 'none yet'}; "
             f"peakpoint promote ROOT REF --as {alias} makes one"
         )
     if found.target is None:

@@ -19,7 +19,7 @@ from peakpoint.repository.journal import JournalContents
 from peakpoint.repository.reader import being_read
 from peakpoint.rules import Rule, retention
 from peakpoint.rules.history import SmoothedMetrics, smoothed_metrics, smoothing_windows
-from peakpoint.rules.retention import Plan
+from peakpoint.rules.retention import RetentionPlan
 from peakpoint.store import Store
 
 
@@ -176,12 +176,12 @@ class LiveAnnotations:
         """The ids that aliases protect, with the reasons."""
         return protected_by_aliases(self._store, [manifest.id for manifest in manifests], self.promoting)
 
-    def planner(self, existing: Sequence[Manifest]) -> Callable[[Sequence[Manifest], Sequence[Rule]], Plan]:
+    def planner(self, existing: Sequence[Manifest]) -> Callable[[Sequence[Manifest], Sequence[Rule]], RetentionPlan]:
         """What rules make of checkpoints, with what protects those that exist at this moment."""
         self.refresh()
         aliased, read, pinned = self.aliased(existing), being_read(self._store, existing), self.pinned
 
-        def plan(manifests: Sequence[Manifest], rules: Sequence[Rule]) -> Plan:
+        def plan(manifests: Sequence[Manifest], rules: Sequence[Rule]) -> RetentionPlan:
             return retention.plan(self.view(manifests), rules, pinned, read=read, aliased=aliased)
 
         return plan

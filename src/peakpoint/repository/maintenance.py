@@ -14,7 +14,7 @@ from peakpoint.errors import ConflictError, CorruptError, Error, NotFoundError, 
 from peakpoint.format import layout
 from peakpoint.format.events import Changing, Closed, Opened, Pinned, Undone
 from peakpoint.format.manifest import Manifest
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.repository import archive as archives
 from peakpoint.repository import packs, reader, removal, trash
 from peakpoint.repository.annotations import annotations_of
@@ -25,7 +25,7 @@ from peakpoint.repository.run import Run
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.repository.trash import TrashEntry
 from peakpoint.rules import Rule
-from peakpoint.rules.retention import Plan, Removal
+from peakpoint.rules.retention import Removal, RetentionPlan
 from peakpoint.store import holder_note
 
 PERMANENTLY = timedelta(0)
@@ -55,7 +55,12 @@ def writing(run: Run, why: str, clock: Clock = utc_now) -> Iterator[Journal]:
 
 
 def apply_plan(
-    run: Run, plan: Plan, rules: Sequence[Rule] | None, *, undo_for: timedelta = PERMANENTLY, clock: Clock = utc_now
+    run: Run,
+    plan: RetentionPlan,
+    rules: Sequence[Rule] | None,
+    *,
+    undo_for: timedelta = PERMANENTLY,
+    clock: Clock = utc_now,
 ) -> list[str]:
     """Carry out a plan of retention.
 
@@ -204,7 +209,9 @@ def _entries_of(removed: Sequence[TrashEntry], name: str) -> list[TrashEntry]:
     entries = [entry for entry in removed if entry.manifest.name == name or entry.manifest.id.startswith(name)]
     if not entries:
         names = [entry.manifest.name for entry in removed]
-        raise NotFoundError(f"{name!r} is not in the trash{near(name, names)}; to list the trash: peakpoint trash")
+        raise NotFoundError(
+            f"{name!r} is not in the trash{did_you_mean(name, names)}; to list the trash: peakpoint trash"
+        )
     return entries
 
 

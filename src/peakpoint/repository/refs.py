@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.format.names import check_metric, check_run, near
-from peakpoint.rules import Mode, Record, Rule, by_sequence, lineage, mode_of, ranked, watched
+from peakpoint.format.names import check_metric, check_run, did_you_mean
+from peakpoint.rules import CheckpointRecord, Mode, Rule, by_sequence, lineage, mode_of, ranked, ranking_metrics
 
 FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME, @ALIAS, @ALIAS:N"
 
 
-class Named(Record, Protocol):
+class Named(CheckpointRecord, Protocol):
     """A record that has a directory."""
 
     @property
@@ -200,7 +200,7 @@ def direction(run: str, metric: str, rules: Sequence[Rule]) -> Mode:
     Raises:
         ConfigError: no rule does, or two disagree; the message says how to give it.
     """
-    modes = {mode for name, mode in watched(rules) if name == metric}
+    modes = {mode for name, mode in ranking_metrics(rules) if name == metric}
     if len(modes) == 1:
         return modes.pop()
     why = "rules of this run rank it both ways" if modes else "no rule of this run ranks by it"
@@ -213,7 +213,7 @@ def _best(run: str, records: list[R], metric: str, mode: Mode) -> R:
         return ranking[0]
     names = sorted({name for record in records for name in record.metrics})
     raise NotFoundError(
-        f"no checkpoint of run {run!r} has a finite value of {metric!r}{near(metric, names)}; metrics: "
+        f"no checkpoint of run {run!r} has a finite value of {metric!r}{did_you_mean(metric, names)}; metrics: "
         + (", ".join(names) or "none")
     )
 
@@ -233,4 +233,4 @@ def _by_name(run: str, records: list[R], name: str) -> R:
     names = [record.name for record in records]
     if found:
         raise NotFoundError(f"{name!r} is the beginning of several ids: {', '.join(r.id for r in found)}")
-    raise NotFoundError(f"run {run!r} has no checkpoint named {name!r}{near(name, names)}")
+    raise NotFoundError(f"run {run!r} has no checkpoint named {name!r}{did_you_mean(name, names)}")

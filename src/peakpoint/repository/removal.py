@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 from peakpoint.errors import NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Event, PartsDropped, Removed, Undone
-from peakpoint.format.manifest import Manifest, without
+from peakpoint.format.manifest import Manifest, without_parts
 from peakpoint.format.sealed import FORMAT, seal
 from peakpoint.repository.commit import sweep
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.trash import TrashedCheckpoint
-from peakpoint.rules.retention import Removal, Thinning
+from peakpoint.rules.retention import PartRemoval, Removal
 from peakpoint.store import Store, establish
 
 Protected = Callable[[], Collection[str]]
@@ -85,7 +85,7 @@ def drop_parts(store: Store, manifest: Manifest, parts: Sequence[str], *, at: da
     Raises:
         StoreError: the store refused. If the record exists, the parts are dropped, and audit finds the rest.
     """
-    remaining = without(manifest, parts)
+    remaining = without_parts(manifest, parts)
     files = [file.name for file in manifest.files if file not in remaining.files]
     dropped = [part for part in parts if part in manifest.parts]
     content = {"format": FORMAT, "parts": dropped, "files": files, "at": at, "why": why, "by": by}
@@ -140,7 +140,7 @@ def remove(
 
 
 def thin(
-    store: Store, journal: Journal, thinnings: Sequence[Thinning], *, by: str, protected: Protected = tuple
+    store: Store, journal: Journal, thinnings: Sequence[PartRemoval], *, by: str, protected: Protected = tuple
 ) -> tuple[dict[str, Manifest], list[str]]:
     """Drop parts permanently, recording each reason durably before the first file is deleted.
 
@@ -149,19 +149,19 @@ def thin(
     """
     thinned: dict[str, Manifest] = {}
 
-    def act(thinning: Thinning) -> None:
+    def act(thinning: PartRemoval) -> None:
         thinned[thinning.manifest.id] = drop_parts(
             store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by
         )
 
-    def event(thinning: Thinning) -> PartsDropped:
+    def event(thinning: PartRemoval) -> PartsDropped:
         about = _about(thinning.manifest, by)
         return PartsDropped(at=journal.now(), **about, parts=thinning.parts, reason=thinning.reason)
 
     return thinned, _carry_out(journal, thinnings, event, act, by, protected)
 
 
-A = TypeVar("A", Removal, Thinning)
+A = TypeVar("A", Removal, PartRemoval)
 
 
 def _carry_out(
@@ -190,7 +190,7 @@ def _carry_out(
         raise StoreError(error.errno, f"nothing was removed, since recording it needs space: {error}{hint}") from error
     protected_ids, failures = set(protected()), []
     for action in actions:
-        manifest, parts = action.manifest, action.parts if isinstance(action, Thinning) else ()
+        manifest, parts = action.manifest, action.parts if isinstance(action, PartRemoval) else ()
         what = f"{', '.join(parts)} of {manifest.name}" if parts else manifest.name
         if manifest.id in protected_ids:
             failures.append(f"{what} was not removed: {_PROTECTED}")

@@ -33,7 +33,7 @@ from peakpoint.repository.provenance import present_user, utc_now
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest_event
-from peakpoint.rules.retention import Plan, plan
+from peakpoint.rules.retention import RetentionPlan, plan
 from peakpoint.store import SMALL, LocalStore, Store
 
 
@@ -132,7 +132,7 @@ class Run:
         """The ids of pinned checkpoints, with the reasons."""
         return annotations_of(self.events()).pinned
 
-    def plan(self, rules: Sequence[Rule] | None = None, events: Sequence[Event] | None = None) -> Plan:
+    def plan(self, rules: Sequence[Rule] | None = None, events: Sequence[Event] | None = None) -> RetentionPlan:
         """What rules keep of what is there, and what would go; nothing is changed.
 
         Checkpoints with files that are missing or of another size neither go nor count.

@@ -17,7 +17,7 @@ from datetime import datetime
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, Manifest, without
+from peakpoint.format.manifest import MANIFEST, Manifest, without_parts
 from peakpoint.format.sealed import decode_record
 from peakpoint.store import Store
 
@@ -133,7 +133,7 @@ def dropped_parts(store: Store, run: str, name: str) -> Iterator[DroppedParts]:
 
 def without_dropped(manifest: Manifest, dropped: Sequence[DroppedParts]) -> Manifest:
     """Return a manifest without the dropped parts."""
-    return without(manifest, {part for record in dropped for part in record.parts}) if dropped else manifest
+    return without_parts(manifest, {part for record in dropped for part in record.parts}) if dropped else manifest
 
 
 def files_of_dropped_parts(store: Store, run: str, name: str, now: datetime) -> list[str]:

@@ -4,7 +4,7 @@ A rule is a frozen value with one pure method: ``claims(records)`` names, among 
 wants, each with a reason. It keeps no state, so "save this moment?", "keep this checkpoint?", "what would happen under
 other rules?" and "what after a restart?" are one calculation:
 
-- a moment is saved if and only if a rule would claim it among the checkpoints that exist (``wanted``);
+- a moment is saved if and only if a rule would claim it among the checkpoints that exist (``moment_claims``);
 - a checkpoint is kept while a rule claims it (``claims``).
 
 Laws that every rule obeys (tests/rules/test_rules.py proves them): the answer does not depend on the order of the
@@ -18,15 +18,15 @@ from typing import get_args
 
 from peakpoint.errors import ConfigError
 from peakpoint.rules.budget import Budget
-from peakpoint.rules.metric import Best, BestAtSparsity, Considered, Pareto, TopK, smoothed
+from peakpoint.rules.metric import Best, BestAtSparsity, MetricRule, Pareto, TopK, smoothed_name
 from peakpoint.rules.presets import production, pruning, research
 from peakpoint.rules.record import (
+    CheckpointRecord,
     Claim,
     Mode,
     Moment,
+    NeedsParts,
     Reasons,
-    Record,
-    Wanting,
     by_sequence,
     check_mode,
     lineage,
@@ -41,36 +41,36 @@ __all__ = [
     "Best",
     "BestAtSparsity",
     "Budget",
+    "CheckpointRecord",
     "Claim",
-    "Considered",
     "Every",
     "Last",
+    "MetricRule",
     "Mode",
     "Moment",
+    "NeedsParts",
     "Pareto",
     "Reasons",
-    "Record",
     "Rule",
     "Thin",
     "TopK",
-    "Wanting",
     "by_sequence",
     "check_mode",
+    "check_ranking_metrics",
     "check_rules",
-    "check_watched",
     "claims",
     "lineage",
     "mode_of",
+    "moment_claims",
     "moment_text",
     "parse",
     "parse_all",
     "production",
     "pruning",
     "ranked",
+    "ranking_metrics",
     "research",
-    "smoothed",
-    "wanted",
-    "watched",
+    "smoothed_name",
 ]
 
 
@@ -90,7 +90,7 @@ def check_rules(keep: object) -> tuple[Rule, ...]:
     return rules
 
 
-def claims(rules: Iterable[Rule], records: Sequence[Record]) -> dict[str, tuple[Claim, ...]]:
+def claims(rules: Iterable[Rule], records: Sequence[CheckpointRecord]) -> dict[str, tuple[Claim, ...]]:
     """Who wants what: id of each claimed record, with its claims in the order of the rules.
 
     Pure; the answer does not depend on the order of ``records``.
@@ -106,19 +106,21 @@ def claims(rules: Iterable[Rule], records: Sequence[Record]) -> dict[str, tuple[
     return {id: tuple(claimed) for id, claimed in found.items()}  # noqa: A001
 
 
-def wanted(rules: Iterable[Rule], existing: Sequence[Record], moment: Record) -> tuple[Claim, ...]:
+def moment_claims(
+    rules: Iterable[Rule], existing: Sequence[CheckpointRecord], moment: CheckpointRecord
+) -> tuple[Claim, ...]:
     """The claims that ``moment`` would have among ``existing``: it is saved if and only if there is one."""
     records = [*existing, moment]
     reasons = ((rule, rule.claims(records).get(moment.id)) for rule in rules)
     return tuple(Claim(rule.text, reason) for rule, reason in reasons if reason is not None)
 
 
-def watched(rules: Iterable[Rule]) -> tuple[tuple[str, Mode], ...]:
+def ranking_metrics(rules: Iterable[Rule]) -> tuple[tuple[str, Mode], ...]:
     """The metrics that rules rank by, with their directions, in the order of the rules, once each."""
     return tuple(dict.fromkeys(pair for rule in rules for pair in rule.ranks_by))
 
 
-def check_watched(rules: Iterable[Rule], metrics: Collection[str]) -> None:
+def check_ranking_metrics(rules: Iterable[Rule], metrics: Collection[str]) -> None:
     """Refuse rules by metrics that nothing has: a misspelt one claims nothing, and the best would go.
 
     Rules with ``pending=`` are left alone: they wait for values.
@@ -131,7 +133,7 @@ def check_watched(rules: Iterable[Rule], metrics: Collection[str]) -> None:
         ConfigError: a metric that none of them has; names near ones.
 
     Example:
-        >>> check_watched(parse_all("best:val_acuracy:max"), {"val_accuracy"})
+        >>> check_ranking_metrics(parse_all("best:val_acuracy:max"), {"val_accuracy"})
         Traceback (most recent call last):
         ...
         peakpoint.errors.ConfigError: no report has the metric 'val_acuracy' of the rule best:val_acuracy:max; did you \

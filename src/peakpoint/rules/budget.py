@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint.format.amounts import read_bytes
-from peakpoint.rules.record import Claim, Reasons, Record
+from peakpoint.rules.record import CheckpointRecord, Claim, Reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Budget:
         """Nothing."""
         return ()
 
-    def claims(self, records: Sequence[Record]) -> Reasons:  # noqa: ARG002
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:  # noqa: ARG002
         """Nothing."""
         return {}
 
     def exceeded(
-        self, records: Iterable[Record], claims: Mapping[str, Sequence[Claim]], protected: Collection[str]
+        self, records: Iterable[CheckpointRecord], claims: Mapping[str, Sequence[Claim]], protected: Collection[str]
     ) -> list[str]:
         """The ids of what must go, in this order, out of what is claimed or protected.
 

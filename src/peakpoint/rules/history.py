@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from peakpoint.format.events import Event, Reported, Saved, Started
 from peakpoint.format.manifest import Forks
-from peakpoint.rules import Best, Moment, Rule, smoothed
+from peakpoint.rules import Best, Moment, Rule, smoothed_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +166,9 @@ class Smoothing:
                 last.append(value)
 
     def means(self) -> SmoothedMetrics:
-        """The means after the last report, by the names that ``rules.smoothed`` gives."""
+        """The means after the last report, by the names that ``rules.smoothed_name`` gives."""
         return {
-            smoothed(metric, window): _mean(last, window) if len(last) == window else math.nan
+            smoothed_name(metric, window): _mean(last, window) if len(last) == window else math.nan
             for (metric, window), last in self._last.items()
         }
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_metric
 from peakpoint.rules.record import (
+    CheckpointRecord,
     Mode,
+    NeedsParts,
     Reasons,
-    Record,
-    Wanting,
     by_sequence,
     check_mode,
     check_whole,
@@ -20,7 +20,7 @@ from peakpoint.rules.record import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Considered(Wanting):
+class MetricRule(NeedsParts):
     """Which checkpoints a metric rule looks at; these arguments are common to all of them.
 
     Args:
@@ -52,7 +52,7 @@ class Considered(Wanting):
         shown = {name: value for name, value in given.items() if value or (name == "min_epoch" and self.min_epoch == 0)}
         return "".join(f":{name}={value}" for name, value in shown.items()) + self._parts_text
 
-    def considered(self, records: Iterable[Record]) -> list[Record]:
+    def considered(self, records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
         """The records that count."""
         return [
             record
@@ -61,7 +61,7 @@ class Considered(Wanting):
             and (self.min_epoch is None or (record.epoch is not None and record.epoch >= self.min_epoch))
         ]
 
-    def _waiting(self, records: Sequence[Record], metrics: Sequence[str]) -> Reasons:
+    def _waiting(self, records: Sequence[CheckpointRecord], metrics: Sequence[str]) -> Reasons:
         """The newest records that have no value of some metric at all; NaN is a value."""
         if not self.pending:
             return {}
@@ -73,7 +73,7 @@ class Considered(Wanting):
         }
 
 
-def smoothed(metric: str, window: int) -> str:
+def smoothed_name(metric: str, window: int) -> str:
     """The name under which a record carries the mean of the last ``window`` values of a metric.
 
     No metric that is reported can have such a name.
@@ -82,7 +82,7 @@ def smoothed(metric: str, window: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Best(Considered):
+class Best(MetricRule):
     """Claims the checkpoint with the best value of one metric.
 
     Args:
@@ -90,7 +90,7 @@ class Best(Considered):
         mode: ``"max"`` when larger is better, ``"min"`` when smaller is. Required.
         smooth: rank by the mean of the last ``smooth`` reported values, at least 1; a single lucky evaluation then does
             not win. Reports before there are so many values do not count.
-        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
+        min_epoch, warmup, pending, parts: see ``MetricRule`` and ``NeedsParts``.
 
     Raises:
         ConfigError: a mode or a name that cannot be.
@@ -123,12 +123,12 @@ class Best(Considered):
         """The metric, with its direction."""
         return ((self.metric, self.mode),)
 
-    def claims(self, records: Sequence[Record]) -> Reasons:
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The best record and its margin."""
         able = self.considered(records)
         key, called = self.metric, self.metric
         if self.smooth > 1:
-            key, called = smoothed(self.metric, self.smooth), f"{self.metric} over {self.smooth} reports"
+            key, called = smoothed_name(self.metric, self.smooth), f"{self.metric} over {self.smooth} reports"
             if any(self.metric in record.metrics and key not in record.metrics for record in able):
                 raise ValueError(
                     f"the records have no {key!r}, the mean of {self.metric!r} over {self.smooth} reports, which "
@@ -146,14 +146,14 @@ class Best(Considered):
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(Considered):
+class TopK(MetricRule):
     """Claims the ``k`` checkpoints with the best values of one metric.
 
     Args:
         metric: the metric's name, as reported.
         mode: ``"max"`` or ``"min"``. Required.
         k: how many, at least 1.
-        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
+        min_epoch, warmup, pending, parts: see ``MetricRule`` and ``NeedsParts``.
 
     Raises:
         ConfigError: an argument that cannot be.
@@ -183,7 +183,7 @@ class TopK(Considered):
         """The metric, with its direction."""
         return ((self.metric, self.mode),)
 
-    def claims(self, records: Sequence[Record]) -> Reasons:
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The first ``k`` of the ranking, each with its rank."""
         able = self.considered(records)
         ranking = ranked(able, self.metric, self.mode)[: self.k]
@@ -201,7 +201,7 @@ def _number(rule: str, name: str, value: object, least: float, most: float) -> f
 
 
 @dataclass(frozen=True, slots=True)
-class BestAtSparsity(Considered):
+class BestAtSparsity(MetricRule):
     """Claims the best checkpoint at each sparsity target.
 
     A checkpoint belongs to the target that is nearest to its sparsity (to the lower of two that are equally near), if
@@ -213,7 +213,7 @@ class BestAtSparsity(Considered):
         targets: sparsities, from 0 (dense) to 1; sorted, each once.
         tolerance: how far from a target is still at it, from 0 to 1.
         sparsity: the metric that holds the actual sparsity.
-        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
+        min_epoch, warmup, pending, parts: see ``MetricRule`` and ``NeedsParts``.
 
     Raises:
         ConfigError: an argument that cannot be.
@@ -252,7 +252,7 @@ class BestAtSparsity(Considered):
         """The metric, with its direction."""
         return ((self.metric, self.mode),)
 
-    def target_of(self, record: Record) -> float | None:
+    def target_of(self, record: CheckpointRecord) -> float | None:
         """The target that a record belongs to, None when it is near none."""
         actual = record.metrics.get(self.sparsity, math.nan)
         if not math.isfinite(actual):
@@ -261,7 +261,7 @@ class BestAtSparsity(Considered):
         # 0.51 is at 0.5 with a tolerance of 0.01, whatever binary fractions say
         return target if abs(target - actual) <= self.tolerance + 1e-12 else None
 
-    def claims(self, records: Sequence[Record]) -> Reasons:
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The best of each target, with its actual sparsity."""
         able = self.considered(records)
         found = self._waiting(able, (self.metric, self.sparsity))
@@ -281,7 +281,7 @@ class BestAtSparsity(Considered):
 
 
 @dataclass(frozen=True, slots=True)
-class Pareto(Considered):
+class Pareto(MetricRule):
     """Claims the checkpoints that no other beats in every objective.
 
     One checkpoint beats another when it is at least as good in all objectives and better in one. Of several that are
@@ -289,7 +289,7 @@ class Pareto(Considered):
 
     Args:
         objectives: metric name to ``"max"`` or ``"min"``; at least two, and a value is needed in each.
-        min_epoch, warmup, pending, parts: see ``Considered`` and ``Wanting``.
+        min_epoch, warmup, pending, parts: see ``MetricRule`` and ``NeedsParts``.
 
     Raises:
         ConfigError: an argument that cannot be.
@@ -327,7 +327,7 @@ class Pareto(Considered):
         """The compact form that ``parse`` reads."""
         return "pareto:" + ":".join(f"{name}:{mode}" for name, mode in self.ranks_by) + self._options
 
-    def claims(self, records: Sequence[Record]) -> Reasons:
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The front, each with its values."""
         able = self.considered(records)
         names = [name for name, _ in self.ranks_by]
@@ -338,7 +338,7 @@ class Pareto(Considered):
             for record in having
         }
         # sorted so, nobody is beaten by a later one
-        front: list[Record] = []
+        front: list[CheckpointRecord] = []
         for record in sorted(having, key=lambda record: (points[record.id], record.sequence)):
             mine = points[record.id]
             if not any(all(a <= b for a, b in zip(points[o.id], mine, strict=True)) for o in front):

@@ -86,7 +86,7 @@ def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> l
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
-def go_on(
+def extend_peaks(
     before: Iterable[Peak], missing: Mapping[str, int], history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]
 ) -> tuple[list[Peak], dict[str, int]]:
     """What ``peaks`` says of a longer history, from what it said before and the reports since.

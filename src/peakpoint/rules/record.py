@@ -13,7 +13,7 @@ Mode = Literal["max", "min"]
 Reasons = dict[str, str]
 
 
-class Record(Protocol):
+class CheckpointRecord(Protocol):
     """What rules look at; ``Manifest``, ``Checkpoint`` and ``Moment`` all are records."""
 
     @property
@@ -73,19 +73,19 @@ def check_whole(rule: str, name: str, value: object, least: int = 1) -> None:
         raise ConfigError(f"{rule}: {name} must be a whole number of at least {least}, not {value!r}")
 
 
-def by_sequence(records: Iterable[Record]) -> list[Record]:
+def by_sequence(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
     """Earliest commit first."""
     return sorted(records, key=lambda record: record.sequence)
 
 
-def ranked(records: Iterable[Record], metric: str, mode: Mode) -> list[Record]:
+def ranked(records: Iterable[CheckpointRecord], metric: str, mode: Mode) -> list[CheckpointRecord]:
     """Best first; records without a finite value of ``metric`` are left out; ties go to the earlier commit."""
     sign = -1.0 if mode == "max" else 1.0
     having = [record for record in records if math.isfinite(record.metrics.get(metric, math.nan))]
     return sorted(having, key=lambda record: (sign * record.metrics[metric], record.sequence))
 
 
-def lineage(records: Iterable[Record]) -> list[Record]:
+def lineage(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
     """The newest record and those that it continues, earliest first: abandoned branches are left out."""
     ordered = by_sequence(records)
     if not ordered:
@@ -94,13 +94,13 @@ def lineage(records: Iterable[Record]) -> list[Record]:
     return [record for record in ordered if not any(after < record.sequence < before for after, before in forks)]
 
 
-def moment_text(record: Record) -> str:
+def moment_text(record: CheckpointRecord) -> str:
     """``"epoch 3, step 400"`` or ``"step 400"``."""
     return f"step {record.step}" if record.epoch is None else f"epoch {record.epoch}, step {record.step}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanting:
+class NeedsParts:
     """Which parts of a checkpoint a rule needs; this argument is common to all rules that claim.
 
     Args:

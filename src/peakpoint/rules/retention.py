@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from peakpoint.format.manifest import Manifest, without
-from peakpoint.rules import Budget, Claim, Record, Rule, claims
+from peakpoint.format.manifest import Manifest, without_parts
+from peakpoint.rules import Budget, CheckpointRecord, Claim, Rule, claims
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -24,7 +24,7 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True)
-class Thinning:
+class PartRemoval:
     """Parts of a checkpoint that go while the rest stays.
 
     Attributes:
@@ -40,7 +40,7 @@ class Thinning:
     @property
     def left(self) -> Manifest:
         """What is left of the checkpoint."""
-        return without(self.manifest, self.parts)
+        return without_parts(self.manifest, self.parts)
 
     @property
     def freed_bytes(self) -> int:
@@ -49,7 +49,7 @@ class Thinning:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RetentionPlan:
     """What stays and what goes.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
 
     keep: Mapping[str, tuple[Claim, ...]]
     remove: tuple[Removal, ...]
-    drop: tuple[Thinning, ...] = ()
+    drop: tuple[PartRemoval, ...] = ()
 
     @property
     def freed_bytes(self) -> int:
@@ -108,7 +108,7 @@ def protections(
     return found
 
 
-def kept_ids(records: Sequence[Record], rules: Sequence[Rule], protected: Collection[str]) -> set[str]:
+def kept_ids(records: Sequence[CheckpointRecord], rules: Sequence[Rule], protected: Collection[str]) -> set[str]:
     """The ids of what stays."""
     claimed = claims(rules, records)
     stay = {*claimed, *protected}
@@ -128,7 +128,7 @@ def plan(
     cut: Collection[str] = (),
     read: Collection[str] = (),
     aliased: Mapping[str, str] = NOTHING,
-) -> Plan:
+) -> RetentionPlan:
     """Keep what a rule or a protection claims, as far as budgets allow; everything else goes.
 
     Pure and idempotent: a plan over what a plan has kept removes nothing.
@@ -163,7 +163,7 @@ def plan(
     for manifest in manifests:
         if manifest.id in damaged:
             keep[manifest.id] = (Claim("protection:damaged", f"{damaged[manifest.id]}; rules leave it to you"),)
-    return Plan(
+    return RetentionPlan(
         keep,
         tuple(sorted(going, key=lambda removal: removal.manifest.sequence)),
         tuple(thinning for thinning in drops if thinning.manifest.id in stay),
@@ -175,7 +175,7 @@ def _drops(
     rules: Sequence[Rule],
     claimed: Mapping[str, Sequence[Claim]],
     protected: Collection[str],
-) -> list[Thinning]:
+) -> list[PartRemoval]:
     """What loses parts, oldest first, if it stays."""
     needs = {rule.text: rule.needs for rule in rules}
     drops = []
@@ -185,7 +185,7 @@ def _drops(
             if parts:
                 texts = ", ".join(claim.rule for claim in claimed[manifest.id])
                 drops.append(
-                    Thinning(manifest, parts, f"the rules that claim it do not need {', '.join(parts)} ({texts})")
+                    PartRemoval(manifest, parts, f"the rules that claim it do not need {', '.join(parts)} ({texts})")
                 )
     return drops
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from peakpoint.errors import ConfigError
-from peakpoint.rules.record import Mode, Reasons, Record, Wanting, by_sequence, check_whole, lineage
+from peakpoint.rules.record import CheckpointRecord, Mode, NeedsParts, Reasons, by_sequence, check_whole, lineage
 
 _SHORTEST_MINUTES, _LONGEST_MINUTES = 1e-9, 1e15  # what clocks and calendars can still tell apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Every(Wanting):
+class Every(NeedsParts):
     """Claims one checkpoint in every interval: of epochs, of steps or of minutes.
 
     The first record in each interval is claimed. With ``epochs=10`` intervals begin when 10, 20, 30, ... epochs are
@@ -24,7 +24,7 @@ class Every(Wanting):
         steps: interval in optimizer steps.
         minutes: interval in minutes of wall time; may be a fraction.
         keep: claim only in the newest ``keep`` intervals that have a checkpoint; all by default.
-        parts: see ``Wanting``.
+        parts: see ``NeedsParts``.
 
     Raises:
         ConfigError: none or several intervals, or one that is not positive.
@@ -71,7 +71,7 @@ class Every(Wanting):
         """Nothing."""
         return ()
 
-    def interval(self, record: Record) -> int:
+    def interval(self, record: CheckpointRecord) -> int:
         """The number of the interval that ``record`` falls into; 0 is before the first boundary, and claims nothing."""
         if self.epochs is not None:
             return 0 if record.epoch is None else (record.epoch + 1) // self.epochs
@@ -80,10 +80,10 @@ class Every(Wanting):
         assert self.minutes is not None
         return int(record.created_at.timestamp() // (60 * self.minutes))
 
-    def claims(self, records: Sequence[Record]) -> Reasons:
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The first record of each of the newest ``keep`` intervals."""
         current = {record.id for record in lineage(records)}
-        first: dict[int, Record] = {}
+        first: dict[int, CheckpointRecord] = {}
         for record in sorted(records, key=lambda record: (record.id not in current, record.sequence)):
             number = self.interval(record)
             if number > 0:
@@ -103,14 +103,14 @@ class Every(Wanting):
 
 
 @dataclass(frozen=True, slots=True)
-class Last(Wanting):
+class Last(NeedsParts):
     """Claims the ``n`` checkpoints committed last: to continue from.
 
     Every report is newer than the ones before it, so with ``Last`` among the rules every report is saved.
 
     Args:
         n: how many, at least 1.
-        parts: see ``Wanting``.
+        parts: see ``NeedsParts``.
 
     Raises:
         ConfigError: ``n`` is not a whole number of at least 1.
@@ -136,7 +136,7 @@ class Last(Wanting):
         """Nothing."""
         return ()
 
-    def claims(self, records: Sequence[Record]) -> Reasons:
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The newest ``n`` in the order of commits."""
         newest = by_sequence(records)[-self.n :]
         return {
@@ -146,7 +146,7 @@ class Last(Wanting):
 
 
 @dataclass(frozen=True, slots=True)
-class Thin(Wanting):
+class Thin(NeedsParts):
     """Claims many recent checkpoints and few old ones: the gaps grow with the age by powers of ``base``.
 
     Commits are numbered, and lie in blocks of 1, ``base``, ``base ** 2``, ... commits. A block counts as soon as all of
@@ -158,7 +158,7 @@ class Thin(Wanting):
 
     Args:
         base: how fast the gaps grow, at least 2.
-        parts: see ``Wanting``.
+        parts: see ``NeedsParts``.
 
     Raises:
         ConfigError: ``base`` is not a whole number of at least 2.
@@ -191,7 +191,7 @@ class Thin(Wanting):
             width *= self.base
         return width
 
-    def claims(self, records: Sequence[Record]) -> Reasons:
+    def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The first record of each block."""
         found: Reasons = {}
         ordered = by_sequence(records)

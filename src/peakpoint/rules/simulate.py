@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from peakpoint.format.events import Event
 from peakpoint.format.manifest import Manifest
-from peakpoint.rules import Claim, Mode, Moment, Rule, claims, ranked, wanted, watched
+from peakpoint.rules import Claim, Mode, Moment, Rule, claims, moment_claims, ranked, ranking_metrics
 from peakpoint.rules.history import Smoothing, history, smoothing_windows
 from peakpoint.rules.retention import NEWEST, kept_ids
 
@@ -24,7 +24,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
+class SimulatedPeak:
     """The best moment of a run by one metric, saved or not.
 
     Attributes:
@@ -60,7 +60,7 @@ class Replay:
     kept: tuple[Kept, ...]
     most: int
     size_bytes: int
-    peaks: tuple[Peak, ...]
+    peaks: tuple[SimulatedPeak, ...]
 
     @property
     def bytes_kept(self) -> int:
@@ -98,14 +98,14 @@ def replay(events: Sequence[Event], rules: Sequence[Rule], size_bytes: int, also
             size_bytes=size_bytes,
         )
         moments.append(moment)
-        if wanted(rules, existing, moment):
+        if moment_claims(rules, existing, moment):
             saves += 1
             existing.append(moment)
             most = max(most, len(existing))
             existing = _retain(existing, rules)
     why = claims(rules, existing)
     kept = tuple(Kept(moment, why.get(moment.id, (NEWEST,))) for moment in existing)
-    metrics = watched([*rules, *also])
+    metrics = ranking_metrics([*rules, *also])
     return Replay(tuple(rules), len(moments), saves, kept, most, size_bytes, tuple(_peaks(moments, existing, metrics)))
 
 
@@ -114,13 +114,15 @@ def _retain(existing: list[Moment], rules: Sequence[Rule]) -> list[Moment]:
     return [moment for moment in existing if moment.id in kept]
 
 
-def _peaks(moments: Sequence[Moment], kept: Sequence[Moment], metrics: Iterable[tuple[str, Mode]]) -> Iterable[Peak]:
+def _peaks(
+    moments: Sequence[Moment], kept: Sequence[Moment], metrics: Iterable[tuple[str, Mode]]
+) -> Iterable[SimulatedPeak]:
     for metric, mode in metrics:
         ranking = ranked(moments, metric, mode)
         if ranking:
             best = ranking[0]
             survives = any(moment.metrics.get(metric) == best.metrics[metric] for moment in kept)
-            yield Peak(metric, mode, next(moment for moment in moments if moment.id == best.id), survives)
+            yield SimulatedPeak(metric, mode, next(moment for moment in moments if moment.id == best.id), survives)
 
 
 def typical_size(manifests: Sequence[Manifest]) -> int:

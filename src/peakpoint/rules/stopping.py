@@ -84,7 +84,7 @@ class EarlyStopping:
         Args:
             history: the metrics of each report, earliest first. NaN and infinities never are improvements.
         """
-        watch = Watch(self)
+        watch = StoppingState(self)
         for metrics in history:
             watch.report(metrics)
         return watch.why
@@ -94,7 +94,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-class Watch:
+class StoppingState:
     """The verdict on a history that grows, in constant time for each report.
 
     Args:

@@ -72,7 +72,7 @@ def _metric_rule(kind: str, rest: list[str], options: dict[str, Any]) -> Rule | 
         case "best", [metric, mode]:
             return Best(metric, mode_of(mode), **options)
         case "topk", [metric, mode, k]:
-            return TopK(metric, mode_of(mode), whole(k), **options)
+            return TopK(metric, mode_of(mode), whole_number(k), **options)
         case "best-at", [metric, mode, sparsity, targets, tolerance]:
             numbers = tuple(float(target) for target in targets.split(","))
             return BestAtSparsity(metric, mode_of(mode), numbers, float(tolerance), sparsity, **options)
@@ -86,13 +86,13 @@ def _metric_rule(kind: str, rest: list[str], options: dict[str, Any]) -> Rule | 
 def _other_rule(kind: str, rest: list[str], parts: tuple[str, ...] | None) -> Rule | None:
     match kind, rest:
         case "last", [n]:
-            return Last(whole(n), parts=parts)
+            return Last(whole_number(n), parts=parts)
         case "thin", [base]:
-            return Thin(whole(base), parts=parts)
+            return Thin(whole_number(base), parts=parts)
         case "budget", [limit] if parts is None:
             return Budget(int(limit) if limit.isascii() and limit.isdecimal() else limit)
         case "every", [interval, *keep] if len(keep) < 2 and (found := _EVERY.fullmatch(interval)):
-            count = whole(keep[0]) if keep else None
+            count = whole_number(keep[0]) if keep else None
             number = found["number"]
             match found["unit"][:2]:
                 case "ep":
@@ -105,7 +105,7 @@ def _other_rule(kind: str, rest: list[str], parts: tuple[str, ...] | None) -> Ru
             return None
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """Read a whole number; ConfigError when it is none."""
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(f"{text!r} is not a whole number")

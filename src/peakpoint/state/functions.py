@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 
 RAISED_BY_PROGRAMS = (  # a module is a program: it may raise anything that programs do
     ArithmeticError,
@@ -58,7 +58,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         ) from error
     if not hasattr(found, name):
         names = [known for known, value in vars(found).items() if callable(value)]
-        raise MisnamedError(f"{spec!r}: the module {module!r} has no {name!r}{near(name, names)}")
+        raise MisnamedError(f"{spec!r}: the module {module!r} has no {name!r}{did_you_mean(name, names)}")
     function = getattr(found, name)
     if not callable(function):
         raise MisnamedError(f"{spec!r} is a {type(function).__name__}, and cannot be called; name a function")

@@ -10,7 +10,7 @@ import torch
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.format.sealed import check_format, gc_paused
 from peakpoint.repository import reader
 from peakpoint.state.json_scalars import TAG
@@ -156,7 +156,7 @@ def check_part_of(manifest: Manifest, part: str) -> str:
     have = [name for name in manifest.parts if name not in _OURS]
     if part not in have:
         raise NotFoundError(
-            f"checkpoint {manifest.name} has no part {part!r}{near(part, have)}; parts: {', '.join(have)}"
+            f"checkpoint {manifest.name} has no part {part!r}{did_you_mean(part, have)}; parts: {', '.join(have)}"
         )
     return part
 
@@ -266,7 +266,7 @@ class Loaded(Mapping[str, Any]):
         nodes = dict(tensor_nodes(self._trees.parts[part]))
         if name not in nodes:
             raise NotFoundError(
-                f"part {part!r} of {self.manifest.name} has no tensor {name!r}{near(name, list(nodes))}"
+                f"part {part!r} of {self.manifest.name} has no tensor {name!r}{did_you_mean(name, list(nodes))}"
             )
         return self._read(*records[nodes[name]["name"]], nodes[name])
 

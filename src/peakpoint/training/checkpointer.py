@@ -24,7 +24,7 @@ from peakpoint.format.amounts import read_bytes, read_duration
 from peakpoint.format.events import STOPPED, Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.format.metrics import read_metrics
-from peakpoint.format.names import DEFAULT_TEMPLATE, near
+from peakpoint.format.names import DEFAULT_TEMPLATE, did_you_mean
 from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.commit import unused_name
 from peakpoint.repository.journal import Journal
@@ -35,7 +35,7 @@ from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
 from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.rules.stopping import EarlyStopping
-from peakpoint.rules.stopping import Watch as StopWatch
+from peakpoint.rules.stopping import StoppingState as StopWatch
 from peakpoint.state.capture import StateEncoder, capture, check_state
 from peakpoint.state.host_copy import NOTHING
 from peakpoint.state.restore import LoadReport
@@ -353,7 +353,7 @@ class Checkpointer:
         moment = self._moment(values, now)
         derived = self._smoothing.means()
         seen = replace(moment, metrics={**values, **derived}) if derived else moment
-        claims = rules.wanted(self.rules, self._saver.known, seen)
+        claims = rules.moment_claims(self.rules, self._saver.known, seen)
         signal = self._watch.arrived
         reasons = tuple(claim.reason for claim in claims)
         if signal is not None:
@@ -558,7 +558,7 @@ class Checkpointer:
                     f"{metric} is {value} at step {self._loop.position.step}: it never counts as best",
                 )
         # what is allowed to be measured later is not missed
-        for metric, _ in rules.watched(rule for rule in self.rules if not getattr(rule, "pending", 0)):
+        for metric, _ in rules.ranking_metrics(rule for rule in self.rules if not getattr(rule, "pending", 0)):
             if metric not in values:
                 self._say_once(
                     f"missing {metric}",
@@ -569,7 +569,8 @@ class Checkpointer:
             self._say_once(
                 f"stop {self._stops_by}",
                 f"a report at step {self._loop.position.step} has no {self._stops_by!r}: early stopping does not count "
-                f"such reports; this one has {', '.join(values) or 'no metrics'}{near(self._stops_by, list(values))}",
+                f"such reports; this one has {', '.join(values) or 'no metrics'}"
+                f"{did_you_mean(self._stops_by, list(values))}",
             )
 
     def _say_once(self, key: str, message: str) -> None:
@@ -738,7 +739,7 @@ class Checkpointer:
 
     def _name(self, moment: Manifest) -> str:
         """A name for a moment that no checkpoint has."""
-        metric = next((name for name, _ in rules.watched(self.rules) if name in moment.metrics), None)
+        metric = next((name for name, _ in rules.ranking_metrics(self.rules) if name in moment.metrics), None)
         name = names.checkpoint_name(
             self._template,
             run=self.run,
@@ -779,7 +780,7 @@ def _check_needs(given: Iterable[Rule], state: Mapping[str, Any]) -> None:
     for rule in given:
         for part in rule.needs or ():
             if part not in state:
-                have = f"{', '.join(state)}{near(part, list(state))}"
+                have = f"{', '.join(state)}{did_you_mean(part, list(state))}"
                 raise ConfigError(f"rule {rule.text} needs a part {part!r}, and state= has {have}")
 
 

@@ -8,9 +8,9 @@ from datetime import timedelta
 from peakpoint.errors import ConfigError
 from peakpoint.format.events import Closed, Event, Opened, Saved
 from peakpoint.format.manifest import Manifest
-from peakpoint.format.names import shown
-from peakpoint.rules import Rule, parse, ranked, watched
-from peakpoint.rules.retention import Plan
+from peakpoint.format.names import listing
+from peakpoint.rules import Rule, parse, ranked, ranking_metrics
+from peakpoint.rules.retention import RetentionPlan
 
 Rules = tuple[Rule, ...]
 _SHOWN = 3
@@ -35,7 +35,7 @@ class RuleChange:
         said = []
         if self.removed:
             ref = f"{shlex.quote(location)} {self.removed[0].run}/NAME"
-            names = shown([manifest.name for manifest in self.removed], _SHOWN)
+            names = listing([manifest.name for manifest in self.removed], _SHOWN)
             best = "".join(f"; by the former rules the best {one[0]}, {one[1]:.6g}, is {one[2]}" for one in self.best)
             hours = undo_for / timedelta(hours=1)
             back = f"can be brought back for {hours:g} h with: peakpoint undo {ref}" if hours else "is gone for good"
@@ -47,7 +47,7 @@ class RuleChange:
         if self.thinned:
             parts = sorted({part for parts in self.thinned.values() for part in parts})
             said.append(
-                f"the rules have changed and no longer need {shown(parts)} of {_checkpoints(self.thinned)}; this is "
+                f"the rules have changed and no longer need {listing(parts)} of {_checkpoints(self.thinned)}; this is "
                 "removed with the next save or at the end of this training, for good"
             )
         return said
@@ -88,7 +88,7 @@ def rule_change(
     following: Manifest,
     rules: Rules,
     former: Sequence[Rules | None],
-    plan: Callable[[Sequence[Manifest], Rules], Plan],
+    plan: Callable[[Sequence[Manifest], Rules], RetentionPlan],
 ) -> RuleChange:
     """Compare what the rules in force and those before would let go, now and once there is a next checkpoint.
 
@@ -113,7 +113,7 @@ def rule_change(
         if checkpoint not in removed:
             thinned[checkpoint] = (*thinned.get(checkpoint, ()), part)
     going = {manifest.id: manifest for manifest in manifests if manifest.id in removed}
-    watching = watched(rule for before in former for rule in before or ())
+    watching = ranking_metrics(rule for before in former for rule in before or ())
     leaders = [(metric, ranked(manifests, metric, mode)[:1]) for metric, mode in watching]
     best = {
         (metric, record.id): going[record.id] for metric, first in leaders for record in first if record.id in going
@@ -125,7 +125,7 @@ def rule_change(
     )
 
 
-def _parts_kept(manifests: Sequence[Manifest], plan: Plan | None) -> set[tuple[str, str]]:
+def _parts_kept(manifests: Sequence[Manifest], plan: RetentionPlan | None) -> set[tuple[str, str]]:
     """Checkpoint and part of everything that a plan keeps; no plan keeps everything."""
     kept = [manifest for manifest in manifests if plan is None or manifest.id in plan.keep]
     dropped = {(thinning.manifest.id, part) for thinning in (plan.drop if plan else ()) for part in thinning.parts}

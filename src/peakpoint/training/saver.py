@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from peakpoint.errors import StoreError
 from peakpoint.format import layout
-from peakpoint.format.amounts import UNDO_FOR, read_duration, size
+from peakpoint.format.amounts import UNDO_FOR, read_duration, size_text
 from peakpoint.format.events import Saved, SaveFailed
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import removal, space
@@ -21,7 +21,7 @@ from peakpoint.repository.commit import commit, unused_name, withdraw
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
-from peakpoint.rules.retention import Plan, Removal
+from peakpoint.rules.retention import Removal, RetentionPlan
 from peakpoint.state.capture import Captured
 from peakpoint.state.host_copy import ChangedError
 from peakpoint.store import Hold, Store
@@ -240,8 +240,8 @@ class Saver:
         if free is None or free >= needed:
             return True
         message = (
-            f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size(needed)} and "
-            f"{size(free)} are free; {space.ways_to_free_space(self._store, self._run, self._committed)}"
+            f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size_text(needed)} and "
+            f"{size_text(free)} are free; {space.ways_to_free_space(self._store, self._run, self._committed)}"
         )
         self._fail(job, StoreError(errno.ENOSPC, message))
         return False
@@ -362,7 +362,7 @@ class Saver:
             self._journal.append(self._unrecorded[0])
             self._unrecorded.pop(0)
 
-    def _retain(self, *, at_once: bool = False) -> Plan:
+    def _retain(self, *, at_once: bool = False) -> RetentionPlan:
         """Apply the rules to what exists; a checkpoint that another process has removed is forgotten.
 
         Returns:

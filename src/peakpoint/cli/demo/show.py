@@ -25,7 +25,7 @@ from peakpoint.production.proposal import propose
 from peakpoint.repository import audit
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.validations import ValidationSpec
-from peakpoint.rules import watched
+from peakpoint.rules import ranking_metrics
 from peakpoint.rules.peaks import peaks
 
 WHOLE, KILLED = "lenet5-uninterrupted", "lenet5-killed"
@@ -172,7 +172,7 @@ def _say_weights(console: Console, whole: Training, resumed: Training) -> None:
 
 def _say_peak(console: Console, repository: Repository) -> None:
     run = repository.run(KILLED)
-    for peak in peaks(run.history(), watched(run.rules())):
+    for peak in peaks(run.history(), ranking_metrics(run.rules())):
         checkpoint = run.best(peak.metric, mode=peak.mode)
         _expect(checkpoint.metrics[peak.metric] == peak.best, f"the best {peak.metric} was to be kept, and is not")
         console.print(

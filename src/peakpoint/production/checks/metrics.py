@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.names import check_metric, shown
+from peakpoint.format.names import check_metric, listing
 from peakpoint.format.sealed import digest
 from peakpoint.production.checks.candidate import Exam, Said, failed, passed, skipped
 from peakpoint.production.proposal import within
@@ -60,12 +60,12 @@ def metrics(exam: Exam) -> Said:
     if wrong:
         return failed("; ".join(wrong), **evidence)
     if not confirmed:
-        have = shown(sorted(exam.recorded)) or "none"
+        have = listing(sorted(exam.recorded)) or "none"
         return skipped(
-            f"nothing to confirm: evaluated {shown(list(exam.evaluated)) or 'nothing'}; recorded {have}", **evidence
+            f"nothing to confirm: evaluated {listing(list(exam.evaluated)) or 'nothing'}; recorded {have}", **evidence
         )
     texts = [f"{name} {exam.evaluated[name]:.6g} (recorded {exam.recorded[name]:.6g})" for name in confirmed]
-    return passed(f"confirmed within {exam.wanted.tolerance:g}: {shown(texts)}", **evidence)
+    return passed(f"confirmed within {exam.wanted.tolerance:g}: {listing(texts)}", **evidence)
 
 
 def _rows(exam: Exam) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -78,11 +78,11 @@ def _rows(exam: Exam) -> tuple[dict[str, Any], list[str], list[str]]:
         rows[name] = {"recorded": before, "evaluated": now}
         asked = not exam.wanted.metrics or name in exam.wanted.metrics
         if now is None:
-            wrong.append(f"{name} was not evaluated; the evaluation gave {shown(list(exam.evaluated)) or 'nothing'}")
+            wrong.append(f"{name} was not evaluated; the evaluation gave {listing(list(exam.evaluated)) or 'nothing'}")
         elif not math.isfinite(now):
             wrong.append(f"{name} is {now}")
         elif before is None and name in exam.wanted.metrics:
-            wrong.append(f"{name} is not recorded; recorded are {shown(sorted(exam.recorded)) or 'no metrics'}")
+            wrong.append(f"{name} is not recorded; recorded are {listing(sorted(exam.recorded)) or 'no metrics'}")
         elif before is not None and asked:
             apart = abs(now - before)
             rows[name]["difference"] = now - before

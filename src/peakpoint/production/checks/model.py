@@ -4,7 +4,7 @@ import torch
 
 from peakpoint.errors import ConfigError, Error, MismatchError
 from peakpoint.format.manifest import Manifest
-from peakpoint.format.names import shown
+from peakpoint.format.names import listing
 from peakpoint.production.checks.candidate import (
     Exam,
     Outputs,
@@ -102,8 +102,8 @@ def signature(exam: Exam) -> Said:
         f"{name} has {count:,} elements that are NaN or infinite" for name, count in _odd(exam.outputs).items() if count
     ]
     if wrong:
-        return failed(f"of the outputs, {shown(wrong)}", **evidence)
-    return passed(f"{said}; outputs: {shown([f'{name} {text}' for name, text in found.items()])}", **evidence)
+        return failed(f"of the outputs, {listing(wrong)}", **evidence)
+    return passed(f"{said}; outputs: {listing([f'{name} {text}' for name, text in found.items()])}", **evidence)
 
 
 def _beside_the_champion(exam: Exam) -> tuple[str, dict[str, object]]:
@@ -118,7 +118,7 @@ def _beside_the_champion(exam: Exam) -> tuple[str, dict[str, object]]:
     if not (added or missing or other):
         return f"the {len(ours)} tensors have the names, dtypes and shapes of {exam.alias}'s", evidence
     counts = f"{len(added)} tensors more, {len(missing)} less and {len(other)} of other dtype or shape"
-    return f"it is built otherwise than {exam.alias}: {counts} ({shown([*added, *missing, *other])})", evidence
+    return f"it is built otherwise than {exam.alias}: {counts} ({listing([*added, *missing, *other])})", evidence
 
 
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -206,7 +206,7 @@ def _compared(exam: Exam, theirs: Outputs, said: str, evidence: dict[str, object
     ours = exam.outputs
     shapes = [name for name in {**ours, **theirs} if not _alike(ours.get(name), theirs.get(name))]
     if shapes:
-        text = f"{said}; {exam.alias} gives other outputs: {shown(shapes)} differ in shape"
+        text = f"{said}; {exam.alias} gives other outputs: {listing(shapes)} differ in shape"
         return (failed if exam.wanted.agreement else passed)(text, **evidence)
     distances = {name: _distances(ours[name], theirs[name]) for name in ours}
     largest = max(float(one.max()) for one in distances.values())

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from peakpoint.format.masks import MASK, ORIGINAL
-from peakpoint.format.names import shown
+from peakpoint.format.names import listing
 from peakpoint.production.checks.candidate import Exam, Said, failed, passed, skipped
 from peakpoint.repository import reader
 from peakpoint.state.shared_storage import DTYPES
@@ -45,7 +45,7 @@ def finite(exam: Exam) -> Said:
             wrong[name] = odd
     if wrong:
         first, count = next(iter(wrong.items()))
-        more = f"; {len(wrong)} tensors in all: {shown(list(wrong))}" if len(wrong) > 1 else ""
+        more = f"; {len(wrong)} tensors in all: {listing(list(wrong))}" if len(wrong) > 1 else ""
         return failed(f"{first} has {count:,} elements that are NaN or infinite{more}", not_finite=wrong)
     if not tensors:
         return skipped(f"the part {exam.wanted.part} has no floating-point tensors")

@@ -25,7 +25,7 @@ from peakpoint.reports.evaluation.files import replace_file
 from peakpoint.reports.evaluation.run_data import RunData, read_run_data
 from peakpoint.repository import aliases, reader, signing, validations
 from peakpoint.repository.root import Repository
-from peakpoint.rules import watched
+from peakpoint.rules import ranking_metrics
 from peakpoint.store import Store, translated
 
 __all__ = ["AliasPeriod", "ModelCard", "ModelDescription", "gather", "markdown", "write"]
@@ -167,7 +167,7 @@ def _check_free(page: Path, picture: Path, *, force: bool) -> None:
 
 def _curve(card: ModelCard) -> bytes | None:
     """Draw the first metric that rules rank by, with its peak and this checkpoint; None when it cannot be drawn."""
-    ranked_by = watched(card.run_data.rules)
+    ranked_by = ranking_metrics(card.run_data.rules)
     if not ranked_by:
         return None
     try:

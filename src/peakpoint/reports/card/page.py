@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Reported
 from peakpoint.reports.card.front_matter import front_matter
 from peakpoint.reports.card.values import MARK, AliasPeriod, ModelCard
 from peakpoint.reports.changelog.markdown import code, compared, escaped
 from peakpoint.reports.evaluation.tables import printable
-from peakpoint.rules import watched
+from peakpoint.rules import ranking_metrics
 from peakpoint.rules.peaks import peaks
 
 _LAST = 10  # ancestors in the lineage, and reports in the table that stands for a picture
@@ -38,7 +38,7 @@ def markdown(card: ModelCard, picture: str | None = None) -> str:
     """
     manifest, by, validation = card.manifest, card.manifest.written_by, card.validation
     part = "model" if "model" in manifest.parts else next(iter(manifest.parts), "model")
-    metrics = [name for name, _ in watched(card.run_data.rules)] or list(manifest.metrics)
+    metrics = [name for name, _ in ranking_metrics(card.run_data.rules)] or list(manifest.metrics)
     page = (
         _environment()
         .get_template("card.md.jinja")
@@ -57,7 +57,7 @@ def markdown(card: ModelCard, picture: str | None = None) -> str:
             versions=_listed({name: by[name] for name in ("peakpoint", "python", "torch") if name in by}),
             signed=", ".join(f"with the key {signature.fingerprint or '?'}" for signature in card.signatures),
             metrics=list(dict.fromkeys([*manifest.metrics, *card.measured_later, *card.evaluated])),
-            directions={name: _DIRECTIONS[mode] for name, mode in watched(card.run_data.rules)},
+            directions={name: _DIRECTIONS[mode] for name, mode in ranking_metrics(card.run_data.rules)},
             curves=metrics[:4],
             reports=list(_reports(card)),
             environment=", ".join(f"{name} {value}" for name, value in validation.environment.items())
@@ -89,7 +89,7 @@ def _environment() -> Environment:
         "evidence": _evidence,
         "literal": _literal,
         "number": lambda value: "" if value is None else f"{value:.6g}",
-        "size": size,
+        "size": size_text,
         "time": _time,
     }
     return environment
@@ -112,7 +112,7 @@ def _reports(card: ModelCard) -> Iterator[tuple[Reported, list[str], bool]]:
     """The reports of the table: which metrics have their peak there, and whether it is this checkpoint's."""
     history, manifest = card.run_data.history, card.manifest
     peaks_at: dict[int, list[str]] = {}
-    for peak in peaks(history, watched(card.run_data.rules)):
+    for peak in peaks(history, ranking_metrics(card.run_data.rules)):
         peaks_at.setdefault(peak.best_report, []).append(peak.metric)
     shown = {report.report for report in history[-_LAST:]} | peaks_at.keys() | {manifest.report}
     for report in history:

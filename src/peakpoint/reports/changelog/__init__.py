@@ -17,7 +17,7 @@ from datetime import UTC, date, datetime, time, timedelta
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_duration
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.reports.changelog import production, runs
 from peakpoint.reports.changelog.entries import FORCED, KINDS, PRODUCTION, ChangelogEntry, Kind
 from peakpoint.repository import journal as journals
@@ -67,7 +67,7 @@ def entries(
     for kind in kinds or ():
         if kind not in (*KINDS, FORCED):
             raise ConfigError(
-                f"{kind!r} is no kind of entry{near(kind, [*KINDS, FORCED])}; {', '.join((*KINDS, FORCED))}"
+                f"{kind!r} is no kind of entry{did_you_mean(kind, [*KINDS, FORCED])}; {', '.join((*KINDS, FORCED))}"
             )
     for moment in (since, until):
         if moment is not None and moment.tzinfo is None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.format.names import check_metric, near
+from peakpoint.format.names import check_metric, did_you_mean
 from peakpoint.reports.evaluation.compressed import (
     CompressedComparison,
     MetricChange,
@@ -189,7 +189,8 @@ def _check_known(materials: Iterable[RunData], metrics: Iterable[str]) -> None:
         if metric not in have:
             shown = ", ".join(have[:20]) + (", ..." if len(have) > 20 else "")
             raise NotFoundError(
-                f"no run here has a metric {metric!r}{near(metric, have)}; metrics: {printable(shown) or 'none'}"
+                f"no run here has a metric {metric!r}{did_you_mean(metric, have)}; "
+                f"metrics: {printable(shown) or 'none'}"
             )
 
 
@@ -200,7 +201,9 @@ def _check_compressed(materials: Sequence[RunData], sparsity: str, part: str) ->
     manifests = [manifest for material in materials for manifest in material.checkpoints]
     parts = list(dict.fromkeys(name for manifest in manifests for name in manifest.parts))
     if part not in (_PART, *parts):
-        raise NotFoundError(f"no checkpoint here has a part {part!r}{near(part, parts)}; parts: {', '.join(parts)}")
+        raise NotFoundError(
+            f"no checkpoint here has a part {part!r}{did_you_mean(part, parts)}; parts: {', '.join(parts)}"
+        )
 
 
 def _doubts(materials: Iterable[RunData], modes: Mapping[str, Mode], examples: Examples) -> Iterator[str]:

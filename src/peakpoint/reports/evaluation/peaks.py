@@ -11,7 +11,7 @@ from peakpoint.format.events import Reported
 from peakpoint.reports.evaluation import noise as noises
 from peakpoint.reports.evaluation.noise import Noise
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
-from peakpoint.rules import Mode, Rule, ranked, watched
+from peakpoint.rules import Mode, Rule, ranked, ranking_metrics
 from peakpoint.rules.history import smoothing_windows
 from peakpoint.rules.peaks import Peak, peaks
 
@@ -111,7 +111,7 @@ class RunPeak:
 
 def directions(rules: Iterable[Rule], sparsity: str) -> tuple[tuple[str, Mode], ...]:
     """The metrics that rules rank by; the sparsity itself is no result."""
-    return tuple(pair for pair in watched(rules) if pair[0] != sparsity)
+    return tuple(pair for pair in ranking_metrics(rules) if pair[0] != sparsity)
 
 
 def run_peaks(material: RunData, metric: str, mode: Mode, examples: Examples) -> list[RunPeak]:

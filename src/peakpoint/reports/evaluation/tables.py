@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peakpoint.format.amounts import moment, size
+from peakpoint.format.amounts import moment_label, size_text
 from peakpoint.reports.evaluation.compressed import CompressedComparison, ModelSize
 from peakpoint.reports.evaluation.downsample import sparkline, thin
 from peakpoint.reports.evaluation.groups import Grouping
@@ -99,9 +99,9 @@ def _run_row(one: RunData, optimizer: str) -> Row:
         ("run", one.name),
         ("optimizer", optimizer),
         (">reports", str(len(one.history))),
-        (">last at", moment(last.step, last.epoch) if last else ""),
+        (">last at", moment_label(last.step, last.epoch) if last else ""),
         (">saved / kept", f"{len(one.saved)} / {len(one.checkpoints)}"),
-        (">size", size(sum(one.packed.get(manifest.id, manifest.size_bytes) for manifest in one.checkpoints))),
+        (">size", size_text(sum(one.packed.get(manifest.id, manifest.size_bytes) for manifest in one.checkpoints))),
         ("ended", _ended(one)),
     )
 
@@ -124,9 +124,9 @@ def _peak_row(one: RunPeak, material: RunData) -> Row:
         ("metric", f"{one.label} {peak.mode}"),
         (CURVE, sparkline([value for _, value in thin(points, 200)], 12) if one.window == 1 else ""),
         (">best", number(peak.best) + (f" ± {noise.se:.2g}" if noise else "")),
-        (">at", moment(peak.best_step, peak.best_epoch)),
+        (">at", moment_label(peak.best_step, peak.best_epoch)),
         (">last", number(peak.last)),
-        (">at", moment(peak.last_step, peak.last_epoch)),
+        (">at", moment_label(peak.last_step, peak.last_epoch)),
         (">lost", lost),
         (">by chance", chance),
         (">as good", "" if one.contenders is None else f"{one.contenders} of {peak.count}"),
@@ -233,7 +233,7 @@ def _tradeoff(found: Tradeoff) -> Iterator[ReportTable]:
             (
                 (f">{found.sparsity}", number(one.sparsity)),
                 (f">{found.metric}", number(one.value)),
-                (">at", moment(one.step, one.epoch)),
+                (">at", moment_label(one.step, one.epoch)),
                 ("checkpoint", one.ref),
             )
             for one in front
@@ -287,10 +287,10 @@ def _weight_rows(one: ModelSize, other: ModelSize) -> Iterator[tuple[str, str, s
     figures: tuple[tuple[str, str, Callable[[int], str]], ...] = (
         (f"parameters of {one.part}", "parameters", "{:,}".format),
         ("not zero", "nonzero", "{:,}".format),
-        (f"bytes of {one.part}", "part_bytes", size),
-        ("as sparse storage (estimate)", "sparse_bytes", size),
-        ("all files", "files_bytes", size),
-        ("in the archive", "packed_bytes", size),
+        (f"bytes of {one.part}", "part_bytes", size_text),
+        ("as sparse storage (estimate)", "sparse_bytes", size_text),
+        ("all files", "files_bytes", size_text),
+        ("in the archive", "packed_bytes", size_text),
     )
     for what, name, show in figures:
         before, after = getattr(one, name), getattr(other, name)

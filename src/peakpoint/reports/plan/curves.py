@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from peakpoint.rules import BestAtSparsity, Mode, Pareto, Rule, watched
+from peakpoint.rules import BestAtSparsity, Mode, Pareto, Rule, ranking_metrics
 
 _PEAK = 0.65  # of the run, where a curve that rises and then degrades has its best
 # What one report adds to a sparsity that the schedule holds still, so that no two are equal where they are traded; the
@@ -38,7 +38,7 @@ class AssumedMetrics:
         self, rules: Sequence[Rule], reports: int, per_epoch: int, sparsity: Mapping[int, float], seed: int
     ) -> None:
         self._modes: dict[str, Mode] = {}
-        for metric, mode in watched(rules):
+        for metric, mode in ranking_metrics(rules):
             self._modes.setdefault(metric, mode)
         by_sparsity = {rule.sparsity for rule in rules if isinstance(rule, BestAtSparsity)}
         self._sparsities = (by_sparsity or {"sparsity"}) if sparsity else set()

@@ -1,6 +1,6 @@
 """What a training will write and keep, before it runs.
 
-The run is played with the rules themselves: every report is put to ``rules.wanted``, and after every save
+The run is played with the rules themselves: every report is put to ``rules.moment_claims``, and after every save
 ``retention.plan`` says what goes, as in a training. What is not known beforehand are the metrics, so the run is played
 several times, with metrics that never improve, that always improve, and that rise and then degrade.
 """
@@ -17,11 +17,11 @@ from peakpoint.errors import ConfigError
 from peakpoint.format import layout
 from peakpoint.format.events import Reported
 from peakpoint.format.manifest import FileRecord, Manifest
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.reports.plan.curves import ASSUMPTIONS, AssumedMetrics
 from peakpoint.reports.plan.intervals import Failures
 from peakpoint.reports.plan.sizes import REST, Sizes, check_whole, from_state, stalled_seconds
-from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, wanted
+from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, moment_claims
 from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.rules.retention import plan
 
@@ -219,7 +219,7 @@ def _check_rules(
         for part in rule.needs or ():
             if part not in have:
                 raise ConfigError(
-                    f"rule {rule.text} needs a part {part!r}, and there are {', '.join(have)}{near(part, have)}"
+                    f"rule {rule.text} needs a part {part!r}, and there are {', '.join(have)}{did_you_mean(part, have)}"
                 )
     for epoch, value in (sparsity or {}).items():
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0 or not 0 <= value <= 1:
@@ -248,7 +248,7 @@ class _Run:
         for number, values in enumerate(metrics, 1):
             smoothing.report(values)
             moment = self._moment(number, {**values, **smoothing.means()}, parts, files)
-            claims = wanted(self.rules, existing, moment)
+            claims = moment_claims(self.rules, existing, moment)
             if not claims:
                 continue
             wanting.update(claim.rule for claim in claims)

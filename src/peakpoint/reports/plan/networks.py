@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 
 Shape = tuple[int, ...]
 Shapes = Iterator[Shape]
@@ -108,5 +108,5 @@ def architecture(name: str) -> Architecture:
         25557032
     """
     if name not in _BY_NAME:
-        raise ConfigError(f"there is no preset {name!r}{near(name, NAMES)}; presets: {', '.join(NAMES)}")
+        raise ConfigError(f"there is no preset {name!r}{did_you_mean(name, NAMES)}; presets: {', '.join(NAMES)}")
     return _BY_NAME[name]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 
 Shape = tuple[int, ...]
 STEP = 4  # bytes: torch counts steps in a float32 of each parameter
@@ -107,7 +107,7 @@ def optimizer_state(
     name, given = _ALIASES.get(optimizer.lower(), (optimizer.lower(), options or {}))
     if name not in _KNOWN:
         raise ConfigError(
-            f"optimizer {optimizer!r} is not known to the planner{near(optimizer.lower(), NAMES)}; it knows "
+            f"optimizer {optimizer!r} is not known to the planner{did_you_mean(optimizer.lower(), NAMES)}; it knows "
             f"{', '.join(NAMES)}. Of any other, plan from the live state after its first step"
         )
     each = [_KNOWN[name](shape, given) for shape in shapes]
@@ -129,5 +129,5 @@ def bytes_of(dtype: str) -> int:
     """
     if dtype not in DTYPES:
         names: Sequence[str] = list(DTYPES)
-        raise ConfigError(f"dtype {dtype!r} is not known{near(dtype, names)}; known are {', '.join(names)}")
+        raise ConfigError(f"dtype {dtype!r} is not known{did_you_mean(dtype, names)}; known are {', '.join(names)}")
     return DTYPES[dtype]
