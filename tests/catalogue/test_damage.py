@@ -1,4 +1,4 @@
-"""A catalogue that says otherwise than the files is found and made anew; what hides in it is found by audit."""
+"""A catalogue that differs from the files is found and made anew; what hides in it is found by audit."""
 
 import contextlib
 import random
@@ -92,7 +92,7 @@ def test_what_is_given_out_is_what_the_files_say(root, catalogue_url, what):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert steps(catalogue, where, by) == right
-    anew = [one for one in said if "said otherwise than the files" in str(one.message)]
+    anew = [one for one in said if "differed from the files" in str(one.message)]
     assert steps(catalogue, where, by) == right
     if what == "name of a run":
         return  # which a refresh may have missed, and mended, before that
@@ -152,7 +152,7 @@ def test_what_hides_is_found_by_audit_and_mended_by_rebuilding(root, catalogue_u
         assert connection.execute(sqlalchemy.text(HIDDEN[what])).rowcount
     found = list(audit_catalogue(repository, catalogue_url))
     assert {(one.kind, one.where) for one in found} == {("damage", catalogue.location)}
-    assert all("says otherwise than the files" in one.what and "--rebuild" in one.what for one in found)
+    assert all("differs from the files" in one.what and "--rebuild" in one.what for one in found)
     catalogue.rebuild()
     assert not list(audit_catalogue(repository, catalogue_url))
     catalogue.close()
@@ -265,8 +265,8 @@ def test_a_damaged_manifest_is_no_answer_and_named(root):
     data = file.read_bytes()
     file.write_bytes(data.replace(b"0.9", b"0.8"))  # in place: no directory changes
     chosen = pp.select(repository, by=BY_ACC, top=1)
-    with pytest.warns(PeakpointWarning, match=f"checkpoint '{best.ref}' is not considered: .*seal does not match"):
+    with pytest.warns(PeakpointWarning, match=f"checkpoint '{best.ref}' is left out: .*seal does not match"):
         assert chosen.first().run == "b"
     assert list(chosen.unread) == [best.ref]
-    with pytest.warns(PeakpointWarning, match="is not considered"):
+    with pytest.warns(PeakpointWarning, match="is left out"):
         assert list(pp.select(repository, by=BY_ACC, top=1).unread) == [best.ref]

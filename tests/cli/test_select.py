@@ -206,7 +206,7 @@ def test_what_cannot_be_read_is_named_and_in_the_exit_code(tmp_path, age):
     os.utime(best.path, (time.time() - age,) * 2)  # a directory that changed just now has no stamp to go by
     told = in_process("select", tmp_path, "--max", "acc", "--refs")
     assert (told.returncode, told.stdout.startswith("good/")) == (23, True)
-    assert f"checkpoint '{best.ref}' is not considered" in told.stderr
+    assert f"checkpoint '{best.ref}' is left out" in told.stderr
     for command in (("select", "--max", "acc", "--json"), ("ls", "--json")):
         told = in_process(command[0], tmp_path, *command[1:])
         assert told.returncode == 23

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socketserver
 import sqlite3
 import threading
@@ -572,7 +573,7 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
     else:
         file.write_bytes(file.read_bytes().replace(b'"step"', b'"stop"'))
     found = pp.open(store)
-    with pytest.warns(pp.PeakpointWarning, match="is not considered"):
+    with pytest.warns(pp.PeakpointWarning, match="is left out"):
         done = release(found, "champion", read_policies(store), task.in_process, dry_run=dry_run)
     assert (done.outcome, done.id, done.candidate, done.record) == ("refused", None, None, None)
     assert "cannot be read, and may be better" in done.reasons[0]
@@ -582,12 +583,14 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
 def test_a_release_is_not_deceived_by_a_damaged_index(tmp_path):
     task.trained(tmp_path)
     task.policy(tmp_path)
+    for directory, _, _ in os.walk(tmp_path):
+        os.utime(directory, (1, 1))  # long ago, so that nothing is read again
     catalogue = Catalogue(tmp_path)
     catalogue.refresh()
     best = pp.open(tmp_path).find("r:2")
     with contextlib.closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:
         connection.execute("DELETE FROM peakpoint_checkpoints WHERE step = ?", (best.step,))
         connection.commit()
-    with pytest.warns(pp.PeakpointWarning, match="said otherwise than the files .* and was made anew"):
+    with pytest.warns(pp.PeakpointWarning, match="differed from the files .* and was made anew"):
         assert released(tmp_path).candidate.id == best.id
     assert champion(tmp_path) == best.step

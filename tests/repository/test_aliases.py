@@ -916,7 +916,7 @@ def test_an_alias_that_cannot_be_read_is_told_wherever_aliases_are_shown(promote
         assert "'champion'" in result.stderr, command
         assert "is corrupt" in result.stderr, command
         assert "@champion" not in result.stdout
-    with pytest.warns(PeakpointWarning, match="the alias 'champion' is not considered: .*is corrupt"):
+    with pytest.warns(PeakpointWarning, match="the alias 'champion' is left out: .*is corrupt"):
         assert "@champion" not in invoke("select", tmp_path).stdout
     with pytest.raises(CorruptError, match="is corrupt"):
         invoke("show", tmp_path, "@champion")

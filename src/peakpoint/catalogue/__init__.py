@@ -1,24 +1,26 @@
-"""An SQL index of a repository, and the language that selects from it; it may be deleted at any time."""
+"""An SQL index of a repository, and the language that selects from it; it may be deleted at any time.
 
+SQLAlchemy is imported when the index is first used: many commands need only the language.
+"""
+
+import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from peakpoint.catalogue.catalogue import Catalogue, Progress
-from peakpoint.catalogue.database import FILE, VARIABLE
 from peakpoint.catalogue.query import parse
-from peakpoint.catalogue.ranking import WithinSE, ranking_keys
-from peakpoint.catalogue.run_summary import RunSummary
-from peakpoint.catalogue.selection import Clause, Explanation, Selection, SelectionQuery
-from peakpoint.errors import ConfigError, MissingExtraError, StoreError
-from peakpoint.repository.findings import AuditFinding
+from peakpoint.catalogue.ranking import SelectionQuery, WithinSE, ranking_keys
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode
 from peakpoint.store import Store
 
+if TYPE_CHECKING:
+    from peakpoint.catalogue.catalogue import Catalogue, Progress, audit
+    from peakpoint.catalogue.run_summary import RunSummary
+    from peakpoint.catalogue.selection import Clause, Explanation, Selection
+
 __all__ = [
-    "FILE",
-    "VARIABLE",
     "Catalogue",
     "Clause",
     "Explanation",
@@ -29,7 +31,23 @@ __all__ = [
     "audit",
     "select",
 ]
-_SHOWN = 20  # differences, of which there may be millions
+_HOMES = {
+    "Catalogue": "catalogue",
+    "Clause": "selection",
+    "Explanation": "selection",
+    "Progress": "catalogue",
+    "RunSummary": "run_summary",
+    "Selection": "selection",
+    "audit": "catalogue",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peakpoint.catalogue' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"peakpoint.catalogue.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def select(
@@ -40,11 +58,11 @@ def select(
     top: int | None = None,
     within: WithinSE | None = None,
     catalogue: str | None = None,
-) -> Selection:
-    """Select checkpoints of all runs that a condition holds for, in order, read as they are asked for.
+) -> "Selection":
+    """Select checkpoints of all runs that meet a condition, in order; each is read when it is reached.
 
-    Found through the catalogue, which is brought up to date first: no weight file is opened. Who asks again and again
-    keeps a ``Catalogue``.
+    They are found through the catalogue, which is brought up to date first: no weight file is opened. A program that
+    selects again and again keeps a ``Catalogue``.
 
     Args:
         root: a directory, a store, or what ``open`` returned.
@@ -68,28 +86,7 @@ def select(
         >>> [checkpoint.step for checkpoint in pp.select(root, "loss < 0.6", by={"loss": "min"})]
         [3, 2]
     """
-    wish = SelectionQuery(query=parse(where), keys=ranking_keys(by), top=top, within=within)
-    return Catalogue(root, catalogue).select(wish)
+    from peakpoint.catalogue.catalogue import Catalogue  # noqa: PLC0415 - see above
 
-
-def audit(repository: Repository, catalogue: str | None = None) -> Iterator[AuditFinding]:
-    """Compare the catalogue with the files, if there is one; yields what it says otherwise.
-
-    Args:
-        repository: of which.
-        catalogue: where the index is; see ``Catalogue``.
-    """
-    if not (catalogue or os.environ.get(VARIABLE) or repository.store.size(FILE) is not None):
-        return
-    try:
-        index = Catalogue(repository, catalogue)
-        differences = [difference for difference in index.compare() if not difference.unreadable]
-    except (ConfigError, MissingExtraError, StoreError) as error:
-        yield AuditFinding("busy", FILE, f"the catalogue is not compared with the files: {error}")
-        return
-    remedy = "peakpoint audit ROOT --rebuild makes it anew"
-    for difference in differences[:_SHOWN]:
-        what = f"the catalogue says otherwise than the files: {difference.what}; {remedy}"
-        yield AuditFinding("damage", index.location, what)
-    if len(differences) > _SHOWN:
-        yield AuditFinding("damage", index.location, f"{len(differences) - _SHOWN} more of these; {remedy}")
+    request = SelectionQuery(query=parse(where), keys=ranking_keys(by), top=top, within=within)
+    return Catalogue(root, catalogue).select(request)

@@ -1,12 +1,12 @@
-"""What the files of a run say that the catalogue does not know yet. Reads files only, knows of no database.
+"""What is new in the files of a run since they were read last. Reads files only, knows of no database.
 
-A run is compared with what was read of it last: the stamps of two directories, and the lengths of the journal's
-segments that may still grow (a segment whose last event is ``closed`` never does). For a run where one of these
-differs, new lines of the journal and new directories are read, and nothing else. A run of the same name with another
-identity, or a journal with another past (a backup that was put back), is read from the beginning.
+A run is compared with its read position: the stamps of two directories, and the lengths of the journal's segments that
+may still grow (a segment whose last event is ``closed`` never does). Where one of these differs, new lines of the
+journal and new directories are read, and nothing else. A run of the same name with another identity, or a journal with
+another past (a backup that was put back), is read from the beginning.
 
-A directory that was seen in the middle of something is unsettled: its own stamp is compared, too, until what the
-journal has announced is there to be seen. So a crash at any instant leaves nothing unseen.
+A directory that was seen in the middle of a change is unsettled: its own stamp is compared, too, until what the journal
+has announced is there to be seen. So a crash at any instant leaves nothing unseen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,39 +35,39 @@ from peakpoint.repository import reader
 from peakpoint.repository.packs import readable_run_archive
 from peakpoint.store import Store
 
-Rows = Mapping[str, tuple[int, str]]
+Indexed = Mapping[str, tuple[int, str]]
 """The checkpoints of a run in the catalogue: name to key and id."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unsettled:
+class UnsettledDirectory:
     """A directory to look at again.
 
     Attributes:
         stamp: of the directory, before it was read; None when that could not be told.
         damage: what is wrong with its manifest.
-        awaits: what the journal has announced and was not there to be seen: ``"gone"``, ``"restored"``, ``"without"``
-            and a part, or ``"word"`` of what came of a change.
-        resting: it is in the trash; whoever takes it out says so in the journal first.
+        expected: what the journal has announced and was not there to be seen: ``"gone"``, ``"restored"``, ``"without"``
+            and a part, or ``"outcome"`` of a change.
+        in_trash: whoever takes it out says so in the journal first.
     """
 
     stamp: str | None
     damage: str | None = None
-    awaits: tuple[str, ...] = ()
-    resting: bool = False
+    expected: tuple[str, ...] = ()
+    in_trash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Growing:
+class OpenSegment:
     """A segment of the journal that may still grow.
 
     Attributes:
         read: bytes that were read, in whole lines.
-        seen: bytes that were there, with a line that was torn.
+        size: bytes of the file then, with a line that was torn.
     """
 
     read: int
-    seen: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class ReadPosition:
         identity: digest of ``run.json``.
         journal: the stamp of its journal when it was listed; None when that could not be told.
         checkpoints: the same of its checkpoints.
-        last: the newest segment; those before it are known, as numbers only rise.
+        last: the newest segment; those before it are read, as numbers only rise.
         segments: how many there are up to that one.
         closed: bytes of those that cannot grow.
         tail: digest of the last bytes that were read of the newest segment.
@@ -93,8 +93,8 @@ class ReadPosition:
     segments: int = 0
     closed: int = 0
     tail: str = ""
-    growing: Mapping[str, Growing] = field(default_factory=dict)
-    unsettled: Mapping[str, Unsettled] = field(default_factory=dict)
+    growing: Mapping[str, OpenSegment] = field(default_factory=dict)
+    unsettled: Mapping[str, UnsettledDirectory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,49 +102,49 @@ class RunChanges:
     """What is new of a run.
 
     Attributes:
-        known: how far it is read now.
-        whole: all of it was read, and what was known before is to be forgotten.
+        position: how far it is read now.
+        complete: all of it was read, and what the catalogue has of it is to be forgotten.
         events: the new lines of the journal.
         past: all lines, where the new ones change what counts of the earlier; None elsewhere.
-        found: checkpoints that are new or were looked at again.
-        gone: names that the catalogue has, and that are there no more or are among ``found``.
+        checkpoints: those that are new or were looked at again.
+        gone: names that the catalogue has, and that exist no more or are among ``checkpoints``.
     """
 
-    known: ReadPosition
-    whole: bool
+    position: ReadPosition
+    complete: bool
     events: Sequence[Event]
     past: Sequence[Event] | None
-    found: Sequence[reader.FoundCheckpoint]
+    checkpoints: Sequence[reader.FoundCheckpoint]
     gone: frozenset[str]
 
     @property
     def is_empty(self) -> bool:
         """Whether the catalogue has all of it."""
-        return not (self.whole or self.events or self.found or self.gone)
+        return not (self.complete or self.events or self.checkpoints or self.gone)
 
 
 NOTES = (Measured, Pinned, Unpinned)
 _TAIL = 64
 
 
-def is_current(store: Store, run: str, known: ReadPosition, *, by_hand: bool = True) -> bool:
+def is_current(store: Store, run: str, position: ReadPosition, *, by_hand: bool = True) -> bool:
     """Whether a run's files are as they were when they were read.
 
     Args:
         store: where.
         run: which.
-        known: what was read.
+        position: how far they were read.
         by_hand: also look for directories that were deleted, or copied there, without Peakpoint. Everything that it
             does itself begins with a line in the journal; where no segment can grow, that is a new segment.
     """
     journal = layout.journal_prefix(run)
     return (
-        is_same(store, journal, known.journal)
-        and (not (by_hand or known.growing) or is_same(store, layout.checkpoints_prefix(run), known.checkpoints))
-        and all(store.size(f"{journal}/{segment}") == one.seen for segment, one in known.growing.items())
+        is_same(store, journal, position.journal)
+        and (not (by_hand or position.growing) or is_same(store, layout.checkpoints_prefix(run), position.checkpoints))
+        and all(store.size(f"{journal}/{name}") == segment.size for name, segment in position.growing.items())
         and all(
-            one.resting or is_same(store, layout.checkpoint_prefix(run, name), one.stamp)
-            for name, one in known.unsettled.items()
+            directory.in_trash or is_same(store, layout.checkpoint_prefix(run, name), directory.stamp)
+            for name, directory in position.unsettled.items()
         )
     )
 
@@ -154,14 +154,14 @@ def is_same(store: Store, prefix: str, stamp: str | None) -> bool:
     return stamp is not None and store.stamp(prefix) == stamp
 
 
-def read(store: Store, run: str, known: ReadPosition | None, rows: Rows) -> RunChanges:
-    """Read what is new.
+def read_changes(store: Store, run: str, position: ReadPosition | None, indexed: Indexed) -> RunChanges:
+    """Read what is new of a run.
 
     Args:
         store: where.
         run: which.
-        known: how far it is read; None when the catalogue does not know it.
-        rows: what the catalogue has of it.
+        position: how far it is read; None when the catalogue does not have it.
+        indexed: its checkpoints in the catalogue.
 
     Raises:
         NotFoundError: the run is gone.
@@ -169,74 +169,75 @@ def read(store: Store, run: str, known: ReadPosition | None, rows: Rows) -> RunC
         StoreError: a directory cannot be read.
     """
     identity = digest(store.get(layout.run_record(run)))[:16]
-    journal = None
-    if known is not None and known.identity == identity:
-        journal = _journal(store, run, known)
-    whole = journal is None
-    if journal is None:
-        known, rows = ReadPosition(identity), {}
-        journal = _journal(store, run, known)
-        assert journal is not None, "nothing was known that could be contradicted"
-    assert known is not None
+    beginning = ReadPosition(identity)
+    before = position if position is not None and position.identity == identity else beginning
+    journal = _read_journal(store, run, before)
+    complete = before is beginning or journal is None
+    if journal is None:  # with another past
+        before = beginning
+        journal = _read_journal(store, run, before)
+        assert journal is not None, "nothing was read that could be contradicted"
     now, events = journal
     past = None
-    if not whole and any(isinstance(event, Opened | Started) for event in events):
+    if not complete and any(isinstance(event, Opened | Started) for event in events):
         past = journals.read(store, run).events
     stamp = store.stamp(layout.checkpoints_prefix(run))
-    found, gone, unsettled = _Directories(store, run, known, rows).read(events)
-    now = replace(now, identity=identity, checkpoints=stamp, unsettled=unsettled)
-    return RunChanges(now, whole, events, past, found, gone)
+    directories = _Directories(store, run, before.unsettled, {} if complete else indexed)
+    checkpoints, gone = directories.read(events)
+    now = replace(now, identity=identity, checkpoints=stamp, unsettled=directories.unsettled)
+    return RunChanges(now, complete, events, past, checkpoints, gone)
 
 
 # --- the journal --------------------------------------------------------------------------------------------------
 
 
-def _journal(store: Store, run: str, known: ReadPosition) -> tuple[ReadPosition, list[Event]] | None:
+def _read_journal(store: Store, run: str, position: ReadPosition) -> tuple[ReadPosition, list[Event]] | None:
     """How far the journal is read after this, and what is new in it; None when it has another past than was read."""
     prefix = layout.journal_prefix(run)
     stamp, segments = store.stamp(prefix), journals.segments_of(store, run)
-    before = sum((len(name), name) <= (len(known.last), known.last) for name in segments)
-    if before != known.segments or not _has_that_past(store, prefix, segments[:before], known, stamp):
+    earlier = sum((len(name), name) <= (len(position.last), position.last) for name in segments)
+    if earlier != position.segments or not _has_that_past(store, prefix, segments[:earlier], position, stamp):
         return None
     events: list[Event] = []
-    growing: dict[str, Growing] = {}
-    closed, end = known.closed, 0
-    for place, segment in enumerate(segments):
-        one = known.growing.get(segment)
-        if place < before and one is None:
-            continue
-        begin = 0 if one is None else one.read
-        seen = store.size(f"{prefix}/{segment}") or 0
-        more, end = journals.read_appended(store, run, segment, begin)
+    growing: dict[str, OpenSegment] = {}
+    closed, end = position.closed, 0
+    for number, name in enumerate(segments):
+        segment = position.growing.get(name)
+        if number < earlier and segment is None:
+            continue  # closed, and read
+        begin = 0 if segment is None else segment.read
+        size = store.size(f"{prefix}/{name}") or 0
+        new_events, end = journals.read_appended(store, run, name, begin)
         # notes count in the order of segments, and segments only grow
-        if seen < begin or (place < before - 1 and any(isinstance(event, NOTES) for event in more)):
+        if size < begin or (number < earlier - 1 and any(isinstance(event, NOTES) for event in new_events)):
             return None
-        events += more
-        if more and isinstance(more[-1], Closed):
+        events += new_events
+        if new_events and isinstance(new_events[-1], Closed):
             closed += end
         else:
-            growing[segment] = Growing(end, max(seen, end))
-    tail = known.tail
-    if segments and (segments[-1] != known.last or segments[-1] in known.growing):
-        tail = _tail(store, f"{prefix}/{segments[-1]}", end)
-    last = segments[-1] if segments else ""
+            growing[name] = OpenSegment(end, max(size, end))
+    last, tail = segments[-1] if segments else "", position.tail
+    if segments and (last != position.last or last in position.growing):
+        tail = _tail(store, f"{prefix}/{last}", end)
     now = ReadPosition(journal=stamp, last=last, segments=len(segments), closed=closed, tail=tail, growing=growing)
     return now, events
 
 
-def _has_that_past(store: Store, prefix: str, segments: Sequence[str], known: ReadPosition, stamp: str | None) -> bool:
+def _has_that_past(
+    store: Store, prefix: str, segments: Sequence[str], position: ReadPosition, stamp: str | None
+) -> bool:
     """Whether the segments that were read are those that are there."""
     if not segments:
         return True
     last = segments[-1]
-    one = known.growing.get(last)
-    end = one.read if one is not None else store.size(f"{prefix}/{last}") or 0
-    if _tail(store, f"{prefix}/{last}", end) != known.tail:
+    segment = position.growing.get(last)
+    end = segment.read if segment is not None else store.size(f"{prefix}/{last}") or 0
+    if _tail(store, f"{prefix}/{last}", end) != position.tail:
         return False
-    if stamp is not None and stamp == known.journal:
+    if stamp is not None and stamp == position.journal:
         return True
-    sizes = [store.size(f"{prefix}/{name}") or 0 for name in segments if name not in known.growing]
-    return sum(sizes) == known.closed
+    closed = (store.size(f"{prefix}/{name}") or 0 for name in segments if name not in position.growing)
+    return sum(closed) == position.closed
 
 
 def _tail(store: Store, key: str, end: int) -> str:
@@ -245,102 +246,95 @@ def _tail(store: Store, key: str, end: int) -> str:
 
 # --- directories --------------------------------------------------------------------------------------------------
 
+_WITHOUT = "without "
+
 
 class _Directories:
-    """The checkpoints of a run, read again where that is needed."""
+    """The checkpoints of a run, read again where that is needed.
 
-    def __init__(self, store: Store, run: str, known: ReadPosition, rows: Rows) -> None:
-        self._store, self._run, self._rows = store, run, rows
-        self._before = known.unsettled
-        self._awaits = {name: set(one.awaits) for name, one in known.unsettled.items()}
+    Attributes:
+        unsettled: directories to look at again when they change.
+    """
+
+    def __init__(self, store: Store, run: str, unsettled: Mapping[str, UnsettledDirectory], indexed: Indexed) -> None:
+        self._store, self._run, self._indexed = store, run, indexed
+        self.unsettled = dict(unsettled)
+        self._expected = {name: set(directory.expected) for name, directory in unsettled.items()}
         self._archive = readable_run_archive(store, run)
 
-    def read(
-        self, events: Sequence[Event]
-    ) -> tuple[list[reader.FoundCheckpoint], frozenset[str], dict[str, Unsettled]]:
-        """What was found, what is gone, and what is unsettled."""
-        touched = self._heed(events)
+    def read(self, events: Sequence[Event]) -> tuple[list[reader.FoundCheckpoint], frozenset[str]]:
+        """The checkpoints that are new or have changed, and the names that are gone or among them."""
+        touched = self._announced(events)
         children = self._store.children(layout.checkpoints_prefix(self._run))
         # names of ours are ASCII; no other directory can have a manifest that names it
         present = {child[:-1] for child in children if child.endswith("/") and child.isascii()}
-        touched |= {name for name, one in self._before.items() if not (one.resting or self._is_same(name, one.stamp))}
-        calm = {name: one for name, one in self._before.items() if name in present and name not in touched}
-        fresh = {name for name in present if name in touched or (name not in self._rows and name not in calm)}
-        found: list[reader.FoundCheckpoint] = []
-        unsettled = dict(calm)
-        for name in sorted(fresh):
-            self._look(name, found, unsettled)
-        gone = frozenset(name for name in self._rows if name not in present or name in touched)
-        return found, gone, unsettled
+        touched |= {name for name, directory in self.unsettled.items() if not self._is_settled(name, directory)}
+        self.unsettled = {
+            name: directory for name, directory in self.unsettled.items() if name in present and name not in touched
+        }
+        unread = (present & touched) | (present - self._indexed.keys() - self.unsettled.keys())
+        looked_at = [self._look(name) for name in sorted(unread)]
+        gone = frozenset(name for name in self._indexed if name not in present or name in touched)
+        return [checkpoint for checkpoint in looked_at if checkpoint is not None], gone
 
-    def _is_same(self, name: str, stamp: str | None) -> bool:
-        return is_same(self._store, layout.checkpoint_prefix(self._run, name), stamp)
+    def _is_settled(self, name: str, directory: UnsettledDirectory) -> bool:
+        prefix = layout.checkpoint_prefix(self._run, name)
+        return directory.in_trash or is_same(self._store, prefix, directory.stamp)
 
-    def _look(self, name: str, found: list[reader.FoundCheckpoint], unsettled: dict[str, Unsettled]) -> None:
+    def _look(self, name: str) -> reader.FoundCheckpoint | None:
+        """Read one directory, and note whether it is settled; its checkpoint, if it has one."""
         stamp = self._store.stamp(layout.checkpoint_prefix(self._run, name))
-        awaits = self._awaits.get(name, set())
+        expected = self._expected.get(name, set())
         match reader.inspect(self._store, self._run, name, self._archive):
-            case reader.FoundCheckpoint(manifest=manifest, archived=archived) as standing:
-                found.append(standing)
-                seen = {"restored"} if not archived else set()
-                there = {_WITHOUT + part for part in manifest.parts}
-                seen |= {one for one in awaits if one.startswith(_WITHOUT)} - there
-                awaits -= seen
-                if awaits:
-                    if not awaits.isdisjoint({"word", "restored"}):
-                        stamp = None  # the record of an archive is that of the run: no directory tells of it
-                    unsettled[name] = Unsettled(stamp, awaits=tuple(sorted(awaits)))
+            case reader.FoundCheckpoint(manifest=manifest, archived=archived) as checkpoint:
+                expected -= set() if archived else {"restored"}
+                parts = {_WITHOUT + part for part in manifest.parts}
+                expected -= {change for change in expected if change.startswith(_WITHOUT)} - parts
+                if expected:
+                    # the record of an archive is that of the run: no directory tells of it
+                    stamp = None if expected & {"outcome", "restored"} else stamp
+                    self.unsettled[name] = UnsettledDirectory(stamp, expected=tuple(sorted(expected)))
+                return checkpoint
             case reader.Damaged(error=error):
                 # bytes that are put back in place leave no trace in the directory: looked at again every time
-                unsettled[name] = Unsettled(None, str(error), tuple(sorted(awaits)))
+                self.unsettled[name] = UnsettledDirectory(None, str(error), tuple(sorted(expected)))
             case None:
                 trashed = self._store.size(layout.trashed_key(self._run, name)) is not None
-                awaits -= {"gone"}
-                unsettled[name] = Unsettled(
-                    stamp, awaits=tuple(sorted(awaits)), resting=trashed and "word" not in awaits
-                )
+                expected -= {"gone"}
+                in_trash = trashed and "outcome" not in expected
+                self.unsettled[name] = UnsettledDirectory(stamp, expected=tuple(sorted(expected)), in_trash=in_trash)
+        return None
 
-    def _heed(self, events: Sequence[Event]) -> set[str]:
+    def _announced(self, events: Sequence[Event]) -> set[str]:
         """Note what the events announce; the names that they are about."""
         touched = set()
-        noted = any(isinstance(event, NOTES) for event in events)
-        ids = {identity: name for name, (_, identity) in self._rows.items()} if noted else {}
+        has_notes = any(isinstance(event, NOTES) for event in events)
+        names = {identity: name for name, (_, identity) in self._indexed.items()} if has_notes else {}
         for event in events:
             if isinstance(event, NOTES):
-                touched |= {ids[event.checkpoint]} if event.checkpoint in ids else set()
-            elif isinstance(event, _ABOUT):
+                touched |= {names[event.checkpoint]} if event.checkpoint in names else set()
+            elif isinstance(event, Saved | Removed | PartsDropped | Changing | Restored | Archived | Undone):
                 touched.add(event.name)
-                self._announce(event, self._awaits.setdefault(event.name, set()))
+                _expect(event, self._expected.setdefault(event.name, set()))
         return touched
 
-    @staticmethod
-    def _announce(event: Event, awaits: set[str]) -> None:
-        match event:
-            case Saved():
-                awaits.clear()
-            case Removed():
-                awaits.add("gone")
-            case PartsDropped(parts=parts):
-                awaits.update(_WITHOUT + part for part in parts)
-            case Changing():
-                awaits.add("word")
-            case Restored():
-                awaits.add("restored")
-            case Archived():
-                awaits -= {"word", "restored"}
-            case Undone(parts=parts):
-                awaits -= {"word", "gone", *(_WITHOUT + part for part in parts)}
-            case _:
-                pass
 
-
-_WITHOUT = "without "
-_ABOUT = (
-    Saved,
-    Removed,
-    PartsDropped,
-    Changing,
-    Restored,
-    Archived,
-    Undone,
-)
+def _expect(event: Event, expected: set[str]) -> None:
+    """Change what is expected of a directory by what an event announces."""
+    match event:
+        case Saved():
+            expected.clear()
+        case Removed():
+            expected.add("gone")
+        case PartsDropped(parts=parts):
+            expected.update(_WITHOUT + part for part in parts)
+        case Changing():
+            expected.add("outcome")
+        case Restored():
+            expected.add("restored")
+        case Archived():
+            expected -= {"outcome", "restored"}
+        case Undone(parts=parts):
+            expected -= {"outcome", "gone", *(_WITHOUT + part for part in parts)}
+        case _:
+            pass

@@ -1,4 +1,4 @@
-"""Opening the database of a catalogue: a SQLite file beside the runs, or what ``PEAKPOINT_CATALOGUE`` names."""
+"""Open the database of a catalogue: a SQLite file beside the runs, or what ``PEAKPOINT_CATALOGUE`` names."""
 
 import contextlib
 import json
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import URL, Engine, create_engine, event, exc, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, select
 
+from peakpoint.catalogue.schema import meta
 from peakpoint.errors import ConfigError, CorruptError, StoreError, TransientStoreError, needing
 from peakpoint.format.sealed import digest
 from peakpoint.store import LocalStore, Store
@@ -23,38 +24,38 @@ _PATIENCE = 30.0  # seconds to wait for another process that is writing the cata
 
 
 class DamagedError(CorruptError):
-    """The database is none any more."""
+    """The database, or a row of it, cannot be read any more."""
 
 
 def read_json(text: str) -> Any:
-    """The value of a column that holds JSON.
+    """Decode a column that holds JSON.
 
     Raises:
-        DamagedError: it holds none.
+        DamagedError: it holds something else.
     """
     try:
         return json.loads(text)
     except ValueError as error:
-        raise DamagedError(f"a column holds no JSON: {error}") from error
+        raise DamagedError(f"a column is not JSON: {error}") from error
 
 
-Standing = Literal["named", "derived", "temporary"]
+Owner = Literal["named", "derived", "temporary"]
 """Named by somebody, whose it is; ours to throw away; ours, and of no use to any other process."""
 
 
-def place(store: Store, given: str | None) -> tuple[URL, Standing]:
-    """Where the catalogue of a repository is, and whose it is.
+def place(store: Store, where: str | None) -> tuple[URL, Owner]:
+    """Find where the catalogue of a repository is, and whose it is.
 
     Args:
         store: where the repository is.
-        given: a URL of PostgreSQL or SQLite, or the path of a file; by default what the environment variable
+        where: a URL of PostgreSQL or SQLite, or the path of a file; by default what the environment variable
             ``PEAKPOINT_CATALOGUE`` says, and without one ``catalogue.sqlite`` in the repository. Where that cannot be
             written, a file in the user's cache directory, or one that goes with this process.
 
     Raises:
         ConfigError: a URL of a kind that is not served.
     """
-    text = given or os.environ.get(VARIABLE, "")
+    text = where or os.environ.get(VARIABLE, "")
     if text:
         return _read_url(text), "named"
     if isinstance(store, LocalStore):
@@ -73,13 +74,13 @@ def place(store: Store, given: str | None) -> tuple[URL, Standing]:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether SQLite can write there: not where nobody may, nor on a network file system without its kind of locks.
+    """Whether SQLite can write there, which needs permission and, on a network file system, its kind of locks.
 
-    Nor through a link, nor to what is no file; SQLite would do both.
+    Links and directories are refused; SQLite would follow the links.
     """
-    for beside in ("", "-wal", "-shm", "-journal"):
+    for suffix in ("", "-wal", "-shm", "-journal"):
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(path.with_name(path.name + beside).lstat().st_mode):
+            if not stat.S_ISREG(path.with_name(path.name + suffix).lstat().st_mode):
                 return False
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         return False
@@ -91,7 +92,7 @@ def _is_usable(path: Path) -> bool:
     except sqlite3.OperationalError as error:
         return "locked" in str(error)
     except (sqlite3.DatabaseError, UnicodeDecodeError):  # its messages quote what is damaged
-        return True  # damaged: that is mended
+        return True  # damaged: that is repaired
     return True
 
 
@@ -111,7 +112,7 @@ def _read_url(text: str) -> URL:
     if kind == "sqlite" and url.database:
         return url
     raise ConfigError(
-        f"a catalogue of kind {kind!r} is not served; give postgresql://user@host/database or the path of a file"
+        f"a catalogue cannot be a database of kind {kind!r}; give postgresql://user@host/database or the path of a file"
     )
 
 
@@ -122,20 +123,20 @@ def translated(url: URL) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DamagedError(f"a message of the database is no text: {error}") from error
+        raise DamagedError(f"a message of the database is not text: {error}") from error
     except exc.DBAPIError as error:
-        said = str(error.orig).strip()
+        message = str(error.orig).strip()
         if _is_damaged(error.orig):
-            raise DamagedError(said) from error
-        if "locked" in said:
+            raise DamagedError(message) from error
+        if "locked" in message:
             raise TransientStoreError(f"another process is writing the catalogue {where}; try again") from error
         if isinstance(error, exc.DataError):
-            raise ConfigError(f"the selection cannot be computed: {said}") from error
-        raise StoreError(f"the catalogue {where} cannot be used: {said}") from error
+            raise ConfigError(f"the selection cannot be computed: {message}") from error
+        raise StoreError(f"the catalogue {where} cannot be used: {message}") from error
 
 
 def _is_damaged(error: BaseException | None) -> bool:
-    """Whether SQLite says that a file is no database, or a broken one, or finds a text that is none."""
+    """Whether SQLite says that a file is no database or a broken one, or that a text is not UTF-8."""
     if isinstance(error, sqlite3.OperationalError) and "Could not decode to UTF-8" in str(error):
         return True
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -143,7 +144,7 @@ def _is_damaged(error: BaseException | None) -> bool:
 
 
 def connect(url: URL) -> tuple[Engine, Engine]:
-    """A pair of engines: one that writes, one that can only read.
+    """Make a pair of engines: one that writes, one that can only read.
 
     Raises:
         MissingExtraError: the driver for PostgreSQL is not installed.
@@ -202,36 +203,37 @@ def _authorize(action: int, first: str | None, second: str | None, *_: object) -
     return sqlite3.SQLITE_DENY
 
 
-def check_owner(location: str, identity: str, found: Any, *, disposable: bool) -> None:
+def check_owner(connection: Connection, location: str, identity: str, *, disposable: bool) -> None:
     """Refuse the catalogue of another repository.
 
     Args:
+        connection: to the catalogue.
         location: of the catalogue.
         identity: of the repository.
-        found: the ``repository`` that it belongs to, and its ``location``.
-        disposable: whether it may be set aside.
+        disposable: whether the catalogue may be set aside.
 
     Raises:
         DamagedError: it is that of another, and may be set aside.
         ConfigError: it may not.
     """
-    if found.repository == identity:
+    owner = connection.execute(select(meta.c.repository, meta.c.location)).one_or_none()
+    if owner is not None and owner.repository == identity:
         return
-    if disposable:
-        raise DamagedError(f"the catalogue {location} belongs to another repository")
+    if owner is None or disposable:
+        raise DamagedError(f"the catalogue {location} belongs to another repository, or to none")
     raise ConfigError(
-        f"the catalogue {location} belongs to the repository {found.location}; give each repository a "
+        f"the catalogue {location} belongs to the repository {owner.location}; give each repository a "
         "database of its own, or a schema (postgresql://...?options=-csearch_path%3DNAME)"
     )
 
 
 def check(engine: Engine) -> list[str]:
-    """What SQLite finds wrong with its file, indexes included; PostgreSQL has checksums of its own."""
+    """Have SQLite check its file, indexes included: what is wrong; PostgreSQL has checksums of its own."""
     if engine.url.get_backend_name() != "sqlite":
         return []
     with translated(engine.url), engine.connect() as connection:
-        said = connection.exec_driver_sql("PRAGMA integrity_check(10)").scalars().all()
-    return [str(one) for one in said if one != "ok"]
+        sentences = connection.exec_driver_sql("PRAGMA integrity_check(10)").scalars().all()
+    return [str(sentence) for sentence in sentences if sentence != "ok"]
 
 
 def set_aside(url: URL) -> None:
@@ -249,17 +251,3 @@ def discard(url: URL) -> None:
     assert url.database is not None
     for suffix in ("", "-wal", "-shm"):
         Path(url.database + suffix).unlink(missing_ok=True)
-
-
-__all__ = [
-    "FILE",
-    "VARIABLE",
-    "DamagedError",
-    "check",
-    "connect",
-    "discard",
-    "place",
-    "read_json",
-    "set_aside",
-    "translated",
-]

@@ -1,13 +1,15 @@
-"""By what a selection ranks, and how much better is better."""
+"""What a selection asks for: a condition, what it ranks by, and how much better is better."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peakpoint.catalogue.query import Field, Metric, parse_key
+from peakpoint.catalogue.query import Field, Metric, Query, parse_key
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_metric
 from peakpoint.rules import Mode, mode_of
+
+_MOST = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class RankingKey:
 
 
 def ranking_keys(by: Mapping[str, Mode]) -> tuple[RankingKey, ...]:
-    """Keys from ``{"val_accuracy": "max", "size": "min"}``; the first counts most.
+    """Read keys from ``{"val_accuracy": "max", "size": "min"}``; the first counts most.
 
     Raises:
         ConfigError: a name or a mode that cannot be.
@@ -46,7 +48,7 @@ class WithinSE:
         percent: the accuracy is from 0 to 100, not from 0 to 1.
 
     Raises:
-        ConfigError: both are given, or neither, or something that is none.
+        ConfigError: both are given, or neither, or a value that cannot be.
 
     Example:
         >>> round(WithinSE(n_eval=10_000).error_of(0.9, {}), 6)
@@ -59,9 +61,7 @@ class WithinSE:
 
     def __post_init__(self) -> None:
         if (self.n_eval is None) == (self.se is None):
-            raise ConfigError(
-                "within one standard error of what? give n_eval (examples) or se (a metric), and not both"
-            )
+            raise ConfigError("one standard error of what? give n_eval (examples) or se (a metric), and not both")
         if isinstance(self.n_eval, int) and (isinstance(self.n_eval, bool) or self.n_eval < 1):
             raise ConfigError(f"n_eval={self.n_eval!r}: the number of examples is at least 1")
         for name in (self.n_eval, self.se):
@@ -77,20 +77,47 @@ class WithinSE:
         """The standard error of the best value, in its unit.
 
         Raises:
-            ConfigError: the value is no accuracy, or the metric that must be there is not, or cannot be.
+            ConfigError: the value is no accuracy, or the metric that must be there is missing, or cannot be.
         """
-        given = self.n_eval if isinstance(self.n_eval, int) else metrics.get(self.needs or "", math.nan)
-        if not math.isfinite(given) or given < 0 or (self.se is None and given < 1):
-            what = "standard error" if self.se is not None else "number of examples"
-            raise ConfigError(f"the best checkpoint has no usable {what} in {self.needs!r}: {given}")
+        value = self.n_eval if isinstance(self.n_eval, int) else metrics.get(self.needs or "", math.nan)
+        if not math.isfinite(value) or value < 0 or (self.se is None and value < 1):
+            meaning = "standard error" if self.se is not None else "number of examples"
+            raise ConfigError(f"the best checkpoint has no usable {meaning} in {self.needs!r}: {value}")
         if self.se is not None:
-            return given
-        whole = 100.0 if self.percent else 1.0
-        if not 0 <= best <= whole:
-            hint = "; say percent (--percent) if it is one" if whole == 1 and best <= 100 else ""
+            return value
+        scale = 100.0 if self.percent else 1.0
+        if not 0 <= best <= scale:
+            hint = "; for an accuracy in percent, say percent (--percent)" if scale == 1 and best <= 100 else ""
             raise ConfigError(
-                f"the best value is {best:g}, and the standard error of an accuracy needs one from 0 to {whole:g}"
-                f"{hint}; for other metrics give se (--se), a metric with the standard error"
+                f"the best value is {best:g}, and the standard error of an accuracy needs one from 0 to {scale:g}"
+                f"{hint}; for other metrics give se (--se), a metric that holds the standard error"
             )
-        share = best / whole
-        return whole * math.sqrt(share * (1 - share) / given)
+        share = best / scale
+        return scale * math.sqrt(share * (1 - share) / value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionQuery:
+    """What is to be selected.
+
+    Attributes:
+        query: which checkpoints.
+        keys: by what they are ranked; the newest come first without any.
+        top: how many at most; None for all.
+        within: what counts as equally good.
+
+    Raises:
+        ConfigError: ``top`` is no number of checkpoints, or there is no metric that ``within`` could be about.
+    """
+
+    query: Query
+    keys: tuple[RankingKey, ...] = ()
+    top: int | None = None
+    within: WithinSE | None = None
+
+    def __post_init__(self) -> None:
+        is_count = isinstance(self.top, int) and not isinstance(self.top, bool) and 1 <= self.top <= _MOST
+        if self.top is not None and not is_count:
+            raise ConfigError(f"top={str(self.top)[:50]}: give a whole number from 1 to {_MOST:,}")
+        if self.within is not None and (not self.keys or not isinstance(self.keys[0].value, Metric)):
+            raise ConfigError("one standard error of which metric? rank by a metric first, as in --max val_accuracy")

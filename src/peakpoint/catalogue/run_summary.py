@@ -1,4 +1,4 @@
-"""What the catalogue tells of runs."""
+"""What the catalogue says of whole runs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from peakpoint.catalogue import schema
-from peakpoint.catalogue.aliases import pointers
+from peakpoint.catalogue.aliases import alias_targets
 from peakpoint.catalogue.database import DamagedError, read_json
-from peakpoint.catalogue.refresh import decoded, read_peaks
+from peakpoint.catalogue.refresh import decode_position
+from peakpoint.catalogue.rows import RunReports
 from peakpoint.rules.peaks import Peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """One run, as the catalogue knows it.
+    """One run, as the catalogue has it.
 
     Attributes:
         name: its name.
@@ -43,37 +44,34 @@ class RunSummary:
     aliases: tuple[str, ...] = ()
 
 
-def _damage(text: str) -> tuple[str, ...]:
-    """What is damaged in a run, of how far it is read."""
-    return tuple(one.damage for one in decoded(text).unsettled.values() if one.damage is not None)
-
-
-def listed(connection: Connection, top: int | None) -> list[RunSummary]:
+def run_summaries(connection: Connection, top: int | None) -> list[RunSummary]:
     """Every run, or so many at most; those that saved last come first."""
     table = schema.runs.c
     statement = select(schema.runs).order_by(table.newest.desc().nulls_last(), table.name).limit(top)
-    pointing: dict[str, list[str]] = {}
-    for (run, _), names in pointers(connection).items():
-        pointing.setdefault(run, []).extend(names)
-    return [_listed(row, pointing.get(row.name, ())) for row in connection.execute(statement)]
+    aliases: dict[str, list[str]] = {}
+    for (run, _), names in alias_targets(connection).items():
+        aliases.setdefault(run, []).extend(names)
+    return [_summary(row, aliases.get(row.name, ())) for row in connection.execute(statement)]
 
 
-def _listed(row: Any, aliases: Iterable[str]) -> RunSummary:
+def _summary(row: Any, aliases: Iterable[str]) -> RunSummary:
+    journal = RunReports.of_row(row)
+    directories = decode_position(row.read).unsettled.values()
     try:
         return RunSummary(
             name=row.name,
-            rules=tuple(read_json(row.rules)),
-            peaks=tuple(read_peaks(row.peaks)),
-            reports=int(row.reports),
+            rules=tuple(journal.rules),
+            peaks=tuple(journal.peaks),
+            reports=journal.reports,
             checkpoints=int(row.checkpoints),
             size_bytes=int(row.size),
             newest=None if row.newest is None else datetime.fromtimestamp(row.newest, UTC),
-            damaged=_damage(row.read),
-            kept=dict(read_json(row.peaks).get("kept", {})),
+            damaged=tuple(directory.damage for directory in directories if directory.damage is not None),
+            kept=dict(read_json(row.peaks)["kept"]),
             aliases=tuple(sorted(aliases)),
         )
-    except (AttributeError, OSError, OverflowError, TypeError, ValueError) as error:
-        raise DamagedError(f"the row of run {row.name!r} is none: {error}") from error
+    except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
+        raise DamagedError(f"the row of run {row.name!r} cannot be read: {error}") from error
 
 
 def totals(connection: Connection) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
-"""Finding the first few of many quickly in SQLite, whose own planner knows nothing of how values are distributed.
+"""Find the first few of many quickly in SQLite, whose own planner knows nothing of how values are distributed.
 
-The best rows by the first key, a few thousand, are looked at first: where that many match as are wanted, they are the
-answer, since every other row ranks lower. If not, and one clause alone leaves few rows, these are looked at through its
-index. Otherwise one pass over the whole table is the fastest there is. Left to itself SQLite goes through an index with
-a look into the table for every row, which takes ten times as long when hardly anything matches.
+The best rows by the first key, a few thousand, are looked at first: where as many of them match as are asked for, they
+are the answer, since every other row ranks lower. If not, and one clause alone leaves few rows, these are looked at
+through its index. Otherwise one pass over the whole table is the fastest there is. Left to itself SQLite goes through
+an index with a look into the table for every row, which takes ten times as long when hardly anything matches.
 """
 
 from collections.abc import Sequence
@@ -42,8 +42,7 @@ class Search:
 
     def conditions(self) -> list[Expression]:
         """All that must hold."""
-        found = [self.sql.where(clause) for clause in self.clauses]
-        return [*found, *(self.sql.finite(key.value) for key in self.keys), *self.more]
+        return [*map(self.sql.where, self.clauses), *(self.sql.finite(key.value) for key in self.keys), *self.more]
 
     def rows(self, columns: Sequence[Expression], limit: int | None) -> Sequence[Any]:
         """The rows in order."""
@@ -54,19 +53,18 @@ class Search:
         if limit is None or limit > self.candidate_limit // 4 or not self.sql.sqlite:
             return ranked.where(*self.conditions())
         scan = self.sql.without_indexes()
-        conditions = [scan.where(clause) for clause in self.clauses]
-        finite = [scan.finite(key.value) for key in self.keys]
+        clauses = [scan.where(clause) for clause in self.clauses]
+        further = [*(scan.finite(key.value) for key in self.keys), *self.more]
         best = self._best()
         if best is not None:
-            first = ranked.where(best, *conditions, *finite, *self.more)
-            enough = select(func.count()).select_from(first.subquery())
-            if self.connection.scalar(enough) == limit:
-                return first
-        few = self._few()
-        if few is not None:
-            conditions[few] = self.sql.where(self.clauses[few])
-        ordered = select(*columns).order_by(*self._order(scan)).limit(limit)
-        return ordered.where(*conditions, *finite, *self.more)
+            among_best = ranked.where(best, *clauses, *further)
+            count = select(func.count()).select_from(among_best.subquery())
+            if self.connection.scalar(count) == limit:
+                return among_best
+        fewest = self._fewest()
+        if fewest is not None:
+            clauses[fewest] = self.sql.where(self.clauses[fewest])
+        return select(*columns).order_by(*self._order(scan)).limit(limit).where(*clauses, *further)
 
     def _order(self, sql: Translator) -> list[Expression]:
         keys = self.keys or (_NEWEST,)
@@ -75,7 +73,7 @@ class Search:
         return [*order, table.key.desc()] if not self.keys else [*order, table.created.asc(), table.key.asc()]
 
     def _best(self) -> Expression | None:
-        """What the best few thousand rows by the first key have in common; None when there are not that many."""
+        """What the candidates, the best rows by the first key, have in common; None when there are not that many."""
         key = (*self.keys, _NEWEST)[0]
         value = self.sql.value(key.value)
         statement = select(value).where(self.sql.finite(key.value))
@@ -86,11 +84,11 @@ class Search:
         inside: Expression = value >= edge if key.mode == "max" else value <= edge
         return inside
 
-    def _few(self) -> int | None:
-        """The clause that leaves the fewest rows, if it leaves few."""
+    def _fewest(self) -> int | None:
+        """The number of the clause that leaves the fewest rows, if these are few."""
         counts = {}
-        for place, clause in enumerate(self.clauses):
-            some = select(self.sql.table.key).where(self.sql.where(clause)).limit(self.candidate_limit).subquery()
-            counts[place] = self.connection.scalar(select(func.count()).select_from(some)) or 0
-        fewest = min(counts, key=lambda place: counts[place], default=None)
+        for number, clause in enumerate(self.clauses):
+            rows = select(self.sql.table.key).where(self.sql.where(clause)).limit(self.candidate_limit).subquery()
+            counts[number] = self.connection.scalar(select(func.count()).select_from(rows)) or 0
+        fewest = min(counts, key=lambda number: counts[number], default=None)
         return fewest if fewest is not None and counts[fewest] < self.candidate_limit else None

@@ -1,4 +1,4 @@
-"""From the tree of a query to SQL: every value is a parameter, every name one of ours."""
+"""Translate the tree of a query to SQL: every value is a parameter, every name one of ours."""
 
 import operator
 import sys
@@ -55,7 +55,7 @@ class Translator:
         """The same, but so that SQLite passes over all rows."""
         return Translator(self._columns, self._dialect, indexed=False)
 
-    def _own(self, name: str) -> Expression:
+    def _column(self, name: str) -> Expression:
         """A column; with a sign before it SQLite uses no index of it (https://sqlite.org/optoverview.html, 2)."""
         column: Expression = self.table[name]
         return column if self._indexed else sa.UnaryExpression(column, operator=_PLUS, type_=column.type)
@@ -70,7 +70,7 @@ class Translator:
             case tree.Not(condition=inner):
                 return sa.not_(self.where(inner))
             case tree.Flag(field=field):
-                return self._own(field.name).is_(True)
+                return self._column(field.name).is_(True)
             case tree.Has(value=value):
                 return self._has(value)
             case tree.Like(field=field, pattern=pattern):
@@ -91,19 +91,19 @@ class Translator:
         return sa.true() if _is_text(value) else self.value(value).is_not(None)
 
     def _compare(self, condition: tree.Compare) -> Expression:
-        left, right = condition.left, condition.right
-        if isinstance(left, tree.Constant):
-            left, right = right, left  # only equality of texts comes here with a text
-        if isinstance(left, Field) and _is_text(left):
-            assert isinstance(right, tree.Constant)
-            same = self._texts(left, lambda column: column == right.value)
-            return same if condition.op == "==" else sa.not_(same)
+        field, constant = condition.left, condition.right
+        if isinstance(field, tree.Constant):
+            field, constant = constant, field
+        if isinstance(field, Field) and _is_text(field):  # only equality of texts comes here with a text
+            assert isinstance(constant, tree.Constant)
+            equal = self._texts(field, lambda column: column == constant.value)
+            return equal if condition.op == "==" else sa.not_(equal)
         return _COMPARED[condition.op](self.value(condition.left), self.value(condition.right))
 
     def _texts(self, field: Field, test: Any) -> Expression:
         """Whether a text of a checkpoint, which is in another table, passes a test."""
         if field.name == "run":
-            return self._own("run").in_(sa.select(schema.runs.c.key).where(test(schema.runs.c.name)))
+            return self._column("run").in_(sa.select(schema.runs.c.key).where(test(schema.runs.c.name)))
         if field.name == "reason":
             return self.table.key.in_(sa.select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
         if field.name == "alias":
@@ -132,29 +132,27 @@ class Translator:
             case tree.Constant():
                 return _literal(value.value)
             case Field(name=name):
-                return self._own(name)
+                return self._column(name)
             case Metric(name=name):
                 column = self._columns.column(name)
                 if column is not None:
-                    return self._own(column.name)
+                    return self._column(column.name)
                 rare = schema.rarities.c
-                found = sa.select(rare.value).where(
-                    rare.checkpoint == self.table.key, rare.metric == self._columns.keys[name]
-                )
-                return found.scalar_subquery()
-            case tree.Arithmetic(op="neg", left=left):
-                return -self.value(left)
-            case tree.Arithmetic(op="abs", left=left):
-                return sa.func.abs(self.value(left))
-            case tree.Arithmetic(op=op, left=left, right=right):
-                assert right is not None
-                return self._not_nan(_COMPUTED[op](self.value(left), self.value(right)))
+                is_value = (rare.checkpoint == self.table.key) & (rare.metric == self._columns.keys[name])
+                return sa.select(rare.value).where(is_value).scalar_subquery()
+            case tree.Arithmetic(op="neg", left=operand):
+                return -self.value(operand)
+            case tree.Arithmetic(op="abs", left=operand):
+                return sa.func.abs(self.value(operand))
+            case tree.Arithmetic(op=op, left=first, right=second):
+                assert second is not None
+                return self._not_nan(_COMPUTED[op](self.value(first), self.value(second)))
 
     def _not_nan(self, value: Expression) -> Expression:
         """NaN is missing; SQLite sees it so by itself, PostgreSQL takes it for the largest number."""
-        return (
-            value if self.sqlite else sa.func.nullif(sa.cast(value, sa.Double), sa.cast(sa.literal("NaN"), sa.Double))
-        )
+        if self.sqlite:
+            return value
+        return sa.func.nullif(sa.cast(value, sa.Double), sa.cast(sa.literal("NaN"), sa.Double))
 
     def finite(self, value: Field | Metric) -> Expression:
         """Whether something can be ranked by: NaN and infinities never win."""
