@@ -391,12 +391,12 @@ SLIPS = [
     ("(acc > 1", 0, "parentheses do not match"),
     ("acc > 1)", 7, "parentheses do not match"),
     ("acc > 1 step < 2", 8, "not understood"),
-    ("acc", 0, "a value and no condition; compare it, as in acc > 0"),
-    ("alias", 0, "a value and no condition; compare it, as in alias ~ 'x*' or has(alias)"),
-    ("'alias'", 0, "a value and no condition"),
+    ("acc", 0, "a value and not a condition; compare it, as in acc > 0"),
+    ("alias", 0, "a value and not a condition; compare it, as in alias ~ 'x*' or has(alias)"),
+    ("'alias'", 0, "a value and not a condition"),
     ("alias > 3", 8, "a text is compared with a text in quotes"),
     ("alias == champion", 9, "text in quotes"),
-    ("1", 0, "a value and no condition"),
+    ("1", 0, "a value and not a condition"),
     ("acc is null", 4, "has(x)"),
     ("acc == None", 7, "has(x)"),
     ("pinned == true", 10, "write pinned or not pinned"),
@@ -421,7 +421,7 @@ SLIPS = [
     ("run in (1, 2)", 8, "text in quotes"),
     ("acc % 2 == 0", 0, "% takes whole numbers"),
     ("step % 2.5 == 0", 0, "% takes whole numbers"),
-    ("run + 1 > 2", 0, "no number"),
+    ("run + 1 > 2", 0, "not a number"),
     ("has(1)", 4, "name of a metric"),
     ("metric(1) > 2", 7, "a name in quotes"),
     ("sqrt(acc) > 1", 0, "functions are has(x)"),
@@ -434,13 +434,14 @@ SLIPS = [
     ("acc := 5", 4, "no meaning"),
     ("acc > 1 < pinned", 6, "true or false by itself"),
     ("(acc > 1) > 2", 1, "a condition stands where a value should"),
-    ("acc > (not step)", 7, "a condition stands where a value should"),
+    ("acc > (not pinned)", 7, "a condition stands where a value should"),
+    ("acc > (not step)", 11, "a value and not a condition"),
     ("acc > 1.2.3", 6, "no meaning"),
     ("acc > 0x10", 6, "no meaning"),
     ("acc ** 2 > 1", 5, "not understood"),
     ("acc\u00a0> \u2265 1", 6, "no meaning"),
     ("run == 'a\\d'", 7, "stands only before a quote"),
-    ("run == 'abc", 7, "has no end"),
+    ("run == 'abc", 7, "is missing"),
     ("run == '\ud800'", 7, "broken bytes"),
     ("acc in ()", 0, "at least one"),
     ("acc not in []", 0, "at least one"),
@@ -495,7 +496,7 @@ def test_a_name_that_is_none_is_answered_with_near_ones(catalogues):
     ]:
         with pytest.raises(NotFoundError, match=re.escape(words)):
             select(catalogues[0], text, by)
-    with pytest.raises(ConfigError, match="run is no number to rank by"):
+    with pytest.raises(ConfigError, match="run is not a number to rank by"):
         select(catalogues[0], "", {"run": "max"})
     with pytest.raises(ConfigError, match="never guessed"):
         select(catalogues[0], "", {"acc": "best"})

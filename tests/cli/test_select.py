@@ -102,7 +102,7 @@ def test_markup_of_users_is_text(root):
     [
         (["acc >"], 2, "not understood"),
         (["acx > 1"], 10, "did you mean 'acc'"),
-        (["--max", "run"], 2, "no number to rank by"),
+        (["--max", "run"], 2, "not a number to rank by"),
         (["--max", "acc", "--min", "acc"], 2, "given twice"),
         (["--top", "0"], 2, "0 is not in the range"),
         (["--n-eval", "5"], 2, "--within-se"),

@@ -301,7 +301,7 @@ def _check_metrics(request: SelectionQuery, columns: Columns) -> None:
     """
     for metric in request.query.metrics():
         if metric.name not in columns.keys:
-            raise NotFoundError(point(request.query.text, metric.at, _unknown(metric.name, columns)))
+            raise NotFoundError(point(request.query.text, metric.span, _unknown(metric.name, columns)))
     names = [key.value.name for key in request.keys if isinstance(key.value, Metric)]
     if request.within is not None and request.within.needs is not None:
         names.append(request.within.needs)

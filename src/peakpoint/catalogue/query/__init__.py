@@ -1,11 +1,7 @@
 """The language of selection: ``val_accuracy > 0.70 and epoch > 20 and run ~ "resnet50*"``.
 
 A subset of Python's expressions with some words of SQL. A text becomes a tree of frozen values (``query.tree``), or an
-error that points at the character; nothing is ever evaluated. ``peakpoint.catalogue`` makes SQL with parameters of the
-tree.
-
-The text is cut into known tokens; names and strings give way to placeholders, so that Python's own parser never sees
-them; its syntax tree is read against a list of what is allowed. Source: https://docs.python.org/3/library/ast.html
+error that points at the character; nothing is ever evaluated. ``catalogue.sql`` makes SQL with parameters of the tree.
 
 A comparison with a value that is missing (a metric that was not reported, or is NaN; an epoch outside epochs) is
 neither true nor false: it never matches, also not under ``not``.

@@ -1,11 +1,13 @@
-"""Reading a selection: from text to tokens, to Python's syntax tree, to ours."""
+"""Read a selection: from text to tokens, to a tree.
 
-import ast
-import bisect
+Precedence, the loosest first: or, and, not, comparisons, + and -, * / %, signs.
+"""
+
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Literal
 
 from peakpoint.catalogue.query import tree
 from peakpoint.catalogue.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value, point
@@ -25,12 +27,14 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-_WORDS = {"and": "and", "or": "or", "not": "not", "in": "in", "between": "|"}
-_ODD_ESCAPE = re.compile(r"\\[^\"']")
+_WORDS = ("and", "or", "not", "in", "between")
+_SYNONYMS = {"=": "==", "<>": "!="}
 _FOREIGN = dict.fromkeys(("is", "null", "none", "nan"), "ask with has(x) or not has(x)")
 _FOREIGN |= dict.fromkeys(("true", "false"), "write pinned or not pinned, for example")
 _FOREIGN |= {"like": 'write name ~ "pattern*"'}
-_SIGNS = {"=": "==", "<>": "!=", "~": "@"}
+_QUOTE_AMOUNTS = '; sizes and dates stand in quotes, as in size < "40 MB"'
+_QUOTE_PATTERNS = '; a pattern stands in quotes, as in run ~ "resnet50*"'
+_ODD_ESCAPE = re.compile(r"\\[^\"']")
 _MOST_TOKENS = 2000
 _LONGEST = 50_000
 _DEEPEST = 40
@@ -38,335 +42,374 @@ _DEEPEST = 40
 
 @dataclass(frozen=True, slots=True)
 class _Token:
+    """A word or sign; ``kind`` is a group of ``_TOKEN``, ``word`` or ``end``."""
+
     kind: str
     text: str
-    at: Span
-    python: str  # what Python's parser sees instead
+    span: Span
 
 
-class _Reader:
+def _error(text: str, span: Span, message: str) -> ConfigError:
+    return ConfigError(point(text, span, message))
+
+
+def _tokens(text: str) -> list[_Token]:
+    """Cut a text into tokens; the last is its end."""
+    if len(text) > _LONGEST:
+        raise ConfigError(f"the selection is too long: more than {_LONGEST:,} characters")
+    tokens: list[_Token] = []
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None or match.lastgroup is None:
+            raise _no_token(text, position)
+        if not match[0].isascii() and any("\ud800" <= character <= "\udfff" for character in match[0]):
+            raise _error(text, match.span(), "the selection contains broken bytes, which are not text")
+        position = match.end()
+        if match.lastgroup != "space":
+            tokens.append(_token(text, match.lastgroup, match.span()))
+    if len(tokens) > _MOST_TOKENS:
+        raise ConfigError(f"the selection is too long: more than {_MOST_TOKENS} words and signs")
+    end = tokens[-1].span[1] if tokens else 0
+    return [*tokens, _Token("end", "", (end, end + 1))]
+
+
+def _token(text: str, kind: str, span: Span) -> _Token:
+    """A token with synonyms resolved; texts and quoted names keep their quotes."""
+    written = text[slice(*span)]
+    word = written.lower()
+    if kind == "name" and word in _FOREIGN:
+        raise _error(text, span, f"{written} has no meaning in a selection; {_FOREIGN[word]}")
+    if kind == "name" and word in _WORDS:
+        return _Token("word", word, span)
+    return _Token(kind, _SYNONYMS.get(written, written), span)
+
+
+def _no_token(text: str, position: int) -> ConfigError:
+    """Why no token begins here."""
+    character = text[position]
+    if character in "\"'`":
+        return _error(text, (position, len(text)), f"the closing {character} is missing")
+    hint = _QUOTE_AMOUNTS if character.isdigit() else ""
+    return _error(text, (position, position + 1), f"{character!r} has no meaning in a selection{hint}")
+
+
+# --- the tree -----------------------------------------------------------------------------------------------------
+
+_Node = Condition | Value
+_COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
+_CLOSING = {"(": ")", "[": "]"}
+
+
+class _Parser:
     """Reads one text; see ``parse``."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.tokens: list[_Token] = []
-        self._starts: list[int] = []  # of the tokens, in what Python's parser sees
-        self._deep = 0
+        self._text = text
+        self._tokens = _tokens(text)
+        self._position = 0
+        self._depth = 0
 
-    def error(self, at: Span, message: str) -> ConfigError:
-        return ConfigError(point(self.text, at, message))
+    @property
+    def _next(self) -> _Token:
+        return self._tokens[self._position]
 
-    # --- text -> tokens -> Python's tree
+    def _take(self) -> _Token:
+        token = self._next
+        if token.kind == "end":
+            raise self._not_understood()
+        self._position += 1
+        return token
 
-    def python(self) -> ast.expr | None:
-        self._cut()
-        if not self.tokens:
-            return None
-        self._rename_between()
-        position = 0
-        for token in self.tokens:
-            self._starts.append(position)
-            position += len(token.python) + 1
-        try:
-            return ast.parse(" ".join(token.python for token in self.tokens), mode="eval").body
-        except SyntaxError as error:
-            end = self.tokens[-1].at[1]
-            offset = error.offset or 0
-            at = self._token_at(offset - 1).at if 0 < offset < position else (end, end + 1)
-            hint = self._hint(self.tokens.index(self._token_at(offset - 1)) if 0 < offset < position else None)
-            closing = "" if "closed" not in error.msg and "unmatched" not in error.msg else ": parentheses do not match"
-            raise self.error(at, f"the selection is not understood here{closing}{hint}") from error
-        except (MemoryError, RecursionError) as error:
-            raise ConfigError("the selection is nested too deeply; write it with fewer parentheses") from error
+    def _accept(self, *texts: str) -> bool:
+        """Pass over these tokens, if they come next."""
+        tokens = self._tokens[self._position : self._position + len(texts)]
+        is_next = tuple(token.text for token in tokens if token.kind in ("word", "sign")) == texts
+        self._position += len(texts) if is_next else 0
+        return is_next
 
-    def _hint(self, place: int | None) -> str:
-        """What may have been meant around a token."""
-        before = self.tokens[: len(self.tokens) if place is None else place + 1][-3:]
-        if any(token.text == "~" for token in before) and before[-1].kind != "text":
-            return '; a pattern stands in quotes, as in run ~ "resnet50*"'
-        if len(before) > 1 and before[-2].kind == "number" and before[-1].kind == "name":
-            return '; sizes and dates stand in quotes, as in size < "40 MB"'
-        return ""
+    def _since(self, begin: int) -> Span:
+        """From a character to the end of the last token that was taken."""
+        return begin, self._tokens[self._position - 1].span[1]
 
-    def _cut(self) -> None:
-        if len(self.text) > _LONGEST:
-            raise ConfigError(f"the selection is too long: more than {_LONGEST:,} characters")
-        position = 0
-        while position < len(self.text):
-            found = _TOKEN.match(self.text, position)
-            if found is None or found.lastgroup is None:
-                if self.text[position] in "\"'`":
-                    raise self.error((position, len(self.text)), f"what begins with {self.text[position]} has no end")
-                odd = self.text[position]
-                hint = '; sizes and dates stand in quotes, as in size < "40 MB"' if odd.isdigit() else ""
-                raise self.error((position, position + 1), f"{odd!r} has no meaning in a selection{hint}")
-            if not found[0].isascii() and any("\ud800" <= character <= "\udfff" for character in found[0]):
-                raise self.error(found.span(), "broken bytes, which are no text")
-            position = found.end()
-            if found.lastgroup != "space":
-                self.tokens.append(self._token(found.lastgroup, found[0], found.span()))
-        if len(self.tokens) > _MOST_TOKENS:
-            raise ConfigError(f"the selection is too long: more than {_MOST_TOKENS} words and signs")
+    def _error(self, span: Span, message: str) -> ConfigError:
+        return _error(self._text, span, message)
 
-    def _token(self, kind: str, text: str, at: Span) -> _Token:
-        python = text
-        if kind == "name" and text.lower() in _FOREIGN:
-            raise self.error(at, f"{text} has no meaning here; {_FOREIGN[text.lower()]}")
-        if kind == "name" and text.lower() in _WORDS:
-            kind, python = "word", _WORDS[text.lower()]
-        elif kind == "sign":
-            python = _SIGNS.get(text, text)
-        elif kind in ("name", "quoted", "text"):
-            python = f"v{len(self.tokens)}"
-        elif kind == "number":
-            python = f"{float(text)!r}" if float(text) != float("inf") else "1e999"
-        return _Token(kind, text, at, python)
+    def _not_understood(self) -> ConfigError:
+        """Why the next token cannot stand there."""
+        token = self._next
+        around = self._tokens[max(0, self._position - 2) : self._position + 1]
+        if token.kind == "end":
+            around = self._tokens[:-1][-3:]
+        hint = ""
+        if token.text == ")":
+            hint = ": parentheses do not match"
+        elif any(near.text == "~" for near in around) and around[-1].kind != "text":
+            hint = _QUOTE_PATTERNS
+        elif [near.kind for near in around[-2:]] == ["number", "name"]:
+            hint = _QUOTE_AMOUNTS
+        return self._error(token.span, f"the selection is not understood here{hint}")
 
-    def _rename_between(self) -> None:
-        """``x between a and b`` becomes ``x | a ^ b``, with ``not`` ``x & a ^ b``: these bind as it must."""
-        waiting: list[int] = []
-        depth = 0
-        for number, token in enumerate(self.tokens):
-            depth += (token.text in ("(", "[")) - (token.text in (")", "]"))
-            if token.kind == "word" and token.python == "|":
-                waiting.append(depth)
-                if number and self.tokens[number - 1].python == "not" and number > 1:
-                    before = self.tokens[number - 1]
-                    self.tokens[number - 1] = _Token(before.kind, before.text, before.at, "")
-                    self.tokens[number] = _Token(token.kind, token.text, token.at, "&")
-            elif token.python == "and" and waiting and waiting[-1] == depth:
-                waiting.pop()
-                self.tokens[number] = _Token(token.kind, token.text, token.at, "^")
-
-    def _token_at(self, offset: int) -> _Token:
-        return self.tokens[max(0, bisect.bisect_right(self._starts, offset) - 1)]
-
-    def span(self, node: ast.AST) -> Span:
-        """Where a node stands in the text."""
-        begin, end = getattr(node, "col_offset", 0), getattr(node, "end_col_offset", 1)
-        return self._token_at(begin).at[0], self._token_at(end - 1).at[1]
-
-    def _origin(self, node: ast.Name) -> _Token:
-        return self.tokens[int(node.id[1:])]
+    @contextmanager
+    def _nested(self, token: _Token) -> Iterator[None]:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise self._error(token.span, "the selection is nested too deeply here; write it with fewer parentheses")
+        yield
+        self._depth -= 1
 
     # --- conditions
 
-    def condition(self, node: ast.expr) -> Condition:
-        self._deep += 1
-        if self._deep > _DEEPEST:
-            raise self.error(self.span(node), "the selection is nested too deeply here")
-        try:
-            return self._condition(node)
-        finally:
-            self._deep -= 1
+    def query(self) -> Condition | None:
+        """The condition of the whole text; None for an empty one."""
+        if self._next.kind == "end":
+            return None
+        node = self._any()
+        if self._next.kind != "end":
+            raise self._not_understood()
+        return self._as_condition(node)
 
-    def _condition(self, node: ast.expr) -> Condition:
-        at = self.span(node)
-        match node:
-            case ast.BoolOp(op=op, values=values):
-                conditions = tuple(self.condition(value) for value in values)
-                return tree.All(conditions, at) if isinstance(op, ast.And) else tree.Any(conditions, at)
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return tree.Not(self.condition(operand), at)
-            case ast.Compare():
-                return self._comparison(node)
-            case ast.BinOp(left=left, op=ast.BitOr(), right=ast.BinOp(left=low, op=ast.BitXor(), right=high)):
-                return self._between(left, low, high, at)
-            case ast.BinOp(left=ast.BinOp(left=left, op=ast.BitAnd(), right=low), op=ast.BitXor(), right=high):
-                return tree.Not(self._between(left, low, high, at), at)
-            case ast.BinOp(left=left, op=ast.MatMult(), right=right):
-                return self._like(left, right, at)
-            case ast.Call(func=ast.Name() as function, args=[argument]) if self._origin(function).text.lower() == "has":
-                found = self._named(argument)
-                return tree.Has(found, at)
-        value = self.value(node)
-        if isinstance(value, Field) and FIELDS[value.name] == "truth":
-            return tree.Flag(value, at)
-        shown = self.text[slice(*at)]
-        how = (
-            f"{shown} ~ 'x*' or has({shown})"
-            if isinstance(value, Field) and self.kind(value) == "text"
-            else f"{shown} > 0"
-        )
-        raise self.error(at, f"{shown} is a value and no condition; compare it, as in {how}")
+    def _any(self) -> _Node:
+        return self._joined("or", self._all, tree.Any)
 
-    def _comparison(self, node: ast.Compare) -> Condition:
-        found: list[Condition] = []
-        left = node.left
-        for op, right in zip(node.ops, node.comparators, strict=True):
-            at = (self.span(left)[0], self.span(right)[1])
-            if isinstance(op, ast.In | ast.NotIn):
-                among = self._among(left, right, at)
-                found.append(among if isinstance(op, ast.In) else tree.Not(among, at))
-            else:
-                sign = _COMPARISONS[type(op)]
-                found.append(self._compare(sign, self.value(left), self.value(right), at))
-            left = right
-        return found[0] if len(found) == 1 else tree.All(tuple(found), self.span(node))
+    def _all(self) -> _Node:
+        return self._joined("and", self._not, tree.All)
 
-    def _compare(self, op: str, left: Value, right: Value, at: Span) -> tree.Compare:
-        a, b = self.kind(left), self.kind(right)
-        if b == "text" and isinstance(right, Constant) and a in ("bytes", "time"):
-            right = self._read_constant(a, right)
-        elif a == "text" and isinstance(left, Constant) and b in ("bytes", "time"):
-            left = self._read_constant(b, left)
-        elif {a, b} - {"text"} and {a, b} - {"number", "bytes"}:
-            other = right if a == "text" else left
-            raise self.error(other.at if "text" in (a, b) else at, _cannot_compare(a, b))
-        if a == b == "text" and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant)):
-            raise self.error(
-                at, "texts are compared with ==, !=, in or ~, one of run, name, id, reason, alias with a text in quotes"
+    def _joined(self, word: str, operand: Callable[[], _Node], kind: type[tree.All | tree.Any]) -> _Node:
+        begin = self._next.span[0]
+        nodes = [operand()]
+        while self._accept(word):
+            nodes.append(operand())
+        if len(nodes) == 1:
+            return nodes[0]
+        return kind(tuple(map(self._as_condition, nodes)), self._since(begin))
+
+    def _not(self) -> _Node:
+        token = self._next
+        if not self._accept("not"):
+            return self._comparison()
+        with self._nested(token):
+            condition = self._as_condition(self._not())
+        return tree.Not(condition, self._since(token.span[0]))
+
+    def _comparison(self) -> _Node:
+        begin = self._next.span[0]
+        node = self._sum()
+        for words, read in (
+            (("~",), self._like),
+            (("in",), self._among),
+            (("between",), self._between),
+        ):
+            negated = words != ("~",) and self._accept("not", *words)
+            if negated or self._accept(*words):
+                condition = read(self._as_value(node), begin)
+                return tree.Not(condition, condition.span) if negated else condition
+        conditions: list[Condition] = []
+        while self._next.kind == "sign" and self._next.text in _COMPARISONS:
+            op, lower = self._take().text, self._as_value(node)
+            node = self._sum()
+            upper = self._as_value(node)
+            conditions.append(self._compare(op, lower, upper, (lower.span[0], upper.span[1])))
+        if not conditions:
+            return node
+        return conditions[0] if len(conditions) == 1 else tree.All(tuple(conditions), self._since(begin))
+
+    def _compare(self, op: str, left: Value, right: Value, span: Span) -> tree.Compare:
+        kind, other_kind = _kind(left), _kind(right)
+        kinds = {kind, other_kind}
+        if other_kind == "text" and isinstance(right, Constant) and kind in ("bytes", "time"):
+            right = self._amount(kind, right)
+        elif kind == "text" and isinstance(left, Constant) and other_kind in ("bytes", "time"):
+            left = self._amount(other_kind, left)
+        elif kinds - {"text"} and kinds - {"number", "bytes"}:
+            not_text = right if kind == "text" else left
+            raise self._error(not_text.span if "text" in kinds else span, _cannot_compare(kind, other_kind))
+        if kinds == {"text"} and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant)):
+            raise self._error(
+                span,
+                "texts are compared with ==, !=, in or ~, one of run, name, id, reason, alias with a text in quotes",
             )
-        return tree.Compare(op, left, right, at)  # type: ignore[arg-type]
+        return tree.Compare(op, left, right, span)  # type: ignore[arg-type]
 
-    def _between(self, left: ast.expr, low: ast.expr, high: ast.expr, at: Span) -> tree.All:
-        value = self.value(left)
-        lower, upper = self.value(low), self.value(high)
-        if isinstance(lower, Constant) and isinstance(upper, Constant) and _is_larger(lower, upper):
-            raise self.error((lower.at[0], upper.at[1]), "between takes the smaller value first")
-        return tree.All((self._compare(">=", value, lower, at), self._compare("<=", value, upper, at)), at)
+    def _between(self, value: Value, begin: int) -> tree.All:
+        lower = self._as_value(self._sum())
+        if not self._accept("and"):
+            raise self._error(self._since(begin), "between takes two values, as in epoch between 10 and 20")
+        upper = self._as_value(self._sum())
+        span = self._since(begin)
+        if _is_larger(lower, upper):
+            raise self._error((lower.span[0], upper.span[1]), "between takes the smaller value first")
+        bounds = (self._compare(">=", value, lower, span), self._compare("<=", value, upper, span))
+        return tree.All(bounds, span)
 
-    def _among(self, left: ast.expr, right: ast.expr, at: Span) -> tree.Among:
-        value = self.value(left)
-        nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
+    def _among(self, value: Value, begin: int) -> tree.Among:
+        nodes = self._list() if self._next.text in _CLOSING else [self._sum()]
+        span = self._since(begin)
         if not nodes:
-            raise self.error(at, "in takes at least one number or text")
+            raise self._error(span, "in takes at least one number or text")
         options = []
         for node in nodes:
-            option = self.value(node)
+            option = self._as_value(node)
             if not isinstance(option, Constant):
-                raise self.error(self.span(node), "in takes numbers or texts, as in (1, 2, 3)")
-            compared = self._compare("==", value, option, at).right
-            assert isinstance(compared, Constant)
-            options.append(compared)
-        return tree.Among(value, tuple(options), at)
+                raise self._error(option.span, "in takes numbers or texts, as in (1, 2, 3)")
+            constant = self._compare("==", value, option, span).right
+            assert isinstance(constant, Constant)
+            options.append(constant)
+        return tree.Among(value, tuple(options), span)
 
-    def _like(self, left: ast.expr, right: ast.expr, at: Span) -> tree.Like:
-        field, pattern = self.value(left), self.value(right)
-        if not isinstance(field, Field) or FIELDS[field.name] != "text":
+    def _list(self) -> list[_Node]:
+        closing = _CLOSING[self._take().text]
+        nodes: list[_Node] = []
+        while not self._accept(closing):
+            nodes.append(self._sum())
+            if not self._accept(",") and self._next.text != closing:
+                raise self._not_understood()
+        return nodes
+
+    def _like(self, value: Value, begin: int) -> tree.Like:
+        pattern = self._as_value(self._sum())
+        if not isinstance(value, Field) or FIELDS[value.name] != "text":
             texts = ", ".join(name for name, kind in FIELDS.items() if kind == "text")
-            raise self.error(self.span(left), f"~ compares a text with a pattern; texts are {texts}")
+            raise self._error(value.span, f"~ compares a text with a pattern; texts are {texts}")
         if not isinstance(pattern, Constant) or not isinstance(pattern.value, str):
-            raise self.error(self.span(right), '~ needs a pattern in quotes, such as "resnet50*"')
-        return tree.Like(field, pattern.value, at)
+            raise self._error(pattern.span, '~ needs a pattern in quotes, such as "resnet50*"')
+        return tree.Like(value, pattern.value, self._since(begin))
 
-    def _read_constant(self, kind: Kind, constant: Constant) -> Constant:
-        text = str(constant.value)
-        try:
-            if kind == "bytes":
-                return Constant(float(read_bytes("size", text)), constant.at)
-            moment = datetime.fromisoformat(text)
-            return Constant((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), constant.at)
-        except (ValueError, OverflowError) as error:
-            example = '"100 MB"' if kind == "bytes" else '"2026-03-01" or "2026-03-01T12:00"'
-            raise self.error(
-                constant.at, f"{text!r} cannot be compared here; write something like {example}"
-            ) from error
+    def _as_condition(self, node: _Node) -> Condition:
+        if not isinstance(node, Value):
+            return node
+        if isinstance(node, Field) and FIELDS[node.name] == "truth":
+            return tree.Flag(node, node.span)
+        text = self._text[slice(*node.span)]
+        is_text = isinstance(node, Field) and _kind(node) == "text"
+        example = f"{text} ~ 'x*' or has({text})" if is_text else f"{text} > 0"
+        raise self._error(node.span, f"{text} is a value and not a condition; compare it, as in {example}")
 
     # --- values
 
-    def value(self, node: ast.expr) -> Value:
-        self._deep += 1
-        if self._deep > _DEEPEST:
-            raise self.error(self.span(node), "the selection is nested too deeply here")
-        try:
-            return self._value(node)
-        finally:
-            self._deep -= 1
+    def _sum(self) -> _Node:
+        return self._arithmetic(("+", "-"), self._product)
 
-    def _value(self, node: ast.expr) -> Value:
-        at = self.span(node)
-        match node:
-            case ast.Constant(value=float() as number):
-                return Constant(number, at)
-            case ast.Name():
-                return self._name(self._origin(node))
-            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
-                value = self._number(operand)
-                return self._negative(value, at) if isinstance(op, ast.USub) else value
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-                sign = _ARITHMETIC[type(op)]
-                a, b = self._number(left), self._number(right)
-                if sign == "%" and not (_is_whole(a) and _is_whole(b)):
-                    raise self.error(
-                        at, "% takes whole numbers: epoch, step, sequence or size, and a number such as 10"
-                    )
-                return tree.Arithmetic(sign, a, b, at)
-            case ast.Call(func=ast.Name() as function, args=[argument], keywords=[]):
-                called = self._origin(function).text.lower()
-                if called == "abs":
-                    return tree.Arithmetic("abs", self._number(argument), None, at)
-                if called == "metric":
-                    return self._metric(argument)
-        raise self._no_value(node, at)
+    def _product(self) -> _Node:
+        return self._arithmetic(("*", "/", "%"), self._signed)
 
-    def _no_value(self, node: ast.expr, at: Span) -> ConfigError:
-        """Why it is none."""
-        what = self.text[slice(*at)]
-        if isinstance(node, ast.Compare | ast.BoolOp | ast.UnaryOp):
-            return self.error(at, "a condition stands where a value should; put it into parentheses, or leave it out")
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr | ast.BitXor | ast.BitAnd):
-            return self.error(at, "between takes two values, as in epoch between 10 and 20")
-        return self.error(at, f"{what} has no meaning in a selection; functions are has(x), abs(x) and metric('name')")
+    def _arithmetic(self, operators: tuple[str, ...], operand: Callable[[], _Node]) -> _Node:
+        begin = self._next.span[0]
+        node = operand()
+        while self._next.kind == "sign" and self._next.text in operators:
+            op, second = self._take().text, operand()
+            operands = self._number(node), self._number(second)
+            span = self._since(begin)
+            if op == "%" and not all(map(_is_whole, operands)):
+                message = "% takes whole numbers: epoch, step, sequence or size, and a number such as 10"
+                raise self._error(span, message)
+            node = tree.Arithmetic(op, *operands, span)  # type: ignore[arg-type]
+        return node
 
-    @staticmethod
-    def _negative(value: Value, at: Span) -> Value:
+    def _signed(self) -> _Node:
+        token = self._next
+        if not (self._accept("-") or self._accept("+")):
+            return self._primary()
+        with self._nested(token):
+            value = self._number(self._signed())
+        span = self._since(token.span[0])
+        if token.text == "+":
+            return replace(value, span=span)
         if isinstance(value, Constant):
             assert isinstance(value.value, float)
-            return Constant(-value.value, at)
-        return tree.Arithmetic("neg", value, None, at)
+            return Constant(-value.value, span)
+        return tree.Arithmetic("neg", value, None, span)
 
-    def _number(self, node: ast.expr) -> Value:
-        value = self.value(node)
-        if self.kind(value) not in ("number", "bytes"):
-            raise self.error(self.span(node), f"{self.text[slice(*self.span(node))]} is no number")
-        return value
+    def _primary(self) -> _Node:
+        token = self._take()
+        match token.kind:
+            case "number":
+                return Constant(float(token.text), token.span)
+            case "text":
+                return Constant(self._unescaped(token), token.span)
+            case "name" | "quoted" if self._next.text == "(":
+                return self._call(token)
+            case "name":
+                return Field(token.text, token.span) if token.text in FIELDS else Metric(token.text, token.span)
+            case "quoted":
+                return Metric(check_metric(token.text[1:-1]), token.span)
+        if token.text == "(":
+            return self._in_parentheses(token)
+        if token.text == "[":
+            raise self._error(token.span, "[ has no meaning in a selection, except after in")
+        self._position -= 1
+        raise self._not_understood()
 
-    def _name(self, token: _Token) -> Value:
-        if token.kind == "text":
-            if _ODD_ESCAPE.search(token.text.replace("\\\\", "")):
-                raise self.error(token.at, "in a text, \\ stands only before a quote or another \\")
-            return Constant(re.sub(r"\\(.)", r"\1", token.text[1:-1], flags=re.DOTALL), token.at)
-        if token.kind == "quoted":
-            return Metric(check_metric(token.text[1:-1]), token.at)
-        return Field(token.text, token.at) if token.text in FIELDS else Metric(token.text, token.at)
+    def _in_parentheses(self, opening: _Token) -> _Node:
+        with self._nested(opening):
+            node = self._any()
+        if self._next.kind == "end":
+            raise self._error(opening.span, "the selection is not understood here: parentheses do not match")
+        if not self._accept(")"):
+            raise self._not_understood()
+        return node
 
-    def _metric(self, node: ast.expr) -> Metric:
-        value = self.value(node)
-        if not isinstance(value, Constant) or not isinstance(value.value, str):
-            raise self.error(self.span(node), "metric() takes a name in quotes, such as metric('val/loss')")
-        return Metric(check_metric(value.value), value.at)
+    def _call(self, function: _Token) -> _Node:
+        argument = self._in_parentheses(self._take())
+        span = self._since(function.span[0])
+        match function.text.lower():
+            case "has":
+                return tree.Has(self._named(argument), span)
+            case "abs":
+                return tree.Arithmetic("abs", self._number(argument), None, span)
+            case "metric":
+                if not isinstance(argument, Constant) or not isinstance(argument.value, str):
+                    message = "metric() takes a name in quotes, such as metric('val/loss')"
+                    raise self._error(argument.span, message)
+                return Metric(check_metric(argument.value), span)
+        message = f"{function.text} has no meaning in a selection; functions are has(x), abs(x) and metric('name')"
+        raise self._error(span, message)
 
-    def _named(self, node: ast.expr) -> Field | Metric:
-        value = self.value(node)
+    def _named(self, node: _Node) -> Field | Metric:
+        value = self._as_value(node)
         if isinstance(value, Constant) and isinstance(value.value, str):
-            return Metric(check_metric(value.value), value.at)
+            return Metric(check_metric(value.value), value.span)
         if not isinstance(value, Field | Metric):
-            raise self.error(self.span(node), "has() takes the name of a metric or field")
+            raise self._error(value.span, "has() takes the name of a metric or field")
         return value
 
-    def kind(self, value: Value) -> Kind:
-        """What a value is."""
-        if isinstance(value, Constant):
-            return "text" if isinstance(value.value, str) else "number"
-        return FIELDS[value.name] if isinstance(value, Field) else "number"
+    def _unescaped(self, token: _Token) -> str:
+        if _ODD_ESCAPE.search(token.text.replace("\\\\", "")):
+            raise self._error(token.span, "in a text, \\ stands only before a quote or another \\")
+        return re.sub(r"\\(.)", r"\1", token.text[1:-1], flags=re.DOTALL)
+
+    def _as_value(self, node: _Node) -> Value:
+        if isinstance(node, Value):
+            return node
+        raise self._error(
+            node.span, "a condition stands where a value should; put it into parentheses, or leave it out"
+        )
+
+    def _number(self, node: _Node) -> Value:
+        value = self._as_value(node)
+        if _kind(value) not in ("number", "bytes"):
+            raise self._error(value.span, f"{self._text[slice(*value.span)]} is not a number")
+        return value
+
+    def _amount(self, kind: Kind, constant: Constant) -> Constant:
+        """A size or a time that is written as a text."""
+        text = str(constant.value)
+        try:
+            if kind == "bytes":
+                return Constant(float(read_bytes("size", text)), constant.span)
+            moment = datetime.fromisoformat(text)
+            return Constant((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), constant.span)
+        except (ValueError, OverflowError) as error:
+            example = '"100 MB"' if kind == "bytes" else '"2026-03-01" or "2026-03-01T12:00"'
+            message = f"{text!r} cannot be compared here; write something like {example}"
+            raise self._error(constant.span, message) from error
 
 
-_COMPARISONS: dict[type[ast.cmpop], str] = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-}
-_ARITHMETIC: dict[type[ast.operator], Literal["+", "-", "*", "/", "%"]] = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.Div: "/",
-    ast.Mod: "%",
-}
+def _kind(value: Value) -> Kind:
+    """What a value is."""
+    if isinstance(value, Constant):
+        return "text" if isinstance(value.value, str) else "number"
+    return FIELDS[value.name] if isinstance(value, Field) else "number"
 
 
 def _is_whole(value: Value) -> bool:
@@ -375,37 +418,38 @@ def _is_whole(value: Value) -> bool:
     return isinstance(value, Field) and value.name in tree.WHOLE_NUMBERS
 
 
-def _is_larger(one: Constant, other: Constant) -> bool:
-    return isinstance(one.value, float) and isinstance(other.value, float) and one.value > other.value
+def _is_larger(lower: Value, upper: Value) -> bool:
+    """Whether two bounds are numbers in the wrong order."""
+    bounds = [value.value for value in (lower, upper) if isinstance(value, Constant)]
+    numbers = [bound for bound in bounds if isinstance(bound, float)]
+    return len(numbers) == 2 and numbers[0] > numbers[1]
 
 
-def _cannot_compare(a: Kind, b: Kind) -> str:
-    if "truth" in (a, b):
+def _cannot_compare(kind: Kind, other_kind: Kind) -> str:
+    if "truth" in (kind, other_kind):
         return "this is true or false by itself: write pinned, or not pinned"
-    if "time" in (a, b):
+    if "time" in (kind, other_kind):
         return 'a time is compared with a date in quotes, such as created > "2026-03-01"'
-    if "text" in (a, b):
+    if "text" in (kind, other_kind):
         return "a text is compared with a text in quotes, a number with a number"
-    return f"a {a} cannot be compared with a {b}"
+    return f"a {kind} cannot be compared with a {other_kind}"
 
 
 def parse(text: str) -> Query:
     """Read a selection.
 
     Raises:
-        ConfigError: it is none; the message points at the character.
+        ConfigError: it cannot be read; the message points at the character.
 
     Example:
         >>> parse("acc > 0.7 and not pinned").clauses[1]
-        Not(condition=Flag(field=Field(name='pinned', at=(18, 24)), at=(18, 24)), at=(14, 24))
+        Not(condition=Flag(field=Field(name='pinned', span=(18, 24)), span=(18, 24)), span=(14, 24))
     """
-    reader = _Reader(text)
-    found = reader.python()
-    return Query(text, None if found is None else reader.condition(found))
+    return Query(text, _Parser(text).query())
 
 
 def parse_key(text: str) -> Field | Metric:
-    """What to rank by: a metric, or a field that can be ordered.
+    """Read what to rank by: a metric, or a field that can be ordered.
 
     Raises:
         ConfigError: it is neither.
@@ -414,8 +458,9 @@ def parse_key(text: str) -> Field | Metric:
         >>> parse_key("val/loss").name
         'val/loss'
     """
-    if text in FIELDS:
-        if FIELDS[text] in ("text", "truth"):
-            raise ConfigError(f"{text} is no number to rank by; give a metric, epoch, step, sequence, size or created")
-        return Field(text, (0, len(text)))
-    return Metric(check_metric(text), (0, len(text)))
+    span = (0, len(text))
+    if text not in FIELDS:
+        return Metric(check_metric(text), span)
+    if FIELDS[text] in ("text", "truth"):
+        raise ConfigError(f"{text} is not a number to rank by; give a metric, epoch, step, sequence, size or created")
+    return Field(text, span)

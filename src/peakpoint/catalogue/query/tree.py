@@ -1,4 +1,4 @@
-"""What a selection means: a tree of frozen values."""
+"""The meaning of a selection: a tree of frozen values."""
 
 import re
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Constant:
     """A number, a text or a time (seconds since 1970)."""
 
     value: float | str
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Field:
     """One of ``FIELDS``."""
 
     name: str
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Metric:
     """A metric, by its name."""
 
     name: str
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Arithmetic:
     op: Literal["+", "-", "*", "/", "%", "abs", "neg"]
     left: "Value"
     right: "Value | None"
-    at: Span
+    span: Span
 
 
 Value = Constant | Field | Metric | Arithmetic
@@ -72,7 +72,7 @@ class Compare:
     op: Literal["<", "<=", ">", ">=", "==", "!="]
     left: Value
     right: Value
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Among:
 
     value: Value
     options: tuple[Constant, ...]
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Like:
 
     field: Field
     pattern: str
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Has:
     """``has(name)``: whether there is a value that is not NaN."""
 
     value: Field | Metric
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Flag:
     """A field that is true or false by itself."""
 
     field: Field
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Not:
     """``not condition``."""
 
     condition: "Condition"
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class All:
     """Conditions joined by ``and``."""
 
     conditions: tuple["Condition", ...]
-    at: Span
+    span: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Any:
     """Conditions joined by ``or``."""
 
     conditions: tuple["Condition", ...]
-    at: Span
+    span: Span
 
 
 Condition = Compare | Among | Like | Has | Flag | Not | All | Any
@@ -157,7 +157,7 @@ class Query:
 
     def quote(self, condition: Condition) -> str:
         """The part of the text that a condition was read from."""
-        return " ".join(self.text[slice(*condition.at)].split())
+        return " ".join(self.text[slice(*condition.span)].split())
 
     def metrics(self) -> Iterator[Metric]:
         """Every mention of a metric, in order."""
@@ -176,14 +176,14 @@ def _mentions(node: object, kind: type[N]) -> Iterator[N]:
     if isinstance(node, kind):
         yield node
     elif isinstance(node, tuple):
-        for one in node:
-            yield from _mentions(one, kind)
+        for part in node:
+            yield from _mentions(part, kind)
     elif is_dataclass(node):
         for field in fields(node):
             yield from _mentions(getattr(node, field.name), kind)
 
 
-def point(text: str, at: Span, message: str) -> str:
+def point(text: str, span: Span, message: str) -> str:
     """A message under the text, with a mark below the place that it is about.
 
     Example:
@@ -193,4 +193,4 @@ def point(text: str, at: Span, message: str) -> str:
               ^^
     """
     line = re.sub(r"\s", " ", text)
-    return f"{message}\n  {line}\n  {' ' * at[0]}{'^' * max(1, at[1] - at[0])}"
+    return f"{message}\n  {line}\n  {' ' * span[0]}{'^' * max(1, span[1] - span[0])}"
