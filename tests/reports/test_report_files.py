@@ -133,21 +133,28 @@ def test_wrong_input_gets_one_clear_error(root, tmp_path, arguments, code, words
 def test_the_command_starts_without_what_it_does_not_use(root):
     script = (
         "import sys; from peakpoint.cli.main import cli; cli.main(['report', sys.argv[1]], standalone_mode=False);"
-        "print([name for name in ('torch', 'numpy', 'matplotlib', 'sqlalchemy') if name in sys.modules])"
+        "heavy = ('torch', 'numpy', 'scipy', 'matplotlib', 'jinja2', 'sqlalchemy');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(("name", "extra"), [("x.png", "report"), ("x.html", "report")])
-def test_a_missing_extra_is_named(root, tmp_path, name, extra):
-    for module in ("matplotlib",):
-        (tmp_path / "none" / module).mkdir(parents=True)
-        (tmp_path / "none" / module / "__init__.py").write_text(f"raise ModuleNotFoundError('none', name='{module}')")
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [
+        ("matplotlib", ["--to", "x.png"]),
+        ("matplotlib", ["--to", "x.html"]),
+        ("scipy", ["one", "--n-eval", "val_acc=100"]),
+    ],
+)
+def test_a_missing_extra_is_named(root, tmp_path, package, options):
+    (tmp_path / "none" / package).mkdir(parents=True)
+    (tmp_path / "none" / package / "__init__.py").write_text(f"raise ModuleNotFoundError('none', name='{package}')")
     path = os.pathsep.join([str(tmp_path / "none"), *filter(None, sys.path)])
-    done = process(root, "--to", tmp_path / name, PYTHONPATH=path)
+    done = process(root, *options, PYTHONPATH=path)
     assert done.returncode == 2
-    assert f"pip install 'peakpoint[{extra}]'" in done.stderr
+    assert f"need {package}, which is not installed: pip install 'peakpoint[report]'" in done.stderr
 
 
 def test_notes_say_what_they_are_about(tmp_path):

@@ -1,27 +1,42 @@
 """How much of a difference chance alone explains.
 
-The best of many noisy values is too good: it was chosen for being high. Everything here is about the standard normal
-distribution and short integrals, so that no package is needed.
+The best of many noisy values is too good: it was selected for being high. SciPy, of the extra ``report``, brings the
+distributions and integrals, and is imported when a noise is known.
 """
 
+import importlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist, mean, median, variance
+from statistics import NormalDist, mean, median
+from typing import Any
+
+from peakpoint.errors import needing
 
 CONFIDENCE = 0.95
 LEAST_VALUES = 12
-"""Fewer values than these say nothing about their own scatter."""
+"""Fewer values than these do not show how much they vary."""
 
-_LEAST_TAIL = 6
-_GRAINS = 2  # a scatter of so many of the smallest steps between values may be rounding
-_FAR = 2.5  # times smaller than before: another kind of training, such as one with an annealed learning rate
-_ROUNDING = 1e-9  # of the largest value: nearer ones are the same
+_LEAST_TAIL = 6  # values
+_COARSE_STEPS = 2  # values that vary by no more of their smallest steps may only be rounded
+_ANNEALED = 2.5  # times smaller than before: the learning rate may have been annealed
+_ROUNDING = 1e-9  # of the largest value: values nearer to each other are equal
 
 _NORMAL = NormalDist()
 _QUARTILE = _NORMAL.inv_cdf(0.75)
+
+
+def _scipy(module: str) -> Any:
+    """Return a module of SciPy.
+
+    Raises:
+        MissingExtraError: SciPy is not installed.
+    """
+    with needing("report", "noise estimates need"):
+        return importlib.import_module(f"scipy.{module}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,30 +54,23 @@ class Noise:
     freedom: float = math.inf
 
     def margin(self, count: int) -> float:
-        """What chance explains of the difference between the best of ``count`` values and the last, in 19 of 20 cases.
+        """Return the difference between best and last that chance alone explains, in 19 of 20 cases.
 
         An estimated standard error widens it, in the proportion of Student's quantile to the normal one.
         """
-        wider = 1.0
+        widening = 1.0
         if math.isfinite(self.freedom):
-            wider = student(CONFIDENCE, self.freedom) / _NORMAL.inv_cdf(CONFIDENCE)
-        return self.se * wider * margin_of_best(count)
-
-
-def _integral(function: Callable[[float], float], begin: float, end: float, steps: int = 400) -> float:
-    """Simpson's rule; ``steps`` is even."""
-    width = (end - begin) / steps
-    inner = math.fsum((4 if at % 2 else 2) * function(begin + at * width) for at in range(1, steps))
-    return (function(begin) + inner + function(end)) * width / 3
+            widening = student(CONFIDENCE, self.freedom) / _NORMAL.inv_cdf(CONFIDENCE)
+        return self.se * widening * margin_of_best(count)
 
 
 @lru_cache(maxsize=256)
 def expected_best(count: int) -> float:
-    """How far the best of ``count`` equal evaluations lies above their common mean, on average, in standard errors.
+    """Return how far the best of ``count`` equal evaluations lies above their common mean, on average.
 
-    Source: the mean of the largest order statistic of a normal sample, the integral of 1 - F(x)^k - F(-x)^k over
-    positive x; David & Nagaraja, "Order Statistics", 3rd edition, 2003, section 3.1. Harter, Biometrika 48, 1961, has
-    the table that the tests compare with.
+    In standard errors. Source: the mean of the largest order statistic of a normal sample, the integral of
+    1 - F(x)^k - F(-x)^k over positive x; David & Nagaraja, "Order Statistics", 3rd edition, 2003, section 3.1. Harter,
+    Biometrika 48, 1961, has the table that the tests compare with.
 
     Args:
         count: at least 1.
@@ -71,19 +79,16 @@ def expected_best(count: int) -> float:
         >>> round(expected_best(2), 4), round(expected_best(100), 4)
         (0.5642, 2.5076)
     """
-
-    def beyond(x: float) -> float:
-        return 1 - _NORMAL.cdf(x) ** count - _NORMAL.cdf(-x) ** count
-
-    return _integral(beyond, 0, 12) if count > 1 else 0.0
+    cdf = _scipy("special").ndtr
+    return float(_scipy("integrate").quad(lambda x: 1 - cdf(x) ** count - cdf(-x) ** count, 0, 12)[0])
 
 
 @lru_cache(maxsize=256)
 def margin_of_best(count: int, confidence: float = CONFIDENCE) -> float:
-    """How far below the best of ``count`` evaluations a truly equal one still lies by chance, in standard errors.
+    """Return how far below the best of ``count`` evaluations an equally good one still lies by chance.
 
-    One that is named beforehand, such as the last, lies within this margin with the probability ``confidence`` when all
-    are equal in truth; when they are not, those that are best lie within it more often.
+    In standard errors. One that is named beforehand, such as the last, lies within this margin with the probability
+    ``confidence`` when all are equal in truth; when they are not, those that are best lie within it more often.
 
     Source: the constant of subset selection, Gupta, "On some multiple decision (selection and ranking) rules",
     Technometrics 7, 1965, equation 9: the d at which the integral of F(x + d)^(k - 1) f(x) is ``confidence``.
@@ -98,23 +103,16 @@ def margin_of_best(count: int, confidence: float = CONFIDENCE) -> float:
     """
     if count < 2:
         return 0.0
+    cdf, quad = _scipy("special").ndtr, _scipy("integrate").quad
 
-    def within(margin: float) -> float:
-        return _integral(lambda x: _NORMAL.pdf(x) * _NORMAL.cdf(x + margin) ** (count - 1), -8, 8, 200)
+    def excess(margin: float) -> float:
+        return float(quad(lambda x: _NORMAL.pdf(x) * cdf(x + margin) ** (count - 1), -8, 8)[0] - confidence)
 
-    return _where(within, confidence, 0, 20)
-
-
-def _where(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
-    """Where a function that rises takes a value, by bisection."""
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
-    return (low + high) / 2
+    return float(_scipy("optimize").brentq(excess, -20, 20))
 
 
 def of_proportion(share: float, count: int) -> float:
-    """The standard error of a proportion of ``count`` independent examples.
+    """Return the standard error of a proportion of ``count`` independent examples.
 
     Source: the binomial distribution, sqrt(p (1 - p) / n). A share of 0 or 1 is taken as half an example away from it:
     that no example was wrong does not mean that none can be.
@@ -127,12 +125,12 @@ def of_proportion(share: float, count: int) -> float:
         >>> round(of_proportion(0.75, 10_000), 5)
         0.00433
     """
-    inside = min(max(share, 0.5 / count), 1 - 0.5 / count)
-    return math.sqrt(inside * (1 - inside) / count)
+    moderated = min(max(share, 0.5 / count), 1 - 0.5 / count)
+    return math.sqrt(moderated * (1 - moderated) / count)
 
 
 def of_curve(values: Sequence[float]) -> Noise | None:
-    """The noise in a curve: how far each value of its second half is from the line between its neighbours.
+    """Estimate the noise in a curve from how far each value of its second half is from the line between its neighbours.
 
     A straight trend does not count as noise, and a few outliers hardly change it. Values that are averages over time
     themselves, such as a running loss, look steadier than they are.
@@ -158,19 +156,22 @@ def of_curve(values: Sequence[float]) -> Noise | None:
     """
     if len(values) < LEAST_VALUES:
         return None
-    late = values[-max(LEAST_VALUES, len(values) // 2) :]
-    se = _scatter(late)
-    end = max(_LEAST_TAIL, len(values) // 4)
-    quiet = min(_scatter(late), _scatter(values[-end:])) <= _GRAINS * _grain(values)
-    # the mean of a few varies less than their median, and few curves of equal noise are taken for quiet ones
-    if quiet or _FAR * min(_mean_scatter(late), _mean_scatter(values[-end:])) < _scatter(values[:-end]):
+    second_half = values[-max(LEAST_VALUES, len(values) // 2) :]
+    tail_length = max(_LEAST_TAIL, len(values) // 4)
+    tail, earlier = values[-tail_length:], values[:-tail_length]
+    se = _scatter(second_half)
+    if min(se, _scatter(tail)) <= _COARSE_STEPS * _smallest_step(values):
         return None
-    return Noise(se=se, source=f"the scatter of the last {len(late)} values", freedom=len(late) / 3)
+    # the mean of a few residuals varies less than their median: fewer curves of equal noise are taken for annealed ones
+    if _ANNEALED * min(_mean_scatter(second_half), _mean_scatter(tail)) < _scatter(earlier):
+        return None
+    return Noise(se=se, source=f"the scatter of the last {len(second_half)} values", freedom=len(second_half) / 3)
 
 
 def _residuals(values: Sequence[float]) -> list[float]:
-    """How far each value is from the line between its neighbours; of at least 3 values."""
-    return [abs(before / 2 + after / 2 - at) for before, at, after in zip(values, values[1:], values[2:], strict=False)]
+    """Return how far each value is from the line between its neighbours; of at least 3 values."""
+    triples = zip(values, values[1:], values[2:], strict=False)
+    return [abs(previous / 2 + following / 2 - value) for previous, value, following in triples]
 
 
 def _scatter(values: Sequence[float]) -> float:
@@ -178,15 +179,14 @@ def _scatter(values: Sequence[float]) -> float:
 
 
 def _mean_scatter(values: Sequence[float]) -> float:
-    """As ``_scatter``, from the mean: that of a normal distribution's absolute values is sqrt(2 / pi)."""
+    """Estimate the scatter from the mean: that of a normal distribution's absolute values is sqrt(2 / pi)."""
     return mean(_residuals(values)) / math.sqrt(2 / math.pi) / math.sqrt(1.5)
 
 
-def _grain(values: Sequence[float]) -> float:
-    """The smallest step between different values; 0 when there is none."""
-    same = _ROUNDING * max(map(abs, values))
-    ordered = sorted(values)
-    steps = [high - low for low, high in itertools.pairwise(ordered) if high - low > same]
+def _smallest_step(values: Sequence[float]) -> float:
+    """Return the smallest step between different values; 0 when there is none."""
+    rounding = _ROUNDING * max(map(abs, values))
+    steps = [high - low for low, high in itertools.pairwise(sorted(values)) if high - low > rounding]
     return min(steps, default=0.0)
 
 
@@ -210,54 +210,38 @@ class Interval:
     confidence: float
 
 
-def welch(one: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """The difference of the means of two groups that may scatter differently; None without two values in each, or
-    when no value differs from its group.
+def welch(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
+    """Return the difference of the means of two groups, whose variances may differ, with its interval.
+
+    None without two values in each, when no value differs from its group, and when the values overflow.
 
     Source: Welch, Biometrika 34, 1947, with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946).
 
     Example:
-        >>> found = welch([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
-        >>> round(found.low, 2), round(found.high, 2)
+        >>> interval = welch([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+        >>> round(interval.low, 2), round(interval.high, 2)
         (-6.16, 2.16)
-    """  # noqa: D205 - the sentence needs two lines
-    if min(len(one), len(other)) < 2:
+    """
+    if min(len(first), len(second)) < 2 or len(set(first)) == len(set(second)) == 1:
         return None
-    try:
-        shares = [variance(group) / len(group) for group in (one, other)]
-    except OverflowError:  # values near the largest numbers
+    with warnings.catch_warnings():  # about values that hardly differ, or overflow
+        warnings.simplefilter("ignore")
+        test = _scipy("stats").ttest_ind(first, second, equal_var=False)
+        low, high = map(float, test.confidence_interval(confidence))
+    if not math.isfinite(high - low):
         return None
-    squared = math.fsum(shares)
-    if not squared or not math.isfinite(squared):
-        return None
-    freedom = 1 / math.fsum(
-        (share / squared) ** 2 / (len(group) - 1) for share, group in zip(shares, (one, other), strict=True)
-    )
-    reach = student(0.5 + confidence / 2, freedom) * math.sqrt(squared)
-    difference = mean(one) - mean(other)
-    return Interval(difference=difference, low=difference - reach, high=difference + reach, confidence=confidence)
+    return Interval(difference=mean(first) - mean(second), low=low, high=high, confidence=confidence)
 
 
-@lru_cache(maxsize=256)
 def student(probability: float, freedom: float) -> float:
-    """The quantile of Student's t distribution.
-
-    Source: with t = sqrt(freedom) * tan(angle) the density becomes cos(angle)^(freedom - 1) over a constant, which
-    Simpson's rule integrates.
+    """Return the quantile of Student's t distribution.
 
     Args:
-        probability: from 0.5 up to, not including, 1.
+        probability: from 0 to 1.
         freedom: degrees of freedom, at least 1; need not be whole.
 
     Example:
         >>> round(student(0.975, 10), 3), round(student(0.975, 1), 3)
         (2.228, 12.706)
     """
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-
-    def below(angle: float) -> float:
-        return 0.5 + scale * _integral(lambda at: math.cos(at) ** (freedom - 1), 0, angle, 800)
-
-    return math.sqrt(freedom) * math.tan(
-        _where(below, probability, 0, min(math.pi / 2, 40 / math.sqrt(freedom)))
-    )  # t beyond 40 needs few degrees
+    return float(_scipy("special").stdtrit(freedom, probability))
