@@ -235,7 +235,7 @@ def test_one_that_is_unsigned_or_signed_by_somebody_else(tmp_path, key):
     sign(found.store, found.find_manifest("r:2"), private_key=other)
     done = released(tmp_path)
     assert done.outcome == "refused"
-    assert "does not count as signed with the key" in done.reasons[0]
+    assert "is not validly signed with the key" in done.reasons[0]
     assert released(tmp_path, private_key=other).outcome == "refused", "a key that the policy does not name"
     assert "the policy asks for signatures by" in command("release", tmp_path, "--key", other, code=16)
     assert released(tmp_path, private_key=key).outcome == "promoted"

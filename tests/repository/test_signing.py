@@ -308,12 +308,12 @@ def test_a_signature_of_another_checkpoint_is_refused(root, keys):
 
 def test_unsigned_and_signed_by_somebody_else(root, keys, other):
     own, theirs = signing.public_key_fingerprint(keys[1]), signing.public_key_fingerprint(other[1])
-    refused(root, other[1], "made with the key", own, theirs)
+    refused(root, other[1], "signed with another key", own, theirs)
     (directory(root) / "signature-1.json").unlink()
     refused(root, keys[1], "is not signed", "peakpoint sign")
     store, manifest = newest(root)
     signing.sign(store, manifest, private_key=other[0])
-    refused(root, keys[1], "made with the key", own, theirs)
+    refused(root, keys[1], "signed with another key", own, theirs)
     # a bundle may say what it likes about its key
     path = directory(root) / "signature-1.json"
     path.write_text(path.read_text().replace(theirs, own))
@@ -609,7 +609,7 @@ def test_a_signature_that_a_crash_left_alone_is_litter(root):
 
 def test_load_takes_only_what_was_signed(root, keys, other):
     assert "0.weight" in pp.load("r@latest", root=root, signed_by=keys[1])["model"]
-    with pytest.raises(pp.errors.SignatureError, match="made with the key"):
+    with pytest.raises(pp.errors.SignatureError, match="signed with another key"):
         pp.load("r@latest", root=root, signed_by=str(other[1]))
     first = pp.open(root).run("r").checkpoints()[0]
     with pytest.raises(pp.errors.SignatureError, match="is not signed"):

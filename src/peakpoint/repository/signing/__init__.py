@@ -9,7 +9,7 @@ the directory of a checkpoint without Peakpoint.
 
 import hashlib
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,12 +251,28 @@ def verify(
     """
     keys = _keys()
     key = keys.read_public_key(public_key)
-    fingerprint: str = keys.fingerprint(key)
-    ref, prefix = f"{manifest.run}/{manifest.name}", layout.checkpoint_prefix(manifest.run, manifest.name)
     try:
         data, whole = _manifest_at_rest(store, manifest)
     except SignatureError as error:
-        raise SignatureError(f"{ref} is not what was signed: {error}") from error
+        raise SignatureError(f"{manifest.run}/{manifest.name} is not what was signed: {error}") from error
+    record, names = _covering_signature(store, manifest, data, whole, key)
+    compared = [MANIFEST]
+    for file in sorted(whole.files, key=lambda file: file.name) if files else ():
+        if file.name in names and _is_unchanged(store, manifest, file, record):
+            compared.append(file.name)
+            progress(file.size)
+    return VerifiedSignature(record=record, fingerprint=keys.fingerprint(key), files=tuple(compared))
+
+
+def _covering_signature(
+    store: Store, manifest: Manifest, data: bytes, whole: Manifest, key: Any
+) -> tuple[str, Collection[str]]:
+    """Return the newest signature that was made with a key and covers the checkpoint, and the names that it signs.
+
+    Raises:
+        SignatureError: there is none; the message says what is wrong with each.
+    """
+    ref, prefix = f"{manifest.run}/{manifest.name}", layout.checkpoint_prefix(manifest.run, manifest.name)
     refusals: list[str] = []
     for record in _records(store, prefix):
         try:
@@ -264,16 +280,11 @@ def verify(
             _check_coverage(digests, data, manifest, whole)
         except (SignatureError, NotFoundError) as error:
             refusals.append(f"{record}: {error}")
-            continue
-        compared = [MANIFEST]
-        for file in sorted(whole.files, key=lambda file: file.name) if files else ():
-            if file.name in digests and _is_unchanged(store, manifest, file, record):
-                compared.append(file.name)
-                progress(file.size)
-        return VerifiedSignature(record=record, fingerprint=fingerprint, files=tuple(compared))
+        else:
+            return record, digests.keys()
     if not refusals:
         raise SignatureError(f"{ref} is not signed: there is no signature beside its manifest; peakpoint sign adds one")
-    raise SignatureError(f"{ref} is not validly signed with the key {fingerprint}: {'; '.join(refusals)}")
+    raise SignatureError(f"{ref} is not validly signed with the key {_keys().fingerprint(key)}: {'; '.join(refusals)}")
 
 
 def _signed_digests(bundle: bundles.Bundle, key: Any) -> dict[str, str]:
@@ -285,7 +296,7 @@ def _signed_digests(bundle: bundles.Bundle, key: Any) -> dict[str, str]:
     keys, envelope = _keys(), bundle.dsse_envelope
     fingerprint = keys.fingerprint(key)
     if bundle.fingerprint not in {None, fingerprint}:
-        raise SignatureError(f"it was made with the key {bundle.fingerprint}, not with {fingerprint}")
+        raise SignatureError(f"it was signed with another key: {bundle.fingerprint} (expected {fingerprint})")
     if not keys.is_signed(key, envelope.signatures[0].sig, bundles.authenticated(envelope.payload)):
         raise SignatureError(f"it was changed, or not made with the key {fingerprint}")
     return bundles.decode_statement(envelope.payload)
