@@ -42,7 +42,7 @@ from peakpoint.format.events import Closed, Opened, Pinned
 from peakpoint.format.manifest import encode_manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import maintenance
-from peakpoint.repository.aliases import AliasChange, append, back_from, head
+from peakpoint.repository.aliases import AliasChange, append, back_from, newest
 from peakpoint.repository.audit import audit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.root import ensure_repository, ensure_run
@@ -221,7 +221,7 @@ class Anything(RuleBasedStateMachine):
     @rule(alias=st.sampled_from(["champion", "r/champion"]), retire=st.booleans())
     def roll_back_or_retire(self, alias, retire):
         store = LocalStore(self.root)
-        present = head(store, alias)
+        present = newest(store, alias)
         if present is None or present.target is None:
             return
         before = next(back_from(store, present), None)
@@ -473,10 +473,10 @@ def test_a_change_of_an_alias_is_seen_at_once(three, tmp_path, catalogue_url, ol
             assert [select_alias(catalogue) for catalogue in catalogues] == [expected] * 2
     code = (
         "import sys\nfrom pathlib import Path\nfrom peakpoint.store import LocalStore\n"
-        "from peakpoint.repository.aliases import AliasChange, append, head\n"
+        "from peakpoint.repository.aliases import AliasChange, append, newest\n"
         "store = LocalStore(Path(sys.argv[1]))\nimport datetime\n"
         "change = AliasChange(kind='retired', target=None, at=datetime.datetime.now(datetime.UTC), by='me', why='x')\n"
-        "append(store, 'champion', change, after=head(store, 'champion'))\n"
+        "append(store, 'champion', change, after=newest(store, 'champion'))\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(root)], check=True)
     assert [select_alias(catalogue) for catalogue in catalogues] == [[], []]

@@ -17,7 +17,7 @@ from peakpoint.production.release import release
 from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, maintenance
 from peakpoint.repository import journal as journals
-from peakpoint.repository.aliases import protected_by_aliases
+from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.releases import records
 from peakpoint.repository.root import Repository

@@ -38,7 +38,7 @@ def promote(root, ref, kind="promoted", **members):
     digest = reader.manifest_digest(run.store, one)
     target = aliases.AliasTarget(run=run.name, checkpoint=one.id, name=one.name, manifest=digest)
     change = aliases.AliasChange(kind=kind, target=target, at=utc_now(), **{"by": "anna", "why": "better", **members})
-    return aliases.append(run.store, "champion", change, after=aliases.head(run.store, "champion"))
+    return aliases.append(run.store, "champion", change, after=aliases.newest(run.store, "champion"))
 
 
 def validate(root, ref, said="0.81 as recorded", **members):

@@ -169,7 +169,7 @@ class Life:
         target = aliases.AliasTarget(run="r", checkpoint=one.id, name=one.name, manifest=digest)
         forced = data.draw(st.sampled_from([(), ("it was never validated",)]))
         alias = data.draw(st.sampled_from(["champion", "small/champion"]))
-        former = aliases.head(store, alias)
+        former = aliases.newest(store, alias)
         kind = data.draw(st.sampled_from(["promoted", "retired", *(["rolled back"] if former else [])]))
         target = None if kind == "retired" else target
         restores = 1 if kind == "rolled back" else None
@@ -367,7 +367,7 @@ class Hand:
         change = aliases.AliasChange(
             kind=kind, target=found, at=when, **{"by": "anna on desk", "why": "better", **members}
         )
-        return aliases.append(self.store, "champion", change, after=aliases.head(self.store, "champion"))
+        return aliases.append(self.store, "champion", change, after=aliases.newest(self.store, "champion"))
 
     def entries(self, **options):
         return changelog.entries(pp.open(self.root), **options)
@@ -497,7 +497,7 @@ def test_only_some_runs(story):
     assert story.entries(only=["other"]) == []
     assert story.entries(only=["r"]) == story.entries()
     change = aliases.AliasChange(kind="promoted", target=target_of(9, "other"), at=at(10), by="anna", why="another run")
-    head = aliases.append(story.store, "champion", change, after=aliases.head(story.store, "champion"))
+    head = aliases.append(story.store, "champion", change, after=aliases.newest(story.store, "champion"))
     aliases.append(story.store, "champion", replace(change, target=target_of(6)), after=head)
     found = story.entries(only=["other"])
     assert [(one.before, one.after) for one in found] == [(None, "other/r_step9"), ("other/r_step9", "r/r_step6")]
@@ -597,7 +597,7 @@ def test_a_torn_line_is_none(story):
 
 
 def test_a_record_that_a_journal_speaks_of_is_missed(story):
-    record = aliases.head(story.store, "champion")
+    record = aliases.newest(story.store, "champion")
     said = {"checkpoint": identity(1), "name": "r_step1", "by": "anna", "alias": "champion"}
     story.segment(
         Promoted(at=at(9), **said, record=record.number, digest=record.digest, token="a"),

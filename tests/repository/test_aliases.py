@@ -33,19 +33,20 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Promoted, Promoting, Removed
 from peakpoint.format.sealed import seal, unseal
 from peakpoint.repository import aliases, maintenance, reader
+from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.aliases import (
     AliasChange,
     AliasTarget,
     alias_at,
+    aliases_by_checkpoint,
     append,
     back_from,
-    head,
     history,
     holder,
-    listed,
     names,
+    newest,
     numbers,
-    pointing,
+    numbers_by_alias,
     read,
 )
 from peakpoint.repository.annotations import annotations_of
@@ -81,8 +82,8 @@ def change(kind="promoted", number=1, **more):
 def put(store, *numbers_, alias="champion", **more):
     """Promote one after the other; the last record."""
     for number in numbers_:
-        append(store, alias, change(number=number, **more), after=head(store, alias))
-    return head(store, alias)
+        append(store, alias, change(number=number, **more), after=newest(store, alias))
+    return newest(store, alias)
 
 
 # --- the chain ----------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def test_whatever_is_done_there_is_one_chain_and_the_way_back_is_that_of_a_stack
     """The oracle is a stack: promoting and retiring push, a roll back pops down to what it restores."""
     store, stack, made = MemoryStore(), [], []
     for kind, pick, hours in done:
-        present, at = head(store, "a"), START + hours * HOUR
+        present, at = newest(store, "a"), START + hours * HOUR
         if kind != "rolled back":
             made.append(append(store, "a", change(kind, pick, at=at), after=present))
             stack.append(made[-1])
@@ -114,7 +115,7 @@ def test_whatever_is_done_there_is_one_chain_and_the_way_back_is_that_of_a_stack
         assert [one.stands_for for one in ways] == expected
         assert [one.target for one in ways] == [made[number - 1].target for number in expected]
     if not made:
-        assert (names(store), head(store, "a")) == ([], None)
+        assert (names(store), newest(store, "a")) == ([], None)
         return
     found = history(store, "a")
     assert (found.records, found.damage) == (tuple(made), ())
@@ -156,7 +157,7 @@ def test_who_has_not_seen_the_newest_record_changes_nothing():
             ConflictError, match=r"champion has been changed meanwhile.*r/n[12] \(record [12] by somebody"
         ):
             append(store, "champion", change(number=3), after=after)
-    append(store, "champion", change("retired"), after=head(store, "champion"))
+    append(store, "champion", change("retired"), after=newest(store, "champion"))
     with pytest.raises(ConflictError, match="it is retired"):
         append(store, "champion", change(number=3), after=read(store, "champion", 2))
     with pytest.raises(NotFoundError, match=r"was retired at 2026-03-01 12:00 UTC by somebody"):
@@ -226,9 +227,9 @@ def test_families_and_what_lies_about_in_the_directories(tmp_path):
         (tmp_path / "aliases" / odd).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "aliases" / odd).write_text("{}")
     assert names(store) == ["a.b/c+d", "champion", "resnet50", "resnet50/champion"]
-    assert set(map(tuple, listed(store).values())) == {(1,)}
-    assert aliases.protected_by_aliases(store, []).keys() == {identity(1)}
-    assert not aliases.heads(store)[1]
+    assert set(map(tuple, numbers_by_alias(store).values())) == {(1,)}
+    assert protected_by_aliases(store, []).keys() == {identity(1)}
+    assert not aliases.newest_of_all(store)[1]
 
 
 def test_a_name_that_is_none_is_answered_with_near_ones():
@@ -305,8 +306,9 @@ def test_a_number_of_anybody_does_not_keep_the_audit_busy():
     put(store, 1)
     store.put(layout.alias_key("champion", 10**17), [b"{}"])
     assert len(history(store, "champion").damage) == 2
+    assert isinstance(newest(store, "champion"), aliases.DamagedRecord)
     with pytest.raises(CorruptError):
-        head(store, "champion")
+        holder(store, "champion")
 
 
 @pytest.mark.parametrize(
@@ -316,15 +318,23 @@ def test_a_number_of_anybody_does_not_keep_the_audit_busy():
         ({"alias": "challenger"}, CorruptError, "moved or copied"),
         ({"restores": 2, "kind": "rolled back"}, CorruptError, "not before it"),
         ({"restores": 0, "kind": "rolled back"}, CorruptError, "not before it"),
-        ({"kind": "retired"}, CorruptError, "points at something"),
+        ({"kind": "retired"}, CorruptError, "points at a checkpoint"),
         ({"target": None}, CorruptError, "points at nothing"),
         ({"at": "2026-03-01T12:00:00"}, CorruptError, "without zone"),
         ({"keeps": -1}, CorruptError, "no former holders"),
-        ({"target": {"run": "../..", "checkpoint": "x", "name": "y", "manifest": ""}}, CorruptError, "no checkpoint"),
-        ({"target": {"run": "r", "checkpoint": "x", "name": "y/z", "manifest": ""}}, CorruptError, "no checkpoint"),
-        ({"kind": "crowned"}, FormatError, "this release reads"),
-        ({"at": None}, FormatError, "this release reads"),
-        ({"keeps": "many"}, FormatError, "this release reads"),
+        (
+            {"target": {"run": "../..", "checkpoint": "x", "name": "y", "manifest": ""}},
+            CorruptError,
+            "cannot be a checkpoint",
+        ),
+        (
+            {"target": {"run": "r", "checkpoint": "x", "name": "y/z", "manifest": ""}},
+            CorruptError,
+            "cannot be a checkpoint",
+        ),
+        ({"kind": "crowned"}, FormatError, "cannot be read by this release"),
+        ({"at": None}, FormatError, "cannot be read by this release"),
+        ({"keeps": "many"}, FormatError, "cannot be read by this release"),
         ({"format": 2}, FormatError, "has format 2; this release of Peakpoint reads format 1"),
     ],
 )
@@ -334,10 +344,10 @@ def test_a_record_that_contradicts_itself_is_no_answer(members, error, words):
     key = layout.alias_key("champion", 2)
     store.put(key, [seal(unseal(store.get(key), where=key) | members)])
     with pytest.raises(error, match=words):
-        head(store, "champion")
+        holder(store, "champion")
     assert words in history(store, "champion").damage[0]
-    assert list(aliases.heads(store)[1]) == ["champion"]
-    assert aliases.protected_by_aliases(store, ["x"])["x"].startswith("what champion protects is not known")
+    assert list(aliases.newest_of_all(store)[1]) == ["champion"]
+    assert protected_by_aliases(store, ["x"])["x"].startswith("what champion protects is not known")
 
 
 def test_members_that_a_newer_release_has_added_are_passed_over():
@@ -448,14 +458,14 @@ def test_of_processes_at_one_object_store_each_gets_its_place(bucket, seeds):
 
 
 def test_an_object_store_serves_as_a_place_for_aliases(bucket):
-    assert (names(bucket), head(bucket, "champion"), bucket.size("aliases/champion/000001.json")) == ([], None, None)
+    assert (names(bucket), newest(bucket, "champion"), bucket.size("aliases/champion/000001.json")) == ([], None, None)
     put(bucket, 1, 2)
     put(bucket, 3, alias="family/champion", keeps=0)
     assert names(bucket) == ["champion", "family/champion"]
     with pytest.raises(ConflictError, match="meanwhile"):
         append(bucket, "champion", change(number=9), after=None)
     assert [one.target for one in history(bucket, "champion").records] == [target(1), target(2)]
-    assert aliases.protected_by_aliases(bucket, []).keys() == {identity(1), identity(2), identity(3)}
+    assert protected_by_aliases(bucket, []).keys() == {identity(1), identity(2), identity(3)}
 
 
 # --- what is protected --------------------------------------------------------------------------------------------
@@ -471,7 +481,7 @@ def test_what_is_protected_is_what_is_held_and_was_held_last(done):
     store, model = MemoryStore(), {}
     for alias, number, keeps in done:
         made = change("retired" if number is None else "promoted", number or 0, keeps=keeps)
-        append(store, alias, made, after=head(store, alias))
+        append(store, alias, made, after=newest(store, alias))
         model.setdefault(alias, []).append((number, keeps))
     expected = {}
     for alias, past in sorted(model.items()):
@@ -481,16 +491,16 @@ def test_what_is_protected_is_what_is_held_and_was_held_last(done):
             expected.setdefault(identity(number), []).append(("was", alias))
         if present is not None:
             expected.setdefault(identity(present), []).append(("is", alias))
-    found = aliases.protected_by_aliases(store, [])
+    found = protected_by_aliases(store, [])
     assert found.keys() == expected.keys()
     for checkpoint, why in found.items():
         held = [alias for how, alias in expected[checkpoint] if how == "is"]
         said = [f"{alias} since 2026-03-01 12:00 UTC" for alias in held]
         said = said or [f"was {alias} (one of its last {model[alias][-1][1]})" for _, alias in expected[checkpoint]]
         assert why == "; ".join(said)
-    heads, unread = aliases.heads(store)
+    heads, unread = aliases.newest_of_all(store)
     assert unread == {}
-    assert pointing(heads.values()) == {
+    assert aliases_by_checkpoint(heads.values()) == {
         checkpoint: tuple(alias for how, alias in held if how == "is")
         for checkpoint, held in expected.items()
         if any(how == "is" for how, _ in held)
@@ -501,7 +511,7 @@ def test_a_former_holder_that_cannot_be_read_is_no_former_holder():
     store = MemoryStore()
     put(store, 1, 2, 3, 4, 5, keeps=2)
     store.put(layout.alias_key("champion", 4), [b"garbage"])
-    assert aliases.protected_by_aliases(store, []).keys() == {identity(5), identity(3), identity(2)}
+    assert protected_by_aliases(store, []).keys() == {identity(5), identity(3), identity(2)}
 
 
 def events(*names_):
@@ -533,7 +543,7 @@ def events(*names_):
 def test_what_is_about_to_be_promoted_is_protected_until_the_record_is_there(said, left):
     store = MemoryStore()
     put(store, 1, 2, alias="a")
-    found = aliases.protected_by_aliases(store, [], annotations_of(events(*said)).promoting.values())
+    found = protected_by_aliases(store, [], annotations_of(events(*said)).promoting.values())
     assert found.pop("c", None) == left
     assert found.keys() == {identity(1), identity(2)}
 
@@ -626,7 +636,7 @@ def test_parts_of_what_is_aliased_are_not_dropped(tmp_path):
         ["model"],
         ["model", "more"],
     ]
-    assert reader.manifest_digest(run.store, run.manifests()[1]) == head(run.store, "champion").target.manifest
+    assert reader.manifest_digest(run.store, run.manifests()[1]) == newest(run.store, "champion").target.manifest
 
 
 def test_who_promotes_while_it_is_being_removed_is_seen_or_sees_it(tmp_path):
@@ -947,7 +957,7 @@ def test_a_record_that_the_disk_does_not_give_is_told():
     store = Broken()
     for alias in ("a", "b"):
         append(store, alias, change(), after=None)
-    found, unread = aliases.heads(store)
+    found, unread = aliases.newest_of_all(store)
     assert (list(found), unread) == (["b"], {"a": "input/output error"})
     with pytest.raises(StoreError):
-        aliases.protected_by_aliases(store, [])  # nothing is removed then, and the next save tries again
+        protected_by_aliases(store, [])  # nothing is removed then, and the next save tries again

@@ -591,7 +591,7 @@ class Repository(RuleBasedStateMachine):
         records = self.model.aliases.get("champion", [])
         done, cut_short = self.does("release", cut, act)
         if cut_short:
-            made = aliases.head(LocalStore(self.root), "champion")
+            made = aliases.newest(LocalStore(self.root), "champion")
             if made is not None and made.number > len(records):
                 self.points("champion", made.target.checkpoint, None, cut_short=False)
             else:

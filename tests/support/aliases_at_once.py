@@ -9,7 +9,7 @@ from pathlib import Path
 
 from object_store import Bucket, Faulty
 from peakpoint.errors import ConflictError, TransientStoreError
-from peakpoint.repository.aliases import AliasChange, AliasTarget, append, head
+from peakpoint.repository.aliases import AliasChange, AliasTarget, append, newest
 from peakpoint.store import LocalStore
 
 place, me, count, seed = sys.argv[1:]
@@ -23,7 +23,7 @@ for number in range(int(count)):
     while True:
         change = AliasChange(kind="promoted", target=target, at=datetime.now(UTC), by=me, why=what)
         try:
-            made = append(store, "family/champion", change, after=head(store, "family/champion"))
+            made = append(store, "family/champion", change, after=newest(store, "family/champion"))
         except ConflictError:
             continue  # somebody else was first
         except TransientStoreError:

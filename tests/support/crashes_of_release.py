@@ -60,7 +60,7 @@ def validate(found, ref, wanted, **_):
 def verb(kind, base, root, ops=None):
     found = Repository(LocalStore(root, ops))
     if kind == "rollback":
-        if aliases.head(found.store, "champion").kind != "rolled back":
+        if aliases.newest(found.store, "champion").kind != "rolled back":
             promotion.rollback(found, "champion", "worse than it looked")
         return
     done = release(

@@ -3,7 +3,7 @@
 from peakpoint.format import layout
 from peakpoint.format.manifest import encode_manifest
 from peakpoint.repository import reader
-from peakpoint.repository.aliases import AliasChange, AliasTarget, append, head
+from peakpoint.repository.aliases import AliasChange, AliasTarget, append, newest
 from strategies import START
 
 
@@ -21,4 +21,4 @@ def point(store, alias, one, *, at=START, why="because", **more):
         target = AliasTarget(run=one.run, checkpoint=one.id, name=one.name, manifest=told)
     kind = "retired" if target is None else "rolled back" if "restores" in more else "promoted"
     change = AliasChange(kind=kind, target=target, at=at, by="somebody", why=why, **more)
-    return append(store, alias, change, after=head(store, alias))
+    return append(store, alias, change, after=newest(store, alias))

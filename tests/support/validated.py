@@ -77,5 +77,5 @@ def crown(root, ref, alias="champion"):
         manifest=reader.manifest_digest(repository.store, manifest),
     )
     change = aliases.AliasChange(kind="promoted", target=target, at=utc_now(), by="a test", why="because")
-    aliases.append(repository.store, alias, change, after=aliases.head(repository.store, alias))
+    aliases.append(repository.store, alias, change, after=aliases.newest(repository.store, alias))
     return manifest.id

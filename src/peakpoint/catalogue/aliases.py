@@ -15,7 +15,7 @@ from peakpoint.catalogue import schema
 from peakpoint.catalogue.changes import is_same
 from peakpoint.catalogue.refresh import lock
 from peakpoint.format import layout
-from peakpoint.repository.aliases import AliasRecord, directories, heads
+from peakpoint.repository.aliases import AliasRecord, directories, newest_of_all
 from peakpoint.store import Store
 
 
@@ -55,14 +55,14 @@ def refresh_aliases(
     with reading.connect() as connection:
         stored = _stored(connection)
     stamps = _stamps(store)
-    records, unread = heads(store)
+    records, unread = newest_of_all(store)
     if stored == _digests(records):
         return tick, AliasSnapshot(stamps, tick, unread)
     with writing.begin() as connection:
         lock(connection)
         now = connection.execute(select(schema.meta.c.tick)).scalar_one()
         stamps = _stamps(store)
-        records, unread = heads(store)
+        records, unread = newest_of_all(store)
         connection.execute(delete(schema.aliases))
         if records:
             connection.execute(insert(schema.aliases), list(map(_row, records.values())))

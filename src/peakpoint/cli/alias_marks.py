@@ -6,7 +6,7 @@ import click
 
 from peakpoint.cli.tables import Column
 from peakpoint.repository import aliases
-from peakpoint.repository.aliases import heads
+from peakpoint.repository.aliases import newest_of_all
 from peakpoint.repository.run import Run
 
 
@@ -23,7 +23,9 @@ def columns(aliases: Sequence[Iterable[str]]) -> list[Column]:
 
 def pointing(run: Run) -> dict[str, tuple[str, ...]]:
     """The ids of the checkpoints of a run that aliases point at, with the aliases; those that are damaged are told."""
-    found, unread = heads(run.store)
+    found, unread = newest_of_all(run.store)
     for alias, why in unread.items():
         click.echo(f"peakpoint: what the alias {alias!r} points at cannot be read: {why}", err=True)
-    return aliases.pointing(one for one in found.values() if one.target is not None and one.target.run == run.name)
+    return aliases.aliases_by_checkpoint(
+        one for one in found.values() if one.target is not None and one.target.run == run.name
+    )

@@ -274,7 +274,9 @@ def tell(root: Path, alias: str, json: bool) -> None:  # noqa: FBT001
     """Tell the hooks of an alias of its last change, unless all of them have taken it."""
     repository = open_repository(root)
     alias = alias.removeprefix("@")
-    record = records.head(repository.store, alias) or records.holder(repository.store, alias)
+    record = records.newest(repository.store, alias)
+    if not isinstance(record, AliasRecord):
+        record = records.holder(repository.store, alias)  # which says what is wrong
     told = _tell(repository, record, _policy(repository, alias), quiet=json)
     if json:
         render.as_json({"record": record_json(record), "told": [asdict(one) for one in told]})
@@ -357,12 +359,14 @@ def aliases(root: Path, json: bool) -> None:  # noqa: FBT001
     damage: list[str] = []
     for alias in records.names(store):
         try:
-            newest = records.head(store, alias)
-        except (CorruptError, FormatError) as error:
+            newest = records.newest(store, alias)
+        except FormatError as error:
             damage.append(f"{alias}: {error}")
-        else:
-            assert newest is not None, "it has records"
+            continue
+        if isinstance(newest, AliasRecord):
             found.append(newest)
+        elif newest is not None:
+            damage.append(f"{alias}: {newest.error}")
     if json:
         render.as_json({"aliases": [record_json(one) for one in found], "damage": damage})
     elif found:

@@ -224,7 +224,7 @@ def rollback(
     check_why("rollback", why)
     store = repository.store
     actor, policy = allowed_policy(store, alias, policy, by)
-    newest = aliases.tip(store, check_alias(alias))
+    newest = aliases.newest(store, check_alias(alias))
     present = newest if isinstance(newest, DamagedRecord) else aliases.holder(store, alias)
     if seen is not None and present.number != seen:
         raise ConflictError(f"{alias} is at record {present.number}, not at {seen}: somebody has changed it meanwhile")

@@ -111,7 +111,7 @@ def propose(
         run=run,
         manifest=manifest,
         target=AliasTarget(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest),
-        newest=aliases.tip(store, alias),
+        newest=aliases.newest(store, alias),
         validation=None,
         comparison=None,
         objections=(),
@@ -151,7 +151,7 @@ def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) 
     """
     policy, last = proposal.policy, proposal.validation
     # whether that is still the champion that it was compared with, whatever the checkpoint is to become
-    beside = proposal.newest if last is None or last.alias is None else aliases.tip(proposal.run.store, last.alias)
+    beside = proposal.newest if last is None or last.alias is None else aliases.newest(proposal.run.store, last.alias)
     held = beside.target if isinstance(beside, AliasRecord) else None
     return objections(
         last,

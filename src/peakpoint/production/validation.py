@@ -172,7 +172,7 @@ def _check_part(manifest: Manifest, part: str) -> None:
 
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:
-    record = aliases.tip(repository.store, alias)
+    record = aliases.newest(repository.store, alias)
     if isinstance(record, aliases.DamagedRecord):
         return None, f"what {alias} is cannot be read: {record.error}"
     if record is None or record.target is None:

@@ -14,7 +14,7 @@ from types import UnionType
 from peakpoint.format.events import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Removed, Unpinned
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
-from peakpoint.repository.aliases import protected_by_aliases
+from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.journal import JournalContents
 from peakpoint.repository.reader import being_read
 from peakpoint.rules import Rule, retention

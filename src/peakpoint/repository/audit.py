@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.errors import ConflictError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.sealed import digest
@@ -133,10 +133,10 @@ def _aliases(store: Store) -> Iterator[AuditFinding]:
 def _target(store: Store, name: str) -> Iterator[AuditFinding]:
     """Find whether the checkpoint that an alias points at is missing or was changed."""
     try:
-        record = aliases.head(store, name)
-    except (CorruptError, FormatError):
+        record = aliases.newest(store, name)
+    except FormatError:
         return  # its damage is found in the history
-    if record is None or record.target is None:
+    if not isinstance(record, aliases.AliasRecord) or record.target is None:
         return
     key, target = layout.alias_key(name, record.number), record.target
     try:
@@ -148,7 +148,7 @@ def _target(store: Store, name: str) -> Iterator[AuditFinding]:
         return
     if manifest_digest == target.manifest:
         return
-    newest = aliases.head(store, name)
+    newest = aliases.newest(store, name)
     if newest is not None and newest.number != record.number:
         yield from _target(store, name)  # it has moved on, and what it pointed at may be removed
         return

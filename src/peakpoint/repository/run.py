@@ -27,7 +27,7 @@ from peakpoint.format.names import check_metric, check_text
 from peakpoint.format.sealed import check_format, unseal
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
-from peakpoint.repository.aliases import protected_by_aliases
+from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.annotations import all_with_annotations, annotations_of, with_annotations
 from peakpoint.repository.provenance import present_user, utc_now
 from peakpoint.rules import Claim, Mode, Rule, parse
