@@ -1,9 +1,9 @@
 """Aliases: names such as ``champion`` that point at a checkpoint, with their history.
 
-An alias is a directory of numbered records, each created only if absent, none ever changed. The record with the highest
-number says what the alias points at; the ones before it are its history. Of several who add the next one at the same time
-exactly one succeeds, which makes a change a compare-and-swap on the record that its maker has read. Every record has the
-digest of the bytes of the one before it, so that a record that was changed or taken out shows.
+An alias is a directory of numbered records, each created only if absent, none ever changed. The record with the
+highest number says what the alias points at; the ones before it are its history. Of several who add the next one at the
+same time exactly one succeeds, which makes a change a compare-and-swap on the record that its maker has read. Every
+record has the digest of the bytes of the one before it, so that a record that was changed or taken out shows.
 
 ``champion`` is an alias of the whole repository, ``resnet50/champion`` that of a family of models.
 """
@@ -106,8 +106,10 @@ class AliasRecord(AliasChange):
 
 
 # the order of a record's members at rest
-_MEMBERS = ("alias", "number", "kind", "target", "at", "by", "why", "previous", "write", "restores", "validation")
-_MEMBERS += ("forced", "comparison", "release", "decision", "keeps")
+_MEMBERS = (
+    *("alias", "number", "kind", "target", "at", "by", "why", "previous", "write"),
+    *("restores", "validation", "forced", "comparison", "release", "decision", "keeps"),
+)
 
 
 @dataclass(frozen=True, slots=True)
