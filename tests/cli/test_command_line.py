@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,9 @@ from safetensors.torch import load_file
 import peakpoint as pp
 from commands import RUN, in_process, invoke
 from peakpoint.cli import render
+from peakpoint.cli.commands import ENTRIES, GROUPS, RENAMED
 from peakpoint.cli.demo import show
-from peakpoint.cli.main import _MODULES
+from peakpoint.cli.main import cli
 from peakpoint.rules import check_ranking_metrics, parse_all
 from training import checkpointer
 
@@ -206,13 +206,41 @@ def test_a_run_that_is_being_written_is_left_alone(root):
         assert not bare.exists(), "opening a run removes what its last writer left"
 
 
-def test_every_command_of_every_module_is_there():
-    homes = {module: __import__(f"peakpoint.cli.{module}", fromlist=["COMMANDS"]).COMMANDS for module in _MODULES}
-    assert {module: sorted(command.name for command in found) for module, found in homes.items()} == {
-        module: sorted(names) for module, names in _MODULES.items()
-    }
-    modules = {path.stem for path in Path(render.__file__).parent.glob("*.py")}
-    assert modules == {"__init__", "main", "alias_marks", "arguments", "render", "tables", *_MODULES}
+def test_every_command_of_the_table_is_there():
+    assert len(ENTRIES) == sum(map(len, GROUPS.values())) == 26
+    for name in ENTRIES:
+        command = cli.get_command(None, name)
+        assert command.name == name
+        assert not command.hidden
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_help_page_is_not_cut_off_and_loads_no_command(width):
+    code = (
+        "import sys, atexit\n"
+        "modules = {f'peakpoint.cli.{module}' for module in ('runs', 'select', 'show', 'plan', 'promotion', 'exports')}\n"
+        "atexit.register(lambda: print('LOADED', sorted(modules & set(sys.modules))))\n"
+        f"sys.argv = ['peakpoint', '--help']\n{RUN}"
+    )
+    environment = os.environ | {"COLUMNS": str(width)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "LOADED []" in done.stdout
+    assert "..." not in done.stdout
+    text = " ".join(done.stdout.split())
+    for title, entries in GROUPS.items():
+        assert f"{title}:" in text
+        assert all(f"{entry.name} {entry.help}" in text for entry in entries)
+    assert max(map(len, done.stdout.splitlines())) <= width
+
+
+def test_a_wrong_command_names_near_ones_and_a_former_one_the_new():
+    done = in_process("promot", "x")
+    assert (done.returncode, "did you mean 'promote'?" in done.stderr) == (2, True)
+    for former, command in RENAMED.items():
+        assert former not in ENTRIES
+        done = in_process(former, "x")
+        assert (done.returncode, f"'{former}' is now: peakpoint {command}" in done.stderr) == (2, True)
+        assert command.split()[0] in ENTRIES
 
 
 def test_it_is_a_module_as_well(root):

@@ -59,8 +59,8 @@ COMMANDS = (
     ("keep", "r", "--yes", "--rules", "last:1"),
     ("rm", "r:epoch=2", "--yes", "--undo-for", "0"),
     ("archive", "r"),
-    ("restore", "packed"),
-    ("trash", "--empty"),
+    ("archive", "packed", "--restore"),
+    ("undo", "--empty"),
     ("audit", "--clean"),
 )
 

@@ -168,7 +168,7 @@ def policies(root):
 
 
 def trash(root):
-    there = json.loads(command("trash", root, "--json"))["trash"]
+    there = json.loads(command("undo", root, "--list", "--json"))["trash"]
     return sorted([one["ref"], one["id"], [], one["until"], one["reason"], one["by"]] for one in there)
 
 
@@ -282,10 +282,10 @@ def test_every_type_of_a_state_is_read_exactly(root):
 
 def test_signatures_hold(root):
     for ref in ("digits@latest", "digits/digits_epoch3_step8_accuracy0.7000", "mixed/mixed_step6", "@champion"):
-        command("verify", root, ref, "--key", root / "signer.pub")
+        command("sign", root, ref, "--verify", "--key", root / "signer.pub")
         assert pp.load(ref, root=root, signed_by=root / "signer.pub")
     with pytest.raises(pp.errors.SignatureError):
-        command("verify", root, "kinds@latest", "--key", root / "signer.pub")
+        command("sign", root, "kinds@latest", "--verify", "--key", root / "signer.pub")
 
 
 # --- going on from it -------------------------------------------------------------------------------------------------

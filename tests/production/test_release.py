@@ -474,14 +474,16 @@ def test_the_whole_way_at_the_command_line(tmp_path):
     assert "is champion already since" in command("promote", root, "r:2", "--as", "champion", "--why", "x")
     assert f"{found.find('r:1').ref} is champion again (record 3)" in command("rollback", root, "champion")
     assert "3 records, none changed or missing" in command("history", root, "champion")
-    assert found.find("r:1").ref in command("aliases", root)
+    assert found.find("r:1").ref in command("history", root)
     command("promote", root, "r:3", "--as", "challenger_1", "--why", "try it", "--force")
     assert "FORCED although it was never validated" in command("history", root, "challenger_1")
-    assert "points at nothing now (record 2)" in command("retire", root, "challenger_1", "--why", "it lost")
-    assert "is never without a checkpoint" in command("retire", root, "champion", "--why", "x", code=2)
+    assert "Cleared: challenger_1 (record 2)" in command(
+        "promote", root, "--retire", "challenger_1", "--why", "it lost"
+    )
+    assert "is never without a checkpoint" in command("promote", root, "--retire", "champion", "--why", "x", code=2)
     assert "pointed at nothing yet" in command("history", root, "champion", "--at", "2020-01-01", code=10)
     assert json.loads(command("history", root, "champion", "--at", "2100-01-01", "--json"))["records"][0]["number"] == 3
-    names = [one["alias"] for one in json.loads(command("aliases", root, "--json"))["aliases"]]
+    names = [one["alias"] for one in json.loads(command("history", root, "--json"))["aliases"]]
     assert names == ["challenger_1", "champion"]
 
 
@@ -531,7 +533,7 @@ def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
         promotion.promote(propose(found, "r:1", alias), "x", force=True)
     path = tmp_path / "aliases/champion/000001.json"
     path.write_bytes(path.read_bytes()[:-30])
-    done = CliRunner().invoke(cli, ["aliases", str(tmp_path)])
+    done = CliRunner().invoke(cli, ["history", str(tmp_path)])
     assert done.exit_code == 12
     assert "champion: aliases/champion/000001.json is corrupt" in done.output
     assert "r/r_step1" in done.output

@@ -252,17 +252,19 @@ def test_the_code_of_the_page_runs(root):
 
 def test_a_curve_lies_beside_it(root, tmp_path):
     pytest.importorskip("matplotlib")
-    done = invoke("card", root, "@champion", "--to", tmp_path / "out", "--license", "mit")
+    done = invoke("export", root, "@champion", "--as", "card", "--to", tmp_path / "out", "--license", "mit")
     assert done.exit_code == 0
     text = (tmp_path / "out/README.md").read_text()
     assert "![The curve of acc, with its peak and this checkpoint](curve.png)" in text
     assert (tmp_path / "out/curve.png").read_bytes().startswith(b"\x89PNG")
     assert split(text)[0]["license"] == "mit"
     first = (tmp_path / "out/curve.png").read_bytes()
-    found = json.loads(invoke("card", root, "@champion", "--to", tmp_path / "out", "--json").output)  # ours: replaced
+    found = json.loads(
+        invoke("export", root, "@champion", "--as", "card", "--to", tmp_path / "out", "--json").output
+    )  # ours: replaced
     assert found["markdown"] == (tmp_path / "out/README.md").read_text() != text
     assert (tmp_path / "out/curve.png").read_bytes() == first
-    other = invoke("card", root, "small@latest", "--to", tmp_path / "other")
+    other = invoke("export", root, "small@latest", "--as", "card", "--to", tmp_path / "other")
     assert other.exit_code == 0
     assert (tmp_path / "other/curve.png").read_bytes() != first  # another place is marked
 
@@ -271,7 +273,7 @@ def test_without_matplotlib_there_is_a_table(root, tmp_path):
     script = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from peakpoint.cli.main import run\n"
-        f"sys.argv = ['peakpoint', 'card', {str(root)!r}, '@champion', '--to', {str(tmp_path / 'out')!r}]\n"
+        f"sys.argv = ['peakpoint', 'export', {str(root)!r}, '@champion', '--as', 'card', '--to', {str(tmp_path / 'out')!r}]\n"
         "run()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -302,10 +304,10 @@ def test_files_of_somebody_else_stay(root, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
     assert card.write(card.gather(pp.open(root), "@champion"), tmp_path, force=True)
     with pytest.raises(pp.errors.NotFoundError, match="does not exist"):
-        invoke("card", root, "@champion", "--about", tmp_path / "none.md")
+        invoke("export", root, "@champion", "--as", "card", "--about", tmp_path / "none.md")
     (tmp_path / "odd.md").write_bytes(b"\xff")
     with pytest.raises(pp.errors.ConfigError, match="is not text in UTF-8"):
-        invoke("card", root, "@champion", "--about", tmp_path / "odd.md")
+        invoke("export", root, "@champion", "--as", "card", "--about", tmp_path / "odd.md")
 
 
 def test_what_cannot_be_read_is_said(root):

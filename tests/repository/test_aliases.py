@@ -18,7 +18,7 @@ import peakpoint as pp
 from commands import in_process
 from commands import invoke as invoked
 from peakpoint.catalogue import Catalogue
-from peakpoint.cli import render
+from peakpoint.cli import runs
 from peakpoint.errors import (
     ConfigError,
     ConflictError,
@@ -938,7 +938,7 @@ def test_tables_fit_narrow_terminals_with_aliases_as_without(promoted, tmp_path)
 
     def printed(width):
         console = Console(width=width, file=io.StringIO())
-        console.print(render.runs_table(console, listed_.runs(), set()))
+        console.print(runs.runs_table(console, listed_.runs(), set()))
         return console.file.getvalue()
 
     assert "@family/champion" in printed(120)

@@ -420,10 +420,9 @@ def test_the_commands_say_what_they_do(tmp_path):
     assert "r --restore brings the files back" in output
     assert "nothing to archive" in command("archive", tmp_path, "r")
     assert "archived in" in command("ls", tmp_path)
-    assert "in a pack of" in command("show", tmp_path, "r@latest")
-    assert "in a pack of" in command("explain", tmp_path, "r@latest")
+    assert "packed into" in command("show", tmp_path, "r@latest")
+    assert "packed into" in command("explain", tmp_path, "r@latest")
     assert "would restore 3 checkpoints" in command("archive", tmp_path, "r", "--restore", "--dry-run")
     assert "restored 3 checkpoints" in command("archive", tmp_path, "r", "--restore")
     assert "nothing to restore" in command("archive", tmp_path, "r", "--restore")
     command("archive", tmp_path, "r")
-    assert "restored 3 checkpoints" in command("restore", tmp_path, "r"), "its name before"

@@ -713,10 +713,10 @@ def test_the_commands(root, keys, other):
     assert "signature-2.json covers 4 files" in said
     fingerprint = signing.public_key_fingerprint(other[1])
     assert fingerprint in said
-    assert "is what was signed: signature-2.json, 4 files compared" in command(
-        "verify", root, "r@latest", "--key", other[1]
+    assert "is unchanged since it was signed: signature-2.json, 4 files compared" in command(
+        "sign", root, "r@latest", "--verify", "--key", other[1]
     )
-    found = json.loads(command("verify", root, "r@latest", "--key", other[1], "--json"))
+    found = json.loads(command("sign", root, "r@latest", "--verify", "--key", other[1], "--json"))
     assert (found["record"], found["fingerprint"]) == ("signature-2.json", fingerprint)
     assert json.loads(command("sign", root, "r@latest", "--key", other[0], "--json"))["record"] == "signature-3.json"
     assert f"signature-3.json, key {fingerprint}" in command("show", root, "r@latest")
@@ -726,7 +726,7 @@ def test_the_commands(root, keys, other):
 
 def test_a_refusal_is_one_line_and_exit_code_15(root, keys):
     flip(directory(root) / "model.safetensors", -1)
-    done = run("verify", root, "r@latest", "--key", keys[1], "--json")
+    done = run("sign", root, "r@latest", "--verify", "--key", keys[1], "--json")
     assert done.returncode == 15
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -745,7 +745,7 @@ def test_a_key_from_a_pipe(root, keys):
 
 def test_what_a_missing_extra_says(root, keys):
     hide = "import sys; sys.modules['cryptography'] = None; from peakpoint.cli.main import run; run()"
-    arguments = ["verify", str(root), "r@latest", "--key", str(keys[1])]
+    arguments = ["sign", str(root), "r@latest", "--verify", "--key", str(keys[1])]
     done = subprocess.run([sys.executable, "-c", hide, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install 'peakpoint[signing]'" in done.stderr

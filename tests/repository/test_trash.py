@@ -42,12 +42,12 @@ def test_removed_and_brought_back_bit_for_bit(tmp_path):
     with pytest.raises(pp.errors.NotFoundError):
         pp.load("r:epoch=1", root=tmp_path)
     assert audit(pp.open(tmp_path), deep=True).findings == []
-    assert "a mistake" in command("trash", tmp_path)
+    assert "a mistake" in command("undo", tmp_path, "--list")
     assert "in the trash until" in command("explain", tmp_path, "r:epoch=1")
     assert f"r/{name} is back" in command("undo", tmp_path, f"r/{name}")
     assert files(tmp_path) == before
     assert epochs(tmp_path) == [0, 1, 2, 3, 4]
-    assert "trash is empty" in command("trash", tmp_path)
+    assert "trash is empty" in command("undo", tmp_path, "--list")
     assert "is here" in command("explain", tmp_path, "r:epoch=1")
     assert audit(pp.open(tmp_path), deep=True).findings == []
 
@@ -56,7 +56,7 @@ def test_rules_put_into_the_trash_and_back(tmp_path):
     weights = trained(tmp_path)
     listed = json.loads(command("keep", tmp_path, "r", "--rules", "last:1", "--yes", "--json"))
     assert len(listed["goes"]) == 4
-    found = json.loads(command("trash", tmp_path, "--json"))
+    found = json.loads(command("undo", tmp_path, "--list", "--json"))
     assert len(found["trash"]) == 4
     back = json.loads(command("undo", tmp_path, *[one["ref"] for one in found["trash"]], "--json"))
     assert len(back["back"]) == 4
@@ -70,7 +70,7 @@ def test_nothing_is_kept_when_the_space_is_wanted_at_once(tmp_path):
     output = command("keep", tmp_path, "r", "--rules", "last:1", "--yes", "--undo-for", "0")
     assert "cannot be taken back" in output
     assert bytes_on_disk(tmp_path) < 0.3 * space
-    assert "trash is empty" in command("trash", tmp_path)
+    assert "trash is empty" in command("undo", tmp_path, "--list")
 
 
 def test_when_the_time_is_over_the_space_is_free(tmp_path):
@@ -99,7 +99,7 @@ def test_the_trash_can_be_emptied(tmp_path):
     command("rm", tmp_path, "r:epoch=0", "r:epoch=1", "--yes", "--undo-for", "30d")
     told = command("explain", tmp_path, "r:epoch=0")
     assert f"peakpoint undo {shlex.quote(str(tmp_path))} r/" in told
-    assert "2 checkpoints gone for good" in command("trash", tmp_path, "--empty")
+    assert "permanently deleted 2 checkpoints" in command("undo", tmp_path, "--empty")
     told = command("explain", tmp_path, "r:epoch=0")
     assert "gone for good" in told
     assert "undo" not in told

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from peakpoint.errors import MissingExtraError
+from peakpoint.errors import ConfigError, MissingExtraError
 from peakpoint.format import amounts
 from peakpoint.format.amounts import read_duration
-from peakpoint.rules import FORMS
+from peakpoint.rules import FORMS, Mode, mode_of
 
 ROOT = click.argument("root", type=click.Path(path_type=Path))
 REF = click.argument("ref")
@@ -20,19 +20,22 @@ CATALOGUE = click.option(
     metavar="FILE|URL",
     help="The index to use, also from PEAKPOINT_CATALOGUE; catalogue.sqlite in the repository by default.",
 )
-JSON = click.option("--json", "json", is_flag=True, help="Print JSON for programs.")
+KEY = click.option(
+    "--key", type=click.Path(path_type=Path), metavar="FILE", help="Sign it with this private key (PEM) first."
+)
+INCOMPLETE = 23  # the exit code of an answer that leaves out what cannot be read
 
 
 def rules_help(default: str) -> str:
-    """What the option --rules says of itself, each form on a line of its own.
+    """Return the help of --rules, each form on a line of its own.
 
     Args:
-        default: which rules are taken without it.
+        default: the rules without it.
     """
     forms, _, rest = FORMS.partition("; ")
     lines = "\n".join(forms.split())
-    more = rest[:1].upper() + rest[1:]
-    return f"Rules, separated by spaces; {default} by default. Forms:\n\n\b\n{lines}\n\n{more}."
+    notes = rest[:1].upper() + rest[1:]
+    return f"Rules, separated by spaces; {default} by default. Forms:\n\n\b\n{lines}\n\n{notes}."
 
 
 class _Duration(click.ParamType[timedelta]):
@@ -41,7 +44,7 @@ class _Duration(click.ParamType[timedelta]):
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:  # noqa: ARG002
-        """Read it; errors are ours."""
+        """Read a duration; errors are ours."""
         return read_duration("--undo-for", value)
 
 
@@ -50,17 +53,25 @@ UNDO_FOR = click.option(
     type=_Duration(),
     default=amounts.UNDO_FOR,
     show_default=True,
-    help="How long what goes can be brought back with peakpoint undo, such as 7d; 0 frees the space at once.",
+    help="How long peakpoint undo can restore what is removed, such as 7d; 0 frees the space at once.",
 )
 
 
 def reads(reader: Callable[[str, str], Any]) -> Any:
-    """An option's callback that reads its text, if there is any."""
+    """Return an option's callback that reads its text, if there is any."""
 
     def callback(_: click.Context, option: click.Parameter, value: str | None) -> Any:
         return None if value is None else reader(option.opts[-1], value)
 
     return callback
+
+
+def metric_with_mode(text: str) -> tuple[str, Mode]:
+    """Read ``NAME:max`` or ``NAME:min``."""
+    name, colon, mode = text.rpartition(":")
+    if not (name and colon):
+        raise ConfigError(f"--metric {text!r}: is larger better? say --metric {text}:max or --metric {text}:min")
+    return name, mode_of(mode)
 
 
 def torch_side(module: str, extra: str = "torch") -> Any:

@@ -1,4 +1,4 @@
-"""``peakpoint``: every command parses, calls one operation, and renders.
+"""The entry point ``peakpoint``: find the command, run it, turn errors into exit codes.
 
 Exit codes are those of the errors (see ``peakpoint.errors``); 0 is success, 2 a bad command line, 130 Ctrl-C.
 """
@@ -7,49 +7,49 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 
 import click
 
 from peakpoint._version import __version__
+from peakpoint.cli.commands import ENTRIES, GROUPS, RENAMED
 from peakpoint.errors import Error
-
-_MODULES = {
-    "audit": ("audit",),
-    "show": ("demo", "rm", "show"),
-    "diff": ("diff",),
-    "exchange": ("export", "import"),
-    "plan": ("plan",),
-    "production": ("aliases", "history", "promote", "retire", "rollback", "tell"),
-    "release": ("release",),
-    "report": ("report",),
-    "keep": ("explain", "keep", "pin", "record", "unpin"),
-    "select": ("ls", "select"),
-    "validate": ("validate",),
-    "signing": ("sign", "verify"),
-    "soup": ("soup",),
-    "account": ("card", "changelog"),
-    "space": ("archive", "restore", "trash", "undo"),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+from peakpoint.format.names import near
 
 
-class _Commands(click.Group):
-    """Imports a command when it is asked for: most need little of what all of them need together."""
+class CommandTable(click.Group):
+    """The commands of the table; a module is imported when its command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - of click
-        """Every name."""
-        return sorted(_HOMES)
+        """Return the names in the order of the help page."""
+        return list(ENTRIES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - of click
-        """One command; None when there is none of that name."""
-        if cmd_name not in _HOMES:
+        """Import a command; None when there is none of that name."""
+        if cmd_name not in ENTRIES:
             return None
-        found: Sequence[click.Command] = importlib.import_module(f"peakpoint.cli.{_HOMES[cmd_name]}").COMMANDS
-        return next(command for command in found if command.name == cmd_name)
+        module, _, function = ENTRIES[cmd_name].function.partition(":")
+        command: click.Command = getattr(importlib.import_module(f"peakpoint.cli.{module}"), function)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or say which one was meant."""
+        name = args[0]
+        if name in RENAMED:
+            ctx.fail(f"{name!r} is now: peakpoint {RENAMED[name]}")
+        if name not in ENTRIES and not name.startswith("-"):
+            ctx.fail(f"No such command {name!r}{near(name, list(ENTRIES)) or '; peakpoint --help lists them'}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - of click
+        """Write the commands by group; imports none of them."""
+        for title, entries in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(entry.name.ljust(len("changelog")), entry.help) for entry in entries])
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=CommandTable, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="peakpoint")
 def cli() -> None:
     """Keep, find and ship the best checkpoints of a model's training.
@@ -64,22 +64,19 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def run() -> None:
-    """The entry point of the command ``peakpoint``."""
+    """Run the command ``peakpoint``."""
     warnings.showwarning = _warn
     try:
         cli.main(standalone_mode=False)
     except Error as error:
         click.echo(f"peakpoint: {error}", err=True)
         sys.exit(error.exit_code)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("peakpoint: interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("peakpoint: interrupted", err=True)
-        sys.exit(130)
     except BrokenPipeError:
         # the reader of a pipe has gone; leave quietly, and keep Python from complaining at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The command that looks ahead: plan."""
+"""The command ``plan``: what a run will write and keep."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -9,21 +9,24 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from peakpoint.cli import render, tables
-from peakpoint.cli.arguments import JSON, reads, rules_help
-from peakpoint.cli.space import progress
+from peakpoint.cli import tables
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import reads, rules_help
+from peakpoint.cli.progress import progress_bar
+from peakpoint.cli.render import count, seconds
 from peakpoint.errors import ConfigError
-from peakpoint.format.amounts import read_count, read_duration, read_rate
+from peakpoint.format.amounts import read_count, read_duration, read_rate, size
 from peakpoint.format.events import Reported, Saved
-from peakpoint.format.names import did_you_mean
+from peakpoint.format.names import near
 from peakpoint.reports.plan import networks, optimizers, sizes
 from peakpoint.reports.plan.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.reports.plan.intervals import Failures, daly, young
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run, rules_of
-from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, ranking_metrics
+from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, watched
 from peakpoint.rules.history import history
 
 
@@ -35,13 +38,13 @@ def _points(name: str, text: str) -> dict[int, float]:
             points[int(epoch)] = float(value)
         except ValueError as error:
             raise ConfigError(
-                f"{name}={text!r} is no schedule; give EPOCH:SPARSITY pairs such as 0:0,50:0.9"
+                f"{name}={text!r} is not a schedule; give EPOCH:SPARSITY pairs such as 0:0,50:0.9"
             ) from error
     return points
 
 
 _DURATION = reads(read_duration)
-_LEAST = click.IntRange(min=1)
+_POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
@@ -49,14 +52,14 @@ _LEAST = click.IntRange(min=1)
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M or 1e6.")
 @click.option("--preset", help=f"A known network instead: {', '.join(networks.NAMES)}.")
-@click.option("--presets", is_flag=True, help="Only list the known networks with their sizes.")
+@click.option("--presets", "list_presets", is_flag=True, help="Only list the known networks with their sizes.")
 @click.option("--optimizer", help=f"One of {', '.join(optimizers.NAMES)}.")
 @click.option("--dtype", help=f"Of the weights: {', '.join(optimizers.DTYPES)}.")
 @click.option("--master", help="Of a copy of the weights in the optimizer, and of its moments, such as float32.")
-@click.option("--epochs", type=_LEAST, help="How long the run is; of a run that exists, as long as it is by default.")
+@click.option("--epochs", type=_POSITIVE, help="How long the run is; by default as long as the run that exists.")
 @click.option("--rules", "text", help=rules_help("those of the run"))
-@click.option("--reports-per-epoch", type=_LEAST, help="How often the loop reports; once by default.")
-@click.option("--steps-per-epoch", type=_LEAST, help="Optimizer steps of an epoch, for rules that count them.")
+@click.option("--reports-per-epoch", type=_POSITIVE, help="How often the loop reports; once by default.")
+@click.option("--steps-per-epoch", type=_POSITIVE, help="Optimizer steps of an epoch, for rules that count them.")
 @click.option("--epoch-time", callback=_DURATION, help="How long an epoch takes without saves, such as 5min.")
 @click.option("--sparsity", callback=reads(_points), help="EPOCH:SPARSITY pairs such as 0:0,50:0.9, straight between.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the curve that rises and then degrades.")
@@ -68,130 +71,123 @@ _LEAST = click.IntRange(min=1)
 )
 @click.option("--durable", callback=_DURATION, help="How long until a save is durable; of a run, as measured.")
 @click.option("--restart", callback=_DURATION, default="0", help="From a failure until the loop runs again.")
-@JSON
-def plan(
-    root: Path | None,
-    name: str | None,
-    presets: bool,  # noqa: FBT001
-    json: bool,  # noqa: FBT001
-    text: str | None,
-    **given: Any,
-) -> None:
-    """Say what a run will write and keep, how large that is, and how often to save; nothing is written.
+@answers
+def plan(root: Path | None, name: str | None, text: str | None, *, list_presets: bool, **options: Any) -> Answer:
+    """Predict what a run will write and keep, how large that is, and how often to save; nothing is written.
 
     Of a run that exists (ROOT RUN), of a known network (--preset), or of a number of parameters (--params).
     """
-    if presets:
-        _print_presets(json=json)
-        return
-    sources = [root is not None, given["params"] is not None, given["preset"] is not None]
+    if list_presets:
+        presets = list(map(_preset, networks.NAMES))
+        return Answer({"presets": presets}, lambda console: _print_presets(console, presets))
+    sources = [root is not None, options["params"] is not None, options["preset"] is not None]
     if sum(sources) != 1 or (root is not None and name is None):
         raise ConfigError("plan of what? give ROOT RUN, or --params 25.6M, or --preset resnet-50")
-    given["rules"] = None if text is None else parse_all(text)
+    options["rules"] = None if text is None else parse_all(text)
     if root is not None and name is not None:
-        forbidden = [option for option in ("optimizer", "dtype", "master") if given[option] is not None]
+        forbidden = [option for option in ("optimizer", "dtype", "master") if options[option] is not None]
         if forbidden:
             raise ConfigError(f"--{forbidden[0]} has no meaning for a run that exists: its sizes are measured")
-        given |= _of_run(open_repository(root).run(name), given)
+        options |= _of_run(open_repository(root).run(name), options)
     else:
-        given |= {"sizes": _of_numbers(given), "reports_per_epoch": given["reports_per_epoch"] or 1}
-    options = ("epochs", "reports_per_epoch", "steps_per_epoch", "epoch_time", "sparsity", "seed")
-    with progress("playing the run", None):
-        found = forecast(given["sizes"], keep=given["rules"], **{option: given[option] for option in options})
-    costs, saving = _costs(found, given), _saving(found, given)
-    if json:
-        render.as_json(_plan_json(found) | {"costs": costs, "interval": saving})
-        return
-    _print_plan(render.console(), found, costs, saving)
+        options |= {"sizes": _of_numbers(options), "reports_per_epoch": options["reports_per_epoch"] or 1}
+    schedule = ("epochs", "reports_per_epoch", "steps_per_epoch", "epoch_time", "sparsity", "seed")
+    with progress_bar("simulating", None):
+        prediction = forecast(
+            options["sizes"], keep=options["rules"], **{option: options[option] for option in schedule}
+        )
+    costs, saving = _costs(prediction, options), _saving(prediction, options)
+    data = _plan_json(prediction) | {"costs": costs, "interval": saving}
+    return Answer(data, lambda console: _print_plan(console, prediction, costs, saving))
 
 
-def _of_numbers(given: dict[str, Any]) -> sizes.Sizes:
-    network = None if given["preset"] is None else networks.architecture(given["preset"])
-    if not given["rules"] or given["epochs"] is None:
+def _of_numbers(options: dict[str, Any]) -> sizes.Sizes:
+    network = None if options["preset"] is None else networks.architecture(options["preset"])
+    if not options["rules"] or options["epochs"] is None:
         raise ConfigError(f"a plan needs --epochs and --rules, such as 'best:val_accuracy:max last:3'. Forms: {FORMS}")
-    options = {option: given[option] for option in ("optimizer", "dtype", "master")}
+    precision = {option: options[option] for option in ("optimizer", "dtype", "master")}
     if network is not None:
-        return sizes.from_network(network, **options)
-    if given["optimizer"] is None:
+        return sizes.from_network(network, **precision)
+    if options["optimizer"] is None:
         raise ConfigError(
             f"--params alone does not say what the optimizer holds: give --optimizer, one of "
             f"{', '.join(optimizers.NAMES)}"
         )
-    return sizes.from_count(given["params"], **options | {"dtype": given["dtype"] or "float32"})
+    return sizes.from_count(options["params"], **precision | {"dtype": options["dtype"] or "float32"})
 
 
-def _of_run(run: Run, given: dict[str, Any]) -> dict[str, Any]:
-    """What a run has measured, beside what was given, which goes before."""
+def _of_run(run: Run, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run has measured, where no option says otherwise."""
     events, manifests = run.events(), run.manifests()
     reports = history(events)
-    rules = rules_of(events) if given["rules"] is None else given["rules"]
+    rules = rules_of(events) if options["rules"] is None else options["rules"]
     if not rules:
         raise ConfigError(f"run {run.name!r} has no rules in force: give some with --rules, such as last:3")
     names = sorted({metric for report in reports for metric in report.metrics})
-    for metric, _ in ranking_metrics(rules):
-        if reports and metric not in names and not (given["sparsity"] and metric == "sparsity"):
+    for metric, _ in watched(rules):
+        if reports and metric not in names and not (options["sparsity"] and metric == "sparsity"):
             raise ConfigError(
-                f"the rules rank by {metric!r}, which run {run.name!r} has never reported"
-                f"{did_you_mean(metric, names)}; it reports {', '.join(names) or 'nothing'}"
+                f"the rules rank by {metric!r}, which run {run.name!r} has never reported{near(metric, names)}; it "
+                f"reports {', '.join(names) or 'nothing'}"
             )
     packed = packed_bytes(run.store, run.name, manifests)
-    whole = sum(one.size_bytes for one in manifests if one.id in packed)
+    unpacked = sum(manifest.size_bytes for manifest in manifests if manifest.id in packed)
     measured = pace(reports, manifests, {event.report for event in events if isinstance(event, Saved)})
-    per_epoch = given["reports_per_epoch"] or measured.reports_per_epoch
-    epochs = given["epochs"] or measured.epochs
+    per_epoch = options["reports_per_epoch"] or measured.reports_per_epoch
+    epochs = options["epochs"] or measured.epochs
     if not epochs:
         raise ConfigError(f"run {run.name!r} reports no epochs: give --epochs, and --reports-per-epoch")
     steps = None if measured.steps is None else max(1, round(measured.steps * per_epoch))
-    seconds = None if not measured.seconds else timedelta(seconds=measured.seconds * per_epoch)
+    epoch_time = None if not measured.seconds else timedelta(seconds=measured.seconds * per_epoch)
     return {
         "sizes": sizes.from_manifests(manifests, run.name),
         "rules": rules,
         "epochs": epochs,
         "reports_per_epoch": per_epoch,
-        "steps_per_epoch": given["steps_per_epoch"] or steps,
-        "epoch_time": seconds if given["epoch_time"] is None else given["epoch_time"],
-        "sparsity": given["sparsity"] or _recorded(reports, rules),
-        "packed": sum(packed.values()) / whole if whole else None,
+        "steps_per_epoch": options["steps_per_epoch"] or steps,
+        "epoch_time": epoch_time if options["epoch_time"] is None else options["epoch_time"],
+        "sparsity": options["sparsity"] or _recorded(reports, rules),
+        "packed": sum(packed.values()) / unpacked if unpacked else None,
     }
 
 
 def _recorded(reports: Sequence[Reported], rules: Sequence[Rule]) -> dict[int, float]:
     """The sparsity that a run has reported, by epoch, if rules look at one."""
     name = next((rule.sparsity for rule in rules if isinstance(rule, BestAtSparsity)), "")
-    found = {one.epoch: one.metrics[name] for one in reports if one.epoch is not None and name in one.metrics}
-    return {epoch: value for epoch, value in found.items() if 0 <= value <= 1}
+    values = [(report.epoch, report.metrics[name]) for report in reports if name in report.metrics]
+    return {epoch: value for epoch, value in values if epoch is not None and 0 <= value <= 1}
 
 
-def _costs(found: Forecast, given: dict[str, Any]) -> dict[str, Any]:
+def _costs(prediction: Forecast, options: dict[str, Any]) -> dict[str, Any]:
     """What space it takes in the archive, and what time an upload takes."""
-    kept = found.span("bytes_kept")
-    ratio, source = given["archive_ratio"], "as given"
-    if ratio is None and given.get("packed") is not None:
-        ratio, source = given["packed"], "as measured on the archived checkpoints of this run"
+    kept_bytes = prediction.span("bytes_kept")
+    ratio, source = options["archive_ratio"], "as given"
+    if ratio is None and options.get("packed") is not None:
+        ratio, source = options["packed"], "as measured on the archived checkpoints of this run"
     if ratio is None:
-        kind = "bfloat16" if found.sizes.bfloat16 else "float32"
+        kind = "bfloat16" if prediction.sizes.bfloat16 else "float32"
         ratio, source = ARCHIVE_RATIO[kind], f"measured on a small transformer in {kind}, docs/performance.md"
-    rate = given["bandwidth"]
+    rate = options["bandwidth"]
     return {
         "archive_ratio": ratio,
         "archive_ratio_source": source,
-        "archive_bytes": [round(size * ratio) for size in kept],
+        "archive_bytes": [round(size_bytes * ratio) for size_bytes in kept_bytes],
         "upload_bytes_per_second": rate,
-        "upload_checkpoint_seconds": rate and found.sizes.bytes / rate,
-        "upload_kept_seconds": rate and [size / rate for size in kept],
+        "upload_checkpoint_seconds": rate and prediction.sizes.bytes / rate,
+        "upload_kept_seconds": rate and [size_bytes / rate for size_bytes in kept_bytes],
     }
 
 
-def _saving(found: Forecast, given: dict[str, Any]) -> dict[str, Any] | None:
+def _saving(prediction: Forecast, options: dict[str, Any]) -> dict[str, Any] | None:
     """How often to save, if the time between failures is known."""
-    if given["mtbf"] is None:
+    if options["mtbf"] is None:
         return None
-    stall = found.sizes.stall if given["stall"] is None else given["stall"].total_seconds()
+    stall = prediction.sizes.stall if options["stall"] is None else options["stall"].total_seconds()
     if stall is None:
         raise ConfigError("--mtbf needs what a save costs: give --stall, such as 50ms, or plan from a run")
-    durable = found.sizes.durable if given["durable"] is None else given["durable"].total_seconds()
-    mtbf = given["mtbf"].total_seconds()
-    failures = Failures(mtbf=mtbf, stall=stall, durable=durable or 0.0, restart=given["restart"].total_seconds())
+    durable = prediction.sizes.durable if options["durable"] is None else options["durable"].total_seconds()
+    mtbf = options["mtbf"].total_seconds()
+    failures = Failures(mtbf=mtbf, stall=stall, durable=durable or 0.0, restart=options["restart"].total_seconds())
     best = failures.best
     return {
         "mtbf_seconds": mtbf,
@@ -202,16 +198,16 @@ def _saving(found: Forecast, given: dict[str, Any]) -> dict[str, Any] | None:
         "daly_seconds": daly(stall, mtbf),
         "best_seconds": best,
         "best_overhead": failures.overhead(best) if best > 0 else None,
-        "rules_overhead": found.overhead(failures),
-        "rules_wait": found.waits(failures),
+        "rules_overhead": prediction.overhead(failures),
+        "rules_wait": prediction.waits(failures),
     }
 
 
-def _plan_json(found: Forecast) -> dict[str, Any]:
-    record = asdict(found)
+def _plan_json(prediction: Forecast) -> dict[str, Any]:
+    record = asdict(prediction)
     for outlook in record["outlooks"]:
         outlook["longest_gap"] = max(outlook.pop("gaps"))
-    return record | {"checkpoint_bytes": found.sizes.bytes, "naive_bytes": found.naive_bytes}
+    return record | {"checkpoint_bytes": prediction.sizes.bytes, "naive_bytes": prediction.naive_bytes}
 
 
 def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -219,43 +215,54 @@ def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _print_plan(console: Console, found: Forecast, costs: dict[str, Any], saving: dict[str, Any] | None) -> None:
-    console.print(f"[bold]One checkpoint[/] of {escape(found.sizes.source)}")
+def _print_plan(console: Console, prediction: Forecast, costs: dict[str, Any], saving: dict[str, Any] | None) -> None:
+    console.print(f"[bold]One checkpoint[/] of {escape(prediction.sizes.source)}")
     table = tables.plain(("part", ">size", "why"))
-    for part in found.sizes.parts:
-        still = f"; {render.size(part.frozen)} of it do not change, and are written once" if part.frozen else ""
-        table.add_row(escape(part.name), render.size(part.bytes), escape(part.why + still))
-    table.add_row("[bold]all[/]", f"[bold]{render.size(found.sizes.bytes)}[/]", "")
+    for part in prediction.sizes.parts:
+        frozen = f"; {size(part.frozen)} of it do not change, and are written once" if part.frozen else ""
+        table.add_row(escape(part.name), size(part.bytes), escape(part.why + frozen))
+    table.add_row("[bold]all[/]", f"[bold]{size(prediction.sizes.bytes)}[/]", "")
     console.print(table)
     console.print(
-        f"\n[bold]{render.count(found.epochs, 'epoch')}[/], {render.count(found.reports, 'report')}, under "
-        f"{escape(' '.join(found.rules))}"
+        f"\n[bold]{count(prediction.epochs, 'epoch')}[/], {count(prediction.reports, 'report')}, under "
+        f"{escape(' '.join(prediction.rules))}"
     )
-    heads = ("saves", "written", "kept", "whole", "bytes kept", "at most", "bytes at most")
-    table = tables.plain(("if the metrics", *(f">{head}" for head in heads)))
-    for one in found.outlooks:
-        row = [one.saves, render.size(one.bytes_written), one.kept, one.whole, render.size(one.bytes_kept)]
-        table.add_row(_SAID[one.name], *map(str, row), str(one.most), render.size(one.bytes_most))
-    naive = render.size(found.naive_bytes)
-    epochs = str(found.epochs)
-    table.add_row("[dim]every epoch, whole[/]", epochs, naive, epochs, epochs, naive, epochs, naive)
-    console.print(table)
-    for one in found.outlooks:
-        console.print(f"[dim]{_SAID[one.name]}: {one.assumption}[/]")
-    for text in found.idle:
-        console.print(f"[yellow]{escape(text)} claims nothing[/] in a run of this length")
+    console.print(_outlook_table(prediction))
+    for outlook in prediction.outlooks:
+        console.print(f"[dim]{_SCENARIOS[outlook.name]}: {outlook.assumption}[/]")
+    for rule in prediction.idle:
+        console.print(f"[yellow]{escape(rule)} keeps nothing[/] in a run of this length")
     _print_costs(console, costs)
     if saving is not None:
         _print_saving(console, saving)
 
 
-_SAID = {
+_SCENARIOS = {
     "likely": "rise, then degrade",
     "never improves": "never improve",
     "always improves": "always improve",
     "trades off": "trade off",
-    "any": "go in any way",
+    "any": "any metrics",
 }
+
+
+def _outlook_table(prediction: Forecast) -> Table:
+    heads = ("saves", "written", "kept", "whole", "bytes kept", "at most", "bytes at most")
+    table = tables.plain(("if the metrics", *(f">{head}" for head in heads)))
+    for outlook in prediction.outlooks:
+        table.add_row(
+            _SCENARIOS[outlook.name],
+            str(outlook.saves),
+            size(outlook.bytes_written),
+            str(outlook.kept),
+            str(outlook.whole),
+            size(outlook.bytes_kept),
+            str(outlook.most),
+            size(outlook.bytes_most),
+        )
+    epochs, naive = str(prediction.epochs), size(prediction.naive_bytes)
+    table.add_row("[dim]every epoch, whole[/]", epochs, naive, epochs, epochs, naive, epochs, naive)
+    return table
 
 
 def _print_costs(console: Console, costs: dict[str, Any]) -> None:
@@ -264,8 +271,8 @@ def _print_costs(console: Console, costs: dict[str, Any]) -> None:
         console.print("nothing is kept at the end")
         return
     console.print(
-        f"archived at the end: {_span(costs['archive_bytes'], render.size)}, {costs['archive_ratio']:.2f} of it "
-        f"({costs['archive_ratio_source']})"
+        f"If archived at the end: {_span(costs['archive_bytes'], size)} ({costs['archive_ratio']:.2f} of the size, "
+        f"{costs['archive_ratio_source']})"
     )
     if costs["upload_checkpoint_seconds"] is not None:
         console.print(
@@ -274,63 +281,60 @@ def _print_costs(console: Console, costs: dict[str, Any]) -> None:
         )
 
 
-def _time(seconds: float) -> str:
+def _time(duration: float) -> str:
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return render.seconds(seconds) if seconds else "0 s"
+        if duration >= 2 * length:
+            return f"{duration / length:.1f} {unit}"
+    return seconds(duration) if duration else "0 s"
 
 
 def _print_saving(console: Console, saving: dict[str, Any]) -> None:
-    given = {name.removesuffix("_seconds"): _time(value) for name, value in saving.items() if value is not None}
+    times = {name.removesuffix("_seconds"): _time(value) for name, value in saving.items() if value is not None}
     console.print(
-        f"\nwith a failure every {given['mtbf']}, a stall of {given['stall']}, {given['durable']} until a save is "
-        f"durable and {given['restart']} to restart"
+        f"\nwith a failure every {times['mtbf']}, a stall of {times['stall']}, {times['durable']} until a save is "
+        f"durable and {times['restart']} to restart"
     )
-    loss = "" if saving["best_overhead"] is None else f": costs {saving['best_overhead']:.2%} of the work"
-    console.print(f"the best interval is [bold]{given['best']}[/] (Young {given['young']}, Daly {given['daly']}){loss}")
+    overhead = "" if saving["best_overhead"] is None else f": costs {saving['best_overhead']:.2%} of the work"
+    console.print(
+        f"the best interval is [bold]{times['best']}[/] (Young {times['young']}, Daly {times['daly']}){overhead}"
+    )
     if saving["best_seconds"] >= 1:
         rule = f"every:{saving['best_seconds'] / 60:.3g}min:1"
-        console.print(f"as a rule that is {rule}, for a loop that reports as often")
+        console.print(f"as a rule: {rule}, for a loop that reports as often")
     if saving["rules_overhead"] is not None:
         waits = "; they save faster than saves become durable, and the loop waits" if saving["rules_wait"] else ""
         console.print(f"these rules cost {saving['rules_overhead']:.2%} of the work{waits}")
     else:
-        console.print("--epoch-time would say what these rules cost")
+        console.print("To see what these rules cost, give --epoch-time")
 
 
-def _print_presets(*, json: bool) -> None:
-    rows: list[dict[str, Any]] = []
-    for network in map(networks.architecture, networks.NAMES):
-        weights = sizes.from_network(network, optimizer="none")
-        rows.append(
-            {
-                "name": network.name,
-                "title": network.title,
-                "parameters": network.parameters,
-                "dtype": network.dtype,
-                "weights_bytes": weights.parts[0].bytes,
-                "sgd_momentum_bytes": sizes.from_network(network, optimizer="sgd+momentum").bytes,
-                "adam_bytes": sizes.from_network(network, optimizer="adam").bytes,
-                "mixed_bytes": sizes.from_network(network, optimizer="adam", dtype="bfloat16", master="float32").bytes,
-                "source": network.source,
-            }
-        )
-    if json:
-        render.as_json({"presets": rows})
-        return
-    console = render.console()
+# --- presets -------------------------------------------------------------------------------------------------------
+
+
+def _preset(name: str) -> dict[str, Any]:
+    network = networks.architecture(name)
+    return {
+        "name": network.name,
+        "title": network.title,
+        "parameters": network.parameters,
+        "dtype": network.dtype,
+        "weights_bytes": sizes.from_network(network, optimizer="none").parts[0].bytes,
+        "sgd_momentum_bytes": sizes.from_network(network, optimizer="sgd+momentum").bytes,
+        "adam_bytes": sizes.from_network(network, optimizer="adam").bytes,
+        "mixed_bytes": sizes.from_network(network, optimizer="adam", dtype="bfloat16", master="float32").bytes,
+        "source": network.source,
+    }
+
+
+def _print_presets(console: Console, presets: Sequence[dict[str, Any]]) -> None:
     heads = ("parameters", "weights", "with SGD's momentum", "with Adam's moments", "16 bits, mixed")
     table = tables.plain(("network", *(f">{head}" for head in heads)))
-    for row in rows:
-        figures = [render.size(row[f"{key}_bytes"]) for key in ("weights", "sgd_momentum", "adam", "mixed")]
-        table.add_row(f"{row['name']} ({row['dtype']})", f"{row['parameters']:,}", *figures)
+    for preset in presets:
+        figures = [size(preset[f"{key}_bytes"]) for key in ("weights", "sgd_momentum", "adam", "mixed")]
+        table.add_row(f"{preset['name']} ({preset['dtype']})", f"{preset['parameters']:,}", *figures)
     console.print(table)
     console.print(
         "Adam keeps two numbers for each weight: three times the weights. Mixed: weights of 16 bits, and in the "
         "optimizer a copy of them and two moments in float32, 14 bytes a parameter, seven times its weights; in memory "
-        "the gradients make it eight. With every whole checkpoint go about 14 kB of random generators."
+        "the gradients make it eight. Every whole checkpoint also holds about 14 kB of random generators."
     )
-
-
-COMMANDS = (plan,)

@@ -1,6 +1,5 @@
 """The command ``release``."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from peakpoint.cli import render
-from peakpoint.cli.arguments import CATALOGUE, JSON, ROOT
-from peakpoint.cli.production import KEY, print_comparison, proposal_json, record_json, report_hooks, working
-from peakpoint.cli.render import words
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import CATALOGUE, KEY, ROOT
+from peakpoint.cli.history import record_json
+from peakpoint.cli.progress import status_line
+from peakpoint.cli.promotion import hook_problems, hook_text
+from peakpoint.cli.proposal import print_comparison, proposal_json
+from peakpoint.cli.render import command, printable
 from peakpoint.errors import RefusedError
 from peakpoint.production import promotion, validation
 from peakpoint.production import release as releases
@@ -19,32 +21,27 @@ from peakpoint.production.policy import read_policies
 from peakpoint.production.release import Release
 from peakpoint.repository.root import open_repository
 
+_COLOURS = {"promoted": "green", "refused": "red", "nothing fits": "red"}
+_OUTCOMES = {"nothing fits": "no checkpoint matches"}
+
 
 @click.command()
 @ROOT
 @click.option(
     "--alias", default="champion", show_default=True, help="What to release to; its table in production.toml."
 )
-@click.option("--why", default="", help="The reason, for the record; the rule that selected by default.")
+@click.option("--why", default="", help="The reason, for the record; by default the rule that selected.")
 @KEY
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @CATALOGUE
-@JSON
-def release(
-    root: Path,
-    alias: str,
-    why: str,
-    key: Path | None,
-    dry_run: bool,  # noqa: FBT001
-    catalogue: str | None,
-    json: bool,  # noqa: FBT001
-) -> None:
+@answers
+def release(root: Path, alias: str, why: str, key: Path | None, catalogue: str | None, *, dry_run: bool) -> Answer:
     """Select, validate, compare and promote by production.toml; exits with 16 when it refuses."""
     repository = open_repository(root)
     policies = read_policies(repository.store)
     promotion.check_key(policies.of(alias), key)
-    with working(quiet=json) as said:
-        done = releases.release(
+    with status_line("") as progress:
+        result = releases.release(
             repository,
             alias,
             policies,
@@ -52,47 +49,48 @@ def release(
             why=why,
             private_key=key,
             dry_run=dry_run,
-            progress=said,
+            progress=progress,
             catalogue=catalogue,
         )
-    if json:
-        render.as_json(_release_json(done))
-    else:
-        _print_release(render.console(), root, done)
-    if done.outcome in {"refused", "nothing fits"}:
-        sys.exit(RefusedError.exit_code)
-    report_hooks(root, alias, done.hook_results)
+
+    def text(console: Console) -> None:
+        _print_release(console, root, result)
+        if notified := hook_text(result.hook_results):
+            click.echo(notified)
+
+    if result.outcome in {"refused", "nothing fits"}:
+        return Answer(_release_json(result), text, exit_code=RefusedError.exit_code)
+    problems = hook_problems(root, alias, result.hook_results)
+    return Answer(_release_json(result), text, problems, 1 if problems else 0)
 
 
-def _print_release(console: Console, root: Path, done: Release) -> None:
-    width = max(len(step.name) for step in done.steps)
-    for step in done.steps:
-        console.print(f"[bold]{step.name:<{width}}[/]  {words(step.said)}", soft_wrap=True)
-    if done.proposal is not None and done.proposal.comparison is not None:
+def _print_release(console: Console, root: Path, result: Release) -> None:
+    width = max(len(step.name) for step in result.steps)
+    for step in result.steps:
+        console.print(f"[bold]{step.name:<{width}}[/]  {printable(step.said)}", soft_wrap=True)
+    if result.proposal is not None and result.proposal.comparison is not None:
         console.print()
-        print_comparison(console, done.proposal.comparison)
-    for reason in done.reasons:
-        console.print(f"[red]against it[/]: {words(reason)}", soft_wrap=True)
-    one = None if done.proposal is None else done.proposal.validation
-    if done.outcome == "refused" and one is not None and one.failures:
-        again = render.command("validate", root, f"{one.run}/{one.name}")
-        console.print(f"{words(again)} validates it again; the next best is not tried by itself", soft_wrap=True)
-    colour = {"promoted": "green", "refused": "red", "nothing fits": "red"}.get(done.outcome, "bold")
-    console.print(f"[{colour}]{done.outcome}[/]" + (f" (release {done.id})" if done.id else ""))
+        print_comparison(console, result.proposal.comparison)
+    for reason in result.reasons:
+        console.print(f"[red]blocked[/]: {printable(reason)}", soft_wrap=True)
+    failed = None if result.proposal is None else result.proposal.validation
+    if result.outcome == "refused" and failed is not None and failed.failures:
+        again = printable(command("validate", root, f"{failed.run}/{failed.name}"))
+        console.print(f"To validate it again: {again}. The next best checkpoint is not tried.", soft_wrap=True)
+    colour = _COLOURS.get(result.outcome, "bold")
+    outcome = _OUTCOMES.get(result.outcome, result.outcome)
+    console.print(f"[{colour}]{outcome}[/]" + (f" (release {result.id})" if result.id else ""))
 
 
-def _release_json(done: Release) -> dict[str, Any]:
+def _release_json(result: Release) -> dict[str, Any]:
     return {
-        "id": done.id,
-        "alias": done.alias,
-        "outcome": done.outcome,
-        "steps": [asdict(step) for step in done.steps],
-        "candidate": None if done.candidate is None else done.candidate.ref,
-        "proposal": None if done.proposal is None else proposal_json(done.proposal),
-        "record": None if done.record is None else record_json(done.record),
-        "reasons": done.reasons,
-        "told": [asdict(one) for one in done.hook_results],
+        "id": result.id,
+        "alias": result.alias,
+        "outcome": result.outcome,
+        "steps": [asdict(step) for step in result.steps],
+        "candidate": None if result.candidate is None else result.candidate.ref,
+        "proposal": None if result.proposal is None else proposal_json(result.proposal),
+        "record": None if result.record is None else record_json(result.record),
+        "reasons": result.reasons,
+        "told": [asdict(hook_result) for hook_result in result.hook_results],
     }
-
-
-COMMANDS = (release,)

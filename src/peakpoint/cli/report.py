@@ -1,7 +1,5 @@
 """The command ``report``."""
 
-import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,15 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from peakpoint.cli import render
-from peakpoint.cli.arguments import JSON, ROOT
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import ROOT, metric_with_mode
+from peakpoint.cli.progress import status_line
 from peakpoint.cli.tables import plain
 from peakpoint.errors import ConfigError
+from peakpoint.format.amounts import size
 from peakpoint.reports import evaluation
 from peakpoint.reports.evaluation import files, tables
 from peakpoint.repository.root import open_repository
-from peakpoint.rules import Mode, mode_of
 
 _WHOLE = (tables.CURVE, "verdict")
 _FOLDED = 14  # columns of text that is folded
@@ -52,94 +51,79 @@ _STYLES = {
     type=click.Path(path_type=Path),
     help="FILE.html, .md, .png, .svg, .json or .csv, or a directory.",
 )
-@click.option("--force", is_flag=True, help="Replace files that are no earlier reports, too.")
-@JSON
+@click.option("--force", is_flag=True, help="Replace files that are not earlier reports, too.")
+@answers
 def report(
     root: Path,
     names: tuple[str, ...],
     metrics: tuple[str, ...],
     counts: tuple[str, ...],
-    compare: tuple[tuple[str, str], ...],
-    group_by: str,
     targets: tuple[Path, ...],
-    json: bool,  # noqa: FBT001
-    force: bool,  # noqa: FBT001
-    separate: bool,  # noqa: FBT001
+    *,
+    force: bool,
+    separate: bool,
     **options: Any,
-) -> None:
-    """Report what runs came to: peak against last, by optimizer, by sparsity, compressed against original."""
-    working = render.console(stderr=True).status("reading") if sys.stderr.isatty() else contextlib.nullcontext()
-    with working:
-        found = evaluation.evaluate(
+) -> Answer:
+    """Report runs: best against last, by optimizer, by sparsity, compressed against original."""
+    with status_line("reading"):
+        result = evaluation.evaluate(
             open_repository(root),
             names,
-            metrics=dict(map(_direction, metrics)),
+            metrics=dict(map(metric_with_mode, metrics)),
             n_eval=_examples(counts),
-            group_by=group_by,
-            compare=compare,
             **options,
         )
-    written = [file for target in targets for file in evaluation.write(found, target, force=force, separate=separate)]
-    if json:
-        render.as_json(files.as_json(found) | {"files": [str(file) for file in written]})
-        return
-    if not targets:
-        _print(found, render.console())
-    for file in written:
-        click.echo(f"wrote {file} ({render.size(file.stat().st_size)})")
-
-
-def _direction(text: str) -> tuple[str, Mode]:
-    name, separator, mode = text.rpartition(":")
-    if not separator or not name:
-        raise ConfigError(f"--metric {text!r}: is larger better? say --metric {text}:max or --metric {text}:min")
-    return name, mode_of(mode)
+    paths = [path for target in targets for path in evaluation.write(result, target, force=force, separate=separate)]
+    lines = "\n".join(f"wrote {path} ({size(path.stat().st_size)})" for path in paths)
+    data = files.as_json(result) | {"files": list(map(str, paths))}
+    return Answer(data, lines if targets else lambda console: _print(console, result))
 
 
 def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:
-    found: dict[str, int] = {}
+    examples: dict[str, int] = {}
     for text in texts:
         name, _, count = text.rpartition("=")
         if not (count.isascii() and count.isdecimal() and len(count) < 16):
             raise ConfigError(
-                f"--n-eval {text!r} is no number of examples; give one, such as 10000 or val_accuracy=10000"
+                f"--n-eval {text!r} is not a number of examples; give one, such as 10000 or val_accuracy=10000"
             )
-        if name in found or (not name and len(texts) > 1):
+        if name in examples or (not name and len(texts) > 1):
             raise ConfigError("--n-eval is given twice: name the metric of each, such as val_accuracy=10000")
-        found[name] = int(count)
-    return found.get("", found) or None
+        examples[name] = int(count)
+    return examples.get("", examples) or None
 
 
-def _print(found: evaluation.Evaluation, console: Console) -> None:
-    if not found.runs:
-        console.print(_text(f"{found.location} has no runs yet"))
-    for table in tables.tables(found):
+def _print(console: Console, result: evaluation.Evaluation) -> None:
+    if not result.runs:
+        console.print(_text(f"no runs yet in {result.location}"))
+    for table in tables.tables(result):
         console.print(_text(table.title, "bold"))
         console.print(_rich(table, console.width))
         for note in table.notes:
             console.print(_text(note, "dim"))
         console.print()
-    for remark in found.remarks:
+    for remark in result.remarks:
         console.print(_text(remark, "dim"))
 
 
 def _text(text: str, style: str = "") -> Text:
-    """Text from users: no markup is read in it."""
+    """Make text of text from users: no markup is read in it."""
     return Text(tables.printable(text), style)
 
 
 def _rich(table: tables.ReportTable, width: int) -> RenderableType:
     """A table; where it is too narrow for one, a paragraph for each row."""
-    lengths = [
-        max(map(cell_len, column)) for column in zip([head for head, _ in table.heads], *table.rows, strict=True)
-    ]
+    heads = [head for head, _ in table.heads]
     whole = [is_number or head in _WHOLE for head, is_number in table.heads]
-    least = [length if keep else min(length, _FOLDED) for length, keep in zip(lengths, whole, strict=True)]
-    if sum(least) + 2 * (len(least) - 1) > width:
+    needed = 2 * (len(heads) - 1)
+    for column, unbroken in zip(zip(heads, *table.rows, strict=True), whole, strict=True):
+        length = max(map(cell_len, column))
+        needed += length if unbroken else min(length, _FOLDED)
+    if needed > width:
         return Group(*(line for cells in table.rows for line in _paragraph(table, cells, width)))
-    heads = [escape(tables.printable(column)) for column in table.columns]
-    rows = [[_styled(head, cell) for (head, _), cell in zip(table.heads, cells, strict=True)] for cells in table.rows]
-    return plain(heads, rows, unbroken=[head for head, keep in zip(heads, whole, strict=True) if keep])
+    titles = [escape(tables.printable(column)) for column in table.columns]
+    rows = [list(map(_styled, heads, cells)) for cells in table.rows]
+    return plain(titles, rows, unbroken=[title for title, unbroken in zip(titles, whole, strict=True) if unbroken])
 
 
 def _paragraph(table: tables.ReportTable, cells: Sequence[str], width: int) -> list[Text]:
@@ -156,6 +140,3 @@ def _paragraph(table: tables.ReportTable, cells: Sequence[str], width: int) -> l
 
 def _styled(head: str, cell: str) -> Text:
     return _text(cell, _STYLES.get(cell, "") if head == "verdict" else "")
-
-
-COMMANDS = (report,)

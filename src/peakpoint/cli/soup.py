@@ -1,22 +1,27 @@
-"""The command that makes a checkpoint of several: soup."""
+"""The command ``soup``: the mean of several checkpoints."""
 
 import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from peakpoint.cli import render
-from peakpoint.cli.arguments import JSON, ROOT, torch_side
-from peakpoint.cli.space import progress
+from peakpoint.cli import tables
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import ROOT, metric_with_mode, torch_side
+from peakpoint.cli.progress import progress_bar
+from peakpoint.cli.render import command, count, manifest_json, number
 from peakpoint.errors import ConfigError, Error
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
+
+if TYPE_CHECKING:
+    from peakpoint.models.soup import Soup
 
 
 @click.command()
@@ -38,13 +43,13 @@ from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
     type=click.Choice(["estimate", "average"]),
     default="estimate",
     show_default=True,
-    help="Measure the statistics of BatchNorm anew, or average them.",
+    help="Measure the statistics of BatchNorm again, or average them.",
 )
 @click.option("--part", default="model", show_default=True, help="Which part is averaged.")
 @click.option("--device", metavar="DEVICE", help="Where the model is put, such as cuda.")
-@click.option("--run", "run", help="The run of the soup; that of the first REF with -soup by default.")
-@click.option("--why", default="a soup was asked for", help="The reason, which protects it from rules.")
-@JSON
+@click.option("--run", help="The run of the soup; that of the first REF with -soup by default.")
+@click.option("--why", default="a soup was requested", help="The reason, which protects it from rules.")
+@answers
 def soup(
     root: Path,
     refs: tuple[str, ...],
@@ -53,57 +58,44 @@ def soup(
     metric: str | None,
     factory: str | None,
     batches: str | None,
-    batchnorm: str,
     part: str,
-    device: str | None,
-    run: str | None,
-    why: str,
-    json: bool,  # noqa: FBT001
-) -> None:
+    **options: Any,
+) -> Answer:
     """Average the weights of checkpoints, and save the mean as a checkpoint of a run of its own."""
     repository = open_repository(root)
     soups = torch_side("peakpoint.models.soup")
-    name, mode = (None, None) if metric is None else _metric(metric)
-    with progress("reading", _bytes(repository, refs, part) if kind == "uniform" else None) as advance:
-        made = soups.soup(
+    name, mode = (None, None) if metric is None else metric_with_mode(metric)
+    hint = (
+        "; with --model it is given the model, and returns a number"
+        if factory
+        else "; without --model it is given the state, not a model"
+    )
+    with progress_bar("reading", _bytes(repository, refs, part) if kind == "uniform" else None) as advance:
+        result: Soup = soups.soup(
             refs,
             root=repository.store,
             kind=kind,
-            evaluate=_called(
-                "--with",
-                scorer,
-                "; with --model it is given the model, and returns a number"
-                if factory
-                else "; without --model it is given the state, not a model",
-            ),
+            evaluate=_user_function("--with", scorer, hint),
             metric=name,
             mode=mode,
-            build_model=_called("--model", factory),
-            data=_called("--data", batches),
-            batchnorm=batchnorm,
-            device=device,
+            build_model=_user_function("--model", factory),
+            data=_user_function("--data", batches),
             part=part,
-            run=run,
-            why=why,
             progress=advance,
+            **options,
         )
-    if json:
-        checkpoint = render.manifest_json(repository.find_manifest(made.checkpoint.ref), ())
-        told = {"kind": made.kind, "members": made.members, "score": made.score}
-        render.as_json(told | {"tasted": [asdict(one) for one in made.tasted], "checkpoint": checkpoint})
-    else:
-        _print(root, made)
+    data = {
+        "kind": result.kind,
+        "members": result.members,
+        "score": result.score,
+        "tasted": [asdict(trial) for trial in result.tasted],
+        "checkpoint": manifest_json(repository.find_manifest(result.checkpoint.ref), ()),
+    }
+    return Answer(data, lambda console: _print(console, root, result))
 
 
-def _metric(text: str) -> tuple[str, str]:
-    name, colon, mode = text.rpartition(":")
-    if not (name and colon) or mode not in ("max", "min"):
-        raise ConfigError(f"--metric {text!r}: is larger better? say --metric {text}:max or --metric {text}:min")
-    return name, mode
-
-
-def _called(option: str, spec: str | None, hint: str = "") -> Callable[..., Any] | None:
-    """A function of the user's; what it raises is said in one line."""
+def _user_function(option: str, spec: str | None, hint: str = "") -> Callable[..., Any] | None:
+    """Load a function of the user's; what it raises becomes an error of one line."""
     if spec is None:
         return None
     try:
@@ -125,31 +117,28 @@ def _called(option: str, spec: str | None, hint: str = "") -> Callable[..., Any]
     return call
 
 
-def _bytes(repository: Repository, refs: tuple[str, ...], part: str) -> int:
-    """Of all that is read: every member twice."""
-    manifests = [repository.find_manifest(ref) for ref in refs]
-    return 2 * sum(one.file(name).size for one in manifests for name in one.parts.get(part, ()))
+def _bytes(repository: Repository, refs: Sequence[str], part: str) -> int:
+    """Sum the bytes that are read: every member twice."""
+    manifests = map(repository.find_manifest, refs)
+    return 2 * sum(manifest.file(name).size for manifest in manifests for name in manifest.parts.get(part, ()))
 
 
-def _print(root: Path, made: Any) -> None:
-    console = render.console()
-    if made.tasted:
-        table = Table(box=None, header_style="bold")
-        for title in ("tried", "alone", "in the soup", "taken"):
-            table.add_column(title, justify="left" if title in {"tried", "taken"} else "right", overflow="fold")
-        for one in made.tasted:
-            taken = "[green]yes[/]" if one.taken else "no"
-            table.add_row(escape(one.ref), render.number(one.alone), render.number(one.together), taken)
-        console.print(table)
+def _print(console: Console, root: Path, result: "Soup") -> None:
+    if result.tasted:
+        rows = [
+            (
+                escape(trial.ref),
+                number(trial.alone),
+                number(trial.together),
+                "[green]yes[/]" if trial.taken else "no",
+            )
+            for trial in result.tasted
+        ]
+        console.print(tables.plain(("tried", ">alone", ">in the soup", "taken"), rows))
     else:
-        for member in made.members:
+        for member in result.members:
             console.print(f"  {escape(member)}")
-    score = "" if made.score is None else f"; it scores {render.number(made.score)}"
-    ref = made.checkpoint.ref
-    console.print(
-        f"{escape(ref)} is the mean of {render.count(len(made.members), 'checkpoint')}{score}", soft_wrap=True
-    )
-    console.print(f"see it with {escape(render.command('show', root, ref))}", soft_wrap=True)
-
-
-COMMANDS = (soup,)
+    score = "" if result.score is None else f"; score {number(result.score)}"
+    ref = result.checkpoint.ref
+    console.print(f"{escape(ref)} is the mean of {count(len(result.members), 'checkpoint')}{score}", soft_wrap=True)
+    console.print(f"To see it: {escape(command('show', root, ref))}", soft_wrap=True)

@@ -1,8 +1,8 @@
-"""The command validate, and how validations look."""
+"""The command ``validate``, and how validations look."""
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -13,35 +13,36 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from peakpoint.cli import render
-from peakpoint.cli.arguments import JSON, REF, ROOT, reads
+from peakpoint.cli import tables
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import REF, ROOT, reads
+from peakpoint.cli.progress import status_line
+from peakpoint.cli.render import count
 from peakpoint.errors import ConfigError, RefusedError
 from peakpoint.format.amounts import read_duration
 from peakpoint.production import validation
 from peakpoint.production.policy import read_policies
 from peakpoint.repository.root import open_repository
-from peakpoint.repository.validations import Progress, Validation, ValidationSpec
+from peakpoint.repository.validations import Finding, Progress, Validation, ValidationSpec
 
-_COLOURS = {"passed": "green", "failed": "bold red", "skipped": "dim"}
-_LINES = 12  # of what was printed, shown with a failure
+_OUTPUT_LINES = 12  # of what was printed, shown with a failure
 
 
-def _pairs(option: str, texts: tuple[str, ...], read: Callable[[str], Any], example: str) -> dict[str, Any]:
-    found = {}
+def _pairs(option: str, texts: Sequence[str], read: Callable[[str], Any], example: str) -> dict[str, Any]:
+    values = {}
     for text in texts:
         name, equals, value = text.partition("=")
         try:
-            found[name] = read(value.strip()) if name and equals else None
+            values[name] = read(value.strip()) if name and equals else None
         except ValueError:
-            found[name] = None
-        if found[name] is None:
+            values[name] = None
+        if values[name] is None:
             raise ConfigError(f"{option} {text!r} cannot be read; write NAME=VALUE, such as {option} {example}")
-    return found
+    return values
 
 
-def _number(text: str) -> float:
+def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(text)
@@ -66,82 +67,91 @@ def _number(text: str) -> float:
 @click.option("--check", "checks", multiple=True, metavar="MODULE:FUNCTION", help="A check of your own; repeatable.")
 @click.option("--against", default="champion", show_default=True, metavar="ALIAS", help="Compare with its holder.")
 @click.option("--timeout", callback=reads(read_duration), help="Such as 10min; none by default.")
-@JSON
-def validate(
-    root: Path,
-    ref: str,
-    against: str,
-    timeout: timedelta | None,
-    json: bool,  # noqa: FBT001
-    **asked: Any,
-) -> None:
-    """Examine a checkpoint before it is deployed, and record what was found.
+@answers
+def validate(root: Path, ref: str, against: str, timeout: timedelta | None, **checks: Any) -> Answer:
+    """Check a checkpoint before it is deployed, and record the result.
 
     Without options that say what to check, production.toml does, where it has a table for the alias. Exits with 16
     when the checkpoint did not pass.
     """
-    asked["budgets"] = _pairs("--budget", asked["budgets"], _number, "latency_ms=20")
-    asked["signature"] = _pairs("--signature", asked["signature"], str, "output=F32[*,10]")
+    checks["budgets"] = _pairs("--budget", checks["budgets"], _finite, "latency_ms=20")
+    checks["signature"] = _pairs("--signature", checks["signature"], str, "output=F32[*,10]")
     repository = open_repository(root)
     seconds = None if timeout is None else timeout.total_seconds()
-    wanted = ValidationSpec(**asked)
-    policy = None if _said(asked) else read_policies(repository.store).of(against.removeprefix("@"))
+    request = ValidationSpec(**checks)
+    policy = None if _any_given(checks) else read_policies(repository.store).of(against.removeprefix("@"))
     if policy is not None:
-        wanted, seconds = policy.wanted, seconds or policy.timeout
-        click.echo(f"checking what production.toml asks of {policy.alias}", err=True)
-    with _progress() as progress:
-        found = validation.validate(repository, ref, wanted, alias=against, timeout=seconds, progress=progress)
-    if json:
-        render.as_json(asdict(found) | {"passed": found.passed})
-    else:
-        show(render.console(), found)
-    if not found.passed:
-        names = ", ".join(one.check for one in found.failures)
-        raise RefusedError(f"{found.run}/{found.name} did not pass: {names}")
+        request, seconds = policy.wanted, seconds or policy.timeout
+        click.echo(f"checking what production.toml demands of {policy.alias}", err=True)
+    with _check_progress() as progress:
+        result = validation.validate(repository, ref, request, alias=against, timeout=seconds, progress=progress)
+    problems = []
+    if not result.passed:
+        names = ", ".join(finding.check for finding in result.failures)
+        problems = [f"{result.run}/{result.name} did not pass: {names}"]
+    return Answer(
+        asdict(result) | {"passed": result.passed},
+        lambda console: _print_validation(console, result),
+        problems,
+        0 if result.passed else RefusedError.exit_code,
+    )
 
 
-def _said(asked: Mapping[str, Any]) -> bool:
+def _any_given(checks: Mapping[str, Any]) -> bool:
     """Whether the command line says anything of what to check."""
     context = click.get_current_context()
-    return any(context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in asked)
+    return any(context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in checks)
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
-    """Says which check is at work: on a terminal in place, otherwise a line each."""
+def _check_progress() -> Iterator[Progress]:
+    """Say which check is running: on a terminal in place, otherwise a line each."""
     if not sys.stderr.isatty():
         yield lambda name: click.echo(f"checking {name}", err=True)
         return
-    with render.console(stderr=True).status("starting") as status:
-        yield lambda name: status.update(f"checking {escape(name)}")
+    with status_line("starting") as progress:
+        yield lambda name: progress(f"checking {name}")
 
 
-def show(console: Console, found: Validation) -> None:
-    """A validation: a line for each check, and what failing ones had printed."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("check", no_wrap=True)
-    table.add_column("outcome")
-    table.add_column("what was found", overflow="fold")
-    table.add_column("seconds", justify="right")
-    for one in found.findings:
-        colour = _COLOURS[one.outcome]
-        table.add_row(escape(one.check), f"[{colour}]{one.outcome}[/]", escape(one.said), f"{one.seconds:.2f}")
-    console.print(table)
-    for one in found.failures:
-        for what in ("output", "traceback"):
-            lines = str(one.evidence.get(what, "")).strip().splitlines()[-_LINES:]
+# --- how validations look ------------------------------------------------------------------------------------------
+
+
+def _print_validation(console: Console, result: Validation) -> None:
+    """Print a line for each check that ran, one for all that were skipped, and what failing ones had printed."""
+    ran = [finding for finding in result.findings if finding.outcome != "skipped"]
+    rows = [
+        (escape(finding.check), _outcome(finding), escape(finding.said), f"{finding.seconds:.2f}") for finding in ran
+    ]
+    console.print(tables.plain(("check", "outcome", "result", ">seconds"), rows))
+    skipped: dict[str, list[str]] = {}
+    for finding in result.findings:
+        if finding.outcome == "skipped":
+            skipped.setdefault(finding.said, []).append(finding.check)
+    if skipped:
+        reasons = "; ".join(f"{', '.join(checks)} ({reason})" for reason, checks in skipped.items())
+        console.print(f"[dim]skipped: {escape(reasons)}[/]")
+    for finding in result.failures:
+        for stream in ("output", "traceback"):
+            lines = str(finding.evidence.get(stream, "")).strip().splitlines()[-_OUTPUT_LINES:]
             if lines:
-                console.print(f"\n[bold]{escape(one.check)}[/], the end of its {what}:")
+                console.print(f"\n[bold]{escape(finding.check)}[/], the end of its {stream}:")
                 console.print(escape("\n".join(f"  {line}" for line in lines)), soft_wrap=True)
-    word = "[green]passed[/]" if found.passed else "[bold red]failed[/]"
-    console.print(f"\nvalidation {found.number} of {escape(f'{found.run}/{found.name}')}: {word}")
+    console.print(f"\nvalidation {result.number} of {escape(f'{result.run}/{result.name}')}: {verdict(result)}")
 
 
-def line(found: Validation) -> str:
-    """One validation among others."""
-    failures = ", ".join(one.check for one in found.failures)
-    word = "[green]passed[/]" if found.passed else f"[bold red]failed[/]: {escape(failures)}"
-    return f"{found.number}: {found.at:%Y-%m-%d %H:%M} UTC, {word}, by {escape(found.by)}"
+def _outcome(finding: Finding) -> str:
+    return f"[{'green' if finding.outcome == 'passed' else 'bold red'}]{finding.outcome}[/]"
 
 
-COMMANDS = (validate,)
+def verdict(result: Validation) -> str:
+    """Say whether a validation passed, and how many of its checks ran, in markup."""
+    if not result.passed:
+        return f"[bold red]failed[/]: {escape(', '.join(finding.check for finding in result.failures))}"
+    passed = sum(finding.outcome == "passed" for finding in result.findings)
+    skipped = sum(finding.outcome == "skipped" for finding in result.findings)
+    return f"[green]passed[/] ({count(passed, 'check')} passed" + (f", {skipped} skipped)" if skipped else ")")
+
+
+def validation_line(result: Validation) -> str:
+    """Return a validation in a line, in markup."""
+    return f"{result.number}: {result.at:%Y-%m-%d %H:%M} UTC, {verdict(result)}, by {escape(result.by)}"

@@ -1,4 +1,4 @@
-"""What ``peakpoint demo`` shows: the trainings in processes of their own, and what they left behind."""
+"""The show of ``peakpoint demo``: trainings in processes of their own, and what they leave behind."""
 
 import shlex
 import shutil
@@ -16,8 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from peakpoint.cli import render
-from peakpoint.cli.production import print_comparison
+from peakpoint.cli.audit import audit_sentence
+from peakpoint.cli.history import holder_name
+from peakpoint.cli.proposal import print_comparison
+from peakpoint.cli.render import console as make_console
+from peakpoint.cli.runs import print_run, view
+from peakpoint.cli.validate import verdict
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.layout import REPOSITORY
 from peakpoint.production import promotion, validation
@@ -38,21 +42,21 @@ class DemoError(Error):
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What came of one process.
+    """The result of one process.
 
     Attributes:
         code: its exit code; negative for a signal.
         weights: digest of the final weights, "" when it did not get there.
         size: bytes of the final weights.
         accuracies: of each epoch that it ran.
-        said: what it printed on standard error.
+        stderr: what it printed there.
     """
 
     code: int
     weights: str
     size: int
     accuracies: tuple[float, ...]
-    said: str
+    stderr: str
 
 
 def run(out: Path, epochs: int) -> None:
@@ -62,7 +66,7 @@ def run(out: Path, epochs: int) -> None:
         ConfigError: ``out`` holds something else.
         DemoError: what was to be shown is not so.
     """
-    console = render.console()
+    console = make_console()
     _make_empty(out)
     console.print(
         f"LeNet-5 on the {len(_images())} handwritten digits of scikit-learn {sklearn.__version__}, "
@@ -72,15 +76,15 @@ def run(out: Path, epochs: int) -> None:
     with _progress(console) as progress:
         whole = _train(progress, "1. without interruption", out, WHOLE, epochs)
         killed = _train(progress, f"2. killed in save {killed_at}", out, KILLED, epochs, killed_at)
-        _expect(killed.code == -signal.SIGKILL, f"the second training was to be killed, and ended with {killed.code}")
-        left = [finding for finding in audit.audit(open_repository(out)).findings if finding.kind == "litter"]
+        _expect(killed.code == -signal.SIGKILL, f"the second training was not killed: exit code {killed.code}")
+        litter = [finding for finding in audit.audit(open_repository(out)).findings if finding.kind == "litter"]
         resumed = _train(progress, "3. the same command again", out, KILLED, epochs)
     repository = open_repository(out)
     console.print()
-    _say_kill(console, killed, killed_at, left)
+    _say_kill(console, killed, killed_at, litter)
     _say_resume(console, resumed)
     _say_weights(console, whole, resumed)
-    render.print_run(console, repository.run(KILLED))
+    print_run(console, view(repository.run(KILLED)))
     _say_peak(console, repository)
     _say_files(console, repository)
     _say_production(console, repository)
@@ -129,13 +133,13 @@ def _train(progress: Progress, title: str, root: Path, run: str, epochs: int, ki
                 continue
             accuracies.append(record["val_accuracy"])
             progress.update(task, completed=record["epoch"] + 1, note=f"accuracy {record['val_accuracy']:.4f}")
-        said = process.stderr.read()
+        stderr = process.stderr.read()
     progress.stop_task(task)
     code = process.wait()
     if code == -signal.SIGKILL:
         progress.update(task, note="[bold red]SIGKILL[/]")
-    _expect(code in (0, -signal.SIGKILL), f"a training ended with exit code {code}:\n{said}")
-    return Training(code, weights, size, tuple(accuracies), said)
+    _expect(code in (0, -signal.SIGKILL), f"a training ended with exit code {code}:\n{stderr}")
+    return Training(code, weights, size, tuple(accuracies), stderr)
 
 
 def _expect(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - a condition, like assert's
@@ -143,20 +147,20 @@ def _expect(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - a condition,
         raise DemoError(otherwise)
 
 
-def _say_kill(console: Console, killed: Training, save: int, left: list[audit.AuditFinding]) -> None:
+def _say_kill(console: Console, killed: Training, save: int, litter: list[audit.AuditFinding]) -> None:
     console.print(
         f"[bold]The kill.[/] The second training got SIGKILL in the middle of save {save}, with half of the optimizer "
         f"written, after {len(killed.accuracies)} reported epochs. It left behind:"
     )
-    for finding in left:
+    for finding in litter:
         console.print(f"  {escape(finding.where)}: {finding.what}")
-    _expect(bool(left), "the kill was to leave an unfinished save behind, and left nothing")
+    _expect(bool(litter), "the kill should have left an incomplete save, and left nothing")
 
 
 def _say_resume(console: Console, resumed: Training) -> None:
     console.print("\n[bold]The resume.[/] The same command, run again, said:")
-    console.print(escape(resumed.said.strip()))
-    _expect("resumed from" in resumed.said, "the third training was to resume, and did not")
+    console.print(escape(resumed.stderr.strip()))
+    _expect("resumed from" in resumed.stderr, "the third training should have resumed, and did not")
 
 
 def _say_weights(console: Console, whole: Training, resumed: Training) -> None:
@@ -164,49 +168,48 @@ def _say_weights(console: Console, whole: Training, resumed: Training) -> None:
     console.print(f"  never interrupted   {whole.weights}")
     console.print(f"  killed and resumed  {resumed.weights}")
     same = whole.weights == resumed.weights != ""
-    _expect(same, "the final weights were to be equal, and are not")
+    _expect(same, "the final weights should be equal, and are not")
     console.print(f"  [bold green]equal, all {resumed.size} bytes[/]\n")
     best = max(whole.accuracies)
-    _expect(best > 0.95, f"the accuracy was to be above 0.95, and is {best:.4f}")
+    _expect(best > 0.95, f"the accuracy should be above 0.95, and is {best:.4f}")
 
 
 def _say_peak(console: Console, repository: Repository) -> None:
     run = repository.run(KILLED)
     for peak in peaks(run.history(), ranking_metrics(run.rules())):
         checkpoint = run.best(peak.metric, mode=peak.mode)
-        _expect(checkpoint.metrics[peak.metric] == peak.best, f"the best {peak.metric} was to be kept, and is not")
+        _expect(checkpoint.metrics[peak.metric] == peak.best, f"the best {peak.metric} was not kept")
         console.print(
             f"[bold]Best against last:[/] {peak.metric} {peak.best:.4f} at epoch {peak.best_epoch}, "
-            f"{peak.last:.4f} at the end; the best is here as {checkpoint.name}"
+            f"{peak.last:.4f} at the end; the best is kept as {checkpoint.name}"
         )
 
 
 def _say_files(console: Console, repository: Repository) -> None:
     result = audit.audit(repository, deep=True)
-    _expect(result.clean, "the repository was to be clean at the end, and is not")
-    console.print(f"\n[bold]Audit:[/] {render.audit_sentence(result)}; [green]clean[/]")
+    _expect(result.clean, "the repository should be clean at the end, and is not")
+    console.print(f"\n[bold]Audit:[/] {audit_sentence(result)}; [green]clean[/]")
 
 
 def _say_production(console: Console, repository: Repository) -> None:
     """Two checkpoints become champion one after the other, and the first comes back."""
     run = repository.run(KILLED)
     best = run.best("val_accuracy")
-    wanted = ValidationSpec(evaluate=f"{_TRAINING}:evaluate", model=f"{_TRAINING}:LeNet5")
-    console.print("\n[bold]Production.[/] An early checkpoint is validated and becomes champion; then the best does:")
-    for one in (next((one for one in run.checkpoints() if one.id != best.id), best), best):
-        found = validation.validate(repository, one.ref, wanted)
-        _expect(found.passed, f"{one.ref} was to pass its validation, and did not")
-        proposal = propose(repository, one.ref, "champion")
+    checks = ValidationSpec(evaluate=f"{_TRAINING}:evaluate", model=f"{_TRAINING}:LeNet5")
+    console.print("\n[bold]Production.[/] An early checkpoint is validated and promoted to champion; then the best is:")
+    early = next((checkpoint for checkpoint in run.checkpoints() if checkpoint.id != best.id), best)
+    for checkpoint in (early, best):
+        result = validation.validate(repository, checkpoint.ref, checks)
+        _expect(result.passed, f"{checkpoint.ref} should have passed its validation, and did not")
+        proposal = propose(repository, checkpoint.ref, "champion")
         if proposal.comparison is not None:
             print_comparison(console, proposal.comparison)
         record = promotion.promote(proposal, "the demonstration")
-        passed = sum(finding.outcome == "passed" for finding in found.findings)
-        console.print(
-            f"  {escape(one.name)} is champion, record {record.number}: {passed} checks passed", soft_wrap=True
-        )
+        line = f"champion is {escape(checkpoint.name)} (record {record.number}); validation {verdict(result)}"
+        console.print(f"  {line}", soft_wrap=True)
     if record.number > 1:
-        back = promotion.rollback(repository, "champion", "to show that it goes back").record
-        console.print(f"  {escape(str(back.target and back.target.name))} is champion again, record {back.number}")
+        record = promotion.rollback(repository, "champion", "to show that it goes back").record
+        console.print(f"  Rolled back: champion is {escape(holder_name(record))} again, record {record.number}")
 
 
 def _say_next(console: Console, out: Path) -> None:

@@ -54,15 +54,15 @@ class KillInSave(FileOps):
     """
 
     def __init__(self, save: int) -> None:
-        self._left = save
+        self._saves_to_go = save
         self._fd = -1
 
     def create(self, path: Path, at: int | None = None) -> int:
         """Note the file of the save in question."""
         fd = super().create(path, at)
         if path.name.endswith("-optimizer.safetensors"):
-            self._left -= 1
-            if self._left == 0:
+            self._saves_to_go -= 1
+            if self._saves_to_go == 0:
                 self._fd = fd
         return fd
 
@@ -76,21 +76,21 @@ class KillInSave(FileOps):
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """The images, ``float32[1797, 1, 32, 32]`` between 0 and 1, and their labels, ``int64[1797]``."""
+    """Return the images, ``float32[1797, 1, 32, 32]`` between 0 and 1, and their labels, ``int64[1797]``."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     return nn.functional.interpolate(images, size=(32, 32), mode="bilinear"), torch.tensor(data.target)
 
 
 def split() -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, in the order of the demonstration: what comes after ``TRAINING_IMAGES`` is not trained on."""
+    """Return the same in the order of the demonstration; what comes after ``TRAINING_IMAGES`` is held out."""
     images, labels = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(7))
     return images[order], labels[order]
 
 
 def evaluate(state: Mapping[str, Any]) -> Evaluated:
-    """What ``peakpoint validate --with`` calls: the accuracy of a checkpoint, evaluated again."""
+    """Evaluate a checkpoint again: the function for ``peakpoint validate --with``."""
     model = LeNet5().eval()
     model.load_state_dict(state["model"])
     images, labels = (tensor[TRAINING_IMAGES:] for tensor in split())
@@ -122,7 +122,7 @@ def train(root: Path, run: str, epochs: int, kill_at_save: int) -> None:
             pp.Every(epochs=10),
             pp.Last(3),
         ],
-        name="{run}_epoch{epoch}_acc{value:.4f}",
+        name="epoch{epoch}_acc{value:.4f}",
     ) as ckpt:
         for epoch in ckpt.epochs(epochs):
             model.train()

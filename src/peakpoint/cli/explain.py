@@ -1,0 +1,176 @@
+"""The command ``explain``: why a checkpoint is kept, or why it was removed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import ROOT
+from peakpoint.cli.render import aliases_of, claim_text, command, manifest_json, ref
+from peakpoint.errors import NotFoundError
+from peakpoint.format import layout
+from peakpoint.format.amounts import size
+from peakpoint.format.events import Measured
+from peakpoint.format.manifest import Manifest
+from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
+from peakpoint.repository import maintenance
+from peakpoint.repository.annotations import all_with_annotations
+from peakpoint.repository.packs import packed_bytes
+from peakpoint.repository.refs import AtEpoch, AtStep, ByName, parse
+from peakpoint.repository.root import open_repository
+from peakpoint.repository.run import Run
+from peakpoint.repository.trash import dropped_parts
+from peakpoint.rules import moment_text
+
+_MOST_NAMES = 3  # checkpoints that a rule keeps instead
+
+
+@click.command()
+@ROOT
+@click.argument("text", metavar="REF")
+@answers
+def explain(root: Path, text: str) -> Answer:
+    """Say why a checkpoint is kept; of one that was removed, when, why, and what was kept instead."""
+    repository = open_repository(root)
+    if text.startswith("@"):
+        manifest = repository.find_manifest(text)
+        text = f"{manifest.run}/{manifest.id}"
+    run = repository.run(parse(text).run)
+    try:
+        manifest = run.find_manifest(text)
+    except NotFoundError as error:
+        life = _removed(run, text)
+        if life is None:
+            raise NotFoundError(f"{error}. The journal has no record of such a checkpoint either") from error
+        until = {entry.manifest.id: entry.record.until for entry in maintenance.in_trash(run)}
+        return _explain_removed(root, run, life, until.get(life.saved.checkpoint))
+    return _explain_kept(run, manifest)
+
+
+# --- kept ----------------------------------------------------------------------------------------------------------
+
+
+def _explain_kept(run: Run, manifest: Manifest) -> Answer:
+    events, rules = run.events(), run.rules()
+    manifests = all_with_annotations(run.manifests(), events, rules)
+    claims = run.kept().get(manifest.id, ())
+    dropped = list(dropped_parts(run.store, run.name, manifest.name))
+    measured = [event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id]
+    names = {candidate.id: candidate.name for candidate in manifests}
+    claiming = {claim.rule for claim in claims}
+    instead = {rule.text: [names[id_] for id_ in rule.claims(manifests)] for rule in rules if rule.text not in claiming}
+    packed = packed_bytes(run.store, run.name, [manifest]).get(manifest.id)
+    data = manifest_json(manifest, claims) | {
+        "exists": True,
+        "measured": [
+            {"at": event.at, "metrics": dict(event.metrics), "source": event.source, "by": event.by}
+            for event in measured
+        ],
+        "claimed_instead": instead,
+        "dropped": [{"at": record.at, "parts": record.parts, "reason": record.why} for record in dropped],
+        "aliases": aliases_of(run).get(manifest.id, ()),
+    }
+
+    def text(console: Console) -> None:
+        console.print(f"[bold]{escape(ref(manifest))}[/] exists ({moment_text(manifest)})")
+        console.print(f"saved {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC because")
+        _print_list(console, map(escape, manifest.reasons))
+        console.print("kept because" if claims else "[yellow]no rule keeps it: the next save of this run removes it[/]")
+        _print_list(console, map(claim_text, claims))
+        for record in dropped:
+            parts = escape(", ".join(record.parts))
+            console.print(f"{parts} removed {record.at:%Y-%m-%d %H:%M} UTC: {escape(record.why)}")
+        if packed is not None:
+            console.print(f"archived: {size(manifest.size_bytes)} packed into {size(packed)}")
+        for event in measured:
+            console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {_values(event.metrics)}")
+        for rule, kept in instead.items():
+            console.print(f"[dim]{escape(_instead(rule, kept))}[/]")
+
+    return Answer(data, text)
+
+
+def _instead(rule: str, kept: Sequence[str]) -> str:
+    if not kept:
+        return f"{rule} keeps nothing"
+    more = f" and {len(kept) - _MOST_NAMES} more" if len(kept) > _MOST_NAMES else ""
+    return f"{rule} keeps {', '.join(kept[:_MOST_NAMES])}{more} instead"
+
+
+# --- removed -------------------------------------------------------------------------------------------------------
+
+
+def _removed(run: Run, text: str) -> CheckpointHistory | None:
+    """Return the removed checkpoint that a ref names; the last one of several."""
+
+    def exists(life: CheckpointHistory) -> bool:  # damaged, or its removal came to nothing
+        return life.removed is None and run.store.size(layout.manifest_key(run.name, life.saved.name)) is not None
+
+    removed = [life for life in checkpoint_histories(run.events()) if not exists(life)]
+    match parse(text):
+        case ByName(name=name):
+            matching = [life for life in removed if life.saved.name == name]
+        case AtStep(step=step):
+            matching = [life for life in removed if life.record.step == step]
+        case AtEpoch(epoch=epoch):
+            matching = [life for life in removed if life.record.epoch == epoch]
+        case _:
+            matching = []
+    return matching[-1] if matching else None
+
+
+def _explain_removed(root: Path, run: Run, life: CheckpointHistory, until: datetime | None) -> Answer:
+    """Explain a removal; ``until`` is when the trash lets the checkpoint go, None when it is not there."""
+    removed = life.removed
+    moment = life.record if removed is None else removed
+    data = {
+        "exists": False,
+        "name": life.saved.name,
+        "id": life.saved.checkpoint,
+        "step": moment.step,
+        "epoch": moment.epoch,
+        "metrics": dict(life.record.metrics),
+        "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
+        "removed": removed and {name: getattr(removed, name) for name in ("at", "reason", "by", "until")},
+        "in_trash": until is not None,
+        "claimed_instead": {rule: list(kept) for rule, kept in life.claimed_instead},
+    }
+    return Answer(data, lambda console: _print_removed(console, root, run, life, until))
+
+
+def _print_removed(console: Console, root: Path, run: Run, life: CheckpointHistory, until: datetime | None) -> None:
+    removed = life.removed
+    date = "" if removed is None else f" on {removed.at:%Y-%m-%d}"
+    console.print(f"[bold]{escape(life.saved.name)}[/] was removed{date} ({moment_text(life.record)})")
+    values = _values(life.record.metrics) or "no metrics"
+    console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {values} because")
+    _print_list(console, map(escape, life.saved.reasons))
+    if removed is None:
+        console.print("The journal does not say when or why: the disk was full, or somebody deleted the files.")
+        return
+    console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
+    if until is not None:
+        undo = escape(command("undo", root, f"{run.name}/{life.saved.name}"))
+        console.print(f"in the trash until {until:%Y-%m-%d %H:%M} UTC. To restore it: {undo}", soft_wrap=True)
+    elif removed.until is not None:
+        console.print("it was in the trash, and is permanently deleted")
+    for rule, kept in life.claimed_instead:
+        if not kept:
+            console.print(f"[cyan]{escape(rule)}[/]: keeps no checkpoint in this range")
+            continue
+        console.print(f"[cyan]{escape(rule)}[/] kept instead:")
+        more = [f"and {len(kept) - _MOST_NAMES} more"] if len(kept) > _MOST_NAMES else []
+        _print_list(console, map(escape, [*kept[:_MOST_NAMES], *more]))
+
+
+def _values(metrics: Mapping[str, float]) -> str:
+    return escape(", ".join(f"{name} = {value:.6g}" for name, value in metrics.items()))
+
+
+def _print_list(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(f"  - {line}")

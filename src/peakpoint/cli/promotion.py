@@ -1,0 +1,251 @@
+"""The commands ``promote`` and ``rollback``: change what an alias points at."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import click
+from rich.console import Console
+
+from peakpoint.cli.answer import Answer, answers, asks
+from peakpoint.cli.arguments import KEY, ROOT
+from peakpoint.cli.history import holder_name, record_json
+from peakpoint.cli.progress import progress_bar, status_line
+from peakpoint.cli.proposal import print_proposal, proposal_json
+from peakpoint.cli.render import command, console, count, ref
+from peakpoint.errors import ConfigError, RefusedError
+from peakpoint.production import hooks, promotion
+from peakpoint.production.hooks import HookResult
+from peakpoint.production.policy import Policy, read_policies
+from peakpoint.production.proposal import Proposal, propose, unsigned
+from peakpoint.repository import aliases, signing
+from peakpoint.repository.aliases import AliasRecord
+from peakpoint.repository.root import Repository, open_repository
+
+
+@click.command()
+@ROOT
+@click.argument("text", metavar="[REF]", required=False)
+@click.option("--as", "alias", metavar="ALIAS", help="champion, challenger_1, resnet50/champion, ...")
+@click.option("--why", help="The reason; it stays on record. Required, except with --notify.")
+@click.option("--force", is_flag=True, help="Override what blocks the promotion; that is recorded.")
+@KEY
+@click.option("--retire", metavar="ALIAS", help="Instead: clear an alias, so that it protects nothing any more.")
+@click.option("--notify", metavar="ALIAS", help="Instead: re-send the last change of an alias to its hooks.")
+@click.option("--dry-run", is_flag=True, help="Only show the comparison and what blocks the promotion.")
+@click.option("--yes", is_flag=True, help="Do not ask, even on a terminal.")
+@answers
+def promote(
+    root: Path,
+    text: str | None,
+    alias: str | None,
+    why: str | None,
+    key: Path | None,
+    retire: str | None,
+    notify: str | None,
+    *,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+) -> Answer:
+    """Point an alias at a checkpoint, after comparing it with what the alias points at now."""
+    if sum((bool(text or alias), bool(retire), bool(notify))) != 1:
+        raise ConfigError("give REF and --as ALIAS, or --retire ALIAS, or --notify ALIAS")
+    if (retire or notify) and (force or dry_run or key):
+        raise ConfigError("--force, --dry-run and --key are for promoting REF; leave them out")
+    repository = open_repository(root)
+    if notify:
+        return _renotify(root, repository, notify.removeprefix("@"))
+    if why is None:
+        raise ConfigError("give the reason, which stays on record, with --why TEXT")
+    if retire:
+        return _retire(root, repository, retire.removeprefix("@"), why)
+    if not (text and alias):
+        raise ConfigError("give REF and --as ALIAS")
+    promotion.check_why("promote", why)
+    proposal = propose(repository, text, alias.removeprefix("@"), to_be_signed=key is not None)
+    promotion.check_key(proposal.policy, key)
+    if dry_run:
+        return _dry_run(proposal, force=force)
+    return _promote(root, repository, proposal, why, key, force=force, asking=asks(yes=yes))
+
+
+def _blocked(proposal: Proposal, *, force: bool) -> bool:
+    return bool(proposal.refusals) or (bool(proposal.objections) and not force)
+
+
+def _dry_run(proposal: Proposal, *, force: bool) -> Answer:
+    def text(console: Console) -> None:
+        print_proposal(console, proposal, force=force)
+        click.echo(_outlook(proposal, force=force))
+
+    exit_code = RefusedError.exit_code if _blocked(proposal, force=force) else 0
+    return Answer(proposal_json(proposal), text, exit_code=exit_code)
+
+
+def _outlook(proposal: Proposal, *, force: bool) -> str:
+    if proposal.unchanged:
+        return f"no change: it is {proposal.alias} already"
+    if proposal.refusals:
+        return "would be refused, also with --force"
+    if proposal.objections:
+        return "would be promoted by force (recorded)" if force else "would be refused; --force overrides (recorded)"
+    return "would be promoted"
+
+
+def _promote(
+    root: Path, repository: Repository, proposal: Proposal, why: str, key: Path | None, *, force: bool, asking: bool
+) -> Answer:
+    def refuse(console: Console) -> None:
+        print_proposal(console, proposal)
+
+    blocked = _blocked(proposal, force=force)
+    if blocked and not proposal.unchanged:
+        return Answer(proposal_json(proposal), refuse, [_refusal(root, proposal)], RefusedError.exit_code)
+    asking = asking and not proposal.unchanged
+    if asking:
+        print_proposal(console(), proposal, force=force)
+        if not click.confirm(f"promote to {proposal.alias}?"):
+            return Answer(None, "nothing was done", exit_code=1)
+    signed = "" if key is None or blocked else _sign(repository, proposal, key)
+    record = promotion.promote(proposal, why, force=force)
+    results = _notify_hooks(repository, record, proposal.policy)
+
+    def text(console: Console) -> None:
+        if not asking:
+            print_proposal(console, proposal, force=force)
+        click.echo(signed + _outcome(proposal, record))
+
+    return notified(root, record, results, text, proposal_json(proposal))
+
+
+def _outcome(proposal: Proposal, record: AliasRecord) -> str:
+    name = holder_name(record)
+    if proposal.unchanged:
+        return f"No change: {record.alias} is {name} since {record.at:%Y-%m-%d %H:%M} UTC (record {record.number})"
+    return f"Promoted: {record.alias} is now {name} (record {record.number}{', by force' if record.forced else ''})"
+
+
+def _refusal(root: Path, proposal: Proposal) -> str:
+    """What to do about a refusal whose reasons have been printed."""
+    name = f"{ref(proposal.manifest)} was not promoted to {proposal.alias}"
+    if proposal.refusals:
+        return f"{name}; --force does not override this"
+    hint = "" if proposal.validation else f"validate it: {command('validate', root, ref(proposal.manifest))}, or "
+    return f"{name}; {hint}use --force to override (recorded)"
+
+
+def _sign(repository: Repository, proposal: Proposal, key: Path) -> str:
+    """Sign a candidate, and make sure that the policy accepts that key; return a line that says so."""
+    with progress_bar("signing", proposal.manifest.size_bytes) as advance:
+        signature = signing.sign(repository.store, proposal.manifest, private_key=key, progress=advance)
+    objection = unsigned(repository, proposal.manifest, proposal.policy)
+    if objection is not None:
+        raise RefusedError(f"signed ({signature.record}), but not as the policy demands: {objection}", (objection,))
+    return f"signed: {signature.record}, key {signature.fingerprint}\n"
+
+
+# --- retire, notify ------------------------------------------------------------------------------------------------
+
+
+def _retire(root: Path, repository: Repository, alias: str, why: str) -> Answer:
+    record = promotion.retire(repository, alias, why)
+    results = _notify_hooks(repository, record, read_policies(repository.store).of(alias))
+    return notified(root, record, results, f"Cleared: {alias} (record {record.number}); its history stays")
+
+
+def _renotify(root: Path, repository: Repository, alias: str) -> Answer:
+    record = aliases.head(repository.store, alias) or aliases.holder(repository.store, alias)
+    results = _notify_hooks(repository, record, read_policies(repository.store).of(alias))
+    return notified(root, record, results, "" if results else "nothing to do: all hooks were notified")
+
+
+def _notify_hooks(repository: Repository, record: AliasRecord, policy: Policy | None) -> list[HookResult]:
+    if not hooks.are_due(repository.store, record, policy):
+        return []
+    with status_line("") as progress:
+        return hooks.tell(repository.store, record, policy, progress=progress)
+
+
+def notified(
+    root: Path,
+    record: AliasRecord,
+    results: Sequence[HookResult],
+    text: str | Callable[[Console], object],
+    data: Mapping[str, Any] = MappingProxyType({}),
+) -> Answer:
+    """Answer with a change of an alias; the exit code is 1 when a hook failed, although the alias has changed."""
+
+    def text_with_hooks(console: Console) -> None:
+        if callable(text):
+            text(console)
+        for line in (text, hook_text(results)):
+            if isinstance(line, str) and line:
+                click.echo(line)
+
+    told = {"record": record_json(record), "told": [asdict(result) for result in results]}
+    problems = hook_problems(root, record.alias, results)
+    return Answer({**data, **told}, text_with_hooks, problems, 1 if problems else 0)
+
+
+def hook_text(results: Sequence[HookResult]) -> str:
+    """Say how many hooks were notified; "" for none."""
+    successes = sum(result.error is None for result in results)
+    return f"notified {count(successes, 'hook')}" if successes else ""
+
+
+def hook_problems(root: Path, alias: str, results: Sequence[HookResult]) -> list[str]:
+    """Return a line for each hook that failed, and one that says what to do."""
+    failures = [result for result in results if result.error is not None]
+    if not failures:
+        return []
+    again = command("promote", root, "--notify", alias)
+    return [
+        *(f"hook {result.hook} was not notified: {result.error}" for result in failures),
+        f"{alias} has changed nevertheless; to notify its hooks again: {again}",
+    ]
+
+
+# --- rollback ------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.argument("alias")
+@click.option(
+    "--to", type=click.IntRange(min=1), metavar="N", help="The record to go back to; the one before by default."
+)
+@click.option("--from", "expected", type=click.IntRange(min=1), metavar="N", help="Only if this is the newest record.")
+@click.option("--why", default="rolled back by hand", show_default=True, help="The reason; it stays on record.")
+@answers
+def rollback(root: Path, alias: str, to: int | None, expected: int | None, why: str) -> Answer:
+    """Point an alias back at what it pointed at before.
+
+    Each time it goes further back; with --from N it goes back only if record N is still the newest.
+    """
+    repository = open_repository(root)
+    alias = alias.removeprefix("@")
+    policy = _policy_if_readable(repository, alias)
+    rolled_back = promotion.rollback(repository, alias, why, to=to, seen=expected, policy=policy)
+    record, before = rolled_back.record, rolled_back.before
+    results = _notify_hooks(repository, record, policy)
+    was = holder_name(before) if isinstance(before, AliasRecord) else f"unknown: record {before.number} is damaged"
+    lines = [f"skipped {reason}" for reason in rolled_back.passed_over]
+    lines.append(f"Rolled back: {alias} is {holder_name(record)} again (was {was}), record {record.number}")
+    data = {
+        "record": record_json(record),
+        "before": asdict(before),
+        "passed_over": rolled_back.passed_over,
+    }
+    return notified(root, record, results, "\n".join(lines), data)
+
+
+def _policy_if_readable(repository: Repository, alias: str) -> Policy | None:
+    """Return the policy, or one that demands nothing: going back must also work with a broken policy."""
+    try:
+        return read_policies(repository.store).of(alias)
+    except ConfigError as error:
+        click.echo(f"peakpoint: no policy applies: {error}", err=True)
+        return Policy(alias=alias)

@@ -1,0 +1,176 @@
+"""The commands ``rm`` and ``undo``: remove checkpoints, and restore them from the trash."""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from peakpoint.cli import tables
+from peakpoint.cli.answer import Answer, answers, confirmed
+from peakpoint.cli.arguments import ROOT, UNDO_FOR
+from peakpoint.cli.render import claim_text, command, count, manifest_json, ref, short_json, sizes, undo_hint
+from peakpoint.cli.tables import Column
+from peakpoint.errors import ConfigError, ConflictError, StoreError
+from peakpoint.format.amounts import size
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import check_text
+from peakpoint.repository import maintenance, reader
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.run import Run
+from peakpoint.repository.trash import TrashEntry
+from peakpoint.rules import Claim
+
+# --- rm ------------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.option("--why", default="removed by hand", help="The reason, for the journal.")
+@UNDO_FOR
+@answers
+@confirmed
+def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, apply: bool) -> Answer:
+    """Remove checkpoints: shows the plan, and carries it out with --yes."""
+    check_text("--why", why)
+    repository = open_repository(root)
+    by_run: dict[str, dict[str, Manifest]] = {}
+    for manifest in map(repository.find_manifest, refs):
+        by_run.setdefault(manifest.run, {})[manifest.id] = manifest
+    for name, manifests in by_run.items():
+        _refuse_what_aliases_protect(repository.run(name), list(manifests.values()))
+        _refuse_the_newest_good(repository.run(name), manifests)
+    claims = {name: repository.run(name).kept() for name in by_run}
+    failures: list[str] = []
+    if apply:
+        for name, manifests in by_run.items():
+            failures += maintenance.remove(repository.run(name), list(manifests.values()), why, undo_for=undo_for)
+    removed = [manifest for manifests in by_run.values() for manifest in manifests.values()]
+    data = {
+        "removed" if apply else "would_remove": [manifest_json(manifest, ()) for manifest in removed],
+        "freed_bytes": sum(manifest.size_bytes for manifest in removed),
+        "failures": failures,
+    }
+
+    def text(console: Console) -> None:
+        for manifest in removed:
+            _print_removal(console, manifest, claims[manifest.run].get(manifest.id, ()))
+        if not apply:
+            click.echo("nothing is removed yet; add --yes to remove")
+            return
+        click.echo(f"removed {count(len(removed) - len(failures), 'checkpoint')}")
+        click.echo(undo_hint(root, list(map(ref, removed)), undo_for))
+
+    return Answer(data, text, failures, StoreError.exit_code if failures else 0)
+
+
+def _refuse_what_aliases_protect(run: Run, manifests: Sequence[Manifest]) -> None:
+    protected = run.aliased(manifests, run.events())
+    reasons = [f"{ref(manifest)}: {protected[manifest.id]}" for manifest in manifests if manifest.id in protected]
+    if reasons:
+        raise ConflictError(
+            f"nothing was removed: aliases protect {', '.join(reasons)}. The champion and the champions before it that "
+            "it keeps cannot be removed: promote another checkpoint first. To clear any other alias: peakpoint promote "
+            "ROOT --retire ALIAS"
+        )
+
+
+def _refuse_the_newest_good(run: Run, removed: Collection[str]) -> None:
+    """Refuse to remove what the run would continue from while newer ones stay that it cannot continue from."""
+    listing = reader.list_run(run.store, run.name)
+    damaged = reader.find_damage(run.store, listing.manifests)
+    unusable: list[str] = []
+    for manifest in reversed(listing.manifests):
+        if manifest.id not in damaged and manifest.id not in listing.incomplete:
+            if manifest.id in removed and unusable:
+                raise ConfigError(
+                    f"{ref(manifest)} is the newest good checkpoint of run {run.name!r}, and stays: "
+                    f"{'; '.join(unusable)}. To remove it nevertheless, name the newer ones, too"
+                )
+            return
+        if manifest.id not in removed:
+            unusable.append(damaged.get(manifest.id, f"{manifest.name} is newer, but has lost parts"))
+
+
+def _print_removal(console: Console, manifest: Manifest, claims: Sequence[Claim]) -> None:
+    console.print(f"[bold]{escape(ref(manifest))}[/]")
+    console.print(f"  frees {size(manifest.size_bytes)}; was kept because:")
+    for claim in claims:
+        console.print(f"  - {claim_text(claim)}")
+
+
+# --- undo ----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@ROOT
+@click.argument("refs", metavar="[RUN/NAME]...", nargs=-1)
+@click.option("--list", "listing", is_flag=True, help="List what can be restored, and until when.")
+@click.option("--empty", is_flag=True, help="Delete everything in the trash permanently.")
+@answers
+def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool) -> Answer:
+    """Restore removed checkpoints from the trash, every byte compared with its digest; pins them."""
+    if sum((bool(refs), listing, empty)) != 1:
+        raise ConfigError("give the RUN/NAME of what to restore, or --list, or --empty")
+    repository = open_repository(root)
+    if empty:
+        return _empty(repository)
+    if listing:
+        return _list(repository, root)
+    restored = [
+        manifest
+        for run, names in _names_by_run(root, refs).items()
+        for manifest in maintenance.undo(repository.run(run), names)
+    ]
+    lines = [f"{ref(manifest)} is restored" for manifest in restored]
+    lines.append(f"Pinned, so that no rule removes it again. To remove the pin: {command('unpin', root, 'RUN/NAME')}")
+    return Answer({"back": list(map(short_json, restored))}, "\n".join(lines))
+
+
+def _names_by_run(root: Path, refs: Sequence[str]) -> Mapping[str, list[str]]:
+    names_by_run: dict[str, list[str]] = {}
+    for text in refs:
+        run, slash, name = text.partition("/")
+        if not (run and slash and name):
+            listing = command("undo", root, "--list")
+            raise ConfigError(f"{text!r} names nothing in the trash; give RUN/NAME, as {listing} lists it")
+        names_by_run.setdefault(run, []).append(name)
+    return names_by_run
+
+
+def _empty(repository: Repository) -> Answer:
+    entries = [entry for run in repository.runs() for entry in maintenance.empty_trash(run)]
+    manifests = [entry.manifest for entry in entries]
+    data = {"emptied": list(map(_entry_json, entries)), "bytes": sum(manifest.size_bytes for manifest in manifests)}
+    if not entries:
+        return Answer(data, "the trash is empty")
+    return Answer(data, f"permanently deleted {count(len(entries), 'checkpoint')}, {sizes(manifests)} freed")
+
+
+def _list(repository: Repository, root: Path) -> Answer:
+    entries = [entry for run in repository.runs() for entry in maintenance.in_trash(run)]
+    manifests = [entry.manifest for entry in entries]
+    data = {"trash": list(map(_entry_json, entries)), "bytes": sum(manifest.size_bytes for manifest in manifests)}
+    if not entries:
+        return Answer(data, "the trash is empty")
+    columns = [
+        Column("checkpoint", [escape(ref(manifest)) for manifest in manifests], right=False),
+        Column("size", [size(manifest.size_bytes) for manifest in manifests]),
+        Column("until", [f"{entry.record.until:%Y-%m-%d %H:%M} UTC" for entry in entries], right=False),
+    ]
+
+    def text(console: Console) -> None:
+        reasons = [escape(entry.record.why) for entry in entries]
+        console.print(tables.with_reasons(console, columns, ["size"], "why", reasons))
+        hint = escape(command("undo", root, "RUN/NAME"))
+        console.print(f"{sizes(manifests)}. To restore one: {hint}", soft_wrap=True)
+
+    return Answer(data, text)
+
+
+def _entry_json(entry: TrashEntry) -> dict[str, object]:
+    record = entry.record
+    return short_json(entry.manifest) | {"until": record.until, "reason": record.why, "by": record.by}

@@ -1,0 +1,295 @@
+"""The command ``ls``, and how runs look."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint.catalogue import Catalogue, RunSummary
+from peakpoint.cli import tables
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import CATALOGUE, INCOMPLETE, ROOT
+from peakpoint.cli.progress import run_bar
+from peakpoint.cli.render import (
+    age,
+    alias_columns,
+    alias_text,
+    aliases_of,
+    claims_text,
+    command,
+    count,
+    manifest_json,
+    number,
+    rounded,
+)
+from peakpoint.cli.tables import Column
+from peakpoint.errors import ConfigError
+from peakpoint.format import layout
+from peakpoint.format.amounts import moment, size
+from peakpoint.format.manifest import Manifest
+from peakpoint.repository import reader
+from peakpoint.repository.annotations import all_with_annotations
+from peakpoint.repository.packs import packed_bytes
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.run import Run, rules_of
+from peakpoint.rules import Claim, Rule, ranked, watched
+from peakpoint.rules.history import history
+from peakpoint.rules.peaks import Peak, peaks
+
+_ON_A_SCREEN = 30  # runs
+
+
+@click.command()
+@ROOT
+@click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.option("--all", "all_runs", is_flag=True, help=f"All runs, not only the {_ON_A_SCREEN} that saved last.")
+@CATALOGUE
+@answers
+def ls(root: Path, names: tuple[str, ...], *, all_runs: bool, catalogue: str | None) -> Answer:
+    """List runs with best and last values; of one run, or those named, each checkpoint and why it is kept."""
+    if names and all_runs:
+        raise ConfigError("--all lists all runs; leave out --all or the names of runs")
+    repository = open_repository(root)
+    only_one = not names and len(repository.store.children(layout.RUNS)) == 1
+    runs = repository.runs() if only_one else [repository.run(name) for name in names]
+    if not runs:
+        return _list(root, repository, Catalogue(repository, catalogue), all_runs=all_runs)
+    views = list(map(view, runs))
+
+    def text(console: Console) -> None:
+        for run_view in views:
+            print_run(console, run_view)
+
+    return Answer({"root": repository.store.location, "runs": list(map(_run_json, views))}, text)
+
+
+def _list(root: Path, repository: Repository, catalogue: Catalogue, *, all_runs: bool) -> Answer:
+    """List runs, a line each."""
+    with run_bar() as progress:
+        catalogue.refresh(progress)
+    unread = catalogue.unread
+    problems = [f"run {name!r} cannot be read and is left out: {why}" for name, why in unread.items()]
+    problems += [f"cannot read what alias {name!r} points at: {why}" for name, why in catalogue.unread_aliases.items()]
+
+    def data() -> dict[str, Any]:
+        runs = [_listed_json(run, _writer(repository, run, unread)) for run in catalogue.runs(None)]
+        return {"root": repository.store.location, "runs": runs, "unread": unread}
+
+    def text(console: Console) -> None:
+        runs = catalogue.runs(None if all_runs else _ON_A_SCREEN)
+        writing = {run.name for run in runs if _writer(repository, run, unread)}
+        _print_list(console, root, catalogue, runs, writing)
+
+    return Answer(data, text, problems, json_exit_code=INCOMPLETE if unread else 0)
+
+
+def _writer(repository: Repository, run: RunSummary, unread: Collection[str]) -> str | None:
+    return None if run.name in unread else Run(repository.store, run.name).holder()
+
+
+def _print_list(
+    console: Console, root: Path, catalogue: Catalogue, runs: Sequence[RunSummary], writing: Collection[str]
+) -> None:
+    if not runs:
+        console.print(f"no runs yet in {escape(str(root))}")
+        return
+    console.print(runs_table(console, runs, writing))
+    run_count, checkpoint_count, size_bytes = catalogue.totals()
+    if len(runs) < run_count:
+        console.print(f"[dim]and {count(run_count - len(runs), 'more run')}; --all lists them all[/]")
+    console.print(f"{count(run_count, 'run')}, {count(checkpoint_count, 'checkpoint')}, {size(size_bytes)}")
+    hint = escape(command("ls", root, "RUN"))
+    console.print(f"[dim]To see why each checkpoint is kept: {hint}[/]", soft_wrap=True)
+
+
+# --- one run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """Everything that ``ls RUN`` shows.
+
+    Attributes:
+        best_exists: metric to whether a checkpoint of its best exists.
+        best: metric to the id of its best checkpoint.
+        packed: id to the bytes in the archive, of those that are there.
+        aliases: id to the aliases that point at it.
+        writer: the process that has the run open.
+    """
+
+    run: Run
+    rules: tuple[Rule, ...]
+    reports: int
+    manifests: Sequence[Manifest]
+    claims: Mapping[str, tuple[Claim, ...]]
+    peaks: Sequence[Peak]
+    best_exists: Mapping[str, bool]
+    best: Mapping[str, str]
+    packed: Mapping[str, int]
+    aliases: Mapping[str, tuple[str, ...]]
+    writer: str | None
+
+
+def view(run: Run) -> RunView:
+    """Gather what there is to show of a run."""
+    events, existing = run.events(), run.manifests()
+    rules, reports = rules_of(events), history(events)
+    manifests = all_with_annotations(existing, events, ())
+    pairs = watched(rules)
+    metric_peaks = peaks(reports, pairs)
+    steps = {manifest.step for manifest in manifests}
+    return RunView(
+        run=run,
+        rules=rules,
+        reports=len(reports),
+        manifests=manifests,
+        claims=run.plan(None, events).keep,
+        peaks=metric_peaks,
+        best_exists={peak.metric: peak.best_step in steps for peak in metric_peaks},
+        best={metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))},
+        packed=packed_bytes(run.store, run.name, manifests),
+        aliases=aliases_of(run),
+        writer=run.holder(),
+    )
+
+
+def print_run(console: Console, run: RunView) -> None:
+    """Print a run: its rules, best against last, and its checkpoints with the reasons why each is kept."""
+    total = sum(manifest.size_bytes for manifest in run.manifests)
+    packed = sum(run.packed.get(manifest.id, manifest.size_bytes) for manifest in run.manifests)
+    console.print(
+        f"[bold]{escape(run.run.name)}[/]: {count(len(run.manifests), 'checkpoint')}, {size(total)}"
+        + (f", archived in {size(packed)}" if run.packed else "")
+        + (f", newest {age(run.manifests[-1].created_at)}" if run.manifests else "")
+        + (f", [cyan]being written by {escape(run.writer)}[/]" if run.writer else "")
+    )
+    console.print(f"rules: {escape(' '.join(rule.text for rule in run.rules)) or 'none'}")
+    if run.peaks:
+        console.print(_peaks_table(run))
+    if run.manifests:
+        console.print(_kept_table(console, run))
+    console.print()
+
+
+def _kept_table(console: Console, run: RunView) -> RenderableType:
+    """The checkpoints and why each is kept: beside them, or below where it is too narrow."""
+
+    def value(manifest: Manifest, metric: str) -> str:
+        text = number(manifest.metrics.get(metric))
+        return f"[bold green]{text} *[/]" if run.best.get(metric) == manifest.id else text + "  "
+
+    def bytes_of(manifest: Manifest) -> str:
+        archived = f"\n[dim]packed {size(run.packed[manifest.id])}[/]" if manifest.id in run.packed else ""
+        return size(manifest.size_bytes) + archived
+
+    manifests = run.manifests
+    names = [metric for metric, _ in watched(run.rules)]
+    names = names or sorted({name for manifest in manifests for name in manifest.metrics})
+    metrics = [Column(escape(name), [value(manifest, name) for manifest in manifests]) for name in names[:4]]
+    columns = [
+        Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
+        *alias_columns([run.aliases.get(manifest.id, ()) for manifest in manifests]),
+        Column("epoch", ["" if manifest.epoch is None else str(manifest.epoch) for manifest in manifests]),
+        Column("step", [str(manifest.step) for manifest in manifests]),
+        *metrics,
+        Column("size", list(map(bytes_of, manifests))),
+    ]
+    spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch", "aliases"]
+    reasons = [claims_text(run.claims.get(manifest.id, ())) for manifest in manifests]
+    return tables.with_reasons(console, columns, spare, "kept because", reasons)
+
+
+def _peaks_table(run: RunView) -> Table:
+    """Best against last, and whether a checkpoint of the best exists."""
+    heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
+    return tables.plain(heads, [_peak_cells(peak, run.best_exists) for peak in run.peaks])
+
+
+def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:
+    return (
+        escape(peak.metric),
+        peak.mode,
+        f"[bold green]{number(peak.best)}[/]",
+        moment(peak.best_step, peak.best_epoch) + ("" if best_exists.get(peak.metric) else " [bold red](removed)[/]"),
+        number(peak.last),
+        moment(peak.last_step, peak.last_epoch),
+        "nothing" if peak.lost == 0 else f"[yellow]{number(rounded(peak.lost, peak.best, peak.last))}[/]",
+    )
+
+
+def _run_json(run: RunView) -> dict[str, Any]:
+    return {
+        "name": run.run.name,
+        "rules": [rule.text for rule in run.rules],
+        "writer": run.writer,
+        "reports": run.reports,
+        "checkpoint_count": len(run.manifests),
+        "size_bytes": sum(manifest.size_bytes for manifest in run.manifests),
+        "newest": max((manifest.created_at for manifest in run.manifests), default=None),
+        "damaged": [str(damaged.error) for damaged in reader.list_run(run.run.store, run.run.name).damaged],
+        "peaks": list(map(_peak_json, run.peaks)),
+        "best_exists": run.best_exists,
+        "aliases": sorted(alias for names in run.aliases.values() for alias in names),
+        "checkpoints": [
+            manifest_json(manifest, run.claims.get(manifest.id, ()))
+            | {"packed_bytes": run.packed.get(manifest.id), "aliases": run.aliases.get(manifest.id, ())}
+            for manifest in run.manifests
+        ],
+    }
+
+
+def _peak_json(peak: Peak) -> dict[str, Any]:
+    return asdict(peak) | {"lost": peak.lost}
+
+
+# --- many runs -----------------------------------------------------------------------------------------------------
+
+
+def runs_table(console: Console, runs: Sequence[RunSummary], writing: Collection[str]) -> Table:
+    """Runs, a line each: best against last of the first metric that its rules watch; some are being written."""
+    rows = [_run_row(run, writing=run.name in writing) for run in runs]
+    titles = ("run", "aliases", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")
+    columns = [
+        Column(title, cells, right=title not in {"run", "aliases", "metric"})
+        for title, cells in zip(titles, zip(*rows, strict=True), strict=True)
+        if title != "aliases" or any(cells)
+    ]
+    spare = ["reports", "at", "checkpoints", "size", "newest", "last", "aliases"]
+    return tables.table(tables.fitted(columns, spare, console.width), console.width)
+
+
+def _run_row(run: RunSummary, *, writing: bool) -> tuple[str, ...]:
+    peak = [""] * 5
+    if run.peaks:
+        metric, mode, best, best_moment, last, _, lost = _peak_cells(run.peaks[0], run.kept)
+        peak = [f"{metric} ({mode})", best, best_moment, last, lost]
+    return (
+        escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
+        alias_text(run.aliases),
+        f"{run.checkpoints:,}",
+        size(run.size_bytes),
+        f"{run.reports:,}",
+        "[cyan]being written[/]" if writing else "" if run.newest is None else age(run.newest),
+        *peak,
+    )
+
+
+def _listed_json(run: RunSummary, writer: str | None) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "rules": run.rules,
+        "writer": writer,
+        "peaks": list(map(_peak_json, run.peaks)),
+        "reports": run.reports,
+        "checkpoint_count": run.checkpoints,
+        "size_bytes": run.size_bytes,
+        "newest": run.newest,
+        "damaged": run.damaged,
+        "best_exists": dict(run.kept),
+        "aliases": run.aliases,
+    }
