@@ -72,14 +72,14 @@ def test_refs_are_for_other_commands(root):
     ref = invoke("select", root, "--max", "acc", "--top", "1", "--refs").output.strip()
     assert invoke("show", root, ref).exit_code == 0
     assert invoke("select", root, "acc > 5", "--refs").output == ""
-    assert "nothing matches" in invoke("select", root, "acc > 5").output
+    assert "no checkpoint matches" in invoke("select", root, "acc > 5").output
 
 
 def test_why_tells_what_each_clause_removed_and_what_came_next(root):
     text = invoke("select", root, "acc > 0.75 and epoch > 20", "--max", "acc", "--top", "1", "--why").output
     assert re.search(r"acc > 0.75 +51 +9\n", text)
     assert re.search(r"epoch > 20 +5 +4\n", text)
-    assert "1 of 4 chosen, by acc (max)" in text
+    assert "1 of 4 selected, by acc (max)" in text
     assert re.search(r"next, number 2: resnet50-a/\S+ with acc 0.78", text)
     why = found(root, "acc > 0.75 and epoch > 20", "--max", "acc", "--top", "1", "--why")["why"]
     assert [clause["removed"] for clause in why["clauses"]] == [51, 5, 0]
@@ -156,7 +156,7 @@ def test_audit_makes_the_catalogue_anew(root):
         connection.execute("CREATE TABLE mark (x)")
     connection.close()
     done = invoke("audit", root, "--rebuild")
-    assert "is made anew" in done.output
+    assert "rebuilt the catalogue" in done.output
     with sqlite3.connect(file) as connection, pytest.raises(sqlite3.OperationalError, match="no such table"):
         connection.execute("SELECT * FROM mark")
     connection.close()
@@ -186,8 +186,8 @@ def test_what_is_damaged_or_gone_is_marked(tmp_path):
     assert "is missing" in piped.stderr
     assert "(gone)" not in invoke("ls", tmp_path).output
     maintenance.remove(pp.open(tmp_path).run("two"), [pp.open(tmp_path).find_manifest("two@best:acc")], "x")
-    assert re.search(r"two .* 0.9 +epoch 0 \(gone\)", invoke("ls", tmp_path).output)
-    assert re.search(r"acc +max +0.9 +epoch 0 \(gone\)", invoke("ls", tmp_path, "two").output)
+    assert re.search(r"two .* 0.9 +epoch 0 \(removed\)", invoke("ls", tmp_path).output)
+    assert re.search(r"acc +max +0.9 +epoch 0 \(removed\)", invoke("ls", tmp_path, "two").output)
     listed = {run["name"]: run["best_exists"] for run in json.loads(invoke("ls", tmp_path, "--json").output)["runs"]}
     assert listed == {"one": {"acc": True}, "two": {"acc": False}}
     assert json.loads(invoke("ls", tmp_path, "two", "--json").output)["runs"][0]["best_exists"] == {"acc": False}

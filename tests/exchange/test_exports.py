@@ -122,7 +122,7 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--to", "noformat"], 2, "or .pt; for a folder, say --format hf"),
+        (["--to", "noformat"], 2, "or .pt; for a folder, say --as hf"),
         (["--to", "m.onnx"], 2, "must end with .safetensors, .pth or .pt"),
         (["--to", "hf", "--format", "hf", "--config", "none.json"], 10, "does not exist"),
         (["--to", "hf", "--format", "hf", "--config", "notes.txt"], 13, "not JSON"),

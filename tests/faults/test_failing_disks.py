@@ -366,7 +366,7 @@ def test_a_disk_that_is_full_of_what_is_wanted_is_said_with_the_ways_out(tmp_pat
         save_all(Disk(tmp_path), [3], 10_000_000)
     assert (
         "it needs 13.2 MB and 10.0 MB are free; "
-        f"empty the trash of other-run (9.0 MB): peakpoint trash {tmp_path} --empty; "
+        f"empty the trash of other-run (9.0 MB): peakpoint undo {tmp_path} --empty; "
         "remove some of the 2 checkpoints that the rules keep of this run (18.0 MB): "
         f"peakpoint rm {tmp_path} r/NAME --undo-for 0; free some space, or let the rules keep fewer checkpoints"
     ) in str(caught.value)

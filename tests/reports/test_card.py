@@ -273,7 +273,8 @@ def test_without_matplotlib_there_is_a_table(root, tmp_path):
     script = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from peakpoint.cli.main import run\n"
-        f"sys.argv = ['peakpoint', 'export', {str(root)!r}, '@champion', '--as', 'card', '--to', {str(tmp_path / 'out')!r}]\n"
+        f"sys.argv = ['peakpoint', *'export --as card @champion --to'.split(), {str(tmp_path / 'out')!r}]\n"
+        f"sys.argv.insert(2, {str(root)!r})\n"
         "run()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ _BASES = ("nothing", "the one before", "the two before")
 @click.argument("name", metavar="RUN")
 @click.option("--restore", is_flag=True, help="Restore the files of an archived run, bit for bit.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-@click.option("--level", type=click.IntRange(1, 19), help="Of zstd; higher is slower, and hardly smaller.")
+@click.option("--level", type=click.IntRange(1, 19), help="Level of zstd; higher is slower, and hardly smaller.")
 @answers
 def archive(root: Path, name: str, level: int | None, *, restore: bool, dry_run: bool) -> Answer:
     """Compress a finished run without loss: it takes less space, and is still listed and loaded.

@@ -34,7 +34,7 @@ GB = 1e9
 @click.argument("name", metavar="RUN")
 @click.option("--rules", "text", help=rules_help("those in force"))
 @click.option("--what-if", is_flag=True, help="Simulate the rules on the recorded history, from the first report on.")
-@click.option("--price", type=click.FloatRange(min=0), help="With --what-if: of a GB in a month; says the cost.")
+@click.option("--price", type=click.FloatRange(min=0), help="With --what-if: price of a GB in a month.")
 @UNDO_FOR
 @answers
 @confirmed
@@ -117,7 +117,7 @@ def _print_rows(console: Console, rows: Sequence[tuple[str, str, int, str]], pla
     total = sum(size_bytes for _, _, size_bytes, _ in rows)
     console.print(
         f"{len(rows) - len(plan.remove)} of {count(len(rows), 'checkpoint')} kept, {size(total - plan.freed_bytes)}; "
-        f"{size(plan.freed_bytes)} freed by the rest"
+        f"the rest frees {size(plan.freed_bytes)}"
     )
 
 

@@ -159,7 +159,7 @@ def _retire(root: Path, repository: Repository, alias: str, why: str) -> Answer:
 def _renotify(root: Path, repository: Repository, alias: str) -> Answer:
     record = aliases.head(repository.store, alias) or aliases.holder(repository.store, alias)
     results = _notify_hooks(repository, record, read_policies(repository.store).of(alias))
-    return notified(root, record, results, "" if results else "nothing to do: all hooks were notified")
+    return notified(root, record, results, "" if results else "no hooks to notify: all were notified, or none is set")
 
 
 def _notify_hooks(repository: Repository, record: AliasRecord, policy: Policy | None) -> list[HookResult]:

@@ -34,14 +34,18 @@ _STYLES = {
 @click.command()
 @ROOT
 @click.argument("names", metavar="[RUN]...", nargs=-1)
-@click.option("--metric", "metrics", multiple=True, metavar="NAME:max|min", help="Look at this; may be repeated.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME:max|min", help="A metric to report; may be repeated.")
 @click.option(
     "--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples that an accuracy is measured on."
 )
 @click.option("--percent", is_flag=True, help="The metrics of --n-eval are percentages, from 0 to 100.")
-@click.option("--group-by", default="optimizer", show_default=True, help="Or a REGEX with one group.")
+@click.option(
+    "--group-by", default="optimizer", show_default=True, help="How runs are grouped; or a REGEX with one group."
+)
 @click.option("--sparsity", default="sparsity", show_default=True, help="The metric that holds the sparsity.")
-@click.option("--compare", nargs=2, multiple=True, metavar="ORIGINAL COMPRESSED", help="Refs, or runs: their best.")
+@click.option(
+    "--compare", nargs=2, multiple=True, metavar="ORIGINAL COMPRESSED", help="Two refs, or two runs: the best of each."
+)
 @click.option("--part", default="model", show_default=True, help="The part whose parameters are counted.")
 @click.option("--separate", is_flag=True, help="A figure for each run.")
 @click.option(

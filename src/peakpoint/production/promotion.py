@@ -400,8 +400,8 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
     now = _manifest(run, manifest)  # once more: a removal may have been over before it was looked for
     if going or now is None:
         raise GoingError(
-            f"{name} is just being removed, or parts of it are; nothing was done. peakpoint trash shows what can be "
-            "brought back"
+            f"{name} is just being removed, or parts of it are; nothing was done. peakpoint undo --list shows what "
+            "can be restored"
         )
     if now.parts != manifest.parts:
         raise GoingError(f"{name} has lost parts meanwhile; nothing was done, look at it again")

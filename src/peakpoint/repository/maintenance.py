@@ -227,7 +227,7 @@ def empty_trash(run: Run, *, clock: Clock = utc_now) -> list[TrashEntry]:
     removed = in_trash(run, clock=clock)
     if removed:
         latest = max(entry.record.until for entry in removed)
-        with writing(run, "peakpoint trash --empty", clock):
+        with writing(run, "peakpoint undo --empty", clock):
             clean_run(run.store, run.name, latest)
     return removed
 

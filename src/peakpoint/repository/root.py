@@ -119,7 +119,7 @@ def _lost(record: aliases.AliasRecord) -> str:
     assert target is not None
     return (
         f"record {record.number} of {record.alias} points at {target.run}/{target.name} ({target.checkpoint}), which "
-        "does not exist any more; peakpoint trash ROOT shows whether it can be brought back, peakpoint rollback ROOT "
+        "does not exist any more; peakpoint undo ROOT --list shows whether it can be restored, peakpoint rollback ROOT "
         f"{record.alias} goes back one"
     )
 

@@ -48,7 +48,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     if to.suffix not in SUFFIXES:
         endings = ", ".join(SUFFIXES[:-1])
         raise ConfigError(
-            f"cannot export to {to}: its name must end with {endings} or {SUFFIXES[-1]}; for a folder, say --format hf"
+            f"cannot export to {to}: its name must end with {endings} or {SUFFIXES[-1]}; for a folder, say --as hf"
         )
     check_free(to)
     manifest = repository.find_manifest(ref)
