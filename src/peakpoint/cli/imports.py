@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import msgspec
@@ -23,10 +23,6 @@ from peakpoint.errors import ConfigError, Error, FormatError
 from peakpoint.format.amounts import size
 from peakpoint.repository.root import open_repository
 from peakpoint.rules import parse_all
-
-if TYPE_CHECKING:
-    from peakpoint.exchange.imports import ImportReport
-    from peakpoint.exchange.intake import ImportedSource
 
 _MOST_NAMES = 20  # files that are named
 _HELD_OUT = re.compile(r"(^|[/_.-])(val|acc|loss)", re.IGNORECASE)
@@ -67,7 +63,7 @@ def import_(
     rules = None if rule_text is None else parse_all(rule_text)
     imports = torch_side("peakpoint.exchange.imports", "import")
     with _interrupted(root, run), progress_bar("importing", _bytes(path)) as advance:
-        report: ImportReport = imports.import_checkpoints(
+        report = imports.import_checkpoints(
             path, root, run=run, parts=renamed, rules=rules, dry_run=dry_run, progress=advance, **options
         )
     problems = [f"not imported: {source.error}" for source in report.checkpoints if source.status == "unreadable"]
@@ -106,9 +102,7 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _print_report(
-    console: Console, root: Path, path: Path, report: "ImportReport", *, dry_run: bool, pinned: bool
-) -> None:
+def _print_report(console: Console, root: Path, path: Path, report: Any, *, dry_run: bool, pinned: bool) -> None:
     sources = report.checkpoints
     console.print(_table(sources, console.width))
     for note, repeats in Counter(note for source in sources for note in source.notes).items():
@@ -133,14 +127,14 @@ def _print_report(
             console.print(f"All are pinned. To let rules decide instead, repeat the command with {rules}")
 
 
-def _skipped(sources: Sequence["ImportedSource"]) -> str:
+def _skipped(sources: Sequence[Any]) -> str:
     """Say which sources were not imported now, and why not."""
     counts = Counter(source.status for source in sources)
     reasons = {"there": "imported before", "removed": "imported before and removed since", "twin": "duplicate"}
     return "".join(f", {counts[status]} {reason}" for status, reason in reasons.items() if counts[status])
 
 
-def _metric_names(sources: Sequence["ImportedSource"]) -> list[str]:
+def _metric_names(sources: Sequence[Any]) -> list[str]:
     """Return the metrics of most interest, as many as a table has room for."""
     names = {name: None for source in sources for name in source.metrics}
     return sorted(names, key=lambda name: (_HELD_OUT.search(name) is None, name.startswith("best")))[:3]
@@ -149,10 +143,10 @@ def _metric_names(sources: Sequence["ImportedSource"]) -> list[str]:
 _STATUSES = {"unreadable": "[red]unreadable[/]", "there": "imported before", "twin": "duplicate"}
 
 
-def _table(sources: Sequence["ImportedSource"], width: int) -> Table:
+def _table(sources: Sequence[Any], width: int) -> Table:
     """Return one row for each source, with the columns that there is room for."""
 
-    def step(source: "ImportedSource") -> str:
+    def step(source: Any) -> str:
         return "" if source.step is None else f"({source.step})" if source.step_counted else str(source.step)
 
     metrics = {
@@ -166,6 +160,6 @@ def _table(sources: Sequence["ImportedSource"], width: int) -> Table:
         *(Column(title, cells) for title, cells in metrics.items()),
         Column("parts", [escape(", ".join(source.parts)) for source in sources], right=False),
         Column("size", [size(source.size_bytes) for source in sources]),
-        Column("status", [_STATUSES.get(source.status, source.status) for source in sources], right=False),
+        Column("status", [_STATUSES.get(source.status, str(source.status)) for source in sources], right=False),
     ]
     return tables.table(tables.fitted(columns, ["parts", "kind", "size", *reversed(metrics)], width), width)

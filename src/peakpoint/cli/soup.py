@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -19,9 +19,6 @@ from peakpoint.cli.render import command, count, manifest_json, number
 from peakpoint.errors import ConfigError, Error
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
-
-if TYPE_CHECKING:
-    from peakpoint.models.soup import Soup
 
 
 @click.command()
@@ -71,7 +68,7 @@ def soup(
         else "; without --model it is given the state, not a model"
     )
     with progress_bar("reading", _bytes(repository, refs, part) if kind == "uniform" else None) as advance:
-        result: Soup = soups.soup(
+        result = soups.soup(
             refs,
             root=repository.store,
             kind=kind,
@@ -123,7 +120,7 @@ def _bytes(repository: Repository, refs: Sequence[str], part: str) -> int:
     return 2 * sum(manifest.file(name).size for manifest in manifests for name in manifest.parts.get(part, ()))
 
 
-def _print(console: Console, root: Path, result: "Soup") -> None:
+def _print(console: Console, root: Path, result: Any) -> None:
     if result.tasted:
         rows = [
             (
