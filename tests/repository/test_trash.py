@@ -44,7 +44,7 @@ def test_removed_and_brought_back_bit_for_bit(tmp_path):
     assert audit(pp.open(tmp_path), deep=True).findings == []
     assert "a mistake" in command("undo", tmp_path, "--list")
     assert "in the trash until" in command("explain", tmp_path, "r:epoch=1")
-    assert f"r/{name} is back" in command("undo", tmp_path, f"r/{name}")
+    assert f"r/{name} is restored" in command("undo", tmp_path, f"r/{name}")
     assert files(tmp_path) == before
     assert epochs(tmp_path) == [0, 1, 2, 3, 4]
     assert "trash is empty" in command("undo", tmp_path, "--list")
@@ -68,7 +68,7 @@ def test_nothing_is_kept_when_the_space_is_wanted_at_once(tmp_path):
     trained(tmp_path)
     space = bytes_on_disk(tmp_path)
     output = command("keep", tmp_path, "r", "--rules", "last:1", "--yes", "--undo-for", "0")
-    assert "cannot be taken back" in output
+    assert "cannot be undone" in output
     assert bytes_on_disk(tmp_path) < 0.3 * space
     assert "trash is empty" in command("undo", tmp_path, "--list")
 
@@ -101,7 +101,7 @@ def test_the_trash_can_be_emptied(tmp_path):
     assert f"peakpoint undo {shlex.quote(str(tmp_path))} r/" in told
     assert "permanently deleted 2 checkpoints" in command("undo", tmp_path, "--empty")
     told = command("explain", tmp_path, "r:epoch=0")
-    assert "gone for good" in told
+    assert "permanently deleted" in told
     assert "undo" not in told
     assert json.loads(command("explain", tmp_path, "r:epoch=0", "--json"))["in_trash"] is False
     assert len(list((tmp_path / "runs/r/checkpoints").iterdir())) == 3

@@ -13,7 +13,7 @@ from peakpoint.cli.arguments import ROOT
 from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import command, count, short_json, sizes
 from peakpoint.cli.tables import Column
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.repository import maintenance, packs
 from peakpoint.repository.archive import PackedCheckpoint
 from peakpoint.repository.root import open_repository
@@ -42,7 +42,7 @@ def archive(root: Path, name: str, level: int | None, *, restore: bool, dry_run:
     if dry_run:
         verb = "restore" if restore else "archive"
         data = {"run": name, f"would_{verb}": list(map(short_json, affected)), "bytes": total}
-        return Answer(data, f"would {verb} {count(len(affected), 'checkpoint')}, {size(total)}")
+        return Answer(data, f"would {verb} {count(len(affected), 'checkpoint')}, {size_text(total)}")
     if restore:
         return _restore(run, total)
     with progress_bar("packing", total) as advance:
@@ -73,8 +73,8 @@ def _restore(run: Run, total: int) -> Answer:
 def _print_packs(console: Console, root: Path, name: str, packs_made: Sequence[PackedCheckpoint]) -> None:
     columns = [
         Column("archived", [escape(pack.manifest.name) for pack in packs_made], right=False),
-        Column("size", [size(pack.size_bytes) for pack in packs_made]),
-        Column("packed", [size(pack.packed_bytes) for pack in packs_made]),
+        Column("size", [size_text(pack.size_bytes) for pack in packs_made]),
+        Column("packed", [size_text(pack.packed_bytes) for pack in packs_made]),
         Column("ratio", [f"{pack.packed_bytes / (pack.size_bytes or pack.packed_bytes):.0%}" for pack in packs_made]),
         Column("as differences to", [_BASES[pack.bases] for pack in packs_made], right=False),
     ]
@@ -82,7 +82,8 @@ def _print_packs(console: Console, root: Path, name: str, packs_made: Sequence[P
     before, after = (sum(pack.size_bytes for pack in packs_made), sum(pack.packed_bytes for pack in packs_made))
     hint = escape(command("archive", root, name, "--restore"))
     console.print(
-        f"{count(len(packs_made), 'checkpoint')}, {size(before)} packed into {size(after)}, every byte compared.\n"
+        f"{count(len(packs_made), 'checkpoint')}, {size_text(before)} packed into {size_text(after)}, every byte "
+        "compared.\n"
         f"To restore the files: {hint}",
         soft_wrap=True,
     )

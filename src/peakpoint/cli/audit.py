@@ -16,7 +16,7 @@ from peakpoint.cli.progress import progress_bar, run_bar
 from peakpoint.cli.render import command, count
 from peakpoint.errors import CorruptError
 from peakpoint.format import layout
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.repository import audit as audits
 from peakpoint.repository.root import Repository, open_repository
 
@@ -106,4 +106,4 @@ def audit_sentence(result: audits.Audit) -> str:
         if result.deep
         else "file sizes and manifests checked; --deep compares every byte"
     )
-    return f"{count(result.runs, 'run')}, {count(result.checkpoints, 'checkpoint')}, {size(result.bytes)}: {depth}"
+    return f"{count(result.runs, 'run')}, {count(result.checkpoints, 'checkpoint')}, {size_text(result.bytes)}: {depth}"

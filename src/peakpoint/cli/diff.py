@@ -15,7 +15,7 @@ from peakpoint.cli.answer import Answer, answers
 from peakpoint.cli.arguments import ROOT, torch_side
 from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import count, number, rounded
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.reports.diff import Difference, MetricDifference, TensorDifference, diff_manifests
 from peakpoint.repository.root import open_repository
 
@@ -106,7 +106,7 @@ def _rows(difference: Difference) -> list[tuple[str, str, str]]:
     rows = [
         ("at", moments[0], moments[1]),
         ("created", times[0], times[1]),
-        ("size", size(a.size_bytes), size(b.size_bytes)),
+        ("size", size_text(a.size_bytes), size_text(b.size_bytes)),
         ("saved because", "\n".join(a.reasons), "\n".join(b.reasons)),
     ]
     often_same = [("rules", " ".join(a.rules), " ".join(b.rules))]
@@ -118,8 +118,8 @@ def _rows(difference: Difference) -> list[tuple[str, str, str]]:
 
 def _print_tensors(console: Console, difference: Difference, tensors: Sequence[TensorDifference]) -> None:
     console.print(
-        f"{count(difference.same_tensors, 'tensor')} the same, {size(difference.same_bytes)}; "
-        f"{len(difference.tensors)} different, {size(difference.changed_bytes)}"
+        f"{count(difference.same_tensors, 'tensor')} the same, {size_text(difference.same_bytes)}; "
+        f"{len(difference.tensors)} different, {size_text(difference.changed_bytes)}"
     )
     if not tensors:
         return
@@ -128,7 +128,7 @@ def _print_tensors(console: Console, difference: Difference, tensors: Sequence[T
     heads = heads if measured else heads[:2]
     gap = "  " if console.width >= _WIDE else "\n"
     rows = [
-        (escape(f"{tensor.part}: {tensor.name}") + gap + _types(tensor), size(tensor.bytes), *_figures(tensor))
+        (escape(f"{tensor.part}: {tensor.name}") + gap + _types(tensor), size_text(tensor.bytes), *_figures(tensor))
         for tensor in tensors
     ]
     console.print(tables.plain(heads, [row[: len(heads)] for row in rows], unbroken=heads[1:]))

@@ -13,7 +13,7 @@ from peakpoint.cli.arguments import ROOT
 from peakpoint.cli.render import aliases_of, claim_text, command, manifest_json, ref
 from peakpoint.errors import NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Measured
 from peakpoint.format.manifest import Manifest
 from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
@@ -85,7 +85,7 @@ def _explain_kept(run: Run, manifest: Manifest) -> Answer:
             parts = escape(", ".join(record.parts))
             console.print(f"{parts} removed {record.at:%Y-%m-%d %H:%M} UTC: {escape(record.why)}")
         if packed is not None:
-            console.print(f"archived: {size(manifest.size_bytes)} packed into {size(packed)}")
+            console.print(f"archived: {size_text(manifest.size_bytes)} packed into {size_text(packed)}")
         for event in measured:
             console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {_values(event.metrics)}")
         for rule, kept in instead.items():

@@ -10,7 +10,7 @@ from peakpoint.cli.answer import Answer, answers
 from peakpoint.cli.arguments import REF, ROOT, torch_side
 from peakpoint.cli.render import ref
 from peakpoint.errors import ConfigError
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.reports import card as cards
 from peakpoint.reports.card.front_matter import front_matter
 from peakpoint.repository.root import Repository, open_repository
@@ -78,7 +78,7 @@ def _export(
         manifest = torch_side("peakpoint.exchange.exports.files").export(repository, text, to, parts)
     size_bytes = to.stat().st_size if to.is_file() else sum(file.stat().st_size for file in to.iterdir())
     data = {"ref": ref(manifest), "to": str(to), "size_bytes": size_bytes}
-    return Answer(data, f"{ref(manifest)} -> {to} ({size(size_bytes)})")
+    return Answer(data, f"{ref(manifest)} -> {to} ({size_text(size_bytes)})")
 
 
 def _card(
@@ -100,7 +100,7 @@ def _card(
     }
     if to is None:
         return Answer(data, page.removesuffix("\n"))
-    lines = [f"wrote {file} ({size(file.stat().st_size)})" for file in files]
+    lines = [f"wrote {file} ({size_text(file.stat().st_size)})" for file in files]
     if len(files) == 1:
         lines.append("no curve: no rule ranks by a metric that has values, or Matplotlib is missing")
     return Answer(data, "\n".join(lines))

@@ -20,7 +20,7 @@ from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import command, count, number
 from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, Error, FormatError
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.repository.root import open_repository
 from peakpoint.rules import parse_all
 
@@ -159,7 +159,7 @@ def _table(sources: Sequence[Any], width: int) -> Table:
         Column("step", list(map(step, sources))),
         *(Column(title, cells) for title, cells in metrics.items()),
         Column("parts", [escape(", ".join(source.parts)) for source in sources], right=False),
-        Column("size", [size(source.size_bytes) for source in sources]),
+        Column("size", [size_text(source.size_bytes) for source in sources]),
         Column("status", [_STATUSES.get(source.status, str(source.status)) for source in sources], right=False),
     ]
     return tables.table(tables.fitted(columns, ["parts", "kind", "size", *reversed(metrics)], width), width)

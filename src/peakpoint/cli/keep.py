@@ -16,14 +16,14 @@ from peakpoint.cli.arguments import ROOT, UNDO_FOR, rules_help
 from peakpoint.cli.render import claims_text, count, manifest_json, money, number, ref, undo_hint
 from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, StoreError
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Reported
 from peakpoint.repository import maintenance
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run
-from peakpoint.rules import Rule, check_watched, moment_text, parse_all
-from peakpoint.rules.retention import Plan
+from peakpoint.rules import Rule, check_ranking_metrics, moment_text, parse_all
+from peakpoint.rules.retention import RetentionPlan
 from peakpoint.rules.simulate import Replay, replay, typical_size
 
 GB = 1e9
@@ -74,14 +74,14 @@ def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
     """Refuse a metric that no report and no checkpoint of the run has."""
     reported = [event.metrics for event in run.events() if isinstance(event, Reported)]
     measured = [manifest.metrics for manifest in run.known(())]
-    check_watched(rules, {name for metrics in reported + measured for name in metrics})
+    check_ranking_metrics(rules, {name for metrics in reported + measured for name in metrics})
 
 
-def _next_step(plan: Plan) -> str:
+def _next_step(plan: RetentionPlan) -> str:
     return "nothing is removed yet; add --yes to remove" if plan.remove or plan.drop else "nothing to remove"
 
 
-def _outcome(root: Path, run: Run, plan: Plan, failures: Sequence[str], undo_for: timedelta) -> str:
+def _outcome(root: Path, run: Run, plan: RetentionPlan, failures: Sequence[str], undo_for: timedelta) -> str:
     if not plan.remove and not plan.drop:
         return "nothing to remove"
     parts = f", parts of {count(len(plan.drop), 'checkpoint')} permanently" if plan.drop else ""
@@ -91,7 +91,7 @@ def _outcome(root: Path, run: Run, plan: Plan, failures: Sequence[str], undo_for
     return f"{line}\n{undo_hint(root, refs, undo_for)}" if refs else line
 
 
-def _rows(run: Run, plan: Plan) -> list[tuple[str, str, int, str]]:
+def _rows(run: Run, plan: RetentionPlan) -> list[tuple[str, str, int, str]]:
     """Return name, verdict, bytes and reason of each checkpoint."""
     removals = {removal.manifest.id: removal.reason for removal in plan.remove}
     dropped = {thinning.manifest.id: ", ".join(thinning.parts) for thinning in plan.drop}
@@ -106,22 +106,22 @@ def _rows(run: Run, plan: Plan) -> list[tuple[str, str, int, str]]:
     return rows
 
 
-def _print_rows(console: Console, rows: Sequence[tuple[str, str, int, str]], plan: Plan) -> None:
+def _print_rows(console: Console, rows: Sequence[tuple[str, str, int, str]], plan: RetentionPlan) -> None:
     columns = [
         Column("checkpoint", [escape(name) for name, _, _, _ in rows], right=False),
         Column("", [verdict for _, verdict, _, _ in rows], right=False),
-        Column("size", [size(size_bytes) for _, _, size_bytes, _ in rows]),
+        Column("size", [size_text(size_bytes) for _, _, size_bytes, _ in rows]),
     ]
     if rows:
         console.print(tables.with_reasons(console, columns, ["size"], "why", [reason for *_, reason in rows]))
-    total = sum(size_bytes for _, _, size_bytes, _ in rows)
+    kept_bytes = sum(size_bytes for _, _, size_bytes, _ in rows) - plan.freed_bytes
     console.print(
-        f"{len(rows) - len(plan.remove)} of {count(len(rows), 'checkpoint')} kept, {size(total - plan.freed_bytes)}; "
-        f"the rest frees {size(plan.freed_bytes)}"
+        f"{len(rows) - len(plan.remove)} of {count(len(rows), 'checkpoint')} kept, {size_text(kept_bytes)}; "
+        f"the rest frees {size_text(plan.freed_bytes)}"
     )
 
 
-def _plan_json(run: Run, rules: Sequence[Rule], plan: Plan) -> dict[str, Any]:
+def _plan_json(run: Run, rules: Sequence[Rule], plan: RetentionPlan) -> dict[str, Any]:
     return {
         "run": run.name,
         "rules": [rule.text for rule in rules],
@@ -156,8 +156,8 @@ def _print_replay(console: Console, run: Run, simulated: Replay, price: float | 
     console.print(tables.with_reasons(console, [moments], [], "why", reasons))
     cost = "" if price is None else f" ({money(simulated.bytes_kept / GB * price)} a month at {price:g} a GB)"
     console.print(
-        f"at {size(simulated.size_bytes)} a checkpoint: {size(simulated.bytes_kept)} kept{cost}, "
-        f"{size(simulated.bytes_written)} written"
+        f"at {size_text(simulated.size_bytes)} a checkpoint: {size_text(simulated.bytes_kept)} kept{cost}, "
+        f"{size_text(simulated.bytes_written)} written"
     )
     for peak in simulated.peaks:
         verdict = "[green]kept[/]" if peak.survives else "[bold red]lost[/]"

@@ -13,7 +13,7 @@ import click
 from peakpoint._version import __version__
 from peakpoint.cli.commands import ENTRIES, GROUPS, RENAMED
 from peakpoint.errors import Error
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 
 
 class CommandTable(click.Group):
@@ -39,7 +39,7 @@ class CommandTable(click.Group):
         if name in RENAMED:
             ctx.fail(f"{name!r} is now: peakpoint {RENAMED[name]}")
         if name not in ENTRIES and not name.startswith("-"):
-            ctx.fail(f"No such command {name!r}{near(name, list(ENTRIES)) or '; peakpoint --help lists them'}")
+            ctx.fail(f"No such command {name!r}{did_you_mean(name, list(ENTRIES)) or '; peakpoint --help lists them'}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - of click

@@ -17,16 +17,16 @@ from peakpoint.cli.arguments import reads, rules_help
 from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import count, seconds
 from peakpoint.errors import ConfigError
-from peakpoint.format.amounts import read_count, read_duration, read_rate, size
+from peakpoint.format.amounts import read_count, read_duration, read_rate, size_text
 from peakpoint.format.events import Reported, Saved
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.reports.plan import networks, optimizers, sizes
 from peakpoint.reports.plan.forecast import ARCHIVE_RATIO, Forecast, forecast, pace
 from peakpoint.reports.plan.intervals import Failures, daly, young
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run, rules_of
-from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, watched
+from peakpoint.rules import FORMS, BestAtSparsity, Rule, parse_all, ranking_metrics
 from peakpoint.rules.history import history
 
 
@@ -124,11 +124,11 @@ def _of_run(run: Run, options: dict[str, Any]) -> dict[str, Any]:
     if not rules:
         raise ConfigError(f"run {run.name!r} has no rules in force: give some with --rules, such as last:3")
     names = sorted({metric for report in reports for metric in report.metrics})
-    for metric, _ in watched(rules):
+    for metric, _ in ranking_metrics(rules):
         if reports and metric not in names and not (options["sparsity"] and metric == "sparsity"):
             raise ConfigError(
-                f"the rules rank by {metric!r}, which run {run.name!r} has never reported{near(metric, names)}; it "
-                f"reports {', '.join(names) or 'nothing'}"
+                f"the rules rank by {metric!r}, which run {run.name!r} has never reported"
+                f"{did_you_mean(metric, names)}; it reports {', '.join(names) or 'nothing'}"
             )
     packed = packed_bytes(run.store, run.name, manifests)
     unpacked = sum(manifest.size_bytes for manifest in manifests if manifest.id in packed)
@@ -219,9 +219,9 @@ def _print_plan(console: Console, prediction: Forecast, costs: dict[str, Any], s
     console.print(f"[bold]One checkpoint[/] of {escape(prediction.sizes.source)}")
     table = tables.plain(("part", ">size", "why"))
     for part in prediction.sizes.parts:
-        frozen = f"; {size(part.frozen)} of it do not change, and are written once" if part.frozen else ""
-        table.add_row(escape(part.name), size(part.bytes), escape(part.why + frozen))
-    table.add_row("[bold]all[/]", f"[bold]{size(prediction.sizes.bytes)}[/]", "")
+        frozen = f"; {size_text(part.frozen)} of it do not change, and are written once" if part.frozen else ""
+        table.add_row(escape(part.name), size_text(part.bytes), escape(part.why + frozen))
+    table.add_row("[bold]all[/]", f"[bold]{size_text(prediction.sizes.bytes)}[/]", "")
     console.print(table)
     console.print(
         f"\n[bold]{count(prediction.epochs, 'epoch')}[/], {count(prediction.reports, 'report')}, under "
@@ -253,14 +253,14 @@ def _outlook_table(prediction: Forecast) -> Table:
         table.add_row(
             _SCENARIOS[outlook.name],
             str(outlook.saves),
-            size(outlook.bytes_written),
+            size_text(outlook.bytes_written),
             str(outlook.kept),
             str(outlook.whole),
-            size(outlook.bytes_kept),
+            size_text(outlook.bytes_kept),
             str(outlook.most),
-            size(outlook.bytes_most),
+            size_text(outlook.bytes_most),
         )
-    epochs, naive = str(prediction.epochs), size(prediction.naive_bytes)
+    epochs, naive = str(prediction.epochs), size_text(prediction.naive_bytes)
     table.add_row("[dim]every epoch, whole[/]", epochs, naive, epochs, epochs, naive, epochs, naive)
     return table
 
@@ -270,10 +270,9 @@ def _print_costs(console: Console, costs: dict[str, Any]) -> None:
     if not costs["archive_bytes"][-1]:
         console.print("nothing is kept at the end")
         return
-    console.print(
-        f"If archived at the end: {_span(costs['archive_bytes'], size)} ({costs['archive_ratio']:.2f} of the size, "
-        f"{costs['archive_ratio_source']})"
-    )
+    archived = _span(costs["archive_bytes"], size_text)
+    source = f"{costs['archive_ratio']:.2f} of the size, {costs['archive_ratio_source']}"
+    console.print(f"If archived at the end: {archived} ({source})")
     if costs["upload_checkpoint_seconds"] is not None:
         console.print(
             f"upload: {_time(costs['upload_checkpoint_seconds'])} a checkpoint, "
@@ -330,7 +329,7 @@ def _print_presets(console: Console, presets: Sequence[dict[str, Any]]) -> None:
     heads = ("parameters", "weights", "with SGD's momentum", "with Adam's moments", "16 bits, mixed")
     table = tables.plain(("network", *(f">{head}" for head in heads)))
     for preset in presets:
-        figures = [size(preset[f"{key}_bytes"]) for key in ("weights", "sgd_momentum", "adam", "mixed")]
+        figures = [size_text(preset[f"{key}_bytes"]) for key in ("weights", "sgd_momentum", "adam", "mixed")]
         table.add_row(f"{preset['name']} ({preset['dtype']})", f"{preset['parameters']:,}", *figures)
     console.print(table)
     console.print(

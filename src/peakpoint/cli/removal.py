@@ -14,7 +14,7 @@ from peakpoint.cli.arguments import ROOT, UNDO_FOR
 from peakpoint.cli.render import claim_text, command, count, manifest_json, ref, short_json, sizes, undo_hint
 from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, ConflictError, StoreError
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
 from peakpoint.repository import maintenance, reader
@@ -97,7 +97,7 @@ def _refuse_the_newest_good(run: Run, removed: Collection[str]) -> None:
 
 def _print_removal(console: Console, manifest: Manifest, claims: Sequence[Claim]) -> None:
     console.print(f"[bold]{escape(ref(manifest))}[/]")
-    console.print(f"  frees {size(manifest.size_bytes)}; was kept because:")
+    console.print(f"  frees {size_text(manifest.size_bytes)}; was kept because:")
     for claim in claims:
         console.print(f"  - {claim_text(claim)}")
 
@@ -158,7 +158,7 @@ def _list(repository: Repository, root: Path) -> Answer:
         return Answer(data, "the trash is empty")
     columns = [
         Column("checkpoint", [escape(ref(manifest)) for manifest in manifests], right=False),
-        Column("size", [size(manifest.size_bytes) for manifest in manifests]),
+        Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
         Column("until", [f"{entry.record.until:%Y-%m-%d %H:%M} UTC" for entry in entries], right=False),
     ]
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peakpoint.cli.tables import Column
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.repository import aliases
 from peakpoint.repository.run import Run
@@ -170,7 +170,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 def sizes(manifests: Iterable[Manifest]) -> str:
     """The bytes of checkpoints together."""
-    return size(sum(manifest.size_bytes for manifest in manifests))
+    return size_text(sum(manifest.size_bytes for manifest in manifests))
 
 
 # --- aliases -------------------------------------------------------------------------------------------------------

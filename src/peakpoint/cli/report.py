@@ -15,7 +15,7 @@ from peakpoint.cli.arguments import ROOT, metric_with_mode
 from peakpoint.cli.progress import status_line
 from peakpoint.cli.tables import plain
 from peakpoint.errors import ConfigError
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.reports import evaluation
 from peakpoint.reports.evaluation import files, tables
 from peakpoint.repository.root import open_repository
@@ -78,7 +78,7 @@ def report(
             **options,
         )
     paths = [path for target in targets for path in evaluation.write(result, target, force=force, separate=separate)]
-    lines = "\n".join(f"wrote {path} ({size(path.stat().st_size)})" for path in paths)
+    lines = "\n".join(f"wrote {path} ({size_text(path.stat().st_size)})" for path in paths)
     data = files.as_json(result) | {"files": list(map(str, paths))}
     return Answer(data, lines if targets else lambda console: _print(console, result))
 

@@ -30,14 +30,14 @@ from peakpoint.cli.render import (
 from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError
 from peakpoint.format import layout
-from peakpoint.format.amounts import moment, size
+from peakpoint.format.amounts import moment_label, size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.run import Run, rules_of
-from peakpoint.rules import Claim, Rule, ranked, watched
+from peakpoint.rules import Claim, Rule, ranked, ranking_metrics
 from peakpoint.rules.history import history
 from peakpoint.rules.peaks import Peak, peaks
 
@@ -102,7 +102,7 @@ def _print_list(
     run_count, checkpoint_count, size_bytes = catalogue.totals()
     if len(runs) < run_count:
         console.print(f"[dim]and {count(run_count - len(runs), 'more run')}; --all lists them all[/]")
-    console.print(f"{count(run_count, 'run')}, {count(checkpoint_count, 'checkpoint')}, {size(size_bytes)}")
+    console.print(f"{count(run_count, 'run')}, {count(checkpoint_count, 'checkpoint')}, {size_text(size_bytes)}")
     hint = escape(command("ls", root, "RUN"))
     console.print(f"[dim]To see why each checkpoint is kept: {hint}[/]", soft_wrap=True)
 
@@ -140,7 +140,7 @@ def view(run: Run) -> RunView:
     events, existing = run.events(), run.manifests()
     rules, reports = rules_of(events), history(events)
     manifests = all_with_annotations(existing, events, ())
-    pairs = watched(rules)
+    pairs = ranking_metrics(rules)
     metric_peaks = peaks(reports, pairs)
     steps = {manifest.step for manifest in manifests}
     return RunView(
@@ -163,8 +163,8 @@ def print_run(console: Console, run: RunView) -> None:
     total = sum(manifest.size_bytes for manifest in run.manifests)
     packed = sum(run.packed.get(manifest.id, manifest.size_bytes) for manifest in run.manifests)
     console.print(
-        f"[bold]{escape(run.run.name)}[/]: {count(len(run.manifests), 'checkpoint')}, {size(total)}"
-        + (f", archived in {size(packed)}" if run.packed else "")
+        f"[bold]{escape(run.run.name)}[/]: {count(len(run.manifests), 'checkpoint')}, {size_text(total)}"
+        + (f", archived in {size_text(packed)}" if run.packed else "")
         + (f", newest {age(run.manifests[-1].created_at)}" if run.manifests else "")
         + (f", [cyan]being written by {escape(run.writer)}[/]" if run.writer else "")
     )
@@ -184,11 +184,11 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
         return f"[bold green]{text} *[/]" if run.best.get(metric) == manifest.id else text + "  "
 
     def bytes_of(manifest: Manifest) -> str:
-        archived = f"\n[dim]packed {size(run.packed[manifest.id])}[/]" if manifest.id in run.packed else ""
-        return size(manifest.size_bytes) + archived
+        archived = f"\n[dim]packed {size_text(run.packed[manifest.id])}[/]" if manifest.id in run.packed else ""
+        return size_text(manifest.size_bytes) + archived
 
     manifests = run.manifests
-    names = [metric for metric, _ in watched(run.rules)]
+    names = [metric for metric, _ in ranking_metrics(run.rules)]
     names = names or sorted({name for manifest in manifests for name in manifest.metrics})
     metrics = [Column(escape(name), [value(manifest, name) for manifest in manifests]) for name in names[:4]]
     columns = [
@@ -215,9 +215,10 @@ def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:
         escape(peak.metric),
         peak.mode,
         f"[bold green]{number(peak.best)}[/]",
-        moment(peak.best_step, peak.best_epoch) + ("" if best_exists.get(peak.metric) else " [bold red](removed)[/]"),
+        moment_label(peak.best_step, peak.best_epoch)
+        + ("" if best_exists.get(peak.metric) else " [bold red](removed)[/]"),
         number(peak.last),
-        moment(peak.last_step, peak.last_epoch),
+        moment_label(peak.last_step, peak.last_epoch),
         "nothing" if peak.lost == 0 else f"[yellow]{number(rounded(peak.lost, peak.best, peak.last))}[/]",
     )
 
@@ -272,7 +273,7 @@ def _run_row(run: RunSummary, *, writing: bool) -> tuple[str, ...]:
         escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
         alias_text(run.aliases),
         f"{run.checkpoints:,}",
-        size(run.size_bytes),
+        size_text(run.size_bytes),
         f"{run.reports:,}",
         "[cyan]being written[/]" if writing else "" if run.newest is None else age(run.newest),
         *peak,

@@ -20,7 +20,7 @@ from peakpoint.cli.progress import run_bar
 from peakpoint.cli.render import age, alias_columns, checkpoint_json, number
 from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.format.amounts import read_count, size
+from peakpoint.format.amounts import read_count, size_text
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.repository import reader
 from peakpoint.repository.root import Repository, open_repository
@@ -216,7 +216,7 @@ def _print_checkpoints(console: Console, view: SelectView) -> None:
         Column("epoch", ["" if checkpoint.epoch is None else str(checkpoint.epoch) for checkpoint in checkpoints]),
         Column("step", [str(checkpoint.step) for checkpoint in checkpoints]),
         *metrics,
-        Column("size", [size(checkpoint.size_bytes) for checkpoint in checkpoints]),
+        Column("size", [size_text(checkpoint.size_bytes) for checkpoint in checkpoints]),
         Column("created", [age(checkpoint.created_at) for checkpoint in checkpoints]),
     ]
     # of metrics that the condition does not name those behind the second go first
@@ -260,7 +260,7 @@ def _print_explanation(console: Console, explanation: Explanation, keys: Mapping
 
 def _value(checkpoint: Checkpoint, name: str) -> str:
     if name == "size":
-        return size(checkpoint.size_bytes)
+        return size_text(checkpoint.size_bytes)
     if name == "created":
         return age(checkpoint.created_at)
     return number(getattr(checkpoint, name) if name in _FIELDS else checkpoint.metrics.get(name))

@@ -17,7 +17,7 @@ from peakpoint.cli.render import age, alias_text, aliases_of, claims_text, facts
 from peakpoint.cli.validate import validation_line
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import reader, signing, validations
 from peakpoint.repository.packs import packed_bytes
@@ -136,8 +136,8 @@ def _facts(checkpoint: CheckpointView) -> list[tuple[str, str]]:
         ("metrics", escape(metrics) or "none"),
         ("saved because", escape("\n".join(manifest.reasons))),
         ("kept because", claims_text(checkpoint.claims)),
-        ("size", size(manifest.size_bytes)),
-        ("archived", "no" if checkpoint.packed is None else f"packed into {size(checkpoint.packed)}"),
+        ("size", size_text(manifest.size_bytes)),
+        ("archived", "no" if checkpoint.packed is None else f"packed into {size_text(checkpoint.packed)}"),
         ("signed", escape("\n".join(map(_signature, checkpoint.signatures))) or "no"),
         ("parts", escape(", ".join(manifest.parts))),
         (parent[0], escape(parent[1]) or "none: the first checkpoint of its run"),
@@ -154,8 +154,10 @@ def _writing(manifest: Manifest) -> str:
     if duration is None or rate is None:
         return "not recorded"
     shared = manifest.size_bytes - manifest.written_bytes
-    text = f"{size(manifest.written_bytes)} in {seconds(duration)}, {size(rate)}/s, including hashing and fsync"
-    return text + (f"; {size(shared)} shared with earlier checkpoints" if shared else "")
+    text = (
+        f"{size_text(manifest.written_bytes)} in {seconds(duration)}, {size_text(rate)}/s, including hashing and fsync"
+    )
+    return text + (f"; {size_text(shared)} shared with earlier checkpoints" if shared else "")
 
 
 def _stall(manifest: Manifest) -> str:
@@ -172,7 +174,7 @@ def _stall(manifest: Manifest) -> str:
 
 
 def _signature(signature: signing.Signature) -> str:
-    key = "no key named" if signature.fingerprint is None else f"key {signature.fingerprint}"
+    key = "names no key" if signature.fingerprint is None else f"key {signature.fingerprint}"
     return f"{signature.record}, {key} (not verified)"
 
 
@@ -183,7 +185,7 @@ def _files_table(manifest: Manifest) -> Table:
             escape(file.name),
             escape(part_of.get(file.name, "")),
             str(len(file.tensors)) if file.header else "",
-            size(file.size),
+            size_text(file.size),
             f"{file.digest[:16]}…",
         )
         for file in manifest.files

@@ -46,7 +46,7 @@ def _sign(repository: Repository, manifest: Manifest, key: Path) -> Answer:
         "fingerprint": signature.fingerprint,
     }
     files = count(len(manifest.files) + 1, "file")
-    return Answer(data, f"signed {ref(manifest)}: {signature.record}, {files}\nkey {signature.fingerprint}")
+    return Answer(data, f"signed {ref(manifest)}: {signature.record} covers {files}\nkey {signature.fingerprint}")
 
 
 def _verify(repository: Repository, manifest: Manifest, key: Path) -> Answer:

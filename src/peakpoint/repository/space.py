@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from peakpoint.format import layout
-from peakpoint.format.amounts import size
+from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import trash
 from peakpoint.repository.run_audit import clean_run
@@ -42,11 +42,13 @@ def ways_to_free_space(store: Store, run: str, kept: Sequence[Manifest]) -> str:
     trash_sizes = {name: _total_size([entry.manifest for entry in trash.contents(store, name)]) for name in runs}
     if any(trash_sizes.values()):
         names = ", ".join(name for name, trash_size in trash_sizes.items() if trash_size)
-        ways.append(f"empty the trash of {names} ({size(sum(trash_sizes.values()))}): peakpoint undo {root} --empty")
+        ways.append(
+            f"empty the trash of {names} ({size_text(sum(trash_sizes.values()))}): peakpoint undo {root} --empty"
+        )
     if len(kept) > 1:
         ways.append(
-            f"remove some of the {len(kept)} checkpoints that the rules keep of this run ({size(_total_size(kept))}): "
-            f"peakpoint rm {root} {run}/NAME --undo-for 0"
+            f"remove some of the {len(kept)} checkpoints that the rules keep of this run "
+            f"({size_text(_total_size(kept))}): peakpoint rm {root} {run}/NAME --undo-for 0"
         )
     return "; ".join([*ways, "free some space, or let the rules keep fewer checkpoints"])
 
