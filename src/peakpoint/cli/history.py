@@ -45,12 +45,14 @@ def _all(store: Store) -> Answer:
     damage: list[str] = []
     for name in aliases.names(store):
         try:
-            record = aliases.head(store, name)
-        except (CorruptError, FormatError) as error:
+            record = aliases.newest(store, name)
+        except FormatError as error:
             damage.append(f"{name}: {error}")
-        else:
-            assert record is not None, "it has records"
+            continue
+        if isinstance(record, AliasRecord):
             newest.append(record)
+        elif record is not None:
+            damage.append(f"{name}: {record.error}")
 
     def text(console: Console) -> None:
         columns = [

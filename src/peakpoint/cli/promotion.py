@@ -157,7 +157,9 @@ def _retire(root: Path, repository: Repository, alias: str, why: str) -> Answer:
 
 
 def _renotify(root: Path, repository: Repository, alias: str) -> Answer:
-    record = aliases.head(repository.store, alias) or aliases.holder(repository.store, alias)
+    record = aliases.newest(repository.store, alias)
+    if not isinstance(record, AliasRecord):
+        record = aliases.holder(repository.store, alias)  # which says what is wrong
     results = _notify_hooks(repository, record, read_policies(repository.store).of(alias))
     return notified(root, record, results, "" if results else "no hooks to notify: all were notified, or none is set")
 

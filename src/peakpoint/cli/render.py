@@ -189,8 +189,8 @@ def alias_columns(names: Sequence[Iterable[str]]) -> list[Column]:
 
 def aliases_of(run: Run) -> dict[str, tuple[str, ...]]:
     """Return the ids of the checkpoints of a run that aliases point at, with the aliases; warn of damaged ones."""
-    newest, damaged = aliases.heads(run.store)
+    newest, damaged = aliases.newest_of_all(run.store)
     for alias, why in damaged.items():
         click.echo(f"peakpoint: cannot read what alias {alias!r} points at: {why}", err=True)
     in_run = (record for record in newest.values() if record.target is not None and record.target.run == run.name)
-    return aliases.pointing(in_run)
+    return aliases.aliases_by_checkpoint(in_run)

@@ -193,7 +193,7 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[Mani
             if damage is not None:
                 raise CorruptError(
                     f"{entry.manifest.name} cannot be restored: {damage}. Nothing was restored; copy its files from a "
-                    "backup, or delete it with peakpoint trash --empty"
+                    "backup, or delete it with peakpoint undo --empty"
                 ) from damage
         for checkpoint, entry in entries.items():
             name, by = entry.manifest.name, present_user()
@@ -210,7 +210,7 @@ def _entries_of(removed: Sequence[TrashEntry], name: str) -> list[TrashEntry]:
     if not entries:
         names = [entry.manifest.name for entry in removed]
         raise NotFoundError(
-            f"{name!r} is not in the trash{did_you_mean(name, names)}; to list the trash: peakpoint trash"
+            f"{name!r} is not in the trash{did_you_mean(name, names)}; to list the trash: peakpoint undo --list"
         )
     return entries
 
