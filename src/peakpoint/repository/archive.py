@@ -21,6 +21,8 @@ from peakpoint.repository.packs import RunArchive
 from peakpoint.repository.packs.index import PackIndex, read_index
 from peakpoint.repository.packs.reader import ByteSource, FileSource, load_codec, open_pack
 from peakpoint.repository.packs.writer import PackBase, write_pack
+from peakpoint.repository.provenance import present_user
+from peakpoint.repository.run import Run
 from peakpoint.store import Store
 
 LONGEST_CHAIN = 16
@@ -45,30 +47,21 @@ class PackedCheckpoint:
     bases: int
 
 
-def archive(
-    store: Store,
-    journal: Journal,
-    run: str,
-    manifests: Sequence[Manifest],
-    *,
-    by: str,
-    is_being_removed: Callable[[Manifest], bool],
-    level: int | None = None,
-    progress: Callable[[PackedCheckpoint], None] = lambda _: None,
+Progress = Callable[[PackedCheckpoint], None]
+
+
+def archive_held(
+    run: Run, journal: Journal, manifests: Sequence[Manifest], level: int | None, progress: Progress
 ) -> list[PackedCheckpoint]:
-    """Archive a run; the caller holds it.
+    """Archive a run that the caller holds.
 
     Nothing is deleted before every pack is durable and has been compared with every digest. When it raises, the run is
     as it was, and its packs are superfluous.
 
     Args:
-        store: holds the run.
+        run: to be archived.
         journal: receives an ``Archived`` for each checkpoint.
-        run: its name.
         manifests: its checkpoints, earliest first.
-        by: who decided, for the record.
-        is_being_removed: whether somebody may be removing a checkpoint; called once the record exists, so that whoever
-            begins later sees it.
         level: of zstd; None for the usual.
         progress: called with each checkpoint that is packed.
 
@@ -79,29 +72,33 @@ def archive(
         StoreError: the store refused.
     """
     load_codec()
+    store, by = run.store, present_user()
     packed = _pack_all(store, manifests, level, progress)
     for manifest in manifests:
         journal.append(Changing(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
     journal.sync()
     sizes = {checkpoint.manifest.id: checkpoint.packed_bytes for checkpoint in packed}
-    packs.mark_archived(store, run, RunArchive(packed_bytes=sizes, at=journal.now(), by=by))
-    if any(map(is_being_removed, manifests)):
-        store.delete(layout.archived_key(run))
-        raise ConflictError(f"a checkpoint of run {run!r} is being removed; archive the run again when that is done")
+    packs.mark_archived(store, run.name, RunArchive(packed_bytes=sizes, at=journal.now(), by=by))
+    # once the record exists, so that whoever begins a removal later sees it
+    if any(run.is_being_removed(manifest, held=True) for manifest in manifests):
+        store.delete(layout.archived_key(run.name))
+        raise ConflictError(
+            f"a checkpoint of run {run.name!r} is being removed; archive the run again when that is done"
+        )
     for manifest in manifests:
         about = {"checkpoint": manifest.id, "name": manifest.name, "by": by}
         journal.append(Archived(at=journal.now(), packed_bytes=sizes[manifest.id], **about))
     journal.sync()
     for manifest in manifests:
         # one that was removed meanwhile may have put its files into the trash
-        if store.size(layout.manifest_key(run, manifest.name)) is not None:
+        if store.size(layout.manifest_key(run.name, manifest.name)) is not None:
             for file in manifest.files:
-                store.delete(layout.file_key(run, manifest.name, file.name))
+                store.delete(layout.file_key(run.name, manifest.name, file.name))
     return packed
 
 
 def _pack_all(
-    store: Store, manifests: Sequence[Manifest], level: int | None, progress: Callable[[PackedCheckpoint], None]
+    store: Store, manifests: Sequence[Manifest], level: int | None, progress: Progress
 ) -> list[PackedCheckpoint]:
     bases: list[PackBase] = []  # the nearest first
     packed: list[PackedCheckpoint] = []
@@ -137,58 +134,46 @@ def _compare(manifest: Manifest, name: str, written: FileRecord) -> None:
         )
 
 
-def restore(
-    store: Store,
-    journal: Journal,
-    run: str,
-    manifests: Sequence[Manifest],
-    *,
-    by: str,
-    progress: Callable[[Manifest], None] = lambda _: None,
-) -> list[Manifest]:
-    """Restore the files of an archived run, bit for bit; the caller holds the run.
+def restore_held(run: Run, journal: Journal, progress: Callable[[Manifest], None]) -> list[Manifest]:
+    """Restore the files of an archived run that the caller holds, bit for bit.
 
     What earlier code archived piece by piece is restored, too: single checkpoints, and dropped parts whose files are
     still intact.
 
     Args:
-        store: holds the run.
+        run: the archived run.
         journal: receives a ``Restored`` for each checkpoint.
-        run: its name.
-        manifests: its checkpoints, earliest first: each is unpacked with the help of the files of the ones before.
-        by: who decided, for the record.
         progress: called with each checkpoint that is done.
-
-    Returns:
-        The restored checkpoints.
 
     Raises:
         CorruptError: packs are damaged; the message names the checkpoints, and all others are restored.
         MissingExtraError: NumPy or zstandard is not installed.
         StoreError: the store refused; the run stays archived.
     """
-    completed = {manifest.id for manifest in manifests if _restore_parts(store, journal, manifest, by)}
-    manifests = [reader.read_manifest(store, run, manifest.name) for manifest in manifests]
-    restored, damage = _unpack_all(store, run, manifests, progress)
+    store, by = run.store, present_user()
+    completed = {manifest.id for manifest in run.manifests() if _restore_parts(store, journal, manifest, by)}
+    manifests = run.manifests()  # earliest first: each is unpacked with the help of the files of the ones before
+    restored, damage = _unpack_all(run, manifests, progress)
     for manifest in restored:
         journal.append(Restored(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
     journal.sync()
-    store.delete(layout.archived_key(run))
+    store.delete(layout.archived_key(run.name))
     for manifest in restored:
-        store.delete(layout.singly_archived_key(run, manifest.name))
+        store.delete(layout.singly_archived_key(run.name, manifest.name))
     if damage:
         raise CorruptError(
-            f"run {run!r} is restored, except for damaged checkpoints: {'; '.join(damage)}. Copy the packs in "
-            f"{layout.archive_prefix(run)} from a backup, or remove these checkpoints: peakpoint rm --undo-for 0"
+            f"run {run.name!r} is restored, except for damaged checkpoints: {'; '.join(damage)}. Copy the packs in "
+            f"{layout.archive_prefix(run.name)} from a backup, or remove these checkpoints: peakpoint rm --undo-for 0"
         )
     return [manifest for manifest in manifests if manifest in restored or manifest.id in completed]
 
 
 def _unpack_all(
-    store: Store, run: str, manifests: Sequence[Manifest], progress: Callable[[Manifest], None]
+    run: Run, manifests: Sequence[Manifest], progress: Callable[[Manifest], None]
 ) -> tuple[list[Manifest], list[str]]:
     """Unpack what is packed; returns the restored checkpoints, and a sentence for each that is damaged."""
-    packed = packs.packed_bytes(store, run, manifests)
+    store = run.store
+    packed = packs.packed_bytes(store, run.name, manifests)
     neighbours: list[tuple[Manifest, ByteSource]] = []
     restored: list[Manifest] = []
     damage: list[str] = []
@@ -198,7 +183,8 @@ def _unpack_all(
         except (CorruptError, FormatError, NotFoundError) as error:
             damage.append(str(error))
             continue
-        if not any(trash.dropped_parts(store, run, manifest.name)):  # later packs may need parts that only its pack has
+        # of one that lacks parts the pack stays the source: later packs may need these parts
+        if not any(trash.dropped_parts(store, run.name, manifest.name)):
             neighbours = [*neighbours, (manifest, FileSource(store, manifest))][-_NEIGHBOURS:]
         progress(manifest)
         restored.append(manifest)

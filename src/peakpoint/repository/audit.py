@@ -112,12 +112,16 @@ def _outside_runs(store: Store, *, deeper: bool) -> Iterator[AuditFinding]:
         yield from strays(store, layout.RUNS, None)
 
 
+def _families(store: Store) -> dict[str, list[str]]:
+    """Return the aliases of the repository, each of which may be a family, with the aliases of the family."""
+    return {name: aliases.directories(store, name) for name in aliases.directories(store)}
+
+
 def _aliases(store: Store) -> Iterator[AuditFinding]:
     """Find damaged records of aliases, missing checkpoints, and what else is in the directories of aliases."""
-    families = aliases.directories(store)
+    families = _families(store)
     yield from strays(store, layout.ALIASES, {f"{name}/" for name in families})
-    for family in families:
-        nested = aliases.directories(store, family)
+    for family, nested in families.items():
         for name in (family, *nested):
             numbers = aliases.numbers(store, name)
             keys = [key(name, number) for number in numbers for key in (layout.alias_key, layout.told_key)]
@@ -187,6 +191,5 @@ def clean(repository: Repository, *, clock: Clock = utc_now) -> list[AuditFindin
 
 
 def _directories_outside_runs(store: Store) -> list[str]:
-    families = aliases.directories(store)
-    names = [*families, *(name for family in families for name in aliases.directories(store, family))]
+    names = [name for family, nested in _families(store).items() for name in (family, *nested)]
     return ["", layout.RUNS, layout.ALIASES, *map(layout.alias_prefix, names), layout.RELEASES]

@@ -1,11 +1,11 @@
-"""The commit and the delete: the order of writes that makes a checkpoint exist, and cease to exist.
+"""The commit: the order of writes that makes a checkpoint exist.
 
-Commit: every file of the checkpoint, durable one by one; then the history that it belongs to; then the manifest,
-created atomically. Delete: the manifest first, then the files. A crash at any instant leaves a whole checkpoint or a
-directory without a manifest, which is litter.
+Every file of the checkpoint is written, durable one by one; then the history that it belongs to; then the manifest is
+created atomically. A crash at any instant leaves a whole checkpoint or a directory without a manifest, which is an
+incomplete save; ``peakpoint.repository.removal`` deletes in the opposite order.
 
-An error while the manifest is created leaves open whether it exists. It is taken away again, and as long as that cannot
-be proven, the next attempt goes into the same directory: so no id is ever that of two checkpoints.
+An error while the manifest is created leaves open whether it exists. It is deleted again, and while that cannot be
+proven, the next attempt writes into the same directory: so two checkpoints never have the same id.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ BLOCK = 32 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Where one tensor is in a file; see ``TensorRecord``."""
+    """The place of one tensor in a file; see ``TensorRecord``."""
 
     name: str
     dtype: str
@@ -79,7 +79,7 @@ class StreamedImage:
     """A file whose bytes are made when they are written; see ``FileImage``.
 
     Attributes:
-        blocks: makes all of them, anew with every call.
+        blocks: makes all bytes, anew with every call.
     """
 
     name: str
@@ -96,7 +96,6 @@ class WholeImage:
     """A file whose bytes are all in memory; see ``FileImage``.
 
     Attributes:
-        data: the bytes.
         ready: returns when the bytes before a position in the file are final.
     """
 
@@ -114,7 +113,7 @@ class WholeImage:
         return len(memoryview(self.data).cast("B"))
 
     def blocks(self) -> Iterator[memoryview]:
-        """The bytes in blocks of ``BLOCK``."""
+        """Yield the bytes in blocks of ``BLOCK``."""
         data = memoryview(self.data).cast("B")
         for begin in range(0, len(data), BLOCK):
             end = min(begin + BLOCK, len(data))
@@ -123,27 +122,23 @@ class WholeImage:
 
 
 def combined_digest(header_digest: str, tensors: Sequence[TensorRecord]) -> str:
-    """The digest of a file with tensors, derived from those of its pieces so that nothing is hashed twice.
+    """Return the digest of a file with tensors, derived from those of its pieces so that nothing is hashed twice.
 
-    BLAKE3 of the raw digest of the header followed by the raw digest of each tensor in file order.
+    It is BLAKE3 of the raw digest of the header followed by the raw digest of each tensor in file order.
     """
     return digest(b"".join(map(bytes.fromhex, (header_digest, *(tensor.digest for tensor in tensors)))))
 
 
 class Hashing:
-    """Hashes a file block by block: its header and each tensor, or the whole of a file without tensors.
-
-    Args:
-        image: the file.
-    """
+    """The digests of a file, taken block by block: of its header and each tensor, or of a file without tensors."""
 
     def __init__(self, image: FileImage) -> None:
         self._image = image
         header = image.header or image.size
         self._ends = [header, *(image.header + span.end for span in image.spans)]
         self._digests: list[str] = []
-        self._at = 0
-        self._open: blake3 | None = blake3()
+        self._position = 0
+        self._partial: blake3 | None = blake3()  # of what began in an earlier block
 
     def update(self, block: memoryview) -> None:
         """Take the next block."""
@@ -151,28 +146,27 @@ class Hashing:
             number = len(self._digests)
             if number == len(self._ends):
                 return
-            piece = block[: self._ends[number] - self._at]
-            if self._at + len(piece) == self._ends[number] and self._open is None:
-                self._digests.append(blake3(piece).hexdigest())  # whole in this block: the usual case
+            piece = block[: self._ends[number] - self._position]
+            self._position += len(piece)
+            if self._position == self._ends[number] and self._partial is None:
+                self._digests.append(blake3(piece).hexdigest())  # all of it is in this block: the usual case
             else:
-                self._open = (self._open or blake3()).update(piece)
-                if self._at + len(piece) < self._ends[number]:
-                    self._at += len(piece)
+                self._partial = (self._partial or blake3()).update(piece)
+                if self._position < self._ends[number]:
                     return
-                self._digests.append(self._open.hexdigest())
-            self._open = None
-            self._at += len(piece)
+                self._digests.append(self._partial.hexdigest())
+            self._partial = None
             block = block[len(piece) :]
 
     def record(self) -> FileRecord:
-        """The record of the file, after its last block."""
+        """Return the record of the file, after its last block."""
         image = self._image
         if not image.header:
             return FileRecord(name=image.name, size=image.size, digest=self._digests[0] if image.size else digest(b""))
-        header_digest, *rest = self._digests
+        header_digest, *tensor_digests = self._digests
         tensors = tuple(
-            TensorRecord(span.name, span.dtype, span.shape, span.begin, span.end, hashed)
-            for span, hashed in zip(image.spans, rest, strict=True)
+            TensorRecord(span.name, span.dtype, span.shape, span.begin, span.end, tensor_digest)
+            for span, tensor_digest in zip(image.spans, tensor_digests, strict=True)
         )
         return FileRecord(
             name=image.name,
@@ -193,7 +187,7 @@ def file_record(image: FileImage) -> FileRecord:
 
 
 def unused_name(store: Store, run: str, name: str) -> str:
-    """``name``, or ``name-2``, ``name-3``, ... when directories of those names exist."""
+    """Return ``name``, or ``name-2``, ``name-3``, ... when directories of those names exist."""
     taken = {child.rstrip("/") for child in store.children(layout.checkpoints_prefix(run))}
     candidate, number = name, 1
     while candidate in taken:
@@ -208,51 +202,37 @@ def commit(
     images: Sequence[FileImage],
     *,
     first: Callable[[], None],
-    before: Manifest | None = None,
+    previous: Manifest | None = None,
     timing: Callable[[], Mapping[str, float]] = dict,
     adopt: Callable[[str, str], bool] = lambda *_: False,
 ) -> Manifest:
     """Make a checkpoint exist.
 
     Durable on return. When it raises, the checkpoint does not exist and every other one is as it was, unless the store
-    refuses also to take its manifest away; see ``withdraw``.
+    refuses also to delete its manifest; see ``withdraw``.
 
     Args:
-        store: where.
+        store: receives the checkpoint.
         draft: the manifest but for its files.
         images: the files.
-        before: a checkpoint of the same run whose files may be shared, where bytes are the same.
+        previous: a checkpoint of the same run; its files are shared where bytes are the same.
         first: makes durable what must be so before the manifest is: the journal up to this moment.
-        timing: what is known about the time it took, asked for when all files are durable.
+        timing: seconds that other work on the save took, called when all files are durable.
         adopt: puts a file that exists already under a key, durably, and says whether it could; takes the name of the
-            image and the key. What it has put there is only hashed.
+            image and the key. Such a file is only hashed.
 
     Raises:
         ConflictError: a checkpoint of that name exists.
-        StoreError: the store refused; what had been written is cleaned away as far as the store allows.
+        StoreError: the store refused; what had been written is deleted as far as the store allows.
     """
     try:
-        # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
-        with Worker("peakpoint-hash") as hashing:
-            begin = time.perf_counter()
-            records = [
-                _share(store, draft, image, before)
-                or _adopt(draft, image, adopt)
-                or _write(store, layout.file_key(draft.run, draft.name, image.name), image, hashing)
-                for image in images
-            ]
-            files = tuple(record() for record in records)
-            seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        files = _put_files(store, draft, images, previous, adopt)
+        seconds = time.perf_counter() - begin
+        written = sum(file.size for file in files if not file.shared)
         shared = sum(file.size for file in files if file.shared)
-        rate = (sum(file.size for file in files) - shared) / seconds
-        known = {
-            **draft.timing,
-            "shared_bytes": float(shared),
-            "write_seconds": seconds,
-            "bytes_per_second": rate,
-            **timing(),
-        }
-        manifest = replace(draft, files=files, timing=known)
+        rates = {"shared_bytes": float(shared), "write_seconds": seconds, "bytes_per_second": written / seconds}
+        manifest = replace(draft, files=files, timing={**draft.timing, **rates, **timing()})
         first()
         store.create(layout.manifest_key(draft.run, draft.name), encode_manifest(manifest))
     except BaseException:
@@ -261,8 +241,26 @@ def commit(
     return manifest
 
 
+def _put_files(
+    store: Store,
+    draft: Manifest,
+    images: Sequence[FileImage],
+    previous: Manifest | None,
+    adopt: Callable[[str, str], bool],
+) -> tuple[FileRecord, ...]:
+    # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
+    with Worker("peakpoint-hash") as hashing:
+        records = [
+            _share(store, draft, image, previous)
+            or _adopt(draft, image, adopt)
+            or _write(store, layout.file_key(draft.run, draft.name, image.name), image, hashing)
+            for image in images
+        ]
+        return tuple(record() for record in records)
+
+
 def _abandon(store: Store, draft: Manifest, images: Sequence[FileImage]) -> None:
-    """Remove what a failed commit has written; its files stay as long as its manifest may exist."""
+    """Delete what a failed commit has written; its files stay while its manifest may exist."""
     with contextlib.suppress(StoreError):  # the error that brought us here is the one to report; audit finds the rest
         withdraw(store, draft)
         if store.size(layout.manifest_key(draft.run, draft.name)) is None:
@@ -270,7 +268,7 @@ def _abandon(store: Store, draft: Manifest, images: Sequence[FileImage]) -> None
 
 
 def withdraw(store: Store, draft: Manifest) -> None:
-    """Take away the manifest of a failed commit, which may have come to exist all the same; that of others stays.
+    """Delete the manifest of a failed commit, which may exist all the same; a manifest of another id stays.
 
     Raises:
         StoreError: the store refused; the checkpoint may exist.
@@ -284,20 +282,20 @@ def withdraw(store: Store, draft: Manifest) -> None:
         store.delete(key)
 
 
-def _share(store: Store, draft: Manifest, image: FileImage, before: Manifest | None) -> Callable[[], FileRecord] | None:
-    """Use a file of another checkpoint once more, if its bytes are the same and the store can."""
-    if before is None or not image.stable or image.transient:
+def _share(
+    store: Store, draft: Manifest, image: FileImage, previous: Manifest | None
+) -> Callable[[], FileRecord] | None:
+    """Share a file with another checkpoint, if its bytes are the same and the store can."""
+    if previous is None or not image.stable or image.transient:
         return None
-    other = next((file for file in before.files if file.name == image.name and file.size == image.size), None)
-    if other is None or [record[:-1] for record in other.tensors] != [astuple(span) for span in image.spans]:
+    file = next((file for file in previous.files if file.name == image.name and file.size == image.size), None)
+    if file is None or [record[:-1] for record in file.tensors] != [astuple(span) for span in image.spans]:
         return None
-    mine = file_record(image)
-    if replace(other, shared="") != mine:
+    record = file_record(image)
+    source = layout.file_key(previous.run, previous.name, file.name)
+    if replace(file, shared="") != record or not store.link(source, layout.file_key(draft.run, draft.name, image.name)):
         return None
-    source = layout.file_key(before.run, before.name, other.name)
-    if not store.link(source, layout.file_key(draft.run, draft.name, image.name)):
-        return None
-    return lambda: replace(mine, shared=other.shared or before.id)
+    return lambda: replace(record, shared=file.shared or previous.id)
 
 
 def _adopt(draft: Manifest, image: FileImage, adopt: Callable[[str, str], bool]) -> Callable[[], FileRecord] | None:
@@ -333,9 +331,9 @@ def _write(store: Store, key: str, image: FileImage, hashing: Worker) -> Callabl
 
 
 def sweep(store: Store, run: str, name: str, files: Sequence[str]) -> None:
-    """Remove ``files`` and unfinished writes from a directory without a manifest, then the directory if it is empty.
+    """Delete ``files`` and unfinished writes from a directory without a manifest, then the directory if it is empty.
 
-    The record that it is in the trash goes first: once a file is gone, the checkpoint cannot be brought back.
+    The record of the trash is deleted first: without one of its files the checkpoint cannot be restored.
     """
     for file in sorted(files, key=lambda file: file != layout.TRASHED):
         store.delete(layout.file_key(run, name, file))

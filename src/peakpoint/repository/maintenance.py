@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from functools import partial
 
 from peakpoint.errors import ConflictError, CorruptError, Error, NotFoundError, StoreError
 from peakpoint.format import layout
@@ -273,10 +272,8 @@ def archive(
         if not listing.manifests or packs.readable_run_archive(run.store, run.name) is not None:
             return []
         packs.check_not_archived(run.store, run.name, listing.manifests)  # not even one of them, as earlier code could
-        being_removed = partial(run.is_being_removed, held=True)
-        pack = partial(archives.archive, by=present_user(), is_being_removed=being_removed, level=level)
         try:
-            return pack(run.store, journal, run.name, listing.manifests, progress=progress)
+            return archives.archive_held(run, journal, listing.manifests, level, progress)
         except Error:
             with contextlib.suppress(StoreError):  # the error that brought us here is the one to report
                 for key in archives.superfluous_packs(run.store, run.name):
@@ -303,4 +300,4 @@ def restore(
         MissingExtraError: NumPy or zstandard is not installed.
     """
     with writing(run, "peakpoint archive --restore", clock) as journal:
-        return archives.restore(run.store, journal, run.name, run.manifests(), by=present_user(), progress=progress)
+        return archives.restore_held(run, journal, progress)

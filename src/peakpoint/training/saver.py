@@ -315,7 +315,7 @@ class Saver:
             job.draft,
             job.captured.images,
             first=lambda: self._settled(job),
-            before=self._committed[-1] if self._committed else None,
+            previous=self._committed[-1] if self._committed else None,
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
         self._notices += self._store.remarks()
