@@ -74,9 +74,9 @@ def archive_held(
     load_codec()
     store, by = run.store, present_user()
     packed = _pack_all(store, manifests, level, progress)
-    for manifest in manifests:
-        journal.append(Changing(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
-    journal.sync()
+    journal.record(
+        Changing(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by) for manifest in manifests
+    )
     sizes = {checkpoint.manifest.id: checkpoint.packed_bytes for checkpoint in packed}
     packs.mark_archived(store, run.name, RunArchive(packed_bytes=sizes, at=journal.now(), by=by))
     # once the record exists, so that whoever begins a removal later sees it
@@ -154,9 +154,9 @@ def restore_held(run: Run, journal: Journal, progress: Callable[[Manifest], None
     completed = {manifest.id for manifest in run.manifests() if _restore_parts(store, journal, manifest, by)}
     manifests = run.manifests()  # earliest first: each is unpacked with the help of the files of the ones before
     restored, damage = _unpack_all(run, manifests, progress)
-    for manifest in restored:
-        journal.append(Restored(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by))
-    journal.sync()
+    journal.record(
+        Restored(at=journal.now(), checkpoint=manifest.id, name=manifest.name, by=by) for manifest in restored
+    )
     store.delete(layout.archived_key(run.name))
     for manifest in restored:
         store.delete(layout.singly_archived_key(run.name, manifest.name))

@@ -89,7 +89,7 @@ def apply_plan(
 
         until, by = _until(clock(), undo_for), present_user()
         failures = removal.remove(run.store, journal, plan.remove, by=by, protected=protected, until=until)
-        return failures + removal.thin(run.store, journal, plan.drop, by=by, protected=protected)[1]
+        return failures + removal.remove_parts(run.store, journal, plan.drop, by=by, protected=protected)[1]
 
 
 def _until(now: datetime, undo_for: timedelta) -> datetime | None:
@@ -196,8 +196,7 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[Mani
                 ) from damage
         for checkpoint, entry in entries.items():
             name, by = entry.manifest.name, present_user()
-            journal.append(Changing(at=clock(), checkpoint=checkpoint, name=name, by=by))
-            journal.sync()
+            journal.record([Changing(at=clock(), checkpoint=checkpoint, name=name, by=by)])
             removal.restore_from_trash(run.store, entry.record)
             journal.append(Undone(at=clock(), checkpoint=checkpoint, name=name, parts=(), by=by))
             journal.append(Pinned(at=clock(), checkpoint=checkpoint, why="brought back with undo", by=by))

@@ -139,26 +139,26 @@ def remove(
     return _carry_out(journal, removals, event, act, by, protected, late_record=until is None, hint=hint)
 
 
-def thin(
-    store: Store, journal: Journal, thinnings: Sequence[PartRemoval], *, by: str, protected: Protected = tuple
+def remove_parts(
+    store: Store, journal: Journal, removals: Sequence[PartRemoval], *, by: str, protected: Protected = tuple
 ) -> tuple[dict[str, Manifest], list[str]]:
     """Drop parts permanently, recording each reason durably before the first file is deleted.
 
     Returns:
         The manifests as they are now, by id, and one sentence for each that failed.
     """
-    thinned: dict[str, Manifest] = {}
+    remaining: dict[str, Manifest] = {}
 
-    def act(thinning: PartRemoval) -> None:
-        thinned[thinning.manifest.id] = drop_parts(
-            store, thinning.manifest, thinning.parts, at=journal.now(), why=thinning.reason, by=by
+    def act(removal: PartRemoval) -> None:
+        remaining[removal.manifest.id] = drop_parts(
+            store, removal.manifest, removal.parts, at=journal.now(), why=removal.reason, by=by
         )
 
-    def event(thinning: PartRemoval) -> PartsDropped:
-        about = _about(thinning.manifest, by)
-        return PartsDropped(at=journal.now(), **about, parts=thinning.parts, reason=thinning.reason)
+    def event(removal: PartRemoval) -> PartsDropped:
+        about = _about(removal.manifest, by)
+        return PartsDropped(at=journal.now(), **about, parts=removal.parts, reason=removal.reason)
 
-    return thinned, _carry_out(journal, thinnings, event, act, by, protected)
+    return remaining, _carry_out(journal, removals, event, act, by, protected)
 
 
 A = TypeVar("A", Removal, PartRemoval)

@@ -377,7 +377,9 @@ class Saver:
             failures += removal.remove(
                 self._store, self._journal, removals, by="rules", protected=self._protected, until=bound
             )
-        thinned, more = removal.thin(self._store, self._journal, plan.drop, by="rules", protected=self._protected)
+        thinned, more = removal.remove_parts(
+            self._store, self._journal, plan.drop, by="rules", protected=self._protected
+        )
         if until is not None or (self._trash_until is not None and self._trash_until <= now):
             self._trash_until = None
             self._purge(now)
