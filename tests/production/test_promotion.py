@@ -332,7 +332,7 @@ def test_rm_refuses_what_an_alias_points_at(tmp_path):
     promote(found, "r:1", force=True)
     run = found.run("r")
     (failure,) = maintenance.remove(run, [run.find_manifest("r:1")], "away")
-    assert "stays: champion since" in failure
+    assert "was not removed: champion since" in failure
     assert found.find("@champion").step == 1
 
 
