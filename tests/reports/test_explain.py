@@ -11,7 +11,7 @@ from peakpoint.repository import journal as journals
 from peakpoint.repository.removal import remove
 from peakpoint.rules import Best, BestAtSparsity, Last, Rule
 from peakpoint.rules.retention import Removal
-from peakpoint.rules.simulate import replay
+from peakpoint.rules.simulate import what_if
 from strategies import START, bests, everies, lasts, metrics, paretos, thins, topks
 from training import checkpointer, kept
 
@@ -87,7 +87,7 @@ def test_a_replay_keeps_what_the_training_kept(tmp_path_factory, reports, rules)
             ckpt.report(values, step=10 * number, epoch=number - 1)
             ckpt.wait()
     run = pp.open(root).run("r")
-    found = replay(run.events(), rules, 1000)
+    found = what_if(run.events(), rules, 1000)
     assert [one.moment.step for one in found.kept] == [one.step for one in run.checkpoints()]
     assert found.saves == sum(isinstance(event, Saved) for event in run.events())
     assert found.reports == len(reports)
@@ -95,17 +95,17 @@ def test_a_replay_keeps_what_the_training_kept(tmp_path_factory, reports, rules)
 
 def test_a_peak_that_no_rule_held_is_said_to_be_lost():
     events = events_of([{"acc": 0.1}, {"acc": 0.9}, {"acc": 0.3}])
-    lost = replay(events, [Last(1)], 10, also=[Best("acc", "max")])
+    lost = what_if(events, [Last(1)], 10, also=[Best("acc", "max")])
     (peak,) = lost.peaks
     assert (peak.moment.step, peak.survives) == (20, False)
-    (peak,) = replay(events, [Last(1), Best("acc", "max")], 10).peaks
+    (peak,) = what_if(events, [Last(1), Best("acc", "max")], 10).peaks
     assert peak.survives
     assert (lost.saves, lost.most, lost.bytes_kept, lost.bytes_written) == (3, 2, 10, 30)
 
 
 def test_a_replay_of_smoothed_rules_and_budgets():
     events = events_of([{"acc": value} for value in (0.1, 0.2, 0.9, 0.3, 0.5, 0.6, 0.7, 0.2, 0.1)])
-    found = replay(events, [Best("acc", "max", smooth=3)], 10)
+    found = what_if(events, [Best("acc", "max", smooth=3)], 10)
     assert [one.moment.step for one in found.kept] == [70]
-    found = replay(events, [BestAtSparsity("acc", "max"), Last(5), pp.Budget(20)], 10)
+    found = what_if(events, [BestAtSparsity("acc", "max"), Last(5), pp.Budget(20)], 10)
     assert [one.moment.step for one in found.kept] == [80, 90]

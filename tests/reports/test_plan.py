@@ -26,7 +26,7 @@ from peakpoint.format.events import Reported, Saved
 from peakpoint.reports.plan import forecast as planner
 from peakpoint.reports.plan import networks, optimizers, sizes
 from peakpoint.reports.plan.curves import AssumedMetrics
-from peakpoint.rules.simulate import replay
+from peakpoint.rules.simulate import what_if
 from strategies import START, lasts, modes, paretos, thins, topks
 from training import checkpointer
 
@@ -210,7 +210,7 @@ def test_a_plan_is_what_a_replay_of_such_reports_tells(keep, epochs):
     found = planner.forecast(sized, keep=keep, epochs=epochs, steps_per_epoch=1)
     for outlook in found.outlooks:
         curve = AssumedMetrics(keep, epochs, 1, {}, 0).metrics(outlook.name)
-        told = replay(reported(curve, epochs), keep, sized.bytes)
+        told = what_if(reported(curve, epochs), keep, sized.bytes)
         assert (outlook.saves, outlook.kept, outlook.most) == (told.saves, len(told.kept), told.most)
         assert outlook.bytes_kept == told.bytes_kept
         assert outlook.bytes_written == told.bytes_written

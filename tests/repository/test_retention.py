@@ -355,7 +355,7 @@ def test_a_budget_counts_what_is_left_after_parts_have_gone():
     assert made.remove == ()
     (thinning,) = made.drop
     assert (thinning.manifest, thinning.parts) == (best, ("optimizer",))
-    assert {file.name for file in best.files} - {file.name for file in thinning.left.files} == {"optimizer.s"}
+    assert {file.name for file in best.files} - {file.name for file in thinning.remaining.files} == {"optimizer.s"}
     assert made.freed_bytes == 7
     assert [removal.manifest for removal in plan([best, newest], [*rules[:2], Budget(12)]).remove] == [best]
 

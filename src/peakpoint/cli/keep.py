@@ -24,7 +24,7 @@ from peakpoint.repository.root import open_repository
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule, check_ranking_metrics, moment_text, parse_all
 from peakpoint.rules.retention import RetentionPlan
-from peakpoint.rules.simulate import Replay, replay, typical_size
+from peakpoint.rules.simulate import WhatIf, typical_size, what_if
 
 GB = 1e9
 
@@ -141,11 +141,11 @@ def _plan_json(run: Run, rules: Sequence[Rule], plan: RetentionPlan) -> dict[str
 
 
 def _what_if(run: Run, rules: Sequence[Rule], price: float | None) -> Answer:
-    simulated = replay(run.events(), rules, typical_size(run.manifests()), also=run.rules())
+    simulated = what_if(run.events(), rules, typical_size(run.manifests()), also=run.rules())
     return Answer(_replay_json(run, simulated, price), lambda console: _print_replay(console, run, simulated, price))
 
 
-def _print_replay(console: Console, run: Run, simulated: Replay, price: float | None) -> None:
+def _print_replay(console: Console, run: Run, simulated: WhatIf, price: float | None) -> None:
     rules = " ".join(rule.text for rule in simulated.rules)
     console.print(
         f"[bold]{escape(run.name)}[/], {simulated.reports} reports, under {escape(rules)}: {simulated.saves} saved, "
@@ -167,7 +167,7 @@ def _print_replay(console: Console, run: Run, simulated: Replay, price: float | 
         )
 
 
-def _replay_json(run: Run, simulated: Replay, price: float | None) -> dict[str, Any]:
+def _replay_json(run: Run, simulated: WhatIf, price: float | None) -> dict[str, Any]:
     def moment(point: Any) -> dict[str, Any]:
         return {"step": point.step, "epoch": point.epoch, "metrics": dict(point.metrics)}
 

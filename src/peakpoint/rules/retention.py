@@ -38,14 +38,14 @@ class PartRemoval:
     reason: str
 
     @property
-    def left(self) -> Manifest:
-        """What is left of the checkpoint."""
+    def remaining(self) -> Manifest:
+        """The manifest without these parts."""
         return without_parts(self.manifest, self.parts)
 
     @property
     def freed_bytes(self) -> int:
         """Bytes of the files that go."""
-        return self.manifest.size_bytes - self.left.size_bytes
+        return self.manifest.size_bytes - self.remaining.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def plan(
     good = [manifest for manifest in manifests if manifest.id not in damaged]
     claimed, protected = claims(rules, good), protections(good, pinned, cut, read, aliased)
     drops = _drops(good, rules, claimed, protected)
-    slim = {thinning.manifest.id: thinning.left for thinning in drops}
+    slim = {thinning.manifest.id: thinning.remaining for thinning in drops}
     stay = kept_ids([slim.get(manifest.id, manifest) for manifest in good], rules, protected.keys())
     texts = " ".join(rule.text for rule in rules) or "no rules"
     going = []

@@ -21,9 +21,8 @@ from peakpoint.format.names import did_you_mean
 from peakpoint.reports.plan.curves import ASSUMPTIONS, AssumedMetrics
 from peakpoint.reports.plan.intervals import Failures
 from peakpoint.reports.plan.sizes import REST, Sizes, check_whole, from_state, stalled_seconds
-from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules, moment_claims
-from peakpoint.rules.history import Smoothing, smoothing_windows
-from peakpoint.rules.retention import plan
+from peakpoint.rules import BestAtSparsity, Budget, Every, Pareto, Rule, check_rules
+from peakpoint.rules.simulate import simulate, simulated_checkpoint, with_smoothed
 
 MOST_REPORTS = 20_000  # every one is put to every rule
 MOST_WITH_PARETO = 500  # whose work grows with the square of what it keeps
@@ -240,27 +239,22 @@ class _Run:
     def play(self, name: str, metrics: Iterable[Mapping[str, float]]) -> tuple[Outlook, set[str]]:
         """Play the run; also says which rules have claimed anything."""
         parts, files = _files(self.sizes)
-        smoothing = Smoothing(smoothing_windows(self.rules))
         existing: tuple[Manifest, ...] = ()
         claimed: Counter[str] = Counter()
         wanting: set[str] = set()
-        saved_at, most, bytes_most, written, number = [0], 0, 0, 0, 0
-        for number, values in enumerate(metrics, 1):
-            smoothing.report(values)
-            moment = self._moment(number, {**values, **smoothing.means()}, parts, files)
-            claims = moment_claims(self.rules, existing, moment)
-            if not claims:
-                continue
-            wanting.update(claim.rule for claim in claims)
-            saved_at.append(number)
-            written += moment.size_bytes - (_frozen(files) if len(saved_at) > 2 else 0)
-            existing = (*existing, moment)
-            most, bytes_most = max(most, len(existing)), max(bytes_most, _on_disk(existing))
-            decided = plan(existing, self.rules)
-            left = {thinning.manifest.id: thinning.left for thinning in decided.drop}
-            existing = tuple(left.get(one.id, one) for one in existing if one.id in decided.keep)
-            claimed = Counter(claim.rule for claims in decided.keep.values() for claim in claims)
-        ends = [*saved_at, number] if number > saved_at[-1] else saved_at
+        saved_at, most, bytes_most, written = [0], 0, 0, 0
+        reports = [
+            self._moment(number, values, parts, files)
+            for number, values in enumerate(with_smoothed(self.rules, metrics), 1)
+        ]
+        for save in simulate(self.rules, reports):
+            wanting.update(claim.rule for claim in save.claims)
+            saved_at.append(save.checkpoint.report)
+            written += save.checkpoint.size_bytes - (_frozen(files) if len(saved_at) > 2 else 0)
+            most, bytes_most = max(most, len(save.before)), max(bytes_most, _on_disk(save.before))
+            existing = save.existing
+            claimed = Counter(claim.rule for claims in save.plan.keep.values() for claim in claims)
+        ends = [*saved_at, len(reports)] if len(reports) > saved_at[-1] else saved_at
         outlook = Outlook(
             name=name,
             assumption=ASSUMPTIONS[name],
@@ -283,25 +277,9 @@ class _Run:
         parts: Mapping[str, tuple[str, ...]],
         files: tuple[FileRecord, ...],
     ) -> Manifest:
-        return Manifest(
-            id=str(number),
-            run="plan",
-            name=str(number),
-            sequence=number,
-            report=number,
-            step=number * self.steps_per_epoch // self.per_epoch,
-            epoch=(number - 1) // self.per_epoch,
-            metrics=metrics,
-            reasons=(),
-            asked=None,
-            parts=parts,
-            files=files,
-            parent=None,
-            forks=(),
-            created_at=_START + timedelta(seconds=number * self.report_seconds),
-            written_by={},
-            timing={},
-        )
+        step = number * self.steps_per_epoch // self.per_epoch
+        at = _START + timedelta(seconds=number * self.report_seconds)
+        return simulated_checkpoint(number, step, (number - 1) // self.per_epoch, metrics, at, parts, files)
 
 
 _SHARED = "+frozen.safetensors"
