@@ -172,6 +172,15 @@ def test_selecting_starts_without_torch(root):
     assert done.returncode == 0, done.stderr
 
 
+def test_one_run_alone_is_listed_without_a_database(tmp_path):
+    with checkpointer(tmp_path) as ckpt:
+        ckpt.report(step=1)
+    code = f"import sys; sys.argv = ['peakpoint', 'ls', {str(tmp_path)!r}]\ntry:\n    {RUN}\nfinally:\n"
+    code += "    assert 'sqlalchemy' not in sys.modules, 'too much'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_damaged_or_gone_is_marked(tmp_path):
     for run in ("one", "two"):
         with checkpointer(tmp_path, run=run, keep=[pp.Best("acc", "max"), pp.Last(2)]) as ckpt:

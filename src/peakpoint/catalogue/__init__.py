@@ -5,48 +5,42 @@ SQLAlchemy is imported when the index is first used: many commands need only the
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peakpoint.catalogue.query import parse
 from peakpoint.catalogue.ranking import SelectionQuery, WithinSE, ranking_keys
+from peakpoint.errors import ConfigError, MissingExtraError, StoreError
+from peakpoint.repository.findings import AuditFinding
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode
 from peakpoint.store import Store
 
 if TYPE_CHECKING:
-    from peakpoint.catalogue.catalogue import Catalogue, Progress, audit
-    from peakpoint.catalogue.run_summary import RunSummary
-    from peakpoint.catalogue.selection import Clause, Explanation, Selection
+    from peakpoint.catalogue.catalogue import Catalogue as Catalogue
+    from peakpoint.catalogue.catalogue import Progress as Progress
+    from peakpoint.catalogue.run_summary import RunSummary as RunSummary
+    from peakpoint.catalogue.selection import Clause as Clause
+    from peakpoint.catalogue.selection import Explanation as Explanation
+    from peakpoint.catalogue.selection import Selection as Selection
 
-__all__ = [
-    "Catalogue",
-    "Clause",
-    "Explanation",
-    "Progress",
-    "RunSummary",
-    "Selection",
-    "SelectionQuery",
-    "audit",
-    "select",
-]
-_HOMES = {
+_MODULES = {
     "Catalogue": "catalogue",
     "Clause": "selection",
     "Explanation": "selection",
     "Progress": "catalogue",
     "RunSummary": "run_summary",
     "Selection": "selection",
-    "audit": "catalogue",
 }
+__all__ = ["SelectionQuery", "audit", "select", *_MODULES]  # noqa: PLE0604 - names, gathered
+_SHOWN = 20  # mismatches, of which there may be millions
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'peakpoint.catalogue' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"peakpoint.catalogue.{_HOMES[name]}"), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(f"peakpoint.catalogue.{_MODULES[name]}"), name)
     return value
 
 
@@ -90,3 +84,29 @@ def select(
 
     request = SelectionQuery(query=parse(where), keys=ranking_keys(by), top=top, within=within)
     return Catalogue(root, catalogue).select(request)
+
+
+def audit(repository: Repository, catalogue: str | None = None) -> Iterator[AuditFinding]:
+    """Compare the catalogue with the files, if there is one; yields what it says otherwise.
+
+    Args:
+        repository: of which.
+        catalogue: where the index is; see ``Catalogue``.
+    """
+    from peakpoint.catalogue.catalogue import Catalogue  # noqa: PLC0415 - see above
+    from peakpoint.catalogue.database import FILE, VARIABLE  # noqa: PLC0415
+
+    if not (catalogue or os.environ.get(VARIABLE) or repository.store.size(FILE) is not None):
+        return
+    try:
+        index = Catalogue(repository, catalogue)
+        mismatches = [mismatch for mismatch in index.compare() if not mismatch.unreadable]
+    except (ConfigError, MissingExtraError, StoreError) as error:
+        yield AuditFinding("busy", FILE, f"the catalogue was not compared with the files: {error}")
+        return
+    remedy = "peakpoint audit ROOT --rebuild makes it anew"
+    for mismatch in mismatches[:_SHOWN]:
+        sentence = f"the catalogue differs from the files: {mismatch.what}; {remedy}"
+        yield AuditFinding("damage", index.location, sentence)
+    if len(mismatches) > _SHOWN:
+        yield AuditFinding("damage", index.location, f"{len(mismatches) - _SHOWN} more of these; {remedy}")

@@ -18,16 +18,17 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, select
 
 from peakpoint.catalogue import database, schema
 from peakpoint.catalogue.aliases import AliasSnapshot, alias_targets, refresh_aliases
 from peakpoint.catalogue.changes import ReadPosition, is_current
-from peakpoint.catalogue.database import FILE, VARIABLE, DamagedError, translated
+from peakpoint.catalogue.database import VARIABLE, DamagedError, translated
 from peakpoint.catalogue.ranking import SelectionQuery
 from peakpoint.catalogue.refresh import CachedRun, read_positions, refresh_run, remove_run
 from peakpoint.catalogue.rows import checkpoint_of
@@ -35,28 +36,19 @@ from peakpoint.catalogue.run_summary import RunSummary, run_summaries, totals
 from peakpoint.catalogue.search import CANDIDATE_LIMIT
 from peakpoint.catalogue.selection import Selection
 from peakpoint.catalogue.verification import CatalogueMismatch, compare_all, compare_rows
-from peakpoint.errors import (
-    ConfigError,
-    CorruptError,
-    Error,
-    MissingExtraError,
-    NotFoundError,
-    PeakpointWarning,
-    StoreError,
-)
+from peakpoint.errors import ConfigError, CorruptError, Error, NotFoundError, PeakpointWarning, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.sealed import digest
-from peakpoint.repository.findings import AuditFinding
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.store import LocalStore, Store
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with the number of runs that were read, and of how many."""
 
 _CACHED_RUNS = 16
 _ATTEMPTS = 3  # to repair; the last one makes it anew
-_SHOWN = 20  # mismatches, of which there may be millions
 _OPEN: "weakref.WeakSet[Catalogue]" = weakref.WeakSet()
 
 
@@ -346,20 +338,22 @@ class Catalogue:
             warnings.warn(f"the alias {alias!r} is left out: {why}", PeakpointWarning, stacklevel=3)
         return Selection(self._reading, request, self, self.candidate_limit)
 
+    def _read(self, query: Callable[[Connection], T]) -> T:
+        """Ask the database, in one transaction."""
+        with translated(self._url), self._reading.connect() as connection:
+            return query(connection)
+
     def metrics(self) -> tuple[str, ...]:
         """The names of all metrics, by name."""
-        with translated(self._url), self._reading.connect() as connection:
-            return tuple(sorted(schema.Columns.read(connection).keys))
+        return tuple(sorted(self._read(schema.Columns.read).keys))
 
     def aliases(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
         """What aliases point at: run and id of a checkpoint, with the names; without those that cannot be read."""
-        with translated(self._url), self._reading.connect() as connection:
-            return alias_targets(connection)
+        return self._read(alias_targets)
 
     def totals(self) -> tuple[int, int, int]:
         """How many runs and checkpoints there are, and the bytes of their files."""
-        with translated(self._url), self._reading.connect() as connection:
-            return totals(connection)
+        return self._read(totals)
 
     def runs(self, top: int | None = None) -> list[RunSummary]:
         """Every run, or so many at most; those that saved last come first.
@@ -371,8 +365,7 @@ class Catalogue:
 
         def read() -> None:
             self.refresh()  # of one that is made anew while it is looked at
-            with translated(self._url), self._reading.connect() as connection:
-                runs[:] = run_summaries(connection, top)
+            runs[:] = self._read(partial(run_summaries, top=top))
 
         self._repairing(read)
         return runs
@@ -415,8 +408,8 @@ class Catalogue:
             self._last_look = -math.inf
             self.refresh()
             runs = [run for run in self._names() if run not in self._unread]
-            again = compare_all((self._engine, self._reading), self._store, runs)
-            mismatches = again if first else [mismatch for mismatch in again if mismatch in mismatches]
+            all_mismatches = compare_all((self._engine, self._reading), self._store, runs)
+            mismatches = [mismatch for mismatch in all_mismatches if first or mismatch in mismatches]
             if not mismatches:
                 break
         return mismatches
@@ -447,26 +440,3 @@ def _warn_of_unread(unread: Mapping[str, str]) -> None:
     for name, why in unread.items():
         kind = "checkpoint" if "/" in name else "run"
         warnings.warn(f"{kind} {name!r} is left out: {why}", PeakpointWarning, stacklevel=4)
-
-
-def audit(repository: Repository, catalogue: str | None = None) -> Iterator[AuditFinding]:
-    """Compare the catalogue with the files, if there is one; yields what it says otherwise.
-
-    Args:
-        repository: of which.
-        catalogue: where the index is; see ``Catalogue``.
-    """
-    if not (catalogue or os.environ.get(VARIABLE) or repository.store.size(FILE) is not None):
-        return
-    try:
-        index = Catalogue(repository, catalogue)
-        mismatches = [mismatch for mismatch in index.compare() if not mismatch.unreadable]
-    except (ConfigError, MissingExtraError, StoreError) as error:
-        yield AuditFinding("busy", FILE, f"the catalogue was not compared with the files: {error}")
-        return
-    remedy = "peakpoint audit ROOT --rebuild makes it anew"
-    for mismatch in mismatches[:_SHOWN]:
-        sentence = f"the catalogue differs from the files: {mismatch.what}; {remedy}"
-        yield AuditFinding("damage", index.location, sentence)
-    if len(mismatches) > _SHOWN:
-        yield AuditFinding("damage", index.location, f"{len(mismatches) - _SHOWN} more of these; {remedy}")

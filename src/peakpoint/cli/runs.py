@@ -3,14 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint.catalogue import Catalogue, RunSummary
+from peakpoint import catalogue as catalogues
 from peakpoint.cli import tables
 from peakpoint.cli.answer import Answer, answers
 from peakpoint.cli.arguments import CATALOGUE, INCOMPLETE, ROOT
@@ -41,6 +41,9 @@ from peakpoint.rules import Claim, Rule, ranked, ranking_metrics
 from peakpoint.rules.history import history
 from peakpoint.rules.peaks import Peak, peaks
 
+if TYPE_CHECKING:  # one run alone needs no database
+    from peakpoint.catalogue import Catalogue, RunSummary
+
 _ON_A_SCREEN = 30  # runs
 
 
@@ -58,7 +61,7 @@ def ls(root: Path, names: tuple[str, ...], *, all_runs: bool, catalogue: str | N
     only_one = not names and len(repository.store.children(layout.RUNS)) == 1
     runs = repository.runs() if only_one else [repository.run(name) for name in names]
     if not runs:
-        return _list(root, repository, Catalogue(repository, catalogue), all_runs=all_runs)
+        return _list(root, repository, catalogues.Catalogue(repository, catalogue), all_runs=all_runs)
     views = list(map(view, runs))
 
     def text(console: Console) -> None:
@@ -68,7 +71,7 @@ def ls(root: Path, names: tuple[str, ...], *, all_runs: bool, catalogue: str | N
     return Answer({"root": repository.store.location, "runs": list(map(_run_json, views))}, text)
 
 
-def _list(root: Path, repository: Repository, catalogue: Catalogue, *, all_runs: bool) -> Answer:
+def _list(root: Path, repository: Repository, catalogue: "Catalogue", *, all_runs: bool) -> Answer:
     """List runs, a line each."""
     with run_bar() as progress:
         catalogue.refresh(progress)
@@ -88,12 +91,16 @@ def _list(root: Path, repository: Repository, catalogue: Catalogue, *, all_runs:
     return Answer(data, text, problems, json_exit_code=INCOMPLETE if unread else 0)
 
 
-def _writer(repository: Repository, run: RunSummary, unread: Collection[str]) -> str | None:
+def _writer(repository: Repository, run: "RunSummary", unread: Collection[str]) -> str | None:
     return None if run.name in unread else Run(repository.store, run.name).holder()
 
 
 def _print_list(
-    console: Console, root: Path, catalogue: Catalogue, runs: Sequence[RunSummary], writing: Collection[str]
+    console: Console,
+    root: Path,
+    catalogue: "Catalogue",
+    runs: Sequence["RunSummary"],
+    writing: Collection[str],
 ) -> None:
     if not runs:
         console.print(f"no runs yet in {escape(str(root))}")
@@ -251,7 +258,7 @@ def _peak_json(peak: Peak) -> dict[str, Any]:
 # --- many runs -----------------------------------------------------------------------------------------------------
 
 
-def runs_table(console: Console, runs: Sequence[RunSummary], writing: Collection[str]) -> Table:
+def runs_table(console: Console, runs: Sequence["RunSummary"], writing: Collection[str]) -> Table:
     """Runs, a line each: best against last of the first metric that its rules watch; some are being written."""
     rows = [_run_row(run, writing=run.name in writing) for run in runs]
     titles = ("run", "aliases", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")
@@ -264,7 +271,7 @@ def runs_table(console: Console, runs: Sequence[RunSummary], writing: Collection
     return tables.table(tables.fitted(columns, spare, console.width), console.width)
 
 
-def _run_row(run: RunSummary, *, writing: bool) -> tuple[str, ...]:
+def _run_row(run: "RunSummary", *, writing: bool) -> tuple[str, ...]:
     peak = [""] * 5
     if run.peaks:
         metric, mode, best, best_moment, last, _, lost = _peak_cells(run.peaks[0], run.kept)
@@ -280,7 +287,7 @@ def _run_row(run: RunSummary, *, writing: bool) -> tuple[str, ...]:
     )
 
 
-def _listed_json(run: RunSummary, writer: str | None) -> dict[str, Any]:
+def _listed_json(run: "RunSummary", writer: str | None) -> dict[str, Any]:
     return {
         "name": run.name,
         "rules": run.rules,
