@@ -19,6 +19,7 @@ from torch import nn
 
 import peakpoint as pp
 from benchmarks.page import ARCHIVE, ZIPNN, ZSTD
+from benchmarks.quiet import QuietCheckpointer
 from peakpoint.repository import maintenance
 
 WIDTH, LAYERS, CONTEXT, BATCH = 128, 4, 64, 16
@@ -61,8 +62,8 @@ def train(root, dtype, pruned, few, tell):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, warm + apart * count)
     weights, masks = [weight for weight in model.parameters() if weight.dim() > 1], []
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    keep, quiet = [pp.Last(count)], {"preempt": None, "announce": lambda _: None}
-    with pp.Checkpointer(root, run="r", state=state, keep=keep, **quiet) as ckpt:
+    keep = [pp.Last(count)]
+    with QuietCheckpointer(root, run="r", state=state, keep=keep) as ckpt:
         for step in range(1, warm + apart * count + 1):
             places = torch.randint(0, len(data) - CONTEXT - 1, (BATCH,))
             given = torch.stack([data[place : place + CONTEXT + 1] for place in places])

@@ -17,8 +17,8 @@ from statistics import median
 
 import torch
 
-import peakpoint as pp
 from benchmarks.page import ALONE, BEST, BEST_OF_ALL, CASE, SELECTION
+from benchmarks.quiet import QuietCheckpointer
 from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import parse
 from peakpoint.catalogue.ranking import ranking_keys
@@ -215,9 +215,7 @@ def naive(place, count, size, turns):
     place.mkdir()
     (place / "files").mkdir()
     model = {f"p{number}": torch.randn(size // 4 // 8) for number in range(8)}
-    with pp.Checkpointer(
-        place / "ours", run="r", state={"model": model}, keep=[Last(count)], preempt=None, announce=lambda _: None
-    ) as ckpt:
+    with QuietCheckpointer(place / "ours", run="r", state={"model": model}, keep=[Last(count)]) as ckpt:
         for epoch in range(count):
             for tensor in model.values():
                 tensor.add_(0.001)

@@ -10,6 +10,7 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 import peakpoint as pp
+from benchmarks.quiet import QuietCheckpointer
 from benchmarks.saving import BLOCK, durable, fresh_memory
 
 
@@ -35,9 +36,7 @@ class Sides:
 
     def __init__(self, place, case):
         self.case = case
-        with pp.Checkpointer(
-            place / "ours", run="b", state=case.state, keep=[pp.Last(1)], announce=lambda _: None, preempt=None
-        ) as ckpt:
+        with QuietCheckpointer(place / "ours", run="b", state=case.state, keep=[pp.Last(1)]) as ckpt:
             ckpt.report(step=1)
         self.root = place / "ours"
         self.ours = list(self.root.rglob("*.safetensors"))

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import peakpoint as pp
 from benchmarks.cases import gpt2
+from benchmarks.quiet import QuietCheckpointer
 from benchmarks.saving import quiet
 
 SIDES = (
@@ -50,9 +51,7 @@ def save(side, case, place):
 def main(side, scale, place):
     """Print bytes of the state, and how much more memory the process had at its peak than before."""
     small = gpt2(0.01)
-    with pp.Checkpointer(
-        place / "w", run="b", state=small.state, keep=[pp.Last(1)], announce=str, preempt=None
-    ) as ckpt:
+    with QuietCheckpointer(place / "w", run="b", state=small.state, keep=[pp.Last(1)]) as ckpt:
         ckpt.report(step=0)  # everything is imported
     if side not in OURS:
         save(side, small, place)
@@ -60,8 +59,7 @@ def main(side, scale, place):
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     if side in OURS:
-        options = {"announce": str, "preempt": None, **OURS[side]}
-        with pp.Checkpointer(place / "o", run="b", state=case.state, keep=[pp.Last(1)], **options) as ckpt:
+        with QuietCheckpointer(place / "o", run="b", state=case.state, keep=[pp.Last(1)], **OURS[side]) as ckpt:
             for step in range(3):
                 ckpt.report(step=step)
     else:

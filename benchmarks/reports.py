@@ -10,6 +10,7 @@ from statistics import median, quantiles
 import torch
 
 import peakpoint as pp
+from benchmarks.quiet import QuietCheckpointer
 
 REPORTS = 1_000_000
 FEW = 10_000
@@ -27,7 +28,7 @@ def begin(root):
     """The run, opened for writing and resumed."""
     model = torch.nn.Linear(8, 8)
     state = {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
-    ckpt = pp.Checkpointer(root, run="r", state=state, keep=KEEP, stop=STOP, preempt=None, announce=lambda _: None)
+    ckpt = QuietCheckpointer(root, run="r", state=state, keep=KEEP, stop=STOP)
     ckpt.resume()
     return ckpt
 

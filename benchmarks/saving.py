@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import peakpoint as pp
+from benchmarks.quiet import QuietCheckpointer
 from peakpoint.store import FileOps
 
 BLOCK = 32 * 1024 * 1024
@@ -51,10 +52,10 @@ class Sides:
         self.place, self.case = place, case
         self.copies = [torch.empty_like(tensor) for tensor in case.tensors.values()]
         self.memory = fresh_memory(case.bytes)
-        options = {"announce": lambda _: None, "preempt": None, "keep": [pp.Last(1000)], "state": case.state}
+        options = {"keep": [pp.Last(1000)], "state": case.state}
         self.ours = {
-            "peakpoint": pp.Checkpointer(place / "overlapped", run="b", **options),
-            "peakpoint, overlap=False": pp.Checkpointer(place / "plain", run="b", overlap=False, **options),
+            "peakpoint": QuietCheckpointer(place / "overlapped", run="b", **options),
+            "peakpoint, overlap=False": QuietCheckpointer(place / "plain", run="b", overlap=False, **options),
         }
         self.sides = {"copy in memory": self.memory_copy, "raw direct write": self.raw_direct_write}
         self.sides |= {name: lambda ckpt=ckpt: self.peakpoint(ckpt) for name, ckpt in self.ours.items()}

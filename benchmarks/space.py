@@ -16,6 +16,7 @@ from torch import nn
 import peakpoint as pp
 from benchmarks.cases import frozen_resnet50
 from benchmarks.page import LEAN, NAIVE, NAIVE_THIN, PACKED, THIN
+from benchmarks.quiet import QuietCheckpointer
 from peakpoint.cli.demo.training import TRAINING_IMAGES, LeNet5, digits
 from peakpoint.repository import maintenance
 from peakpoint.store import FileOps, LocalStore
@@ -126,9 +127,8 @@ class Ours:
     def __init__(self, place, training, chosen):
         self.place, self.ops = place, Counting()
         state = {"model": training.model, "optimizer": training.optimizer}
-        options = {"announce": lambda _: None, "preempt": None}
         store = LocalStore(place, self.ops)
-        self.ckpt = pp.Checkpointer(store, run="lenet5", state=state, keep=chosen, **options)
+        self.ckpt = QuietCheckpointer(store, run="lenet5", state=state, keep=chosen)
         self.ckpt.resume()
 
     def report(self, epoch, metrics):
@@ -253,9 +253,8 @@ def fine_tune(place, scale):
     case = frozen_resnet50(scale)
     own = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
     backbone = sum(parameter.nbytes for parameter in case.model.parameters() if not parameter.requires_grad)
-    options = {"announce": lambda _: None, "preempt": None}
     (place / "files").mkdir()
-    with pp.Checkpointer(place / "ours", run="r", state=case.state, keep=[pp.Last(KEPT)], **options) as ckpt:
+    with QuietCheckpointer(place / "ours", run="r", state=case.state, keep=[pp.Last(KEPT)]) as ckpt:
         for step in range(1, KEPT + 1):
             for parameter in own:
                 parameter.grad = torch.randn_like(parameter)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import peakpoint as pp
+from benchmarks.quiet import QuietCheckpointer
 from benchmarks.saving import durable, quiet
 
 
@@ -55,8 +56,9 @@ class Ours(Nothing):
     def __init__(self, place, training):
         super().__init__(place, training)
         state = {"model": training.model, "optimizer": training.optimizer}
-        options = {"announce": lambda _: None, "preempt": None, "overlap": self.overlap}
-        self.ckpt = pp.Checkpointer(place, run="b", state=state, keep=[pp.Last(1)], resume="never", **options)
+        self.ckpt = QuietCheckpointer(
+            place, run="b", state=state, keep=[pp.Last(1)], resume="never", overlap=self.overlap
+        )
 
     def save(self, number):
         """Report."""

@@ -42,7 +42,6 @@ def trained(run, seed):
         state={"model": model, "optimizer": optimizer},
         keep=[pp.TopK("val_accuracy", "max", 3, min_epoch=EPOCHS // 2), pp.Last(1)],
         resume="never",
-        announce=[].append,
     ) as ckpt:
         for _ in ckpt.epochs(EPOCHS):
             model.train()

@@ -43,7 +43,7 @@ from peakpoint.format.events import Opened
 from peakpoint.repository import audit
 from peakpoint.rules import history as histories
 from peakpoint.state.tensor_files import read_safetensors
-from training import same
+from training import QuietCheckpointer, same
 
 BEST = "val_accuracy"
 
@@ -123,7 +123,7 @@ def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
     epochs, said = [], []
 
     def go_on():
-        with pp.Checkpointer(root, run="r", state=state, keep=[pp.Last(1)], preempt=None, announce=said.append) as ckpt:
+        with QuietCheckpointer(root, run="r", state=state, keep=[pp.Last(1)], announce=said.append) as ckpt:
             for epoch in ckpt.epochs(7):
                 if not epochs:
                     assert same(dict(mine.state_dict()), dict(model.state_dict()))
@@ -151,9 +151,7 @@ def test_parts_that_the_training_has_not_are_still_a_mismatch(made, tmp_path):
     bring(made[0], tmp_path / "root")
     model = Net()
     with (
-        pp.Checkpointer(
-            tmp_path / "root", run="r", state={"model": model}, keep=[pp.Last(1)], preempt=None, announce=[].append
-        ) as ckpt,
+        QuietCheckpointer(tmp_path / "root", run="r", state={"model": model}, keep=[pp.Last(1)]) as ckpt,
         pytest.raises(pp.errors.MismatchError, match="names no part 'optimizer'") as caught,
     ):
         ckpt.resume()

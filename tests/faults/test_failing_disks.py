@@ -134,7 +134,7 @@ def test_a_disk_that_keeps_refusing(tmp_path, call):
         with pytest.raises(pp.SaveFailedError, match="still in memory"):
             ckpt.report(acc=value)
     set_to(model, 2)
-    with pytest.raises(pp.SaveFailedError, match="given up for a later one"):
+    with pytest.raises(pp.SaveFailedError, match="replaced by a later checkpoint"):
         ckpt.report(acc=0.95)
     with pytest.raises(pp.SaveFailedError):
         ckpt.close()

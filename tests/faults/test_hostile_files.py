@@ -21,13 +21,10 @@ import peakpoint as pp
 from peakpoint.format.manifest import MANIFEST, Manifest, encode_manifest
 from peakpoint.format.sealed import decode_record
 from peakpoint.store import MemoryStore
+from training import QuietCheckpointer
 
 DAMAGED = (pp.errors.CorruptError, pp.errors.FormatError)
 UNFIT = (*DAMAGED, pp.errors.MismatchError)
-
-
-def quiet(_):
-    pass
 
 
 def build(seed=1):
@@ -49,7 +46,7 @@ def build(seed=1):
 
 
 def checkpointer(root, state, **options):
-    return pp.Checkpointer(root, run="r", state=state, keep=[pp.Last(9)], preempt=None, announce=quiet, **options)
+    return QuietCheckpointer(root, run="r", state=state, keep=[pp.Last(9)], **options)
 
 
 def save(root, *seeds):

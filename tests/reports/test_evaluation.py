@@ -24,7 +24,7 @@ from peakpoint.reports.evaluation.peaks import Examples, run_peaks
 from peakpoint.reports.evaluation.sparsity import tradeoff
 from peakpoint.repository import maintenance
 from peakpoint.rules.peaks import peaks
-from training import checkpointer
+from training import QuietCheckpointer, checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*never counts as best:peakpoint.PeakpointWarning")
 
@@ -593,9 +593,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path):
 def test_a_training_that_was_stopped_early_says_so(tmp_path):
     for run, patience in (("stopped", 3), ("whole", 50)):
         stop = pp.EarlyStopping("acc", "max", patience=patience)
-        with pp.Checkpointer(
-            tmp_path, run=run, state={"x": 1}, keep=[pp.Best("acc", "max")], stop=stop, preempt=None, announce=[].append
-        ) as ckpt:
+        with QuietCheckpointer(tmp_path, run=run, state={"x": 1}, keep=[pp.Best("acc", "max")], stop=stop) as ckpt:
             for epoch in ckpt.epochs(12):
                 ckpt.report(acc=1 - abs(5 - epoch) / 10)
     found = evaluation.evaluate(pp.open(tmp_path))

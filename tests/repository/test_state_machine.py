@@ -40,6 +40,7 @@ from peakpoint.repository import aliases, audit, maintenance, packs
 from peakpoint.store import LocalStore
 from promoting import validated
 from repository_model import GONE, PARTS, TRASH, Checkpoint, Model, claims, here
+from training import QuietCheckpointer
 
 RUNS = ("r", "s")
 ALIASES = ("champion", "staging")
@@ -137,8 +138,7 @@ class Repository(RuleBasedStateMachine):
 
     def checkpointer(self, name, store, state, rules, options):
         keep = [pp.rules.parse(text) for text in rules]
-        quiet = {"preempt": None, "announce": lambda _: None, "clock": self.clock}
-        return pp.Checkpointer(store, run=name, state=state, keep=keep, **quiet, **options)
+        return QuietCheckpointer(store, run=name, state=state, keep=keep, clock=self.clock, **options)
 
     def does(self, verb, cut, act):
         """Do something as a process of its own; returns what it returned, and whether it was cut short."""

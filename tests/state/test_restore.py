@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import peakpoint as pp
 from peakpoint.state.restore import LoadReport
 from peakpoint.store import MemoryStore
+from training import QuietCheckpointer
 
 
 def quiet(_):
@@ -31,9 +32,7 @@ def root():
 
 
 def checkpointer(root, state, **options):
-    return pp.Checkpointer(
-        root, run="r", state=state, keep=[pp.Last(1)], preempt=None, announce=quiet, **{"resume": "must", **options}
-    )
+    return QuietCheckpointer(root, run="r", state=state, keep=[pp.Last(1)], **{"resume": "must", **options})
 
 
 def save(root, state, step=1):

@@ -25,6 +25,7 @@ import torch
 import peakpoint as pp
 from peakpoint.repository import audit
 from peakpoint.store import FileOps, LocalStore
+from training import QuietCheckpointer
 
 EPOCHS = 4
 torch.set_num_threads(1)  # no thread pool may exist when this process forks
@@ -52,9 +53,7 @@ def train(root, ops, kind, acknowledged=lambda step: None):
     model, optimizer, state = parts(kind)
     parts_needed = "model" if kind == "thinned" else None
     rules = [pp.Best("loss", "min", parts=parts_needed), pp.Every(epochs=3, parts=parts_needed), pp.Last(1)]
-    with pp.Checkpointer(
-        LocalStore(root, ops), run="r", state=state, keep=rules, announce=lambda text: None, preempt=None
-    ) as ckpt:
+    with QuietCheckpointer(LocalStore(root, ops), run="r", state=state, keep=rules) as ckpt:
         for epoch in ckpt.epochs(EPOCHS):
             loss = (model(torch.randn(8, 3)) - 1).pow(2).mean()
             loss.backward()

@@ -25,6 +25,7 @@ from peakpoint.format import layout
 from peakpoint.repository import audit, maintenance, trash
 from peakpoint.rules.retention import PartRemoval, Removal, RetentionPlan
 from peakpoint.store import LocalStore
+from training import QuietCheckpointer
 
 torch.set_num_threads(1)
 DAY = timedelta(days=1)
@@ -41,9 +42,7 @@ def make(root):
     model = torch.nn.Linear(30, 20)
     optimizer = torch.optim.Adam(model.parameters())
     state = {"model": model, "optimizer": optimizer}
-    with pp.Checkpointer(
-        root, run="r", state=state, keep=[pp.Last(9)], announce=lambda text: None, preempt=None
-    ) as ckpt:
+    with QuietCheckpointer(root, run="r", state=state, keep=[pp.Last(9)]) as ckpt:
         for _ in ckpt.epochs(4):
             model(torch.randn(8, 30)).pow(2).mean().backward()
             optimizer.step()

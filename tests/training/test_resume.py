@@ -149,7 +149,7 @@ def test_a_resume_inside_an_epoch_is_exact_or_warns_of_the_generators_of_workers
 
 
 def test_auto_continues_if_there_is_something(tmp_path):
-    assert simple(tmp_path, 2) == ([0, 1], ["run 'r' starts from the beginning (it has no checkpoints yet)"])
+    assert simple(tmp_path, 2) == ([0, 1], ["new run 'r' (no checkpoints yet)"])
     epochs, said = simple(tmp_path, 4)
     assert epochs == [2, 3]
     assert said[0].startswith("resumed from r/")
@@ -220,7 +220,7 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path, name):
     newest = kept(tmp_path)[-1]
     assert (newest.path / name).is_file()
     damage(newest, name)
-    with pytest.warns(pp.PeakpointWarning, match="passed over"):
+    with pytest.warns(pp.PeakpointWarning, match="skipped a checkpoint"):
         assert simple(tmp_path, 4)[0] == [2, 3]
     assert newest.path.is_dir()
 

@@ -31,7 +31,7 @@ from peakpoint.state.host_copy import NOTHING
 from peakpoint.state.tensor_files import Staging
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, LocalStore, Store
-from peakpoint.training.external import held, named, opened, settled, tell_report, tell_saved
+from peakpoint.training.external import hold_run, open_journal, record_report, record_saved, settle, with_free_name
 from peakpoint.training.outcome import written_by
 from peakpoint.training.position import Position
 
@@ -215,7 +215,7 @@ class Intake:
 
     def write(self, clock: Clock, progress: Callable[[int], None]) -> dict[int, ImportedSource]:
         """Do it, holding the run."""
-        with held(self.store, self.run, clock) as (now, hold):
+        with hold_run(self.store, self.run, clock) as (now, hold):
             self._read_run()  # another process may have written since
             source = str(self.summaries[0].source.path.parent.absolute())
             by = written_by(trains=False) | {"tool": "peakpoint import", "source": source}
@@ -228,7 +228,7 @@ class Intake:
             optimizers = (summary.checkpoint.optimizer for summary in self.summaries)
             optimizer = next((name for name in optimizers if name), "")
             state = {"optimizer": f"{optimizer} (as the imported files name it)"} if optimizer else {}
-            with opened(self.store, self.run, clock, by, texts, self._parent, state) as journal:
+            with open_journal(self.store, self.run, clock, by, texts, self._parent, state) as journal:
                 self._unpin(journal)
                 return self._write(journal, hold, progress)
 
@@ -238,7 +238,7 @@ class Intake:
         newest = 0 if self._parent is None else self._parent.report  # what follows it is not in the history any more
         for report, moment in enumerate(self.moments, 1):
             if report > newest:
-                tell_report(journal, report, moment.step, moment.epoch, moment.metrics)
+                record_report(journal, report, moment.step, moment.epoch, moment.metrics)
             for number in moment.checkpoints:
                 earlier = self._earlier(number, moment)
                 outcomes[number] = earlier or self._save(journal, hold, buffer, number, report, moment)
@@ -292,8 +292,8 @@ class Intake:
         if self.rules is None:
             why = f"{_PINNED}{path.name}"
             journal.append(Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
-        manifest = commit(self.store, draft, captured.images, first=lambda: settled(journal, hold), adopt=adopt)
-        tell_saved(journal, manifest)
+        manifest = commit(self.store, draft, captured.images, first=lambda: settle(journal, hold), adopt=adopt)
+        record_saved(journal, manifest)
         self._parent, self._sequence = manifest, manifest.sequence
         notes = [self._why_copied(number)] if self.link and not any(linked) else []
         return self._outcome(number, moment, "linked" if any(linked) else "imported", *notes, name=manifest.name)
@@ -337,7 +337,7 @@ class Intake:
             timing={},
         )
         metric = next((name for name, _ in ranking_metrics(self._in_force) if name in moment.metrics), None)
-        return named(self.store, draft, metric)
+        return with_free_name(self.store, draft, metric)
 
 
 def _agrees(moment: ImportMoment, report: Reported, *, final: bool) -> bool:

@@ -28,7 +28,7 @@ from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.tensor_files import lay_out
 from peakpoint.store import Store
-from peakpoint.training.external import Made, add, check_run_for, made_image
+from peakpoint.training.external import ExternalCheckpoint, add, check_run_for, streamed_image
 
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]
@@ -146,7 +146,7 @@ def soup(
         else:
             cooked = uniform(kitchen, members, scored)
         chosen, score = cooked.chosen, cooked.score
-        made = Made(
+        made = ExternalCheckpoint(
             part=part,
             tree=members[0].tree,
             image=_image(averaging, part, chosen, cooked.measured),
@@ -233,4 +233,4 @@ def _image(
     def make(name: str) -> torch.Tensor:
         return measured[name] if name in measured else averaging.mean(name, chosen)
 
-    return made_image(lay_out(f"{part}.safetensors", stored), make)
+    return streamed_image(lay_out(f"{part}.safetensors", stored), make)

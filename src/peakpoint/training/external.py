@@ -30,7 +30,7 @@ from peakpoint.training.outcome import written_by
 from peakpoint.training.position import Position
 
 
-def made_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:
+def streamed_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:
     """A tensor file whose tensors are made when they are written, one after the other.
 
     Args:
@@ -52,7 +52,7 @@ def made_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> Strea
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class ExternalCheckpoint:
     """A checkpoint to be.
 
     Attributes:
@@ -92,25 +92,25 @@ def check_run_for(store: Store, run: str) -> tuple[Manifest, ...]:
     return there.manifests
 
 
-def add(store: Store, run: str, made: Made, clock: Clock) -> Manifest:
+def add(store: Store, run: str, made: ExternalCheckpoint, clock: Clock) -> Manifest:
     """Commit a checkpoint that no loop has reported; durable on return. When it raises, there is none.
 
     Raises:
         ConflictError: another process writes the run, or see ``check_run_for``.
         StoreError: the store refused.
     """
-    with held(store, run, clock) as (now, hold):
+    with hold_run(store, run, clock) as (now, hold):
         there = check_run_for(store, run)
         ensure_run(store, run, now, _by(), ())
         clean_run(store, run, now)
         events = journals.read(store, run).events
         rules = tuple(rule.text for rule in rules_of(events))
-        with opened(store, run, clock, _by(), rules, there[-1] if there else None) as journal:
+        with open_journal(store, run, clock, _by(), rules, there[-1] if there else None) as journal:
             return _commit(store, journal, hold, _draft(store, run, made, there, events, journal.now()), made)
 
 
 @contextlib.contextmanager
-def held(store: Store, run: str, clock: Clock) -> Iterator[tuple[datetime, Hold]]:
+def hold_run(store: Store, run: str, clock: Clock) -> Iterator[tuple[datetime, Hold]]:
     """Hold a run, in a repository that exists then; gives the time, and the hold.
 
     Raises:
@@ -127,7 +127,7 @@ def held(store: Store, run: str, clock: Clock) -> Iterator[tuple[datetime, Hold]
 
 
 @contextlib.contextmanager
-def opened(
+def open_journal(
     store: Store,
     run: str,
     clock: Clock,
@@ -158,7 +158,7 @@ def opened(
         journal.close()
 
 
-def settled(journal: Journal, hold: Hold) -> None:
+def settle(journal: Journal, hold: Hold) -> None:
     """What must be so before a manifest is: the journal is durable, and the run still held.
 
     Raises:
@@ -168,7 +168,7 @@ def settled(journal: Journal, hold: Hold) -> None:
     hold.check()
 
 
-def named(store: Store, draft: Manifest, metric: str | None) -> Manifest:
+def with_free_name(store: Store, draft: Manifest, metric: str | None) -> Manifest:
     """A draft with a name that is free, made of its moment and of a metric."""
     name = names.checkpoint_name(
         names.DEFAULT_TEMPLATE,
@@ -182,12 +182,12 @@ def named(store: Store, draft: Manifest, metric: str | None) -> Manifest:
     return replace(draft, name=unused_name(store, draft.run, name))
 
 
-def tell_report(journal: Journal, report: int, step: int, epoch: int | None, metrics: Mapping[str, float]) -> None:
+def record_report(journal: Journal, report: int, step: int, epoch: int | None, metrics: Mapping[str, float]) -> None:
     """Write down a moment."""
     journal.append(Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
 
 
-def tell_saved(journal: Journal, manifest: Manifest) -> None:
+def record_saved(journal: Journal, manifest: Manifest) -> None:
     """Write down that a checkpoint exists."""
     journal.append(
         Saved(
@@ -203,7 +203,7 @@ def tell_saved(journal: Journal, manifest: Manifest) -> None:
 
 
 def _draft(
-    store: Store, run: str, made: Made, there: Sequence[Manifest], events: Sequence[Event], at: datetime
+    store: Store, run: str, made: ExternalCheckpoint, there: Sequence[Manifest], events: Sequence[Event], at: datetime
 ) -> Manifest:
     newest = there[-1] if there else None
     used = [event.sequence for event in events if isinstance(event, Saved)]
@@ -229,14 +229,14 @@ def _draft(
         timing={},
         members=made.members,
     )
-    return named(store, draft, next(iter(made.metrics), None))
+    return with_free_name(store, draft, next(iter(made.metrics), None))
 
 
 def _by() -> dict[str, str]:
     return written_by(trains=False) | {"tool": "peakpoint soup"}
 
 
-def _state(made: Made, draft: Manifest) -> WholeImage:
+def _state(made: ExternalCheckpoint, draft: Manifest) -> WholeImage:
     """Everything but the tensors: like what another tool has saved, it has no random generators."""
     position = Position(report=draft.report, step=draft.step, next_step=draft.step)
     record = {
@@ -249,9 +249,9 @@ def _state(made: Made, draft: Manifest) -> WholeImage:
     return WholeImage(layout.STATE, msgspec.json.encode(record))
 
 
-def _commit(store: Store, journal: Journal, hold: Hold, draft: Manifest, made: Made) -> Manifest:
+def _commit(store: Store, journal: Journal, hold: Hold, draft: Manifest, made: ExternalCheckpoint) -> Manifest:
     images = (made.image, _state(made, draft))
-    tell_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
-    manifest = commit(store, draft, images, first=lambda: settled(journal, hold))
-    tell_saved(journal, manifest)
+    record_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
+    manifest = commit(store, draft, images, first=lambda: settle(journal, hold))
+    record_saved(journal, manifest)
     return manifest

@@ -61,7 +61,7 @@ class Loop:
         return self._epoch is not None or self._step is not None
 
     @property
-    def in_turn(self) -> bool:
+    def in_iteration(self) -> bool:
         """Whether the body of a loop of ours is running."""
         return self.running or self._batches is not None
 

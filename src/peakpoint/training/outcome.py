@@ -1,4 +1,4 @@
-"""What goes into a report, and what comes out of it."""
+"""The outcome of a report, and what a training says to people."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ from peakpoint.repository.provenance import script_version
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of a report.
+    """The outcome of a report.
 
     Attributes:
         saved: whether this moment is being saved; it is durable after ``wait``.
@@ -28,9 +28,9 @@ class Outcome:
         name: the checkpoint's name; None when this moment is not saved.
         step: optimizer steps completed.
         epoch: the epoch's index, None outside epochs.
-        waited_seconds: how long this report waited for the save before it.
-        capture_seconds: how long this report took to copy what it had to copy at once.
-        step_waited_seconds: how long the optimizers waited, since the save before, for the rest of its copy.
+        waited_seconds: how long this report waited for the previous save.
+        capture_seconds: how long this report copied before it returned.
+        step_waited_seconds: how long the optimizers waited for the rest of the previous copy.
     """
 
     saved: bool
@@ -45,7 +45,20 @@ class Outcome:
     step_waited_seconds: float
 
 
-def say(text: str) -> None:
+class WarnOnce:
+    """Warns once for each key."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def __call__(self, key: str, message: str) -> None:
+        """Warn, unless something with this key was warned of."""
+        if key not in self._keys:
+            self._keys.add(key)
+            warn(message)
+
+
+def print_note(text: str) -> None:
     """Print to standard error, where it disturbs no output that is piped on."""
     sys.stderr.write(f"peakpoint: {text}\n")
     sys.stderr.flush()
@@ -60,7 +73,7 @@ def warn(message: str) -> None:
 
 
 def written_by(*, trains: bool = True) -> dict[str, str]:
-    """This process, for records: host, process id, versions; if it trains, that of the code where git knows it."""
+    """Return host, process id and versions for records; if this process trains, also that of its code in git."""
     code = script_version() if trains else None
     return {
         "host": socket.gethostname(),
@@ -72,8 +85,8 @@ def written_by(*, trains: bool = True) -> dict[str, str]:
     }
 
 
-def classes(state: Mapping[str, Any]) -> dict[str, str]:
-    """The class of each part, for people and reports.
+def class_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the class of each part, for people and reports.
 
     Example:
         >>> classes({"model": torch.nn.Linear(1, 1)})

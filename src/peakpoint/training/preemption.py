@@ -37,7 +37,7 @@ class Preempt:
                 raise ConfigError(f"Preempt: {number!r} is no signal that a process can catch")
 
 
-class Watch:
+class SignalWatch:
     """Notes the arrival of signals between ``__init__`` and ``stop``.
 
     Args:

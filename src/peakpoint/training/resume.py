@@ -29,7 +29,7 @@ from peakpoint.training.position import Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class StartPoint:
     """Where a run starts.
 
     Attributes:
@@ -90,7 +90,7 @@ class Resumption:
         """Whether there is anything to continue from, were it damaged."""
         return bool(self.shelf.manifests or self.shelf.damaged)
 
-    def restore(self, how: str, live: dict[str, Any], *, strict: bool) -> Found:
+    def restore(self, how: str, live: dict[str, Any], *, strict: bool) -> StartPoint:
         """Restore ``live`` from the checkpoint that ``how`` means; see ``Checkpointer.resume`` for the errors."""
         if how == "never":
             return self._nothing('resume="never"')
@@ -107,7 +107,7 @@ class Resumption:
                     f'resume="must", but run {self.run!r} in {self.store.location} has no checkpoint; check the root '
                     'and the name of the run, or start it with resume="auto"'
                 )
-            return self._nothing("it has no checkpoints yet")
+            return self._nothing("no checkpoints yet")
         return self._newest_good(live, strict=strict)
 
     def _followed(self, ref: str) -> bool:
@@ -118,7 +118,7 @@ class Resumption:
                 last = number if event.requested == ref else None
         return last is not None and any(isinstance(event, Saved) for event in self.events[last:])
 
-    def _newest_good(self, live: dict[str, Any], *, strict: bool) -> Found:
+    def _newest_good(self, live: dict[str, Any], *, strict: bool) -> StartPoint:
         skipped = [str(damaged.error) for damaged in self.shelf.damaged]
         passed: list[str] = []
         for manifest in reversed(self.shelf.manifests):
@@ -147,9 +147,9 @@ class Resumption:
         used += [event.sequence for event in self.events if isinstance(event, Saved)]
         return max(used, default=0)
 
-    def _nothing(self, why: str) -> Found:
+    def _nothing(self, why: str) -> StartPoint:
         sequence = self._sequence
-        return Found(
+        return StartPoint(
             report=None,
             why=why,
             position=Position(),
@@ -163,7 +163,7 @@ class Resumption:
             damaged=(),
         )
 
-    def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> Found:
+    def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> StartPoint:
         manifest = saved.manifest
         plain = Decoder({})
         position = Position.from_plain(plain.decode(saved.loop))
@@ -186,7 +186,7 @@ class Resumption:
         else:
             history, forks = [], ()
             position.report = 0
-        return Found(
+        return StartPoint(
             report=report,
             why="",
             position=position,

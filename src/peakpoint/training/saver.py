@@ -33,7 +33,7 @@ _USUAL = read_duration("undo_for", UNDO_FOR)
 
 
 @dataclass(slots=True)
-class Job:
+class SaveJob:
     """A save to be made.
 
     Attributes:
@@ -48,7 +48,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class FailedSave:
     """A save that failed, with its state still in memory.
 
     Attributes:
@@ -56,7 +56,7 @@ class Failure:
         error: why it was not.
     """
 
-    job: Job
+    job: SaveJob
     error: Exception
 
     @property
@@ -100,9 +100,9 @@ class Saver:
         self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
         self._committed = tuple(committed)
         self.last_id: str | None = None  # of the checkpoint that this saver committed last
-        self._job: Job | None = None
+        self._job: SaveJob | None = None
         self._thread: threading.Thread | None = None
-        self._failure: Failure | None = None
+        self._failure: FailedSave | None = None
         self._notices: list[str] = []
         self._unrecorded: list[Saved] = []  # commits that the journal does not tell of yet
 
@@ -132,7 +132,7 @@ class Saver:
             self._thread.join()
             self._thread, self._job = None, None
 
-    def failure(self) -> Failure | None:
+    def failure(self) -> FailedSave | None:
         """The failed save whose state is still held, once its thread has ended."""
         if not self.busy:
             self.finish()
@@ -144,7 +144,7 @@ class Saver:
         said, self._notices = self._notices, []
         return said
 
-    def submit(self, job: Job) -> bool:
+    def submit(self, job: SaveJob) -> bool:
         """Begin a save; the caller has waited for the one before, and no failed one is held.
 
         Returns:
@@ -160,7 +160,7 @@ class Saver:
         self._thread.start()
         return True
 
-    def retry(self) -> Failure | None:
+    def retry(self) -> FailedSave | None:
         """Write the held state again, in this thread.
 
         Returns:
@@ -233,7 +233,7 @@ class Saver:
             manifest for manifest in self._committed if manifest.id not in ids or self._exists(manifest)
         )
 
-    def _has_room(self, job: Job) -> bool:
+    def _has_room(self, job: SaveJob) -> bool:
         free, needed = self._store.free(), job.captured.size_bytes + _SLACK
         if free is not None and free < needed and self._make_room(job, needed):
             free = self._store.free()
@@ -246,7 +246,7 @@ class Saver:
         self._fail(job, StoreError(errno.ENOSPC, message))
         return False
 
-    def _make_room(self, job: Job, needed: int | None = None) -> bool:
+    def _make_room(self, job: SaveJob, needed: int | None = None) -> bool:
         """Let go of what nothing wants, until ``needed`` is free: the trash, then checkpoints that no rule claims.
 
         Returns:
@@ -269,7 +269,7 @@ class Saver:
             )
         return bool(gone)
 
-    def _work(self, job: Job) -> None:
+    def _work(self, job: SaveJob) -> None:
         try:
             try:
                 self._copy_and_commit(job)
@@ -280,7 +280,7 @@ class Saver:
         except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, the next call raises it
             self._fail(job, error)
 
-    def _copy_and_commit(self, job: Job) -> None:
+    def _copy_and_commit(self, job: SaveJob) -> None:
         copier = start(job.captured.copying.run, f"peakpoint-copy-{self._run}")
         if copier is None:
             job.captured.copying.run()
@@ -293,8 +293,8 @@ class Saver:
             if copier is not None:
                 copier.join()
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        self._failure, self._job = Failure(job, error), None
+    def _fail(self, job: SaveJob, error: Exception) -> None:
+        self._failure, self._job = FailedSave(job, error), None
         draft = job.draft
         event = SaveFailed(
             at=self._journal.now(), checkpoint=draft.id, name=draft.name, reasons=draft.reasons, error=str(error)
@@ -304,7 +304,7 @@ class Saver:
         except StoreError as second:  # a full disk refuses the record of its being full, too
             self._notices.append(f"the failed save could not be recorded in the journal either: {second}")
 
-    def _commit(self, job: Job) -> None:
+    def _commit(self, job: SaveJob) -> None:
         if job.begun:  # the same directory again: what cannot be taken away there is not joined by another of its id
             withdraw(self._store, job.draft)
         else:
@@ -346,7 +346,7 @@ class Saver:
             with contextlib.suppress(StoreError):
                 self._committed = tuple(filter(self._exists, self._committed))
 
-    def _settled(self, job: Job) -> None:
+    def _settled(self, job: SaveJob) -> None:
         """What must be so before the manifest is: the copy is right, the journal durable, and the run still held."""
         job.captured.copying.settle()
         self._journal.sync()

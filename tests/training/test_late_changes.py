@@ -1,4 +1,4 @@
-"""The order inside a turn of the loop: what moves after the report is noticed when the first turn ends."""
+"""The order inside an iteration of the loop: what changes after the report is noticed when the first iteration ends."""
 
 import os
 import random
@@ -113,7 +113,7 @@ def test_what_moves_after_the_report_is_an_error_that_loses_nothing(tmp_path, ki
     root = tmp_path / "a"
     with pytest.raises(pp.errors.ConfigError, match="one step behind") as caught:
         loop(Training(root), kind, 3, move)
-    assert str(caught.value).startswith(f"{names} moved after ckpt.report()")
+    assert str(caught.value).startswith(f"{names} changed after ckpt.report()")
     (checkpoint,) = kept(root)
     assert checkpoint.name in str(caught.value)
     assert checkpoint.metrics
@@ -199,7 +199,7 @@ def test_between_epochs_everything_may_move_when_reports_are_made_inside(tmp_pat
         training.train()
 
     batches(Training(tmp_path), after)
-    with pytest.raises(pp.errors.ConfigError, match=r"state\['counts'\] moved"):
+    with pytest.raises(pp.errors.ConfigError, match=r"state\['counts'\] changed"):
         batches(Training(tmp_path / "b"), after, within=count)
     newest = kept(tmp_path / "b")[-1]
     assert newest.step == 1
@@ -244,7 +244,7 @@ def test_after_a_break_a_state_that_is_no_longer_that_of_the_turn_is_not_saved(t
         training.model[0].weight.data.zero_()
 
     moves = [lambda training: training.scheduler.step()]
-    with pytest.raises(pp.errors.ConfigError, match=r"stays as it was at the report \(report 1 at step 1\)"):
+    with pytest.raises(pp.errors.ConfigError, match=r"stay as they were at the report \(report 1 at step 1\)"):
         loop(Training(tmp_path), "epochs", 3, *moves, leave=lambda _: True, finally_=forget)
     (checkpoint,) = kept(tmp_path)
     assert pp.load(checkpoint.ref, root=tmp_path)["model"]["0.weight"].any()

@@ -1,4 +1,4 @@
-"""What moves after a report in the same turn of a loop: it is in no checkpoint of that report."""
+"""State that changes after a report in the same iteration of a loop: no checkpoint of that report has the change."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from peakpoint.state.capture import Stateful, is_generator, state_of
 from peakpoint.state.samples import SMALL, Samples, can_sample
 from peakpoint.state.typed_json import Encoder
 
-_MOST = 64  # tensors of a module that are looked at: who writes to weights writes to many
+_SAMPLED_TENSORS = 64  # of a module: code that writes to weights writes to many of them
 _GENERATORS = {"python": "Python's", "numpy": "NumPy's", "torch": "torch's", "cuda": "CUDA's", "mps": "MPS's"}
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What the state is at one moment, as far as a later look is to be compared with it.
+class StateSample:
+    """The state at one moment, as far as a later sample is compared with it.
 
     Attributes:
         steps: of each optimizer, by part.
-        small: what is neither weights nor moments nor the place of a loader: by part, comparable.
-        weights: samples of each module.
+        small: everything but weights, moments and the places of loaders: by part, comparable.
+        weights: some elements of each module.
         generators: the states of random generators, by name.
     """
 
@@ -34,8 +34,8 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Moves:
-    """What differs between two looks: names of parts, and of generators."""
+class StateChanges:
+    """The differences of two samples: names of parts, and of generators."""
 
     stepped: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
@@ -44,27 +44,27 @@ class Moves:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """What makes a checkpoint of the first look wrong: a training that continues from it would differ."""
+        """The parts that make a checkpoint of the first sample wrong: a training that continues from it differs."""
         return self.stepped or self.small
 
     def __bool__(self) -> bool:
         return any(self._fields())
 
-    def __add__(self, other: "Moves") -> "Moves":
-        pairs = zip(self._fields(), other._fields(), strict=True)
-        return Moves(*(tuple(dict.fromkeys((*mine, *theirs))) for mine, theirs in pairs))
+    def __add__(self, right: "StateChanges") -> "StateChanges":
+        pairs = zip(self._fields(), right._fields(), strict=True)
+        return StateChanges(*(tuple(dict.fromkeys((*names, *added))) for names, added in pairs))
 
-    def __sub__(self, other: "Moves") -> "Moves":
-        pairs = zip(self._fields(), other._fields(), strict=True)
-        return Moves(*(tuple(name for name in mine if name not in theirs) for mine, theirs in pairs))
+    def __sub__(self, right: "StateChanges") -> "StateChanges":
+        pairs = zip(self._fields(), right._fields(), strict=True)
+        return StateChanges(*(tuple(name for name in names if name not in removed) for names, removed in pairs))
 
     def _fields(self) -> tuple[tuple[str, ...], ...]:
         return self.stepped, self.small, self.weights, self.generators
 
 
 @torch.no_grad()
-def look(state: Mapping[str, Any], steps: Mapping[int, int]) -> Look:
-    """Look at a state.
+def sample(state: Mapping[str, Any], steps: Mapping[int, int]) -> StateSample:
+    """Take a sample of a state.
 
     Args:
         state: part name to live object or plain value.
@@ -72,31 +72,30 @@ def look(state: Mapping[str, Any], steps: Mapping[int, int]) -> Look:
     """
     optimizers = {name: value for name, value in state.items() if isinstance(value, torch.optim.Optimizer)}
     modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
-    rest = {name: value for name, value in state.items() if name not in optimizers and name not in modules}
-    generators = {f'state["{name}"]': _comparable(name, value) for name, value in rest.items() if is_generator(value)}
-    rest = {name: value for name, value in rest.items() if not is_generator(value) and not _is_loader(value)}
-    return Look(
+    plain = {name: value for name, value in state.items() if name not in optimizers and name not in modules}
+    generators = {f'state["{name}"]': _comparable(name, value) for name, value in plain.items() if is_generator(value)}
+    plain = {name: value for name, value in plain.items() if not is_generator(value) and not _is_loader(value)}
+    return StateSample(
         {name: steps.get(id(value), 0) for name, value in optimizers.items()},
         {
             **{name: _comparable(name, _settings(value)) for name, value in optimizers.items()},
-            **{name: _comparable(name, value) for name, value in rest.items()},
+            **{name: _comparable(name, value) for name, value in plain.items()},
         },
-        {name: _sampled(_some(value)) for name, value in modules.items()},
+        {name: _elements(_sampled_tensors(value)) for name, value in modules.items()},
         generators | _global_generators(),
     )
 
 
-def moves(before: Look, now: Look) -> Moves:
-    """What differs between two looks at the same state."""
+def changes(first: StateSample, second: StateSample) -> StateChanges:
+    """Compare two samples of the same state."""
+    by_step = first.steps != second.steps  # optimizers change weights rightly
     pairs = (
-        (before.steps, now.steps),
-        (before.small, now.small),
-        ({} if before.steps != now.steps else before.weights, now.weights),  # optimizers move them rightly
-        (before.generators, now.generators),
+        (first.steps, second.steps),
+        (first.small, second.small),
+        ({} if by_step else first.weights, second.weights),
+        (first.generators, second.generators),
     )
-    return Moves(
-        *(tuple(name for name in then if name in later and later[name] != then[name]) for then, later in pairs)
-    )
+    return StateChanges(*(tuple(name for name in old if name in new and new[name] != old[name]) for old, new in pairs))
 
 
 def _is_loader(value: Any) -> bool:
@@ -110,29 +109,29 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def _global_generators() -> dict[str, object]:
     if torch.cuda.is_available() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return {}  # asking would make a context on every GPU
+        return {}  # reading them would make a context on every GPU
     return {_GENERATORS[name]: state for name, state in rng.take().items()}
 
 
 def _comparable(name: str, value: Any) -> object:
     encoder = Encoder()
     tree = encoder.encode(state_of(value), f'state["{name}"]')
-    return msgspec.json.encode(tree), _sampled(list(encoder.tensors.values()))
+    return msgspec.json.encode(tree), _elements(list(encoder.tensors.values()))
 
 
-def _some(module: torch.nn.Module) -> list[torch.Tensor]:
+def _sampled_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     tensors = [*module.parameters(), *module.buffers()]
-    return tensors[:: len(tensors) // _MOST + 1]
+    return tensors[:: len(tensors) // _SAMPLED_TENSORS + 1]
 
 
-def _sampled(tensors: Sequence[torch.Tensor]) -> object:
-    """Elements of each tensor, of small ones all."""
+def _elements(tensors: Sequence[torch.Tensor]) -> object:
+    """Return elements of each tensor, of small ones all."""
     plain = [
         tensor if can_sample(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
         for tensor in tensors
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter)  # and no subclass that has no memory of its own
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
         and tensor.layout == torch.strided
         and tensor.device.type != "meta"
         and tensor.numel()
     ]
-    return [taken.cpu().numpy().tobytes() for taken in Samples(plain, SMALL).take(plain)]
+    return [elements.cpu().numpy().tobytes() for elements in Samples(plain, SMALL).take(plain)]

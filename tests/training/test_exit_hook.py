@@ -11,16 +11,19 @@ import pytest
 
 import peakpoint as pp
 from peakpoint.repository.audit import audit
-from peakpoint.training.preemption import Watch
+from peakpoint.training.preemption import SignalWatch
 from training import checkpointer, kept, parts
 
 SCRIPT = """
 import errno, gc, multiprocessing, os, pathlib, sys, torch, peakpoint as pp
 from peakpoint.store import FileOps, LocalStore
 
+class Quiet(pp.Checkpointer):
+    _announce = staticmethod(str)
+
 def begin(run, root=sys.argv[1]):
     state = {"model": torch.nn.Linear(2000, 1000)}
-    ckpt = pp.Checkpointer(root, run=run, state=state, keep=[pp.Last(2)], preempt=None, announce=[].append)
+    ckpt = Quiet(root, run=run, state=state, keep=[pp.Last(2)], preempt=None)
     for epoch in ckpt.epochs(2):
         assert ckpt.report(acc=epoch).saved
     return ckpt
@@ -152,7 +155,7 @@ def test_signals_are_delivered_after_another_thread_has_stopped_watching():
     seen = []
     earlier = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
     try:
-        watch = Watch(pp.Preempt(signals=(signal.SIGUSR1,)))
+        watch = SignalWatch(pp.Preempt(signals=(signal.SIGUSR1,)))
         thread = threading.Thread(target=watch.stop)
         thread.start()
         thread.join()

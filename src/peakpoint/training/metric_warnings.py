@@ -1,0 +1,42 @@
+"""Warnings of metrics that are missing from a report or not finite, once each."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from peakpoint.format.names import did_you_mean
+from peakpoint.rules import Rule, ranking_metrics
+from peakpoint.rules.stopping import EarlyStopping
+from peakpoint.training.outcome import WarnOnce
+
+
+class MetricWarnings:
+    """Warns of reports that rules or early stopping cannot use."""
+
+    def __init__(self, in_force: Iterable[Rule], stop: EarlyStopping | None) -> None:
+        # a rule with pending= allows its metric to be measured later
+        self._ranked = [
+            metric for metric, _ in ranking_metrics(rule for rule in in_force if not getattr(rule, "pending", 0))
+        ]
+        self._stop = stop
+        self._warn_once = WarnOnce()
+
+    def check(self, values: Mapping[str, float], step: int) -> None:
+        """Warn of the metrics of one report."""
+        present = ", ".join(values) or "no metrics"
+        for metric, value in values.items():
+            if not math.isfinite(value):
+                self._warn_once(f"finite {metric}", f"{metric} is {value} at step {step}: it never counts as best")
+        for metric in self._ranked:
+            if metric not in values:
+                self._warn_once(
+                    f"missing {metric}",
+                    f"the report at step {step} has no {metric!r}: rules that rank by it skip such reports; it has "
+                    f"{present}",
+                )
+        if self._stop is not None and self._stop.metric not in values:
+            metric = self._stop.metric
+            self._warn_once(
+                f"stop {metric}",
+                f"the report at step {step} has no {metric!r}: early stopping does not count such reports; it has "
+                f"{present}{did_you_mean(metric, list(values))}",
+            )
