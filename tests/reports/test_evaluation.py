@@ -517,7 +517,7 @@ def test_it_is_said_where_the_part_is_missing(tmp_path):
     report = found(tmp_path)
     assert [one.why.partition(":")[0] for one in report.comparisons] == ["p"]
     [said] = [text for text in report.remarks if "--part" in text]
-    assert said.startswith("q: compressed is not compared with original where there is no part 'model'; parts: net")
+    assert said.startswith("q: compressed is not compared with original. No part 'model' in ")
     assert len(found(tmp_path, "q", part="net").comparisons) == 1
     assert not any("--part" in text for text in found(tmp_path, "q", part="net").remarks)
 
@@ -543,7 +543,7 @@ def test_latency_is_what_was_recorded_and_nothing_else(pruned, tmp_path):
         ({"n_eval": {"ac": 5}}, "did you mean 'acc'"),
         ({"compare": [("r", "q")]}, "no run 'q'"),
         ({"compare": [("r", "r:epoch=9")]}, "no checkpoint of epoch 9"),
-        ({"compare": [("r", "r")], "part": "modle"}, "parts: x"),
+        ({"compare": [("r", "r")], "part": "modle"}, "Parts: x"),
     ],
 )
 def test_unknown_names_are_answered_with_known_ones(tmp_path, options, words):

@@ -922,9 +922,9 @@ def test_load_one_part(root, trained):
 def test_unknown_parts(root, trained, part):
     live = small(2)
     before = frozen(live.state_dict())
-    with pytest.raises(pp.errors.NotFoundError, match=f"has no part '{part}'") as caught:
+    with pytest.raises(pp.errors.NotFoundError, match=f"No part '{part}'") as caught:
         pp.load("r@latest", root=root, into=live, part=part)
-    assert str(caught.value).endswith("parts: model, optimizer, count, table")
+    assert str(caught.value).endswith("Parts: model, optimizer, count, table. Use --part NAME.")
     if part.startswith("mod"):
         assert "did you mean 'model'" in str(caught.value)
     with pytest.raises(pp.errors.NotFoundError):

@@ -6,10 +6,10 @@ Names are for people. Identity is an id in the manifest, and no code takes a num
 import difflib
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, NotFoundError
 
 _RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -204,6 +204,20 @@ def did_you_mean(wanted: str, names: Sequence[str]) -> str:
     """``"; did you mean 'x'?"``, or nothing when no name is near."""
     found = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+def no_part(part: str, parts: Iterable[str], *, where: str) -> NotFoundError:
+    """Return the error that there is no part of a name, with the parts that there are.
+
+    Args:
+        part: the name that was given.
+        parts: the names that exist.
+        where: the checkpoint or checkpoints.
+    """
+    names = list(parts)
+    return NotFoundError(
+        f"No part {part!r} in {where}{did_you_mean(part, names)}. Parts: {', '.join(names) or 'none'}. Use --part NAME."
+    )
 
 
 def listing(names: Sequence[str], most: int = 5) -> str:

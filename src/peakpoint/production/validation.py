@@ -30,7 +30,7 @@ from peakpoint.errors import ConfigError, CorruptError, FormatError, MissingExtr
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_from_json
-from peakpoint.format.names import did_you_mean
+from peakpoint.format.names import did_you_mean, no_part
 from peakpoint.production.subprocess_runner import run_apart
 from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import code_version, present_user, utc_now
@@ -165,10 +165,7 @@ def ask(repository: Repository, ref: str, wanted: ValidationSpec, alias: str) ->
 def _check_part(manifest: Manifest, part: str) -> None:
     have = [name for name in manifest.parts if name not in ("rng", "loop")]
     if part not in have:
-        raise NotFoundError(
-            f"checkpoint {manifest.name} has no part {part!r}{did_you_mean(part, have)}; parts: "
-            f"{', '.join(have) or 'none'}; choose one with --part"
-        )
+        raise no_part(part, have, where=manifest.name)
 
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:

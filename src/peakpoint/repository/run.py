@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
+from peakpoint.errors import ConfigError, ConflictError, PeakpointWarning
 from peakpoint.format import layout
 from peakpoint.format.events import (
     Closed,
@@ -23,7 +23,7 @@ from peakpoint.format.events import (
     Unpinned,
 )
 from peakpoint.format.manifest import Checkpoint, Manifest
-from peakpoint.format.names import check_metric, check_text
+from peakpoint.format.names import check_metric, check_text, no_part
 from peakpoint.format.sealed import check_format, unseal
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
@@ -244,7 +244,7 @@ class Run:
         if not values:
             raise ConfigError("nothing to record: give at least one metric")
         if part is not None and part not in manifest.parts:
-            raise NotFoundError(f"checkpoint {manifest.name} has no part {part!r}; parts: {', '.join(manifest.parts)}")
+            raise no_part(part, manifest.parts, where=manifest.name)
         self._note(
             lambda at, by: Measured(
                 at=at, checkpoint=manifest.id, step=manifest.step, metrics=values, part=part, source=source, by=by

@@ -10,7 +10,7 @@ import torch
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.format.names import did_you_mean
+from peakpoint.format.names import did_you_mean, no_part
 from peakpoint.format.sealed import check_format, gc_paused
 from peakpoint.repository import reader
 from peakpoint.state.json_scalars import TAG
@@ -155,9 +155,7 @@ def check_part_of(manifest: Manifest, part: str) -> str:
     """
     have = [name for name in manifest.parts if name not in _OURS]
     if part not in have:
-        raise NotFoundError(
-            f"checkpoint {manifest.name} has no part {part!r}{did_you_mean(part, have)}; parts: {', '.join(have)}"
-        )
+        raise no_part(part, have, where=manifest.name)
     return part
 
 

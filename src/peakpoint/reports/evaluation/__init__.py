@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.format.names import check_metric, did_you_mean
+from peakpoint.format.names import check_metric, did_you_mean, no_part
 from peakpoint.reports.evaluation.compressed import (
     CompressedComparison,
     MetricChange,
@@ -201,9 +201,7 @@ def _check_compressed(materials: Sequence[RunData], sparsity: str, part: str) ->
     manifests = [manifest for material in materials for manifest in material.checkpoints]
     parts = list(dict.fromkeys(name for manifest in manifests for name in manifest.parts))
     if part not in (_PART, *parts):
-        raise NotFoundError(
-            f"no checkpoint here has a part {part!r}{did_you_mean(part, parts)}; parts: {', '.join(parts)}"
-        )
+        raise no_part(part, parts, where="any of these checkpoints")
 
 
 def _doubts(materials: Iterable[RunData], modes: Mapping[str, Mode], examples: Examples) -> Iterator[str]:
@@ -254,10 +252,8 @@ def _without(pairs: Sequence[_Pair], part: str) -> Iterator[str]:
         manifests = [manifest for _, *both in pairs for material, manifest in both if material.name == name]
         lacking = [manifest for manifest in manifests if part not in manifest.parts]
         if lacking:
-            yield (
-                f"{name}: compressed is not compared with original where there is no part {part!r}; parts: "
-                f"{', '.join(lacking[0].parts)}; choose one with --part"
-            )
+            missing = no_part(part, lacking[0].parts, where=lacking[0].name)
+            yield f"{name}: compressed is not compared with original. {missing}"
 
 
 def _dense_pairs(materials: Mapping[str, RunData], tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:

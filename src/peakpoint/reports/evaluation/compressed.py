@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peakpoint.errors import NotFoundError
 from peakpoint.format.manifest import Manifest, TensorRecord
 from peakpoint.format.masks import masks_of
+from peakpoint.format.names import no_part
 from peakpoint.reports.evaluation.noise import Interval
 from peakpoint.reports.evaluation.peaks import Examples, noise_of
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
@@ -143,8 +143,7 @@ def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: st
         NotFoundError: there is no such part.
     """
     if part not in manifest.parts:
-        parts = ", ".join(manifest.parts) or "none"
-        raise NotFoundError(f"{ref_of(manifest)} has no part {part!r}; parts: {parts}; choose one with --part")
+        raise no_part(part, manifest.parts, where=ref_of(manifest))
     files = [manifest.file(name) for name in manifest.parts[part]]
     tensors = [tensor for file in files for tensor in file.tensors]
     masks = masks_of({tensor.name: tuple(tensor.shape) for tensor in tensors})
