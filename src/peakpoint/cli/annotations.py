@@ -41,7 +41,7 @@ def unpin(root: Path, ref: str) -> Answer:
 @REF
 @click.argument("values", metavar="METRIC=VALUE...", nargs=-1, required=True)
 @click.option("--part", help="The part that was measured, such as ema.")
-@click.option("--source", default="by hand", show_default=True, help="What measured it.")
+@click.option("--source", default="by hand", help="What measured it.")
 @answers
 def record(root: Path, ref: str, values: tuple[str, ...], part: str | None, source: str) -> Answer:
     """Add metrics that were measured after the save; rules use them at once."""

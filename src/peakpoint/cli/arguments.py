@@ -13,16 +13,15 @@ from peakpoint.format import amounts
 from peakpoint.format.amounts import read_duration
 from peakpoint.rules import FORMS, Mode, mode_of
 
-ROOT = click.argument("root", type=click.Path(path_type=Path))
+PATH = click.Path(path_type=Path)
+ROOT = click.argument("root", type=PATH)
 REF = click.argument("ref")
 CATALOGUE = click.option(
     "--catalogue",
     metavar="FILE|URL",
     help="The index to use, also from PEAKPOINT_CATALOGUE; catalogue.sqlite in the repository by default.",
 )
-KEY = click.option(
-    "--key", type=click.Path(path_type=Path), metavar="FILE", help="Sign it with this private key (PEM) first."
-)
+KEY = click.option("--key", type=PATH, metavar="FILE", help="Sign it with this private key (PEM) first.")
 INCOMPLETE = 23  # the exit code of an answer that leaves out what cannot be read
 
 
@@ -52,7 +51,6 @@ UNDO_FOR = click.option(
     "--undo-for",
     type=_Duration(),
     default=amounts.UNDO_FOR,
-    show_default=True,
     help="How long peakpoint undo can restore what is removed, such as 7d; 0 frees the space at once.",
 )
 

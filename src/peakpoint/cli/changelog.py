@@ -27,12 +27,7 @@ from peakpoint.store import translated
 @click.option("--run", "runs", multiple=True, metavar="RUN", help="Only what is about this run; may be repeated.")
 @click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only this, such as promoted; may be repeated.")
 @click.option("--all", "all_entries", is_flag=True, help="Do not group saves and removals, however many there are.")
-@click.option(
-    "--to",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write it to a file; JSON for FILE.json.",
-)
+@click.option("--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="JSON for FILE.json.")
 @click.option("--force", is_flag=True, help="Replace a file that is not an earlier changelog, too.")
 @answers
 def changelog(

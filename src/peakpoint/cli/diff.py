@@ -27,10 +27,8 @@ _WIDE = 120  # columns from which on a tensor is one line
 @ROOT
 @click.argument("a", metavar="REF")
 @click.argument("b", metavar="REF")
-@click.option(
-    "--no-values", is_flag=True, help="From the manifests alone: opens no file of a checkpoint, needs no torch."
-)
-@click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, help="How many tensors to list.")
+@click.option("--no-values", is_flag=True, help="From the manifests alone; opens no other file, needs no torch.")
+@click.option("--top", type=click.IntRange(min=0), default=20, help="How many tensors to list.")
 @click.option("--all", "all_tensors", is_flag=True, help="List them all.")
 @answers
 def diff(root: Path, a: str, b: str, top: int, *, no_values: bool, all_tensors: bool) -> Answer:

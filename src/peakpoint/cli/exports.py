@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import REF, ROOT, torch_side
+from peakpoint.cli.arguments import PATH, REF, ROOT, torch_side
 from peakpoint.cli.render import ref
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import size_text
@@ -24,17 +24,17 @@ _OPTIONS = {  # of one form only
 @click.command()
 @ROOT
 @REF
-@click.option("--to", type=click.Path(path_type=Path), help="FILE.safetensors, .pth, .pt or DIR.")
+@click.option("--to", type=PATH, help="FILE.safetensors, .pth, .pt or DIR.")
 @click.option("--as", "form", type=click.Choice(["hf", "card"]), help="A folder for Hugging Face, or a model card.")
 @click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
-@click.option("--shard", default="5 GB", show_default=True, help="hf: the most bytes of one file.")
-@click.option("--config", type=click.Path(path_type=Path), help="hf: becomes config.json.")
+@click.option("--shard", default="5 GB", help="hf: the most bytes of one file.")
+@click.option("--config", type=PATH, help="hf: becomes config.json.")
 @click.option("--license", metavar="ID", help="card: such as apache-2.0.")
 @click.option("--data", metavar="TEXT", help="card: what the model was trained and evaluated on.")
 @click.option("--task", metavar="ID", help="card: such as image-classification.")
 @click.option("--base-model", metavar="ID", help="card: the model on the Hub that it was made of.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="card: a further tag; may be repeated.")
-@click.option("--about", type=click.Path(path_type=Path), metavar="FILE.md", help="card: text of yours that is put in.")
+@click.option("--about", type=PATH, metavar="FILE.md", help="card: text of yours that is put in.")
 @click.option("--force", is_flag=True, help="card: replace files that are not an earlier card, too.")
 @answers
 def export(root: Path, ref: str, to: Path | None, form: str | None, **options: Any) -> Answer:

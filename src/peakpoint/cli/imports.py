@@ -15,7 +15,7 @@ from rich.table import Table
 
 from peakpoint.cli import tables
 from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import ROOT, torch_side
+from peakpoint.cli.arguments import PATH, ROOT, torch_side
 from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import command, count, number
 from peakpoint.cli.tables import Column
@@ -29,26 +29,21 @@ _HELD_OUT = re.compile(r"(^|[/_.-])(val|acc|loss)", re.IGNORECASE)
 
 
 @click.command("import")
-@click.argument("path", metavar="DIR_OR_FILE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="DIR_OR_FILE", type=PATH)
 @ROOT
 @click.option("--run", required=True, help="The run that they become; a new one.")
-@click.option("--metrics", type=click.Path(path_type=Path), help="A log: JSON, JSON lines, CSV, or TensorBoard's.")
+@click.option("--metrics", type=PATH, help="A log: JSON, JSON lines, CSV, or TensorBoard's.")
 @click.option(
-    "--join",
-    type=click.Choice(["auto", "epoch", "step"]),
-    default="auto",
-    show_default=True,
-    help="What the log and the checkpoints have in common.",
+    "--join", type=click.Choice(["auto", "epoch", "step"]), default="auto", help="What log and checkpoints share."
 )
-@click.option(
-    "--epochs-from",
-    type=click.IntRange(0, 1),
-    default=0,
-    show_default=True,
-    help="The number that files and log give to the first epoch.",
-)
+@click.option("--epochs-from", type=click.IntRange(0, 1), default=0, help="The number of the first epoch in the files.")
 @click.option("--part", "parts", multiple=True, metavar="FROM=TO", help="A name in the files, and the part it becomes.")
-@click.option("--strip-prefix", default="", help="Removed from the names of the model's tensors, such as module.")
+@click.option(
+    "--strip-prefix",
+    default="",
+    show_default=False,
+    help="Removed from the names of the model's tensors, such as module.",
+)
 @click.option("--inert", multiple=True, metavar="MODULE.CLASS", help="Keep objects of it as records of their values.")
 @click.option("--rules", "rule_text", help="Put these rules in force, and pin nothing.")
 @click.option("--link", is_flag=True, help="Hard-link safetensors files that can serve as they are.")

@@ -15,6 +15,8 @@ from peakpoint.cli.commands import ENTRIES, GROUPS, RENAMED
 from peakpoint.errors import Error
 from peakpoint.format.names import did_you_mean
 
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+
 
 class CommandTable(click.Group):
     """The commands of the table; a module is imported when its command is used."""
@@ -49,7 +51,7 @@ class CommandTable(click.Group):
                 formatter.write_dl([(entry.name.ljust(len("changelog")), entry.help) for entry in entries])
 
 
-@click.group(cls=CommandTable, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=CommandTable, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="peakpoint")
 def cli() -> None:
     """Keep, find and ship the best checkpoints of a model's training.

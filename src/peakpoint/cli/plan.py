@@ -13,7 +13,7 @@ from rich.table import Table
 
 from peakpoint.cli import tables
 from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import reads, rules_help
+from peakpoint.cli.arguments import PATH, reads, rules_help
 from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import count, seconds
 from peakpoint.errors import ConfigError
@@ -48,7 +48,7 @@ _POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
-@click.argument("root", type=click.Path(path_type=Path), required=False)
+@click.argument("root", type=PATH, required=False)
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M or 1e6.")
 @click.option("--preset", help=f"A known network instead: {', '.join(networks.NAMES)}.")
@@ -62,13 +62,11 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--steps-per-epoch", type=_POSITIVE, help="Optimizer steps of an epoch, for rules that count them.")
 @click.option("--epoch-time", callback=_DURATION, help="How long an epoch takes without saves, such as 5min.")
 @click.option("--sparsity", callback=reads(_points), help="EPOCH:SPARSITY pairs such as 0:0,50:0.9, straight between.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the curve that rises and then degrades.")
+@click.option("--seed", type=int, default=0, help="Seed of the curve that rises and then degrades.")
 @click.option("--archive-ratio", type=click.FloatRange(min=0, min_open=True), help="Archived size as a fraction.")
 @click.option("--bandwidth", callback=reads(read_rate), help="Bandwidth of an upload, such as 1Gbit/s.")
 @click.option("--mtbf", callback=_DURATION, help="Mean time between failures, such as 8h: says how often to save.")
-@click.option(
-    "--stall", callback=_DURATION, help="How long a save stalls the loop, such as 50ms; of a run, as measured."
-)
+@click.option("--stall", callback=_DURATION, help="How long a save stalls the loop; of a run, as measured.")
 @click.option("--durable", callback=_DURATION, help="How long until a save is durable; of a run, as measured.")
 @click.option("--restart", callback=_DURATION, default="0", help="Time from a failure until the loop runs again.")
 @answers

@@ -217,10 +217,10 @@ def hook_problems(root: Path, alias: str, results: Sequence[HookResult]) -> list
 @ROOT
 @click.argument("alias")
 @click.option(
-    "--to", type=click.IntRange(min=1), metavar="N", help="The record to go back to; the one before by default."
+    "--to", type=click.IntRange(min=1), metavar="N", help="The record to go back to; by default the one before."
 )
 @click.option("--from", "expected", type=click.IntRange(min=1), metavar="N", help="Only if this is the newest record.")
-@click.option("--why", default="rolled back by hand", show_default=True, help="The reason; it stays on record.")
+@click.option("--why", default="rolled back by hand", help="The reason; it stays on record.")
 @answers
 def rollback(root: Path, alias: str, to: int | None, expected: int | None, why: str) -> Answer:
     """Point an alias back at what it pointed at before.

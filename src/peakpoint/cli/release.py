@@ -27,10 +27,10 @@ _OUTCOMES = {"nothing fits": "no checkpoint matches"}
 
 @click.command()
 @ROOT
+@click.option("--alias", default="champion", help="What to release to; its table in production.toml.")
 @click.option(
-    "--alias", default="champion", show_default=True, help="What to release to; its table in production.toml."
+    "--why", default="", show_default=False, help="The reason, for the record; by default the rule that selected."
 )
-@click.option("--why", default="", help="The reason, for the record; by default the rule that selected.")
 @KEY
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @CATALOGUE

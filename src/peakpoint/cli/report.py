@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import ROOT, metric_with_mode
+from peakpoint.cli.arguments import PATH, ROOT, metric_with_mode
 from peakpoint.cli.progress import status_line
 from peakpoint.cli.tables import plain
 from peakpoint.errors import ConfigError
@@ -35,26 +35,16 @@ _STYLES = {
 @ROOT
 @click.argument("names", metavar="[RUN]...", nargs=-1)
 @click.option("--metric", "metrics", multiple=True, metavar="NAME:max|min", help="A metric to report; may be repeated.")
-@click.option(
-    "--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples that an accuracy is measured on."
-)
+@click.option("--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples of an evaluation.")
 @click.option("--percent", is_flag=True, help="The metrics of --n-eval are percentages, from 0 to 100.")
+@click.option("--group-by", default="optimizer", help="How runs are grouped, or a REGEX with one group.")
+@click.option("--sparsity", default="sparsity", help="The metric that holds the sparsity.")
 @click.option(
-    "--group-by", default="optimizer", show_default=True, help="How runs are grouped; or a REGEX with one group."
+    "--compare", nargs=2, multiple=True, metavar="ORIGINAL COMPRESSED", help="Two refs, or the best of two runs."
 )
-@click.option("--sparsity", default="sparsity", show_default=True, help="The metric that holds the sparsity.")
-@click.option(
-    "--compare", nargs=2, multiple=True, metavar="ORIGINAL COMPRESSED", help="Two refs, or two runs: the best of each."
-)
-@click.option("--part", default="model", show_default=True, help="The part whose parameters are counted.")
+@click.option("--part", default="model", help="The part whose parameters are counted.")
 @click.option("--separate", is_flag=True, help="A figure for each run.")
-@click.option(
-    "--to",
-    "targets",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="FILE.html, .md, .png, .svg, .json or .csv, or a directory.",
-)
+@click.option("--to", "targets", multiple=True, type=PATH, help="DIR or FILE.html, .md, .png, .svg, .json, .csv.")
 @click.option("--force", is_flag=True, help="Replace files that are not earlier reports, too.")
 @answers
 def report(

@@ -69,14 +69,10 @@ class SelectView:
 @ROOT
 @click.argument("where", default="")
 @click.option("--max", "max", multiple=True, metavar="KEY", help="Largest first; further --max and --min break ties.")
-@click.option(
-    "--min", "min", multiple=True, metavar="KEY", help="Smallest first: a metric, size, epoch, step, created."
-)
+@click.option("--min", "min", multiple=True, metavar="KEY", help="Smallest first: metric, size, epoch, step, created.")
 @click.option("--top", type=click.IntRange(min=1), help=f"How many at most; {_ON_A_SCREEN} are shown without it.")
 @click.option("--all", "all_matches", is_flag=True, help="All that match.")
-@click.option(
-    "--within-se", is_flag=True, help="Count checkpoints within one standard error of the best as equally good."
-)
+@click.option("--within-se", is_flag=True, help="Count what is within one standard error of the best as equal.")
 @click.option("--n-eval", help="For --within-se: examples in the evaluation, or a metric that holds them.")
 @click.option("--se", metavar="METRIC", help="For --within-se: the metric that holds the standard error.")
 @click.option("--percent", is_flag=True, help="For --within-se: the accuracy is from 0 to 100.")

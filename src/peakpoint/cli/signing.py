@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import REF, ROOT
+from peakpoint.cli.arguments import PATH, REF, ROOT
 from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import count, ref
 from peakpoint.format.manifest import Manifest
@@ -17,11 +17,7 @@ from peakpoint.repository.root import Repository, open_repository
 @ROOT
 @REF
 @click.option(
-    "--key",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="FILE",
-    help="The private key, PEM; with --verify the public one.",
+    "--key", type=PATH, required=True, metavar="FILE", help="The private key, PEM; with --verify the public one."
 )
 @click.option("--verify", is_flag=True, help="Verify that the key's owner signed the checkpoint as it is now.")
 @answers

@@ -28,8 +28,7 @@ from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
     "--kind",
     type=click.Choice(["uniform", "greedy"]),
     default="uniform",
-    show_default=True,
-    help="The mean of all, or only of those that make it better.",
+    help="All, or only those that make the mean better.",
 )
 @click.option("--with", "scorer", metavar="MODULE:FUNCTION", help="Your function that scores a model; greedy needs it.")
 @click.option("--metric", metavar="NAME:max|min", help="The name of that score, and which are better.")
@@ -39,10 +38,9 @@ from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
     "--batchnorm",
     type=click.Choice(["estimate", "average"]),
     default="estimate",
-    show_default=True,
-    help="Measure the statistics of BatchNorm again, or average them.",
+    help="Measure its statistics again, or average them.",
 )
-@click.option("--part", default="model", show_default=True, help="Which part is averaged.")
+@click.option("--part", default="model", help="Which part is averaged.")
 @click.option("--device", metavar="DEVICE", help="Where the model is put, such as cuda.")
 @click.option("--run", help="The run of the soup; that of the first REF with -soup by default.")
 @click.option("--why", default="a soup was requested", help="The reason, which protects it from rules.")

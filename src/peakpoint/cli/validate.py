@@ -54,10 +54,10 @@ def _finite(text: str) -> float:
 @REF
 @click.option("--with", "evaluate", metavar="MODULE:FUNCTION", help="Evaluates: gets the state, returns metrics.")
 @click.option("--model", metavar="MODULE:FUNCTION", help="Makes the model, without arguments.")
-@click.option("--part", default="model", show_default=True, help="The part that is the model.")
+@click.option("--part", default="model", help="The part that is the model.")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Must be confirmed; repeatable.")
-@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="How far a metric may be off.")
-@click.option("--sparsity", default="sparsity", show_default=True, help="The metric that is counted in the weights.")
+@click.option("--tolerance", type=float, default=1e-3, help="How far a metric may be off.")
+@click.option("--sparsity", default="sparsity", help="The metric that is counted in the weights.")
 @click.option("--golden", metavar="FILE", help="Safetensors with inputs, and maybe labels.")
 @click.option("--agreement", type=float, default=0.0, help="Share of golden predictions that must be the champion's.")
 @click.option("--signature", multiple=True, metavar="NAME=F32[*,10]", help="An output of the model; repeatable.")
@@ -65,7 +65,7 @@ def _finite(text: str) -> float:
     "--budget", "budgets", multiple=True, metavar="NAME=LIMIT", help="latency_ms, memory_mb, size_mb, parameters."
 )
 @click.option("--check", "checks", multiple=True, metavar="MODULE:FUNCTION", help="A check of your own; repeatable.")
-@click.option("--against", default="champion", show_default=True, metavar="ALIAS", help="Compare with its holder.")
+@click.option("--against", default="champion", metavar="ALIAS", help="Compare with its holder.")
 @click.option("--timeout", callback=reads(read_duration), help="Such as 10min; none by default.")
 @answers
 def validate(root: Path, ref: str, against: str, timeout: timedelta | None, **checks: Any) -> Answer:
