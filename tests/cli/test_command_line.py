@@ -360,7 +360,7 @@ def test_the_commands_that_are_printed_can_be_pasted(root, words):
 def test_the_commands_that_the_demo_prints_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # no peakpoint there
     file = io.StringIO()
-    show._say_next(Console(file=file, width=40), tmp_path / "a place")
+    show._show_next_commands(Console(file=file, width=40), tmp_path / "a place")
     commands = [line.strip() for line in file.getvalue().splitlines() if line.startswith("  ")]
     assert len(commands) == 10
     done = subprocess.run(shlex.split(commands[0]), capture_output=True, text=True, check=False)

@@ -11,8 +11,7 @@ from peakpoint.cli.answer import Answer, answers
 from peakpoint.cli.arguments import CATALOGUE, KEY, ROOT
 from peakpoint.cli.history import record_json
 from peakpoint.cli.progress import status_line
-from peakpoint.cli.promotion import hook_problems, hook_text
-from peakpoint.cli.proposal import print_comparison, proposal_json
+from peakpoint.cli.promotion import hook_problems, hook_text, print_comparison, proposal_json
 from peakpoint.cli.render import command, printable
 from peakpoint.errors import RefusedError
 from peakpoint.production import promotion, validation

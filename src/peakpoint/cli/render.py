@@ -108,19 +108,9 @@ def undo_hint(root: Path, refs: Sequence[str], undo_for: timedelta) -> str:
 
 def checkpoint_json(checkpoint: Manifest | Checkpoint) -> dict[str, Any]:
     """Describe a checkpoint for programs."""
-    return {
-        "ref": ref(checkpoint),
-        "run": checkpoint.run,
-        "name": checkpoint.name,
-        "id": checkpoint.id,
-        "sequence": checkpoint.sequence,
-        "step": checkpoint.step,
-        "epoch": checkpoint.epoch,
-        "metrics": dict(checkpoint.metrics),
-        "size_bytes": checkpoint.size_bytes,
-        "created_at": checkpoint.created_at,
-        "saved_because": checkpoint.reasons,
-    }
+    names = ("run", "name", "id", "sequence", "step", "epoch", "metrics", "size_bytes", "created_at")
+    data = {name: getattr(checkpoint, name) for name in names}
+    return {"ref": ref(checkpoint), **data, "saved_because": checkpoint.reasons}
 
 
 def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]:

@@ -11,22 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from peakpoint import catalogue as catalogues
-from peakpoint.cli import tables
+from peakpoint.cli import render, tables
 from peakpoint.cli.answer import Answer, answers
 from peakpoint.cli.arguments import CATALOGUE, INCOMPLETE, ROOT
 from peakpoint.cli.progress import run_bar
-from peakpoint.cli.render import (
-    age,
-    alias_columns,
-    alias_text,
-    aliases_of,
-    claims_text,
-    command,
-    count,
-    manifest_json,
-    number,
-    rounded,
-)
 from peakpoint.cli.tables import Column
 from peakpoint.errors import ConfigError
 from peakpoint.format import layout
@@ -96,11 +84,7 @@ def _writer(repository: Repository, run: "RunSummary", unread: Collection[str]) 
 
 
 def _print_list(
-    console: Console,
-    root: Path,
-    catalogue: "Catalogue",
-    runs: Sequence["RunSummary"],
-    writing: Collection[str],
+    console: Console, root: Path, catalogue: "Catalogue", runs: Sequence["RunSummary"], writing: Collection[str]
 ) -> None:
     if not runs:
         console.print(f"no runs yet in {escape(str(root))}")
@@ -108,9 +92,11 @@ def _print_list(
     console.print(runs_table(console, runs, writing))
     run_count, checkpoint_count, size_bytes = catalogue.totals()
     if len(runs) < run_count:
-        console.print(f"[dim]and {count(run_count - len(runs), 'more run')}; --all lists them all[/]")
-    console.print(f"{count(run_count, 'run')}, {count(checkpoint_count, 'checkpoint')}, {size_text(size_bytes)}")
-    hint = escape(command("ls", root, "RUN"))
+        console.print(f"[dim]and {render.count(run_count - len(runs), 'more run')}; --all lists them all[/]")
+    console.print(
+        f"{render.count(run_count, 'run')}, {render.count(checkpoint_count, 'checkpoint')}, {size_text(size_bytes)}"
+    )
+    hint = escape(render.command("ls", root, "RUN"))
     console.print(f"[dim]To see why each checkpoint is kept: {hint}[/]", soft_wrap=True)
 
 
@@ -160,7 +146,7 @@ def view(run: Run) -> RunView:
         best_exists={peak.metric: peak.best_step in steps for peak in metric_peaks},
         best={metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))},
         packed=packed_bytes(run.store, run.name, manifests),
-        aliases=aliases_of(run),
+        aliases=render.aliases_of(run),
         writer=run.holder(),
     )
 
@@ -170,9 +156,9 @@ def print_run(console: Console, run: RunView) -> None:
     total = sum(manifest.size_bytes for manifest in run.manifests)
     packed = sum(run.packed.get(manifest.id, manifest.size_bytes) for manifest in run.manifests)
     console.print(
-        f"[bold]{escape(run.run.name)}[/]: {count(len(run.manifests), 'checkpoint')}, {size_text(total)}"
+        f"[bold]{escape(run.run.name)}[/]: {render.count(len(run.manifests), 'checkpoint')}, {size_text(total)}"
         + (f", archived in {size_text(packed)}" if run.packed else "")
-        + (f", newest {age(run.manifests[-1].created_at)}" if run.manifests else "")
+        + (f", newest {render.age(run.manifests[-1].created_at)}" if run.manifests else "")
         + (f", [cyan]being written by {escape(run.writer)}[/]" if run.writer else "")
     )
     console.print(f"rules: {escape(' '.join(rule.text for rule in run.rules)) or 'none'}")
@@ -187,7 +173,7 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
     """The checkpoints and why each is kept: beside them, or below where it is too narrow."""
 
     def value(manifest: Manifest, metric: str) -> str:
-        text = number(manifest.metrics.get(metric))
+        text = render.number(manifest.metrics.get(metric))
         return f"[bold green]{text} *[/]" if run.best.get(metric) == manifest.id else text + "  "
 
     def bytes_of(manifest: Manifest) -> str:
@@ -200,14 +186,14 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
     metrics = [Column(escape(name), [value(manifest, name) for manifest in manifests]) for name in names[:4]]
     columns = [
         Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
-        *alias_columns([run.aliases.get(manifest.id, ()) for manifest in manifests]),
+        *render.alias_columns([run.aliases.get(manifest.id, ()) for manifest in manifests]),
         Column("epoch", ["" if manifest.epoch is None else str(manifest.epoch) for manifest in manifests]),
         Column("step", [str(manifest.step) for manifest in manifests]),
         *metrics,
         Column("size", list(map(bytes_of, manifests))),
     ]
     spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch", "aliases"]
-    reasons = [claims_text(run.claims.get(manifest.id, ())) for manifest in manifests]
+    reasons = [render.claims_text(run.claims.get(manifest.id, ())) for manifest in manifests]
     return tables.with_reasons(console, columns, spare, "kept because", reasons)
 
 
@@ -221,12 +207,12 @@ def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:
     return (
         escape(peak.metric),
         peak.mode,
-        f"[bold green]{number(peak.best)}[/]",
+        f"[bold green]{render.number(peak.best)}[/]",
         moment_label(peak.best_step, peak.best_epoch)
         + ("" if best_exists.get(peak.metric) else " [bold red](removed)[/]"),
-        number(peak.last),
+        render.number(peak.last),
         moment_label(peak.last_step, peak.last_epoch),
-        "nothing" if peak.lost == 0 else f"[yellow]{number(rounded(peak.lost, peak.best, peak.last))}[/]",
+        "nothing" if peak.lost == 0 else f"[yellow]{render.number(render.rounded(peak.lost, peak.best, peak.last))}[/]",
     )
 
 
@@ -244,7 +230,7 @@ def _run_json(run: RunView) -> dict[str, Any]:
         "best_exists": run.best_exists,
         "aliases": sorted(alias for names in run.aliases.values() for alias in names),
         "checkpoints": [
-            manifest_json(manifest, run.claims.get(manifest.id, ()))
+            render.manifest_json(manifest, run.claims.get(manifest.id, ()))
             | {"packed_bytes": run.packed.get(manifest.id), "aliases": run.aliases.get(manifest.id, ())}
             for manifest in run.manifests
         ],
@@ -278,26 +264,15 @@ def _run_row(run: "RunSummary", *, writing: bool) -> tuple[str, ...]:
         peak = [f"{metric} ({mode})", best, best_moment, last, lost]
     return (
         escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
-        alias_text(run.aliases),
+        render.alias_text(run.aliases),
         f"{run.checkpoints:,}",
         size_text(run.size_bytes),
         f"{run.reports:,}",
-        "[cyan]being written[/]" if writing else "" if run.newest is None else age(run.newest),
+        "[cyan]being written[/]" if writing else "" if run.newest is None else render.age(run.newest),
         *peak,
     )
 
 
 def _listed_json(run: "RunSummary", writer: str | None) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "rules": run.rules,
-        "writer": writer,
-        "peaks": list(map(_peak_json, run.peaks)),
-        "reports": run.reports,
-        "checkpoint_count": run.checkpoints,
-        "size_bytes": run.size_bytes,
-        "newest": run.newest,
-        "damaged": run.damaged,
-        "best_exists": dict(run.kept),
-        "aliases": run.aliases,
-    }
+    data = asdict(run) | {"writer": writer, "peaks": list(map(_peak_json, run.peaks))}
+    return data | {"checkpoint_count": data.pop("checkpoints"), "best_exists": dict(data.pop("kept"))}

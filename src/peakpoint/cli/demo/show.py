@@ -5,10 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import sklearn  # the demonstration's data; imported here so that its absence is said before anything runs
@@ -18,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from peakpoint.cli.audit import audit_sentence
 from peakpoint.cli.history import holder_name
-from peakpoint.cli.proposal import print_comparison
+from peakpoint.cli.promotion import print_comparison
 from peakpoint.cli.render import console as make_console
 from peakpoint.cli.runs import print_run, view
 from peakpoint.cli.validate import verdict
@@ -68,27 +66,29 @@ def run(out: Path, epochs: int) -> None:
     """
     console = make_console()
     _make_empty(out)
-    console.print(
-        f"LeNet-5 on the {len(_images())} handwritten digits of scikit-learn {sklearn.__version__}, "
-        f"{epochs} epochs, on the CPU\n"
-    )
-    killed_at = max(2, epochs // 2)
+    console.print(f"LeNet-5 on the digits of scikit-learn {sklearn.__version__}, {epochs} epochs, on the CPU\n")
+    save = max(2, epochs // 2)
     with _progress(console) as progress:
         whole = _train(progress, "1. without interruption", out, WHOLE, epochs)
-        killed = _train(progress, f"2. killed in save {killed_at}", out, KILLED, epochs, killed_at)
+        killed = _train(progress, f"2. killed in save {save}", out, KILLED, epochs, save)
         _expect(killed.code == -signal.SIGKILL, f"the second training was not killed: exit code {killed.code}")
         litter = [finding for finding in audit.audit(open_repository(out)).findings if finding.kind == "litter"]
         resumed = _train(progress, "3. the same command again", out, KILLED, epochs)
     repository = open_repository(out)
-    console.print()
-    _say_kill(console, killed, killed_at, litter)
-    _say_resume(console, resumed)
-    _say_weights(console, whole, resumed)
+    console.print(
+        f"\n[bold]The kill.[/] The second training got SIGKILL in the middle of save {save}, with half of "
+        f"the optimizer written, after {len(killed.accuracies)} reported epochs. It left behind:"
+    )
+    for finding in litter:
+        console.print(f"  {escape(finding.where)}: {finding.what}")
+    _expect(bool(litter), "the kill should have left an incomplete save, and left nothing")
+    console.print(f"\n[bold]The resume.[/] The same command, run again, said:\n{escape(resumed.stderr.strip())}")
+    _expect("resumed from" in resumed.stderr, "the third training should have resumed, and did not")
+    _show_weights(console, whole, resumed)
     print_run(console, view(repository.run(KILLED)))
-    _say_peak(console, repository)
-    _say_files(console, repository)
-    _say_production(console, repository)
-    _say_next(console, out)
+    _show_best(console, repository)
+    _show_production(console, repository)
+    _show_next_commands(console, out)
 
 
 def _make_empty(out: Path) -> None:
@@ -101,21 +101,9 @@ def _make_empty(out: Path) -> None:
     shutil.rmtree(out)
 
 
-def _images() -> Any:
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second, after the first words are on the screen
-
-    return load_digits().images
-
-
 def _progress(console: Console) -> Progress:
-    columns: Sequence[Any] = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console)
+    description, note = TextColumn("{task.description:<28}"), TextColumn("{task.fields[note]}")
+    return Progress(description, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn(), console=console)
 
 
 def _train(progress: Progress, title: str, root: Path, run: str, epochs: int, kill_at_save: int = 0) -> Training:
@@ -147,23 +135,7 @@ def _expect(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - a condition,
         raise DemoError(otherwise)
 
 
-def _say_kill(console: Console, killed: Training, save: int, litter: list[audit.AuditFinding]) -> None:
-    console.print(
-        f"[bold]The kill.[/] The second training got SIGKILL in the middle of save {save}, with half of the optimizer "
-        f"written, after {len(killed.accuracies)} reported epochs. It left behind:"
-    )
-    for finding in litter:
-        console.print(f"  {escape(finding.where)}: {finding.what}")
-    _expect(bool(litter), "the kill should have left an incomplete save, and left nothing")
-
-
-def _say_resume(console: Console, resumed: Training) -> None:
-    console.print("\n[bold]The resume.[/] The same command, run again, said:")
-    console.print(escape(resumed.stderr.strip()))
-    _expect("resumed from" in resumed.stderr, "the third training should have resumed, and did not")
-
-
-def _say_weights(console: Console, whole: Training, resumed: Training) -> None:
+def _show_weights(console: Console, whole: Training, resumed: Training) -> None:
     console.print("\n[bold]The final weights[/] (BLAKE3):")
     console.print(f"  never interrupted   {whole.weights}")
     console.print(f"  killed and resumed  {resumed.weights}")
@@ -174,7 +146,7 @@ def _say_weights(console: Console, whole: Training, resumed: Training) -> None:
     _expect(best > 0.95, f"the accuracy should be above 0.95, and is {best:.4f}")
 
 
-def _say_peak(console: Console, repository: Repository) -> None:
+def _show_best(console: Console, repository: Repository) -> None:
     run = repository.run(KILLED)
     for peak in peaks(run.history(), ranking_metrics(run.rules())):
         checkpoint = run.best(peak.metric, mode=peak.mode)
@@ -183,15 +155,12 @@ def _say_peak(console: Console, repository: Repository) -> None:
             f"[bold]Best against last:[/] {peak.metric} {peak.best:.4f} at epoch {peak.best_epoch}, "
             f"{peak.last:.4f} at the end; the best is kept as {checkpoint.name}"
         )
-
-
-def _say_files(console: Console, repository: Repository) -> None:
     result = audit.audit(repository, deep=True)
     _expect(result.clean, "the repository should be clean at the end, and is not")
     console.print(f"\n[bold]Audit:[/] {audit_sentence(result)}; [green]clean[/]")
 
 
-def _say_production(console: Console, repository: Repository) -> None:
+def _show_production(console: Console, repository: Repository) -> None:
     """Two checkpoints become champion one after the other, and the first comes back."""
     run = repository.run(KILLED)
     best = run.best("val_accuracy")
@@ -212,7 +181,7 @@ def _say_production(console: Console, repository: Repository) -> None:
         console.print(f"  Rolled back: champion is {escape(holder_name(record))} again, record {record.number}")
 
 
-def _say_next(console: Console, out: Path) -> None:
+def _show_next_commands(console: Console, out: Path) -> None:
     program = "peakpoint" if shutil.which("peakpoint") else f"{shlex.quote(sys.executable)} -m peakpoint"
     place = shlex.quote(str(out))
     console.print("\nLook around:")

@@ -1,0 +1,367 @@
+"""The commands ``show`` and ``explain``: one checkpoint."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peakpoint.cli import tables
+from peakpoint.cli.answer import Answer, answers
+from peakpoint.cli.arguments import REF, ROOT
+from peakpoint.cli.render import (
+    age,
+    alias_text,
+    aliases_of,
+    claim_text,
+    claims_text,
+    command,
+    facts,
+    manifest_json,
+    number,
+    ref,
+    seconds,
+)
+from peakpoint.cli.validate import validation_line
+from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.format import layout
+from peakpoint.format.amounts import size_text
+from peakpoint.format.events import Measured
+from peakpoint.format.manifest import Manifest
+from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
+from peakpoint.repository import maintenance, reader, signing, validations
+from peakpoint.repository.annotations import all_with_annotations
+from peakpoint.repository.packs import packed_bytes
+from peakpoint.repository.refs import AtEpoch, AtStep, ByName, parse
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.run import Run
+from peakpoint.repository.trash import dropped_parts
+from peakpoint.rules import Claim, moment_text
+
+# --- show ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointView:
+    """Everything that ``show`` says of a checkpoint.
+
+    Attributes:
+        directory: where its files are.
+        packed: its bytes in the archive; None when it is not there.
+        parent: RUN/NAME of the checkpoint that the training continued from; "" for the first one.
+        members: of a mean: RUN/NAME of each checkpoint that it was made of.
+    """
+
+    manifest: Manifest
+    directory: str
+    claims: Sequence[Claim]
+    aliases: Sequence[str]
+    packed: int | None
+    signatures: Sequence[signing.Signature]
+    validations: validations.ValidationSurvey
+    parent: str
+    members: Sequence[str]
+
+
+@click.command()
+@ROOT
+@REF
+@answers
+def show(root: Path, ref: str) -> Answer:
+    """Show one checkpoint: metrics, reasons, parts, files, digests, signatures, timing, validations."""
+    checkpoint = _view(open_repository(root), root, ref)
+
+    def text(console: Console) -> None:
+        console.print(facts(_facts(checkpoint)))
+        console.print()
+        console.print(_files_table(checkpoint.manifest))
+
+    return Answer(_json(checkpoint), text)
+
+
+def _view(repository: Repository, root: Path, ref: str) -> CheckpointView:
+    run, stored = repository.locate(ref)
+    manifest = next((manifest for manifest in run.known(()) if manifest.id == stored.id), stored)
+    return CheckpointView(
+        manifest=manifest,
+        directory=str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
+        claims=run.kept().get(manifest.id, ()),
+        aliases=aliases_of(run).get(manifest.id, ()),
+        packed=packed_bytes(run.store, run.name, [manifest]).get(manifest.id),
+        signatures=signing.signatures(run.store, run.name, manifest.name),
+        validations=validations.survey(run.store, run.name, manifest.id),
+        parent=_parent(repository, manifest),
+        members=[_name_of(repository, member) for member in manifest.members],
+    )
+
+
+def _parent(repository: Repository, manifest: Manifest) -> str:
+    """Return RUN/NAME of the parent where it exists, otherwise its id; checkpoints of its run are tried first."""
+    if manifest.parent is None:
+        return ""
+    manifests = reader.list_run(repository.store, manifest.run).manifests
+    names = [ref(candidate) for candidate in manifests if candidate.id == manifest.parent]
+    return names[0] if names else f"{manifest.parent} (not in this run, or removed)"
+
+
+def _name_of(repository: Repository, member: str) -> str:
+    try:
+        return ref(repository.find_manifest(member))
+    except (CorruptError, FormatError, NotFoundError):
+        return f"{member} (removed or damaged)"
+
+
+def _json(checkpoint: CheckpointView) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    return manifest_json(manifest, checkpoint.claims) | {
+        "aliases": checkpoint.aliases,
+        "packed_bytes": checkpoint.packed,
+        "parts": manifest.parts,
+        "files": [
+            {"name": file.name, "size": file.size, "digest": file.digest, "tensors": len(file.tensors)}
+            for file in manifest.files
+        ],
+        "parent": manifest.parent,
+        "members": manifest.members,
+        "written_by": manifest.written_by,
+        "timing": manifest.timing,
+        "asked": manifest.asked,
+        "signatures": [asdict(signature) for signature in checkpoint.signatures],
+        "path": checkpoint.directory,
+        "validations": [
+            {"number": validation.number, "at": validation.at, "passed": validation.passed, "by": validation.by}
+            for validation in checkpoint.validations.validations
+        ],
+        "damaged_validations": [what for _, what in checkpoint.validations.damage],
+    }
+
+
+def _facts(checkpoint: CheckpointView) -> list[tuple[str, str]]:
+    manifest, survey = checkpoint.manifest, checkpoint.validations
+    epoch = "" if manifest.epoch is None else f", epoch {manifest.epoch}"
+    metrics = "\n".join(f"{name} = {number(value)}" for name, value in manifest.metrics.items())
+    damaged = [f"[bold red]damaged[/]: {escape(what)}" for _, what in survey.damage]
+    parent = ("made of", "\n".join(checkpoint.members)) if manifest.members else ("parent", checkpoint.parent)
+    return [
+        ("checkpoint", escape(ref(manifest))),
+        ("id", manifest.id),
+        *([("aliases", alias_text(checkpoint.aliases))] if checkpoint.aliases else []),
+        ("directory", escape(checkpoint.directory)),
+        ("taken at", f"step {manifest.step}{epoch} (commit {manifest.sequence}, report {manifest.report})"),
+        ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {age(manifest.created_at)}"),
+        ("metrics", escape(metrics) or "none"),
+        ("saved because", escape("\n".join(manifest.reasons))),
+        ("kept because", claims_text(checkpoint.claims)),
+        ("size", size_text(manifest.size_bytes)),
+        ("archived", "no" if checkpoint.packed is None else f"packed into {size_text(checkpoint.packed)}"),
+        ("signed", escape("\n".join(map(_signature, checkpoint.signatures))) or "no"),
+        ("parts", escape(", ".join(manifest.parts))),
+        (parent[0], escape(parent[1]) or "none: the first checkpoint of its run"),
+        ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
+        ("written", _writing(manifest)),
+        ("training blocked", _stall(manifest)),
+        ("validations", "\n".join([*map(validation_line, survey.validations), *damaged]) or "none"),
+    ]
+
+
+def _writing(manifest: Manifest) -> str:
+    """How long the files took, and how fast they were written."""
+    duration, rate = manifest.timing.get("write_seconds"), manifest.timing.get("bytes_per_second")
+    if duration is None or rate is None:
+        return "not recorded"
+    shared = manifest.size_bytes - manifest.written_bytes
+    text = (
+        f"{size_text(manifest.written_bytes)} in {seconds(duration)}, {size_text(rate)}/s, including hashing and fsync"
+    )
+    return text + (f"; {size_text(shared)} shared with earlier checkpoints" if shared else "")
+
+
+def _stall(manifest: Manifest) -> str:
+    """What the save cost the training loop."""
+    names = {
+        "capture_seconds": "copy",
+        "waited_seconds": "previous save",
+        "step_waited_seconds": "optimizer step",
+    }
+    timing = {name: manifest.timing[name] for name in names if name in manifest.timing}
+    if not timing:
+        return "not recorded"
+    return f"{seconds(sum(timing.values()))} ({', '.join(f'{seconds(timing[name])} {names[name]}' for name in timing)})"
+
+
+def _signature(signature: signing.Signature) -> str:
+    key = "names no key" if signature.fingerprint is None else f"key {signature.fingerprint}"
+    return f"{signature.record}, {key} (not verified)"
+
+
+def _files_table(manifest: Manifest) -> Table:
+    part_of = {file: part for part, files in manifest.parts.items() for file in files}
+    rows = [
+        (
+            escape(file.name),
+            escape(part_of.get(file.name, "")),
+            str(len(file.tensors)) if file.header else "",
+            size_text(file.size),
+            f"{file.digest[:16]}…",
+        )
+        for file in manifest.files
+    ]
+    return tables.plain(("file", "part", ">tensors", ">size", "digest (BLAKE3)"), rows)
+
+
+# --- explain -------------------------------------------------------------------------------------------------------
+
+
+_MOST_NAMES = 3  # checkpoints that a rule keeps instead
+
+
+@click.command()
+@ROOT
+@click.argument("text", metavar="REF")
+@answers
+def explain(root: Path, text: str) -> Answer:
+    """Say why a checkpoint is kept; of one that was removed, when, why, and what was kept instead."""
+    repository = open_repository(root)
+    if text.startswith("@"):
+        manifest = repository.find_manifest(text)
+        text = f"{manifest.run}/{manifest.id}"
+    run = repository.run(parse(text).run)
+    try:
+        manifest = run.find_manifest(text)
+    except NotFoundError as error:
+        life = _removed(run, text)
+        if life is None:
+            raise NotFoundError(f"{error}. The journal has no record of such a checkpoint either") from error
+        until = {entry.manifest.id: entry.record.until for entry in maintenance.in_trash(run)}
+        return _explain_removed(root, run, life, until.get(life.saved.checkpoint))
+    return _explain_kept(run, manifest)
+
+
+# --- kept ----------------------------------------------------------------------------------------------------------
+
+
+def _explain_kept(run: Run, manifest: Manifest) -> Answer:
+    events, rules = run.events(), run.rules()
+    manifests = all_with_annotations(run.manifests(), events, rules)
+    claims = run.kept().get(manifest.id, ())
+    dropped = list(dropped_parts(run.store, run.name, manifest.name))
+    measured = [event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id]
+    names = {candidate.id: candidate.name for candidate in manifests}
+    claiming = {claim.rule for claim in claims}
+    instead = {rule.text: [names[id_] for id_ in rule.claims(manifests)] for rule in rules if rule.text not in claiming}
+    packed = packed_bytes(run.store, run.name, [manifest]).get(manifest.id)
+    data = manifest_json(manifest, claims) | {
+        "exists": True,
+        "measured": [
+            {"at": event.at, "metrics": dict(event.metrics), "source": event.source, "by": event.by}
+            for event in measured
+        ],
+        "claimed_instead": instead,
+        "dropped": [{"at": record.at, "parts": record.parts, "reason": record.why} for record in dropped],
+        "aliases": aliases_of(run).get(manifest.id, ()),
+    }
+
+    def text(console: Console) -> None:
+        console.print(f"[bold]{escape(ref(manifest))}[/] exists ({moment_text(manifest)})")
+        console.print(f"saved {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC because")
+        _print_list(console, map(escape, manifest.reasons))
+        console.print("kept because" if claims else "[yellow]no rule keeps it: the next save of this run removes it[/]")
+        _print_list(console, map(claim_text, claims))
+        for record in dropped:
+            parts = escape(", ".join(record.parts))
+            console.print(f"{parts} removed {record.at:%Y-%m-%d %H:%M} UTC: {escape(record.why)}")
+        if packed is not None:
+            console.print(f"archived: {size_text(manifest.size_bytes)} packed into {size_text(packed)}")
+        for event in measured:
+            console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {_values(event.metrics)}")
+        for rule, kept in instead.items():
+            console.print(f"[dim]{escape(_instead(rule, kept))}[/]")
+
+    return Answer(data, text)
+
+
+def _instead(rule: str, kept: Sequence[str]) -> str:
+    if not kept:
+        return f"{rule} keeps nothing"
+    more = f" and {len(kept) - _MOST_NAMES} more" if len(kept) > _MOST_NAMES else ""
+    return f"{rule} keeps {', '.join(kept[:_MOST_NAMES])}{more} instead"
+
+
+# --- removed -------------------------------------------------------------------------------------------------------
+
+
+def _removed(run: Run, text: str) -> CheckpointHistory | None:
+    """Return the removed checkpoint that a ref names; the last one of several."""
+
+    def exists(life: CheckpointHistory) -> bool:  # damaged, or its removal came to nothing
+        return life.removed is None and run.store.size(layout.manifest_key(run.name, life.saved.name)) is not None
+
+    removed = [life for life in checkpoint_histories(run.events()) if not exists(life)]
+    match parse(text):
+        case ByName(name=name):
+            matching = [life for life in removed if life.saved.name == name]
+        case AtStep(step=step):
+            matching = [life for life in removed if life.record.step == step]
+        case AtEpoch(epoch=epoch):
+            matching = [life for life in removed if life.record.epoch == epoch]
+        case _:
+            matching = []
+    return matching[-1] if matching else None
+
+
+def _explain_removed(root: Path, run: Run, life: CheckpointHistory, until: datetime | None) -> Answer:
+    """Explain a removal; ``until`` is when the trash lets the checkpoint go, None when it is not there."""
+    removed = life.removed
+    moment = life.record if removed is None else removed
+    data = {
+        "exists": False,
+        "name": life.saved.name,
+        "id": life.saved.checkpoint,
+        "step": moment.step,
+        "epoch": moment.epoch,
+        "metrics": dict(life.record.metrics),
+        "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
+        "removed": removed and {name: getattr(removed, name) for name in ("at", "reason", "by", "until")},
+        "in_trash": until is not None,
+        "claimed_instead": {rule: list(kept) for rule, kept in life.claimed_instead},
+    }
+    return Answer(data, lambda console: _print_removed(console, root, run, life, until))
+
+
+def _print_removed(console: Console, root: Path, run: Run, life: CheckpointHistory, until: datetime | None) -> None:
+    removed = life.removed
+    date = "" if removed is None else f" on {removed.at:%Y-%m-%d}"
+    console.print(f"[bold]{escape(life.saved.name)}[/] was removed{date} ({moment_text(life.record)})")
+    values = _values(life.record.metrics) or "no metrics"
+    console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {values} because")
+    _print_list(console, map(escape, life.saved.reasons))
+    if removed is None:
+        console.print("The journal does not say when or why: the disk was full, or somebody deleted the files.")
+        return
+    console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
+    if until is not None:
+        undo = escape(command("undo", root, f"{run.name}/{life.saved.name}"))
+        console.print(f"in the trash until {until:%Y-%m-%d %H:%M} UTC. To restore it: {undo}", soft_wrap=True)
+    elif removed.until is not None:
+        console.print("it was in the trash, and is permanently deleted")
+    for rule, kept in life.claimed_instead:
+        if not kept:
+            console.print(f"[cyan]{escape(rule)}[/]: keeps no checkpoint in this range")
+            continue
+        console.print(f"[cyan]{escape(rule)}[/] kept instead:")
+        more = [f"and {len(kept) - _MOST_NAMES} more"] if len(kept) > _MOST_NAMES else []
+        _print_list(console, map(escape, [*kept[:_MOST_NAMES], *more]))
+
+
+def _values(metrics: Mapping[str, float]) -> str:
+    return escape(", ".join(f"{name} = {value:.6g}" for name, value in metrics.items()))
+
+
+def _print_list(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(f"  - {line}")
