@@ -183,11 +183,7 @@ def _writing(manifest: Manifest) -> str:
 
 def _stall(manifest: Manifest) -> str:
     """What the save cost the training loop."""
-    names = {
-        "capture_seconds": "copy",
-        "waited_seconds": "previous save",
-        "step_waited_seconds": "optimizer step",
-    }
+    names = {"capture_seconds": "copy", "waited_seconds": "previous save", "step_waited_seconds": "optimizer step"}
     timing = {name: manifest.timing[name] for name in names if name in manifest.timing}
     if not timing:
         return "not recorded"

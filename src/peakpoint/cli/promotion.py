@@ -334,11 +334,7 @@ def rollback(root: Path, alias: str, to: int | None, expected: int | None, why: 
     was = holder_name(before) if isinstance(before, AliasRecord) else f"unknown: record {before.number} is damaged"
     lines = [f"skipped {reason}" for reason in rolled_back.passed_over]
     lines.append(f"Rolled back: {alias} is {holder_name(record)} again (was {was}), record {record.number}")
-    data = {
-        "record": record_json(record),
-        "before": asdict(before),
-        "passed_over": rolled_back.passed_over,
-    }
+    data = {"record": record_json(record), "before": asdict(before), "passed_over": rolled_back.passed_over}
     return notified(root, record, results, "\n".join(lines), data)
 
 

@@ -35,12 +35,7 @@ def sign(root: Path, ref: str, key: Path, *, verify: bool) -> Answer:
 def _sign(repository: Repository, manifest: Manifest, key: Path) -> Answer:
     with progress_bar("signing", manifest.size_bytes) as advance:
         signature = signing.sign(repository.store, manifest, private_key=key, progress=advance)
-    data = {
-        "ref": ref(manifest),
-        "id": manifest.id,
-        "record": signature.record,
-        "fingerprint": signature.fingerprint,
-    }
+    data = {"ref": ref(manifest), "id": manifest.id, "record": signature.record, "fingerprint": signature.fingerprint}
     files = count(len(manifest.files) + 1, "file")
     return Answer(data, f"signed {ref(manifest)}: {signature.record} covers {files}\nkey {signature.fingerprint}")
 

@@ -121,12 +121,7 @@ def _bytes(repository: Repository, refs: Sequence[str], part: str) -> int:
 def _print(console: Console, root: Path, result: Any) -> None:
     if result.tasted:
         rows = [
-            (
-                escape(trial.ref),
-                number(trial.alone),
-                number(trial.together),
-                "[green]yes[/]" if trial.taken else "no",
-            )
+            (escape(trial.ref), number(trial.alone), number(trial.together), "[green]yes[/]" if trial.taken else "no")
             for trial in result.tasted
         ]
         console.print(tables.plain(("tried", ">alone", ">in the soup", "taken"), rows))

@@ -116,12 +116,7 @@ def train(root: Path, run: str, epochs: int, kill_at_save: int) -> None:
         store,
         run=run,
         state={"model": model, "optimizer": optimizer, "scheduler": scheduler},
-        keep=[
-            pp.Best("val_accuracy", "max"),
-            pp.TopK("val_loss", "min", 3),
-            pp.Every(epochs=10),
-            pp.Last(3),
-        ],
+        keep=[pp.Best("val_accuracy", "max"), pp.TopK("val_loss", "min", 3), pp.Every(epochs=10), pp.Last(3)],
         name="epoch{epoch}_acc{value:.4f}",
     ) as ckpt:
         for epoch in ckpt.epochs(epochs):
