@@ -1,4 +1,4 @@
-"""Tables that fit the width there is: columns that can be spared go, and sentences go below their rows."""
+"""Tables that fit the terminal: less important columns are left out, and sentences go below their rows."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 _GAP = 2  # between two columns
-_LEAST = 16  # what a first column that is too long for its row is given at least
+_NARROWEST = 16  # columns of a first cell that is broken
 _INDENT = 4
 
 
@@ -30,7 +30,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        """What its longest line needs."""
+        """The width of its longest line."""
         lines = [line for cell in (self.title, *self.cells) for line in Text.from_markup(cell).plain.split("\n")]
         return max(map(cell_len, lines))
 
@@ -45,60 +45,64 @@ def plain(
         rows: the cells.
         unbroken: the heads of columns that stay on one line, however little room there is.
     """
-    found = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for head in heads:
         right = head.startswith(">")
         justify: JustifyMethod = "right" if right else "left"
-        found.add_column(head.removeprefix(">"), justify=justify, overflow="fold", no_wrap=head in unbroken)
+        table.add_column(head.removeprefix(">"), justify=justify, overflow="fold", no_wrap=head in unbroken)
     for row in rows:
-        found.add_row(*row)
-    return found
+        table.add_row(*row)
+    return table
 
 
-def needed(columns: Sequence[Column]) -> int:
-    """The width of a table in which nothing is broken."""
+def full_width(columns: Sequence[Column]) -> int:
+    """Return the width of a table in which nothing is broken."""
     return sum(column.width for column in columns) + _GAP * (len(columns) - 1)
 
 
 def fitted(columns: Sequence[Column], spare: Sequence[str], width: int) -> list[Column]:
-    """Leave out columns until the others fit, the first of the spare titles first."""
-    left = list(columns)
+    """Leave out columns until the rest fits, the first of the spare titles first."""
+    fitting = list(columns)
     for title in spare:
-        if needed(left) <= width:
+        if full_width(fitting) <= width:
             break
-        left = [column for column in left if column.title != title]
-    return left
+        fitting = [column for column in fitting if column.title != title]
+    return fitting
 
 
 def table(columns: Sequence[Column], width: int) -> Table:
-    """A table of them; only the first is broken where the rest leaves it too little."""
+    """Make a table; only the first column is broken where the others leave it too little width."""
     return _grid(columns, width, range(len(columns[0].cells)), header=True)
 
 
 def with_reasons(
     console: Console, columns: Sequence[Column], spare: Sequence[str], title: str, reasons: Sequence[str]
 ) -> RenderableType:
-    """A table that ends with a column of sentences; where they do not fit, they stand below their rows, indented."""
+    """Make a table that ends with a column of sentences; where they do not fit, they go below their rows, indented."""
     beside = [*columns, Column(title, reasons, right=False)]
-    if needed(beside) <= console.width:
+    if full_width(beside) <= console.width:
         return table(beside, console.width)
-    left = fitted(columns, spare, console.width)
-    blocks: list[RenderableType] = [_grid(left, console.width, [], header=True)]
+    columns = fitted(columns, spare, console.width)
+    blocks: list[RenderableType] = [_grid(columns, console.width, [], header=True)]
     for row, reason in enumerate(reasons):
-        blocks.append(_grid(left, console.width, [row], header=False))
+        blocks.append(_grid(columns, console.width, [row], header=False))
         blocks.append(Padding(Text.from_markup(reason), (0, 0, 0, _INDENT), expand=False))
     return Group(*blocks)
 
 
 def _grid(columns: Sequence[Column], width: int, rows: Collection[int], *, header: bool) -> Table:
-    """Some rows; the widths are those of all of them, so that grids below one another look like one."""
-    found = Table(box=None, pad_edge=False, header_style="bold", show_edge=False, show_header=header)
-    rest = needed(columns) - columns[0].width
+    """Make a table of some rows, as wide as with all of them, so that tables below one another look like one."""
+    grid = Table(box=None, pad_edge=False, header_style="bold", show_edge=False, show_header=header)
+    others_width = full_width(columns) - columns[0].width
     for place, column in enumerate(columns):
-        own = column.width if place else min(column.width, max(width - rest, _LEAST))
-        found.add_column(
-            column.title, justify="right" if column.right else "left", no_wrap=place > 0, width=own, overflow="fold"
+        cells_width = column.width if place else min(column.width, max(width - others_width, _NARROWEST))
+        grid.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=place > 0,
+            width=cells_width,
+            overflow="fold",
         )
     for row in rows:
-        found.add_row(*(column.cells[row] for column in columns))
-    return found
+        grid.add_row(*(column.cells[row] for column in columns))
+    return grid
