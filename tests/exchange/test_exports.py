@@ -82,7 +82,7 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
         "r:epoch=2",
         "--to",
         tmp_path / "hf",
-        "--format",
+        "--as",
         "hf",
         "--shard",
         shard,
@@ -115,7 +115,7 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
     loaded = pp.load("r@latest", root=tmp_path / "back")
     assert all(same(loaded["model"][name], tensor) for name, tensor in there.items())
     assert loaded["extra"]["config"] == {"model_type": "net", "width": 4}
-    invoke("export", tmp_path / "back", "r@latest", "--to", tmp_path / "again", "--format", "hf")
+    invoke("export", tmp_path / "back", "r@latest", "--to", tmp_path / "again", "--as", "hf")
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == {"model_type": "net", "width": 4}
 
 
@@ -124,12 +124,12 @@ def test_a_folder_of_hugging_face_and_back(shard, root, tmp_path):
     [
         (["--to", "noformat"], 2, "or .pt; for a folder, say --as hf"),
         (["--to", "m.onnx"], 2, "must end with .safetensors, .pth or .pt"),
-        (["--to", "hf", "--format", "hf", "--config", "none.json"], 10, "does not exist"),
-        (["--to", "hf", "--format", "hf", "--config", "notes.txt"], 13, "not JSON"),
-        (["--to", "hf", "--format", "hf", "--part", "optimizer"], 2, "export it to .pth"),
-        (["--to", "no/hf", "--format", "hf"], 10, "make it first"),
-        (["--to", ".", "--format", "hf"], 11, "exists"),
-        (["--to", "hf", "--format", "hf", "--shard", "x"], 2, "number of bytes"),
+        (["--to", "hf", "--as", "hf", "--config", "none.json"], 10, "does not exist"),
+        (["--to", "hf", "--as", "hf", "--config", "notes.txt"], 13, "not JSON"),
+        (["--to", "hf", "--as", "hf", "--part", "optimizer"], 2, "export it to .pth"),
+        (["--to", "no/hf", "--as", "hf"], 10, "make it first"),
+        (["--to", ".", "--as", "hf"], 11, "exists"),
+        (["--to", "hf", "--as", "hf", "--shard", "x"], 2, "number of bytes"),
         (["--to", "hf"], 2, "must end with"),
     ],
 )

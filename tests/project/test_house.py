@@ -20,7 +20,7 @@ ROOMS = sorted(room for row in ROWS for room in row if room != "errors")
 
 def test_the_top_of_the_package_is_rooms_and_little_else():
     entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert entries == {*ROOMS, "__init__.py", "__main__.py", "_version.py", "errors.py", "py.typed"}
+    assert entries == {*ROOMS, "__init__.py", "__init__.pyi", "__main__.py", "_version.py", "errors.py", "py.typed"}
 
 
 def test_the_picture_is_the_contract():

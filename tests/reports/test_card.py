@@ -278,7 +278,7 @@ def test_without_matplotlib_there_is_a_table(root, tmp_path):
         "run()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "Matplotlib is missing" in done.stderr
+    assert "Matplotlib is missing" in done.stdout
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["README.md"]
     text = (tmp_path / "out/README.md").read_text()
     assert "peak of acc, **this checkpoint**" in text
@@ -290,7 +290,7 @@ def test_without_the_extra_the_message_says_what_to_install(root, library):
     script = (
         f"import sys; sys.modules[{library!r}] = None\n"
         "from peakpoint.cli.main import run\n"
-        f"sys.argv = ['peakpoint', 'card', {str(root)!r}, '@champion']\n"
+        f"sys.argv = ['peakpoint', 'export', {str(root)!r}, '@champion', '--as', 'card']\n"
         "run()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

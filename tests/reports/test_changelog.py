@@ -832,7 +832,7 @@ def test_the_command(story, tmp_path):
 def test_a_file_of_somebody_else_is_not_replaced(story, tmp_path):
     page = tmp_path / "CHANGELOG.md"
     page.write_text("mine")
-    with pytest.raises(pp.Error, match="no changelog of Peakpoint is in it"):
+    with pytest.raises(pp.Error, match="is not a changelog of Peakpoint"):
         invoke("changelog", story.root, "--to", page)
     assert page.read_text() == "mine"
     assert invoke("changelog", story.root, "--to", page, "--force").exit_code == 0

@@ -18,10 +18,10 @@ from torch import nn
 
 import peakpoint as pp
 from peakpoint import rules
-from peakpoint.cli import render
 from peakpoint.cli.demo.training import LeNet5, digits
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Reported, Saved
 from peakpoint.reports.plan import forecast as planner
 from peakpoint.reports.plan import networks, optimizers, sizes
@@ -475,7 +475,7 @@ def test_the_command_plans_from_numbers():
     text = invoke(*PLAN, "--rules", "last:3 every:500ep").output
     assert "307.2 MB" in text
     assert "every epoch, whole" in text
-    assert "every:500ep claims nothing" in text
+    assert "every:500ep keeps nothing" in text
 
 
 def test_metrics_that_are_called_like_pictures_are_printed_as_they_are():
@@ -552,7 +552,7 @@ def test_the_page_has_the_figures_of_the_presets():
     rows = as_json("--presets")["presets"]
     for row in rows:
         title = row["title"] + (", 16 bits" if row["dtype"] == "float16" else "")
-        figures = [render.size(row[f"{kind}_bytes"]) for kind in ("weights", "adam")]
+        figures = [size_text(row[f"{kind}_bytes"]) for kind in ("weights", "adam")]
         assert f"| {title} | {row['parameters']:,} | {figures[0]} | {figures[1]} |" in page
 
 
@@ -568,7 +568,7 @@ def test_the_page_has_the_figures_of_the_presets():
         (["--preset", "lenet5"], "there is no preset 'lenet5'; did you mean 'lenet-5'"),
         ([*PLAN, "--rules", "newest:3"], "not a rule"),
         ([*PLAN, "--rules", "last:1", "--bandwidth", "fast"], "is no rate"),
-        ([*PLAN, "--rules", "last:1", "--sparsity", "half"], "is no schedule"),
+        ([*PLAN, "--rules", "last:1", "--sparsity", "half"], "is not a schedule"),
         ([*PLAN, "--rules", "last:1", "--mtbf", "8h"], "give --stall"),
         ([*PLAN, "--rules", "last:1", "--mtbf", "0", "--stall", "1s"], "mean time between failures"),
     ],

@@ -104,7 +104,7 @@ def test_json_has_everything(root):
         (["--metric", "val_ac:max"], 10, "did you mean 'val_acc'"),
         (["--sparsity", "sparsty"], 10, "did you mean 'sparsity'"),
         (["--part", "nope"], 10, "No part 'nope'"),
-        (["--n-eval", "many"], 2, "no number of examples"),
+        (["--n-eval", "many"], 2, "not a number of examples"),
         (["--n-eval", "5", "--n-eval", "6"], 2, "given twice"),
         (["--n-eval", "100"], 2, "is 1e+308 somewhere"),
         (["--percent"], 2, "n_eval"),

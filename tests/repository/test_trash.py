@@ -48,7 +48,7 @@ def test_removed_and_brought_back_bit_for_bit(tmp_path):
     assert files(tmp_path) == before
     assert epochs(tmp_path) == [0, 1, 2, 3, 4]
     assert "trash is empty" in command("undo", tmp_path, "--list")
-    assert "is here" in command("explain", tmp_path, "r:epoch=1")
+    assert "exists" in command("explain", tmp_path, "r:epoch=1")
     assert audit(pp.open(tmp_path), deep=True).findings == []
 
 
