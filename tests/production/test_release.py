@@ -468,11 +468,11 @@ def test_the_whole_way_at_the_command_line(tmp_path):
             progress=lambda _: None,
         )
         said = command("promote", root, f"r:{step}", "--as", "champion", "--why", f"step {step}")
-        assert f"is champion now: record {step}" in said
+        assert f"(record {step})" in said
     assert "McNemar's test p =" in said
-    assert "were wrong and are right" in said
-    assert "is champion already since" in command("promote", root, "r:2", "--as", "champion", "--why", "x")
-    assert f"{found.find('r:1').ref} is champion again (record 3)" in command("rollback", root, "champion")
+    assert "fixes (wrong before, right now)" in said
+    assert "No change: champion is" in command("promote", root, "r:2", "--as", "champion", "--why", "x")
+    assert f"Rolled back: champion is {found.find('r:1').ref} again" in command("rollback", root, "champion")
     assert "3 records, none changed or missing" in command("history", root, "champion")
     assert found.find("r:1").ref in command("history", root)
     command("promote", root, "r:3", "--as", "challenger_1", "--why", "try it", "--force")
@@ -481,7 +481,7 @@ def test_the_whole_way_at_the_command_line(tmp_path):
         "promote", root, "--retire", "challenger_1", "--why", "it lost"
     )
     assert "is never without a checkpoint" in command("promote", root, "--retire", "champion", "--why", "x", code=2)
-    assert "pointed at nothing yet" in command("history", root, "champion", "--at", "2020-01-01", code=10)
+    assert "pointed at no checkpoint yet" in command("history", root, "champion", "--at", "2020-01-01", code=10)
     assert json.loads(command("history", root, "champion", "--at", "2100-01-01", "--json"))["records"][0]["number"] == 3
     names = [one["alias"] for one in json.loads(command("history", root, "--json"))["aliases"]]
     assert names == ["challenger_1", "champion"]
@@ -492,7 +492,7 @@ def test_a_release_at_the_command_line_says_why_not(tmp_path):
     task.trained(root)
     task.policy(root, 'may_promote = ["somebody else"]')
     said = command("release", root, code=16)
-    assert "against it" in said
+    assert "blocked: " in said
     assert "may not change champion: the policy allows somebody else" in said
     found = json.loads(command("release", root, "--json", code=16))
     assert (found["outcome"], len(found["reasons"]), found["record"]) == ("refused", 1, None)
@@ -506,8 +506,8 @@ def test_validating_by_hand_checks_what_the_policy_asks_for(tmp_path):
     task.policy(root, validation="budgets = { parameters = 5 }")
     assert "did not pass: budget parameters" in command("validate", root, "r:1", code=16)
     refused = command("release", root, code=16).replace("\n", " ")
-    assert refused.count("validates it again") == 1
-    assert "the next best is not tried by itself" in refused
+    assert refused.count("To validate it again: ") == 1
+    assert "The next best checkpoint is not tried." in refused
     (root / "production.toml").write_text((root / "production.toml").read_text().replace("= 5 }", "= 50 }"))
     command("validate", root, "r:1")
     policy = read_policies(found.store).of("champion")
