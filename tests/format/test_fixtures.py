@@ -161,9 +161,17 @@ def releases(root):
     return [json_of(one) for one in records(pp.open(root).store)]
 
 
+def table(found):
+    """A policy as it was told when the fixtures were made."""
+    hooks = [msgspec.structs.asdict(hook) | {"timeout": hook.seconds} for hook in found.hooks]
+    same = ("alias", "select", "by", "max_age", "timeout", "improvement", "may_promote", "public_key", "base", "digest")
+    renamed = {"within": found.within_se, "wanted": found.wanted, "keeps": found.keep_last, "hooks": hooks}
+    return json_of({name: getattr(found, name) for name in same} | renamed)
+
+
 def policies(root):
     found = policy.read_policies(pp.open(root).store)
-    tables = {alias: json_of(found.of(alias)) for alias in found.content}
+    tables = {alias: table(found.of(alias)) for alias in found.content}
     return json.loads(json.dumps(tables).replace(str(root), "ROOT"))
 
 

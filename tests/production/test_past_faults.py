@@ -11,7 +11,7 @@ import peakpoint as pp
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Removed
 from peakpoint.production import hooks, promotion
-from peakpoint.production.policy import Improvement, Policy, read_policies
+from peakpoint.production.policy import Improvement, Policy, SigningPolicy, ValidationPolicy, read_policies
 from peakpoint.production.proposal import propose
 from peakpoint.production.release import release
 from peakpoint.production.validation import with_golden
@@ -239,7 +239,7 @@ def test_a_roll_back_leads_to_what_can_be_loaded(tmp_path):
     found = repository(tmp_path)
     promote(found, "r:1")
     promote(found, "r:2")
-    asked = Policy(alias="champion", public_key=tmp_path / "release.pub")
+    asked = Policy(alias="champion", signing=SigningPolicy(public_key=str(tmp_path / "release.pub")))
     with pytest.raises(pp.Error):
         promotion.rollback(found, "champion", "a test", policy=asked)
 
@@ -255,7 +255,7 @@ def test_values_of_two_evaluations_are_not_compared(tmp_path):
     validated(found, "r:2", wanted=easy, metrics={"accuracy": 1.0}, predicted=right, labels=labels)
     promote(found, "r:1")
     better = Improvement(metric="accuracy", mode="max", minimum=0.1, significance=0.01)
-    asked = Policy(alias="champion", wanted=easy, improvement=better)
+    asked = Policy(alias="champion", validation=ValidationPolicy(evaluate="checks:easy"), improvement=better)
     assert propose(found, "r:2", "champion", policy=asked).objections
 
 
@@ -263,11 +263,11 @@ def test_an_agreement_with_the_champion_is_asked_for_when_there_is_one(tmp_path)
     found = repository(tmp_path)
     golden = tmp_path / "golden.safetensors"
     golden.write_bytes(b"inputs")
-    wanted = with_golden(ValidationSpec(model="a:b", golden=str(golden), agreement=0.99))
+    asked = Policy(alias="champion", validation=ValidationPolicy(model="a:b", golden=str(golden), agreement=0.99))
+    wanted = with_golden(asked.wanted)
     validated(found, "r:1", wanted=wanted)
     validated(found, "r:2", wanted=wanted)
     promote(found, "r:1")
-    asked = Policy(alias="champion", wanted=wanted)
     assert propose(found, "r:2", "champion", policy=asked).objections
 
 
@@ -307,7 +307,9 @@ def test_a_significance_that_cannot_be_is_refused_with_the_file(tmp_path):
     found = repository(tmp_path)
     text = '[champion.improvement]\nmetric = "accuracy"\nmode = "max"\nsignificance = 1.0\n'
     (tmp_path / "production.toml").write_text(f"format = 1\n[champion]\n{text}")
-    with pytest.raises(pp.errors.ConfigError, match=r"production\.toml, table \[champion\]: significance = 1\.0"):
+    with pytest.raises(
+        pp.errors.ConfigError, match=r"production\.toml, table \[champion\]: improvement: significance = 1\.0"
+    ):
         promote(found, "r:1")
 
 

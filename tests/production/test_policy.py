@@ -69,9 +69,9 @@ def test_everything_that_a_policy_can_say(tmp_path):
     policy = found.of("champion")
     assert policy.select == "val_accuracy > 0.9 and sparsity >= 0.5"
     assert list(policy.by.items()) == [("val_accuracy", "max"), ("size", "min")]
-    assert policy.within == WithinSE(n_eval=899)
-    assert policy.keeps == 5
-    assert policy.wanted == ValidationSpec(
+    assert policy.within_se == WithinSE(n_eval=899)
+    assert policy.keep_last == 5
+    assert policy.wanted == Wanted(
         evaluate="checks:evaluate",
         model="checks:build",
         metrics=("val_accuracy",),
@@ -87,7 +87,7 @@ def test_everything_that_a_policy_can_say(tmp_path):
     assert policy.public_key == tmp_path / "keys/release.pub"
     assert policy.hooks == (
         Hook(command=("./deploy.sh", "now")),
-        Hook(url="http://127.0.0.1:8080/changed", timeout=5.0),
+        Hook(url="http://127.0.0.1:8080/changed", timeout="5s"),
     )
     assert policy.digest == digest(WHOLE.encode())
     other = found.of("resnet50/champion")

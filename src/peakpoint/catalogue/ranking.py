@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peakpoint.catalogue.query import Field, Metric, Query, parse_key
+import msgspec
+
+from peakpoint.catalogue.query import Field, Metric, parse_key
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_metric
 from peakpoint.rules import Mode, mode_of
@@ -34,8 +36,7 @@ def ranking_keys(by: Mapping[str, Mode]) -> tuple[RankingKey, ...]:
     return tuple(RankingKey(parse_key(name), mode_of(mode)) for name, mode in by.items())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WithinSE:
+class WithinSE(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The one-standard-error rule: everything that is no more than one standard error worse than the best is as good.
 
     Among these the further keys decide, such as the smallest or the sparsest; without further keys the earliest.

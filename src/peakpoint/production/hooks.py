@@ -92,10 +92,10 @@ def tell(
     change = msgspec.json.encode(change_of(store, record))
     told: list[HookResult] = []
     for hook in policy.hooks:
-        progress(hook.said)
+        progress(hook.label)
         if numbers(store, record.alias)[-1] != record.number:
             return told  # what a hook is told last is what counts
-        told.append(HookResult(hook.said, _run(hook, change, policy) if hook.command else _post(hook, change)))
+        told.append(HookResult(hook.label, _run(hook, change, policy) if hook.command else _post(hook, change)))
     if all(one.error is None for one in told):
         _note(store, record, [one.hook for one in told], clock)
     return told
@@ -128,9 +128,9 @@ def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
                 start_new_session=True,
             )
             try:
-                code = _exit_code(process, output.fileno(), hook.timeout)
+                code = _exit_code(process, output.fileno(), hook.seconds)
             except subprocess.TimeoutExpired:
-                return f"it took longer than {hook.timeout:g} s and was stopped"
+                return f"it took longer than {hook.seconds:g} s and was stopped"
             return None if code == 0 else f"it ended with {code}{_last_words(output.fileno())}"
     except OSError as error:
         return f"it cannot be run: {error.strerror or error}"
@@ -176,7 +176,7 @@ def _post(hook: Hook, change: bytes) -> str | None:
     job = msgspec.json.encode({"url": hook.url, "body": change.decode()})
     try:
         ended = run_apart(
-            "peakpoint.production.http_post", job, timeout=hook.timeout, said=said, printed=lambda _: None
+            "peakpoint.production.http_post", job, timeout=hook.seconds, said=said, printed=lambda _: None
         )
     except Error as error:
         return f"it cannot be reached: {error}"

@@ -24,7 +24,7 @@ that is misspelt must not pass for one that asks nothing.
 import fnmatch
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,98 +46,14 @@ from peakpoint.rules import Mode, mode_of
 from peakpoint.store import SMALL, LocalStore, Store
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Improvement:
-    """How much better a candidate must be than the present holder.
+class ValidationPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The checks that a candidate must pass: the members of ``Wanted``, and how long a validation counts.
 
     Attributes:
-        metric: by which metric.
-        mode: its direction.
-        minimum: the least difference, in the metric's unit; 0 asks only that it is not worse.
-        significance: the largest p-value of McNemar's test on the predictions that both have made; None asks for none.
+        max_age: the age from which on a validation does not count, such as ``"7d"``.
+        timeout: how long a validation may take, such as ``"10min"``; None for no limit.
     """
 
-    metric: str
-    mode: Mode
-    minimum: float = 0.0
-    significance: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hook:
-    """What is told of a change: a command, or an address.
-
-    Attributes:
-        command: program and arguments, run without a shell in the directory of the policy; the change as JSON on its
-            standard input.
-        url: gets the same by POST.
-        timeout: seconds.
-    """
-
-    command: tuple[str, ...] = ()
-    url: str = ""
-    timeout: float = 30.0
-
-    @property
-    def said(self) -> str:
-        """For people."""
-        return self.url or " ".join(self.command)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """What the policy file says of one alias.
-
-    Attributes:
-        alias: which.
-        select: the condition that candidates meet; see ``peakpoint.catalogue.query``.
-        by: what they are ranked by, the most important first; empty when the policy says nothing of releases.
-        within: what counts as equally good as the best.
-        wanted: what their validation checks.
-        max_age: how old a validation may be.
-        timeout: seconds that a validation may take.
-        improvement: how much better they must be; None asks for nothing.
-        may_promote: patterns of who may change the alias, against ``user`` and ``user on host``; empty: everybody.
-        keeps: how many former holders retention leaves alone.
-        public_key: the key that signatures of promoted checkpoints are made with; None asks for no signature.
-        hooks: what is told of each change.
-        base: the directory that paths are relative to.
-        digest: of the text of the file.
-    """
-
-    alias: str
-    select: str = ""
-    by: Mapping[str, Mode] = field(default_factory=dict)
-    within: WithinSE | None = None
-    wanted: ValidationSpec = field(default_factory=ValidationSpec)
-    max_age: timedelta = MAX_AGE
-    timeout: float | None = None
-    improvement: Improvement | None = None
-    may_promote: tuple[str, ...] = ()
-    keeps: int = KEEPS
-    public_key: Path | None = None
-    hooks: tuple[Hook, ...] = ()
-    base: Path = Path()
-    digest: str = ""
-
-    def allows(self, actor: str) -> bool:
-        """Whether somebody, as ``provenance.present_user`` names them, may change the alias."""
-        user = actor.partition(" on ")[0]
-        return not self.may_promote or any(
-            fnmatch.fnmatchcase(actor, one) or fnmatch.fnmatchcase(user, one) for one in self.may_promote
-        )
-
-
-# --- the file -----------------------------------------------------------------------------------------------------
-
-
-class _WithinSE(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    n_eval: int | str | None = None
-    se: str | None = None
-    percent: bool = False
-
-
-class _Validation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     evaluate: str | None = msgspec.field(default=None, name="with")
     model: str | None = None
     part: str = "model"
@@ -152,34 +68,172 @@ class _Validation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_age: str | None = None
     timeout: str | None = None
 
+    def __post_init__(self) -> None:
+        for metric in (*self.metrics, self.sparsity):
+            check_metric(metric)
+        for name in ("max_age", "timeout"):
+            if getattr(self, name) is not None:
+                _positive_duration(name, getattr(self, name))
 
-class _Improvement(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    def wanted(self, base: Path) -> Wanted:
+        """Return what a validation has to check; the golden file is looked for in ``base``."""
+        entries = msgspec.structs.asdict(self)
+        del entries["max_age"], entries["timeout"]
+        golden = None if self.golden is None else str(base / self.golden)
+        return Wanted(**entries | {"golden": golden})
+
+
+class Improvement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much better a candidate must be than the current holder.
+
+    Attributes:
+        minimum: the least difference, in the metric's unit; 0 asks only that it is not worse.
+        significance: the largest p-value of McNemar's test on the predictions that both have made; None asks for none.
+    """
+
     metric: str
     mode: str
     minimum: float = 0.0
     significance: float | None = None
 
+    def __post_init__(self) -> None:
+        check_metric(self.metric)
+        mode_of(self.mode)
+        if not self.minimum >= 0:  # NaN is not
+            raise ConfigError(f"minimum = {self.minimum}: it must be at least 0")
+        if self.significance is not None and not 0 < self.significance < 1:
+            raise ConfigError(f"significance = {self.significance}: it lies between 0 and 1, such as 0.05")
 
-class _Signing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+
+class SigningPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The key that promoted checkpoints must be signed with; a path relative to the policy."""
+
     public_key: str
 
 
-class _Hook(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class Hook(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A receiver of changes: a command, or an address.
+
+    Attributes:
+        command: program and arguments, run without a shell in the directory of the policy; the change as JSON on its
+            standard input.
+        url: gets the same by POST.
+        timeout: how long it may take, such as ``"30s"``.
+    """
+
     command: tuple[str, ...] = ()
     url: str = ""
     timeout: str = "30s"
 
+    def __post_init__(self) -> None:
+        if bool(self.command) == bool(self.url):
+            raise ConfigError('a hook has either command = ["program", "argument"] or url = "http://..."')
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"the url of a hook begins with http:// or https://, not {self.url!r}")
+        _positive_duration("timeout", self.timeout)
 
-class _Table(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    @property
+    def label(self) -> str:
+        """The hook for people."""
+        return self.url or " ".join(self.command)
+
+    @property
+    def seconds(self) -> float:
+        """The timeout in seconds."""
+        return read_duration("timeout", self.timeout).total_seconds()
+
+
+class PolicyTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table of one alias, entry by entry as it stands in the file.
+
+    Attributes:
+        select: the condition that candidates meet; see ``peakpoint.catalogue.query``.
+        rank: what they are ranked by, the most important first: ``"max METRIC"`` or ``"min METRIC"``; empty when the
+            policy says nothing of releases.
+        within_se: which candidates count as equally good as the best.
+        may_promote: patterns of who may change the alias, against ``user`` and ``user on host``; empty: everybody.
+        keep_last: how many former holders retention leaves alone.
+    """
+
     select: str = ""
     rank: tuple[str, ...] = ()
-    within_se: _WithinSE | None = None
+    within_se: WithinSE | None = None
     may_promote: tuple[str, ...] = ()
     keep_last: int = KEEPS
-    validation: _Validation = msgspec.field(default_factory=_Validation)
-    improvement: _Improvement | None = None
-    signing: _Signing | None = None
-    hooks: tuple[_Hook, ...] = ()
+    validation: ValidationPolicy = ValidationPolicy()
+    improvement: Improvement | None = None
+    signing: SigningPolicy | None = None
+    hooks: tuple[Hook, ...] = ()
+
+
+class Policy(PolicyTable, frozen=True, kw_only=True):
+    """The policy of one alias; with nothing but the alias it asks nothing.
+
+    Attributes:
+        base: the directory that paths are relative to.
+        digest: of the text of the file.
+    """
+
+    alias: str
+    base: Path = Path()
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        parse_query(self.select)
+        ranking_keys(self.by)
+        if self.select and not self.by:
+            raise ConfigError('it selects, but does not say which is best: rank = ["max METRIC"]')
+        if self.keep_last < 1:
+            raise ConfigError("keep_last is at least 1: there must be something to roll back to")
+        check_wanted(self.wanted)
+
+    @property
+    def by(self) -> dict[str, Mode]:
+        """What candidates are ranked by, and in which direction; the most important first."""
+        return dict(map(_rank, self.rank))
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a validation checks. Whether the golden file exists is seen when it is needed."""
+        return self.validation.wanted(self.base)
+
+    @property
+    def max_age(self) -> timedelta:
+        """The age from which on a validation does not count."""
+        return MAX_AGE if self.validation.max_age is None else read_duration("max_age", self.validation.max_age)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a validation may take."""
+        text = self.validation.timeout
+        return None if text is None else read_duration("timeout", text).total_seconds()
+
+    @property
+    def public_key(self) -> Path | None:
+        """The key that signatures of promoted checkpoints are made with; None asks for no signature."""
+        return None if self.signing is None else self.base / self.signing.public_key
+
+    def allows(self, actor: str) -> bool:
+        """Whether somebody, as ``provenance.present_user`` names them, may change the alias."""
+        names = (actor, actor.partition(" on ")[0])
+        return not self.may_promote or any(
+            fnmatch.fnmatchcase(name, pattern) for pattern in self.may_promote for name in names
+        )
+
+
+def _rank(text: str) -> tuple[str, Mode]:
+    mode, _, name = text.partition(" ")
+    if not name.strip():
+        raise ConfigError(f'rank has {text!r}; write "max METRIC" or "min METRIC"')
+    return name.strip(), mode_of(mode)
+
+
+def _positive_duration(name: str, text: str) -> None:
+    if not read_duration(name, text):
+        raise ConfigError(f"{name} = {text!r}: nothing is done in no time; give one such as 30s or 7d")
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +261,9 @@ class Policies:
         if alias not in self.content:
             return None
         try:
-            return replace(_policy(alias, self.content[alias], self.base), digest=digest(self.text.encode()))
+            table = msgspec.convert(self.content[alias], PolicyTable)
+            entries = {name: getattr(table, name) for name in table.__struct_fields__}
+            return Policy(alias=check_alias(alias), base=self.base, digest=digest(self.text.encode()), **entries)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{self.where}, table [{alias}]: {_explained(str(error))}") from error
         except (ConfigError, NotFoundError) as error:
@@ -257,115 +313,23 @@ def read_text(data: bytes, *, where: str, base: Path) -> Policies:
     return Policies(content, text, where, base)
 
 
-_KNOWN: dict[str, type[msgspec.Struct]] = {
-    "": _Table,
-    "validation": _Validation,
-    "improvement": _Improvement,
-    "signing": _Signing,
-    "within_se": _WithinSE,
-    "hooks": _Hook,
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "": PolicyTable,
+    "validation": ValidationPolicy,
+    "improvement": Improvement,
+    "signing": SigningPolicy,
+    "within_se": WithinSE,
+    "hooks": Hook,
 }
 
 
 def _explained(message: str) -> str:
-    """A message of msgspec's, with near names for an entry that nobody knows."""
+    """A message of msgspec's, with near names for an entry that does not exist."""
     if "unknown field `" not in message:
-        what, _, where = message.partition(" - at `$.")
-        return f"{where.strip('`')}: {what}" if where else what
+        problem, _, place = message.partition(" - at `$.")
+        return f"{place.strip('`')}: {problem}" if place else problem
     name = message.partition("unknown field `")[2].partition("`")[0]
     place = message.partition("at `$.")[2].strip("`").partition("[")[0]
-    known = [one.encode_name for one in msgspec.structs.fields(_KNOWN[place])]
-    return (
-        f"there is no entry {name!r}{did_you_mean(name, known)}; "
-        f"entries{f' of {place}' if place else ''}: {', '.join(known)}"
-    )
-
-
-def _policy(alias: str, content: Any, base: Path) -> Policy:
-    check_alias(alias)
-    table = msgspec.convert(content, _Table)
-    asked = table.validation
-    parse_query(table.select)
-    by = dict(map(_rank, table.rank))
-    ranking_keys(by)
-    if table.select and not by:
-        raise ConfigError('it selects, but does not say which is best: rank = ["max METRIC"]')
-    if table.keep_last < 1:
-        raise ConfigError("keep_last is at least 1: there must be something to roll back to")
-    return Policy(
-        alias=alias,
-        select=table.select,
-        by=by,
-        within=None if table.within_se is None else WithinSE(**msgspec.structs.asdict(table.within_se)),
-        wanted=_wanted(asked, base),
-        max_age=MAX_AGE if asked.max_age is None else _span("max_age", asked.max_age),
-        timeout=None if asked.timeout is None else _span("timeout", asked.timeout).total_seconds(),
-        improvement=None if table.improvement is None else _improvement(table.improvement),
-        may_promote=table.may_promote,
-        keeps=table.keep_last,
-        public_key=None if table.signing is None else base / table.signing.public_key,
-        hooks=tuple(map(_hook, table.hooks)),
-        base=base,
-    )
-
-
-def _rank(text: str) -> tuple[str, Mode]:
-    mode, _, name = text.partition(" ")
-    if not name.strip():
-        raise ConfigError(f'rank has {text!r}; write "max METRIC" or "min METRIC"')
-    return name.strip(), mode_of(mode)
-
-
-def _wanted(asked: _Validation, base: Path) -> ValidationSpec:
-    """What is asked; whether the golden file is there, and what is in it, is seen when it is needed."""
-    wanted = ValidationSpec(
-        evaluate=asked.evaluate,
-        model=asked.model,
-        part=asked.part,
-        metrics=tuple(map(check_metric, asked.metrics)),
-        tolerance=asked.tolerance,
-        sparsity=check_metric(asked.sparsity),
-        golden=None if asked.golden is None else str(base / asked.golden),
-        agreement=asked.agreement,
-        budgets=asked.budgets,
-        checks=asked.checks,
-        signature=asked.signature,
-    )
-    check_wanted(wanted)
-    return wanted
-
-
-def _improvement(given: _Improvement) -> Improvement:
-    return Improvement(
-        metric=check_metric(given.metric),
-        mode=mode_of(given.mode),
-        minimum=_at_least(0, "minimum", given.minimum),
-        significance=_significance(given.significance),
-    )
-
-
-def _hook(given: _Hook) -> Hook:
-    if bool(given.command) == bool(given.url):
-        raise ConfigError('a hook has either command = ["program", "argument"] or url = "http://..."')
-    if given.url and not given.url.startswith(("http://", "https://")):
-        raise ConfigError(f"a hook's url begins with http:// or https://, not {given.url!r}")
-    return Hook(command=given.command, url=given.url, timeout=_span("timeout", given.timeout).total_seconds())
-
-
-def _span(name: str, given: str) -> timedelta:
-    span = read_duration(name, given)
-    if not span:
-        raise ConfigError(f"{name} = {given!r}: nothing is done in no time; give one such as 30s or 7d")
-    return span
-
-
-def _at_least(least: float, name: str, value: float) -> float:
-    if not value >= least:  # NaN is not
-        raise ConfigError(f"{name} = {value}: it is at least {least}")
-    return value
-
-
-def _significance(value: float | None) -> float | None:
-    if value is not None and not 0 < value < 1:
-        raise ConfigError(f"significance = {value}: it lies between 0 and 1, such as 0.05")
-    return value
+    entries = [entry.encode_name for entry in msgspec.structs.fields(_TABLES[place])]
+    of_table = f" of {place}" if place else ""
+    return f"there is no entry {name!r}{near(name, entries)}; entries{of_table}: {', '.join(entries)}"

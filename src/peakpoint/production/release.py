@@ -247,7 +247,9 @@ class _Release:
         bad, since = self._rolled_back()
         top = None if bad or since else 1
         passed = 0
-        wish = SelectionQuery(query=parse(policy.select), keys=ranking_keys(policy.by), top=top, within=policy.within)
+        wish = SelectionQuery(
+            query=parse(policy.select), keys=ranking_keys(policy.by), top=top, within=policy.within_se
+        )
         chosen = catalogue.select(wish)
         for candidate in chosen:
             back = bad.get(candidate.id)
