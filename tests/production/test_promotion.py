@@ -13,11 +13,10 @@ from peakpoint.format import layout
 from peakpoint.format.events import PartsDropped, Promoting, Removed
 from peakpoint.production import promotion
 from peakpoint.production.paired_test import paired, unpaired
-from peakpoint.production.policy import Improvement, Policy
+from peakpoint.production.policy import Improvement, Policy, ValidationPolicy
 from peakpoint.production.proposal import propose
 from peakpoint.repository import aliases, journal, maintenance, removal
-from peakpoint.repository.validations import ValidationSpec
-from peakpoint.rules.retention import PartRemoval
+from peakpoint.rules.retention import Thinning
 from peakpoint.store import LocalStore
 from promoting import Clock, repository, validated
 from training import checkpointer
@@ -46,7 +45,7 @@ def objections(found, ref="r:1", alias="champion", **options):
 
 def test_what_was_never_validated_is_refused_and_by_force_it_is_on_record(tmp_path):
     found = repository(tmp_path)
-    with pytest.raises(RefusedError, match="does not become champion: it was never validated") as caught:
+    with pytest.raises(RefusedError, match="was not promoted to champion: it was never validated") as caught:
         promote(found, "r:1")
     assert caught.value.reasons == ("it was never validated",)
     assert aliases.names(found.store) == []
@@ -73,7 +72,7 @@ def test_a_validation_grows_stale(tmp_path):
     found = repository(tmp_path)
     clock = Clock()
     validated(found, "r:1", at=clock())
-    policy = Policy(alias="champion", max_age=timedelta(hours=1))
+    policy = Policy(alias="champion", validation=ValidationPolicy(max_age="1h"))
     assert objections(found, policy=policy, clock=clock) == ()
     clock.now += timedelta(hours=1)
     (said,) = objections(found, policy=policy, clock=clock)
@@ -88,17 +87,17 @@ def test_a_validation_that_was_compared_with_another_champion_is_stale(tmp_path)
     validated(found, "r:3", against=second)
     promote(found, "r:1")
     assert objections(found, "r:2") == ()
-    assert objections(found, "r:3") == ("its validation is stale: it was not compared with what is champion now",)
+    assert objections(found, "r:3") == ("its validation is stale: it was not compared with the current champion",)
 
 
 def test_a_validation_by_other_checks_than_the_policy_names_does_not_count(tmp_path):
     found = repository(tmp_path)
-    asked = ValidationSpec(evaluate="checks:evaluate", budgets={"latency_ms": 20})
-    policy = Policy(alias="champion", wanted=asked)
+    asked = ValidationPolicy(evaluate="checks:evaluate", budgets={"latency_ms": 20})
+    policy = Policy(alias="champion", validation=asked)
     validated(found, "r:1")
     (said,) = objections(found, policy=policy)
-    assert said.startswith("it was validated otherwise than the policy asks (evaluate, budgets); peakpoint validate")
-    validated(found, "r:1", wanted=asked)
+    assert said.startswith("its validation differs from what the policy asks in evaluate, budgets; peakpoint validate")
+    validated(found, "r:1", wanted=policy.wanted)
     assert objections(found, policy=policy) == ()
 
 
@@ -115,8 +114,8 @@ def test_a_validation_counts_until_the_part_that_was_validated_is_dropped(tmp_pa
     assert objections(found) == ()
     with maintenance.writing(run, "drop") as events:
         thinning = PartRemoval(run.find_manifest("r:1"), ("model",), "x")
-        assert removal.remove_parts(run.store, events, [thinning], by="x")[1] == []
-    assert objections(found) == ("it has lost the part model since it was validated",)
+        assert removal.thin(run.store, events, [thinning], by="x")[1] == []
+    assert objections(found) == ("its part model was dropped after the validation",)
 
 
 def test_who_may_not_is_refused_also_by_force(tmp_path):
@@ -226,7 +225,7 @@ def test_an_improvement_that_the_policy_asks_for_is_judged(tmp_path):
     assert objections(found, "r:3", policy=policy) == ()
     other = Policy(alias="champion", improvement=Improvement(metric="f1", mode="max"))
     assert objections(found, "r:3", policy=other) == (
-        "the policy asks for an improvement of f1, which only one of the two has, or none",
+        "the policy asks for an improvement of f1, which one of the two lacks",
     )
 
 
@@ -312,7 +311,7 @@ def test_eight_processes_that_promote_at_once_make_one_history_without_gaps_or_l
 
 
 def test_a_training_that_goes_on_keeps_the_champion_and_the_last_ones(tmp_path):
-    policy = Policy(alias="champion", keeps=2)
+    policy = Policy(alias="champion", keep_last=2)
     with checkpointer(tmp_path, state={"x": 1}, keep=[pp.Last(1)]) as ckpt:
         for step in range(1, 7):
             ckpt.report(step=step)
@@ -440,7 +439,7 @@ def test_a_removal_that_came_to_nothing_bars_no_promotion(tmp_path):
         events.append(
             Removed(at=events.now(), checkpoint=manifest.id, name=manifest.name, step=1, epoch=None, reason="x", by="x")
         )
-        with pytest.raises(ConflictError, match="is just being removed"):
+        with pytest.raises(ConflictError, match="is being removed"):
             promote(found, "r:1", force=True)
     assert promote(found, "r:1", force=True).number == 1
 
@@ -472,7 +471,7 @@ def test_going_back_goes_further_back_each_time(tmp_path):
     back = [promotion.rollback(found, "champion", "worse than it looked", clock=clock) for _ in range(2)]
     assert [found.find_manifest(one.record.target.ref).step for one in back] == [2, 1]
     assert [one.record.restores for one in back] == [2, 1]
-    with pytest.raises(NotFoundError, match="there is nothing that champion could be rolled back to"):
+    with pytest.raises(NotFoundError, match="no earlier champion left to roll back to"):
         promotion.rollback(found, "champion", "further")
     promote(found, "r:4", force=True, clock=clock)
     assert found.find("@champion").step == 4
@@ -491,7 +490,7 @@ def test_going_back_to_a_record_by_its_number(tmp_path):
     for step in (1, 2, 3):
         promote(found, f"r:{step}", force=True)
     assert found.find_manifest(promotion.rollback(found, "champion", "x", to=1).record.target.ref).step == 1
-    for number, message in ((9, "has no record 9"), (4, "points where it points now"), (1, "points where it points")):
+    for number, message in ((9, "has no record 9"), (4, "points already where record 4 points"), (1, "points already")):
         with pytest.raises((NotFoundError, ConfigError), match=message):
             promotion.rollback(found, "champion", "x", to=number)
     assert [found.find(f"@champion:{number}").step for number in (1, 2, 3, 4)] == [1, 2, 3, 1]

@@ -524,7 +524,7 @@ def test_what_is_recorded_after_a_validation_is_compared_with_what_it_found(tmp_
     repository = pp.open(tmp_path)
     repository.run("r").record(ref, {"loss": recorded})
     said = propose(repository, ref, "champion").objections
-    assert f"loss was recorded as {recorded:g} since it was validated, which had found {evaluated:g}" in said
+    assert f"loss was recorded as {recorded:g} after the validation, which had found {evaluated:g}" in said
     assert validation.passed == (evaluated == 0.5)
 
 

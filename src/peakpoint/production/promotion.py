@@ -1,18 +1,16 @@
-"""Promoting checkpoints to aliases, and going back: first a proposal with all that speaks against it, then the act.
+"""Promote checkpoints to aliases, roll back and retire: a proposal with its objections first, then one record.
 
-The act is a compare-and-swap on the record that the proposal has seen. Before the record is made, the run's journal
-says that it is about to be, durably, and a removal that was announced meanwhile is looked for: so a checkpoint that an
-alias points at is never one that retention is removing at the same moment. A crash leaves the alias as it was or as it
-is to be, and at most a checkpoint that stays protected until the alias changes again.
+The record is a compare-and-swap on the one that the proposal has seen. Before it is made, the run's journal says,
+durably, that it is about to be, and a removal that was announced meanwhile is looked for: so a checkpoint that an alias
+points at is never one that retention is removing at the same moment. A crash leaves the alias as it was or as it is to
+be, and at most a checkpoint that stays protected until the alias changes again.
 """
 
 import contextlib
 import secrets
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from peakpoint.format.events import Closed, Promoted, Promoting
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
 from peakpoint.production.policy import Policy
-from peakpoint.production.proposal import Proposal, allowed_policy, propose
+from peakpoint.production.proposal import CLOCK_SLACK, Proposal, allowed_policy, propose
 from peakpoint.repository import aliases, reader, signing
 from peakpoint.repository import journal as journals
 from peakpoint.repository.aliases import AliasChange, AliasRecord, DamagedRecord
@@ -42,11 +40,9 @@ from peakpoint.store import Store
 
 __all__ = [
     "CHAMPION",
-    "Announced",
-    "GoingError",
+    "BeingRemovedError",
     "Proposal",
     "RolledBack",
-    "announced",
     "check_key",
     "check_why",
     "complete",
@@ -59,9 +55,6 @@ __all__ = [
 CHAMPION = "champion"  # an alias of this name is never without a checkpoint
 
 
-# --- the acts -----------------------------------------------------------------------------------------------------
-
-
 def promote(
     proposal: Proposal,
     why: str,
@@ -69,25 +62,25 @@ def promote(
     force: bool = False,
     by: str = "",
     release: str | None = None,
+    decision: Mapping[str, Any] | None = None,
     clock: Clock = utc_now,
 ) -> AliasRecord:
-    """Let an alias point at the candidate of a proposal, if it still is where the proposal has seen it.
+    """Let an alias point at the candidate of a proposal, if it has not changed since the proposal was made.
 
     Idempotent: when the alias points there already, nothing is recorded, and what a crash has left open is completed.
 
     Args:
-        proposal: what was looked at.
         why: the reason, which stays on record.
         force: override the objections; each is recorded.
-        by: who promotes; the present user by default.
+        by: who promotes; the current user by default.
         release: the id of the release that this belongs to.
-        clock: tells the time.
+        decision: of that release; see ``AliasRecord``.
 
     Returns:
         The record of the alias that points there.
 
     Raises:
-        RefusedError: something speaks against it.
+        RefusedError: the proposal has objections or refusals.
         ConflictError: the alias was changed since, or the checkpoint is being removed; nothing was done.
         ConfigError: no reason is given.
 
@@ -104,7 +97,7 @@ def promote(
         (2, ('it was never validated',), 2)
     """
     check_why("promote", why)
-    store, actor = proposal.run.store, by or present_user()
+    actor = by or present_user()
     if proposal.unchanged:
         assert proposal.current is not None
         complete(proposal.run, proposal.manifest, proposal.current, actor)
@@ -121,11 +114,11 @@ def promote(
         forced=proposal.objections,
         comparison=None if proposal.comparison is None else proposal.comparison.to_json(),
         release=release,
-        keeps=aliases.KEEPS if proposal.policy is None else proposal.policy.keeps,
+        decision=decision,
+        keeps=aliases.KEEPS if proposal.policy is None else proposal.policy.keep_last,
     )
-    with announced(proposal.run, proposal.manifest, proposal.alias, proposal.newest, actor, clock) as made_known:
-        made_known.record = made = aliases.append(store, proposal.alias, change, after=proposal.newest)
-    return made
+    checkpoint = (proposal.run, proposal.manifest)
+    return _record_change(proposal.run.store, proposal.alias, change, proposal.newest, clock, checkpoint)
 
 
 def check_key(policy: Policy | None, private_key: Path | None) -> None:
@@ -137,38 +130,42 @@ def check_key(policy: Policy | None, private_key: Path | None) -> None:
     """
     if policy is None or policy.public_key is None or private_key is None:
         return
-    given, asked = signing.private_key_fingerprint(private_key), signing.public_key_fingerprint(policy.public_key)
-    if given != asked:
-        said = f"{private_key} is the key {given}, and the policy asks for signatures by {asked}"
-        raise RefusedError(said, (said,))
+    fingerprint = signing.private_key_fingerprint(private_key)
+    expected = signing.public_key_fingerprint(policy.public_key)
+    if fingerprint != expected:
+        reason = f"{private_key} is the key {fingerprint}; the policy asks for signatures by {expected}"
+        raise RefusedError(reason, (reason,))
 
 
 def refusal(proposal: Proposal) -> RefusedError:
-    """The error for a promotion that something speaks against."""
+    """Return the error for a promotion with objections or refusals."""
     reasons = (*proposal.refusals, *proposal.objections)
     name = f"{proposal.manifest.run}/{proposal.manifest.name}"
-    return RefusedError(f"{name} does not become {proposal.alias}: {'; '.join(reasons)}", reasons)
+    return RefusedError(f"{name} was not promoted to {proposal.alias}: {'; '.join(reasons)}", reasons)
 
 
-def check_why(act: str, why: str) -> str:
+def check_why(command: str, why: str) -> str:
     """Return a reason, if it is one.
 
     Raises:
         ConfigError: it is empty, or cannot be written.
     """
-    if not check_text(f"the reason of {act}", why).strip():
-        raise ConfigError(f"{act} needs a reason (--why): it is what tells everybody later why this was done")
+    if not check_text(f"the reason of {command}", why).strip():
+        raise ConfigError(f"{command} needs a reason (--why); it stays on record")
     return why
+
+
+# --- rollback and retire ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """A roll back.
+    """A rollback.
 
     Attributes:
         record: the new one.
         before: the one that counted until then.
-        passed_over: former holders that cannot be gone back to, a sentence each.
+        passed_over: former holders that cannot be restored, a sentence each.
     """
 
     record: AliasRecord
@@ -189,21 +186,17 @@ def rollback(
 ) -> RolledBack:
     """Let an alias point at what it pointed at before. Reads a few small files, whatever the size of the models.
 
-    Going back again goes further back. Former holders that are gone, damaged, or not signed as the policy asks are
-    passed over. When the newest record itself is damaged, it goes back to the newest one that is not.
+    Rolling back again goes further back. Former holders that are gone, damaged, or not signed as the policy asks are
+    passed over. When the newest record itself is damaged, the newest readable one is restored.
 
     Args:
-        repository: where.
-        alias: which.
         why: the reason, which stays on record.
-        to: the number of the record to go back to; the one before by default.
+        to: the number of the record to restore; the one before by default.
         seen: the number of the newest record that the caller has seen: if there is a newer one, nothing is done.
         policy: who may, and by which key it must be signed; by default as for ``propose``.
-        by: who rolls back; the present user by default.
-        clock: tells the time.
 
     Raises:
-        NotFoundError: there is no such alias, or nothing to go back to.
+        NotFoundError: there is no such alias, or nothing to roll back to.
         ConflictError: the alias was changed at the same moment; nothing was done.
         RefusedError: the policy does not allow it to this user.
         ConfigError: no reason is given.
@@ -222,15 +215,19 @@ def rollback(
         (3, 1, 1)
     """
     check_why("rollback", why)
-    store = repository.store
-    actor, policy = allowed_policy(store, alias, policy, by)
-    newest = aliases.newest(store, check_alias(alias))
-    present = newest if isinstance(newest, DamagedRecord) else aliases.holder(store, alias)
-    if seen is not None and present.number != seen:
-        raise ConflictError(f"{alias} is at record {present.number}, not at {seen}: somebody has changed it meanwhile")
-    passed: list[str] = []
-    for former in _as_far_as_known(_former(repository, present, to), passed):
-        change = AliasChange(
+    actor, policy = allowed_policy(repository.store, alias, policy, by)
+    newest = aliases.tip(repository.store, check_alias(alias))
+    current = newest if isinstance(newest, Broken) else aliases.holder(repository.store, alias)
+    if seen is not None and current.number != seen:
+        raise ConflictError(f"{alias} is at record {current.number}, not at {seen}: it was changed meanwhile")
+    passed_over: list[str] = []
+    for former in _readable(_former_records(repository, current, to), passed_over):
+        try:
+            checkpoint = _restorable(repository, former, policy)
+        except (NotFoundError, CorruptError, FormatError) as error:
+            passed_over.append(f"record {former.number}: {error}")
+            continue
+        change = Change(
             kind="rolled back",
             target=former.target,
             at=clock(),
@@ -238,60 +235,55 @@ def rollback(
             why=why,
             restores=former.stands_for,
             validation=former.validation,
-            keeps=former.keeps if isinstance(present, DamagedRecord) else present.keeps,
+            keeps=former.keeps if isinstance(current, Broken) else current.keeps,
         )
         try:
-            run, manifest = _still_there(repository, former, policy)
-        except (NotFoundError, CorruptError, FormatError) as error:
-            passed.append(f"record {former.number}: {error}")
-            continue
-        try:
-            with announced(run, manifest, alias, present, actor, clock) as made_known:
-                made_known.record = made = aliases.append(store, alias, change, after=present)
-        except GoingError as error:
-            passed.append(f"record {former.number}: {error}")
+            record = _record_change(repository.store, alias, change, current, clock, checkpoint)
+        except BeingRemovedError as error:
+            passed_over.append(f"record {former.number}: {error}")
         else:
-            return RolledBack(made, present, tuple(passed))
-    reasons = "".join(f"\n  {one}" for one in passed)
+            return RolledBack(record, current, tuple(passed_over))
+    reasons = "".join(f"\n  {reason}" for reason in passed_over)
     raise NotFoundError(
-        f"there is nothing that {alias} could be rolled back to by itself; peakpoint history lists its records, and "
-        f"--to N goes to any that still exists{':' if passed else ''}{reasons}"
+        f"no earlier {alias} left to roll back to; pick a record of peakpoint history with --to N"
+        f"{':' if passed_over else ''}{reasons}"
     )
 
 
-def _as_far_as_known(records: Iterator[AliasRecord], passed: list[str]) -> Iterator[AliasRecord]:
+def _readable(records: Iterator[AliasRecord], passed_over: list[str]) -> Iterator[AliasRecord]:
     """Records up to one that is damaged: what was before it is not known."""
     try:
         yield from records
     except CorruptError as error:
-        passed.append(str(error))
+        passed_over.append(str(error))
 
 
-def _former(repository: Repository, present: AliasRecord | DamagedRecord, to: int | None) -> Iterator[AliasRecord]:
-    """What can be gone back to, the best first."""
-    held = present.target if isinstance(present, AliasRecord) else None
-    if to is None and isinstance(present, AliasRecord):
-        return (one for one in aliases.back_from(repository.store, present) if one.target != held)
+def _former_records(repository: Repository, current: AliasRecord | Broken, to: int | None) -> Iterator[AliasRecord]:
+    """The records that can be restored, the best first."""
+    store, alias = repository.store, current.alias
+    holder = current.target if isinstance(current, AliasRecord) else None
+    if to is None and isinstance(current, AliasRecord):
+        return (record for record in aliases.back_from(store, current) if record.target != holder)
     if to is None:
-        return _readable(repository.store, present.alias, present.number)
-    found = aliases.read(repository.store, present.alias, to)
-    if found.target is None:
-        raise NotFoundError(f"record {to} of {present.alias} retired it: it points at nothing")
-    if found.target == held:
-        raise ConfigError(f"record {to} of {present.alias} points where it points now; there is nothing to go back to")
-    return iter((found,))
+        return _readable_before(store, alias, current.number)
+    record = aliases.read(store, alias, to)
+    if record.target is None:
+        raise NotFoundError(f"record {to} of {alias} retired it: it points at nothing")
+    if record.target == holder:
+        raise ConfigError(f"{alias} points already where record {to} points; there is nothing to roll back")
+    return iter((record,))
 
 
-def _readable(store: Store, alias: str, end: int) -> Iterator[AliasRecord]:
+def _readable_before(store: Store, alias: str, end: int) -> Iterator[AliasRecord]:
     for number in range(end - 1, 0, -1):
         with contextlib.suppress(CorruptError, NotFoundError):
-            found = aliases.read(store, alias, number)
-            if found.target is not None:
-                yield found
+            record = aliases.read(store, alias, number)
+            if record.target is not None:
+                yield record
 
 
-def _still_there(repository: Repository, former: AliasRecord, policy: Policy | None) -> tuple[Run, Manifest]:
-    assert former.target is not None
+def _restorable(repository: Repository, former: AliasRecord, policy: Policy | None) -> tuple[Run, Manifest]:
+    """Return a former holder that is there, whole and signed as the policy asks."""
     run, manifest = repository.locate(f"@{former.alias}:{former.number}")
     reader.check_sizes(repository.store, manifest)
     if policy is not None and policy.public_key is not None:  # else it could not be loaded
@@ -308,7 +300,7 @@ def retire(
     by: str = "",
     clock: Clock = utc_now,
 ) -> AliasRecord:
-    """Let an alias point at nothing any more, so that it protects nothing. Its history stays.
+    """Clear an alias, so that it protects nothing any more. Its history stays.
 
     Raises:
         ConfigError: a champion, which is never without a checkpoint; or no reason is given.
@@ -320,70 +312,92 @@ def retire(
     if alias.rpartition("/")[2] == CHAMPION:
         raise ConfigError(f"{alias} is never without a checkpoint: promote another one to it instead")
     actor, _ = allowed_policy(repository.store, alias, policy, by)
-    present = aliases.holder(repository.store, check_alias(alias))
-    change = AliasChange(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
-    return aliases.append(repository.store, alias, change, after=present)
+    current = aliases.holder(repository.store, check_alias(alias))
+    change = Change(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
+    return _record_change(repository.store, alias, change, current, clock)
 
 
-@dataclass(slots=True)
-class Announced:
-    """A promotion that was announced.
-
-    Attributes:
-        record: the record of the alias, to be set when it is made.
-    """
-
-    record: AliasRecord | None = None
+# --- the record ---------------------------------------------------------------------------------------------------
 
 
-_AHEAD = timedelta(minutes=5)  # that clocks may differ
+def _record_change(
+    store: Store,
+    alias: str,
+    change: Change,
+    newest: AliasRecord | Broken | None,
+    clock: Clock,
+    checkpoint: tuple[Run, Manifest] | None = None,
+) -> AliasRecord:
+    """Add the record of a change to an alias: promote, rollback and retire all end here.
 
-
-@contextmanager
-def announced(
-    run: Run, manifest: Manifest, alias: str, newest: AliasRecord | DamagedRecord | None, by: str, clock: Clock
-) -> Iterator[Announced]:
-    """Announce that an alias is about to point at a checkpoint, and afterwards what came of it.
+    Until the record is there, the journal of the run protects the checkpoint that it will point at.
 
     Args:
-        run: of the checkpoint.
-        manifest: of the checkpoint.
-        alias: which.
-        newest: its newest record, which the one to be made follows.
-        by: who does it.
-        clock: tells the time.
+        newest: the newest record, which the new one follows.
+        checkpoint: the target as the caller has looked at it; None when there is no target.
 
     Raises:
-        GoingError: somebody is removing the checkpoint; nothing was done.
+        BeingRemovedError: somebody is removing the checkpoint; nothing was done.
     """
+    if checkpoint is None:
+        return aliases.append(store, alias, change, after=newest)
+    run, manifest = checkpoint
+    _warn_of_future(alias, newest, clock)
     journal = journals.Journal(run.store, run.name, clock)
-    facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": alias, "by": by}
-    if isinstance(newest, AliasRecord) and newest.at - clock() > _AHEAD:
-        warnings.warn(
-            f"record {newest.number} of {alias} is of {newest.at:%Y-%m-%d %H:%M} UTC, which is still to come: a clock "
-            "was wrong, and what served when cannot be told for that time",
-            PeakpointWarning,
-            stacklevel=4,
-        )
-    facts["token"] = secrets.token_hex(8)
-    number = 1 if newest is None else newest.number + 1
-    made = Announced()
+    facts = _facts(manifest, alias, change.by) | {"token": secrets.token_hex(8)}
+    record = None
     try:
-        journal.append(Promoting(at=clock(), record=number, **facts))
+        journal.append(Promoting(at=clock(), record=1 if newest is None else newest.number + 1, **facts))
         journal.sync()
         try:
             _check_stays(run, manifest)
-            yield made
+            record = aliases.append(store, alias, change, after=newest)
         finally:
-            done, digest = (None, None) if made.record is None else (made.record.number, made.record.digest)
-            journal.append(Promoted(at=clock(), record=done, digest=digest, **facts))
+            _append_promoted(journal, record, facts)
             journal.append(Closed(at=clock(), why=f"peakpoint {alias}"))
+    finally:
+        journal.close()
+    return record
+
+
+def _facts(manifest: Manifest, alias: str, by: str) -> dict[str, Any]:
+    return {"checkpoint": manifest.id, "name": manifest.name, "alias": alias, "by": by}
+
+
+def _append_promoted(journal: journals.Journal, record: AliasRecord | None, facts: Mapping[str, Any]) -> None:
+    number, digest = (None, None) if record is None else (record.number, record.digest)
+    journal.append(Promoted(at=journal.now(), record=number, digest=digest, **facts))
+
+
+def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
+    """Write the ``Promoted`` events of promotions that were killed after their record was made."""
+    events = notes(run.events()).promoting.values()
+    promotions = [event for event in events if (event.checkpoint, event.alias) == (manifest.id, record.alias)]
+    overdue = [event for event in promotions if event.record <= record.number]
+    if not overdue:
+        return
+    journal = journals.Journal(run.store, run.name, utc_now)
+    facts = _facts(manifest, record.alias, by)
+    try:
+        for event in overdue:
+            _append_promoted(journal, record if event.record == record.number else None, facts | {"token": event.token})
+        journal.append(Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
     finally:
         journal.close()
 
 
-class GoingError(ConflictError):
-    """A checkpoint is just being removed."""
+def _warn_of_future(alias: str, newest: AliasRecord | Broken | None, clock: Clock) -> None:
+    if isinstance(newest, AliasRecord) and newest.at - clock() > CLOCK_SLACK:
+        warnings.warn(
+            f"record {newest.number} of {alias} has the time {newest.at:%Y-%m-%d %H:%M} UTC, which is in the future: a "
+            "clock was wrong, and nobody can tell what served until then",
+            PeakpointWarning,
+            stacklevel=4,
+        )
+
+
+class BeingRemovedError(ConflictError):
+    """A checkpoint is being removed at this moment."""
 
 
 def _check_stays(run: Run, manifest: Manifest) -> None:
@@ -392,43 +406,24 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
     Whoever removes has said so first, and looks at what is protected after that: one of the two sees the other.
 
     Raises:
-        ConflictError: it is being removed, or gone, or has lost parts since it was looked at.
+        BeingRemovedError: it is being removed, or gone, or has lost parts since it was looked at.
     """
     name = f"{run.name}/{manifest.name}"
-    there = _manifest(run, manifest)
-    going = there is None or run.is_being_removed(there)
-    now = _manifest(run, manifest)  # once more: a removal may have been over before it was looked for
-    if going or now is None:
-        raise GoingError(
-            f"{name} is just being removed, or parts of it are; nothing was done. peakpoint undo --list shows what "
-            "can be restored"
+    before = _read_again(run, manifest)
+    removing = before is None or run.is_being_removed(before)
+    after = _read_again(run, manifest)  # once more: a removal may have been over before it was looked for
+    if removing or after is None:
+        raise BeingRemovedError(
+            f"{name} or a part of it is being removed; nothing was done. peakpoint trash lists what can be restored"
         )
-    if now.parts != manifest.parts:
-        raise GoingError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
+    if after.parts != manifest.parts:
+        raise BeingRemovedError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
 
 
-def _manifest(run: Run, like: Manifest) -> Manifest | None:
-    """A checkpoint as it is now; None when it is gone."""
+def _read_again(run: Run, manifest: Manifest) -> Manifest | None:
+    """The manifest of a checkpoint as it is now; None when the checkpoint is gone."""
     try:
-        found = reader.read_manifest(run.store, run.name, like.name)
+        current = reader.read_manifest(run.store, run.name, manifest.name)
     except NotFoundError:
         return None
-    return found if found.id == like.id else None
-
-
-def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
-    """Say what came of announcements whose makers were killed after the record was made."""
-    there = annotations_of(run.events()).promoting.values()
-    mine = [one for one in there if (one.checkpoint, one.alias) == (manifest.id, record.alias)]
-    over = [one for one in mine if one.record <= record.number]
-    if not over:
-        return
-    journal = journals.Journal(run.store, run.name, utc_now)
-    try:
-        facts: dict[str, Any] = {"checkpoint": manifest.id, "name": manifest.name, "alias": record.alias, "by": by}
-        for one in over:
-            made = (record.number, record.digest) if one.record == record.number else (None, None)
-            journal.append(Promoted(at=journal.now(), record=made[0], digest=made[1], token=one.token, **facts))
-        journal.append(Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
-    finally:
-        journal.close()
+    return current if current.id == manifest.id else None

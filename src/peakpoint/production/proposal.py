@@ -1,4 +1,4 @@
-"""A proposal: a candidate beside the holder of an alias, and what speaks against it."""
+"""A proposal: a candidate beside the holder of an alias, with the objections to its promotion."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,36 +19,38 @@ from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
-from peakpoint.repository.validations import MAX_AGE, Validation, ValidationSpec
+from peakpoint.repository.validations import MAX_AGE, Validation, Wanted
+from peakpoint.rules import mode_of
 from peakpoint.store import Store
+
+CLOCK_SLACK = timedelta(minutes=5)  # how far the clocks of two machines may differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What a promotion would do, and what speaks against it. Nothing has been changed.
+    """A promotion that is considered. Nothing has been changed.
 
     Attributes:
-        alias: which.
         run: of the candidate.
         manifest: of the candidate.
         target: what the alias would point at.
         newest: the newest record of the alias; None when there is none.
         validation: the last of the candidate; None when there is none.
-        comparison: with the present holder; None when there is none, or it is the candidate.
-        objections: what speaks against it, a sentence each; a promotion that is forced overrides them, and says so.
-        refusals: what no force overrides.
+        comparison: with the current holder; None when there is none, or it is the candidate.
+        objections: reasons against it, a sentence each; a promotion that is forced overrides and records them.
+        refusals: reasons that no force overrides.
         policy: of the alias; None when there is none.
     """
 
     alias: str
     run: Run
     manifest: Manifest
-    target: AliasTarget
-    newest: AliasRecord | DamagedRecord | None
-    validation: Validation | None
-    comparison: HolderComparison | None
-    objections: tuple[str, ...]
-    refusals: tuple[str, ...]
+    target: Target
+    newest: AliasRecord | Broken | None
+    validation: Validation | None = None
+    comparison: HolderComparison | None = None
+    objections: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
     policy: Policy | None
 
     @property
@@ -63,7 +65,7 @@ class Proposal:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the alias points there already."""
+        """Whether the alias points at the candidate already."""
         return self.holder == self.target
 
 
@@ -80,14 +82,12 @@ def propose(
     """Look at everything that a promotion depends on; changes nothing, and opens no weight file but for signatures.
 
     Args:
-        repository: where.
         ref: the candidate.
         alias: what it is to become, such as ``"champion"``.
         policy: what is asked; by default the alias's table in ``production.toml``, if there is one. A ``Policy`` with
             nothing but the alias asks nothing.
-        by: who promotes; the present user by default.
-        to_be_signed: a signature that the policy asks for and that is missing is no refusal: it will be made.
-        clock: tells the time.
+        by: who promotes; the current user by default.
+        to_be_signed: a missing signature that the policy asks for is no refusal: it will be made.
 
     Raises:
         NotFoundError: there is no such checkpoint.
@@ -111,57 +111,55 @@ def propose(
         run=run,
         manifest=manifest,
         target=AliasTarget(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest),
-        newest=aliases.newest(store, alias),
-        validation=None,
-        comparison=None,
-        objections=(),
-        refusals=(),
+        newest=aliases.tip(store, alias),
         policy=policy,
     )
     if proposal.unchanged:
         return proposal
-    proposal, objections = _validated(proposal, clock)
-    held = proposal.holder
-    if held is not None:
-        comparison = compare_with(repository, run, manifest, proposal.validation, held)
-        objections += () if policy is None else _not_enough(policy, comparison)
-        proposal = replace(proposal, comparison=comparison)
     refusals = _refusals(repository, manifest, policy, by or present_user(), to_be_signed=to_be_signed)
-    return replace(proposal, objections=objections, refusals=refusals)
+    return replace(_with_objections(repository, proposal, clock), refusals=refusals)
 
 
-def _validated(proposal: Proposal, clock: Clock) -> tuple[Proposal, tuple[str, ...]]:
-    """A proposal with its validation, and what speaks against it so far."""
-    found: tuple[str, ...] = ()
-    if isinstance(proposal.newest, DamagedRecord):
-        found = (f"what {proposal.alias} points at now is not known: {proposal.newest.error}",)
+def _with_objections(repository: Repository, proposal: Proposal, clock: Clock) -> Proposal:
+    """A proposal with its validation, the comparison with the holder, and what both leave to object to."""
+    reasons: tuple[str, ...] = ()
+    if isinstance(proposal.newest, Broken):
+        reasons = (f"the current holder of {proposal.alias} is unknown: {proposal.newest.error}",)
     try:
-        validation = validations.newest(proposal.run.store, proposal.target.run, proposal.target.checkpoint)
+        newest = validations.newest(proposal.run.store, proposal.target.run, proposal.target.checkpoint)
     except (CorruptError, FormatError) as error:
-        return proposal, (*found, f"its last validation cannot be read: {error}; validate it again")
-    proposal = replace(proposal, validation=validation)
-    return proposal, (*found, *stale(proposal, clock))
+        reasons += (f"its last validation cannot be read: {error}; validate it again",)
+    else:
+        proposal = replace(proposal, validation=newest)
+        reasons += stale(proposal, clock)
+    holder = proposal.holder
+    if holder is not None:
+        comparison = compare_with(repository, proposal.run, proposal.manifest, proposal.validation, holder)
+        proposal = replace(proposal, comparison=comparison)
+        reasons += _no_improvement(proposal.policy, comparison)
+    return replace(proposal, objections=reasons)
 
 
 def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) -> tuple[str, ...]:
     """Why a promotion cannot rest on the validation of a proposal; see ``objections``.
 
     Raises:
-        NotFoundError: the golden inputs that the policy names are not there.
+        NotFoundError: the golden inputs that the policy names are missing.
     """
-    policy, last = proposal.policy, proposal.validation
+    policy, validation = proposal.policy, proposal.validation
     # whether that is still the champion that it was compared with, whatever the checkpoint is to become
-    beside = proposal.newest if last is None or last.alias is None else aliases.newest(proposal.run.store, last.alias)
-    held = beside.target if isinstance(beside, AliasRecord) else None
+    compared_alias = None if validation is None else validation.alias
+    newest = proposal.newest if compared_alias is None else aliases.tip(proposal.run.store, compared_alias)
+    holder = newest.target if isinstance(newest, AliasRecord) else None
     return objections(
-        last,
+        validation,
         manifest=proposal.target.manifest,
         parts=tuple(proposal.manifest.parts),
         metrics=known_of(proposal.run, proposal.manifest),
         now=clock(),
         max_age=validations.MAX_AGE if policy is None else policy.max_age,
         wanted=None if policy is None else with_golden(policy.wanted),
-        champion=None if held is None else held.checkpoint,
+        champion=None if holder is None else holder.checkpoint,
         failures=failures,
     )
 
@@ -169,16 +167,13 @@ def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) 
 def _refusals(
     repository: Repository, manifest: Manifest, policy: Policy | None, by: str, *, to_be_signed: bool
 ) -> tuple[str, ...]:
-    found = []
-    if policy is not None and not policy.allows(by):
-        found.append(_not_allowed(policy, by))
+    not_allowed = () if policy is None or policy.allows(by) else (_not_allowed(policy, by),)
     try:
         reader.check_sizes(repository.store, manifest)
     except (CorruptError, FormatError) as error:
-        return (*found, str(error))
-    if not to_be_signed and (said := unsigned(repository, manifest, policy)) is not None:
-        found.append(said)
-    return tuple(found)
+        return (*not_allowed, str(error))
+    reason = None if to_be_signed else unsigned(repository, manifest, policy)
+    return not_allowed if reason is None else (*not_allowed, reason)
 
 
 def unsigned(repository: Repository, manifest: Manifest, policy: Policy | None) -> str | None:
@@ -192,27 +187,27 @@ def unsigned(repository: Repository, manifest: Manifest, policy: Policy | None) 
     return None
 
 
-def _not_enough(policy: Policy, comparison: HolderComparison) -> tuple[str, ...]:
-    asked = policy.improvement
-    if asked is None:
+def _no_improvement(policy: Policy | None, comparison: HolderComparison) -> tuple[str, ...]:
+    improvement = None if policy is None else policy.improvement
+    if improvement is None:
         return ()
-    pair = next((one for one in comparison.metrics if one.name == asked.metric), None)
+    pair = next((pair for pair in comparison.metrics if pair.name == improvement.metric), None)
     if pair is None:
-        return (f"the policy asks for an improvement of {asked.metric}, which only one of the two has, or none",)
-    judged = judge_improvement(
-        metric=asked.metric,
-        mode=asked.mode,
+        return (f"the policy asks for an improvement of {improvement.metric}, which one of the two lacks",)
+    judgement = judge_improvement(
+        metric=improvement.metric,
+        mode=mode_of(improvement.mode),
         champion=pair.champion,
         candidate=pair.candidate,
         paired=comparison.paired,
-        minimum=asked.minimum,
-        significance=asked.significance,
+        minimum=improvement.minimum,
+        significance=improvement.significance,
     )
-    return () if judged.passed else (judged.said,)
+    return () if judgement.passed else (judgement.said,)
 
 
 def allowed_policy(store: Store, alias: str, policy: Policy | None, by: str) -> tuple[str, Policy | None]:
-    """Who acts, and by which policy.
+    """Return who acts, and by which policy.
 
     Raises:
         RefusedError: the policy does not allow it.
@@ -220,7 +215,8 @@ def allowed_policy(store: Store, alias: str, policy: Policy | None, by: str) -> 
     actor = by or present_user()
     policy = policy or read_policies(store).of(check_alias(alias))
     if policy is not None and not policy.allows(actor):
-        raise RefusedError(said := _not_allowed(policy, actor), (said,))
+        reason = _not_allowed(policy, actor)
+        raise RefusedError(reason, (reason,))
     return actor, policy
 
 
@@ -228,7 +224,7 @@ def _not_allowed(policy: Policy, actor: str) -> str:
     return f"{actor} may not change {policy.alias}: the policy allows {', '.join(policy.may_promote)}"
 
 
-_AHEAD = timedelta(minutes=5)  # that clocks may differ
+# --- objections ---------------------------------------------------------------------------------------------------
 
 
 def objections(
@@ -250,48 +246,83 @@ def objections(
         manifest: digest of the checkpoint's manifest now.
         parts: the parts that it has now.
         metrics: what is recorded of it now.
-        now: the time.
-        max_age: how old it may be.
+        max_age: how old the validation may be.
         wanted: what a policy asks to be checked; None when there is no policy.
-        champion: id of the present holder of the alias.
-        failures: whether checks that failed count; without, only whether it answers what is asked today.
+        champion: id of the current holder of the alias.
+        failures: whether failed checks count; without, only whether it checked what is asked today.
     """
     if validation is None:
         return ("it was never validated",)
-    found = [f"its last validation failed: {one.check}: {one.said}" for one in validation.failures if failures]
-    if not failures and any(
-        one.evidence.get("cut_short") or one.evidence.get("misnamed") for one in validation.failures
-    ):
-        found.append("its last validation could not be carried out")
-    if validation.manifest != manifest:
-        found.append("its manifest is another than the one that was validated")
+    return (
+        *_failed_checks(validation, failures=failures),
+        *_changed_since(validation, manifest, parts, wanted),
+        *_outdated(validation, now, max_age),
+        *_checked_otherwise(validation, wanted),
+        *_recorded_since(validation, metrics),
+        *_compared_with_another(validation, champion),
+    )
+
+
+def _failed_checks(validation: Validation, *, failures: bool) -> list[str]:
+    if failures:
+        return [f"its last validation failed: {finding.check}: {finding.said}" for finding in validation.failures]
+    evidence = [finding.evidence for finding in validation.failures]
+    broken_off = any(figures.get("cut_short") or figures.get("misnamed") for figures in evidence)
+    return ["its last validation could not be carried out"] if broken_off else []
+
+
+def _changed_since(validation: Validation, manifest: str, parts: Sequence[str], wanted: Wanted | None) -> Iterator[str]:
     part = validation.wanted.part
+    if validation.manifest != manifest:
+        yield "its manifest has changed since it was validated"
     if wanted is None and part != "model" and "model" in parts:
-        found.append(f"it was validated as to its part {part}, and not to its model")
+        yield f"its last validation checked the part {part}, not the model"
     if part in validation.parts and part not in parts:
-        found.append(f"it has lost the part {part} since it was validated")
+        yield f"its part {part} was dropped after the validation"
+
+
+def _outdated(validation: Validation, now: datetime, max_age: timedelta) -> Iterator[str]:
     if now - validation.at > max_age:
-        found.append(f"its validation is stale: of {validation.at:%Y-%m-%d %H:%M} UTC, older than {max_age}")
-    if validation.at - now > _AHEAD:
-        found.append(f"its validation is of {validation.at:%Y-%m-%d %H:%M} UTC, which is still to come")
+        yield f"its validation is stale: of {validation.at:%Y-%m-%d %H:%M} UTC, older than {max_age}"
+    if validation.at - now > CLOCK_SLACK:
+        yield f"its validation has the time {validation.at:%Y-%m-%d %H:%M} UTC, which is in the future"
+
+
+def _checked_otherwise(validation: Validation, wanted: Wanted | None) -> Iterator[str]:
     if wanted is not None and wanted.digest != validation.wanted.digest:
-        found.append(
-            f"it was validated otherwise than the policy asks ({', '.join(_different(wanted, validation.wanted))}); "
+        policy, validated = msgspec.to_builtins(wanted), msgspec.to_builtins(validation.wanted)
+        different = [name for name in policy if policy[name] != validated[name] and name != "golden"]
+        yield (
+            f"its validation differs from what the policy asks in {', '.join(different)}; "
             "peakpoint validate ROOT REF checks what the policy asks"
         )
-    found += _recorded_since(validation, metrics)
+
+
+def _recorded_since(validation: Validation, metrics: Mapping[str, float]) -> Iterator[str]:
+    """Metrics that were recorded anew, with another value than the validation has found."""
+    rows = [finding.evidence.get("metrics") for finding in validation.findings if finding.check == "metrics"]
+    for name, row in (pair for metric_rows in rows for pair in (metric_rows or {}).items()):
+        # evidence is plain JSON: NaN and infinities are texts there
+        recorded, evaluated = (math.nan if row[key] is None else float(row[key]) for key in ("recorded", "evaluated"))
+        current = metrics.get(name)
+        if current is None or row["evaluated"] is None or same_value(current, recorded):
+            continue
+        if not within(current, evaluated, validation.wanted.tolerance):
+            yield f"{name} was recorded as {current:.6g} after the validation, which had found {evaluated:.6g}"
+
+
+def _compared_with_another(validation: Validation, champion: str | None) -> Iterator[str]:
     compared = validation.against is not None or validation.wanted.agreement > 0
     if compared and champion not in {None, validation.against, validation.checkpoint}:
-        found.append("its validation is stale: it was not compared with what is champion now")
-    return tuple(found)
+        yield "its validation is stale: it was not compared with the current champion"
 
 
-def _different(one: ValidationSpec, other: ValidationSpec) -> list[str]:
-    a, b = (msgspec.to_builtins(each) for each in (one, other))
-    return [name for name in a if a[name] != b[name] and name != "golden"]
+def same_value(a: float, b: float) -> bool:
+    """Whether two values of a metric are the same; NaN is itself."""
+    return a == b or (math.isnan(a) and math.isnan(b))
 
 
-def within(one: float, other: float, tolerance: float) -> bool:
+def within(a: float, b: float, tolerance: float) -> bool:
     """Whether two values of a metric are the same but for a tolerance; what is not finite is the same as nothing.
 
     Digits that binary fractions do not have are no difference: 0.901 - 0.9 is a little more than 0.001.
@@ -300,19 +331,5 @@ def within(one: float, other: float, tolerance: float) -> bool:
         >>> within(0.901, 0.9, 1e-3), within(0.5, float("inf"), 1e-3)
         (True, False)
     """
-    finite = math.isfinite(one) and math.isfinite(other)
-    return finite and abs(one - other) <= tolerance + 4 * math.ulp(max(abs(one), abs(other)))
-
-
-def _recorded_since(validation: Validation, metrics: Mapping[str, float]) -> Iterator[str]:
-    """What has been recorded since, and is not what was found."""
-    for finding in validation.findings:
-        rows = finding.evidence.get("metrics") if finding.check == "metrics" else None
-        for name, row in (rows or {}).items():
-            # evidence is plain JSON: NaN and infinities are texts there
-            then, found = (math.nan if row[one] is None else float(row[one]) for one in ("recorded", "evaluated"))
-            now = metrics.get(name)
-            if now is None or row["evaluated"] is None or now == then or (math.isnan(now) and math.isnan(then)):
-                continue
-            if not within(now, found, validation.wanted.tolerance):
-                yield f"{name} was recorded as {now:.6g} since it was validated, which had found {found:.6g}"
+    finite = math.isfinite(a) and math.isfinite(b)
+    return finite and abs(a - b) <= tolerance + 4 * math.ulp(max(abs(a), abs(b)))
