@@ -515,7 +515,7 @@ def test_a_damaged_record_on_the_way_back_ends_it_and_a_number_goes_past_it(tmp_
     for step in (1, 2, 3):
         promote(found, f"r:{step}", force=True)
     (tmp_path / layout.alias_key("champion", 2)).write_bytes(b"{}")
-    with pytest.raises(NotFoundError, match=r"(?s)--to N goes to any that still exists:.*000002\.json is corrupt"):
+    with pytest.raises(NotFoundError, match=r"(?s)with --to N:.*000002\.json is corrupt"):
         promotion.rollback(found, "champion", "worse")
     assert promotion.rollback(found, "champion", "worse", to=1).record.number == 4
 
