@@ -103,7 +103,7 @@ def test_a_removal_that_ends_before_it_is_looked_for_has_taken_the_checkpoint(tm
     proposal = propose(slow, "r:1", "champion")
     journal = removal(found.run("r"), victim)
     slow.store.ending = True
-    with pytest.raises(pp.ConflictError, match="just being removed"):
+    with pytest.raises(pp.ConflictError, match="is being removed"):
         promotion.promote(proposal, "a test", force=True) if act == "promote" else slow.run("r").pin("r:1", "a test")
     assert aliases.numbers(found.store, "champion") == []
 
@@ -121,7 +121,7 @@ def test_workers_that_outlive_a_killed_training_remove_nothing(tmp_path):
         journal.close()
         found.run("r").pin("r:2", "the worker still has the journal open, and nobody holds the run")
         hold = found.store.hold(layout.writer_lock("r"), b"{}")
-        with pytest.raises(pp.ConflictError, match="just being removed"):
+        with pytest.raises(pp.ConflictError, match="is being removed"):
             found.run("r").pin("r:2", "now somebody does")
         hold.release()
     finally:

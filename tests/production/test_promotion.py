@@ -661,6 +661,6 @@ def test_a_promotion_beside_a_training_that_drops_parts(tmp_path):
                 at=events.now(), checkpoint=manifest.id, name=manifest.name, parts=("optimizer",), reason="x", by="x"
             )
         )
-        with pytest.raises(ConflictError, match="or parts of it are"):
+        with pytest.raises(ConflictError, match="or a part of it is"):
             promote(found, "r:3", force=True)
     assert promote(found, "r:3", force=True).number == 2
