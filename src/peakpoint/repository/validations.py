@@ -1,4 +1,4 @@
-"""Validations of checkpoints at rest: what was asked, what was found, and whether it still counts.
+"""Validations of checkpoints at rest: what was to be checked, and what was found.
 
 A validation is a record beside the checkpoints of a run, in a directory named after the checkpoint's id. It never
 changes, and outlives the checkpoint, so that what an alias rested on can be read for as long as the repository exists.
@@ -9,7 +9,7 @@ import re
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
@@ -17,8 +17,7 @@ import msgspec
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format import layout
-from peakpoint.format.metrics import metrics_from_json, metrics_to_json
-from peakpoint.format.sealed import FORMAT, check_format, digest, seal, unseal
+from peakpoint.format.sealed import decode_record, digest, encode_record
 from peakpoint.store import LARGE, Store, create_numbered, establish
 
 Outcome = Literal["passed", "failed", "skipped"]
@@ -27,7 +26,7 @@ MAX_AGE = timedelta(days=7)  # of a validation that a promotion rests on, where 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationSpec:
-    """What a validation is asked to check, beyond what every validation checks.
+    """The checks that a validation is to make, beyond those of every validation.
 
     Attributes:
         evaluate: ``module:function`` that gets the loaded state and returns metrics or an ``Evaluated``.
@@ -58,22 +57,21 @@ class ValidationSpec:
     sparsity: str = "sparsity"
 
     def alike(self, other: "ValidationSpec") -> bool:
-        """Whether what two validations have evaluated can be compared."""
+        """Return whether the results of two validations can be compared."""
         names = ("evaluate", "model", "part", "golden_digest")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def digest(self) -> str:
-        """The same for two that ask the same, however numbers were written: 20 milliseconds are 20.0."""
-        plain = asdict(msgspec.convert(asdict(self), ValidationSpec))
-        return digest(
-            msgspec.json.encode(plain | {"golden": None}, order="deterministic")
-        )  # its digest says what it is
+        """The same for two specs of the same checks, however numbers were written: 20 milliseconds are 20.0."""
+        members = asdict(msgspec.convert(asdict(self), ValidationSpec))
+        members["golden"] = None  # golden_digest says which inputs they are, wherever the file is
+        return digest(msgspec.json.encode(members, order="deterministic"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         check: its name.
@@ -102,9 +100,9 @@ class Validation:
         manifest: digest of the bytes of the manifest that was validated.
         parts: the parts that the checkpoint had then.
         at: when it ended.
-        by: who asked for it.
-        wanted: what was asked.
-        findings: what was found, in the order of the checks.
+        by: who started it.
+        wanted: what was to be checked.
+        findings: the results, in the order of the checks.
         metrics: as evaluated now.
         against: id of the champion that its predictions were compared with; None when there was none.
         alias: the alias whose holder that was.
@@ -132,7 +130,7 @@ class Validation:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
+        """True when no check failed."""
         return all(finding.outcome != "failed" for finding in self.findings)
 
     @property
@@ -143,7 +141,7 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """The classes that a model gave to examples, and the right ones.
+    """The classes that a model predicted for examples, and the right ones.
 
     Attributes:
         predicted: int, one an example.
@@ -163,19 +161,19 @@ class Predictions:
 
 _PREDICTIONS = re.compile(r"[0-9a-f]{16}\.predictions")
 _NUMBERED = re.compile(r"([0-9]{6,18})\.json")
-_MOST = 10**18 - 1
+_LAST_NUMBER = 10**18 - 1
 
 
 def _numbers(store: Store, run: str, checkpoint: str) -> list[int]:
-    found = [_NUMBERED.fullmatch(child) for child in store.children(layout.validations_prefix(run, checkpoint))]
-    return sorted(int(one[1]) for one in found if one)
+    matches = map(_NUMBERED.fullmatch, store.children(layout.validations_prefix(run, checkpoint)))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def record(store: Store, validation: Validation) -> Validation:
-    """Write a validation down, durably, under the next free number.
+    """Write a validation, durably, under the next free number.
 
     Returns:
-        It, with its number and digest.
+        The validation with its number and digest.
 
     Raises:
         StoreError: the store refused.
@@ -183,75 +181,71 @@ def record(store: Store, validation: Validation) -> Validation:
     """
     prefix = layout.validations_prefix(validation.run, validation.checkpoint)
     highest = max((layout.number(child, "", ".json") for child in store.children(prefix)), default=0)
-    if highest >= _MOST:
+    if highest >= _LAST_NUMBER:
         where = layout.validation_key(validation.run, validation.checkpoint, highest)
         raise CorruptError(f"{where} leaves no number for another validation; Peakpoint did not write it: remove it")
     return create_numbered(highest + 1, lambda number: _create(store, replace(validation, number=number)))
 
 
 def _create(store: Store, validation: Validation) -> Validation:
-    content = {one.name: getattr(validation, one.name) for one in fields(validation)[:-1]}
-    data = seal({"format": FORMAT, **content, "metrics": metrics_to_json(validation.metrics)})
+    data = encode_record(validation, omit=["digest"])
     establish(store, layout.validation_key(validation.run, validation.checkpoint, validation.number), data)
     return replace(validation, digest=digest(data))
 
 
 def read(store: Store, run: str, checkpoint: str, number: int) -> Validation:
-    """One validation.
+    """Read one validation.
 
     Raises:
-        NotFoundError: there is none of that number.
+        NotFoundError: no validation has that number.
         CorruptError: it is damaged, or that of another checkpoint.
         FormatError: a newer release wrote it.
     """
     where = layout.validation_key(run, checkpoint, number)
     data = store.get(where)
-    content = unseal(data, where=where)
-    check_format(content, where=where)
-    content.pop("digest", None)
-    try:
-        content["metrics"] = metrics_from_json(content.get("metrics", {}))
-        found = msgspec.convert(content, Validation)
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # of msgspec, too
-        raise FormatError(f"{where} is not a validation that this release reads: {error}") from error
-    if (found.run, found.checkpoint, found.number) != (run, checkpoint, number):
-        raise CorruptError(f"{where} is a validation of {found.run}/{found.checkpoint}: it was moved or copied")
-    return replace(found, digest=digest(data))
+    validation = decode_record(Validation, data, where=where)
+    if (validation.run, validation.checkpoint, validation.number) != (run, checkpoint, number):
+        raise CorruptError(
+            f"{where} is a validation of {validation.run}/{validation.checkpoint}: it was moved or copied"
+        )
+    return replace(validation, digest=digest(data))
 
 
-def of(store: Store, run: str, checkpoint: str) -> list[Validation]:
-    """All validations of a checkpoint, earliest first.
-
-    Raises:
-        CorruptError: one is damaged.
-    """
+def read_all(store: Store, run: str, checkpoint: str) -> list[Validation]:
+    """Read all validations of a checkpoint, earliest first; errors as in ``read``."""
     return [read(store, run, checkpoint, number) for number in _numbers(store, run, checkpoint)]
 
 
 def readable(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], list[str]]:
-    """The validations of a checkpoint that can be read, earliest first, and a sentence for each that cannot."""
-    found, damage = [], []
+    """Read the validations of a checkpoint, earliest first, with a sentence for each that cannot be read."""
+    validations, errors = _read_each(store, run, checkpoint)
+    return validations, list(errors.values())
+
+
+def _read_each(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], dict[int, str]]:
+    validations: list[Validation] = []
+    errors: dict[int, str] = {}  # by number
     for number in _numbers(store, run, checkpoint):
         try:
-            found.append(read(store, run, checkpoint, number))
+            validations.append(read(store, run, checkpoint, number))
         except (CorruptError, FormatError) as error:
-            damage.append(str(error))
-    return found, damage
+            errors[number] = str(error)
+    return validations, errors
 
 
 def newest(store: Store, run: str, checkpoint: str) -> Validation | None:
-    """The last validation of a checkpoint; None when it was never validated.
+    """Read the last validation of a checkpoint; None when it was never validated.
 
     Raises:
         CorruptError: it is damaged.
     """
-    there = _numbers(store, run, checkpoint)
-    return read(store, run, checkpoint, there[-1]) if there else None
+    numbers = _numbers(store, run, checkpoint)
+    return read(store, run, checkpoint, numbers[-1]) if numbers else None
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationSurvey:
-    """Everything in the directory of a checkpoint's validations.
+    """The directory of a checkpoint's validations.
 
     Attributes:
         validations: those that can be read, earliest first.
@@ -274,47 +268,44 @@ def survey(
     """Look at all validations of a checkpoint, damaged ones too.
 
     Args:
-        store: where.
+        store: any store.
         run: the run's name.
         checkpoint: the id.
-        busy: whether somebody may be validating the checkpoint. It is asked after predictions were listed and before
+        busy: whether somebody may be validating the checkpoint. It is called after predictions were listed and before
             records are: whoever has written the one and not yet the other is busy at that moment.
         deep: compare predictions with their digests, too.
     """
     prefix = layout.validations_prefix(run, checkpoint)
     children = store.children(prefix)
-    kept = {f"{prefix}/{child}" for child in children if _PREDICTIONS.fullmatch(child)}
-    strays = [child for child in children if not (_PREDICTIONS.fullmatch(child) or _NUMBERED.fullmatch(child))]
+    unnamed = {f"{prefix}/{child}" for child in children if _PREDICTIONS.fullmatch(child)}
+    foreign = [child for child in children if not (_PREDICTIONS.fullmatch(child) or _NUMBERED.fullmatch(child))]
     in_use = bool(busy())
-    found: list[Validation] = []
-    damage: list[tuple[str, str]] = []
-    for number in _numbers(store, run, checkpoint):
-        try:
-            one = read(store, run, checkpoint, number)
-        except (CorruptError, FormatError) as error:
-            damage.append((layout.validation_key(run, checkpoint, number), str(error)))
-            continue
-        found.append(one)
-        key = layout.predictions_key(run, checkpoint, one.predictions or "")
-        kept.discard(key)
-        wrong = _wrong_predictions(store, one, deep=deep)
-        if wrong:
-            damage.append((key, wrong))
-    # of a record that cannot be read nobody knows what it names
-    orphans = () if in_use or len(found) < len(_numbers(store, run, checkpoint)) else tuple(sorted(kept))
+    validations, errors = _read_each(store, run, checkpoint)
+    damage = [(layout.validation_key(run, checkpoint, number), error) for number, error in errors.items()]
+    for validation in validations:
+        key = layout.predictions_key(run, checkpoint, validation.predictions or "")
+        unnamed.discard(key)
+        error = _predictions_error(store, validation, deep=deep)
+        if error:
+            damage.append((key, error))
     return ValidationSurvey(
-        tuple(found), tuple(damage), orphans, tuple(f"{prefix}/{child}" for child in strays), in_use
+        validations=tuple(validations),
+        damage=tuple(damage),
+        # a record that cannot be read may name any of the predictions
+        orphans=() if in_use or errors else tuple(sorted(unnamed)),
+        foreign=tuple(f"{prefix}/{child}" for child in foreign),
+        busy=in_use,
     )
 
 
-def _wrong_predictions(store: Store, validation: Validation, *, deep: bool) -> str:
+def _predictions_error(store: Store, validation: Validation, *, deep: bool) -> str:
+    """Return what is wrong with the predictions of a validation."""
     if validation.predictions is None:
         return ""
-    key = layout.predictions_key(validation.run, validation.checkpoint, validation.predictions)
-    size = store.size(key)
+    size = store.size(layout.predictions_key(validation.run, validation.checkpoint, validation.predictions))
     if size is None or size > LARGE:
-        wrong = "are missing" if size is None else f"have {size} bytes, which none of ours have"
-        return f"the predictions of validation {validation.number} of {validation.name} {wrong}"
+        problem = "are missing" if size is None else f"have {size} bytes, more than Peakpoint writes"
+        return f"the predictions of validation {validation.number} of {validation.name} {problem}"
     try:
         if deep:
             predictions_of(store, validation)
@@ -324,7 +315,7 @@ def _wrong_predictions(store: Store, validation: Validation, *, deep: bool) -> s
 
 
 def checkpoints_with(store: Store, run: str) -> list[str]:
-    """The ids of checkpoints of a run, gone ones too, that have validations."""
+    """Return the ids of the checkpoints of a run, removed ones too, that have validations."""
     return [child[:-1] for child in store.children(layout.validations_of(run)) if child.endswith("/")]
 
 
@@ -337,46 +328,50 @@ def keep_predictions(store: Store, run: str, checkpoint: str, predictions: Predi
     Returns:
         The digest of the file.
     """
-    data = seal(
-        {
-            "format": FORMAT,
-            "examples": len(predictions.labels),
-            "predicted": _packed(predictions.predicted),
-            "labels": _packed(predictions.labels),
-        }
-        | ({} if predictions.examples is None else {"of": predictions.examples})
+    record = PredictionsRecord(
+        len(predictions.labels), _packed(predictions.predicted), _packed(predictions.labels), predictions.examples
     )
-    found = digest(data)
-    store.put(layout.predictions_key(run, checkpoint, found), [data])
-    return found
+    data = encode_record(record, omit=["of"] if record.of is None else [])
+    file_digest = digest(data)
+    store.put(layout.predictions_key(run, checkpoint, file_digest), [data])
+    return file_digest
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionsRecord:
+    """Predictions at rest, in base64; ``of`` names the examples."""
+
+    examples: int
+    predicted: str
+    labels: str
+    of: str | None = None
 
 
 def predictions_of(store: Store, validation: Validation) -> Predictions | None:
-    """The predictions of a validation; None when it has kept none.
+    """Read the predictions of a validation; None when it has kept none.
 
     Raises:
         CorruptError: they are damaged.
-        NotFoundError: they are gone.
+        NotFoundError: they do not exist any more.
     """
     if validation.predictions is None:
         return None
     key = layout.predictions_key(validation.run, validation.checkpoint, validation.predictions)
     data = store.get(key, most=LARGE)
     if digest(data) != validation.predictions:
-        raise CorruptError(f"{key} is damaged: it is not what the validation has kept")
-    content = unseal(data, where=key)
-    check_format(content, where=key)
+        raise CorruptError(f"{key} is corrupt: its digest is not the one that the validation has")
+    record = decode_record(PredictionsRecord, data, where=key)
     try:
-        found = Predictions(_unpacked(content["predicted"]), _unpacked(content["labels"]), content.get("of"))
-    except (LookupError, TypeError, ValueError) as error:  # ValueError: of base64 and array, too
-        raise FormatError(f"{key} holds no predictions that this release reads: {error}") from error
-    if len(found.predicted) != len(found.labels):
-        raise FormatError(f"{key} has {len(found.predicted)} predictions and {len(found.labels)} labels")
-    return found
+        predictions = Predictions(_unpacked(record.predicted), _unpacked(record.labels), record.of)
+    except ValueError as error:  # of base64 and array
+        raise FormatError(f"{key} cannot be read by this release of Peakpoint: {error}; update it") from error
+    if len(predictions.predicted) != len(predictions.labels):
+        raise FormatError(f"{key} has {len(predictions.predicted)} predictions and {len(predictions.labels)} labels")
+    return predictions
 
 
 def _packed(values: Sequence[int]) -> str:
-    """Base64 of little-endian integers of 8 bytes."""
+    """Encode integers as base64 of 8 little-endian bytes each."""
     numbers = array("q", values)
     if sys.byteorder != "little":
         numbers.byteswap()
