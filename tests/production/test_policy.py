@@ -71,7 +71,7 @@ def test_everything_that_a_policy_can_say(tmp_path):
     assert list(policy.by.items()) == [("val_accuracy", "max"), ("size", "min")]
     assert policy.within_se == WithinSE(n_eval=899)
     assert policy.keep_last == 5
-    assert policy.wanted == Wanted(
+    assert policy.wanted == ValidationSpec(
         evaluate="checks:evaluate",
         model="checks:build",
         metrics=("val_accuracy",),
@@ -117,7 +117,7 @@ def test_everything_that_a_policy_can_say(tmp_path):
         ("format = 1\n[champion]\nrank = ['accuracy']", 'write "max METRIC"'),
         ("format = 1\n[champion]\nrank = ['best accuracy']", "best"),
         ("format = 1\n[champion]\nkeep_last = 0", "keep_last is at least 1"),
-        ("format = 1\n[champion.validation]\ntolerance = -1", "tolerance=-1.0 is no number of at least 0"),
+        ("format = 1\n[champion.validation]\ntolerance = -1", "tolerance=-1.0 is not a number of at least 0"),
         ("format = 1\n[champion.validation]\ntolerance = nan", "at least 0"),
         ("format = 1\n[champion.validation]\nagreement = 1.5", "from 0 to 1"),
         ("format = 1\n[champion.validation]\nagreement = 0.5", "give them with --golden FILE"),

@@ -24,7 +24,7 @@ from peakpoint.cli.main import cli
 from peakpoint.format import layout
 from peakpoint.format.sealed import digest, seal
 from peakpoint.production import validation
-from peakpoint.production.checks.candidate import classes_of, named
+from peakpoint.production.checks.candidate import classes_of, named_tensors
 from peakpoint.production.checks.model import described
 from peakpoint.production.checks.weights import zeros_of
 from peakpoint.production.proposal import propose
@@ -299,7 +299,7 @@ def test_an_architecture_other_than_the_champions_is_said_and_passes(tmp_path):
     finding = outcome(tmp_path, save(tmp_path), "signature")
     assert finding.outcome == "passed"
     assert finding.evidence["different"] == ["weight", "bias"]
-    assert "0 tensors more, 0 less and 2 of other dtype or shape" in finding.said
+    assert "0 tensors added, 0 missing, 2 of another dtype or shape" in finding.said
 
 
 class WithCodes(torch.nn.Linear):
@@ -318,8 +318,12 @@ def test_a_table_that_is_as_long_as_a_batch_is_no_output(tmp_path):
 
 def test_outputs_are_named_as_the_model_gives_them():
     one, other = torch.ones(1), torch.ones(2)
-    assert named(one) == {"output": one}
-    assert list(named({"logits": one, "hidden": (one, other), "none": None})) == ["logits", "hidden.0", "hidden.1"]
+    assert named_tensors(one) == {"output": one}
+    assert list(named_tensors({"logits": one, "hidden": (one, other), "none": None})) == [
+        "logits",
+        "hidden.0",
+        "hidden.1",
+    ]
     assert described(torch.ones(4, 2, 3, dtype=torch.bfloat16)) == "BF16[*, 2, 3]"
     assert classes_of({"a": torch.tensor([[0.1, 0.9], [1, 0]])}).tolist() == [1, 0]
     assert classes_of({"a": torch.tensor([3, 1])}).tolist() == [3, 1]
@@ -386,7 +390,7 @@ def test_the_first_champion_has_nothing_to_agree_with(tmp_path):
     file = golden(tmp_path / "g")
     finding = outcome(tmp_path, save(tmp_path), "golden", model=build, golden=file, agreement=1.0)
     assert finding.outcome == "passed"
-    assert "nothing is champion yet" in finding.said
+    assert "no champion yet" in finding.said
 
 
 @pytest.mark.parametrize("agreement", [0.0, 0.5])
@@ -442,7 +446,7 @@ def test_the_champion_agrees_with_itself(tmp_path):
         ({"inputs": torch.ones(4, 5)}, "raised RuntimeError"),
         ({"inputs": torch.ones(())}, "with n of at least 1"),
         ({"inputs": torch.ones(0, 2)}, "with n of at least 1"),
-        ({"input": torch.ones(4, 2)}, "no tensor 'inputs', but input"),
+        ({"input": torch.ones(4, 2)}, "no tensor 'inputs'. Tensors: input"),
         ({"inputs": torch.ones(4, 2), "labels": torch.ones(4)}, "give integers of the shape"),
         ({"inputs": torch.ones(4, 2), "labels": torch.zeros(5, dtype=torch.int64)}, "give integers of the shape"),
         (b"", "no safetensors file"),
@@ -495,9 +499,9 @@ def test_other_golden_inputs_are_another_question(tmp_path):
         ({}, {}, "skipped", "evaluated nothing"),
         (0.9, {}, "failed", "return metrics by name"),
         (None, {}, "failed", "return metrics by name"),
-        ({"accuracy": "high"}, {}, "failed", "give a number"),
-        ({"accuracy": True}, {}, "failed", "give a number"),
-        ({"accuracy": torch.ones(2)}, {}, "failed", "give a number"),
+        ({"accuracy": "high"}, {}, "failed", "return a number"),
+        ({"accuracy": True}, {}, "failed", "return a number"),
+        ({"accuracy": torch.ones(2)}, {}, "failed", "return a number"),
         ({3: 0.9}, {}, "failed", "3"),
     ],
 )
@@ -702,10 +706,10 @@ def test_any_evidence_can_be_kept(tmp_path):
     ("wanted", "says"),
     [
         ({"budgets": {"latency": 1}}, "did you mean 'latency_ms'"),
-        ({"budgets": {"size_mb": 0}}, "no number above 0"),
-        ({"budgets": {"size_mb": math.nan}}, "no number above 0"),
-        ({"budgets": {"size_mb": "1"}}, "no number above 0"),
-        ({"budgets": {"size_mb": True}}, "no number above 0"),
+        ({"budgets": {"size_mb": 0}}, "not a number above 0"),
+        ({"budgets": {"size_mb": math.nan}}, "not a number above 0"),
+        ({"budgets": {"size_mb": "1"}}, "not a number above 0"),
+        ({"budgets": {"size_mb": True}}, "not a number above 0"),
         ({"tolerance": "small"}, "at least 0"),
         ({"metrics": "accuracy"}, "give a list"),
         ({"checks": validated.fine}, "give a list"),

@@ -1,14 +1,14 @@
-"""Validation of a checkpoint before it is deployed: what is asked, by whom it is examined, and the record of it.
+"""Validate a checkpoint before it is deployed: what is checked, by which process, and the record of it.
 
-The examination itself (``peakpoint.production.checks``) needs torch and runs code of the user. Here it runs in a
-process apart, so that a crash of it is a failed check and no crash of ours. Nothing here imports torch.
+The checks themselves (``peakpoint.production.checks``) need torch and run code of the user. Here they run in another
+process, so that a crash there is a failed check and no crash of ours. Nothing here imports torch.
 
-The life of a validation: ``ask`` refuses what cannot be, finds the checkpoint and the champion, and holds the
-checkpoint as being read. ``subprocess_runner.run_apart`` starts a fresh interpreter that calls ``checks.child.main``;
-``checks.runner.examine`` makes the checks one after the other and says a line of JSON for each on a pipe of its own.
-Before each line it marks the place in what is printed, so that output and checks stay together. ``Collected`` takes the
-lines, and fills up what a death has left open. ``conclude`` keeps predictions, then creates the record. ``pp.validate``
-makes the checks in its own process.
+The life of a validation: ``validation_request`` refuses what cannot be, finds the checkpoint and the champion, and
+holds the checkpoint as being read. ``subprocess_runner.run_apart`` starts a fresh interpreter that calls
+``checks.runner.main``; that runs the checks one after the other and sends a line of JSON for each on a pipe of its own.
+Before each line it marks the place in what is printed, so that output and checks stay together. ``FindingCollector``
+takes the lines, and fills up what a death has left open. ``conclude`` stores predictions, then creates the record.
+``pp.validate`` runs the checks in its own process.
 """
 
 import importlib.util
@@ -17,8 +17,9 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ from peakpoint.repository.provenance import code_version, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
 from peakpoint.repository.validations import Finding, Predictions, Progress, Validation, ValidationSpec
-from peakpoint.store import Hold, LocalStore, translated
+from peakpoint.store import LocalStore, translated
 
-# --- what is asked -----------------------------------------------------------------------------------------------
+# --- what is checked ----------------------------------------------------------------------------------------------
 
 BUDGETS = {
     "latency_ms": "95th percentile of single forward passes, in milliseconds",
@@ -51,7 +52,7 @@ BUDGETS = {
 _OUTPUT = re.compile(r"[A-Z][A-Z0-9_]*\[((\*|\d+)(, ?(\*|\d+))*)?\]")
 
 
-def order(wanted: ValidationSpec) -> tuple[str, ...]:
+def check_names(wanted: ValidationSpec) -> tuple[str, ...]:
     """The names of the checks, in their order."""
     budgets = [f"budget {name}" for name in wanted.budgets] or ["budgets"]
     always = ("integrity", "finite", "sparsity", "loads", "signature", "metrics", "golden")
@@ -59,7 +60,7 @@ def order(wanted: ValidationSpec) -> tuple[str, ...]:
 
 
 def check_wanted(wanted: ValidationSpec) -> None:
-    """Refuse what can be seen to be wrong before anything is looked at.
+    """Refuse what can be seen to be wrong before the checkpoint is read.
 
     Raises:
         ConfigError: it cannot be.
@@ -69,13 +70,13 @@ def check_wanted(wanted: ValidationSpec) -> None:
             raise ConfigError(f"{spec!r} names no function; write module:function, such as checks:evaluate")
     _check_budgets(wanted.budgets)
     if not (_is_number(wanted.tolerance) and wanted.tolerance >= 0):
-        raise ConfigError(f"tolerance={wanted.tolerance!r} is no number of at least 0")
+        raise ConfigError(f"tolerance={wanted.tolerance!r} is not a number of at least 0")
     if not (_is_number(wanted.agreement) and 0 <= wanted.agreement <= 1):
-        raise ConfigError(f"agreement={wanted.agreement!r} is no share from 0 to 1")
+        raise ConfigError(f"agreement={wanted.agreement!r} is not a share from 0 to 1")
     for name, text in wanted.signature.items():
         if _OUTPUT.fullmatch(text) is None:
-            raise ConfigError(f"the signature {name}={text!r} is none: write an element type and a shape, F32[*, 10]")
-    _check_means(wanted)
+            raise ConfigError(f"signature {name}={text!r}: write an element type and a shape, such as F32[*, 10]")
+    _check_needs(wanted)
 
 
 def _is_number(value: object) -> bool:
@@ -85,36 +86,34 @@ def _is_number(value: object) -> bool:
 def _check_budgets(budgets: Mapping[str, float]) -> None:
     for name, value in budgets.items():
         if name not in BUDGETS:
-            have = "; ".join(f"{name} ({what})" for name, what in BUDGETS.items())
-            raise ConfigError(f"there is no budget {name!r}{did_you_mean(name, list(BUDGETS))}; budgets: {have}")
+            known_budgets = "; ".join(f"{budget} ({meaning})" for budget, meaning in BUDGETS.items())
+            raise ConfigError(f"there is no budget {name!r}{near(name, list(BUDGETS))}; budgets: {known_budgets}")
         if not (_is_number(value) and value > 0):
-            raise ConfigError(f"the budget {name}={value!r} is no number above 0")
+            raise ConfigError(f"the budget {name}={value!r} is not a number above 0")
 
 
-def _check_means(wanted: ValidationSpec) -> None:
-    """Whether all that is asked for could be seen at all."""
+def _check_needs(wanted: ValidationSpec) -> None:
+    """Refuse checks that lack what they need."""
     if wanted.agreement and wanted.golden is None:
-        raise ConfigError("an agreement with the champion is seen on golden inputs: give them with --golden FILE")
+        raise ConfigError("agreement with the champion needs golden inputs: give them with --golden FILE")
     if wanted.metrics and wanted.evaluate is None:
-        raise ConfigError(f"{wanted.metrics[0]} is confirmed by evaluating: say how with --with MODULE:FUNCTION")
-    for what in ("golden", "signature"):
-        if getattr(wanted, what) and wanted.model is None:
-            raise ConfigError(f"{what}: needs a model that is run; say what makes it, --model MODULE:FUNCTION")
+        raise ConfigError(f"to confirm {wanted.metrics[0]}, say how to evaluate it: --with MODULE:FUNCTION")
+    for name in ("golden", "signature"):
+        if getattr(wanted, name) and wanted.model is None:
+            raise ConfigError(f"{name}: needs a model to run; name the function that makes it: --model MODULE:FUNCTION")
 
 
 @dataclass(slots=True, kw_only=True)
-class Asked:
+class ValidationRequest:
     """A validation that is about to be made.
 
     Attributes:
-        repository: where.
         manifest: of the checkpoint, with the metrics that the manifest has.
         digest: of the manifest's bytes.
-        wanted: what is asked, complete.
+        wanted: what is checked, complete.
         alias: whose holder is the champion.
         champion: its manifest; None when there is none to compare with.
-        without: then why, in words.
-        hold: keeps rules away from the checkpoint.
+        no_champion: then why, in words.
     """
 
     repository: Repository
@@ -123,17 +122,14 @@ class Asked:
     wanted: ValidationSpec
     alias: str
     champion: Manifest | None
-    without: str
-    hold: Hold | None
-
-    def release(self) -> None:
-        """Let rules have the checkpoint again."""
-        if self.hold is not None:
-            self.hold.release()
+    no_champion: str
 
 
-def ask(repository: Repository, ref: str, wanted: ValidationSpec, alias: str) -> Asked:
-    """Find everything that a validation needs, before the first check.
+@contextmanager
+def validation_request(
+    repository: Repository, ref: str, wanted: ValidationSpec, alias: str
+) -> Iterator[ValidationRequest]:
+    """Find everything that a validation needs; rules leave the checkpoint alone until the end of the block.
 
     Raises:
         NotFoundError: there is no such checkpoint, part or file.
@@ -145,21 +141,19 @@ def ask(repository: Repository, ref: str, wanted: ValidationSpec, alias: str) ->
     hold = reader.hold_for_reading(repository.store, manifest)
     try:
         _check_part(manifest, wanted.part)
-        champion, without = _champion(repository, alias)
-        return Asked(
+        champion, no_champion = _champion(repository, alias)
+        yield ValidationRequest(
             repository=repository,
             manifest=manifest,
             digest=reader.manifest_digest(repository.store, manifest),
             wanted=with_golden(wanted),
             alias=alias,
             champion=champion,
-            without=without,
-            hold=hold,
+            no_champion=no_champion,
         )
-    except BaseException:
+    finally:
         if hold is not None:
             hold.release()
-        raise
 
 
 def _check_part(manifest: Manifest, part: str) -> None:
@@ -169,12 +163,13 @@ def _check_part(manifest: Manifest, part: str) -> None:
 
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:
-    record = aliases.newest(repository.store, alias)
+    """The champion's manifest, or why there is none."""
+    record = aliases.tip(repository.store, alias)
     if isinstance(record, aliases.DamagedRecord):
-        return None, f"what {alias} is cannot be read: {record.error}"
+        return None, f"{alias} cannot be read: {record.error}"
     if record is None or record.target is None:
-        there = did_you_mean(alias, aliases.names(repository.store))
-        return None, f"nothing is {alias} {'yet' if record is None else 'at present'}{there}"
+        similar = near(alias, aliases.names(repository.store))
+        return None, f"no {alias} {'yet' if record is None else 'at present'}{similar}"
     try:
         return repository.locate(f"@{alias}")[1], ""
     except (NotFoundError, CorruptError, FormatError) as error:
@@ -182,11 +177,11 @@ def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]
 
 
 def with_golden(wanted: ValidationSpec) -> ValidationSpec:
-    """What is asked, with the digest of the golden inputs as they are now: so it stands in the record.
+    """Add the digest of the golden file as it is now: so it stands in the record.
 
     Raises:
         NotFoundError: there is no such file.
-        ConfigError: it holds others than were asked for.
+        ConfigError: it has changed.
     """
     if wanted.golden is None:
         return wanted
@@ -194,12 +189,10 @@ def with_golden(wanted: ValidationSpec) -> ValidationSpec:
     if not path.is_file():
         raise NotFoundError(f"there is no file {path} with golden inputs (seen from {Path.cwd()})")
     with translated("read", path):
-        found = file_digest(path)
-    if wanted.golden_digest not in (None, found):
-        raise ConfigError(
-            f"{path} holds other golden inputs than were asked for: its BLAKE3 is {found}, not {wanted.golden_digest}"
-        )
-    return replace(wanted, golden_digest=found)
+        digest = file_digest(path)
+    if wanted.golden_digest not in (None, digest):
+        raise ConfigError(f"{path} holds other golden inputs: its BLAKE3 is {digest}, expected {wanted.golden_digest}")
+    return replace(wanted, golden_digest=digest)
 
 
 def file_digest(path: Path) -> str:
@@ -207,82 +200,62 @@ def file_digest(path: Path) -> str:
     return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
 
 
-# --- the examination in a process apart ---------------------------------------------------------------------------
-
-_TAIL = 4000  # characters of what was printed that are kept with a finding
-_EXAMINER = "peakpoint.production.checks.child"
-
-
 # --- collecting ---------------------------------------------------------------------------------------------------
+
+_TAIL = 4000  # characters of what was printed that are stored with a finding
 
 
 @dataclass(slots=True)
-class Collected:
-    """What an examination has said so far.
+class FindingCollector:
+    """The findings of a validation so far.
 
     Attributes:
-        asked: what is examined.
+        request: what is validated.
         progress: called with the name of each check before it begins.
-        findings: of the checks that are over.
-        metrics: as evaluated.
-        predictions: of the evaluation, or on golden inputs.
-        compared: whether the champion's outputs were compared with.
+        facts: ``metrics`` as evaluated, ``predictions``, ``device``, and ``compared`` if the champion was compared.
         environment: what it ran on.
-        began: when the present check began.
+        began: when the current check began.
     """
 
-    asked: Asked
+    request: ValidationRequest
     progress: Progress
     findings: list[Finding] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    predictions: Predictions | None = None
-    compared: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
     def take(self, event: Mapping[str, Any], output: str = "") -> bool:
-        """Take the next thing that is said into account; True when it was the last.
+        """Take one event; True when it was the last.
 
         Args:
-            event: what is said.
+            event: see ``checks.runner.run_checks``.
             output: what was printed since the last finding.
         """
         match event:
             case {"begin": name}:
                 self.began = time.perf_counter()
                 self.progress(name)
-            case {"finding": found}:
-                finding = msgspec.convert(found, Finding)
-                self.findings.append(_with_output(finding, output))
-            case {"metrics": metrics}:
-                self.metrics = metrics_from_json(metrics)
-            case {"predicted": predicted, "labels": labels, "examples": examples}:
-                self.predictions = Predictions(predicted, labels, examples)
-            case {"environment": found}:
-                self.environment.update(found)
-            case {"compared": _}:
-                self.compared = True
-            case _:
-                return "done" in event
-        return False
+            case {"finding": finding}:
+                self.findings.append(_with_output(msgspec.convert(finding, Finding), output))
+            case {"facts": facts}:
+                self.facts.update(facts)
+            case {"environment": environment}:
+                self.environment.update(environment)
+        return "done" in event
 
-    def cut_short(self, how: str, output: str) -> None:
-        """The examination has ended in the middle of a check."""
-        left = order(self.asked.wanted)[len(self.findings) :]
-        for number, name in enumerate(left):
-            if number:
-                found = Finding(check=name, outcome="skipped", said="not reached: the process had ended before")
-            else:
-                seconds = time.perf_counter() - self.began
-                found = Finding(
-                    check=name,
-                    outcome="failed",
-                    said=f"{how} during {name}",
-                    evidence={"cut_short": True},
-                    seconds=round(seconds, 6),
-                )
-                found = _with_output(found, output)
-            self.findings.append(found)
+    def cut_short(self, end: str, output: str) -> None:
+        """Fill up the findings when the process has ended in the middle of a check."""
+        check, *unreached = check_names(self.request.wanted)[len(self.findings) :] or ("",)
+        if not check:
+            return
+        seconds = round(time.perf_counter() - self.began, 6)
+        evidence = {"cut_short": True}
+        finding = Finding(
+            check=check, outcome="failed", said=f"{end} during {check}", evidence=evidence, seconds=seconds
+        )
+        self.findings.append(_with_output(finding, output))
+        said = "not reached: the process had ended before"
+        self.findings += [Finding(check=name, outcome="skipped", said=said) for name in unreached]
 
 
 def _with_output(finding: Finding, output: str) -> Finding:
@@ -291,23 +264,26 @@ def _with_output(finding: Finding, output: str) -> Finding:
     return replace(finding, evidence={**finding.evidence, "output": output[-_TAIL:]})
 
 
-def conclude(collected: Collected) -> Validation:
+def conclude(collector: FindingCollector) -> Validation:
     """Write down what was found. The record is the commit: predictions are durable before it.
 
     Raises:
         NotFoundError: the checkpoint went meanwhile; nothing is recorded.
         StoreError: the store refused.
     """
-    asked = collected.asked
-    store, manifest = asked.repository.store, asked.manifest
+    request, facts = collector.request, collector.facts
+    store, manifest = request.repository.store, request.manifest
     if store.size(layout.manifest_key(manifest.run, manifest.name)) is None:
         raise NotFoundError(
             f"{manifest.run}/{manifest.name} was removed while it was being validated; nothing is recorded"
         )
-    kept = None
-    if collected.predictions is not None:
-        kept = validations.keep_predictions(store, manifest.run, manifest.id, collected.predictions)
-    compared = asked.champion if collected.compared else None
+    predictions = None
+    if "predictions" in facts:
+        predictions = validations.keep_predictions(
+            store, manifest.run, manifest.id, Predictions(**facts["predictions"])
+        )
+    compared = request.champion if "compared" in facts else None
+    device = {"device": facts["device"]} if "device" in facts else {}
     return validations.record(
         store,
         Validation(
@@ -315,40 +291,60 @@ def conclude(collected: Collected) -> Validation:
             checkpoint=manifest.id,
             name=manifest.name,
             number=0,
-            manifest=asked.digest,
+            manifest=request.digest,
             parts=tuple(manifest.parts),
             at=utc_now(),
             by=present_user(),
-            wanted=asked.wanted,
-            findings=tuple(collected.findings),
-            metrics=collected.metrics,
+            wanted=request.wanted,
+            findings=tuple(collector.findings),
+            metrics=metrics_from_json(facts.get("metrics", {})),
             against=None if compared is None else compared.id,
-            alias=None if compared is None else asked.alias,
-            predictions=kept,
-            environment=_environment() | collected.environment,
+            alias=None if compared is None else request.alias,
+            predictions=predictions,
+            environment=_environment() | collector.environment | device,
         ),
     )
 
 
 def _environment() -> dict[str, str]:
     code = code_version(Path.cwd())
-    found = {
+    environment = {
         "peakpoint": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
     }
-    return found if code is None else found | {"code": code}
+    return environment if code is None else environment | {"code": code}
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text(errors="replace") if info.is_file() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
-# --- in a process apart -------------------------------------------------------------------------------------------
+# --- in another process -------------------------------------------------------------------------------------------
+
+
+class ValidationJob(msgspec.Struct, kw_only=True):
+    """What the other process gets.
+
+    Attributes:
+        root: directory of the repository.
+        ref: the checkpoint.
+        wanted: what is checked.
+        alias: whose holder is the champion.
+        champion: that checkpoint; None when there is none.
+        no_champion: then why.
+    """
+
+    root: str
+    ref: str
+    wanted: ValidationSpec
+    alias: str
+    champion: str | None
+    no_champion: str
 
 
 def validate(
@@ -362,15 +358,13 @@ def validate(
 ) -> Validation:
     """Validate a checkpoint, and record what was found.
 
-    Everything that reads weights or runs code of the user does so in a process apart: whatever happens to it, a crash,
+    Everything that reads weights or runs code of the user does so in another process: whatever happens to it, a crash,
     an ``exit``, a hang beyond ``timeout``, is a failed check of a validation that is recorded.
 
     Args:
-        repository: where.
-        ref: which checkpoint.
         wanted: what to check.
         alias: the alias whose holder it is compared with.
-        timeout: seconds that all checks together may take; None when they may take for ever.
+        timeout: seconds that all checks together may take; None for no limit.
         progress: called with the name of each check before it begins.
 
     Returns:
@@ -383,55 +377,56 @@ def validate(
         StoreError: the record cannot be written.
     """
     if timeout is not None and not timeout > 0:
-        raise ConfigError(f"timeout={timeout!r} is no number of seconds above 0")
+        raise ConfigError(f"timeout={timeout!r} is not a number of seconds above 0")
     for name in ("torch", "numpy"):
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(
                 f"a validation needs {name}, which is not installed: pip install 'peakpoint[torch]'"
             )
-    asked = ask(repository, ref, wanted, alias)
-    try:
-        collected = Collected(asked, progress)
-        printed = bytearray()
-
-        def output() -> str:
-            text = printed.decode(errors="replace")
-            printed.clear()
-            return text
-
-        def keep(data: bytes) -> None:
-            printed.extend(data)
-            del printed[: -4 * _TAIL]
-
-        def take(line: bytes) -> bool:
-            try:
-                event = msgspec.json.decode(line, type=dict[str, Any])
-            except msgspec.DecodeError:  # foreign code has written to a descriptor that is not its own
-                keep(line)
-                return False
-            return collected.take(event, output() if "finding" in event else "")
-
-        how = run_apart(_EXAMINER, _job(asked), timeout=timeout, said=take, printed=keep)
-        if how is not None:
-            collected.cut_short(how, output())
-        return conclude(collected)
-    finally:
-        asked.release()
+    with validation_request(repository, ref, wanted, alias) as request:
+        collector = FindingCollector(request, progress)
+        _collect(collector, timeout)
+        return conclude(collector)
 
 
-def _job(asked: Asked) -> bytes:
-    store = asked.repository.store
+def _collect(collector: FindingCollector, timeout: float | None) -> None:
+    """Run the checks in another process."""
+    printed = bytearray()
+
+    def take_output() -> str:
+        text = printed.decode(errors="replace")
+        printed.clear()
+        return text
+
+    def add_output(data: bytes) -> None:
+        printed.extend(data)
+        del printed[: -4 * _TAIL]
+
+    def take_line(line: bytes) -> bool:
+        try:
+            event = msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.DecodeError:  # foreign code has written to a descriptor that is not its own
+            add_output(line)
+            return False
+        return collector.take(event, take_output() if "finding" in event else "")
+
+    job = msgspec.json.encode(_job(collector.request))
+    end = run_apart("peakpoint.production.checks.runner", job, timeout=timeout, said=take_line, printed=add_output)
+    if end is not None:
+        collector.cut_short(end, take_output())
+
+
+def _job(request: ValidationRequest) -> ValidationJob:
+    store, champion = request.repository.store, request.champion
     if not isinstance(store, LocalStore):
         raise ConfigError(
             f"{store.location} cannot be reached from another process: validate in this one, with peakpoint.validate"
         )
-    return msgspec.json.encode(
-        {
-            "root": os.fspath(store.root.absolute()),
-            "ref": f"{asked.manifest.run}/{asked.manifest.id}",
-            "wanted": asdict(asked.wanted),
-            "alias": asked.alias,
-            "champion": None if asked.champion is None else f"{asked.champion.run}/{asked.champion.id}",
-            "without": asked.without,
-        }
+    return ValidationJob(
+        root=os.fspath(store.root.absolute()),
+        ref=f"{request.manifest.run}/{request.manifest.id}",
+        wanted=request.wanted,
+        alias=request.alias,
+        champion=None if champion is None else f"{champion.run}/{champion.id}",
+        no_champion=request.no_champion,
     )

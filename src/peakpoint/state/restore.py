@@ -7,7 +7,7 @@ import argparse
 import enum
 import random
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from peakpoint.errors import MismatchError
+from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.masks import ORIGINAL, masks_of
 from peakpoint.state import rng
@@ -394,3 +394,23 @@ def _pruned(live: Any, saved: Any) -> list[str]:
         return []
     masks = masks_of({name: tuple(value.shape) for name, value in saved.items() if isinstance(value, torch.Tensor)})
     return [name for name in live.state_dict() if name not in saved and f"{name}{ORIGINAL}" in masks]
+
+
+def make_model(function: Callable[[], Any], name: str) -> tuple[Any, Any]:
+    """Call a function of the user that makes a model; returns the model, and an example of its inputs or None.
+
+    Args:
+        function: returns the model, or the model and an example of its inputs.
+        name: the function for errors.
+
+    Raises:
+        ConfigError: it returned something else.
+    """
+    result = function()
+    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if isinstance(model, type) or not callable(model) or not hasattr(model, "load_state_dict"):
+        raise ConfigError(
+            f"{name} returned a {kind_of(model)}; return the model, which has load_state_dict() and can be called, or "
+            "the model and an example of its inputs"
+        )
+    return model, example

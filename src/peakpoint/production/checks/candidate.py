@@ -1,73 +1,44 @@
-"""What the checks of one validation share, and what a check may say."""
+"""The candidate that every check gets, and what a check returns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from peakpoint.errors import ConfigError, FormatError, MismatchError
+from peakpoint.errors import FormatError, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.production.checks.memory import MemoryPeak
 from peakpoint.production.validation import file_digest
 from peakpoint.repository.annotations import annotations_of, with_annotations
 from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Outcome, Predictions, ValidationSpec
-from peakpoint.state.json_scalars import kind_of
-from peakpoint.state.restore import restore_into
+from peakpoint.repository.validations import Finding, Predictions, ValidationSpec
+from peakpoint.state.functions import load_function
+from peakpoint.state.restore import make_model, restore_into
 from peakpoint.state.saved import Loaded, read_state, read_trees
 from peakpoint.state.tensor_files import read_safetensors
 
 Outputs = dict[str, torch.Tensor]
+Function = Callable[..., Any] | str
+"""A function, or ``module:function``, which is imported by the check that needs it."""
 _BATCH = 256  # golden inputs in one forward pass
 
 
-class Said(NamedTuple):
-    """What a check came to."""
-
-    outcome: Outcome
-    said: str
-    evidence: Mapping[str, Any] = {}
+def passed(said: str, **evidence: Any) -> Finding:
+    """The finding of a check that passed; the runner adds the name of the check."""
+    return Finding(check="", outcome="passed", said=said, evidence=evidence)
 
 
-def passed(said: str, **evidence: Any) -> Said:
-    """The check passed."""
-    return Said("passed", said, evidence)
+def failed(said: str, **evidence: Any) -> Finding:
+    """The finding of a check that failed."""
+    return Finding(check="", outcome="failed", said=said, evidence=evidence)
 
 
-def failed(said: str, **evidence: Any) -> Said:
-    """The check failed."""
-    return Said("failed", said, evidence)
-
-
-def skipped(said: str, **evidence: Any) -> Said:
-    """There was nothing to check."""
-    return Said("skipped", said, evidence)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A checkpoint that is being validated: what a further check gets.
-
-    A check is a function of one ``Candidate``. It passes when it returns nothing, or a mapping of evidence; whatever
-    it raises fails it.
-
-    Attributes:
-        state: what the checkpoint holds, as ``peakpoint.load`` gives it.
-        model: the model with its weights, in ``eval`` mode; None when no function was given that makes it.
-        manifest: of the checkpoint.
-        recorded: all metrics that are known of it.
-        evaluated: the metrics that were evaluated by this validation.
-        repository: where it is.
-    """
-
-    state: Loaded
-    model: Any
-    manifest: Manifest
-    recorded: Mapping[str, float]
-    evaluated: Mapping[str, float]
-    repository: Repository
+def skipped(said: str, **evidence: Any) -> Finding:
+    """The finding of a check that had nothing to check."""
+    return Finding(check="", outcome="skipped", said=said, evidence=evidence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,36 +47,39 @@ class Golden:
 
     Attributes:
         inputs: any numbers, [n, ...].
-        labels: int64 [n], the right classes; None when nobody has said.
+        labels: int64 [n], the right classes; None when the file has none.
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor | None
 
 
-@dataclass(slots=True, kw_only=True)
-class Exam:
-    """One examination.
+@dataclass(kw_only=True)
+class Candidate:
+    """A checkpoint that is being validated: what every check gets.
+
+    A check is a function of one ``Candidate``. One of your own passes when it returns nothing, or a mapping of
+    evidence; whatever it raises fails it.
 
     Attributes:
-        repository: where.
+        state: what the checkpoint holds, as ``peakpoint.load`` gives it; each part is read when it is used.
+        model: the model with its weights, in ``eval`` mode; None when no function was given that makes it.
         manifest: of the checkpoint.
-        wanted: what is asked.
+        recorded: all metrics that are recorded of it.
+        evaluated: the metrics that this validation has evaluated.
+        repository: where it is.
+        wanted: what is checked.
         alias: whose holder is the champion.
-        champion: its manifest, None when there is none.
-        without: then why.
-        evaluate: finds the function that evaluates.
-        make: finds the function that makes the model.
-        further: find the further checks.
-        state: what the checkpoint holds.
-        recorded: all metrics that are known of it.
-        model: with its weights; None until it could be loaded.
-        example: an example of its inputs, when the function that makes the model gave one.
-        memory: what loading and running it took; None when that was not asked for, or it could not be done.
-        unrun: then why.
-        evaluated: metrics.
+        champion: the manifest of the champion; None when there is none.
+        no_champion: why there is none.
+        evaluate: evaluates the state.
+        build_model: makes the model.
+        checks: checks of the user.
+        example: an example of the model's inputs, when the function that makes the model gave one.
+        memory: what loading and running the model took; None when that was not asked for, or could not be done.
+        not_run: why the model could not be run.
         predictions: of the evaluation, or on golden inputs.
-        compared: whether the champion was compared with.
+        facts: what checks have found out beside their findings, for the record; the runner takes them away.
     """
 
     repository: Repository
@@ -113,71 +87,65 @@ class Exam:
     wanted: ValidationSpec
     alias: str
     champion: Manifest | None
-    without: str
-    evaluate: Callable[[], Callable[..., Any]] | None
-    make: Callable[[], Callable[..., Any]] | None
-    further: Sequence[Callable[[], Callable[..., Any]]]
+    no_champion: str
+    evaluate: Function | None
+    build_model: Function | None
+    checks: Sequence[Function]
     recorded: Mapping[str, float] = field(default_factory=dict)
     model: Any = None
     example: Any = None
     memory: MemoryPeak | None = None
-    unrun: str = ""
-    evaluated: dict[str, float] = field(default_factory=dict)
+    not_run: str = ""
+    evaluated: Mapping[str, float] = field(default_factory=dict)
     predictions: Predictions | None = None
-    compared: bool = False
-    _state: Loaded | None = None
-    _golden: Golden | None = None
-    _outputs: Outputs | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        run = self.repository.run(self.manifest.run)
-        self.recorded = with_annotations(self.manifest, annotations_of(run.events()), {}).metrics
+        events = self.repository.run(self.manifest.run).events()
+        self.recorded = with_annotations(self.manifest, annotations_of(events), {}).metrics
 
-    @property
+    @cached_property
     def state(self) -> Loaded:
         """What the checkpoint holds; each part is read when it is used."""
-        if self._state is None:
-            store = self.repository.store
-            self._state = Loaded(self.manifest, store, read_trees(store, self.manifest), True)  # noqa: FBT003 - verify
-        return self._state
+        store = self.repository.store
+        return Loaded(self.manifest, store, read_trees(store, self.manifest), True)  # noqa: FBT003 - verify
 
-    @property
+    @cached_property
     def golden(self) -> Golden | None:
         """The golden inputs.
 
         Raises:
             FormatError: the file is no safetensors file with inputs.
         """
-        if self._golden is None and self.wanted.golden is not None:
-            self._golden = read_golden(Path(self.wanted.golden), self.wanted.golden_digest)
-        return self._golden
+        path = self.wanted.golden
+        return None if path is None else read_golden(Path(path), self.wanted.golden_digest)
 
-    @property
+    @cached_property
     def outputs(self) -> Outputs:
         """What the model makes of the golden inputs."""
-        if self._outputs is None:
-            assert self.golden is not None
-            self._outputs = outputs_of(self.model, self.golden.inputs)
-        return self._outputs
+        assert self.golden is not None
+        return outputs_of(self.model, self.golden.inputs)
 
-    def made(self) -> tuple[Any, Any]:
+    def keep_predictions(self, predictions: Predictions) -> None:
+        """Have predictions stored beside the record."""
+        self.predictions = predictions
+        self.facts["predictions"] = {
+            "predicted": list(predictions.predicted),
+            "labels": list(predictions.labels),
+            "examples": predictions.examples,
+        }
+
+    def new_model(self) -> tuple[Any, Any]:
         """A model as the function of the user makes it, and an example of its inputs, or None.
 
         Raises:
             ConfigError: it makes no model.
         """
-        assert self.make is not None
-        found = self.make()()
-        model, example = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-        if isinstance(model, type) or not callable(model) or not hasattr(model, "load_state_dict"):
-            raise ConfigError(
-                f"{self.wanted.model} returned a {kind_of(model)}; return the model, which has load_state_dict() and "
-                "can be called, or the model and an example of its inputs"
-            )
-        return model, example
+        assert self.build_model is not None
+        return make_model(function_of(self.build_model), str(self.wanted.model))
 
-    def fill(self, model: Any, manifest: Manifest) -> str:
-        """Load a checkpoint's weights into a model, strictly; says how much.
+    def load_weights(self, model: Any, manifest: Manifest) -> str:
+        """Load a checkpoint's weights into a model, strictly; returns how much, in words.
 
         Raises:
             MismatchError: names, shapes or dtypes differ; lists them.
@@ -190,22 +158,27 @@ class Exam:
         return restored[0].what
 
 
-def read_golden(path: Path, wanted: str | None) -> Golden:
+def function_of(function: Function) -> Callable[..., Any]:
+    """Return a function, imported if it is named."""
+    return load_function(function) if isinstance(function, str) else function
+
+
+def read_golden(path: Path, expected_digest: str | None) -> Golden:
     """Read golden inputs.
 
     Args:
         path: a safetensors file with ``inputs`` [n, ...] and maybe ``labels`` [n].
-        wanted: BLAKE3 of the file.
+        expected_digest: BLAKE3 of the file.
 
     Raises:
         FormatError: it is not such a file, or has changed meanwhile.
     """
-    if wanted is not None and file_digest(path) != wanted:
+    if expected_digest is not None and file_digest(path) != expected_digest:
         raise FormatError(f"{path} has changed since the validation began")
     tensors = read_safetensors(path)[0]
     inputs, labels = tensors.get("inputs"), tensors.get("labels")
     if inputs is None:
-        raise FormatError(f"{path} holds no tensor 'inputs', but {', '.join(sorted(tensors)) or 'nothing'}")
+        raise FormatError(f"{path} has no tensor 'inputs'. Tensors: {', '.join(sorted(tensors)) or 'none'}")
     if inputs.dim() == 0 or not len(inputs):
         raise FormatError(f"{path}: inputs has the shape {list(inputs.shape)}; give [n, ...] with n of at least 1")
     if labels is not None and (labels.shape != inputs.shape[:1] or labels.is_floating_point() or labels.is_complex()):
@@ -219,7 +192,7 @@ def read_golden(path: Path, wanted: str | None) -> Golden:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model is."""
+    """The device of a model."""
     if isinstance(model, torch.nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device
@@ -227,29 +200,29 @@ def device_of(model: Any) -> torch.device:
 
 
 def outputs_of(model: Any, inputs: torch.Tensor) -> Outputs:
-    """What a model makes of inputs, batch by batch: every tensor that has a row for each input, by name, on the CPU.
+    """Run a model on inputs, batch by batch: every output with a row for each input, by name, on the CPU.
 
     Raises:
-        MismatchError: it gives no such tensor.
+        MismatchError: it returns no such tensor.
     """
     device = device_of(model)
     batches = []
     for batch in torch.split(inputs, _BATCH):
         with torch.no_grad():
-            given = named(model(batch.to(device)))
-        rows = {name: one.detach().cpu() for name, one in given.items() if one.dim() and len(one) == len(batch)}
+            outputs = named_tensors(model(batch.to(device)))
+        rows = {name: out.detach().cpu() for name, out in outputs.items() if out.dim() and len(out) == len(batch)}
         if not rows:
-            shapes = ", ".join(f"{name} {list(one.shape)}" for name, one in given.items()) or "no tensor"
-            raise MismatchError(f"the model gives {shapes} for {len(batch)} inputs: no tensor with a row for each")
+            shapes = ", ".join(f"{name} {list(out.shape)}" for name, out in outputs.items()) or "no tensor"
+            raise MismatchError(f"the model returns {shapes} for {len(batch)} inputs: no tensor with a row for each")
         batches.append(rows)
-    # one that is as long as this batch by chance is not as long as the next
+    # an output that is as long as this batch by chance is not as long as the next
     names = [name for name in batches[0] if all(name in rows for rows in batches)]
     if not names:
-        raise MismatchError(f"the model gives no tensor with a row for each of {len(inputs)} inputs")
+        raise MismatchError(f"the model returns no tensor with a row for each of {len(inputs)} inputs")
     return {name: torch.cat([rows[name] for rows in batches]) for name in names}
 
 
-def named(output: Any, name: str = "") -> Outputs:
+def named_tensors(output: Any, name: str = "") -> Outputs:
     """The tensors in what a model returns: ``output`` when it is one, else by their keys or numbers."""
     if isinstance(output, torch.Tensor):
         return {name or "output": output}
@@ -258,14 +231,14 @@ def named(output: Any, name: str = "") -> Outputs:
         pairs = output.items()
     elif isinstance(output, list | tuple):
         pairs = enumerate(output)
-    found: Outputs = {}
+    outputs: Outputs = {}
     for key, value in pairs:
-        found |= named(value, f"{name}.{key}" if name else str(key))
-    return found
+        outputs |= named_tensors(value, f"{name}.{key}" if name else str(key))
+    return outputs
 
 
 def classes_of(outputs: Outputs) -> torch.Tensor | None:
-    """The classes that the first output says, int64 [n]; None when it says none.
+    """The classes that the first output predicts, int64 [n]; None when it predicts none.
 
     Integers [n] are classes; of floating-point scores [n, classes] with two classes or more, the highest wins.
     """

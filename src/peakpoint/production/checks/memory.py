@@ -1,4 +1,4 @@
-"""How much memory something takes at its peak, in the process that does it."""
+"""The peak of memory that some work takes, in the process that does it."""
 
 import ctypes
 import gc
@@ -16,7 +16,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
-    """What was measured.
+    """The peak of memory that some work took.
 
     Attributes:
         bytes: the peak above what there was before; None when it could not be measured.
@@ -28,30 +28,29 @@ class MemoryPeak:
 
 
 def measure_peak(work: Callable[[], torch.device]) -> MemoryPeak:
-    """Do some work, and measure how much more memory than before it took at its peak.
+    """Measure how much more memory than before some work takes at its peak.
 
     On the CPU this is resident memory, measured by the high-water mark that Linux keeps for each process, set back
     before (Source: proc(5), ``clear_refs`` and ``VmHWM``); on CUDA what torch's allocator gave out.
 
     Args:
-        work: what to do; returns the device that it was done on.
+        work: returns the device that it was done on.
     """
     _give_back()
-    held = []
+    allocated = []
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
-        held.append(torch.cuda.memory_allocated(index))
-    before = _reset()
+        allocated.append(torch.cuda.memory_allocated(index))
+    resident = _reset()
     device = work()
     if device.type == "cuda":
-        taken = (
-            torch.cuda.max_memory_allocated(device)
-            - held[torch.cuda.current_device() if device.index is None else device.index]
-        )
-        return MemoryPeak(taken, "given out by torch's allocator on the GPU")
-    if isinstance(before, str):
-        return MemoryPeak(None, before)
-    return MemoryPeak(max(_field("VmHWM") - before, 0), "resident memory of the process, peak less what it had before")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        peak = torch.cuda.max_memory_allocated(device) - allocated[index]
+        return MemoryPeak(peak, "given out by torch's allocator on the GPU")
+    if isinstance(resident, str):
+        return MemoryPeak(None, resident)
+    growth = max(_field("VmHWM") - resident, 0)
+    return MemoryPeak(growth, "resident memory of the process, peak less what it had before")
 
 
 def _reset() -> int | str:
@@ -66,10 +65,10 @@ def _reset() -> int | str:
 
 
 def _field(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    if match is None:
         raise OSError(f"{_STATUS} has no {name}")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024
 
 
 def _give_back() -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation answers, and whether it confirms what was recorded."""
+"""Evaluate a candidate again, and compare with what was recorded."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,18 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.names import check_metric, listing
+from peakpoint.format.metrics import metrics_to_json
+from peakpoint.format.names import check_metric, shown
 from peakpoint.format.sealed import digest
-from peakpoint.production.checks.candidate import Exam, Said, failed, passed, skipped
+from peakpoint.production.checks.candidate import Candidate, failed, function_of, passed, skipped
 from peakpoint.production.proposal import within
-from peakpoint.repository.validations import Predictions
+from peakpoint.repository.validations import Finding, Predictions
 from peakpoint.state.json_scalars import kind_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """What an evaluation found, when it is more than metrics.
+    """Metrics of an evaluation, with the predictions that they come from.
 
     Attributes:
         metrics: name to number.
@@ -31,8 +32,8 @@ class Evaluated:
 
     Example:
         >>> import peakpoint as pp
-        >>> found = pp.Evaluated(metrics={"accuracy": 0.5}, predictions=[0, 1], labels=[0, 0])
-        >>> found.metrics
+        >>> evaluated = pp.Evaluated(metrics={"accuracy": 0.5}, predictions=[0, 1], labels=[0, 0])
+        >>> evaluated.metrics
         {'accuracy': 0.5}
     """
 
@@ -42,61 +43,61 @@ class Evaluated:
     examples: Any = None
 
 
-def metrics(exam: Exam) -> Said:
-    """The metrics that are recorded, evaluated again."""
-    if exam.evaluate is None:
+def metrics(candidate: Candidate) -> Finding:
+    """The recorded metrics, evaluated again."""
+    if candidate.evaluate is None:
         return skipped("no function evaluates: give --with MODULE:FUNCTION")
-    evaluate = exam.evaluate()
-    answer = evaluate(exam.state)
-    found = answer if isinstance(answer, Evaluated) else Evaluated(metrics=answer)
-    exam.evaluated = _numbers(found.metrics)
-    kept = _kept(found)
-    if kept is not None:
-        exam.predictions = kept
-    rows, wrong, confirmed = _rows(exam)
-    evidence = {"tolerance": exam.wanted.tolerance, "metrics": rows}
-    if kept is not None:
-        evidence["predictions"] = len(kept.labels)
-    if wrong:
-        return failed("; ".join(wrong), **evidence)
+    result = function_of(candidate.evaluate)(candidate.state)
+    evaluated = result if isinstance(result, Evaluated) else Evaluated(metrics=result)
+    candidate.evaluated = _numbers(evaluated.metrics)
+    if candidate.evaluated:
+        candidate.facts["metrics"] = metrics_to_json(candidate.evaluated)
+    predictions = _predictions(evaluated)
+    if predictions is not None:
+        candidate.keep_predictions(predictions)
+    rows, problems, confirmed = _compare(candidate)
+    evidence = {"tolerance": candidate.wanted.tolerance, "metrics": rows}
+    if predictions is not None:
+        evidence["predictions"] = len(predictions.labels)
+    if problems:
+        return failed("; ".join(problems), **evidence)
+    names = shown(list(candidate.evaluated)) or "nothing"
     if not confirmed:
-        have = listing(sorted(exam.recorded)) or "none"
-        return skipped(
-            f"nothing to confirm: evaluated {listing(list(exam.evaluated)) or 'nothing'}; recorded {have}", **evidence
-        )
-    texts = [f"{name} {exam.evaluated[name]:.6g} (recorded {exam.recorded[name]:.6g})" for name in confirmed]
-    return passed(f"confirmed within {exam.wanted.tolerance:g}: {listing(texts)}", **evidence)
+        recorded = shown(sorted(candidate.recorded)) or "none"
+        return skipped(f"nothing to confirm: evaluated {names}; recorded {recorded}", **evidence)
+    texts = [f"{name} {candidate.evaluated[name]:.6g} (recorded {candidate.recorded[name]:.6g})" for name in confirmed]
+    return passed(f"confirmed within {candidate.wanted.tolerance:g}: {shown(texts)}", **evidence)
 
 
-def _rows(exam: Exam) -> tuple[dict[str, Any], list[str], list[str]]:
+def _compare(candidate: Candidate) -> tuple[dict[str, Any], list[str], list[str]]:
     """Each metric, with both values; a sentence for each that is wrong; those that are confirmed."""
     rows: dict[str, Any] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
     confirmed: list[str] = []
-    for name in dict.fromkeys((*exam.wanted.metrics, *exam.evaluated)):
-        now, before = exam.evaluated.get(name), exam.recorded.get(name)
-        rows[name] = {"recorded": before, "evaluated": now}
-        asked = not exam.wanted.metrics or name in exam.wanted.metrics
-        if now is None:
-            wrong.append(f"{name} was not evaluated; the evaluation gave {listing(list(exam.evaluated)) or 'nothing'}")
-        elif not math.isfinite(now):
-            wrong.append(f"{name} is {now}")
-        elif before is None and name in exam.wanted.metrics:
-            wrong.append(f"{name} is not recorded; recorded are {listing(sorted(exam.recorded)) or 'no metrics'}")
-        elif before is not None and asked:
-            apart = abs(now - before)
-            rows[name]["difference"] = now - before
-            if within(now, before, exam.wanted.tolerance):
+    required, evaluated = candidate.wanted.metrics, candidate.evaluated
+    for name in dict.fromkeys((*required, *evaluated)):
+        value, recorded = evaluated.get(name), candidate.recorded.get(name)
+        rows[name] = {"recorded": recorded, "evaluated": value}
+        if value is None:
+            problems.append(f"{name} was not evaluated; the evaluation returned {shown(list(evaluated)) or 'nothing'}")
+        elif not math.isfinite(value):
+            problems.append(f"{name} is {value}")
+        elif recorded is None and name in required:
+            problems.append(f"{name} is not recorded. Recorded: {shown(sorted(candidate.recorded)) or 'no metrics'}")
+        elif recorded is not None and (name in required or not required):
+            rows[name]["difference"] = value - recorded
+            if within(value, recorded, candidate.wanted.tolerance):
                 confirmed.append(name)
             else:
-                wrong.append(f"{name} is {now:.6g} now and was recorded as {before:.6g}: {apart:.3g} apart")
-    return rows, wrong, confirmed
+                distance = abs(value - recorded)
+                problems.append(f"{name} is {value:.6g} now and was recorded as {recorded:.6g}: {distance:.3g} apart")
+    return rows, problems, confirmed
 
 
-def _numbers(given: Any) -> dict[str, float]:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"the evaluation returned a {kind_of(given)}; return metrics by name, or an Evaluated")
-    return {check_metric(name): _number(name, value) for name, value in given.items()}
+def _numbers(result: Any) -> dict[str, float]:
+    if not isinstance(result, Mapping):
+        raise ConfigError(f"the evaluation returned a {kind_of(result)}; return metrics by name, or an Evaluated")
+    return {check_metric(name): _number(name, value) for name, value in result.items()}
 
 
 def _number(name: str, value: Any) -> float:
@@ -105,24 +106,24 @@ def _number(name: str, value: Any) -> float:
     elif isinstance(value, np.ndarray | np.generic) and value.size == 1:
         value = value.reshape(()).item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"the evaluation gave {name} = {str(value)[:80]}, a {kind_of(value)}; give a number")
+        raise ConfigError(f"the evaluation returned {name} = {str(value)[:80]}, a {kind_of(value)}; return a number")
     return float(value)
 
 
 # --- predictions --------------------------------------------------------------------------------------------------
 
 
-def _kept(found: Evaluated) -> Predictions | None:
-    if found.predictions is None and found.labels is None:
+def _predictions(evaluated: Evaluated) -> Predictions | None:
+    if evaluated.predictions is None and evaluated.labels is None:
         return None
-    if found.predictions is None or found.labels is None:
-        raise ConfigError("the evaluation gave predictions or labels alone; give both, or neither")
-    predicted, labels = _classes(found.predictions), _integers("labels", found.labels)
+    if evaluated.predictions is None or evaluated.labels is None:
+        raise ConfigError("the evaluation returned predictions or labels alone; return both, or neither")
+    predicted, labels = _classes(evaluated.predictions), _integers("labels", evaluated.labels)
     if len(predicted) != len(labels):
-        raise ConfigError(f"the evaluation gave {len(predicted)} predictions and {len(labels)} labels")
+        raise ConfigError(f"the evaluation returned {len(predicted)} predictions and {len(labels)} labels")
     if not labels:
-        raise ConfigError("the evaluation gave predictions for no examples; give none at all instead")
-    return Predictions(predicted, labels, None if found.examples is None else _digest(found.examples))
+        raise ConfigError("the evaluation returned predictions for no examples; return none at all instead")
+    return Predictions(predicted, labels, None if evaluated.examples is None else _digest(evaluated.examples))
 
 
 def _digest(examples: Any) -> str:
@@ -132,34 +133,36 @@ def _digest(examples: Any) -> str:
         return digest(f"{examples.dtype} {tuple(examples.shape)} ".encode() + data)
     array = _array("examples", examples)
     if array.dtype.kind == "O":
-        raise ConfigError("the evaluation gave examples that are no names, numbers or tensors; give one of these")
+        raise ConfigError("the evaluation returned examples that are not names, numbers or tensors")
     return digest(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes())
 
 
-def _classes(given: Any) -> Sequence[int]:
-    array = _array("predictions", given)
+def _classes(predictions: Any) -> Sequence[int]:
+    array = _array("predictions", predictions)
     if array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] >= 2:
         if not np.isfinite(array).all():
-            raise ConfigError("the evaluation gave scores that are NaN or infinite")
-        return [int(one) for one in array.argmax(1)]
-    return _integers("predictions", given)
+            raise ConfigError("the evaluation returned scores that are NaN or infinite")
+        return [int(label) for label in array.argmax(1)]
+    return _integers("predictions", predictions)
 
 
-def _integers(what: str, given: Any) -> Sequence[int]:
-    array = _array(what, given)
+def _integers(name: str, values: Any) -> Sequence[int]:
+    array = _array(name, values)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        scores = ", or scores: floats [n, classes]" if what == "predictions" else ""
-        raise ConfigError(f"the evaluation gave {what} of {array.dtype} {list(array.shape)}; give integers [n]{scores}")
+        scores = ", or scores: floats [n, classes]" if name == "predictions" else ""
+        raise ConfigError(
+            f"the evaluation returned {name} of {array.dtype} {list(array.shape)}; return integers [n]{scores}"
+        )
     if array.dtype.kind == "u" and array.size and int(array.max()) >= 1 << 63:
-        raise ConfigError(f"the evaluation gave {what} of 2**63 and more")
-    return [int(one) for one in array]
+        raise ConfigError(f"the evaluation returned {name} of 2**63 and more")
+    return [int(value) for value in array]
 
 
-def _array(what: str, given: Any) -> np.ndarray[Any, Any]:
-    if isinstance(given, torch.Tensor):
-        given = given.detach().cpu()
-        given = (given.float() if given.is_floating_point() else given).numpy()
+def _array(name: str, values: Any) -> np.ndarray[Any, Any]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
     try:
-        return np.asarray(given)
+        return np.asarray(values)
     except ValueError as error:
-        raise ConfigError(f"the evaluation gave {what} that are no array: {error}") from error
+        raise ConfigError(f"the evaluation returned {name} that are not an array: {error}") from error

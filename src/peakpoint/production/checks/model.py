@@ -1,4 +1,4 @@
-"""Checks that need a model: whether it loads, what it gives out, and how that compares with the champion's."""
+"""Checks that need a model: whether it loads, its outputs, and how they compare with the champion's."""
 
 import torch
 
@@ -6,19 +6,19 @@ from peakpoint.errors import ConfigError, Error, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import listing
 from peakpoint.production.checks.candidate import (
-    Exam,
+    Candidate,
     Outputs,
-    Said,
     classes_of,
     device_of,
     failed,
+    function_of,
     outputs_of,
     passed,
     skipped,
 )
 from peakpoint.production.checks.memory import measure_peak
 from peakpoint.reports.diff import tensors_of
-from peakpoint.repository.validations import Predictions
+from peakpoint.repository.validations import Finding, Predictions
 from peakpoint.state.shared_storage import DTYPES
 
 _LISTED = 20  # examples and names that evidence lists
@@ -26,103 +26,105 @@ _LISTED = 20  # examples and names that evidence lists
 # --- loads --------------------------------------------------------------------------------------------------------
 
 
-def loads(exam: Exam) -> Said:
+def loads(candidate: Candidate) -> Finding:
     """The model is made, and takes the weights, all of them and no others."""
-    if exam.make is None:
+    if candidate.build_model is None:
         return skipped("no function makes the model: give --model MODULE:FUNCTION")
-    exam.make()  # what is imported with it is not the model's memory
-    what = ""
+    function_of(candidate.build_model)  # what is imported with it is not the model's memory
+    maker, part = candidate.wanted.model, candidate.wanted.part
+    measured = "memory_mb" in candidate.wanted.budgets
+    restored = ""
 
     def work() -> torch.device:
-        nonlocal what
-        model, exam.example = exam.made()
-        what = exam.fill(model, exam.manifest)
-        exam.model = model  # only now: what does not fit is no model
-        if "memory_mb" in exam.wanted.budgets:
-            _run_once(exam)
-        return device_of(model)
+        nonlocal restored
+        model, candidate.example = candidate.new_model()
+        restored = candidate.load_weights(model, candidate.manifest)
+        candidate.model = model  # only now: what does not fit is no model
+        device = device_of(model)
+        candidate.facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        if measured:
+            _run_once(candidate)
+        return device
 
     try:
-        if "memory_mb" in exam.wanted.budgets:
-            exam.memory = measure_peak(work)
+        if measured:
+            candidate.memory = measure_peak(work)
         else:
             work()
     except MismatchError as error:
         if not error.differences:
             raise
-        return failed(
-            f"{exam.wanted.model} does not take the part {exam.wanted.part}: {'; '.join(error.differences[:5])}"
-            + (f"; and {len(error.differences) - 5} more differences" if len(error.differences) > 5 else ""),
-            differences=error.differences,
-        )
-    return passed(f"{exam.wanted.model} takes the part {exam.wanted.part}: {what}, names, shapes and dtypes", what=what)
+        more = f"; and {len(error.differences) - 5} more differences" if len(error.differences) > 5 else ""
+        said = f"{maker} does not take the part {part}: {'; '.join(error.differences[:5])}{more}"
+        return failed(said, differences=error.differences)
+    return passed(f"{maker} takes the part {part}: {restored}, names, shapes and dtypes", what=restored)
 
 
-def _run_once(exam: Exam) -> None:
+def _run_once(candidate: Candidate) -> None:
     try:
-        example = one_input(exam, 0)
-        if example is not None:
+        inputs = one_input(candidate, 0)
+        if inputs is not None:
             with torch.no_grad():
-                exam.model(*example)
+                candidate.model(*inputs)
     except Exception as error:  # noqa: BLE001 - of the user's model; that it loads is another question
-        exam.unrun = f"the model does not run: {type(error).__name__}: {error}"
+        candidate.not_run = f"the model does not run: {type(error).__name__}: {error}"
 
 
-def one_input(exam: Exam, number: int) -> tuple[torch.Tensor, ...] | None:
-    """A single example of the model's inputs, where the model is; None when nobody has given any."""
-    device = device_of(exam.model)
-    if exam.golden is not None:
-        inputs = exam.golden.inputs
-        at = number % len(inputs)
-        return (inputs[at : at + 1].to(device),)
-    if exam.example is None:
+def one_input(candidate: Candidate, number: int) -> tuple[torch.Tensor, ...] | None:
+    """A single example of the model's inputs, on the model's device; None when there is none."""
+    device = device_of(candidate.model)
+    if candidate.golden is not None:
+        inputs = candidate.golden.inputs
+        row = number % len(inputs)
+        return (inputs[row : row + 1].to(device),)
+    if candidate.example is None:
         return None
-    given = exam.example if isinstance(exam.example, tuple) else (exam.example,)
-    return tuple(one.to(device) for one in given)
+    example = candidate.example if isinstance(candidate.example, tuple) else (candidate.example,)
+    return tuple(tensor.to(device) for tensor in example)
 
 
 # --- signature ----------------------------------------------------------------------------------------------------
 
 
-def signature(exam: Exam) -> Said:
-    """Names, types and shapes of tensors beside the champion's, and of outputs beside those that are wanted."""
-    said, evidence = _beside_the_champion(exam)
-    if exam.golden is None or exam.model is None:
-        why = "no golden inputs were given" if exam.golden is None else "the model could not be loaded"
-        if exam.wanted.signature:
-            return failed(f"the outputs cannot be seen: {why}", **evidence)
-        return (skipped if exam.champion is None else passed)(f"{said}; outputs were not looked at: {why}", **evidence)
-    evidence["outputs"] = found = {name: described(one) for name, one in exam.outputs.items()}
-    wrong = [
-        f"{name} is {found.get(name, 'not there')} instead of {text}"
-        for name, text in exam.wanted.signature.items()
-        if name not in exam.outputs or not _is(exam.outputs[name], text)
+def signature(candidate: Candidate) -> Finding:
+    """Names, dtypes and shapes of tensors beside the champion's, and of outputs beside those that are wanted."""
+    said, evidence = _tensors_beside_champion(candidate)
+    if candidate.golden is None or candidate.model is None:
+        reason = "no golden inputs (--golden FILE)" if candidate.golden is None else "the model could not be loaded"
+        if candidate.wanted.signature:
+            return failed(f"outputs cannot be checked: {reason}", **evidence)
+        finding = skipped if candidate.champion is None else passed
+        return finding(f"{said}; outputs not checked: {reason}", **evidence)
+    outputs = candidate.outputs
+    evidence["outputs"] = texts = {name: described(output) for name, output in outputs.items()}
+    problems = [
+        f"{name} is {texts.get(name, 'missing')} instead of {text}"
+        for name, text in candidate.wanted.signature.items()
+        if name not in outputs or not _has_type(outputs[name], text)
     ]
-    wrong += [
-        f"{name} has {count:,} elements that are NaN or infinite" for name, count in _odd(exam.outputs).items() if count
-    ]
-    if wrong:
-        return failed(f"of the outputs, {listing(wrong)}", **evidence)
-    return passed(f"{said}; outputs: {listing([f'{name} {text}' for name, text in found.items()])}", **evidence)
+    problems += [f"{name} has {count:,} elements that are NaN or infinite" for name, count in _not_finite(outputs)]
+    if problems:
+        return failed(f"outputs: {shown(problems)}", **evidence)
+    return passed(f"{said}; outputs: {shown([f'{name} {text}' for name, text in texts.items()])}", **evidence)
 
 
-def _beside_the_champion(exam: Exam) -> tuple[str, dict[str, object]]:
-    if exam.champion is None:
-        return exam.without, {}
-    part = exam.wanted.part
-    ours, theirs = _shapes(exam.manifest, part), _shapes(exam.champion, part)
-    added = [name for name in ours if name not in theirs]
-    missing = [name for name in theirs if name not in ours]
-    other = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-    evidence: dict[str, object] = {"champion": exam.champion.id, "added": added, "missing": missing, "different": other}
-    if not (added or missing or other):
-        return f"the {len(ours)} tensors have the names, dtypes and shapes of {exam.alias}'s", evidence
-    counts = f"{len(added)} tensors more, {len(missing)} less and {len(other)} of other dtype or shape"
-    return f"it is built otherwise than {exam.alias}: {counts} ({listing([*added, *missing, *other])})", evidence
+def _tensors_beside_champion(candidate: Candidate) -> tuple[str, dict[str, object]]:
+    champion, alias, part = candidate.champion, candidate.alias, candidate.wanted.part
+    if champion is None:
+        return candidate.no_champion, {}
+    new, old = _shapes(candidate.manifest, part), _shapes(champion, part)
+    added = [name for name in new if name not in old]
+    missing = [name for name in old if name not in new]
+    different = [name for name in new if name in old and new[name] != old[name]]
+    evidence: dict[str, object] = {"champion": champion.id, "added": added, "missing": missing, "different": different}
+    if not (added or missing or different):
+        return f"the {len(new)} tensors have the names, dtypes and shapes of {alias}", evidence
+    counts = f"{len(added)} tensors added, {len(missing)} missing, {len(different)} of another dtype or shape"
+    return f"other tensors than {alias}: {counts} ({shown([*added, *missing, *different])})", evidence
 
 
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {key[1]: (one.dtype, tuple(one.shape)) for key, (_, one) in tensors_of(manifest) if key[0] == part}
+    return {key[1]: (row.dtype, tuple(row.shape)) for key, (_, row) in tensors_of(manifest) if key[0] == part}
 
 
 def described(output: torch.Tensor) -> str:
@@ -130,118 +132,126 @@ def described(output: torch.Tensor) -> str:
     return f"{DTYPES.get(output.dtype, str(output.dtype))}[{', '.join(['*', *map(str, output.shape[1:])])}]"
 
 
-def _is(output: torch.Tensor, text: str) -> bool:
-    dtype, _, rest = text.partition("[")
-    sizes = [size.strip() for size in rest[:-1].split(",")] if rest[:-1] else []
+def _has_type(output: torch.Tensor, text: str) -> bool:
+    dtype, _, shape = text.partition("[")
+    sizes = [size.strip() for size in shape[:-1].split(",")] if shape[:-1] else []
     fits = len(sizes) == output.dim() and all(
-        size in {"*", str(have)} for size, have in zip(sizes, output.shape, strict=True)
+        text in {"*", str(size)} for text, size in zip(sizes, output.shape, strict=True)
     )
     return fits and DTYPES.get(output.dtype) == dtype
 
 
-def _odd(outputs: Outputs) -> dict[str, int]:
-    return {
-        name: int((~torch.isfinite(one.float() if one.dtype.itemsize == 1 else one)).sum())
-        for name, one in outputs.items()
-        if one.is_floating_point() or one.is_complex()
-    }
+def _not_finite(outputs: Outputs) -> list[tuple[str, int]]:
+    numeric = {name: out for name, out in outputs.items() if out.is_floating_point() or out.is_complex()}
+    wide = {name: out.float() if out.dtype.itemsize == 1 else out for name, out in numeric.items()}
+    counts = [(name, int((~torch.isfinite(out)).sum())) for name, out in wide.items()]
+    return [(name, count) for name, count in counts if count]
 
 
 # --- golden -------------------------------------------------------------------------------------------------------
 
 
-def golden(exam: Exam) -> Said:
-    """What the model says of golden inputs, beside what is right and what the champion says."""
-    if exam.golden is None:
-        return skipped("no golden inputs were given: --golden FILE.safetensors")
-    if exam.model is None:
+def golden(candidate: Candidate) -> Finding:
+    """The predictions for golden inputs beside their labels and the champion's predictions."""
+    inputs = candidate.golden
+    if inputs is None:
+        return skipped("no golden inputs: give --golden FILE.safetensors")
+    if candidate.model is None:
         return skipped("the model could not be loaded")
-    ours, labels = exam.outputs, exam.golden.labels
-    mine = classes_of(ours)
-    evidence: dict[str, object] = {"examples": len(exam.golden.inputs), "agreement_wanted": exam.wanted.agreement}
-    said = f"{len(exam.golden.inputs):,} golden inputs"
-    if labels is not None and mine is None:
-        return failed(f"there are labels, and {_first(ours)} says no classes: give integers [n] or scores [n, classes]")
-    if labels is not None and mine is not None:
-        right = int((mine == labels).sum())
+    count, agreement = len(inputs.inputs), candidate.wanted.agreement
+    labels, predicted = inputs.labels, classes_of(candidate.outputs)
+    evidence: dict[str, object] = {"examples": count, "agreement_wanted": agreement}
+    said = f"{count:,} golden inputs"
+    if labels is not None and predicted is None:
+        output = _first_output(candidate.outputs)
+        return failed(f"there are labels, but {output} predicts no classes: return integers [n] or scores [n, classes]")
+    if labels is not None and predicted is not None:
+        right = int((predicted == labels).sum())
         evidence["right"] = right
-        said += f", {right:,} right ({right / len(labels):.2%})"
-        if exam.predictions is None and (exam.evaluate is None or exam.evaluated):
-            exam.predictions = Predictions(mine.tolist(), labels.tolist())
-    if exam.champion is None:
-        unread = exam.wanted.agreement and "cannot be read" in exam.without
-        return (failed if unread else passed)(f"{said}; {exam.without}: nothing to compare with", **evidence)
+        said += f", {right:,} right ({right / count:.2%})"
+        if candidate.predictions is None and (candidate.evaluate is None or candidate.evaluated):
+            candidate.keep_predictions(Predictions(predicted.tolist(), labels.tolist()))
+    if candidate.champion is None:
+        unread = agreement and "cannot be read" in candidate.no_champion
+        return (failed if unread else passed)(f"{said}; not compared: {candidate.no_champion}", **evidence)
     try:
-        theirs = _champion_outputs(exam, exam.champion)
+        champion_outputs = _champion_outputs(candidate, candidate.champion)
     except Error as error:
-        text = f"{said}; {exam.alias} cannot be compared with: {str(error).splitlines()[0]}"
-        return (failed if exam.wanted.agreement else passed)(text, **evidence)
-    return _compared(exam, theirs, said, evidence)
+        text = f"{said}; {candidate.alias} cannot be compared with: {str(error).splitlines()[0]}"
+        return (failed if agreement else passed)(text, **evidence)
+    return _compare(candidate, champion_outputs, said, evidence)
 
 
-def _first(outputs: Outputs) -> str:
+def _first_output(outputs: Outputs) -> str:
     name = next(iter(outputs))
     return f"the output {name} {described(outputs[name])}"
 
 
-def _champion_outputs(exam: Exam, champion: Manifest) -> Outputs:
-    assert exam.golden is not None
-    if champion.id == exam.manifest.id:
-        return exam.outputs
-    model, _ = exam.made()
-    if model is exam.model or _tensors(model) & _tensors(exam.model):
+def _champion_outputs(candidate: Candidate, champion: Manifest) -> Outputs:
+    assert candidate.golden is not None
+    if champion.id == candidate.manifest.id:
+        return candidate.outputs
+    model, _ = candidate.new_model()
+    if model is candidate.model or _parameter_ids(model) & _parameter_ids(candidate.model):
         raise ConfigError(
-            f"{exam.wanted.model} returns the same object, or parts of it, twice; make a new model with each call"
+            f"{candidate.wanted.model} returns the same object, or parts of it, twice; make a new model with each call"
         )
-    exam.fill(model, champion)
-    return outputs_of(model, exam.golden.inputs)
+    candidate.load_weights(model, champion)
+    return outputs_of(model, candidate.golden.inputs)
 
 
-def _tensors(model: object) -> set[int]:
-    """The identities of what a model has learnt."""
-    return {id(one) for one in model.parameters()} if isinstance(model, torch.nn.Module) else set()
+def _parameter_ids(model: object) -> set[int]:
+    return {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
 
 
-def _compared(exam: Exam, theirs: Outputs, said: str, evidence: dict[str, object]) -> Said:
-    ours = exam.outputs
-    shapes = [name for name in {**ours, **theirs} if not _alike(ours.get(name), theirs.get(name))]
+def _compare(candidate: Candidate, champion_outputs: Outputs, said: str, evidence: dict[str, object]) -> Finding:
+    outputs, alias, wanted = candidate.outputs, candidate.alias, candidate.wanted
+    names = {**outputs, **champion_outputs}
+    shapes = [name for name in names if not _same_shape(outputs.get(name), champion_outputs.get(name))]
     if shapes:
-        text = f"{said}; {exam.alias} gives other outputs: {listing(shapes)} differ in shape"
-        return (failed if exam.wanted.agreement else passed)(text, **evidence)
-    distances = {name: _distances(ours[name], theirs[name]) for name in ours}
-    largest = max(float(one.max()) for one in distances.values())
-    mine, champions = classes_of(ours), classes_of(theirs)
-    if mine is None or champions is None:
-        equal = torch.stack([one <= exam.wanted.tolerance for one in distances.values()]).all(0)
-        what = f"outputs are within {exam.wanted.tolerance:g} of {exam.alias}'s"
+        text = f"{said}; the shapes of outputs differ from {alias}: {shown(shapes)}"
+        return (failed if wanted.agreement else passed)(text, **evidence)
+    distances = {name: _row_distances(outputs[name], champion_outputs[name]) for name in outputs}
+    largest = max(float(distance.max()) for distance in distances.values())
+    new, old = classes_of(outputs), classes_of(champion_outputs)
+    if new is None or old is None:
+        equal = torch.stack([distance <= wanted.tolerance for distance in distances.values()]).all(0)
     else:
-        equal = mine == champions
-        what = f"predictions are those of {exam.alias}"
-    exam.compared = True
+        equal = new == old
+    candidate.facts["compared"] = True
     count, same = len(equal), int(equal.sum())
-    evidence |= {"champion": getattr(exam.champion, "id", None), "equal": same, "largest_difference": largest}
+    evidence |= {"champion": getattr(candidate.champion, "id", None), "equal": same, "largest_difference": largest}
     evidence["different"] = (~equal).nonzero().flatten()[:_LISTED].tolist()
-    said += f"; {same:,} {what} ({same / count:.2%})"
-    labels = exam.golden.labels if exam.golden is not None else None
-    if labels is not None and mine is not None and champions is not None:
-        worse, better = (champions == labels) & (mine != labels), (champions != labels) & (mine == labels)
-        evidence |= {"right_to_wrong": int(worse.sum()), "wrong_to_right": int(better.sum())}
-        evidence["flips"] = worse.nonzero().flatten()[:_LISTED].tolist()
-        said += f", {int(worse.sum()):,} right before and wrong now, {int(better.sum()):,} the other way"
+    said += f"; agrees with {alias} on {same:,} of {count:,} ({same / count:.2%})"
+    if new is None or old is None:
+        said += f", within {wanted.tolerance:g}"
+    else:
+        said += _flips(candidate, old, new, evidence)
     said += f"; outputs differ by {largest:.3g} at most"
-    if same < exam.wanted.agreement * count - 1e-9 * count:
-        return failed(f"{said}; {exam.wanted.agreement:.2%} were asked for", **evidence)
+    if same < wanted.agreement * count - 1e-9 * count:
+        return failed(f"{said}; at least {wanted.agreement:.2%} required", **evidence)
     return passed(said, **evidence)
 
 
-def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is not None and other is not None and one.shape == other.shape
+def _flips(candidate: Candidate, old: torch.Tensor, new: torch.Tensor, evidence: dict[str, object]) -> str:
+    """Count the examples that were right and are wrong, and the other way; with labels only."""
+    labels = candidate.golden.labels if candidate.golden is not None else None
+    if labels is None:
+        return ""
+    regressed, fixed = (old == labels) & (new != labels), (old != labels) & (new == labels)
+    evidence |= {"right_to_wrong": int(regressed.sum()), "wrong_to_right": int(fixed.sum())}
+    evidence["flips"] = regressed.nonzero().flatten()[:_LISTED].tolist()
+    return f", {int(regressed.sum()):,} regressions, {int(fixed.sum()):,} fixes"
 
 
-def _distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The largest distance within each row, float64 [n]; infinite where one of them is NaN."""
-    wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
-    a, b = one.to(wide).reshape(len(one), -1), other.to(wide).reshape(len(other), -1)
-    apart = torch.where(a == b, torch.zeros((), dtype=torch.float64), (a - b).abs())
-    apart = apart.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return apart.amax(1) if apart.shape[1] else torch.zeros(len(one), dtype=torch.float64)
+def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape
+
+
+def _row_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The largest distance within each row, float64 [n]; infinite where one of the two is NaN."""
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    rows_a, rows_b = a.to(wide).reshape(len(a), -1), b.to(wide).reshape(len(b), -1)
+    distances = torch.where(rows_a == rows_b, torch.zeros((), dtype=torch.float64), (rows_a - rows_b).abs())
+    distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return distances.amax(1) if distances.shape[1] else torch.zeros(len(a), dtype=torch.float64)

@@ -1,140 +1,136 @@
-"""The checks of a validation, one after the other: whatever one of them raises fails it, and stops nothing."""
+"""Run the checks of a validation one after the other: whatever a check raises fails it, and stops nothing.
+
+In a process of its own ``main`` is called; see ``peakpoint.production.subprocess_runner``.
+"""
 
 import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 import torch
 
 from peakpoint.errors import Error
-from peakpoint.format.metrics import metrics_to_json
 from peakpoint.production.checks import budgets, metrics, model, weights
-from peakpoint.production.checks.candidate import Candidate, Exam, Said, device_of, failed, skipped
-from peakpoint.production.validation import order
+from peakpoint.production.checks.candidate import Candidate, Function, failed, function_of, passed, skipped
+from peakpoint.production.subprocess_runner import Ends
+from peakpoint.production.validation import ValidationJob, check_names
+from peakpoint.repository.root import open_repository
+from peakpoint.repository.validations import Finding, Outcome
 from peakpoint.state.functions import MisnamedError
 from peakpoint.state.json_scalars import kind_of
 
-Event = dict[str, Any]
+Check = Callable[[Candidate], Finding]
+ValidationEvent = dict[str, Any]
 _SAID = 1000  # characters of a sentence
 _EVIDENCE = 100_000  # bytes of a check's evidence
 _OURS = "peakpoint."
 _TRACE = 2000  # characters of a traceback
 
 
-def examine(exam: Exam) -> Iterator[Event]:
-    """Make all checks, in their order.
+def main(ends: list[Any]) -> None:
+    """Run the checks of the job that is given, and send each event as a line of JSON."""
+    pipes = Ends(ends)
+    job = msgspec.json.decode(pipes.job(), type=ValidationJob)
+    repository = open_repository(job.root)
+    candidate = Candidate(
+        repository=repository,
+        manifest=repository.find_manifest(job.ref),
+        wanted=job.wanted,
+        alias=job.alias,
+        champion=None if job.champion is None else repository.find_manifest(job.champion),
+        no_champion=job.no_champion,
+        evaluate=job.wanted.evaluate,
+        build_model=job.wanted.model,
+        checks=job.wanted.checks,
+    )
+    for event in run_checks(candidate):
+        pipes.say(msgspec.json.encode(event))
+
+
+def run_checks(candidate: Candidate) -> Iterator[ValidationEvent]:
+    """Run all checks, in their order.
 
     Yields:
-        ``environment``; for each check ``begin``, what it found out beside, and ``finding``; ``done``. See
-        ``validation.Collected.take``.
+        ``environment``; for each check ``begin``, the ``facts`` that it has found out, and ``finding``; ``done``. See
+        ``validation.FindingCollector.take``.
     """
     yield {"environment": _environment()}
-    told: Event = {}
-    reached = True
-    for name, check in zip(order(exam.wanted), _checks(exam), strict=True):
+    intact = True
+    for name, check in zip(check_names(candidate.wanted), _checks(candidate), strict=True):
         yield {"begin": name}
-        begin = time.perf_counter()
-        found = _tried(exam, check) if reached else skipped("not reached: the bytes are not those that were saved")
-        seconds = time.perf_counter() - begin
-        yield from _news(exam, told)
-        yield {"finding": _finding(name, found, seconds)}
-        reached = reached and not (name == "integrity" and found.outcome == "failed")
+        began = time.perf_counter()
+        finding = _run(check, candidate) if intact else skipped("not reached: the bytes are not those that were saved")
+        seconds = round(time.perf_counter() - began, 6)
+        said = finding.said if len(finding.said) <= _SAID else f"{finding.said[:_SAID]} ..."
+        finding = replace(finding, check=name, said=said, seconds=seconds)
+        facts, candidate.facts = candidate.facts, {}
+        if facts:
+            yield {"facts": facts}
+        yield {"finding": asdict(finding)}
+        intact = intact and not (name == "integrity" and finding.outcome == "failed")
     yield {"done": True}
 
 
-def _checks(exam: Exam) -> list[Callable[[Exam], Said]]:
+def _checks(candidate: Candidate) -> list[Check]:
     always = [weights.integrity, weights.finite, weights.sparsity, model.loads, model.signature]
     always += [metrics.metrics, model.golden]
-    limits = [budgets.budget(name) for name in exam.wanted.budgets] or [budgets.no_budgets]
-    return [*always, *limits, *(_further(number) for number in range(len(exam.wanted.checks)))]
+    limits = [budgets.BUDGET_CHECKS[name] for name in candidate.wanted.budgets] or [budgets.no_budgets]
+    return [*always, *limits, *(partial(_user_check, function) for function in candidate.checks)]
 
 
-def _tried(exam: Exam, check: Callable[[Exam], Said]) -> Said:
-    """What a check came to, in plain JSON."""
+def _run(check: Check, candidate: Candidate) -> Finding:
+    """Run one check; its finding in plain JSON."""
     try:
-        found = check(exam)
-        return found._replace(said=_text(found.said), evidence=_kept(found.evidence))
+        finding = check(candidate)
+        return replace(finding, said=_text(finding.said), evidence=_limited(_plain(finding.evidence)))
     except KeyboardInterrupt:
         raise  # somebody wants it all to end
-    except MisnamedError as error:
-        return failed(_text(str(error)), error=type(error).__name__, misnamed=True)
     except Error as error:
-        return failed(_text(str(error)), error=type(error).__name__)
+        misnamed = {"misnamed": True} if isinstance(error, MisnamedError) else {}
+        return failed(_text(str(error)), error=type(error).__name__, **misnamed)
     except BaseException as error:  # noqa: BLE001 - code of the user may raise anything, and that is a finding
         text = traceback.format_exception_only(error)[-1].strip()  # also of one that cannot say what it is
-        return failed(_text(f"raised {text}"), error=type(error).__name__, traceback=_text(_trace(error)[-_TRACE:]))
+        trace = _text(_trace(error)[-_TRACE:])
+        return failed(_text(f"raised {text}"), error=type(error).__name__, traceback=trace)
 
 
 def _trace(error: BaseException) -> str:
     """The traceback from the first line on that is not ours."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None and str(at.tb_frame.f_globals.get("__name__")).startswith(_OURS):
-        at = at.tb_next
-    return "".join(traceback.format_exception(type(error), error, at))
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None and _is_ours(frame.tb_frame.f_globals.get("__name__")):
+        frame = frame.tb_next
+    return "".join(traceback.format_exception(type(error), error, frame))
 
 
-def _news(exam: Exam, told: Event) -> Iterator[Event]:
-    """What has been found out since the last time."""
-    if exam.evaluated and "metrics" not in told:
-        told["metrics"] = True
-        yield {"metrics": metrics_to_json(exam.evaluated)}
-    if exam.predictions is not None and "predictions" not in told:
-        told["predictions"] = True
-        kept = exam.predictions
-        yield {"predicted": list(kept.predicted), "labels": list(kept.labels), "examples": kept.examples}
-    if exam.model is not None and "device" not in told:
-        told["device"] = device = device_of(exam.model)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        yield {"environment": {"device": name}}
-    if exam.compared and "compared" not in told:
-        told["compared"] = True
-        yield {"compared": True}
+def _is_ours(module: object) -> bool:
+    return str(module).startswith(_OURS)
 
 
-def _further(number: int) -> Callable[[Exam], Said]:
-    def check(exam: Exam) -> Said:
-        function = exam.further[number]()
-        candidate = Candidate(
-            state=exam.state,
-            model=exam.model,
-            manifest=exam.manifest,
-            recorded=exam.recorded,
-            evaluated=exam.evaluated,
-            repository=exam.repository,
-        )
-        found = function(candidate)
-        if found is None or isinstance(found, Mapping):
-            evidence = {} if found is None else {str(key): value for key, value in found.items()}
-            texts = [f"{name} {value:.6g}" for name, value in evidence.items() if type(value) is float]
-            texts += [f"{name} {value}"[:80] for name, value in evidence.items() if type(value) is int]
-            return Said("passed", ", ".join(["it raised nothing", *texts[:5]]), evidence)
-        return failed(f"returned a {kind_of(found)}; a check returns nothing or a mapping, and raises to fail")
-
-    return check
+def _user_check(function: Function, candidate: Candidate) -> Finding:
+    """Call a check of the user, which may return nothing, evidence or a finding."""
+    result = function_of(function)(candidate)
+    if isinstance(result, Finding) and result.outcome in get_args(Outcome):
+        return result
+    if result is None or isinstance(result, Mapping):
+        evidence = {} if result is None else {str(key): value for key, value in result.items()}
+        texts = [f"{name} {value:.6g}" for name, value in evidence.items() if type(value) is float]
+        texts += [f"{name} {value}"[:80] for name, value in evidence.items() if type(value) is int]
+        return replace(passed(", ".join(["ok", *texts[:5]])), evidence=evidence)
+    return failed(f"returned a {kind_of(result)}; a check returns nothing or a mapping, and raises to fail")
 
 
 # --- plain JSON ---------------------------------------------------------------------------------------------------
 
 
-def _finding(name: str, found: Said, seconds: float) -> Event:
-    said = found.said if len(found.said) <= _SAID else f"{found.said[:_SAID]} ..."
-    return {
-        "check": name,
-        "outcome": found.outcome,
-        "said": said,
-        "evidence": dict(found.evidence),
-        "seconds": round(seconds, 6),
-    }
-
-
-def _kept(evidence: Mapping[str, Any]) -> Mapping[str, Any]:
-    plain: Mapping[str, Any] = _plain(evidence)
-    if len(msgspec.json.encode(plain)) <= _EVIDENCE:
-        return plain
+def _limited(evidence: Mapping[str, Any]) -> Mapping[str, Any]:
+    if len(msgspec.json.encode(evidence)) <= _EVIDENCE:
+        return evidence
     return {"left_out": f"evidence of more than {_EVIDENCE:,} bytes"}
 
 

@@ -1,21 +1,18 @@
-"""Validating in this process, with functions that are at hand."""
+"""Validate in this process, with functions that are at hand."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from peakpoint.errors import ConfigError
-from peakpoint.production.checks.candidate import Candidate, Exam
-from peakpoint.production.checks.runner import examine
-from peakpoint.production.validation import Collected, ask, conclude
+from peakpoint.production.checks.candidate import Candidate, Function
+from peakpoint.production.checks.runner import run_checks
+from peakpoint.production.validation import FindingCollector, conclude, validation_request
 from peakpoint.repository.root import Repository
 from peakpoint.repository.validations import Progress, Validation, ValidationSpec
-from peakpoint.state.functions import load_function
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.saved import Loaded
 from peakpoint.store import Store, open_store
-
-Function = Callable[..., Any] | str
 
 
 def validate(
@@ -71,13 +68,13 @@ def validate(
         >>> root = tempfile.mkdtemp()
         >>> with pp.Checkpointer(root, run="r", state={"model": torch.nn.Linear(2, 1)}, keep=[pp.Last(1)]) as ckpt:
         ...     _ = ckpt.report(step=1, loss=0.5)
-        >>> found = pp.validate("r@latest", root=root, evaluate=lambda state: {"loss": 0.7})
-        >>> found.passed, found.failures[0].said
+        >>> validation = pp.validate("r@latest", root=root, evaluate=lambda state: {"loss": 0.7})
+        >>> validation.passed, validation.failures[0].said
         (False, 'loss is 0.7 now and was recorded as 0.5: 0.2 apart')
     """
-    for name, given in (("metrics", metrics), ("checks", checks)):
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise ConfigError(f"{name}={given!r:.80} is one thing: give a list of them")
+    for name, values in (("metrics", metrics), ("checks", checks)):
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ConfigError(f"{name}={values!r:.80}: give a list")
     wanted = ValidationSpec(
         evaluate=_name(evaluate),
         model=_name(model),
@@ -91,25 +88,22 @@ def validate(
         signature=dict(signature or {}),
         sparsity=sparsity,
     )
-    asked = ask(Repository(open_store(root)), ref, wanted, against)
-    try:
-        collected = Collected(asked, progress)
-        exam = Exam(
-            repository=asked.repository,
-            manifest=asked.manifest,
-            wanted=asked.wanted,
-            alias=asked.alias,
-            champion=asked.champion,
-            without=asked.without,
-            evaluate=None if evaluate is None else _finder(evaluate),
-            make=None if model is None else _finder(model),
-            further=[_finder(check) for check in checks],
+    with validation_request(Repository(open_store(root)), ref, wanted, against) as request:
+        collector = FindingCollector(request, progress)
+        candidate = Candidate(
+            repository=request.repository,
+            manifest=request.manifest,
+            wanted=request.wanted,
+            alias=request.alias,
+            champion=request.champion,
+            no_champion=request.no_champion,
+            evaluate=evaluate,
+            build_model=model,
+            checks=checks,
         )
-        for event in examine(exam):
-            collected.take(event)
-        return conclude(collected)
-    finally:
-        asked.release()
+        for event in run_checks(candidate):
+            collector.take(event)
+        return conclude(collector)
 
 
 def _name(function: Function | None) -> str | None:
@@ -117,9 +111,5 @@ def _name(function: Function | None) -> str | None:
         return function
     if not callable(function):
         raise ConfigError(f"{function!r:.80} is a {kind_of(function)}; give a function, or module:function")
-    of = function if hasattr(function, "__qualname__") else type(function)
-    return f"{of.__module__}:{of.__qualname__}"
-
-
-def _finder(function: Function) -> Callable[[], Callable[..., Any]]:
-    return (lambda: load_function(function)) if isinstance(function, str) else (lambda: function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"

@@ -1,4 +1,4 @@
-"""Checks that need the weights only: their bytes, their values, their zeros."""
+"""Checks of the weights alone: their bytes, their values, their zeros."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -6,19 +6,20 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from peakpoint.format.masks import MASK, ORIGINAL
-from peakpoint.format.names import listing
-from peakpoint.production.checks.candidate import Exam, Said, failed, passed, skipped
+from peakpoint.format.names import shown
+from peakpoint.production.checks.candidate import Candidate, failed, passed, skipped
 from peakpoint.repository import reader
+from peakpoint.repository.validations import Finding
 from peakpoint.state.shared_storage import DTYPES
 
 _CHUNK = 1 << 24  # elements looked at at once
 
 
-def integrity(exam: Exam) -> Said:
+def integrity(candidate: Candidate) -> Finding:
     """Every byte of every file against its digest."""
-    for file in exam.manifest.files:
-        reader.read(exam.repository.store, exam.manifest, file)
-    count, size = len(exam.manifest.files), exam.manifest.size_bytes
+    for file in candidate.manifest.files:
+        reader.read(candidate.repository.store, candidate.manifest, file)
+    count, size = len(candidate.manifest.files), candidate.manifest.size_bytes
     return passed(f"all {size:,} bytes of {count} files match their digests", files=count, bytes=size)
 
 
@@ -28,64 +29,64 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield chunk.float() if chunk.dtype.itemsize == 1 else chunk
 
 
-def _counts(tensor: torch.Tensor) -> bool:
+def _is_numeric(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def finite(exam: Exam) -> Said:
+def finite(candidate: Candidate) -> Finding:
     """No NaN and no infinity in any floating-point tensor of the part."""
     elements = tensors = 0
-    wrong: dict[str, int] = {}
-    for name, tensor in exam.state.each(exam.wanted.part):
-        if not _counts(tensor):
+    not_finite: dict[str, int] = {}
+    for name, tensor in candidate.state.each(candidate.wanted.part):
+        if not _is_numeric(tensor):
             continue
         tensors, elements = tensors + 1, elements + tensor.numel()
-        odd = sum(int((~torch.isfinite(chunk)).sum()) for chunk in _chunks(tensor))
-        if odd:
-            wrong[name] = odd
-    if wrong:
-        first, count = next(iter(wrong.items()))
-        more = f"; {len(wrong)} tensors in all: {listing(list(wrong))}" if len(wrong) > 1 else ""
-        return failed(f"{first} has {count:,} elements that are NaN or infinite{more}", not_finite=wrong)
+        count = sum(int((~torch.isfinite(chunk)).sum()) for chunk in _chunks(tensor))
+        if count:
+            not_finite[name] = count
+    if not_finite:
+        first, count = next(iter(not_finite.items()))
+        more = f"; {len(not_finite)} tensors in all: {shown(list(not_finite))}" if len(not_finite) > 1 else ""
+        return failed(f"{first} has {count:,} elements that are NaN or infinite{more}", not_finite=not_finite)
     if not tensors:
-        return skipped(f"the part {exam.wanted.part} has no floating-point tensors")
+        return skipped(f"the part {candidate.wanted.part} has no floating-point tensors")
     return passed(f"{elements:,} elements of {tensors} tensors are finite", elements=elements, tensors=tensors)
 
 
 # --- sparsity -----------------------------------------------------------------------------------------------------
 
 
-def sparsity(exam: Exam) -> Said:
-    """The recorded sparsity against the zeros that are there."""
-    metric = exam.wanted.sparsity
-    recorded = exam.recorded.get(metric)
+def sparsity(candidate: Candidate) -> Finding:
+    """The recorded sparsity against the zeros in the weights."""
+    metric = candidate.wanted.sparsity
+    recorded = candidate.recorded.get(metric)
     if recorded is None:
         return skipped(f"no metric {metric} is recorded")
-    counts = zeros_of(exam.state.each(exam.wanted.part))
-    found = {name: zeros / elements for name, (zeros, elements) in counts.items() if elements}
+    counts = zeros_of(candidate.state.each(candidate.wanted.part))
+    shares = {convention: zeros / elements for convention, (zeros, elements) in counts.items() if elements}
     evidence = {
         "recorded": recorded,
-        "tolerance": exam.wanted.tolerance,
+        "tolerance": candidate.wanted.tolerance,
         "counted": {
-            name: {"zeros": zeros, "elements": elements, "sparsity": found.get(name)}
-            for name, (zeros, elements) in counts.items()
+            convention: {"zeros": zeros, "elements": elements, "sparsity": shares.get(convention)}
+            for convention, (zeros, elements) in counts.items()
         },
     }
-    share = recorded / 100 if 1 < recorded <= 100 else recorded  # some record percent
-    near = {name: abs(value - share) for name, value in found.items()}
-    if not near or not math.isfinite(share):
+    recorded_share = recorded / 100 if 1 < recorded <= 100 else recorded  # some record percent
+    distances = {convention: abs(share - recorded_share) for convention, share in shares.items()}
+    if not distances or not math.isfinite(recorded_share):
         return failed(f"{metric} is recorded as {recorded:g}, and cannot be confirmed: nothing to count", **evidence)
-    best = min(near, key=near.__getitem__)
+    best = min(distances, key=distances.__getitem__)
     zeros, elements = counts[best]
-    text = f"{zeros:,} of {elements:,} {best} are zero: {found[best]:.6g}"
-    if near[best] <= exam.wanted.tolerance:
+    text = f"{zeros:,} of {elements:,} {best} are zero: {shares[best]:.6g}"
+    if distances[best] <= candidate.wanted.tolerance:
         return passed(f"{metric} {recorded:.6g} is confirmed: {text}", convention=best, **evidence)
-    others = ", ".join(f"{value:.6g} of {name}" for name, value in found.items() if name != best)
-    return failed(f"{metric} is recorded as {recorded:.6g}; {text}" + (f" ({others})" if others else ""), **evidence)
+    more = ", ".join(f"{share:.6g} of {convention}" for convention, share in shares.items() if convention != best)
+    return failed(f"{metric} is recorded as {recorded:.6g}; {text}" + (f" ({more})" if more else ""), **evidence)
 
 
 def zeros_of(tensors: Iterator[tuple[str, torch.Tensor]]) -> Mapping[str, tuple[int, int]]:
-    """Zeros and elements by each of the conventions in use.
+    """Count zeros and elements by each of the conventions in use.
 
     Negative zero is zero. Where torch.nn.utils.prune is at work, ``weight_orig`` times ``weight_mask`` is the weight,
     and the mask is no weight of its own.
@@ -102,7 +103,7 @@ def zeros_of(tensors: Iterator[tuple[str, torch.Tensor]]) -> Mapping[str, tuple[
     waiting: dict[str, torch.Tensor] = {}
     pruned: dict[str, tuple[int, int, int]] = {}
     for name, tensor in tensors:
-        if not _counts(tensor):
+        if not _is_numeric(tensor):
             if not (name.endswith(MASK) and DTYPES.get(tensor.dtype) is not None):
                 continue
         else:
@@ -118,8 +119,8 @@ def zeros_of(tensors: Iterator[tuple[str, torch.Tensor]]) -> Mapping[str, tuple[
             pruned[stem] = (masked, tensor.numel(), tensor.dim())
     if not pruned:
         return _by_convention(plain, "")
-    gone = {stem + end for stem in pruned for end in (ORIGINAL, MASK)}
-    effective = {name: row for name, row in plain.items() if name not in gone} | pruned
+    merged = {stem + end for stem in pruned for end in (ORIGINAL, MASK)}
+    effective = {name: row for name, row in plain.items() if name not in merged} | pruned
     return {
         **_by_convention(effective, ", pruned by their masks"),
         "elements that have a mask": _sum(list(pruned.values())),
