@@ -26,7 +26,7 @@ from peakpoint.format.metrics import json_value
 from peakpoint.production import policy
 from peakpoint.reports import changelog
 from peakpoint.repository import aliases, maintenance, validations
-from peakpoint.repository.releases import records
+from peakpoint.repository.releases import read_release, release_ids
 from training import checkpointer
 from trees import same
 
@@ -158,7 +158,9 @@ def all_validations(root):
 
 
 def releases(root):
-    return [json_of(one) for one in records(pp.open(root).store)]
+    store = pp.open(root).store
+    records = [read_release(store, release) for release in release_ids(store)]
+    return [json_of(record) for record in sorted(records, key=lambda record: record.at)]
 
 
 def table(found):

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
-import os
+import shutil
 import socketserver
 import sqlite3
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from peakpoint.production import hooks, promotion
 from peakpoint.production.policy import read_policies
 from peakpoint.production.proposal import propose
 from peakpoint.production.release import release
-from peakpoint.repository import aliases, validations
-from peakpoint.repository.releases import records
+from peakpoint.reports import changelog
+from peakpoint.repository import aliases, audit, validations
+from peakpoint.repository.releases import read_release, release_ids
 from peakpoint.store import LocalStore
 
 
@@ -47,10 +49,11 @@ def test_a_release_selects_validates_compares_and_promotes(tmp_path):
     record = done.record
     assert (record.why, record.release, record.forced, record.comparison) == ("the release of today", done.id, (), None)
     assert record.validation == validations.newest(found.store, "r", found.find("r:2").id).digest
-    (kept,) = records(found.store)
-    assert (kept.id, kept.outcome, kept.record, kept.former) == (done.id, "promoted", 1, None)
-    assert kept.policy == (tmp_path / "production.toml").read_text()
-    assert [step.name for step in kept.steps] == ["select", "validate", "compare", "promote"]
+    assert aliases.head(found.store, "champion") == record
+    assert record.decision["policy"] == (tmp_path / "production.toml").read_text()
+    assert [step["name"] for step in record.decision["steps"]] == ["select", "validate", "compare"]
+    assert record.decision["steps"][0]["said"] == done.steps[0].said
+    assert release_ids(found.store) == [], "the record of the alias is the only one"
 
 
 def test_a_release_is_idempotent(tmp_path):
@@ -60,7 +63,7 @@ def test_a_release_is_idempotent(tmp_path):
     for _ in range(2):
         again = released(tmp_path)
         assert (again.outcome, again.record, again.id) == ("unchanged", first.record, first.id)
-    assert len(aliases.history(found.store, "champion").records) == len(records(found.store)) == 1
+    assert len(aliases.history(found.store, "champion").records) == 1
     assert len(validations.read_all(found.store, "r", first.candidate.id)) == 1
 
 
@@ -75,8 +78,8 @@ def test_a_better_one_is_released_next_with_the_comparison_on_record(tmp_path):
     assert comparison["champion"].startswith("r/")
     assert comparison["paired"]["examples"] == task.EXAMPLES
     assert comparison["paired"]["p_value"] < 0.01
-    former = records(pp.open(tmp_path).store)[1].former
-    assert former.checkpoint == pp.open(tmp_path).find("r:1").id
+    former, _ = aliases.history(pp.open(tmp_path).store, "champion").records
+    assert former.target.checkpoint == pp.open(tmp_path).find("r:1").id
 
 
 def test_a_dry_run_changes_nothing_at_all(tmp_path):
@@ -106,7 +109,6 @@ def test_nothing_fits(tmp_path):
     task.policy(tmp_path, 'select = "accuracy > 1"')
     done = released(tmp_path)
     assert (done.outcome, done.reasons) == ("nothing fits", ("no checkpoint meets the condition of the policy",))
-    assert records(pp.open(tmp_path).store) == []
 
 
 def test_a_release_needs_a_policy_that_says_what_to_select(tmp_path):
@@ -121,21 +123,40 @@ def test_a_release_needs_a_policy_that_says_what_to_select(tmp_path):
         released(tmp_path, "a/champoin")
 
 
+def test_records_of_releases_that_earlier_versions_wrote_are_shown_beside_new_ones(tmp_path):
+    found = task.trained(tmp_path)
+    task.policy(tmp_path)
+    done = released(tmp_path)
+    stored = Path(__file__).parents[1] / "data/format-1/releases/56c2f0fd97bed237.json"
+    (tmp_path / "releases").mkdir()
+    shutil.copy(stored, tmp_path / "releases")
+    assert release_ids(found.store) == ["56c2f0fd97bed237"]
+    old = read_release(found.store, "56c2f0fd97bed237")
+    assert (old.outcome, old.record, old.steps[1]["said"]) == (
+        "refused",
+        None,
+        "validation 1 of 2026-01-01 12:05 UTC passed",
+    )
+    refused, promoted = changelog.entries(found, kinds=["refused", "promoted"])
+    assert (refused.kind, refused.why, refused.details["release"]) == ("refused", old.reasons[0], old.id)
+    assert (promoted.kind, promoted.details["release"]) == ("promoted", done.id)
+    (shown,) = json.loads(command("history", tmp_path, "champion", "--json"))["records"]
+    assert (shown["release"], shown["decision"]["steps"][0]["name"]) == (done.id, "select")
+    assert audit.audit(found, deep=True).clean
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
 def refused(root, *says):
-    """Both by a release, which puts it on record, and by hand."""
+    """Both by a release and by hand."""
     done = released(root)
     assert done.outcome == "refused"
     for text in says:
         assert any(text in reason for reason in done.reasons), done.reasons
     assert aliases.names(pp.open(root).store) == []
-    (kept,) = records(pp.open(root).store)
-    assert (kept.outcome, kept.reasons, kept.record) == ("refused", done.reasons, None)
     again = released(root)
     assert (again.outcome, again.reasons, again.id) == ("refused", done.reasons, done.id)
-    assert len(records(pp.open(root).store)) == 1, "what is refused again for the same reason is not on record twice"
     found = pp.open(root)
     proposal = propose(found, done.candidate.ref, "champion", policy=read_policies(found.store).of("champion"))
     with pytest.raises(RefusedError) as caught:
@@ -579,7 +600,7 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
         done = release(found, "champion", read_policies(store), task.in_process, dry_run=dry_run)
     assert (done.outcome, done.id, done.candidate, done.record) == ("refused", None, None, None)
     assert "cannot be read, and may be better" in done.reasons[0]
-    assert aliases.numbers(store, "champion") == records(store) == []
+    assert aliases.numbers(store, "champion") == []
 
 
 def test_a_release_is_not_deceived_by_a_damaged_index(tmp_path):

@@ -7,7 +7,7 @@
     catalogue.sqlite                                     an index, which may be deleted at any time
     aliases/<alias>/<number>.json                        what an alias points at: the highest number counts
     aliases/<alias>/<number>.told.json                   that all hooks have been told of it
-    releases/<id>.json                                   a release that was made or refused
+    releases/<id>.json                                   a release that an earlier version made or refused
     runs/<run>/run.json                                  the run, created once
     runs/<run>/writer.lock                               held by the process that writes the run
     runs/<run>/archived.json                             that the run is archived

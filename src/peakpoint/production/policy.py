@@ -47,7 +47,7 @@ from peakpoint.store import SMALL, LocalStore, Store
 
 
 class ValidationPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The checks that a candidate must pass: the members of ``Wanted``, and how long a validation counts.
+    """The checks that a candidate must pass: the members of ``ValidationSpec``, and how long a validation counts.
 
     Attributes:
         max_age: the age from which on a validation does not count, such as ``"7d"``.
@@ -75,12 +75,12 @@ class ValidationPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             if getattr(self, name) is not None:
                 _positive_duration(name, getattr(self, name))
 
-    def wanted(self, base: Path) -> Wanted:
+    def wanted(self, base: Path) -> ValidationSpec:
         """Return what a validation has to check; the golden file is looked for in ``base``."""
         entries = msgspec.structs.asdict(self)
         del entries["max_age"], entries["timeout"]
         golden = None if self.golden is None else str(base / self.golden)
-        return Wanted(**entries | {"golden": golden})
+        return ValidationSpec(**entries | {"golden": golden})
 
 
 class Improvement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,7 +193,7 @@ class Policy(PolicyTable, frozen=True, kw_only=True):
         return dict(map(_rank, self.rank))
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> ValidationSpec:
         """What a validation checks. Whether the golden file exists is seen when it is needed."""
         return self.validation.wanted(self.base)
 

@@ -217,7 +217,7 @@ def rollback(
     check_why("rollback", why)
     actor, policy = allowed_policy(repository.store, alias, policy, by)
     newest = aliases.tip(repository.store, check_alias(alias))
-    current = newest if isinstance(newest, Broken) else aliases.holder(repository.store, alias)
+    current = newest if isinstance(newest, DamagedRecord) else aliases.holder(repository.store, alias)
     if seen is not None and current.number != seen:
         raise ConflictError(f"{alias} is at record {current.number}, not at {seen}: it was changed meanwhile")
     passed_over: list[str] = []
@@ -227,7 +227,7 @@ def rollback(
         except (NotFoundError, CorruptError, FormatError) as error:
             passed_over.append(f"record {former.number}: {error}")
             continue
-        change = Change(
+        change = AliasChange(
             kind="rolled back",
             target=former.target,
             at=clock(),
@@ -235,7 +235,7 @@ def rollback(
             why=why,
             restores=former.stands_for,
             validation=former.validation,
-            keeps=former.keeps if isinstance(current, Broken) else current.keeps,
+            keeps=former.keeps if isinstance(current, DamagedRecord) else current.keeps,
         )
         try:
             record = _record_change(repository.store, alias, change, current, clock, checkpoint)
@@ -258,7 +258,9 @@ def _readable(records: Iterator[AliasRecord], passed_over: list[str]) -> Iterato
         passed_over.append(str(error))
 
 
-def _former_records(repository: Repository, current: AliasRecord | Broken, to: int | None) -> Iterator[AliasRecord]:
+def _former_records(
+    repository: Repository, current: AliasRecord | DamagedRecord, to: int | None
+) -> Iterator[AliasRecord]:
     """The records that can be restored, the best first."""
     store, alias = repository.store, current.alias
     holder = current.target if isinstance(current, AliasRecord) else None
@@ -313,7 +315,7 @@ def retire(
         raise ConfigError(f"{alias} is never without a checkpoint: promote another one to it instead")
     actor, _ = allowed_policy(repository.store, alias, policy, by)
     current = aliases.holder(repository.store, check_alias(alias))
-    change = Change(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
+    change = AliasChange(kind="retired", target=None, at=clock(), by=actor, why=why, keeps=0)
     return _record_change(repository.store, alias, change, current, clock)
 
 
@@ -323,8 +325,8 @@ def retire(
 def _record_change(
     store: Store,
     alias: str,
-    change: Change,
-    newest: AliasRecord | Broken | None,
+    change: AliasChange,
+    newest: AliasRecord | DamagedRecord | None,
     clock: Clock,
     checkpoint: tuple[Run, Manifest] | None = None,
 ) -> AliasRecord:
@@ -371,7 +373,7 @@ def _append_promoted(journal: journals.Journal, record: AliasRecord | None, fact
 
 def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
     """Write the ``Promoted`` events of promotions that were killed after their record was made."""
-    events = notes(run.events()).promoting.values()
+    events = annotations_of(run.events()).promoting.values()
     promotions = [event for event in events if (event.checkpoint, event.alias) == (manifest.id, record.alias)]
     overdue = [event for event in promotions if event.record <= record.number]
     if not overdue:
@@ -386,7 +388,7 @@ def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None
         journal.close()
 
 
-def _warn_of_future(alias: str, newest: AliasRecord | Broken | None, clock: Clock) -> None:
+def _warn_of_future(alias: str, newest: AliasRecord | DamagedRecord | None, clock: Clock) -> None:
     if isinstance(newest, AliasRecord) and newest.at - clock() > CLOCK_SLACK:
         warnings.warn(
             f"record {newest.number} of {alias} has the time {newest.at:%Y-%m-%d %H:%M} UTC, which is in the future: a "

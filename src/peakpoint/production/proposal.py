@@ -19,7 +19,7 @@ from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
-from peakpoint.repository.validations import MAX_AGE, Validation, Wanted
+from peakpoint.repository.validations import MAX_AGE, Validation, ValidationSpec
 from peakpoint.rules import mode_of
 from peakpoint.store import Store
 
@@ -45,8 +45,8 @@ class Proposal:
     alias: str
     run: Run
     manifest: Manifest
-    target: Target
-    newest: AliasRecord | Broken | None
+    target: AliasTarget
+    newest: AliasRecord | DamagedRecord | None
     validation: Validation | None = None
     comparison: HolderComparison | None = None
     objections: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ def propose(
 def _with_objections(repository: Repository, proposal: Proposal, clock: Clock) -> Proposal:
     """A proposal with its validation, the comparison with the holder, and what both leave to object to."""
     reasons: tuple[str, ...] = ()
-    if isinstance(proposal.newest, Broken):
+    if isinstance(proposal.newest, DamagedRecord):
         reasons = (f"the current holder of {proposal.alias} is unknown: {proposal.newest.error}",)
     try:
         newest = validations.newest(proposal.run.store, proposal.target.run, proposal.target.checkpoint)
@@ -271,7 +271,9 @@ def _failed_checks(validation: Validation, *, failures: bool) -> list[str]:
     return ["its last validation could not be carried out"] if broken_off else []
 
 
-def _changed_since(validation: Validation, manifest: str, parts: Sequence[str], wanted: Wanted | None) -> Iterator[str]:
+def _changed_since(
+    validation: Validation, manifest: str, parts: Sequence[str], wanted: ValidationSpec | None
+) -> Iterator[str]:
     part = validation.wanted.part
     if validation.manifest != manifest:
         yield "its manifest has changed since it was validated"
@@ -288,7 +290,7 @@ def _outdated(validation: Validation, now: datetime, max_age: timedelta) -> Iter
         yield f"its validation has the time {validation.at:%Y-%m-%d %H:%M} UTC, which is in the future"
 
 
-def _checked_otherwise(validation: Validation, wanted: Wanted | None) -> Iterator[str]:
+def _checked_otherwise(validation: Validation, wanted: ValidationSpec | None) -> Iterator[str]:
     if wanted is not None and wanted.digest != validation.wanted.digest:
         policy, validated = msgspec.to_builtins(wanted), msgspec.to_builtins(validation.wanted)
         different = [name for name in policy if policy[name] != validated[name] and name != "golden"]

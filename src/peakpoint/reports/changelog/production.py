@@ -8,11 +8,10 @@ from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.format import layout
 from peakpoint.format.events import Promoted
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.format.sealed import unseal
 from peakpoint.reports.changelog.entries import FORCED, ChangelogEntry
-from peakpoint.repository import aliases, journal, validations
+from peakpoint.repository import aliases, journal, releases, validations
 from peakpoint.repository.aliases import AliasRecord
-from peakpoint.repository.releases import decode
+from peakpoint.repository.releases import ReleaseRecord
 from peakpoint.repository.run import Run
 from peakpoint.store import Store
 
@@ -130,38 +129,27 @@ def promises(run: Run, reading: journal.JournalContents) -> list[Promise]:
 
 
 def of_releases(store: Store) -> Iterator[ChangelogEntry]:
-    """Releases that were refused; those that went through are told by the records of the aliases."""
-    for child in store.children(layout.RELEASES):
-        if not child.endswith(".json"):
-            continue
-        key = layout.release_key(child.removesuffix(".json"))
+    """Releases that an earlier version put on record as refused; promotions stand in the records of the aliases."""
+    for release in releases.release_ids(store):
         try:
-            refused = _refused(unseal(store.get(key), where=key), child.removesuffix(".json"))
+            record = releases.read_release(store, release)
         except (ConfigError, CorruptError, FormatError) as error:
             yield ChangelogEntry(at=None, kind="damage", why=str(error))
             continue
-        if refused is not None:
-            yield refused
+        if record.outcome == "refused":
+            yield _refused(record, release)
 
 
-def _refused(record: Mapping[str, Any], release: str) -> ChangelogEntry | None:
-    """The entry of a release that was refused; None of one that was not.
-
-    Raises:
-        FormatError: the record has not the members that are needed.
-    """
-    found = decode(record, where=layout.release_key(release))
-    if found.outcome != "refused":
-        return None
-    one, former = found.candidate, found.former
+def _refused(record: ReleaseRecord, release: str) -> ChangelogEntry:
+    candidate, former = record.candidate, record.former
     return ChangelogEntry(
-        at=found.at,
+        at=record.at,
         kind="refused",
-        run=one.run,
-        checkpoint=f"{one.run}/{one.name}",
-        alias=found.alias,
-        by=found.by,
-        why="; ".join(found.reasons),
+        run=candidate.run,
+        checkpoint=f"{candidate.run}/{candidate.name}",
+        alias=record.alias,
+        by=record.by,
+        why="; ".join(record.reasons),
         before=None if former is None else f"{former.run}/{former.name}",
-        details={"release": release, "id": one.checkpoint, "validation": found.validation},
+        details={"release": release, "id": candidate.checkpoint, "validation": record.validation},
     )
