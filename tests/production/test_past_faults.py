@@ -120,7 +120,7 @@ def test_workers_that_outlive_a_killed_training_remove_nothing(tmp_path):
         journal.close()
         found.run("r").pin("r:2", "the worker still has the journal open, and nobody holds the run")
         hold = found.store.hold(layout.writer_lock("r"), b"{}")
-        with pytest.raises(pp.errors.ConflictError, match="is being removed"):
+        with pytest.raises(pp.errors.ConflictError, match="being removed"):
             found.run("r").pin("r:2", "now somebody does")
         hold.release()
     finally:

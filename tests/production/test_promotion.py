@@ -16,7 +16,7 @@ from peakpoint.production.paired_test import paired, unpaired
 from peakpoint.production.policy import Improvement, Policy, ValidationPolicy
 from peakpoint.production.proposal import propose
 from peakpoint.repository import aliases, journal, maintenance, removal
-from peakpoint.rules.retention import Thinning
+from peakpoint.rules.retention import PartRemoval
 from peakpoint.store import LocalStore
 from promoting import Clock, repository, validated
 from training import checkpointer
@@ -203,11 +203,13 @@ def test_predictions_on_other_examples_are_not_compared(tmp_path):
     found = repository(tmp_path)
     validated(found, "r:1", predicted=[0, 1], labels=[0, 0])
     promote(found, "r:1")
-    assert propose(found, "r:2", "champion").comparison.unpaired == "no predictions of the candidate are kept"
+    assert propose(found, "r:2", "champion").comparison.unpaired == (
+        "the candidate has no stored predictions; validate it with --golden or --with to store them"
+    )
     validated(found, "r:2", predicted=[0, 1], labels=[0, 1])
     comparison = propose(found, "r:2", "champion").comparison
     assert comparison.paired is None
-    assert comparison.unpaired == "the predictions of the two are not on the same examples"
+    assert comparison.unpaired == "the predictions of the two are on different examples"
     assert comparison.apart == (0.5, *unpaired(0.5, 1.0, 2, 2))
 
 
@@ -237,7 +239,7 @@ def test_a_holder_that_is_damaged_can_be_replaced(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"step":1', b'"step":7'))
     validated(found, "r:2")
     comparison = propose(found, "r:2", "champion").comparison
-    assert comparison.unpaired.startswith("the holder cannot be read")
+    assert comparison.unpaired.startswith("the current holder cannot be read")
     assert promote(found, "r:2").number == 2
 
 

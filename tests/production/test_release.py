@@ -294,7 +294,7 @@ def test_what_was_rolled_back_does_not_come_back_by_itself(tmp_path):
     done = released(tmp_path)
     assert done.steps[0].said.startswith("passed over s/")
     assert "customers complained" in done.steps[0].said
-    assert done.steps[1].said.endswith("it is older than that")
+    assert done.steps[1].said.endswith("it is older than the last rollback")
     assert (done.outcome, done.candidate.run) == ("unchanged", "r"), "the best that is left is the champion"
     task.trained(tmp_path, noises=(0.3,), run="t")
     assert released(tmp_path).candidate.run == "t", "what came after the roll back may follow it"

@@ -26,7 +26,9 @@ def run(act, timeout=60.0, **job):
         if data:
             heard.append([data.decode()])
 
-    how = run_apart("talking", json.dumps({"act": act, **job}).encode(), timeout=timeout, said=said, printed=printed)
+    how = run_apart(
+        "talking", json.dumps({"act": act, **job}).encode(), timeout=timeout, on_line=said, on_output=printed
+    )
     return how, heard
 
 
@@ -123,7 +125,7 @@ def test_whom_it_has_started_goes_with_it():
         return line == b"done"
 
     job = b'{"act": "leave somebody"}'
-    assert run_apart("talking", job, timeout=60, said=said, printed=lambda _: None) is None
+    assert run_apart("talking", job, timeout=60, on_line=said, on_output=lambda _: None) is None
     assert ends(watched[0])
 
 
@@ -137,7 +139,7 @@ def test_an_interrupt_here_ends_it_there():
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        run_apart("talking", b'{"act": "tell"}', timeout=60, said=said, printed=lambda _: None)
+        run_apart("talking", b'{"act": "tell"}', timeout=60, on_line=said, on_output=lambda _: None)
     with pytest.raises(ProcessLookupError):
         os.kill(heard[0], 0)
 
@@ -151,7 +153,7 @@ def said(line):
         print(line.decode(), flush=True)
     return False
 
-run_apart("talking", b'{"act": "leave somebody and hang"}', timeout=600, said=said, printed=lambda _: None)
+run_apart("talking", b'{"act": "leave somebody and hang"}', timeout=600, on_line=said, on_output=lambda _: None)
 """
 
 

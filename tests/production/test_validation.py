@@ -828,7 +828,7 @@ def test_a_death_between_predictions_and_record_leaves_litter_and_no_validation(
     repository = pp.open(tmp_path)
     assert validations.read_all(repository.store, *ref.split("/")) == []
     litter = audit.audit(repository).of_kind("litter")
-    assert [one.what for one in litter] == ["predictions of a validation that was cut short"]
+    assert [one.what for one in litter] == ["predictions of an interrupted validation"]
     hold = repository.store.reading(layout.manifest_key("r", repository.find(ref).name))
     assert audit.audit(repository).clean, "while somebody may be about to write the record, it is no litter"
     hold.release()

@@ -13,9 +13,9 @@ from peakpoint.production.subprocess_runner import Ends
 def main(given):
     ends = Ends(given)
     job = json.loads(ends.job())
-    ends.say(b"begun")
+    ends.send(b"begun")
     ACTS[job["act"]](ends, job)
-    ends.say(b"done")
+    ends.send(b"done")
 
 
 def talk(ends, job):
@@ -25,13 +25,13 @@ def talk(ends, job):
         sys.stderr.write(f"complained {number}\n")
         os.write(1, b"x" * job["bytes"] + b"\n")
         subprocess.run(["echo", f"child {number}"], check=True)
-        ends.say(b"line %d" % number)
+        ends.send(b"line %d" % number)
     print("the end")
 
 
 def leave_somebody(ends, job):
     child = subprocess.Popen(["sleep", "1000"])
-    ends.say(b"%d" % child.pid)
+    ends.send(b"%d" % child.pid)
 
 
 def leave_somebody_and_hang(ends, job):
@@ -41,7 +41,7 @@ def leave_somebody_and_hang(ends, job):
 
 def tell(ends, job):
     told = {"path": sys.path, "cwd": str(Path.cwd()), "stdin": sys.stdin.read(), "pid": os.getpid()}
-    ends.say(json.dumps(told).encode())
+    ends.send(json.dumps(told).encode())
 
 
 def close(ends, job):
@@ -55,12 +55,12 @@ def raise_it(ends, job):
 
 def fork(ends, job):
     os.fork()
-    ends.say(b"once")
+    ends.send(b"once")
 
 
 def mute(ends, job):
     sys.stdout = sys.stderr = None
-    ends.say(b"still heard")
+    ends.send(b"still heard")
 
 
 ACTS = {

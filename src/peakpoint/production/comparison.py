@@ -1,8 +1,8 @@
-"""A candidate beside the present holder of an alias, from what is on record of both."""
+"""Compare a candidate with the current holder of an alias, from what is on record of both."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
@@ -19,13 +19,11 @@ from peakpoint.rules import Mode, ranking_metrics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricPair:
-    """One metric of the present holder and of the candidate.
+    """One metric of the current holder and of the candidate.
 
     Attributes:
-        name: the metric's.
-        mode: its direction; None when nothing gives one.
+        mode: its direction; None when no rule gives one.
         champion: the holder's value.
-        candidate: the candidate's value.
         source: ``"validated"`` when both were evaluated in a validation, else ``"recorded"``.
     """
 
@@ -42,55 +40,59 @@ class MetricPair:
             return None
         return (self.candidate > self.champion) == (self.mode == "max")
 
+    @property
+    def text(self) -> str:
+        """The pair for people."""
+        verdict = {True: " (better)", False: " (worse)", None: ""}[self.better]
+        return f"{self.name} {self.champion:.6g} to {self.candidate:.6g}{verdict}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HolderComparison:
-    """A candidate beside the present holder.
+    """A candidate beside the current holder.
 
     Attributes:
         champion: ref of the holder.
         metrics: those that both have.
         paired: the test on the predictions that both have made on the same examples; None without such.
         unpaired: why there is none.
-        apart: accuracy on examples of their own: the difference, and its interval's ends; None where there is none.
-        flips: of the first examples that were right and are wrong now: index, label, what each says.
+        flips: of the first examples that were right and are wrong now: index, label, the class that each predicts.
+        apart: accuracy on different examples: the difference, and its interval's ends; None where there is none.
     """
 
     champion: str
-    metrics: tuple[MetricPair, ...]
-    paired: Paired | None
-    unpaired: str
+    metrics: tuple[MetricPair, ...] = ()
+    paired: Paired | None = None
+    unpaired: str = ""
     flips: tuple[tuple[int, int, int, int], ...] = ()
     apart: tuple[float, float, float] | None = None
 
     @property
     def said(self) -> str:
-        """In one line."""
-        pairs = [f"{one.name} {one.champion:.6g} to {one.candidate:.6g}{_WORDS[one.better]}" for one in self.metrics]
+        """The comparison in one line."""
+        texts = [pair.text for pair in self.metrics]
         test = self.paired
         if test is not None:
-            pairs.append(
+            texts.append(
                 f"accuracy {test.difference:+.4f} on the same {test.examples:,} examples ({test.confidence:.0%} from "
                 f"{test.low:+.4f} to {test.high:+.4f}, p = {test.p_value:.2g}), {test.gained} gained, {test.lost} lost"
             )
         if self.apart is not None:
             difference, low, high = self.apart
-            pairs.append(f"accuracy {difference:+.4f} on other examples (95% from {low:+.4f} to {high:+.4f})")
-        return "; ".join(pairs) or "nothing that both have"
+            texts.append(f"accuracy {difference:+.4f} on other examples (95% from {low:+.4f} to {high:+.4f})")
+        return "; ".join(texts) or "no metric that both have"
 
     def to_json(self) -> dict[str, Any]:
-        """For the record: everything but the long list of flips."""
+        """The comparison for the record: everything but the long list of flips."""
         record = {"said": self.said, **asdict(self)}
-        record["metrics"] = [
-            asdict(one) | {"champion": _plain(one.champion), "candidate": _plain(one.candidate)} for one in self.metrics
-        ]
+        for pair in record["metrics"]:
+            pair |= {side: _plain(pair[side]) for side in ("champion", "candidate")}
         if self.paired is not None:
             record["paired"].pop("flips")
         return record
 
 
-_SHOWN = 10  # examples that flipped
-_WORDS = {True: " (better)", False: " (worse)", None: ""}
+_LISTED = 10  # examples that flipped
 
 
 def _plain(value: float) -> float | str:
@@ -98,49 +100,50 @@ def _plain(value: float) -> float | str:
 
 
 def compare_with(
-    repository: Repository, run: Run, manifest: Manifest, validation: Validation | None, held: AliasTarget
+    repository: Repository, run: Run, manifest: Manifest, validation: Validation | None, holder: AliasTarget
 ) -> HolderComparison:
-    """A candidate beside the present holder of an alias, from what is recorded of both."""
+    """Compare a candidate with the current holder of an alias, from what is recorded of both."""
     try:
-        theirs, holder = repository.locate(held.ref)
+        holder_run, holder_manifest = repository.locate(holder.ref)
     except (NotFoundError, CorruptError, FormatError) as error:
-        return HolderComparison(
-            champion=held.ref, metrics=(), paired=None, unpaired=f"the holder cannot be read: {error}"
-        )
-    why, before = "", None
+        return HolderComparison(champion=holder.ref, unpaired=f"the current holder cannot be read: {error}")
+    reason, earlier = "", None
     try:
-        before = validations.newest(repository.store, held.run, held.checkpoint)
+        earlier = validations.newest(repository.store, holder.run, holder.checkpoint)
     except (CorruptError, FormatError) as error:
-        why = f"the validation of the holder cannot be read: {error}"
-    if before is not None and validation is not None and not before.wanted.alike(validation.wanted):
-        why, before = f"the two were evaluated otherwise: {_by(before)} and {_by(validation)}", None
-    return HolderComparison(
-        champion=f"{holder.run}/{holder.name}",
-        metrics=tuple(_pairs(theirs, holder, before, run, manifest, validation)),
-        **({"paired": None, "unpaired": why} if why else _predicted(repository, before, validation)),
+        reason = f"the validation of the current holder cannot be read: {error}"
+    if earlier is not None and validation is not None and not earlier.wanted.alike(validation.wanted):
+        reason, earlier = f"the two were evaluated differently: {_means(earlier)} and {_means(validation)}", None
+    comparison = HolderComparison(
+        champion=f"{holder_manifest.run}/{holder_manifest.name}",
+        metrics=tuple(_pairs((holder_run, holder_manifest, earlier), (run, manifest, validation))),
+        unpaired=reason,
     )
+    return comparison if reason else _with_predictions(comparison, repository, earlier, validation)
 
 
-def _by(validation: Validation) -> str:
-    asked = validation.wanted
-    return ", ".join(one for one in (asked.evaluate, asked.model, asked.golden) if one) or "nothing"
+def _means(validation: Validation) -> str:
+    wanted = validation.wanted
+    return ", ".join(text for text in (wanted.evaluate, wanted.model, wanted.golden) if text) or "nothing"
 
 
-def _pairs(
-    theirs: Run, holder: Manifest, before: Validation | None, run: Run, manifest: Manifest, now: Validation | None
-) -> Iterator[MetricPair]:
-    modes = set(ranking_metrics([*theirs.rules(), *run.rules()]))
-    old, new = known_of(theirs, holder), known_of(run, manifest)
-    late_old, late_new = ({} if one is None else one.metrics for one in (before, now))
-    for name in sorted(old.keys() & new.keys() | late_old.keys() & late_new.keys()):
-        both = name in late_old and name in late_new
+_Side = tuple[Run, Manifest, Validation | None]
+
+
+def _pairs(champion: _Side, candidate: _Side) -> Iterator[MetricPair]:
+    modes = set(ranking_metrics([*champion[0].rules(), *candidate[0].rules()]))
+    recorded = [known_of(run, manifest) for run, manifest, _ in (champion, candidate)]
+    validated = [{} if validation is None else validation.metrics for _, _, validation in (champion, candidate)]
+    in_both = validated[0].keys() & validated[1].keys()
+    for name in sorted(recorded[0].keys() & recorded[1].keys() | in_both):
+        old, new = validated if name in in_both else recorded
         directions = [mode for metric, mode in modes if metric == name]
         yield MetricPair(
             name=name,
             mode=directions[0] if len(directions) == 1 else None,
-            champion=late_old[name] if both else old[name],
-            candidate=late_new[name] if both else new[name],
-            source="validated" if both else "recorded",
+            champion=old[name],
+            candidate=new[name],
+            source="validated" if name in in_both else "recorded",
         )
 
 
@@ -149,27 +152,30 @@ def known_of(run: Run, manifest: Manifest) -> Mapping[str, float]:
     return all_with_annotations([manifest], run.events(), ())[0].metrics
 
 
-def _predicted(repository: Repository, before: Validation | None, now: Validation | None) -> dict[str, Any]:
-    """What the predictions of the two say, as members of a ``Comparison``."""
+def _with_predictions(
+    comparison: HolderComparison, repository: Repository, earlier: Validation | None, validation: Validation | None
+) -> HolderComparison:
+    """Add what the stored predictions of the two say."""
     sides: list[Predictions] = []
-    for whose, validation in (("holder", before), ("candidate", now)):
+    for side, source in (("the current holder", earlier), ("the candidate", validation)):
         try:
-            kept = None if validation is None else validations.predictions_of(repository.store, validation)
+            predictions = None if source is None else validations.predictions_of(repository.store, source)
         except (CorruptError, FormatError, NotFoundError) as error:
-            return {"paired": None, "unpaired": f"the predictions of the {whose} cannot be read: {error}"}
-        if kept is None or not kept.labels:
-            return {"paired": None, "unpaired": f"no predictions of the {whose} are kept"}
-        sides.append(kept)
+            return replace(comparison, unpaired=f"the predictions of {side} cannot be read: {error}")
+        if predictions is None or not predictions.labels:
+            reason = f"{side} has no stored predictions; validate it with --golden or --with to store them"
+            return replace(comparison, unpaired=reason)
+        sides.append(predictions)
     old, new = sides
     if old.of == new.of:
-        found = paired(old.predicted, new.predicted, new.labels)
-        flips = tuple((at, new.labels[at], old.predicted[at], new.predicted[at]) for at in found.flips[:_SHOWN])
-        return {"paired": found, "unpaired": "", "flips": flips}
-    before_share, share = _accuracy(old), _accuracy(new)
-    low, high = unpaired(before_share, share, len(old.labels), len(new.labels))
-    why = "the predictions of the two are not on the same examples"
-    return {"paired": None, "unpaired": why, "apart": (share - before_share, low, high)}
+        test = paired(old.predicted, new.predicted, new.labels)
+        flips = tuple((row, new.labels[row], old.predicted[row], new.predicted[row]) for row in test.flips[:_LISTED])
+        return replace(comparison, paired=test, flips=flips)
+    old_accuracy, new_accuracy = _accuracy(old), _accuracy(new)
+    low, high = unpaired(old_accuracy, new_accuracy, len(old.labels), len(new.labels))
+    reason = "the predictions of the two are on different examples"
+    return replace(comparison, unpaired=reason, apart=(new_accuracy - old_accuracy, low, high))
 
 
-def _accuracy(one: Predictions) -> float:
-    return sum(map(int.__eq__, one.predicted, one.labels)) / len(one.labels)
+def _accuracy(predictions: Predictions) -> float:
+    return sum(map(int.__eq__, predictions.predicted, predictions.labels)) / len(predictions.labels)

@@ -1,10 +1,11 @@
-"""Telling others that an alias has changed: commands and addresses that a policy names.
+"""Notify commands and addresses that a policy names of a change of an alias.
 
-A change is told at least once, unless another one has overtaken it: that it was is written down beside its record when
-every hook has taken it, and until then it can be told again. A hook knows a change again by its ``digest``, and an
-older one by its ``record``, a smaller number.
+A hook is notified of a change at least once, unless another change has overtaken it. When all hooks have accepted it,
+that is written down beside its record; until then they can be notified again. A hook recognises a repeated change by
+its ``digest``, and an older one by its ``record``, a smaller number.
 """
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -24,18 +25,18 @@ from peakpoint.repository.aliases import AliasRecord, numbers
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.store import LocalStore, Store, establish
 
-_TOLD = 500  # characters of what a hook has said
-_TURN = 0.05  # seconds between looks at how much it has printed
+_OUTPUT_SHOWN = 500  # characters of what a hook has printed
+_POLL = 0.05  # seconds between looks at how much it has printed
 _MOST_OUTPUT = 1 << 20  # bytes on the disk
 
 
 @dataclass(frozen=True, slots=True)
 class HookResult:
-    """What became of telling one hook.
+    """The result of notifying one hook.
 
     Attributes:
         hook: the command or the address.
-        error: why it did not take it; None when it did.
+        error: why it failed; None when it did not.
     """
 
     hook: str
@@ -43,7 +44,7 @@ class HookResult:
 
 
 def change_of(store: Store, record: AliasRecord) -> dict[str, Any]:
-    """What a hook is told: plain JSON."""
+    """The change as a hook gets it: plain JSON."""
     target = record.target
     return {
         "repository": str(store.root.absolute()) if isinstance(store, LocalStore) else store.location,
@@ -63,7 +64,7 @@ def change_of(store: Store, record: AliasRecord) -> dict[str, Any]:
 
 
 def are_due(store: Store, record: AliasRecord, policy: Policy | None) -> bool:
-    """Whether a change has still to be told."""
+    """Whether hooks have still to be notified of a change."""
     return bool(policy and policy.hooks) and store.size(_key(record)) is None
 
 
@@ -75,30 +76,28 @@ def tell(
     progress: Callable[[str], None] = lambda _: None,
     clock: Clock = utc_now,
 ) -> list[HookResult]:
-    """Tell every hook of a policy of a change, unless all of them have taken it already.
+    """Notify every hook of a policy of a change, unless all of them have accepted it already.
 
     Args:
-        store: where the alias is.
         record: the change.
-        policy: of the alias.
-        progress: called with each hook before it is told.
-        clock: tells the time.
+        progress: called with each hook before it is notified.
 
     Returns:
-        One for each hook; empty when there was nobody to tell.
+        One for each hook that was notified.
     """
     if policy is None or not are_due(store, record, policy):
         return []
     change = msgspec.json.encode(change_of(store, record))
-    told: list[HookResult] = []
+    results: list[HookResult] = []
     for hook in policy.hooks:
         progress(hook.label)
         if numbers(store, record.alias)[-1] != record.number:
-            return told  # what a hook is told last is what counts
-        told.append(HookResult(hook.label, _run(hook, change, policy) if hook.command else _post(hook, change)))
-    if all(one.error is None for one in told):
-        _note(store, record, [one.hook for one in told], clock)
-    return told
+            return results  # the last change that a hook gets is the one that counts
+        error = _run(hook, change, policy) if hook.command else _post(hook, change)
+        results.append(HookResult(hook.label, error))
+    if all(result.error is None for result in results):
+        _note(store, record, [result.hook for result in results], clock)
+    return results
 
 
 def _key(record: AliasRecord) -> str:
@@ -106,15 +105,13 @@ def _key(record: AliasRecord) -> str:
 
 
 def _note(store: Store, record: AliasRecord, hooks: Sequence[str], clock: Clock) -> None:
-    try:
-        told = {"format": FORMAT, "record": record.digest, "hooks": hooks, "at": clock()}
-        establish(store, _key(record), seal(told))
-    except ConflictError:
-        return  # somebody else has told them, too
+    with contextlib.suppress(ConflictError):  # somebody else has notified them, too
+        note = {"format": FORMAT, "record": record.digest, "hooks": hooks, "at": clock()}
+        establish(store, _key(record), seal(note))
 
 
 def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
-    """Files take the place of pipes: what a hook leaves running may hold them open."""
+    """Run a command. Files take the place of pipes: what a hook leaves running may hold them open."""
     try:
         with tempfile.TemporaryFile() as standard_input, tempfile.TemporaryFile() as output:
             standard_input.write(change)
@@ -142,14 +139,14 @@ def _exit_code(process: subprocess.Popen[bytes], output: int, timeout: float) ->
     Raises:
         TimeoutExpired: it was stopped.
     """
-    until = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
         while True:
-            left = until - time.monotonic()
+            remaining = deadline - time.monotonic()
             try:
-                return process.wait(max(0.0, min(_TURN, left)))
+                return process.wait(max(0.0, min(_POLL, remaining)))
             except subprocess.TimeoutExpired:
-                if left <= 0:
+                if remaining <= 0:
                     raise
             if os.fstat(output).st_blocks * 512 > _MOST_OUTPUT:
                 os.ftruncate(output, 0)  # it prints on behind a hole: one that prints without end fills no disk
@@ -160,24 +157,23 @@ def _exit_code(process: subprocess.Popen[bytes], output: int, timeout: float) ->
 
 def _last_words(output: int) -> str:
     size = os.fstat(output).st_size
-    end = os.pread(output, 4 * _TOLD, max(0, size - 4 * _TOLD))
-    text = end.replace(b"\0", b"").decode(errors="replace").strip()[-_TOLD:]
+    end = os.pread(output, 4 * _OUTPUT_SHOWN, max(0, size - 4 * _OUTPUT_SHOWN))
+    text = end.replace(b"\0", b"").decode(errors="replace").strip()[-_OUTPUT_SHOWN:]
     return f": {text}" if text else ""
 
 
 def _post(hook: Hook, change: bytes) -> str | None:
-    """A process apart: nothing else ends a look-up of a name, or a server that answers a byte now and then, in time."""
+    """POST from another process: nothing else ends a slow name lookup or a trickling server in time."""
     answers: list[str | None] = []
 
-    def said(line: bytes) -> bool:
+    def on_line(line: bytes) -> bool:
         answers.append(msgspec.json.decode(line, type=str | None))
         return True
 
     job = msgspec.json.encode({"url": hook.url, "body": change.decode()})
+    module = "peakpoint.production.http_post"
     try:
-        ended = run_apart(
-            "peakpoint.production.http_post", job, timeout=hook.seconds, said=said, printed=lambda _: None
-        )
+        end = run_apart(module, job, timeout=hook.seconds, on_line=on_line, on_output=lambda _: None)
     except Error as error:
         return f"it cannot be reached: {error}"
-    return answers[0] if answers else ended
+    return answers[0] if answers else end

@@ -1,4 +1,4 @@
-"""One POST in a process apart, which can be ended whatever it waits for; see ``production.subprocess_runner``."""
+"""One POST in another process, which can be ended whatever it waits for; see ``production.subprocess_runner``."""
 
 import http.client
 import urllib.error
@@ -11,32 +11,23 @@ from peakpoint.production.subprocess_runner import Ends
 
 
 class Post(msgspec.Struct):
-    """What to send.
-
-    Attributes:
-        url: where to.
-        body: a JSON text.
-    """
+    """What to send: a JSON text."""
 
     url: str
     body: str
 
 
-class _Straight(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: what comes of it is a GET, which leaves behind what is to be told."""
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: it would become a GET, which leaves the body behind."""
 
     def redirect_request(self, *_: object) -> None:
         """None: the answer that redirects is an error."""
 
 
 def main(ends: list[Any]) -> None:
-    """Send what the job says, and say why it was not taken, or null.
-
-    Args:
-        ends: see ``peakpoint.production.subprocess_runner``.
-    """
+    """Send the job, and then why it was not accepted, or null."""
     pipes = Ends(ends)
-    pipes.say(msgspec.json.encode(_send(msgspec.json.decode(pipes.job(), type=Post))))
+    pipes.send(msgspec.json.encode(_send(msgspec.json.decode(pipes.job(), type=Post))))
 
 
 def _send(post: Post) -> str | None:
@@ -44,11 +35,11 @@ def _send(post: Post) -> str | None:
         post.url, data=post.body.encode(), headers={"Content-Type": "application/json"}, method="POST"
     )
     try:
-        with urllib.request.build_opener(_Straight).open(request):
+        with urllib.request.build_opener(_NoRedirects).open(request):
             return None
     except urllib.error.HTTPError as error:
         with error:
             return f"it answered {error.code} {error.reason}"
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # no connection, a reset, an address that is none, an answer that is no HTTP
+        # no connection, a reset, a bad address, an answer that is not HTTP
         return f"it cannot be reached: {getattr(error, 'reason', None) or error}"

@@ -332,4 +332,4 @@ def _explained(message: str) -> str:
     place = message.partition("at `$.")[2].strip("`").partition("[")[0]
     entries = [entry.encode_name for entry in msgspec.structs.fields(_TABLES[place])]
     of_table = f" of {place}" if place else ""
-    return f"there is no entry {name!r}{near(name, entries)}; entries{of_table}: {', '.join(entries)}"
+    return f"there is no entry {name!r}{did_you_mean(name, entries)}; entries{of_table}: {', '.join(entries)}"

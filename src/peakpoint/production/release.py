@@ -15,7 +15,7 @@ from peakpoint.catalogue.query import parse
 from peakpoint.catalogue.ranking import ranking_keys
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.format.manifest import Checkpoint
-from peakpoint.format.names import near
+from peakpoint.format.names import did_you_mean
 from peakpoint.format.sealed import digest
 from peakpoint.production import hooks, promotion
 from peakpoint.production.hooks import HookResult
@@ -151,7 +151,7 @@ def _policy_of(policies: Policies, alias: str) -> Policy:
     if policy is None or not policy.rank:
         lacks = "has no table" if policy is None else "says nothing of what to select in the table"
         lacks = lacks if policies.text else "does not exist, and so has no table"
-        tables = (", ".join(policies.content) or "none") + near(alias, list(policies.content))
+        tables = (", ".join(policies.content) or "none") + did_you_mean(alias, list(policies.content))
         quoted = alias if alias.replace("_", "").replace("-", "").isalnum() else f'"{alias}"'
         raise ConfigError(
             f"{policies.where} {lacks} [{quoted}]: a release needs select = '...' and "

@@ -1,7 +1,11 @@
-"""Work in a process apart: whatever becomes of it, this process goes on, and knows what became of it.
+"""Run code in another process: whatever becomes of it, this process goes on, and knows what became of it.
 
-The other process gets one line, and says lines on a pipe of its own, so that what foreign code prints confuses nobody.
-It ends when this one does, however this one ends.
+The other process gets one line, and sends lines on a pipe of its own, so that what foreign code prints does not mix
+with them. It ends when this one does, however this one ends.
+
+This is not ``multiprocessing``, whose spawned processes run the main script of the user again (twice, where it has no
+``if __name__ == "__main__"``), end with 255 and no error where no interpreter can be started, and leave a second
+process, the resource tracker, with whoever has started them.
 """
 
 import contextlib
@@ -24,8 +28,8 @@ _BOOT = (
     "import importlib, json, sys; path, entry, ends = json.loads(sys.argv[1]); sys.path[:] = path; "
     "importlib.import_module(entry).main(ends)"
 )
-_TURN = 0.2  # seconds between looks at whether it still runs
-_GRACE = 5.0  # seconds to leave in good order in, after it has said that it is done
+_POLL = 0.2  # seconds between looks at whether it still runs
+_GRACE = 5.0  # seconds to end in, after the last line or a kill
 _BLOCK = 1 << 16
 
 
@@ -34,62 +38,67 @@ def run_apart(
     job: bytes,
     *,
     timeout: float | None,
-    said: Callable[[bytes], bool],
-    printed: Callable[[bytes], None],
+    on_line: Callable[[bytes], bool],
+    on_output: Callable[[bytes], None],
 ) -> str | None:
     """Have ``entry.main(ends)`` called in a fresh interpreter, and wait for its end.
 
     It has this process's working directory and ``sys.path``, and nothing on its standard input. What it has printed
-    before it says a line is given out before that line is, and nothing that it has printed after.
+    before it sends a line is given out before that line, and nothing that it has printed after.
 
     Args:
-        entry: a module of which ``main`` makes an ``Ends`` of what it gets.
+        entry: a module of which ``main`` makes an ``Ends`` of its argument.
         job: one line.
-        timeout: seconds that it may take; None when it may take for ever.
-        said: called with each line; returns True when that was the last.
-        printed: called with what it prints to standard output and standard error.
+        timeout: seconds that it may take; None for no limit.
+        on_line: called with each line; returns True when that was the last.
+        on_output: called with what it prints to standard output and standard error.
 
     Returns:
-        None when it has said its last line; otherwise how it ended, in words.
+        None when it has sent its last line; otherwise how it ended, in words.
 
     Raises:
         Error: no process can be started.
     """
-    given, job_end = os.pipe()
-    line_end, told = os.pipe()
-    text_end, text = os.pipe()
-    path = [one or os.getcwd() for one in sys.path]  # noqa: PTH109 - strings, as sys.path has them
+    job_read, job_write = os.pipe()
+    line_read, line_write = os.pipe()
+    text_read, text_write = os.pipe()
     mark = secrets.token_hex(16)
-    arguments = json.dumps([path, entry, [given, told, text, mark]])
-    command = [sys.executable, "-P", "-u", "-X", "faulthandler", "-c", _BOOT, arguments]
     try:
-        process = subprocess.Popen(  # noqa: S603 - this interpreter
-            command,
+        process = _start(entry, job_read, line_write, text_write, mark)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has died; below we learn of what
+                os.write(job_write, job + b"\n")
+            return _watch(process, _PipeReader(line_read, text_read, mark.encode(), on_line, on_output), timeout)
+        finally:
+            kill(process)
+    finally:
+        for descriptor in (job_write, line_read, text_read):
+            os.close(descriptor)
+
+
+def _start(entry: str, job_read: int, line_write: int, text_write: int, mark: str) -> subprocess.Popen[bytes]:
+    """Start the interpreter; its ends of the pipes are closed here."""
+    ends = (job_read, line_write, text_write)
+    path = [directory or os.getcwd() for directory in sys.path]  # noqa: PTH109 - strings, as sys.path has them
+    arguments = json.dumps([path, entry, [*ends, mark]])
+    try:
+        return subprocess.Popen(  # noqa: S603 - this interpreter
+            [sys.executable, "-P", "-u", "-X", "faulthandler", "-c", _BOOT, arguments],
             stdin=subprocess.DEVNULL,
-            stdout=text,
-            stderr=text,
-            pass_fds=(given, told, text),
+            stdout=text_write,
+            stderr=text_write,
+            pass_fds=ends,
             start_new_session=True,
         )
     except OSError as error:
-        for one in (job_end, line_end, text_end):
-            os.close(one)
         raise Error(f"no process can be started with {sys.executable}: {error}") from error
     finally:
-        for one in (given, told, text):
-            os.close(one)
-    try:
-        with contextlib.suppress(BrokenPipeError):  # it has died; below we learn of what
-            os.write(job_end, job + b"\n")
-        return _watch(process, _Heard(line_end, text_end, mark.encode(), said, printed), timeout)
-    finally:
-        kill(process)
-        for one in (job_end, line_end, text_end):
-            os.close(one)
+        for descriptor in ends:
+            os.close(descriptor)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End the leader of a session, and what it has started; wait a little, since a hanging disk can keep it alive."""
+    """End the leader of a session and all that it has started; do not wait for ever, a hanging disk can keep it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -97,73 +106,73 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 @dataclass(slots=True)
-class _Heard:
-    """What came through the two pipes, put in order again."""
+class _PipeReader:
+    """Reads lines and printed text from two pipes, and puts them in order again."""
 
-    lines: int
-    text: int
+    line_read: int
+    text_read: int
     mark: bytes
-    said: Callable[[bytes], bool]
-    printed: Callable[[bytes], None]
+    on_line: Callable[[bytes], bool]
+    on_output: Callable[[bytes], None]
     done: bool = False
-    _line: bytearray = field(default_factory=bytearray)
+    _lines: bytearray = field(default_factory=bytearray)
     _text: bytes = b""
 
     def take(self, lines: bytes, text: bytes) -> None:
-        """Give out complete lines, each after what was printed before it: up to a mark, which is there first."""
+        """Give out complete lines, each after what was printed before it: up to a mark, which comes first."""
         self._text += text
-        self._line += lines
+        self._lines += lines
         complete: list[bytearray] = []
         if b"\n" in lines:
-            *complete, self._line = self._line.split(b"\n")
+            *complete, self._lines = self._lines.split(b"\n")
         for line in complete:
-            before, _, self._text = self._text.partition(self.mark)
-            self.printed(before)
-            self.done = self.said(bytes(line)) or self.done
+            printed, _, self._text = self._text.partition(self.mark)
+            self.on_output(printed)
+            self.done = self.on_line(bytes(line)) or self.done
         if self.mark not in self._text:
             self._text = self._text[-_BLOCK:]  # of a flood the end
 
     def end(self) -> None:
-        """It says no more."""
-        self.printed(self._text.replace(self.mark, b""))
+        """Give out the rest of what was printed."""
+        self.on_output(self._text.replace(self.mark, b""))
 
 
-def _watch(process: subprocess.Popen[bytes], heard: _Heard, timeout: float | None) -> str | None:
-    until = None if timeout is None else time.monotonic() + timeout
+def _watch(process: subprocess.Popen[bytes], reader: _PipeReader, timeout: float | None) -> str | None:
+    deadline = None if timeout is None else time.monotonic() + timeout
     with selectors.DefaultSelector() as selector:
-        for one in (heard.lines, heard.text):
-            os.set_blocking(one, False)
-            selector.register(one, selectors.EVENT_READ)
+        for descriptor in (reader.line_read, reader.text_read):
+            os.set_blocking(descriptor, False)
+            selector.register(descriptor, selectors.EVENT_READ)
         while True:
-            ended = process.poll() is not None  # before the last look: whatever it wrote is there by then
-            selector.select(0 if ended else _TURN)
-            lines = _drained(heard.lines, selector)  # first: the mark of a line is in the other pipe before it
-            heard.take(lines, _drained(heard.text, selector))
-            if heard.done:
+            ended = process.poll() is not None  # before the last look: whatever it wrote has arrived by then
+            selector.select(0 if ended else _POLL)
+            lines = _drained(reader.line_read, selector)  # first: the mark of a line is in the other pipe before it
+            reader.take(lines, _drained(reader.text_read, selector))
+            if reader.done:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_GRACE)
                 return None
-            over = until is not None and time.monotonic() > until
-            if ended or over:
-                heard.end()
+            late = deadline is not None and time.monotonic() > deadline
+            if ended or late:
+                reader.end()
                 return _end(process.returncode) if ended else f"it took longer than {timeout:g} s, and was stopped"
             if not selector.get_map():
-                time.sleep(_TURN)  # it has closed everything, and still runs
+                time.sleep(_POLL)  # it has closed everything, and still runs
 
 
-def _drained(fd: int, selector: selectors.BaseSelector) -> bytes:
+def _drained(descriptor: int, selector: selectors.BaseSelector) -> bytes:
     """What a pipe holds now; it is watched no longer when all its writers are gone."""
-    found = b""
-    if fd not in selector.get_map():
-        return found
+    data = b""
+    if descriptor not in selector.get_map():
+        return data
     with contextlib.suppress(BlockingIOError):
-        while len(found) < _BLOCK * 64:
-            block = os.read(fd, _BLOCK)
+        while len(data) < _BLOCK * 64:
+            block = os.read(descriptor, _BLOCK)
             if not block:
-                selector.unregister(fd)
+                selector.unregister(descriptor)
                 break
-            found += block
-    return found
+            data += block
+    return data
 
 
 def _end(code: int) -> str:
@@ -181,20 +190,16 @@ def _end(code: int) -> str:
 
 
 class Ends:
-    """The pipes to the process that has started this one.
-
-    Args:
-        ends: what ``main`` got.
-    """
+    """The pipes to the process that has started this one, from the argument of ``main``."""
 
     def __init__(self, ends: list[Any]) -> None:
-        self._given, self._told, self._text, mark = ends
+        self._job, self._lines, self._text, mark = ends
         self._mark: bytes = mark.encode()
         self._pid = os.getpid()
 
     def job(self) -> bytes:
-        """The line that was given; from now on this process ends with the one that gave it."""
-        source = os.fdopen(self._given, "rb", buffering=0)
+        """Read the line that was given; from now on this process ends with the one that gave it."""
+        source = os.fdopen(self._job, "rb", buffering=0)
         line = b""
         while not line.endswith(b"\n"):
             block = source.read(_BLOCK)
@@ -209,19 +214,19 @@ class Ends:
         threading.Thread(target=watch, name="peakpoint-parent", daemon=True).start()
         return line
 
-    def say(self, line: bytes) -> None:
-        """Say one line, after what was printed."""
+    def send(self, line: bytes) -> None:
+        """Send one line, after what was printed."""
         if os.getpid() != self._pid:
-            os._exit(1)  # foreign code has forked, and let the other one go on: one of them is enough
+            os._exit(1)  # foreign code has forked and let both go on: one sender is enough
         for stream in (sys.stdout, sys.stderr):
-            # what is there was put there by foreign code, or closed by it
+            # foreign code may have replaced the stream, or closed it
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         _write(self._text, self._mark)
-        _write(self._told, line + b"\n")
+        _write(self._lines, line + b"\n")
 
 
 def _write(fd: int, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(fd, left) :]
+    unwritten = memoryview(data)
+    while unwritten:
+        unwritten = unwritten[os.write(fd, unwritten) :]

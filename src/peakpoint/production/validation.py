@@ -87,7 +87,9 @@ def _check_budgets(budgets: Mapping[str, float]) -> None:
     for name, value in budgets.items():
         if name not in BUDGETS:
             known_budgets = "; ".join(f"{budget} ({meaning})" for budget, meaning in BUDGETS.items())
-            raise ConfigError(f"there is no budget {name!r}{near(name, list(BUDGETS))}; budgets: {known_budgets}")
+            raise ConfigError(
+                f"there is no budget {name!r}{did_you_mean(name, list(BUDGETS))}; budgets: {known_budgets}"
+            )
         if not (_is_number(value) and value > 0):
             raise ConfigError(f"the budget {name}={value!r} is not a number above 0")
 
@@ -168,7 +170,7 @@ def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]
     if isinstance(record, aliases.DamagedRecord):
         return None, f"{alias} cannot be read: {record.error}"
     if record is None or record.target is None:
-        similar = near(alias, aliases.names(repository.store))
+        similar = did_you_mean(alias, aliases.names(repository.store))
         return None, f"no {alias} {'yet' if record is None else 'at present'}{similar}"
     try:
         return repository.locate(f"@{alias}")[1], ""
@@ -411,7 +413,7 @@ def _collect(collector: FindingCollector, timeout: float | None) -> None:
         return collector.take(event, take_output() if "finding" in event else "")
 
     job = msgspec.json.encode(_job(collector.request))
-    end = run_apart("peakpoint.production.checks.runner", job, timeout=timeout, said=take_line, printed=add_output)
+    end = run_apart("peakpoint.production.checks.runner", job, timeout=timeout, on_line=take_line, on_output=add_output)
     if end is not None:
         collector.cut_short(end, take_output())
 

@@ -10,7 +10,7 @@ import torch
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.format.names import check_metric, shown
+from peakpoint.format.names import check_metric, listing
 from peakpoint.format.sealed import digest
 from peakpoint.production.checks.candidate import Candidate, failed, function_of, passed, skipped
 from peakpoint.production.proposal import within
@@ -61,12 +61,12 @@ def metrics(candidate: Candidate) -> Finding:
         evidence["predictions"] = len(predictions.labels)
     if problems:
         return failed("; ".join(problems), **evidence)
-    names = shown(list(candidate.evaluated)) or "nothing"
+    names = listing(list(candidate.evaluated)) or "nothing"
     if not confirmed:
-        recorded = shown(sorted(candidate.recorded)) or "none"
+        recorded = listing(sorted(candidate.recorded)) or "none"
         return skipped(f"nothing to confirm: evaluated {names}; recorded {recorded}", **evidence)
     texts = [f"{name} {candidate.evaluated[name]:.6g} (recorded {candidate.recorded[name]:.6g})" for name in confirmed]
-    return passed(f"confirmed within {candidate.wanted.tolerance:g}: {shown(texts)}", **evidence)
+    return passed(f"confirmed within {candidate.wanted.tolerance:g}: {listing(texts)}", **evidence)
 
 
 def _compare(candidate: Candidate) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -79,11 +79,11 @@ def _compare(candidate: Candidate) -> tuple[dict[str, Any], list[str], list[str]
         value, recorded = evaluated.get(name), candidate.recorded.get(name)
         rows[name] = {"recorded": recorded, "evaluated": value}
         if value is None:
-            problems.append(f"{name} was not evaluated; the evaluation returned {shown(list(evaluated)) or 'nothing'}")
+            problems.append(f"{name} was not evaluated. Evaluated: {listing(list(evaluated)) or 'nothing'}")
         elif not math.isfinite(value):
             problems.append(f"{name} is {value}")
         elif recorded is None and name in required:
-            problems.append(f"{name} is not recorded. Recorded: {shown(sorted(candidate.recorded)) or 'no metrics'}")
+            problems.append(f"{name} is not recorded. Recorded: {listing(sorted(candidate.recorded)) or 'no metrics'}")
         elif recorded is not None and (name in required or not required):
             rows[name]["difference"] = value - recorded
             if within(value, recorded, candidate.wanted.tolerance):

@@ -104,8 +104,8 @@ def signature(candidate: Candidate) -> Finding:
     ]
     problems += [f"{name} has {count:,} elements that are NaN or infinite" for name, count in _not_finite(outputs)]
     if problems:
-        return failed(f"outputs: {shown(problems)}", **evidence)
-    return passed(f"{said}; outputs: {shown([f'{name} {text}' for name, text in texts.items()])}", **evidence)
+        return failed(f"outputs: {listing(problems)}", **evidence)
+    return passed(f"{said}; outputs: {listing([f'{name} {text}' for name, text in texts.items()])}", **evidence)
 
 
 def _tensors_beside_champion(candidate: Candidate) -> tuple[str, dict[str, object]]:
@@ -120,7 +120,7 @@ def _tensors_beside_champion(candidate: Candidate) -> tuple[str, dict[str, objec
     if not (added or missing or different):
         return f"the {len(new)} tensors have the names, dtypes and shapes of {alias}", evidence
     counts = f"{len(added)} tensors added, {len(missing)} missing, {len(different)} of another dtype or shape"
-    return f"other tensors than {alias}: {counts} ({shown([*added, *missing, *different])})", evidence
+    return f"other tensors than {alias}: {counts} ({listing([*added, *missing, *different])})", evidence
 
 
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -209,7 +209,7 @@ def _compare(candidate: Candidate, champion_outputs: Outputs, said: str, evidenc
     names = {**outputs, **champion_outputs}
     shapes = [name for name in names if not _same_shape(outputs.get(name), champion_outputs.get(name))]
     if shapes:
-        text = f"{said}; the shapes of outputs differ from {alias}: {shown(shapes)}"
+        text = f"{said}; the shapes of outputs differ from {alias}: {listing(shapes)}"
         return (failed if wanted.agreement else passed)(text, **evidence)
     distances = {name: _row_distances(outputs[name], champion_outputs[name]) for name in outputs}
     largest = max(float(distance.max()) for distance in distances.values())

@@ -50,7 +50,7 @@ def main(ends: list[Any]) -> None:
         checks=job.wanted.checks,
     )
     for event in run_checks(candidate):
-        pipes.say(msgspec.json.encode(event))
+        pipes.send(msgspec.json.encode(event))
 
 
 def run_checks(candidate: Candidate) -> Iterator[ValidationEvent]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from peakpoint.format.masks import MASK, ORIGINAL
-from peakpoint.format.names import shown
+from peakpoint.format.names import listing
 from peakpoint.production.checks.candidate import Candidate, failed, passed, skipped
 from peakpoint.repository import reader
 from peakpoint.repository.validations import Finding
@@ -46,7 +46,7 @@ def finite(candidate: Candidate) -> Finding:
             not_finite[name] = count
     if not_finite:
         first, count = next(iter(not_finite.items()))
-        more = f"; {len(not_finite)} tensors in all: {shown(list(not_finite))}" if len(not_finite) > 1 else ""
+        more = f"; {len(not_finite)} tensors in all: {listing(list(not_finite))}" if len(not_finite) > 1 else ""
         return failed(f"{first} has {count:,} elements that are NaN or infinite{more}", not_finite=not_finite)
     if not tensors:
         return skipped(f"the part {candidate.wanted.part} has no floating-point tensors")
