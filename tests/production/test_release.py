@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import socketserver
 import sqlite3
@@ -49,7 +50,7 @@ def test_a_release_selects_validates_compares_and_promotes(tmp_path):
     record = done.record
     assert (record.why, record.release, record.forced, record.comparison) == ("the release of today", done.id, (), None)
     assert record.validation == validations.newest(found.store, "r", found.find("r:2").id).digest
-    assert aliases.head(found.store, "champion") == record
+    assert aliases.newest(found.store, "champion") == record
     assert record.decision["policy"] == (tmp_path / "production.toml").read_text()
     assert [step["name"] for step in record.decision["steps"]] == ["select", "validate", "compare"]
     assert record.decision["steps"][0]["said"] == done.steps[0].said

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from peakpoint.catalogue.query import Field, Metric, parse_key
+from peakpoint.catalogue.query import Field, Metric, Query, parse_key
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_metric
 from peakpoint.rules import Mode, mode_of

@@ -83,13 +83,13 @@ def _print_release(console: Console, root: Path, result: Release) -> None:
 
 def _release_json(result: Release) -> dict[str, Any]:
     return {
-        "id": done.id,
-        "alias": done.alias,
-        "outcome": done.outcome,
-        "steps": [{"name": step.name, "said": step.said} for step in done.steps],
-        "candidate": None if done.candidate is None else done.candidate.ref,
-        "proposal": None if done.proposal is None else proposal_json(done.proposal),
-        "record": None if done.record is None else record_json(done.record),
-        "reasons": done.reasons,
-        "told": [asdict(one) for one in done.hook_results],
+        "id": result.id,
+        "alias": result.alias,
+        "outcome": result.outcome,
+        "steps": [{"name": step.name, "said": step.said} for step in result.steps],
+        "candidate": None if result.candidate is None else result.candidate.ref,
+        "proposal": None if result.proposal is None else proposal_json(result.proposal),
+        "record": None if result.record is None else record_json(result.record),
+        "reasons": result.reasons,
+        "told": [asdict(hook_result) for hook_result in result.hook_results],
     }

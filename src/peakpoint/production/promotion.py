@@ -216,7 +216,7 @@ def rollback(
     """
     check_why("rollback", why)
     actor, policy = allowed_policy(repository.store, alias, policy, by)
-    newest = aliases.tip(repository.store, check_alias(alias))
+    newest = aliases.newest(repository.store, check_alias(alias))
     current = newest if isinstance(newest, DamagedRecord) else aliases.holder(repository.store, alias)
     if seen is not None and current.number != seen:
         raise ConflictError(f"{alias} is at record {current.number}, not at {seen}: it was changed meanwhile")
@@ -416,7 +416,8 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
     after = _read_again(run, manifest)  # once more: a removal may have been over before it was looked for
     if removing or after is None:
         raise BeingRemovedError(
-            f"{name} or a part of it is being removed; nothing was done. peakpoint trash lists what can be restored"
+            f"{name} or a part of it is being removed; nothing was done. To see what can be restored: "
+            "peakpoint undo --list"
         )
     if after.parts != manifest.parts:
         raise BeingRemovedError(f"{name} has lost parts meanwhile; nothing was done, look at it again")

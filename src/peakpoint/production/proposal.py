@@ -111,7 +111,7 @@ def propose(
         run=run,
         manifest=manifest,
         target=AliasTarget(run=manifest.run, checkpoint=manifest.id, name=manifest.name, manifest=digest),
-        newest=aliases.tip(store, alias),
+        newest=aliases.newest(store, alias),
         policy=policy,
     )
     if proposal.unchanged:
@@ -149,7 +149,7 @@ def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) 
     policy, validation = proposal.policy, proposal.validation
     # whether that is still the champion that it was compared with, whatever the checkpoint is to become
     compared_alias = None if validation is None else validation.alias
-    newest = proposal.newest if compared_alias is None else aliases.tip(proposal.run.store, compared_alias)
+    newest = proposal.newest if compared_alias is None else aliases.newest(proposal.run.store, compared_alias)
     holder = newest.target if isinstance(newest, AliasRecord) else None
     return objections(
         validation,

@@ -166,7 +166,7 @@ def _check_part(manifest: Manifest, part: str) -> None:
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:
     """The champion's manifest, or why there is none."""
-    record = aliases.tip(repository.store, alias)
+    record = aliases.newest(repository.store, alias)
     if isinstance(record, aliases.DamagedRecord):
         return None, f"{alias} cannot be read: {record.error}"
     if record is None or record.target is None:
