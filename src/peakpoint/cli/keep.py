@@ -108,13 +108,14 @@ def _rows(run: Run, plan: RetentionPlan) -> list[tuple[str, str, int, str]]:
 
 
 def _print_rows(console: Console, rows: Sequence[tuple[str, str, int, str]], plan: RetentionPlan) -> None:
-    columns = [
-        Column("checkpoint", [escape(name) for name, _, _, _ in rows], right=False),
-        Column("", [verdict for _, verdict, _, _ in rows], right=False),
-        Column("size", [size_text(size_bytes) for _, _, size_bytes, _ in rows]),
-    ]
     if rows:
-        console.print(tables.with_reasons(console, columns, ["size"], "why", [reason for *_, reason in rows]))
+        names, verdicts, sizes, reasons = (list(cells) for cells in zip(*rows, strict=True))
+        columns = [
+            Column("checkpoint", list(map(escape, names)), right=False),
+            Column("", verdicts, right=False),
+            Column("size", list(map(size_text, sizes))),
+        ]
+        console.print(tables.with_reasons(console, columns, ["size"], "why", reasons))
     kept_bytes = sum(size_bytes for _, _, size_bytes, _ in rows) - plan.freed_bytes
     console.print(
         f"{len(rows) - len(plan.remove)} of {count(len(rows), 'checkpoint')} kept, {size_text(kept_bytes)}; "

@@ -196,12 +196,10 @@ def _outlook(proposal: Proposal, *, force: bool) -> str:
 def _promote(
     root: Path, repository: Repository, proposal: Proposal, why: str, key: Path | None, *, force: bool, asking: bool
 ) -> Answer:
-    def refuse(console: Console) -> None:
-        print_proposal(console, proposal)
-
     blocked = _blocked(proposal, force=force)
     if blocked and not proposal.unchanged:
-        return Answer(proposal_json(proposal), refuse, [_refusal(root, proposal)], RefusedError.exit_code)
+        data, problem = proposal_json(proposal), _refusal(root, proposal)
+        return Answer(data, lambda console: print_proposal(console, proposal), [problem], RefusedError.exit_code)
     asking = asking and not proposal.unchanged
     if asking:
         print_proposal(console(), proposal, force=force)

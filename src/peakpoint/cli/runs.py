@@ -163,7 +163,8 @@ def print_run(console: Console, run: RunView) -> None:
     )
     console.print(f"rules: {escape(' '.join(rule.text for rule in run.rules)) or 'none'}")
     if run.peaks:
-        console.print(_peaks_table(run))
+        heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
+        console.print(tables.plain(heads, [_peak_cells(peak, run.best_exists) for peak in run.peaks]))
     if run.manifests:
         console.print(_kept_table(console, run))
     console.print()
@@ -195,12 +196,6 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
     spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch", "aliases"]
     reasons = [render.claims_text(run.claims.get(manifest.id, ())) for manifest in manifests]
     return tables.with_reasons(console, columns, spare, "kept because", reasons)
-
-
-def _peaks_table(run: RunView) -> Table:
-    """Best against last, and whether a checkpoint of the best exists."""
-    heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
-    return tables.plain(heads, [_peak_cells(peak, run.best_exists) for peak in run.peaks])
 
 
 def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:

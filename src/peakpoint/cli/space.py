@@ -118,10 +118,8 @@ def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool) -> An
     if sum((bool(refs), listing, empty)) != 1:
         raise ConfigError("give the RUN/NAME of what to restore, or --list, or --empty")
     repository = open_repository(root)
-    if empty:
-        return _empty(repository)
-    if listing:
-        return _list(repository, root)
+    if not refs:
+        return _trash(root, repository, empty=empty)
     restored = [
         manifest
         for run, names in _names_by_run(root, refs).items()
@@ -143,21 +141,17 @@ def _names_by_run(root: Path, refs: Sequence[str]) -> Mapping[str, list[str]]:
     return names_by_run
 
 
-def _empty(repository: Repository) -> Answer:
-    entries = [entry for run in repository.runs() for entry in maintenance.empty_trash(run)]
+def _trash(root: Path, repository: Repository, *, empty: bool) -> Answer:
+    """List the trash, or empty it."""
+    read = maintenance.empty_trash if empty else maintenance.in_trash
+    entries = [entry for run in repository.runs() for entry in read(run)]
     manifests = [entry.manifest for entry in entries]
-    data = {"emptied": list(map(_entry_json, entries)), "bytes": sum(manifest.size_bytes for manifest in manifests)}
+    total = sum(manifest.size_bytes for manifest in manifests)
+    data = {"emptied" if empty else "trash": list(map(_entry_json, entries)), "bytes": total}
     if not entries:
         return Answer(data, "the trash is empty")
-    return Answer(data, f"permanently deleted {count(len(entries), 'checkpoint')}, {sizes(manifests)} freed")
-
-
-def _list(repository: Repository, root: Path) -> Answer:
-    entries = [entry for run in repository.runs() for entry in maintenance.in_trash(run)]
-    manifests = [entry.manifest for entry in entries]
-    data = {"trash": list(map(_entry_json, entries)), "bytes": sum(manifest.size_bytes for manifest in manifests)}
-    if not entries:
-        return Answer(data, "the trash is empty")
+    if empty:
+        return Answer(data, f"permanently deleted {count(len(entries), 'checkpoint')}, {size_text(total)} freed")
     columns = [
         Column("checkpoint", [escape(ref(manifest)) for manifest in manifests], right=False),
         Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
@@ -168,7 +162,7 @@ def _list(repository: Repository, root: Path) -> Answer:
         reasons = [escape(entry.record.why) for entry in entries]
         console.print(tables.with_reasons(console, columns, ["size"], "why", reasons))
         hint = escape(command("undo", root, "RUN/NAME"))
-        console.print(f"{sizes(manifests)}. To restore one: {hint}", soft_wrap=True)
+        console.print(f"{size_text(total)}. To restore one: {hint}", soft_wrap=True)
 
     return Answer(data, text)
 

@@ -81,7 +81,7 @@ def run(out: Path, epochs: int) -> None:
     )
     for finding in litter:
         console.print(f"  {escape(finding.where)}: {finding.what}")
-    _expect(bool(litter), "the kill should have left an incomplete save, and left nothing")
+    _expect(litter, "the kill should have left an incomplete save, and left nothing")
     console.print(f"\n[bold]The resume.[/] The same command, run again, said:\n{escape(resumed.stderr.strip())}")
     _expect("resumed from" in resumed.stderr, "the third training should have resumed, and did not")
     _show_weights(console, whole, resumed)
@@ -130,7 +130,7 @@ def _train(progress: Progress, title: str, root: Path, run: str, epochs: int, ki
     return Training(code, weights, size, tuple(accuracies), stderr)
 
 
-def _expect(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - a condition, like assert's
+def _expect(holds: object, otherwise: str) -> None:
     if not holds:
         raise DemoError(otherwise)
 
