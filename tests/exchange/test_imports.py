@@ -867,7 +867,7 @@ def test_the_command_shows_then_imports(made, tmp_path):
     text = invoke("import", made[0], root, "--run", "r", "--dry-run")
     assert "e7.pth" in text
     assert "model_state_dict -> model" in text
-    assert "5 checkpoints would be imported into run r; 5 moments in its history" in text
+    assert "5 checkpoints would be imported into run r; 5 reports in its history" in text
     assert not root.exists()
     found = json.loads(invoke("import", made[0], root, "--run", "r", "--json"))
     assert [one["epoch"] for one in found["checkpoints"]] == [0, 1, 2, 3, 4]
@@ -884,9 +884,9 @@ def test_the_command_says_what_was_there_and_what_it_has_not_looked_at(made, tmp
         (folder / name).mkdir()
         (folder / name / "rng.npy").write_text("x")
     shutil.copy(folder / "e7.pth", folder / "z.pth")
-    assert "not looked at: a/rng.npy, b/rng.npy\n" in invoke("import", folder, tmp_path / "root", "--run", "r")
+    assert "not checkpoints: a/rng.npy, b/rng.npy\n" in invoke("import", folder, tmp_path / "root", "--run", "r")
     text = invoke("import", folder, tmp_path / "root", "--run", "r")
-    assert "0 checkpoints imported into run r, 5 were there already, 1 was the same as another; 5 moments" in text
+    assert "0 checkpoints imported into run r, 5 imported before, 1 duplicate; 5 reports" in text
 
 
 def test_the_command_marks_steps_that_are_made_up_and_shows_metrics_that_tell(tmp_path):
@@ -895,7 +895,7 @@ def test_the_command_marks_steps_that_are_made_up_and_shows_metrics_that_tell(tm
         torch.save(state, tmp_path / f"{epoch}.pth")
     text = invoke("import", tmp_path, tmp_path / "root", "--run", "r", "--dry-run")
     assert re.search(r"0\.pth +torch\.save +0 +\(1\) +4\.5", text)
-    assert "(N): no file tells this step" in text
+    assert "(N): step guessed" in text
     found = json.loads(invoke("import", tmp_path, tmp_path / "root", "--run", "r", "--dry-run", "--json"))
     assert [one["step_counted"] for one in found["checkpoints"]] == [True, True]
 
@@ -936,7 +936,7 @@ def test_an_import_that_is_interrupted_says_what_came_in(made, tmp_path):
     assert done.returncode == 130, done.stderr
     there = len(pp.open(tmp_path / "root").run("r").checkpoints())
     assert there == 2
-    assert "2 checkpoints in run r, each of them whole; the same command goes on with the others" in done.stderr
+    assert "2 checkpoints in run r, each complete; the same command imports the rest" in done.stderr
 
 
 @pytest.mark.parametrize(
