@@ -114,7 +114,7 @@ def _print_removal(console: Console, manifest: Manifest, claims: Sequence[Claim]
 @click.option("--empty", is_flag=True, help="Delete everything in the trash permanently.")
 @answers
 def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool) -> Answer:
-    """Restore removed checkpoints from the trash, every byte compared with its digest; pins them."""
+    """Restore removed checkpoints from the trash, comparing every byte with its digest, and pin them."""
     if sum((bool(refs), listing, empty)) != 1:
         raise ConfigError("give the RUN/NAME of what to restore, or --list, or --empty")
     repository = open_repository(root)
