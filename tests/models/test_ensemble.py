@@ -111,7 +111,7 @@ def test_other_parts_can_predict(trained):
         (["r:1"], build, {"part": "emo"}, NotFoundError, "did you mean 'ema'"),
         (["r:1"], build, {"average": "votes"}, ConfigError, "'probabilities' or 'logits'"),
         (["r:1"], 3, {}, ConfigError, "takes a function"),
-        (["r:1"], dict, {}, ConfigError, "makes a dict, and no torch.nn.Module"),
+        (["r:1"], dict, {}, ConfigError, "returned a dict"),
         (["r:1"], build, {"device": "abacus"}, ConfigError, "cannot put the model there"),
         (["r:1"], lambda: torch.nn.Linear(3, 8), {}, MismatchError, "weight"),
     ],

@@ -300,7 +300,7 @@ def test_a_damaged_member_is_named_and_nothing_is_written(tmp_path):
         (["r:1", "r:2"], {"metric": "acc"}, ConfigError, "there is none"),
         (["r:1", "r:2"], {"metric": "a b", "evaluate": len}, ConfigError, "no spaces"),
         (["r:1", "r:2"], {"build_model": torch.nn.Linear(1, 1)}, TypeError, ""),
-        (["r:1", "r:2"], {"build_model": dict}, ConfigError, "no torch.nn.Module"),
+        (["r:1", "r:2"], {"build_model": dict}, ConfigError, "returned a dict"),
         (["r:1", "r:2"], {"build_model": lambda: torch.nn.Linear(3, 2)}, MismatchError, "bias"),
         (["r:1", "r:2"], {"data": [W]}, ConfigError, "build_model="),
         (["r:1", "r:2"], {"data": iter([W]), "build_model": torch.nn.Identity}, ConfigError, "only once"),

@@ -13,7 +13,7 @@ from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.format.metrics import read_metrics
 from peakpoint.models.average import COUNTER, STATISTICS, Averaging, Member, blanks, without_tensors
 from peakpoint.state.json_scalars import kind_of
-from peakpoint.state.restore import module_differences
+from peakpoint.state.restore import make_model, module_differences
 from peakpoint.state.saved import tensor_nodes
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.step_guard import wait_for_copies
@@ -163,9 +163,9 @@ def model_of(build_model: Callable[[], Any], device: torch.device | str | None) 
     """
     if not callable(build_model):
         raise ConfigError(f"build_model= takes a function that makes a model, not a {kind_of(build_model)}")
-    model: object = build_model()
+    model, _ = make_model(build_model, "build_model()")
     if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"build_model() makes a {kind_of(model)}, and no torch.nn.Module")
+        raise ConfigError(f"build_model() returned a {kind_of(model)}, not a torch.nn.Module")
     if device is None:
         return model
     try:

@@ -411,15 +411,15 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
         BeingRemovedError: it is being removed, or gone, or has lost parts since it was looked at.
     """
     name = f"{run.name}/{manifest.name}"
-    before = _read_again(run, manifest)
-    removing = before is None or run.is_being_removed(before)
-    after = _read_again(run, manifest)  # once more: a removal may have been over before it was looked for
-    if removing or after is None:
+    current = _read_again(run, manifest)
+    removing = current is None or run.is_being_removed(current)
+    current = _read_again(run, manifest)  # once more: a removal may have been over before it was looked for
+    if removing or current is None:
         raise BeingRemovedError(
             f"{name} or a part of it is being removed; nothing was done. To see what can be restored: "
             "peakpoint undo --list"
         )
-    if after.parts != manifest.parts:
+    if current.parts != manifest.parts:
         raise BeingRemovedError(f"{name} has lost parts meanwhile; nothing was done, look at it again")
 
 

@@ -272,12 +272,12 @@ def _failed_checks(validation: Validation, *, failures: bool) -> list[str]:
 
 
 def _changed_since(
-    validation: Validation, manifest: str, parts: Sequence[str], wanted: ValidationSpec | None
+    validation: Validation, manifest: str, parts: Sequence[str], spec: ValidationSpec | None
 ) -> Iterator[str]:
     part = validation.wanted.part
     if validation.manifest != manifest:
         yield "its manifest has changed since it was validated"
-    if wanted is None and part != "model" and "model" in parts:
+    if spec is None and part != "model" and "model" in parts:
         yield f"its last validation checked the part {part}, not the model"
     if part in validation.parts and part not in parts:
         yield f"its part {part} was dropped after the validation"
@@ -290,9 +290,9 @@ def _outdated(validation: Validation, now: datetime, max_age: timedelta) -> Iter
         yield f"its validation has the time {validation.at:%Y-%m-%d %H:%M} UTC, which is in the future"
 
 
-def _checked_otherwise(validation: Validation, wanted: ValidationSpec | None) -> Iterator[str]:
-    if wanted is not None and wanted.digest != validation.wanted.digest:
-        policy, validated = msgspec.to_builtins(wanted), msgspec.to_builtins(validation.wanted)
+def _checked_otherwise(validation: Validation, spec: ValidationSpec | None) -> Iterator[str]:
+    if spec is not None and spec.digest != validation.wanted.digest:
+        policy, validated = msgspec.to_builtins(spec), msgspec.to_builtins(validation.wanted)
         different = [name for name in policy if policy[name] != validated[name] and name != "golden"]
         yield (
             f"its validation differs from what the policy asks in {', '.join(different)}; "

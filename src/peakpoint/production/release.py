@@ -38,7 +38,7 @@ class Validate(Protocol):
         self,
         repository: Repository,
         ref: str,
-        wanted: ValidationSpec,
+        spec: ValidationSpec,
         *,
         alias: str,
         timeout: float | None,
@@ -196,9 +196,9 @@ class _ReleaseWork:
         assert self.proposal is not None
         return self.candidate, self.proposal
 
-    def note(self, name: str, said: str) -> None:
+    def note(self, name: str, summary: str) -> None:
         """Add a line to the account of a step that is not over yet."""
-        self.steps.append(Step(name=name, said=said))
+        self.steps.append(Step(name=name, said=summary))
 
     def propose(self, candidate: Checkpoint) -> None:
         """Look at the candidate as it is now."""
@@ -227,8 +227,8 @@ class _ReleaseWork:
 
     def refuse(self, reasons: tuple[str, ...]) -> Step:
         """End the release."""
-        said = f"{self.chosen[0].ref} was not promoted to {self.policy.alias}"
-        return Step(name="promote", said=said, outcome="refused", reasons=reasons)
+        summary = f"{self.chosen[0].ref} was not promoted to {self.policy.alias}"
+        return Step(name="promote", said=summary, outcome="refused", reasons=reasons)
 
     def id(self) -> str | None:
         """The same whenever the same is decided; None where nothing was."""
@@ -287,18 +287,18 @@ def _select(work: _ReleaseWork) -> Step:
         passed_over.append(f"passed over {candidate.ref}: {reason}")
     else:
         candidate = None
-    for said in passed_over[:_NAMED]:
-        work.note("select", said)
+    for summary in passed_over[:_NAMED]:
+        work.note("select", summary)
     more = f"; {len(passed_over)} passed over" if passed_over else ""
-    said = f"no checkpoint matches {work.rule}{more}" if candidate is None else f"{candidate.ref} by {work.rule}"
+    summary = f"no checkpoint matches {work.rule}{more}" if candidate is None else f"{candidate.ref} by {work.rule}"
     if selection.unread:
         unread = tuple(f"{name} cannot be read, and may be better: {why}" for name, why in selection.unread.items())
-        return Step(name="select", said=said, outcome="refused", reasons=unread)
+        return Step(name="select", said=summary, outcome="refused", reasons=unread)
     if candidate is None:
         reasons = ("no checkpoint meets the condition of the policy",)
-        return Step(name="select", said=said, outcome="nothing fits", reasons=reasons)
+        return Step(name="select", said=summary, outcome="nothing fits", reasons=reasons)
     work.propose(candidate)
-    return Step(name="select", said=said)
+    return Step(name="select", said=summary)
 
 
 def _rollbacks(work: _ReleaseWork) -> tuple[dict[str, AliasRecord], AliasRecord | None]:
@@ -343,8 +343,8 @@ def _validate(work: _ReleaseWork) -> Step | None:
         return work.refuse(proposal.refusals)
     missing = stale(proposal, work.clock, failures=False)
     if missing and work.dry_run:
-        said = f"would validate {candidate.ref}: {'; '.join(missing)}"
-        return Step(name="validate", said=said, outcome="would validate")
+        summary = f"would validate {candidate.ref}: {'; '.join(missing)}"
+        return Step(name="validate", said=summary, outcome="would validate")
     if not work.dry_run:
         if missing:
             work.run_validation(f"{candidate.run}/{candidate.id}")
@@ -361,8 +361,8 @@ def _validate(work: _ReleaseWork) -> Step | None:
         return None
     failures = ", ".join(finding.check for finding in validation.failures)
     outcome = f"failed: {failures}" if failures else "passed"
-    said = f"validation {validation.number} of {validation.at:%Y-%m-%d %H:%M} UTC {outcome}"
-    return Step(name="validate", said=said)
+    summary = f"validation {validation.number} of {validation.at:%Y-%m-%d %H:%M} UTC {outcome}"
+    return Step(name="validate", said=summary)
 
 
 def _is_comparable(work: _ReleaseWork, holder: AliasTarget) -> bool:
@@ -406,8 +406,8 @@ def _promote(work: _ReleaseWork) -> Step:
         assert record is not None
         if not work.dry_run:
             promotion.promote(proposal, reason)  # completes what a release that was killed has left open
-        said = f"{candidate.ref} is {alias} since {record.at:%Y-%m-%d %H:%M} UTC (record {record.number})"
-        return Step(name="promote", said=said, outcome="unchanged")
+        summary = f"{candidate.ref} is {alias} since {record.at:%Y-%m-%d %H:%M} UTC (record {record.number})"
+        return Step(name="promote", said=summary, outcome="unchanged")
     if proposal.objections or proposal.refusals:
         return work.refuse(proposal.refusals or proposal.objections)
     if work.dry_run:
@@ -426,8 +426,8 @@ def _promote(work: _ReleaseWork) -> Step:
         decision={"steps": steps, "policy": work.policy_text},
         clock=work.clock,
     )
-    said = f"{candidate.ref} is {alias} now (record {record.number})"
-    return Step(name="promote", said=said, outcome="promoted")
+    summary = f"{candidate.ref} is {alias} now (record {record.number})"
+    return Step(name="promote", said=summary, outcome="promoted")
 
 
 def _sign(work: _ReleaseWork, proposal: Proposal, private_key: Path) -> str | None:

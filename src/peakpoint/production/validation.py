@@ -52,31 +52,31 @@ BUDGETS = {
 _OUTPUT = re.compile(r"[A-Z][A-Z0-9_]*\[((\*|\d+)(, ?(\*|\d+))*)?\]")
 
 
-def check_names(wanted: ValidationSpec) -> tuple[str, ...]:
+def check_names(spec: ValidationSpec) -> tuple[str, ...]:
     """The names of the checks, in their order."""
-    budgets = [f"budget {name}" for name in wanted.budgets] or ["budgets"]
+    budgets = [f"budget {name}" for name in spec.budgets] or ["budgets"]
     always = ("integrity", "finite", "sparsity", "loads", "signature", "metrics", "golden")
-    return (*always, *budgets, *wanted.checks)
+    return (*always, *budgets, *spec.checks)
 
 
-def check_wanted(wanted: ValidationSpec) -> None:
+def check_wanted(spec: ValidationSpec) -> None:
     """Refuse what can be seen to be wrong before the checkpoint is read.
 
     Raises:
         ConfigError: it cannot be.
     """
-    for spec in (wanted.evaluate, wanted.model, *wanted.checks):
-        if spec is not None and not all(spec.partition(":")):
-            raise ConfigError(f"{spec!r} names no function; write module:function, such as checks:evaluate")
-    _check_budgets(wanted.budgets)
-    if not (_is_number(wanted.tolerance) and wanted.tolerance >= 0):
-        raise ConfigError(f"tolerance={wanted.tolerance!r} is not a number of at least 0")
-    if not (_is_number(wanted.agreement) and 0 <= wanted.agreement <= 1):
-        raise ConfigError(f"agreement={wanted.agreement!r} is not a share from 0 to 1")
-    for name, text in wanted.signature.items():
+    for name in (spec.evaluate, spec.model, *spec.checks):
+        if name is not None and not all(name.partition(":")):
+            raise ConfigError(f"{name!r} names no function; write module:function, such as checks:evaluate")
+    _check_budgets(spec.budgets)
+    if not (_is_number(spec.tolerance) and spec.tolerance >= 0):
+        raise ConfigError(f"tolerance={spec.tolerance!r} is not a number of at least 0")
+    if not (_is_number(spec.agreement) and 0 <= spec.agreement <= 1):
+        raise ConfigError(f"agreement={spec.agreement!r} is not a share from 0 to 1")
+    for name, text in spec.signature.items():
         if _OUTPUT.fullmatch(text) is None:
             raise ConfigError(f"signature {name}={text!r}: write an element type and a shape, such as F32[*, 10]")
-    _check_needs(wanted)
+    _check_needs(spec)
 
 
 def _is_number(value: object) -> bool:
@@ -94,14 +94,14 @@ def _check_budgets(budgets: Mapping[str, float]) -> None:
             raise ConfigError(f"the budget {name}={value!r} is not a number above 0")
 
 
-def _check_needs(wanted: ValidationSpec) -> None:
+def _check_needs(spec: ValidationSpec) -> None:
     """Refuse checks that lack what they need."""
-    if wanted.agreement and wanted.golden is None:
+    if spec.agreement and spec.golden is None:
         raise ConfigError("agreement with the champion needs golden inputs: give them with --golden FILE")
-    if wanted.metrics and wanted.evaluate is None:
-        raise ConfigError(f"to confirm {wanted.metrics[0]}, say how to evaluate it: --with MODULE:FUNCTION")
+    if spec.metrics and spec.evaluate is None:
+        raise ConfigError(f"to confirm {spec.metrics[0]}, say how to evaluate it: --with MODULE:FUNCTION")
     for name in ("golden", "signature"):
-        if getattr(wanted, name) and wanted.model is None:
+        if getattr(spec, name) and spec.model is None:
             raise ConfigError(f"{name}: needs a model to run; name the function that makes it: --model MODULE:FUNCTION")
 
 
@@ -129,26 +129,26 @@ class ValidationRequest:
 
 @contextmanager
 def validation_request(
-    repository: Repository, ref: str, wanted: ValidationSpec, alias: str
+    repository: Repository, ref: str, spec: ValidationSpec, alias: str
 ) -> Iterator[ValidationRequest]:
     """Find everything that a validation needs; rules leave the checkpoint alone until the end of the block.
 
     Raises:
         NotFoundError: there is no such checkpoint, part or file.
-        ConfigError: what is wanted cannot be.
+        ConfigError: the spec cannot be met.
     """
-    check_wanted(wanted)
+    check_wanted(spec)
     alias = check_alias(alias.removeprefix("@"))
     _, manifest = repository.locate(ref)
     hold = reader.hold_for_reading(repository.store, manifest)
     try:
-        _check_part(manifest, wanted.part)
+        _check_part(manifest, spec.part)
         champion, no_champion = _champion(repository, alias)
         yield ValidationRequest(
             repository=repository,
             manifest=manifest,
             digest=reader.manifest_digest(repository.store, manifest),
-            wanted=with_golden(wanted),
+            wanted=with_golden(spec),
             alias=alias,
             champion=champion,
             no_champion=no_champion,
@@ -159,9 +159,9 @@ def validation_request(
 
 
 def _check_part(manifest: Manifest, part: str) -> None:
-    have = [name for name in manifest.parts if name not in ("rng", "loop")]
-    if part not in have:
-        raise no_part(part, have, where=manifest.name)
+    parts = [name for name in manifest.parts if name not in ("rng", "loop")]
+    if part not in parts:
+        raise no_part(part, parts, where=manifest.name)
 
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:
@@ -178,23 +178,23 @@ def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]
         return None, f"{alias} is {record.target.ref}, which cannot be read: {error}"
 
 
-def with_golden(wanted: ValidationSpec) -> ValidationSpec:
+def with_golden(spec: ValidationSpec) -> ValidationSpec:
     """Add the digest of the golden file as it is now: so it stands in the record.
 
     Raises:
         NotFoundError: there is no such file.
         ConfigError: it has changed.
     """
-    if wanted.golden is None:
-        return wanted
-    path = Path(wanted.golden)
+    if spec.golden is None:
+        return spec
+    path = Path(spec.golden)
     if not path.is_file():
         raise NotFoundError(f"there is no file {path} with golden inputs (seen from {Path.cwd()})")
     with translated("read", path):
         digest = file_digest(path)
-    if wanted.golden_digest not in (None, digest):
-        raise ConfigError(f"{path} holds other golden inputs: its BLAKE3 is {digest}, expected {wanted.golden_digest}")
-    return replace(wanted, golden_digest=digest)
+    if spec.golden_digest not in (None, digest):
+        raise ConfigError(f"{path} holds other golden inputs: its BLAKE3 is {digest}, expected {spec.golden_digest}")
+    return replace(spec, golden_digest=digest)
 
 
 def file_digest(path: Path) -> str:
@@ -256,8 +256,8 @@ class FindingCollector:
             check=check, outcome="failed", said=f"{end} during {check}", evidence=evidence, seconds=seconds
         )
         self.findings.append(_with_output(finding, output))
-        said = "not reached: the process had ended before"
-        self.findings += [Finding(check=name, outcome="skipped", said=said) for name in unreached]
+        summary = "not reached: the process had ended before"
+        self.findings += [Finding(check=name, outcome="skipped", said=summary) for name in unreached]
 
 
 def _with_output(finding: Finding, output: str) -> Finding:
@@ -352,7 +352,7 @@ class ValidationJob(msgspec.Struct, kw_only=True):
 def validate(
     repository: Repository,
     ref: str,
-    wanted: ValidationSpec,
+    spec: ValidationSpec,
     *,
     alias: str = "champion",
     timeout: float | None = None,
@@ -374,7 +374,7 @@ def validate(
 
     Raises:
         NotFoundError: no such checkpoint, part or file, or the checkpoint went meanwhile.
-        ConfigError: what is wanted cannot be, or the repository is only in this process.
+        ConfigError: the spec cannot be met, or the repository is only in this process.
         MissingExtraError: torch is not installed.
         StoreError: the record cannot be written.
     """
@@ -385,7 +385,7 @@ def validate(
             raise MissingExtraError(
                 f"a validation needs {name}, which is not installed: pip install 'peakpoint[torch]'"
             )
-    with validation_request(repository, ref, wanted, alias) as request:
+    with validation_request(repository, ref, spec, alias) as request:
         collector = FindingCollector(request, progress)
         _collect(collector, timeout)
         return conclude(collector)

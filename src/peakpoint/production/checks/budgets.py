@@ -54,8 +54,8 @@ def memory_mb(candidate: Candidate) -> Finding:
         return failed(f"memory cannot be measured: {reason or 'the model was not loaded'}")
     if peak.bytes is None:
         return failed(f"memory cannot be measured: {peak.how}")
-    said = f"{peak.bytes / 1e6:,.4g} MB to load it and to run one input"
-    return _within(candidate, "memory_mb", peak.bytes / 1e6, said, bytes=peak.bytes, how=peak.how)
+    summary = f"{peak.bytes / 1e6:,.4g} MB to load it and to run one input"
+    return _within(candidate, "memory_mb", peak.bytes / 1e6, summary, bytes=peak.bytes, how=peak.how)
 
 
 def latency_ms(candidate: Candidate) -> Finding:
@@ -72,19 +72,19 @@ def latency_ms(candidate: Candidate) -> Finding:
     worst = 1e3 * times[math.ceil(0.95 * len(times)) - 1]
     median = 1e3 * times[len(times) // 2]
     threads = torch.get_num_threads()
-    said = f"{worst:.4g} ms at the 95th percentile of {len(times)} passes (median {median:.4g}), {threads} threads"
-    return _within(candidate, "latency_ms", worst, said, median=median, passes=len(times), threads=threads)
+    summary = f"{worst:.4g} ms at the 95th percentile of {len(times)} passes (median {median:.4g}), {threads} threads"
+    return _within(candidate, "latency_ms", worst, summary, median=median, passes=len(times), threads=threads)
 
 
 BUDGET_CHECKS = {"latency_ms": latency_ms, "memory_mb": memory_mb, "size_mb": size_mb, "parameters": parameters}
 
 
-def _within(candidate: Candidate, name: str, value: float, said: str, **evidence: Any) -> Finding:
+def _within(candidate: Candidate, name: str, value: float, summary: str, **evidence: Any) -> Finding:
     limit = candidate.wanted.budgets[name]
     evidence = {"value": value, "budget": limit, **evidence}
     if value <= limit:
-        return passed(f"{said}, within {limit:g}", **evidence)
-    return failed(f"{said}, over the budget of {limit:g}", **evidence)
+        return passed(f"{summary}, within {limit:g}", **evidence)
+    return failed(f"{summary}, over the budget of {limit:g}", **evidence)
 
 
 def _not_runnable(candidate: Candidate) -> str:

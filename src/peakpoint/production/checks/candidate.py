@@ -26,19 +26,19 @@ Function = Callable[..., Any] | str
 _BATCH = 256  # golden inputs in one forward pass
 
 
-def passed(said: str, **evidence: Any) -> Finding:
+def passed(summary: str, **evidence: Any) -> Finding:
     """The finding of a check that passed; the runner adds the name of the check."""
-    return Finding(check="", outcome="passed", said=said, evidence=evidence)
+    return Finding(check="", outcome="passed", said=summary, evidence=evidence)
 
 
-def failed(said: str, **evidence: Any) -> Finding:
+def failed(summary: str, **evidence: Any) -> Finding:
     """The finding of a check that failed."""
-    return Finding(check="", outcome="failed", said=said, evidence=evidence)
+    return Finding(check="", outcome="failed", said=summary, evidence=evidence)
 
 
-def skipped(said: str, **evidence: Any) -> Finding:
+def skipped(summary: str, **evidence: Any) -> Finding:
     """The finding of a check that had nothing to check."""
-    return Finding(check="", outcome="skipped", said=said, evidence=evidence)
+    return Finding(check="", outcome="skipped", said=summary, evidence=evidence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +210,13 @@ def outputs_of(model: Any, inputs: torch.Tensor) -> Outputs:
     for batch in torch.split(inputs, _BATCH):
         with torch.no_grad():
             outputs = named_tensors(model(batch.to(device)))
-        rows = {name: out.detach().cpu() for name, out in outputs.items() if out.dim() and len(out) == len(batch)}
+        rows = {
+            name: output.detach().cpu()
+            for name, output in outputs.items()
+            if output.dim() and len(output) == len(batch)
+        }
         if not rows:
-            shapes = ", ".join(f"{name} {list(out.shape)}" for name, out in outputs.items()) or "no tensor"
+            shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items()) or "no tensor"
             raise MismatchError(f"the model returns {shapes} for {len(batch)} inputs: no tensor with a row for each")
         batches.append(rows)
     # an output that is as long as this batch by chance is not as long as the next

@@ -55,8 +55,8 @@ def loads(candidate: Candidate) -> Finding:
         if not error.differences:
             raise
         more = f"; and {len(error.differences) - 5} more differences" if len(error.differences) > 5 else ""
-        said = f"{maker} does not take the part {part}: {'; '.join(error.differences[:5])}{more}"
-        return failed(said, differences=error.differences)
+        summary = f"{maker} does not take the part {part}: {'; '.join(error.differences[:5])}{more}"
+        return failed(summary, differences=error.differences)
     return passed(f"{maker} takes the part {part}: {restored}, names, shapes and dtypes", what=restored)
 
 
@@ -87,14 +87,14 @@ def one_input(candidate: Candidate, number: int) -> tuple[torch.Tensor, ...] | N
 
 
 def signature(candidate: Candidate) -> Finding:
-    """Names, dtypes and shapes of tensors beside the champion's, and of outputs beside those that are wanted."""
-    said, evidence = _tensors_beside_champion(candidate)
+    """Names, dtypes and shapes: of tensors beside the champion, of outputs beside the signature asked for."""
+    summary, evidence = _tensors_beside_champion(candidate)
     if candidate.golden is None or candidate.model is None:
         reason = "no golden inputs (--golden FILE)" if candidate.golden is None else "the model could not be loaded"
         if candidate.wanted.signature:
             return failed(f"outputs cannot be checked: {reason}", **evidence)
         finding = skipped if candidate.champion is None else passed
-        return finding(f"{said}; outputs not checked: {reason}", **evidence)
+        return finding(f"{summary}; outputs not checked: {reason}", **evidence)
     outputs = candidate.outputs
     evidence["outputs"] = texts = {name: described(output) for name, output in outputs.items()}
     problems = [
@@ -105,7 +105,7 @@ def signature(candidate: Candidate) -> Finding:
     problems += [f"{name} has {count:,} elements that are NaN or infinite" for name, count in _not_finite(outputs)]
     if problems:
         return failed(f"outputs: {listing(problems)}", **evidence)
-    return passed(f"{said}; outputs: {listing([f'{name} {text}' for name, text in texts.items()])}", **evidence)
+    return passed(f"{summary}; outputs: {listing([f'{name} {text}' for name, text in texts.items()])}", **evidence)
 
 
 def _tensors_beside_champion(candidate: Candidate) -> tuple[str, dict[str, object]]:
@@ -142,9 +142,9 @@ def _has_type(output: torch.Tensor, text: str) -> bool:
 
 
 def _not_finite(outputs: Outputs) -> list[tuple[str, int]]:
-    numeric = {name: out for name, out in outputs.items() if out.is_floating_point() or out.is_complex()}
-    wide = {name: out.float() if out.dtype.itemsize == 1 else out for name, out in numeric.items()}
-    counts = [(name, int((~torch.isfinite(out)).sum())) for name, out in wide.items()]
+    numeric = {name: output for name, output in outputs.items() if output.is_floating_point() or output.is_complex()}
+    wide = {name: output.float() if output.dtype.itemsize == 1 else output for name, output in numeric.items()}
+    counts = [(name, int((~torch.isfinite(output)).sum())) for name, output in wide.items()]
     return [(name, count) for name, count in counts if count]
 
 
@@ -161,25 +161,25 @@ def golden(candidate: Candidate) -> Finding:
     count, agreement = len(inputs.inputs), candidate.wanted.agreement
     labels, predicted = inputs.labels, classes_of(candidate.outputs)
     evidence: dict[str, object] = {"examples": count, "agreement_wanted": agreement}
-    said = f"{count:,} golden inputs"
+    summary = f"{count:,} golden inputs"
     if labels is not None and predicted is None:
         output = _first_output(candidate.outputs)
         return failed(f"there are labels, but {output} predicts no classes: return integers [n] or scores [n, classes]")
     if labels is not None and predicted is not None:
         right = int((predicted == labels).sum())
         evidence["right"] = right
-        said += f", {right:,} right ({right / count:.2%})"
+        summary += f", {right:,} right ({right / count:.2%})"
         if candidate.predictions is None and (candidate.evaluate is None or candidate.evaluated):
             candidate.keep_predictions(Predictions(predicted.tolist(), labels.tolist()))
     if candidate.champion is None:
         unread = agreement and "cannot be read" in candidate.no_champion
-        return (failed if unread else passed)(f"{said}; not compared: {candidate.no_champion}", **evidence)
+        return (failed if unread else passed)(f"{summary}; not compared: {candidate.no_champion}", **evidence)
     try:
         champion_outputs = _champion_outputs(candidate, candidate.champion)
     except Error as error:
-        text = f"{said}; {candidate.alias} cannot be compared with: {str(error).splitlines()[0]}"
+        text = f"{summary}; {candidate.alias} cannot be compared with: {str(error).splitlines()[0]}"
         return (failed if agreement else passed)(text, **evidence)
-    return _compare(candidate, champion_outputs, said, evidence)
+    return _compare(candidate, champion_outputs, summary, evidence)
 
 
 def _first_output(outputs: Outputs) -> str:
@@ -204,33 +204,37 @@ def _parameter_ids(model: object) -> set[int]:
     return {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
 
 
-def _compare(candidate: Candidate, champion_outputs: Outputs, said: str, evidence: dict[str, object]) -> Finding:
-    outputs, alias, wanted = candidate.outputs, candidate.alias, candidate.wanted
+def _compare(candidate: Candidate, champion_outputs: Outputs, summary: str, evidence: dict[str, object]) -> Finding:
+    outputs, alias, spec = candidate.outputs, candidate.alias, candidate.wanted
     names = {**outputs, **champion_outputs}
     shapes = [name for name in names if not _same_shape(outputs.get(name), champion_outputs.get(name))]
     if shapes:
-        text = f"{said}; the shapes of outputs differ from {alias}: {listing(shapes)}"
-        return (failed if wanted.agreement else passed)(text, **evidence)
+        text = f"{summary}; the shapes of outputs differ from {alias}: {listing(shapes)}"
+        return (failed if spec.agreement else passed)(text, **evidence)
     distances = {name: _row_distances(outputs[name], champion_outputs[name]) for name in outputs}
     largest = max(float(distance.max()) for distance in distances.values())
     new, old = classes_of(outputs), classes_of(champion_outputs)
     if new is None or old is None:
-        equal = torch.stack([distance <= wanted.tolerance for distance in distances.values()]).all(0)
+        equal = torch.stack([distance <= spec.tolerance for distance in distances.values()]).all(0)
     else:
         equal = new == old
     candidate.facts["compared"] = True
-    count, same = len(equal), int(equal.sum())
-    evidence |= {"champion": getattr(candidate.champion, "id", None), "equal": same, "largest_difference": largest}
+    count, equal_count = len(equal), int(equal.sum())
+    evidence |= {
+        "champion": getattr(candidate.champion, "id", None),
+        "equal": equal_count,
+        "largest_difference": largest,
+    }
     evidence["different"] = (~equal).nonzero().flatten()[:_LISTED].tolist()
-    said += f"; agrees with {alias} on {same:,} of {count:,} ({same / count:.2%})"
+    summary += f"; agrees with {alias} on {equal_count:,} of {count:,} ({equal_count / count:.2%})"
     if new is None or old is None:
-        said += f", within {wanted.tolerance:g}"
+        summary += f", within {spec.tolerance:g}"
     else:
-        said += _flips(candidate, old, new, evidence)
-    said += f"; outputs differ by {largest:.3g} at most"
-    if same < wanted.agreement * count - 1e-9 * count:
-        return failed(f"{said}; at least {wanted.agreement:.2%} required", **evidence)
-    return passed(said, **evidence)
+        summary += _flips(candidate, old, new, evidence)
+    summary += f"; outputs differ by {largest:.3g} at most"
+    if equal_count < spec.agreement * count - 1e-9 * count:
+        return failed(f"{summary}; at least {spec.agreement:.2%} required", **evidence)
+    return passed(summary, **evidence)
 
 
 def _flips(candidate: Candidate, old: torch.Tensor, new: torch.Tensor, evidence: dict[str, object]) -> str:

@@ -67,8 +67,8 @@ def run_checks(candidate: Candidate) -> Iterator[ValidationEvent]:
         began = time.perf_counter()
         finding = _run(check, candidate) if intact else skipped("not reached: the bytes are not those that were saved")
         seconds = round(time.perf_counter() - began, 6)
-        said = finding.said if len(finding.said) <= _SAID else f"{finding.said[:_SAID]} ..."
-        finding = replace(finding, check=name, said=said, seconds=seconds)
+        summary = finding.said if len(finding.said) <= _SAID else f"{finding.said[:_SAID]} ..."
+        finding = replace(finding, check=name, said=summary, seconds=seconds)
         facts, candidate.facts = candidate.facts, {}
         if facts:
             yield {"facts": facts}

@@ -111,5 +111,5 @@ def _name(function: Function | None) -> str | None:
         return function
     if not callable(function):
         raise ConfigError(f"{function!r:.80} is a {kind_of(function)}; give a function, or module:function")
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{owner.__module__}:{owner.__qualname__}"
