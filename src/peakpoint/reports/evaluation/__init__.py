@@ -12,7 +12,7 @@
 
 ``run_data`` reads, ``noise`` knows what chance does, ``peaks`` compares best and last, ``groups`` compares runs,
 ``sparsity`` and ``compressed`` are about compressed models; ``tables``, ``figures``, ``pages`` and ``files`` show it.
-SciPy and Matplotlib are imported when they are used.
+SciPy, Jinja2 and Matplotlib are imported when they are used.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,15 +1,17 @@
-"""A report as one HTML page that needs nothing else, or as Markdown.
+"""The report as one HTML page that needs nothing else, or as Markdown.
 
-Pages are trees that the standard library serializes, so no text from users can become markup.
+The page is the Jinja2 template ``report.html.jinja``. It escapes every text, so none from users can become markup; only
+the pictures and the wrapped ids below are marked as safe.
 """
 
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from importlib.resources import files
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from peakpoint.reports.evaluation.tables import CURVE, PEAKS, ReportTable, printable, tables
+from peakpoint.errors import needing
+from peakpoint.reports.evaluation.tables import CURVE, PEAKS, printable, tables
 
 if TYPE_CHECKING:
     from peakpoint.reports.evaluation import Evaluation
@@ -17,116 +19,97 @@ if TYPE_CHECKING:
 MARK = "peakpoint report"
 TITLE = "Training report"
 
-_SECURITY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_CSS = "\n" + files("peakpoint.reports.evaluation").joinpath("page.css").read_text(encoding="utf-8")
-_SHORT = 20  # characters
+_LONGEST_ON_ONE_LINE = 20  # characters
 _ID = re.compile(r"(/[0-9a-f]{8}(?![^\s;,]))")
-_CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}
+_VERDICT_CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}
 
 
-def html(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
-    """The page.
+def html(evaluation: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
+    """Render the page.
 
     Args:
-        found: what to show.
+        evaluation: what to show.
         pictures: SVG and what it shows, of each picture.
+
+    Raises:
+        MissingExtraError: Jinja2 is not installed.
     """
-    root = ET.Element("html", lang="en")
-    head = ET.SubElement(root, "head")
-    ET.SubElement(head, "meta", charset="utf-8")
-    ET.SubElement(head, "meta", {"http-equiv": "Content-Security-Policy", "content": _SECURITY})
-    ET.SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
-    ET.SubElement(head, "meta", name="generator", content=MARK)
-    # browsers ask for an icon otherwise
-    ET.SubElement(head, "link", rel="icon", href="data:,")
-    ET.SubElement(head, "title").text = f"{TITLE}: {printable(found.location)}"
-    ET.SubElement(head, "style").text = _CSS
-    body = ET.SubElement(root, "body")
-    ET.SubElement(body, "h1").text = TITLE
-    ET.SubElement(body, "p", {"class": "soft"}).text = about(found)
-    shown = [table.without(CURVE) for table in tables(found)]
-    above = max((at + 1 for at, table in enumerate(shown) if table.title == PEAKS), default=0)
-    for table in shown[:above]:
-        _table(body, table)
-    for number, (picture, alt) in enumerate(pictures):
-        ET.SubElement(body, "figure").append(_inline(picture, alt, f"p{number}-"))
-    for table in shown[above:]:
-        _table(body, table)
-    _notes(body, found.remarks)
-    ET.indent(head)
-    return f"<!DOCTYPE html>\n{ET.tostring(root, encoding='unicode', method='html')}\n"
+    shown = [table.without(CURVE) for table in tables(evaluation)]
+    above = max((position + 1 for position, table in enumerate(shown) if table.title == PEAKS), default=0)
+    return _render(
+        location=evaluation.location,
+        about=about(evaluation),
+        tables_above=shown[:above],
+        pictures=[_inline(svg, alt, f"p{number}-") for number, (svg, alt) in enumerate(pictures)],
+        tables_below=shown[above:],
+        remarks=evaluation.remarks,
+    )
 
 
-def about(found: "Evaluation") -> str:
-    """What the report is of, in a sentence."""
-    times = [one.history[-1].at for one in found.runs if one.history]
+def _render(**values: Any) -> str:
+    return str(_template().render(title=TITLE, mark=MARK, **values))
+
+
+@cache
+def _template() -> Any:
+    with needing("report", "HTML reports need"):
+        from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415 - start-up time
+        from markupsafe import Markup, escape  # noqa: PLC0415
+
+    def unbroken(text: str) -> Markup:
+        """Keep the id of a ref on one line."""
+        return Markup(_ID.sub(r"<span>\1</span>", str(escape(printable(text)))))  # noqa: S704 - escaped before
+
+    environment = Environment(
+        loader=PackageLoader("peakpoint.reports.evaluation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"printable": printable, "unbroken": unbroken, "cell_class": _cell_class}
+    return environment.get_template("report.html.jinja")
+
+
+def about(evaluation: "Evaluation") -> str:
+    """Say in a sentence what the report is about."""
+    times = [run.history[-1].at for run in evaluation.runs if run.history]
     newest = f", newest report {max(times):%Y-%m-%d %H:%M} UTC" if times else ""
-    count = len(found.runs)
-    return f"{printable(found.location)}: {count} run{'' if count == 1 else 's'}{newest}"
+    count = len(evaluation.runs)
+    return f"{printable(evaluation.location)}: {count} run{'' if count == 1 else 's'}{newest}"
 
 
-def _table(body: ET.Element, table: ReportTable) -> None:
-    ET.SubElement(body, "h2").text = printable(table.title)
-    element = ET.SubElement(ET.SubElement(body, "div", {"class": "wide"}), "table")
-    row = ET.SubElement(ET.SubElement(element, "thead"), "tr")
-    for head, is_number in table.heads:
-        ET.SubElement(row, "th", {"class": "n"} if is_number else {}, scope="col").text = printable(head)
-    rows = ET.SubElement(element, "tbody")
-    for cells in table.rows:
-        row = ET.SubElement(rows, "tr")
-        for (head, is_number), cell in zip(table.heads, cells, strict=True):
-            kind = "n" if is_number else _kind(head, cell)
-            _filled(ET.SubElement(row, "td", {"class": kind} if kind else {}), printable(cell))
-    _notes(body, table.notes)
-
-
-def _kind(head: str, cell: str) -> str:
+def _cell_class(column: tuple[str, bool], cell: str) -> str:
+    head, is_number = column
+    if is_number:
+        return "n"
     if head == "verdict":
-        return f"tight {_CLASSES.get(cell, '')}".rstrip()
-    return "tight" if len(cell) <= _SHORT else ""  # a short one is not broken, a long one has room
+        return f"tight {_VERDICT_CLASSES.get(cell, '')}".rstrip()
+    return "tight" if len(cell) <= _LONGEST_ON_ONE_LINE else ""
 
 
-def _filled(element: ET.Element, text: str) -> None:
-    """Text in which no id of a ref is broken in two."""
-    before, *rest = _ID.split(text)
-    element.text = before
-    for id, after in zip(rest[::2], rest[1::2], strict=True):  # noqa: A001
-        unbroken = ET.SubElement(element, "span")
-        unbroken.text, unbroken.tail = id, after
-
-
-def _notes(body: ET.Element, notes: Sequence[str]) -> None:
-    if notes:
-        listed = ET.SubElement(body, "ul", {"class": "notes"})
-        for note in notes:
-            ET.SubElement(listed, "li").text = printable(note)
-
-
-def _inline(picture: str, alt: str, prefix: str) -> ET.Element:
-    """A picture as a part of a page: without namespaces, in the page's ink, with ids of its own."""
-    root = ET.fromstring(picture)  # noqa: S314 - drawn by ourselves a moment ago
+def _inline(svg: str, alt: str, prefix: str) -> str:
+    """Make a picture a part of a page: without namespaces, in the page's ink, with ids of its own."""
+    root = ET.fromstring(svg)  # noqa: S314 - drawn by ourselves a moment ago
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        for key in list(element.attrib):
-            value = element.attrib.pop(key)
-            if key == "id":
-                value = prefix + value
-            value = re.sub(r"(?<=url\(#)|(?<=^#)", prefix, value)
-            element.set(key.rpartition("}")[2], value.replace("#1f1f1e", "currentColor"))
+        for key, value in list(element.attrib.items()):
+            del element.attrib[key]
+            unique = prefix + value if key == "id" else re.sub(r"(?<=url\(#)|(?<=^#)", prefix, value)
+            element.set(key.rpartition("}")[2], unique.replace("#1f1f1e", "currentColor"))
     for metadata in root.findall("metadata"):
         root.remove(metadata)
     for size in ("width", "height"):
         root.attrib.pop(size, None)
     root.set("role", "img")
     root.set("aria-label", alt)
-    return root
+    return ET.tostring(root, encoding="unicode", method="html")
 
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&~$#!])")
 
 
 def escaped(text: str) -> str:
-    r"""Text that Markdown shows as it is.
+    r"""Escape text so that Markdown shows it as it is.
 
     Example:
         >>> print(escaped("val_<b>|acc"))
@@ -135,20 +118,20 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", printable(text))
 
 
-def markdown(found: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
-    """The report as Markdown.
+def markdown(evaluation: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
+    """Render the report as Markdown.
 
     Args:
-        found: what to show.
+        evaluation: what to show.
         pictures: the path, relative to the page, and what it shows, of each picture.
     """
-    lines = [f"<!-- {MARK} -->", "", f"# {TITLE}", "", escaped(about(found)), ""]
-    for table in [table.without(CURVE) for table in tables(found)]:
+    lines = [f"<!-- {MARK} -->", "", f"# {TITLE}", "", escaped(about(evaluation)), ""]
+    for table in [table.without(CURVE) for table in tables(evaluation)]:
         lines += [f"## {escaped(table.title)}", ""]
         lines.append("| " + " | ".join(escaped(head) for head, _ in table.heads) + " |")
         lines.append("|" + "|".join("---:" if is_number else "---" for _, is_number in table.heads) + "|")
         lines += ["| " + " | ".join(map(escaped, cells)) + " |" for cells in table.rows]
         lines += ["", *(f"- {escaped(note)}" for note in table.notes), *([""] if table.notes else [])]
     lines += [line for path, alt in pictures for line in (f"![{escaped(alt)}]({path})", "")]
-    lines += [f"- {escaped(remark)}" for remark in found.remarks]
+    lines += [f"- {escaped(remark)}" for remark in evaluation.remarks]
     return "\n".join(lines).rstrip() + "\n"
