@@ -122,11 +122,11 @@ def test_what_is_rounded_and_anneals_to_a_constant_is_never_a_peak(examples, ear
         Reported(at=at, report=number, step=number, epoch=None, metrics={"m": count / examples})
         for number, count in enumerate(counts, 1)
     )
-    nothing = SimpleNamespace(
+    run = SimpleNamespace(
         name="r", history=history, rules=(), kept={}, saved=frozenset(), checkpoints=(),
-        series=lambda metric: [report.metrics[metric] for report in history],
+        series=lambda metric: [report.metrics[metric] for report in history], best_checkpoint=lambda metric, mode: None,
     )  # fmt: skip
-    [one] = run_peaks(nothing, "m", mode, Examples())
+    [one] = run_peaks(run, "m", mode, Examples())
     assert one.verdict != "peak"
     assert one.noise is None
 
@@ -143,7 +143,7 @@ def test_the_noise_of_a_curve_that_anneals_is_not_known(tmp_path):
     write(tmp_path, "q", acc=annealed(0.71))
     for one in found(tmp_path, "r", metrics={"acc": "max", "loss": "min"}).peaks:
         assert (one.verdict, one.noise, one.margin) == ("noise unknown", None, None)
-        assert "scatter hardly" in one.why
+        assert "hardly vary" in one.why
         assert "--n-eval" in one.why
     assert verdict(tmp_path, "r", n_eval=1000) == "within noise"
     [both] = found(tmp_path, compare=[("r", "q")], part="x").comparisons
@@ -193,7 +193,7 @@ def test_a_reported_standard_error_counts_before_the_scatter(tmp_path):
     assert one.verdict == "within noise"
     assert one.noise.source == "reported as acc_se"
     assert 0.3 <= one.noise.se <= 0.5
-    assert "on these same examples the best is better" in one.aside
+    assert "the best is better on these examples" in one.aside
 
 
 def test_an_unlucky_last_report_is_told_from_a_decline(tmp_path):

@@ -2,19 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peakpoint.format.events import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
-from peakpoint.repository import journal as journals
-from peakpoint.repository import packs, reader
+from peakpoint.repository import journal, packs, reader
 from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.run import Run, rules_of
-from peakpoint.rules import Rule, lineage
-from peakpoint.rules import history as histories
-
-Point = tuple[float, float]
+from peakpoint.rules import Mode, Rule, lineage, ranked
+from peakpoint.rules.history import RunReplay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,17 +20,17 @@ class RunData:
 
     Attributes:
         run: the run.
-        history: the reports that count, earliest first, with what was measured of their checkpoints later.
-        abandoned: the branches that do not count, each in its order.
-        checkpoints: those that exist, earliest first, with all that is known of their metrics.
-        packed: id to the bytes of the pack, of those that are archived.
+        history: the reports that count, earliest first, with metrics that were measured later.
+        abandoned: the reports of each branch that was abandoned.
+        checkpoints: those that exist, earliest first, with all their metrics.
+        packed: checkpoint id to the bytes of its pack, of archived checkpoints.
         rules: those in force.
-        state: part to the class of what was given for it.
+        state: part to the class of its object.
         saved: numbers of the reports of the history that became checkpoints.
-        kept: report number to the checkpoint of it that exists now.
-        ended: how the last training ended: ``"closed"``, a signal or an error; None when nothing says so.
+        kept: report number to its checkpoint, where that still exists.
+        ended: how the last training ended: ``"closed"``, a signal or an error; None when the journal does not tell.
         writer: who is writing the run at present; None when nobody is.
-        remarks: what a reader should know, a sentence each.
+        remarks: sentences about damage.
     """
 
     run: Run
@@ -61,111 +58,114 @@ class RunData:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Every metric of a report or a checkpoint, by name."""
+        """The names of all metrics of reports and checkpoints, sorted."""
         reported = {name for report in self.history for name in report.metrics}
-        return tuple(sorted(reported.union(*(manifest.metrics for manifest in self.checkpoints))))
+        return tuple(sorted(reported.union(*(checkpoint.metrics for checkpoint in self.checkpoints))))
 
     def counts_epochs(self) -> bool:
-        """Whether the epochs of the reports say where they are: each has one, and none has that of another."""
-        epochs = [report.epoch for report in self.history]
-        return all(
-            later is not None and earlier is not None and later > earlier
-            for earlier, later in itertools.pairwise(epochs)
-        ) and all(epoch is not None for epoch in epochs)
+        """Return whether every report has an epoch, and each epoch is later than the one before."""
+        epochs = [report.epoch for report in self.history if report.epoch is not None]
+        increasing = all(earlier < later for earlier, later in itertools.pairwise(epochs))
+        return increasing and len(epochs) == len(self.history)
 
     def series(self, metric: str) -> list[float]:
-        """The finite values of a metric, earliest first."""
+        """Return the finite values of a metric, earliest first."""
         values = (report.metrics.get(metric, math.nan) for report in self.history)
         return [value for value in values if math.isfinite(value)]
 
+    def best_checkpoint(self, metric: str, mode: Mode) -> Manifest | None:
+        """Return the best existing checkpoint by a metric; None when none has a finite value."""
+        ids = [checkpoint.id for checkpoint in ranked(self.checkpoints, metric, mode)[:1]]
+        return next((checkpoint for checkpoint in self.checkpoints if checkpoint.id in ids), None)
+
     def rows(self) -> Iterator[tuple[str, int, int, int | None, str, float, bool, bool, str | None]]:
-        """The long table: run, report, step, epoch, metric, value, saved, kept, ref of the checkpoint."""
+        """Yield run, report, step, epoch, metric, value, saved, kept and checkpoint ref of every value."""
         for report in self.history:
-            manifest = self.kept.get(report.report)
+            checkpoint = self.kept.get(report.report)
             saved = report.report in self.saved
-            ref = None if manifest is None else ref_of(manifest)
+            ref = None if checkpoint is None else ref_of(checkpoint)
             for metric, value in report.metrics.items():
                 place = (self.name, report.report, report.step, report.epoch)
-                yield *place, metric, value, saved, manifest is not None, ref
+                yield *place, metric, value, saved, checkpoint is not None, ref
 
 
-def ref_of(manifest: Manifest) -> str:
-    """The ref that names this checkpoint and no other."""
-    return f"{manifest.run}/{manifest.name}"
+def ref_of(checkpoint: Manifest) -> str:
+    """Return the ref that names this checkpoint and no other."""
+    return f"{checkpoint.run}/{checkpoint.name}"
 
 
 def read_run_data(run: Run) -> RunData:
     """Read a run: its journal and its manifests, no weights."""
-    reading = journals.read(run.store, run.name)
-    shelf = reader.list_run(run.store, run.name)
-    history, abandoned, at = _branches(reading.events)
-    saved = {moment: report for moment, report in at.items() if report is not None}
+    contents = journal.read(run.store, run.name)
+    listing = reader.list_run(run.store, run.name)
+    checkpoints = all_with_annotations(listing.manifests, contents.events, ())
+    history, abandoned, report_of = _replayed(contents.events)
+    numbers = {checkpoint: report.report for checkpoint, report in report_of.items() if report is not None}
+    by_number = {report.report: report for report in history}
     # the process of the newest may have been killed before it could say that it was saved
-    current = {record.id for record in lineage(shelf.manifests)}
-    numbers = {report.report: report for report in history}
-    rules = rules_of(reading.events)
-    known = all_with_annotations(shelf.manifests, reading.events, ())
-    unsaid = [one for one in known if one.id in current and one.id not in at and one.report in numbers]
-    kept = {one.report: one for one in unsaid if numbers[one.report].step == one.step}
-    kept |= {saved[manifest.id].report: manifest for manifest in known if manifest.id in saved}
-    damage = [*reading.damage, *(str(damaged.error) for damaged in shelf.damaged)]
-    opened = [event for event in reading.events if isinstance(event, Opened) and event.state]
+    current = {record.id for record in lineage(listing.manifests)}
+    unrecorded = [checkpoint for checkpoint in checkpoints if checkpoint.id in current - report_of.keys()]
+    for checkpoint in unrecorded:
+        report = by_number.get(checkpoint.report)
+        if report is not None and report.step == checkpoint.step:
+            numbers[checkpoint.id] = report.report
+    classes = [event.state for event in contents.events if isinstance(event, Opened) and event.state]
+    damage = [*contents.damage, *(str(damaged.error) for damaged in listing.damaged)]
     return RunData(
         run=run,
-        history=tuple(_measured(history, reading.events, saved)),
+        history=tuple(_with_later_metrics(history, contents.events, numbers)),
         abandoned=abandoned,
-        checkpoints=known,
-        packed=packs.packed_bytes(run.store, run.name, known),
-        rules=rules,
-        state=opened[-1].state if opened else {},
-        saved=frozenset(kept) | {report.report for report in saved.values()},
-        kept=kept,
-        ended=_ended(reading),
+        checkpoints=checkpoints,
+        packed=packs.packed_bytes(run.store, run.name, checkpoints),
+        rules=rules_of(contents.events),
+        state=classes[-1] if classes else {},
+        saved=frozenset(numbers.values()),
+        kept={numbers[checkpoint.id]: checkpoint for checkpoint in checkpoints if checkpoint.id in numbers},
+        ended=_ended(contents),
         writer=run.holder(),
-        remarks=tuple(f"left out, because it is damaged: {text}" for text in damage),
+        remarks=tuple(f"left out, because it is damaged: {sentence}" for sentence in damage),
     )
 
 
-def _branches(
+def _replayed(
     events: Sequence[Event],
 ) -> tuple[list[Reported], tuple[tuple[Reported, ...], ...], dict[str, Reported | None]]:
-    """The history, the branches that were abandoned, and the report of each saved checkpoint (None in a branch)."""
-    history = histories.history(events)
-    counts = {id(report) for report in history}
+    """Return the history, the abandoned branches, and by checkpoint its report in the history, else None."""
+    replay = RunReplay(events)
+    history = replay.reports()
+    in_history = set(map(id, history))
     branches: list[list[Reported]] = [[]]
-    newest: dict[int, Reported] = {}
-    at: dict[str, Reported | None] = {}
+    report_of: dict[str, Reported | None] = {}
     for event in events:
         match event:
             case Started():
                 branches.append([])
-            case Reported():
-                newest[event.report] = event
-                if id(event) not in counts:
-                    branches[-1].append(event)
+            case Reported() if id(event) not in in_history:
+                branches[-1].append(event)
             case Saved():
-                report = newest.get(event.report)
-                at[event.checkpoint] = report if report is not None and id(report) in counts else None
+                report = replay.report_of(event.checkpoint)
+                report_of[event.checkpoint] = report if id(report) in in_history else None
             case _:
                 pass
-    return history, tuple(tuple(branch) for branch in branches if branch), at
+    return history, tuple(tuple(branch) for branch in branches if branch), report_of
 
 
-def _measured(
-    history: Sequence[Reported], events: Iterable[Event], saved: Mapping[str, Reported]
+def _with_later_metrics(
+    history: Sequence[Reported], events: Sequence[Event], numbers: Mapping[str, int]
 ) -> Iterator[Reported]:
+    """Add to each report the metrics that were measured of its checkpoint later."""
     later: dict[int, dict[str, float]] = {}
     for event in events:
-        if isinstance(event, Measured) and event.checkpoint in saved:
-            later.setdefault(saved[event.checkpoint].report, {}).update(event.metrics)
+        if isinstance(event, Measured) and event.checkpoint in numbers:
+            later.setdefault(numbers[event.checkpoint], {}).update(event.metrics)
     for report in history:
-        more = later.get(report.report)
-        yield replace(report, metrics={**report.metrics, **more}) if more else report
+        metrics = later.get(report.report)
+        yield replace(report, metrics={**report.metrics, **metrics}) if metrics else report
 
 
-def _ended(reading: journals.JournalContents) -> str | None:
-    """What the last process that trained said at its end."""
-    for _, events in reversed(list(reading.by_segment())):
+def _ended(contents: journal.JournalContents) -> str | None:
+    """Return what the last process that trained recorded at its end."""
+    for _, events in reversed(list(contents.by_segment())):
         if any(isinstance(event, Reported | Started) for event in events):
             return events[-1].why if isinstance(events[-1], Closed) else None
     return None
