@@ -27,7 +27,7 @@ _STYLES = {
     "not finite": "bold red",
     "within noise": "green",
     "still improving": "green",
-    "noise unknown": "cyan",
+    tables.NOISE_UNKNOWN: "cyan",
 }
 
 

@@ -1,6 +1,7 @@
-"""What was found, as tables of text that a terminal, a page or a file shows in its own way."""
+"""The results as tables of text, which a terminal, a page or a file shows in its own way."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -8,28 +9,32 @@ from typing import TYPE_CHECKING
 from peakpoint.format.amounts import moment_label, size_text
 from peakpoint.reports.evaluation.compressed import CompressedComparison, ModelSize
 from peakpoint.reports.evaluation.downsample import sparkline, thin
-from peakpoint.reports.evaluation.groups import Grouping
+from peakpoint.reports.evaluation.groups import Grouping, RunGroup
 from peakpoint.reports.evaluation.noise import Interval
 from peakpoint.reports.evaluation.peaks import RunPeak
 from peakpoint.reports.evaluation.run_data import RunData
-from peakpoint.reports.evaluation.sparsity import BestAtTarget, Tradeoff
+from peakpoint.reports.evaluation.sparsity import BestAtTarget, SparsityPoint, Tradeoff
 
 if TYPE_CHECKING:
-    from peakpoint.reports.evaluation import Evaluation
+    from peakpoint.reports.evaluation.result import Evaluation
 
-PEAKS = "Peak against last"
+PEAKS = "Best against last"
 CURVE = "curve"
+NOISE_UNKNOWN = "unknown: pass --n-eval"
+
+Row = Sequence[tuple[str, str]]
+"""Each head with its cell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportTable:
-    """Rows of text; nothing is escaped yet.
+    """Rows of text, not escaped yet.
 
     Attributes:
-        title: what it shows.
+        title: of the whole table.
         columns: the heads; one that begins with ``>`` stands over numbers.
         rows: the cells.
-        notes: how to read it, a sentence each.
+        notes: sentences that say how to read it.
     """
 
     title: str
@@ -43,14 +48,14 @@ class ReportTable:
         return [(column.removeprefix(">"), column.startswith(">")) for column in self.columns]
 
     def without(self, head: str) -> "ReportTable":
-        """The same without a column."""
-        left = [at for at, (title, _) in enumerate(self.heads) if title != head]
-        rows = tuple(tuple(cells[at] for at in left) for cells in self.rows)
-        return replace(self, columns=tuple(self.columns[at] for at in left), rows=rows)
+        """Return the table without a column."""
+        remaining = [index for index, (title, _) in enumerate(self.heads) if title != head]
+        rows = tuple(tuple(cells[index] for index in remaining) for cells in self.rows)
+        return replace(self, columns=tuple(self.columns[index] for index in remaining), rows=rows)
 
 
 def printable(text: str) -> str:
-    r"""Text from users without what moves a cursor, reorders a line or cannot be seen.
+    r"""Escape what moves a cursor, reorders a line or cannot be seen.
 
     Example:
         >>> printable("val" + chr(0x9b) + "acc")
@@ -60,158 +65,13 @@ def printable(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Five significant digits; nothing for None."""
+    """Format a number with five significant digits, None as nothing."""
     return "" if value is None else f"{value:.5g}"
 
 
 def signed(value: float) -> str:
-    """Three significant digits with their sign."""
+    """Format a difference with three significant digits and its sign."""
     return f"{value:+.3g}" if math.isfinite(value) else str(value)
-
-
-def tables(found: "Evaluation") -> list[ReportTable]:
-    """Every table that has a row."""
-    materials = {one.name: one for one in found.runs}
-    every = [
-        _table("Runs", [_run_row(one, found.optimizers[one.name]) for one in found.runs]),
-        _table(PEAKS, [_peak_row(one, materials[one.run]) for one in found.peaks], _peak_notes(found.peaks)),
-        *(_group(grouping) for grouping in found.groups if len(grouping.groups) > 1),
-        *(table for one in found.tradeoffs for table in _tradeoff(one)),
-        *map(_comparison, found.comparisons),
-    ]
-    return [table for table in every if table.rows]
-
-
-Row = Sequence[tuple[str, str]]
-"""Each head with its cell."""
-
-
-def _table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> ReportTable:
-    listed = list(rows)
-    columns = tuple(head for head, _ in listed[0]) if listed else ()
-    cells = tuple(tuple(cell for _, cell in row) for row in listed)
-    return ReportTable(title=title, columns=columns, rows=cells, notes=tuple(notes))
-
-
-def _run_row(one: RunData, optimizer: str) -> Row:
-    last = one.history[-1] if one.history else None
-    return (
-        ("run", one.name),
-        ("optimizer", optimizer),
-        (">reports", str(len(one.history))),
-        (">last at", moment_label(last.step, last.epoch) if last else ""),
-        (">saved / kept", f"{len(one.saved)} / {len(one.checkpoints)}"),
-        (">size", size_text(sum(one.packed.get(manifest.id, manifest.size_bytes) for manifest in one.checkpoints))),
-        ("ended", _ended(one)),
-    )
-
-
-def _ended(material: RunData) -> str:
-    if material.writer is not None:
-        return f"not yet: being written by {material.writer}"
-    if material.ended is None:
-        return "no word of an end: killed?" if material.history else ""
-    return "in good order" if material.ended == "closed" else material.ended
-
-
-def _peak_row(one: RunPeak, material: RunData) -> Row:
-    peak, noise = one.peak, one.noise
-    lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
-    chance = "" if one.margin is None or one.by_chance is None else f"{one.by_chance:.2g}, {one.margin:.2g}"
-    points = list(enumerate(material.series(peak.metric)))
-    return (
-        ("run", one.run),
-        ("metric", f"{one.label} {peak.mode}"),
-        (CURVE, sparkline([value for _, value in thin(points, 200)], 12) if one.window == 1 else ""),
-        (">best", number(peak.best) + (f" ± {noise.se:.2g}" if noise else "")),
-        (">at", moment_label(peak.best_step, peak.best_epoch)),
-        (">last", number(peak.last)),
-        (">at", moment_label(peak.last_step, peak.last_epoch)),
-        (">lost", lost),
-        (">by chance", chance),
-        (">as good", "" if one.contenders is None else f"{one.contenders} of {peak.count}"),
-        ("verdict", one.verdict),
-        ("checkpoint", _where(one, material)),
-    )
-
-
-def _where(one: RunPeak, material: RunData) -> str:
-    """A short ref of the best moment's checkpoint, or what there is instead."""
-    short = {f"{each.run}/{each.name}": f"{each.run}/{each.id[:8]}" for each in material.checkpoints}
-    if one.checkpoint is not None:
-        return short[one.checkpoint]
-    gone = "removed" if one.saved else "never saved"
-    if one.nearest is None:
-        return gone
-    ref, value = one.nearest
-    if value == one.peak.best:
-        return f"{gone}; {short[ref]} is as good"
-    return f"{gone}; the best kept is {short[ref]} with {number(value)}"
-
-
-def _peak_notes(peaks: Iterable[RunPeak]) -> Iterator[str]:
-    known = [one for one in peaks if one.margin is not None]
-    if known:
-        yield (
-            "All in the metric's unit. By chance: how far the best of so many equal values lies above the others on "
-            "average, and how far it lies above the last in 19 of 20 cases. As good: how many are that near the best. "
-            "The best was chosen for being the best, so expect less of it on new data."
-        )
-    for source in dict.fromkeys(one.noise.source for one in known if one.noise):
-        yield f"± of {_which(known, source)} is the standard error of one value: {source}."
-    runs: dict[tuple[str, str], list[str]] = {}
-    for one in peaks:
-        text = one.why if one.verdict in ("noise unknown", "not finite") else one.aside
-        if text:
-            runs.setdefault((one.label, text), []).append(one.run)
-    for (label, text), names in runs.items():
-        yield f"{few(names)}, {label}: {text}."
-
-
-def _which(known: Iterable[RunPeak], source: str) -> str:
-    """The metrics whose noise has this source, with their runs where it is not that of all."""
-    runs: dict[str, dict[str, bool]] = {}
-    for one in known:
-        runs.setdefault(one.label, {})[one.run] = one.noise is not None and one.noise.source == source
-    return "; ".join(
-        label if all(having.values()) else f"{label} in {few([run for run, has in having.items() if has])}"
-        for label, having in runs.items()
-        if any(having.values())
-    )
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are.
-
-    Example:
-        >>> few(["a", "b", "c", "d", "e", "f", "g"])
-        'a, b, c, d, e and 2 more'
-    """
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _group(grouping: Grouping) -> ReportTable:
-    by = grouping.by if grouping.by == "optimizer" else "group"
-    rows = [
-        (
-            (by, group.name),
-            (">runs", str(len(group.runs))),
-            (
-                ">mean best ± spread",
-                number(group.best) + ("" if group.best_spread is None else f" ± {group.best_spread:.2g}"),
-            ),
-            (">best run", number(group.best_of_all)),
-            (">mean last", number(group.last)),
-            (">mean lost", number(group.lost)),
-            (
-                ">against the first",
-                "the best mean" if group is grouping.groups[0] else interval_text(group.against) or "not known",
-            ),
-        )
-        for group in grouping.groups
-    ]
-    note = f"{grouping.note[:1].upper()}{grouping.note[1:]}."
-    return _table(f"{grouping.metric} ({grouping.mode}) by {grouping.by}", rows, [note])
 
 
 def interval_text(interval: Interval | None) -> str:
@@ -221,80 +81,242 @@ def interval_text(interval: Interval | None) -> str:
     return f"{signed(interval.difference)} ({signed(interval.low)} to {signed(interval.high)})"
 
 
-def _tradeoff(found: Tradeoff) -> Iterator[ReportTable]:
-    without = {at.run for at in found.targets} - {spot.run for spot in found.dense}
-    notes = [f"{run} has no dense checkpoint to compare with." for run in sorted(without)]
-    rows = [_target_row(at, found) for at in found.targets]
-    yield _table(f"{found.metric} ({found.mode}) at each {found.sparsity}", rows, notes)
-    front = sorted((spot for spot in found.spots if spot.on_front), key=lambda spot: spot.sparsity)
-    yield _table(
-        f"The front of {found.metric} ({found.mode}) and {found.sparsity} (max)",
-        [
-            (
-                (f">{found.sparsity}", number(one.sparsity)),
-                (f">{found.metric}", number(one.value)),
-                (">at", moment_label(one.step, one.epoch)),
-                ("checkpoint", one.ref),
-            )
-            for one in front
-        ],
-        [f"{len(front)} of {len(found.spots)} checkpoints: no other is at least as good in both and better in one."],
-    )
+def few(names: Sequence[str]) -> str:
+    """List the first names, and how many more there are.
+
+    Example:
+        >>> few(["a", "b", "c", "d", "e", "f", "g"])
+        'a, b, c, d, e and 2 more'
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _target_row(at: BestAtTarget, found: Tradeoff) -> Row:
-    spot = at.spot
-    cost = "" if at.cost is None or spot in found.dense else signed(-at.cost if found.mode == "max" else at.cost)
-    return (
-        ("run", at.run),
-        (f">{found.sparsity} wanted", f"{at.target:g} ± {at.tolerance:g}"),
-        (">has", "" if spot is None else number(spot.sparsity)),
-        (f">best {found.metric}", "" if spot is None else number(spot.value)),
-        (">against dense", cost),
-        ("checkpoint", "none at this sparsity" if spot is None else spot.ref),
-    )
-
-
-def _comparison(found: CompressedComparison) -> ReportTable:
-    one, other = found.original, found.compressed
-    rows = [("checkpoint", one.ref, other.ref, "")]
-    for item in found.differences:
-        both = number(item.original), number(item.compressed)
-        rows.append((item.metric, *both, interval_text(item.interval) or signed(item.compressed - item.original)))
-    rows += _weight_rows(one, other)
-    sources: dict[str, list[str]] = {}
-    for item in found.differences:
-        if item.interval is not None:
-            sources.setdefault(item.source, []).append(item.metric)
-    notes = [
-        f"The interval of {few(metrics)} is one of 95 %, as if each was measured on other examples: {source}."
-        for source, metrics in sources.items()
+def tables(evaluation: "Evaluation") -> list[ReportTable]:
+    """Return every table that has a row."""
+    runs = {run.name: run for run in evaluation.runs}
+    candidates = [
+        _table("Runs", [_run_row(run, evaluation.optimizers[run.name]) for run in evaluation.runs]),
+        _table(
+            PEAKS,
+            [_peak_row(run_peak, runs[run_peak.run]) for run_peak in evaluation.peaks],
+            _peak_notes(evaluation.peaks),
+        ),
+        *(_group_table(grouping) for grouping in evaluation.groups if len(grouping.groups) > 1),
+        *(table for tradeoff in evaluation.tradeoffs for table in (_target_table(tradeoff), _front_table(tradeoff))),
+        *map(_comparison_table, evaluation.comparisons),
     ]
-    if any(weight.nonzero is not None for weight in (one, other)):
-        notes.append(
-            "As sparse storage: an estimate, a bit for each parameter and the values that are not zero; no such file "
-            "was written."
-        )
-    counted = dict.fromkeys(weight.source for weight in (one, other))
-    notes += [f"Non-zero parameters of {one.part}: {source}." for source in counted]
-    columns = ("", "original", "compressed", ">difference or share")
-    return ReportTable(
-        title=f"Compressed against original: {found.why}", columns=columns, rows=tuple(rows), notes=tuple(notes)
+    return [table for table in candidates if table.rows]
+
+
+def _table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> ReportTable:
+    listed = list(rows)
+    columns = tuple(head for head, _ in listed[0]) if listed else ()
+    cells = tuple(tuple(cell for _, cell in row) for row in listed)
+    return ReportTable(title=title, columns=columns, rows=cells, notes=tuple(notes))
+
+
+# --- runs and their peaks -----------------------------------------------------------------------------------------
+
+
+def _run_row(run: RunData, optimizer: str) -> Row:
+    last = run.history[-1] if run.history else None
+    sizes = [run.packed.get(checkpoint.id, checkpoint.size_bytes) for checkpoint in run.checkpoints]
+    return (
+        ("run", run.name),
+        ("optimizer", optimizer),
+        (">reports", str(len(run.history))),
+        (">last report", moment_label(last.step, last.epoch) if last else ""),
+        (">saved / kept", f"{len(run.saved)} / {len(run.checkpoints)}"),
+        (">size", size_text(sum(sizes))),
+        ("ended", _ended(run)),
     )
 
 
-def _weight_rows(one: ModelSize, other: ModelSize) -> Iterator[tuple[str, str, str, str]]:
+def _ended(run: RunData) -> str:
+    if run.writer is not None:
+        return f"running: being written by {run.writer}"
+    if run.ended is None:
+        return "no end recorded (killed?)" if run.history else ""
+    return "finished" if run.ended == "closed" else run.ended
+
+
+def _peak_row(run_peak: RunPeak, run: RunData) -> Row:
+    peak, noise = run_peak.peak, run_peak.noise
+    lost = "nothing" if peak.lost == 0 else f"{peak.lost:.3g}" if math.isfinite(peak.lost) else "?"
+    curve = thin(list(enumerate(run.series(peak.metric))), 200) if run_peak.window == 1 else ()
+    return (
+        ("run", run_peak.run),
+        ("metric", f"{run_peak.label} {peak.mode}"),
+        (CURVE, sparkline([value for _, value in curve], 12)),
+        (">best", number(peak.best) + (f" ± {noise.se:.2g}" if noise else "")),
+        (">best at", moment_label(peak.best_step, peak.best_epoch)),
+        (">last", number(peak.last)),
+        (">last at", moment_label(peak.last_step, peak.last_epoch)),
+        (">lost", lost),
+        (">luck, mean", "" if run_peak.by_chance is None else f"{run_peak.by_chance:.2g}"),
+        (">luck, 95 %", "" if run_peak.margin is None else f"{run_peak.margin:.2g}"),
+        (">within noise of best", "" if run_peak.contenders is None else f"{run_peak.contenders} of {peak.count}"),
+        ("verdict", NOISE_UNKNOWN if run_peak.verdict == "noise unknown" else run_peak.verdict),
+        ("checkpoint", _best_checkpoint(run_peak, run)),
+    )
+
+
+def _best_checkpoint(run_peak: RunPeak, run: RunData) -> str:
+    """Return a short ref of the best moment's checkpoint, or say what exists instead."""
+    short = {f"{checkpoint.run}/{checkpoint.name}": f"{run.name}/{checkpoint.id[:8]}" for checkpoint in run.checkpoints}
+    if run_peak.checkpoint is not None:
+        return short[run_peak.checkpoint]
+    fate = "removed" if run_peak.saved else "never saved"
+    if run_peak.nearest is None:
+        return fate
+    ref, value = run_peak.nearest
+    if value == run_peak.peak.best:
+        return f"{fate}; {short[ref]} has the same value"
+    return f"{fate}; the best kept is {short[ref]} with {number(value)}"
+
+
+def _peak_notes(run_peaks: Sequence[RunPeak]) -> Iterator[str]:
+    with_noise = [run_peak for run_peak in run_peaks if run_peak.margin is not None]
+    if with_noise:
+        yield (
+            "Luck: the gap that chance alone makes between the best of so many equally good values and the others on "
+            "average (mean), and the gap to the last that it exceeds in 1 of 20 cases (95 %). Within noise of best: "
+            "reports whose value is nearer to the best than that. The best was picked for being the best, so expect "
+            "less of it on new data."
+        )
+    for source in dict.fromkeys(run_peak.noise.source for run_peak in with_noise if run_peak.noise):
+        yield f"± of {_metrics_with(source, with_noise)} is the standard error of one value: {source}."
+    runs = defaultdict(list)
+    for run_peak in run_peaks:
+        sentence = run_peak.why if run_peak.verdict in ("noise unknown", "not finite") else run_peak.aside
+        if sentence:
+            runs[run_peak.label, sentence].append(run_peak.run)
+    for (label, sentence), names in runs.items():
+        yield f"{few(names)}, {label}: {sentence}."
+
+
+def _metrics_with(source: str, run_peaks: Iterable[RunPeak]) -> str:
+    """Name the metrics whose noise has this source, with their runs where other runs have another source."""
+    sources: defaultdict[str, dict[str, str | None]] = defaultdict(dict)
+    for run_peak in run_peaks:
+        sources[run_peak.label][run_peak.run] = run_peak.noise.source if run_peak.noise else None
+    parts = []
+    for label, by_run in sources.items():
+        runs = [run for run, run_source in by_run.items() if run_source == source]
+        if runs:
+            parts.append(label if len(runs) == len(by_run) else f"{label} in {few(runs)}")
+    return "; ".join(parts)
+
+
+# --- groups, sparsity, compressed models --------------------------------------------------------------------------
+
+
+def _group_table(grouping: Grouping) -> ReportTable:
+    rows = [_group_row(grouping, group) for group in grouping.groups]
+    note = f"{grouping.note[:1].upper()}{grouping.note[1:]}."
+    return _table(f"{grouping.metric} ({grouping.mode}) by {grouping.by}", rows, [note])
+
+
+def _group_row(grouping: Grouping, group: RunGroup) -> Row:
+    spread = "" if group.best_spread is None else f" ± {group.best_spread:.2g}"
+    difference = "best mean" if group is grouping.groups[0] else interval_text(group.against) or "unknown"
+    return (
+        ("optimizer" if grouping.by == "optimizer" else "group", group.name),
+        (">runs", str(len(group.runs))),
+        (">mean best ± spread", number(group.best) + spread),
+        (">best run", number(group.best_of_all)),
+        (">mean last", number(group.last)),
+        (">mean lost", number(group.lost)),
+        (">difference to the first", difference),
+    )
+
+
+def _target_table(tradeoff: Tradeoff) -> ReportTable:
+    without_dense = {best.run for best in tradeoff.targets} - {point.run for point in tradeoff.dense}
+    return _table(
+        f"{tradeoff.metric} ({tradeoff.mode}) at each target of {tradeoff.sparsity}",
+        [_target_row(best, tradeoff) for best in tradeoff.targets],
+        [f"{run} has no dense checkpoint to compare with." for run in sorted(without_dense)],
+    )
+
+
+def _target_row(best: BestAtTarget, tradeoff: Tradeoff) -> Row:
+    point, change = best.spot, ""
+    if best.cost is not None and point not in tradeoff.dense:
+        change = signed(-best.cost if tradeoff.mode == "max" else best.cost)
+    return (
+        ("run", best.run),
+        (f">target {tradeoff.sparsity}", f"{best.target:g} ± {best.tolerance:g}"),
+        (f">actual {tradeoff.sparsity}", "" if point is None else number(point.sparsity)),
+        (f">best {tradeoff.metric}", "" if point is None else number(point.value)),
+        (">change from dense", change),
+        ("checkpoint", "none at this sparsity" if point is None else point.ref),
+    )
+
+
+def _front_table(tradeoff: Tradeoff) -> ReportTable:
+    front = front_of(tradeoff)
+    rows = [
+        (
+            (f">{tradeoff.sparsity}", number(point.sparsity)),
+            (f">{tradeoff.metric}", number(point.value)),
+            (">at", moment_label(point.step, point.epoch)),
+            ("checkpoint", point.ref),
+        )
+        for point in front
+    ]
+    note = (
+        f"{len(front)} of {len(tradeoff.spots)} checkpoints are Pareto-optimal: no other is at least as good in both "
+        "and better in one."
+    )
+    return _table(f"Pareto front of {tradeoff.metric} ({tradeoff.mode}) and {tradeoff.sparsity} (max)", rows, [note])
+
+
+def front_of(tradeoff: Tradeoff) -> list[SparsityPoint]:
+    """Return the points on the Pareto front, the least sparse first."""
+    return sorted((point for point in tradeoff.spots if point.on_front), key=lambda point: point.sparsity)
+
+
+def _comparison_table(comparison: CompressedComparison) -> ReportTable:
+    original, compressed = comparison.original, comparison.compressed
+    rows = [("checkpoint", original.ref, compressed.ref, "")]
+    metrics_by_source = defaultdict(list)
+    for change in comparison.differences:
+        difference = interval_text(change.interval) or signed(change.compressed - change.original)
+        rows.append((change.metric, number(change.original), number(change.compressed), difference))
+        if change.interval is not None:
+            metrics_by_source[change.source].append(change.metric)
+    rows += _size_rows(original, compressed)
+    notes = [
+        f"The 95 % interval of {few(metrics)} assumes that both were measured on different examples: {source}."
+        for source, metrics in metrics_by_source.items()
+    ]
+    if original.nonzero is not None or compressed.nonzero is not None:
+        notes.append(
+            "Sparse storage is an estimate: one bit a parameter, and the non-zero values; no such file was written."
+        )
+    sources = dict.fromkeys([original.source, compressed.source])
+    notes += [f"Non-zero parameters of {original.part}: {source}." for source in sources]
+    return ReportTable(
+        title=f"Compressed against original: {comparison.why}",
+        columns=("", "original", "compressed", ">difference or share"),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def _size_rows(original: ModelSize, compressed: ModelSize) -> Iterator[tuple[str, str, str, str]]:
     figures: tuple[tuple[str, str, Callable[[int], str]], ...] = (
-        (f"parameters of {one.part}", "parameters", "{:,}".format),
-        ("not zero", "nonzero", "{:,}".format),
-        (f"bytes of {one.part}", "part_bytes", size_text),
-        ("as sparse storage (estimate)", "sparse_bytes", size_text),
+        (f"parameters of {original.part}", "parameters", "{:,}".format),
+        ("non-zero", "nonzero", "{:,}".format),
+        (f"bytes of {original.part}", "part_bytes", size_text),
+        ("sparse storage (estimate)", "sparse_bytes", size_text),
         ("all files", "files_bytes", size_text),
         ("in the archive", "packed_bytes", size_text),
     )
-    for what, name, show in figures:
-        before, after = getattr(one, name), getattr(other, name)
-        if name != "packed_bytes" or before is not None or after is not None:
-            shown = ["not known" if count is None else show(count) for count in (before, after)]
-            share = f"{after / before:.1%}" if before and after is not None else ""
-            yield what, shown[0], shown[1], share
+    for title, field, show in figures:
+        counts = getattr(original, field), getattr(compressed, field)
+        if field != "packed_bytes" or counts != (None, None):
+            share = f"{counts[1] / counts[0]:.1%}" if counts[0] and counts[1] is not None else ""
+            cells = ["unknown" if count is None else show(count) for count in counts]
+            yield title, cells[0], cells[1], share
