@@ -9,10 +9,10 @@
      +- ConflictError         11   wait for, or stop, the other writer
      +- CorruptError          12   bytes are not what was written: use another checkpoint
      |   +- SignatureError    15   ... or not what somebody has signed
-     +- FormatError           13   written by a newer release, or not by Peakpoint at all
+     +- FormatError           13   written by a newer release: update Peakpoint
      +- MismatchError         14   state and checkpoint do not fit each other (ValueError)
      +- RefusedError          16   a checkpoint is not fit for what was asked: read why
-     +- StoreError            20   the disk or the network said no            (OSError)
+     +- StoreError            20   the disk or the network refused            (OSError)
      |   +- TransientStoreError 21 ... and may say yes if asked again
      +- SaveFailedError       22   a background save failed; raised at the next call
 
@@ -45,12 +45,12 @@ class MissingExtraError(Error, ImportError):
 
 
 @contextlib.contextmanager
-def needing(extra: str, what: str) -> Iterator[None]:
+def needing(extra: str, feature: str) -> Iterator[None]:
     """Say how to install what an import of the block has not found.
 
     Args:
-        extra: of Peakpoint, that brings it.
-        what: who needs it, with the verb, such as ``"archives need"``.
+        extra: the extra of Peakpoint that installs it.
+        feature: what needs it, with the verb, such as ``"archives need"``.
 
     Raises:
         MissingExtraError: a module is not installed.
@@ -59,7 +59,7 @@ def needing(extra: str, what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{what} {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
+            f"{feature} {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
         ) from error
 
 
@@ -88,7 +88,7 @@ class SignatureError(CorruptError):
 
 
 class FormatError(Error):
-    """Well-preserved bytes in a form that this release does not read."""
+    """Undamaged bytes in a form that this release does not read."""
 
     exit_code = 13
 

@@ -498,7 +498,7 @@ def test_a_name_that_is_none_is_answered_with_near_ones(catalogues):
             select(catalogues[0], text, by)
     with pytest.raises(ConfigError, match="run is not a number to rank by"):
         select(catalogues[0], "", {"run": "max"})
-    with pytest.raises(ConfigError, match="never guessed"):
+    with pytest.raises(ConfigError, match="mode must be"):
         select(catalogues[0], "", {"acc": "best"})
     for top in (0, True, 1.5, 10**30):
         with pytest.raises(ConfigError, match="from 1 to"):

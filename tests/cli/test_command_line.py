@@ -254,7 +254,7 @@ def test_rm_shows_a_plan_and_removes_with_yes(root):
 
     plan = invoke("rm", root, "one:epoch=2")
     assert "nothing is removed yet" in plan.output
-    assert "number 2 from the newest, of 2 (last:2)" in plan.output
+    assert "number 2 of the newest 2 (last:2)" in plan.output
     invoke("rm", root, "one:epoch=2", "--yes", "--dry-run")
     assert count() == 3
     done = json.loads(invoke("rm", root, "one:epoch=2", "--yes", "--why", "wrong data", "--json").output)
@@ -394,7 +394,7 @@ def test_keep_does_not_get_into_the_way_of_a_training(root):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert "already being written by process" in done.stderr
-        assert "wait for it, or stop it" in done.stderr
+        assert "wait until it ends, or stop it" in done.stderr
         assert "Traceback" not in done.stderr
     assert len(pp.open(root).run("one").checkpoints()) == 3
 

@@ -567,7 +567,7 @@ def test_the_page_has_the_figures_of_the_presets():
         (PLAN, "needs --epochs and --rules"),
         (["--preset", "lenet5"], "there is no preset 'lenet5'; did you mean 'lenet-5'"),
         ([*PLAN, "--rules", "newest:3"], "not a rule"),
-        ([*PLAN, "--rules", "last:1", "--bandwidth", "fast"], "is no rate"),
+        ([*PLAN, "--rules", "last:1", "--bandwidth", "fast"], "is not a rate"),
         ([*PLAN, "--rules", "last:1", "--sparsity", "half"], "is not a schedule"),
         ([*PLAN, "--rules", "last:1", "--mtbf", "8h"], "give --stall"),
         ([*PLAN, "--rules", "last:1", "--mtbf", "0", "--stall", "1s"], "mean time between failures"),

@@ -366,7 +366,9 @@ def test_a_damaged_checkpoint_neither_goes_nor_counts():
     made = plan([broken, good, newest], [Best("acc", "max")], damaged=damaged)
     assert made.remove == ()
     assert [claim.rule for claim in made.keep[good.id]] == ["best:acc:max", "protection:newest"]
-    assert [claim.reason for claim in made.keep[broken.id]] == ["model.s is missing; rules leave it to you"]
+    assert [claim.reason for claim in made.keep[broken.id]] == [
+        "model.s is missing; rules do not remove it, peakpoint rm does"
+    ]
     made = plan([broken, good, newest], [Budget(1)], damaged=damaged)
     assert made.remove == (), "the newest good one is what the run continues from"
 

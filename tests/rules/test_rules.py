@@ -366,8 +366,8 @@ def test_a_front_says_how_many_are_on_it():
         record(6, acc=1.0),
     ]
     assert rule.claims(history) == {
-        identity(1): "on the front of acc (max) and bytes (min): 0.9, 10; 2 of 4 are",
-        identity(3): "on the front of acc (max) and bytes (min): 0.8, 5; 2 of 4 are",
+        identity(1): "Pareto-optimal in acc (max) and bytes (min): 0.9, 10 (2 of 4 checkpoints are)",
+        identity(3): "Pareto-optimal in acc (max) and bytes (min): 0.8, 5 (2 of 4 checkpoints are)",
     }
 
 
@@ -510,9 +510,9 @@ def test_the_direction_is_required_and_never_guessed():
     with pytest.raises(TypeError):
         TopK("m", k=3)
     for wrong in ("Max", "", "up", None, True, ["max"], {}, 1):
-        with pytest.raises(ConfigError, match="never guessed"):
+        with pytest.raises(ConfigError, match="mode must be"):
             Best("m", wrong)
-        with pytest.raises(ConfigError, match="never guessed"):
+        with pytest.raises(ConfigError, match="mode must be"):
             TopK("m", wrong, 3)
 
 

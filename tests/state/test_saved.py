@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from peakpoint.state import device_copy
 from peakpoint.store import FileOps, LocalStore
-from peakpoint.store.direct_io import BLOCK, PAGE, DirectFilling, is_cached
+from peakpoint.store.direct_io import BLOCK, PAGE, DirectReader, is_cached
 from training import checkpointer, parts, same
 
 SIZE = 2 * BLOCK + 12_345
@@ -115,7 +115,7 @@ def test_short_reads_that_end_anywhere(tmp_path):
 
     _, data = cold(tmp_path, 4_500_000)
     fd = os.open(tmp_path / "d" / "a", os.O_RDONLY)
-    filling = DirectFilling(Short(), fd, len(data))
+    filling = DirectReader(Short(), fd, len(data))
     filling.wait(len(data))
     filling.close()
     assert filling.data == data

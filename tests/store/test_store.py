@@ -468,11 +468,11 @@ def test_numbers_that_are_taken_are_passed_over_and_not_for_ever(store):
 
 def test_more_than_a_reader_expects_is_not_read(store):
     store.put("a", [b"12345"])
-    assert store.get("a", most=5) == b"12345"
-    assert store.get("a", 2, most=3) == b"345"
-    assert store.get("a", 0, 5, most=1) == b"12345"
+    assert store.get("a", max_size=5) == b"12345"
+    assert store.get("a", 2, max_size=3) == b"345"
+    assert store.get("a", 0, 5, max_size=1) == b"12345"
     with pytest.raises(FormatError, match=r"a has 5 bytes, .* at most 4"):
-        store.get("a", most=4)
+        store.get("a", max_size=4)
 
 
 @pytest.mark.parametrize(
@@ -1395,7 +1395,7 @@ def test_a_file_of_absurd_size_is_refused_unread(local):
     os.truncate(local.path("d/a"), 2**40)
     for most in (SMALL, RECORD):
         with pytest.raises(FormatError, match=rf"d/a has {2**40} bytes, .* at most {most}"):
-            local.get("d/a", most=most)
+            local.get("d/a", max_size=most)
     with pytest.raises(FormatError):
         local.get("d/a", 100)
     assert local.get("d/a", 0, 3) == b"1\0\0"

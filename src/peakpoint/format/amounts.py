@@ -1,4 +1,4 @@
-"""Amounts as people write them, and of cores."""
+"""Amounts as people write them: bytes, times, counts and rates."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _BYTES: _Units = {
 }
 _SECONDS: _Units = {"ms": Decimal("0.001"), "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _LONGEST = 36525 * 86400  # a century
-UNDO_FOR = "24h"  # how long what was removed can be brought back unless something else is asked for
+UNDO_FOR = "24h"  # how long a removed checkpoint can be brought back by default
 _COUNTS: _Units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _RATES: _Units = {
     **{f"{prefix}B/s": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))},
@@ -25,18 +25,17 @@ _RATES: _Units = {
 }
 
 
-def _amount(given: str, units: _Units) -> Decimal | None:
-    """A number with one of the units; None for everything else."""
-    match = _AMOUNT.fullmatch(given)
+def _amount(value: str, units: _Units) -> Decimal | None:
+    """Return a number with one of the units; None for everything else."""
+    match = _AMOUNT.fullmatch(value)
     return Decimal(match[1]) * units[match[2]] if match and match[2] in units else None
 
 
-def read_bytes(name: str, given: object) -> int:
-    """A number of bytes from an int or from text such as ``"50 GB"`` or ``"256MiB"``.
+def read_bytes(name: str, value: object) -> int:
+    """Read a number of bytes from an int or from text such as ``"50 GB"`` or ``"256MiB"``.
 
     Args:
         name: the argument, for errors.
-        given: what was given.
 
     Raises:
         ConfigError: it is neither, or not at least 1.
@@ -47,21 +46,22 @@ def read_bytes(name: str, given: object) -> int:
         (1500, 2097152)
     """
     amount: int | Decimal | None = None
-    if isinstance(given, str):
-        amount = _amount(given.lower(), _BYTES)
-    elif isinstance(given, int) and not isinstance(given, bool):
-        amount = given
+    if isinstance(value, str):
+        amount = _amount(value.lower(), _BYTES)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        amount = value
     if amount is None or amount < 1:
-        raise ConfigError(f'{name}={given!r} is no number of bytes; give an int or text such as "50 GB" or "256 MiB"')
+        raise ConfigError(
+            f'{name}={value!r} is not a number of bytes; give an int or text such as "50 GB" or "256 MiB"'
+        )
     return int(amount)
 
 
-def read_duration(name: str, given: object) -> timedelta:
-    """A time span from a timedelta, or from text such as ``"90min"``, ``"24h"`` or ``"7d"``; 0 is one.
+def read_duration(name: str, value: object) -> timedelta:
+    """Read a time span from a timedelta, or from text such as ``"90min"``, ``"24h"`` or ``"7d"``; 0 is one.
 
     Args:
         name: the argument, for errors.
-        given: what was given.
 
     Raises:
         ConfigError: it is neither, negative, or longer than a century.
@@ -72,23 +72,24 @@ def read_duration(name: str, given: object) -> timedelta:
         datetime.timedelta(seconds=5400)
     """
     seconds: float | Decimal | None = None
-    if isinstance(given, timedelta):
-        seconds = given.total_seconds()
-    elif given in {"0", 0} and not isinstance(given, bool):
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif value in {"0", 0} and not isinstance(value, bool):
         seconds = 0
-    elif isinstance(given, str):
-        seconds = _amount(given, _SECONDS)
+    elif isinstance(value, str):
+        seconds = _amount(value, _SECONDS)
     if seconds is None or not 0 <= seconds <= _LONGEST:
-        raise ConfigError(f'{name}={given!r} is no time span; give a timedelta or text such as "90min", "24h" or "7d"')
+        raise ConfigError(
+            f'{name}={value!r} is not a time span; give a timedelta or text such as "90min", "24h" or "7d"'
+        )
     return timedelta(seconds=float(seconds))
 
 
-def read_count(name: str, given: str) -> int:
-    """A number of things from text such as ``"25.6M"``, ``"175B"``, ``"1e6"`` or ``"61,706"``.
+def read_count(name: str, value: str) -> int:
+    """Read a count from text such as ``"25.6M"``, ``"175B"``, ``"1e6"`` or ``"61,706"``.
 
     Args:
         name: the argument, for errors.
-        given: what was given.
 
     Raises:
         ConfigError: it is none, or not at least 1.
@@ -98,18 +99,17 @@ def read_count(name: str, given: str) -> int:
         >>> read_count("params", "25.6M"), read_count("params", "61,706"), read_count("params", "1.5e6")
         (25600000, 61706, 1500000)
     """
-    count = _amount(given.replace(",", "").lower(), _COUNTS)
+    count = _amount(value.replace(",", "").lower(), _COUNTS)
     if count is None or count < 1:
-        raise ConfigError(f"{name}={given!r} is no number of at least 1; give one such as 25.6M, 175B or 61706")
+        raise ConfigError(f"{name}={value!r} is not a number of at least 1; give one such as 25.6M, 175B or 61706")
     return int(count)
 
 
-def read_rate(name: str, given: str) -> float:
-    """Bytes in a second from text such as ``"1Gbit/s"`` or ``"125MB/s"``.
+def read_rate(name: str, value: str) -> float:
+    """Read bytes in a second from text such as ``"1Gbit/s"`` or ``"125MB/s"``.
 
     Args:
         name: the argument, for errors.
-        given: what was given.
 
     Raises:
         ConfigError: it is none, or not above 0.
@@ -119,18 +119,18 @@ def read_rate(name: str, given: str) -> float:
         >>> read_rate("bandwidth", "1Gbit/s"), read_rate("bandwidth", "20 MB/s")
         (125000000.0, 20000000.0)
     """
-    rate = _amount(given, _RATES)
+    rate = _amount(value, _RATES)
     if not rate:
-        raise ConfigError(f'{name}={given!r} is no rate; give one such as "1Gbit/s" or "125MB/s"')
+        raise ConfigError(f'{name}={value!r} is not a rate; give one such as "1Gbit/s" or "125MB/s"')
     return float(rate)
 
 
-def read_time(name: str, given: str, now: datetime) -> datetime:
-    """A moment from ISO 8601, such as ``2026-11-25`` or ``2026-11-25T18:30+01:00``, or so long ago, such as ``7d``.
+def read_time(name: str, value: str, now: datetime) -> datetime:
+    """Read a time in ISO 8601, such as ``2026-11-25T18:30+01:00``, or a time span before now, such as ``7d``.
 
     Args:
         name: the argument, for errors.
-        given: what was given; without a zone it is in UTC.
+        value: the text; without a zone it is in UTC.
         now: the present time.
 
     Raises:
@@ -143,18 +143,18 @@ def read_time(name: str, given: str, now: datetime) -> datetime:
         '2026-11-25T00:00:00+00:00'
     """
     try:
-        if _amount(given, _SECONDS) is not None:
-            return now - read_duration(name, given)
-        moment = datetime.fromisoformat(given)
+        if _amount(value, _SECONDS) is not None:
+            return now - read_duration(name, value)
+        moment = datetime.fromisoformat(value)
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise ConfigError(
-            f"{name}={given!r} is no time; give one such as 2026-11-25, 2026-11-25T18:30+01:00, or 7d for so long ago"
+            f"{name}={value!r} is not a time; give one such as 2026-11-25, 2026-11-25T18:30+01:00, or 7d for 7 days ago"
         ) from error
 
 
 def size_text(count: float) -> str:
-    """Bytes in decimal units: ``"12.3 MB"``."""
+    """Return bytes in decimal units, such as ``"12.3 MB"``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -163,5 +163,5 @@ def size_text(count: float) -> str:
 
 
 def moment_label(step: int, epoch: int | None) -> str:
-    """``"epoch 3"`` or ``"step 400"``."""
+    """Return ``"epoch 3"`` or ``"step 400"``."""
     return f"step {step}" if epoch is None else f"epoch {epoch}"

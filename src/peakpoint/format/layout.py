@@ -1,4 +1,4 @@
-"""Where things are in a repository: every kind of key.
+"""Keys: where everything is in a repository.
 
 ::
 
@@ -53,16 +53,16 @@ def is_dropped(child: str) -> bool:
     return child.startswith(DROPPED) and not child.endswith("/")
 
 
-def number(child: str, before: str, after: str) -> int:
-    """The number in a name, whatever has that name, also a directory; 0 for every other name.
+def number(child: str, prefix: str, suffix: str) -> int:
+    """Return the number between a prefix and a suffix of a name, also of a directory; 0 for every other name.
 
     Example:
         >>> number("000007.jsonl/", "", ".jsonl"), number("dropped-2.json", DROPPED, ".json"), number("x", "", "")
         (7, 2, 0)
     """
     name = child.removesuffix("/")
-    digits = name.removeprefix(before).removesuffix(after)
-    return int(digits) if name == before + digits + after and digits.isascii() and digits.isdecimal() else 0
+    digits = name.removeprefix(prefix).removesuffix(suffix)
+    return int(digits) if name == prefix + digits + suffix and digits.isascii() and digits.isdecimal() else 0
 
 
 def is_signature(child: str) -> bool:
@@ -72,8 +72,8 @@ def is_signature(child: str) -> bool:
 
 def signature_number(child: str) -> int:
     """The number of a signature; 0 for every other name."""
-    found = _SIGNATURE.fullmatch(child)
-    return int(found[1]) if found else 0
+    match = _SIGNATURE.fullmatch(child)
+    return int(match[1]) if match else 0
 
 
 def run_prefix(run: str) -> str:

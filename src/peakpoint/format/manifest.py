@@ -62,7 +62,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything about one checkpoint but its bytes.
+    """A checkpoint but for its bytes.
 
     Attributes:
         id: 16 hexadecimal digits, random, the checkpoint's identity.
@@ -115,7 +115,7 @@ class Manifest:
         return sum(file.size for file in self.files if not file.shared)
 
     def file(self, name: str) -> FileRecord:
-        """The record of one file; KeyError when the manifest does not name it."""
+        """Return the record of one file; KeyError when the manifest does not name it."""
         for file in self.files:
             if file.name == name:
                 return file
@@ -129,7 +129,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One checkpoint, as its manifest tells it. Frozen; reading it touches no weight file.
+    """A checkpoint, as its manifest describes it; reading it touches no weight file.
 
     Attributes:
         run: the run's name.
@@ -167,9 +167,9 @@ class Checkpoint:
         return f"{self.run}/{self.name}"
 
 
-def without_parts(manifest: Manifest, gone: Collection[str]) -> Manifest:
-    """A manifest without some parts, and without the files that only they have."""
-    parts = {part: names for part, names in manifest.parts.items() if part not in gone}
-    stays = {name for names in parts.values() for name in names}
-    goes = {name for part in manifest.parts.keys() - parts for name in manifest.parts[part]} - stays
-    return replace(manifest, parts=parts, files=tuple(file for file in manifest.files if file.name not in goes))
+def without_parts(manifest: Manifest, dropped: Collection[str]) -> Manifest:
+    """Return a manifest without some parts, and without the files that only they have."""
+    parts = {part: names for part, names in manifest.parts.items() if part not in dropped}
+    remaining = {name for names in parts.values() for name in names}
+    needless = {name for part in manifest.parts.keys() - parts for name in manifest.parts[part]} - remaining
+    return replace(manifest, parts=parts, files=tuple(file for file in manifest.files if file.name not in needless))

@@ -35,7 +35,8 @@ def number_in(value: Any, *, booleans: bool = False) -> float | None:
 
 def is_number(value: object) -> bool:
     """Whether a setting is a finite ``int`` or ``float``."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = number_in(value) if isinstance(value, int | float) else None
+    return number is not None and math.isfinite(number)
 
 
 def read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -23,7 +23,7 @@ DEFAULT_TEMPLATE = "{run}_epoch{epoch}_step{step}_{metric}{value:.4f}"
 
 
 def safe(text: str) -> str:
-    """``text`` as one path component that no shell and no file system minds.
+    """Return ``text`` as one path component that no shell and no file system minds.
 
     Letters, digits and ``._+-`` stay; everything else becomes ``-``; never empty, never hidden, never an option.
 
@@ -49,18 +49,18 @@ def check_run(name: str) -> str:
     return name
 
 
-def check_text(what: str, text: str) -> str:
+def check_text(label: str, text: str) -> str:
     """Return ``text`` if it can be written down.
 
     Raises:
-        ConfigError: it is no text, or has bytes in it that are none (Python's surrogates).
+        ConfigError: it is not a text, or holds lone surrogates (bytes that are not text).
     """
     if not isinstance(text, str):
-        raise ConfigError(f"{what} must be a text, not {text!r}")
+        raise ConfigError(f"{label} must be a text, not {text!r}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{what} {text!r} cannot be written as UTF-8; give a text without broken bytes") from error
+        raise ConfigError(f"{label} {text!r} cannot be written as UTF-8; give a text without broken bytes") from error
     return text
 
 
@@ -101,8 +101,8 @@ class _Fields(string.Formatter):
     """Looks up plain fields and ``metrics[name]`` only: a template reaches no attribute of any object."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, str]:  # noqa: ARG002
-        if found := _METRIC_FIELD.fullmatch(field_name):
-            name = found[1]
+        if match := _METRIC_FIELD.fullmatch(field_name):
+            name = match[1]
             metrics: Mapping[str, float] = kwargs["metrics"]
             if name not in metrics:
                 raise KeyError(name)
@@ -160,12 +160,7 @@ def checkpoint_name(
     a validation metric is named ``run_epoch3_step400``, not ``run_epoch3_step400_NoneNone``.
 
     Args:
-        template: like ``"{run}_epoch{epoch}_{metric}{value:.2f}"``.
-        run: the run's name.
-        id: the checkpoint's id.
-        step: optimizer steps completed.
-        epoch: the epoch's index, None outside epochs.
-        metric: the metric that names the checkpoint, the first that a rule watches.
+        metric: the metric that names the checkpoint, the first that a rule ranks by.
         metrics: all metrics of the moment.
 
     Example:
@@ -200,10 +195,10 @@ def _pieces(template: str) -> list[str]:
     return pieces
 
 
-def did_you_mean(wanted: str, names: Sequence[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing when no name is near."""
-    found = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """Return ``"; did you mean 'x'?"``, or nothing when none of the names is near."""
+    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
 
 
 def no_part(part: str, parts: Iterable[str], *, where: str) -> NotFoundError:
@@ -220,7 +215,7 @@ def no_part(part: str, parts: Iterable[str], *, where: str) -> NotFoundError:
     )
 
 
-def listing(names: Sequence[str], most: int = 5) -> str:
-    """Names in a sentence, not too many."""
-    more = f", ... and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    """Return names for a sentence, at most ``limit`` of them."""
+    remainder = f", ... and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + remainder

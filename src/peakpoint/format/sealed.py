@@ -30,7 +30,7 @@ _TAIL = re.compile(rb',"seal":"([0-9a-f]{16})"\}\n?$')
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
-    """The BLAKE3 digest of ``data``: 64 hexadecimal digits."""
+    """Return the BLAKE3 digest of ``data``: 64 hexadecimal digits."""
     return blake3(data).hexdigest()
 
 
@@ -46,7 +46,7 @@ def seal(record: dict[str, Any]) -> bytes:
 
 
 def is_intact(line: bytes) -> bool:
-    r"""Whether a line that ends with ``\n`` is as ``seal`` wrote it; far faster than ``unseal``, and says no more."""
+    r"""Whether a line that ends with ``\n`` is as ``seal`` wrote it; far faster than ``unseal``."""
     return line[-28:-19] == b',"seal":"' and line[-19:] == digest(line[:-28])[:16].encode() + b'"}\n'
 
 
@@ -132,7 +132,7 @@ def check_format(members: Mapping[str, Any], *, where: str) -> None:
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Let the cyclic garbage collector rest while many objects are made that will stay.
+    """Pause the cyclic garbage collector while many objects are made that will stay.
 
     It runs again and again while a large state is described, walks every object of the program each time and finds
     nothing: more than half of the time for tens of thousands of tensors. Memory is freed as ever where no cycles are.

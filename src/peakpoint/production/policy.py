@@ -279,7 +279,7 @@ def read_policies(store: Store) -> Policies:
     where = f"{store.location}/{layout.POLICY}"
     base = store.root if isinstance(store, LocalStore) else Path()
     try:
-        data = store.get(layout.POLICY, most=SMALL)
+        data = store.get(layout.POLICY, max_size=SMALL)
     except NotFoundError:
         return Policies({}, "", where, base)
     return read_text(data, where=where, base=base)

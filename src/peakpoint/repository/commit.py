@@ -22,7 +22,7 @@ from peakpoint.format import layout
 from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, encode_manifest
 from peakpoint.format.sealed import decode_record, digest
 from peakpoint.store import Chunk, Store
-from peakpoint.store.worker import Worker
+from peakpoint.store.threads import Worker
 
 BLOCK = 32 * 1024 * 1024
 

@@ -69,7 +69,7 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Journal
         for segment in segments_of(store, run):
             if only is None or segment in only:
                 first = len(events)
-                data = store.get(f"{prefix}/{segment}", most=LARGE)
+                data = store.get(f"{prefix}/{segment}", max_size=LARGE)
                 _read_segment(data, f"{prefix}/{segment}", events, damage)
                 segments[segment] = len(events) - first
     return JournalContents(tuple(events), tuple(damage), segments)
@@ -116,7 +116,7 @@ def _opens(store: Store, run: str, segment: str) -> bool:
 def removal_events(store: Store, run: str, segment: str) -> list[Event]:
     """Read the removals of a segment, and the events that end them; every other line is skipped undecoded."""
     key = f"{journal_prefix(run)}/{segment}"
-    lines = [line for line in io.BytesIO(store.get(key, most=LARGE)) if line.startswith(LINES_OF_REMOVALS)]
+    lines = [line for line in io.BytesIO(store.get(key, max_size=LARGE)) if line.startswith(LINES_OF_REMOVALS)]
     events: list[Event] = []
     _read_segment(b"".join(lines), key, events, [])
     return events
@@ -129,7 +129,7 @@ def read_appended(store: Store, run: str, segment: str, begin: int) -> tuple[lis
         The events, and the byte to go on from: a last line without its newline is not read yet.
     """
     key = f"{journal_prefix(run)}/{segment}"
-    data = store.get(key, begin, most=LARGE)
+    data = store.get(key, begin, max_size=LARGE)
     lines = data[: data.rfind(b"\n") + 1]
     events: list[Event] = []
     with gc_paused():

@@ -30,7 +30,7 @@ class Repository:
     def __init__(self, store: Store) -> None:
         self.store = store
         try:
-            record = unseal(store.get(layout.REPOSITORY, most=SMALL), where=f"{store.location}/{layout.REPOSITORY}")
+            record = unseal(store.get(layout.REPOSITORY, max_size=SMALL), where=f"{store.location}/{layout.REPOSITORY}")
         except NotFoundError as error:
             raise NotFoundError(
                 f"{store.location} is not a Peakpoint repository: it has no {layout.REPOSITORY}{_beside(store)}"

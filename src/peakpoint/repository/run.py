@@ -322,6 +322,6 @@ def check_run_record(store: Store, run: str) -> dict[str, Any]:
         NotFoundError: there is none.
     """
     key = layout.run_record(run)
-    record = unseal(store.get(key, most=SMALL), where=f"{store.location}/{key}")
+    record = unseal(store.get(key, max_size=SMALL), where=f"{store.location}/{key}")
     check_format(record, where=f"{store.location}/{key}")
     return record

@@ -357,7 +357,7 @@ def predictions_of(store: Store, validation: Validation) -> Predictions | None:
     if validation.predictions is None:
         return None
     key = layout.predictions_key(validation.run, validation.checkpoint, validation.predictions)
-    data = store.get(key, most=LARGE)
+    data = store.get(key, max_size=LARGE)
     if digest(data) != validation.predictions:
         raise CorruptError(f"{key} is corrupt: its digest is not the one that the validation has")
     record = decode_record(PredictionsRecord, data, where=key)

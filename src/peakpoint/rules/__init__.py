@@ -1,7 +1,7 @@
-"""Rules say which checkpoints are worth having, and why.
+"""Rules decide which checkpoints are kept, and say why.
 
 A rule is a frozen value with one pure method: ``claims(records)`` names, among the records that exist, those that it
-wants, each with a reason. It keeps no state, so "save this moment?", "keep this checkpoint?", "what would happen under
+keeps, each with a reason. It keeps no state, so "save this moment?", "keep this checkpoint?", "what would happen under
 other rules?" and "what after a restart?" are one calculation:
 
 - a moment is saved if and only if a rule would claim it among the checkpoints that exist (``moment_claims``);
@@ -91,7 +91,7 @@ def check_rules(keep: object) -> tuple[Rule, ...]:
 
 
 def claims(rules: Iterable[Rule], records: Sequence[CheckpointRecord]) -> dict[str, tuple[Claim, ...]]:
-    """Who wants what: id of each claimed record, with its claims in the order of the rules.
+    """Return the claims on each record that is claimed, by its id, in the order of the rules.
 
     Pure; the answer does not depend on the order of ``records``.
 
@@ -99,24 +99,24 @@ def claims(rules: Iterable[Rule], records: Sequence[CheckpointRecord]) -> dict[s
         rules: the rules in force.
         records: every checkpoint that exists.
     """
-    found: dict[str, list[Claim]] = {}
+    claims_by_id: dict[str, list[Claim]] = {}
     for rule in rules:
         for id, reason in rule.claims(records).items():  # noqa: A001 - the vocabulary's word
-            found.setdefault(id, []).append(Claim(rule.text, reason))
-    return {id: tuple(claimed) for id, claimed in found.items()}  # noqa: A001
+            claims_by_id.setdefault(id, []).append(Claim(rule.text, reason))
+    return {id: tuple(reasons) for id, reasons in claims_by_id.items()}  # noqa: A001
 
 
 def moment_claims(
     rules: Iterable[Rule], existing: Sequence[CheckpointRecord], moment: CheckpointRecord
 ) -> tuple[Claim, ...]:
-    """The claims that ``moment`` would have among ``existing``: it is saved if and only if there is one."""
+    """Return the claims on ``moment`` among ``existing``: it is saved if and only if there is one."""
     records = [*existing, moment]
     reasons = ((rule, rule.claims(records).get(moment.id)) for rule in rules)
     return tuple(Claim(rule.text, reason) for rule, reason in reasons if reason is not None)
 
 
 def ranking_metrics(rules: Iterable[Rule]) -> tuple[tuple[str, Mode], ...]:
-    """The metrics that rules rank by, with their directions, in the order of the rules, once each."""
+    """Return the metrics that rules rank by, with their directions, in the order of the rules, once each."""
     return tuple(dict.fromkeys(pair for rule in rules for pair in rule.ranks_by))
 
 
@@ -142,13 +142,13 @@ mean 'val_accuracy'?
     for rule in rules:
         if getattr(rule, "pending", 0):
             continue
-        names = [name for name, _ in rule.ranks_by] + ([rule.sparsity] if isinstance(rule, BestAtSparsity) else [])
-        for name in names:
+        sparsity = [rule.sparsity] if isinstance(rule, BestAtSparsity) else []
+        for name in [*(name for name, _ in rule.ranks_by), *sparsity]:
             if name not in metrics:
-                near = difflib.get_close_matches(name, metrics, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _some(metrics)
+                similar = difflib.get_close_matches(name, metrics, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else _available(metrics)
                 raise ConfigError(f"no report has the metric {name!r} of the rule {rule.text}; {hint}")
 
 
-def _some(metrics: Collection[str]) -> str:
+def _available(metrics: Collection[str]) -> str:
     return f"there are {', '.join(sorted(metrics)[:10])}" if metrics else "there are no metrics at all"

@@ -64,13 +64,13 @@ class Budget:
             claims: who claims what.
             protected: ids that must stay.
         """
-        kept = [record for record in records if record.id in claims or record.id in protected]
-        total = sum(record.size_bytes for record in kept)
-        going = []
-        for record in sorted(kept, key=lambda record: (len(claims.get(record.id, ())), record.sequence)):
+        remaining = [record for record in records if record.id in claims or record.id in protected]
+        total = sum(record.size_bytes for record in remaining)
+        removed = []
+        for record in sorted(remaining, key=lambda record: (len(claims.get(record.id, ())), record.sequence)):
             if total <= self.bytes:
                 break
             if record.id not in protected and record.size_bytes:
-                going.append(record.id)
+                removed.append(record.id)
                 total -= record.size_bytes
-        return going
+        return removed

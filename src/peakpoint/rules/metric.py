@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.metrics import is_number
 from peakpoint.format.names import check_metric
 from peakpoint.rules.record import (
     CheckpointRecord,
@@ -21,7 +22,7 @@ from peakpoint.rules.record import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricRule(NeedsParts):
-    """Which checkpoints a metric rule looks at; these arguments are common to all of them.
+    """A rule that ranks by metrics; these arguments are common to all of them.
 
     Args:
         min_epoch: leave out checkpoints of earlier epochs (indices, from 0), and those outside epochs.
@@ -44,13 +45,12 @@ class MetricRule(NeedsParts):
 
     @property
     def _options(self) -> str:
-        given = {
-            "min_epoch": self.min_epoch if self.min_epoch is not None else 0,
-            "warmup": self.warmup,
-            "pending": self.pending,
+        options = {
+            "min_epoch": self.min_epoch,
+            "warmup": self.warmup or None,
+            "pending": self.pending or None,
         }
-        shown = {name: value for name, value in given.items() if value or (name == "min_epoch" and self.min_epoch == 0)}
-        return "".join(f":{name}={value}" for name, value in shown.items()) + self._parts_text
+        return "".join(f":{name}={value}" for name, value in options.items() if value is not None) + self._parts_text
 
     def considered(self, records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
         """The records that count."""
@@ -65,11 +65,11 @@ class MetricRule(NeedsParts):
         """The newest records that have no value of some metric at all; NaN is a value."""
         if not self.pending:
             return {}
-        lacking = [record for record in by_sequence(records) if not all(name in record.metrics for name in metrics)]
+        unmeasured = [record for record in by_sequence(records) if not all(name in record.metrics for name in metrics)]
         return {
-            record.id: f"{', '.join(name for name in metrics if name not in record.metrics)} is not measured yet; "
-            f"number {back} of at most {self.pending} such"
-            for back, record in enumerate(reversed(lacking[-self.pending :]), 1)
+            record.id: f"{', '.join(name for name in metrics if name not in record.metrics)} is not measured yet "
+            f"({position} of at most {self.pending} kept for that)"
+            for position, record in enumerate(reversed(unmeasured[-self.pending :]), 1)
         }
 
 
@@ -86,7 +86,6 @@ class Best(MetricRule):
     """Claims the checkpoint with the best value of one metric.
 
     Args:
-        metric: the metric's name, as reported.
         mode: ``"max"`` when larger is better, ``"min"`` when smaller is. Required.
         smooth: rank by the mean of the last ``smooth`` reported values, at least 1; a single lucky evaluation then does
             not win. Reports before there are so many values do not count.
@@ -125,21 +124,21 @@ class Best(MetricRule):
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The best record and its margin."""
-        able = self.considered(records)
-        key, called = self.metric, self.metric
+        considered = self.considered(records)
+        key, label = self.metric, self.metric
         if self.smooth > 1:
-            key, called = smoothed_name(self.metric, self.smooth), f"{self.metric} over {self.smooth} reports"
-            if any(self.metric in record.metrics and key not in record.metrics for record in able):
+            key, label = smoothed_name(self.metric, self.smooth), f"{self.metric} over {self.smooth} reports"
+            if any(self.metric in record.metrics and key not in record.metrics for record in considered):
                 raise ValueError(
                     f"the records have no {key!r}, the mean of {self.metric!r} over {self.smooth} reports, which "
                     "Checkpointer and peakpoint keep add to them"
                 )
-        ranking = ranked(able, key, self.mode)
-        waiting = self._waiting(able, (self.metric,))
+        ranking = ranked(considered, key, self.mode)
+        waiting = self._waiting(considered, (self.metric,))
         if not ranking:
             return waiting
         best = ranking[0]
-        reason = f"best {called} ({self.mode}): {best.metrics[key]:.6g}"
+        reason = f"best {label} ({self.mode}): {best.metrics[key]:.6g}"
         if len(ranking) > 1:
             reason += f", next {ranking[1].metrics[key]:.6g} at {moment_text(ranking[1])}"
         return {best.id: reason} | waiting
@@ -150,7 +149,6 @@ class TopK(MetricRule):
     """Claims the ``k`` checkpoints with the best values of one metric.
 
     Args:
-        metric: the metric's name, as reported.
         mode: ``"max"`` or ``"min"``. Required.
         k: how many, at least 1.
         min_epoch, warmup, pending, parts: see ``MetricRule`` and ``NeedsParts``.
@@ -185,18 +183,18 @@ class TopK(MetricRule):
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The first ``k`` of the ranking, each with its rank."""
-        able = self.considered(records)
-        ranking = ranked(able, self.metric, self.mode)[: self.k]
+        considered = self.considered(records)
+        ranking = ranked(considered, self.metric, self.mode)[: self.k]
         return {
             record.id: f"rank {rank} of the best {self.k} by {self.metric} ({self.mode}): "
             f"{record.metrics[self.metric]:.6g}"
             for rank, record in enumerate(ranking, 1)
-        } | self._waiting(able, (self.metric,))
+        } | self._waiting(considered, (self.metric,))
 
 
-def _number(rule: str, name: str, value: object, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise ConfigError(f"{rule}: {name} must be a number from {least:g} to {most:g}, not {value!r}")
+def _number(rule: str, name: str, value: object, minimum: float, maximum: float) -> float:
+    if not (isinstance(value, int | float) and is_number(value) and minimum <= value <= maximum):
+        raise ConfigError(f"{rule}: {name} must be a number from {minimum:g} to {maximum:g}, not {value!r}")
     return float(value)
 
 
@@ -208,7 +206,6 @@ class BestAtSparsity(MetricRule):
     that is within the tolerance.
 
     Args:
-        metric: the metric's name, as reported.
         mode: ``"max"`` or ``"min"``. Required.
         targets: sparsities, from 0 (dense) to 1; sorted, each once.
         tolerance: how far from a target is still at it, from 0 to 1.
@@ -233,10 +230,10 @@ class BestAtSparsity(MetricRule):
         check_metric(self.metric)
         check_metric(self.sparsity)
         check_mode("BestAtSparsity", self.mode)
-        given: object = self.targets
-        if isinstance(given, str) or not isinstance(given, Iterable) or not (listed := list(given)):
-            raise ConfigError(f"BestAtSparsity: targets are numbers such as (0.5, 0.9), not {given!r}")
-        numbers = sorted({_number("BestAtSparsity", "targets", target, 0, 1) for target in listed})
+        targets: object = self.targets
+        if isinstance(targets, str) or not isinstance(targets, Iterable) or not (target_list := list(targets)):
+            raise ConfigError(f"BestAtSparsity: targets are numbers such as (0.5, 0.9), not {targets!r}")
+        numbers = sorted({_number("BestAtSparsity", "targets", target, 0, 1) for target in target_list})
         object.__setattr__(self, "targets", tuple(numbers))
         object.__setattr__(self, "tolerance", _number("BestAtSparsity", "tolerance", self.tolerance, 0, 1))
         self._check()
@@ -263,11 +260,11 @@ class BestAtSparsity(MetricRule):
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The best of each target, with its actual sparsity."""
-        able = self.considered(records)
-        found = self._waiting(able, (self.metric, self.sparsity))
+        considered = self.considered(records)
+        reasons = self._waiting(considered, (self.metric, self.sparsity))
         for target in self.targets:
-            at = [record for record in able if self.target_of(record) == target]
-            ranking = ranked(at, self.metric, self.mode)
+            near = [record for record in considered if self.target_of(record) == target]
+            ranking = ranked(near, self.metric, self.mode)
             if ranking:
                 best = ranking[0]
                 reason = (
@@ -276,8 +273,8 @@ class BestAtSparsity(MetricRule):
                 )
                 if len(ranking) > 1:
                     reason += f", next {ranking[1].metrics[self.metric]:.6g} at {moment_text(ranking[1])}"
-                found[best.id] = reason
-        return found
+                reasons[best.id] = reason
+        return reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,9 +299,9 @@ class Pareto(MetricRule):
     objectives: Mapping[str, Mode] | tuple[tuple[str, Mode], ...]
 
     def __post_init__(self) -> None:
-        given = self.objectives.items() if isinstance(self.objectives, Mapping) else self.objectives
+        objectives = self.objectives.items() if isinstance(self.objectives, Mapping) else self.objectives
         try:
-            pairs = tuple((name, mode) for name, mode in given)
+            pairs = tuple((name, mode) for name, mode in objectives)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f'Pareto takes objectives such as {{"accuracy": "max", "sparsity": "max"}}, not {self.objectives!r}'
@@ -329,23 +326,25 @@ class Pareto(MetricRule):
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The front, each with its values."""
-        able = self.considered(records)
+        considered = self.considered(records)
         names = [name for name, _ in self.ranks_by]
-        having = [record for record in able if all(math.isfinite(record.metrics.get(n, math.nan)) for n in names)]
+        complete = [
+            record for record in considered if all(math.isfinite(record.metrics.get(name, math.nan)) for name in names)
+        ]
         signs = [-1.0 if mode == "max" else 1.0 for _, mode in self.ranks_by]
         points = {
             record.id: tuple(sign * record.metrics[name] for sign, name in zip(signs, names, strict=True))
-            for record in having
+            for record in complete
         }
         # sorted so, nobody is beaten by a later one
         front: list[CheckpointRecord] = []
-        for record in sorted(having, key=lambda record: (points[record.id], record.sequence)):
-            mine = points[record.id]
-            if not any(all(a <= b for a, b in zip(points[o.id], mine, strict=True)) for o in front):
+        for record in sorted(complete, key=lambda record: (points[record.id], record.sequence)):
+            point = points[record.id]
+            if not any(all(a <= b for a, b in zip(points[rival.id], point, strict=True)) for rival in front):
                 front.append(record)
-        shown = " and ".join(f"{name} ({mode})" for name, mode in self.ranks_by)
+        objectives = " and ".join(f"{name} ({mode})" for name, mode in self.ranks_by)
         return {
-            record.id: f"on the front of {shown}: {', '.join(f'{record.metrics[name]:.6g}' for name in names)}; "
-            f"{len(front)} of {len(having)} are"
+            record.id: f"Pareto-optimal in {objectives}: {', '.join(f'{record.metrics[name]:.6g}' for name in names)} "
+            f"({len(front)} of {len(complete)} checkpoints are)"
             for record in front
-        } | self._waiting(able, names)
+        } | self._waiting(considered, names)

@@ -44,27 +44,28 @@ class Peak:
     @property
     def lost(self) -> float:
         """How much worse the last value is than the best, in the metric's unit; never negative, may be NaN."""
-        lost = self.best - self.last if self.mode == "max" else self.last - self.best
-        return math.nan if lost < 0 else lost  # negative only when the last is an infinity, which is no improvement
+        difference = self.best - self.last if self.mode == "max" else self.last - self.best
+        # negative only when the last is an infinity, which is no improvement
+        return math.nan if difference < 0 else difference
 
 
-def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> list[Peak]:
-    """The peak of each watched metric; metrics that never had a finite value are left out.
+def peaks(history: Sequence[Reported], metrics: Iterable[tuple[str, Mode]]) -> list[Peak]:
+    """Return the peak of each metric; metrics that never had a finite value are left out.
 
     Args:
         history: the reports, earliest first; among equal values the earliest counts as the best.
-        watched: metrics with their directions.
+        metrics: metrics with their directions.
     """
-    found = []
-    for metric, mode in watched:
-        having = [report for report in history if metric in report.metrics]
-        finite = [report for report in having if math.isfinite(report.metrics[metric])]
+    results = []
+    for metric, mode in metrics:
+        reports = [report for report in history if metric in report.metrics]
+        finite = [report for report in reports if math.isfinite(report.metrics[metric])]
         if not finite:
             continue
         sign = 1.0 if mode == "max" else -1.0
         best = max(finite, key=lambda report: sign * report.metrics[metric])
-        last = having[-1]
-        found.append(
+        last = reports[-1]
+        results.append(
             Peak(
                 metric,
                 mode,
@@ -77,44 +78,47 @@ def peaks(history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]) -> l
                 best.report,
                 last.report,
                 len(finite),
-                len(having) - len(finite),
+                len(reports) - len(finite),
             )
         )
-    return found
+    return results
 
 
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 def extend_peaks(
-    before: Iterable[Peak], missing: Mapping[str, int], history: Sequence[Reported], watched: Iterable[tuple[str, Mode]]
+    earlier_peaks: Iterable[Peak],
+    missing: Mapping[str, int],
+    history: Sequence[Reported],
+    metrics: Iterable[tuple[str, Mode]],
 ) -> tuple[list[Peak], dict[str, int]]:
-    """What ``peaks`` says of a longer history, from what it said before and the reports since.
+    """Return what ``peaks`` says of a longer history, from its earlier answer and the reports since.
 
     Args:
-        before: what it said.
+        earlier_peaks: its earlier answer.
         missing: how many values were not finite of metrics that it left out.
         history: the further reports.
-        watched: as before; a metric that was not watched then begins here.
+        metrics: as before; a metric that is new begins here.
 
     Returns:
         The peaks, and ``missing`` as it is now.
     """
-    known = {(peak.metric, peak.mode): peak for peak in before}
-    found, left_out = [], {}
-    for metric, mode in watched:
-        earlier = known.get((metric, mode))
+    peaks_by_metric = {(peak.metric, peak.mode): peak for peak in earlier_peaks}
+    extended, never_finite = [], {}
+    for metric, mode in metrics:
+        previous = peaks_by_metric.get((metric, mode))
         values = [report.metrics[metric] for report in history if metric in report.metrics]
-        odd = sum(not math.isfinite(value) for value in values) + (
-            earlier.missing if earlier else missing.get(metric, 0)
+        infinite = sum(not math.isfinite(value) for value in values) + (
+            previous.missing if previous else missing.get(metric, 0)
         )
-        now = peaks([*_stand_ins(earlier), *history], [(metric, mode)])
-        if now:
-            finite = sum(map(math.isfinite, values)) + (earlier.count if earlier else 0)
-            found.append(replace(now[0], count=finite, missing=odd))
-        elif odd:
-            left_out[metric] = odd
-    return found, left_out
+        updated = peaks([*_stand_ins(previous), *history], [(metric, mode)])
+        if updated:
+            finite = sum(map(math.isfinite, values)) + (previous.count if previous else 0)
+            extended.append(replace(updated[0], count=finite, missing=infinite))
+        elif infinite:
+            never_finite[metric] = infinite
+    return extended, never_finite
 
 
 def _stand_ins(peak: Peak | None) -> list[Reported]:

@@ -1,4 +1,4 @@
-"""What rules are made of."""
+"""What rules look at and what they answer."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ Reasons = dict[str, str]
 
 
 class CheckpointRecord(Protocol):
-    """What rules look at; ``Manifest``, ``Checkpoint`` and ``Moment`` all are records."""
+    """A checkpoint as rules look at it; ``Manifest``, ``Checkpoint`` and ``Moment`` all are such records."""
 
     @property
     def id(self) -> str: ...  # noqa: D102
@@ -64,13 +64,13 @@ class Claim:
 def check_mode(rule: str, mode: object) -> None:
     """Refuse a mode that is neither ``"max"`` nor ``"min"``."""
     if mode not in get_args(Mode):
-        raise ConfigError(f'{rule}: mode must be "max" or "min", not {mode!r}; it is never guessed')
+        raise ConfigError(f'{rule}: mode must be "max" or "min", not {mode!r}')
 
 
-def check_whole(rule: str, name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{rule}: {name} must be a whole number of at least {least}, not {value!r}")
+def check_whole(rule: str, name: str, value: object, minimum: int = 1) -> None:
+    """Refuse what is not a whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{rule}: {name} must be a whole number of at least {minimum}, not {value!r}")
 
 
 def by_sequence(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
@@ -81,8 +81,8 @@ def by_sequence(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
 def ranked(records: Iterable[CheckpointRecord], metric: str, mode: Mode) -> list[CheckpointRecord]:
     """Best first; records without a finite value of ``metric`` are left out; ties go to the earlier commit."""
     sign = -1.0 if mode == "max" else 1.0
-    having = [record for record in records if math.isfinite(record.metrics.get(metric, math.nan))]
-    return sorted(having, key=lambda record: (sign * record.metrics[metric], record.sequence))
+    finite = [record for record in records if math.isfinite(record.metrics.get(metric, math.nan))]
+    return sorted(finite, key=lambda record: (sign * record.metrics[metric], record.sequence))
 
 
 def lineage(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:

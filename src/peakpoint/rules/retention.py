@@ -1,4 +1,4 @@
-"""The plan of retention: what stays, for which reasons, and what goes."""
+"""The plan of retention: which checkpoints stay, for which reasons, and which are removed."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One checkpoint that goes.
+    """The removal of a checkpoint.
 
     Attributes:
         manifest: which.
@@ -25,7 +25,7 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class PartRemoval:
-    """Parts of a checkpoint that go while the rest stays.
+    """The removal of some parts of a checkpoint; the others stay.
 
     Attributes:
         manifest: which checkpoint.
@@ -65,7 +65,7 @@ class RetentionPlan:
     @property
     def freed_bytes(self) -> int:
         """Bytes of the files that go."""
-        dropped = sum(thinning.freed_bytes for thinning in self.drop)
+        dropped = sum(removal.freed_bytes for removal in self.drop)
         return dropped + sum(removal.manifest.size_bytes for removal in self.remove)
 
 
@@ -75,48 +75,49 @@ NEWEST = Claim("protection:newest", "the newest: the run continues from here")
 def protections(
     manifests: Sequence[Manifest],
     pinned: Mapping[str, str],
-    cut: Collection[str] = (),
-    read: Collection[str] = (),
+    incomplete: Collection[str] = (),
+    being_read: Collection[str] = (),
     aliased: Mapping[str, str] = NOTHING,
 ) -> dict[str, tuple[Claim, ...]]:
-    """What stays whatever the rules say.
+    """Return the protections of checkpoints, which hold whatever the rules say.
 
-    That is the newest, what was saved on request, what is pinned, what an alias points at, what is being read.
-
-    When the newest has lost parts (``cut``), also the newest that has not.
+    Protected are the newest, what was saved on request, what is pinned, what an alias points at, what is being read.
+    When the newest has lost parts (``incomplete``), also the newest that has not.
     """
-    found: dict[str, tuple[Claim, ...]] = {}
+    claims_by_id: dict[str, tuple[Claim, ...]] = {}
     newest = max(manifests, key=lambda manifest: manifest.sequence, default=None)
-    whole = [manifest for manifest in manifests if manifest.id not in cut]
-    continued = max(whole, key=lambda manifest: manifest.sequence, default=None)
+    complete = [manifest for manifest in manifests if manifest.id not in incomplete]
+    continued = max(complete, key=lambda manifest: manifest.sequence, default=None)
     for manifest in manifests:
-        why = []
+        reasons = []
         if manifest.asked is not None:
-            why.append(Claim("protection:asked", f"saved on request: {manifest.asked}"))
+            reasons.append(Claim("protection:asked", f"saved on request: {manifest.asked}"))
         if manifest.id in pinned:
-            why.append(Claim("protection:pinned", f"pinned: {pinned[manifest.id]}"))
+            reasons.append(Claim("protection:pinned", f"pinned: {pinned[manifest.id]}"))
         if manifest.id in aliased:
-            why.append(Claim("protection:aliased", aliased[manifest.id]))
-        if manifest.id in read:
-            why.append(Claim("protection:read", "somebody is reading it"))
+            reasons.append(Claim("protection:aliased", aliased[manifest.id]))
+        if manifest.id in being_read:
+            reasons.append(Claim("protection:read", "somebody is reading it"))
         if manifest is newest:
-            why.append(NEWEST if manifest is continued else Claim(NEWEST.rule, "the newest"))
+            reasons.append(NEWEST if manifest is continued else Claim(NEWEST.rule, "the newest"))
         elif manifest is continued:
-            why.append(Claim("protection:newest-whole", "the newest with all its parts: the run continues from here"))
-        if why:
-            found[manifest.id] = tuple(why)
-    return found
+            reasons.append(
+                Claim("protection:newest-whole", "the newest with all its parts: the run continues from here")
+            )
+        if reasons:
+            claims_by_id[manifest.id] = tuple(reasons)
+    return claims_by_id
 
 
 def kept_ids(records: Sequence[CheckpointRecord], rules: Sequence[Rule], protected: Collection[str]) -> set[str]:
-    """The ids of what stays."""
+    """Return the ids of the checkpoints that stay."""
     claimed = claims(rules, records)
-    stay = {*claimed, *protected}
+    kept = {*claimed, *protected}
     for rule in rules:
         if isinstance(rule, Budget):
-            left = [record for record in records if record.id in stay]
-            stay -= set(rule.exceeded(left, claimed, protected))
-    return stay
+            remaining = [record for record in records if record.id in kept]
+            kept -= set(rule.exceeded(remaining, claimed, protected))
+    return kept
 
 
 def plan(
@@ -146,28 +147,25 @@ def plan(
     good = [manifest for manifest in manifests if manifest.id not in damaged]
     claimed, protected = claims(rules, good), protections(good, pinned, cut, read, aliased)
     drops = _drops(good, rules, claimed, protected)
-    slim = {thinning.manifest.id: thinning.remaining for thinning in drops}
-    stay = kept_ids([slim.get(manifest.id, manifest) for manifest in good], rules, protected.keys())
-    texts = " ".join(rule.text for rule in rules) or "no rules"
-    going = []
-    for manifest in good:
-        if manifest.id in stay:
-            continue
-        why = f"no rule claims it any more ({texts})"
-        if manifest.id in claimed:
-            count = len(claimed[manifest.id])
-            budgets = ", ".join(rule.text for rule in rules if isinstance(rule, Budget))
-            why = f"over the budget ({budgets}) and claimed least, by {count} rule{'s' if count > 1 else ''}"
-        going.append(Removal(manifest, why))
-    keep = {id: (*claimed.get(id, ()), *protected.get(id, ())) for id in stay}  # noqa: A001 - the vocabulary's word
-    for manifest in manifests:
-        if manifest.id in damaged:
-            keep[manifest.id] = (Claim("protection:damaged", f"{damaged[manifest.id]}; rules leave it to you"),)
+    shrunk = {removal.manifest.id: removal.remaining for removal in drops}
+    kept = kept_ids([shrunk.get(manifest.id, manifest) for manifest in good], rules, protected.keys())
+    keep = {id: (*claimed.get(id, ()), *protected.get(id, ())) for id in kept}  # noqa: A001 - the vocabulary's word
+    for id in damaged.keys() & {manifest.id for manifest in manifests}:  # noqa: A001
+        keep[id] = (Claim("protection:damaged", f"{damaged[id]}; rules do not remove it, peakpoint rm does"),)
+    removed = sorted((manifest for manifest in good if manifest.id not in kept), key=lambda manifest: manifest.sequence)
     return RetentionPlan(
         keep,
-        tuple(sorted(going, key=lambda removal: removal.manifest.sequence)),
-        tuple(thinning for thinning in drops if thinning.manifest.id in stay),
+        tuple(Removal(manifest, _removal_reason(rules, claimed.get(manifest.id, ()))) for manifest in removed),
+        tuple(removal for removal in drops if removal.manifest.id in kept),
     )
+
+
+def _removal_reason(rules: Sequence[Rule], claims: Sequence[Claim]) -> str:
+    """Return why a checkpoint is removed although rules have ``claims`` on it, or because they have none."""
+    if not claims:
+        return f"no rule claims it any more ({' '.join(rule.text for rule in rules) or 'no rules'})"
+    budgets = ", ".join(rule.text for rule in rules if isinstance(rule, Budget))
+    return f"over the budget ({budgets}) and claimed least, by {len(claims)} rule{'s' if len(claims) > 1 else ''}"
 
 
 def _drops(
@@ -176,7 +174,7 @@ def _drops(
     claimed: Mapping[str, Sequence[Claim]],
     protected: Collection[str],
 ) -> list[PartRemoval]:
-    """What loses parts, oldest first, if it stays."""
+    """Return the removals of parts, oldest first, of checkpoints that may stay."""
     needs = {rule.text: rule.needs for rule in rules}
     drops = []
     for manifest in sorted(manifests, key=lambda manifest: manifest.sequence):
@@ -193,11 +191,11 @@ def _drops(
 _OURS = frozenset({"rng", "loop"})
 
 
-def _needless(manifest: Manifest, needs: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
+def _needless(manifest: Manifest, needs_of_rules: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
     """The parts that none of the rules needs; nothing when a rule needs everything, or nothing that is there."""
-    if any(parts is None for parts in needs):
+    if any(parts is None for parts in needs_of_rules):
         return ()
-    wanted = {part for parts in needs if parts is not None for part in parts}
-    if not wanted & manifest.parts.keys():
+    needed_parts = {part for parts in needs_of_rules if parts is not None for part in parts}
+    if not needed_parts & manifest.parts.keys():
         return ()  # names of parts that do not exist: better to keep too much
-    return tuple(part for part in manifest.parts if part not in wanted and part not in _OURS)
+    return tuple(part for part in manifest.parts if part not in needed_parts and part not in _OURS)

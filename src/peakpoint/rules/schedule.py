@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.metrics import is_number
 from peakpoint.rules.record import CheckpointRecord, Mode, NeedsParts, Reasons, by_sequence, check_whole, lineage
 
 _SHORTEST_MINUTES, _LONGEST_MINUTES = 1e-9, 1e15  # what clocks and calendars can still tell apart
@@ -41,18 +42,17 @@ class Every(NeedsParts):
 
     def __post_init__(self) -> None:
         self._check_parts()
-        given = [name for name in ("epochs", "steps", "minutes") if getattr(self, name) is not None]
-        if len(given) != 1:
+        intervals = [name for name in ("epochs", "steps", "minutes") if getattr(self, name) is not None]
+        if len(intervals) != 1:
             raise ConfigError("Every takes exactly one of epochs=, steps= and minutes=")
         if self.minutes is not None:
-            number = isinstance(self.minutes, int | float) and not isinstance(self.minutes, bool)
-            if not (number and _SHORTEST_MINUTES <= self.minutes <= _LONGEST_MINUTES):
+            if not (is_number(self.minutes) and _SHORTEST_MINUTES <= self.minutes <= _LONGEST_MINUTES):
                 raise ConfigError(
                     f"Every: minutes must be a number from {_SHORTEST_MINUTES} to {_LONGEST_MINUTES}, "
                     f"not {str(self.minutes)[:40]}"
                 )
         else:
-            check_whole("Every", given[0], getattr(self, given[0]))
+            check_whole("Every", intervals[0], getattr(self, intervals[0]))
         if self.keep is not None:
             check_whole("Every", "keep", self.keep)
 
@@ -68,7 +68,7 @@ class Every(NeedsParts):
 
     @property
     def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """Nothing."""
+        """No metric."""
         return ()
 
     def interval(self, record: CheckpointRecord) -> int:
@@ -133,15 +133,15 @@ class Last(NeedsParts):
 
     @property
     def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """Nothing."""
+        """No metric."""
         return ()
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The newest ``n`` in the order of commits."""
         newest = by_sequence(records)[-self.n :]
         return {
-            record.id: "the newest" if back == 0 else f"number {back + 1} from the newest, of {self.n}"
-            for back, record in enumerate(reversed(newest))
+            record.id: "the newest" if distance == 0 else f"number {distance + 1} of the newest {self.n}"
+            for distance, record in enumerate(reversed(newest))
         }
 
 
@@ -181,7 +181,7 @@ class Thin(NeedsParts):
 
     @property
     def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """Nothing."""
+        """No metric."""
         return ()
 
     def _width(self, sequence: int, newest: int) -> int:
@@ -193,14 +193,14 @@ class Thin(NeedsParts):
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The first record of each block."""
-        found: Reasons = {}
+        reasons: Reasons = {}
         ordered = by_sequence(records)
-        seen: set[tuple[int, int]] = set()  # width and number of each block
+        blocks: set[tuple[int, int]] = set()  # width and number of each block
         for record in ordered:
             newest = ordered[-1].sequence
             width = self._width(record.sequence, newest)
-            if (width, record.sequence // width) not in seen:
-                seen.add((width, record.sequence // width))
+            if (width, record.sequence // width) not in blocks:
+                blocks.add((width, record.sequence // width))
                 age = newest - record.sequence
-                found[record.id] = f"thinned by {self.base}: {age} commits old, first of its block of {width}"
-        return found
+                reasons[record.id] = f"thinned by {self.base}: {age} commits old, first of its block of {width}"
+        return reasons

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.metrics import is_number
 from peakpoint.format.names import check_metric
 from peakpoint.rules import Mode, check_mode
+from peakpoint.rules.record import check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class EarlyStopping:
     """Says to stop when a metric has not improved for a while, has reached its goal, or has gone astray.
 
     Args:
-        metric: the metric to watch; reports without it do not count.
+        metric: the metric that decides; reports without it do not count.
         mode: ``"max"`` or ``"min"``. Required.
         patience: the loop stops at this many reports in a row without an improvement. At least 1.
         min_delta: a change must be larger than this to be an improvement; not negative, in the metric's own unit.
@@ -57,15 +59,13 @@ class EarlyStopping:
     def __post_init__(self) -> None:
         check_metric(self.metric)
         check_mode("EarlyStopping", self.mode)
-        for name, least in (("patience", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"EarlyStopping: {name} must be a whole number of at least {least}, not {value!r}")
-        if not _is_number(self.min_delta) or self.min_delta < 0:
+        check_whole("EarlyStopping", "patience", self.patience)
+        check_whole("EarlyStopping", "warmup", self.warmup, 0)
+        if not is_number(self.min_delta) or self.min_delta < 0:
             raise ConfigError(f"EarlyStopping: min_delta must be a number of at least 0, not {self.min_delta!r}")
         for name in ("goal", "diverged"):
             value = getattr(self, name)
-            if value is not None and not _is_number(value):
+            if value is not None and not is_number(value):
                 raise ConfigError(f"EarlyStopping: {name} must be a finite number, not {value!r}")
         for name in ("relative", "stop_on_nan"):
             if not isinstance(getattr(self, name), bool):
@@ -75,23 +75,19 @@ class EarlyStopping:
                 f"EarlyStopping: the goal {self.goal!r} must be better ({self.mode}) than diverged={self.diverged!r}"
             )
 
-    def _better(self, one: float, other: float) -> bool:
-        return one > other if self.mode == "max" else one < other
+    def _better(self, value: float, reference: float) -> bool:
+        return value > reference if self.mode == "max" else value < reference
 
     def verdict(self, history: Iterable[Mapping[str, float]]) -> str | None:
-        """Why to stop, or None to go on.
+        """Return why to stop, None to go on.
 
         Args:
             history: the metrics of each report, earliest first. NaN and infinities never are improvements.
         """
-        watch = StoppingState(self)
+        state = StoppingState(self)
         for metrics in history:
-            watch.report(metrics)
-        return watch.why
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            state.report(metrics)
+        return state.why
 
 
 class StoppingState:
@@ -106,7 +102,7 @@ class StoppingState:
 
     def __init__(self, rule: EarlyStopping) -> None:
         self._rule = rule
-        self._best, self._waited, self._seen = math.nan, 0, 0
+        self._best, self._waited, self._reports = math.nan, 0, 0
         self.why: str | None = None
 
     def report(self, metrics: Mapping[str, float]) -> None:
@@ -114,8 +110,8 @@ class StoppingState:
         rule = self._rule
         if rule.metric not in metrics:
             return
-        self._seen += 1
-        if self._seen <= rule.warmup:
+        self._reports += 1
+        if self._reports <= rule.warmup:
             return
         value = metrics[rule.metric]
         if self._improves(value):
@@ -130,16 +126,16 @@ class StoppingState:
         if math.isnan(self._best):
             return True
         gain = value - self._best if self._rule.mode == "max" else self._best - value
-        needed = self._rule.min_delta * abs(self._best) if self._rule.relative else self._rule.min_delta
-        return gain > needed
+        minimum = self._rule.min_delta * abs(self._best) if self._rule.relative else self._rule.min_delta
+        return gain > minimum
 
     def _judge(self, value: float) -> str | None:
-        rule, most = self._rule, "at least" if self._rule.mode == "max" else "at most"
+        rule, bound = self._rule, "at least" if self._rule.mode == "max" else "at most"
         finite = math.isfinite(value)
         if rule.stop_on_nan and not finite:
             return f"{rule.metric} is {value}"
         if rule.goal is not None and finite and not rule._better(rule.goal, value):  # noqa: SLF001 - of this module
-            return f"{rule.metric} has reached its goal: {value:g} is {most} {rule.goal:g}"
+            return f"{rule.metric} has reached its goal: {value:g} is {bound} {rule.goal:g}"
         if rule.diverged is not None and rule._better(rule.diverged, value):  # noqa: SLF001
             return f"{rule.metric} has diverged: {value:g} is worse than {rule.diverged:g}"
         if self._waited < rule.patience:

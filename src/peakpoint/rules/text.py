@@ -35,19 +35,19 @@ def parse(text: str) -> Rule:
         >>> parse("best:loss:min:smooth=5").smooth
         5
     """
-    kind, *rest = text.split(":")
+    kind, *arguments = text.split(":")
     options: dict[str, Any] = {}
-    needs = None
-    if rest and rest[-1].startswith("parts="):
-        needs = tuple(rest[-1].removeprefix("parts=").split("+"))
-        rest = rest[:-1]
-    while rest and (option := _OPTION.fullmatch(rest[-1])) and option["name"] not in options:
+    parts = None
+    if arguments and arguments[-1].startswith("parts="):
+        parts = tuple(arguments[-1].removeprefix("parts=").split("+"))
+        arguments = arguments[:-1]
+    while arguments and (option := _OPTION.fullmatch(arguments[-1])) and option["name"] not in options:
         options[option["name"]] = int(option["value"])
-        rest = rest[:-1]
+        arguments = arguments[:-1]
     try:
-        rule = _metric_rule(kind, rest, {**options, "parts": needs})
+        rule = _metric_rule(kind, arguments, {**options, "parts": parts})
         if rule is None and not options:
-            rule = _other_rule(kind, rest, needs)
+            rule = _other_rule(kind, arguments, parts)
     except ConfigError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
@@ -67,8 +67,8 @@ def parse_all(text: str) -> tuple[Rule, ...]:
     return tuple(parse(word) for word in text.split())
 
 
-def _metric_rule(kind: str, rest: list[str], options: dict[str, Any]) -> Rule | None:
-    match kind, rest:
+def _metric_rule(kind: str, arguments: list[str], options: dict[str, Any]) -> Rule | None:
+    match kind, arguments:
         case "best", [metric, mode]:
             return Best(metric, mode_of(mode), **options)
         case "topk", [metric, mode, k]:
@@ -83,18 +83,18 @@ def _metric_rule(kind: str, rest: list[str], options: dict[str, Any]) -> Rule | 
             return None
 
 
-def _other_rule(kind: str, rest: list[str], parts: tuple[str, ...] | None) -> Rule | None:
-    match kind, rest:
+def _other_rule(kind: str, arguments: list[str], parts: tuple[str, ...] | None) -> Rule | None:
+    match kind, arguments:
         case "last", [n]:
             return Last(whole_number(n), parts=parts)
         case "thin", [base]:
             return Thin(whole_number(base), parts=parts)
         case "budget", [limit] if parts is None:
             return Budget(int(limit) if limit.isascii() and limit.isdecimal() else limit)
-        case "every", [interval, *keep] if len(keep) < 2 and (found := _EVERY.fullmatch(interval)):
+        case "every", [interval, *keep] if len(keep) < 2 and (match := _EVERY.fullmatch(interval)):
             count = whole_number(keep[0]) if keep else None
-            number = found["number"]
-            match found["unit"][:2]:
+            number = match["number"]
+            match match["unit"][:2]:
                 case "ep":
                     return Every(epochs=int(number), keep=count, parts=parts)
                 case "st":
@@ -118,4 +118,4 @@ def mode_of(text: str) -> Mode:
         return "max"
     if text == "min":
         return "min"
-    raise ConfigError(f'mode must be "max" or "min", not {text!r}; it is never guessed')
+    raise ConfigError(f'mode must be "max" or "min", not {text!r}')

@@ -7,6 +7,7 @@ from peakpoint.errors import ConfigError
 from peakpoint.store.direct_io import FileOps
 from peakpoint.store.local import LocalStore
 from peakpoint.store.memory import MemoryStore
+from peakpoint.store.os_errors import translated
 from peakpoint.store.protocol import (
     LARGE,
     RECORD,
@@ -22,7 +23,6 @@ from peakpoint.store.protocol import (
     establish,
     holder_note,
 )
-from peakpoint.store.translating import translated
 
 __all__ = [
     "LARGE",

@@ -22,17 +22,17 @@ NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 class FileOps:
     """The system calls that change files and read large ones.
 
-    The seam at which tests record them, fail them and kill the process. With ``at``, the descriptor of the open
+    The seam at which tests record them, fail them and kill the process. With ``dir_fd``, the descriptor of the open
     directory that a path is in, only the path's name is used, and nothing on the way to it.
     """
 
-    def mkdir(self, path: Path, at: int | None = None) -> None:
+    def mkdir(self, path: Path, dir_fd: int | None = None) -> None:
         """``mkdirat(2)``; FileExistsError when it exists."""
-        os.mkdir(_in(path, at), dir_fd=at)
+        os.mkdir(_in(path, dir_fd), dir_fd=dir_fd)
 
-    def create(self, path: Path, at: int | None = None) -> int:
+    def create(self, path: Path, dir_fd: int | None = None) -> int:
         """``openat(2)`` for writing of a file that must not exist; the mode is left to the umask."""
-        return os.open(_in(path, at), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=at)
+        return os.open(_in(path, dir_fd), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)
 
     def write(self, fd: int, data: memoryview) -> int:
         """``write(2)``; may write less than all."""
@@ -60,37 +60,37 @@ class FileOps:
         """``fsync(2)``."""
         os.fsync(fd)
 
-    def fsync_dir(self, path: Path, at: int | None = None) -> None:
-        """``fsync(2)`` of a directory; ``at`` is its own descriptor."""
-        fd = os.open(path if at is None else ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+    def fsync_dir(self, path: Path, dir_fd: int | None = None) -> None:
+        """``fsync(2)`` of a directory; ``dir_fd`` is its own descriptor."""
+        fd = os.open(path if dir_fd is None else ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def rename(self, source: Path, target: Path, at: int | None = None) -> None:
+    def rename(self, source: Path, target: Path, dir_fd: int | None = None) -> None:
         """``renameat(2)`` within one directory."""
-        os.rename(_in(source, at), _in(target, at), src_dir_fd=at, dst_dir_fd=at)
+        os.rename(_in(source, dir_fd), _in(target, dir_fd), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
 
-    def link(self, source: Path, target: Path, at: int | None = None, source_at: int | None = None) -> None:
+    def link(self, source: Path, target: Path, dir_fd: int | None = None, source_fd: int | None = None) -> None:
         """``linkat(2)``; FileExistsError when the target exists. A source that is a link is not followed."""
-        names = _in(source, source_at), _in(target, at)
-        os.link(*names, src_dir_fd=source_at, dst_dir_fd=at, follow_symlinks=False)
+        names = _in(source, source_fd), _in(target, dir_fd)
+        os.link(*names, src_dir_fd=source_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
 
-    def unlink(self, path: Path, at: int | None = None) -> None:
+    def unlink(self, path: Path, dir_fd: int | None = None) -> None:
         """``unlinkat(2)``."""
-        os.unlink(_in(path, at), dir_fd=at)
+        os.unlink(_in(path, dir_fd), dir_fd=dir_fd)
 
-    def rmdir(self, path: Path, at: int | None = None) -> None:
+    def rmdir(self, path: Path, dir_fd: int | None = None) -> None:
         """``unlinkat(2)`` of a directory."""
-        os.rmdir(_in(path, at), dir_fd=at)
+        os.rmdir(_in(path, dir_fd), dir_fd=dir_fd)
 
 
-def _in(path: Path, at: int | None) -> str:
-    return os.fspath(path) if at is None else path.name
+def _in(path: Path, dir_fd: int | None) -> str:
+    return os.fspath(path) if dir_fd is None else path.name
 
 
-class Output:
+class DirectWriter:
     """Writes chunks to an open file: past the page cache where that is possible, through it otherwise.
 
     Direct I/O takes whole pages from page-aligned memory to page-aligned places in the file. The last bytes of a file
@@ -102,7 +102,7 @@ class Output:
 
     def __init__(self, ops: FileOps, fd: int, *, direct: bool) -> None:
         self._ops, self._fd = ops, fd
-        self._at = 0
+        self._position = 0
         self._direct = False
         self.refused = False
         if direct:
@@ -129,8 +129,8 @@ class Output:
 
     def check(self, size: int | None) -> None:
         """Refuse a file that is not of the size that was announced: the space reserved would stay behind as zeros."""
-        if size is not None and self._at != size:
-            raise OSError(errno.EINVAL, f"{size} bytes were announced and {self._at} given")
+        if size is not None and self._position != size:
+            raise OSError(errno.EINVAL, f"{size} bytes were announced and {self._position} given")
 
     def write(self, data: memoryview) -> None:
         """Write all of ``data``."""
@@ -139,33 +139,33 @@ class Output:
         if len(data) and self._direct:
             self._switch(on=False)
         while data:
-            done = self._ops.write(self._fd, data[:BLOCK])
-            self._at, data = self._at + done, data[done:]
+            written = self._ops.write(self._fd, data[:BLOCK])
+            self._position, data = self._position + written, data[written:]
 
     def _write_pages(self, data: memoryview) -> memoryview:
         """Write the whole pages of ``data`` directly; returns what is left."""
         if data.readonly or address(data) % PAGE:
             return data
-        while len(data) >= PAGE and self._at % PAGE == 0:
+        while len(data) >= PAGE and self._position % PAGE == 0:
             try:
-                done = self._ops.write(self._fd, data[: min(len(data) // PAGE * PAGE, BLOCK)])
+                written = self._ops.write(self._fd, data[: min(len(data) // PAGE * PAGE, BLOCK)])
             except OSError as error:
                 if error.errno not in NO_DIRECT:
                     raise
                 self.refused = True
                 return data
-            self._at, data = self._at + done, data[done:]
+            self._position, data = self._position + written, data[written:]
         return data
 
 
-def is_cached(fd: int, size: int, looks: int = 64) -> bool:
+def is_cached(fd: int, size: int, samples: int = 64) -> bool:
     """Whether a file seems to be in the page cache, judged by some pages of it; True where the system does not say."""
     if not hasattr(os, "RWF_NOWAIT"):
         return True
     page = bytearray(PAGE)
-    for number in range(looks):
+    for number in range(samples):
         try:
-            os.preadv(fd, [page], (size - 1) * number // (looks - 1) // PAGE * PAGE, os.RWF_NOWAIT)
+            os.preadv(fd, [page], (size - 1) * number // (samples - 1) // PAGE * PAGE, os.RWF_NOWAIT)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -183,7 +183,7 @@ def available_memory() -> int:
     return 0
 
 
-class DirectFilling:
+class DirectReader:
     """A file on its way into memory, past the page cache; see ``Filling``.
 
     One thread reads; another has the system provide the pages ahead of it, which is slower than the disk.
@@ -201,8 +201,8 @@ class DirectFilling:
         ops.set_direct(fd, on=True)
         self._ops, self._fd, self._size = ops, fd, size
         self._memory: mmap.mmap = allocate(pages(size))
-        self._whole = memoryview(self._memory)
-        self.data = self._whole[:size]
+        self._pages = memoryview(self._memory)
+        self.data = self._pages[:size]
         self._changed = threading.Condition()
         self._touched = 0
         self._ready = 0
@@ -224,10 +224,10 @@ class DirectFilling:
                 self._changed.notify_all()
 
     def _touch(self) -> None:
-        for begin in range(0, len(self._whole), BLOCK):
-            touch(self._whole[begin : begin + BLOCK])
+        for begin in range(0, len(self._pages), BLOCK):
+            touch(self._pages[begin : begin + BLOCK])
             with self._changed:
-                self._touched = min(begin + BLOCK, len(self._whole))
+                self._touched = min(begin + BLOCK, len(self._pages))
                 self._changed.notify_all()
                 if self._stopped:
                     return
@@ -241,23 +241,23 @@ class DirectFilling:
                     if self._stopped or self._error is not None:
                         return
                     end = min(begin // BLOCK * BLOCK + BLOCK, self._touched)
-                done = self._read_some(begin, end)
-                if done == 0:
+                count = self._read_some(begin, end)
+                if count == 0:
                     raise OSError(errno.EIO, f"the file ended after {begin} of {self._size} bytes")
                 with self._changed:
-                    self._ready = begin + done
+                    self._ready = begin + count
                     self._changed.notify_all()
         finally:
             os.close(self._fd)
 
     def _read_some(self, begin: int, end: int) -> int:
         try:
-            return self._ops.read(self._fd, self._whole[begin:end], begin)
+            return self._ops.read(self._fd, self._pages[begin:end], begin)
         except OSError as error:
             if error.errno not in NO_DIRECT:
                 raise
         self._ops.set_direct(self._fd, on=False)  # a piece that is not aligned
-        return self._ops.read(self._fd, self._whole[begin:end], begin)
+        return self._ops.read(self._fd, self._pages[begin:end], begin)
 
     def wait(self, position: int) -> None:
         """See ``Filling.wait``; OSError when the file cannot be read."""

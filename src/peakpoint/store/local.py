@@ -6,7 +6,7 @@ Source: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014. A fa
 may then report success for data that is gone. Source: Rebello et al., "Can Applications Recover from fsync Failures?",
 USENIX ATC 2020.
 
-Below the root nothing is reached through a link, read, written or deleted that is none of our files; see ``below``.
+Below the root nothing is reached through a link, read, written or deleted that is none of our files; see ``safe_open``.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from functools import partial
 from pathlib import Path
 
 from peakpoint.errors import FormatError, NotFoundError, StoreError
-from peakpoint.store import below, locks
+from peakpoint.store import locks, safe_open
 from peakpoint.store.direct_io import (
     NO_DIRECT,
     WORTH_DIRECT,
-    DirectFilling,
+    DirectReader,
+    DirectWriter,
     FileOps,
-    Output,
     available_memory,
     is_cached,
 )
-from peakpoint.store.logs import LocalLog
+from peakpoint.store.local_log import LocalLog
+from peakpoint.store.os_errors import TranslatedFilling, translated
 from peakpoint.store.protocol import RECORD, Chunk, Filled, Filling, check_key, check_record, check_size
-from peakpoint.store.translating import Translating, translated
 
 _TEMPORARY = ".tmp-"
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
@@ -69,61 +69,61 @@ class LocalStore:
     def _directory(self, key: str) -> Iterator[int]:
         """A descriptor of the directory that a key is in."""
         names = check_key(key).split("/")[:-1]
-        with below.directory(self._root, names) as at:
-            yield at
+        with safe_open.directory(self._root, names) as dir_fd:
+            yield dir_fd
 
     @contextlib.contextmanager
-    def _made(self, key: str) -> Iterator[int]:
+    def _parent_made(self, key: str) -> Iterator[int]:
         """A descriptor of the directory that a key is to be in, whose name is durable."""
         self._make_root(self.root)
         directory = self.root
-        with contextlib.ExitStack() as opened:
-            at = opened.enter_context(below.directory(self._root, ()))
+        with contextlib.ExitStack() as open_directories:
+            dir_fd = open_directories.enter_context(safe_open.directory(self._root, ()))
             for name in check_key(key).split("/")[:-1]:
                 directory /= name
                 try:
-                    inner = below.enter(at, name)
+                    inner = safe_open.enter(dir_fd, name)
                 except FileNotFoundError:
                     self._durable.discard(directory)
                     with contextlib.suppress(FileExistsError):
-                        self._ops.mkdir(directory, at)
-                    inner = below.enter(at, name)
-                opened.callback(os.close, inner)
+                        self._ops.mkdir(directory, dir_fd)
+                    inner = safe_open.enter(dir_fd, name)
+                open_directories.callback(os.close, inner)
                 if directory not in self._durable:  # also one that is there already: its maker may have died before
-                    self._ops.fsync_dir(directory.parent, at)
+                    self._ops.fsync_dir(directory.parent, dir_fd)
                     self._durable.add(directory)
-                at = inner
-            yield at
+                dir_fd = inner
+            yield dir_fd
 
     def put(self, key: str, chunks: Iterable[Chunk], size: int | None = None) -> None:
         """See ``Store.put``."""
         path = self.path(key)
-        with translated("write", path), self._made(key) as at:
-            below.check_replaceable(at, path)
-            temporary = self._write_temporary(at, path, chunks, size)
-            self._ops.rename(temporary, path, at)
-            self._ops.fsync_dir(path.parent, at)
+        with translated("write", path), self._parent_made(key) as dir_fd:
+            safe_open.check_replaceable(dir_fd, path)
+            temporary = self._write_temporary(dir_fd, path, chunks, size)
+            self._ops.rename(temporary, path, dir_fd)
+            self._ops.fsync_dir(path.parent, dir_fd)
 
     def create(self, key: str, data: bytes) -> None:
         """See ``Store.create``."""
         path = self.path(key)
         check_record(str(path), data)
-        with translated("create", path), self._made(key) as at:
-            temporary = self._write_temporary(at, path, [data])
+        with translated("create", path), self._parent_made(key) as dir_fd:
+            temporary = self._write_temporary(dir_fd, path, [data])
             try:
-                self._link_new(at, temporary, path)
+                self._link_new(dir_fd, temporary, path)
             except FileExistsError as error:
-                self._ops.unlink(temporary, at)
-                raise below.taken(at, path) from error
-            self._ops.fsync_dir(path.parent, at)
+                self._ops.unlink(temporary, dir_fd)
+                raise safe_open.name_taken(dir_fd, path) from error
+            self._ops.fsync_dir(path.parent, dir_fd)
 
     def link(self, source: str, key: str) -> bool:
         """See ``Store.link``: a hard link, where the file system has them."""
         origin = self.path(source)
         try:
-            with translated("read", origin), self._directory(source) as at:
-                below.check_file(below.status(at, origin.name), origin)
-                return self._link(origin, key, at)
+            with translated("read", origin), self._directory(source) as dir_fd:
+                safe_open.check_file(safe_open.status(dir_fd, origin.name), origin)
+                return self._link(origin, key, dir_fd)
         except NotFoundError:
             return False
 
@@ -135,53 +135,53 @@ class LocalStore:
         """
         origin = origin.resolve()
         with translated("read", origin):
-            with below.directory(os.fspath(origin.parent), ()) as at:
-                fd = below.open_file(at, origin)
+            with safe_open.directory(os.fspath(origin.parent), ()) as dir_fd:
+                fd = safe_open.open_file(dir_fd, origin)
             try:
                 self._ops.fsync(fd)
             finally:
                 os.close(fd)
         return self._link(origin, key, None)
 
-    def _link(self, origin: Path, key: str, origin_at: int | None) -> bool:
+    def _link(self, origin: Path, key: str, origin_fd: int | None) -> bool:
         path = self.path(key)
-        with translated("link", path), self._made(key) as at:
-            below.check_replaceable(at, path)
+        with translated("link", path), self._parent_made(key) as dir_fd:
+            safe_open.check_replaceable(dir_fd, path)
             temporary = _temporary(path)
             try:
-                self._ops.link(origin, temporary, at, origin_at)
+                self._ops.link(origin, temporary, dir_fd, origin_fd)
             except FileNotFoundError:
                 return False
             except OSError as error:
                 if error.errno not in (*_NO_LINKS, errno.EXDEV):
                     raise
                 return False
-            self._ops.rename(temporary, path, at)
-            self._ops.fsync_dir(path.parent, at)
+            self._ops.rename(temporary, path, dir_fd)
+            self._ops.fsync_dir(path.parent, dir_fd)
             return True
 
-    def _link_new(self, at: int, temporary: Path, path: Path) -> None:
+    def _link_new(self, dir_fd: int, temporary: Path, path: Path) -> None:
         try:
-            self._ops.link(temporary, path, at, at)
+            self._ops.link(temporary, path, dir_fd, dir_fd)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             # No hard links here (exFAT, some network mounts). Rename would replace silently, so look first; the
             # writer's lock keeps others away in between.
             with contextlib.suppress(FileNotFoundError):
-                below.status(at, path.name)
+                safe_open.status(dir_fd, path.name)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-            self._ops.rename(temporary, path, at)
+            self._ops.rename(temporary, path, dir_fd)
         else:
-            self._ops.unlink(temporary, at)
+            self._ops.unlink(temporary, dir_fd)
 
-    def _write_temporary(self, at: int, path: Path, chunks: Iterable[Chunk], size: int | None = None) -> Path:
+    def _write_temporary(self, dir_fd: int, path: Path, chunks: Iterable[Chunk], size: int | None = None) -> Path:
         temporary = _temporary(path)
-        fd = self._ops.create(temporary, at)
+        fd = self._ops.create(temporary, dir_fd)
         try:
             try:
                 large = size is not None and size >= WORTH_DIRECT
-                output = Output(self._ops, fd, direct=self._direct and large)
+                output = DirectWriter(self._ops, fd, direct=self._direct and large)
                 if size is not None and large:
                     output.reserve(size)
                 for chunk in chunks:
@@ -192,7 +192,7 @@ class LocalStore:
                 os.close(fd)
         except BaseException:
             with contextlib.suppress(OSError):  # the error that brought us here is the one to report
-                self._ops.unlink(temporary, at)
+                self._ops.unlink(temporary, dir_fd)
             raise
         if output.refused and self._direct:
             self._direct = False
@@ -214,27 +214,27 @@ class LocalStore:
         self._durable.add(directory)
 
     @contextlib.contextmanager
-    def _opened(self, key: str) -> Iterator[int]:
+    def _open(self, key: str) -> Iterator[int]:
         """A file, open for reading."""
-        with self._directory(key) as at:
-            fd = below.open_file(at, self.path(key))
+        with self._directory(key) as dir_fd:
+            fd = safe_open.open_file(dir_fd, self.path(key))
         try:
             yield fd
         finally:
             os.close(fd)
 
-    def get(self, key: str, begin: int = 0, end: int | None = None, *, most: int = RECORD) -> bytes:
+    def get(self, key: str, begin: int = 0, end: int | None = None, *, max_size: int = RECORD) -> bytes:
         """See ``Store.get``."""
         path = f"{self._root}/{key}"
-        with translated("read", path), self._opened(key) as fd:
-            left = os.fstat(fd).st_size - begin
+        with translated("read", path), self._open(key) as fd:
+            size = os.fstat(fd).st_size - begin
             if end is None:
-                check_size(path, left, most)
-            return below.read(fd, begin, max(0, left if end is None else min(left, end - begin)))
+                check_size(path, size, max_size)
+            return safe_open.read(fd, begin, max(0, size if end is None else min(size, end - begin)))
 
     def view(self, key: str) -> memoryview:
         """See ``Store.view``: a private mapping of the file."""
-        with translated("read", self.path(key)), self._opened(key) as fd:
+        with translated("read", self.path(key)), self._open(key) as fd:
             if os.fstat(fd).st_size == 0:
                 return memoryview(bytearray())
             return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
@@ -243,30 +243,30 @@ class LocalStore:
         """See ``Store.fill``: direct reads of a large file that is not in the page cache, a mapping of any other."""
         if hasattr(os, "O_DIRECT"):
             path = self.path(key)
-            with translated("read", path), self._opened(key) as fd:
+            with translated("read", path), self._open(key) as fd:
                 filling = self._fill_directly(fd)
             if filling is not None:
-                return Translating(filling, path)
+                return TranslatedFilling(filling, path)
         return Filled(self.view(key))
 
-    def _fill_directly(self, fd: int) -> DirectFilling | None:
+    def _fill_directly(self, fd: int) -> DirectReader | None:
         size = os.fstat(fd).st_size
         # no more than half of the memory: what is mapped can be dropped when memory is short, this cannot
         if size < WORTH_DIRECT or is_cached(fd, size) or size > available_memory() // 2:
             return None
-        own = os.dup(fd)
+        duplicate = os.dup(fd)
         try:
-            return DirectFilling(self._ops, own, size)
+            return DirectReader(self._ops, duplicate, size)
         except OSError as error:
-            os.close(own)
+            os.close(duplicate)
             if error.errno not in NO_DIRECT:
                 raise
         return None
 
     def _status(self, key: str) -> os.stat_result:
         """The status of what has the name of a key, which may be a link."""
-        with translated("look at", f"{self._root}/{key}"), self._directory(key) as at:
-            return below.status(at, key.rpartition("/")[2])
+        with translated("look at", f"{self._root}/{key}"), self._directory(key) as dir_fd:
+            return safe_open.status(dir_fd, key.rpartition("/")[2])
 
     def size(self, key: str) -> int | None:
         """See ``Store.size``."""
@@ -280,8 +280,8 @@ class LocalStore:
         """Each name, whether it is a directory's, and what it is if no store has made it."""
         names = check_key(prefix).split("/") if prefix else ()
         try:
-            with translated("list", f"{self._root}/{prefix}"), below.directory(self._root, names) as at:
-                return below.entries(at, _TEMPORARY)
+            with translated("list", f"{self._root}/{prefix}"), safe_open.directory(self._root, names) as dir_fd:
+                return safe_open.entries(dir_fd, _TEMPORARY)
         except NotFoundError:
             return []
 
@@ -295,7 +295,7 @@ class LocalStore:
 
     def foreign(self, prefix: str) -> dict[str, str]:
         """See ``Store.foreign``."""
-        return {name: what for name, _, what in self._entries(prefix) if what is not None}
+        return {name: kind for name, _, kind in self._entries(prefix) if kind is not None}
 
     def stamp(self, prefix: str) -> str | None:
         """See ``Store.stamp``: when the directory last changed, once that is long enough ago to be told from now."""
@@ -315,24 +315,24 @@ class LocalStore:
         """See ``Store.litter``: files with temporary names."""
         start = f"{prefix}/" if prefix else ""
         return sorted(
-            start + name for name, _, what in self._entries(prefix) if name.startswith(_TEMPORARY) and what is None
+            start + name for name, _, kind in self._entries(prefix) if name.startswith(_TEMPORARY) and kind is None
         )
 
     def delete(self, key: str) -> None:
         """See ``Store.delete``; what is no file is none of ours, and stays."""
         path = self.path(key)
-        with contextlib.suppress(NotFoundError), translated("delete", path), self._directory(key) as at:
-            if stat.S_ISREG(below.status(at, path.name).st_mode):
-                self._ops.unlink(path, at)
-                self._ops.fsync_dir(path.parent, at)
+        with contextlib.suppress(NotFoundError), translated("delete", path), self._directory(key) as dir_fd:
+            if stat.S_ISREG(safe_open.status(dir_fd, path.name).st_mode):
+                self._ops.unlink(path, dir_fd)
+                self._ops.fsync_dir(path.parent, dir_fd)
 
     def prune(self, prefix: str) -> None:
         """See ``Store.prune``."""
         path = self.path(prefix)
         try:
-            with translated("remove", path), self._directory(prefix) as at:
-                self._ops.rmdir(path, at)
-                self._ops.fsync_dir(path.parent, at)
+            with translated("remove", path), self._directory(prefix) as dir_fd:
+                self._ops.rmdir(path, dir_fd)
+                self._ops.fsync_dir(path.parent, dir_fd)
         except NotFoundError:
             return
         except StoreError as error:
@@ -342,33 +342,33 @@ class LocalStore:
     def log(self, key: str) -> LocalLog:
         """See ``Store.log``."""
         path = self.path(key)
-        with translated("create", path), self._made(key) as at:
+        with translated("create", path), self._parent_made(key) as dir_fd:
             try:
-                fd = self._ops.create(path, at)
+                fd = self._ops.create(path, dir_fd)
             except FileExistsError as error:
-                raise below.taken(at, path) from error
-            self._ops.fsync_dir(path.parent, at)
+                raise safe_open.name_taken(dir_fd, path) from error
+            self._ops.fsync_dir(path.parent, dir_fd)
         return LocalLog(path, fd, self._ops)
 
-    def hold(self, key: str, note: bytes) -> locks.LocalHold:
+    def hold(self, key: str, note: bytes) -> locks.ExclusiveLock:
         """See ``Store.hold``: a lock that the kernel lets go of when its process dies."""
         path = self.path(key)
-        with translated("lock", path), self._made(key) as at:
-            fd = below.open_file(at, path, os.O_RDWR | os.O_CREAT)
-            return locks.LocalHold(fd, path, note, partial(self._status, key))
+        with translated("lock", path), self._parent_made(key) as dir_fd:
+            fd = safe_open.open_file(dir_fd, path, os.O_RDWR | os.O_CREAT)
+            return locks.ExclusiveLock(fd, path, note, partial(self._status, key))
 
     def holder(self, key: str) -> str | None:
         """See ``Store.holder``: asks the kernel, takes no lock."""
         try:
-            with translated("look at", self.path(key)), self._opened(key) as fd:
+            with translated("look at", self.path(key)), self._open(key) as fd:
                 return locks.holder(fd)
         except (NotFoundError, FormatError):
             return None  # what is no file is held by nobody
 
-    def reading(self, key: str) -> locks.SharedHold | None:
+    def reading(self, key: str) -> locks.SharedLock | None:
         """See ``Store.reading``: a shared lock."""
         try:
-            with self._opened(key) as fd:
+            with self._open(key) as fd:
                 return locks.share(os.dup(fd))
         except (OSError, FormatError):
             return None
@@ -376,15 +376,15 @@ class LocalStore:
     def is_read(self, key: str) -> bool:
         """See ``Store.is_read``."""
         try:
-            with self._opened(key) as fd:
+            with self._open(key) as fd:
                 return locks.is_shared(fd)
         except (OSError, FormatError):
             return False
 
     def remarks(self) -> list[str]:
         """See ``Store.remarks``: whether direct I/O is refused."""
-        said, self._remarks = self._remarks, []
-        return said
+        remarks, self._remarks = self._remarks, []
+        return remarks
 
     def free(self) -> int | None:
         """See ``Store.free``: what an ordinary user may still write."""

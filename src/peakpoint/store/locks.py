@@ -65,24 +65,24 @@ def is_locked(fd: int) -> bool:
     return False
 
 
-class LocalHold:
+class ExclusiveLock:
     """See ``Hold``.
 
     Args:
         fd: the open file, which is closed at the end.
         path: where it is.
         note: who holds it.
-        look: the status of what is at ``path`` now.
+        status: the status of what is at ``path`` now.
 
     Raises:
         ConflictError: somebody holds it.
     """
 
-    _mine: ClassVar[set["LocalHold"]] = set()  # of this process
+    _of_process: ClassVar[set["ExclusiveLock"]] = set()  # of this process
 
-    def __init__(self, fd: int, path: Path, note: bytes, look: Callable[[], os.stat_result]) -> None:
-        self._fd, self._path, self._note, self._look = fd, path, note, look
-        self._mine.add(self)
+    def __init__(self, fd: int, path: Path, note: bytes, status: Callable[[], os.stat_result]) -> None:
+        self._fd, self._path, self._note, self._status = fd, path, note, status
+        self._of_process.add(self)
         try:
             self._begin()
         except BaseException:
@@ -106,10 +106,10 @@ class LocalHold:
         if self._fd < 0:
             raise ConflictError(f"{self._path} is not held any more")
         try:
-            is_there = os.path.samestat(os.fstat(self._fd), self._look())
+            is_same = os.path.samestat(os.fstat(self._fd), self._status())
         except NotFoundError:
-            is_there = False
-        if not is_there or not _take(self._fd) or os.pread(self._fd, len(self._note) + 1, 0) != self._note:
+            is_same = False
+        if not is_same or not _take(self._fd) or os.pread(self._fd, len(self._note) + 1, 0) != self._note:
             raise ConflictError(
                 f"{self._path} was removed, replaced or overwritten while this process held it: another one may be "
                 "writing here by now, so nothing more is committed; stop this process, see that no other one is at "
@@ -118,7 +118,7 @@ class LocalHold:
 
     def release(self) -> None:
         """See ``Hold.release``."""
-        self._mine.discard(self)
+        self._of_process.discard(self)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -126,11 +126,11 @@ class LocalHold:
     @classmethod
     def release_inherited(cls) -> None:
         """Close the copies that a fork has made; the parent goes on holding what it holds."""
-        for hold in list(cls._mine):
+        for hold in list(cls._of_process):
             hold.release()
 
 
-os.register_at_fork(after_in_child=LocalHold.release_inherited)
+os.register_at_fork(after_in_child=ExclusiveLock.release_inherited)
 
 
 def holder(fd: int) -> str | None:
@@ -138,7 +138,7 @@ def holder(fd: int) -> str | None:
     return holder_text(os.pread(fd, _NOTE, 0)) if is_locked(fd) else None
 
 
-class SharedHold:
+class SharedLock:
     """See ``Store.reading``: a shared ``flock``, which needs a file that may be read.
 
     Args:
@@ -156,14 +156,14 @@ class SharedHold:
         self._close()
 
 
-def share(fd: int) -> SharedHold | None:
+def share(fd: int) -> SharedLock | None:
     """Say that an open file is being read; None, and the file closed, on a file system without such locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)  # those who ask hold it for microseconds
     except OSError:
         os.close(fd)
         return None
-    return SharedHold(fd)
+    return SharedLock(fd)
 
 
 def is_shared(fd: int) -> bool:

@@ -44,14 +44,14 @@ class MemoryStore:
                 self._objects[check_key(key)] = data
         return data is not None
 
-    def get(self, key: str, begin: int = 0, end: int | None = None, *, most: int = RECORD) -> bytes:
+    def get(self, key: str, begin: int = 0, end: int | None = None, *, max_size: int = RECORD) -> bytes:
         """See ``Store.get``."""
         try:
             data = self._objects[check_key(key)][begin:end]
         except KeyError as error:
             raise NotFoundError(f"{key} does not exist in {self.location}") from error
         if end is None:
-            check_size(key, len(data), most)
+            check_size(key, len(data), max_size)
         return data
 
     def view(self, key: str) -> memoryview:

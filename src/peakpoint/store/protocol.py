@@ -36,15 +36,15 @@ def check_key(key: str) -> str:
     return key
 
 
-def check_size(where: str, size: int, most: int) -> None:
+def check_size(where: str, size: int, max_size: int) -> None:
     """Refuse to read more bytes at once than what is there can rightly have.
 
     Raises:
-        FormatError: there are more than ``most``.
+        FormatError: there are more than ``max_size``.
     """
-    if size > most:
+    if size > max_size:
         raise FormatError(
-            f"{where} has {size} bytes, and what Peakpoint keeps there has at most {most}: it is not read; move it away"
+            f"{where} has {size} bytes, but Peakpoint writes at most {max_size} there: it is not read; move it away"
         )
 
 
@@ -133,10 +133,14 @@ def holder_text(note: bytes) -> str:
 
 
 def held_by(note: bytes) -> ConflictError:
-    """The error for something that the writer of ``note`` holds."""
+    """Return the error for what the writer of ``note`` holds."""
     holder = _holder(note)
-    mine = (holder.get("pid"), holder.get("host")) == (str(os.getpid()), socket.gethostname())
-    way = "this process itself: call close() of the checkpointer that holds it" if mine else "wait for it, or stop it"
+    is_ours = (holder.get("pid"), holder.get("host")) == (str(os.getpid()), socket.gethostname())
+    way = (
+        "this is the same process: call close() of its checkpointer, or restart the kernel"
+        if is_ours
+        else "wait until it ends, or stop it"
+    )
     return ConflictError(f"already being written by {holder_text(note)}; {way}")
 
 
@@ -223,18 +227,18 @@ class Store(Protocol):
             StoreError: as for ``put``.
         """
 
-    def get(self, key: str, begin: int = 0, end: int | None = None, *, most: int = RECORD) -> bytes:
+    def get(self, key: str, begin: int = 0, end: int | None = None, *, max_size: int = RECORD) -> bytes:
         """The bytes of ``key``, or those in ``[begin, end)``.
 
         Args:
             key: where.
             begin: the first byte.
             end: the first byte that is not wanted any more; None for the end of what is there.
-            most: how many bytes there may be from ``begin`` on, when no ``end`` is given.
+            max_size: how many bytes there may be from ``begin`` on, when no ``end`` is given.
 
         Raises:
             NotFoundError: no such key.
-            FormatError: there are more than ``most``, or there is no file but something else in its place.
+            FormatError: there are more than ``max_size``, or there is no file but something else in its place.
             StoreError: it cannot be read.
         """
 
@@ -341,9 +345,9 @@ def establish(store: Store, key: str, data: bytes) -> None:
         store.create(key, data)
     except (ConflictError, StoreError):
         try:
-            present = store.get(key)
+            existing = store.get(key)
         except NotFoundError:
-            present = None
-        if present != data:
+            existing = None
+        if existing != data:
             raise
         store.put(key, [data])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peakpoint.errors import Error
-from peakpoint.store.worker import start
+from peakpoint.store.threads import start_thread
 from peakpoint.training.outcome import print_note
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -27,7 +27,7 @@ def watch(checkpointer: Any) -> None:
 
 def close_soon(run: str, close: Callable[[], None]) -> None:
     """Close a checkpointer that nothing refers to, in a thread: garbage collection must not wait for a disk."""
-    if start(lambda: _close(run, close), f"peakpoint-close-{run}") is None:
+    if start_thread(lambda: _close(run, close), f"peakpoint-close-{run}") is None:
         _close(run, close)
 
 

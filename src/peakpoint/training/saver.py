@@ -25,7 +25,7 @@ from peakpoint.rules.retention import Removal, RetentionPlan
 from peakpoint.state.capture import Captured
 from peakpoint.state.host_copy import ChangedError
 from peakpoint.store import Hold, Store
-from peakpoint.store.worker import start
+from peakpoint.store.threads import start_thread
 from peakpoint.training.rule_changes import Rules, rule_change
 
 _SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
@@ -281,7 +281,7 @@ class Saver:
             self._fail(job, error)
 
     def _copy_and_commit(self, job: SaveJob) -> None:
-        copier = start(job.captured.copying.run, f"peakpoint-copy-{self._run}")
+        copier = start_thread(job.captured.copying.run, f"peakpoint-copy-{self._run}")
         if copier is None:
             job.captured.copying.run()
         try:

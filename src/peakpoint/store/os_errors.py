@@ -39,7 +39,7 @@ def translated(action: str, path: Path | str) -> Iterator[None]:
         raise kind(error.errno, message) from error
 
 
-class Translating:
+class TranslatedFilling:
     """A filling whose errors say what was being read."""
 
     def __init__(self, filling: Filling, path: Path) -> None:

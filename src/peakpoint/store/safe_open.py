@@ -36,34 +36,34 @@ def directory(root: str, names: Iterable[str]) -> Iterator[int]:
     Raises:
         OSError: it is not there, or a link stands in the way.
     """
-    at = os.open(root, _REACH)
+    dir_fd = os.open(root, _REACH)
     try:
         for name in names:
-            inner = enter(at, name)
-            os.close(at)
-            at = inner
-        yield at
+            inner = enter(dir_fd, name)
+            os.close(dir_fd)
+            dir_fd = inner
+        yield dir_fd
     finally:
-        os.close(at)
+        os.close(dir_fd)
 
 
-def enter(at: int, name: str) -> int:
+def enter(dir_fd: int, name: str) -> int:
     """A descriptor of a directory in an open one."""
     try:
-        return os.open(name, _REACH | os.O_NOFOLLOW, dir_fd=at)
+        return os.open(name, _REACH | os.O_NOFOLLOW, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP) and stat.S_ISLNK(status(at, name).st_mode):
-            what = f"{name} is a symbolic link, and none is followed below the root of a repository"
-            raise OSError(errno.ELOOP, what) from error
+        if error.errno in (errno.ENOTDIR, errno.ELOOP) and stat.S_ISLNK(status(dir_fd, name).st_mode):
+            problem = f"{name} is a symbolic link, and none is followed below the root of a repository"
+            raise OSError(errno.ELOOP, problem) from error
         raise
 
 
-def status(at: int, name: str) -> os.stat_result:
+def status(dir_fd: int, name: str) -> os.stat_result:
     """``lstat(2)`` of a name in an open directory."""
-    return os.stat(name, dir_fd=at, follow_symlinks=False)
+    return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
 
 
-def open_file(at: int, path: Path, flags: int = os.O_RDONLY) -> int:
+def open_file(dir_fd: int, path: Path, flags: int = os.O_RDONLY) -> int:
     """Open the file that has the name of ``path`` in an open directory.
 
     Raises:
@@ -71,8 +71,8 @@ def open_file(at: int, path: Path, flags: int = os.O_RDONLY) -> int:
         OSError: it cannot be opened.
     """
     with contextlib.suppress(FileNotFoundError):  # the call that opens it says so, or makes it
-        check_file(status(at, path.name), path)
-    fd = os.open(path.name, flags | _CAREFULLY, 0o666, dir_fd=at)
+        check_file(status(dir_fd, path.name), path)
+    fd = os.open(path.name, flags | _CAREFULLY, 0o666, dir_fd=dir_fd)
     try:
         check_file(os.fstat(fd), path)
     except FormatError:
@@ -94,15 +94,15 @@ def check_file(status: os.stat_result, path: Path) -> None:
         )
 
 
-def entries(at: int, temporary: str) -> list[tuple[str, bool, str | None]]:
+def entries(dir_fd: int, temporary: str) -> list[tuple[str, bool, str | None]]:
     """What is in an open directory: each name, whether it is a directory's, and what it is if no store has made it.
 
     Args:
-        at: the directory.
+        dir_fd: the directory.
         temporary: what the names of unfinished writes begin with; a store makes no directories of such names.
     """
     listed: list[tuple[str, bool, str | None]] = []
-    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         with os.scandir(fd) as listing:
             for entry in listing:
@@ -117,19 +117,19 @@ def entries(at: int, temporary: str) -> list[tuple[str, bool, str | None]]:
     return sorted(listed)
 
 
-def check_replaceable(at: int, path: Path) -> None:
-    """Refuse to replace what is no file; see ``taken``."""
+def check_replaceable(dir_fd: int, path: Path) -> None:
+    """Refuse to replace what is no file; see ``name_taken``."""
     with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(status(at, path.name).st_mode):
-            raise taken(at, path)
+        if not stat.S_ISREG(status(dir_fd, path.name).st_mode):
+            raise name_taken(dir_fd, path)
 
 
-def taken(at: int, path: Path) -> ConflictError | StoreError:
+def name_taken(dir_fd: int, path: Path) -> ConflictError | StoreError:
     """The error for a name that is there already: of a file, or of what no store has made."""
-    there = status(at, path.name)
-    if stat.S_ISREG(there.st_mode):
+    entry = status(dir_fd, path.name)
+    if stat.S_ISREG(entry.st_mode):
         return ConflictError(f"{path} already exists")
-    return StoreError(errno.EEXIST, f"{path} is {kind(there)}, where Peakpoint is to write a file; move it away")
+    return StoreError(errno.EEXIST, f"{path} is {kind(entry)}, where Peakpoint is to write a file; move it away")
 
 
 def read(fd: int, begin: int, size: int) -> bytes:

@@ -18,25 +18,25 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self._given: Queue[Callable[[], object] | None] = Queue()
+        self._queue: Queue[Callable[[], object] | None] = Queue()
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = start(self._run, name)
+        self._thread: threading.Thread | None = start_thread(self._run, name)
 
     def do(self, work: Callable[[], object]) -> None:
-        """Have ``work`` called after everything that was given before."""
+        """Have ``work`` called after everything that was queued before."""
         if self._thread is None:
             work()
         else:
-            self._given.put(work)
+            self._queue.put(work)
 
     def wait(self) -> None:
-        """Return when everything that was given is done; raises the first error."""
-        self._given.join()
+        """Return when everything that was queued is done; raises the first error."""
+        self._queue.join()
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
-        while (work := self._given.get()) is not None:
+        while (work := self._queue.get()) is not None:
             try:
                 if self._error is None:
                     work()
@@ -44,7 +44,7 @@ class Worker:
                 self._error = error
             finally:
                 del work  # an idle thread keeps nothing alive
-                self._given.task_done()
+                self._queue.task_done()
 
     def __enter__(self) -> Self:
         return self
@@ -53,11 +53,11 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._thread is not None:
-            self._given.put(None)
+            self._queue.put(None)
             self._thread.join()
 
 
-def start(work: Callable[[], object], name: str) -> threading.Thread | None:
+def start_thread(work: Callable[[], object], name: str) -> threading.Thread | None:
     """Start a thread; None where the interpreter ends and starts none any more."""
     thread = threading.Thread(target=work, name=name)
     try:

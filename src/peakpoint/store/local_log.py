@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from peakpoint.store.direct_io import FileOps
-from peakpoint.store.translating import translated
+from peakpoint.store.os_errors import translated
 
 
 class LocalLog:
@@ -22,15 +22,15 @@ class LocalLog:
         only the torn line is lost.
         """
         with translated("append to", self._path):
-            whole = memoryview(b"\n" + data if self._torn else data)
-            rest = whole
+            line = memoryview(b"\n" + data if self._torn else data)
+            unwritten = line
             try:
-                while rest:
-                    rest = rest[self._ops.write(self._fd, rest) :]
+                while unwritten:
+                    unwritten = unwritten[self._ops.write(self._fd, unwritten) :]
             except OSError:
-                self._take_back(len(whole) - len(rest))
+                self._take_back(len(line) - len(unwritten))
                 raise
-            self._size += len(whole)
+            self._size += len(line)
             self._torn = False
 
     def _take_back(self, written: int) -> None:
