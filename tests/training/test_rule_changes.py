@@ -63,7 +63,7 @@ def test_the_best_by_a_metric_of_another_name_is_announced_and_comes_back(tmp_pa
     assert run(tmp_path, "best:val_acc:max last:1", 0.7, 0.9, 0.8, metric="val_acc") == []
     [said] = run(tmp_path, "best:acc:max last:1", 0.8)
     assert said.startswith(
-        "the rules have changed and no longer keep 1 checkpoint: r_step2_val_acc0.9000; by the former rules the best "
+        "the rules have changed and no longer keep 1 checkpoint: r_step2_val_acc0.9000; by the earlier rules the best "
         "val_acc, 0.9, is r_step2_val_acc0.9000. What they do not keep is removed with the next save or at the end of "
         "this training"
     )
@@ -77,7 +77,7 @@ def test_the_best_by_a_metric_of_another_name_is_announced_and_comes_back(tmp_pa
 def test_the_best_is_announced_also_when_it_is_the_newest(tmp_path):
     run(tmp_path, "best:val_acc:max last:1", 0.7, 0.9, metric="val_acc")
     [said] = run(tmp_path, "best:acc:max last:1", 0.8)
-    assert "by the former rules the best val_acc, 0.9, is r_step2_val_acc0.9000" in said
+    assert "by the earlier rules the best val_acc, 0.9, is r_step2_val_acc0.9000" in said
     assert (steps(tmp_path), trashed(tmp_path)) == ([3], [2])
 
 

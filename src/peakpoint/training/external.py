@@ -1,4 +1,4 @@
-"""The writing side of checkpoints that no loop reports: what is made from others, and what other tools have saved."""
+"""Checkpoints that no loop reports: made from others, or saved by other tools."""
 
 import contextlib
 import secrets
@@ -31,10 +31,9 @@ from peakpoint.training.position import Position
 
 
 def streamed_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:
-    """A tensor file whose tensors are made when they are written, one after the other.
+    """Return a tensor file whose tensors are made when they are written, one after the other.
 
     Args:
-        placed: where everything goes in the file.
         make: the values of a stored tensor, contiguous, by its name.
     """
 
@@ -53,16 +52,13 @@ def streamed_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalCheckpoint:
-    """A checkpoint to be.
+    """A checkpoint that is made from others.
 
     Attributes:
-        part: the one part that it has.
-        tree: of that part.
-        image: its tensors.
-        step: optimizer steps completed by what it was made from.
-        metrics: measured on it.
+        part: the only part.
+        step: optimizer steps completed by the checkpoints it was made from.
         reason: one sentence: what it was made of, and how.
-        asked: why somebody wanted it; protects it from rules.
+        asked: why somebody made it; protects it from rules.
         members: see ``Manifest``.
     """
 
@@ -77,41 +73,43 @@ class ExternalCheckpoint:
 
 
 def check_run_for(store: Store, run: str) -> tuple[Manifest, ...]:
-    """What a run holds, if one more that is made from others may go there.
+    """Return the checkpoints of a run to which one that is made from others may be added.
 
     Raises:
         ConflictError: it holds checkpoints of a training, which would continue from the new one.
     """
-    there = list_run(store, run)
-    own = [one.name for one in there.manifests if not one.members] + [one.name for one in there.damaged]
-    if own:
+    listing = list_run(store, run)
+    trained = [manifest.name for manifest in listing.manifests if not manifest.members]
+    trained += [checkpoint.name for checkpoint in listing.damaged]
+    if trained:
         raise ConflictError(
-            f"run {run!r} holds {own[0]}, which was not made from other checkpoints: a training would continue from "
-            "what is added; give another name with --run, run= in Python"
+            f"run {run!r} holds {trained[0]}, which was not made from other checkpoints: a training would continue "
+            "from what is added; give another name with --run, run= in Python"
         )
-    return there.manifests
+    return listing.manifests
 
 
-def add(store: Store, run: str, made: ExternalCheckpoint, clock: Clock) -> Manifest:
-    """Commit a checkpoint that no loop has reported; durable on return. When it raises, there is none.
+def add(store: Store, run: str, checkpoint: ExternalCheckpoint, clock: Clock) -> Manifest:
+    """Commit a checkpoint that no loop has reported; durable on return. When it raises, nothing was added.
 
     Raises:
         ConflictError: another process writes the run, or see ``check_run_for``.
         StoreError: the store refused.
     """
     with hold_run(store, run, clock) as (now, hold):
-        there = check_run_for(store, run)
+        manifests = check_run_for(store, run)
         ensure_run(store, run, now, _by(), ())
         clean_run(store, run, now)
         events = journals.read(store, run).events
         rules = tuple(rule.text for rule in rules_of(events))
-        with open_journal(store, run, clock, _by(), rules, there[-1] if there else None) as journal:
-            return _commit(store, journal, hold, _draft(store, run, made, there, events, journal.now()), made)
+        with open_journal(store, run, clock, _by(), rules, manifests[-1] if manifests else None) as journal:
+            draft = _draft(store, run, checkpoint, manifests, events, journal.now())
+            return _commit(store, journal, hold, draft, checkpoint)
 
 
 @contextlib.contextmanager
 def hold_run(store: Store, run: str, clock: Clock) -> Iterator[tuple[datetime, Hold]]:
-    """Hold a run, in a repository that exists then; gives the time, and the hold.
+    """Hold a run, making its repository if needed; gives the time and the hold.
 
     Raises:
         ConflictError: another process writes the run, or it is archived.
@@ -136,16 +134,12 @@ def open_journal(
     newest: Manifest | None,
     state: Mapping[str, str] | None = None,
 ) -> Iterator[Journal]:
-    """The journal of a run that is held, to go on after its newest checkpoint.
+    """Open the journal of a run that is held, to go on after its newest checkpoint.
 
     Args:
-        store: where.
-        run: which.
-        clock: tells the time.
         by: who writes; its ``tool`` is why the segment ends.
-        rules: those in force.
-        newest: what the run goes on from; None for its beginning.
-        state: what is told of the state.
+        newest: the checkpoint that the run goes on from; None for its beginning.
+        state: descriptions of the parts.
     """
     journal = Journal(store, run, clock)
     try:
@@ -159,7 +153,7 @@ def open_journal(
 
 
 def settle(journal: Journal, hold: Hold) -> None:
-    """What must be so before a manifest is: the journal is durable, and the run still held.
+    """Ensure before a manifest: the journal is durable, and the run still held.
 
     Raises:
         ConflictError: the hold was lost.
@@ -169,7 +163,7 @@ def settle(journal: Journal, hold: Hold) -> None:
 
 
 def with_free_name(store: Store, draft: Manifest, metric: str | None) -> Manifest:
-    """A draft with a name that is free, made of its moment and of a metric."""
+    """Return a draft with a free name, made of its moment and of a metric."""
     name = names.checkpoint_name(
         names.DEFAULT_TEMPLATE,
         run=draft.run,
@@ -183,12 +177,12 @@ def with_free_name(store: Store, draft: Manifest, metric: str | None) -> Manifes
 
 
 def record_report(journal: Journal, report: int, step: int, epoch: int | None, metrics: Mapping[str, float]) -> None:
-    """Write down a moment."""
+    """Write a report to the journal."""
     journal.append(Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
 
 
 def record_saved(journal: Journal, manifest: Manifest) -> None:
-    """Write down that a checkpoint exists."""
+    """Write to the journal that a checkpoint exists."""
     journal.append(
         Saved(
             at=journal.now(),
@@ -203,12 +197,17 @@ def record_saved(journal: Journal, manifest: Manifest) -> None:
 
 
 def _draft(
-    store: Store, run: str, made: ExternalCheckpoint, there: Sequence[Manifest], events: Sequence[Event], at: datetime
+    store: Store,
+    run: str,
+    checkpoint: ExternalCheckpoint,
+    manifests: Sequence[Manifest],
+    events: Sequence[Event],
+    now: datetime,
 ) -> Manifest:
-    newest = there[-1] if there else None
+    newest = manifests[-1] if manifests else None
     used = [event.sequence for event in events if isinstance(event, Saved)]
     report = 1 if newest is None else newest.report + 1
-    step = made.step if newest is None else max(made.step, newest.step + 1)
+    step = checkpoint.step if newest is None else max(checkpoint.step, newest.step + 1)
     draft = Manifest(
         id=secrets.token_hex(8),
         run=run,
@@ -217,31 +216,31 @@ def _draft(
         report=report,
         step=step,
         epoch=None,
-        metrics=made.metrics,
-        reasons=(made.reason,),
-        asked=made.asked,
-        parts={made.part: (made.image.name,), "rng": (), "loop": ()},
+        metrics=checkpoint.metrics,
+        reasons=(checkpoint.reason,),
+        asked=checkpoint.asked,
+        parts={checkpoint.part: (checkpoint.image.name,), "rng": (), "loop": ()},
         files=(),
         parent=None,
         forks=(),
-        created_at=at,
+        created_at=now,
         written_by=_by(),
         timing={},
-        members=made.members,
+        members=checkpoint.members,
     )
-    return with_free_name(store, draft, next(iter(made.metrics), None))
+    return with_free_name(store, draft, next(iter(checkpoint.metrics), None))
 
 
 def _by() -> dict[str, str]:
     return written_by(trains=False) | {"tool": "peakpoint soup"}
 
 
-def _state(made: ExternalCheckpoint, draft: Manifest) -> WholeImage:
-    """Everything but the tensors: like what another tool has saved, it has no random generators."""
+def _state(checkpoint: ExternalCheckpoint, draft: Manifest) -> WholeImage:
+    """Return everything but the tensors; there are no random generators, as in checkpoints of other tools."""
     position = Position(report=draft.report, step=draft.step, next_step=draft.step)
     record = {
         "format": 1,
-        "parts": {made.part: made.tree},
+        "parts": {checkpoint.part: checkpoint.tree},
         "rng": {},
         "loop": Encoder().encode(position.as_plain(), "the loop's position"),
         "optional": ["rng"],
@@ -249,8 +248,8 @@ def _state(made: ExternalCheckpoint, draft: Manifest) -> WholeImage:
     return WholeImage(layout.STATE, msgspec.json.encode(record))
 
 
-def _commit(store: Store, journal: Journal, hold: Hold, draft: Manifest, made: ExternalCheckpoint) -> Manifest:
-    images = (made.image, _state(made, draft))
+def _commit(store: Store, journal: Journal, hold: Hold, draft: Manifest, checkpoint: ExternalCheckpoint) -> Manifest:
+    images = (checkpoint.image, _state(checkpoint, draft))
     record_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
     manifest = commit(store, draft, images, first=lambda: settle(journal, hold))
     record_saved(journal, manifest)

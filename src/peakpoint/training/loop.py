@@ -1,4 +1,4 @@
-"""The loop that a checkpointer drives: its epochs, steps and batches, and the position that they make up."""
+"""The loop of a checkpointer: its epochs, steps and batches, and its position."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,10 +11,10 @@ from peakpoint.training.position import Batches, Position, begin_pass, continue_
 
 
 def count(name: str, value: SupportsIndex) -> int:
-    """``value`` as a whole number of at least 0.
+    """Return ``value`` as a whole number of at least 0.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: it is none.
     """
     try:
         number = operator.index(value)
@@ -30,8 +30,6 @@ class Loop:
 
     Optimizer steps are counted at the first optimizer in the state; several optimizers usually step together.
 
-    Args:
-        state: the parts of the state.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
@@ -41,7 +39,7 @@ class Loop:
         self._epoch: int | None = None
         self._step: int | None = None
         self._batches: Batches | None = None
-        self._place: Batches | None = None  # where the next pass over the data is to be continued
+        self._place: Batches | None = None  # where the next pass over the data continues
         self._reports_in_epoch = 0
         optimizer = next((value for value in state.values() if isinstance(value, torch.optim.Optimizer)), None)
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
@@ -51,7 +49,7 @@ class Loop:
         self.trained = True
 
     def stop(self) -> None:
-        """Take the hook away from the optimizer."""
+        """Remove the hook from the optimizer."""
         if self._hook is not None:
             self._hook.remove()
 
@@ -62,7 +60,7 @@ class Loop:
 
     @property
     def in_iteration(self) -> bool:
-        """Whether the body of a loop of ours is running."""
+        """Whether the body of ``epochs``, ``steps`` or ``batches`` is running."""
         return self.running or self._batches is not None
 
     def go_to(self, position: Position) -> None:
@@ -70,28 +68,28 @@ class Loop:
         self.position, self._place = position, position.batches
         self._counted, self.trained = position.step, False
 
-    def epochs(self, total: int, goes_on: Callable[[], bool], ended: Callable[[], None]) -> Iterator[int]:
+    def epochs(self, total: int, goes_on: Callable[[], bool], end: Callable[[], None]) -> Iterator[int]:
         """See ``Checkpointer.epochs``."""
         position = self.position
         try:
             while position.next_epoch < total and goes_on():
                 self._epoch, self._reports_in_epoch = position.next_epoch, 0
                 yield self._epoch
-                ended()
+                end()
                 # an epoch without a report is complete all the same
                 position.next_epoch = self._epoch + 1
                 position.batches = self._place = None
         finally:
             self._epoch = None
 
-    def steps(self, total: int, goes_on: Callable[[], bool], ended: Callable[[], None]) -> Iterator[int]:
+    def steps(self, total: int, goes_on: Callable[[], bool], end: Callable[[], None]) -> Iterator[int]:
         """See ``Checkpointer.steps``."""
         position = self.position
         try:
             while position.next_step < total and goes_on():
                 self._step = position.next_step
                 yield self._step
-                ended()
+                end()
                 position.next_step = self._step + 1
         finally:
             self._step = None
@@ -101,7 +99,7 @@ class Loop:
         workers = getattr(loader, "num_workers", 0)
         return self._place is not None and bool(workers) and is_restored(loader, state)
 
-    def batches(self, loader: Iterable[Any], state: Mapping[str, Any], ended: Callable[[], None]) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], state: Mapping[str, Any], end: Callable[[], None]) -> Iterator[Any]:
         """See ``Checkpointer.batches``."""
         place, self._place = self._place, None
         restores_itself = is_restored(loader, state)
@@ -114,7 +112,7 @@ class Loop:
                 place = Batches(place.done + 1, place.start, place.generator)
                 self._batches = place
                 yield batch
-                ended()
+                end()
         finally:
             self._batches = None
 
@@ -122,28 +120,28 @@ class Loop:
         """Move the position to a report.
 
         Raises:
-            ConfigError: a step or epoch that is no whole number of at least 0.
+            ConfigError: the step or epoch is not a whole number of at least 0.
         """
-        given_step = None if step is None else count("step", step)
-        given_epoch = None if epoch is None else count("epoch", epoch)
+        own_step = None if step is None else count("step", step)
+        own_epoch = None if epoch is None else count("epoch", epoch)
         if self._epoch is not None and self._batches is None:
             self._reports_in_epoch += 1
         position = self.position
         position.report += 1
-        if given_step is not None:
-            position.step = self._counted = given_step
+        if own_step is not None:
+            position.step = self._counted = own_step
         elif self._step is not None:
             position.step = self._step + 1
         else:
             position.step = position.report if self._hook is None else self._counted
         if self._step is not None:
             position.next_step = self._step + 1
-        position.epoch = self._epoch if given_epoch is None else given_epoch
+        position.epoch = self._epoch if own_epoch is None else own_epoch
         position.batches = self._batches
         if self._epoch is not None:
             position.next_epoch = self._epoch + (self._batches is None)
-        elif given_epoch is not None:
-            position.next_epoch = given_epoch + 1
+        elif own_epoch is not None:
+            position.next_epoch = own_epoch + 1
         self.trained = False
 
     def catch_up(self) -> None:
@@ -158,7 +156,7 @@ class Loop:
         """Refuse a second report in an epoch after more training.
 
         Raises:
-            ConfigError: this would be one.
+            ConfigError: this is one.
         """
         if self._epoch is not None and self._batches is None and self._reports_in_epoch and self.trained:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Where in its loops a training is, and how it gets back there."""
+"""The position of a training in its loops, and the way back to it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -28,7 +28,7 @@ class Batches:
 
 @dataclass(slots=True)
 class Position:
-    """Everything that says where a loop is; stored with every checkpoint.
+    """The position of a loop; stored with every checkpoint.
 
     Attributes:
         report: reports made so far along this history.
@@ -47,7 +47,7 @@ class Position:
     batches: Batches | None = None
 
     def as_plain(self) -> dict[str, Any]:
-        """The plain values that ``from_plain`` reads."""
+        """Return the plain values that ``from_plain`` reads."""
         return asdict(self)
 
     @classmethod
@@ -80,7 +80,7 @@ def begin_pass(loader: Any) -> Batches:
 
 
 def start_pass(loader: Any, *, restores_itself: bool) -> Iterator[Any]:
-    """An iterator over all of the data.
+    """Return an iterator over all of the data.
 
     A loader that restores itself draws other numbers in its first ``iter`` after that than it would have drawn without
     a restart, so each of its passes takes exactly one number from the training's generator.
@@ -93,27 +93,27 @@ def start_pass(loader: Any, *, restores_itself: bool) -> Iterator[Any]:
 
 
 def _iterate_apart(loader: Any) -> Iterator[Any]:
-    """``iter(loader)``, with the random generators left as they are."""
-    present = rng.take()
+    """Return ``iter(loader)``, with the random generators left as they are."""
+    generators = rng.take()
     batches: Iterator[Any] = iter(loader)
-    rng.restore(present)
+    rng.restore(generators)
     return batches
 
 
 def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iterator[Any]:
-    """An iterator that goes on at ``place``.
+    """Return an iterator that goes on at ``place``.
 
     A loader that restores itself is simply iterated. Any other is started again with the generators as they were, its
     first batches are drawn and dropped, and the generators are put back to where the checkpoint had them: exact for
     every loader whose batches depend on nothing but those generators.
 
     Raises:
-        MismatchError: the data ends before the place is reached, or the loader had a generator of its own and has none.
+        MismatchError: the data ends before the place, or the loader had a generator of its own and has none now.
         FormatError: the states of the generators cannot be read.
     """
     if restores_itself:
         return _iterate_apart(loader)
-    present = rng.take()
+    generators = rng.take()
     rng.restore(place.start)
     if place.generator is not None:
         _set_generator(loader, place.generator)
@@ -126,7 +126,7 @@ def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iter
                 f"the checkpoint was taken after batch {place.done} of an epoch, but the loader now ends after "
                 f"{number}; continue with the data and batch size that the run was started with"
             ) from error
-    rng.restore(present)
+    rng.restore(generators)
     return batches
 
 

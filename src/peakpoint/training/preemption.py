@@ -13,7 +13,7 @@ from peakpoint.errors import ConfigError, PeakpointWarning
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """What to do when a scheduler announces that the machine will be taken away.
+    """The reaction to a scheduler's signal that the machine will be taken away.
 
     The signals are noted when they arrive. The next report saves that moment, waits until it is durable, runs the
     handlers that were installed before, and leaves with ``SystemExit(exit_code)``. Run the same command again to go on.
@@ -34,15 +34,11 @@ class Preempt:
             raise ConfigError(f"Preempt: exit_code must be between 0 and 255, not {self.exit_code!r}")
         for number in self.signals:
             if number in (signal.SIGKILL, signal.SIGSTOP) or number not in signal.valid_signals():
-                raise ConfigError(f"Preempt: {number!r} is no signal that a process can catch")
+                raise ConfigError(f"Preempt: {number!r} is not a signal that a process can catch")
 
 
 class SignalWatch:
-    """Notes the arrival of signals between ``__init__`` and ``stop``.
-
-    Args:
-        preempt: which signals; None watches none.
-    """
+    """Notes the arrival of signals between ``__init__`` and ``stop``; None watches none."""
 
     def __init__(self, preempt: Preempt | None) -> None:
         self._earlier: dict[signal.Signals, Any] = {}
@@ -53,7 +49,7 @@ class SignalWatch:
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(
                 "preemption signals are not watched: Python delivers them to the main thread only, and this "
-                "Checkpointer was made in another; pass preempt=None to say that this is meant",
+                "Checkpointer was made in another; pass preempt=None to silence this warning",
                 PeakpointWarning,
                 stacklevel=4,
             )
@@ -62,7 +58,7 @@ class SignalWatch:
             self._earlier[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of handlers
-        if self._stopped:  # by another thread than the main one
+        if self._stopped:  # in another thread than the main one
             self._put_back()
             signal.raise_signal(number)
         else:
@@ -94,13 +90,13 @@ class SignalWatch:
 
 
 def run_earlier(arrived: list[tuple[signal.Signals, Any]]) -> None:
-    """Let the handlers run that were installed before, in the order in which the signals came."""
+    """Run the handlers that were installed before, in the order in which the signals came."""
     for number, handler in arrived:
         if callable(handler):
             handler(number, sys._getframe())  # noqa: SLF001 - handlers are called with a frame
 
 
 def deliver_again(arrived: list[tuple[signal.Signals, Any]]) -> None:
-    """Let every signal do what it would have done without us: run its handler, or end the process."""
+    """Raise every signal again, for its own handler, or to end the process."""
     for number, _ in arrived:
         signal.raise_signal(number)

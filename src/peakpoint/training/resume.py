@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and the history that belongs to it.
+"""The checkpoint that a run continues from, and the history that belongs to it.
 
 ``Resumption`` takes the newest manifest whose files all match their digests. ``state.restore.restore_into`` compares
 names, shapes and dtypes of every part with the live objects before it changes the first. The history is the one that
@@ -30,20 +30,19 @@ from peakpoint.training.position import Position
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartPoint:
-    """Where a run starts.
+    """The checkpoint and the position that a run starts from.
 
     Attributes:
-        report: what was restored, None for a start from nothing.
-        why: for a start from nothing: why.
-        position: the loop's position.
-        history: the reports that still count.
+        report: the restored parts, None for a start from nothing.
+        why: the reason for a start from nothing.
+        history: the reports up to the checkpoint.
         generators: the states of the random generators, None for a start from nothing and when they were not saved.
         parent: id of the checkpoint, None for a start from nothing.
         forks: the abandoned branches, as in ``Manifest``.
         sequence: the highest sequence number that was ever used in this run.
-        kept_report: number of the last report that still counts.
-        requested: the ref that was followed, None when there was none.
-        damaged: ids of newer checkpoints that were passed over.
+        last_report: number of the last report in the history.
+        requested: the ref that was followed, None without one.
+        damaged: ids of newer checkpoints that were skipped.
     """
 
     report: LoadReport | None
@@ -54,55 +53,48 @@ class StartPoint:
     parent: str | None
     forks: Forks
     sequence: int
-    kept_report: int
+    last_report: int
     requested: str | None
     damaged: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """What there is to continue from.
-
-    Attributes:
-        store: where.
-        run: which run.
-        shelf: its checkpoints.
-        journal: what it reported and did.
-    """
+    """The past of a run, from which it may be continued."""
 
     store: Store
     run: str
-    shelf: reader.RunListing
+    listing: reader.RunListing
     journal: journals.JournalContents
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
         """The checkpoints that exist."""
-        return self.shelf.manifests
+        return self.listing.manifests
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """What the journal holds, in order."""
+        """The journal, in order."""
         return self.journal.events
 
     @property
     def exists(self) -> bool:
-        """Whether there is anything to continue from, were it damaged."""
-        return bool(self.shelf.manifests or self.shelf.damaged)
+        """Whether the run has checkpoints, damaged ones included."""
+        return bool(self.listing.manifests or self.listing.damaged)
 
-    def restore(self, how: str, live: dict[str, Any], *, strict: bool) -> StartPoint:
-        """Restore ``live`` from the checkpoint that ``how`` means; see ``Checkpointer.resume`` for the errors."""
-        if how == "never":
+    def restore(self, choice: str, live: dict[str, Any], *, strict: bool) -> StartPoint:
+        """Restore ``live`` from the chosen checkpoint; see the argument ``resume`` of ``Checkpointer``."""
+        if choice == "never":
             return self._nothing('resume="never"')
-        if how not in ("auto", "must"):
-            parsed = refs.parse_any(how)
+        if choice not in ("auto", "must"):
+            parsed = refs.parse_any(choice)
             elsewhere = isinstance(parsed, refs.AliasRef) or parsed.run != self.run
-            followed = bool(self.shelf.manifests) if elsewhere else self._followed(how)
+            followed = bool(self.listing.manifests) if elsewhere else self._followed(choice)
             if not followed:
-                manifest = Repository(self.store).find_manifest(how)
-                return self._from(read_state(self.store, manifest), live, strict=strict, requested=how)
+                manifest = Repository(self.store).find_manifest(choice)
+                return self._from(read_state(self.store, manifest), live, strict=strict, requested=choice)
         elif not self.exists:
-            if how == "must":
+            if choice == "must":
                 raise NotFoundError(
                     f'resume="must", but run {self.run!r} in {self.store.location} has no checkpoint; check the root '
                     'and the name of the run, or start it with resume="auto"'
@@ -119,22 +111,22 @@ class Resumption:
         return last is not None and any(isinstance(event, Saved) for event in self.events[last:])
 
     def _newest_good(self, live: dict[str, Any], *, strict: bool) -> StartPoint:
-        skipped = [str(damaged.error) for damaged in self.shelf.damaged]
-        passed: list[str] = []
-        for manifest in reversed(self.shelf.manifests):
-            gone = [part for record in dropped_parts(self.store, self.run, manifest.name) for part in record.parts]
-            if gone:
-                skipped.append(f"{manifest.name} cannot be continued from: its parts {', '.join(gone)} were dropped")
+        skipped = [str(checkpoint.error) for checkpoint in self.listing.damaged]
+        damaged: list[str] = []
+        for manifest in reversed(self.listing.manifests):
+            dropped = [part for record in dropped_parts(self.store, self.run, manifest.name) for part in record.parts]
+            if dropped:
+                skipped.append(f"{manifest.name} cannot be continued from: its parts {', '.join(dropped)} were dropped")
                 continue
             try:
                 saved = read_state(self.store, manifest)
             except (CorruptError, FormatError, NotFoundError) as error:
                 skipped.append(str(error))
-                passed.append(manifest.id)
+                damaged.append(manifest.id)
                 continue
-            found = self._from(saved, live, strict=strict, requested=None)
-            assert found.report is not None
-            return replace(found, report=replace(found.report, skipped=tuple(skipped)), damaged=tuple(passed))
+            start = self._from(saved, live, strict=strict, requested=None)
+            assert start.report is not None
+            return replace(start, report=replace(start.report, skipped=tuple(skipped)), damaged=tuple(damaged))
         lines = "\n  ".join(skipped)
         raise CorruptError(
             f"no checkpoint of run {self.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
@@ -143,7 +135,7 @@ class Resumption:
 
     @property
     def _sequence(self) -> int:
-        used = [manifest.sequence for manifest in self.shelf.manifests]
+        used = [manifest.sequence for manifest in self.listing.manifests]
         used += [event.sequence for event in self.events if isinstance(event, Saved)]
         return max(used, default=0)
 
@@ -158,19 +150,19 @@ class Resumption:
             parent=None,
             forks=((0, sequence + 1),) if sequence else (),
             sequence=sequence,
-            kept_report=0,
+            last_report=0,
             requested=None,
             damaged=(),
         )
 
     def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> StartPoint:
         manifest = saved.manifest
-        plain = Decoder({})
-        position = Position.from_plain(plain.decode(saved.loop))
-        generators = plain.decode(saved.rng)
+        decoder = Decoder({})
+        position = Position.from_plain(decoder.decode(saved.loop))
+        generators = decoder.decode(saved.rng)
         restored, missing = restore_into(saved, live, strict=strict)
-        elsewhere = not generators and "rng" in saved.optional
-        if elsewhere:
+        without_generators = not generators and "rng" in saved.optional
+        if without_generators:
             missing = (*missing, "the random generators: they are not in this checkpoint, and stay as they are")
         report = LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
         sequence = self._sequence
@@ -191,28 +183,28 @@ class Resumption:
             why="",
             position=position,
             history=history,
-            generators=None if elsewhere else generators,
+            generators=None if without_generators else generators,
             parent=manifest.id,
             forks=forks,
             sequence=sequence,
-            kept_report=position.report,
+            last_report=position.report,
             requested=requested,
             damaged=(),
         )
 
 
 def resumption(store: Store, run: str) -> Resumption:
-    """Look at what there is to continue from.
+    """Read the past of a run.
 
     Raises:
         ConflictError: the run is archived.
     """
-    shelf = reader.list_run(store, run)
-    check_not_archived(store, run, shelf.manifests)
-    return Resumption(store, run, shelf, journals.read(store, run))
+    listing = reader.list_run(store, run)
+    check_not_archived(store, run, listing.manifests)
+    return Resumption(store, run, listing, journals.read(store, run))
 
 
 def restore_generators(generators: Mapping[str, Any]) -> None:
-    """Set the random generators; warns of those whose device is not here."""
+    """Set the random generators; warns of those whose device this machine lacks."""
     for line in rng.restore(dict(generators)):
         warnings.warn(f"not restored: {line}", PeakpointWarning, stacklevel=4)

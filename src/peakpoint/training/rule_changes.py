@@ -1,4 +1,4 @@
-"""What a change of rules lets go: looked for when a run is continued, so that it can be said before anything goes."""
+"""What a change of rules removes: found when a run is continued, so that people are warned before it happens."""
 
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,12 +18,12 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class RuleChange:
-    """What the rules before would keep and those in force do not.
+    """What the earlier rules would keep and those in force do not.
 
     Attributes:
         removed: checkpoints, in the order of ``manifests``.
         thinned: id of each checkpoint that only loses parts, with the names of those.
-        best: metrics that the rules before ranked by, where ``removed`` has the best value: name, value, checkpoint.
+        best: metrics that the earlier rules ranked by, where ``removed`` has the best value: name, value, checkpoint.
     """
 
     removed: tuple[Manifest, ...]
@@ -31,37 +31,41 @@ class RuleChange:
     best: tuple[tuple[str, float, str], ...]
 
     def sentences(self, location: str, undo_for: timedelta) -> list[str]:
-        """What to say before anything goes, and what can be done about it."""
-        said = []
+        """Return warnings before anything is removed, with what can be done about it."""
+        sentences = []
         if self.removed:
             ref = f"{shlex.quote(location)} {self.removed[0].run}/NAME"
             names = listing([manifest.name for manifest in self.removed], _SHOWN)
-            best = "".join(f"; by the former rules the best {one[0]}, {one[1]:.6g}, is {one[2]}" for one in self.best)
+            best = "".join(
+                f"; by the earlier rules the best {metric}, {value:.6g}, is {name}" for metric, value, name in self.best
+            )
             hours = undo_for / timedelta(hours=1)
-            back = f"can be brought back for {hours:g} h with: peakpoint undo {ref}" if hours else "is gone for good"
-            said.append(
+            undo = (
+                f"can be brought back for {hours:g} h with: peakpoint undo {ref}" if hours else "is permanently deleted"
+            )
+            sentences.append(
                 f"the rules have changed and no longer keep {_checkpoints(self.removed)}: {names}{best}. What they do "
-                f"not keep is removed with the next save or at the end of this training, and {back}. To keep one, put "
+                f"not keep is removed with the next save or at the end of this training, and {undo}. To keep one, put "
                 f"its rule back, or: peakpoint pin {ref}"
             )
         if self.thinned:
             parts = sorted({part for parts in self.thinned.values() for part in parts})
-            said.append(
+            sentences.append(
                 f"the rules have changed and no longer need {listing(parts)} of {_checkpoints(self.thinned)}; this is "
                 "removed with the next save or at the end of this training, for good"
             )
-        return said
+        return sentences
 
 
-def _checkpoints(those: Collection[object]) -> str:
-    return f"{len(those)} checkpoint{'s' if len(those) > 1 else ''}"
+def _checkpoints(checkpoints: Collection[object]) -> str:
+    return f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}"
 
 
 def former_rules(events: Iterable[Event]) -> list[Rules | None]:
-    """The rules that what exists was kept by; None for rules that keep everything, or that this release cannot read.
+    """Return the rules by which checkpoints were kept; None for rules that keep everything or cannot be read.
 
     Those of the last process that has applied its rules, and of every one that has opened the run since: one that was
-    killed right after its first save may not have come to applying them.
+    killed right after its first save may not have applied them.
     """
     openings: list[tuple[str, ...]] = []
     saved = False
@@ -90,30 +94,29 @@ def rule_change(
     former: Sequence[Rules | None],
     plan: Callable[[Sequence[Manifest], Rules], RetentionPlan],
 ) -> RuleChange:
-    """Compare what the rules in force and those before would let go, now and once there is a next checkpoint.
+    """Compare what the rules in force and earlier ones would remove, now and after a next checkpoint.
 
     Args:
-        manifests: the checkpoints that exist, with all that is known of their metrics.
-        following: a next checkpoint: what is kept only for being the newest goes with it.
-        rules: those in force.
-        former: those before; None keeps everything.
-        plan: what rules make of checkpoints.
+        manifests: the checkpoints that exist, with all their metrics, also those measured later.
+        following: a next checkpoint: what is kept only for being the newest is removed with it.
+        former: earlier rules; None keeps everything.
+        plan: makes the plan of rules for checkpoints.
     """
     lost: set[tuple[str, str]] = set()
     removed: set[str] = set()
     for existing in (manifests, [*manifests, following]):
-        now = plan(existing, rules)
-        kept = _parts_kept(existing, now)
-        for before in former:
-            lost |= _parts_kept(existing, None if before is None else plan(existing, before)) - kept
-        removed |= {removal.manifest.id for removal in now.remove}
+        new_plan = plan(existing, rules)
+        stays = _parts_kept(existing, new_plan)
+        for earlier in former:
+            lost |= _parts_kept(existing, None if earlier is None else plan(existing, earlier)) - stays
+        removed |= {removal.manifest.id for removal in new_plan.remove}
     removed &= {checkpoint for checkpoint, _ in lost}
     thinned: dict[str, tuple[str, ...]] = {}
     for checkpoint, part in sorted(lost):
         if checkpoint not in removed:
             thinned[checkpoint] = (*thinned.get(checkpoint, ()), part)
     going = {manifest.id: manifest for manifest in manifests if manifest.id in removed}
-    watching = ranking_metrics(rule for before in former for rule in before or ())
+    watching = ranking_metrics(rule for earlier in former for rule in earlier or ())
     leaders = [(metric, ranked(manifests, metric, mode)[:1]) for metric, mode in watching]
     best = {
         (metric, record.id): going[record.id] for metric, first in leaders for record in first if record.id in going
@@ -126,7 +129,7 @@ def rule_change(
 
 
 def _parts_kept(manifests: Sequence[Manifest], plan: RetentionPlan | None) -> set[tuple[str, str]]:
-    """Checkpoint and part of everything that a plan keeps; no plan keeps everything."""
-    kept = [manifest for manifest in manifests if plan is None or manifest.id in plan.keep]
+    """Return checkpoint and part of everything that a plan keeps; no plan keeps everything."""
+    manifests_kept = [manifest for manifest in manifests if plan is None or manifest.id in plan.keep]
     dropped = {(thinning.manifest.id, part) for thinning in (plan.drop if plan else ()) for part in thinning.parts}
-    return {(manifest.id, part) for manifest in kept for part in manifest.parts} - dropped
+    return {(manifest.id, part) for manifest in manifests_kept for part in manifest.parts} - dropped

@@ -146,7 +146,7 @@ class RunWriter:
             Started(
                 at=self._clock(),
                 checkpoint=origin.parent,
-                report=origin.kept_report,
+                report=origin.last_report,
                 requested=origin.requested,
             )
         )

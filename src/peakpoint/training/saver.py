@@ -1,6 +1,6 @@
 """One save at a time, in a background thread: commit, then retention.
 
-A save that fails keeps its captured state in memory until it is written after all or given up for a better one.
+A save that fails keeps its captured state in memory until it is written again or replaced by a better one.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from peakpoint.store import Hold, Store
 from peakpoint.store.threads import start_thread
 from peakpoint.training.rule_changes import Rules, rule_change
 
-_SLACK = 4 * 1024 * 1024  # manifest, journal and directories need a little room as well
-_USUAL = read_duration("undo_for", UNDO_FOR)
+_RESERVE = 4 * 1024 * 1024  # bytes for manifest, journal and directories
+_DEFAULT_UNDO = read_duration("undo_for", UNDO_FOR)
 
 
 @dataclass(slots=True)
 class SaveJob:
-    """A save to be made.
+    """A save that is under way, or failed.
 
     Attributes:
         draft: the manifest but for its files.
         captured: the copy of the state.
-        begun: whether the directory that ``draft`` names is its own; something may have been written there.
+        begun: whether the directory that ``draft`` names belongs to this save; it may hold some of its files.
     """
 
     draft: Manifest
@@ -49,19 +49,14 @@ class SaveJob:
 
 @dataclass(frozen=True, slots=True)
 class FailedSave:
-    """A save that failed, with its state still in memory.
-
-    Attributes:
-        job: what was to be saved.
-        error: why it was not.
-    """
+    """A save that failed, with its state still in memory."""
 
     job: SaveJob
     error: Exception
 
     @property
     def lost(self) -> bool:
-        """Whether there is no copy, or none of any use, so that it must not be written again."""
+        """Whether no usable copy exists, so that it must not be written again."""
         return isinstance(self.error, ChangedError) or not self.job.captured.stays
 
 
@@ -69,15 +64,9 @@ class Saver:
     """Commits checkpoints of one run and applies the rules after each.
 
     Args:
-        store: where.
-        run: which run.
-        journal: of this process.
-        rules: the rules in force.
         committed: the checkpoints that exist.
-        ledger: what is known of them besides their manifests.
-        undo_for: how long what the rules remove can be brought back; 0 frees the space at once. With None it is as with
-            the commands for what goes because the rules have changed, and 0 for the rest.
-        hold: of the run.
+        undo_for: how long what the rules remove can be brought back; 0 frees the space at once. None means the default
+            of the commands for what is removed because the rules have changed, and 0 for the rest.
     """
 
     def __init__(
@@ -87,16 +76,16 @@ class Saver:
         journal: Journal,
         rules: Sequence[Rule],
         committed: Sequence[Manifest],
-        ledger: LiveAnnotations,
+        annotations: LiveAnnotations,
         undo_for: timedelta | None,
         hold: Hold,
     ) -> None:
         self._undo_for, self._hold = undo_for, hold
-        self._overtaken: frozenset[str] = frozenset()  # the ids of what a change of rules lets go
-        self._trash_until: datetime | None = None  # when what this saver has put there may go
-        self._newest_is_whole = False  # known, since this process has read or written all of it
-        self._applied = False  # the rules, since the run was opened and after the last save
-        self._ledger = ledger
+        self._dropped_by_change: frozenset[str] = frozenset()  # ids of what a change of rules removes
+        self._trash_until: datetime | None = None  # the earliest end of what this saver has put into the trash
+        self._newest_is_whole = False  # this process has read or written all of it
+        self._applied = False  # whether the rules were, since the last save
+        self._annotations = annotations
         self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
         self._committed = tuple(committed)
         self.last_id: str | None = None  # of the checkpoint that this saver committed last
@@ -104,17 +93,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: FailedSave | None = None
         self._notices: list[str] = []
-        self._unrecorded: list[Saved] = []  # commits that the journal does not tell of yet
+        self._unrecorded: list[Saved] = []  # commits that the journal does not have yet
 
     @property
     def known(self) -> tuple[Manifest, ...]:
         """The checkpoints that exist, the one that is being written and the one that is to be written again."""
         job, failure = self._job, self._failure
         pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
-        removed = self._ledger.removed
+        removed = self._annotations.removed
         committed = [manifest for manifest in self._committed if manifest.id not in removed or self._exists(manifest)]
         present = {manifest.id for manifest in committed}
-        return tuple(self._ledger.view([*committed, *(draft for draft in pending if draft.id not in present)]))
+        return tuple(self._annotations.view([*committed, *(draft for draft in pending if draft.id not in present)]))
 
     @property
     def committed(self) -> tuple[Manifest, ...]:
@@ -133,35 +122,35 @@ class Saver:
             self._thread, self._job = None, None
 
     def failure(self) -> FailedSave | None:
-        """The failed save whose state is still held, once its thread has ended."""
+        """Return the failed save whose state is still in memory, once its thread has ended."""
         if not self.busy:
             self.finish()
             return self._failure
         return None
 
     def notices(self) -> list[str]:
-        """What happened in the background and should be said; each is given out once."""
-        said, self._notices = self._notices, []
-        return said
+        """Return, once, sentences on what happened in the background."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def submit(self, job: SaveJob) -> bool:
-        """Begin a save; the caller has waited for the one before, and no failed one is held.
+        """Begin a save; the caller has waited for the previous one, and no failed one is in memory.
 
         Returns:
-            False when there is no space for it: then it is held as failed, and nothing was written.
+            False when there is no space for it: then it has failed, and nothing was written.
         """
         assert self._failure is None
         self._job = job
         if not self._has_room(job):
             if job.captured.stays:
-                job.captured.copying.run()  # the state of this moment is kept all the same
+                job.captured.copying.run()  # so that the state of this moment can be written later
             return False
         self._thread = threading.Thread(target=self._work, args=(job,), name=f"peakpoint-save-{self._run}")
         self._thread.start()
         return True
 
     def retry(self) -> FailedSave | None:
-        """Write the held state again, in this thread.
+        """Write the state of the failed save again, in this thread.
 
         Returns:
             The failure, if it failed again.
@@ -177,55 +166,52 @@ class Saver:
     def set_aside(self, damaged: Collection[str]) -> None:
         """Count some checkpoints as not existing: a damaged best must not keep a good one from being saved.
 
-        They are not removed either: what is left of them is for people to look at.
-
-        Args:
-            damaged: their ids.
+        They are not removed either: their remains are for people to look at.
         """
         self._committed = tuple(manifest for manifest in self._committed if manifest.id not in damaged)
 
     def start(self, following: Manifest, former: Sequence[Rules | None], *, newest_is_whole: bool) -> list[str]:
-        """Look at what will go because the rules have changed; nothing goes yet.
+        """Work out what the changed rules will remove; nothing is removed yet.
 
         Args:
             following: a next checkpoint.
-            former: the rules before, see ``rule_changes.former_rules``.
+            former: the earlier rules, see ``rule_changes.former_rules``.
             newest_is_whole: whether every byte of the newest checkpoint has been compared with its digest.
 
         Returns:
-            One sentence for each thing that people should know of that.
+            Sentences for people.
         """
         self._newest_is_whole = newest_is_whole
         if not self._committed or all(rules == (self._rules or None) for rules in former):
             return []
-        known = self._ledger.view(self._committed)
-        change = rule_change(known, following, self._rules, former, self._ledger.planner(self._committed))
-        self._overtaken = frozenset(manifest.id for manifest in change.removed)
-        return change.sentences(self._store.location, _USUAL if self._undo_for is None else self._undo_for)
+        manifests = self._annotations.view(self._committed)
+        change = rule_change(manifests, following, self._rules, former, self._annotations.planner(self._committed))
+        self._dropped_by_change = frozenset(manifest.id for manifest in change.removed)
+        return change.sentences(self._store.location, _DEFAULT_UNDO if self._undo_for is None else self._undo_for)
 
     def catch_up(self) -> None:
-        """Apply the rules if nothing was saved: the process before may have been killed before it came to that.
+        """Apply the rules if nothing was saved: an earlier process may have been killed before it did.
 
-        Not before the newest checkpoint is known to be whole: the one before it may be all there is.
+        Only if the newest checkpoint is known to be whole: the previous one may be the only good one.
         """
         if not self._newest_is_whole or self._applied:
             return
         try:
             self._retain()
         except StoreError as error:
-            self._notices.append(f"the rules could not be applied: {error}; the next save makes up for it")
+            self._notices.append(f"the rules could not be applied: {error}; the next save tries again")
 
     def give_up(self) -> None:
-        """Let go of the held state."""
+        """Let go of the state of a failed save."""
         self._failure = None
 
     def forget(self, ids: Collection[str]) -> None:
-        """Do not write a failed save of one of these again."""
+        """Give up a failed save of one of these."""
         if self._failure is not None and self._failure.job.draft.id in ids:
             self.give_up()
 
     def remove(self, ids: Collection[str], reason: str) -> None:
-        """Let go at once of checkpoints that are wrong; the caller has waited for the save under way."""
+        """Remove checkpoints that are wrong, at once; the caller has waited for the save under way."""
         self.forget(ids)
         removals = [Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
         self._notices += removal.remove(self._store, self._journal, removals, by="loop", protected=self._protected)
@@ -234,7 +220,7 @@ class Saver:
         )
 
     def _has_room(self, job: SaveJob) -> bool:
-        free, needed = self._store.free(), job.captured.size_bytes + _SLACK
+        free, needed = self._store.free(), job.captured.size_bytes + _RESERVE
         if free is not None and free < needed and self._make_room(job, needed):
             free = self._store.free()
         if free is None or free >= needed:
@@ -247,27 +233,28 @@ class Saver:
         return False
 
     def _make_room(self, job: SaveJob, needed: int | None = None) -> bool:
-        """Let go of what nothing wants, until ``needed`` is free: the trash, then checkpoints that no rule claims.
+        """Free space until ``needed`` is free: empty the trash, then remove checkpoints that no rule keeps.
 
         Returns:
-            Whether anything went.
+            Whether anything was removed.
         """
-        gone = []
+        freed = []
         try:
             trashed = space.empty_trash(self._store, self._run)
             if trashed:
-                gone.append(f"{trashed} in the trash")
+                freed.append(f"{trashed} in the trash")
             if self._newest_is_whole and (needed is None or (self._store.free() or 0) < needed):
                 plan = self._retain(at_once=True)
                 if plan.freed_bytes:
-                    gone.append(f"{len(plan.remove) or 'parts'} that no rule claims")
+                    freed.append(f"{len(plan.remove) or 'parts'} that no rule keeps")
         except StoreError as error:
-            self._notices.append(f"no room could be made for {job.draft.name}: {error}")
-        if gone:
+            self._notices.append(f"no space could be freed for {job.draft.name}: {error}")
+        if freed:
             self._notices.append(
-                f"the disk is full: to make room for {job.draft.name}, checkpoints went for good: {' and '.join(gone)}"
+                f"the disk is full: to make space for {job.draft.name}, checkpoints were permanently deleted: "
+                f"{' and '.join(freed)}"
             )
-        return bool(gone)
+        return bool(freed)
 
     def _work(self, job: SaveJob) -> None:
         try:
@@ -301,11 +288,11 @@ class Saver:
         )
         try:
             self._journal.append(event)
-        except StoreError as second:  # a full disk refuses the record of its being full, too
-            self._notices.append(f"the failed save could not be recorded in the journal either: {second}")
+        except StoreError as journal_error:  # a full disk refuses the record of it, too
+            self._notices.append(f"the failed save could not be recorded in the journal either: {journal_error}")
 
     def _commit(self, job: SaveJob) -> None:
-        if job.begun:  # the same directory again: what cannot be taken away there is not joined by another of its id
+        if job.begun:  # the same directory again, which must not hold files of two attempts
             withdraw(self._store, job.draft)
         else:
             job.draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
@@ -320,8 +307,8 @@ class Saver:
         )
         self._notices += self._store.remarks()
         self._newest_is_whole, self._applied = True, False
-        # the name was free: whatever had it before is gone
-        self._committed = (*(other for other in self._committed if other.name != manifest.name), manifest)
+        # the name was free: a checkpoint that had it has been removed
+        self._committed = (*(old for old in self._committed if old.name != manifest.name), manifest)
         self.last_id = manifest.id
         job.captured.committed(manifest)
         self._unrecorded.append(
@@ -338,22 +325,22 @@ class Saver:
         try:
             self.record()
             self._retain()
-        except StoreError as error:  # it is saved all the same, and must not be written again
+        except StoreError as error:  # the checkpoint is saved, and must not be written again
             self._notices.append(
-                f"{manifest.name} is saved, but the journal or the rules could not follow: {error}; the next save "
-                "makes up for it"
+                f"{manifest.name} is saved, but the journal could not be written or the rules applied: {error}; the "
+                "next save tries again"
             )
             with contextlib.suppress(StoreError):
                 self._committed = tuple(filter(self._exists, self._committed))
 
     def _settled(self, job: SaveJob) -> None:
-        """What must be so before the manifest is: the copy is right, the journal durable, and the run still held."""
+        """Ensure before the manifest: the copy is complete and right, the journal durable, the run still held."""
         job.captured.copying.settle()
         self._journal.sync()
         self._hold.check()
 
     def record(self) -> None:
-        """Write down in the journal what is saved, if that is not done yet.
+        """Write saves to the journal that it does not have yet.
 
         Raises:
             StoreError: the journal refuses.
@@ -366,10 +353,10 @@ class Saver:
         """Apply the rules to what exists; a checkpoint that another process has removed is forgotten.
 
         Returns:
-            What went and what stays; with ``at_once`` nothing can be brought back.
+            The plan that was carried out; with ``at_once`` nothing can be brought back.
         """
         existing = [manifest for manifest in self._committed if self._exists(manifest)]
-        plan = self._ledger.planner(existing)(existing, self._rules)
+        plan = self._annotations.planner(existing)(existing, self._rules)
         now = self._journal.now()
         until = now + self._undo_for if self._undo_for and not at_once else None
         failures = []
@@ -377,13 +364,13 @@ class Saver:
             failures += removal.remove(
                 self._store, self._journal, removals, by="rules", protected=self._protected, until=bound
             )
-        thinned, more = removal.remove_parts(
+        thinned, skipped = removal.remove_parts(
             self._store, self._journal, plan.drop, by="rules", protected=self._protected
         )
         if until is not None or (self._trash_until is not None and self._trash_until <= now):
             self._trash_until = None
             self._purge(now)
-        self._notices += [*failures, *more]
+        self._notices += [*failures, *skipped]
         self._committed = tuple(
             self._without(manifest, thinned)
             for manifest in existing
@@ -395,18 +382,18 @@ class Saver:
     def _bounds(
         self, removals: Sequence[Removal], now: datetime
     ) -> Iterator[tuple[Sequence[Removal], datetime | None]]:
-        """Removals, with the time until which they can be brought back."""
+        """Yield removals with the time until which they can be brought back."""
         if self._undo_for is not None:
             yield removals, now + self._undo_for if self._undo_for else None
             return
-        overtaken = [each for each in removals if each.manifest.id in self._overtaken]
-        if overtaken:
-            self._trash_until = now + _USUAL
-            yield overtaken, self._trash_until
-        yield [each for each in removals if each.manifest.id not in self._overtaken], None
+        by_change = [removal for removal in removals if removal.manifest.id in self._dropped_by_change]
+        if by_change:
+            self._trash_until = now + _DEFAULT_UNDO
+            yield by_change, self._trash_until
+        yield [removal for removal in removals if removal.manifest.id not in self._dropped_by_change], None
 
     def _purge(self, now: datetime) -> None:
-        """Let go what has been in the trash for long enough; nothing else is at work in this run."""
+        """Empty the trash of what has been in it for long enough; nothing else writes to this run."""
         try:
             clean_run(self._store, self._run, now)
         except StoreError as error:
@@ -414,14 +401,14 @@ class Saver:
 
     @staticmethod
     def _without(manifest: Manifest, thinned: Mapping[str, Manifest]) -> Manifest:
-        """The manifest as it is after parts have been dropped, with the metrics that were reported."""
-        now = thinned.get(manifest.id)
-        return manifest if now is None else replace(manifest, parts=now.parts, files=now.files)
+        """Return the manifest as it is after parts have been dropped, with the metrics that were reported."""
+        smaller = thinned.get(manifest.id)
+        return manifest if smaller is None else replace(manifest, parts=smaller.parts, files=smaller.files)
 
     def _protected(self) -> Mapping[str, str]:
-        """What others have protected by now."""
-        self._ledger.refresh()
-        return {**self._ledger.pinned, **self._ledger.aliased(self._committed)}
+        """Return the checkpoints that pins and aliases protect by now, with the reasons."""
+        self._annotations.refresh()
+        return {**self._annotations.pinned, **self._annotations.aliased(self._committed)}
 
     def _exists(self, manifest: Manifest) -> bool:
         return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None
