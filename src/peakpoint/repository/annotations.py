@@ -1,8 +1,8 @@
-"""What is known of checkpoints besides their manifests: measured later, pinned, promoted.
+"""Annotations of checkpoints: measured later, pinned, about to be promoted.
 
-A manifest never changes. What is said of a checkpoint after its commit is in the journal, and what rules look at is the
-two together. Others may measure, pin and remove checkpoints while the run is being written: each of them appends to a
-segment of the journal of its own, which ``LiveAnnotations`` reads as soon as it is there.
+A manifest never changes. What is said of a checkpoint after its commit is in the journal, and rules look at the two
+together. Others may measure, pin and remove checkpoints while the run is being written: each of them appends to a
+segment of the journal of its own, which ``LiveAnnotations`` reads as soon as it exists.
 """
 
 import threading
@@ -25,12 +25,12 @@ from peakpoint.store import Store
 
 @dataclass(slots=True)
 class Annotations:
-    """What the journal says about checkpoints, by their ids.
+    """The annotations of checkpoints in a journal, by their ids.
 
     Attributes:
         metrics: measured after the commit; of several values of one metric the last counts.
-        pinned: why each is pinned.
-        promoting: what was said of aliases that are about to point at a checkpoint, by its token.
+        pinned: the reason of each pin.
+        promoting: promotions under way, by their tokens.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -55,41 +55,47 @@ class Annotations:
 
 
 def annotations_of(events: Iterable[Event]) -> Annotations:
-    """Everything that a journal notes."""
-    found = Annotations()
+    """Return the annotations that a journal holds."""
+    annotations = Annotations()
     for event in events:
-        found.take(event)
-    return found
+        annotations.take(event)
+    return annotations
 
 
-def with_annotations(manifest: Manifest, noted: Annotations, derived: SmoothedMetrics) -> Manifest:
-    """A manifest with all that is known of its metrics, for rules; never to be written."""
-    late = noted.metrics.get(manifest.id, {})
-    return replace(manifest, metrics={**manifest.metrics, **late, **derived}) if late or derived else manifest
+def with_annotations(manifest: Manifest, annotations: Annotations, smoothed: SmoothedMetrics) -> Manifest:
+    """Return a manifest with metrics measured later and smoothed ones, for rules; never to be written."""
+    measured = annotations.metrics.get(manifest.id, {})
+    if not measured and not smoothed:
+        return manifest
+    return replace(manifest, metrics={**manifest.metrics, **measured, **smoothed})
 
 
 def all_with_annotations(
     manifests: Sequence[Manifest], events: Sequence[Event], rules: Iterable[Rule]
 ) -> tuple[Manifest, ...]:
-    """Every manifest as rules must see it."""
-    noted, derived = (
-        annotations_of(events),
-        smoothed_metrics({manifest.id: manifest.report for manifest in manifests}, events, smoothing_windows(rules)),
-    )
-    return tuple(with_annotations(manifest, noted, derived.get(manifest.id, {})) for manifest in manifests)
+    """Return every manifest as rules must see it."""
+    annotations, smoothed = annotations_of(events), _smoothed(manifests, events, rules)
+    return tuple(with_annotations(manifest, annotations, smoothed.get(manifest.id, {})) for manifest in manifests)
 
 
-_SAID = Measured | Pinned | Unpinned | Promoting | Promoted | Removed
+def _smoothed(
+    manifests: Iterable[Manifest], events: Sequence[Event], rules: Iterable[Rule]
+) -> dict[str, SmoothedMetrics]:
+    reports = {manifest.id: manifest.report for manifest in manifests}
+    return smoothed_metrics(reports, events, smoothing_windows(rules))
+
+
+_ANNOTATING = Measured | Pinned | Unpinned | Promoting | Promoted | Removed
 
 
 class LiveAnnotations:
-    """Notes on the checkpoints of one run; safe to use from several threads.
+    """Annotations of the checkpoints of a run that is being written; safe to use from several threads.
 
     Args:
-        store: where.
-        run: which run; the caller holds it.
-        own: the caller's segment of the journal, which notes nothing on checkpoints.
-        journal: the journal as the caller has read it; what was noted since is read here.
+        store: any store.
+        run: the run, which the caller holds.
+        own: the caller's segment of the journal, which has no annotations.
+        journal: the journal as the caller has read it; later segments are read here.
         manifests: the checkpoints that existed then.
         rules: the rules in force.
     """
@@ -105,79 +111,85 @@ class LiveAnnotations:
     ) -> None:
         self._store, self._run = store, run
         self._lock = threading.Lock()
-        self._derived = smoothed_metrics(
-            {manifest.id: manifest.report for manifest in manifests}, journal.events, smoothing_windows(rules)
-        )
-        self._notes = Annotations()
+        self._smoothed = _smoothed(manifests, journal.events, rules)
+        self._annotations = Annotations()
         self._removed: frozenset[str] = frozenset()
-        self._said: dict[str, Sequence[Event]] = {}  # by each segment, about checkpoints
-        self._done = {own}
-        for name, found in journal.by_segment():
+        self._events: dict[str, Sequence[Event]] = {}  # by segment, only those that annotate
+        self._finished = {own}  # segments that will not be read again
+        for segment, events in journal.by_segment():
             # trainers that ended without a word are dead: their lock is the caller's now
-            self._hear(name, found, Closed | Opened)
-        self._settle(journals.segments_of(store, run))
+            self._take_segment(segment, events, Closed | Opened)
+        self._replay(journals.segments_of(store, run))
 
     def refresh(self) -> None:
-        """Take in what others have noted."""
+        """Read the annotations of others since."""
         with self._lock:
             segments = journals.segments_of(self._store, self._run)
-            new = [name for name in segments if name not in self._done]
-            grown = [self._hear(name, journals.read(self._store, self._run, {name}).events, Closed) for name in new]
+            unfinished = [segment for segment in segments if segment not in self._finished]
+            grown = [
+                self._take_segment(segment, journals.read(self._store, self._run, {segment}).events, Closed)
+                for segment in unfinished
+            ]
             if any(grown):
-                self._settle(segments)
+                self._replay(segments)
 
-    def _hear(self, name: str, found: Sequence[Event], last: type[Event] | UnionType) -> bool:
-        """Take in one segment; with an event of the kind ``last`` it will not be read again. Whether it said more."""
-        said = [event for event in found if isinstance(event, _SAID)]
-        more = len(said) > len(self._said.get(name, ()))
-        self._said[name] = said
-        if any(isinstance(event, last) for event in found):
-            self._done.add(name)
-        return more
+    def _take_segment(self, segment: str, events: Sequence[Event], last: type[Event] | UnionType) -> bool:
+        """Keep the annotations of one segment, finished if it has an event of the kind ``last``.
 
-    def _settle(self, segments: Sequence[str]) -> None:
-        """Know what was said, in the order of the segments, as after a restart."""
-        events = [event for name in segments for event in self._said.get(name, ())]
-        self._notes = annotations_of(events)
+        Returns:
+            Whether there are more than before.
+        """
+        annotating = [event for event in events if isinstance(event, _ANNOTATING)]
+        is_longer = len(annotating) > len(self._events.get(segment, ()))
+        self._events[segment] = annotating
+        if any(isinstance(event, last) for event in events):
+            self._finished.add(segment)
+        return is_longer
+
+    def _replay(self, segments: Sequence[str]) -> None:
+        """Take all events in the order of the segments, as after a restart."""
+        events = [event for segment in segments for event in self._events.get(segment, ())]
+        self._annotations = annotations_of(events)
         self._removed = frozenset(event.checkpoint for event in events if isinstance(event, Removed))
 
-    def add(self, checkpoint: str, derived: SmoothedMetrics) -> None:
+    def add(self, checkpoint: str, smoothed: SmoothedMetrics) -> None:
         """Remember the smoothed metrics of a new checkpoint."""
-        if derived:
+        if smoothed:
             with self._lock:
-                self._derived[checkpoint] = derived
+                self._smoothed[checkpoint] = smoothed
 
     @property
     def pinned(self) -> Mapping[str, str]:
         """The ids that are pinned, with the reasons."""
         with self._lock:
-            return dict(self._notes.pinned)
+            return dict(self._annotations.pinned)
 
     @property
     def promoting(self) -> Sequence[Promoting]:
-        """What was said of aliases that are about to point at checkpoints."""
+        """The promotions under way."""
         with self._lock:
-            return list(self._notes.promoting.values())
+            return list(self._annotations.promoting.values())
 
     @property
     def removed(self) -> AbstractSet[str]:
-        """The ids that others have said to remove; those that they could not remove still exist."""
+        """The ids whose removal others have announced; those that they could not remove still exist."""
         with self._lock:
             return self._removed
 
     def view(self, manifests: Iterable[Manifest]) -> list[Manifest]:
-        """The manifests with all that is known of their metrics, for rules."""
+        """Return the manifests as rules must see them."""
         with self._lock:
             return [
-                with_annotations(manifest, self._notes, self._derived.get(manifest.id, {})) for manifest in manifests
+                with_annotations(manifest, self._annotations, self._smoothed.get(manifest.id, {}))
+                for manifest in manifests
             ]
 
     def aliased(self, manifests: Iterable[Manifest]) -> Mapping[str, str]:
-        """The ids that aliases protect, with the reasons."""
+        """Return the ids that aliases protect, with the reasons."""
         return protected_by_aliases(self._store, [manifest.id for manifest in manifests], self.promoting)
 
     def planner(self, existing: Sequence[Manifest]) -> Callable[[Sequence[Manifest], Sequence[Rule]], RetentionPlan]:
-        """What rules make of checkpoints, with what protects those that exist at this moment."""
+        """Return a function that plans retention with the protections of the existing checkpoints at this moment."""
         self.refresh()
         aliased, read, pinned = self.aliased(existing), being_read(self._store, existing), self.pinned
 

@@ -1,4 +1,4 @@
-"""Reading checkpoints: manifests are trusted, listings and names are not."""
+"""Reading checkpoints: every byte is compared with the manifest; listings and names are not trusted."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -38,13 +38,13 @@ class Damaged:
 
 @dataclass(frozen=True, slots=True)
 class RunListing:
-    """What the directory of a run's checkpoints holds.
+    """The checkpoints of a run, as their directories say.
 
     Attributes:
         manifests: of every checkpoint that exists, by sequence.
         damaged: directories whose manifest cannot be read.
-        bare: directories without a manifest: a save or a removal that is at work, or was cut short.
-        cut: ids of checkpoints without some of their parts: a run cannot continue from these.
+        without_manifest: directories of a save or a removal that is under way, or was interrupted.
+        incomplete: ids of checkpoints without some of their parts: a run cannot continue from these.
     """
 
     manifests: tuple[Manifest, ...]
@@ -56,19 +56,19 @@ class RunListing:
 def list_run(store: Store, run: str) -> RunListing:
     """Read every manifest of a run.
 
-    A checkpoint that goes because a newer one has come is not missed together with the newer one.
+    A checkpoint that is removed because a newer one has come is not missed together with the newer one.
     """
-    looked: dict[str, FoundCheckpoint | Damaged | None] = {}
-    while unseen := [name for name in _directories(store, run) if name not in looked]:
-        looked |= {name: inspect(store, run, name) for name in unseen}
-        if None not in looked.values():
-            break  # nothing went meanwhile
-    standing = [state for state in looked.values() if isinstance(state, FoundCheckpoint)]
+    states: dict[str, FoundCheckpoint | Damaged | None] = {}
+    while new := [name for name in _directories(store, run) if name not in states]:
+        states |= {name: inspect(store, run, name) for name in new}
+        if None not in states.values():
+            break  # nothing was removed meanwhile
+    checkpoints = [state for state in states.values() if isinstance(state, FoundCheckpoint)]
     return RunListing(
-        tuple(sorted((state.manifest for state in standing), key=lambda manifest: manifest.sequence)),
-        tuple(state for state in looked.values() if isinstance(state, Damaged)),
-        tuple(name for name, state in looked.items() if state is None),
-        frozenset(state.manifest.id for state in standing if state.incomplete),
+        tuple(sorted((checkpoint.manifest for checkpoint in checkpoints), key=lambda manifest: manifest.sequence)),
+        tuple(state for state in states.values() if isinstance(state, Damaged)),
+        tuple(name for name, state in states.items() if state is None),
+        frozenset(checkpoint.manifest.id for checkpoint in checkpoints if checkpoint.incomplete),
     )
 
 
@@ -79,11 +79,11 @@ def _directories(store: Store, run: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class FoundCheckpoint:
-    """A checkpoint that exists, as its directory tells it.
+    """A checkpoint that exists, as its directory says.
 
     Attributes:
         manifest: without the parts that were dropped since.
-        cut: whether there are such parts.
+        incomplete: whether there are such parts.
         archived: whether its files are in a pack.
     """
 
@@ -95,13 +95,13 @@ class FoundCheckpoint:
 def inspect(
     store: Store, run: str, name: str, archive: packs.RunArchive | None = None
 ) -> FoundCheckpoint | Damaged | None:
-    """What one directory of a run's checkpoints holds; None when it has no manifest.
+    """Read one directory of a run's checkpoints; None when it has no manifest.
 
     Args:
-        store: where.
-        run: which run.
+        store: any store.
+        run: the run's name.
         name: the directory.
-        archive: of the run, if it is archived; only ``FoundCheckpoint.archived`` asks for it.
+        archive: of the run, if it is archived; only ``FoundCheckpoint.archived`` needs it.
     """
     try:
         children = store.children(layout.checkpoint_prefix(run, name))
@@ -117,10 +117,10 @@ def inspect(
 
 
 def read_manifest(store: Store, run: str, name: str) -> Manifest:
-    """The manifest in one directory, without the parts that were dropped since.
+    """Read the manifest in one directory, without the parts that were dropped since.
 
     Raises:
-        NotFoundError: there is none, so there is no checkpoint.
+        NotFoundError: the checkpoint does not exist.
         CorruptError: it is damaged, or belongs to another directory.
         FormatError: a newer release wrote it.
     """
@@ -128,12 +128,12 @@ def read_manifest(store: Store, run: str, name: str) -> Manifest:
 
 
 def manifest_digest(store: Store, manifest: Manifest) -> str:
-    """The digest of the bytes of a checkpoint's manifest, and so of everything that it has digests of."""
+    """Return the digest of the bytes of a checkpoint's manifest, and so of everything that it has digests of."""
     return digest(store.get(layout.manifest_key(manifest.run, manifest.name)))
 
 
 def whole_manifest(store: Store, run: str, name: str) -> Manifest:
-    """The manifest in one directory, with the parts that were dropped since; errors as in ``read_manifest``."""
+    """Read the manifest in one directory, with the parts that were dropped since; errors as in ``read_manifest``."""
     manifest = decode_record(Manifest, store.get(layout.manifest_key(run, name)), where=MANIFEST)
     if (manifest.run, manifest.name) != (run, name):
         raise CorruptError(
@@ -143,11 +143,11 @@ def whole_manifest(store: Store, run: str, name: str) -> Manifest:
 
 
 def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
-    """The bytes of one file, of the size that the manifest says; nothing is read before it is used.
+    """Map the bytes of one file, of the size that the manifest says; nothing is read before it is used.
 
     Raises:
         CorruptError: the file is missing or has another size.
-        FormatError: its name is none that Peakpoint writes.
+        FormatError: Peakpoint does not write files of this name.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
     return _settled(store, manifest, file, _view)
@@ -155,7 +155,7 @@ def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 
 def _view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     try:
-        data = _opened(store, manifest, file, store.view)
+        data = _get(store, manifest, file, store.view)
     except CorruptError as error:
         data = _unpacked(store, manifest, file, error)
     _check_size(manifest, file, len(data))
@@ -163,11 +163,11 @@ def _view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 
 
 def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
-    """The bytes of one file, all of them compared with the digests in the manifest, on every core, while they arrive.
+    """Read one file, and compare every byte with the digests in the manifest, on every core, while they arrive.
 
     Raises:
         CorruptError: the file is missing, has another size or other bytes; the message names the file and the tensor.
-        FormatError: its name is none that Peakpoint writes.
+        FormatError: Peakpoint does not write files of this name.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
         StoreError: it cannot be read.
     """
@@ -177,7 +177,7 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 def _read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     filling: Filling
     try:
-        filling = _opened(store, manifest, file, store.fill)
+        filling = _get(store, manifest, file, store.fill)
     except CorruptError as error:
         filling = Filled(_unpacked(store, manifest, file, error))
     try:
@@ -189,12 +189,12 @@ def _read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 
 
 def read_tensor(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytearray:
-    """``tensor_bytes`` in memory that may be written to."""
+    """Read one tensor into memory that may be written to; errors as in ``tensor_bytes``."""
     return bytearray(tensor_bytes(store, manifest, file, tensor))
 
 
 def tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytes:
-    """The bytes of one tensor, compared with its digest; nothing else is read.
+    """Read one tensor, and compare it with its digest; nothing else is read.
 
     Raises:
         CorruptError: the file is missing or too short, or the bytes are others.
@@ -208,17 +208,17 @@ def _tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, *, tensor:
     data = b""
     if 0 <= begin <= end <= file.size:
         try:
-            with _found(manifest, file):
+            with _damage_named(manifest, file):
                 data = store.get(layout.file_key(manifest.run, manifest.name, file.name), begin, end)
         except CorruptError as error:
             data = _unpacked_range(store, manifest, file, begin, end, error)
     if len(data) != end - begin or blake3(data, max_threads=blake3.AUTO).hexdigest() != tensor.digest:
-        raise _differs(manifest, file, _Piece(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest))
+        raise _differs(manifest, file, HashedRange(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest))
     return data
 
 
 def _unpacked(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> memoryview:
-    """A file that is not where the manifest says, because the checkpoint is archived."""
+    """Unpack a file of an archived checkpoint."""
     source, number = _packed(store, manifest, file, missing)
     data = bytearray(file.size)
     at = 0
@@ -237,51 +237,53 @@ def _unpacked_range(
 
 def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: CorruptError) -> tuple[PackSource, int]:
     archive = packs.readable_run_archive(store, manifest.run)
-    named = archive is not None and manifest.id in archive.packed_bytes
-    if not named and store.size(layout.pack_key(manifest.run, manifest.id)) is None:
+    is_archived = archive is not None and manifest.id in archive.packed_bytes
+    if not is_archived and store.size(layout.pack_key(manifest.run, manifest.id)) is None:
         raise missing
     source = open_pack(store, manifest.run, manifest.id)
     for number, packed in enumerate(source.index.files):
         if packed.record.name == file.name and packed.record.size == file.size:
             return source, number
-    raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is in its pack no more than on its own")
+    raise CorruptError(
+        f"checkpoint {manifest.name} is damaged: {file.name} is neither in its pack nor in its directory"
+    )
 
 
 def _settled(store: Store, manifest: Manifest, file: FileRecord, look: Callable[[Store, Manifest, FileRecord], T]) -> T:
-    """Look at a file until nothing changes under the look: what is removed, packed or restored meanwhile is no damage.
+    """Look at a file until its place stays the same: being removed, packed or restored meanwhile is not damage.
 
     Raises:
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
-    place: object = manifest  # of which no place is one
+    place: object = manifest  # different from every place
     while True:
         try:
             return look(store, manifest, file)
         except (CorruptError, NotFoundError):
-            before, place = place, _place(store, manifest, file)
-            if place == before:
+            last_place, place = place, _place(store, manifest, file)
+            if place == last_place:
                 raise
 
 
 def _place(store: Store, manifest: Manifest, file: FileRecord) -> object:
-    """Where the bytes of a file are now: the record of the trash, that of the archive, or None on their own."""
+    """Return where the bytes of a file are: the record of the trash, or the archive; None in their directory."""
     try:
-        present = read_manifest(store, manifest.run, manifest.name)
+        manifest_now = read_manifest(store, manifest.run, manifest.name)
     except NotFoundError as error:
         record = trash.read_trashed(store, manifest.run, manifest.name)
         if record is not None:
             return record
         raise NotFoundError(f"checkpoint {manifest.name} was removed a moment ago") from error
-    if present.id != manifest.id:
+    if manifest_now.id != manifest.id:
         raise NotFoundError(f"checkpoint {manifest.name} was removed a moment ago, and another one has its name now")
-    if all(other.name != file.name for other in present.files):
+    if file.name not in {named.name for named in manifest_now.files}:
         raise NotFoundError(f"checkpoint {manifest.name} has just lost the part that {file.name} belongs to")
     return packs.packed_bytes(store, manifest.run, [manifest])
 
 
-def _opened(store: Store, manifest: Manifest, file: FileRecord, get: Callable[[str], T]) -> T:
-    """What ``get`` makes of the key of a file, if the file is there and of its size."""
-    with _found(manifest, file):
+def _get(store: Store, manifest: Manifest, file: FileRecord, get: Callable[[str], T]) -> T:
+    """Call ``get`` with the key of a file, if the file exists and has its size."""
+    with _damage_named(manifest, file):
         key = layout.file_key(manifest.run, manifest.name, file.name)
         size = store.size(key)
         if size is not None:
@@ -290,7 +292,8 @@ def _opened(store: Store, manifest: Manifest, file: FileRecord, get: Callable[[s
 
 
 @contextlib.contextmanager
-def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
+def _damage_named(manifest: Manifest, file: FileRecord) -> Iterator[None]:
+    """Say of errors which checkpoint and file they are about."""
     try:
         yield
     except NotFoundError as error:
@@ -302,24 +305,24 @@ def _found(manifest: Manifest, file: FileRecord) -> Iterator[None]:
 
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
-    """``check_size`` for every file."""
+    """Check the size of every file; errors as in ``check_size``."""
     for file in manifest.files:
         check_size(store, manifest, file)
 
 
 def check_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
-    """Look whether a file is there and of its size; reads nothing. Of an archived one, whether its packs are there.
+    """Check that a file exists and has its size, or the packs of an archived one; nothing is read.
 
     Raises:
         CorruptError: it is missing or has another size.
-        FormatError: its name is none that Peakpoint writes.
+        FormatError: Peakpoint does not write files of this name.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
     _settled(store, manifest, file, _look_at_size)
 
 
 def _look_at_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
-    with _found(manifest, file):
+    with _damage_named(manifest, file):
         size = store.size(layout.file_key(manifest.run, manifest.name, file.name))
     if size is None:
         missing = CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is missing")
@@ -329,28 +332,28 @@ def _look_at_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
 
 
 def find_damage(store: Store, manifests: Iterable[Manifest]) -> dict[str, str]:
-    """The checkpoints with files that are missing or of another size: id to what is wrong; reads nothing.
+    """Return the ids of checkpoints with files that are missing or of another size, with the errors; nothing is read.
 
     One that was removed a moment ago is not among them.
     """
-    found = {}
+    errors = {}
     for manifest in manifests:
         with contextlib.suppress(NotFoundError):
             try:
                 check_sizes(store, manifest)
             except (CorruptError, FormatError) as error:
-                found[manifest.id] = str(error)
-    return found
+                errors[manifest.id] = str(error)
+    return errors
 
 
 def hold_for_reading(store: Store, manifest: Manifest) -> Hold | None:
-    """Say that a checkpoint is being read, so that rules leave it alone; None where that cannot be said."""
+    """Mark a checkpoint as being read, so that rules leave it alone; None where the store cannot mark it."""
     return store.reading(layout.manifest_key(manifest.run, manifest.name))
 
 
 def being_read(store: Store, manifests: Iterable[Manifest]) -> set[str]:
-    """The ids of checkpoints that somebody is reading."""
-    return {one.id for one in manifests if store.is_read(layout.manifest_key(one.run, one.name))}
+    """Return the ids of checkpoints that somebody is reading."""
+    return {manifest.id for manifest in manifests if store.is_read(layout.manifest_key(manifest.run, manifest.name))}
 
 
 def _check_size(manifest: Manifest, file: FileRecord, size: int) -> None:
@@ -361,64 +364,73 @@ def _check_size(manifest: Manifest, file: FileRecord, size: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    what: str
+class HashedRange:
+    """A range of a file with a digest of its own.
+
+    Attributes:
+        label: the range in words.
+        begin: its first byte.
+        end: the byte after it.
+        digest: of its bytes.
+    """
+
+    label: str
     begin: int
     end: int
     digest: str
 
 
-def _differs(manifest: Manifest, file: FileRecord, piece: _Piece) -> CorruptError:
+def _differs(manifest: Manifest, file: FileRecord, hashed_range: HashedRange) -> CorruptError:
     return CorruptError(
-        f"checkpoint {manifest.name} is damaged: {piece.what} does not match its digest "
-        f"(bytes {piece.begin} to {piece.end} of {file.name})"
+        f"checkpoint {manifest.name} is damaged: {hashed_range.label} does not match its digest "
+        f"(bytes {hashed_range.begin} to {hashed_range.end} of {file.name})"
     )
 
 
 def _check(manifest: Manifest, file: FileRecord, filling: Filling) -> None:
-    jobs = list(_jobs(_pieces(file)))
+    jobs = list(_jobs(_hashed_ranges(file)))
     with ThreadPoolExecutor(min(len(jobs), cores()), "peakpoint-verify") as pool:
         try:
-            for wrong in pool.map(lambda job: _first_wrong(job, filling), jobs):
-                if wrong is not None:
-                    raise _differs(manifest, file, wrong)
+            for mismatch in pool.map(lambda job: _first_mismatch(job, filling), jobs):
+                if mismatch is not None:
+                    raise _differs(manifest, file, mismatch)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     if file.header and combined_digest(file.header_digest, file.tensors) != file.digest:
         raise CorruptError(f"checkpoint {manifest.name} is damaged: the digests of {file.name} contradict one another")
 
 
-def _jobs(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces in groups that are worth a thread's while."""
-    job: list[_Piece] = []
-    for piece in pieces:
-        if job and piece.end - job[0].begin > BLOCK:
+def _jobs(ranges: Iterable[HashedRange]) -> Iterator[list[HashedRange]]:
+    """Group ranges so that a thread is worth its start."""
+    job: list[HashedRange] = []
+    for hashed_range in ranges:
+        if job and hashed_range.end - job[0].begin > BLOCK:
             yield job
             job = []
-        job.append(piece)
+        job.append(hashed_range)
     yield job
 
 
-def _first_wrong(job: Iterable[_Piece], filling: Filling) -> _Piece | None:
-    for piece in job:
-        if not 0 <= piece.begin <= piece.end <= len(filling.data):
-            return piece
-        large = piece.end - piece.begin > BLOCK
-        hashed = blake3(max_threads=blake3.AUTO if large else 1)
-        for begin in range(piece.begin, piece.end, BLOCK):
-            end = min(begin + BLOCK, piece.end)
+def _first_mismatch(job: Iterable[HashedRange], filling: Filling) -> HashedRange | None:
+    for hashed_range in job:
+        if not 0 <= hashed_range.begin <= hashed_range.end <= len(filling.data):
+            return hashed_range
+        large = hashed_range.end - hashed_range.begin > BLOCK
+        hasher = blake3(max_threads=blake3.AUTO if large else 1)
+        for begin in range(hashed_range.begin, hashed_range.end, BLOCK):
+            end = min(begin + BLOCK, hashed_range.end)
             filling.wait(end)
-            hashed.update(filling.data[begin:end])
-        if hashed.hexdigest() != piece.digest:
-            return piece
+            hasher.update(filling.data[begin:end])
+        if hasher.hexdigest() != hashed_range.digest:
+            return hashed_range
     return None
 
 
-def _pieces(file: FileRecord) -> Iterator[_Piece]:
+def _hashed_ranges(file: FileRecord) -> Iterator[HashedRange]:
     if not file.header:
-        yield _Piece(file.name, 0, file.size, file.digest)
+        yield HashedRange(file.name, 0, file.size, file.digest)
         return
-    yield _Piece(f"the header of {file.name}", 0, file.header, file.header_digest)
+    yield HashedRange(f"the header of {file.name}", 0, file.header, file.header_digest)
     for tensor in file.tensors:
         begin, end = file.header + tensor.begin, file.header + tensor.end
-        yield _Piece(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest)
+        yield HashedRange(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest)
