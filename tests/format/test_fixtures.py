@@ -27,6 +27,7 @@ from peakpoint.production import policy
 from peakpoint.reports import changelog
 from peakpoint.repository import aliases, maintenance, validations
 from peakpoint.repository.releases import read_release, release_ids
+from peakpoint.repository.run import read_run_record
 from training import checkpointer
 from trees import same
 
@@ -91,7 +92,7 @@ def checkpoints(root):
     """With what was measured later and what is smoothed."""
 
     def say(run):
-        known = {one.id: one.metrics for one in run.known()}
+        known = {one.id: one.metrics for one in run.annotated()}
         return [[one.ref, one.id, one.size_bytes, one.metrics, known[one.id]] for one in run.checkpoints()]
 
     return by_run(root, say)
@@ -110,7 +111,15 @@ def kept(root):
 
 
 def runs(root):
-    return by_run(root, lambda run: [run.about(), run.pinned(), [rule.text for rule in run.rules()], run.holder()])
+    return by_run(
+        root,
+        lambda run: [
+            read_run_record(run.store, run.name),
+            run.pinned(),
+            [rule.text for rule in run.rules()],
+            run.holder(),
+        ],
+    )
 
 
 REFS = (

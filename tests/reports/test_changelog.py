@@ -75,7 +75,7 @@ class Life:
         return pp.open(self.root).run("r")
 
     def there(self):
-        return {one.id: one for one in self.run.known(self.rules)} if self.begun else {}
+        return {one.id: one for one in self.run.annotated(self.rules)} if self.begun else {}
 
     def note(self, kind, checkpoint=None, *more):
         self.expected.append((kind, checkpoint, *more))

@@ -175,7 +175,7 @@ def test_notes_count_in_the_order_that_they_have_after_a_restart(tmp_path):
     slow.close()
     ledger.refresh()
     assert [one.metrics for one in ledger.view(run.manifests())] == [{"acc": 0.5}]
-    assert [one.metrics for one in run.known()] == [{"acc": 0.5}]
+    assert [one.metrics for one in run.annotated()] == [{"acc": 0.5}]
 
 
 def removed_by_hand(root, ref):

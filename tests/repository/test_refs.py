@@ -281,7 +281,7 @@ def test_near_names_near_names_only():
 
 def test_the_direction_comes_from_the_rules_or_must_be_said():
     assert direction("r", "m", [Last(1), TopK("m", "min", 3), Best("m", "min")]) == "min"
-    with pytest.raises(ConfigError, match=r"no rule of this run ranks by it; say r@best:m:max or :min"):
+    with pytest.raises(ConfigError, match=r"no rule of this run ranks by it; give r@best:m:max or :min"):
         direction("r", "m", [Best("other", "max"), Last(1)])
     with pytest.raises(ConfigError, match="both ways"):
         direction("r", "m", [Best("m", "max"), Best("m", "min")])

@@ -86,7 +86,7 @@ def show(root: Path, ref: str) -> Answer:
 
 def _view(repository: Repository, root: Path, ref: str) -> CheckpointView:
     run, stored = repository.locate(ref)
-    manifest = next((manifest for manifest in run.known(()) if manifest.id == stored.id), stored)
+    manifest = next((manifest for manifest in run.annotated(()) if manifest.id == stored.id), stored)
     return CheckpointView(
         manifest=manifest,
         directory=str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),

@@ -74,7 +74,7 @@ def keep(
 def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
     """Refuse a metric that no report and no checkpoint of the run has."""
     reported = [event.metrics for event in run.events() if isinstance(event, Reported)]
-    measured = [manifest.metrics for manifest in run.known(())]
+    measured = [manifest.metrics for manifest in run.annotated(())]
     check_ranking_metrics(rules, {name for metrics in reported + measured for name in metrics})
 
 
@@ -243,7 +243,7 @@ def _measurement(text: str) -> tuple[str, float]:
 
 def _annotated(run: Run, manifest: Manifest, change: str) -> Answer:
     def data() -> object:
-        annotated = next(candidate for candidate in run.known(()) if candidate.id == manifest.id)
+        annotated = next(candidate for candidate in run.annotated(()) if candidate.id == manifest.id)
         return manifest_json(annotated, run.kept().get(manifest.id, ()))
 
     return Answer(data, f"{ref(manifest)} {change}")

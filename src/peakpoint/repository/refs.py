@@ -3,7 +3,7 @@
 ====================== ==================================================================================
 ``RUN@latest``         the newest checkpoint of the run
 ``RUN@best:METRIC``    the best by a metric, in the direction that the run's rules give it
-``RUN@best:METRIC:min`` the same with the direction said
+``RUN@best:METRIC:min`` the same with a direction
 ``RUN:epoch=N``        the newest checkpoint of epoch N (as the loop counts it)
 ``RUN:STEP``           the newest checkpoint at a step
 ``RUN/NAME``           by directory name, by id, or by the first characters of an id
@@ -11,11 +11,11 @@
 ``@ALIAS:N``           what its record number N points at
 ====================== ==================================================================================
 
-Where a run was continued from an older checkpoint, its newest branch goes before abandoned ones.
+Where a run was continued from an older checkpoint, its newest branch comes before abandoned ones.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -90,8 +90,8 @@ _ALIAS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}(/[A-Za-z0-9_][A-Za-z0-9_
 
 
 def is_alias(name: str) -> bool:
-    """Whether ``name`` can name an alias."""
-    return _ALIAS.fullmatch(name) is not None and not any(one.endswith((".", ".json")) for one in name.split("/"))
+    """Return whether ``name`` can name an alias."""
+    return _ALIAS.fullmatch(name) is not None and not any(part.endswith((".", ".json")) for part in name.split("/"))
 
 
 def check_alias(name: str) -> str:
@@ -127,14 +127,14 @@ def parse(text: str) -> Ref:
     """Read a ref to a checkpoint of a run that it names.
 
     Raises:
-        ConfigError: the text is none of the forms, which the message lists.
+        ConfigError: the text has none of the forms, which the message lists.
 
     Example:
         >>> parse("resnet50@best:val/loss:min")
         BestOf(run='resnet50', metric='val/loss', mode='min')
     """
     if text.startswith("@"):
-        raise ConfigError(f"{text!r} is an alias; here a checkpoint of a run is meant: RUN@latest, RUN/NAME, ...")
+        raise ConfigError(f"{text!r} is an alias; give a checkpoint of a run: RUN@latest, RUN/NAME, ...")
     for separator in text:
         if separator in "@:/":
             run, rest = text.split(separator, 1)
@@ -158,15 +158,15 @@ def parse(text: str) -> Ref:
 
 
 def resolve(ref: Ref, records: Sequence[R], rules: Sequence[Rule]) -> R:
-    """The record that ``ref`` names.
+    """Return the record that ``ref`` names.
 
     Args:
-        ref: what to find.
+        ref: a parsed ref.
         records: the checkpoints of ``ref.run``.
         rules: the rules of the run, which give ``@best`` its direction.
 
     Raises:
-        NotFoundError: no such checkpoint; the message names what there is.
+        NotFoundError: no such checkpoint; the message names those that exist.
         ConfigError: ``@best`` without a direction for a metric that no rule watches.
     """
     if not records:
@@ -183,19 +183,19 @@ def resolve(ref: Ref, records: Sequence[R], rules: Sequence[Rule]) -> R:
                 return _best(ref.run, ordered, metric, "max")  # which says what metrics there are
             return _best(ref.run, ordered, metric, mode or direction(ref.run, metric, rules))
         case AtEpoch(epoch=epoch):
-            found = [record for record in preferred if record.epoch == epoch]
-            have = sorted({record.epoch for record in ordered if record.epoch is not None})
-            return _newest(found, f"run {ref.run!r} has no checkpoint of epoch {epoch}; it has epochs", have)
+            matches = [record for record in preferred if record.epoch == epoch]
+            epochs = {record.epoch for record in ordered if record.epoch is not None}
+            return _newest(matches, f"run {ref.run!r} has no checkpoint of epoch {epoch}; it has epochs", epochs)
         case AtStep(step=step):
-            found = [record for record in preferred if record.step == step]
-            have = sorted({record.step for record in ordered})
-            return _newest(found, f"run {ref.run!r} has no checkpoint at step {step}; it has steps", have)
+            matches = [record for record in preferred if record.step == step]
+            steps = {record.step for record in ordered}
+            return _newest(matches, f"run {ref.run!r} has no checkpoint at step {step}; it has steps", steps)
         case ByName(name=name):
             return _by_name(ref.run, ordered, name)
 
 
 def direction(run: str, metric: str, rules: Sequence[Rule]) -> Mode:
-    """The direction of a metric, from the rules that rank by it.
+    """Return the direction of a metric, from the rules that rank by it.
 
     Raises:
         ConfigError: no rule does, or two disagree; the message says how to give it.
@@ -203,8 +203,8 @@ def direction(run: str, metric: str, rules: Sequence[Rule]) -> Mode:
     modes = {mode for name, mode in ranking_metrics(rules) if name == metric}
     if len(modes) == 1:
         return modes.pop()
-    why = "rules of this run rank it both ways" if modes else "no rule of this run ranks by it"
-    raise ConfigError(f"{run}@best:{metric}: is larger better? {why}; say {run}@best:{metric}:max or :min")
+    reason = "rules of this run rank it both ways" if modes else "no rule of this run ranks by it"
+    raise ConfigError(f"{run}@best:{metric}: is larger better? {reason}; give {run}@best:{metric}:max or :min")
 
 
 def _best(run: str, records: list[R], metric: str, mode: Mode) -> R:
@@ -218,19 +218,20 @@ def _best(run: str, records: list[R], metric: str, mode: Mode) -> R:
     )
 
 
-def _newest(found: list[R], message: str, have: list[int]) -> R:
-    if found:
-        return found[-1]
-    shown = ", ".join(map(str, have[-20:])) or "none"
-    raise NotFoundError(f"{message} {'..., ' if len(have) > 20 else ''}{shown}")
+def _newest(records: list[R], message: str, existing: Collection[int]) -> R:
+    if records:
+        return records[-1]
+    listed = ", ".join(map(str, sorted(existing)[-20:])) or "none"
+    raise NotFoundError(f"{message} {'..., ' if len(existing) > 20 else ''}{listed}")
 
 
 def _by_name(run: str, records: list[R], name: str) -> R:
     exact = [record for record in records if name in (record.name, record.id)]
-    found = exact or [record for record in records if len(name) >= 4 and record.id.startswith(name)]
-    if len(found) == 1:
-        return found[0]
+    matches = exact or [record for record in records if len(name) >= 4 and record.id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
     names = [record.name for record in records]
-    if found:
-        raise NotFoundError(f"{name!r} is the beginning of several ids: {', '.join(r.id for r in found)}")
+    if matches:
+        ids = ", ".join(record.id for record in matches)
+        raise NotFoundError(f"{name!r} is the beginning of several ids: {ids}")
     raise NotFoundError(f"run {run!r} has no checkpoint named {name!r}{did_you_mean(name, names)}")

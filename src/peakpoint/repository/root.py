@@ -1,4 +1,4 @@
-"""A repository: a root with runs. The one way to read what is there."""
+"""A repository: a root with runs, opened for reading."""
 
 import difflib
 import os
@@ -19,11 +19,8 @@ from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
 class Repository:
     """A root with runs; what ``peakpoint.open`` returns. Reading only, safe beside a writing trainer.
 
-    Args:
-        store: where it is.
-
     Raises:
-        NotFoundError: there is no repository there.
+        NotFoundError: the store has no repository.
         FormatError: a newer release wrote it.
     """
 
@@ -33,7 +30,7 @@ class Repository:
             record = unseal(store.get(layout.REPOSITORY, max_size=SMALL), where=f"{store.location}/{layout.REPOSITORY}")
         except NotFoundError as error:
             raise NotFoundError(
-                f"{store.location} is not a Peakpoint repository: it has no {layout.REPOSITORY}{_beside(store)}"
+                f"{store.location} is not a Peakpoint repository: it has no {layout.REPOSITORY}{_nearby(store)}"
             ) from error
         check_format(record, where=f"{store.location}/{layout.REPOSITORY}")
 
@@ -48,44 +45,44 @@ class Repository:
         try:
             return self.store.size(layout.run_record(name)) is not None
         except StoreError:
-            return True  # somebody else's, which may not be looked at: reading it says so
+            return True  # of another user, who may not let it be read: reading it says so
 
     def runs(self) -> list[Run]:
-        """Every run, by name."""
+        """Return every run, by name."""
         return [Run(self.store, name) for name in self._names()]
 
     def run(self, name: str) -> Run:
-        """One run.
+        """Return one run.
 
         Raises:
             NotFoundError: there is no run of that name; the message names near ones.
         """
         names = self._names()
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:10]
+            listed = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:10]
             raise NotFoundError(
-                f"{self.store.location} has no run {name!r}; runs: {', '.join(near) or 'none'}"
-                + (", ..." if len(near) < len(names) else "")
+                f"{self.store.location} has no run {name!r}; runs: {', '.join(listed) or 'none'}"
+                + (", ..." if len(listed) < len(names) else "")
             )
         return Run(self.store, name)
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that ``ref`` names, such as ``"resnet50@best:val_accuracy"`` or ``"@champion"``.
+        """Return the checkpoint that ``ref`` names, such as ``"resnet50@best:val_accuracy"`` or ``"@champion"``.
 
         Raises:
             NotFoundError: no such run, checkpoint or alias.
-            ConfigError: ``ref`` is none of the forms of refs.
-            CorruptError: what an alias points at is not what was promoted.
+            ConfigError: ``ref`` has none of the forms of refs.
+            CorruptError: the checkpoint that an alias points at is not the one that was promoted.
         """
         run, manifest = self.locate(ref)
         return run.find(f"{manifest.run}/{manifest.id}")
 
     def find_manifest(self, ref: str) -> Manifest:
-        """The manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
+        """Return the manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
         return self.locate(ref)[1]
 
     def locate(self, ref: str) -> tuple[Run, Manifest]:
-        """The run and the manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
+        """Return the run and the manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
         parsed = refs.parse_any(ref)
         if isinstance(parsed, refs.AliasRef):
             return self._aliased(parsed)
@@ -103,9 +100,9 @@ class Repository:
         try:
             manifest = reader.read_manifest(self.store, target.run, target.name)
         except NotFoundError as error:
-            raise NotFoundError(_lost(record)) from error
+            raise NotFoundError(_missing_target(record)) from error
         if manifest.id != target.checkpoint:
-            raise NotFoundError(f"{_lost(record)}; {manifest.id} has its directory now")
+            raise NotFoundError(f"{_missing_target(record)}; {manifest.id} has its directory now")
         if reader.manifest_digest(self.store, manifest) != target.manifest:
             raise CorruptError(
                 f"{target.run}/{target.name} has another manifest than when it became {ref.alias} (record "
@@ -114,7 +111,7 @@ class Repository:
         return self.run(target.run), manifest
 
 
-def _lost(record: aliases.AliasRecord) -> str:
+def _missing_target(record: aliases.AliasRecord) -> str:
     target = record.target
     assert target is not None
     return (
@@ -124,8 +121,8 @@ def _lost(record: aliases.AliasRecord) -> str:
     )
 
 
-def _beside(store: Store) -> str:
-    """A hint when the root is right above or below the one that was meant."""
+def _nearby(store: Store) -> str:
+    """Return a hint when the root of a repository is right above or below this one."""
     for child in store.children("")[:200]:
         if child.endswith("/") and store.size(f"{child}{layout.REPOSITORY}") is not None:
             return f"; did you mean {store.location}/{child.rstrip('/')}?"
@@ -143,8 +140,8 @@ def open_repository(root: str | os.PathLike[str] | Store) -> Repository:
         root: a directory, or a store.
 
     Raises:
-        NotFoundError: there is no repository there.
-        ConfigError: ``root`` is of a kind that this release does not serve.
+        NotFoundError: ``root`` has no repository.
+        ConfigError: ``root`` is of a kind that this release does not support.
         FormatError: a newer release wrote it.
     """
     return Repository(open_store(root))

@@ -1,4 +1,4 @@
-"""One run of a repository: its checkpoints, its journal, and what is known of them."""
+"""One run of a repository: its checkpoints, with their annotations, and its journal."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -44,13 +44,13 @@ def _number(name: str, value: object) -> float:
 
 
 def rules_of(events: Sequence[Event]) -> tuple[Rule, ...]:
-    """The rules in force: those of the process that opened the run last."""
+    """Return the rules in force: those of the process that opened the run last."""
     opened = newest_event(events, Opened)
     return tuple(parse(text) for text in opened.rules) if opened else ()
 
 
 def _may_be_removing(events: Sequence[Event], checkpoint: str, parts: AbstractSet[str]) -> bool:
-    """Whether a segment ends with a word of removal, also of parts, that nothing shows to be over."""
+    """Return whether a segment ends with the announcement of a removal, also of parts, that may not be over."""
     removing = False
     for event in events:
         match event:
@@ -58,9 +58,9 @@ def _may_be_removing(events: Sequence[Event], checkpoint: str, parts: AbstractSe
                 removing = removing or event.checkpoint == checkpoint
             case PartsDropped() if not parts.isdisjoint(event.parts):
                 removing = removing or event.checkpoint == checkpoint
-            case Saved() | Closed():  # said by the thread that removes, when it is done
+            case Saved() | Closed():  # written by the thread that removes, when it is done
                 removing = False
-            case Undone():  # it stays after all, or whole
+            case Undone():  # it was kept after all, or restored
                 removing = removing and event.checkpoint != checkpoint
             case _:
                 pass
@@ -91,19 +91,19 @@ class Run:
     """One run of a repository. Every call reads what is there now.
 
     Attributes:
-        store: where it is.
-        name: its name.
+        store: of the repository.
+        name: the run's name.
     """
 
     store: Store
     name: str
 
     def manifests(self) -> tuple[Manifest, ...]:
-        """The manifest of every checkpoint that exists, earliest commit first."""
+        """Read the manifest of every checkpoint, earliest commit first."""
         return reader.list_run(self.store, self.name).manifests
 
-    def known(self, rules: Sequence[Rule] | None = None) -> tuple[Manifest, ...]:
-        """``manifests`` with all that is known of their metrics: also what was measured later, and smoothed values.
+    def annotated(self, rules: Sequence[Rule] | None = None) -> tuple[Manifest, ...]:
+        """Return ``manifests`` with metrics that were measured later, and smoothed ones.
 
         Args:
             rules: the rules that say what to smooth; those in force by default.
@@ -112,67 +112,67 @@ class Run:
         return all_with_annotations(self.manifests(), events, rules_of(events) if rules is None else rules)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Every checkpoint that exists, earliest commit first."""
-        noted = annotations_of(self.events())
-        return [_checkpoint(self.store, with_annotations(manifest, noted, {})) for manifest in self.manifests()]
+        """Return every checkpoint, earliest commit first."""
+        annotations = annotations_of(self.events())
+        return [_checkpoint(self.store, with_annotations(manifest, annotations, {})) for manifest in self.manifests()]
 
     def events(self) -> tuple[Event, ...]:
-        """The journal: what was reported and done."""
+        """Read the journal: what was reported and done."""
         return journals.read(self.store, self.name).events
 
     def history(self) -> list[Reported]:
-        """Every report that counts, earliest first; reports of abandoned branches are left out."""
+        """Return the reports that count, earliest first; those of abandoned branches are left out."""
         return histories.history(self.events())
 
     def rules(self) -> tuple[Rule, ...]:
-        """The rules in force: those of the process that opened the run last."""
+        """Return the rules in force: those of the process that opened the run last."""
         return rules_of(self.events())
 
     def pinned(self) -> Mapping[str, str]:
-        """The ids of pinned checkpoints, with the reasons."""
+        """Return the ids of pinned checkpoints, with the reasons."""
         return annotations_of(self.events()).pinned
 
     def plan(self, rules: Sequence[Rule] | None = None, events: Sequence[Event] | None = None) -> RetentionPlan:
-        """What rules keep of what is there, and what would go; nothing is changed.
+        """Return which checkpoints rules keep, and which they would remove; nothing is changed.
 
-        Checkpoints with files that are missing or of another size neither go nor count.
+        Checkpoints with files that are missing or of another size are neither removed nor counted.
 
         Args:
             rules: any rules; those in force by default.
             events: the journal, when it has been read already.
         """
         events = self.events() if events is None else events
-        asked = rules_of(events) if rules is None else rules
-        shelf = reader.list_run(self.store, self.name)
+        rules = rules_of(events) if rules is None else rules
+        listing = reader.list_run(self.store, self.name)
         return plan(
-            all_with_annotations(shelf.manifests, events, asked),
-            asked,
+            all_with_annotations(listing.manifests, events, rules),
+            rules,
             annotations_of(events).pinned,
-            aliased=self.aliased(shelf.manifests, events),
-            damaged=reader.find_damage(self.store, shelf.manifests),
-            cut=shelf.incomplete,
-            read=reader.being_read(self.store, shelf.manifests),
+            aliased=self.aliased(listing.manifests, events),
+            damaged=reader.find_damage(self.store, listing.manifests),
+            cut=listing.incomplete,
+            read=reader.being_read(self.store, listing.manifests),
         )
 
     def aliased(self, manifests: Sequence[Manifest], events: Sequence[Event]) -> Mapping[str, str]:
-        """The ids that aliases protect: what they point at, or did lately, or are about to; with the reasons."""
+        """Return the ids that aliases protect, with the reasons; see ``protected_by_aliases``."""
         ids = [manifest.id for manifest in manifests]
         return protected_by_aliases(self.store, ids, annotations_of(events).promoting.values())
 
     def kept(self) -> Mapping[str, tuple[Claim, ...]]:
-        """Why each checkpoint is kept: its id, with the claims and protections on it."""
+        """Return the ids of the checkpoints that are kept, with the claims and protections on each."""
         return self.plan().keep
 
     def latest(self) -> Checkpoint:
-        """The newest checkpoint.
+        """Return the newest checkpoint.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: the run has no checkpoints.
         """
         return self.find(f"{self.name}@latest")
 
     def best(self, metric: str, *, mode: Mode | None = None) -> Checkpoint:
-        """The best checkpoint by one metric; ties go to the earlier, NaN and infinities never win.
+        """Return the best checkpoint by one metric; ties go to the earlier, NaN and infinities never win.
 
         Args:
             metric: the metric's name.
@@ -185,32 +185,32 @@ class Run:
         return self.find(f"{self.name}@best:{metric}" + (f":{mode}" if mode else ""))
 
     def find(self, ref: str) -> Checkpoint:
-        """The checkpoint that ``ref`` names; see ``peakpoint.repository.refs``."""
+        """Return the checkpoint that ``ref`` names; see ``peakpoint.repository.refs``."""
         return _checkpoint(self.store, with_annotations(self.find_manifest(ref), annotations_of(self.events()), {}))
 
     def find_manifest(self, ref: str) -> Manifest:
-        """The manifest of the checkpoint that ``ref`` names.
+        """Return the manifest of the checkpoint that ``ref`` names.
 
         Raises:
             NotFoundError: there is no such checkpoint.
-            ConfigError: ``ref`` is none of the forms of refs.
+            ConfigError: ``ref`` has none of the forms of refs.
         """
         parsed = refs.parse(ref)
-        shelf = reader.list_run(self.store, self.name)
-        damaged = {damage.name: damage.error for damage in shelf.damaged}
+        listing = reader.list_run(self.store, self.name)
+        damaged = {damage.name: damage.error for damage in listing.damaged}
         if isinstance(parsed, refs.ByName) and parsed.name in damaged:
             raise damaged[parsed.name]
-        if damaged and not shelf.manifests:
-            raise shelf.damaged[0].error
+        if damaged and not listing.manifests:
+            raise listing.damaged[0].error
         for error in () if isinstance(parsed, refs.ByName) else damaged.values():
             warnings.warn(f"not considered for {ref}: {error}", PeakpointWarning, stacklevel=2)
         if not isinstance(parsed, refs.BestOf):
-            return refs.resolve(parsed, shelf.manifests, ())
+            return refs.resolve(parsed, listing.manifests, ())
         events = self.events()
-        noted = annotations_of(events)
-        seen = [with_annotations(manifest, noted, {}) for manifest in shelf.manifests]
-        best = refs.resolve(parsed, seen, rules_of(events) if parsed.mode is None else ())
-        return next(manifest for manifest in shelf.manifests if manifest.id == best.id)
+        annotations = annotations_of(events)
+        annotated = [with_annotations(manifest, annotations, {}) for manifest in listing.manifests]
+        best = refs.resolve(parsed, annotated, rules_of(events) if parsed.mode is None else ())
+        return next(manifest for manifest in listing.manifests if manifest.id == best.id)
 
     def record(
         self, ref: str, metrics: Mapping[str, float], *, part: str | None = None, source: str = ""
@@ -256,24 +256,25 @@ class Run:
         """Protect a checkpoint from the rules until it is unpinned.
 
         Raises:
-            NotFoundError: there is no such checkpoint, or a rule is removing it at this moment.
+            NotFoundError: there is no such checkpoint.
+            ConflictError: a rule is removing it at this moment.
             ConfigError: no reason is given.
         """
         if not check_text("the reason of pin", why).strip():
-            raise ConfigError("pin needs a reason: it is what tells you later why this checkpoint is here")
+            raise ConfigError("pin needs a reason, which says later why this checkpoint is kept")
         manifest = self.find_manifest(ref)
         self._note(lambda at, by: Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
         if self.is_being_removed(manifest) or self.store.size(layout.manifest_key(self.name, manifest.name)) is None:
             raise ConflictError(
-                f"{manifest.name} was just being removed; see with peakpoint ls whether it is still there"
+                f"{manifest.name} was being removed at this moment; peakpoint ls shows whether it still exists"
             )
 
     def is_being_removed(self, manifest: Manifest, *, held: bool = False) -> bool:
-        """Whether somebody may be removing a checkpoint, or parts of it, at this moment.
+        """Return whether somebody may be removing a checkpoint, or parts of it, at this moment.
 
-        Whoever removes one has said so first, in the journal, and looks at what is protected after that: one who has
-        protected it and then asks here either finds that word, or is heeded. A removal that was over by now is not
-        found: look after that whether the checkpoint is still there.
+        Whoever removes one announces it first, in the journal, and then looks at what is protected: a caller who has
+        protected it before the call either gets True, or is heeded. A removal that is over by now is not noticed: look
+        after the call whether the checkpoint still exists.
 
         Args:
             manifest: of the checkpoint, as it is after it was protected.
@@ -287,7 +288,7 @@ class Run:
         )
 
     def unpin(self, ref: str) -> None:
-        """Let the rules have a checkpoint again; nothing happens when it was not pinned.
+        """Let rules remove a checkpoint again; nothing happens when it was not pinned.
 
         Raises:
             NotFoundError: there is no such checkpoint.
@@ -305,15 +306,11 @@ class Run:
             journal.close()
 
     def holder(self) -> str | None:
-        """Who is writing the run at present, in words; None when nobody is."""
+        """Return who is writing the run, in words; None when nobody is."""
         return self.store.holder(layout.writer_lock(self.name))
 
-    def about(self) -> dict[str, Any]:
-        """``run.json``: who began the run, when, with which versions and rules."""
-        return check_run_record(self.store, self.name)
 
-
-def check_run_record(store: Store, run: str) -> dict[str, Any]:
+def read_run_record(store: Store, run: str) -> dict[str, Any]:
     """Read ``run.json``.
 
     Raises:

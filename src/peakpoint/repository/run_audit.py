@@ -15,7 +15,7 @@ from peakpoint.repository import journal as journals
 from peakpoint.repository.commit import sweep
 from peakpoint.repository.findings import Audit, AuditFinding
 from peakpoint.repository.refs import is_alias
-from peakpoint.repository.run import Run, check_run_record
+from peakpoint.repository.run import Run, read_run_record
 from peakpoint.store import Store
 
 DIRECTORIES = ("journal", "checkpoints", "archive", "validations")
@@ -115,7 +115,7 @@ def _run_record(store: Store, run: str) -> Iterator[AuditFinding]:
             yield AuditFinding("damage", key, "the run's record is missing although it has checkpoints")
         return
     try:
-        check_run_record(store, run)
+        read_run_record(store, run)
     except (CorruptError, FormatError) as error:
         yield AuditFinding("damage", key, str(error))
 
