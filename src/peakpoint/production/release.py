@@ -331,9 +331,6 @@ def _passed_over(candidate: Checkpoint, rolled_back: Mapping[str, AliasRecord], 
     return "it is older than the last rollback"
 
 
-# --- validate and compare -----------------------------------------------------------------------------------------
-
-
 def _validate(work: _ReleaseWork) -> Step | None:
     """Validate the candidate where that is missing, and the holder where it cannot be compared with otherwise."""
     candidate, proposal = work.chosen
