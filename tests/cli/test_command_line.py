@@ -134,6 +134,19 @@ def test_show_tells_everything_of_one_checkpoint(root):
         (["export", "{root}", "one@latest", "--to", "{root}/no/x.pth"], 10, "does not exist"),
         (["export", "{root}", "one@latest", "--to", "{root}/x.pth", "--part", "modell"], 10, "did you mean 'model'"),
         (["rm", "{root}"], 2, "Missing argument"),
+        (["export", "{root}", "one@latest"], 2, "--to names no file or folder"),
+        (["export", "{root}", "one@latest", "--to", "x.pth", "--license", "mit"], 2, "--license is for --as card"),
+        (["export", "{root}", "one@latest", "--as", "card", "--shard", "1 GB"], 2, "--shard is for --as hf"),
+        (["undo", "{root}"], 2, "give the RUN/NAME of what to restore, or --list, or --empty"),
+        (["undo", "{root}", "--list", "--empty"], 2, "or --list, or --empty"),
+        (["undo", "{root}", "one"], 2, "names nothing in the trash; give RUN/NAME"),
+        (["promote", "{root}"], 2, "give REF and --as ALIAS, or --retire ALIAS, or --notify ALIAS"),
+        (["promote", "{root}", "one@latest", "--why", "x"], 2, "give REF and --as ALIAS"),
+        (["promote", "{root}", "one@latest", "--as", "champion"], 2, "give the reason"),
+        (["promote", "{root}", "--retire", "a", "--notify", "a"], 2, "or --notify ALIAS"),
+        (["promote", "{root}", "--retire", "a", "--why", "x", "--dry-run"], 2, "are for promoting REF"),
+        (["promote", "{root}", "--notify", "champion"], 10, "there is no alias 'champion'"),
+        (["history", "{root}", "--at", "7d"], 2, "--at is for one alias"),
         (["nonsense"], 2, "No such command"),
     ],
 )
@@ -303,6 +316,9 @@ def test_public_names_resolve_and_a_missing_torch_is_explained():
     assert dir(pp) == sorted(pp.__all__)
     for name in pp.__all__:
         assert getattr(pp, name) is not None
+    from peakpoint import Best, errors
+
+    assert (Best, errors) == (pp.Best, pp.errors)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         pp.nonsense  # noqa: B018
     code = (
