@@ -872,7 +872,7 @@ def test_the_command_shows_then_imports(made, tmp_path):
     found = json.loads(invoke("import", made[0], root, "--run", "r", "--json"))
     assert [one["epoch"] for one in found["checkpoints"]] == [0, 1, 2, 3, 4]
     assert "pinned: imported from e7.pth" in invoke("ls", root)
-    assert "is here (epoch 2, step 6)" in invoke("explain", root, "r:epoch=2")
+    assert "exists (epoch 2, step 6)" in invoke("explain", root, "r:epoch=2")
     assert "10 of" not in invoke("keep", root, "r", "--rules", "last:1", "--dry-run")
     assert "0 checkpoints imported" in invoke("import", made[0], root, "--run", "r", "--rules", "best:val_accuracy:max")
     assert "4 would" not in invoke("ls", root)

@@ -76,7 +76,7 @@ class Checkpointer:
 
     Example:
         >>> import tempfile, torch, peakpoint as pp
-        >>> model = torch.nn.Lidid_you_mean(2, 1)
+        >>> model = torch.nn.Linear(2, 1)
         >>> with pp.Checkpointer(tempfile.mkdtemp(), run="demo", state={"model": model},
         ...                      keep=[pp.Best("loss", "min")]) as ckpt:
         ...     for epoch in ckpt.epochs(3):
