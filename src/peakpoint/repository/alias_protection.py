@@ -51,12 +51,12 @@ def _former_holders(store: Store, newest: AliasRecord, earlier: Sequence[int]) -
 
 def _first_others(newest: AliasRecord, targets: Iterable[AliasTarget | None]) -> set[str]:
     """Return the first checkpoints other than the present one, as many as the alias keeps."""
-    present = None if newest.target is None else newest.target.checkpoint
+    current = None if newest.target is None else newest.target.checkpoint
     checkpoints = set[str]()
     for target in targets:
         if len(checkpoints) >= newest.keeps:
             break
-        if target is not None and target.checkpoint != present:
+        if target is not None and target.checkpoint != current:
             checkpoints.add(target.checkpoint)
     return checkpoints
 

@@ -140,7 +140,7 @@ def names(store: Store) -> list[str]:
 def numbers_by_alias(store: Store) -> dict[str, list[int]]:
     """Return the numbers of the records of every alias, by name; what cannot be an alias is left to audit."""
     aliases = [name for first in directories(store) for name in (first, *directories(store, first))]
-    return {alias: there for alias in sorted(aliases) if (there := numbers(store, alias))}
+    return {alias: existing for alias in sorted(aliases) if (existing := numbers(store, alias))}
 
 
 def directories(store: Store, family: str = "") -> list[str]:
@@ -409,14 +409,14 @@ def rolled_back(records: Sequence[AliasRecord]) -> dict[str, AliasRecord]:
     rollbacks: dict[str, AliasRecord] = {}
     for place, record in enumerate(records):
         if record.kind == "rolled back":
-            passed = (earlier.target for earlier in records[:place] if earlier.number > record.stands_for)
-            rollbacks |= {target.checkpoint: record for target in passed if target is not None}
+            passed_targets = (earlier.target for earlier in records[:place] if earlier.number > record.stands_for)
+            rollbacks |= {target.checkpoint: record for target in passed_targets if target is not None}
         if record.target is not None:
             rollbacks.pop(record.target.checkpoint, None)
     return rollbacks
 
 
-def back_from(store: Store, present: AliasRecord) -> Iterator[AliasRecord]:
+def back_from(store: Store, current: AliasRecord) -> Iterator[AliasRecord]:
     """Read what an alias pointed at before, the latest first: the records that a rollback can restore.
 
     A rollback is not a new state: going back again from it leads to what was there before the restored one.
@@ -424,13 +424,13 @@ def back_from(store: Store, present: AliasRecord) -> Iterator[AliasRecord]:
     Raises:
         CorruptError: a record on the way is damaged or missing.
     """
-    record = present
+    record = current
     while record.stands_for > 1:
         number = record.stands_for - 1
         try:
-            record = read(store, present.alias, number)
+            record = read(store, current.alias, number)
         except NotFoundError as error:
-            raise CorruptError(f"{layout.alias_key(present.alias, number)} is missing") from error
+            raise CorruptError(f"{layout.alias_key(current.alias, number)} is missing") from error
         if record.target is not None:
             yield record
 

@@ -1,11 +1,11 @@
-"""What an audit finds."""
+"""Findings of an audit."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class AuditFinding:
-    """One thing that the audit found.
+    """A finding of an audit.
 
     Attributes:
         kind: ``"litter"``, ``"damage"``, ``"foreign"`` or ``"busy"``.

@@ -1,4 +1,4 @@
-"""Who does something, when, and with which code.
+"""Provenance: who does something, when, and with which code.
 
 A clock is a function without arguments that returns an aware ``datetime`` in UTC, so that tests can choose the time.
 Nothing else in the package asks the system for it.
@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 
 PATIENCE = 2.0  # seconds; a directory on a slow network must not keep a training waiting
-_NOT_OURS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # what a hook that starts the training would leave behind
+_OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # what a hook that starts the training would leave behind
 
 
 def code_version(directory: str | os.PathLike[str], patience: float = PATIENCE) -> str | None:
-    """The commit, 40 or 64 hexadecimal digits, with ``-dirty`` when files that git knows have uncommitted changes.
+    """Return the commit, 40 or 64 hexadecimal digits, with ``-dirty`` when tracked files have uncommitted changes.
 
     Asks ``git`` once. Takes no lock, changes nothing and starts none of git's helpers.
 
@@ -30,11 +30,11 @@ def code_version(directory: str | os.PathLike[str], patience: float = PATIENCE) 
     Returns:
         None where there is no git, no repository, no commit yet, or no answer in time.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS}
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_HOOK}
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", os.fspath(directory), "status"]
     command += ["--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty"]
     try:
-        done = subprocess.run(  # noqa: S603 - git, found as the user's shell would find it
+        answer = subprocess.run(  # noqa: S603 - git, found as the user's shell would find it
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -46,18 +46,18 @@ def code_version(directory: str | os.PathLike[str], patience: float = PATIENCE) 
         )
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    lines = done.stdout.splitlines()
+    lines = answer.stdout.splitlines()
     commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "")
-    if done.returncode or not set(commit) <= set("0123456789abcdef") or not commit:
+    if answer.returncode or not set(commit) <= set("0123456789abcdef") or not commit:
         return None
     return commit + ("-dirty" if any(not line.startswith("#") for line in lines) else "")
 
 
 @cache
 def script_version() -> str | None:
-    """``code_version`` of the directory of the running script, or of the working directory in a session without one.
+    """Return ``code_version`` of the directory of the running script, or of the working directory without one.
 
-    Asked once in a process: what the process runs is what was there when it began.
+    Read once in a process, which runs the code that existed when it began.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     try:
@@ -70,12 +70,12 @@ Clock = Callable[[], datetime]
 
 
 def utc_now() -> datetime:
-    """The present time in UTC, with microseconds."""
+    """Return the present time in UTC, with microseconds."""
     return datetime.now(UTC)
 
 
 def present_user() -> str:
-    """``"user on host"``; works for users without a name, as in containers."""
+    """Return ``"user on host"``; works for users without a name, as in containers."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):

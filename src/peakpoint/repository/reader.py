@@ -221,10 +221,10 @@ def _unpacked(store: Store, manifest: Manifest, file: FileRecord, missing: Corru
     """Unpack a file of an archived checkpoint."""
     source, number = _packed(store, manifest, file, missing)
     data = bytearray(file.size)
-    at = 0
+    offset = 0
     for block in source.blocks(number):
-        data[at : at + len(block)] = block
-        at += len(block)
+        data[offset : offset + len(block)] = block
+        offset += len(block)
     return memoryview(data)
 
 
@@ -249,7 +249,9 @@ def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: Corrupt
     )
 
 
-def _settled(store: Store, manifest: Manifest, file: FileRecord, look: Callable[[Store, Manifest, FileRecord], T]) -> T:
+def _settled(
+    store: Store, manifest: Manifest, file: FileRecord, attempt: Callable[[Store, Manifest, FileRecord], T]
+) -> T:
     """Look at a file until its place stays the same: being removed, packed or restored meanwhile is not damage.
 
     Raises:
@@ -258,7 +260,7 @@ def _settled(store: Store, manifest: Manifest, file: FileRecord, look: Callable[
     place: object = manifest  # different from every place
     while True:
         try:
-            return look(store, manifest, file)
+            return attempt(store, manifest, file)
         except (CorruptError, NotFoundError):
             last_place, place = place, _place(store, manifest, file)
             if place == last_place:
@@ -276,7 +278,7 @@ def _place(store: Store, manifest: Manifest, file: FileRecord) -> object:
         raise NotFoundError(f"checkpoint {manifest.name} was removed a moment ago") from error
     if manifest_now.id != manifest.id:
         raise NotFoundError(f"checkpoint {manifest.name} was removed a moment ago, and another one has its name now")
-    if file.name not in {named.name for named in manifest_now.files}:
+    if file.name not in {existing.name for existing in manifest_now.files}:
         raise NotFoundError(f"checkpoint {manifest.name} has just lost the part that {file.name} belongs to")
     return packs.packed_bytes(store, manifest.run, [manifest])
 

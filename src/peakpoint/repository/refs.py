@@ -137,21 +137,21 @@ def parse(text: str) -> Ref:
         raise ConfigError(f"{text!r} is an alias; give a checkpoint of a run: RUN@latest, RUN/NAME, ...")
     for separator in text:
         if separator in "@:/":
-            run, rest = text.split(separator, 1)
+            run, remainder = text.split(separator, 1)
             break
     else:
         raise ConfigError(f"{text!r} names a run but no checkpoint (an alias is @{text}); forms: {FORMS}")
     check_run(run)
-    if separator == "/" and rest:
-        return ByName(run, rest)
-    if separator == ":" and _NUMBER.fullmatch(rest):
-        return AtStep(run, int(rest))
-    if separator == ":" and rest.startswith("epoch=") and _NUMBER.fullmatch(rest[6:]):
-        return AtEpoch(run, int(rest[6:]))
-    if separator == "@" and rest == "latest":
+    if separator == "/" and remainder:
+        return ByName(run, remainder)
+    if separator == ":" and _NUMBER.fullmatch(remainder):
+        return AtStep(run, int(remainder))
+    if separator == ":" and remainder.startswith("epoch=") and _NUMBER.fullmatch(remainder[6:]):
+        return AtEpoch(run, int(remainder[6:]))
+    if separator == "@" and remainder == "latest":
         return Latest(run)
-    if separator == "@" and rest.startswith("best:"):
-        metric, *mode = rest[5:].split(":")
+    if separator == "@" and remainder.startswith("best:"):
+        metric, *mode = remainder[5:].split(":")
         if len(mode) < 2:
             return BestOf(run, check_metric(metric), mode_of(mode[0]) if mode else None)
     raise ConfigError(f"{text!r} is not a ref; forms: {FORMS}")

@@ -164,12 +164,13 @@ def _manifest_at_rest(store: Store, manifest: Manifest) -> tuple[bytes, Manifest
     key = layout.manifest_key(manifest.run, manifest.name)
     _check_regular(store, key)
     data = store.get(key)
-    whole = decode_record(Manifest, data, where=MANIFEST)
+    complete = decode_record(Manifest, data, where=MANIFEST)
     # reading a manifest leaves dropped parts out, and adds metrics that were measured later
-    same = replace(manifest, metrics=whole.metrics, parts=whole.parts, files=whole.files) == whole
-    if not same or not set(manifest.files) <= set(whole.files) or not manifest.parts.items() <= whole.parts.items():
+    is_same = replace(manifest, metrics=complete.metrics, parts=complete.parts, files=complete.files) == complete
+    has_files = set(manifest.files) <= set(complete.files)
+    if not (is_same and has_files and manifest.parts.items() <= complete.parts.items()):
         raise SignatureError(f"{MANIFEST} is not the one that was read: it has been exchanged")
-    return data, whole
+    return data, complete
 
 
 def _check_regular(store: Store, key: str) -> None:
@@ -252,12 +253,12 @@ def verify(
     keys = _keys()
     key = keys.read_public_key(public_key)
     try:
-        data, whole = _manifest_at_rest(store, manifest)
+        data, complete = _manifest_at_rest(store, manifest)
     except SignatureError as error:
         raise SignatureError(f"{manifest.run}/{manifest.name} is not what was signed: {error}") from error
-    record, names = _covering_signature(store, manifest, data, whole, key)
+    record, names = _covering_signature(store, manifest, data, complete, key)
     compared = [MANIFEST]
-    for file in sorted(whole.files, key=lambda file: file.name) if files else ():
+    for file in sorted(complete.files, key=lambda file: file.name) if files else ():
         if file.name in names and _is_unchanged(store, manifest, file, record):
             compared.append(file.name)
             progress(file.size)
@@ -265,7 +266,7 @@ def verify(
 
 
 def _covering_signature(
-    store: Store, manifest: Manifest, data: bytes, whole: Manifest, key: Any
+    store: Store, manifest: Manifest, data: bytes, complete: Manifest, key: Any
 ) -> tuple[str, Collection[str]]:
     """Return the newest signature that was made with a key and covers the checkpoint, and the names that it signs.
 
@@ -277,7 +278,7 @@ def _covering_signature(
     for record in _records(store, prefix):
         try:
             digests = _signed_digests(_read_bundle(store, f"{prefix}/{record}"), key)
-            _check_coverage(digests, data, manifest, whole)
+            _check_coverage(digests, data, manifest, complete)
         except (SignatureError, NotFoundError) as error:
             refusals.append(f"{record}: {error}")
         else:
@@ -302,15 +303,15 @@ def _signed_digests(bundle: bundles.Bundle, key: Any) -> dict[str, str]:
     return bundles.decode_statement(envelope.payload)
 
 
-def _check_coverage(digests: Mapping[str, str], data: bytes, manifest: Manifest, whole: Manifest) -> None:
+def _check_coverage(digests: Mapping[str, str], data: bytes, manifest: Manifest, complete: Manifest) -> None:
     """Check that a signature covers the bytes of a manifest and every file of the checkpoint, and nothing foreign.
 
     Raises:
         SignatureError: it does not.
     """
-    own = {MANIFEST, *(file.name for file in whole.files)}
+    signable = {MANIFEST, *(file.name for file in complete.files)}
     for name in digests:
-        if name not in own and not layout.is_record(name):
+        if name not in signable and not layout.is_record(name):
             raise SignatureError(f"it signs {name[:200]!r}, which is not a file of this checkpoint")
     for name in (MANIFEST, *sorted(file.name for file in manifest.files)):
         if name not in digests:

@@ -94,8 +94,8 @@ def encode_statement(name: str, digests: Mapping[str, str]) -> bytes:
     """
     resources = [FileDigest(file, "sha256", digest) for file, digest in sorted(digests.items())]
     # the subject has one digest: that of the digests of the files, in their order
-    whole = hashlib.sha256(b"".join(bytes.fromhex(resource.digest) for resource in resources)).hexdigest()
-    subject = {"name": name, "digest": {"sha256": whole}}
+    combined = hashlib.sha256(b"".join(bytes.fromhex(resource.digest) for resource in resources)).hexdigest()
+    subject = {"name": name, "digest": {"sha256": combined}}
     predicate = Predicate(_SERIALIZATION, resources)
     return msgspec.json.encode(Statement(_STATEMENT_TYPE, [subject], _PREDICATE_TYPE, predicate))
 
