@@ -1,4 +1,4 @@
-"""The changelog: an account of everything that was done in a repository, from its records alone.
+"""The changelog: everything that was done in a repository, from its records alone.
 
 ::
 
@@ -8,11 +8,12 @@
     for entry in changelog.entries(pp.open("runs"), since=changelog.since("7d")):
         print(entry.at, entry.kind, entry.checkpoint, entry.why)
 
-``runs`` tells of a run, ``claims`` of claims that rules have given up, ``production`` of aliases; ``markdown`` writes
-it for people.
+``runs`` reads the journals, ``claims`` computes the claims that rules gave up, ``production`` reads aliases, releases
+and validations; ``markdown`` writes all of it as a page.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 
 from peakpoint.errors import ConfigError
@@ -23,7 +24,6 @@ from peakpoint.reports.changelog.entries import FORCED, KINDS, PRODUCTION, Chang
 from peakpoint.repository import journal as journals
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository
-from peakpoint.repository.run import Run
 
 __all__ = ["FORCED", "KINDS", "PRODUCTION", "ChangelogEntry", "Kind", "entries", "since", "until"]
 
@@ -38,22 +38,21 @@ def entries(
     only: Sequence[str] | None = None,
     kinds: Collection[str] | None = None,
 ) -> list[ChangelogEntry]:
-    """Everything that was done, earliest first, each thing once.
+    """Return everything that was done, earliest first, each thing once.
 
-    Damaged records are entries themselves. They come first and are told whatever the period: nobody knows when it
-    happened. One journal is in memory at a time, besides the entries.
+    Damaged records are entries themselves. They come first whatever the period, because the time of the damage is not
+    known. One journal is in memory at a time, beside the entries.
 
     Args:
-        repository: of which.
-        since: nothing before this time.
-        until: nothing at this time or after.
-        only: the names of runs: what is about others, and what is about no run, is left out. A change of an alias is
-            about the run of the new holder and that of the former one.
-        kinds: of ``KINDS``, or ``"forced"`` for what was refused and done all the same.
+        since: the first moment of the period.
+        until: the first moment after the period.
+        only: names of runs; entries of other runs, and of none, are left out. A change of an alias belongs to the runs
+            of its new and of its former checkpoint.
+        kinds: of ``KINDS``, or ``"forced"`` for changes of aliases that were refused and made with force.
 
     Raises:
         NotFoundError: there is no such run.
-        ConfigError: a kind that is none; a time without zone; a period that ends before it begins.
+        ConfigError: an unknown kind, a time without zone, or a period that ends before it begins.
 
     Example:
         >>> import tempfile, peakpoint as pp
@@ -64,42 +63,46 @@ def entries(
         >>> [entry.kind for entry in entries(pp.open(root))]
         ['begun', 'saved', 'saved', 'claim lost', 'removed', 'ended']
     """
-    for kind in kinds or ():
-        if kind not in (*KINDS, FORCED):
-            raise ConfigError(
-                f"{kind!r} is no kind of entry{did_you_mean(kind, [*KINDS, FORCED])}; {', '.join((*KINDS, FORCED))}"
-            )
+    _check(since, until, kinds or ())
+    selected = [
+        entry for entry in _all_entries(repository, only) if _is_within(entry, since, until) and _is_of(entry, kinds)
+    ]
+    # stable: entries of one moment stay in the order of the records
+    return sorted(selected, key=lambda entry: runs.aware(entry.at) if entry.at else _LONG_AGO)
+
+
+def _check(since: datetime | None, until: datetime | None, kinds: Collection[str]) -> None:
+    names = (*KINDS, FORCED)
+    for kind in kinds:
+        if kind not in names:
+            raise ConfigError(f"{kind!r} is not a kind of entry{did_you_mean(kind, names)}; kinds: {', '.join(names)}")
     for moment in (since, until):
         if moment is not None and moment.tzinfo is None:
-            raise ConfigError(f"{moment.isoformat()} has no time zone: which moment is meant? Add +00:00 for UTC")
+            raise ConfigError(f"{moment.isoformat()} has no time zone: add +00:00 for UTC")
     if since is not None and until is not None and until <= since:
         raise ConfigError(
             f"the period from {since.isoformat()} until {until.isoformat()} is empty: give an earlier since"
         )
-    chosen = repository.runs() if only is None else [repository.run(name) for name in dict.fromkeys(only)]
-    found = [one for one in _all(repository, chosen, only) if _within(one, since, until) and _is_of(one, kinds)]
-    return sorted(
-        found, key=lambda one: runs.aware(one.at) if one.at else _LONG_AGO
-    )  # stable: in the order of the records
 
 
-def _all(repository: Repository, chosen: Iterable[Run], only: Sequence[str] | None) -> Iterator[ChangelogEntry]:
-    promised = []
-    for run in chosen:
-        reading = journals.read(run.store, run.name)
-        yield from runs.entries(run, reading)
+def _all_entries(repository: Repository, only: Sequence[str] | None) -> Iterator[ChangelogEntry]:
+    recorded_changes: list[production.RecordedChange] = []
+    for run in repository.runs() if only is None else [repository.run(name) for name in dict.fromkeys(only)]:
+        journal = journals.read(run.store, run.name)
+        yield from runs.entries(run, journal)
         yield from production.of_validations(run)
-        promised += production.promises(run, reading)
-    for entry in (*production.of_aliases(repository.store, promised), *production.of_releases(repository.store)):
+        recorded_changes += production.recorded_changes(run, journal)
+    store = repository.store
+    for entry in (*production.of_aliases(store, recorded_changes), *production.of_releases(store)):
         if only is None or entry.run in only or entry.details.get("former_run") in only:
             yield entry
 
 
-def _within(entry: ChangelogEntry, since: datetime | None, until: datetime | None) -> bool:
+def _is_within(entry: ChangelogEntry, since: datetime | None, until: datetime | None) -> bool:
     if entry.at is None:
         return True
-    at = runs.aware(entry.at)
-    return (since is None or since <= at) and (until is None or at < until)
+    moment = runs.aware(entry.at)
+    return (since is None or since <= moment) and (until is None or moment < until)
 
 
 def _is_of(entry: ChangelogEntry, kinds: Collection[str] | None) -> bool:
@@ -107,12 +110,12 @@ def _is_of(entry: ChangelogEntry, kinds: Collection[str] | None) -> bool:
 
 
 def since(text: str, *, clock: Clock = utc_now) -> datetime:
-    """The beginning of a period: a time in ISO 8601, a date, or a time span such as ``"7d"`` back from now.
+    """Read the beginning of a period: a time in ISO 8601, a date, or a duration such as ``"7d"`` back from now.
 
-    Times without a zone are in UTC, as all times that Peakpoint prints. A date means its first moment.
+    Times without a zone are in UTC, as everything that Peakpoint prints. A date means its first moment.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: any other text.
 
     Example:
         >>> since("2026-11-20").isoformat(), since("2026-11-20T08:00+01:00").isoformat()
@@ -122,10 +125,10 @@ def since(text: str, *, clock: Clock = utc_now) -> datetime:
 
 
 def until(text: str, *, clock: Clock = utc_now) -> datetime:
-    """The end of a period, which is not part of it; as ``since``, but a date means the end of that day.
+    """Read the end of a period, which is not part of it; as ``since``, but a date means the end of that day.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: any other text.
 
     Example:
         >>> until("2026-11-20").isoformat(), until("2026-11-20T08:00").isoformat()
@@ -134,20 +137,16 @@ def until(text: str, *, clock: Clock = utc_now) -> datetime:
     return _moment("--until", text, clock, timedelta(days=1))
 
 
-def _moment(name: str, text: str, clock: Clock, day: timedelta) -> datetime:
-    try:
+def _moment(option: str, text: str, clock: Clock, day: timedelta) -> datetime:
+    with contextlib.suppress(ValueError, OverflowError):
         return datetime.combine(date.fromisoformat(text), time(0), UTC) + day
-    except (ValueError, OverflowError):
-        pass
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     try:
-        found = datetime.fromisoformat(text)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        pass
-    try:
-        return clock() - read_duration(name, text)
+        return clock() - read_duration(option, text)
     except (ConfigError, OverflowError) as error:
         raise ConfigError(
-            f"{name} {text!r} is no time; give a date such as 2026-11-20, a time such as 2026-11-20T08:00 (in UTC, or "
-            "with a zone such as +01:00), or a time span such as 7d"
+            f"{option} {text!r} is not a time; give a date such as 2026-11-20, a time such as 2026-11-20T08:00 (in "
+            "UTC, or with a zone such as +01:00), or a duration such as 7d"
         ) from error

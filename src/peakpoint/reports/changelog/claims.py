@@ -1,11 +1,10 @@
-"""Claims that rules have given up, because another checkpoint took the place: computed, as nobody records them.
+"""Claims that rules gave up because another checkpoint took the place: computed, as no record holds them.
 
-The recorded commits, measurements and removals are played again with the rules that were in force, as in
-``peakpoint.reports.explain``. A rule is asked among what it claims already and what is new: what it did not claim
-before cannot matter, by the laws of ``peakpoint.rules``. So a commit costs what the rule takes to rank its own claims,
-and not the whole run; where a run was resumed from an older checkpoint, a claimed one was removed, or the rules have
-changed, the rule looks at everything once. ``Every`` without ``keep`` gives nothing up as long as nothing was
-abandoned, and is not asked until then.
+The recorded commits, measurements and removals are replayed with the rules that were in force. A rule is asked about
+what it claims already and what is new: what it did not claim before cannot matter, by the laws of ``peakpoint.rules``.
+So a commit costs what the rule takes to rank its own claims, and not the whole run. The rule looks at everything once
+after a resume from an older checkpoint, the removal of a claimed one, or a change of rules. ``Every`` without ``keep``
+gives nothing up as long as no branch was abandoned, and is not asked until then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,121 +14,113 @@ from peakpoint.rules import BestAtSparsity, Every, Moment, Reasons, Rule
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """A rule claims one checkpoint no more.
+class LostClaim:
+    """The end of a rule's claim on one checkpoint.
 
     Attributes:
         rule: the rule's text.
-        ranks: whether it ranks by a metric.
-        lost: id of the checkpoint that it claimed.
-        was: why it did.
-        taker: id of the one that it claims instead; None when it claims none instead.
-        reason: why it claims that.
+        ranks: whether the rule ranks by a metric.
+        checkpoint: the id of the checkpoint.
+        reason: why the rule claimed it.
+        successor: the id of the checkpoint that the rule claims instead; None without one.
+        successor_reason: why it claims that one.
     """
 
     rule: str
     ranks: bool
-    lost: str
-    was: str
-    taker: str | None
+    checkpoint: str
     reason: str
+    successor: str | None
+    successor_reason: str
 
 
 @dataclass(slots=True)
-class _Asked:
-    """A rule, and what it claims among what exists; None when it has to be asked anew."""
+class _TrackedRule:
+    """A rule with its claims on what exists; None when it has to be asked about everything."""
 
     rule: Rule
-    claimed: Reasons | None = None
+    claims: Reasons | None = None
 
     @property
     def only_adds(self) -> bool:
-        """Whether no commit takes a claim away, as long as no branch was abandoned."""
+        """Whether no commit ends a claim, as long as no branch was abandoned."""
         return isinstance(self.rule, Every) and self.rule.keep is None
 
     @property
     def metrics(self) -> set[str]:
-        """The metrics whose values decide."""
+        """The metrics that its claims depend on."""
         names = {name for name, _ in self.rule.ranks_by}
         return names | ({self.rule.sparsity} if isinstance(self.rule, BestAtSparsity) else set())
 
+    def claims_on(self, existing: Mapping[str, Moment]) -> Reasons:
+        """Return its claims; asks the rule only where they are not known."""
+        if self.claims is None:
+            self.claims = self.rule.claims(list(existing.values()))
+        return self.claims
 
-class Claims:
-    """The claims of the rules in force on what exists, followed through a run."""
+
+class ClaimTracker:
+    """The claims of the rules in force, followed through a run."""
 
     def __init__(self) -> None:
-        self._asked: list[_Asked] = []
-        self._there: dict[str, Moment] = {}
+        self._rules: list[_TrackedRule] = []
+        self._existing: dict[str, Moment] = {}
         self._newest: Moment | None = None
 
-    def rules(self, rules: Iterable[Rule]) -> None:
-        """From now on these rules are in force; claims that end with a rule are not passed to others."""
-        self._asked = [_Asked(rule) for rule in rules]
+    def set_rules(self, rules: Iterable[Rule]) -> None:
+        """Put rules in force. The claims of the rules before end without a successor, and are not reported."""
+        self._rules = [_TrackedRule(rule) for rule in rules]
 
-    def add(self, moment: Moment) -> list[Passed]:
-        """A checkpoint is there: it was committed, or brought back."""
-        follows = (
-            self._newest is not None and moment.sequence > self._newest.sequence and moment.forks == self._newest.forks
-        )
-        passed: list[Passed] = []
-        for asked in self._asked:
-            if follows and asked.only_adds and not moment.forks:
-                asked.claimed = None
+    def add(self, moment: Moment) -> list[LostClaim]:
+        """Add a checkpoint that was committed or restored; return the claims that this ends."""
+        newest = self._newest
+        follows = newest is not None and moment.sequence > newest.sequence and moment.forks == newest.forks
+        lost: list[LostClaim] = []
+        for tracked in self._rules:
+            if follows and tracked.only_adds and not moment.forks:
+                tracked.claims = None
                 continue
-            before = self._claimed(asked)
-            few = [*(self._there[one] for one in before), moment] if follows else [*self._there.values(), moment]
-            asked.claimed = asked.rule.claims(few)
-            passed += _passed(asked, before, moment.id)
-        self._there[moment.id] = moment
-        if self._newest is None or moment.sequence > self._newest.sequence:
+            before = tracked.claims_on(self._existing)
+            compared = [self._existing[checkpoint] for checkpoint in before] if follows else self._existing.values()
+            tracked.claims = tracked.rule.claims([*compared, moment])
+            lost += _lost_claims(tracked.rule, before, tracked.claims, moment.id)
+        self._existing[moment.id] = moment
+        if newest is None or moment.sequence > newest.sequence:
             self._newest = moment
-        return passed
+        return lost
 
-    def measure(self, checkpoint: str, metrics: Mapping[str, float]) -> list[Passed]:
-        """Values of a checkpoint that exists have been added, or changed."""
-        old = self._there[checkpoint]
-        self._there[checkpoint] = replace(old, metrics={**old.metrics, **metrics})
-        passed: list[Passed] = []
-        for asked in self._asked:
-            if asked.metrics.isdisjoint(metrics):
-                continue
-            now, self._there[checkpoint] = self._there[checkpoint], old
-            before = self._claimed(asked)
-            self._there[checkpoint] = now
-            asked.claimed = asked.rule.claims(list(self._there.values()))
-            passed += _passed(asked, before, checkpoint)
-        return passed
+    def measure(self, checkpoint: str, metrics: Mapping[str, float]) -> list[LostClaim]:
+        """Add or change metrics of an existing checkpoint; return the claims that this ends."""
+        affected = [tracked for tracked in self._rules if not tracked.metrics.isdisjoint(metrics)]
+        claims_before = [tracked.claims_on(self._existing) for tracked in affected]
+        moment = self._existing[checkpoint]
+        self._existing[checkpoint] = replace(moment, metrics={**moment.metrics, **metrics})
+        lost: list[LostClaim] = []
+        for tracked, before in zip(affected, claims_before, strict=True):
+            tracked.claims = tracked.rule.claims(list(self._existing.values()))
+            lost += _lost_claims(tracked.rule, before, tracked.claims, checkpoint)
+        return lost
 
     def remove(self, checkpoint: str) -> None:
-        """A checkpoint is gone."""
-        gone = self._there.pop(checkpoint, None)
-        newest = gone is not None and gone is self._newest
-        if newest:
-            self._newest = max(self._there.values(), key=lambda one: one.sequence, default=None)
-        for asked in self._asked:
-            if newest or (asked.claimed is not None and checkpoint in asked.claimed):
-                asked.claimed = None
+        """Remove a checkpoint."""
+        removed = self._existing.pop(checkpoint, None)
+        was_newest = removed is not None and removed is self._newest
+        if was_newest:
+            self._newest = max(self._existing.values(), key=lambda moment: moment.sequence, default=None)
+        for tracked in self._rules:
+            if was_newest or (tracked.claims is not None and checkpoint in tracked.claims):
+                tracked.claims = None
 
     def moment(self, checkpoint: str) -> Moment | None:
-        """What is known of a checkpoint that exists; None when there is none of that id."""
-        return self._there.get(checkpoint)
-
-    def __contains__(self, checkpoint: str) -> bool:
-        return checkpoint in self._there
-
-    def _claimed(self, asked: _Asked) -> Reasons:
-        if asked.claimed is None:
-            asked.claimed = asked.rule.claims(list(self._there.values()))
-        return asked.claimed
+        """Return what rules see of an existing checkpoint; None when it does not exist."""
+        return self._existing.get(checkpoint)
 
 
-def _passed(asked: _Asked, before: Reasons, cause: str) -> Iterator[Passed]:
-    now = asked.claimed
-    assert now is not None
-    lost = [one for one in before if one not in now]
-    gained = [one for one in now if one not in before]
-    taker = cause if cause in now else gained[0] if gained else None
-    for one in lost:
-        yield Passed(
-            asked.rule.text, bool(asked.rule.ranks_by), one, before[one], taker, "" if taker is None else now[taker]
-        )
+def _lost_claims(rule: Rule, before: Reasons, after: Reasons, cause: str) -> Iterator[LostClaim]:
+    """Compare the claims of a rule before and after something became of the checkpoint ``cause``."""
+    gained = [checkpoint for checkpoint in after if checkpoint not in before]
+    successor = cause if cause in after else next(iter(gained), None)
+    successor_reason = "" if successor is None else after[successor]
+    for checkpoint, reason in before.items():
+        if checkpoint not in after:
+            yield LostClaim(rule.text, bool(rule.ranks_by), checkpoint, reason, successor, successor_reason)

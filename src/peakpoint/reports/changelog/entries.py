@@ -1,4 +1,4 @@
-"""What an account is made of."""
+"""The entries of a changelog."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ Kind = Literal[
     "damage",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
-FORCED = "forced"  # promotions, roll backs and retirements that were refused and done all the same
+FORCED = "forced"  # changes of aliases that were refused and made with force
 PRODUCTION: tuple[str, ...] = ("promoted", "rolled back", "retired", "refused")
 
 
@@ -40,16 +40,15 @@ class ChangelogEntry:
     """One thing that was done, or that happened.
 
     Attributes:
-        at: when it was recorded; None for damage, of which nobody knows when it came.
-        kind: what.
-        run: the run's name; None when it is about no run.
-        checkpoint: ``RUN/NAME``; its id is in ``details`` where it is known. For a promotion the new holder.
-        alias: the alias that was changed, or about to be.
-        by: who, in words; ``"rules"`` when the rules of a training did; "" when it is not recorded.
-        why: the reason, in words; "" when there is none.
-        before: what it was: the former holder, the rules, the claim; None where there was nothing.
-        after: what it is from then on.
-        details: further figures; plain JSON.
+        at: when it was recorded; None for damage, whose time is not known.
+        run: the run's name; None when it concerns no run.
+        checkpoint: ``RUN/NAME``, with its id in ``details`` where it is known; of a promotion the new holder.
+        alias: the alias that was changed, or would have been.
+        by: the user or process; ``"rules"`` for the rules of a training; "" when it is not recorded.
+        why: the reason; "" when there is none.
+        before: the former holder, rules or claim; None without one.
+        after: the new ones.
+        details: further figures, as plain JSON.
     """
 
     at: datetime | None
@@ -65,5 +64,5 @@ class ChangelogEntry:
 
     @property
     def forced(self) -> bool:
-        """Whether it was refused and done all the same."""
+        """Whether it was refused and made with force."""
         return bool(self.details.get(FORCED))

@@ -1,40 +1,22 @@
-"""The account in Markdown: production first, then what was done in runs, day by day."""
+"""The changelog in Markdown: first production, then what was done in runs, day by day."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import groupby
 
 from peakpoint.reports.changelog.entries import PRODUCTION, ChangelogEntry
-from peakpoint.reports.evaluation.pages import escaped as plain
+from peakpoint.reports.evaluation.pages import escaped as escaped_markup
 from peakpoint.reports.evaluation.tables import printable
 
 MARK = "peakpoint changelog"
-FOLD = 3  # of one kind on one day that are told one by one
-_LONGEST = 400  # characters of a text that somebody has given
-_UNKNOWN = "at a time that nobody knows"
+FOLD = 3  # entries of one kind, run and day that have a line each
+_LONGEST = 400  # characters of a user's text
 _AUTOLINK = re.compile(r":(?=//)|(?<=www)\.|@", re.IGNORECASE)
-
-_MANY = {
-    "saved": "saved",
-    "imported": "imported",
-    "save failed": "not saved",
-    "removed": "removed",
-    "parts dropped": "cut down to some of their parts",
-    "undone": "brought back",
-    "archived": "archived",
-    "restored": "restored from the archive",
-    "pinned": "pinned",
-    "unpinned": "unpinned",
-    "measured": "measured",
-    "validated": "validated",
-}
 
 
 def escaped(text: str) -> str:
-    r"""Text from users that Markdown shows as it is, on one line: no markup, no HTML, no link, no terminal code.
-
-    What is very long is cut in the middle.
+    r"""Escape a user's text for one line of Markdown: no markup, HTML, link or terminal code; long text is cut.
 
     Example:
         >>> print(escaped("# see https://x.org *now*"))
@@ -42,18 +24,18 @@ def escaped(text: str) -> str:
     """
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-    return _AUTOLINK.sub(r"\\\g<0>", plain(text))
+    return _AUTOLINK.sub(r"\\\g<0>", escaped_markup(text))
 
 
 def code(text: str) -> str:
-    """A name as code: nothing in it is read as markup, whatever it holds.
+    """Format a name as code: nothing in it is read as markup.
 
     Example:
         >>> code("run/best_model"), code("a`b")
         ('`run/best_model`', '`` a`b ``')
     """
     text = printable(text)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
     space = " " if len(fence) > 1 or not text.strip() else ""
     return f"{fence}{space}{text}{space}{fence}"
 
@@ -62,242 +44,195 @@ def _name(ref: str | None) -> str:
     return "nothing" if ref is None else code(ref)
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 # --- one entry, one line ------------------------------------------------------------------------------------------
+
+_SENTENCES = {
+    "saved": "{checkpoint} saved{why}",
+    "imported": "{checkpoint} imported{why}",
+    "save failed": "{checkpoint} was not saved{why}",
+    "claim lost": "{run}: {rule} moved from {lost_claim} to {new_claim}",
+    "removed": "{checkpoint} {removed}{why}",
+    "parts dropped": "{parts} of {checkpoint} removed{why}",
+    "undone": "{checkpoint} restored from the trash{with_parts}",
+    "archived": "{checkpoint} archived{why}",
+    "restored": "{checkpoint} restored from the archive{why}",
+    "pinned": "{checkpoint} pinned{why}",
+    "unpinned": "{checkpoint} unpinned{why}",
+    "measured": "{checkpoint} measured{source}: {values}",
+    "begun": "{run} started{why}",
+    "continued": "{run} continued from {checkpoint}{why}",
+    "rules changed": "rules of {run} changed from {before} to {after}",
+    "stopped early": "{run} stopped early{why}",
+    "ended": "{run} {ended}",
+    "validated": "{checkpoint} validated: {outcome}{why}",
+    "promoted": "**{alias}** is now {after} (record {record}{was}){why}{evidence}",
+    "rolled back": "**{alias}** rolled back from {before} to {after} (record {record}){why}{evidence}",
+    "retired": "**{alias}** retired (record {record}{was}){why}{evidence}",
+    "refused": "{checkpoint} did not become **{alias}**{why} (release {release})",
+    "damage": "**damage**{why}",
+}
+_WITH_AUTHOR = {*PRODUCTION, "removed", "pinned", "unpinned", "undone", "measured", "archived", "restored", "begun"}
+_WITH_AUTHOR |= {"continued", "validated", "rules changed"}
 
 
 def line(entry: ChangelogEntry) -> str:
-    """An entry in one sentence of Markdown, without its time."""
-    said = _SAID[entry.kind](entry)
-    by = f" ({escaped(entry.by)})" if entry.by and entry.by != "rules" and entry.kind in _BY else ""
-    return said + by
+    """Write an entry as one sentence of Markdown, without its time."""
+    sentence = _SENTENCES[entry.kind].format_map(_words(entry))
+    shows_author = entry.by and entry.by != "rules" and entry.kind in _WITH_AUTHOR
+    return f"{sentence} ({escaped(entry.by)})" if shows_author else sentence
 
 
-def _because(entry: ChangelogEntry) -> str:
-    return f": {escaped(entry.why)}" if entry.why else ""
-
-
-def _promoted(entry: ChangelogEntry) -> str:
-    what = f"**{escaped(entry.alias or '')}** is now {_name(entry.after)}"
-    if entry.before is not None:
-        what += f", before {_name(entry.before)}"
-    return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
-
-
-def _rolled_back(entry: ChangelogEntry) -> str:
-    what = f"**{escaped(entry.alias or '')}** went back to {_name(entry.after)} from {_name(entry.before)}"
-    return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
-
-
-def _retired(entry: ChangelogEntry) -> str:
-    what = f"**{escaped(entry.alias or '')}** was retired, and points at nothing; before {_name(entry.before)}"
-    return what + f" (record {entry.details.get('record')})" + _because(entry) + _evidence(entry)
-
-
-def _refused(entry: ChangelogEntry) -> str:
-    what = f"{_name(entry.checkpoint)} did not become **{escaped(entry.alias or '')}**"
-    return f"{what}{_because(entry)} (release {escaped(str(entry.details.get('release')))})"
+def _words(entry: ChangelogEntry) -> dict[str, str]:
+    """What the sentences are made of, escaped."""
+    details = entry.details
+    before, after, why = escaped(entry.before or ""), escaped(entry.after or ""), escaped(entry.why)
+    because, parts = f": {why}" if why else "", escaped(", ".join(details.get("parts") or ()))
+    return {
+        "alias": escaped(entry.alias or ""),
+        "run": _name(entry.run),
+        "checkpoint": _name(entry.checkpoint),
+        "before": _name(entry.before),
+        "after": _name(entry.after),
+        "was": "" if entry.before is None else f", was {code(entry.before)}",
+        "why": because,
+        "record": str(details.get("record")),
+        "release": escaped(str(details.get("release"))),
+        "evidence": _evidence(entry),
+        "rule": code(str(details.get("rule"))),
+        "lost_claim": _claim(entry.before),
+        "new_claim": _claim(entry.after),
+        "removed": "was to be removed, but still exists" if details.get("came_to_nothing") else "removed",
+        "parts": parts,
+        "with_parts": f": {parts}" if parts else "",
+        "source": f" by {why}" if why else "",
+        "values": f"{after}, was {before}" if before else after,
+        "outcome": "**failed**" if entry.after == "failed" else after,
+        "ended": "finished" if entry.why == "closed" else f"ended{because}",
+    }
 
 
 def _evidence(entry: ChangelogEntry) -> str:
-    found = []
-    if said := compared(entry.details.get("comparison")):
-        found.append(said)
-    if validation := entry.details.get("validation"):
-        found.append(f"rests on validation {escaped(str(validation)[:12])}")
+    details = entry.details
+    evidence = [compared(details.get("comparison"))]
+    if details.get("validation"):
+        evidence.append(f"validation {escaped(str(details['validation'])[:12])}")
     elif entry.kind == "promoted":
-        found.append("without a validation")
-    if release := entry.details.get("release"):
-        found.append(f"release {escaped(str(release))}")
+        evidence.append("no validation")
+    if details.get("release"):
+        evidence.append(f"release {escaped(str(details['release']))}")
     if entry.forced:
-        found.append("**FORCED** although " + "; ".join(escaped(one) for one in entry.details["forced"]))
-    return "".join(f"; {one}" for one in found)
+        evidence.append("**FORCED** despite: " + "; ".join(map(escaped, details["forced"])))
+    return "".join(f"; {text}" for text in evidence if text)
 
 
 def compared(comparison: object) -> str:
-    """What a record says of the comparison that was shown before it was made, escaped; "" when it says nothing."""
-    said = comparison.get("said") if isinstance(comparison, Mapping) else None
-    return f"compared: {escaped(str(said))}" if said else ""
-
-
-def _plain_kind(verb: str) -> Callable[[ChangelogEntry], str]:
-    return lambda entry: f"{_name(entry.checkpoint)} {verb}{_because(entry)}"
-
-
-def _removed(entry: ChangelogEntry) -> str:
-    verb = "was to be removed, and is still here" if entry.details.get("came_to_nothing") else "removed"
-    return f"{_name(entry.checkpoint)} {verb}{_because(entry)}"
-
-
-def _lost(entry: ChangelogEntry) -> str:
-    rule = code(str(entry.details.get("rule")))
-    return f"{_name(entry.run)}: {rule} moved from {_claim(entry.before)} to {_claim(entry.after)}"
+    """Return the summary of the comparison that a record holds, escaped; "" without one."""
+    summary = comparison.get("said") if isinstance(comparison, Mapping) else None
+    return f"compared: {escaped(str(summary))}" if summary else ""
 
 
 def _claim(claim: str | None) -> str:
-    """A checkpoint, and why it is claimed."""
+    """A checkpoint, and why a rule claims it."""
     if claim is None:
         return "nothing"
     ref, _, reason = claim.partition(": ")
     return f"{code(ref.partition('/')[2] or ref)} ({escaped(reason)})"
 
 
-def _validated(entry: ChangelogEntry) -> str:
-    outcome = "**failed**" if entry.after == "failed" else escaped(entry.after or "")
-    return f"{_name(entry.checkpoint)} validated: {outcome}{_because(entry)}"
-
-
-def _measured(entry: ChangelogEntry) -> str:
-    was = f", before {escaped(entry.before)}" if entry.before else ""
-    by = f" by {escaped(entry.why)}" if entry.why else ""
-    return f"{_name(entry.checkpoint)} measured{by}: {escaped(entry.after or '')}{was}"
-
-
-def _parts(entry: ChangelogEntry) -> str:
-    return f"{_name(entry.checkpoint)} lost {escaped(', '.join(entry.details.get('parts', ())))}{_because(entry)}"
-
-
-def _undone(entry: ChangelogEntry) -> str:
-    parts = entry.details.get("parts")
-    return f"{_name(entry.checkpoint)} brought back" + (f" with {escaped(', '.join(parts))}" if parts else "")
-
-
-def _about_run(verb: str) -> Callable[[ChangelogEntry], str]:
-    return lambda entry: f"{_name(entry.run)} {verb}{_because(entry)}"
-
-
-def _ended(entry: ChangelogEntry) -> str:
-    return f"{_name(entry.run)} " + ("finished" if entry.why == "closed" else f"ended{_because(entry)}")
-
-
-def _continued(entry: ChangelogEntry) -> str:
-    return f"{_name(entry.run)} continued from {_name(entry.checkpoint)}{_because(entry)}"
-
-
-def _rules(entry: ChangelogEntry) -> str:
-    return f"rules of {_name(entry.run)} changed from {code(entry.before or '')} to {code(entry.after or '')}"
-
-
-def _damage(entry: ChangelogEntry) -> str:
-    return f"**damage**{_because(entry)}"
-
-
-_SAID: dict[str, Callable[[ChangelogEntry], str]] = {
-    "saved": _plain_kind("saved"),
-    "imported": _plain_kind("imported"),
-    "save failed": _plain_kind("was not saved"),
-    "claim lost": _lost,
-    "removed": _removed,
-    "parts dropped": _parts,
-    "undone": _undone,
-    "archived": _plain_kind("archived"),
-    "restored": _plain_kind("restored from the archive"),
-    "pinned": _plain_kind("pinned"),
-    "unpinned": _plain_kind("unpinned"),
-    "measured": _measured,
-    "begun": _about_run("begun"),
-    "continued": _continued,
-    "rules changed": _rules,
-    "stopped early": _about_run("stopped early"),
-    "ended": _ended,
-    "validated": _validated,
-    "promoted": _promoted,
-    "rolled back": _rolled_back,
-    "retired": _retired,
-    "refused": _refused,
-    "damage": _damage,
-}
-_BY = {*PRODUCTION, "removed", "pinned", "unpinned", "undone", "measured", "archived", "restored", "begun", "continued"}
-_BY |= {"validated", "rules changed"}
-
-
 # --- many entries -------------------------------------------------------------------------------------------------
 
-
-def folded(entries: Sequence[ChangelogEntry], *, everything: bool) -> list[str]:
-    """Lines for what was done in runs, newest first; where there is much of one kind, one line for all of it.
-
-    Args:
-        entries: newest first.
-        everything: fold nothing.
-    """
-    groups: dict[_Key, list[ChangelogEntry]] = {}
-    for entry in entries:
-        groups.setdefault(_key(entry), []).append(entry)
-    many = {key for key, group in groups.items() if not everything and _is_many(key, group)}
-    found = []
-    for entry in entries:
-        key = _key(entry)
-        if key not in many:
-            time = "" if entry.at is None else f"{entry.at:%H:%M} "
-            found.append(f"- {time}{line(entry)}")
-        elif entry is groups[key][0] and entry.kind == "claim lost":
-            found.append(f"- {_moved(groups[key])}")
-    return [*_totals(groups, many), *found]
+# Kinds of which many in one run and day share a line, and the words of that line.
+_TOTALS = {
+    "saved": "saved",
+    "imported": "imported",
+    "save failed": "not saved",
+    "removed": "removed",
+    "parts dropped": "reduced to some of their parts",
+    "undone": "restored from the trash",
+    "archived": "archived",
+    "restored": "restored from the archive",
+    "pinned": "pinned",
+    "unpinned": "unpinned",
+    "measured": "measured",
+    "validated": "validated",
+}
+_Group = tuple[str | None, str, str]  # run, kind, and the rule of a claim, or "rules" for what rules have removed
 
 
-_Key = tuple[str | None, str, str]
-"""Run, kind, and the rule of a claim; ``"rules"`` for what rules have removed."""
-
-
-def _key(entry: ChangelogEntry) -> _Key:
+def _group(entry: ChangelogEntry) -> _Group:
     if entry.kind == "claim lost":
         return entry.run, entry.kind, str(entry.details.get("rule"))
     return entry.run, entry.kind, "rules" if entry.by == "rules" else ""
 
 
-def _is_many(key: _Key, group: Sequence[ChangelogEntry]) -> bool:
-    if key[1] == "claim lost":
-        return len(group) > 1 or not group[0].details.get("ranks")  # the newest is another one after every save
-    return key[1] in _MANY and len(group) > (1 if key[2] else FOLD)
+def _is_folded(group: _Group, entries: Sequence[ChangelogEntry]) -> bool:
+    _, kind, by = group
+    if kind == "claim lost":
+        return len(entries) > 1 or not entries[0].details.get("ranks")
+    return kind in _TOTALS and len(entries) > (1 if by else FOLD)
 
 
-def _totals(groups: Mapping[_Key, Sequence[ChangelogEntry]], many: Iterable[_Key]) -> Iterator[str]:
-    """``"r: 12 checkpoints saved, 9 removed by rules"``: a line for each run."""
-    runs: dict[str | None, list[_Key]] = {}
-    for key in many:
-        if key[1] in _MANY:
-            runs.setdefault(key[0], []).append(key)
-    for run in sorted(runs, key=str):
-        said: list[str] = []
-        for key in sorted(runs[run], key=lambda key: (list(_MANY).index(key[1]), key)):
-            number = len({one.checkpoint for one in groups[key]})
-            by = " by rules" if key[2] else ""
-            said.append(f"{_count(number, 'checkpoint') if not said else f'{number:,}'} {_MANY[key[1]]}{by}")
-        yield f"- {_name(run)}: {', '.join(said)}"
+def folded(entries: Sequence[ChangelogEntry], *, everything: bool) -> list[str]:
+    """Write what was done in runs, newest first, with one line for many entries of one kind.
+
+    Args:
+        entries: newest first.
+        everything: fold nothing.
+    """
+    groups: dict[_Group, list[ChangelogEntry]] = {}
+    for entry in entries:
+        groups.setdefault(_group(entry), []).append(entry)
+    folds = {group for group, members in groups.items() if not everything and _is_folded(group, members)}
+    lines = list(_totals(groups, folds))
+    for entry in entries:
+        group = _group(entry)
+        if group not in folds:
+            lines.append(f"- {entry.at:%H:%M} {line(entry)}")
+        elif entry.kind == "claim lost" and entry.details.get("ranks") and entry is groups[group][0]:
+            lines.append(_moves(groups[group]))
+    return lines
 
 
-def _moved(group: Sequence[ChangelogEntry]) -> str:
-    """How the claim of one rule went on; the newest first."""
-    rule = code(str(group[0].details.get("rule")))
-    times = ("", "once", "twice")[len(group)] if len(group) < 3 else f"{len(group):,} times"
-    first, last = _claim(group[-1].before), _claim(group[0].after)
-    return f"{_name(group[0].run)}: {rule} moved on {times}, from {first} to {last}"
+def _totals(groups: Mapping[_Group, Sequence[ChangelogEntry]], folds: Iterable[_Group]) -> Iterator[str]:
+    """``r: 12 checkpoints saved, 9 removed by rules``: a line for each run."""
+    totals: dict[str | None, list[str]] = {}
+    order = list(_TOTALS)
+    for group in sorted((group for group in folds if group[1] in _TOTALS), key=lambda group: order.index(group[1])):
+        run, kind, by = group
+        number = len({entry.checkpoint for entry in groups[group]})
+        unit = "" if run in totals else f" checkpoint{'' if number == 1 else 's'}"
+        totals.setdefault(run, []).append(f"{number:,}{unit} {_TOTALS[kind]}{' by rules' if by else ''}")
+    for run in sorted(totals, key=str):
+        yield f"- {_name(run)}: {', '.join(totals[run])}"
+
+
+def _moves(entries: Sequence[ChangelogEntry]) -> str:
+    """How the claim of one ranking rule moved; entries newest first."""
+    newest, earliest = entries[0], entries[-1]
+    rule = code(str(newest.details.get("rule")))
+    times = "twice" if len(entries) == 2 else f"{len(entries):,} times"
+    path = f"from {_claim(earliest.before)} to {_claim(newest.after)}"
+    return f"- {_name(newest.run)}: {rule} moved {times}, {path}"
 
 
 def by_day(entries: Sequence[ChangelogEntry], title: str, *, everything: bool = False) -> str:
-    """The account: first what happened to aliases, then damage, then what was done in runs by day; the newest first.
+    """Write the changelog: production, damage, then what was done in runs by day; the newest first.
 
     Args:
         entries: earliest first.
-        title: what it is of.
-        everything: tell each save and removal, however many there are.
+        title: the name of the repository.
+        everything: write a line for each save and removal, however many there are.
     """
     lines = [f"<!-- {MARK} -->", "", f"# Changelog of {escaped(title)}", "", _period(entries), ""]
     dated = [entry for entry in reversed(entries) if entry.at is not None]
-    production = [f"- {one.at:%Y-%m-%d %H:%M} {line(one)}" for one in dated if one.kind in PRODUCTION]
-    lines += (
-        ["## Production", "", *(text for one in _aliases(entries) for text in (one, "")), *production, ""]
-        if production
-        else []
-    )
-    damage = [entry for entry in entries if entry.at is None]
-    lines += ["## Damage", "", *(f"- {line(one)}" for one in damage), ""] if damage else []
-    for day, some in groupby((one for one in dated if one.kind not in PRODUCTION), key=_day):
-        lines += [f"## {day}", "", *folded(list(some), everything=everything), ""]
+    production = [f"- {entry.at:%Y-%m-%d %H:%M} {line(entry)}" for entry in dated if entry.kind in PRODUCTION]
+    if production:
+        summaries = [text for summary in _aliases(entries) for text in (summary, "")]
+        lines += ["## Production", "", *summaries, *production, ""]
+    damage = [f"- {line(entry)}" for entry in entries if entry.at is None]
+    lines += ["## Damage", "", *damage, ""] if damage else []
+    for day, of_day in groupby((entry for entry in dated if entry.kind not in PRODUCTION), key=_day):
+        lines += [f"## {day}", "", *folded(list(of_day), everything=everything), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -309,21 +244,19 @@ def _day(entry: ChangelogEntry) -> date:
 def _period(entries: Sequence[ChangelogEntry]) -> str:
     times = [entry.at for entry in entries if entry.at is not None]
     if not times:
-        return "Nothing was recorded in this time."
+        return "Nothing was recorded in this period."
     number = f"{len(entries):,} {'entry' if len(entries) == 1 else 'entries'}"
     return f"{number} from {times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC."
 
 
 def _aliases(entries: Sequence[ChangelogEntry]) -> Iterator[str]:
-    """A paragraph for each alias: what it was at the beginning and is at the end, and how often it changed."""
-    names = sorted({one.alias for one in entries if one.alias is not None and one.kind in PRODUCTION})
-    for alias in names:
-        mine = [one for one in entries if one.alias == alias and one.kind in PRODUCTION]
-        done = [one for one in mine if one.kind != "refused"]
-        counts = {kind: sum(one.kind == kind for one in mine) for kind in PRODUCTION}
-        counts["forced"] = sum(one.forced for one in mine)
-        said = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
-        if done:
-            yield f"**{escaped(alias)}**: from {_name(done[0].before)} to {_name(done[-1].after)} ({said})."
-        else:
-            yield f"**{escaped(alias)}**: unchanged ({said})."
+    """A paragraph for each alias: its first and last checkpoint in the period, and how often it changed."""
+    production = [entry for entry in entries if entry.kind in PRODUCTION and entry.alias is not None]
+    for alias in sorted({entry.alias or "" for entry in production}):
+        of_alias = [entry for entry in production if entry.alias == alias]
+        changes = [entry for entry in of_alias if entry.kind != "refused"]
+        counts = {kind: sum(entry.kind == kind for entry in of_alias) for kind in PRODUCTION}
+        counts["forced"] = sum(entry.forced for entry in of_alias)
+        counted = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+        path = f"from {_name(changes[0].before)} to {_name(changes[-1].after)}" if changes else "unchanged"
+        yield f"**{escaped(alias)}**: {path} ({counted})."

@@ -1,6 +1,6 @@
-"""What was done with aliases: promoted, rolled back, retired, refused; and the validations that it rests on."""
+"""The changelog of production: changes of aliases, refused releases, and validations."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,15 @@ from peakpoint.format.events import Promoted
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.reports.changelog.entries import FORCED, ChangelogEntry
 from peakpoint.repository import aliases, journal, releases, validations
-from peakpoint.repository.aliases import AliasRecord
+from peakpoint.repository.aliases import AliasRecord, AliasTarget
 from peakpoint.repository.releases import ReleaseRecord
 from peakpoint.repository.run import Run
 from peakpoint.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
-    """What the journal of a run says of the record of an alias."""
+class RecordedChange:
+    """The change of an alias that the journal of a run tells of."""
 
     run: str
     alias: str
@@ -26,44 +26,41 @@ class Promise:
     digest: str
 
 
-def of_aliases(store: Store, promises: Collection[Promise]) -> Iterator[ChangelogEntry]:
-    """Every change of every alias; damage of its history; records that the journals speak of and that are not there."""
-    for alias in aliases.names(store):
-        found = aliases.history(store, alias)
-        records = {record.number: record for record in found.records}
-        for record in found.records:
+def of_aliases(store: Store, changes: Collection[RecordedChange]) -> Iterator[ChangelogEntry]:
+    """Yield every change of every alias, and damage: unreadable records, and those that differ from the journals."""
+    names = aliases.names(store)
+    for alias in names:
+        history = aliases.history(store, alias)
+        records = {record.number: record for record in history.records}
+        for record in history.records:
             yield _change(record, records.get(record.number - 1))
-        for text in found.damage:
+        for text in history.damage:
             yield ChangelogEntry(at=None, kind="damage", alias=alias, why=text)
-        promised = [promise for promise in promises if promise.alias == alias]
         unreadable = set(aliases.numbers(store, alias)) - records.keys()
-        yield from _broken(promised, {one.number: one.digest for one in found.records}, unreadable)
-    known = set(aliases.names(store))
-    yield from _broken([promise for promise in promises if promise.alias not in known], {}, set())
+        of_alias = [change for change in changes if change.alias == alias and change.record not in unreadable]
+        yield from _broken(of_alias, {record.number: record.digest for record in history.records})
+    yield from _broken([change for change in changes if change.alias not in names], {})
 
 
-def _broken(
-    promises: Collection[Promise], there: Mapping[int, str], unreadable: Collection[int]
-) -> Iterator[ChangelogEntry]:
-    for one in promises:
-        if one.record in unreadable or there.get(one.record) == one.digest:
-            continue  # told already, or as it was
-        what = "was changed since" if one.record in there else "is missing"
-        why = f"{layout.alias_key(one.alias, one.record)} {what}: the journal of {one.run} says that it was made"
-        yield ChangelogEntry(at=None, kind="damage", run=one.run, alias=one.alias, why=why)
+def _broken(changes: Iterable[RecordedChange], digests: Mapping[int, str]) -> Iterator[ChangelogEntry]:
+    for change in changes:
+        if digests.get(change.record) != change.digest:
+            problem = "was changed since" if change.record in digests else "is missing"
+            key = layout.alias_key(change.alias, change.record)
+            why = f"{key} {problem}: the journal of {change.run} says that it was made"
+            yield ChangelogEntry(at=None, kind="damage", run=change.run, alias=change.alias, why=why)
 
 
-def _change(record: AliasRecord, former: AliasRecord | None) -> ChangelogEntry:
-    target = record.target
-    before = None if former is None or former.target is None else _ref(former)
+def _change(record: AliasRecord, previous: AliasRecord | None) -> ChangelogEntry:
+    target, previous_target = record.target, None if previous is None else previous.target
     details: dict[str, Any] = {"record": record.number}
-    if former is None and record.number > 1:
+    if previous is None and record.number > 1:
         details["former"] = "not known: the record before cannot be read"
     if target is not None:
         details |= {"id": target.checkpoint, "manifest": target.manifest}
-    if former is not None and former.target is not None:
-        details |= {"former_id": former.target.checkpoint, "former_run": former.target.run}
-    more = {
+    if previous_target is not None:
+        details |= {"former_id": previous_target.checkpoint, "former_run": previous_target.run}
+    evidence = {
         "restores": record.restores,
         "validation": record.validation,
         FORCED: list(record.forced),
@@ -74,56 +71,54 @@ def _change(record: AliasRecord, former: AliasRecord | None) -> ChangelogEntry:
         at=record.at,
         kind=record.kind,
         run=None if target is None else target.run,
-        checkpoint=None if target is None else _ref(record),
+        checkpoint=_ref(target),
         alias=record.alias,
         by=record.by,
         why=record.why,
-        before=before,
-        after=None if target is None else _ref(record),
-        details=details | {name: value for name, value in more.items() if value},
+        before=_ref(previous_target),
+        after=_ref(target),
+        details=details | {name: value for name, value in evidence.items() if value},
     )
 
 
-def _ref(record: AliasRecord) -> str:
-    assert record.target is not None
-    return f"{record.target.run}/{record.target.name}"
+def _ref(target: AliasTarget | None) -> str | None:
+    return None if target is None else f"{target.run}/{target.name}"
 
 
 def of_validations(run: Run) -> Iterator[ChangelogEntry]:
-    """Every validation of a run's checkpoints, gone ones too."""
+    """Yield every validation of a run's checkpoints, also of those that were removed."""
     for checkpoint in validations.checkpoints_with(run.store, run.name):
-        found, damage = validations.readable(run.store, run.name, checkpoint)
+        records, damage = validations.readable(run.store, run.name, checkpoint)
         for text in damage:
             yield ChangelogEntry(at=None, kind="damage", run=run.name, why=text, details={"id": checkpoint})
-        for one in found:
-            said = [f"{finding.check}: {finding.said}" for finding in one.failures]
-            details = {
-                "id": checkpoint,
-                "number": one.number,
-                "digest": one.digest,
-                "failures": said,
-                "checks": len(one.findings),
-                "metrics": metrics_to_json(one.metrics),
-                "against": one.against,
-            }
+        for record in records:
+            failures = [f"{finding.check}: {finding.said}" for finding in record.failures]
             yield ChangelogEntry(
-                at=one.at,
+                at=record.at,
                 kind="validated",
                 run=run.name,
-                checkpoint=f"{run.name}/{one.name}",
-                alias=one.alias,
-                by=one.by,
-                why="; ".join(said),
-                after="passed" if one.passed else "failed",
-                details=details,
+                checkpoint=f"{run.name}/{record.name}",
+                alias=record.alias,
+                by=record.by,
+                why="; ".join(failures),
+                after="passed" if record.passed else "failed",
+                details={
+                    "id": checkpoint,
+                    "number": record.number,
+                    "digest": record.digest,
+                    "failures": failures,
+                    "checks": len(record.findings),
+                    "metrics": metrics_to_json(record.metrics),
+                    "against": record.against,
+                },
             )
 
 
-def promises(run: Run, reading: journal.JournalContents) -> list[Promise]:
-    """The records of aliases that the journal of a run says were made."""
+def recorded_changes(run: Run, contents: journal.JournalContents) -> list[RecordedChange]:
+    """Return the changes of aliases that the journal of a run tells of."""
     return [
-        Promise(run.name, event.alias, event.record, event.digest)
-        for event in reading.events
+        RecordedChange(run.name, event.alias, event.record, event.digest)
+        for event in contents.events
         if isinstance(event, Promoted) and event.record is not None and event.digest is not None
     ]
 

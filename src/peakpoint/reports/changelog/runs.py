@@ -1,5 +1,6 @@
-"""What was done in one run, from its journal."""
+"""The changelog of one run, from its journal."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,8 +27,8 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.reports.changelog.claims import Claims, Passed
-from peakpoint.reports.changelog.entries import ChangelogEntry
+from peakpoint.reports.changelog.claims import ClaimTracker, LostClaim
+from peakpoint.reports.changelog.entries import ChangelogEntry, Kind
 from peakpoint.repository import reader
 from peakpoint.repository.journal import JournalContents
 from peakpoint.repository.run import Run
@@ -36,50 +37,50 @@ from peakpoint.rules.history import RunReplay, smoothed_metrics, smoothing_windo
 
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _IMPORT = "peakpoint import"
-_ORDERLY = ("closed", "noted")  # why a segment ends, when that is nothing to tell of
+_ORDERLY = ("closed", "noted")  # the ends of segments that need no entry
 
 
-def in_order(reading: JournalContents) -> list[tuple[str, Event]]:
-    """The events of a journal in the order in which they happened, each with its segment.
+def in_order(journal: JournalContents) -> list[tuple[str, Event]]:
+    """Return the events of a journal in the order in which they happened, each with its segment.
 
-    Those that hold a run follow one another, whatever their clocks say; what others have noted beside them is put in
-    between by its time. Each segment keeps its order.
+    The segments of processes that held the run follow one another, whatever their clocks say; what others noted beside
+    them is put in between by its time. Each segment keeps its order.
     """
-    found: list[tuple[datetime, str, Event]] = []
+    timed: list[tuple[datetime, str, Event]] = []
     floor = _LONG_AGO
-    for name, events in reading.by_segment():
-        holds = any(isinstance(event, Opened | Started) for event in events)
-        now = floor if holds else _LONG_AGO
+    for segment, events in journal.by_segment():
+        holds_run = any(isinstance(event, Opened | Started) for event in events)
+        now = floor if holds_run else _LONG_AGO
         for event in events:
             now = max(now, aware(event.at))
-            found.append((now, name, event))
-        floor = now if holds else floor
-    found.sort(key=lambda one: one[0])  # stable
-    return [(name, event) for _, name, event in found]
+            timed.append((now, segment, event))
+        floor = now if holds_run else floor
+    timed.sort(key=lambda timed_event: timed_event[0])  # stable
+    return [(segment, event) for _, segment, event in timed]
 
 
 @dataclass(slots=True)
-class _Tale:
-    """A run while it is told."""
+class _RunAccount:
+    """Turns the events of a run into entries, one after the other."""
 
     run: str
-    spared: frozenset[int]  # removals that came to nothing, by the identity of the event
-    derived: Mapping[str, Mapping[str, float]]
-    begun: bool = False
-    texts: tuple[str, ...] | None = None
-    by: dict[str, Mapping[str, str]] = field(default_factory=dict)  # by segment
-    names: dict[str, str] = field(default_factory=dict)
-    trains: set[str] = field(default_factory=set)  # segments
-    values: dict[str, dict[str, float]] = field(default_factory=dict)  # by checkpoint: reported and measured
-    early: dict[str, dict[str, float]] = field(default_factory=dict)  # measured before the commit: clocks differ
-    gone: dict[str, Moment | None] = field(default_factory=dict)  # moments of what was removed, to come back
+    undone_removals: frozenset[int]  # removals that came to nothing, by the identity of the event
+    smoothed: Mapping[str, Mapping[str, float]]
+    names: dict[str, str]  # by checkpoint
+    has_begun: bool = False
+    rules: tuple[str, ...] | None = None
+    writers: dict[str, Mapping[str, str]] = field(default_factory=dict)  # by segment
+    training_segments: set[str] = field(default_factory=set)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # by checkpoint: reported and measured
+    early_metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # before the commit: clocks differ
+    removed: dict[str, Moment | None] = field(default_factory=dict)  # to come back
     replay: RunReplay = field(default_factory=RunReplay)
-    claims: Claims = field(default_factory=Claims)
+    claims: ClaimTracker = field(default_factory=ClaimTracker)
 
     def ref(self, checkpoint: str) -> str:
         return f"{self.run}/{self.names.get(checkpoint, checkpoint)}"
 
-    def entry(self, event: Event, kind: Any, checkpoint: str | None = None, **members: Any) -> ChangelogEntry:
+    def entry(self, event: Event, kind: Kind, checkpoint: str | None = None, **members: Any) -> ChangelogEntry:
         if checkpoint is not None:
             members["details"] = {"id": checkpoint, **members.get("details", {})}
             members["checkpoint"] = self.ref(checkpoint)
@@ -87,228 +88,231 @@ class _Tale:
 
     # --- one event after the other ------------------------------------------------------------------------------
 
-    def tell(self, segment: str, event: Event) -> Iterator[ChangelogEntry]:
-        by = _who(self.by.get(segment, {}))
+    def take(self, segment: str, event: Event) -> Iterator[ChangelogEntry]:
         self.replay.take(event)
         match event:
             case Opened():
                 yield from self._opened(segment, event)
             case Started():
-                yield from self._started(segment, event, by)
+                yield from self._started(segment, event)
             case Saved():
-                yield from self._saved(event, by, imported=self.by.get(segment, {}).get("tool") == _IMPORT)
+                yield from self._saved(segment, event)
             case SaveFailed():
                 self.names[event.checkpoint] = event.name
-                details = {"reasons": list(event.reasons)}
+                by, details = self._writer(segment), {"reasons": list(event.reasons)}
                 yield self.entry(event, "save failed", event.checkpoint, by=by, why=event.error, details=details)
             case Measured():
                 yield from self._measured(event)
             case Closed():
-                yield from self._closed(segment, event, by)
+                yield from self._closed(segment, event)
+            case Removed():
+                yield self._removed(event)
+            case Undone():
+                yield from self._undone(event)
             case _:
-                yield from self._kept_and_gone(event)
+                yield from self._changed(event)
+
+    def _writer(self, segment: str) -> str:
+        return _who(self.writers.get(segment, {}))
+
+    def _is_import(self, segment: str) -> bool:
+        return self.writers.get(segment, {}).get("tool") == _IMPORT
 
     def _opened(self, segment: str, event: Opened) -> Iterator[ChangelogEntry]:
-        self.by[segment] = event.by
-        if event.rules == self.texts:
+        self.writers[segment] = event.by
+        if event.rules == self.rules:
             return
-        before, self.texts = self.texts, event.rules
-        self.claims.rules(_readable(event.rules))
+        before, self.rules = self.rules, event.rules
+        self.claims.set_rules(_readable_rules(event.rules))
         if before is not None:
-            texts = (" ".join(before) or "none", " ".join(event.rules) or "none")
-            yield self.entry(event, "rules changed", by=_who(event.by), before=texts[0], after=texts[1])
+            before_text, after_text = " ".join(before) or "none", " ".join(event.rules) or "none"
+            yield self.entry(event, "rules changed", by=_who(event.by), before=before_text, after=after_text)
 
-    def _started(self, segment: str, event: Started, by: str) -> Iterator[ChangelogEntry]:
-        about = self.by.get(segment, {})
-        if about.get("tool") == _IMPORT:
+    def _started(self, segment: str, event: Started) -> Iterator[ChangelogEntry]:
+        if self._is_import(segment):
             return
-        self.trains.add(segment)
-        again = {"beside": "what the run had already"} if self.begun and event.checkpoint is None else {}
-        self.begun = True
-        details = {"report": event.report, "rules": list(self.texts or ()), "by": dict(about), **again}
+        self.training_segments.add(segment)
+        writer = dict(self.writers.get(segment, {}))
+        details: dict[str, Any] = {"report": event.report, "rules": list(self.rules or ()), "by": writer}
+        if self.has_begun and event.checkpoint is None:
+            details["beside"] = "what the run had already"
+        self.has_begun = True
         if event.checkpoint is None:
-            yield self.entry(event, "begun", by=by, details=details)
+            yield self.entry(event, "begun", by=_who(writer), details=details)
         else:
             why = "" if event.requested is None else f"asked for {event.requested}"
-            yield self.entry(event, "continued", event.checkpoint, by=by, why=why, details=details)
+            yield self.entry(event, "continued", event.checkpoint, by=_who(writer), why=why, details=details)
 
-    def _saved(self, event: Saved, by: str, *, imported: bool) -> Iterator[ChangelogEntry]:
-        id_ = event.checkpoint
-        self.names[id_] = event.name
-        moment = self.replay.moment(id_)
-        reported = metrics_to_json(moment.metrics)
-        self.values[id_] = {**moment.metrics, **self.early.get(id_, {})}
-        moment = replace(moment, metrics={**self.values[id_], **self.derived.get(id_, {})})
+    def _saved(self, segment: str, event: Saved) -> Iterator[ChangelogEntry]:
+        checkpoint, by = event.checkpoint, self._writer(segment)
+        self.names[checkpoint] = event.name
+        moment = self.replay.moment(checkpoint)
         details = {
             "step": moment.step,
             "epoch": moment.epoch,
-            "metrics": reported,
+            "metrics": metrics_to_json(moment.metrics),
             "reasons": list(event.reasons),
             "size_bytes": event.size_bytes,
         }
-        kind = "imported" if imported else "saved"
-        yield self.entry(event, kind, id_, by=by, why="; ".join(event.reasons), details=details)
-        if id_ in self.gone:  # its removal has an earlier time: clocks differ
-            self.gone[id_] = moment
+        kind: Kind = "imported" if self._is_import(segment) else "saved"
+        yield self.entry(event, kind, checkpoint, by=by, why="; ".join(event.reasons), details=details)
+        self.metrics[checkpoint] = {**moment.metrics, **self.early_metrics.get(checkpoint, {})}
+        moment = replace(moment, metrics={**self.metrics[checkpoint], **self.smoothed.get(checkpoint, {})})
+        if checkpoint in self.removed:  # its removal has an earlier time: clocks differ
+            self.removed[checkpoint] = moment
         else:
-            yield from self._passed(event, by, self.claims.add(moment))
+            yield from self._lost_claims(event, by, self.claims.add(moment))
 
-    def _passed(self, event: Event, by: str, passed: Iterable[Passed]) -> Iterator[ChangelogEntry]:
-        for one in passed:
-            after = None if one.taker is None else f"{self.ref(one.taker)}: {one.reason}"
-            details = {"rule": one.rule, "ranks": one.ranks, "taker": one.taker and self.ref(one.taker)}
+    def _lost_claims(self, event: Event, by: str, lost_claims: Iterable[LostClaim]) -> Iterator[ChangelogEntry]:
+        for lost in lost_claims:
+            successor = lost.successor and self.ref(lost.successor)
             yield self.entry(
                 event,
                 "claim lost",
-                one.lost,
+                lost.checkpoint,
                 by=by,
-                why=f"{one.rule} claims another" if one.taker else f"{one.rule} claims it no more",
-                before=f"{self.ref(one.lost)}: {one.was}",
-                after=after,
-                details=details,
+                why=f"{lost.rule} claims another" if successor else f"{lost.rule} no longer claims it",
+                before=f"{self.ref(lost.checkpoint)}: {lost.reason}",
+                after=successor and f"{successor}: {lost.successor_reason}",
+                details={"rule": lost.rule, "ranks": lost.ranks, "taker": successor},
             )
 
     def _measured(self, event: Measured) -> Iterator[ChangelogEntry]:
-        id_ = event.checkpoint
-        known = self.values.get(id_)
-        before = {} if known is None else {name: known[name] for name in event.metrics if name in known}
-        details = {"metrics": metrics_to_json(event.metrics), "part": event.part, "step": event.step}
+        checkpoint = event.checkpoint
+        metrics = self.metrics.get(checkpoint)
+        before = {name: metrics[name] for name in event.metrics if name in metrics} if metrics else {}
         yield self.entry(
             event,
             "measured",
-            id_,
+            checkpoint,
             by=event.by,
             why=event.source,
             before=_values(before) or None,
             after=_values(event.metrics),
-            details=details,
+            details={"metrics": metrics_to_json(event.metrics), "part": event.part, "step": event.step},
         )
-        (self.early.setdefault(id_, {}) if known is None else known).update(event.metrics)
-        if id_ in self.claims:
-            yield from self._passed(event, event.by, self.claims.measure(id_, event.metrics))
-        elif (old := self.gone.get(id_)) is not None:
-            self.gone[id_] = replace(old, metrics={**old.metrics, **event.metrics})
+        (self.early_metrics.setdefault(checkpoint, {}) if metrics is None else metrics).update(event.metrics)
+        removed = self.removed.get(checkpoint)
+        if self.claims.moment(checkpoint) is not None:
+            yield from self._lost_claims(event, event.by, self.claims.measure(checkpoint, event.metrics))
+        elif removed is not None:
+            self.removed[checkpoint] = replace(removed, metrics={**removed.metrics, **event.metrics})
 
-    def _closed(self, segment: str, event: Closed, by: str) -> Iterator[ChangelogEntry]:
+    def _closed(self, segment: str, event: Closed) -> Iterator[ChangelogEntry]:
+        by = self._writer(segment)
         if event.why.startswith(STOPPED):
             yield self.entry(event, "stopped early", by=by, why=event.why.removeprefix(STOPPED))
-        elif segment in self.trains or not (event.why in _ORDERLY or event.why.startswith("peakpoint ")):
+        elif segment in self.training_segments or not (event.why in _ORDERLY or event.why.startswith("peakpoint ")):
             yield self.entry(event, "ended", by=by, why=event.why)
 
-    def _kept_and_gone(self, event: Event) -> Iterator[ChangelogEntry]:
-        match event:
-            case Removed():
-                yield from self._removed(event)
-            case PartsDropped():
-                details = {"parts": list(event.parts), "until": _time(event.until)}
-                yield self.entry(
-                    event, "parts dropped", event.checkpoint, by=event.by, why=event.reason, details=details
-                )
-            case Undone():
-                yield self.entry(event, "undone", event.checkpoint, by=event.by, details={"parts": list(event.parts)})
-                moment = None if event.parts else self.gone.pop(event.checkpoint, None)
-                if moment is not None:
-                    yield from self._passed(event, event.by, self.claims.add(moment))
-            case Archived():
-                packed = {"packed_bytes": event.packed_bytes}
-                yield self.entry(event, "archived", event.checkpoint, by=event.by, details=packed)
-            case Restored():
-                yield self.entry(event, "restored", event.checkpoint, by=event.by)
-            case Pinned():
-                yield self.entry(event, "pinned", event.checkpoint, by=event.by, why=event.why)
-            case Unpinned():
-                yield self.entry(event, "unpinned", event.checkpoint, by=event.by)
-            case _:
-                pass  # of Changing and Promoting others tell what came; the record of the alias tells of Promoted
-
-    def _removed(self, event: Removed) -> Iterator[ChangelogEntry]:
+    def _removed(self, event: Removed) -> ChangelogEntry:
         self.names.setdefault(event.checkpoint, event.name)
-        spared = id(event) in self.spared
         details: dict[str, Any] = {"step": event.step, "epoch": event.epoch, "until": _time(event.until)}
-        details |= {"came_to_nothing": True} if spared else {}
-        yield self.entry(event, "removed", event.checkpoint, by=event.by, why=event.reason, details=details)
-        if not spared:
-            self.gone[event.checkpoint] = self.claims.moment(event.checkpoint)
+        if id(event) in self.undone_removals:
+            details["came_to_nothing"] = True
+        else:
+            self.removed[event.checkpoint] = self.claims.moment(event.checkpoint)
             self.claims.remove(event.checkpoint)
+        return self.entry(event, "removed", event.checkpoint, by=event.by, why=event.reason, details=details)
+
+    def _undone(self, event: Undone) -> Iterator[ChangelogEntry]:
+        yield self.entry(event, "undone", event.checkpoint, by=event.by, details={"parts": list(event.parts)})
+        moment = None if event.parts else self.removed.pop(event.checkpoint, None)
+        if moment is not None:
+            yield from self._lost_claims(event, event.by, self.claims.add(moment))
+
+    def _changed(self, event: Event) -> Iterator[ChangelogEntry]:
+        match event:
+            case PartsDropped(by=by, reason=why):
+                details = {"parts": list(event.parts), "until": _time(event.until)}
+                yield self.entry(event, "parts dropped", event.checkpoint, by=by, why=why, details=details)
+            case Archived(by=by, packed_bytes=packed_bytes):
+                yield self.entry(event, "archived", event.checkpoint, by=by, details={"packed_bytes": packed_bytes})
+            case Restored(by=by):
+                yield self.entry(event, "restored", event.checkpoint, by=by)
+            case Pinned(by=by, why=why):
+                yield self.entry(event, "pinned", event.checkpoint, by=by, why=why)
+            case Unpinned(by=by):
+                yield self.entry(event, "unpinned", event.checkpoint, by=by)
+            case _:
+                pass  # other events tell what came of Changing and Promoting, the record of the alias of Promoted
 
 
 def aware(moment: datetime) -> datetime:
-    """A time; one without zone, which Peakpoint never writes, is taken for UTC."""
+    """Return a time with its zone; one without, which Peakpoint never writes, is taken for UTC."""
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def entries(run: Run, reading: JournalContents) -> Iterator[ChangelogEntry]:
-    """Everything that was done in a run, in the order in which it happened; damage first."""
-    events = in_order(reading)
-    for text in reading.damage:
+def entries(run: Run, journal: JournalContents) -> Iterator[ChangelogEntry]:
+    """Yield everything that was done in a run, in the order in which it happened; damage first."""
+    events = in_order(journal)
+    for text in journal.damage:
         yield ChangelogEntry(at=None, kind="damage", run=run.name, why=text)
     names = {event.checkpoint: event.name for _, event in events if isinstance(event, Saved)}
-    tale = _Tale(run.name, _spared(run, events), _derived(events), names=names)
+    account = _RunAccount(run.name, _undone_removals(run, events), _smoothed(events), names)
     for segment, event in events:
-        yield from tale.tell(segment, event)
-    yield from _unrecorded(run, tale)
+        yield from account.take(segment, event)
+    yield from _unrecorded(run, account)
 
 
-def _derived(events: Sequence[tuple[str, Event]]) -> Mapping[str, Mapping[str, float]]:
+def _smoothed(events: Sequence[tuple[str, Event]]) -> Mapping[str, Mapping[str, float]]:
     """The smoothed metrics of each commit, for every rule that ever was in force."""
     plain = [event for _, event in events]
     texts = {text for event in plain if isinstance(event, Opened) for text in event.rules}
     reports = {event.checkpoint: event.report for event in plain if isinstance(event, Saved)}
-    return smoothed_metrics(reports, plain, smoothing_windows(_readable(sorted(texts))))
+    return smoothed_metrics(reports, plain, smoothing_windows(_readable_rules(sorted(texts))))
 
 
-def _readable(texts: Iterable[str]) -> list[Rule]:
-    """Rules; those that this release cannot read claim nothing here."""
-    found = []
+def _readable_rules(texts: Iterable[str]) -> list[Rule]:
+    """Rules of a later release, which cannot be read, claim nothing here."""
+    rules = []
     for text in texts:
-        try:
-            found.append(parse(text))
-        except ConfigError:
-            continue
-    return found
+        with contextlib.suppress(ConfigError):
+            rules.append(parse(text))
+    return rules
 
 
-def _spared(run: Run, events: Sequence[tuple[str, Event]]) -> frozenset[int]:
-    """Removals that came to nothing: said again later, or the last word on a checkpoint that exists."""
-    last: dict[str, Removed] = {}
-    found = set()
+def _undone_removals(run: Run, events: Sequence[tuple[str, Event]]) -> frozenset[int]:
+    """Removals that came to nothing: repeated later, or the last of a checkpoint that exists."""
+    removals: dict[str, Removed] = {}
+    undone = set()
     for _, event in events:
         match event:
             case Removed():
-                if event.checkpoint in last:
-                    found.add(id(last[event.checkpoint]))
-                last[event.checkpoint] = event
+                if event.checkpoint in removals:
+                    undone.add(id(removals[event.checkpoint]))
+                removals[event.checkpoint] = event
             case Undone(parts=()):
-                last.pop(event.checkpoint, None)
+                removals.pop(event.checkpoint, None)
             case _:
                 pass
-    there = {child.removesuffix("/") for child in run.store.children(layout.checkpoints_prefix(run.name))}
-    for checkpoint, removed in last.items():
-        if removed.name in there and _id(run, removed.name) == checkpoint:
-            found.add(id(removed))
-    return frozenset(found)
+    names = _directories(run)
+    for checkpoint, removal in removals.items():
+        if removal.name in names:
+            directory = reader.inspect(run.store, run.name, removal.name)
+            if isinstance(directory, reader.FoundCheckpoint) and directory.manifest.id == checkpoint:
+                undone.add(id(removal))
+    return frozenset(undone)
 
 
-def _id(run: Run, name: str) -> str | None:
-    """The id of the checkpoint in a directory; None when there is none, or none that can be read."""
-    standing = reader.inspect(run.store, run.name, name)
-    return standing.manifest.id if isinstance(standing, reader.FoundCheckpoint) else None
+def _directories(run: Run) -> list[str]:
+    """The names of the directories of checkpoints."""
+    children = run.store.children(layout.checkpoints_prefix(run.name))
+    return [child.removesuffix("/") for child in children if child.endswith("/")]
 
 
-def _unrecorded(run: Run, tale: _Tale) -> Iterator[ChangelogEntry]:
+def _unrecorded(run: Run, account: _RunAccount) -> Iterator[ChangelogEntry]:
     """Checkpoints that exist and were never recorded: their process was killed in between."""
-    told = {tale.names[checkpoint] for checkpoint in tale.values.keys() - tale.gone.keys()}
-    for child in run.store.children(layout.checkpoints_prefix(run.name)):
-        name = child.removesuffix("/")
-        if name == child or name in told:
+    recorded = {account.names[checkpoint] for checkpoint in account.metrics.keys() - account.removed.keys()}
+    for name in _directories(run):
+        if name in recorded:
             continue
         match reader.inspect(run.store, run.name, name):
-            case reader.FoundCheckpoint(manifest=manifest) if manifest.id not in tale.values:
+            case reader.FoundCheckpoint(manifest=manifest) if manifest.id not in account.metrics:
                 yield _of_manifest(manifest)
             case reader.Damaged(error=error):
-                yield ChangelogEntry(
-                    at=None, kind="damage", run=run.name, checkpoint=f"{run.name}/{name}", why=str(error)
-                )
+                ref = f"{run.name}/{name}"
+                yield ChangelogEntry(at=None, kind="damage", run=run.name, checkpoint=ref, why=str(error))
             case _:
                 pass
 
