@@ -1,4 +1,4 @@
-"""A few well-known networks, by the shapes of their tensors: the presets of the planner."""
+"""The known networks of the planner, by the shapes of their tensors."""
 
 import math
 from collections.abc import Iterator
@@ -16,13 +16,12 @@ class Architecture:
     """A network.
 
     Attributes:
-        name: as it is given to ``--preset``.
-        title: as its authors call it.
-        dtype: in which its weights are usually kept.
-        optimizer: with which it is usually trained.
+        name: for ``--preset``.
+        title: the name that its authors gave it.
+        dtype: the usual element type of its weights.
+        optimizer: the usual one.
         shapes: of every parameter, tied weights once.
-        norms: the width of every batch norm, which keeps so many means and variances in float32 beside them, and counts
-            its batches in an integer of eight bytes.
+        norms: the width of every batch norm, which has means and variances in float32, and a count of eight bytes.
         source: where the architecture is described.
     """
 
@@ -36,7 +35,7 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(map(math.prod, self.shapes))
 
 
@@ -45,26 +44,26 @@ def _lenet5() -> Shapes:
         yield from (shape, shape[:1])
 
 
-def _conv(out: int, into: int, kernel: int) -> Shapes:
+def _conv(outputs: int, inputs: int, kernel: int) -> Shapes:
     """A convolution without bias, and the scale and shift of its batch norm."""
-    yield from ((out, into, kernel, kernel), (out,), (out,))
+    yield from ((outputs, inputs, kernel, kernel), (outputs,), (outputs,))
 
 
 def _resnet(*blocks: int, bottleneck: bool = False) -> Shapes:
     yield from _conv(64, 3, 7)
-    into = 64
+    inputs = 64
     for stage, count in enumerate(blocks):
         width = 64 * 2**stage
-        out = 4 * width if bottleneck else width
+        outputs = 4 * width if bottleneck else width
         for block in range(count):
             if bottleneck:
-                yield from (*_conv(width, into, 1), *_conv(width, width, 3), *_conv(out, width, 1))
+                yield from (*_conv(width, inputs, 1), *_conv(width, width, 3), *_conv(outputs, width, 1))
             else:
-                yield from (*_conv(width, into, 3), *_conv(width, width, 3))
-            if block == 0 and into != out:
-                yield from _conv(out, into, 1)
-            into = out
-    yield from ((1000, into), (1000,))
+                yield from (*_conv(width, inputs, 3), *_conv(width, width, 3))
+            if block == 0 and inputs != outputs:
+                yield from _conv(outputs, inputs, 1)
+            inputs = outputs
+    yield from ((1000, inputs), (1000,))
 
 
 def _gpt(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
@@ -93,15 +92,15 @@ _ALL = (
     _network("gpt-2", "GPT-2 small", "float32", "adamw", _gpt(768, 12, 50257, 1024), "Radford et al., 2019"),
     _network("gpt-3", "GPT-3 175B", "float16", "adamw", _gpt(12288, 96, 50257, 2048), "Brown et al., NeurIPS 2020"),
 )
-_BY_NAME = {one.name: one for one in _ALL}
+_BY_NAME = {network.name: network for network in _ALL}
 NAMES = tuple(_BY_NAME)
 
 
 def architecture(name: str) -> Architecture:
-    """A preset by name.
+    """Return a known network by its name.
 
     Raises:
-        ConfigError: there is none of that name; names near ones.
+        ConfigError: an unknown name.
 
     Example:
         >>> architecture("resnet-50").parameters

@@ -1,11 +1,11 @@
-"""What the state of an optimizer takes, before there is any.
+"""The size of an optimizer's state, before there is any.
 
 Most optimizers make their state at the first step. Which tensors they will hold follows from the class, its options and
-the shapes of the parameters. tests/reports/test_plan.py compares it with what torch's optimizers really hold.
+the shapes of the parameters. tests/reports/test_plan.py compares it with the state of torch's optimizers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,12 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class OptimizerState:
-    """What an optimizer holds for one parameter.
+    """The size of an optimizer's state.
 
     Attributes:
         elements: in all, in the element type of its moments.
-        tensors: how many tensors that are.
-        scalars: how many numbers of four bytes besides, such as the count of steps.
+        tensors: how many tensors these are.
+        scalars: how many numbers of four bytes there are besides, such as the count of steps.
     """
 
     elements: int
@@ -40,42 +40,43 @@ class OptimizerState:
     scalars: int
 
 
-Rule = Callable[[Shape, Mapping[str, Any]], OptimizerState]
+StateOf = Callable[[Shape, Mapping[str, Any]], OptimizerState]
+"""Returns the state for a parameter of a shape, with the options of its group."""
 
 
-def _whole(count: int, scalars: int = 1, *flags: str) -> Rule:
+def _per_element(count: int, scalars: int = 1, *flags: str) -> StateOf:
     """So many tensors of the parameter's shape, and one more for each option that is set."""
 
-    def held(shape: Shape, options: Mapping[str, Any]) -> OptimizerState:
+    def state(shape: Shape, options: Mapping[str, Any]) -> OptimizerState:
         tensors = count + sum(bool(options.get(flag)) for flag in flags)
         return OptimizerState(tensors * math.prod(shape), tensors, scalars)
 
-    return held
+    return state
 
 
 def _factored(shape: Shape, _: Mapping[str, Any]) -> OptimizerState:
     """One number for each row and each column. Source: Shazeer and Stern, "Adafactor", ICML 2018."""
     if len(shape) < 2:
         return OptimizerState(math.prod(shape), 1, 1)
-    *many, rows, columns = shape
-    return OptimizerState(math.prod(many) * (rows + columns), 2, 1)
+    *leading, rows, columns = shape
+    return OptimizerState(math.prod(leading) * (rows + columns), 2, 1)
 
 
 # By the lower-case name of the class; the options are those of torch.optim.
-_KNOWN: dict[str, Rule] = {
-    "none": _whole(0, 0),
-    "sgd": _whole(0, 0, "momentum"),
-    "adam": _whole(2, 1, "amsgrad"),
-    "adamw": _whole(2, 1, "amsgrad"),
-    "nadam": _whole(2, 2),
-    "radam": _whole(2),
-    "adamax": _whole(2),
-    "adadelta": _whole(2),
-    "adagrad": _whole(1),
-    "rmsprop": _whole(1, 1, "momentum", "centered"),
+_KNOWN: dict[str, StateOf] = {
+    "none": _per_element(0, 0),
+    "sgd": _per_element(0, 0, "momentum"),
+    "adam": _per_element(2, 1, "amsgrad"),
+    "adamw": _per_element(2, 1, "amsgrad"),
+    "nadam": _per_element(2, 2),
+    "radam": _per_element(2),
+    "adamax": _per_element(2),
+    "adadelta": _per_element(2),
+    "adagrad": _per_element(1),
+    "rmsprop": _per_element(1, 1, "momentum", "centered"),
     "adafactor": _factored,
-    "lion": _whole(1, 0),  # Source: Chen et al., "Symbolic discovery of optimization algorithms", NeurIPS 2023
-    "muon": _whole(1, 0),
+    "lion": _per_element(1, 0),  # Source: Chen et al., "Symbolic discovery of optimization algorithms", NeurIPS 2023
+    "muon": _per_element(1, 0),
 }
 _ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sgd+momentum": ("sgd", {"momentum": 0.9}),
@@ -88,7 +89,7 @@ NAMES = tuple(sorted({*_KNOWN, *_ALIASES}))
 def optimizer_state(
     optimizer: str, shapes: Iterable[Shape], options: Mapping[str, Any] | None = None
 ) -> OptimizerState:
-    """What an optimizer will hold, all parameters together.
+    """Calculate the state that an optimizer will hold for all its parameters together.
 
     Args:
         optimizer: the name of its class, in upper or lower case, or one of ``NAMES``.
@@ -96,7 +97,7 @@ def optimizer_state(
         options: those of its parameter group, such as ``{"momentum": 0.9}``.
 
     Raises:
-        ConfigError: an optimizer that is not known here; names near ones.
+        ConfigError: an unknown optimizer.
 
     Example:
         >>> optimizer_state("AdamW", [(3, 4), (4,)])
@@ -104,30 +105,32 @@ def optimizer_state(
         >>> optimizer_state("adafactor", [(300, 400)]).elements
         700
     """
-    name, given = _ALIASES.get(optimizer.lower(), (optimizer.lower(), options or {}))
+    name, options = _ALIASES.get(optimizer.lower(), (optimizer.lower(), options or {}))
     if name not in _KNOWN:
         raise ConfigError(
-            f"optimizer {optimizer!r} is not known to the planner{did_you_mean(optimizer.lower(), NAMES)}; it knows "
-            f"{', '.join(NAMES)}. Of any other, plan from the live state after its first step"
+            f"optimizer {optimizer!r} is not known to the planner{did_you_mean(optimizer.lower(), NAMES)}; known are "
+            f"{', '.join(NAMES)}. For any other, plan from the live state after its first step"
         )
-    each = [_KNOWN[name](shape, given) for shape in shapes]
+    states = [_KNOWN[name](shape, options) for shape in shapes]
     return OptimizerState(
-        sum(one.elements for one in each), sum(one.tensors for one in each), sum(one.scalars for one in each)
+        elements=sum(state.elements for state in states),
+        tensors=sum(state.tensors for state in states),
+        scalars=sum(state.scalars for state in states),
     )
 
 
 def needs_shapes(optimizer: str) -> bool:
-    """Whether the number of parameters alone does not tell."""
+    """Return whether the state depends on more than the number of parameters."""
     return _KNOWN.get(optimizer.lower()) is _factored
 
 
 def bytes_of(dtype: str) -> int:
-    """Bytes of an element.
+    """Return the bytes of an element.
 
     Raises:
-        ConfigError: an element type that is not known.
+        ConfigError: an unknown element type.
     """
     if dtype not in DTYPES:
-        names: Sequence[str] = list(DTYPES)
-        raise ConfigError(f"dtype {dtype!r} is not known{did_you_mean(dtype, names)}; known are {', '.join(names)}")
+        near = did_you_mean(dtype, list(DTYPES))
+        raise ConfigError(f"dtype {dtype!r} is not known{near}; known are {', '.join(DTYPES)}")
     return DTYPES[dtype]

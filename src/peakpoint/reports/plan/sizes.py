@@ -1,4 +1,4 @@
-"""What one checkpoint will take: from a count of parameters, from a live state, or from checkpoints that exist.
+"""The size of one checkpoint: from a count of parameters, from a live state, or from checkpoints that exist.
 
 Live objects are known by what they offer (``state_dict``, ``param_groups``, ``numel``): nothing here needs torch.
 """
@@ -16,6 +16,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.reports.plan.networks import Architecture
 from peakpoint.reports.plan.optimizers import STEP, bytes_of, needs_shapes, optimizer_state
 
+REST = "rest"
 _PAGE = 4096
 _METADATA = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
 
@@ -27,13 +28,13 @@ _WORTH_A_FILE = 64 * 1024  # see peakpoint.state.unchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One part of a checkpoint.
+class PartSize:
+    """The size of one part of a checkpoint.
 
     Attributes:
-        name: as in the state; ``rest`` for what stands in ``state.json``.
+        name: as in the state; ``rest`` for the content of ``state.json``.
         bytes: of its files.
-        frozen: how many of these stand in a file that does not change, and is written once.
+        frozen: the bytes of these that do not change, and are written once.
         why: where the number comes from.
     """
 
@@ -45,18 +46,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """One checkpoint.
+    """The sizes of one checkpoint.
 
     Attributes:
-        parts: its parts in their order, the rest last.
-        bfloat16: whether all of its weights and moments are, for the archive.
-        source: what was looked at.
-        stall: seconds that the loop stood still for a save, if it was measured; without the wait for the save before,
+        parts: in their order, the rest last.
+        bfloat16: whether all weights and moments are, which archives use.
+        source: what the sizes are of.
+        stall: seconds for which a save blocks the loop, if it was measured; without the wait for the save before,
             which depends on how often a run saves.
-        durable: seconds until a save was durable, if it was measured.
+        durable: seconds until a save is durable, if it was measured.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PartSize, ...]
     bfloat16: bool
     source: str
     stall: float | None = None
@@ -64,27 +65,24 @@ class Sizes:
 
     @property
     def bytes(self) -> int:
-        """Of a whole checkpoint."""
+        """The size of a whole checkpoint."""
         return sum(part.bytes for part in self.parts)
 
 
-REST = "rest"
-
-
-def _rest(tensors: int) -> Part:
+def _rest(tensors: int) -> PartSize:
     why = f"the random generators take {GENERATORS / 1e3:.1f} kB, and about {NODE} bytes describe each tensor"
-    return Part(name=REST, bytes=GENERATORS + NODE * tensors, why=why)
+    return PartSize(name=REST, bytes=GENERATORS + NODE * tensors, why=why)
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class _SizedTensor:
     name: str
     shape: tuple[int, ...]
     bytes: int
 
 
-def _file(tensors: Sequence[_Tensor]) -> int:
-    """Bytes of a safetensors file: the header, padded to pages, and the data."""
+def _file_bytes(tensors: Sequence[_SizedTensor]) -> int:
+    """The size of a safetensors file: the header, padded to pages, and the data."""
     if not tensors:
         return 0
     header: dict[str, Any] = dict(_METADATA)
@@ -96,7 +94,7 @@ def _file(tensors: Sequence[_Tensor]) -> int:
 
 
 def check_whole(name: str, value: object) -> None:
-    """Refuse what is no whole number of at least 1."""
+    """Refuse everything but a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
 
@@ -105,18 +103,17 @@ def check_whole(name: str, value: object) -> None:
 
 
 def from_count(parameters: int, *, optimizer: str, dtype: str = "float32", master: str | None = None) -> Sizes:
-    """Of a model of which only the number of parameters is known.
+    """Estimate sizes from a parameter count alone.
 
     Args:
-        parameters: how many there are.
+        parameters: how many.
         optimizer: see ``peakpoint.reports.plan.optimizers.optimizer_state``.
-        dtype: of the weights; of the moments as well, unless there is a ``master``.
+        dtype: of the weights; also of the moments, unless there is a ``master``.
         master: of a second copy of the weights that the optimizer keeps, and of the moments: ``"float32"`` in training
             with weights of 16 bits.
 
     Raises:
-        ConfigError: an optimizer or a dtype that is not known, no parameters, or an optimizer whose state depends on
-            the shapes.
+        ConfigError: an unknown optimizer or dtype, no parameters, or an optimizer whose state depends on the shapes.
 
     Example:
         >>> sizes = from_count(25_600_000, optimizer="adamw")
@@ -125,23 +122,23 @@ def from_count(parameters: int, *, optimizer: str, dtype: str = "float32", maste
     """
     check_whole("parameters", parameters)
     if needs_shapes(optimizer):
-        raise ConfigError(f"what {optimizer} holds depends on the shapes: give a preset, or plan from the live state")
-    return _foreseen([(parameters,)], (), optimizer, dtype, master, "")
+        raise ConfigError(f"the state of {optimizer} depends on the shapes: give --preset, or plan from the live state")
+    return _estimated([(parameters,)], (), optimizer, dtype, master, "")
 
 
 def from_network(
     network: Architecture, *, optimizer: str | None = None, dtype: str | None = None, master: str | None = None
 ) -> Sizes:
-    """Of a known architecture; by default in the element type and with the optimizer that are usual for it.
+    """Calculate sizes from a known network; by default with its usual element type and optimizer.
 
     Raises:
-        ConfigError: as ``counted``.
+        ConfigError: as ``from_count``.
     """
-    chosen, element = optimizer or network.optimizer, dtype or network.dtype
-    return _foreseen(network.shapes, network.norms, chosen, element, master, f"{network.title}, ")
+    optimizer, dtype = optimizer or network.optimizer, dtype or network.dtype
+    return _estimated(network.shapes, network.norms, optimizer, dtype, master, f"{network.title}, ")
 
 
-def _foreseen(
+def _estimated(
     shapes: Sequence[tuple[int, ...]],
     norms: Sequence[int],
     optimizer: str,
@@ -149,22 +146,20 @@ def _foreseen(
     master: str | None,
     title: str,
 ) -> Sizes:
-    width, moment = bytes_of(dtype), bytes_of(master or dtype)
-    weights = [_Tensor(f"layers.{n}.weight", shape, width * math.prod(shape)) for n, shape in enumerate(shapes)]
-    averages = [width for width in norms for _ in ("mean", "variance")]
-    weights += [_Tensor(f"layers.{n}.running_mean", (width,), 4 * width) for n, width in enumerate(averages)]
-    weights += [_Tensor(f"layers.{n}.batches", (), 8) for n in range(len(norms))]
+    weights = _weights(shapes, norms, bytes_of(dtype))
+    moment_bytes = bytes_of(master or dtype)
     count = sum(map(math.prod, shapes))
     state = optimizer_state(optimizer, shapes)
-    total = moment * (state.elements + (count if master else 0)) + STEP * state.scalars
+    state_bytes = moment_bytes * (state.elements + (count if master else 0)) + STEP * state.scalars
     tensors = state.tensors + state.scalars + (len(shapes) if master else 0)
-    named = [_Tensor(f"state.{n}.exp_avg_sq", (), total if n == 0 else 0) for n in range(tensors)]
-    copies = state.elements / count
+    # only the length of the header depends on the tensors, so the first one stands for all bytes
+    state_tensors = [_SizedTensor(f"state.{n}.exp_avg_sq", (), state_bytes if n == 0 else 0) for n in range(tensors)]
     copy = f"a copy of the weights in {master}" if master else ""
-    why = f"{optimizer}: {copies:.3g} numbers of {moment} bytes for each parameter" + (copy and f", and {copy}")
+    why = f"{optimizer}: {state.elements / count:.3g} numbers of {moment_bytes} bytes for each parameter"
+    why_weights = f"{bytes_of(dtype)} bytes a parameter" + (", buffers" if norms else "")
     parts = [
-        Part(name="model", bytes=_file(weights), why=f"{width} bytes a parameter" + (", buffers" if norms else "")),
-        Part(name="optimizer", bytes=_file(named), why=why),
+        PartSize(name="model", bytes=_file_bytes(weights), why=why_weights),
+        PartSize(name="optimizer", bytes=_file_bytes(state_tensors), why=why + (copy and f", and {copy}")),
         _rest(len(weights) + tensors),
     ]
     return Sizes(
@@ -174,13 +169,21 @@ def _foreseen(
     )
 
 
+def _weights(shapes: Sequence[tuple[int, ...]], norms: Sequence[int], width: int) -> list[_SizedTensor]:
+    """The parameters, and the buffers of batch norms: means and variances in float32, and a count in eight bytes."""
+    weights = [_SizedTensor(f"layers.{n}.weight", shape, width * math.prod(shape)) for n, shape in enumerate(shapes)]
+    averages = [channels for channels in norms for _ in ("mean", "variance")]
+    weights += [_SizedTensor(f"layers.{n}.running_mean", (size,), 4 * size) for n, size in enumerate(averages)]
+    return weights + [_SizedTensor(f"layers.{n}.batches", (), 8) for n in range(len(norms))]
+
+
 # --- from live objects --------------------------------------------------------------------------------------------
 
 
 def from_state(state: Mapping[str, Any]) -> Sizes:
-    """Of a training that has not begun: the state that would be given to ``Checkpointer``.
+    """Calculate sizes from a live state: the one that ``Checkpointer`` would be given.
 
-    What an optimizer will hold of parameters that it has not stepped on yet is foreseen from its class.
+    The state of an optimizer that has not stepped yet follows from its class.
 
     Args:
         state: part name to live object.
@@ -190,11 +193,11 @@ def from_state(state: Mapping[str, Any]) -> Sizes:
     """
     if not isinstance(state, Mapping) or not state:
         raise ConfigError(f'state= takes a mapping of parts, such as {{"model": model}}, not {state!r}')
-    stepped = {_place(parameter) for one in state.values() for parameter in _trained(one)}
+    trained = {_place(parameter) for value in state.values() for parameter in _trained(value)}
     parts, count = [], 0
     dtypes: set[str] = set()
     for name, value in state.items():
-        part, tensors = _live_part(name, value, stepped, dtypes)
+        part, tensors = _live_part(name, value, trained, dtypes)
         parts.append(part)
         count += tensors
     return Sizes(
@@ -204,30 +207,37 @@ def from_state(state: Mapping[str, Any]) -> Sizes:
     )
 
 
-def _live_part(name: str, value: Any, stepped: set[tuple[int, int]], dtypes: set[str]) -> tuple[Part, int]:
-    """One part, with the number of its tensors; the element types that it has are added to ``dtypes``."""
-    given = value.state_dict() if callable(getattr(value, "state_dict", None)) else value
-    once: dict[tuple[int, int], _Tensor] = {}  # tied weights are stored once
-    for path, tensor in _tensors(given):
-        once.setdefault(_place(tensor), _Tensor(path, tuple(tensor.shape), tensor.numel() * tensor.element_size()))
+def _live_part(name: str, value: Any, trained: set[tuple[int, int]], dtypes: set[str]) -> tuple[PartSize, int]:
+    """Size one part, and count its tensors; its element types are added to ``dtypes``."""
+    content = value.state_dict() if callable(getattr(value, "state_dict", None)) else value
+    tensors: dict[tuple[int, int], _SizedTensor] = {}  # tied weights are stored once
+    for path, tensor in _tensors(content):
+        sized = _SizedTensor(path, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+        tensors.setdefault(_place(tensor), sized)
         if tensor.numel() > 1:
             dtypes.add(str(tensor.dtype))
-    why = f"{len(once)} tensors of {type(value).__name__}"
-    coming: list[_Tensor] = []
-    still: set[tuple[int, int]] = set()
-    if hasattr(value, "param_groups"):
-        coming = list(_coming(value, dtypes))
-        why += f", and {len(coming)} to come with the first step" if coming else ""
-    elif stepped and callable(getattr(value, "parameters", None)):
-        own = {_place(parameter) for parameter in value.parameters()}
-        # a part of which nothing is trained may stand still or be an average that moves: the worse is assumed
-        still = own - stepped if own & stepped else set()
-    frozen = [tensor for place, tensor in once.items() if place in still]
+    why = f"{len(tensors)} tensors of {type(value).__name__}"
+    future = list(_future_tensors(value, dtypes)) if hasattr(value, "param_groups") else []
+    why += f", and {len(future)} to come with the first step" if future else ""
+    places = set() if hasattr(value, "param_groups") else _frozen_places(value, trained)
+    frozen = [tensor for place, tensor in tensors.items() if place in places]
     if sum(tensor.bytes for tensor in frozen) < _WORTH_A_FILE:
-        still, frozen = set(), []
-    moving = [*(tensor for place, tensor in once.items() if place not in still), *coming]
-    part = Part(name=name, bytes=_file(moving) + _file(frozen), frozen=_file(frozen), why=why)
-    return part, len(moving) + len(frozen)
+        places, frozen = set(), []
+    changing = [*(tensor for place, tensor in tensors.items() if place not in places), *future]
+    frozen_bytes = _file_bytes(frozen)
+    part = PartSize(name=name, bytes=_file_bytes(changing) + frozen_bytes, frozen=frozen_bytes, why=why)
+    return part, len(changing) + len(frozen)
+
+
+def _frozen_places(value: Any, trained: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """The parameters that no optimizer trains, in a part of which it trains others.
+
+    A part of which nothing is trained may stand still, or be an average that moves: the worse is assumed.
+    """
+    if not trained or not callable(getattr(value, "parameters", None)):
+        return set()
+    parameters = {_place(parameter) for parameter in value.parameters()}
+    return parameters - trained if parameters & trained else set()
 
 
 def _trained(value: Any) -> Iterator[Any]:
@@ -249,34 +259,32 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _place(tensor: Any) -> tuple[int, int]:
     """Where a tensor is in memory; an identity of its own for one that is nowhere (torch's device ``meta``)."""
-    at = tensor.data_ptr() if callable(getattr(tensor, "data_ptr", None)) else 0
-    return (at, tensor.numel() * tensor.element_size()) if at else (0, id(tensor))
+    address = tensor.data_ptr() if callable(getattr(tensor, "data_ptr", None)) else 0
+    return (address, tensor.numel() * tensor.element_size()) if address else (0, id(tensor))
 
 
-def _coming(optimizer: Any, dtypes: set[str]) -> Iterator[_Tensor]:
+def _future_tensors(optimizer: Any, dtypes: set[str]) -> Iterator[_SizedTensor]:
     """The tensors that an optimizer will make at its first step, for the parameters that it has not stepped on."""
-    have = getattr(optimizer, "state", {})
-    number = -1
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            number += 1
-            if have.get(parameter) or not getattr(parameter, "requires_grad", True):
-                continue
-            shape = tuple(parameter.shape)
-            one = optimizer_state(type(optimizer).__name__, [shape], group)
-            size = one.elements * parameter.element_size()
-            dtypes.add(str(parameter.dtype))
-            for n in range(one.tensors):
-                yield _Tensor(f"state.{number}.exp_avg_{n}", shape, size if n == 0 else 0)
-            for n in range(one.scalars):
-                yield _Tensor(f"state.{number}.step_{n}", (), STEP)
+    states = getattr(optimizer, "state", {})
+    parameters = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    for number, (group, parameter) in enumerate(parameters):
+        if states.get(parameter) or not getattr(parameter, "requires_grad", True):
+            continue
+        shape = tuple(parameter.shape)
+        state = optimizer_state(type(optimizer).__name__, [shape], group)
+        size = state.elements * parameter.element_size()
+        dtypes.add(str(parameter.dtype))
+        for n in range(state.tensors):
+            yield _SizedTensor(f"state.{number}.exp_avg_{n}", shape, size if n == 0 else 0)
+        for n in range(state.scalars):
+            yield _SizedTensor(f"state.{number}.step_{n}", (), STEP)
 
 
 # --- from checkpoints ---------------------------------------------------------------------------------------------
 
 
 def from_manifests(manifests: Sequence[Manifest], run: str) -> Sizes:
-    """Of a run that exists: the sizes of its newest whole checkpoint, and the times of all of them.
+    """Return the sizes of a run's newest whole checkpoint, with the mean times of all its saves.
 
     Args:
         manifests: of the run, earliest first.
@@ -287,36 +295,35 @@ def from_manifests(manifests: Sequence[Manifest], run: str) -> Sizes:
     """
     if not manifests:
         raise NotFoundError(f"run {run!r} has no checkpoints yet: plan with --params, --preset or from the live state")
-    most = max(len(one.parts) for one in manifests)
-    newest = [one for one in manifests if len(one.parts) == most][-1]
-    parts = []
-    for part, names in newest.parts.items():
-        if part in {"rng", "loop"}:
-            continue
-        files = [newest.file(name) for name in names]
-        frozen = sum(file.size for file in files if file.shared or f"{part}+frozen." in file.name)
-        why = f"{sum(len(file.tensors) for file in files)} tensors, as in {newest.name}"
-        parts.append(Part(name=part, bytes=sum(file.size for file in files), frozen=frozen, why=why))
-    rest = newest.size_bytes - sum(part.bytes for part in parts)
-    parts.append(Part(name=REST, bytes=rest, why=f"{layout.STATE} of {newest.name}: random generators, plain values"))
-    kinds = {tensor.dtype for file in newest.files for tensor in file.tensors if tensor.shape}
-    stalls = [_sum(one.timing, "capture_seconds", "step_waited_seconds") for one in manifests]
-    writes = [
-        _sum(one.timing, "capture_seconds", "write_seconds") for one in manifests if "write_seconds" in one.timing
-    ]
+    all_parts = max(len(manifest.parts) for manifest in manifests)
+    newest = [manifest for manifest in manifests if len(manifest.parts) == all_parts][-1]
+    parts = [_measured_part(newest, part) for part in newest.parts if part not in {"rng", "loop"}]
+    why = f"{layout.STATE} of {newest.name}: random generators, plain values"
+    parts.append(PartSize(name=REST, bytes=newest.size_bytes - sum(part.bytes for part in parts), why=why))
+    dtypes = {tensor.dtype for file in newest.files for tensor in file.tensors if tensor.shape}
+    stalls = [_seconds(manifest, "capture_seconds", "step_waited_seconds") for manifest in manifests]
+    timed = [manifest for manifest in manifests if "write_seconds" in manifest.timing]
+    writes = [_seconds(manifest, "capture_seconds", "write_seconds") for manifest in timed]
     return Sizes(
         parts=tuple(parts),
-        bfloat16=kinds == {"BF16"},
+        bfloat16=dtypes == {"BF16"},
         source=f"{newest.run}/{newest.name}",
         stall=sum(stalls) / len(stalls),
         durable=sum(writes) / len(writes) if writes else None,
     )
 
 
+def _measured_part(manifest: Manifest, part: str) -> PartSize:
+    files = [manifest.file(name) for name in manifest.parts[part]]
+    frozen = sum(file.size for file in files if file.shared or f"{part}+frozen." in file.name)
+    why = f"{sum(len(file.tensors) for file in files)} tensors, as in {manifest.name}"
+    return PartSize(name=part, bytes=sum(file.size for file in files), frozen=frozen, why=why)
+
+
 def stalled_seconds(manifest: Manifest) -> float:
-    """Seconds that the loop stood still for a save in all, also for the save before it."""
-    return _sum(manifest.timing, "waited_seconds", "capture_seconds", "step_waited_seconds")
+    """Return the seconds for which a save blocked the loop, with the wait for the save before it."""
+    return _seconds(manifest, "waited_seconds", "capture_seconds", "step_waited_seconds")
 
 
-def _sum(timing: Mapping[str, float], *names: str) -> float:
-    return math.fsum(timing.get(name, 0.0) for name in names)
+def _seconds(manifest: Manifest, *names: str) -> float:
+    return math.fsum(manifest.timing.get(name, 0.0) for name in names)
