@@ -109,9 +109,9 @@ def _alias_periods(store: Store, manifest: Manifest) -> tuple[list[AliasPeriod],
         newest = aliases.numbers(store, alias)[-1]
         damage += history.damage
         neighbours = zip((None, *history.records), history.records, (*history.records[1:], None), strict=False)
-        for before, record, after in neighbours:
+        for previous, record, following in neighbours:
             if record.target is not None and record.target.checkpoint == manifest.id:
-                periods.append(AliasPeriod(record, before, after, record.number == newest))
+                periods.append(AliasPeriod(record, previous, following, record.number == newest))
     return periods, damage
 
 

@@ -122,12 +122,12 @@ def _reports(card: ModelCard) -> Iterator[tuple[Reported, list[str], bool]]:
 
 
 def _evidence(period: AliasPeriod) -> Markdown:
-    record, before = period.record, period.before
+    record, previous = period.record, period.previous
     evidence = [f"validation {escaped(record.validation[:12])}" if record.validation else "no validation"]
     if record.restores:
         evidence = [f"rolled back to record {record.restores}"]
-    if before is not None and before.target is not None:
-        evidence.append(f"before it: {escaped(before.target.run)}/{escaped(before.target.name)}")
+    if previous is not None and previous.target is not None:
+        evidence.append(f"before it: {escaped(previous.target.run)}/{escaped(previous.target.name)}")
     if comparison := compared(record.comparison):
         evidence.append(comparison)
     evidence += [f"**forced** despite: {escaped(reason)}" for reason in record.forced]

@@ -40,14 +40,14 @@ class AliasPeriod:
 
     Attributes:
         record: the change of the alias that began it.
-        before: the readable record before it; None for the first.
-        after: the next readable record; None when there is none.
+        previous: the readable record before it; None for the first.
+        following: the next readable record; None when there is none.
         is_current: whether the alias points at the checkpoint now.
     """
 
     record: AliasRecord
-    before: AliasRecord | None
-    after: AliasRecord | None
+    previous: AliasRecord | None
+    following: AliasRecord | None
     is_current: bool
 
 

@@ -75,31 +75,31 @@ class ClaimTracker:
         """Add a checkpoint that was committed or restored; return the claims that this ends."""
         newest = self._newest
         follows = newest is not None and moment.sequence > newest.sequence and moment.forks == newest.forks
-        lost: list[LostClaim] = []
+        lost_claims: list[LostClaim] = []
         for tracked in self._rules:
             if follows and tracked.only_adds and not moment.forks:
                 tracked.claims = None
                 continue
-            before = tracked.claims_on(self._existing)
-            compared = [self._existing[checkpoint] for checkpoint in before] if follows else self._existing.values()
-            tracked.claims = tracked.rule.claims([*compared, moment])
-            lost += _lost_claims(tracked.rule, before, tracked.claims, moment.id)
+            claims_before = tracked.claims_on(self._existing)
+            rivals = map(self._existing.__getitem__, claims_before) if follows else self._existing.values()
+            tracked.claims = tracked.rule.claims([*rivals, moment])
+            lost_claims += _lost_claims(tracked.rule, claims_before, tracked.claims, moment.id)
         self._existing[moment.id] = moment
         if newest is None or moment.sequence > newest.sequence:
             self._newest = moment
-        return lost
+        return lost_claims
 
     def measure(self, checkpoint: str, metrics: Mapping[str, float]) -> list[LostClaim]:
         """Add or change metrics of an existing checkpoint; return the claims that this ends."""
         affected = [tracked for tracked in self._rules if not tracked.metrics.isdisjoint(metrics)]
-        claims_before = [tracked.claims_on(self._existing) for tracked in affected]
+        all_before = [tracked.claims_on(self._existing) for tracked in affected]
         moment = self._existing[checkpoint]
         self._existing[checkpoint] = replace(moment, metrics={**moment.metrics, **metrics})
-        lost: list[LostClaim] = []
-        for tracked, before in zip(affected, claims_before, strict=True):
+        lost_claims: list[LostClaim] = []
+        for tracked, claims_before in zip(affected, all_before, strict=True):
             tracked.claims = tracked.rule.claims(list(self._existing.values()))
-            lost += _lost_claims(tracked.rule, before, tracked.claims, checkpoint)
-        return lost
+            lost_claims += _lost_claims(tracked.rule, claims_before, tracked.claims, checkpoint)
+        return lost_claims
 
     def remove(self, checkpoint: str) -> None:
         """Remove a checkpoint."""
@@ -116,11 +116,11 @@ class ClaimTracker:
         return self._existing.get(checkpoint)
 
 
-def _lost_claims(rule: Rule, before: Reasons, after: Reasons, cause: str) -> Iterator[LostClaim]:
+def _lost_claims(rule: Rule, old: Reasons, new: Reasons, cause: str) -> Iterator[LostClaim]:
     """Compare the claims of a rule before and after something became of the checkpoint ``cause``."""
-    gained = [checkpoint for checkpoint in after if checkpoint not in before]
-    successor = cause if cause in after else next(iter(gained), None)
-    successor_reason = "" if successor is None else after[successor]
-    for checkpoint, reason in before.items():
-        if checkpoint not in after:
+    gained = [checkpoint for checkpoint in new if checkpoint not in old]
+    successor = cause if cause in new else next(iter(gained), None)
+    successor_reason = "" if successor is None else new[successor]
+    for checkpoint, reason in old.items():
+        if checkpoint not in new:
             yield LostClaim(rule.text, bool(rule.ranks_by), checkpoint, reason, successor, successor_reason)

@@ -122,10 +122,10 @@ class _RunAccount:
         self.writers[segment] = event.by
         if event.rules == self.rules:
             return
-        before, self.rules = self.rules, event.rules
+        old_rules, self.rules = self.rules, event.rules
         self.claims.set_rules(_readable_rules(event.rules))
-        if before is not None:
-            before_text, after_text = " ".join(before) or "none", " ".join(event.rules) or "none"
+        if old_rules is not None:
+            before_text, after_text = " ".join(old_rules) or "none", " ".join(event.rules) or "none"
             yield self.entry(event, "rules changed", by=_who(event.by), before=before_text, after=after_text)
 
     def _started(self, segment: str, event: Started) -> Iterator[ChangelogEntry]:
@@ -164,30 +164,30 @@ class _RunAccount:
             yield from self._lost_claims(event, by, self.claims.add(moment))
 
     def _lost_claims(self, event: Event, by: str, lost_claims: Iterable[LostClaim]) -> Iterator[ChangelogEntry]:
-        for lost in lost_claims:
-            successor = lost.successor and self.ref(lost.successor)
+        for lost_claim in lost_claims:
+            successor = lost_claim.successor and self.ref(lost_claim.successor)
             yield self.entry(
                 event,
                 "claim lost",
-                lost.checkpoint,
+                lost_claim.checkpoint,
                 by=by,
-                why=f"{lost.rule} claims another" if successor else f"{lost.rule} no longer claims it",
-                before=f"{self.ref(lost.checkpoint)}: {lost.reason}",
-                after=successor and f"{successor}: {lost.successor_reason}",
-                details={"rule": lost.rule, "ranks": lost.ranks, "taker": successor},
+                why=f"{lost_claim.rule} claims another" if successor else f"{lost_claim.rule} no longer claims it",
+                before=f"{self.ref(lost_claim.checkpoint)}: {lost_claim.reason}",
+                after=successor and f"{successor}: {lost_claim.successor_reason}",
+                details={"rule": lost_claim.rule, "ranks": lost_claim.ranks, "taker": successor},
             )
 
     def _measured(self, event: Measured) -> Iterator[ChangelogEntry]:
         checkpoint = event.checkpoint
         metrics = self.metrics.get(checkpoint)
-        before = {name: metrics[name] for name in event.metrics if name in metrics} if metrics else {}
+        old_values = {name: metrics[name] for name in event.metrics if name in metrics} if metrics else {}
         yield self.entry(
             event,
             "measured",
             checkpoint,
             by=event.by,
             why=event.source,
-            before=_values(before) or None,
+            before=_values(old_values) or None,
             after=_values(event.metrics),
             details={"metrics": metrics_to_json(event.metrics), "part": event.part, "step": event.step},
         )
