@@ -147,13 +147,7 @@ class _RunAccount:
         checkpoint, by = event.checkpoint, self._writer(segment)
         self.names[checkpoint] = event.name
         moment = self.replay.moment(checkpoint)
-        details = {
-            "step": moment.step,
-            "epoch": moment.epoch,
-            "metrics": metrics_to_json(moment.metrics),
-            "reasons": list(event.reasons),
-            "size_bytes": event.size_bytes,
-        }
+        details = _saved_details(moment, event.reasons)
         kind: Kind = "imported" if self._is_import(segment) else "saved"
         yield self.entry(event, kind, checkpoint, by=by, why="; ".join(event.reasons), details=details)
         self.metrics[checkpoint] = {**moment.metrics, **self.early_metrics.get(checkpoint, {})}
@@ -325,16 +319,18 @@ def _of_manifest(manifest: Manifest) -> ChangelogEntry:
         checkpoint=f"{manifest.run}/{manifest.name}",
         by=_who(manifest.written_by),
         why="; ".join(manifest.reasons),
-        details={
-            "id": manifest.id,
-            "step": manifest.step,
-            "epoch": manifest.epoch,
-            "metrics": metrics_to_json(manifest.metrics),
-            "reasons": list(manifest.reasons),
-            "size_bytes": manifest.size_bytes,
-            "recorded": False,
-        },
+        details={"id": manifest.id, **_saved_details(manifest, manifest.reasons), "recorded": False},
     )
+
+
+def _saved_details(checkpoint: Manifest | Moment, reasons: Iterable[str]) -> dict[str, Any]:
+    return {
+        "step": checkpoint.step,
+        "epoch": checkpoint.epoch,
+        "metrics": metrics_to_json(checkpoint.metrics),
+        "reasons": list(reasons),
+        "size_bytes": checkpoint.size_bytes,
+    }
 
 
 def _who(by: Mapping[str, str]) -> str:

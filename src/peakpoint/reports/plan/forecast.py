@@ -137,9 +137,6 @@ def forecast(
 
     Args:
         state: the state for ``Checkpointer``, before the first step or after it; or sizes.
-        keep: the rules.
-        epochs: the length of the run.
-        reports_per_epoch: how often the loop reports.
         steps_per_epoch: optimizer steps; rules that count steps need it.
         epoch_time: the time of an epoch without saves; rules that go by time need it.
         sparsity: epoch to the sparsity that is reached there, for rules that look at it; straight lines in between.
@@ -150,13 +147,11 @@ def forecast(
 
     Example:
         >>> import torch, peakpoint as pp
-        >>> model = torch.nn.Linear(1000, 1000)
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> plan = pp.forecast({"model": model, "optimizer": optimizer}, keep=[pp.Last(3)], epochs=100)
+        >>> plan = pp.forecast({"model": torch.nn.Linear(1000, 1000)}, keep=[pp.Last(3)], epochs=100)
         >>> [(part.name, part.bytes) for part in plan.sizes.parts]
-        [('model', 4008096), ('optimizer', 8012104), ('rest', 14250)]
+        [('model', 4008096), ('rest', 13800)]
         >>> plan.likely.kept, plan.likely.saves, plan.naive_bytes
-        (3, 100, 1203445000)
+        (3, 100, 402189600)
     """
     sizes = state if isinstance(state, Sizes) else from_state(state)
     rules, sparsity = check_rules(keep), sparsity or {}
