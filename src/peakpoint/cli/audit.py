@@ -20,7 +20,13 @@ from peakpoint.format.amounts import size_text
 from peakpoint.repository import audit as audits
 from peakpoint.repository.root import Repository, open_repository
 
-_COLOURS = {"damage": "bold red", "litter": "yellow", "foreign": "blue", "busy": "cyan", "removed": "green"}
+_KINDS = {
+    "damage": "[bold red]damaged[/]",
+    "litter": "[yellow]incomplete[/]",
+    "foreign": "[blue]foreign[/]",
+    "busy": "[cyan]in use[/]",
+    "removed": "[green]removed[/]",
+}
 
 
 @click.command()
@@ -76,10 +82,7 @@ def _rebuild(repository: Repository, where: str | None) -> str:
 def _print_audit(console: Console, root: Path, result: audits.Audit, removed: Sequence[audits.AuditFinding]) -> None:
     findings = [audits.AuditFinding("removed", finding.where, finding.what) for finding in removed] + result.findings
     if findings:
-        rows = [
-            (f"[{_COLOURS[finding.kind]}]{finding.kind}[/]", escape(finding.where), escape(finding.what))
-            for finding in findings
-        ]
+        rows = [(_KINDS[finding.kind], escape(finding.where), escape(finding.what)) for finding in findings]
         console.print(tables.plain(("kind", "where", "what"), rows))
     console.print(audit_sentence(result))
     damage, litter = result.of_kind("damage"), result.of_kind("litter")
