@@ -133,7 +133,7 @@ _REASONS = {
     "best": "best ",
     "best-at": "best ",
     "topk": "rank ",
-    "pareto": "on the ",
+    "pareto": "Pareto-optimal ",
     "every": "every ",
     "thin": "thin",
 }
