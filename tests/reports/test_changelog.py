@@ -45,6 +45,7 @@ from peakpoint.repository import journal as journals
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Moment, claims
+from peakpoint.rules.history import newest_event
 from peakpoint.store import LocalStore
 from strategies import START, identity, one_rule, text_tuples, texts, times, trees, values
 from training import checkpointer
@@ -97,7 +98,8 @@ class Life:
         self.ckpt = checkpointer(self.root, state={"x": 1}, keep=rules, resume=ref)
         found = self.ckpt.resume()
         self.begun = True
-        self.note("begun" if found is None else "continued", None if found is None else self.ckpt._parent)
+        start = newest_event(self.run.events(), Started)
+        self.note("begun" if found is None else "continued", start.checkpoint)
 
     def report(self, m, n):
         if self.ckpt is None:
