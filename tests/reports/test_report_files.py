@@ -108,7 +108,7 @@ def test_json_has_everything(root):
         (["--n-eval", "5", "--n-eval", "6"], 2, "given twice"),
         (["--n-eval", "100"], 2, "is 1e+308 somewhere"),
         (["--percent"], 2, "n_eval"),
-        (["--group-by", "("], 2, "no regular expression"),
+        (["--group-by", "("], 2, "not a regular expression"),
         (["--compare", "one", "three"], 10, "no run 'three'"),
         (["--compare", "one", "one"], 10, "Use --part NAME"),
         (["--to", "x.pdf"], 2, "must end with .html"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.names import listing
 from peakpoint.reports.evaluation.noise import CONFIDENCE, Interval, welch
 from peakpoint.reports.evaluation.peaks import RunPeak
 from peakpoint.reports.evaluation.run_data import RunData
@@ -86,7 +87,7 @@ def group_key(by: str) -> Callable[[RunData], str]:
     try:
         pattern = re.compile(by)
     except re.error as error:
-        raise ConfigError(f"--group-by {by!r} is no regular expression: {error}") from error
+        raise ConfigError(f"--group-by {by!r} is not a regular expression: {error}") from error
     if pattern.groups != 1:
         raise ConfigError(
             f"--group-by {by!r} must be optimizer, or a regular expression with exactly one group, such as "
@@ -169,7 +170,7 @@ def _spread(values: Sequence[float]) -> float | None:
 
 def _note(groups: Sequence[RunGroup], pairs: int) -> str:
     if len(groups) == 1:
-        return "all runs are of one kind: there is nothing to compare"
+        return "all runs are in one group: there is nothing to compare"
     counts = [group.values for group in groups]
     unequal = ""
     if max(counts) > 1.1 * min(counts):
@@ -179,13 +180,9 @@ def _note(groups: Sequence[RunGroup], pairs: int) -> str:
         )
     single = [group.name for group in groups if len(group.runs) == 1 and group.name != NO_MATCH]
     if single:
-        shown = ", ".join(single[:5]) + (", ..." if len(single) > 5 else "")
         return (
-            f"one run each of {shown}: whether the kind or the seed made the difference cannot be told; "
-            f"train each kind with several seeds{unequal}"
+            f"only one run of {listing(single)}: the difference may come from the seed; train each kind with several "
+            f"seeds{unequal}"
         )
-    together = f", together for the {pairs} pairs" if pairs > 1 else ""
-    return (
-        f"intervals hold the true difference with a probability of 95 %{together} (Welch); those around 0 tell "
-        f"nothing{unequal}"
-    )
+    together = f", which hold together for all {pairs} pairs" if pairs > 1 else ""
+    return f"95 % confidence intervals (Welch){together}; one that includes 0 shows no difference{unequal}"
