@@ -154,7 +154,8 @@ def test_what_is_protected_before_the_record_stays(tmp_path):
     answers = [set(), {second.id}]  # asked before the first removal, and when it has made room
     journal = Journal(run.store, "r", lambda: datetime(2026, 3, 1, tzinfo=UTC))
     removals = [Removal(first, "why"), Removal(second, "why")]
-    (failure,) = removal.remove(run.store, journal, removals, by="a test", protected=lambda: answers.pop(0))
+    failures = removal.remove(run.store, journal, removals, by="a test", protected=lambda: answers.pop(0))
+    (failure,) = failures.values()
     journal.close()
     assert failure.startswith(f"{second.name} was not removed")
     assert epochs(tmp_path) == [1, 2]

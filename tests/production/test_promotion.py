@@ -114,7 +114,7 @@ def test_a_validation_counts_until_the_part_that_was_validated_is_dropped(tmp_pa
     assert objections(found) == ()
     with maintenance.writing(run, "drop") as events:
         thinning = PartRemoval(run.find_manifest("r:1"), ("model",), "x")
-        assert removal.remove_parts(run.store, events, [thinning], by="x")[1] == []
+        assert removal.remove(run.store, events, [thinning], by="x") == {}
     assert objections(found) == ("its part model was dropped after the validation",)
 
 

@@ -182,7 +182,7 @@ def removed_by_hand(root, ref):
     """What ``peakpoint rm`` does."""
     run = run_of(root)
     journal = journals.Journal(run.store, "r", lambda: START)
-    assert remove(run.store, journal, [Removal(run.find_manifest(ref), "by hand")], by="somebody") == []
+    assert remove(run.store, journal, [Removal(run.find_manifest(ref), "by hand")], by="somebody") == {}
     journal.close()
 
 

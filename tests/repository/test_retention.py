@@ -202,7 +202,7 @@ def test_removals_are_durably_recorded_before_the_first_file_goes():
     store, manifests = shop()
     journal = Journal(store, "r", clock)
     made = plan(manifests, [Last(1), Best("m", "min")])
-    assert remove(store, journal, made.remove, by="rules") == []
+    assert remove(store, journal, made.remove, by="rules") == {}
     recorded = [event for what, event in store.happened if what == "durable"]
     assert [event.checkpoint for event in recorded] == [manifests[1].id, manifests[2].id]
     first_delete = next(n for n, (what, _) in enumerate(store.happened) if what == "delete")
@@ -238,7 +238,7 @@ def test_of_each_checkpoint_the_manifest_goes_first_and_nothing_is_left():
 def test_nothing_to_remove_writes_nothing():
     store, manifests = shop()
     journal = Journal(store, "r", clock)
-    assert remove(store, journal, plan(manifests, [Last(9)]).remove, by="rules") == []
+    assert remove(store, journal, plan(manifests, [Last(9)]).remove, by="rules") == {}
     assert store.happened == []
     assert j.read(store, "r").events == ()
 
@@ -248,15 +248,15 @@ def test_what_cannot_be_removed_is_told_stays_and_is_tried_again():
     journal = Journal(store, "r", clock)
     store.refuse = {manifest_key("r", "c2")}
     failures = remove(store, journal, plan(manifests, [Last(1)]).remove, by="rules")
-    assert len(failures) == 1
-    assert failures[0].startswith("c2 could not be removed: ")
-    assert "Input/output error" in failures[0]
+    (failure,) = failures.values()
+    assert failure.startswith("c2 could not be removed: ")
+    assert "Input/output error" in failure
     left = list_run(store, "r").manifests
     assert [one.name for one in left] == ["c2", "c4"]
     assert left[0] == manifests[1]  # whole: its manifest would have gone first
     assert store.size(f"{checkpoint_prefix('r', 'c2')}/state.json") == 2
     store.refuse = set()
-    assert remove(store, journal, plan(left, [Last(1)]).remove, by="rules") == []
+    assert remove(store, journal, plan(left, [Last(1)]).remove, by="rules") == {}
     assert [one.name for one in list_run(store, "r").manifests] == ["c4"]
 
 
@@ -294,8 +294,8 @@ def test_a_checkpoint_that_is_gone_already_is_no_failure():
     store, manifests = shop(2)
     journal = Journal(store, "r", clock)
     removals = [Removal(manifests[0], "twice"), Removal(replace(manifests[0], name="never-was"), "never was")]
-    assert remove(store, journal, removals, by="x") == []
-    assert remove(store, journal, removals, by="x") == []
+    assert remove(store, journal, removals, by="x") == {}
+    assert remove(store, journal, removals, by="x") == {}
     assert [one.name for one in list_run(store, "r").manifests] == ["c2"]
 
 
@@ -408,7 +408,9 @@ def test_a_pin_that_comes_while_others_are_being_removed_is_heeded():
         return {one.id}
 
     failures = remove(store, journal, removals, by="rules", protected=pinned)
-    assert failures == ["a was not removed: it is pinned, an alias points at it, or the run was archived a moment ago"]
+    assert list(failures.values()) == [
+        "a was not removed: it is pinned, an alias points at it, or the run was archived a moment ago"
+    ]
     assert [found.name for found in list_run(store, "r").manifests] == ["a"]
 
 

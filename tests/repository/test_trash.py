@@ -254,7 +254,7 @@ def test_a_removal_that_was_cut_short_leaves_the_checkpoint(tmp_path):
     assert "interrupted" in finding.what
     assert maintenance.in_trash(run) == []
     journal = Journal(run.store, "r", lambda: datetime.now(UTC))
-    assert remove(run.store, journal, [Removal(first, "again")], by="z", until=datetime.now(UTC) + DAY) == []
+    assert remove(run.store, journal, [Removal(first, "again")], by="z", until=datetime.now(UTC) + DAY) == {}
     journal.close()
     assert [one.record.why for one in maintenance.in_trash(run)] == ["again"]
 

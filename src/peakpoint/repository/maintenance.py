@@ -89,7 +89,8 @@ def apply_plan(
 
         until, by = _until(clock(), undo_for), present_user()
         failures = removal.remove(run.store, journal, plan.remove, by=by, protected=protected, until=until)
-        return failures + removal.remove_parts(run.store, journal, plan.drop, by=by, protected=protected)[1]
+        failures |= removal.remove(run.store, journal, plan.drop, by=by, protected=protected)
+        return list(failures.values())
 
 
 def _until(now: datetime, undo_for: timedelta) -> datetime | None:
@@ -156,9 +157,9 @@ def _remove(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedel
         failures = [
             f"{manifest.name} was not removed: {in_use[manifest.id]}" for manifest in manifests if manifest.id in in_use
         ]
-        failures += removal.remove(run.store, journal, removals, by=present_user(), protected=protected, until=until)
+        failed = removal.remove(run.store, journal, removals, by=present_user(), protected=protected, until=until)
         journal.record([Closed(at=clock(), why="peakpoint rm")], later=True)
-        return failures
+        return [*failures, *failed.values()]
 
 
 def in_trash(run: Run, *, clock: Clock = utc_now) -> list[TrashEntry]:

@@ -8,7 +8,7 @@ between leaves the checkpoint. ``dropped-N.json`` is durable before the first fi
 
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from peakpoint.errors import NotFoundError, StoreError
 from peakpoint.format import layout
@@ -25,7 +25,6 @@ Protected = Callable[[], Collection[str]]
 """Returns the ids that a pin or an alias protects at this moment."""
 
 _PROTECTED = "it is pinned, an alias points at it, or the run was archived a moment ago"
-_PERMANENT = "; removing permanently, with --undo-for 0, needs no free space"
 
 
 def delete(store: Store, manifest: Manifest) -> None:
@@ -100,113 +99,84 @@ def drop_parts(store: Store, manifest: Manifest, parts: Sequence[str], *, at: da
 def remove(
     store: Store,
     journal: Journal,
-    removals: Sequence[Removal],
+    removals: Sequence[Removal] | Sequence[PartRemoval],
     *,
     by: str,
     protected: Protected = tuple,
     until: datetime | None = None,
-) -> list[str]:
-    """Remove checkpoints, recording each reason durably before the first file is deleted.
+) -> dict[str, str]:
+    """Remove checkpoints, or parts of them, recording each reason durably before the first file is deleted.
 
-    A checkpoint that cannot be removed stays and is tried again by the next plan. On a full disk a permanent removal
-    frees the space for its own record.
+    A checkpoint that cannot be removed stays and is tried again by the next plan. On a full disk the permanent removal
+    of a checkpoint frees the space for its own record.
 
     Args:
         store: holds the run.
-        journal: receives a ``Removed`` for each.
+        journal: receives a ``Removed`` or ``PartsDropped`` for each.
         removals: the checkpoints, with the reasons.
         by: who decided, for the record.
         protected: called once the removals are recorded: whoever pins or promotes at the same time either sees the
             record, or is seen here.
-        until: keep the files in the trash until then; None deletes them at once.
+        until: keep the files of checkpoints in the trash until then; None deletes them at once, like those of parts.
 
     Returns:
-        One sentence for each removal that failed.
+        Id of each checkpoint whose removal failed, with one sentence; under "" that the journal could not follow.
     """
-
-    def act(removal: Removal) -> None:
-        if until is None:
-            delete(store, removal.manifest)
-        else:
-            move_to_trash(store, removal.manifest, until=until, at=journal.now(), why=removal.reason, by=by)
-
-    def event(removal: Removal) -> Removed:
-        moment = {"step": removal.manifest.step, "epoch": removal.manifest.epoch}
-        about = _about(removal.manifest, by) | moment
-        return Removed(at=journal.now(), **about, reason=removal.reason, until=until)
-
-    hint = "" if until is None else _PERMANENT
-    return _carry_out(journal, removals, event, act, by, protected, late_record=until is None, hint=hint)
-
-
-def remove_parts(
-    store: Store, journal: Journal, removals: Sequence[PartRemoval], *, by: str, protected: Protected = tuple
-) -> tuple[dict[str, Manifest], list[str]]:
-    """Drop parts permanently, recording each reason durably before the first file is deleted.
-
-    Returns:
-        The manifests as they are now, by id, and one sentence for each that failed.
-    """
-    remaining: dict[str, Manifest] = {}
-
-    def act(removal: PartRemoval) -> None:
-        remaining[removal.manifest.id] = drop_parts(
-            store, removal.manifest, removal.parts, at=journal.now(), why=removal.reason, by=by
-        )
-
-    def event(removal: PartRemoval) -> PartsDropped:
-        about = _about(removal.manifest, by)
-        return PartsDropped(at=journal.now(), **about, parts=removal.parts, reason=removal.reason)
-
-    return remaining, _carry_out(journal, removals, event, act, by, protected)
-
-
-A = TypeVar("A", Removal, PartRemoval)
-
-
-def _carry_out(
-    journal: Journal,
-    actions: Sequence[A],
-    event: Callable[[A], Event],
-    act: Callable[[A], None],
-    by: str,
-    protected: Protected,
-    *,
-    late_record: bool = False,
-    hint: str = "",
-) -> list[str]:
-    """Record all actions durably, then carry out each that is not protected by then.
-
-    With ``late_record`` the first actions may free the space for the record where the disk is full; otherwise ``hint``
-    tells what helps there. Returns one sentence for each action that failed.
-    """
-    if not actions:
-        return []
-    try:
-        recorded = journal.record([event(action) for action in actions], later=late_record)
-    except StoreError as error:
-        if not error.is_full:
-            raise
-        raise StoreError(error.errno, f"nothing was removed, since recording it needs space: {error}{hint}") from error
-    protected_ids, failures = set(protected()), []
-    for action in actions:
-        manifest, parts = action.manifest, action.parts if isinstance(action, PartRemoval) else ()
+    if not removals:
+        return {}
+    recorded = _record(journal, removals, by, until)
+    protected_ids, failures = set(protected()), {}
+    for removal in removals:
+        manifest, parts = removal.manifest, removal.parts if isinstance(removal, PartRemoval) else ()
         what = f"{', '.join(parts)} of {manifest.name}" if parts else manifest.name
         if manifest.id in protected_ids:
-            failures.append(f"{what} was not removed: {_PROTECTED}")
+            failures[manifest.id] = f"{what} was not removed: {_PROTECTED}"
             # else the journal would go on saying that it is being removed, and it could not be pinned
-            journal.record([Undone(at=journal.now(), **_about(manifest, by), parts=parts)], later=not recorded)
+            journal.record([Undone(at=journal.now(), **_about(removal, by), parts=parts)], later=not recorded)
             continue
         try:
-            act(action)
+            _carry_out(store, removal, until, at=journal.now(), why=removal.reason, by=by)
         except StoreError as error:
-            failures.append(f"{what} could not be removed: {error}{hint if error.is_full else ''}")
+            failures[manifest.id] = f"{what} could not be removed: {error}{_hint(error, until)}"
         if not recorded:  # others do not know yet of those that follow, and may protect them
             recorded, protected_ids = journal.record((), later=True), set(protected())
-    if not recorded and len(failures) < len(actions):
-        failures.append("the removal is not recorded in the journal: the disk is still full; free some space")
+    if not recorded and len(failures) < len(removals):
+        failures[""] = "the removal is not recorded in the journal: the disk is still full; free some space"
     return failures
 
 
-def _about(manifest: Manifest, by: str) -> dict[str, Any]:
-    return {"checkpoint": manifest.id, "name": manifest.name, "by": by}
+def _carry_out(store: Store, removal: Removal | PartRemoval, until: datetime | None, **record: Any) -> None:
+    if isinstance(removal, PartRemoval):
+        drop_parts(store, removal.manifest, removal.parts, **record)
+    elif until is None:
+        delete(store, removal.manifest)
+    else:
+        move_to_trash(store, removal.manifest, until=until, **record)
+
+
+def _record(journal: Journal, removals: Sequence[Removal | PartRemoval], by: str, until: datetime | None) -> bool:
+    """Record the reasons durably; where there is no space for that, as soon as a removal has freed it."""
+    events: list[Event] = []
+    for removal in removals:
+        about = _about(removal, by) | {"at": journal.now(), "reason": removal.reason}
+        if isinstance(removal, PartRemoval):
+            events.append(PartsDropped(**about, parts=removal.parts))
+        else:
+            about |= {"step": removal.manifest.step, "epoch": removal.manifest.epoch}
+            events.append(Removed(**about, until=until))
+    frees_space = until is None and not isinstance(removals[0], PartRemoval)
+    try:
+        return journal.record(events, later=frees_space)
+    except StoreError as error:
+        if not error.is_full:
+            raise
+        hint = _hint(error, until)
+        raise StoreError(error.errno, f"nothing was removed, since recording it needs space: {error}{hint}") from error
+
+
+def _hint(error: StoreError, until: datetime | None) -> str:
+    return "; removing permanently, with --undo-for 0, needs no free space" if error.is_full and until else ""
+
+
+def _about(removal: Removal | PartRemoval, by: str) -> dict[str, Any]:
+    return {"checkpoint": removal.manifest.id, "name": removal.manifest.name, "by": by}

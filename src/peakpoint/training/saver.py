@@ -214,7 +214,8 @@ class Saver:
         """Remove checkpoints that are wrong, at once; the caller has waited for the save under way."""
         self.forget(ids)
         removals = [Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
-        self._notices += removal.remove(self._store, self._journal, removals, by="loop", protected=self._protected)
+        failures = removal.remove(self._store, self._journal, removals, by="loop", protected=self._protected)
+        self._notices += failures.values()
         self._committed = tuple(
             manifest for manifest in self._committed if manifest.id not in ids or self._exists(manifest)
         )
@@ -359,18 +360,17 @@ class Saver:
         plan = self._annotations.planner(existing)(existing, self._rules)
         now = self._journal.now()
         until = now + self._undo_for if self._undo_for and not at_once else None
-        failures = []
+        failures: dict[str, str] = {}
         for removals, bound in [(plan.remove, None)] if at_once else self._bounds(plan.remove, now):
-            failures += removal.remove(
+            failures |= removal.remove(
                 self._store, self._journal, removals, by="rules", protected=self._protected, until=bound
             )
-        thinned, skipped = removal.remove_parts(
-            self._store, self._journal, plan.drop, by="rules", protected=self._protected
-        )
+        failures |= removal.remove(self._store, self._journal, plan.drop, by="rules", protected=self._protected)
+        thinned = {drop.manifest.id: drop.remaining for drop in plan.drop if drop.manifest.id not in failures}
         if until is not None or (self._trash_until is not None and self._trash_until <= now):
             self._trash_until = None
             self._purge(now)
-        self._notices += [*failures, *skipped]
+        self._notices += failures.values()
         self._committed = tuple(
             self._without(manifest, thinned)
             for manifest in existing
