@@ -107,7 +107,7 @@ class RunChanges:
         events: the new lines of the journal.
         past: all lines, where the new ones change what counts of the earlier; None elsewhere.
         checkpoints: those that are new or were looked at again.
-        gone: names that the catalogue has, and that exist no more or are among ``checkpoints``.
+        removed: names that the catalogue has, and that exist no more or are among ``checkpoints``.
     """
 
     position: ReadPosition
@@ -115,12 +115,12 @@ class RunChanges:
     events: Sequence[Event]
     past: Sequence[Event] | None
     checkpoints: Sequence[reader.FoundCheckpoint]
-    gone: frozenset[str]
+    removed: frozenset[str]
 
     @property
     def is_empty(self) -> bool:
         """Whether the catalogue has all of it."""
-        return not (self.complete or self.events or self.checkpoints or self.gone)
+        return not (self.complete or self.events or self.checkpoints or self.removed)
 
 
 NOTES = (Measured, Pinned, Unpinned)
@@ -170,22 +170,22 @@ def read_changes(store: Store, run: str, position: ReadPosition | None, indexed:
     """
     identity = digest(store.get(layout.run_record(run)))[:16]
     beginning = ReadPosition(identity)
-    before = position if position is not None and position.identity == identity else beginning
-    journal = _read_journal(store, run, before)
-    complete = before is beginning or journal is None
+    earlier = position if position is not None and position.identity == identity else beginning
+    journal = _read_journal(store, run, earlier)
+    complete = earlier is beginning or journal is None
     if journal is None:  # with another past
-        before = beginning
-        journal = _read_journal(store, run, before)
+        earlier = beginning
+        journal = _read_journal(store, run, earlier)
         assert journal is not None, "nothing was read that could be contradicted"
     now, events = journal
     past = None
     if not complete and any(isinstance(event, Opened | Started) for event in events):
         past = journals.read(store, run).events
     stamp = store.stamp(layout.checkpoints_prefix(run))
-    directories = _Directories(store, run, before.unsettled, {} if complete else indexed)
-    checkpoints, gone = directories.read(events)
+    directories = _Directories(store, run, earlier.unsettled, {} if complete else indexed)
+    checkpoints, removed = directories.read(events)
     now = replace(now, identity=identity, checkpoints=stamp, unsettled=directories.unsettled)
-    return RunChanges(now, complete, events, past, checkpoints, gone)
+    return RunChanges(now, complete, events, past, checkpoints, removed)
 
 
 # --- the journal --------------------------------------------------------------------------------------------------
@@ -267,15 +267,15 @@ class _Directories:
         touched = self._announced(events)
         children = self._store.children(layout.checkpoints_prefix(self._run))
         # names of ours are ASCII; no other directory can have a manifest that names it
-        present = {child[:-1] for child in children if child.endswith("/") and child.isascii()}
+        names = {child[:-1] for child in children if child.endswith("/") and child.isascii()}
         touched |= {name for name, directory in self.unsettled.items() if not self._is_settled(name, directory)}
         self.unsettled = {
-            name: directory for name, directory in self.unsettled.items() if name in present and name not in touched
+            name: directory for name, directory in self.unsettled.items() if name in names and name not in touched
         }
-        unread = (present & touched) | (present - self._indexed.keys() - self.unsettled.keys())
+        unread = (names & touched) | (names - self._indexed.keys() - self.unsettled.keys())
         looked_at = [self._look(name) for name in sorted(unread)]
-        gone = frozenset(name for name in self._indexed if name not in present or name in touched)
-        return [checkpoint for checkpoint in looked_at if checkpoint is not None], gone
+        removed = frozenset(name for name in self._indexed if name not in names or name in touched)
+        return [checkpoint for checkpoint in looked_at if checkpoint is not None], removed
 
     def _is_settled(self, name: str, directory: UnsettledDirectory) -> bool:
         prefix = layout.checkpoint_prefix(self._run, name)

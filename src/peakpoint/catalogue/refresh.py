@@ -125,7 +125,7 @@ def _stored_run(connection: Connection, run: str) -> tuple[int, CachedRun]:
     row = connection.execute(_row_of(run)).one()
     if row.read is None:
         return row.tick, CachedRun(None, None, {})
-    note = connection.execute(select(schema.noted.c.run).where(schema.noted.c.run == row.key).limit(1)).first()
+    note = connection.execute(select(schema.notes.c.run).where(schema.notes.c.run == row.key).limit(1)).first()
     narrow, details = schema.checkpoints.c, schema.details.c
     statement = select(details.name, narrow.key, details.id).where(narrow.run == row.key)
     joined = statement.join_from(schema.checkpoints, schema.details, details.checkpoint == narrow.key)
@@ -148,8 +148,8 @@ class _Update:
         self._connection, self._row, self._changes = connection, row, changes
         columns = cached.columns if cached.birth == row.born else None
         self._columns = columns if columns is not None and len(columns.keys) == row.metrics else None
-        self._noted = {event.checkpoint for event in changes.events if isinstance(event, NOTES)}
-        self._has_notes = cached.has_notes or bool(self._noted)
+        self._noted_ids = {event.checkpoint for event in changes.events if isinstance(event, NOTES)}
+        self._has_notes = cached.has_notes or bool(self._noted_ids)
         self._free = row.free
         self._is_new = row.read is None or changes.complete
         self._indexed = {} if self._is_new else dict(cached.indexed)
@@ -167,9 +167,9 @@ class _Update:
         changes, row, runs = self._changes, self._row, schema.runs
         if self._is_new:
             self._forget(list(self._keys.values()))
-            self._connection.execute(delete(schema.noted).where(schema.noted.c.run == self._key))
+            self._connection.execute(delete(schema.notes).where(schema.notes.c.run == self._key))
         self._write_notes()
-        self._forget([self._indexed.pop(name)[0] for name in changes.gone if name in self._indexed])
+        self._forget([self._indexed.pop(name)[0] for name in changes.removed if name in self._indexed])
         self._add(changes.checkpoints)
         tick = row.tick + 1
         text = msgspec.json.encode(_StoredPosition(changes.position, tick)).decode()
@@ -180,15 +180,15 @@ class _Update:
 
     def _write_notes(self) -> None:
         """What was measured later, and what is pinned."""
-        if not self._noted:
+        if not self._noted_ids:
             return
-        notes = stored_notes(self._connection, self._key, self._noted)
+        notes = stored_notes(self._connection, self._key, self._noted_ids)
         for event in self._changes.events:
             notes.take(event)
-        table = schema.noted
-        for ids in portions(sorted(self._noted)):
+        table = schema.notes
+        for ids in portions(sorted(self._noted_ids)):
             self._connection.execute(delete(table).where(table.c.run == self._key, table.c.checkpoint.in_(ids)))
-        self._connection.execute(insert(table), note_rows(self._key, notes, self._noted))
+        self._connection.execute(insert(table), note_rows(self._key, notes, self._noted_ids))
 
     def _forget(self, keys: Sequence[int]) -> None:
         for some_keys in portions(keys):

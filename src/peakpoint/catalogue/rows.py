@@ -74,8 +74,8 @@ class RunReports(NamedTuple):
 
     def after(self, events: Sequence[Event]) -> "RunReports":
         """The same after further lines of the journal."""
-        opened = histories.newest_event(events, Opened)
-        rules = self.rules if opened is None else tuple(opened.rules)
+        opening = histories.newest_event(events, Opened)
+        rules = self.rules if opening is None else tuple(opening.rules)
         history = histories.history(events)
         peaks, missing = extend_peaks(self.peaks, self.missing, history, _watched_by(rules))
         return RunReports(rules, peaks, missing, self.reports + len(history))
@@ -123,7 +123,7 @@ def note_rows(run: int, notes: Annotations, ids: Iterable[str]) -> list[dict[str
 
 def stored_notes(connection: Connection, run: int, ids: Collection[str]) -> Annotations:
     """What the catalogue has noted of some checkpoints of a run, by their ids."""
-    table = schema.noted.c
+    table = schema.notes.c
     statement = select(table.checkpoint, table.metrics, table.pinned).where(table.run == run)
     if len(ids) <= _MANY:
         statement = statement.where(table.checkpoint.in_(ids))
@@ -241,5 +241,5 @@ def checkpoint_of(row: Any, path: Path | None) -> Checkpoint:
         size_bytes=row.size,
         path=path,
         created_at=datetime.fromisoformat(record["created_at"]),
-        forks=tuple((after, before) for after, before in record["forks"]),
+        forks=tuple((begin, end) for begin, end in record["forks"]),
     )

@@ -57,7 +57,7 @@ runs = sa.Table(
     sa.Column("newest", sa.Double),  # when the newest checkpoint was made
     sa.Column("read", sa.Text, nullable=False),  # how far its files are read: ``changes.ReadPosition`` as JSON
 )
-noted = sa.Table(
+notes = sa.Table(
     PREFIX + "noted",
     _TABLES,
     sa.Column("run", _Key, _references("runs"), primary_key=True),

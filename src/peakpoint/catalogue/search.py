@@ -28,7 +28,7 @@ class Search:
         connection: where.
         sql: translates.
         clauses: what must hold.
-        more: further conditions, in SQL.
+        further: conditions in SQL that must hold, too.
         keys: by what rows are ranked; the newest first without any.
         candidate_limit: how many rows are few.
     """
@@ -36,13 +36,13 @@ class Search:
     connection: Connection
     sql: Translator
     clauses: Sequence[Condition]
-    more: Sequence[Expression]
+    further: Sequence[Expression]
     keys: Sequence[RankingKey]
     candidate_limit: int
 
     def conditions(self) -> list[Expression]:
         """All that must hold."""
-        return [*map(self.sql.where, self.clauses), *(self.sql.finite(key.value) for key in self.keys), *self.more]
+        return [*map(self.sql.where, self.clauses), *(self.sql.finite(key.value) for key in self.keys), *self.further]
 
     def rows(self, columns: Sequence[Expression], limit: int | None) -> Sequence[Any]:
         """The rows in order."""
@@ -54,7 +54,7 @@ class Search:
             return ranked.where(*self.conditions())
         scan = self.sql.without_indexes()
         clauses = [scan.where(clause) for clause in self.clauses]
-        further = [*(scan.finite(key.value) for key in self.keys), *self.more]
+        further = [*(scan.finite(key.value) for key in self.keys), *self.further]
         best = self._best()
         if best is not None:
             among_best = ranked.where(best, *clauses, *further)

@@ -225,13 +225,13 @@ class _SelectionReader:
 
     def rows(self, keys: Sequence[int]) -> list[Any]:
         """What belongs to those of the keys that still exist, in their order."""
-        table, details, runs, noted = self.columns.table, schema.details, schema.runs, schema.noted
+        table, details, runs, notes = self.columns.table, schema.details, schema.runs, schema.notes
         owner = (runs.c.key.label("owner"), runs.c.name.label("run"))
         moment = (table.c.sequence, table.c.epoch, table.c.step, table.c.size)
         columns = (table.c.key, *owner, *moment, details.c.id, details.c.name, details.c.record)
         joined = table.join(details, details.c.checkpoint == table.c.key).join(runs, runs.c.key == table.c.run)
-        joined = joined.outerjoin(noted, (noted.c.run == table.c.run) & (noted.c.checkpoint == details.c.id))
-        statement = select(*columns, noted.c.metrics, noted.c.pinned).select_from(joined)
+        joined = joined.outerjoin(notes, (notes.c.run == table.c.run) & (notes.c.checkpoint == details.c.id))
+        statement = select(*columns, notes.c.metrics, notes.c.pinned).select_from(joined)
         rows = {row.key: row for row in self.connection.execute(statement.where(table.c.key.in_(list(keys))))}
         return [rows[key] for key in keys if key in rows]
 
@@ -271,11 +271,11 @@ class _SelectionReader:
         within, keys = self._within(), self.request.keys
         return self._ranked(keys, ()) if within is None else self._ranked(keys[1:] or _EARLIEST, (within[1],))
 
-    def _ranked(self, keys: Sequence[RankingKey], more: Sequence[Expression]) -> Search:
+    def _ranked(self, keys: Sequence[RankingKey], conditions: Sequence[Expression]) -> Search:
         if self.left_out:
             unread = select(schema.runs.c.key).where(schema.runs.c.name.in_(self.left_out))
-            more = (*more, self.columns.table.c.run.not_in(unread))
-        return Search(self.connection, self.sql, self.request.query.clauses, more, keys, self.candidate_limit)
+            conditions = (*conditions, self.columns.table.c.run.not_in(unread))
+        return Search(self.connection, self.sql, self.request.query.clauses, conditions, keys, self.candidate_limit)
 
     def _within(self) -> tuple[str, Expression] | None:
         """What is as good as the best."""
@@ -312,8 +312,8 @@ def _check_metrics(request: SelectionQuery, columns: Columns) -> None:
 
 def _unknown(name: str, columns: Columns) -> str:
     names = [*columns.keys, *FIELDS]
-    same = [near for near in names if near.casefold() == name.casefold()]
-    near_names = same or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    equal = [near for near in names if near.casefold() == name.casefold()]
+    near_names = equal or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     quoted = [near for near in near_names if not near.replace(".", "_").isidentifier()]
     how = f" (write metric('{quoted[0]}'))" if quoted else ""
     meant = f"; did you mean {' or '.join(map(repr, near_names))}?" if near_names else ""

@@ -41,7 +41,9 @@ class CatalogueMismatch(NamedTuple):
     unreadable: bool = False
 
 
-def _look(store: Store, run: str, name: str, archive: RunArchive | None) -> reader.FoundCheckpoint | CatalogueMismatch:
+def _inspect(
+    store: Store, run: str, name: str, archive: RunArchive | None
+) -> reader.FoundCheckpoint | CatalogueMismatch:
     """A checkpoint as its directory tells it, or why the catalogue should not have it."""
     ref = f"{run}/{name}"
     try:
@@ -68,7 +70,7 @@ def compare_rows(
     entries: list[CheckpointEntry] = []
     archive_of = cache(partial(readable_run_archive, store))
     for row in rows:
-        checkpoint = _look(store, row.run, row.name, archive_of(row.run))
+        checkpoint = _inspect(store, row.run, row.name, archive_of(row.run))
         if isinstance(checkpoint, CatalogueMismatch):
             mismatches.append(checkpoint)
             continue
@@ -166,16 +168,16 @@ def _compare_run(connection: Connection, columns: Columns, store: Store, run: st
         return [CatalogueMismatch(run, f"run {run}: {error}", unreadable=True)]
     keys = _checkpoint_keys(connection, columns, row.key)
     names = {child[:-1] for child in directories if child.endswith("/") and child.isascii()}
-    noted = annotations_of(events)
+    annotations = annotations_of(events)
     mismatches, entries, manifests = [], [], []
     for name in sorted(keys.keys() | names):
-        checkpoint = _look(store, run, name, archive)
+        checkpoint = _inspect(store, run, name, archive)
         if isinstance(checkpoint, CatalogueMismatch):
             mismatches += [checkpoint] if name in keys else []
             continue
         manifests.append(checkpoint.manifest)
         if name in keys:
-            entries.append(CheckpointEntry.noted(keys[name], row.key, checkpoint, noted))
+            entries.append(CheckpointEntry.noted(keys[name], row.key, checkpoint, annotations))
         else:
             mismatches.append(CatalogueMismatch(run, f"{run}/{name} is missing in the catalogue"))
     mismatches += _compare_entries(connection, columns, entries)
@@ -211,7 +213,7 @@ def _compare_totals(row: Any, events: Sequence[Event], manifests: Sequence[Manif
 
 def _compare_notes(connection: Connection, row: Any, events: Sequence[Event]) -> list[CatalogueMismatch]:
     ids = sorted({event.checkpoint for event in events if isinstance(event, NOTES)})
-    table = schema.noted
+    table = schema.notes
     stored = map(dict, connection.execute(select(table).where(table.c.run == row.key)).mappings())
     if sorted(stored, key=lambda note: note["checkpoint"]) == note_rows(row.key, annotations_of(events), ids):
         return []

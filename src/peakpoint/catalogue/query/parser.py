@@ -1,4 +1,4 @@
-"""Read a selection: from text to tokens, to a tree.
+"""Read a selection: from tokens to a tree.
 
 Precedence, the loosest first: or, and, not, comparisons, + and -, * / %, signs.
 """
@@ -6,96 +6,19 @@ Precedence, the loosest first: or, and, not, comparisons, + and -, * / %, signs.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from peakpoint.catalogue.query import tree
-from peakpoint.catalogue.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value, point
+from peakpoint.catalogue.query.tokens import QUOTE_AMOUNTS, Token, pointed_error, tokens_of
+from peakpoint.catalogue.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.names import check_metric
 
-# --- tokens -------------------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(
-    r"""(?P<space>\s+)
-      | (?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
-      | (?P<quoted>`[^`]+`)
-      | (?P<number>(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?(?![\w.]))
-      | (?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)
-      | (?P<sign><=|>=|==|!=|<>|=|~|[()\[\]<>+*/%,-])
-    """,
-    re.VERBOSE,
-)
-_WORDS = ("and", "or", "not", "in", "between")
-_SYNONYMS = {"=": "==", "<>": "!="}
-_FOREIGN = dict.fromkeys(("is", "null", "none", "nan"), "ask with has(x) or not has(x)")
-_FOREIGN |= dict.fromkeys(("true", "false"), "write pinned or not pinned, for example")
-_FOREIGN |= {"like": 'write name ~ "pattern*"'}
-_QUOTE_AMOUNTS = '; sizes and dates stand in quotes, as in size < "40 MB"'
-_QUOTE_PATTERNS = '; a pattern stands in quotes, as in run ~ "resnet50*"'
 _ODD_ESCAPE = re.compile(r"\\[^\"']")
-_MOST_TOKENS = 2000
-_LONGEST = 50_000
 _DEEPEST = 40
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    """A word or sign; ``kind`` is a group of ``_TOKEN``, ``word`` or ``end``."""
-
-    kind: str
-    text: str
-    span: Span
-
-
-def _error(text: str, span: Span, message: str) -> ConfigError:
-    return ConfigError(point(text, span, message))
-
-
-def _tokens(text: str) -> list[_Token]:
-    """Cut a text into tokens; the last is its end."""
-    if len(text) > _LONGEST:
-        raise ConfigError(f"the selection is too long: more than {_LONGEST:,} characters")
-    tokens: list[_Token] = []
-    position = 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None or match.lastgroup is None:
-            raise _no_token(text, position)
-        if not match[0].isascii() and any("\ud800" <= character <= "\udfff" for character in match[0]):
-            raise _error(text, match.span(), "the selection contains broken bytes, which are not text")
-        position = match.end()
-        if match.lastgroup != "space":
-            tokens.append(_token(text, match.lastgroup, match.span()))
-    if len(tokens) > _MOST_TOKENS:
-        raise ConfigError(f"the selection is too long: more than {_MOST_TOKENS} words and signs")
-    end = tokens[-1].span[1] if tokens else 0
-    return [*tokens, _Token("end", "", (end, end + 1))]
-
-
-def _token(text: str, kind: str, span: Span) -> _Token:
-    """A token with synonyms resolved; texts and quoted names keep their quotes."""
-    written = text[slice(*span)]
-    word = written.lower()
-    if kind == "name" and word in _FOREIGN:
-        raise _error(text, span, f"{written} has no meaning in a selection; {_FOREIGN[word]}")
-    if kind == "name" and word in _WORDS:
-        return _Token("word", word, span)
-    return _Token(kind, _SYNONYMS.get(written, written), span)
-
-
-def _no_token(text: str, position: int) -> ConfigError:
-    """Why no token begins here."""
-    character = text[position]
-    if character in "\"'`":
-        return _error(text, (position, len(text)), f"the closing {character} is missing")
-    hint = _QUOTE_AMOUNTS if character.isdigit() else ""
-    return _error(text, (position, position + 1), f"{character!r} has no meaning in a selection{hint}")
-
-
-# --- the tree -----------------------------------------------------------------------------------------------------
-
+_QUOTE_PATTERNS = '; a pattern stands in quotes, as in run ~ "resnet50*"'
 _Node = Condition | Value
 _COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _CLOSING = {"(": ")", "[": "]"}
@@ -106,15 +29,15 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._tokens = _tokens(text)
+        self._tokens = tokens_of(text)
         self._position = 0
         self._depth = 0
 
     @property
-    def _next(self) -> _Token:
+    def _next(self) -> Token:
         return self._tokens[self._position]
 
-    def _take(self) -> _Token:
+    def _take(self) -> Token:
         token = self._next
         if token.kind == "end":
             raise self._not_understood()
@@ -133,7 +56,7 @@ class _Parser:
         return begin, self._tokens[self._position - 1].span[1]
 
     def _error(self, span: Span, message: str) -> ConfigError:
-        return _error(self._text, span, message)
+        return pointed_error(self._text, span, message)
 
     def _not_understood(self) -> ConfigError:
         """Why the next token cannot stand there."""
@@ -147,11 +70,11 @@ class _Parser:
         elif any(near.text == "~" for near in around) and around[-1].kind != "text":
             hint = _QUOTE_PATTERNS
         elif [near.kind for near in around[-2:]] == ["number", "name"]:
-            hint = _QUOTE_AMOUNTS
+            hint = QUOTE_AMOUNTS
         return self._error(token.span, f"the selection is not understood here{hint}")
 
     @contextmanager
-    def _nested(self, token: _Token) -> Iterator[None]:
+    def _nested(self, token: Token) -> Iterator[None]:
         self._depth += 1
         if self._depth > _DEEPEST:
             raise self._error(token.span, "the selection is nested too deeply here; write it with fewer parentheses")
@@ -195,13 +118,9 @@ class _Parser:
     def _comparison(self) -> _Node:
         begin = self._next.span[0]
         node = self._sum()
-        for words, read in (
-            (("~",), self._like),
-            (("in",), self._among),
-            (("between",), self._between),
-        ):
-            negated = words != ("~",) and self._accept("not", *words)
-            if negated or self._accept(*words):
+        for word, read in (("~", self._like), ("in", self._among), ("between", self._between)):
+            negated = word != "~" and self._accept("not", word)
+            if negated or self._accept(word):
                 condition = read(self._as_value(node), begin)
                 return tree.Not(condition, condition.span) if negated else condition
         conditions: list[Condition] = []
@@ -340,7 +259,7 @@ class _Parser:
         self._position -= 1
         raise self._not_understood()
 
-    def _in_parentheses(self, opening: _Token) -> _Node:
+    def _in_parentheses(self, opening: Token) -> _Node:
         with self._nested(opening):
             node = self._any()
         if self._next.kind == "end":
@@ -349,7 +268,7 @@ class _Parser:
             raise self._not_understood()
         return node
 
-    def _call(self, function: _Token) -> _Node:
+    def _call(self, function: Token) -> _Node:
         argument = self._in_parentheses(self._take())
         span = self._since(function.span[0])
         match function.text.lower():
@@ -373,7 +292,7 @@ class _Parser:
             raise self._error(value.span, "has() takes the name of a metric or field")
         return value
 
-    def _unescaped(self, token: _Token) -> str:
+    def _unescaped(self, token: Token) -> str:
         if _ODD_ESCAPE.search(token.text.replace("\\\\", "")):
             raise self._error(token.span, "in a text, \\ stands only before a quote or another \\")
         return re.sub(r"\\(.)", r"\1", token.text[1:-1], flags=re.DOTALL)
