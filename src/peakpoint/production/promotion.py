@@ -27,7 +27,8 @@ from peakpoint.format.events import Closed, Promoted, Promoting
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
 from peakpoint.production.policy import Policy
-from peakpoint.production.proposal import CLOCK_SLACK, Proposal, allowed_policy, propose
+from peakpoint.production.proposal import CLOCK_SLACK, Proposal, allowed_policy
+from peakpoint.production.proposal import propose as propose  # noqa: PLC0414 - users find it beside promote
 from peakpoint.repository import aliases, reader, signing
 from peakpoint.repository import journal as journals
 from peakpoint.repository.aliases import AliasChange, AliasRecord, DamagedRecord
@@ -38,20 +39,6 @@ from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
 from peakpoint.store import Store
 
-__all__ = [
-    "CHAMPION",
-    "BeingRemovedError",
-    "Proposal",
-    "RolledBack",
-    "check_key",
-    "check_why",
-    "complete",
-    "promote",
-    "propose",
-    "refusal",
-    "retire",
-    "rollback",
-]
 CHAMPION = "champion"  # an alias of this name is never without a checkpoint
 
 

@@ -1,7 +1,7 @@
 """A proposal: a candidate beside the holder of an alias, with the objections to its promotion."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -140,30 +140,6 @@ def _with_objections(repository: Repository, proposal: Proposal, clock: Clock) -
     return replace(proposal, objections=reasons)
 
 
-def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) -> tuple[str, ...]:
-    """Why a promotion cannot rest on the validation of a proposal; see ``objections``.
-
-    Raises:
-        NotFoundError: the golden inputs that the policy names are missing.
-    """
-    policy, validation = proposal.policy, proposal.validation
-    # whether that is still the champion that it was compared with, whatever the checkpoint is to become
-    compared_alias = None if validation is None else validation.alias
-    newest = proposal.newest if compared_alias is None else aliases.newest(proposal.run.store, compared_alias)
-    holder = newest.target if isinstance(newest, AliasRecord) else None
-    return objections(
-        validation,
-        manifest=proposal.target.manifest,
-        parts=tuple(proposal.manifest.parts),
-        metrics=known_of(proposal.run, proposal.manifest),
-        now=clock(),
-        max_age=validations.MAX_AGE if policy is None else policy.max_age,
-        wanted=None if policy is None else with_golden(policy.wanted),
-        champion=None if holder is None else holder.checkpoint,
-        failures=failures,
-    )
-
-
 def _refusals(
     repository: Repository, manifest: Manifest, policy: Policy | None, by: str, *, to_be_signed: bool
 ) -> tuple[str, ...]:
@@ -227,39 +203,26 @@ def _not_allowed(policy: Policy, actor: str) -> str:
 # --- objections ---------------------------------------------------------------------------------------------------
 
 
-def objections(
-    validation: Validation | None,
-    *,
-    manifest: str,
-    parts: Sequence[str],
-    metrics: Mapping[str, float],
-    now: datetime,
-    max_age: timedelta = MAX_AGE,
-    wanted: ValidationSpec | None = None,
-    champion: str | None = None,
-    failures: bool = True,
-) -> tuple[str, ...]:
-    """Why a promotion cannot rest on a validation, a sentence each; none when it can.
+def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) -> tuple[str, ...]:
+    """Why a promotion cannot rest on the validation of a proposal, a sentence each; none when it can.
 
     Args:
-        validation: the last of the checkpoint.
-        manifest: digest of the checkpoint's manifest now.
-        parts: the parts that it has now.
-        metrics: what is recorded of it now.
-        max_age: how old the validation may be.
-        wanted: what a policy asks to be checked; None when there is no policy.
-        champion: id of the current holder of the alias.
-        failures: whether failed checks count; without, only whether it checked what is asked today.
+        failures: whether failed checks count; without, only whether the validation checked what is asked today.
+
+    Raises:
+        NotFoundError: the golden inputs that the policy names are missing.
     """
+    policy, validation = proposal.policy, proposal.validation
+    spec = None if policy is None else with_golden(policy.wanted)
     if validation is None:
         return ("it was never validated",)
     return (
         *_failed_checks(validation, failures=failures),
-        *_changed_since(validation, manifest, parts, wanted),
-        *_outdated(validation, now, max_age),
-        *_checked_otherwise(validation, wanted),
-        *_recorded_since(validation, metrics),
-        *_compared_with_another(validation, champion),
+        *_changed_since(validation, proposal.target.manifest, proposal.manifest.parts, spec),
+        *_outdated(validation, clock(), MAX_AGE if policy is None else policy.max_age),
+        *_checked_otherwise(validation, spec),
+        *_recorded_since(validation, known_of(proposal.run, proposal.manifest)),
+        *_compared_with_another(validation, proposal),
     )
 
 
@@ -272,7 +235,7 @@ def _failed_checks(validation: Validation, *, failures: bool) -> list[str]:
 
 
 def _changed_since(
-    validation: Validation, manifest: str, parts: Sequence[str], spec: ValidationSpec | None
+    validation: Validation, manifest: str, parts: Collection[str], spec: ValidationSpec | None
 ) -> Iterator[str]:
     part = validation.wanted.part
     if validation.manifest != manifest:
@@ -313,9 +276,13 @@ def _recorded_since(validation: Validation, metrics: Mapping[str, float]) -> Ite
             yield f"{name} was recorded as {current:.6g} after the validation, which had found {evaluated:.6g}"
 
 
-def _compared_with_another(validation: Validation, champion: str | None) -> Iterator[str]:
+def _compared_with_another(validation: Validation, proposal: Proposal) -> Iterator[str]:
+    # whether that is still the champion that it was compared with, whatever the checkpoint is to become
+    alias, store = validation.alias, proposal.run.store
+    newest = proposal.newest if alias is None else aliases.newest(store, alias)
+    champion = newest.target if isinstance(newest, AliasRecord) else None
     compared = validation.against is not None or validation.wanted.agreement > 0
-    if compared and champion not in {None, validation.against, validation.checkpoint}:
+    if compared and champion is not None and champion.checkpoint not in {validation.against, validation.checkpoint}:
         yield "its validation is stale: it was not compared with the current champion"
 
 

@@ -8,7 +8,7 @@ twice. Where the best checkpoint is promoted already, a release changes nothing.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import parse
@@ -26,25 +26,13 @@ from peakpoint.repository import aliases, signing, validations
 from peakpoint.repository.aliases import AliasRecord, AliasTarget
 from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Validation, ValidationSpec
+from peakpoint.repository.validations import Validation
 
 ReleaseOutcome = Literal["promoted", "unchanged", "refused", "nothing fits", "would promote", "would validate"]
 
 
-class Validate(Protocol):
-    """Validates a checkpoint and records what it found."""
-
-    def __call__(
-        self,
-        repository: Repository,
-        ref: str,
-        spec: ValidationSpec,
-        *,
-        alias: str,
-        timeout: float | None,
-        progress: Callable[[str], None],
-    ) -> Validation:
-        """See ``peakpoint.production.validation.validate``."""
+Validate = Callable[..., Validation]
+"""Validates a checkpoint and records what it found; called like ``peakpoint.production.validation.validate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +57,7 @@ class Step:
         return self.outcome in {"refused", "nothing fits", "would validate", "would promote"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Release:
     """What a release did, or would do.
 
@@ -85,10 +73,10 @@ class Release:
         hook_results: what became of the hooks.
     """
 
-    id: str | None
     alias: str
-    outcome: ReleaseOutcome
-    steps: tuple[Step, ...]
+    id: str | None = None
+    outcome: ReleaseOutcome = "refused"
+    steps: list[Step] = field(default_factory=list)
     candidate: Checkpoint | None = None
     proposal: Proposal | None = None
     record: AliasRecord | None = None
@@ -124,7 +112,9 @@ def release(
         ConfigError: there is no policy for the alias, or it says nothing of what to select.
         ConflictError: somebody else has changed the alias meanwhile; run it again.
     """
+    release = Release(alias=alias)
     work = _ReleaseWork(
+        release=release,
         repository=repository,
         policy=_policy_of(policies, alias),
         policy_text=policies.text,
@@ -139,11 +129,11 @@ def release(
     for take in (_select, _validate, _compare, _promote, _tell):
         step = take(work)
         if step is not None:
-            work.steps.append(step)
-            work.outcome, work.reasons = step.outcome or work.outcome, step.reasons
+            release.steps.append(step)
+            release.outcome, release.reasons = step.outcome or release.outcome, step.reasons
             if step.ends:
                 break
-    return work.result()
+    return release
 
 
 def _policy_of(policies: Policies, alias: str) -> Policy:
@@ -160,10 +150,11 @@ def _policy_of(policies: Policies, alias: str) -> Policy:
     return policy
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _ReleaseWork:
-    """What the steps of a release share."""
+    """What the steps of a release share: what was asked, and the release as far as it has come."""
 
+    release: Release
     repository: Repository
     policy: Policy
     policy_text: str
@@ -175,13 +166,6 @@ class _ReleaseWork:
     catalogue: str | None
     clock: Clock
     by: str = field(default_factory=present_user)
-    outcome: ReleaseOutcome = "refused"
-    steps: list[Step] = field(default_factory=list)
-    candidate: Checkpoint | None = None
-    proposal: Proposal | None = None
-    record: AliasRecord | None = None
-    reasons: tuple[str, ...] = ()
-    hook_results: tuple[HookResult, ...] = ()
 
     @property
     def rule(self) -> str:
@@ -192,18 +176,18 @@ class _ReleaseWork:
     @property
     def chosen(self) -> tuple[Checkpoint, Proposal]:
         """The candidate and its proposal, which every step after the selection has."""
-        assert self.candidate is not None
-        assert self.proposal is not None
-        return self.candidate, self.proposal
+        assert self.release.candidate is not None
+        assert self.release.proposal is not None
+        return self.release.candidate, self.release.proposal
 
     def note(self, name: str, summary: str) -> None:
         """Add a line to the account of a step that is not over yet."""
-        self.steps.append(Step(name=name, said=summary))
+        self.release.steps.append(Step(name=name, said=summary))
 
     def propose(self, candidate: Checkpoint) -> None:
         """Look at the candidate as it is now."""
-        self.candidate = candidate
-        self.proposal = propose(
+        self.release.candidate = candidate
+        self.release.proposal = propose(
             self.repository,
             f"{candidate.run}/{candidate.id}",
             self.policy.alias,
@@ -227,30 +211,9 @@ class _ReleaseWork:
 
     def refuse(self, reasons: tuple[str, ...]) -> Step:
         """End the release."""
+        self.release.id = _id(self.policy, self.chosen[1])
         summary = f"{self.chosen[0].ref} was not promoted to {self.policy.alias}"
         return Step(name="promote", said=summary, outcome="refused", reasons=reasons)
-
-    def id(self) -> str | None:
-        """The same whenever the same is decided; None where nothing was."""
-        if self.record is not None:
-            return self.record.release
-        if self.proposal is None or self.outcome in {"would validate", "would promote"}:
-            return None
-        return _id(self.policy, self.proposal)
-
-    def result(self) -> Release:
-        """What the release did."""
-        return Release(
-            id=self.id(),
-            alias=self.policy.alias,
-            outcome=self.outcome,
-            steps=tuple(self.steps),
-            candidate=self.candidate,
-            proposal=self.proposal,
-            record=self.record,
-            reasons=self.reasons,
-            hook_results=self.hook_results,
-        )
 
 
 def _id(policy: Policy, proposal: Proposal) -> str:
@@ -399,8 +362,9 @@ def _promote(work: _ReleaseWork) -> Step:
     candidate, proposal = work.chosen
     alias, reason = work.policy.alias, work.why or f"released by the policy: {work.rule}"
     if proposal.unchanged:
-        work.record = record = proposal.current
+        work.release.record = record = proposal.current
         assert record is not None
+        work.release.id = record.release
         if not work.dry_run:
             promotion.promote(proposal, reason)  # completes what a release that was killed has left open
         summary = f"{candidate.ref} is {alias} since {record.at:%Y-%m-%d %H:%M} UTC (record {record.number})"
@@ -411,11 +375,11 @@ def _promote(work: _ReleaseWork) -> Step:
         return Step(name="promote", said=f"would promote {candidate.ref} to {alias}", outcome="would promote")
     missing_signature = None if work.private_key is None else _sign(work, proposal, work.private_key)
     if missing_signature is not None:
-        work.proposal = replace(proposal, refusals=(missing_signature,))
+        work.release.proposal = replace(proposal, refusals=(missing_signature,))
         return work.refuse((missing_signature,))
     work.progress("promote")
-    steps = [{"name": step.name, "said": step.said} for step in work.steps]
-    work.record = record = promotion.promote(
+    steps = [{"name": step.name, "said": step.said} for step in work.release.steps]
+    work.release.record = record = promotion.promote(
         proposal,
         reason,
         by=work.by,
@@ -423,6 +387,7 @@ def _promote(work: _ReleaseWork) -> Step:
         decision={"steps": steps, "policy": work.policy_text},
         clock=work.clock,
     )
+    work.release.id = record.release
     summary = f"{candidate.ref} is {alias} now (record {record.number})"
     return Step(name="promote", said=summary, outcome="promoted")
 
@@ -439,11 +404,11 @@ def _sign(work: _ReleaseWork, proposal: Proposal, private_key: Path) -> str | No
 
 def _tell(work: _ReleaseWork) -> Step | None:
     """Tell the hooks of the change, unless all of them were told."""
-    if work.dry_run or work.record is None:
+    if work.dry_run or work.release.record is None:
         return None
     store = work.repository.store
-    results = hooks.tell(store, work.record, work.policy, progress=work.progress, clock=work.clock)
-    work.hook_results = tuple(results)
+    results = hooks.tell(store, work.release.record, work.policy, progress=work.progress, clock=work.clock)
+    work.release.hook_results = tuple(results)
     lines = [Step(name="tell", said=f"{result.hook}: {result.error or 'notified'}") for result in results]
-    work.steps.extend(lines[:-1])
+    work.release.steps.extend(lines[:-1])
     return lines[-1] if lines else None
