@@ -35,7 +35,7 @@ class MetricPair:
 
     @property
     def better(self) -> bool | None:
-        """Whether the candidate is better; None when that cannot be said."""
+        """Return whether the candidate is better; None when that cannot be said."""
         if self.mode is None or self.champion == self.candidate or math.isnan(self.champion - self.candidate):
             return None
         return (self.candidate > self.champion) == (self.mode == "max")

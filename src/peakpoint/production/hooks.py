@@ -64,7 +64,7 @@ def change_of(store: Store, record: AliasRecord) -> dict[str, Any]:
 
 
 def are_due(store: Store, record: AliasRecord, policy: Policy | None) -> bool:
-    """Whether hooks have still to be notified of a change."""
+    """Return whether hooks have still to be notified of a change."""
     return bool(policy and policy.hooks) and store.size(_key(record)) is None
 
 

@@ -11,7 +11,7 @@ from peakpoint.production.subprocess_runner import Ends
 
 
 class Post(msgspec.Struct):
-    """What to send: a JSON text."""
+    """A JSON text to send."""
 
     url: str
     body: str

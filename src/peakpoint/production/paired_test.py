@@ -1,4 +1,4 @@
-"""Whether one model is better than another, from what both said about the same examples.
+"""Test whether one model is better than another, by their predictions for the same examples.
 
 Two accuracies on the same examples are not independent: what both models got right or wrong says nothing about which
 is better. Only the examples on which exactly one was right do.
@@ -22,12 +22,9 @@ _NEGLIGIBLE = 1e-18  # of a sum: what it cannot hold
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """Two models on the same examples.
+    """Two models on the same examples, and the test of their difference.
 
     Attributes:
-        examples: how many, at least 1.
-        champion_right: how many the champion got right.
-        candidate_right: how many the candidate got right.
         gained: how many were wrong and are right with the candidate.
         lost: how many were right and are wrong with the candidate.
         difference: the candidate's accuracy less the champion's, from -1 to 1.
@@ -222,7 +219,7 @@ def _wilson(name: str, share: float, count: int, score: float) -> tuple[float, f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """Whether an improvement was shown.
+    """The answer to whether an improvement was shown.
 
     Attributes:
         passed: it was.

@@ -17,8 +17,8 @@ A repository may have one such file beside its runs, with a table for each alias
     mode = "max"
     minimum = 0.002
 
-Every entry that is left out has a default that refuses less; an entry that nobody knows is an error, since a policy
-that is misspelt must not pass for one that asks nothing.
+Every entry that is left out has a default that refuses less. An unknown entry is an error: a misspelt policy must not
+pass for one that asks nothing.
 """
 
 import fnmatch
@@ -76,7 +76,7 @@ class ValidationPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 _positive_duration(name, getattr(self, name))
 
     def wanted(self, base: Path) -> ValidationSpec:
-        """Return what a validation has to check; the golden file is looked for in ``base``."""
+        """Return the checks of a validation; the golden file is looked for in ``base``."""
         entries = msgspec.structs.asdict(self)
         del entries["max_age"], entries["timeout"]
         golden = None if self.golden is None else str(base / self.golden)
@@ -189,12 +189,12 @@ class Policy(PolicyTable, frozen=True, kw_only=True):
 
     @property
     def by(self) -> dict[str, Mode]:
-        """What candidates are ranked by, and in which direction; the most important first."""
+        """The metrics that candidates are ranked by, and their directions; the most important first."""
         return dict(map(_rank, self.rank))
 
     @property
     def wanted(self) -> ValidationSpec:
-        """What a validation checks. Whether the golden file exists is seen when it is needed."""
+        """The checks of a validation. The golden file is looked for when it is needed."""
         return self.validation.wanted(self.base)
 
     @property
@@ -214,7 +214,7 @@ class Policy(PolicyTable, frozen=True, kw_only=True):
         return None if self.signing is None else self.base / self.signing.public_key
 
     def allows(self, actor: str) -> bool:
-        """Whether somebody, as ``provenance.present_user`` names them, may change the alias."""
+        """Return whether somebody, as ``provenance.present_user`` names them, may change the alias."""
         names = (actor, actor.partition(" on ")[0])
         return not self.may_promote or any(
             fnmatch.fnmatchcase(name, pattern) for pattern in self.may_promote for name in names
@@ -238,7 +238,7 @@ def _positive_duration(name: str, text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """What ``production.toml`` says. A table is read when it is asked for: what is wrong with another one bars nobody.
+    """The content of ``production.toml``. A table is read when it is asked for: a mistake in another one does no harm.
 
     Attributes:
         content: alias to its table, as TOML gives it.

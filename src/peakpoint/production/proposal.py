@@ -60,12 +60,12 @@ class Proposal:
 
     @property
     def holder(self) -> AliasTarget | None:
-        """What the alias points at, as far as that is known."""
+        """The checkpoint that the alias points at, as far as that is known."""
         return None if self.current is None else self.current.target
 
     @property
     def unchanged(self) -> bool:
-        """Whether the alias points at the candidate already."""
+        """Return whether the alias points at the candidate already."""
         return self.holder == self.target
 
 
@@ -153,7 +153,7 @@ def _refusals(
 
 
 def unsigned(repository: Repository, manifest: Manifest, policy: Policy | None) -> str | None:
-    """Why a checkpoint is not signed as a policy asks; None when it is, or nothing is asked. Reads every byte of it."""
+    """Say why a checkpoint is not signed as a policy asks; None when it is, or nothing is asked. Reads every byte."""
     if policy is None or policy.public_key is None:
         return None
     try:
@@ -204,7 +204,7 @@ def _not_allowed(policy: Policy, actor: str) -> str:
 
 
 def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) -> tuple[str, ...]:
-    """Why a promotion cannot rest on the validation of a proposal, a sentence each; none when it can.
+    """List why a promotion cannot rest on the validation of a proposal, a sentence each.
 
     Args:
         failures: whether failed checks count; without, only whether the validation checked what is asked today.
@@ -287,12 +287,12 @@ def _compared_with_another(validation: Validation, proposal: Proposal) -> Iterat
 
 
 def same_value(a: float, b: float) -> bool:
-    """Whether two values of a metric are the same; NaN is itself."""
+    """Return whether two values of a metric are the same; NaN equals NaN here."""
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def within(a: float, b: float, tolerance: float) -> bool:
-    """Whether two values of a metric are the same but for a tolerance; what is not finite is the same as nothing.
+    """Return whether two finite values of a metric differ by no more than a tolerance.
 
     Digits that binary fractions do not have are no difference: 0.901 - 0.9 is a little more than 0.001.
 

@@ -53,13 +53,13 @@ class Step:
 
     @property
     def ends(self) -> bool:
-        """Whether no further step is taken."""
+        """Return whether no further step is taken."""
         return self.outcome in {"refused", "nothing fits", "would validate", "would promote"}
 
 
 @dataclass(slots=True, kw_only=True)
 class Release:
-    """What a release did, or would do.
+    """A release, or what it would do.
 
     Attributes:
         id: the same for the same candidate, holder, policy and validation; None when there was nothing to decide.
@@ -152,7 +152,7 @@ def _policy_of(policies: Policies, alias: str) -> Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ReleaseWork:
-    """What the steps of a release share: what was asked, and the release as far as it has come."""
+    """The arguments that the steps of a release share, and the release as far as it has come."""
 
     release: Release
     repository: Repository
@@ -169,7 +169,7 @@ class _ReleaseWork:
 
     @property
     def rule(self) -> str:
-        """What the policy selects by."""
+        """The condition and the ranking of the policy."""
         ranked = ", ".join(f"{mode} {name}" for name, mode in self.policy.by.items())
         return f"{self.policy.select or 'all'}; {ranked}"
 

@@ -330,7 +330,7 @@ def _cpu() -> str:
 
 
 class ValidationJob(msgspec.Struct, kw_only=True):
-    """What the other process gets.
+    """The job of the other process.
 
     Attributes:
         root: directory of the repository.

@@ -62,7 +62,7 @@ class Candidate:
     evidence; whatever it raises fails it.
 
     Attributes:
-        state: what the checkpoint holds, as ``peakpoint.load`` gives it; each part is read when it is used.
+        state: as ``peakpoint.load`` returns it; each part is read when it is used.
         model: the model with its weights, in ``eval`` mode; None when no function was given that makes it.
         manifest: of the checkpoint.
         recorded: all metrics that are recorded of it.
@@ -106,7 +106,7 @@ class Candidate:
 
     @cached_property
     def state(self) -> Loaded:
-        """What the checkpoint holds; each part is read when it is used."""
+        """The state of the checkpoint; each part is read when it is used."""
         store = self.repository.store
         return Loaded(self.manifest, store, read_trees(store, self.manifest), True)  # noqa: FBT003 - verify
 
@@ -122,7 +122,7 @@ class Candidate:
 
     @cached_property
     def outputs(self) -> Outputs:
-        """What the model makes of the golden inputs."""
+        """The outputs of the model for the golden inputs."""
         assert self.golden is not None
         return outputs_of(self.model, self.golden.inputs)
 
