@@ -9,7 +9,7 @@ from typing import Any
 from peakpoint.errors import ConflictError, CorruptError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint, Manifest
-from peakpoint.format.sealed import FORMAT, check_format, seal, unseal
+from peakpoint.format.sealed import FORMAT, decode_record, seal
 from peakpoint.repository import aliases, reader, refs
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule
@@ -27,12 +27,12 @@ class Repository:
     def __init__(self, store: Store) -> None:
         self.store = store
         try:
-            record = unseal(store.get(layout.REPOSITORY, max_size=SMALL), where=f"{store.location}/{layout.REPOSITORY}")
+            data = store.get(layout.REPOSITORY, max_size=SMALL)
         except NotFoundError as error:
             raise NotFoundError(
                 f"{store.location} is not a Peakpoint repository: it has no {layout.REPOSITORY}{_nearby(store)}"
             ) from error
-        check_format(record, where=f"{store.location}/{layout.REPOSITORY}")
+        decode_record(dict, data, where=f"{store.location}/{layout.REPOSITORY}")  # refuses other formats
 
     def __repr__(self) -> str:
         return f"Repository({self.store.location!r})"
@@ -179,6 +179,6 @@ def _create_once(store: Store, key: str, record: dict[str, Any]) -> None:
     try:
         establish(store, key, seal(record))
     except ConflictError:
-        # somebody else has just created the same; theirs is as good as ours
+        # another process has just created the same record
         if store.size(key) is None:
             raise

@@ -24,7 +24,7 @@ from peakpoint.format.events import (
 )
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.names import check_metric, check_text, no_part
-from peakpoint.format.sealed import check_format, unseal
+from peakpoint.format.sealed import decode_record
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.alias_protection import protected_by_aliases
@@ -316,9 +316,7 @@ def read_run_record(store: Store, run: str) -> dict[str, Any]:
     Raises:
         CorruptError: it is damaged.
         FormatError: a newer release wrote it.
-        NotFoundError: there is none.
+        NotFoundError: the run does not exist.
     """
     key = layout.run_record(run)
-    record = unseal(store.get(key, max_size=SMALL), where=f"{store.location}/{key}")
-    check_format(record, where=f"{store.location}/{key}")
-    return record
+    return decode_record(dict, store.get(key, max_size=SMALL), where=f"{store.location}/{key}")
