@@ -125,10 +125,10 @@ def test_what_cannot_be_is_refused(trained, refs, make, options, error, says):
 def test_models_that_share_memory_are_refused(trained):
     root, refs, _ = trained
     model = build()
-    with pytest.raises(ConfigError, match="a new one each time"):
+    with pytest.raises(ConfigError, match="it must make a new one"):
         pp.ensemble(refs, lambda: model, root=root)
     head = torch.nn.Linear(8, 4)
-    with pytest.raises(ConfigError, match="a new one each time"):
+    with pytest.raises(ConfigError, match="it must make a new one"):
         pp.ensemble(refs, lambda: torch.nn.Sequential(*build()[:3], head), root=root)
 
 

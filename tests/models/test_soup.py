@@ -239,7 +239,7 @@ def test_ties_integers_and_plain_values_must_be_the_same(tmp_path):
     masks = [{"w": W, "mask": torch.tensor([True, value])} for value in (True, False)]
     with pytest.raises(MismatchError, match="'mask' holds BOOL, which is not averaged, and differs"):
         pp.soup(saved(tmp_path, masks, run="masks"), root=tmp_path)
-    with pytest.raises(MismatchError, match="that are no tensors differ"):
+    with pytest.raises(MismatchError, match="plain values in part 'model' differ"):
         pp.soup(saved(tmp_path, [{"w": W, "n": 1}, {"w": W, "n": 2}], run="plain"), root=tmp_path)
     counts = [{"w": W, "bn.num_batches_tracked": torch.tensor(number)} for number in (7, 9)]
     made = pp.soup(saved(tmp_path, counts, run="counts"), root=tmp_path)
@@ -284,7 +284,7 @@ def test_a_damaged_member_is_named_and_nothing_is_written(tmp_path):
         (["r:1"], {}, ConfigError, "at least 2"),
         ("r:1", {}, ConfigError, "a list of refs"),
         (7, {}, ConfigError, "a list of refs"),
-        (["r:1", 2], {}, ConfigError, "2 is no ref"),
+        (["r:1", 2], {}, ConfigError, "2 is not a ref"),
         (["r:1", "r:epoch=9"], {}, NotFoundError, "epoch 9"),
         (["r:1", "s:2"], {}, NotFoundError, "'s'"),
         (["r:2", "r@latest"], {}, ConfigError, "same checkpoint"),
@@ -292,12 +292,12 @@ def test_a_damaged_member_is_named_and_nothing_is_written(tmp_path):
         (["r:1", "r:2"], {"kind": "best"}, ConfigError, "'uniform' or 'greedy'"),
         (["r:1", "r:2"], {"batchnorm": "no"}, ConfigError, "'estimate' or 'average'"),
         (["r:1", "r:2"], {"kind": "greedy"}, ConfigError, "needs evaluate="),
-        (["r:1", "r:2"], {"kind": "greedy", "evaluate": len}, ConfigError, "never guessed"),
+        (["r:1", "r:2"], {"kind": "greedy", "evaluate": len}, ConfigError, "cannot be guessed"),
         (["r:1", "r:2"], {"kind": "greedy", "evaluate": len, "mode": "up"}, ConfigError, '"max" or "min"'),
         (["r:1", "r:2"], {"evaluate": 3}, ConfigError, "takes a function"),
         (["r:1", "r:2"], {"evaluate": lambda _: "good"}, ConfigError, "real number"),
         (["r:1", "r:2"], {"evaluate": lambda _: math.nan}, ConfigError, "must be a number"),
-        (["r:1", "r:2"], {"metric": "acc"}, ConfigError, "there is none"),
+        (["r:1", "r:2"], {"metric": "acc"}, ConfigError, "is missing"),
         (["r:1", "r:2"], {"metric": "a b", "evaluate": len}, ConfigError, "no spaces"),
         (["r:1", "r:2"], {"build_model": torch.nn.Linear(1, 1)}, TypeError, ""),
         (["r:1", "r:2"], {"build_model": dict}, ConfigError, "returned a dict"),
@@ -454,7 +454,7 @@ def test_statistics_of_no_batchnorm_are_not_guessed(tmp_path):
             self.register_buffer("running_mean", torch.zeros(2))
 
     refs = saved(tmp_path, [Own(), Own()])
-    with pytest.raises(ConfigError, match="no statistic of a BatchNorm of torch's"):
+    with pytest.raises(ConfigError, match="not a statistic of torch's BatchNorm"):
         pp.soup(refs, root=tmp_path, build_model=Own, data=[torch.ones(1)])
 
 
@@ -474,7 +474,7 @@ def test_what_is_saved_is_what_was_scored(convnets):
     made = pp.soup(
         refs, root=root, kind="greedy", evaluate=evaluate, mode="max", build_model=Convnet, data=loader, run="shuffled"
     )
-    assert [one.taken for one in made.tasted] == [True, True, False]
+    assert [one.taken for one in made.trials] == [True, True, False]
     model = Convnet().eval()
     pp.load(made.checkpoint.ref, root=root, into=model)
     with torch.no_grad():
@@ -587,9 +587,9 @@ def test_the_greedy_soup_is_that_of_brute_force(weights, goal, coarse, mode, mod
     )
     taken = oracle([float(weight) for weight in weights], score, sign)
     assert [int(ref.rpartition("step")[2].split("_")[0]) - 1 for ref in made.members] == taken
-    assert [one.taken for one in made.tasted].count(True) == len(taken)
+    assert [one.taken for one in made.trials].count(True) == len(taken)
     assert made.score == score([float(weights[at]) for at in taken]) == made.checkpoint.metrics["score"]
-    assert sign * made.score >= sign * max((one.alone for one in made.tasted), key=lambda value: sign * value)
+    assert sign * made.score >= sign * max((one.alone for one in made.trials), key=lambda value: sign * value)
     expected = sum(float(weights[at]) for at in taken) / len(taken)
     assert pp.load(made.checkpoint.ref, root=root)["model"]["w"].item() == pytest.approx(expected, rel=1e-15)
 

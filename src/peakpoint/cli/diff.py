@@ -40,7 +40,7 @@ def diff(root: Path, a: str, b: str, top: int, *, no_values: bool, all_tensors: 
         value_diff = torch_side("peakpoint.models.value_diff")
         total = sum(tensor.bytes for tensor in difference.tensors if tensor.what in {"dtype", "values"})
         with progress_bar("comparing", total) as advance:
-            difference = value_diff.measured(repository.store, *manifests, difference, advance)
+            difference = value_diff.with_distances(repository.store, *manifests, difference, advance)
     tensors = difference.tensors if all_tensors else difference.tensors[:top]
     return Answer(_json(difference, tensors), lambda console: _print(console, difference, tensors))
 

@@ -83,7 +83,7 @@ def soup(
         "kind": result.kind,
         "members": result.members,
         "score": result.score,
-        "tasted": [asdict(trial) for trial in result.tasted],
+        "tasted": [asdict(trial) for trial in result.trials],
         "checkpoint": manifest_json(repository.find_manifest(result.checkpoint.ref), ()),
     }
     return Answer(data, lambda console: _print(console, root, result))
@@ -119,10 +119,10 @@ def _bytes(repository: Repository, refs: Sequence[str], part: str) -> int:
 
 
 def _print(console: Console, root: Path, result: Any) -> None:
-    if result.tasted:
+    if result.trials:
         rows = [
             (escape(trial.ref), number(trial.alone), number(trial.together), "[green]yes[/]" if trial.taken else "no")
-            for trial in result.tasted
+            for trial in result.trials
         ]
         console.print(tables.plain(("tried", ">alone", ">in the soup", "taken"), rows))
     else:

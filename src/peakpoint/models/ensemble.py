@@ -7,9 +7,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from peakpoint.errors import ConfigError, MismatchError
-from peakpoint.models.average import find_all, held
+from peakpoint.models.average import find_all
 from peakpoint.models.load import load
 from peakpoint.models.mean import model_of
+from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import open_repository
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.store import Store
@@ -18,7 +19,7 @@ Average = Literal["probabilities", "logits"]
 
 
 class Ensemble(torch.nn.Module):
-    """Models that predict together; what ``peakpoint.ensemble`` returns.
+    """Models that predict together, made by ``peakpoint.ensemble``.
 
     The forward pass gives its arguments to every member and returns, for ``"probabilities"``, the logarithm of the mean
     of the members' probabilities (softmax over ``dim``), in single precision at least: what ``argmax`` and
@@ -27,16 +28,15 @@ class Ensemble(torch.nn.Module):
 
     Args:
         models: the members; each must return one tensor of logits, all of the same shape.
-        refs: their names.
-        average: what is averaged.
+        average: ``"probabilities"`` or ``"logits"``.
         dim: the dimension of the classes.
 
     Attributes:
         refs: the checkpoints, as refs.
 
     Example:
-        >>> one, other = torch.nn.Identity(), torch.nn.Hardtanh()
-        >>> together = Ensemble([one, other], ["a", "b"])
+        >>> models = [torch.nn.Identity(), torch.nn.Hardtanh()]
+        >>> together = Ensemble(models, ["a", "b"])
         >>> together(torch.tensor([[0.0, 3.0]])).exp()  # of (0.0474, 0.9526) and (0.2689, 0.7311)
         tensor([[0.1582, 0.8418]])
     """
@@ -59,16 +59,16 @@ class Ensemble(torch.nn.Module):
         """Bytes of the parameters and buffers of all members."""
         return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
-    def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        """What the members predict together; see the class.
+    def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """Return what the members predict together; see the class.
 
         Raises:
-            ConfigError: a member returns something else than one tensor.
+            ConfigError: a member does not return one tensor.
             MismatchError: members return tensors of different shapes.
         """
         total: torch.Tensor | None = None
         for model, ref in zip(self.members, self.refs, strict=True):
-            output: object = model(*arguments, **named)
+            output: object = model(*arguments, **keywords)
             if not isinstance(output, torch.Tensor):
                 raise ConfigError(f"{ref} returns a {kind_of(output)}: build_model() must make models of one output")
             if self._average == "probabilities":
@@ -88,7 +88,7 @@ class Ensemble(torch.nn.Module):
         return total - count.log() if self._average == "probabilities" else total / count
 
     def extra_repr(self) -> str:
-        """What ``print`` shows besides the members."""
+        """Return what ``print`` shows besides the members."""
         return f"{', '.join(self.refs)}; mean of {self._average}; {self.size_bytes:,} bytes"
 
 
@@ -137,9 +137,9 @@ def ensemble(
         raise ConfigError(f"average={average!r}: give {' or '.join(map(repr, get_args(Average)))}")
     repository = open_repository(root)
     manifests = find_all(repository, refs, 1)
-    names = [f"{one.run}/{one.name}" for one in manifests]
+    names = [f"{manifest.run}/{manifest.name}" for manifest in manifests]
     models: list[torch.nn.Module] = []
-    with held(repository.store, manifests):
+    with hold_all(repository.store, manifests):
         for manifest in manifests:
             model = model_of(build_model, device)
             load(f"{manifest.run}/{manifest.id}", root=repository.store, into=model, part=part)
@@ -150,7 +150,8 @@ def ensemble(
 
 def _check_apart(models: Sequence[torch.nn.Module]) -> None:
     """Refuse models with common memory: the member that was loaded last would be all of them."""
-    *others, new = models
-    there = {id(tensor) for model in others for tensor in (*model.parameters(), *model.buffers())}
-    if any(new is model for model in others) or any(id(one) in there for one in (*new.parameters(), *new.buffers())):
-        raise ConfigError("build_model() gives the same model, or parts of it, again; it must make a new one each time")
+    *earlier, new = models
+    known_tensors = {id(tensor) for model in earlier for tensor in (*model.parameters(), *model.buffers())}
+    tensors = (*new.parameters(), *new.buffers())
+    if any(new is model for model in earlier) or any(id(tensor) in known_tensors for tensor in tensors):
+        raise ConfigError("build_model() returns the same model, or parts of it, again; it must make a new one")

@@ -34,11 +34,10 @@ def load(
 
     Args:
         ref: such as ``"resnet50@best:val_accuracy"``; see ``peakpoint.repository.refs``.
-        root: the repository.
         into: an object to load ``part`` into (a module, an optimizer, anything with ``load_state_dict``), or a mapping
             of part names to such objects. None returns the state instead.
-        part: which part ``into`` is, when it is one object.
-        strict: raise when something does not fit; otherwise load what fits and say in the report what did not.
+        part: the part to load, when ``into`` is one object.
+        strict: raise when anything does not fit; otherwise load what fits and list the rest in the report.
         verify: compare bytes with their digests. Without, tensors are mapped from the files and nothing is read
             before its values are used.
         signed_by: a file with a public key: the checkpoint is refused unless the owner of that key has signed it. The
@@ -54,7 +53,7 @@ def load(
         NotFoundError: no such run, checkpoint or part.
         MismatchError: ``strict``, and names, shapes or dtypes differ; nothing was changed.
         CorruptError: the checkpoint is damaged; the message names the file and the tensor.
-        SignatureError: ``signed_by``, and it is not signed so, or not what was signed.
+        SignatureError: ``signed_by``, and the key has not signed the checkpoint, or it has changed since.
 
     Example:
         >>> import tempfile, torch, peakpoint as pp
@@ -72,18 +71,18 @@ def load(
     if signed_by is None:
         signed_by = key_for(store, ref)
     if signed_by is not None and not verify:
-        raise ConfigError("signed_by= needs verify=True: a signature is worth as much as the comparison of the bytes")
+        raise ConfigError("signed_by= needs verify=True: without comparing the bytes, a signature proves nothing")
     if signed_by is not None:
         signing.verify(store, manifest, public_key=Path(signed_by), files=False)
     hold = reader.hold_for_reading(store, manifest)
     if into is None:
         reader.check_sizes(store, manifest)
         return Loaded(manifest, store, read_trees(store, manifest), verify, _hold=hold)
-    one = not isinstance(into, Mapping)
-    live = {part: into} if one else dict(into)
+    single = not isinstance(into, Mapping)
+    live = {part: into} if single else dict(into)
     for name in live:
         check_part_of(manifest, name)
-    if not one or isinstance(into, Stateful):
+    if not single or isinstance(into, Stateful):
         saved = read_state(store, manifest, list(live), verify=verify)
         if hold is not None:
             hold.release()
@@ -93,10 +92,10 @@ def load(
 
 
 def key_for(store: Store, ref: str) -> Path | None:
-    """The public key that the policy of an alias asks for signatures by; None where nothing is asked.
+    """Return the public key by which the policy of an alias wants signatures; None where it wants none.
 
     Raises:
-        ConfigError: the policy cannot be understood.
+        ConfigError: the policy cannot be read.
     """
     parsed = parse_any(ref)
     policy = read_policies(store).of(parsed.alias) if isinstance(parsed, AliasRef) else None

@@ -1,4 +1,4 @@
-"""Means of checkpoints that can be tried: as models, with statistics that belong to them; and which of them to take."""
+"""Means of checkpoints as models that can be evaluated, and the choice of members for a soup."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.format.metrics import read_metrics
-from peakpoint.models.average import COUNTER, STATISTICS, Averaging, Member, blanks, without_tensors
+from peakpoint.models.average import COUNTER, STATISTICS, SoupMember, TensorMeans, empty_tensors, without_tensors
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.restore import make_model, module_differences
 from peakpoint.state.saved import tensor_nodes
@@ -21,13 +21,12 @@ from peakpoint.state.typed_json import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tasted:
+class SoupTrial:
     """One checkpoint that a greedy soup has tried.
 
     Attributes:
-        ref: which.
         alone: its own score.
-        together: the score of the soup with it; of the first, its own.
+        together: the score of the soup with it; for the first, its own.
         taken: whether it is in the soup.
     """
 
@@ -37,35 +36,35 @@ class Tasted:
     taken: bool
 
 
-class Kitchen:
-    """Means that can be tried; see ``peakpoint.soup`` for the arguments.
+class MeanModel:
+    """A mean that can be evaluated; see ``peakpoint.soup`` for the arguments.
 
     Attributes:
-        estimates: whether there are statistics of BatchNorm that are measured anew.
-        averages_statistics: whether there are statistics of BatchNorm that are averaged.
-        measured: statistics that were measured with the mean that was made last, by stored name.
+        estimates: whether statistics of BatchNorm are measured anew.
+        averages_statistics: whether statistics of BatchNorm are averaged.
+        measured: the statistics measured with the last mean, by stored name.
     """
 
     def __init__(
         self,
-        averaging: Averaging,
-        like: Member,
+        means: TensorMeans,
+        first: SoupMember,
         build_model: Callable[[], Any] | None,
         data: Iterable[Any] | Callable[[], Iterable[Any]] | None,
         batchnorm: str,
         device: torch.device | str | None,
     ) -> None:
-        self._averaging, self._like, self._data = averaging, like, data
-        self._nodes: dict[str, list[tuple[str, Any]]] = {name: [] for name in like.records}
-        for path, node in tensor_nodes(like.tree):
+        self._means, self._first, self._data = means, first, data
+        self._nodes: dict[str, list[tuple[str, Any]]] = {name: [] for name in first.records}
+        for path, node in tensor_nodes(first.tree):
             self._nodes[node["name"]].append((path, node))
-        paths = [path for path, _ in tensor_nodes(like.tree)]
+        paths = [path for path, _ in tensor_nodes(first.tree)]
         self._statistics = [path for path in paths if path.rpartition(".")[2] in STATISTICS]
         self.averages_statistics = bool(self._statistics) and batchnorm == "average"
         self.estimates = bool(self._statistics) and batchnorm == "estimate"
         if self.estimates and (build_model is None or data is None):
             raise ConfigError(
-                f"{like} has statistics of BatchNorm, such as {self._statistics[0]!r}, which do not fit averaged "
+                f"{first} has statistics of BatchNorm, such as {self._statistics[0]!r}, which do not fit averaged "
                 "weights: give build_model= and data= to measure them anew (--model and --data at the command line), "
                 'or batchnorm="average" to average them all the same'
             )
@@ -75,43 +74,43 @@ class Kitchen:
         self.measured: dict[str, torch.Tensor] = {}
 
     def _check_model(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Whether the members fit the model; returns their values that are no tensors."""
-        plain = Decoder({}).decode(without_tensors(self._like.tree))
+        """Refuse members that do not fit the model; returns their plain values."""
+        plain = Decoder({}).decode(without_tensors(self._first.tree))
         if not isinstance(plain, Mapping):
-            raise MismatchError(f"{self._like}: what was saved is a {kind_of(plain)}, not the state of a model")
-        tensors = blanks(self._like)
+            raise MismatchError(f"{self._first}: the part is a {kind_of(plain)}, not the state of a model")
+        tensors = empty_tensors(self._first)
         saved = {name: tensors.get(str(name), value) for name, value in plain.items()}
-        lines = tuple(module_differences(str(self._like), model.state_dict(), saved))
+        lines = tuple(module_differences(str(self._first), model.state_dict(), saved))
         if lines:
             raise MismatchError("the model of build_model() does not fit:\n  " + "\n  ".join(lines[:30]), lines)
-        known = {
+        of_torch = {
             f"{prefix}.{name}".removeprefix(".")
             for prefix, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, _BatchNorm)
             for name in STATISTICS
         }
-        unknown = [path for path in self._statistics if path not in known]
-        if self.estimates and unknown:
+        foreign = [path for path in self._statistics if path not in of_torch]
+        if self.estimates and foreign:
             raise ConfigError(
-                f"{unknown[0]!r} is no statistic of a BatchNorm of torch's, so nothing here can measure it anew; "
+                f"{foreign[0]!r} is not a statistic of torch's BatchNorm, so it cannot be measured anew; "
                 'batchnorm="average" averages it'
             )
         return {name: value for name, value in saved.items() if not isinstance(value, torch.Tensor)}
 
-    def make(self, members: Sequence[Member]) -> Any:
-        """The mean of these: the model with statistics that belong to it, or the state when there is no model."""
+    def make(self, members: Sequence[SoupMember]) -> Any:
+        """Return the mean: the model with its own statistics, or the state when there is no model."""
         if self._model is None:
-            tensors = {name: self._averaging.mean(name, members) for name in self._like.records}
-            return Decoder(tensors).decode(self._like.tree)
+            tensors = {name: self._means.mean(name, members) for name in self._first.records}
+            return Decoder(tensors).decode(self._first.tree)
         live = self._model.state_dict()
         wait_for_copies()
         with torch.no_grad():
             for name, nodes in self._nodes.items():
-                decoder = Decoder({name: self._averaging.mean(name, members)})
+                decoder = Decoder({name: self._means.mean(name, members)})
                 for path, node in nodes:
                     live[path].copy_(decoder.decode(node))
             live |= self._plain
-            self._model.load_state_dict(live)  # values that are no tensors, and tensors that were copies
+            self._model.load_state_dict(live)  # plain values, and tensors that were copies
         self.measured = {}
         if self.estimates and len(members) > 1:
             self._measure(self._model)
@@ -135,19 +134,19 @@ class Kitchen:
         for name, nodes in self._nodes.items():
             path = nodes[0][0] if nodes else ""
             if path.rpartition(".")[2] in (*STATISTICS, COUNTER):
-                dtype = TORCH_DTYPES[self._like.records[name][1].dtype]
+                dtype = TORCH_DTYPES[self._first.records[name][1].dtype]
                 self.measured[name] = live[path].detach().to("cpu", dtype, copy=True).contiguous()
 
-    def check(self, members: Sequence[Member]) -> None:
-        """Whether there is a mean of these; nothing of it stays in memory."""
-        for name in self._like.records:
-            self._averaging.mean(name, members)
+    def check(self, members: Sequence[SoupMember]) -> None:
+        """Refuse members without a mean; nothing of it stays in memory."""
+        for name in self._first.records:
+            self._means.mean(name, members)
 
-    def score(self, evaluate: Callable[[Any], Any], members: Sequence[Member]) -> float:
-        """What ``evaluate`` says of the mean of these.
+    def score(self, evaluate: Callable[[Any], Any], members: Sequence[SoupMember]) -> float:
+        """Return what ``evaluate`` returns for the mean.
 
         Raises:
-            ConfigError: no finite number.
+            ConfigError: it is not a finite number.
         """
         score = read_metrics({"score": evaluate(self.make(members))})["score"]
         if not math.isfinite(score):
@@ -156,10 +155,10 @@ class Kitchen:
 
 
 def model_of(build_model: Callable[[], Any], device: torch.device | str | None) -> torch.nn.Module:
-    """What ``build_model`` makes, on ``device``.
+    """Call ``build_model``, and put the module on ``device``.
 
     Raises:
-        ConfigError: it cannot be called, or makes no module; or there is no such device.
+        ConfigError: it cannot be called, or returns no module; or torch cannot use the device.
     """
     if not callable(build_model):
         raise ConfigError(f"build_model= takes a function that makes a model, not a {kind_of(build_model)}")
@@ -179,46 +178,45 @@ def model_of(build_model: Callable[[], Any], device: torch.device | str | None) 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cooked:
-    """What came of trying.
+class SoupChoice:
+    """The members of a soup.
 
     Attributes:
-        chosen: the members of the soup.
         score: of their mean.
-        measured: statistics that were measured with it, by stored name.
-        tasted: how they were found.
+        measured: the statistics measured with it, by stored name.
+        trials: the candidates of a greedy soup, in the order in which they were tried.
     """
 
-    chosen: Sequence[Member]
+    members: Sequence[SoupMember]
     score: float | None = None
     measured: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    tasted: tuple[Tasted, ...] = ()
+    trials: tuple[SoupTrial, ...] = ()
 
 
-def uniform(kitchen: Kitchen, members: Sequence[Member], evaluate: Callable[[Any], Any] | None) -> Cooked:
-    """All of them, read once at least, so that what has no mean is found before anything is written."""
+def uniform(mean: MeanModel, members: Sequence[SoupMember], evaluate: Callable[[Any], Any] | None) -> SoupChoice:
+    """Choose all; each is read at least once, so that one without a mean is refused before anything is written."""
     if evaluate is not None:
-        score = kitchen.score(evaluate, members)
-        return Cooked(chosen=members, score=score, measured=kitchen.measured)
-    if kitchen.estimates:
-        kitchen.make(members)
+        score = mean.score(evaluate, members)
+        return SoupChoice(members=members, score=score, measured=mean.measured)
+    if mean.estimates:
+        mean.make(members)
     else:
-        kitchen.check(members)
-    return Cooked(chosen=members, measured=kitchen.measured)
+        mean.check(members)
+    return SoupChoice(members=members, measured=mean.measured)
 
 
-def greedy(kitchen: Kitchen, members: Sequence[Member], evaluate: Callable[[Any], Any], sign: int) -> Cooked:
-    """Recipe 1 of the source: candidates in the order of their own scores, each taken if the score does not fall."""
-    alone = [kitchen.score(evaluate, [one]) for one in members]
-    order = sorted(range(len(members)), key=lambda number: -sign * alone[number])  # stable: ties as they were given
+def greedy(mean: MeanModel, candidates: Sequence[SoupMember], evaluate: Callable[[Any], Any], sign: int) -> SoupChoice:
+    """Choose by Recipe 1 of the source: candidates by their own scores, each taken if the score does not fall."""
+    alone = [mean.score(evaluate, [candidate]) for candidate in candidates]
+    order = sorted(range(len(candidates)), key=lambda number: -sign * alone[number])  # stable: ties in their order
     best = order[0]
-    chosen, score = [members[best]], alone[best]
+    members, score = [candidates[best]], alone[best]
     measured: Mapping[str, torch.Tensor] = {}
-    tasted = [Tasted(ref=str(members[best]), alone=score, together=score, taken=True)]
+    trials = [SoupTrial(ref=str(candidates[best]), alone=score, together=score, taken=True)]
     for number in order[1:]:
-        together = kitchen.score(evaluate, [*chosen, members[number]])
-        taken = sign * together >= sign * score
-        if taken:
-            chosen, score, measured = [*chosen, members[number]], together, kitchen.measured
-        tasted.append(Tasted(ref=str(members[number]), alone=alone[number], together=together, taken=taken))
-    return Cooked(chosen=chosen, score=score, measured=measured, tasted=tuple(tasted))
+        together = mean.score(evaluate, [*members, candidates[number]])
+        better = sign * together >= sign * score
+        if better:
+            members, score, measured = [*members, candidates[number]], together, mean.measured
+        trials.append(SoupTrial(ref=str(candidates[number]), alone=alone[number], together=together, taken=better))
+    return SoupChoice(members=members, score=score, measured=measured, trials=tuple(trials))

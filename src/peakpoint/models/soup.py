@@ -16,13 +16,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.names import check_metric, check_run, check_text
-from peakpoint.models.average import Averaging, Member, check_alike, find_all, held, member
-from peakpoint.models.mean import Kitchen, Tasted, greedy, uniform
+from peakpoint.models.average import SoupMember, TensorMeans, check_alike, find_all, member
+from peakpoint.models.mean import MeanModel, SoupChoice, SoupTrial, greedy, uniform
 from peakpoint.repository.commit import StreamedImage
 from peakpoint.repository.provenance import Clock, utc_now
-from peakpoint.repository.root import Repository, open_repository
+from peakpoint.repository.reader import hold_all
+from peakpoint.repository.root import open_repository
 from peakpoint.rules import Mode, mode_of
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.shared_storage import TORCH_DTYPES
@@ -33,26 +34,24 @@ from peakpoint.training.external import ExternalCheckpoint, add, check_run_for, 
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]
 
-_NAMED = 5  # members that the reason names; the manifest names all
+_REASON_MEMBERS = 5  # named in the reason; the manifest names all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soup:
-    """What ``peakpoint.soup`` has made.
+    """A soup that ``peakpoint.soup`` has made.
 
     Attributes:
-        checkpoint: the soup.
-        kind: ``"uniform"`` or ``"greedy"``.
-        members: what it is the mean of, as refs.
+        members: the averaged checkpoints, as refs.
         score: of ``evaluate``; None without one.
-        tasted: of a greedy soup, every candidate in the order in which they were tried, best first.
+        trials: the candidates of a greedy soup, in the order in which they were tried, best first.
     """
 
     checkpoint: Checkpoint
     kind: Kind
     members: tuple[str, ...]
     score: float | None
-    tasted: tuple[Tasted, ...] = ()
+    trials: tuple[SoupTrial, ...] = ()
 
 
 def soup(
@@ -104,15 +103,13 @@ def soup(
         device: where the model is put, and batches of ``data`` with it.
         part: the part to be averaged; the soup has no other.
         run: the run that the soup goes to, the run of the first ref with ``-soup`` by default. It may hold soups only.
-        why: why it was made; this protects it from rules.
+        why: the reason; it protects the soup from rules.
         progress: called with the bytes of each tensor that has been read.
-        clock: tells the time.
 
     Raises:
         NotFoundError: no such run, checkpoint or part.
         MismatchError: members, or members and model, do not fit one another; lists names, shapes and dtypes.
-        ConfigError: arguments that cannot be; a value that is not finite, with tensor and checkpoint; a score that is
-            no number.
+        ConfigError: an argument is wrong; a value is not finite (names tensor and checkpoint); a score is not a number.
         ConflictError: the run holds other checkpoints than soups.
         CorruptError: a checkpoint is damaged; the message names the tensor.
         StoreError: the repository cannot be written.
@@ -133,63 +130,59 @@ def soup(
     repository = open_repository(root)
     manifests = find_all(repository, refs, 2)
     target = check_run(run or f"{manifests[0].run}-soup")
-    with held(repository.store, manifests):
+    with hold_all(repository.store, manifests):
         check_run_for(repository.store, target)
-        members = [member(repository.store, one, part) for one in manifests]
+        members = [member(repository.store, manifest, part) for manifest in manifests]
         check_alike(members, part)
-        averaging = Averaging(repository.store, members, progress)
-        kitchen = Kitchen(averaging, members[0], build_model, data, batchnorm, device)
+        means = TensorMeans(repository.store, members, progress)
+        mean = MeanModel(means, members[0], build_model, data, batchnorm, device)
         scored = None if evaluate is None else _scored(evaluate, metric)
         if kind == "greedy":
             assert scored is not None
-            cooked = greedy(kitchen, members, scored, -1 if mode == "min" else 1)
+            choice = greedy(mean, members, scored, -1 if mode == "min" else 1)
         else:
-            cooked = uniform(kitchen, members, scored)
-        chosen, score = cooked.chosen, cooked.score
-        made = ExternalCheckpoint(
+            choice = uniform(mean, members, scored)
+        averaged = mean.averages_statistics and len(choice.members) > 1
+        checkpoint = ExternalCheckpoint(
             part=part,
             tree=members[0].tree,
-            image=_image(averaging, part, chosen, cooked.measured),
-            step=max(one.manifest.step for one in chosen),
-            metrics={} if metric is None or score is None else {metric: score},
-            reason=_reason(kind, chosen, members, kitchen.averages_statistics and len(chosen) > 1),
+            image=_image(means, part, choice),
+            step=max(soup_member.manifest.step for soup_member in choice.members),
+            metrics={} if metric is None or choice.score is None else {metric: choice.score},
+            reason=_reason(kind, choice.members, len(members)) + (_AVERAGED if averaged else ""),
             asked=why,
-            members=tuple(one.ref for one in chosen),
+            members=tuple(soup_member.ref for soup_member in choice.members),
         )
-        manifest = add(repository.store, target, made, clock)
+        manifest = add(repository.store, target, checkpoint, clock)
     return Soup(
-        checkpoint=_found(repository, manifest),
+        checkpoint=repository.run(manifest.run).find(f"{manifest.run}/{manifest.id}"),
         kind=kind,
-        members=tuple(map(str, chosen)),
-        score=score,
-        tasted=cooked.tasted,
+        members=tuple(map(str, choice.members)),
+        score=choice.score,
+        trials=choice.trials,
     )
 
 
 def _scored(evaluate: Callable[[Any], Any], metric: str | None) -> Callable[[Any], Any]:
-    """The score in what an evaluation returns."""
+    """Return a function that takes the score out of what ``evaluate`` returns."""
 
-    def score(given: Any) -> Any:
-        answer = evaluate(given)
+    def score(model: Any) -> Any:
+        answer = evaluate(model)
         metrics = getattr(answer, "metrics", answer)
         return metrics[metric] if isinstance(metrics, Mapping) and metric in metrics else answer
 
     return score
 
 
-def _found(repository: Repository, manifest: Manifest) -> Checkpoint:
-    return repository.run(manifest.run).find(f"{manifest.run}/{manifest.id}")
-
-
 def _check(
     kind: str, batchnorm: str, evaluate: Any, metric: str | None, mode: str | None, build_model: Any, data: Any
 ) -> None:
-    for name, given, known in (("kind", kind, get_args(Kind)), ("batchnorm", batchnorm, get_args(BatchNorm))):
-        if given not in known:
-            raise ConfigError(f"{name}={given!r}: give {' or '.join(map(repr, known))}")
-    for name, given in (("evaluate", evaluate), ("build_model", build_model)):
-        if given is not None and not callable(given):
-            raise ConfigError(f"{name}= takes a function, not a {kind_of(given)}")
+    for name, value, choices in (("kind", kind, get_args(Kind)), ("batchnorm", batchnorm, get_args(BatchNorm))):
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r}: give {' or '.join(map(repr, choices))}")
+    for name, value in (("evaluate", evaluate), ("build_model", build_model)):
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name}= takes a function, not a {kind_of(value)}")
     _check_score(kind, evaluate, metric, mode)
     if data is not None and build_model is None:
         raise ConfigError("data= is for BatchNorm's statistics, and these need build_model=")
@@ -204,33 +197,33 @@ def _check_score(kind: str, evaluate: Any, metric: str | None, mode: str | None)
         raise ConfigError("a greedy soup needs evaluate=, a function that scores a model (--with at the command line)")
     if kind == "greedy" and mode is None:
         raise ConfigError(
-            'a greedy soup needs mode="max" or "min" (--metric NAME:max at the command line): which scores are better '
-            "is never guessed"
+            'a greedy soup needs mode="max" or "min" (--metric NAME:max at the command line): '
+            "this cannot be guessed from the name"
         )
     if mode is not None:
         mode_of(mode)
     if metric is not None:
         check_metric(metric)
         if evaluate is None:
-            raise ConfigError(f"metric={metric!r} names the score of evaluate=, and there is none")
+            raise ConfigError(f"metric={metric!r} names the score of evaluate=, which is missing")
 
 
-def _reason(kind: str, chosen: Sequence[Member], members: Sequence[Member], averaged: bool) -> str:  # noqa: FBT001
-    count = f"{len(chosen)} of {len(members)}" if kind == "greedy" else str(len(chosen))
-    more = f" and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else ""
-    told = f"{kind} soup of {count}: {', '.join(map(str, chosen[:_NAMED]))}{more}"
-    return told + ("; the statistics of BatchNorm are averaged, not measured" if averaged else "")
+_AVERAGED = "; the statistics of BatchNorm are averaged, not measured"
 
 
-def _image(
-    averaging: Averaging, part: str, chosen: Sequence[Member], measured: Mapping[str, torch.Tensor]
-) -> StreamedImage:
+def _reason(kind: str, members: Sequence[SoupMember], candidates: int) -> str:
+    count = f"{len(members)} of {candidates}" if kind == "greedy" else str(len(members))
+    more = f" and {len(members) - _REASON_MEMBERS} more" if len(members) > _REASON_MEMBERS else ""
+    return f"{kind} soup of {count}: {', '.join(map(str, members[:_REASON_MEMBERS]))}{more}"
+
+
+def _image(means: TensorMeans, part: str, choice: SoupChoice) -> StreamedImage:
     stored = {
         name: torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype], device="meta")
-        for name, (_, record) in chosen[0].records.items()
+        for name, (_, record) in choice.members[0].records.items()
     }
 
     def make(name: str) -> torch.Tensor:
-        return measured[name] if name in measured else averaging.mean(name, chosen)
+        return choice.measured[name] if name in choice.measured else means.mean(name, choice.members)
 
     return streamed_image(lay_out(f"{part}.safetensors", stored), make)

@@ -1,6 +1,5 @@
-"""How far the values of two checkpoints are apart, tensor by tensor."""
+"""Distances between the values of two checkpoints, tensor by tensor."""
 
-import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from peakpoint.repository.root import open_repository
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.store import Chunk, Store
 
-_PIECE = 1 << 18  # elements that are compared at a time, in double precision: a few megabytes
+_BLOCK = 1 << 18  # elements compared at a time, in double precision: a few megabytes
 
 
 def diff(
@@ -34,7 +33,7 @@ def diff(
     root: str | os.PathLike[str] | Store,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Difference:
-    """What differs between two checkpoints of a repository, and how far the values of their tensors are apart.
+    """Compare two checkpoints of a repository, and measure how far the values of their tensors are apart.
 
     Tensors with the same digest are not read. Of the others, two are in memory at a time, and each is compared with its
     digest. ``peakpoint.reports.diff.diff_records`` says everything but the values, without torch.
@@ -42,12 +41,11 @@ def diff(
     Args:
         a: the ref of the first, such as ``"resnet50@best:val_accuracy"``.
         b: the ref of the second, of the same run or another.
-        root: the repository.
         progress: called with the bytes of each tensor once it is compared.
 
     Raises:
-        NotFoundError: there is no such run or checkpoint.
-        CorruptError: a tensor that had to be read is damaged; the message names it.
+        NotFoundError: no such run or checkpoint.
+        CorruptError: a tensor is damaged; the message names it.
 
     Example:
         >>> import tempfile, torch, peakpoint as pp
@@ -56,41 +54,37 @@ def diff(
         ...     for epoch in ckpt.epochs(2):
         ...         _ = weight.add_(torch.tensor([0.0, 0.5]))
         ...         _ = ckpt.report()
-        >>> found = pp.diff("r:epoch=0", "r:epoch=1", root=root).tensors[0]
+        >>> tensor = pp.diff("r:epoch=0", "r:epoch=1", root=root).tensors[0]
         >>> isinstance(pp.diff("r:epoch=0", "r:epoch=0", root=root), Difference)
         True
-        >>> found.what, found.distance.l2, found.distance.largest, found.distance.changed
+        >>> tensor.what, tensor.distance.l2, tensor.distance.largest, tensor.distance.changed
         ('values', 0.5, 0.5, 1)
     """
     repository = open_repository(root)
-    one, other = repository.find_manifest(a), repository.find_manifest(b)
-    return measured(repository.store, one, other, diff_manifests(repository, one, other), progress)
+    first, second = repository.find_manifest(a), repository.find_manifest(b)
+    return with_distances(repository.store, first, second, diff_manifests(repository, first, second), progress)
 
 
-def measured(
-    store: Store, one: Manifest, other: Manifest, found: Difference, progress: Callable[[int], None]
+def with_distances(
+    store: Store, first: Manifest, second: Manifest, difference: Difference, progress: Callable[[int], None]
 ) -> Difference:
-    """A difference with the distances of all tensors, and with plain values; see ``diff``."""
-    mine, others = dict(tensors_of(one)), dict(tensors_of(other))
+    """Add the distances of all tensors, and plain values; see ``diff``."""
+    of_first, of_second = dict(tensors_of(first)), dict(tensors_of(second))
     tensors = []
-    with contextlib.ExitStack() as holds:  # no rule removes what is being read
-        for manifest in (one, other):
-            hold = reader.hold_for_reading(store, manifest)
-            if hold is not None:
-                holds.callback(hold.release)
-        for tensor in found.tensors:
+    with reader.hold_all(store, (first, second)):
+        for tensor in difference.tensors:
             between = None
             if tensor.what in {"dtype", "values"}:
                 key = (tensor.part, tensor.name)
-                between = distance(*_read(store, one, *mine[key]), *_read(store, other, *others[key]))
+                between = distance(*_read(store, first, *of_first[key]), *_read(store, second, *of_second[key]))
                 progress(tensor.bytes)
             tensors.append(replace(tensor, distance=between))
-        plain, same = diff_plain_values(store, one, other)
-    return replace(found, tensors=tuple(sorted(tensors, key=_order)), plain=plain, generators_same=same)
+        plain, same = diff_plain_values(store, first, second)
+    return replace(difference, tensors=tuple(sorted(tensors, key=_order)), plain=plain, generators_same=same)
 
 
 def _order(tensor: TensorDifference) -> tuple[bool, float]:
-    """What cannot be compared first, then the largest relative change."""
+    """Sort tensors that cannot be compared first, then by relative change."""
     return (tensor.distance is not None, -tensor.distance.relative if tensor.distance else 0.0)
 
 
@@ -101,23 +95,23 @@ def _read(store: Store, manifest: Manifest, file: FileRecord, record: TensorReco
 
 
 class _Values:
-    """Elements in double precision, a piece at a time."""
+    """Elements in double precision, a block at a time."""
 
     def __init__(self, data: Chunk, dtype: str) -> None:
         self._data, self._dtype = memoryview(data).cast("B"), TORCH_DTYPES[dtype]
         self.count = len(self._data) // self._dtype.itemsize
 
-    def piece(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The values from ``begin`` on, and their bytes, a row for each element."""
+    def block(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the values from ``begin`` on, and their bytes, a row for each element."""
         width = self._dtype.itemsize
-        raw = bytearray(self._data[begin * width : (begin + _PIECE) * width])
+        raw = bytearray(self._data[begin * width : (begin + _BLOCK) * width])
         flat = torch.frombuffer(raw, dtype=self._dtype)
         values = torch.view_as_real(flat) if flat.is_complex() else flat.unsqueeze(1)
         return values.to(torch.float64), torch.frombuffer(raw, dtype=torch.uint8).view(-1, width)
 
 
 def distance(a: Chunk, a_dtype: str, b: Chunk, b_dtype: str) -> Distance:
-    """How far the values of two tensors of the same shape are apart; see ``Distance``.
+    """Measure how far the values of two tensors of the same shape are apart; see ``Distance``.
 
     Args:
         a: the bytes of the first, little-endian.
@@ -133,49 +127,52 @@ def distance(a: Chunk, a_dtype: str, b: Chunk, b_dtype: str) -> Distance:
     """
     first, second = _Values(a, a_dtype), _Values(b, b_dtype)
     totals = _Totals()
-    for begin in range(0, first.count, _PIECE):
-        totals.add(first.piece(begin), second.piece(begin), bits=a_dtype == b_dtype)
+    for begin in range(0, first.count, _BLOCK):
+        totals.add(first.block(begin), second.block(begin), bits=a_dtype == b_dtype)
     return totals.distance(first.count, bits=a_dtype == b_dtype)
 
 
 class _Totals:
-    """Sums over the pieces. Norms are added with ``hypot``, so that squares of large numbers do not overflow."""
+    """Sums over the blocks. Norms are added with ``hypot``, so that squares of large numbers do not overflow."""
 
     def __init__(self) -> None:
         self.norms = [0.0, 0.0]
         self.l2 = self.largest = 0.0
-        self.dots: list[tuple[float, float, float]] = []  # the cosine of a piece, with the norms of both
+        self.dots: list[tuple[float, float, float]] = []  # the cosine of a block, with the norms of both
         self.changed = 0
         self.zeros = [0, 0]
         self.not_finite = [0, 0]
 
     def add(self, a: tuple[Any, Any], b: tuple[Any, Any], *, bits: bool) -> None:
-        """Take a piece into account."""
+        """Take a block into account."""
         values = [a[0], b[0]]
         if bits:
             self.changed += int((a[1] != b[1]).any(dim=1).sum())
         if values[0].shape != values[1].shape:  # one is complex, the other is not
-            values = [torch.nn.functional.pad(one, (0, 2 - one.shape[1])) for one in values]
-        finite = [torch.isfinite(one).all(dim=1) for one in values]
-        for number, one in enumerate(values):
-            self.zeros[number] += int((one == 0).all(dim=1).sum())
+            values = [torch.nn.functional.pad(block, (0, 2 - block.shape[1])) for block in values]
+        finite = [torch.isfinite(block).all(dim=1) for block in values]
+        for number, block in enumerate(values):
+            self.zeros[number] += int((block == 0).all(dim=1).sum())
             self.not_finite[number] += int((~finite[number]).sum())
-        both = finite[0] & finite[1]
-        left, right = (one[both].reshape(-1) for one in values)
-        norms = _norm(left), _norm(right)
+        finite_rows = finite[0] & finite[1]
+        first, second = (block[finite_rows].reshape(-1) for block in values)
+        norms = _norm(first), _norm(second)
         self.norms = [math.hypot(total, new) for total, new in zip(self.norms, norms, strict=True)]
-        between = right - left
-        self.l2 = math.hypot(self.l2, _norm(between))
-        self.largest = max(self.largest, float(between.abs().max()) if len(between) else 0.0)
+        change = second - first
+        self.l2 = math.hypot(self.l2, _norm(change))
+        self.largest = max(self.largest, float(change.abs().max()) if len(change) else 0.0)
         if all(norms):
-            self.dots.append((_cosine(left, right), *norms))
+            self.dots.append((_cosine(first, second), *norms))
 
     def distance(self, count: int, *, bits: bool) -> Distance:
-        """The whole."""
-        norm, other = self.norms
+        """Return the distance over all blocks."""
+        norm, norm_2 = self.norms
         cosine = None
-        if norm and other and math.isfinite(norm) and math.isfinite(other):
-            cosine = math.fsum(cos * (left / norm) * (right / other) for cos, left, right in self.dots)
+        if norm and norm_2 and math.isfinite(norm) and math.isfinite(norm_2):
+            cosine = math.fsum(
+                cos * (norm_of_block / norm) * (norm_2_of_block / norm_2)
+                for cos, norm_of_block, norm_2_of_block in self.dots
+            )
             cosine = max(-1.0, min(1.0, cosine))
         relative = self.l2 / norm if norm else (math.inf if self.l2 else 0.0)
         return Distance(
@@ -190,9 +187,9 @@ class _Totals:
         )
 
 
-def _cosine(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Of vectors that are scaled first: norms of the smallest numbers there are have no digits to divide by."""
-    units = [values / values.abs().max() for values in (left, right)]
+def _cosine(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the cosine of vectors, scaled first: norms of the smallest numbers have no digits to divide by."""
+    units = [values / values.abs().max() for values in (first, second)]
     return float(torch.dot(*units) / (torch.linalg.vector_norm(units[0]) * torch.linalg.vector_norm(units[1])))
 
 

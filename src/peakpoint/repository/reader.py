@@ -353,6 +353,17 @@ def hold_for_reading(store: Store, manifest: Manifest) -> Hold | None:
     return store.reading(layout.manifest_key(manifest.run, manifest.name))
 
 
+@contextlib.contextmanager
+def hold_all(store: Store, manifests: Iterable[Manifest]) -> Iterator[None]:
+    """Keep rules from removing these checkpoints meanwhile."""
+    with contextlib.ExitStack() as holds:
+        for manifest in manifests:
+            hold = hold_for_reading(store, manifest)
+            if hold is not None:
+                holds.callback(hold.release)
+        yield
+
+
 def being_read(store: Store, manifests: Iterable[Manifest]) -> set[str]:
     """Return the ids of checkpoints that somebody is reading."""
     return {manifest.id for manifest in manifests if store.is_read(layout.manifest_key(manifest.run, manifest.name))}

@@ -14,7 +14,7 @@ import torch
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.models.average import held
+from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import Repository
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.saved import check_part_of, read_state
@@ -55,7 +55,7 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     part_names = list(parts) or [default_part(manifest)]
     for part in part_names:
         check_part_of(manifest, part)
-    with held(repository.store, [manifest]):
+    with hold_all(repository.store, [manifest]):
         saved = read_state(repository.store, manifest, part_names)
         values = {part: saved.value(part, own=True) for part in part_names}
         with published(to) as temporary:

@@ -12,8 +12,8 @@ from peakpoint.exchange.exports.files import check_free, check_weights, default_
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.models.average import held
 from peakpoint.reports import card
+from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import Repository
 from peakpoint.rules.history import history
 from peakpoint.state.saved import SavedState, check_part_of, read_state
@@ -52,7 +52,7 @@ def export_folder(
     part = part or default_part(manifest)
     check_part_of(manifest, part)
     config_parts = [name for name in ("config", "extra") if name in manifest.parts]
-    with held(repository.store, [manifest]):
+    with hold_all(repository.store, [manifest]):
         saved = read_state(repository.store, manifest, [part, *config_parts])
         weights = saved.value(part)
         check_weights(part, weights)
