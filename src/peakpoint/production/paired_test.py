@@ -65,11 +65,7 @@ def paired(
     design", Statistics in Medicine 17, 1998; McNemar, Psychometrika 12, 1947, with the binomial distribution instead
     of its approximation. Fagerland, Lydersen & Laake, Statistics in Medicine 33, 2014, compare the choices.
 
-    Args:
-        champion: the class that the champion predicts for each example.
-        candidate: the class that the candidate predicts, in the same order.
-        labels: the true classes, in the same order.
-        confidence: between 0 and 1.
+    The three sequences are of the same examples in one order.
 
     Raises:
         ConfigError: no examples, different numbers of them, classes that are no whole numbers, or such a confidence.
@@ -246,10 +242,7 @@ def judge_improvement(
     difference is less. What is not finite never passes.
 
     Args:
-        metric: its name, for the sentence.
         mode: ``"max"`` when more is better.
-        champion: the champion's value.
-        candidate: the candidate's value.
         paired: both models on the same examples; ``significance`` needs it.
         minimum: by how much the candidate must be better, in the metric's unit; just so much is enough, and 0 asks that
             it is not worse.
