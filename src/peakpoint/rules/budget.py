@@ -64,10 +64,10 @@ class Budget:
             claims: who claims what.
             protected: ids that must stay.
         """
-        remaining = [record for record in records if record.id in claims or record.id in protected]
-        total = sum(record.size_bytes for record in remaining)
+        claimed_records = [record for record in records if record.id in claims or record.id in protected]
+        total = sum(record.size_bytes for record in claimed_records)
         removed = []
-        for record in sorted(remaining, key=lambda record: (len(claims.get(record.id, ())), record.sequence)):
+        for record in sorted(claimed_records, key=lambda record: (len(claims.get(record.id, ())), record.sequence)):
             if total <= self.bytes:
                 break
             if record.id not in protected and record.size_bytes:

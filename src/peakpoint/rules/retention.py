@@ -112,12 +112,12 @@ def protections(
 def kept_ids(records: Sequence[CheckpointRecord], rules: Sequence[Rule], protected: Collection[str]) -> set[str]:
     """Return the ids of the checkpoints that stay."""
     claimed = claims(rules, records)
-    kept = {*claimed, *protected}
+    staying = {*claimed, *protected}
     for rule in rules:
         if isinstance(rule, Budget):
-            remaining = [record for record in records if record.id in kept]
-            kept -= set(rule.exceeded(remaining, claimed, protected))
-    return kept
+            remaining = [record for record in records if record.id in staying]
+            staying -= set(rule.exceeded(remaining, claimed, protected))
+    return staying
 
 
 def plan(
@@ -148,15 +148,17 @@ def plan(
     claimed, protected = claims(rules, good), protections(good, pinned, cut, read, aliased)
     drops = _drops(good, rules, claimed, protected)
     shrunk = {removal.manifest.id: removal.remaining for removal in drops}
-    kept = kept_ids([shrunk.get(manifest.id, manifest) for manifest in good], rules, protected.keys())
-    keep = {id: (*claimed.get(id, ()), *protected.get(id, ())) for id in kept}  # noqa: A001 - the vocabulary's word
+    staying = kept_ids([shrunk.get(manifest.id, manifest) for manifest in good], rules, protected.keys())
+    keep = {id: (*claimed.get(id, ()), *protected.get(id, ())) for id in staying}  # noqa: A001 - the vocabulary's word
     for id in damaged.keys() & {manifest.id for manifest in manifests}:  # noqa: A001
         keep[id] = (Claim("protection:damaged", f"{damaged[id]}; rules do not remove it, peakpoint rm does"),)
-    removed = sorted((manifest for manifest in good if manifest.id not in kept), key=lambda manifest: manifest.sequence)
+    removed = sorted(
+        (manifest for manifest in good if manifest.id not in staying), key=lambda manifest: manifest.sequence
+    )
     return RetentionPlan(
         keep,
         tuple(Removal(manifest, _removal_reason(rules, claimed.get(manifest.id, ()))) for manifest in removed),
-        tuple(removal for removal in drops if removal.manifest.id in kept),
+        tuple(removal for removal in drops if removal.manifest.id in staying),
     )
 
 
