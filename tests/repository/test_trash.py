@@ -287,5 +287,5 @@ def test_wrong_input(tmp_path):
         command("undo", tmp_path, "q/x")
     with pytest.raises(pp.errors.NotFoundError, match="is not in the trash"):
         command("undo", tmp_path, "r/x")
-    with pytest.raises(pp.errors.ConfigError, match="no time span"):
+    with pytest.raises(pp.errors.ConfigError, match="is not a time span"):
         checkpointer(tmp_path, undo_for="a while")
