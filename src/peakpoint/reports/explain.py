@@ -32,27 +32,27 @@ def checkpoint_histories(events: Iterable[Event]) -> list[CheckpointHistory]:
     """Every checkpoint that a run ever had, earliest first."""
     replay = RunReplay()
     texts: tuple[str, ...] = ()
-    found: dict[str, CheckpointHistory] = {}
+    histories: dict[str, CheckpointHistory] = {}
     for event in events:
         replay.take(event)
         match event:
             case Opened():
                 texts = event.rules
             case Saved():
-                found[event.checkpoint] = CheckpointHistory(event, replay.moment(event.checkpoint), None)
-            case Removed() if event.checkpoint in found:
-                life = found[event.checkpoint]  # said before, when that removal came to nothing
-                there = [one for one in found.values() if one.removed is None or one is life]
-                names = {other.record.id: other.saved.name for other in there}
-                others = [other.record for other in there]
-                beaten = tuple((text, _instead(text, others, names, event.checkpoint)) for text in texts)
-                found[event.checkpoint] = CheckpointHistory(life.saved, life.record, event, beaten)
-            case Undone(checkpoint=checkpoint, parts=()) if checkpoint in found:
-                life = found[checkpoint]
-                found[checkpoint] = CheckpointHistory(life.saved, life.record, None)
+                histories[event.checkpoint] = CheckpointHistory(event, replay.moment(event.checkpoint), None)
+            case Removed() if event.checkpoint in histories:
+                history = histories[event.checkpoint]  # said before, when that removal came to nothing
+                existing = [entry for entry in histories.values() if entry.removed is None or entry is history]
+                names = {entry.record.id: entry.saved.name for entry in existing}
+                records = [entry.record for entry in existing]
+                claimed = tuple((text, _instead(text, records, names, event.checkpoint)) for text in texts)
+                histories[event.checkpoint] = CheckpointHistory(history.saved, history.record, event, claimed)
+            case Undone(checkpoint=checkpoint, parts=()) if checkpoint in histories:
+                history = histories[checkpoint]
+                histories[checkpoint] = CheckpointHistory(history.saved, history.record, None)
             case _:
                 pass
-    return list(found.values())
+    return list(histories.values())
 
 
 def _instead(text: str, records: Sequence[CheckpointRecord], names: Mapping[str, str], own: str) -> tuple[str, ...]:

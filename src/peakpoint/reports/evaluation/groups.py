@@ -83,7 +83,7 @@ def group_key(by: str) -> Callable[[RunData], str]:
         'adamw'
     """
     if by == "optimizer":
-        return lambda material: optimizer_of(material.state)
+        return lambda run: optimizer_of(run.state)
     try:
         pattern = re.compile(by)
     except re.error as error:
@@ -94,11 +94,11 @@ def group_key(by: str) -> Callable[[RunData], str]:
             r"'-(sgd|adamw)-'"
         )
 
-    def found(material: RunData) -> str:
-        match = pattern.search(material.name)
+    def matched_group(run: RunData) -> str:
+        match = pattern.search(run.name)
         return (match and match[1]) or NO_MATCH
 
-    return found
+    return matched_group
 
 
 def optimizer_of(state: Mapping[str, str]) -> str:
@@ -120,42 +120,49 @@ def _short(kind: str) -> str:
     return kind.rpartition(".")[2]
 
 
-def compare_groups(materials: Sequence[RunData], judged: Sequence[RunPeak], by: str) -> list[Grouping]:
+def compare_groups(materials: Sequence[RunData], run_peaks: Sequence[RunPeak], by: str) -> list[Grouping]:
     """Group the peaks by metric and kind of run; metrics of a single run are left out."""
     key = group_key(by)
     kinds = {material.name: key(material) for material in materials}
-    found = []
-    for metric, mode in dict.fromkeys((one.peak.metric, one.peak.mode) for one in judged):
-        mine = [one for one in judged if (one.peak.metric, one.peak.mode, one.window) == (metric, mode, 1)]
-        if len(mine) > 1:
-            sets: dict[str, list[RunPeak]] = {}
-            for one in mine:
-                sets.setdefault(kinds[one.run], []).append(one)
-            found.append(_grouping(by, metric, mode, sets))
-    return found
+    groupings = []
+    for metric, mode in dict.fromkeys((run_peak.peak.metric, run_peak.peak.mode) for run_peak in run_peaks):
+        same_metric = [
+            run_peak
+            for run_peak in run_peaks
+            if (run_peak.peak.metric, run_peak.peak.mode, run_peak.window) == (metric, mode, 1)
+        ]
+        if len(same_metric) > 1:
+            members: dict[str, list[RunPeak]] = {}
+            for run_peak in same_metric:
+                members.setdefault(kinds[run_peak.run], []).append(run_peak)
+            groupings.append(_grouping(by, metric, mode, members))
+    return groupings
 
 
-def _grouping(by: str, metric: str, mode: Mode, sets: dict[str, list[RunPeak]]) -> Grouping:
+def _grouping(by: str, metric: str, mode: Mode, members: dict[str, list[RunPeak]]) -> Grouping:
     sign = -1 if mode == "max" else 1
-    ordered = sorted(sets, key=lambda name: (name in LEFT_OVER, sign * mean(one.peak.best for one in sets[name]), name))
+    ordered = sorted(
+        members,
+        key=lambda name: (name in LEFT_OVER, sign * mean(run_peak.peak.best for run_peak in members[name]), name),
+    )
     # each pair could have been the one that is looked at: Bonferroni. Source: Dunn, JASA 56, 1961
     pairs = max(1, math.comb(len(ordered), 2))
     confidence = 1 - (1 - CONFIDENCE) / pairs
-    first = [one.peak.best for one in sets[ordered[0]]]
+    first = [run_peak.peak.best for run_peak in members[ordered[0]]]
     groups = []
     for name in ordered:
-        best = [one.peak.best for one in sets[name]]
+        best_values = [run_peak.peak.best for run_peak in members[name]]
         groups.append(
             RunGroup(
                 name=name,
-                runs=tuple(one.run for one in sets[name]),
-                best=mean(best),
-                best_spread=_spread(best),
-                best_of_all=max(best) if mode == "max" else min(best),
-                last=mean(one.peak.last for one in sets[name]),
-                lost=mean(one.peak.lost for one in sets[name]),
-                values=mean(one.peak.count for one in sets[name]),
-                against=None if name == ordered[0] else welch(best, first, confidence),
+                runs=tuple(run_peak.run for run_peak in members[name]),
+                best=mean(best_values),
+                best_spread=_spread(best_values),
+                best_of_all=max(best_values) if mode == "max" else min(best_values),
+                last=mean(run_peak.peak.last for run_peak in members[name]),
+                lost=mean(run_peak.peak.lost for run_peak in members[name]),
+                values=mean(run_peak.peak.count for run_peak in members[name]),
+                against=None if name == ordered[0] else welch(best_values, first, confidence),
             )
         )
     return Grouping(by=by, metric=metric, mode=mode, groups=tuple(groups), note=_note(groups, pairs))

@@ -73,7 +73,7 @@ class Tradeoff:
     dense: tuple[SparsityPoint, ...]
 
 
-def tradeoff(materials: Sequence[RunData], metric: str, mode: Mode, sparsity: str) -> Tradeoff | None:
+def tradeoff(runs: Sequence[RunData], metric: str, mode: Mode, sparsity: str) -> Tradeoff | None:
     """The trade-off among the checkpoints of some runs; None when fewer than two sparsities are there.
 
     Args:
@@ -82,32 +82,46 @@ def tradeoff(materials: Sequence[RunData], metric: str, mode: Mode, sparsity: st
         mode: its direction.
         sparsity: the metric that holds the sparsity, of which more is better.
     """
-    having = [
+    measured = [
         manifest
-        for material in materials
-        for manifest in material.checkpoints
+        for run in runs
+        for manifest in run.checkpoints
         if all(math.isfinite(manifest.metrics.get(name, math.nan)) for name in (metric, sparsity))
     ]
-    if len({manifest.metrics[sparsity] for manifest in having}) < 2:
+    if len({manifest.metrics[sparsity] for manifest in measured}) < 2:
         return None
-    front = set(Pareto({metric: mode, sparsity: "max"}).claims(having))
-    spots = {one.id: _spot(one, metric, sparsity, on_front=one.id in front) for one in having}
+    front = set(Pareto({metric: mode, sparsity: "max"}).claims(measured))
+    spots = {
+        checkpoint.id: _spot(checkpoint, metric, sparsity, on_front=checkpoint.id in front) for checkpoint in measured
+    }
     targets, dense = [], []
-    for material in materials:
-        mine = [manifest for manifest in having if manifest.run == material.name]
-        rules = [rule for rule in material.rules if isinstance(rule, BestAtSparsity)]
+    for run in runs:
+        own_checkpoints = [manifest for manifest in measured if manifest.run == run.name]
+        rules = [rule for rule in run.rules if isinstance(rule, BestAtSparsity)]
         rules = [rule for rule in rules if (rule.metric, rule.mode, rule.sparsity) == (metric, mode, sparsity)]
-        within = min((rule.tolerance for rule in rules), default=0.01)
-        unpruned = ranked([one for one in mine if abs(one.metrics[sparsity]) <= within], metric, mode)
+        tolerance = min((rule.tolerance for rule in rules), default=0.01)
+        unpruned = ranked(
+            [checkpoint for checkpoint in own_checkpoints if abs(checkpoint.metrics[sparsity]) <= tolerance],
+            metric,
+            mode,
+        )
         best = spots[unpruned[0].id] if unpruned else None
         dense += [best] if best else []
         for rule in rules:
             for target in rule.targets:
-                at = ranked([one for one in rule.considered(mine) if rule.target_of(one) == target], metric, mode)
-                spot = spots[at[0].id] if at else None
+                candidates = ranked(
+                    [
+                        checkpoint
+                        for checkpoint in rule.considered(own_checkpoints)
+                        if rule.target_of(checkpoint) == target
+                    ],
+                    metric,
+                    mode,
+                )
+                spot = spots[candidates[0].id] if candidates else None
                 cost = None if spot is None or best is None else (spot.value - best.value) * _sign(mode)
                 targets.append(
-                    BestAtTarget(run=material.name, target=target, tolerance=rule.tolerance, spot=spot, cost=cost)
+                    BestAtTarget(run=run.name, target=target, tolerance=rule.tolerance, spot=spot, cost=cost)
                 )
     ordered = sorted(spots.values(), key=lambda spot: (spot.run, spot.sparsity, spot.step))
     return Tradeoff(
