@@ -210,22 +210,22 @@ def diff_records(repository: Repository, a: str, b: str) -> Difference:
 def diff_manifests(repository: Repository, one: Manifest, other: Manifest) -> Difference:
     """``diff_records`` of checkpoints that have been found."""
     first, second = _side(repository, one), _side(repository, other)
-    mine, others = dict(tensors_of(one)), dict(tensors_of(other))
-    tensors, same = [], []
-    for key in dict.fromkeys([*mine, *others]):
-        left, right = mine.get(key), others.get(key)
-        found = _tensor(key, left and left[1], right and right[1])
-        if found is not None:
-            tensors.append(found)
-        elif left is not None:
-            same.append(left[1].end - left[1].begin)
+    first_tensors, second_tensors = dict(tensors_of(one)), dict(tensors_of(other))
+    tensors, equal_sizes = [], []
+    for key in dict.fromkeys([*first_tensors, *second_tensors]):
+        first_tensor, second_tensor = first_tensors.get(key), second_tensors.get(key)
+        difference = _tensor(key, first_tensor and first_tensor[1], second_tensor and second_tensor[1])
+        if difference is not None:
+            tensors.append(difference)
+        elif first_tensor is not None:
+            equal_sizes.append(first_tensor[1].end - first_tensor[1].begin)
     return Difference(
         a=first,
         b=second,
         metrics=tuple(_metrics(first, second)),
         tensors=tuple(tensors),
-        same_tensors=len(same),
-        same_bytes=sum(same),
+        same_tensors=len(equal_sizes),
+        same_bytes=sum(equal_sizes),
         changed_bytes=sum(one.bytes for one in tensors),
         parts_only_in_a=tuple(part for part in one.parts if part not in other.parts),
         parts_only_in_b=tuple(part for part in other.parts if part not in one.parts),
@@ -259,7 +259,7 @@ def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None
         what=what,
         a=a and (a.dtype, tuple(a.shape)),
         b=b and (b.dtype, tuple(b.shape)),
-        bytes=max(one.end - one.begin for one in (a, b) if one is not None),
+        bytes=max(record.end - record.begin for record in (a, b) if record is not None),
     )
 
 
@@ -283,18 +283,18 @@ def _side(repository: Repository, manifest: Manifest) -> DiffSide:
 
 def _opened(events: Sequence[Event], manifest: Manifest) -> Opened | None:
     """Who wrote a checkpoint: the process that had opened the run last when it was saved."""
-    opened = None
+    opening = None
     for event in events:
         match event:
             case Opened():
                 if event.at > manifest.created_at:
                     break  # whose process was killed before it could say so
-                opened = event
+                opening = event
             case Saved(checkpoint=manifest.id):
                 break
             case _:
                 pass
-    return opened
+    return opening
 
 
 def _metrics(a: DiffSide, b: DiffSide) -> Iterator[MetricDifference]:
@@ -302,11 +302,11 @@ def _metrics(a: DiffSide, b: DiffSide) -> Iterator[MetricDifference]:
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
         modes = [mode for metric, mode in pairs if metric == name]
         mode = modes[0] if len(modes) == 1 else None
-        left, right = a.metrics.get(name), b.metrics.get(name)
+        first, second = a.metrics.get(name), b.metrics.get(name)
         better: Literal["a", "b"] | None = None
-        if mode and left is not None and right is not None and left != right and math.isfinite(left + right):
-            better = "a" if (left > right) == (mode == "max") else "b"
-        yield MetricDifference(name=name, a=left, b=right, mode=mode, better=better)
+        if mode and first is not None and second is not None and first != second and math.isfinite(first + second):
+            better = "a" if (first > second) == (mode == "max") else "b"
+        yield MetricDifference(name=name, a=first, b=second, mode=mode, better=better)
 
 
 # --- plain values -------------------------------------------------------------------------------------------------
@@ -322,15 +322,15 @@ def diff_plain_values(store: Store, one: Manifest, other: Manifest) -> tuple[tup
         FormatError: it cannot be read.
     """
     first, second = _state(store, one), _state(store, other)
-    left = dict(_leaves({part: first["parts"].get(part) for part in one.parts if part in first["parts"]}))
-    right = dict(_leaves({part: second["parts"].get(part) for part in other.parts if part in second["parts"]}))
+    first_values = dict(_leaves({part: first["parts"].get(part) for part in one.parts if part in first["parts"]}))
+    second_values = dict(_leaves({part: second["parts"].get(part) for part in other.parts if part in second["parts"]}))
     shared = one.parts.keys() & other.parts.keys()  # a part that only one has is said once
-    found = [
-        PlainDifference(path=".".join(path), a=left.get(path), b=right.get(path))
-        for path in dict.fromkeys([*left, *right])
-        if left.get(path) != right.get(path) and path[0] in shared
+    differences = [
+        PlainDifference(path=".".join(path), a=first_values.get(path), b=second_values.get(path))
+        for path in dict.fromkeys([*first_values, *second_values])
+        if first_values.get(path) != second_values.get(path) and path[0] in shared
     ]
-    return tuple(found), first["rng"] == second["rng"]
+    return tuple(differences), first["rng"] == second["rng"]
 
 
 def _state(store: Store, manifest: Manifest) -> dict[str, Any]:

@@ -121,19 +121,21 @@ def compare_compressed(
 
 
 def _difference(
-    metric: str, one: RunCheckpoint, other: RunCheckpoint, mode: Mode | None, examples: Examples
+    metric: str, original: RunCheckpoint, compressed: RunCheckpoint, mode: Mode | None, examples: Examples
 ) -> MetricChange:
-    values = one[1].metrics[metric], other[1].metrics[metric]
-    found = MetricChange(metric=metric, mode=mode, original=values[0], compressed=values[1], interval=None, source="")
+    values = original[1].metrics[metric], compressed[1].metrics[metric]
+    change = MetricChange(metric=metric, mode=mode, original=values[0], compressed=values[1], interval=None, source="")
     if mode is None or not all(map(math.isfinite, values)):
-        return found
-    first, second = (noise_of(material, metric, mode, (kept.report,), examples) for material, kept in (one, other))
+        return change
+    first, second = (
+        noise_of(run, metric, mode, (checkpoint.report,), examples) for run, checkpoint in (original, compressed)
+    )
     if first is None or second is None:
-        return found
+        return change
     reach, difference = _NORMAL_95 * math.hypot(first.se, second.se), values[1] - values[0]
     interval = Interval(difference=difference, low=difference - reach, high=difference + reach, confidence=0.95)
     source = f"{first.source} (original) and {second.source} (compressed)"
-    return replace(found, interval=interval, source=first.source if first.source == second.source else source)
+    return replace(change, interval=interval, source=first.source if first.source == second.source else source)
 
 
 def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: str) -> ModelSize:
@@ -175,8 +177,8 @@ def _elements(tensor: TensorRecord) -> int:
 
 def _sparse_bytes(tensors: Sequence[TensorRecord], floats: Sequence[TensorRecord], nonzero: int) -> int:
     """A bit for each element and the values that are not zero; as it is where that is no smaller."""
-    whole = sum(tensor.end - tensor.begin for tensor in tensors)
+    total = sum(tensor.end - tensor.begin for tensor in tensors)
     dense = sum(tensor.end - tensor.begin for tensor in floats)
     count = sum(_elements(tensor) for tensor in floats)
     packed = math.ceil(count / 8) + round(dense * nonzero / count) if count else 0
-    return whole - dense + min(dense, packed)
+    return total - dense + min(dense, packed)

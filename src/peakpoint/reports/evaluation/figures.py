@@ -72,7 +72,7 @@ def panels(evaluation: "Evaluation", *, separate: bool = False) -> list[Panel]:
     """Every picture: one for each metric (train and validation together), and one for each trade-off.
 
     Args:
-        found: what to show.
+        evaluation: what to show.
         separate: a picture for each run instead of all runs in one.
     """
     materials = {run.name: run for run in evaluation.runs}
@@ -94,7 +94,7 @@ def curve(material: RunData, metric: str, mode: Mode, marked: tuple[int, int | N
         material: the run.
         metric: which metric.
         mode: its direction.
-        here: step, epoch and value of a checkpoint to be marked.
+        marked: step, epoch and value of a checkpoint to be marked.
 
     Returns:
         None when the metric never had a finite value.
@@ -130,7 +130,7 @@ def save(chosen_panels: Sequence[Panel], suffix: str) -> bytes:
     """Pictures below one another in one file, on white.
 
     Args:
-        chosen: at least one.
+        chosen_panels: at least one.
         suffix: ``".png"`` or ``".svg"``.
     """
     with _style():
