@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint.state.capture import StateEncoder
-from peakpoint.state.encode_cache import Tracer
+from peakpoint.state.encode_cache import EncodeCache
 from peakpoint.state.typed_json import Encoder
 from training import checkpointer, parts, same, train
 
@@ -75,7 +75,7 @@ def fresh(value):
 
 @given(st.lists(states, min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_states_in_any_order(values, order):
-    tracer = Tracer()
+    tracer = EncodeCache()
     for number in order:
         value = values[number % len(values)]
         tracer.encode(value, "x", attributes=False)
@@ -84,7 +84,7 @@ def test_states_in_any_order(values, order):
 
 @given(states, st.data())
 def test_small_changes_are_seen(value, data):
-    tracer = Tracer()
+    tracer = EncodeCache()
     value = [value, TENSORS[0], {"k": 1, "t": TENSORS[1]}]
     for _ in range(3):
         tracer.encode(value, "x", attributes=False)
@@ -103,11 +103,11 @@ def test_small_changes_are_seen(value, data):
 
 
 def test_an_unchanged_state_is_followed():
-    tracer = Tracer()
+    tracer = EncodeCache()
     model, optimizer = parts()
     train(model, optimizer)
     for part in (model, optimizer):
-        tracer = Tracer()
+        tracer = EncodeCache()
         assert not tracer.encode(part.state_dict(), "x", attributes=True)
         for _ in range(3):
             train(model, optimizer)
@@ -129,7 +129,7 @@ def test_an_unchanged_state_is_followed():
 )
 def test_a_tensor_that_has_moved_or_changed_is_seen(change):
     parameter = torch.nn.Parameter(torch.zeros(3))
-    tracer = Tracer()
+    tracer = EncodeCache()
     tracer.encode([parameter], "x", attributes=False)
     assert tracer.encode([parameter], "x", attributes=False)
     change(parameter)
@@ -138,7 +138,7 @@ def test_a_tensor_that_has_moved_or_changed_is_seen(change):
 
 
 def test_what_cannot_be_kept_is_refused_the_second_time_too():
-    tracer = Tracer()
+    tracer = EncodeCache()
     state = {"t": torch.ones(3), "deep": {"x": 1}}
     tracer.encode(state, 'state["m"]', attributes=False)
     state["deep"]["x"] = object()

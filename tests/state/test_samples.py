@@ -9,7 +9,7 @@ import peakpoint as pp
 from peakpoint.state.host_copy import ChangedError, storage_of
 from peakpoint.state.samples import LEAST, SMALL, Samples
 from peakpoint.state.shared_storage import DTYPES
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.tensor_files import StagingBuffer
 from training import checkpointer, kept, same
 
 
@@ -57,7 +57,7 @@ def test_a_rewrite_is_refused_or_the_copy_is_that_of_the_capture(tensors, write,
     rewritten = data.draw(st.sets(st.integers(0, len(tensors) - 1)))
     before = [tensor.clone() for tensor in tensors]
     files = {"model.safetensors": {str(number): tensor for number, tensor in enumerate(tensors)}}
-    staging = Staging()
+    staging = StagingBuffer()
     images, copying = staging.capture(files, frozenset(map(storage_of, tensors)))
     if when == "after":
         copying.run()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from failing import Failing
-from peakpoint.state.streamed_copy import SMALLEST, Ring, elements
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.streamed_copy import SMALLEST_RING, RingBuffer, elements
+from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import LocalStore
 from training import checkpointer, kept, same
 
@@ -59,14 +59,14 @@ def bytes_of(image):
 
 
 def test_the_bytes_are_those_of_the_large_buffer():
-    ring = Ring(SMALLEST)
+    ring = RingBuffer(SMALLEST_RING)
     for _ in range(2):
         images, stream = ring.capture(state())
         thread = threading.Thread(target=stream.run)
         thread.start()
         found = [bytes_of(image) for image in images]
         thread.join()
-        expected = Staging().fill(state())
+        expected = StagingBuffer().fill(state())
         assert [image.name for image in images] == [image.name for image in expected]
         assert [image.size for image in images] == [image.size for image in expected]
         for mine, whole in zip(found, expected, strict=True):
@@ -74,7 +74,7 @@ def test_the_bytes_are_those_of_the_large_buffer():
 
 
 def test_a_stream_that_is_abandoned_ends():
-    images, stream = Ring(SMALLEST).capture(state())
+    images, stream = RingBuffer(SMALLEST_RING).capture(state())
     thread = threading.Thread(target=stream.run)
     thread.start()
     next(images[0].blocks())
@@ -106,7 +106,7 @@ def test_what_is_saved_through_a_ring_is_the_same(tmp_path):
         one = pp.load(f"r:{step}", root=tmp_path / "plain")
         other = pp.load(f"r:{step}", root=tmp_path / "small")
         assert same(dict(one), dict(other))
-    assert train(tmp_path / "small", 4, capture_bytes=2 * SMALLEST)[0].step == 4
+    assert train(tmp_path / "small", 4, capture_bytes=2 * SMALLEST_RING)[0].step == 4
 
 
 @pytest.mark.parametrize("call", ["create", "write", "fsync"])

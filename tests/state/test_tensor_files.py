@@ -19,7 +19,7 @@ from peakpoint.errors import ConfigError, FormatError
 from peakpoint.format.manifest import FileRecord, TensorRecord
 from peakpoint.repository.commit import file_record
 from peakpoint.state.shared_storage import DTYPES
-from peakpoint.state.tensor_files import PAGE, Staging, lay_out, tensors_of
+from peakpoint.state.tensor_files import PAGE, StagingBuffer, lay_out, tensors_of
 from peakpoint.state.typed_json import Decoder, Encoder
 
 ALL = sorted(DTYPES, key=str)
@@ -53,7 +53,7 @@ def encode(value):
 
 
 def image_of(tensors, staging=None):
-    (image,) = (staging or Staging()).fill({FILE: tensors})
+    (image,) = (staging or StagingBuffer()).fill({FILE: tensors})
     return image
 
 
@@ -477,7 +477,7 @@ def test_an_image_does_not_change_with_later_training():
 
 
 def test_a_second_fill_reuses_the_memory():
-    staging = Staging()
+    staging = StagingBuffer()
     weight = torch.full((1000,), 1.0)
     first = image_of({"w": weight}, staging)
     place, size, old = address(first), staging.size, bytes(first.data)
@@ -490,7 +490,7 @@ def test_a_second_fill_reuses_the_memory():
 
 
 def test_tensors_that_move_into_a_second_file_need_no_new_memory():
-    staging = Staging()
+    staging = StagingBuffer()
     tensors = {f"layer{number}.weight": torch.full((1000 + number,), float(number)) for number in range(300)}
     for bytes_more in range(0, 4096, 512):  # wherever the pages end
         tensors["more"] = torch.ones(bytes_more, dtype=torch.uint8)
@@ -503,11 +503,11 @@ def test_tensors_that_move_into_a_second_file_need_no_new_memory():
             assert staging.size == size
             for image, expected in zip(images, files.values(), strict=False):
                 assert safe_load(bytes(image.data)).keys() == expected.keys()
-        staging = Staging()
+        staging = StagingBuffer()
 
 
 def test_layouts_may_grow_shrink_and_change():
-    staging = Staging()
+    staging = StagingBuffer()
     steps = [
         {"w": torch.arange(10.0)},
         {"w": torch.arange(100_000.0)},
@@ -534,14 +534,14 @@ def test_layouts_may_grow_shrink_and_change():
 
 
 def test_memory_that_grew_leaves_older_images_readable():
-    staging = Staging()
+    staging = StagingBuffer()
     first = image_of({"w": torch.arange(10.0)}, staging)
     image_of({"w": torch.zeros(1_000_000)}, staging)
     assert read(first)["w"].tolist() == list(range(10))
 
 
 def test_several_files_stand_on_pages_of_their_own():
-    staging = Staging()
+    staging = StagingBuffer()
     files = {
         "a.safetensors": {"w": torch.arange(3.0)},
         "b.safetensors": {"w": torch.arange(2000.0), "v": torch.tensor(True)},

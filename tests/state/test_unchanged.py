@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peakpoint.state.unchanged import WORTH_A_FILE, Facts, Standing
+from peakpoint.state.unchanged import WORTH_A_FILE, PartTensors, UnchangedTensors
 
 KB = 1024
 
@@ -15,13 +15,13 @@ class Part:
     """Tensors with contents and version counters; ``save`` does what a save does with them, and counts writes."""
 
     def __init__(self, sizes, *, frozen=(), stepped=(), place=True):
-        self.facts = Facts(
+        self.facts = PartTensors(
             tuple(sizes), {n: size for n, size in sizes.items() if size}, *map(frozenset, (frozen, stepped))
         )
         self.place = object() if place else None
         self.content = dict.fromkeys(sizes, 0)
         self.version = dict.fromkeys(sizes, 0)
-        self.standing = Standing()
+        self.standing = UnchangedTensors()
         self.files = {}  # of the last commit: names to contents
         self.writes = dict.fromkeys(sizes, 0)
         self.compared_in_vain = 0
@@ -157,7 +157,7 @@ def test_what_stood_still_before_a_restart_goes_on_so():
         part.save()
     assert part.standing.apart == {"a", "b"}
     writes = dict(part.writes)
-    part.standing = Standing()
+    part.standing = UnchangedTensors()
     part.standing.inherit({name: str(content) for name, content in part.content.items()}, {"a", "b"}, {"a", "b"})
     for _ in range(3):
         part.change("w")

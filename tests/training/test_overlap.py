@@ -12,7 +12,7 @@ import torch
 import peakpoint as pp
 from peakpoint.state.host_copy import ChangedError, storage_of
 from peakpoint.state.step_guard import StepGuard, wait_for_copies
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.tensor_files import StagingBuffer
 from training import checkpointer, kept, same
 
 
@@ -223,7 +223,7 @@ def test_compiled_modules(tmp_path):
 @pytest.mark.parametrize("how", ["settle", "hold_step"])
 def test_a_change_that_is_only_seen_after_the_copy_has_ended_is_refused(how):
     weight = torch.zeros(5000)
-    _, copying = Staging().capture({"model.safetensors": {"w": weight}}, frozenset([storage_of(weight)]))
+    _, copying = StagingBuffer().capture({"model.safetensors": {"w": weight}}, frozenset([storage_of(weight)]))
     copying.run()
     copying.wait()  # it looked right when it ended
     weight.add_(1)
@@ -286,7 +286,7 @@ def test_after_a_loop_weights_may_change_at_once(tmp_path, kind, leaving):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_waits_for_no_copy_of_its_parent():
     weight = torch.zeros(5000)
-    _, copying = Staging().capture({"model.safetensors": {"w": weight}}, frozenset([storage_of(weight)]))
+    _, copying = StagingBuffer().capture({"model.safetensors": {"w": weight}}, frozenset([storage_of(weight)]))
     optimizer = torch.optim.SGD([torch.nn.Parameter(weight)], lr=0.1)
     guard = StepGuard({"optimizer": optimizer})
     guard.watch(copying)  # and nobody runs it

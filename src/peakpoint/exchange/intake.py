@@ -26,9 +26,9 @@ from peakpoint.repository.run import Run
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule, check_ranking_metrics, ranking_metrics
 from peakpoint.rules.history import history
-from peakpoint.state.capture import FromElsewhere, StateEncoder, capture
-from peakpoint.state.host_copy import NOTHING
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.capture import ForeignState, StateEncoder, capture
+from peakpoint.state.host_copy import NO_STORAGE
+from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, LocalStore, Store
 from peakpoint.training.external import hold_run, open_journal, record_report, record_saved, settle, with_free_name
@@ -233,7 +233,7 @@ class Intake:
                 return self._write(journal, hold, progress)
 
     def _write(self, journal: Journal, hold: Hold, progress: Callable[[int], None]) -> dict[int, ImportedSource]:
-        buffer = Staging()
+        buffer = StagingBuffer()
         outcomes: dict[int, ImportedSource] = {}
         newest = 0 if self._parent is None else self._parent.report  # what follows it is not in the history any more
         for report, moment in enumerate(self.moments, 1):
@@ -267,7 +267,7 @@ class Intake:
         return "copied, not linked: another file system, a header that is not aligned, or a store without links"
 
     def _save(
-        self, journal: Journal, hold: Hold, buffer: Staging, number: int, report: int, moment: ImportMoment
+        self, journal: Journal, hold: Hold, buffer: StagingBuffer, number: int, report: int, moment: ImportMoment
     ) -> ImportedSource:
         """Commit one checkpoint."""
         summary = self.summaries[number]
@@ -276,8 +276,8 @@ class Intake:
         state = dict(checkpoint.parts) | ({EXTRA: dict(checkpoint.extra)} if checkpoint.extra else {})
         origin, images = self._linkable(checkpoint)
         position = _position(report, moment, complete=checkpoint.complete).as_plain()
-        foreign = FromElsewhere(optional=(EXTRA,), images=images)
-        captured = capture(state, position, StateEncoder(shares=False), buffer, NOTHING, NOTHING, foreign)
+        foreign = ForeignState(optional=(EXTRA,), images=images)
+        captured = capture(state, position, StateEncoder(shares=False), buffer, NO_STORAGE, NO_STORAGE, foreign)
         if summary.source.stamp() != summary.stamp:
             raise CorruptError(f"{path} was changed during the import; import again when nothing writes to it")
         draft = self._draft(summary, report, moment, captured.parts)

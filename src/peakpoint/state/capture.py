@@ -20,13 +20,13 @@ from peakpoint.format.names import check_part
 from peakpoint.format.sealed import gc_paused
 from peakpoint.repository.commit import FileImage, WholeImage
 from peakpoint.state import rng
-from peakpoint.state.encode_cache import Tracer
+from peakpoint.state.encode_cache import EncodeCache
 from peakpoint.state.host_copy import Storage, storage_of, versions_of
-from peakpoint.state.step_guard import Transfer
-from peakpoint.state.streamed_copy import Ring
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.step_guard import StateCopy
+from peakpoint.state.streamed_copy import RingBuffer
+from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.state.typed_json import Encoder
-from peakpoint.state.unchanged import Facts, Standing
+from peakpoint.state.unchanged import PartTensors, UnchangedTensors
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ def state_of(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
+class CapturedState:
     """A copy of the state, ready to be written.
 
     Attributes:
@@ -89,7 +89,7 @@ class Captured:
 
     images: tuple[FileImage, ...]
     parts: Mapping[str, tuple[str, ...]]
-    copying: Transfer
+    copying: StateCopy
     stays: bool
     committed: Callable[[Manifest], None]
 
@@ -108,9 +108,9 @@ class StateEncoder:
 
     def __init__(self, *, shares: bool = True) -> None:
         self._shares = shares
-        self._tracers: dict[str, Tracer] = {}
-        self._standing: dict[str, Standing] = {}
-        self._facts: dict[str, tuple[object, frozenset[Storage], Facts]] = {}
+        self._tracers: dict[str, EncodeCache] = {}
+        self._standing: dict[str, UnchangedTensors] = {}
+        self._facts: dict[str, tuple[object, frozenset[Storage], PartTensors]] = {}
         self._apart: dict[str, frozenset[str]] = {}
         self._places = object()
 
@@ -121,7 +121,7 @@ class StateEncoder:
             Besides, an object that is the same as long as all tensors are where they were.
         """
         same = list(self._tracers) == list(state)
-        self._tracers = {name: self._tracers.get(name) or Tracer() for name in state}
+        self._tracers = {name: self._tracers.get(name) or EncodeCache() for name in state}
         for name, value in state.items():
             given = state_of(value)
             again = self._tracers[name].encode(given, f'state["{name}"]', attributes=given is not value)
@@ -160,7 +160,7 @@ class StateEncoder:
             if not self._shares:
                 apart[part] = facts.frozen_apart
                 continue
-            standing = self._standing.setdefault(part, Standing())
+            standing = self._standing.setdefault(part, UnchangedTensors())
             standing.decide(facts, self._tracers[part].place, versions_of(tensors.values()))
             apart[part] = standing.apart
             if standing.calm:
@@ -187,7 +187,7 @@ class StateEncoder:
 
     def _facts_of(
         self, part: str, value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]
-    ) -> Facts:
+    ) -> PartTensors:
         place = self._tracers[part].place
         known = self._facts.get(part)
         if known is not None and place is not None and known[0] is place and known[1] is stepped:
@@ -209,12 +209,12 @@ class StateEncoder:
             if names:
                 apart = _digests(manifest, [name for name in names if FROZEN in name])
                 shared = _digests(manifest, [name for name in names if manifest.file(name).shared])
-                self._standing[part] = Standing()
+                self._standing[part] = UnchangedTensors()
                 self._standing[part].inherit(_digests(manifest, names), apart.keys(), shared.keys())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FromElsewhere:
+class ForeignState:
     """What is special about a state that another tool has saved: the random generators are not in it.
 
     Attributes:
@@ -229,17 +229,17 @@ class FromElsewhere:
 FROZEN = "+frozen"  # no part can have such a name
 
 
-def _facts(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> Facts:
+def _facts(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> PartTensors:
     sizes = {name: size for name, tensor in tensors.items() if (size := tensor.nbytes)}
     if not stepped:
-        return Facts(tuple(tensors), sizes)
+        return PartTensors(tuple(tensors), sizes)
     memory = {name: storage_of(tensors[name]) for name in sizes}
     owned = frozenset(name for name, storage in memory.items() if storage in stepped)
     if not isinstance(value, torch.nn.Module):
-        return Facts(tuple(tensors), sizes, stepped=owned)
+        return PartTensors(tuple(tensors), sizes, stepped=owned)
     parameters = {storage_of(parameter) for parameter in value.parameters() if not is_lazy(parameter)} - stepped
     frozen = frozenset(name for name, storage in memory.items() if storage in parameters)
-    return Facts(tuple(tensors), sizes, frozen, owned)
+    return PartTensors(tuple(tensors), sizes, frozen, owned)
 
 
 def _digests(manifest: Manifest, files: Sequence[str]) -> dict[str, str]:
@@ -268,11 +268,11 @@ def capture(
     state: Mapping[str, Any],
     loop: Mapping[str, Any],
     encoder: StateEncoder,
-    buffer: Staging | Ring,
+    buffer: StagingBuffer | RingBuffer,
     owned: frozenset[Storage],
     stepped: frozenset[Storage],
-    foreign: "FromElsewhere | None" = None,
-) -> Captured:
+    foreign: "ForeignState | None" = None,
+) -> CapturedState:
     """Copy the state.
 
     On return everything is copied but the memory that is ``owned``; with a ring nothing is. Nothing is written yet.
@@ -297,11 +297,11 @@ def _capture(
     state: Mapping[str, Any],
     loop: Mapping[str, Any],
     encoder: StateEncoder,
-    buffer: Staging | Ring,
+    buffer: StagingBuffer | RingBuffer,
     owned: frozenset[Storage],
     stepped: frozenset[Storage],
-    foreign: "FromElsewhere | None",
-) -> Captured:
+    foreign: "ForeignState | None",
+) -> CapturedState:
     trees, files, _ = encoder.encode(state)
     extra = Encoder()
     record = {
@@ -319,17 +319,17 @@ def _capture(
     names = list(named)
     named = {name: tensors for name, tensors in named.items() if name not in there}
     images: Sequence[FileImage]
-    copying: Transfer
-    if isinstance(buffer, Ring):
+    copying: StateCopy
+    if isinstance(buffer, RingBuffer):
         images, copying = buffer.capture(named)
     else:
         images, copying = buffer.capture(named, owned, encoder.places)
     images = [replace(image, stable=True) if image.name in stable else image for image in images]
     parts = {part: tuple(name for name in names if _part_of(name) == part) for part in trees}
-    return Captured(
+    return CapturedState(
         (*images, *there.values(), WholeImage(layout.STATE, text)),
         {**parts, "rng": (), "loop": ()},
         copying,
-        isinstance(buffer, Staging),
+        isinstance(buffer, StagingBuffer),
         encoder.learn,
     )

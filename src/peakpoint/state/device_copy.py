@@ -13,7 +13,7 @@ BLOCK = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class UploadPiece:
     """A run of bytes that is sent in one go.
 
     Attributes:
@@ -27,15 +27,15 @@ class Piece:
     begin: int
 
 
-def plan(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], block: int = BLOCK) -> Iterator[list[Piece]]:
+def plan(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], block: int = BLOCK) -> Iterator[list[UploadPiece]]:
     """Cut pairs of contiguous byte tensors into loads of at most ``block`` bytes each."""
-    load: list[Piece] = []
+    load: list[UploadPiece] = []
     filled = 0
     for target, source in pairs:
         begin = 0
         while begin < len(source):
             size = min(len(source) - begin, block - filled)
-            load.append(Piece(target[begin : begin + size], source[begin : begin + size], filled))
+            load.append(UploadPiece(target[begin : begin + size], source[begin : begin + size], filled))
             begin, filled = begin + size, filled + size
             if filled == block:
                 yield load

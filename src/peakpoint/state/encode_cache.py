@@ -16,12 +16,12 @@ from peakpoint.errors import ConfigError
 from peakpoint.state.json_scalars import TAG
 from peakpoint.state.typed_json import Encoder
 
-Facts = list[tuple[Any, ...]]
+TensorTraits = list[tuple[Any, ...]]
 Step = Callable[[Any, list[torch.Tensor]], bool]
 """Follows one value: collects its tensors, encodes the rest into the tree; False when it looks different."""
 
 
-def _facts(tensors: list[torch.Tensor]) -> Facts:
+def _traits(tensors: list[torch.Tensor]) -> TensorTraits:
     """What must be the same for a tensor to be where it was, and what it was; nothing when one has no memory."""
     if not all(isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided for tensor in tensors):
         return []
@@ -40,7 +40,7 @@ def _facts(tensors: list[torch.Tensor]) -> Facts:
     ]
 
 
-class Tracer:
+class EncodeCache:
     """Encodes one part of the state, again and again.
 
     Attributes:
@@ -54,7 +54,7 @@ class Tracer:
         self.tensors: dict[str, torch.Tensor] = {}
         self.place: object = None
         self._follow: Step | None = None
-        self._facts: Facts = []
+        self._traits: TensorTraits = []
         self._stored: dict[str, int] = {}
 
     def encode(self, value: Any, path: str, *, attributes: bool) -> bool:
@@ -65,7 +65,7 @@ class Tracer:
         """
         if self._follow is not None:
             found: list[torch.Tensor] = []
-            if self._follow(value, found) and _facts(found) == self._facts != []:
+            if self._follow(value, found) and _traits(found) == self._traits != []:
                 plain = [tensor.detach() if tensor.requires_grad else tensor for tensor in found]
                 self.tensors = {name: plain[number] for name, number in self._stored.items()}
                 return True
@@ -85,9 +85,9 @@ class Tracer:
         found: list[torch.Tensor] = []
         # an array of the state becomes a tensor for the occasion, which cannot be followed
         if follow is not None and follow(value, found) and len(found) == len(numbers):
-            self._follow, self._facts = follow, _facts(found)
+            self._follow, self._traits = follow, _traits(found)
             self._stored = {name: numbers[name] for name in encoder.tensors}
-            self.place = object() if self._facts else None
+            self.place = object() if self._traits else None
 
 
 def _learn(value: Any, tree: Any) -> Step | None:

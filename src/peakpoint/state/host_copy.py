@@ -27,7 +27,7 @@ class ChangedError(Error):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class CopyTarget:
     """Where one tensor goes.
 
     Attributes:
@@ -42,7 +42,7 @@ class Target:
 
 
 Storage = tuple[torch.device, int]
-NOTHING: frozenset[Storage] = frozenset()
+NO_STORAGE: frozenset[Storage] = frozenset()
 
 
 def storage_of(tensor: torch.Tensor) -> Storage:
@@ -51,7 +51,7 @@ def storage_of(tensor: torch.Tensor) -> Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class CopyChunk:
     """Tensors of one device, or a piece of a large one, that are copied in one go.
 
     Attributes:
@@ -74,7 +74,7 @@ class Chunk:
         ]
 
 
-class Plan:
+class CopyPlan:
     """Which tensors are copied at once and which later, and how; good for as long as the tensors stay where they are.
 
     Args:
@@ -83,7 +83,9 @@ class Plan:
         owned: memory that may be copied later; see ``StepGuard.owned``.
     """
 
-    def __init__(self, targets: Sequence[Target], sources: Sequence[torch.Tensor], owned: Collection[Storage]) -> None:
+    def __init__(
+        self, targets: Sequence[CopyTarget], sources: Sequence[torch.Tensor], owned: Collection[Storage]
+    ) -> None:
         self.names = [target.name for target in targets]
         self.later = [
             number
@@ -116,7 +118,7 @@ class Plan:
         return None if number is None else self.names[self.later[number]]
 
 
-class Copying:
+class HostCopy:
     """One capture under way.
 
     On return of the constructor, everything that is not owned has been copied. Copies from a GPU into pinned memory are
@@ -128,7 +130,7 @@ class Copying:
         pinned: whether the buffer is pinned, so that a GPU can write to it by itself.
     """
 
-    def __init__(self, plan: Plan, sources: Sequence[torch.Tensor], *, pinned: bool = False) -> None:
+    def __init__(self, plan: CopyPlan, sources: Sequence[torch.Tensor], *, pinned: bool = False) -> None:
         self._plan = plan
         self._sources: Sequence[torch.Tensor] = sources
         self._seen: list[torch.Tensor] = []  # samples of now
@@ -246,7 +248,7 @@ class Copying:
                 self._late = self._sample()
                 self._settled.set()
 
-    def _copy_chunk(self, chunk: Chunk) -> None:
+    def _copy_chunk(self, chunk: CopyChunk) -> None:
         stream = self._streams.get(chunk.device)
         if stream is None:
             _copy_all(chunk, self._sources, non_blocking=False)
@@ -319,15 +321,15 @@ END = 1 << 62
 _GRACE = 0.02  # seconds that a small operation may take at most, with the threads that it waits for
 
 
-def _chunks(targets: Sequence[Target], sources: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[Chunk]:
+def _chunks(targets: Sequence[CopyTarget], sources: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[CopyChunk]:
     """Tensors in order, grouped by device up to ``_CHUNK`` bytes; large ones are cut so that the writer can follow."""
-    chunks: list[Chunk] = []
+    chunks: list[CopyChunk] = []
     size = 0
     for number in numbers:
         target, source = targets[number], sources[number]
         for begin, memory, pick in _cut(target, source, number):
             if not chunks or size + memory.nbytes > _CHUNK or chunks[-1].device != source.device:
-                chunks.append(Chunk(source.device, begin, [], []))
+                chunks.append(CopyChunk(source.device, begin, [], []))
                 size = 0
             chunks[-1].targets.append(memory)
             chunks[-1].sources.append(pick)
@@ -336,7 +338,7 @@ def _chunks(targets: Sequence[Target], sources: Sequence[torch.Tensor], numbers:
 
 
 def _cut(
-    target: Target, source: torch.Tensor, number: int
+    target: CopyTarget, source: torch.Tensor, number: int
 ) -> Iterator[tuple[int, torch.Tensor, tuple[int, int, int] | int]]:
     plain = source.is_contiguous() and not source.is_conj() and not source.is_neg()
     if target.memory.nbytes <= _CHUNK or not plain:
@@ -349,11 +351,13 @@ def _cut(
         yield target.begin + at * width, flat[at:end], (number, at, end)
 
 
-def _by_device(targets: Sequence[Target], sources: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[Chunk]:
-    chunks: dict[torch.device, Chunk] = {}
+def _by_device(
+    targets: Sequence[CopyTarget], sources: Sequence[torch.Tensor], numbers: Sequence[int]
+) -> list[CopyChunk]:
+    chunks: dict[torch.device, CopyChunk] = {}
     for number in numbers:
         device = sources[number].device
-        chunk = chunks.setdefault(device, Chunk(device, targets[number].begin, [], []))
+        chunk = chunks.setdefault(device, CopyChunk(device, targets[number].begin, [], []))
         chunk.targets.append(targets[number].memory)
         chunk.sources.append(number)
     return list(chunks.values())
@@ -383,7 +387,7 @@ def versions_of(tensors: Collection[torch.Tensor]) -> list[int]:
 
 
 @torch.no_grad()
-def _copy_all(chunk: Chunk, tensors: Sequence[torch.Tensor], *, non_blocking: bool) -> None:
+def _copy_all(chunk: CopyChunk, tensors: Sequence[torch.Tensor], *, non_blocking: bool) -> None:
     # one call for all of them; the public way is a loop
     torch._foreach_copy_(chunk.targets, chunk.pick(tensors), non_blocking=non_blocking)
 

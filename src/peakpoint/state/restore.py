@@ -27,7 +27,7 @@ from peakpoint.state.step_guard import wait_for_copies
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
+class RestoredPart:
     """One part that was restored.
 
     Attributes:
@@ -55,7 +55,7 @@ class LoadReport:
     ref: str
     step: int
     epoch: int | None
-    restored: tuple[Restored, ...]
+    restored: tuple[RestoredPart, ...]
     missing: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
@@ -312,7 +312,7 @@ def _put_back(name: str, live: Any, saved: SavedState, differences: Sequence[str
 
 def restore_into(
     saved: SavedState, live: dict[str, Any], *, strict: bool = True, exhaustive: bool = True
-) -> tuple[tuple[Restored, ...], tuple[str, ...]]:
+) -> tuple[tuple[RestoredPart, ...], tuple[str, ...]]:
     """Put a checkpoint back into live objects.
 
     Nothing is changed before everything that can be compared fits.
@@ -361,7 +361,7 @@ def restore_into(
             ValueError,
         ) as error:
             raise mismatch(saved.manifest, (f"{name}: {type(value).__name__} refused its state: {error}",)) from error
-        restored.append(Restored(name, what))
+        restored.append(RestoredPart(name, what))
     return tuple(restored), differences
 
 

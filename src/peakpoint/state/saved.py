@@ -22,7 +22,7 @@ _OURS = ("rng", "loop")  # parts that are not the user's
 
 
 @dataclass(frozen=True, slots=True)
-class Trees:
+class StateTrees:
     """Everything of a checkpoint but its tensors.
 
     Attributes:
@@ -38,7 +38,7 @@ class Trees:
     optional: frozenset[str] = frozenset()
 
 
-def read_trees(store: Store, manifest: Manifest) -> Trees:
+def read_trees(store: Store, manifest: Manifest) -> StateTrees:
     """Read and verify everything but the tensors.
 
     Raises:
@@ -50,7 +50,7 @@ def read_trees(store: Store, manifest: Manifest) -> Trees:
         with gc_paused():
             record = msgspec.json.decode(text)
         parts = {part: tree for part, tree in dict(record["parts"]).items() if part in manifest.parts}
-        trees = Trees(parts, record["rng"], record["loop"], frozenset(record.get("optional", ())))
+        trees = StateTrees(parts, record["rng"], record["loop"], frozenset(record.get("optional", ())))
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
     check_format(record, where=f"{layout.STATE} of {manifest.name}")
@@ -97,7 +97,7 @@ class SavedState:
         tensors: part name to its stored tensors, in memory of their own or mapped from the file.
         rng: the tree of the generators.
         loop: the tree of the loop's position.
-        optional: see ``Trees``.
+        optional: see ``StateTrees``.
     """
 
     manifest: Manifest
@@ -185,7 +185,7 @@ class Loaded(Mapping[str, Any]):
 
     manifest: Manifest
     _store: Store
-    _trees: Trees
+    _trees: StateTrees
     _verify: bool
     _parts: dict[str, Any] = field(default_factory=dict)
     _hold: Hold | None = None

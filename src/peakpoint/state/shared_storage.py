@@ -35,7 +35,7 @@ DTYPES: dict[torch.dtype, str] = {
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
-Entry = tuple[str, torch.Tensor, dict[str, Any]]
+TensorEntry = tuple[str, torch.Tensor, dict[str, Any]]
 """The name that a tensor would have, its values, and its node in the tree."""
 
 
@@ -54,12 +54,12 @@ def _apart(tensors: list[torch.Tensor]) -> bool:
     return separate and all(tensor.is_contiguous() for tensor in tensors)
 
 
-def clusters(entries: list[Entry]) -> Iterator[list[Entry]]:
+def clusters(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
     """Groups of tensors that overlap in memory; most groups have one member."""
     if _apart([entry[1] for entry in entries]):
         yield from ([entry] for entry in entries)
         return
-    by_storage: dict[tuple[torch.device | None, int], list[Entry]] = {}
+    by_storage: dict[tuple[torch.device | None, int], list[TensorEntry]] = {}
     for number, entry in enumerate(entries):
         tensor = entry[1]
         key = (tensor.device, tensor.untyped_storage().data_ptr()) if tensor.numel() else (None, -number - 1)
@@ -68,7 +68,7 @@ def clusters(entries: list[Entry]) -> Iterator[list[Entry]]:
         if len(group) == 1:
             yield group
             continue
-        cluster: list[Entry] = []
+        cluster: list[TensorEntry] = []
         end = -1
         for entry in sorted(group, key=lambda entry: _extent(entry[1])):
             first, last = _extent(entry[1])
@@ -84,7 +84,7 @@ def _geometry(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def store(cluster: list[Entry], tensors: dict[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
+def store(cluster: list[TensorEntry], tensors: dict[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
     """Add to ``tensors`` what must be stored for a cluster, and complete the nodes that refer to it.
 
     Args:
@@ -130,7 +130,7 @@ def store(cluster: list[Entry], tensors: dict[str, torch.Tensor], new_name: Call
                 )
 
 
-def _covers(tensor: torch.Tensor, cluster: list[Entry], begin: int, end: int) -> bool:
+def _covers(tensor: torch.Tensor, cluster: list[TensorEntry], begin: int, end: int) -> bool:
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
     return plain and _extent(tensor) == (begin, end) and all(entry[1].dtype == tensor.dtype for entry in cluster)
 

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from peakpoint.state.host_copy import NOTHING, Storage, storage_of
+from peakpoint.state.host_copy import NO_STORAGE, Storage, storage_of
 
 
-class Transfer(Protocol):
-    """A capture under way: ``Copying`` into a buffer for everything, or ``Streaming`` through a small one."""
+class StateCopy(Protocol):
+    """A capture under way: ``HostCopy`` into a buffer for everything, or ``StreamedCopy`` through a small one."""
 
     waited_seconds: float
 
@@ -60,13 +60,13 @@ class StepGuard:
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = state
-        self._copying: Transfer | None = None
-        self._last: Transfer | None = None
+        self._copying: StateCopy | None = None
+        self._last: StateCopy | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         self.steps: Counter[int] = Counter()  # by the identity of the optimizer
         self._hooks: list[RemovableHandle] = []
         self._places: list[int] = []
-        self._owned = NOTHING
+        self._owned = NO_STORAGE
         self._attach()
         _guards.add(self)
 
@@ -108,7 +108,7 @@ class StepGuard:
         """Wait for no copy that is under way now."""
         self._copying = None
 
-    def watch(self, copying: Transfer) -> None:
+    def watch(self, copying: StateCopy) -> None:
         """Hold the next step until ``copying`` is complete."""
         self._copying = self._last = copying
 

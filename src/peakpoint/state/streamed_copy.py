@@ -20,11 +20,11 @@ from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.tensor_files import FileLayout, lay_out
 from peakpoint.store.pages import PAGE, allocate
 
-SMALLEST = 1024 * 1024
+SMALLEST_RING = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class RingImage:
+class StreamedImage:
     """A file whose bytes pass through the ring, once; see ``FileImage``.
 
     Attributes:
@@ -35,7 +35,7 @@ class RingImage:
     size: int
     header: int
     spans: tuple[Span, ...]
-    stream: "Streaming"
+    stream: "StreamedCopy"
     transient: bool = True
     stable: bool = False
 
@@ -44,11 +44,11 @@ class RingImage:
         return self.stream.taken(self.name)
 
 
-class Ring:
+class RingBuffer:
     """A buffer of a fixed size, allocated at the first capture and reused by every one.
 
     Args:
-        capacity: bytes, at least ``SMALLEST``.
+        capacity: bytes, at least ``SMALLEST_RING``.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -57,8 +57,8 @@ class Ring:
         self._memory: mmap.mmap | None = None
         self._pinned = False
 
-    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[RingImage], "Streaming"]:
-        """Prepare to copy the tensors of all files; ``Streaming.run`` does it while the images are being written."""
+    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[StreamedImage], "StreamedCopy"]:
+        """Prepare to copy the tensors of all files; ``StreamedCopy.run`` does it while the images are being written."""
         if self._memory is None:
             self._memory = allocate(self._block * self._count)
         devices = {tensor.device for tensors in files.values() for tensor in tensors.values()}
@@ -68,12 +68,14 @@ class Ring:
         whole = memoryview(self._memory)
         slots = [whole[at : at + self._block] for at in range(0, len(whole), self._block)]
         layouts = [lay_out(name, tensors) for name, tensors in files.items()]
-        stream = Streaming(layouts, files, slots, on_cuda)
-        images = [RingImage(layout.name, layout.size, len(layout.header), layout.spans, stream) for layout in layouts]
+        stream = StreamedCopy(layouts, files, slots, on_cuda)
+        images = [
+            StreamedImage(layout.name, layout.size, len(layout.header), layout.spans, stream) for layout in layouts
+        ]
         return images, stream
 
 
-class Streaming:
+class StreamedCopy:
     """One capture under way through the ring; the state must not change before ``wait`` returns.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format.manifest import FileRecord, TensorRecord
 from peakpoint.repository.commit import Span, WholeImage
-from peakpoint.state.host_copy import NOTHING, Copying, Plan, Storage, Target, pin, unpin
+from peakpoint.state.host_copy import NO_STORAGE, CopyPlan, CopyTarget, HostCopy, Storage, pin, unpin
 from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES
 from peakpoint.store.pages import PAGE, allocate, pages
 
@@ -58,7 +58,7 @@ def lay_out(name: str, tensors: Mapping[str, torch.Tensor]) -> FileLayout:
     return FileLayout(name, prefix, tuple(spans), padded + position)
 
 
-class Staging:
+class StagingBuffer:
     """The one buffer that tensors are copied into, reused by every save.
 
     It holds the image of every tensor file, one after the other on page boundaries, so that writing is a write of this
@@ -68,12 +68,12 @@ class Staging:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._layouts: tuple[FileLayout, ...] = ()
-        self._targets: list[tuple[str, Target]] = []  # file, place
+        self._targets: list[tuple[str, CopyTarget]] = []  # file, place
         self._pinned = False
         self._signature: object = None
-        self._plan: Plan | None = None
+        self._plan: CopyPlan | None = None
         self._places: object = None
-        self._owned = NOTHING
+        self._owned = NO_STORAGE
 
     @property
     def size(self) -> int:
@@ -83,16 +83,16 @@ class Staging:
     def capture(
         self,
         files: Mapping[str, Mapping[str, torch.Tensor]],
-        owned: frozenset[Storage] = NOTHING,
+        owned: frozenset[Storage] = NO_STORAGE,
         places: object = None,
-    ) -> tuple[list[WholeImage], Copying]:
+    ) -> tuple[list[WholeImage], HostCopy]:
         """Begin to copy the tensors of all files into the buffer.
 
         The images that the last call returned are overwritten.
 
         Args:
             files: file name to its tensors by name.
-            owned: memory that may be copied later, by ``Copying.run``; everything else is copied on return.
+            owned: memory that may be copied later, by ``HostCopy.run``; everything else is copied on return.
             places: an object that the caller gives as long as the files, and the places of all tensors, are the same.
 
         Returns:
@@ -104,11 +104,11 @@ class Staging:
         assert self._memory is not None
         sources = [files[file][target.name] for file, target in self._targets]
         if self._plan is None or self._owned is not owned:
-            self._plan = Plan([target for _, target in self._targets], sources, owned)
+            self._plan = CopyPlan([target for _, target in self._targets], sources, owned)
             self._owned = owned
         if not self._pinned and self._plan.devices:
             self._pinned = pin(self._memory)
-        copying = Copying(self._plan, sources, pinned=self._pinned)
+        copying = HostCopy(self._plan, sources, pinned=self._pinned)
         images = []
         position = 0
         whole = memoryview(self._memory)
@@ -149,14 +149,14 @@ class Staging:
                     dtype = TORCH_DTYPES[span.dtype]
                     count = (span.end - span.begin) // dtype.itemsize
                     flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=data + span.begin)
-                    place = Target(span.name, flat.view(span.shape), data + span.begin)
+                    place = CopyTarget(span.name, flat.view(span.shape), data + span.begin)
                     self._targets.append((layout.name, place))
             position += pages(layout.size)
         self._layouts = layouts
         self._signature = signature
 
 
-def _ready(copying: Copying, offset: int) -> Callable[[int], None]:
+def _ready(copying: HostCopy, offset: int) -> Callable[[int], None]:
     return lambda position: copying.wait(offset + position)
 
 

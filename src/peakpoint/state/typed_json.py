@@ -27,18 +27,18 @@ from peakpoint.state.json_scalars import (
     PATHS,
     TAG,
     UNREADABLE,
-    Place,
+    StatePath,
     dtype_text,
     from_base64,
     is_unicode,
-    make_place,
+    make_path,
     read_dtype,
     read_float,
     refusal,
     scalar,
     to_base64,
 )
-from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES, Entry, clusters, is_dense_layout
+from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES, TensorEntry, clusters, is_dense_layout
 from peakpoint.state.shared_storage import store as store_cluster
 
 _DEEPEST = 100
@@ -62,10 +62,10 @@ class Encoder:
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    _entries: list[Entry] = field(default_factory=list)
+    _entries: list[TensorEntry] = field(default_factory=list)
     _names: set[str] = field(default_factory=set)
 
-    def encode(self, value: object, path: Place | str, *, attributes: bool = False) -> Any:
+    def encode(self, value: object, path: StatePath | str, *, attributes: bool = False) -> Any:
         """The tree of ``value``.
 
         Args:
@@ -85,7 +85,7 @@ class Encoder:
         """The name of every tensor that ``encode`` met, in order; some may be stored under the name of another."""
         return [entry[0] for entry in self._entries]
 
-    def _walk(self, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool = False) -> Any:  # noqa: FBT001, FBT002
+    def _walk(self, value: Any, path: StatePath | str, keys: tuple[str, ...], attributes: bool = False) -> Any:  # noqa: FBT001, FBT002
         if len(keys) > _DEEPEST:
             raise ConfigError(f"{str(path)[:200]} is nested more than {_DEEPEST} levels deep, or contains itself")
         kind = type(value)
@@ -102,27 +102,27 @@ class Encoder:
             return self._walk(value.value, f"{path}.value", (*keys, "value"))
         return scalar(value, path)
 
-    def mapping(self, value: Mapping[Any, Any], path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+    def mapping(self, value: Mapping[Any, Any], path: StatePath | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
         """A dict: a JSON object when its keys are strings that do not look like tags, a list of pairs otherwise."""
         walk = self._walk  # hundreds of thousands of calls in a large state: every look-up counts
-        encoded = [walk(child, make_place((path, key, attributes)), (*keys, str(key))) for key, child in value.items()]
+        encoded = [walk(child, make_path((path, key, attributes)), (*keys, str(key))) for key, child in value.items()]
         if all(type(key) is str and not key.startswith(TAG) and is_unicode(key) for key in value):
             return dict(zip(value, encoded, strict=True))
         pairs = [[_key(key, path), child] for key, child in zip(value, encoded, strict=True)]
         _check_distinct(value, path)
         return {TAG: "dict", "v": pairs}
 
-    def sequence(self, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> list[Any]:  # noqa: ARG002, FBT001
+    def sequence(self, value: Any, path: StatePath | str, keys: tuple[str, ...], attributes: bool) -> list[Any]:  # noqa: ARG002, FBT001
         """The elements in order."""
-        return [self._walk(child, make_place((path, at, False)), (*keys, str(at))) for at, child in enumerate(value)]
+        return [self._walk(child, make_path((path, at, False)), (*keys, str(at))) for at, child in enumerate(value)]
 
-    def members(self, value: Any, path: Place | str) -> list[Any]:
+    def members(self, value: Any, path: StatePath | str) -> list[Any]:
         """The elements of a set, in an order that depends on nothing but the elements."""
         encoded = sorted((_key(member, path) for member in value), key=repr)
         _check_distinct(value, path)
         return encoded
 
-    def _array(self, value: np.ndarray[Any, Any], path: Place | str, keys: tuple[str, ...]) -> dict[str, Any]:
+    def _array(self, value: np.ndarray[Any, Any], path: StatePath | str, keys: tuple[str, ...]) -> dict[str, Any]:
         if value.dtype.hasobject:
             raise refusal(path, value, "it holds Python objects, which cannot be kept without pickle")
         node: dict[str, Any] = {TAG: "ndarray", "dtype": dtype_text(value.dtype, path), "shape": list(value.shape)}
@@ -133,7 +133,7 @@ class Encoder:
         stored = torch.frombuffer(bytearray(value.tobytes(order="C")), dtype=torch.uint8)
         return node | {"bytes": self._tensor(stored, path, keys)}
 
-    def _tensor(self, value: torch.Tensor, path: Place | str, keys: tuple[str, ...]) -> dict[str, Any]:
+    def _tensor(self, value: torch.Tensor, path: StatePath | str, keys: tuple[str, ...]) -> dict[str, Any]:
         check_tensor(value, path)
         name = self._name(".".join(keys) or "value")
         node: dict[str, Any] = {TAG: "tensor", "name": name}
@@ -163,7 +163,7 @@ class Encoder:
             store_cluster(cluster, self.tensors, self._name)
 
 
-def check_tensor(value: torch.Tensor, path: Place | str) -> None:
+def check_tensor(value: torch.Tensor, path: StatePath | str) -> None:
     """Refuse tensors that a safetensors file cannot hold exactly.
 
     Raises:
@@ -181,7 +181,7 @@ def check_tensor(value: torch.Tensor, path: Place | str) -> None:
         raise refusal(path, value, f"its dtype {value.dtype} has no place in the safetensors format")
 
 
-def _key(value: Any, path: Place | str) -> Any:
+def _key(value: Any, path: StatePath | str) -> Any:
     """A dict's key or a set's member: scalars, tuples and frozensets of them."""
     if type(value) is tuple:
         return {TAG: "tuple", "v": [_key(member, path) for member in value]}
@@ -200,7 +200,7 @@ def _plain_key(value: Any) -> Any:
     return value
 
 
-def _check_distinct(keys: Collection[Any], path: Place | str) -> None:
+def _check_distinct(keys: Collection[Any], path: StatePath | str) -> None:
     """Enum members become their values: two keys may then be one."""
     if len({_plain_key(key) for key in keys}) != len(keys):
         raise ConfigError(f"{path} has keys that are equal once enum members are their values; use .value yourself")
@@ -208,10 +208,10 @@ def _check_distinct(keys: Collection[Any], path: Place | str) -> None:
 
 # --- containers ---------------------------------------------------------------------------------------------------
 
-_Container = Callable[[Encoder, Any, Place | str, tuple[str, ...], bool], Any]
+_Container = Callable[[Encoder, Any, StatePath | str, tuple[str, ...], bool], Any]
 
 
-def _ordered(encoder: Encoder, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+def _ordered(encoder: Encoder, value: Any, path: StatePath | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
     node = {TAG: "OrderedDict", "v": encoder.mapping(value, path, keys, attributes)}
     metadata = getattr(value, "_metadata", None)  # versions of a module's state dict, which load_state_dict reads
     if metadata is not None:
@@ -219,7 +219,7 @@ def _ordered(encoder: Encoder, value: Any, path: Place | str, keys: tuple[str, .
     return node
 
 
-def _defaults(encoder: Encoder, value: Any, path: Place | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
+def _defaults(encoder: Encoder, value: Any, path: StatePath | str, keys: tuple[str, ...], attributes: bool) -> Any:  # noqa: FBT001
     factory = value.default_factory
     if factory is not None and _FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
         raise refusal(path, value, f"its default_factory {factory!r} cannot be kept; turn it into a dict")

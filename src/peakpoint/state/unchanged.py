@@ -11,11 +11,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 WORTH_A_FILE = 64 * 1024  # bytes
-NONE: frozenset[str] = frozenset()
+NO_TENSORS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class PartTensors:
     """The tensors of a part, as long as they are where they are.
 
     Attributes:
@@ -27,16 +27,16 @@ class Facts:
 
     names: tuple[str, ...]
     sizes: Mapping[str, int]
-    frozen: frozenset[str] = NONE
-    stepped: frozenset[str] = NONE
+    frozen: frozenset[str] = NO_TENSORS
+    stepped: frozenset[str] = NO_TENSORS
 
     @property
     def frozen_apart(self) -> frozenset[str]:
         """The frozen ones, if they are worth a file."""
-        return self.frozen if _bytes(self.frozen, self.sizes) >= WORTH_A_FILE else NONE
+        return self.frozen if _bytes(self.frozen, self.sizes) >= WORTH_A_FILE else NO_TENSORS
 
 
-class Standing:
+class UnchangedTensors:
     """What stands still in one part.
 
     A tensor is expected to be what it was when its version counter has not moved, unless optimizers step on it, or when
@@ -52,19 +52,19 @@ class Standing:
     """
 
     def __init__(self) -> None:
-        self.apart = NONE
+        self.apart = NO_TENSORS
         self.calm = False
         self._digests: Mapping[str, str] = {}  # in the last commit
         self._still: dict[str, int] = {}  # commits in a row in which a digest was that of the commit before
-        self._changed: AbstractSet[str] = NONE  # in the last commit
-        self._deaf: AbstractSet[str] = NONE  # whose version counters have been wrong
-        self._honest: AbstractSet[str] = NONE  # whose version counters have stood still with the digests
-        self._left: AbstractSet[str] = NONE  # frozen ones that have changed all the same
+        self._changed: AbstractSet[str] = NO_TENSORS  # in the last commit
+        self._deaf: AbstractSet[str] = NO_TENSORS  # whose version counters have been wrong
+        self._honest: AbstractSet[str] = NO_TENSORS  # whose version counters have stood still with the digests
+        self._left: AbstractSet[str] = NO_TENSORS  # frozen ones that have changed all the same
         self._patience = 1
         self._place: object = None  # as of the last commit
         self._versions: Sequence[int] = ()
         self._seen: tuple[object, Sequence[int]] = (None, ())  # as of the last capture
-        self._untouched: AbstractSet[str] = NONE  # between the last commit and the last capture
+        self._untouched: AbstractSet[str] = NO_TENSORS  # between the last commit and the last capture
         self._listened = False  # whether all others are known to have been written to
 
     def inherit(self, digests: Mapping[str, str], apart: AbstractSet[str], shared: AbstractSet[str]) -> None:
@@ -77,7 +77,7 @@ class Standing:
         """
         self._digests, self.apart, self._still = digests, frozenset(apart), dict.fromkeys(shared, 1)
 
-    def decide(self, facts: Facts, place: object, versions: Sequence[int]) -> None:
+    def decide(self, facts: PartTensors, place: object, versions: Sequence[int]) -> None:
         """Say what is expected to be what it was in the last commit: sets ``apart`` and ``calm``.
 
         Args:
@@ -90,7 +90,7 @@ class Standing:
         if not (self._untouched or self._still or self.apart or facts.frozen):
             self.calm = not names
             return  # everything moves: the usual case, decided quickly
-        touched = names - self._untouched if self._listened else NONE
+        touched = names - self._untouched if self._listened else NO_TENSORS
         quiet = (self._untouched - self._deaf - facts.stepped) & names
         moving = (touched & self._honest) | (self._changed - quiet)
         standing = ((quiet | self._still.keys()) - moving) & names
@@ -108,12 +108,12 @@ class Standing:
         if staying == apart:  # the file stays as it is unless enough comes in
             in_vain = sum(facts.sizes[name] * max(1, counts.get(name, 0)) for name in together - staying)
             together = staying | together if in_vain >= _bytes(staying, facts.sizes) else staying
-        self.apart = together if _bytes(together, facts.sizes) >= WORTH_A_FILE else NONE
+        self.apart = together if _bytes(together, facts.sizes) >= WORTH_A_FILE else NO_TENSORS
         self.calm = not names - self.apart - standing - frozen
 
-    def _listen(self, facts: Facts, place: object, versions: Sequence[int]) -> None:
+    def _listen(self, facts: PartTensors, place: object, versions: Sequence[int]) -> None:
         """Compare the version counters with those of the last commit."""
-        self._seen, before, self._untouched = (place, versions), self._versions, NONE
+        self._seen, before, self._untouched = (place, versions), self._versions, NO_TENSORS
         self._listened = place is not None and place is self._place
         if self._listened and any(map(operator.eq, versions, before)):
             compared = zip(facts.names, versions, before, strict=True)
@@ -125,7 +125,7 @@ class Standing:
         same = {name for name, digest in digests.items() if before.get(name) == digest}
         self._changed = (digests.keys() & before.keys()) - same
         self._still = {name: self._still.get(name, 0) + 1 for name in same}
-        overwritten = same - self._untouched if self._listened else NONE  # with what they were
+        overwritten = same - self._untouched if self._listened else NO_TENSORS  # with what they were
         self._deaf = self._deaf | (self._untouched & self._changed) | overwritten
         self._honest = (self._honest | (self._untouched & same)) - self._deaf
         self._digests = digests

@@ -24,10 +24,10 @@ from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
 from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.state.capture import StateEncoder, capture
-from peakpoint.state.host_copy import NOTHING
+from peakpoint.state.host_copy import NO_STORAGE
 from peakpoint.state.step_guard import StepGuard
-from peakpoint.state.streamed_copy import SMALLEST, Ring
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.streamed_copy import SMALLEST_RING, RingBuffer
+from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import Hold, Store, holder_note
 from peakpoint.training.outcome import WarnOnce, class_names, warn, written_by
 from peakpoint.training.position import Position
@@ -49,7 +49,7 @@ class SaveOptions:
 
     template: str
     overlap: bool
-    buffer: Staging | Ring
+    buffer: StagingBuffer | RingBuffer
     undo_for: timedelta | None
 
 
@@ -89,7 +89,7 @@ class RunWriter:
     ) -> None:
         self._store, self._run, self._state, self._rules = store, run, state, in_force
         self._options, self._clock, self._announce = options, clock, announce
-        self._encoder = StateEncoder(shares=isinstance(options.buffer, Staging))
+        self._encoder = StateEncoder(shares=isinstance(options.buffer, StagingBuffer))
         self._smoothing = Smoothing(smoothing_windows(in_force))
         self._warn_once = WarnOnce()
         self._surfaced: FailedSave | None = None  # the last failure that was raised
@@ -223,7 +223,7 @@ class RunWriter:
         """
         begin = time.perf_counter()
         stepped = self.guard.owned()
-        owned = stepped if self._options.overlap else NOTHING
+        owned = stepped if self._options.overlap else NO_STORAGE
         captured = capture(self._state, position.as_plain(), self._encoder, self._options.buffer, owned, stepped)
         copied = time.perf_counter() - begin
         self._sequence += 1
@@ -375,15 +375,15 @@ def check_needs(in_force: Iterable[Rule], state: Mapping[str, Any]) -> None:
                 raise ConfigError(f"rule {rule.text} needs a part {part!r}, and state= has {parts}")
 
 
-def capture_buffer(capture_bytes: int | str | None) -> Staging | Ring:
+def capture_buffer(capture_bytes: int | str | None) -> StagingBuffer | RingBuffer:
     """Return the memory for copies of the state: as large as it is, or bounded.
 
     Raises:
         ConfigError: the bound is not a number of bytes, or too small.
     """
     if capture_bytes is None:
-        return Staging()
+        return StagingBuffer()
     size = read_bytes("capture_bytes", capture_bytes)
-    if size < SMALLEST:
+    if size < SMALLEST_RING:
         raise ConfigError(f"capture_bytes={capture_bytes!r} is too small to write in large blocks; give 1 MiB or more")
-    return Ring(size)
+    return RingBuffer(size)

@@ -22,7 +22,7 @@ from peakpoint.repository.journal import Journal
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
 from peakpoint.rules.retention import Removal, RetentionPlan
-from peakpoint.state.capture import Captured
+from peakpoint.state.capture import CapturedState
 from peakpoint.state.host_copy import ChangedError
 from peakpoint.store import Hold, Store
 from peakpoint.store.threads import start_thread
@@ -43,7 +43,7 @@ class SaveJob:
     """
 
     draft: Manifest
-    captured: Captured
+    captured: CapturedState
     begun: bool = False
 
 

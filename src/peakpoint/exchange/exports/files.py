@@ -18,7 +18,7 @@ from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import Repository
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.saved import check_part_of, read_state
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.state.typed_json import check_tensor
 from peakpoint.store import FileOps, translated
 
@@ -80,7 +80,7 @@ def _write_safetensors(path: Path, values: dict[str, Any], manifest: Manifest) -
         raise ConfigError(f"a .safetensors file holds one part, not {', '.join(values)}; export to .pth for several")
     (part, value), *_ = values.items()
     check_weights(part, value)
-    image = memoryview(Staging().fill({path.name: value})[0].data)
+    image = memoryview(StagingBuffer().fill({path.name: value})[0].data)
     begin = 8 + int.from_bytes(image[:8], "little")
     header = json.loads(bytes(image[8:begin]))
     header["__metadata__"] |= _metadata(manifest)

@@ -17,7 +17,7 @@ from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import Repository
 from peakpoint.rules.history import history
 from peakpoint.state.saved import SavedState, check_part_of, read_state
-from peakpoint.state.tensor_files import Staging
+from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import translated
 
 
@@ -82,7 +82,7 @@ def _write_weights(folder: Path, weights: Mapping[str, torch.Tensor], max_bytes:
         total = sum(tensor.nbytes for tensor in weights.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
-    buffer = Staging()
+    buffer = StagingBuffer()
     for name, tensors in zip(names, shards, strict=True):
         (folder / name).write_bytes(buffer.fill({name: tensors})[0].data)
 
