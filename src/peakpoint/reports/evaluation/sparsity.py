@@ -74,12 +74,9 @@ class Tradeoff:
 
 
 def tradeoff(runs: Sequence[RunData], metric: str, mode: Mode, sparsity: str) -> Tradeoff | None:
-    """The trade-off among the checkpoints of some runs; None when fewer than two sparsities are there.
+    """Return the trade-off among the checkpoints of some runs; None when fewer than two sparsities are there.
 
     Args:
-        materials: the runs.
-        metric: which metric.
-        mode: its direction.
         sparsity: the metric that holds the sparsity, of which more is better.
     """
     measured = [
