@@ -97,24 +97,14 @@ def tradeoff(runs: Sequence[RunData], metric: str, mode: Mode, sparsity: str) ->
         rules = [rule for rule in run.rules if isinstance(rule, BestAtSparsity)]
         rules = [rule for rule in rules if (rule.metric, rule.mode, rule.sparsity) == (metric, mode, sparsity)]
         tolerance = min((rule.tolerance for rule in rules), default=0.01)
-        unpruned = ranked(
-            [checkpoint for checkpoint in own_checkpoints if abs(checkpoint.metrics[sparsity]) <= tolerance],
-            metric,
-            mode,
-        )
+        dense_checkpoints = [manifest for manifest in own_checkpoints if abs(manifest.metrics[sparsity]) <= tolerance]
+        unpruned = ranked(dense_checkpoints, metric, mode)
         best = spots[unpruned[0].id] if unpruned else None
         dense += [best] if best else []
         for rule in rules:
             for target in rule.targets:
-                candidates = ranked(
-                    [
-                        checkpoint
-                        for checkpoint in rule.considered(own_checkpoints)
-                        if rule.target_of(checkpoint) == target
-                    ],
-                    metric,
-                    mode,
-                )
+                at_target = [record for record in rule.considered(own_checkpoints) if rule.target_of(record) == target]
+                candidates = ranked(at_target, metric, mode)
                 spot = spots[candidates[0].id] if candidates else None
                 cost = None if spot is None or best is None else (spot.value - best.value) * _sign(mode)
                 targets.append(
