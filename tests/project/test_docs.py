@@ -120,3 +120,12 @@ def test_the_repository_speaks_of_itself_only():
         if not file.startswith(".git"):
             text = (ROOT / file).read_text(errors="ignore")
             assert not any(word in text for word in private), file
+
+
+def test_the_index_of_decisions_has_each_with_its_status():
+    page = (ROOT / "docs" / "decisions" / "README.md").read_text()
+    entries = re.findall(r"^(\d+)\. \*\*(.*?)\*\*", page, re.DOTALL | re.MULTILINE)
+    index = re.findall(r"^\| (\d+) \| (.*) \| (holds|(?:changed|replaced|withdrawn) by (\d+)) \|$", page, re.MULTILINE)
+    assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
+    assert [row[:2] for row in index] == [(number, " ".join(title.split()).rstrip(".")) for number, title in entries]
+    assert all(int(number) < int(later) <= len(entries) for number, _, _, later in index if later)
