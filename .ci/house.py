@@ -2,8 +2,8 @@
 
 Three measures by room: lines that bear code (no docstring, comment or blank line counts), uses of placeholder names (a
 name such as ``found`` says nothing about what it holds) in ten thousand name uses, and class names that another module
-defines too. A room above a ceiling (``house.toml``) fails the check: it gives back before it takes new ones. Modules
-and functions have bounds of their own.
+defines too. A room above a ceiling (``house.toml``) fails the check: it gives back before it takes new ones. So do a
+module above its bound, and functions of which more than one in ten is above theirs; single long functions are listed.
 """
 
 import ast
@@ -114,13 +114,20 @@ class House:
             for room in sorted(self.code)
         }
 
-    def long(self) -> list[str]:
-        """Modules and functions above their bounds, and the functions as a whole."""
-        lines = [f"{where}: {size} lines" for where, size in self.modules if size > MODULE_LINES]
-        lines += [f"{name} has {size} lines" for name, size in self.functions if size > FUNCTION_LINES]
+    def long_functions(self) -> list[str]:
+        """Functions that deserve a look."""
+        return [f"{name} has {size} lines" for name, size in self.functions if size > FUNCTION_LINES]
+
+    def above_bounds(self) -> list[str]:
+        """Modules above their bound, and the functions as a whole."""
+        lines = [f"{where}: {size} lines, ABOVE {MODULE_LINES}" for where, size in self.modules if size > MODULE_LINES]
         sizes = sorted(size for _, size in self.functions)
         p90 = sizes[int(0.9 * len(sizes))] if sizes else 0
-        return lines + ([f"one function in ten has {p90} lines or more"] if p90 > FUNCTION_LINES_P90 else [])
+        return lines + (
+            [f"one function in ten has {p90} lines or more, ABOVE {FUNCTION_LINES_P90}"]
+            if p90 > FUNCTION_LINES_P90
+            else []
+        )
 
 
 def table(measures: dict[str, dict[str, int]], ceilings: dict[str, dict[str, int]]) -> tuple[list[str], bool]:
@@ -159,10 +166,11 @@ def main(*, lower: bool, details: str = "") -> int:
     if details:
         print(f"\n{details}: placeholders", *(f"{name} {n}" for name, n in house.placeholders[details].most_common()))
         mine = [f"{n}: {', '.join(m)}" for n, m in house.doubled.items() if details in map(house.room, m)]
-        print(*mine, *(line for line in house.long() if house.room(line) == details), sep="\n")
+        print(*mine, *(line for line in house.long_functions() if house.room(line) == details), sep="\n")
     else:
-        print("above the bounds of a module or a function:", *house.long(), sep="\n  ")
-    return int(above)
+        print("long functions:", *house.long_functions(), sep="\n  ")
+    print(*house.above_bounds(), sep="\n")
+    return int(above or bool(house.above_bounds()))
 
 
 if __name__ == "__main__":

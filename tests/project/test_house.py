@@ -102,5 +102,18 @@ def test_a_room_above_a_ceiling_fails_the_check(house, tmp_path, capsys, measure
     assert house.CEILINGS.read_text() == lowered
 
 
+def test_long_modules_and_many_long_functions_fail_the_check(house, tmp_path, capsys):
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules" / "a.py").write_text("x = 1\n" * 451)
+    house.PACKAGE, house.CEILINGS = tmp_path, tmp_path / "house.toml"
+    house.CEILINGS.write_text("")
+    assert house.main(lower=True) == 1
+    assert "rules/a.py: 451 lines, ABOVE 450" in capsys.readouterr().out
+    (tmp_path / "rules" / "a.py").write_text("def f():\n" + "    x = 1\n" * 25)
+    house.CEILINGS.write_text("")
+    assert house.main(lower=True) == 1
+    assert "one function in ten has 26 lines or more, ABOVE 25" in capsys.readouterr().out
+
+
 def test_the_package_is_below_its_ceilings(house, capsys):
     assert house.main(lower=False) == 0, capsys.readouterr().out

@@ -4,20 +4,13 @@ SQLAlchemy is imported when the index is first used: many commands need only the
 """
 
 import importlib
-import os
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peakpoint.catalogue.query import parse
-from peakpoint.catalogue.ranking import SelectionQuery, WithinSE, ranking_keys
-from peakpoint.errors import ConfigError, MissingExtraError, StoreError
-from peakpoint.repository.findings import AuditFinding
-from peakpoint.repository.root import Repository
-from peakpoint.rules import Mode
-from peakpoint.store import Store
+from peakpoint.catalogue.ranking import SelectionQuery
 
 if TYPE_CHECKING:
+    from peakpoint.catalogue.access import audit as audit
+    from peakpoint.catalogue.access import select as select
     from peakpoint.catalogue.catalogue import Catalogue as Catalogue
     from peakpoint.catalogue.catalogue import Progress as Progress
     from peakpoint.catalogue.run_summary import RunSummary as RunSummary
@@ -32,9 +25,10 @@ _MODULES = {
     "Progress": "catalogue",
     "RunSummary": "run_summary",
     "Selection": "selection",
+    "audit": "access",
+    "select": "access",
 }
-__all__ = ["SelectionQuery", "audit", "select", *_MODULES]  # noqa: PLE0604 - names, gathered
-_SHOWN = 20  # mismatches, of which there may be millions
+__all__ = ["SelectionQuery", *_MODULES]  # noqa: PLE0604 - names, gathered
 
 
 def __getattr__(name: str) -> Any:
@@ -42,71 +36,3 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'peakpoint.catalogue' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"peakpoint.catalogue.{_MODULES[name]}"), name)
     return value
-
-
-def select(
-    root: str | os.PathLike[str] | Store | Repository,
-    where: str = "",
-    *,
-    by: Mapping[str, Mode] = MappingProxyType({}),
-    top: int | None = None,
-    within: WithinSE | None = None,
-    catalogue: str | None = None,
-) -> "Selection":
-    """Select checkpoints of all runs that meet a condition, in order; each is read when it is reached.
-
-    They are found through the catalogue, which is brought up to date first: no weight file is opened. A program that
-    selects again and again keeps a ``Catalogue``.
-
-    Args:
-        root: a directory, a store, or what ``open`` returned.
-        where: a condition such as ``'val_accuracy > 0.7 and run ~ "resnet50*"'``; see ``peakpoint.catalogue.query``.
-        by: metrics or fields to rank by, with their directions, the most important first: ``{"val_accuracy": "max",
-            "size": "min"}``. Without any, the newest come first. What has no finite value of one of them is left out.
-        top: how many at most.
-        within: what counts as equally good as the best, so that the further keys decide.
-        catalogue: where the index is; see ``Catalogue``.
-
-    Raises:
-        ConfigError: a condition that cannot be read; the message points at the character.
-        NotFoundError: there is no repository, or a metric that no checkpoint has.
-
-    Example:
-        >>> import tempfile, peakpoint as pp
-        >>> root = tempfile.mkdtemp()
-        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
-        ...     for step in (1, 2, 3):
-        ...         _ = ckpt.report(step=step, loss=1 / step)
-        >>> [checkpoint.step for checkpoint in pp.select(root, "loss < 0.6", by={"loss": "min"})]
-        [3, 2]
-    """
-    from peakpoint.catalogue.catalogue import Catalogue  # noqa: PLC0415 - see above
-
-    request = SelectionQuery(query=parse(where), keys=ranking_keys(by), top=top, within=within)
-    return Catalogue(root, catalogue).select(request)
-
-
-def audit(repository: Repository, catalogue: str | None = None) -> Iterator[AuditFinding]:
-    """Compare the catalogue with the files, if there is one; yields what it says otherwise.
-
-    Args:
-        repository: of which.
-        catalogue: where the index is; see ``Catalogue``.
-    """
-    from peakpoint.catalogue.catalogue import Catalogue  # noqa: PLC0415 - see above
-    from peakpoint.catalogue.database import FILE, VARIABLE  # noqa: PLC0415
-
-    if not (catalogue or os.environ.get(VARIABLE) or repository.store.size(FILE) is not None):
-        return
-    try:
-        index = Catalogue(repository, catalogue)
-        mismatches = [mismatch for mismatch in index.compare() if not mismatch.unreadable]
-    except (ConfigError, MissingExtraError, StoreError) as error:
-        yield AuditFinding("busy", FILE, f"the catalogue was not compared with the files: {error}")
-        return
-    remedy = "peakpoint audit ROOT --rebuild makes it anew"
-    for mismatch in mismatches[:_SHOWN]:
-        sentence = f"the catalogue differs from the files: {mismatch.what}; {remedy}"
-        yield AuditFinding("damage", index.location, sentence)
-    if len(mismatches) > _SHOWN:
-        yield AuditFinding("damage", index.location, f"{len(mismatches) - _SHOWN} more of these; {remedy}")

@@ -8,6 +8,7 @@ the directory of a checkpoint without Peakpoint.
 """
 
 import hashlib
+import importlib
 import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -52,10 +53,9 @@ class VerifiedSignature:
 
 
 def _keys() -> Any:
-    """Import the module of keys."""
+    """Import the module of keys when one is used: it loads cryptography."""
     with needing("signing", "signatures need"):
-        from peakpoint.repository.signing import keys  # noqa: PLC0415 - only who uses a key loads cryptography
-    return keys
+        return importlib.import_module("peakpoint.repository.signing.keys")
 
 
 def private_key_fingerprint(path: Path, password: str | None = None) -> str:
