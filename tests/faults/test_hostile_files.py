@@ -166,7 +166,7 @@ def test_resuming_passes_over_the_damaged_one_and_says_so(root):
     live = build(5)
     with (
         checkpointer(root, live) as ckpt,
-        pytest.warns(pp.PeakpointWarning, match=r"passed over a checkpoint: .*c2 is damaged.*model\.safetensors"),
+        pytest.warns(pp.PeakpointWarning, match=r"skipped a checkpoint: .*c2 is damaged.*model\.safetensors"),
     ):
         report = ckpt.resume()
     assert report.step == 1
@@ -923,7 +923,7 @@ def test_nothing_in_the_package_runs_code_from_files():
     kept = {name: [line.partition(": ")[2] for line in lines] for name, lines in found.items() if lines}
     assert kept == import_only
     assert re.findall(r"torch\.load\(.*\)", (SOURCE / "exchange/pickles.py").read_text()) == [
-        'torch.load(given, map_location="cpu", weights_only=True, mmap=mapped)'
+        'torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)'
     ]
     assert "pickle.load" not in (SOURCE / "exchange/dcp.py").read_text() + (SOURCE / "exchange/pickles.py").read_text()
 

@@ -124,7 +124,7 @@ def test_everything_that_a_policy_can_say(tmp_path):
         ("format = 1\n[champion.validation]\nbudgets = { latency = 1 }", "no budget 'latency'; did you mean"),
         ("format = 1\n[champion.validation]\nmax_age = '0s'", "nothing is done in no time"),
         ("format = 1\n[champion.improvement]\nmetric = 'a'\nmode = 'max'\nsignificance = 1", "lies between 0 and 1"),
-        ("format = 1\n[champion.validation]\nmax_age = 'soon'", "no time span"),
+        ("format = 1\n[champion.validation]\nmax_age = 'soon'", "not a time span"),
         ("format = 1\n[champion]\nwithin_se = {}", "one standard error of what"),
         ("format = 1\n[[champion.hooks]]", "a hook has either"),
         ("format = 1\n[[champion.hooks]]\ncommand = ['a']\nurl = 'http://x'", "a hook has either"),

@@ -146,7 +146,7 @@ def test_a_pin_after_the_announcement_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("undo_for", "says", "there"), [("2h", "for 2 h with", [1, 2, 3, 4]), ("0", "gone for good", [])]
+    ("undo_for", "says", "there"), [("2h", "for 2 h with", [1, 2, 3, 4]), ("0", "permanently deleted", [])]
 )
 def test_a_time_that_was_asked_for_is_that_of_everything(tmp_path, undo_for, says, there):
     run(tmp_path, "last:3", 1, 2, 3)

@@ -89,7 +89,7 @@ def class_names(state: Mapping[str, Any]) -> dict[str, str]:
     """Return the class of each part, for people and reports.
 
     Example:
-        >>> classes({"model": torch.nn.Linear(1, 1)})
+        >>> class_names({"model": torch.nn.Linear(1, 1)})
         {'model': 'torch.nn.modules.linear.Linear'}
     """
     return {part: f"{type(value).__module__}.{type(value).__qualname__}" for part, value in state.items()}

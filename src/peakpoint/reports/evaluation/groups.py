@@ -79,7 +79,7 @@ def group_key(by: str) -> Callable[[RunData], str]:
 
     Example:
         >>> from types import SimpleNamespace as Run
-        >>> key_of(r"-(\w+)-seed")(Run(name="resnet50-adamw-seed1"))
+        >>> group_key(r"-(\w+)-seed")(Run(name="resnet50-adamw-seed1"))
         'adamw'
     """
     if by == "optimizer":
