@@ -18,8 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.format.manifest import MANIFEST, Manifest, encode_manifest
-from peakpoint.format.sealed import decode_record
+from peakpoint.format.manifest import MANIFEST, decode_manifest, encode_manifest
 from peakpoint.store import MemoryStore
 from training import QuietCheckpointer
 
@@ -316,7 +315,7 @@ def test_a_manifest_that_is_none(root, text):
 def reseal(root, *, name="c2", state=None, **changes):
     """Replace the tree or fields of the manifest, with every digest and seal in order."""
     path = folder(root, name) / MANIFEST
-    manifest = decode_record(Manifest, path.read_bytes(), where=MANIFEST)
+    manifest = decode_manifest(path.read_bytes())
     if state is not None:
         (folder(root, name) / "state.json").write_bytes(state)
         from peakpoint.format.sealed import digest
@@ -835,7 +834,7 @@ def test_any_node_anywhere_in_a_tree(memory, node, part, chooser):
     key = "runs/r/checkpoints/c2"
     for name in ("peakpoint.json", "runs/r/run.json"):
         store.put(name, [memory.get(name)])
-    manifest = decode_record(Manifest, memory.get(f"{key}/{MANIFEST}"), where=MANIFEST)
+    manifest = decode_manifest(memory.get(f"{key}/{MANIFEST}"))
     for file in manifest.files:
         store.put(f"{key}/{file.name}", [memory.get(f"{key}/{file.name}")])
     tree = json.loads(memory.get(f"{key}/state.json"))

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import CorruptError, FormatError
-from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord, encode_manifest
+from peakpoint.format.manifest import MANIFEST, FileRecord, TensorRecord, decode_manifest, encode_manifest
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
-from peakpoint.format.sealed import FORMAT, decode_record, seal, unseal
+from peakpoint.format.sealed import FORMAT, seal, unseal
 from strategies import DIGEST, START, any_metrics, manifest, manifests
 
 SMALL = encode_manifest(manifest(metrics={"val/loss": 0.1, "bad": math.nan}, asked="bäd"))
@@ -44,7 +44,7 @@ def sealed(**changes):
 @given(manifests)
 def test_what_is_encoded_is_decoded(written):
     data = encode_manifest(written)
-    found = decode_record(Manifest, data, where="here")
+    found = decode_manifest(data)
     assert repr(found) == repr(written)  # repr tells NaN, -0.0 and types of containers where == does not
     assert encode_manifest(found) == data
 
@@ -72,7 +72,7 @@ def test_metrics_survive_json_to_the_last_bit(metrics):
 
 def test_times_in_other_zones_stay_the_same_instant():
     at = START.astimezone(timezone(timedelta(hours=5, minutes=30)))
-    assert decode_record(Manifest, encode_manifest(manifest(created_at=at)), where="here").created_at == START
+    assert decode_manifest(encode_manifest(manifest(created_at=at))).created_at == START
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
@@ -83,24 +83,22 @@ def test_every_flipped_bit_is_noticed():
         for bit in range(8):
             damaged = bytearray(SMALL)
             damaged[place] ^= 1 << bit
-            with pytest.raises(CorruptError, match="here"):
-                decode_record(Manifest, bytes(damaged), where="here")
+            with pytest.raises(CorruptError, match=MANIFEST):
+                decode_manifest(bytes(damaged))
 
 
 def test_every_truncation_is_noticed():
     for length in range(len(SMALL) - 1):
-        with pytest.raises(CorruptError, match="here"):
-            decode_record(Manifest, SMALL[:length], where="here")
-    whole = repr(decode_record(Manifest, SMALL, where="here"))
-    assert (
-        repr(decode_record(Manifest, SMALL[:-1], where="here")) == whole
-    )  # only the newline is missing: nothing is lost
+        with pytest.raises(CorruptError, match=MANIFEST):
+            decode_manifest(SMALL[:length])
+    whole = repr(decode_manifest(SMALL))
+    assert repr(decode_manifest(SMALL[:-1])) == whole  # only the newline is missing: nothing is lost
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"{}", b"{}\n", b"null", b"\x00" * 600, b'{"format":1}\n'])
 def test_what_never_was_a_manifest_is_noticed(data):
-    with pytest.raises(CorruptError, match="here"):
-        decode_record(Manifest, data, where="here")
+    with pytest.raises(CorruptError, match=MANIFEST):
+        decode_manifest(data)
 
 
 @settings(max_examples=300)
@@ -110,17 +108,17 @@ def test_what_never_was_a_manifest_is_noticed(data):
 def test_overwritten_inserted_and_missing_stretches_are_noticed(begin, length, junk):
     damaged = SMALL[:begin] + junk + SMALL[begin + length :]
     try:
-        found = decode_record(Manifest, damaged, where="here")
+        found = decode_manifest(damaged)
     except CorruptError:
         return
     assert damaged.rstrip(b"\n") == SMALL.rstrip(b"\n")
-    assert repr(found) == repr(decode_record(Manifest, SMALL, where="here"))
+    assert repr(found) == repr(decode_manifest(SMALL))
 
 
 @given(st.binary(max_size=200))
 def test_noise_is_corrupt(noise):
     with pytest.raises(CorruptError):
-        decode_record(Manifest, noise, where="here")
+        decode_manifest(noise)
 
 
 def test_the_seal_is_the_digest_of_every_byte_before_its_comma():
@@ -143,7 +141,7 @@ def test_every_flipped_bit_of_a_short_record_is_noticed():
 def test_two_records_cannot_exchange_their_seals():
     one, two = encode_manifest(manifest(step=1)), encode_manifest(manifest(step=2))
     with pytest.raises(CorruptError):
-        decode_record(Manifest, one[:-28] + two[-28:], where="here")
+        decode_manifest(one[:-28] + two[-28:])
 
 
 # --- other formats ------------------------------------------------------------------------------------------------
@@ -151,18 +149,18 @@ def test_two_records_cannot_exchange_their_seals():
 
 @pytest.mark.parametrize("found", [2, 0, "1", None, 1.5, [1], {}, ...])
 def test_another_format_is_a_format_error_that_says_so(found):
-    with pytest.raises(FormatError, match=r"here has format .*reads format 1: update"):
-        decode_record(Manifest, sealed(format=found), where="here")
+    with pytest.raises(FormatError, match=r"manifest.json has format .*reads format 1: update"):
+        decode_manifest(sealed(format=found))
 
 
 def test_fields_that_a_later_release_adds_are_passed_over():
-    assert decode_record(Manifest, sealed(colour="blue"), where="here") == manifest()
+    assert decode_manifest(sealed(colour="blue")) == manifest()
 
 
 @pytest.mark.parametrize("name", [name for name in record() if name not in ("format", "seal")])
 def test_a_missing_field_is_a_format_error(name):
-    with pytest.raises(FormatError, match="here"):
-        decode_record(Manifest, sealed(**{name: ...}), where="here")
+    with pytest.raises(FormatError, match=MANIFEST):
+        decode_manifest(sealed(**{name: ...}))
 
 
 @settings(max_examples=300)
@@ -174,13 +172,13 @@ def test_a_missing_field_is_a_format_error(name):
 @example("metrics", {"m": "x"})
 @example("created_at", "yesterday")
 def test_a_field_of_another_kind_is_a_format_error_or_a_value(name, value):
-    """Whatever a sealed record holds, no other error leaves ``decode_record``."""
+    """Whatever a sealed record holds, no other error leaves ``decode_manifest``."""
     try:
-        found = decode_record(Manifest, sealed(**{name: value}), where="here")
+        found = decode_manifest(sealed(**{name: value}))
     except (FormatError, CorruptError) as error:
-        assert "here" in str(error)  # noqa: PT017 - either outcome is right
+        assert MANIFEST in str(error)  # noqa: PT017 - either outcome is right
     else:
-        assert decode_record(Manifest, encode_manifest(found), where="here").id == found.id
+        assert decode_manifest(encode_manifest(found)).id == found.id
 
 
 def test_sealed_bytes_that_are_no_json_are_an_error_of_ours():
@@ -189,7 +187,7 @@ def test_sealed_bytes_that_are_no_json_are_an_error_of_ours():
         with pytest.raises((FormatError, CorruptError)):
             unseal(data, where="here")
         with pytest.raises((FormatError, CorruptError)):
-            decode_record(Manifest, data, where="here")
+            decode_manifest(data)
 
 
 # --- the values ---------------------------------------------------------------------------------------------------
@@ -203,7 +201,7 @@ def test_size_and_files():
         ),
         FileRecord(name="state.json", size=11, digest=DIGEST),
     )
-    found = decode_record(Manifest, encode_manifest(manifest(files=files)), where="here")
+    found = decode_manifest(encode_manifest(manifest(files=files)))
     assert found.files == files
     assert found.size_bytes == 111
     assert found.file("state.json").size == 11

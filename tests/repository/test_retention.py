@@ -14,8 +14,7 @@ from peakpoint.errors import StoreError
 from peakpoint.format import events as records
 from peakpoint.format.events import Removed
 from peakpoint.format.layout import checkpoint_prefix, manifest_key
-from peakpoint.format.manifest import FileRecord, Manifest
-from peakpoint.format.sealed import decode_record
+from peakpoint.format.manifest import FileRecord, decode_manifest
 from peakpoint.repository import journal as j
 from peakpoint.repository.commit import WholeImage, commit
 from peakpoint.repository.journal import Journal
@@ -231,7 +230,7 @@ def test_of_each_checkpoint_the_manifest_goes_first_and_nothing_is_left():
         assert mine[0] == manifest_key("r", one.name)
         assert len(mine) == 3
         assert store.children(checkpoint_prefix("r", one.name)) == []
-    kept = decode_record(Manifest, store.get(manifest_key("r", "c4")), where="c4")
+    kept = decode_manifest(store.get(manifest_key("r", "c4")))
     assert [store.size(f"{checkpoint_prefix('r', 'c4')}/{file.name}") for file in kept.files] == [10, 2]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from peakpoint.errors import CorruptError, FormatError
+from peakpoint.errors import CorruptError
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.format.sealed import is_intact, seal, unseal
 
@@ -339,7 +339,7 @@ def decode(line: bytes, *, where: str) -> Event | None:
         CorruptError: the line is damaged.
     """
     try:
-        record = unseal(line, where=where)
+        record = unseal(line, where=where, unsealed=CorruptError)
         kind = _KINDS.get(msgspec.convert(record.pop("kind"), str))
         if kind is None:
             return None
@@ -348,7 +348,7 @@ def decode(line: bytes, *, where: str) -> Event | None:
         return msgspec.convert(record, kind)
     except CorruptError:
         raise
-    except (FormatError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CorruptError(f"{where} is not a journal record: {error}") from error
 
 

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from peakpoint.format.sealed import encode_record
+from peakpoint.errors import CorruptError
+from peakpoint.format.sealed import decode_record, encode_record
 
 MANIFEST = "manifest.json"
 
@@ -125,6 +126,16 @@ class Manifest:
 def encode_manifest(manifest: Manifest) -> bytes:
     """Encode a manifest as one sealed line of JSON; ``members`` is written only when there are some."""
     return encode_record(manifest, omit=() if manifest.members else ("members",))
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Decode what ``encode_manifest`` wrote.
+
+    Raises:
+        CorruptError: the bytes are not those that were written.
+        FormatError: a newer release wrote it.
+    """
+    return decode_record(Manifest, data, where=MANIFEST, unsealed=CorruptError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

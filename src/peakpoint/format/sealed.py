@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 from blake3 import blake3
 
-from peakpoint.errors import CorruptError, FormatError
+from peakpoint.errors import CorruptError, Error, FormatError
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 
 FORMAT = 1
@@ -50,27 +50,28 @@ def is_intact(line: bytes) -> bool:
     return line[-28:-19] == b',"seal":"' and line[-19:] == digest(line[:-28])[:16].encode() + b'"}\n'
 
 
-def unseal(data: bytes, *, where: str) -> dict[str, Any]:
+def unseal(data: bytes, *, where: str, unsealed: type[Error] = FormatError) -> dict[str, Any]:
     """Decode what ``seal`` wrote.
 
     Args:
         data: the whole line or file.
         where: the line or file, named in errors.
+        unsealed: the error when there is no seal, or no JSON under it; ``CorruptError`` where nobody else writes.
 
     Raises:
         CorruptError: the bytes are not those that were sealed.
-        FormatError: the seal holds, but what is sealed is not JSON.
+        FormatError: they are no sealed JSON at all.
     """
     tail = _TAIL.search(data)
     if tail is None:
-        raise CorruptError(f"{where} is corrupt: it " + ("does not end with a seal" if data else "is empty"))
+        raise unsealed(f"{where} is corrupt: it " + ("does not end with a seal" if data else "is empty"))
     body = data[: tail.start()]
     if digest(body)[:16].encode() != tail.group(1):
         raise CorruptError(f"{where} is corrupt: its seal does not match its bytes")
     try:
         members: dict[str, Any] = msgspec.json.decode(body + b"}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{where} is sealed but is not JSON: {error}") from error
+        raise unsealed(f"{where} is sealed but is not JSON: {error}") from error
     return members
 
 
@@ -93,23 +94,24 @@ def encode_record(record: Any, *, omit: Collection[str] = ()) -> bytes:
 R = TypeVar("R")
 
 
-def decode_record(kind: type[R], data: bytes, *, where: str) -> R:
+def decode_record(kind: type[R], data: bytes, *, where: str, unsealed: type[Error] = FormatError) -> R:
     """Decode a sealed record of one kind; members that the kind does not have are passed over.
 
     Args:
         kind: the dataclass that ``encode_record`` was given, or ``dict`` for all members as they are.
         data: the bytes of the file.
         where: the file's key, named in errors.
+        unsealed: see ``unseal``.
 
     Raises:
         CorruptError: the bytes are not those that were written.
-        FormatError: another release wrote the record, and this one cannot read it.
+        FormatError: another release wrote the record, and this one cannot read it; or there is no seal.
     """
     with gc_paused():
         try:
-            members = unseal(data, where=where)
-        except CorruptError as error:
-            raise CorruptError(f"{error}; restore the file from a backup") from error
+            members = unseal(data, where=where, unsealed=unsealed)
+        except (CorruptError, FormatError) as error:
+            raise type(error)(f"{error}; restore the file from a backup") from error
         check_format(members, where=where)
         try:
             if "metrics" in members:

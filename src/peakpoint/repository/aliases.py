@@ -183,7 +183,7 @@ def read(store: Store, alias: str, number: int) -> AliasRecord:
 
 def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
     where = layout.alias_key(alias, number)
-    record = decode_record(AliasRecord, data, where=where)
+    record = decode_record(AliasRecord, data, where=where, unsealed=CorruptError)
     if (record.alias, record.number) != (alias, number):
         raise CorruptError(f"{where} says that it is record {record.number} of {record.alias}: it was moved or copied")
     contradiction = _contradiction(record)

@@ -19,8 +19,8 @@ from blake3 import blake3
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, encode_manifest
-from peakpoint.format.sealed import decode_record, digest
+from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord, decode_manifest, encode_manifest
+from peakpoint.format.sealed import digest
 from peakpoint.store import Chunk, Store
 from peakpoint.store.threads import Worker
 
@@ -275,7 +275,7 @@ def withdraw(store: Store, draft: Manifest) -> None:
     """
     key = layout.manifest_key(draft.run, draft.name)
     try:
-        present = decode_record(Manifest, store.get(key), where=MANIFEST)
+        present = decode_manifest(store.get(key))
     except (NotFoundError, CorruptError, FormatError):
         return
     if present.id == draft.id:

@@ -11,8 +11,8 @@ from blake3 import blake3
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord
-from peakpoint.format.sealed import decode_record, digest
+from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode_manifest
+from peakpoint.format.sealed import digest
 from peakpoint.repository import packs, trash
 from peakpoint.repository.commit import BLOCK, combined_digest
 from peakpoint.repository.packs.reader import PackSource, open_pack
@@ -134,7 +134,7 @@ def manifest_digest(store: Store, manifest: Manifest) -> str:
 
 def whole_manifest(store: Store, run: str, name: str) -> Manifest:
     """Read the manifest in one directory, with the parts that were dropped since; errors as in ``read_manifest``."""
-    manifest = decode_record(Manifest, store.get(layout.manifest_key(run, name)), where=MANIFEST)
+    manifest = decode_manifest(store.get(layout.manifest_key(run, name)))
     if (manifest.run, manifest.name) != (run, name):
         raise CorruptError(
             f"{MANIFEST} says that it belongs to {manifest.run}/{manifest.name}; the directory was renamed or copied"

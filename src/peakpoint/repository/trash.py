@@ -17,7 +17,7 @@ from datetime import datetime
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, Manifest, without_parts
+from peakpoint.format.manifest import Manifest, decode_manifest, without_parts
 from peakpoint.format.sealed import decode_record
 from peakpoint.store import Store
 
@@ -56,7 +56,7 @@ class TrashedCheckpoint(RemovalRecord):
             CorruptError: it is damaged.
             FormatError: a newer release wrote it.
         """
-        return decode_record(Manifest, self.manifest.encode(), where=MANIFEST)
+        return decode_manifest(self.manifest.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,7 +141,9 @@ def read_index(store: Store, run: str, checkpoint: str) -> PackIndex:
     length = int.from_bytes(trailer[:8], "little")
     if trailer[8:] != _MAGIC or length > min(size - _TRAILER, RECORD):
         raise CorruptError(f"{key} is damaged: it does not end with an index")
-    index = decode_record(PackIndex, store.get(key, size - _TRAILER - length, size - _TRAILER), where=key)
+    index = decode_record(
+        PackIndex, store.get(key, size - _TRAILER - length, size - _TRAILER), where=key, unsealed=CorruptError
+    )
     for file in index.files:
         _check_pieces(file, size, key)
     return index

@@ -17,8 +17,7 @@ from typing import Any
 
 from peakpoint.errors import CorruptError, NotFoundError, SignatureError, needing
 from peakpoint.format import layout
-from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest
-from peakpoint.format.sealed import decode_record
+from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, decode_manifest
 from peakpoint.repository import reader
 from peakpoint.repository.signing import bundle as bundles
 from peakpoint.store import LocalStore, Store, create_numbered, establish
@@ -164,7 +163,7 @@ def _manifest_at_rest(store: Store, manifest: Manifest) -> tuple[bytes, Manifest
     key = layout.manifest_key(manifest.run, manifest.name)
     _check_regular(store, key)
     data = store.get(key)
-    complete = decode_record(Manifest, data, where=MANIFEST)
+    complete = decode_manifest(data)
     # reading a manifest leaves dropped parts out, and adds metrics that were measured later
     is_same = replace(manifest, metrics=complete.metrics, parts=complete.parts, files=complete.files) == complete
     has_files = set(manifest.files) <= set(complete.files)
