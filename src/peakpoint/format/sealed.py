@@ -34,7 +34,7 @@ def digest(data: bytes | bytearray | memoryview) -> str:
     return blake3(data).hexdigest()
 
 
-def seal(record: dict[str, Any]) -> bytes:
+def seal(record: dict[str, Any] | msgspec.Struct) -> bytes:
     r"""Encode a non-empty record as one sealed line that ends with ``\n``.
 
     Example:
