@@ -12,7 +12,6 @@ takes the lines, and fills up what a death has left open. ``conclude`` stores pr
 """
 
 import importlib.util
-import math
 import os
 import platform
 import re
@@ -30,13 +29,13 @@ from peakpoint._version import __version__
 from peakpoint.errors import ConfigError, CorruptError, FormatError, MissingExtraError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
-from peakpoint.format.metrics import metrics_from_json
+from peakpoint.format.metrics import is_number, metrics_from_json
 from peakpoint.format.names import did_you_mean, no_part
 from peakpoint.production.subprocess_runner import run_apart
 from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import code_version, present_user, utc_now
 from peakpoint.repository.refs import check_alias
-from peakpoint.repository.root import Repository
+from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.validations import Finding, Predictions, Progress, Validation, ValidationSpec
 from peakpoint.store import LocalStore, translated
 
@@ -69,18 +68,14 @@ def check_wanted(spec: ValidationSpec) -> None:
         if name is not None and not all(name.partition(":")):
             raise ConfigError(f"{name!r} names no function; write module:function, such as checks:evaluate")
     _check_budgets(spec.budgets)
-    if not (_is_number(spec.tolerance) and spec.tolerance >= 0):
+    if not (is_number(spec.tolerance) and spec.tolerance >= 0):
         raise ConfigError(f"tolerance={spec.tolerance!r} is not a number of at least 0")
-    if not (_is_number(spec.agreement) and 0 <= spec.agreement <= 1):
+    if not (is_number(spec.agreement) and 0 <= spec.agreement <= 1):
         raise ConfigError(f"agreement={spec.agreement!r} is not a share from 0 to 1")
     for name, text in spec.signature.items():
         if _OUTPUT.fullmatch(text) is None:
             raise ConfigError(f"signature {name}={text!r}: write an element type and a shape, such as F32[*, 10]")
     _check_needs(spec)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_budgets(budgets: Mapping[str, float]) -> None:
@@ -90,7 +85,7 @@ def _check_budgets(budgets: Mapping[str, float]) -> None:
             raise ConfigError(
                 f"there is no budget {name!r}{did_you_mean(name, list(BUDGETS))}; budgets: {known_budgets}"
             )
-        if not (_is_number(value) and value > 0):
+        if not (is_number(value) and value > 0):
             raise ConfigError(f"the budget {name}={value!r} is not a number above 0")
 
 
@@ -105,9 +100,9 @@ def _check_needs(spec: ValidationSpec) -> None:
             raise ConfigError(f"{name}: needs a model to run; name the function that makes it: --model MODULE:FUNCTION")
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class ValidationRequest:
-    """A validation that is about to be made.
+    """A validation that is about to be made: the checkpoint, what is checked, and the champion beside it.
 
     Attributes:
         manifest: of the checkpoint, with the metrics that the manifest has.
@@ -142,7 +137,9 @@ def validation_request(
     _, manifest = repository.locate(ref)
     hold = reader.hold_for_reading(repository.store, manifest)
     try:
-        _check_part(manifest, spec.part)
+        parts = [name for name in manifest.parts if name not in ("rng", "loop")]
+        if spec.part not in parts:
+            raise no_part(spec.part, parts, where=manifest.name)
         champion, no_champion = _champion(repository, alias)
         yield ValidationRequest(
             repository=repository,
@@ -156,12 +153,6 @@ def validation_request(
     finally:
         if hold is not None:
             hold.release()
-
-
-def _check_part(manifest: Manifest, part: str) -> None:
-    parts = [name for name in manifest.parts if name not in ("rng", "loop")]
-    if part not in parts:
-        raise no_part(part, parts, where=manifest.name)
 
 
 def _champion(repository: Repository, alias: str) -> tuple[Manifest | None, str]:
@@ -329,24 +320,36 @@ def _cpu() -> str:
 # --- in another process -------------------------------------------------------------------------------------------
 
 
-class ValidationJob(msgspec.Struct, kw_only=True):
-    """The job of the other process.
+def encode_job(request: ValidationRequest) -> bytes:
+    """Encode a request for the other process, in one line.
 
-    Attributes:
-        root: directory of the repository.
-        ref: the checkpoint.
-        wanted: what is checked.
-        alias: whose holder is the champion.
-        champion: that checkpoint; None when there is none.
-        no_champion: then why.
+    Raises:
+        ConfigError: the repository is only in this process.
     """
+    store, champion = request.repository.store, request.champion
+    if not isinstance(store, LocalStore):
+        raise ConfigError(
+            f"{store.location} cannot be reached from another process: validate in this one, with peakpoint.validate"
+        )
+    refs = [None if manifest is None else f"{manifest.run}/{manifest.id}" for manifest in (request.manifest, champion)]
+    root = os.fspath(store.root.absolute())
+    return msgspec.json.encode([root, *refs, request.digest, request.wanted, request.alias, request.no_champion])
 
-    root: str
-    ref: str
-    wanted: ValidationSpec
-    alias: str
-    champion: str | None
-    no_champion: str
+
+def decode_job(line: bytes) -> ValidationRequest:
+    """Return the request that ``encode_job`` was given."""
+    kinds = tuple[str, str, str | None, str, ValidationSpec, str, str]
+    root, ref, champion, digest, wanted, alias, no_champion = msgspec.json.decode(line, type=kinds)
+    repository = open_repository(root)
+    return ValidationRequest(
+        repository=repository,
+        manifest=repository.find_manifest(ref),
+        digest=digest,
+        wanted=wanted,
+        alias=alias,
+        champion=None if champion is None else repository.find_manifest(champion),
+        no_champion=no_champion,
+    )
 
 
 def validate(
@@ -412,23 +415,7 @@ def _collect(collector: FindingCollector, timeout: float | None) -> None:
             return False
         return collector.take(event, take_output() if "finding" in event else "")
 
-    job = msgspec.json.encode(_job(collector.request))
+    job = encode_job(collector.request)
     end = run_apart("peakpoint.production.checks.runner", job, timeout=timeout, on_line=take_line, on_output=add_output)
     if end is not None:
         collector.cut_short(end, take_output())
-
-
-def _job(request: ValidationRequest) -> ValidationJob:
-    store, champion = request.repository.store, request.champion
-    if not isinstance(store, LocalStore):
-        raise ConfigError(
-            f"{store.location} cannot be reached from another process: validate in this one, with peakpoint.validate"
-        )
-    return ValidationJob(
-        root=os.fspath(store.root.absolute()),
-        ref=f"{request.manifest.run}/{request.manifest.id}",
-        wanted=request.wanted,
-        alias=request.alias,
-        champion=None if champion is None else f"{champion.run}/{champion.id}",
-        no_champion=request.no_champion,
-    )

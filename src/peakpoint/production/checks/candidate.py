@@ -11,10 +11,9 @@ import torch
 from peakpoint.errors import FormatError, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.production.checks.memory import MemoryPeak
-from peakpoint.production.validation import file_digest
+from peakpoint.production.validation import ValidationRequest, file_digest
 from peakpoint.repository.annotations import annotations_of, with_annotations
-from peakpoint.repository.root import Repository
-from peakpoint.repository.validations import Finding, Predictions, ValidationSpec
+from peakpoint.repository.validations import Finding, Predictions
 from peakpoint.state.functions import load_function
 from peakpoint.state.restore import make_model, restore_into
 from peakpoint.state.saved import Loaded, read_state, read_trees
@@ -55,7 +54,7 @@ class Golden:
 
 
 @dataclass(kw_only=True)
-class Candidate:
+class Candidate(ValidationRequest):
     """A checkpoint that is being validated: what every check gets.
 
     A check is a function of one ``Candidate``. One of your own passes when it returns nothing, or a mapping of
@@ -68,10 +67,6 @@ class Candidate:
         recorded: all metrics that are recorded of it.
         evaluated: the metrics that this validation has evaluated.
         repository: where it is.
-        wanted: what is checked.
-        alias: whose holder is the champion.
-        champion: the manifest of the champion; None when there is none.
-        no_champion: why there is none.
         evaluate: evaluates the state.
         build_model: makes the model.
         checks: checks of the user.
@@ -82,12 +77,6 @@ class Candidate:
         facts: what checks have found out beside their findings, for the record; the runner takes them away.
     """
 
-    repository: Repository
-    manifest: Manifest
-    wanted: ValidationSpec
-    alias: str
-    champion: Manifest | None
-    no_champion: str
     evaluate: Function | None
     build_model: Function | None
     checks: Sequence[Function]

@@ -19,8 +19,7 @@ from peakpoint.errors import Error
 from peakpoint.production.checks import budgets, metrics, model, weights
 from peakpoint.production.checks.candidate import Candidate, Function, failed, function_of, passed, skipped
 from peakpoint.production.subprocess_runner import Ends
-from peakpoint.production.validation import ValidationJob, check_names
-from peakpoint.repository.root import open_repository
+from peakpoint.production.validation import check_names, decode_job
 from peakpoint.repository.validations import Finding, Outcome
 from peakpoint.state.functions import MisnamedError
 from peakpoint.state.json_scalars import kind_of
@@ -36,19 +35,9 @@ _TRACE = 2000  # characters of a traceback
 def main(ends: list[Any]) -> None:
     """Run the checks of the job that is given, and send each event as a line of JSON."""
     pipes = Ends(ends)
-    job = msgspec.json.decode(pipes.job(), type=ValidationJob)
-    repository = open_repository(job.root)
-    candidate = Candidate(
-        repository=repository,
-        manifest=repository.find_manifest(job.ref),
-        wanted=job.wanted,
-        alias=job.alias,
-        champion=None if job.champion is None else repository.find_manifest(job.champion),
-        no_champion=job.no_champion,
-        evaluate=job.wanted.evaluate,
-        build_model=job.wanted.model,
-        checks=job.wanted.checks,
-    )
+    request = decode_job(pipes.job())
+    wanted = request.wanted
+    candidate = Candidate(**vars(request), evaluate=wanted.evaluate, build_model=wanted.model, checks=wanted.checks)
     for event in run_checks(candidate):
         pipes.send(msgspec.json.encode(event))
 

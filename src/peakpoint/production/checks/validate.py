@@ -90,17 +90,7 @@ def validate(
     )
     with validation_request(Repository(open_store(root)), ref, wanted, against) as request:
         collector = FindingCollector(request, progress)
-        candidate = Candidate(
-            repository=request.repository,
-            manifest=request.manifest,
-            wanted=request.wanted,
-            alias=request.alias,
-            champion=request.champion,
-            no_champion=request.no_champion,
-            evaluate=evaluate,
-            build_model=model,
-            checks=checks,
-        )
+        candidate = Candidate(**vars(request), evaluate=evaluate, build_model=model, checks=checks)
         for event in run_checks(candidate):
             collector.take(event)
         return conclude(collector)
