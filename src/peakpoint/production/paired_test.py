@@ -8,11 +8,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from statistics import NormalDist
-
-from peakpoint.errors import ConfigError
-from peakpoint.rules import Mode, check_mode
 
 CONFIDENCE = 0.95
 
@@ -65,10 +61,7 @@ def paired(
     design", Statistics in Medicine 17, 1998; McNemar, Psychometrika 12, 1947, with the binomial distribution instead
     of its approximation. Fagerland, Lydersen & Laake, Statistics in Medicine 33, 2014, compare the choices.
 
-    The three sequences are of the same examples in one order.
-
-    Raises:
-        ConfigError: no examples, different numbers of them, classes that are no whole numbers, or such a confidence.
+    The three sequences are of the same examples in one order, at least one.
 
     Example:
         >>> found = paired([0, 1, 1, 0, 2, 2], [0, 1, 2, 1, 2, 0], [0, 1, 2, 1, 2, 2])
@@ -77,12 +70,11 @@ def paired(
         >>> round(found.difference, 3), round(found.low, 3), round(found.high, 3)
         (0.167, -0.398, 0.63)
     """
-    score = _quantile(confidence)
-    truth = _classes("labels", labels)
-    champion_hits = list(map(operator.eq, _classes("champion", champion, len(truth)), truth))
-    candidate_hits = list(map(operator.eq, _classes("candidate", candidate, len(truth)), truth))
+    score = _NORMAL.inv_cdf(0.5 + confidence / 2)
+    champion_hits = list(map(operator.eq, champion, labels))
+    candidate_hits = list(map(operator.eq, candidate, labels))
     flips = tuple(row for row, right in enumerate(champion_hits) if right and not candidate_hits[row])
-    examples, champion_right, candidate_right = len(truth), sum(champion_hits), sum(candidate_hits)
+    examples, champion_right, candidate_right = len(labels), sum(champion_hits), sum(candidate_hits)
     losses = len(flips)
     gains = candidate_right - champion_right + losses
     return Paired(
@@ -98,27 +90,6 @@ def paired(
         p_value=_mcnemar(gains, losses),
         flips=flips,
     )
-
-
-def _classes(name: str, values: Sequence[int], count: int | None = None) -> list[int]:
-    try:
-        classes = list(map(operator.index, values))
-    except TypeError as error:
-        raise ConfigError(f"{name}: a class for each example, a whole number, is needed: {error}") from error
-    if not classes:
-        raise ConfigError(f"{name}: no examples to compare the models on")
-    if count is not None and len(classes) != count:
-        raise ConfigError(
-            f"{name}: {len(classes)} predicted classes for {count} labels; all must be of the same examples in order"
-        )
-    return classes
-
-
-def _quantile(confidence: float) -> float:
-    upper = 0.5 + confidence / 2
-    if not 0.5 < upper < 1:
-        raise ConfigError(f"confidence must lie between 0 and 1, not be {confidence!r}")
-    return _NORMAL.inv_cdf(upper)
 
 
 def _mcnemar(gains: int, losses: int) -> float:
@@ -179,19 +150,15 @@ def unpaired(
         candidate: the other one.
         champion_count: of how many examples the champion's is, at least 1.
         candidate_count: of how many the candidate's is.
-        confidence: between 0 and 1.
-
-    Raises:
-        ConfigError: an argument outside its range.
 
     Example:
         >>> low, high = unpaired(48 / 80, 56 / 70, 80, 70)
         >>> round(low, 4), round(high, 4)
         (0.0524, 0.3339)
     """
-    score = _quantile(confidence)
-    low, high = _wilson("candidate", candidate, candidate_count, score)
-    lower, higher = _wilson("champion", champion, champion_count, score)
+    score = _NORMAL.inv_cdf(0.5 + confidence / 2)
+    low, high = _wilson(candidate, candidate_count, score)
+    lower, higher = _wilson(champion, champion_count, score)
     difference = candidate - champion
     return (
         max(-1.0, difference - math.hypot(candidate - low, higher - champion)),
@@ -199,117 +166,8 @@ def unpaired(
     )
 
 
-def _wilson(name: str, share: float, count: int, score: float) -> tuple[float, float]:
-    if not 0 <= share <= 1:
-        raise ConfigError(f"{name}: an accuracy is from 0 to 1, not {share!r}")
-    if count < 1:
-        raise ConfigError(f"{name}: an accuracy is of at least 1 example, not of {count!r}")
+def _wilson(share: float, count: int, score: float) -> tuple[float, float]:
     square = score * score
     middle = (share + square / (2 * count)) / (1 + square / count)
     reach = score * math.sqrt(share * (1 - share) / count + square / (4 * count * count)) / (1 + square / count)
     return min(share, middle - reach), max(share, middle + reach)  # rounding may miss the share itself at 0 and 1
-
-
-# --- judging ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
-    """The answer to whether an improvement was shown.
-
-    Attributes:
-        passed: it was.
-        said: why, or why not, in one clause with the numbers.
-    """
-
-    passed: bool
-    said: str
-
-
-def judge_improvement(
-    *,
-    metric: str,
-    mode: Mode,
-    champion: float,
-    candidate: float,
-    paired: Paired | None = None,
-    minimum: float = 0.0,
-    significance: float | None = None,
-) -> Judgement:
-    """Judge whether a candidate is better than the champion by enough, and by more than chance.
-
-    The values count as the decimals that they print as: from 0.2 to 0.3 is an improvement of 0.1, although the floats'
-    difference is less. What is not finite never passes.
-
-    Args:
-        mode: ``"max"`` when more is better.
-        paired: both models on the same examples; ``significance`` needs it.
-        minimum: by how much the candidate must be better, in the metric's unit; just so much is enough, and 0 asks that
-            it is not worse.
-        significance: the largest ``p_value`` that counts as more than chance, in two-sided terms; None asks for none.
-
-    Raises:
-        ConfigError: ``minimum`` is negative or not finite, ``significance`` is not between 0 and 1, or
-            ``mode`` is neither.
-
-    Example:
-        >>> judge_improvement(metric="val_accuracy", mode="max", champion=0.9, candidate=0.9012, minimum=0.005).said
-        'val_accuracy rose by 0.0012, less than the 0.005 that the policy asks for'
-    """
-    check_mode(metric, mode)
-    if not (math.isfinite(minimum) and minimum >= 0):
-        raise ConfigError(f"the least improvement must be a number of at least 0, not {minimum!r}")
-    if significance is not None and not 0 < significance < 1:
-        raise ConfigError(f"a significance lies between 0 and 1, not {significance!r}")
-    for side, value in (("champion", champion), ("candidate", candidate)):
-        if not math.isfinite(value):
-            return Judgement(passed=False, said=f"{metric} of the {side} is {value}: there is nothing to compare")
-    rise = _exact(candidate) - _exact(champion)
-    improvement = rise if mode == "max" else -rise
-    movement = _movement(metric, champion, candidate)
-    if improvement < _exact(minimum):
-        return Judgement(passed=False, said=_too_little(movement, improvement, champion, candidate, minimum))
-    if significance is None:
-        return Judgement(passed=True, said=f"{movement}, {_enough(improvement, minimum)}")
-    if paired is None:
-        reason = "only predictions of both models on the same examples tell whether that is more than chance"
-        return Judgement(passed=False, said=f"{movement}, but {reason}, and there are none")
-    return _beyond_chance(movement, _enough(improvement, minimum), paired, significance)
-
-
-def _beyond_chance(movement: str, enough: str, paired: Paired, significance: float) -> Judgement:
-    tally = f"of {paired.examples} examples {paired.gained} were gained and {paired.lost} lost"
-    p_value = f"p = {paired.p_value:.2g}" if paired.p_value else "p < 1e-300"
-    if paired.gained <= paired.lost:
-        return Judgement(passed=False, said=f"{movement}, but {tally}: the predictions are no better")
-    if not paired.p_value <= significance:
-        limit = f"more than the {significance:g} that the policy asks for"
-        return Judgement(passed=False, said=f"{movement}, which may be chance: {tally}, {p_value}, {limit}")
-    return Judgement(passed=True, said=f"{movement}, {enough}; {tally}, {p_value}")
-
-
-def _exact(value: float) -> Fraction:
-    return Fraction(repr(float(value)))
-
-
-def _movement(metric: str, champion: float, candidate: float) -> str:
-    if candidate == champion:
-        return f"{metric} stayed at {champion:.6g}"
-    return f"{metric} {'rose' if candidate > champion else 'fell'} by {abs(candidate - champion):.6g}"
-
-
-def _enough(improvement: Fraction, minimum: float) -> str:
-    if minimum:
-        return f"at least the {minimum:.6g} that the policy asks for"
-    return "which is better" if improvement else "which is not worse"
-
-
-def _too_little(movement: str, improvement: Fraction, champion: float, candidate: float, minimum: float) -> str:
-    policy = f"; the policy asks for an improvement of {minimum:.6g}" if minimum else ""
-    if improvement < 0:
-        return f"{movement}, from {champion:.6g} to {candidate:.6g}, and is worse{policy}"
-    if not improvement:
-        return f"{movement}{policy}"
-    if f"{abs(candidate - champion):.6g}" == f"{minimum:.6g}":
-        return f"{movement}, just less than the {minimum!r} that the policy asks for"
-    return f"{movement}, less than the {minimum:.6g} that the policy asks for"

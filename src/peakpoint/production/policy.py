@@ -22,6 +22,7 @@ pass for one that asks nothing.
 """
 
 import fnmatch
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ class Improvement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         check_metric(self.metric)
         mode_of(self.mode)
-        if not self.minimum >= 0:  # NaN is not
-            raise ConfigError(f"minimum = {self.minimum}: it must be at least 0")
+        if not 0 <= self.minimum < math.inf:  # NaN is not
+            raise ConfigError(f"minimum = {self.minimum}: it must be a number of at least 0")
         if self.significance is not None and not 0 < self.significance < 1:
             raise ConfigError(f"significance = {self.significance}: it lies between 0 and 1, such as 0.05")
 

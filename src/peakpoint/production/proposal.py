@@ -4,14 +4,15 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from fractions import Fraction
 
 import msgspec
 
 from peakpoint.errors import CorruptError, FormatError, RefusedError, SignatureError
 from peakpoint.format.manifest import Manifest
 from peakpoint.production.comparison import HolderComparison, compare_with, known_of
-from peakpoint.production.paired_test import judge_improvement
-from peakpoint.production.policy import Policy, read_policies
+from peakpoint.production.paired_test import Paired
+from peakpoint.production.policy import Improvement, Policy, read_policies
 from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, reader, signing, validations
 from peakpoint.repository.aliases import AliasRecord, AliasTarget, DamagedRecord
@@ -20,7 +21,6 @@ from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
 from peakpoint.repository.run import Run
 from peakpoint.repository.validations import MAX_AGE, Validation, ValidationSpec
-from peakpoint.rules import mode_of
 from peakpoint.store import Store
 
 CLOCK_SLACK = timedelta(minutes=5)  # how far the clocks of two machines may differ
@@ -136,7 +136,8 @@ def _with_objections(repository: Repository, proposal: Proposal, clock: Clock) -
     if holder is not None:
         comparison = compare_with(repository, proposal.run, proposal.manifest, proposal.validation, holder)
         proposal = replace(proposal, comparison=comparison)
-        reasons += _no_improvement(proposal.policy, comparison)
+        improvement = None if proposal.policy is None else proposal.policy.improvement
+        reasons += () if improvement is None else tuple(_no_improvement(improvement, comparison))
     return replace(proposal, objections=reasons)
 
 
@@ -161,25 +162,6 @@ def unsigned(repository: Repository, manifest: Manifest, policy: Policy | None) 
     except SignatureError as error:
         return f"the policy asks for a signature: {error}"
     return None
-
-
-def _no_improvement(policy: Policy | None, comparison: HolderComparison) -> tuple[str, ...]:
-    improvement = None if policy is None else policy.improvement
-    if improvement is None:
-        return ()
-    pair = next((pair for pair in comparison.metrics if pair.name == improvement.metric), None)
-    if pair is None:
-        return (f"the policy asks for an improvement of {improvement.metric}, which one of the two lacks",)
-    judgement = judge_improvement(
-        metric=improvement.metric,
-        mode=mode_of(improvement.mode),
-        champion=pair.champion,
-        candidate=pair.candidate,
-        paired=comparison.paired,
-        minimum=improvement.minimum,
-        significance=improvement.significance,
-    )
-    return () if judgement.passed else (judgement.said,)
 
 
 def allowed_policy(store: Store, alias: str, policy: Policy | None, by: str) -> tuple[str, Policy | None]:
@@ -302,3 +284,76 @@ def within(a: float, b: float, tolerance: float) -> bool:
     """
     finite = math.isfinite(a) and math.isfinite(b)
     return finite and abs(a - b) <= tolerance + 4 * math.ulp(max(abs(a), abs(b)))
+
+
+# --- improvement --------------------------------------------------------------------------------------------------
+
+
+def _no_improvement(improvement: Improvement, comparison: HolderComparison) -> Iterator[str]:
+    pair = next((pair for pair in comparison.metrics if pair.name == improvement.metric), None)
+    if pair is None:
+        yield f"the policy asks for an improvement of {improvement.metric}, which one of the two lacks"
+        return
+    reason = lack_of_improvement(improvement, pair.champion, pair.candidate, comparison.paired)
+    if reason is not None:
+        yield reason
+
+
+def lack_of_improvement(
+    improvement: Improvement, champion: float, candidate: float, paired: Paired | None = None
+) -> str | None:
+    """Say why a candidate is not better than the champion by enough, and by more than chance; None when it is.
+
+    The values count as the decimals that they print as: from 0.2 to 0.3 is an improvement of 0.1, although the floats'
+    difference is less. What is not finite is never better.
+
+    Args:
+        paired: both models on the same examples; a significance needs it.
+
+    Example:
+        >>> improvement = Improvement(metric="val_accuracy", mode="max", minimum=0.005)
+        >>> lack_of_improvement(improvement, champion=0.9, candidate=0.9012)
+        'val_accuracy rose by 0.0012, less than the 0.005 that the policy asks for'
+    """
+    metric = improvement.metric
+    for side, value in (("champion", champion), ("candidate", candidate)):
+        if not math.isfinite(value):
+            return f"{metric} of the {side} is {value}: there is nothing to compare"
+    movement = f"{metric} {'rose' if candidate > champion else 'fell'} by {abs(candidate - champion):.6g}"
+    if candidate == champion:
+        movement = f"{metric} stayed at {champion:.6g}"
+    rise = _exact(candidate) - _exact(champion)
+    gain = rise if improvement.mode == "max" else -rise
+    if gain < _exact(improvement.minimum):
+        return movement + _too_little(gain, champion, candidate, improvement.minimum)
+    return None if improvement.significance is None else _chance(movement, paired, improvement.significance)
+
+
+def _exact(value: float) -> Fraction:
+    return Fraction(repr(float(value)))
+
+
+def _too_little(gain: Fraction, champion: float, candidate: float, minimum: float) -> str:
+    policy = f"; the policy asks for an improvement of {minimum:.6g}" if minimum else ""
+    if gain < 0:
+        return f", from {champion:.6g} to {candidate:.6g}, and is worse{policy}"
+    if not gain:
+        return policy
+    if f"{abs(candidate - champion):.6g}" == f"{minimum:.6g}":
+        return f", just less than the {minimum!r} that the policy asks for"
+    return f", less than the {minimum:.6g} that the policy asks for"
+
+
+def _chance(movement: str, paired: Paired | None, significance: float) -> str | None:
+    if paired is None:
+        return (
+            f"{movement}, but only predictions of both models on the same examples tell whether that is more than "
+            "chance, and there are none"
+        )
+    tally = f"of {paired.examples} examples {paired.gained} were gained and {paired.lost} lost"
+    if paired.gained <= paired.lost:
+        return f"{movement}, but {tally}: the predictions are no better"
+    if paired.p_value <= significance:
+        return None
+    limit = f"more than the {significance:g} that the policy asks for"
+    return f"{movement}, which may be chance: {tally}, p = {paired.p_value:.2g}, {limit}"
