@@ -13,7 +13,7 @@ from peakpoint.format.events import Closed, Opened, Removed
 from peakpoint.production import hooks, promotion
 from peakpoint.production.policy import Improvement, Policy, SigningPolicy, ValidationPolicy, read_policies
 from peakpoint.production.proposal import propose
-from peakpoint.production.release import release
+from peakpoint.production.release import Release
 from peakpoint.production.validation import with_golden
 from peakpoint.repository import aliases, maintenance
 from peakpoint.repository import journal as journals
@@ -32,7 +32,7 @@ def promote(found, ref, alias="champion", **options):
 
 
 def released(found, validate=in_process):
-    return release(found, "champion", read_policies(found.store), validate)
+    return Release(found, "champion", read_policies(found.store), validate).run()
 
 
 def removing(run, manifest):

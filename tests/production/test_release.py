@@ -24,7 +24,7 @@ from peakpoint.errors import ConfigError, RefusedError, SignatureError, StoreErr
 from peakpoint.production import hooks, promotion
 from peakpoint.production.policy import read_policies
 from peakpoint.production.proposal import propose
-from peakpoint.production.release import release
+from peakpoint.production.release import Release
 from peakpoint.reports import changelog
 from peakpoint.repository import aliases, audit, validations
 from peakpoint.repository.releases import read_release, release_ids
@@ -33,7 +33,7 @@ from peakpoint.store import LocalStore
 
 def released(root, alias="champion", **options):
     found = pp.open(root)
-    return release(found, alias, read_policies(found.store), task.in_process, **options)
+    return Release(found, alias, read_policies(found.store), task.in_process, **options).run()
 
 
 def champion(root):
@@ -598,7 +598,7 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
         file.write_bytes(file.read_bytes().replace(b'"step"', b'"stop"'))
     found = pp.open(store)
     with pytest.warns(pp.PeakpointWarning, match="is left out"):
-        done = release(found, "champion", read_policies(store), task.in_process, dry_run=dry_run)
+        done = Release(found, "champion", read_policies(store), task.in_process, dry_run=dry_run).run()
     assert (done.outcome, done.id, done.candidate, done.record) == ("refused", None, None, None)
     assert "cannot be read, and may be better" in done.reasons[0]
     assert aliases.numbers(store, "champion") == []

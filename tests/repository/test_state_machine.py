@@ -33,9 +33,10 @@ from dying import DEATHS, FAULTS, Killed, Ops
 from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import parse
 from peakpoint.format import layout
-from peakpoint.production import promotion, release
+from peakpoint.production import promotion
 from peakpoint.production.policy import read_policies
 from peakpoint.production.proposal import propose
+from peakpoint.production.release import Release
 from peakpoint.repository import aliases, audit, maintenance, packs
 from peakpoint.store import LocalStore
 from promoting import validated
@@ -586,7 +587,8 @@ class Repository(RuleBasedStateMachine):
             return validated(repository, ref, wanted=wanted, at=self.now)
 
         def act(store):
-            return release.release(pp.open(store), "champion", read_policies(store), validate, clock=self.clock)
+            policies = read_policies(store)
+            return Release(pp.open(store), "champion", policies, validate, clock=self.clock).run()
 
         records = self.model.aliases.get("champion", [])
         done, cut_short = self.does("release", cut, act)

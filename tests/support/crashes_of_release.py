@@ -23,7 +23,7 @@ from peakpoint.format import layout
 from peakpoint.production import promotion
 from peakpoint.production.policy import read_text
 from peakpoint.production.proposal import propose
-from peakpoint.production.release import release
+from peakpoint.production.release import Release
 from peakpoint.repository import aliases, audit, validations
 from peakpoint.repository.root import Repository
 from peakpoint.store import LocalStore
@@ -62,14 +62,14 @@ def verb(kind, base, root, ops=None):
         if aliases.newest(found.store, "champion").kind != "rolled back":
             promotion.rollback(found, "champion", "worse than it looked")
         return
-    done = release(
+    done = Release(
         found,
         "champion",
         policies(base, root),
         validate,
         private_key=base / "key",
         catalogue=str(base / f"{root.name}.sqlite"),
-    )
+    ).run()
     assert done.outcome in {"promoted", "unchanged"}, done
 
 

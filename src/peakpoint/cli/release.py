@@ -15,7 +15,6 @@ from peakpoint.cli.promotion import hook_problems, hook_text, print_comparison, 
 from peakpoint.cli.render import command, printable
 from peakpoint.errors import RefusedError
 from peakpoint.production import promotion, validation
-from peakpoint.production import release as releases
 from peakpoint.production.policy import read_policies
 from peakpoint.production.release import Release
 from peakpoint.repository.root import open_repository
@@ -40,7 +39,7 @@ def release(root: Path, alias: str, why: str, key: Path | None, catalogue: str |
     policies = read_policies(repository.store)
     promotion.check_key(policies.of(alias), key)
     with status_line("") as progress:
-        result = releases.release(
+        result = Release(
             repository,
             alias,
             policies,
@@ -50,7 +49,7 @@ def release(root: Path, alias: str, why: str, key: Path | None, catalogue: str |
             dry_run=dry_run,
             progress=progress,
             catalogue=catalogue,
-        )
+        ).run()
 
     def text(console: Console) -> None:
         _print_release(console, root, result)

@@ -6,9 +6,9 @@ twice. Where the best checkpoint is promoted already, a release changes nothing.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import parse
@@ -57,13 +57,22 @@ class Step:
         return self.outcome in {"refused", "nothing fits", "would validate", "would promote"}
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Release:
-    """A release, or what it would do.
+    """The release of the best checkpoint that a policy finds: ``run`` takes its steps.
 
     Attributes:
+        repository: holds the checkpoints and the alias.
+        alias: what is released to.
+        policies: what ``production.toml`` says.
+        validate: validates a candidate; see ``peakpoint.production.validation.validate``.
+        why: the reason, for the record; the rule that selected it by default.
+        private_key: sign what is promoted with this key, unless it is signed as the policy asks.
+        dry_run: only say what would be done; nothing is validated or changed.
+        progress: called with each thing that is about to be done.
+        catalogue: where the index is; see ``Catalogue``.
+        policy: of the alias.
         id: the same for the same candidate, holder, policy and validation; None when there was nothing to decide.
-        alias: what was released to.
         outcome: in a word.
         steps: in their order.
         candidate: the selected checkpoint; None when no checkpoint matches.
@@ -71,9 +80,24 @@ class Release:
         record: of the alias, when it points at the candidate now.
         reasons: why not, a sentence each.
         hook_results: what became of the hooks.
+
+    Raises:
+        ConfigError: there is no policy for the alias, or it says nothing of what to select.
     """
 
+    repository: Repository
     alias: str
+    policies: Policies
+    validate: Validate
+    _: KW_ONLY
+    why: str = ""
+    private_key: Path | None = None
+    dry_run: bool = False
+    progress: Callable[[str], None] = lambda _: None
+    catalogue: str | None = None
+    clock: Clock = utc_now
+    by: str = field(default_factory=present_user)
+    policy: Policy = field(init=False)
     id: str | None = None
     outcome: ReleaseOutcome = "refused"
     steps: list[Step] = field(default_factory=list)
@@ -83,57 +107,62 @@ class Release:
     reasons: tuple[str, ...] = ()
     hook_results: tuple[HookResult, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.policy = _policy_of(self.policies, self.alias)
 
-def release(
-    repository: Repository,
-    alias: str,
-    policies: Policies,
-    validate: Validate,
-    *,
-    why: str = "",
-    private_key: Path | None = None,
-    dry_run: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
-    catalogue: str | None = None,
-    clock: Clock = utc_now,
-) -> Release:
-    """Release the best checkpoint that a policy finds.
+    def run(self) -> Self:
+        """Take one step after the other, until one refuses.
 
-    Args:
-        policies: what ``production.toml`` says.
-        validate: validates a candidate; see ``peakpoint.production.validation.validate``.
-        why: the reason, for the record; the rule that selected it by default.
-        private_key: sign what is promoted with this key, unless it is signed as the policy asks.
-        dry_run: only say what would be done; nothing is validated or changed.
-        progress: called with each thing that is about to be done.
-        catalogue: where the index is; see ``Catalogue``.
+        Raises:
+            ConflictError: somebody else has changed the alias meanwhile; run it again.
+        """
+        for take in (_select, _validate, _compare, _promote, _tell):
+            step = take(self)
+            if step is not None:
+                self.steps.append(step)
+                self.outcome, self.reasons = step.outcome or self.outcome, step.reasons
+                if step.ends:
+                    break
+        return self
 
-    Raises:
-        ConfigError: there is no policy for the alias, or it says nothing of what to select.
-        ConflictError: somebody else has changed the alias meanwhile; run it again.
-    """
-    release = Release(alias=alias)
-    work = _ReleaseWork(
-        release=release,
-        repository=repository,
-        policy=_policy_of(policies, alias),
-        policy_text=policies.text,
-        validate=validate,
-        why=why,
-        private_key=private_key,
-        dry_run=dry_run,
-        progress=progress,
-        catalogue=catalogue,
-        clock=clock,
-    )
-    for take in (_select, _validate, _compare, _promote, _tell):
-        step = take(work)
-        if step is not None:
-            release.steps.append(step)
-            release.outcome, release.reasons = step.outcome or release.outcome, step.reasons
-            if step.ends:
-                break
-    return release
+    @property
+    def rule(self) -> str:
+        """The condition and the ranking of the policy."""
+        ranked = ", ".join(f"{mode} {name}" for name, mode in self.policy.by.items())
+        return f"{self.policy.select or 'all'}; {ranked}"
+
+    @property
+    def chosen(self) -> tuple[Checkpoint, Proposal]:
+        """The candidate and its proposal, which every step after the selection has."""
+        assert self.candidate is not None
+        assert self.proposal is not None
+        return self.candidate, self.proposal
+
+    def propose(self, candidate: Checkpoint) -> None:
+        """Look at the candidate as it is now."""
+        self.candidate = candidate
+        self.proposal = propose(
+            self.repository,
+            f"{candidate.run}/{candidate.id}",
+            self.alias,
+            policy=self.policy,
+            by=self.by,
+            to_be_signed=self.private_key is not None,
+            clock=self.clock,
+        )
+
+    def run_validation(self, ref: str) -> None:
+        """Validate a checkpoint as the policy asks."""
+        self.progress(f"validate {ref}")
+        policy, progress = self.policy, self.progress
+        self.validate(self.repository, ref, policy.wanted, alias=self.alias, timeout=policy.timeout, progress=progress)
+
+    def refuse(self, reasons: tuple[str, ...]) -> Step:
+        """End the release."""
+        candidate, proposal = self.chosen
+        self.id = _id(self.policy, proposal)
+        summary = f"{candidate.ref} was not promoted to {self.alias}"
+        return Step(name="promote", said=summary, outcome="refused", reasons=reasons)
 
 
 def _policy_of(policies: Policies, alias: str) -> Policy:
@@ -150,72 +179,6 @@ def _policy_of(policies: Policies, alias: str) -> Policy:
     return policy
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ReleaseWork:
-    """The arguments that the steps of a release share, and the release as far as it has come."""
-
-    release: Release
-    repository: Repository
-    policy: Policy
-    policy_text: str
-    validate: Validate
-    why: str
-    private_key: Path | None
-    dry_run: bool
-    progress: Callable[[str], None]
-    catalogue: str | None
-    clock: Clock
-    by: str = field(default_factory=present_user)
-
-    @property
-    def rule(self) -> str:
-        """The condition and the ranking of the policy."""
-        ranked = ", ".join(f"{mode} {name}" for name, mode in self.policy.by.items())
-        return f"{self.policy.select or 'all'}; {ranked}"
-
-    @property
-    def chosen(self) -> tuple[Checkpoint, Proposal]:
-        """The candidate and its proposal, which every step after the selection has."""
-        assert self.release.candidate is not None
-        assert self.release.proposal is not None
-        return self.release.candidate, self.release.proposal
-
-    def note(self, name: str, summary: str) -> None:
-        """Add a line to the account of a step that is not over yet."""
-        self.release.steps.append(Step(name=name, said=summary))
-
-    def propose(self, candidate: Checkpoint) -> None:
-        """Look at the candidate as it is now."""
-        self.release.candidate = candidate
-        self.release.proposal = propose(
-            self.repository,
-            f"{candidate.run}/{candidate.id}",
-            self.policy.alias,
-            policy=self.policy,
-            by=self.by,
-            to_be_signed=self.private_key is not None,
-            clock=self.clock,
-        )
-
-    def run_validation(self, ref: str) -> None:
-        """Validate a checkpoint as the policy asks."""
-        self.progress(f"validate {ref}")
-        self.validate(
-            self.repository,
-            ref,
-            self.policy.wanted,
-            alias=self.policy.alias,
-            timeout=self.policy.timeout,
-            progress=self.progress,
-        )
-
-    def refuse(self, reasons: tuple[str, ...]) -> Step:
-        """End the release."""
-        self.release.id = _id(self.policy, self.chosen[1])
-        summary = f"{self.chosen[0].ref} was not promoted to {self.policy.alias}"
-        return Step(name="promote", said=summary, outcome="refused", reasons=reasons)
-
-
 def _id(policy: Policy, proposal: Proposal) -> str:
     newest = "" if proposal.newest is None else proposal.newest.digest
     validation = "" if proposal.validation is None else proposal.validation.digest
@@ -228,49 +191,50 @@ def _id(policy: Policy, proposal: Proposal) -> str:
 _NAMED = 3  # checkpoints that were passed over and are named
 
 
-def _select(work: _ReleaseWork) -> Step:
+def _select(release: Release) -> Step:
     """Select the best checkpoint that the policy finds and that was not rolled back.
 
     What the alias was rolled back from comes back by hand only. As long as a rollback is the last change, so does
     everything that was there before it: somebody is at work on an incident, and knows why.
     """
-    work.progress("select")
-    catalogue = Catalogue(work.repository, work.catalogue)
+    release.progress("select")
+    catalogue = Catalogue(release.repository, release.catalogue)
     catalogue.prove()
-    policy = work.policy
-    rolled_back, last = _rollbacks(work)
+    policy = release.policy
+    rolled_back, last = _rollbacks(release)
     top = None if rolled_back or last else 1
     query = SelectionQuery(query=parse(policy.select), keys=ranking_keys(policy.by), top=top, within=policy.within_se)
     selection = catalogue.select(query)
-    passed_over: list[str] = []
+    passed_over: list[Step] = []
     for candidate in selection:
         reason = _passed_over(candidate, rolled_back, last)
         if reason is None:
             break
-        passed_over.append(f"passed over {candidate.ref}: {reason}")
+        passed_over.append(Step(name="select", said=f"passed over {candidate.ref}: {reason}"))
     else:
         candidate = None
-    for summary in passed_over[:_NAMED]:
-        work.note("select", summary)
+    release.steps += passed_over[:_NAMED]
     more = f"; {len(passed_over)} passed over" if passed_over else ""
-    summary = f"no checkpoint matches {work.rule}{more}" if candidate is None else f"{candidate.ref} by {work.rule}"
+    summary = (
+        f"no checkpoint matches {release.rule}{more}" if candidate is None else f"{candidate.ref} by {release.rule}"
+    )
     if selection.unread:
         unread = tuple(f"{name} cannot be read, and may be better: {why}" for name, why in selection.unread.items())
         return Step(name="select", said=summary, outcome="refused", reasons=unread)
     if candidate is None:
         reasons = ("no checkpoint meets the condition of the policy",)
         return Step(name="select", said=summary, outcome="nothing fits", reasons=reasons)
-    work.propose(candidate)
+    release.propose(candidate)
     return Step(name="select", said=summary)
 
 
-def _rollbacks(work: _ReleaseWork) -> tuple[dict[str, AliasRecord], AliasRecord | None]:
+def _rollbacks(release: Release) -> tuple[dict[str, AliasRecord], AliasRecord | None]:
     """The checkpoints that the alias was rolled back from, and the last change if that is a rollback.
 
     Raises:
         CorruptError: the history of the alias is damaged, and may hide a rollback.
     """
-    store, alias = work.repository.store, work.policy.alias
+    store, alias = release.repository.store, release.alias
     if not aliases.numbers(store, alias):
         return {}, None
     history = aliases.history(store, alias)
@@ -294,28 +258,28 @@ def _passed_over(candidate: Checkpoint, rolled_back: Mapping[str, AliasRecord], 
     return "it is older than the last rollback"
 
 
-def _validate(work: _ReleaseWork) -> Step | None:
+def _validate(release: Release) -> Step | None:
     """Validate the candidate where that is missing, and the holder where it cannot be compared with otherwise."""
-    candidate, proposal = work.chosen
+    candidate, proposal = release.chosen
     if proposal.unchanged:
         return None
     if proposal.refusals:
-        return work.refuse(proposal.refusals)
-    missing = stale(proposal, work.clock, failures=False)
-    if missing and work.dry_run:
+        return release.refuse(proposal.refusals)
+    missing = stale(proposal, release.clock, failures=False)
+    if missing and release.dry_run:
         summary = f"would validate {candidate.ref}: {'; '.join(missing)}"
         return Step(name="validate", said=summary, outcome="would validate")
-    if not work.dry_run:
+    if not release.dry_run:
         if missing:
-            work.run_validation(f"{candidate.run}/{candidate.id}")
+            release.run_validation(f"{candidate.run}/{candidate.id}")
         if (
             proposal.holder is not None
-            and work.policy.improvement is not None
-            and not _is_comparable(work, proposal.holder)
+            and release.policy.improvement is not None
+            and not _is_comparable(release, proposal.holder)
         ):
-            work.run_validation(proposal.holder.ref)
-        work.propose(candidate)
-    _, proposal = work.chosen
+            release.run_validation(proposal.holder.ref)
+        release.propose(candidate)
+    _, proposal = release.chosen
     validation = proposal.validation
     if validation is None or proposal.unchanged:  # somebody else was faster
         return None
@@ -325,27 +289,27 @@ def _validate(work: _ReleaseWork) -> Step | None:
     return Step(name="validate", said=summary)
 
 
-def _is_comparable(work: _ReleaseWork, holder: AliasTarget) -> bool:
+def _is_comparable(release: Release, holder: AliasTarget) -> bool:
     """Whether the current holder was evaluated as the policy asks, so that a candidate can be compared with it."""
     try:
-        validation = validations.newest(work.repository.store, holder.run, holder.checkpoint)
-        work.repository.locate(holder.ref)
+        validation = validations.newest(release.repository.store, holder.run, holder.checkpoint)
+        release.repository.locate(holder.ref)
     except (CorruptError, FormatError):
         return False
     except NotFoundError:
         return True  # nothing can be done about it
-    return validation is not None and validation.wanted.alike(with_golden(work.policy.wanted))
+    return validation is not None and validation.wanted.alike(with_golden(release.policy.wanted))
 
 
-def _compare(work: _ReleaseWork) -> Step | None:
+def _compare(release: Release) -> Step | None:
     """Put the comparison with the current holder into one line."""
-    _, proposal = work.chosen
+    _, proposal = release.chosen
     comparison = proposal.comparison
     if proposal.unchanged:
         return None
     if comparison is None:
-        return Step(name="compare", said=f"no other {work.policy.alias} to compare with")
-    improvement = work.policy.improvement
+        return Step(name="compare", said=f"no other {release.alias} to compare with")
+    improvement = release.policy.improvement
     pairs = [pair for pair in comparison.metrics if improvement is not None and pair.name == improvement.metric]
     texts = [f"{pair.name} {pair.champion:.6g} to {pair.candidate:.6g}" for pair in pairs or comparison.metrics[:1]]
     test = comparison.paired
@@ -357,58 +321,58 @@ def _compare(work: _ReleaseWork) -> Step | None:
 # --- promote and tell ---------------------------------------------------------------------------------------------
 
 
-def _promote(work: _ReleaseWork) -> Step:
+def _promote(release: Release) -> Step:
     """Promote the candidate, or refuse to."""
-    candidate, proposal = work.chosen
-    alias, reason = work.policy.alias, work.why or f"released by the policy: {work.rule}"
+    candidate, proposal = release.chosen
+    alias, reason = release.alias, release.why or f"released by the policy: {release.rule}"
     if proposal.unchanged:
-        work.release.record = record = proposal.current
+        release.record = record = proposal.current
         assert record is not None
-        work.release.id = record.release
-        if not work.dry_run:
+        release.id = record.release
+        if not release.dry_run:
             promotion.promote(proposal, reason)  # completes what a release that was killed has left open
         summary = f"{candidate.ref} is {alias} since {record.at:%Y-%m-%d %H:%M} UTC (record {record.number})"
         return Step(name="promote", said=summary, outcome="unchanged")
     if proposal.objections or proposal.refusals:
-        return work.refuse(proposal.refusals or proposal.objections)
-    if work.dry_run:
+        return release.refuse(proposal.refusals or proposal.objections)
+    if release.dry_run:
         return Step(name="promote", said=f"would promote {candidate.ref} to {alias}", outcome="would promote")
-    missing_signature = None if work.private_key is None else _sign(work, proposal, work.private_key)
+    missing_signature = None if release.private_key is None else _sign(release, proposal, release.private_key)
     if missing_signature is not None:
-        work.release.proposal = replace(proposal, refusals=(missing_signature,))
-        return work.refuse((missing_signature,))
-    work.progress("promote")
-    steps = [{"name": step.name, "said": step.said} for step in work.release.steps]
-    work.release.record = record = promotion.promote(
+        release.proposal = replace(proposal, refusals=(missing_signature,))
+        return release.refuse((missing_signature,))
+    release.progress("promote")
+    steps = [{"name": step.name, "said": step.said} for step in release.steps]
+    release.record = record = promotion.promote(
         proposal,
         reason,
-        by=work.by,
-        release=_id(work.policy, proposal),
-        decision={"steps": steps, "policy": work.policy_text},
-        clock=work.clock,
+        by=release.by,
+        release=_id(release.policy, proposal),
+        decision={"steps": steps, "policy": release.policies.text},
+        clock=release.clock,
     )
-    work.release.id = record.release
+    release.id = record.release
     summary = f"{candidate.ref} is {alias} now (record {record.number})"
     return Step(name="promote", said=summary, outcome="promoted")
 
 
-def _sign(work: _ReleaseWork, proposal: Proposal, private_key: Path) -> str | None:
+def _sign(release: Release, proposal: Proposal, private_key: Path) -> str | None:
     """Sign the candidate, unless it is signed as the policy asks; returns why the policy still refuses it then."""
     manifest = proposal.manifest
-    if work.policy.public_key is None or unsigned(work.repository, manifest, work.policy) is not None:
-        work.progress("sign")
-        signature = signing.sign(work.repository.store, manifest, private_key=private_key)
-        work.note("sign", f"{signature.record} with the key {signature.fingerprint}")
-    return unsigned(work.repository, manifest, work.policy)
+    if release.policy.public_key is None or unsigned(release.repository, manifest, release.policy) is not None:
+        release.progress("sign")
+        signature = signing.sign(release.repository.store, manifest, private_key=private_key)
+        release.steps.append(Step(name="sign", said=f"{signature.record} with the key {signature.fingerprint}"))
+    return unsigned(release.repository, manifest, release.policy)
 
 
-def _tell(work: _ReleaseWork) -> Step | None:
+def _tell(release: Release) -> Step | None:
     """Tell the hooks of the change, unless all of them were told."""
-    if work.dry_run or work.release.record is None:
+    if release.dry_run or release.record is None:
         return None
-    store = work.repository.store
-    results = hooks.tell(store, work.release.record, work.policy, progress=work.progress, clock=work.clock)
-    work.release.hook_results = tuple(results)
+    store = release.repository.store
+    results = hooks.tell(store, release.record, release.policy, progress=release.progress, clock=release.clock)
+    release.hook_results = tuple(results)
     lines = [Step(name="tell", said=f"{result.hook}: {result.error or 'notified'}") for result in results]
-    work.release.steps.extend(lines[:-1])
+    release.steps.extend(lines[:-1])
     return lines[-1] if lines else None
