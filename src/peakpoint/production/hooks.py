@@ -10,7 +10,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,21 +45,14 @@ class HookResult:
 
 def change_of(store: Store, record: AliasRecord) -> dict[str, Any]:
     """The change as a hook gets it: plain JSON."""
-    target = record.target
     return {
         "repository": str(store.root.absolute()) if isinstance(store, LocalStore) else store.location,
         "alias": record.alias,
         "record": record.number,
         "digest": record.digest,
         "kind": record.kind,
-        "ref": None if target is None else target.ref,
-        "run": None if target is None else target.run,
-        "checkpoint": None if target is None else target.checkpoint,
-        "name": None if target is None else target.name,
-        "at": record.at,
-        "by": record.by,
-        "why": record.why,
-        "forced": record.forced,
+        **{name: getattr(record.target, name, None) for name in ("ref", "run", "checkpoint", "name")},
+        **{name: getattr(record, name) for name in ("at", "by", "why", "forced")},
     }
 
 
@@ -96,18 +89,14 @@ def tell(
         error = _run(hook, change, policy) if hook.command else _post(hook, change)
         results.append(HookResult(hook.label, error))
     if all(result.error is None for result in results):
-        _note(store, record, [result.hook for result in results], clock)
+        note = {"format": FORMAT, "record": record.digest, "hooks": [result.hook for result in results], "at": clock()}
+        with contextlib.suppress(ConflictError):  # somebody else has notified them, too
+            establish(store, _key(record), seal(note))
     return results
 
 
 def _key(record: AliasRecord) -> str:
     return layout.told_key(record.alias, record.number)
-
-
-def _note(store: Store, record: AliasRecord, hooks: Sequence[str], clock: Clock) -> None:
-    with contextlib.suppress(ConflictError):  # somebody else has notified them, too
-        note = {"format": FORMAT, "record": record.digest, "hooks": hooks, "at": clock()}
-        establish(store, _key(record), seal(note))
 
 
 def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:

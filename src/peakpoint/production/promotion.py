@@ -30,9 +30,9 @@ from peakpoint.production.policy import Policy
 from peakpoint.production.proposal import CLOCK_SLACK, Proposal, allowed_policy
 from peakpoint.production.proposal import propose as propose  # noqa: PLC0414 - users find it beside promote
 from peakpoint.repository import aliases, reader, signing
-from peakpoint.repository import journal as journals
 from peakpoint.repository.aliases import AliasChange, AliasRecord, DamagedRecord
 from peakpoint.repository.annotations import annotations_of
+from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository
@@ -70,18 +70,6 @@ def promote(
         RefusedError: the proposal has objections or refusals.
         ConflictError: the alias was changed since, or the checkpoint is being removed; nothing was done.
         ConfigError: no reason is given.
-
-    Example:
-        >>> import tempfile, peakpoint as pp
-        >>> root = tempfile.mkdtemp()
-        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
-        ...     _ = ckpt.report(step=1), ckpt.report(step=2)
-        >>> repository = pp.open(root)
-        >>> for ref in ("r:1", "r:2"):
-        ...     proposal = propose(repository, ref, "champion")
-        ...     record = promote(proposal, "an example", force=True)
-        >>> record.number, record.forced, repository.find("@champion").step
-        (2, ('it was never validated',), 2)
     """
     check_why("promote", why)
     actor = by or present_user()
@@ -187,19 +175,6 @@ def rollback(
         ConflictError: the alias was changed at the same moment; nothing was done.
         RefusedError: the policy does not allow it to this user.
         ConfigError: no reason is given.
-
-    Example:
-        >>> import tempfile, peakpoint as pp
-        >>> root = tempfile.mkdtemp()
-        >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Last(9)]) as ckpt:
-        ...     _ = ckpt.report(step=1), ckpt.report(step=2)
-        >>> repository = pp.open(root)
-        >>> for ref in ("r:1", "r:2"):
-        ...     proposal = propose(repository, ref, "champion")
-        ...     record = promote(proposal, "an example", force=True)
-        >>> back = rollback(repository, "champion", "an example")
-        >>> back.record.number, back.record.restores, repository.find("@champion").step
-        (3, 1, 1)
     """
     check_why("rollback", why)
     actor, policy = allowed_policy(repository.store, alias, policy, by)
@@ -208,7 +183,7 @@ def rollback(
     if seen is not None and current.number != seen:
         raise ConflictError(f"{alias} is at record {current.number}, not at {seen}: it was changed meanwhile")
     passed_over: list[str] = []
-    for former in _readable(_former_records(repository, current, to), passed_over):
+    for former in _former_records(repository.store, current, to, passed_over):
         try:
             checkpoint = _restorable(repository, former, policy)
         except (NotFoundError, CorruptError, FormatError) as error:
@@ -237,38 +212,29 @@ def rollback(
     )
 
 
-def _readable(records: Iterator[AliasRecord], passed_over: list[str]) -> Iterator[AliasRecord]:
-    """Records up to one that is damaged: what was before it is not known."""
-    try:
-        yield from records
-    except CorruptError as error:
-        passed_over.append(str(error))
-
-
 def _former_records(
-    repository: Repository, current: AliasRecord | DamagedRecord, to: int | None
+    store: Store, current: AliasRecord | DamagedRecord, to: int | None, passed_over: list[str]
 ) -> Iterator[AliasRecord]:
-    """The records that can be restored, the best first."""
-    store, alias = repository.store, current.alias
+    """The records that can be restored, the best first; what was before a damaged one is not known."""
     holder = current.target if isinstance(current, AliasRecord) else None
-    if to is None and isinstance(current, AliasRecord):
-        return (record for record in aliases.back_from(store, current) if record.target != holder)
-    if to is None:
-        return _readable_before(store, alias, current.number)
-    record = aliases.read(store, alias, to)
-    if record.target is None:
-        raise NotFoundError(f"record {to} of {alias} retired it: it points at nothing")
-    if record.target == holder:
-        raise ConfigError(f"{alias} points already where record {to} points; there is nothing to roll back")
-    return iter((record,))
-
-
-def _readable_before(store: Store, alias: str, end: int) -> Iterator[AliasRecord]:
-    for number in range(end - 1, 0, -1):
-        with contextlib.suppress(CorruptError, NotFoundError):
-            record = aliases.read(store, alias, number)
-            if record.target is not None:
-                yield record
+    if to is not None:
+        record = aliases.read(store, current.alias, to)
+        if record.target is None:
+            raise NotFoundError(f"record {to} of {current.alias} retired it: it points at nothing")
+        if record.target == holder:
+            raise ConfigError(f"{current.alias} points already where record {to} points; there is nothing to roll back")
+        yield record
+    elif isinstance(current, AliasRecord):
+        try:
+            yield from (record for record in aliases.back_from(store, current) if record.target != holder)
+        except CorruptError as error:
+            passed_over.append(str(error))
+    else:
+        for number in range(current.number - 1, 0, -1):
+            with contextlib.suppress(CorruptError, NotFoundError):
+                record = aliases.read(store, current.alias, number)
+                if record.target is not None:
+                    yield record
 
 
 def _restorable(repository: Repository, former: AliasRecord, policy: Policy | None) -> tuple[Run, Manifest]:
@@ -332,10 +298,9 @@ def _record_change(
         return aliases.append(store, alias, change, after=newest)
     run, manifest = checkpoint
     _warn_of_future(alias, newest, clock)
-    journal = journals.Journal(run.store, run.name, clock)
     facts = _facts(manifest, alias, change.by) | {"token": secrets.token_hex(8)}
     record = None
-    try:
+    with contextlib.closing(Journal(run.store, run.name, clock)) as journal:
         journal.append(Promoting(at=clock(), record=1 if newest is None else newest.number + 1, **facts))
         journal.sync()
         try:
@@ -344,8 +309,6 @@ def _record_change(
         finally:
             _append_promoted(journal, record, facts)
             journal.append(Closed(at=clock(), why=f"peakpoint {alias}"))
-    finally:
-        journal.close()
     return record
 
 
@@ -353,26 +316,23 @@ def _facts(manifest: Manifest, alias: str, by: str) -> dict[str, Any]:
     return {"checkpoint": manifest.id, "name": manifest.name, "alias": alias, "by": by}
 
 
-def _append_promoted(journal: journals.Journal, record: AliasRecord | None, facts: Mapping[str, Any]) -> None:
+def _append_promoted(journal: Journal, record: AliasRecord | None, facts: Mapping[str, Any]) -> None:
     number, digest = (None, None) if record is None else (record.number, record.digest)
     journal.append(Promoted(at=journal.now(), record=number, digest=digest, **facts))
 
 
 def complete(run: Run, manifest: Manifest, record: AliasRecord, by: str) -> None:
     """Write the ``Promoted`` events of promotions that were killed after their record was made."""
-    events = annotations_of(run.events()).promoting.values()
-    promotions = [event for event in events if (event.checkpoint, event.alias) == (manifest.id, record.alias)]
+    promoting = annotations_of(run.events()).promoting.values()
+    promotions = [event for event in promoting if (event.checkpoint, event.alias) == (manifest.id, record.alias)]
     overdue = [event for event in promotions if event.record <= record.number]
     if not overdue:
         return
-    journal = journals.Journal(run.store, run.name, utc_now)
     facts = _facts(manifest, record.alias, by)
-    try:
+    with contextlib.closing(Journal(run.store, run.name, utc_now)) as journal:
         for event in overdue:
             _append_promoted(journal, record if event.record == record.number else None, facts | {"token": event.token})
         journal.append(Closed(at=journal.now(), why=f"peakpoint {record.alias}"))
-    finally:
-        journal.close()
 
 
 def _warn_of_future(alias: str, newest: AliasRecord | DamagedRecord | None, clock: Clock) -> None:
