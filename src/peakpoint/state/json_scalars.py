@@ -44,7 +44,7 @@ PATHS: dict[str, type[pathlib.PurePath]] = {
 
 
 class StatePath(NamedTuple):
-    """A place in the state; its text, which only errors need, is made when it is asked for."""
+    """A place in the state. Errors need its text, and tensors their name: both are made on demand."""
 
     parent: "StatePath | str"
     key: Any
@@ -57,19 +57,28 @@ class StatePath(NamedTuple):
         return f"{self.parent}[{key}]"
 
 
+def dotted_keys(path: StatePath | str) -> str:
+    """Return the keys that lead to a place, joined with dots; empty for a whole part."""
+    keys = []
+    while isinstance(path, StatePath):
+        keys.append(str(path.key))
+        path = path.parent
+    return ".".join(reversed(keys))
+
+
 def kind_of(value: object) -> str:
-    """The full name of a value's type, as errors name it."""
+    """Return the full name of a value's type, as errors show it."""
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def make_path(fields: tuple["StatePath | str", Any, bool]) -> StatePath:
-    """A place; three times as fast as its constructor."""
+    """Make a place three times as fast as its constructor."""
     return tuple.__new__(StatePath, fields)
 
 
 def refusal(path: StatePath | str, value: object, why: str = "") -> ConfigError:
-    """The error of a value that cannot be kept."""
+    """Make the error of a value that cannot be saved exactly."""
     hint = why or (
         "it cannot be kept exactly; give an object with state_dict() and load_state_dict(), or tensors, arrays, "
         "numbers, text and containers of them"
@@ -78,30 +87,46 @@ def refusal(path: StatePath | str, value: object, why: str = "") -> ConfigError:
 
 
 def to_base64(data: bytes) -> str:
-    """Bytes as text."""
+    """Encode bytes as text."""
     return base64.b64encode(data).decode()
 
 
+def from_base64(text: str) -> bytes:
+    """Decode what ``to_base64`` encoded."""
+    return base64.b64decode(text, validate=True)
+
+
 def is_unicode(text: str) -> bool:
-    """Whether JSON can say it: no lone surrogates."""
+    """Return whether JSON can hold a text: it has no lone surrogates."""
     if text.isascii():
         return True
     try:
         text.encode()
-    except UnicodeEncodeError:  # lone surrogates
+    except UnicodeEncodeError:
         return False
     return True
 
 
 def dtype_text(dtype: np.dtype[Any], path: StatePath | str) -> str:
-    """A NumPy type as text, which ``read_dtype`` reads."""
-    text = ""
+    """Encode a NumPy element type as text, which ``read_dtype`` reads."""
     with contextlib.suppress(ValueError, SyntaxError):  # fields that overlap, fields of types without a description
         text = dtype.str if dtype.names is None else to_base64(repr(dtype.descr).encode())
-        back = read_dtype(text)
-        if back == dtype and back.type is dtype.type:
+        decoded = read_dtype(text)
+        if decoded == dtype and decoded.type is dtype.type:
             return text
     raise refusal(path, dtype, f"NumPy's element type {dtype!r} cannot be kept exactly")
+
+
+def read_dtype(text: str) -> np.dtype[Any]:
+    """Decode what ``dtype_text`` encoded."""
+    if _SIMPLE_DTYPE.fullmatch(text):
+        return np.dtype(text)
+    description = ast.literal_eval(from_base64(text).decode())
+    structured: np.dtype[Any] = np.lib.format.descr_to_dtype(description)
+    return structured
+
+
+# --- numbers and text: plain JSON where it holds the value exactly ---------------------------------------------------
 
 
 def _float(value: float) -> Any:
@@ -112,12 +137,22 @@ def _float(value: float) -> Any:
     return {TAG: "float", "v": "inf" if value > 0 else "-inf"}
 
 
+def _read_float(text: str) -> float:
+    if text in ("inf", "-inf"):
+        return float(text)
+    value: float = struct.unpack(">d", bytes.fromhex(text))[0]
+    return value
+
+
 def _int(value: int) -> Any:
     return value if -(2**63) <= value < 2**63 else {TAG: "int", "v": hex(value)}
 
 
 def _str(value: str) -> Any:
     return value if is_unicode(value) else {TAG: "str", "v": to_base64(value.encode("utf-8", "surrogatepass"))}
+
+
+# --- values whose node has more members than "v" -----------------------------------------------------------------
 
 
 def _zone(zone: dt.tzinfo | None, path: StatePath | str) -> Any:
@@ -128,60 +163,115 @@ def _zone(zone: dt.tzinfo | None, path: StatePath | str) -> Any:
     if type(zone) is dt.timezone:
         offset = zone.utcoffset(None)
         name = zone.tzname(None)
-        named = [] if name == dt.timezone(offset).tzname(None) else [_str(name)]
-        return [offset.days * 86400 + offset.seconds, offset.microseconds, *named]
+        optional_name = [] if name == dt.timezone(offset).tzname(None) else [_str(name)]
+        return [offset.days * 86400 + offset.seconds, offset.microseconds, *optional_name]
     raise refusal(path, zone)
 
 
-def _datetime(value: dt.datetime, path: StatePath | str) -> Any:
+def _read_zone(zone: Any) -> dt.tzinfo | None:
+    if zone is None:
+        return None
+    if isinstance(zone, str):
+        return zoneinfo.ZoneInfo(zone)
+    offset = dt.timedelta(seconds=zone[0], microseconds=zone[1])
+    return dt.timezone(offset, *map(decode_scalar, zone[2:]))
+
+
+def _clock(value: dt.datetime | dt.time, path: StatePath | str) -> dict[str, Any]:
     naive = value.replace(tzinfo=None, fold=0)
-    return {TAG: "datetime", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
+    zone = _zone(value.tzinfo, path)
+    return {TAG: type(value).__name__, "v": naive.isoformat(), "zone": zone, "fold": value.fold}
 
 
-def _time(value: dt.time, path: StatePath | str) -> Any:
-    naive = value.replace(tzinfo=None, fold=0)
-    return {TAG: "time", "v": naive.isoformat(), "zone": _zone(value.tzinfo, path), "fold": value.fold}
+def _read_clock(node: dict[str, Any]) -> dt.datetime | dt.time:
+    kind = dt.datetime if node[TAG] == "datetime" else dt.time
+    return kind.fromisoformat(node["v"]).replace(tzinfo=_read_zone(node["zone"]), fold=node["fold"])
 
 
-def _tagged(tag: str, convert: Callable[[Any], Any]) -> Callable[[Any, StatePath | str], Any]:
-    return lambda value, path: {TAG: tag, "v": convert(value)}  # noqa: ARG005
+def _numpy(value: np.generic, path: StatePath | str) -> dict[str, Any]:
+    if type(value) is np.str_:  # of text and bytes, arrays would drop the zeros at the end
+        dtype, data = f"<U{len(value)}", value.encode("utf-32-le", "surrogatepass")
+    elif type(value) is np.bytes_:
+        dtype, data = f"|S{len(value)}", value[:]
+    elif value.dtype.hasobject:
+        raise refusal(path, value)
+    else:
+        dtype, data = dtype_text(value.dtype, path), value.tobytes()
+    return {TAG: "numpy", "dtype": dtype, "v": to_base64(data)}
 
 
-_SCALARS: dict[type, Callable[[Any, StatePath | str], Any]] = {
-    type(None): lambda value, path: value,  # noqa: ARG005
-    bool: lambda value, path: value,  # noqa: ARG005
-    int: lambda value, path: _int(value),  # noqa: ARG005
-    float: lambda value, path: _float(value),  # noqa: ARG005
-    str: lambda value, path: _str(value),  # noqa: ARG005
-    bytes: _tagged("bytes", to_base64),
-    bytearray: _tagged("bytearray", to_base64),
-    complex: _tagged("complex", lambda value: [_float(value.real), _float(value.imag)]),
-    decimal.Decimal: _tagged("Decimal", str),
-    range: _tagged("range", lambda value: [_int(value.start), _int(value.stop), _int(value.step)]),
-    dt.datetime: _datetime,
-    dt.time: _time,
-    dt.date: _tagged("date", dt.date.isoformat),
-    dt.timedelta: _tagged("timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
-    torch.dtype: _tagged("torch.dtype", lambda value: str(value).removeprefix("torch.")),
-    torch.device: _tagged("torch.device", str),
-    torch.Size: _tagged("torch.Size", list),
+def _read_numpy(node: dict[str, Any]) -> Any:
+    data, dtype = from_base64(node["v"]), read_dtype(node["dtype"])
+    if dtype.kind == "S":
+        return np.bytes_(data)
+    if dtype.kind == "U":
+        return np.str_(data.decode("utf-32-le", "surrogatepass"))
+    if dtype.kind == "V" and dtype.names is None:
+        return np.void(data)
+    return np.frombuffer(bytearray(data), dtype=dtype)[0]
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+_DTYPES_BY_NAME = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if type(kind) is torch.dtype}
+_SCALARS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "bytes": (bytes, to_base64, from_base64),
+    "bytearray": (bytearray, to_base64, lambda text: bytearray(from_base64(text))),
+    "complex": (complex, lambda z: [_float(z.real), _float(z.imag)], lambda v: complex(*map(decode_scalar, v))),
+    "Decimal": (decimal.Decimal, str, decimal.Decimal),
+    "range": (range, lambda r: [_int(r.start), _int(r.stop), _int(r.step)], lambda v: range(*map(decode_scalar, v))),
+    "date": (dt.date, dt.date.isoformat, dt.date.fromisoformat),
+    "timedelta": (dt.timedelta, lambda t: [t.days, t.seconds, t.microseconds], lambda v: dt.timedelta(*v)),
+    "torch.dtype": (torch.dtype, lambda kind: str(kind).removeprefix("torch."), _DTYPES_BY_NAME.__getitem__),
+    "torch.device": (torch.device, str, torch.device),
+    "torch.Size": (torch.Size, list, torch.Size),
+}
+"""By tag: the type, what makes the member ``"v"`` of a value, and what makes the value of that member."""
+
+
+def _node_encoder(tag: str, encode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: {TAG: tag, "v": encode(value)}
+
+
+def _node_decoder(decode: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
+    return lambda node: decode(node["v"])
+
+
+_ENCODERS: dict[type, Callable[[Any], Any]] = {
+    type(None): lambda value: value,
+    bool: lambda value: value,
+    int: _int,
+    float: _float,
+    str: _str,
+    **{kind: _node_encoder(tag, encode) for tag, (kind, encode, _) in _SCALARS.items()},
+}
+SCALAR_DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "int": lambda node: int(node["v"], 16),
+    "float": lambda node: _read_float(node["v"]),
+    "str": lambda node: from_base64(node["v"]).decode("utf-8", "surrogatepass"),
+    "datetime": _read_clock,
+    "time": _read_clock,
+    "numpy": _read_numpy,
+    "numpy.dtype": lambda node: read_dtype(node["v"]),
+    "path": lambda node: PATHS[node["class"]](decode_scalar(node["v"])),
+    **{tag: _node_decoder(decode) for tag, (_, _, decode) in _SCALARS.items()},
 }
 
 
-def scalar(value: Any, path: StatePath | str) -> Any:
-    """A value in JSON; raises for what is no scalar."""
-    encode = _SCALARS.get(type(value))
+def encode_scalar(value: Any, path: StatePath | str) -> Any:
+    """Encode a scalar as JSON.
+
+    Raises:
+        ConfigError: it is not a scalar, or cannot be saved exactly; the message says where it is.
+    """
+    encode = _ENCODERS.get(type(value))
     if encode is not None:
-        return encode(value, path)
-    if type(value) is np.str_:  # of text and bytes, arrays would drop the zeros at the end
-        text = value.encode("utf-32-le", "surrogatepass")
-        return {TAG: "numpy", "dtype": f"<U{len(value)}", "v": to_base64(text)}
-    if type(value) is np.bytes_:
-        return {TAG: "numpy", "dtype": f"|S{len(value)}", "v": to_base64(value[:])}
+        return encode(value)
+    if type(value) in (dt.datetime, dt.time):
+        return _clock(value, path)
     if isinstance(value, np.generic):
-        if value.dtype.hasobject:
-            raise refusal(path, value)
-        return {TAG: "numpy", "dtype": dtype_text(value.dtype, path), "v": to_base64(value.tobytes())}
+        return _numpy(value, path)
     if isinstance(value, np.dtype):
         return {TAG: "numpy.dtype", "v": dtype_text(value, path)}
     if isinstance(value, pathlib.PurePath) and PATHS.get(type(value).__name__) is type(value):
@@ -189,23 +279,6 @@ def scalar(value: Any, path: StatePath | str) -> Any:
     raise refusal(path, value)
 
 
-def from_base64(text: str) -> bytes:
-    """The inverse of ``to_base64``."""
-    return base64.b64decode(text, validate=True)
-
-
-def read_dtype(text: str) -> np.dtype[Any]:
-    """The inverse of ``dtype_text``."""
-    if _SIMPLE_DTYPE.fullmatch(text):
-        return np.dtype(text)
-    description = ast.literal_eval(from_base64(text).decode())
-    structured: np.dtype[Any] = np.lib.format.descr_to_dtype(description)
-    return structured
-
-
-def read_float(text: str) -> float:
-    """What is no finite number."""
-    if text in ("inf", "-inf"):
-        return float(text)
-    value: float = struct.unpack(">d", bytes.fromhex(text))[0]
-    return value
+def decode_scalar(tree: Any) -> Any:
+    """Decode what ``encode_scalar`` encoded; raises one of ``UNREADABLE`` for anything else."""
+    return SCALAR_DECODERS[tree[TAG]](tree) if isinstance(tree, dict) else tree

@@ -84,7 +84,7 @@ def _geometry(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def store(cluster: list[TensorEntry], tensors: dict[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
+def store_cluster(cluster: list[TensorEntry], tensors: dict[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
     """Add to ``tensors`` what must be stored for a cluster, and complete the nodes that refer to it.
 
     Args:
