@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peakpoint.state.capture import encode_state
+from peakpoint.state.capture import StateEncoder
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _case(name, shapes, kind, trained=None):
         optimizer = torch.optim.SGD(own, lr=0.1, momentum=0.9)
         for parameter in own:
             optimizer.state[parameter] = {"momentum_buffer": torch.randn_like(parameter)}
-    _, files = encode_state({"model": model, "optimizer": optimizer})
+    _, files = StateEncoder().encode({"model": model, "optimizer": optimizer})
     tensors = {f"{part}.{name}": tensor.detach() for part, given in files.items() for name, tensor in given.items()}
     return Case(name, model, optimizer, tensors)
 

@@ -75,20 +75,20 @@ def fresh(value):
 
 @given(st.lists(states, min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_states_in_any_order(values, order):
-    tracer = EncodeCache()
+    cache = EncodeCache()
     for number in order:
         value = values[number % len(values)]
-        tracer.encode(value, "x", attributes=False)
-        assert looks(tracer.tree, tracer.tensors) == fresh(value)
+        cache.encode(value, "x", attributes=False)
+        assert looks(cache.tree, cache.tensors) == fresh(value)
 
 
 @given(states, st.data())
 def test_small_changes_are_seen(value, data):
-    tracer = EncodeCache()
+    cache = EncodeCache()
     value = [value, TENSORS[0], {"k": 1, "t": TENSORS[1]}]
     for _ in range(3):
-        tracer.encode(value, "x", attributes=False)
-        assert looks(tracer.tree, tracer.tensors) == fresh(value)
+        cache.encode(value, "x", attributes=False)
+        assert looks(cache.tree, cache.tensors) == fresh(value)
         where = data.draw(st.sampled_from(["leaf", "key", "tensor", "order", "whole"]))
         if where == "leaf":
             value[2]["k"] = data.draw(leaves)
@@ -103,19 +103,18 @@ def test_small_changes_are_seen(value, data):
 
 
 def test_an_unchanged_state_is_followed():
-    tracer = EncodeCache()
     model, optimizer = parts()
     train(model, optimizer)
     for part in (model, optimizer):
-        tracer = EncodeCache()
-        assert not tracer.encode(part.state_dict(), "x", attributes=True)
+        cache = EncodeCache()
+        assert not cache.encode(part.state_dict(), "x", attributes=True)
         for _ in range(3):
             train(model, optimizer)
-            assert tracer.encode(part.state_dict(), "x", attributes=True)
-            assert looks(tracer.tree, tracer.tensors) == fresh(part.state_dict())
+            assert cache.encode(part.state_dict(), "x", attributes=True)
+            assert looks(cache.tree, cache.tensors) == fresh(part.state_dict())
     optimizer.param_groups[0]["lr"] = 7.0
-    assert tracer.encode(optimizer.state_dict(), "x", attributes=True), "values that are no tensors may change"
-    assert b"7.0" in msgspec.json.encode(tracer.tree)
+    assert cache.encode(optimizer.state_dict(), "x", attributes=True), "values that are no tensors may change"
+    assert b"7.0" in msgspec.json.encode(cache.tree)
 
 
 @pytest.mark.parametrize(
@@ -129,28 +128,28 @@ def test_an_unchanged_state_is_followed():
 )
 def test_a_tensor_that_has_moved_or_changed_is_seen(change):
     parameter = torch.nn.Parameter(torch.zeros(3))
-    tracer = EncodeCache()
-    tracer.encode([parameter], "x", attributes=False)
-    assert tracer.encode([parameter], "x", attributes=False)
+    cache = EncodeCache()
+    cache.encode([parameter], "x", attributes=False)
+    assert cache.encode([parameter], "x", attributes=False)
     change(parameter)
-    assert not tracer.encode([parameter], "x", attributes=False)
-    assert looks(tracer.tree, tracer.tensors) == fresh([parameter])
+    assert not cache.encode([parameter], "x", attributes=False)
+    assert looks(cache.tree, cache.tensors) == fresh([parameter])
 
 
 def test_what_cannot_be_kept_is_refused_the_second_time_too():
-    tracer = EncodeCache()
+    cache = EncodeCache()
     state = {"t": torch.ones(3), "deep": {"x": 1}}
-    tracer.encode(state, 'state["m"]', attributes=False)
+    cache.encode(state, 'state["m"]', attributes=False)
     state["deep"]["x"] = object()
     with pytest.raises(pp.errors.ConfigError, match=r'state\["m"\]\["deep"\]\["x"\] is a object'):
-        tracer.encode(state, 'state["m"]', attributes=False)
+        cache.encode(state, 'state["m"]', attributes=False)
     state["deep"]["x"] = 2
     state["t"] = torch.ones(3).to_sparse()
     with pytest.raises(pp.errors.ConfigError, match=r"to_dense"):
-        tracer.encode(state, 'state["m"]', attributes=False)
+        cache.encode(state, 'state["m"]', attributes=False)
     state["t"] = torch.ones(4)
-    tracer.encode(state, 'state["m"]', attributes=False)
-    assert looks(tracer.tree, tracer.tensors) == fresh(state)
+    cache.encode(state, 'state["m"]', attributes=False)
+    assert looks(cache.tree, cache.tensors) == fresh(state)
 
 
 def test_large_arrays_beside_tensors_come_back(tmp_path):
@@ -165,14 +164,19 @@ def test_large_arrays_beside_tensors_come_back(tmp_path):
             assert same(saved["t"], torch.ones(3))
 
 
-def test_the_places_of_a_state_with_other_parts_are_others():
+def test_the_placement_of_a_state_with_other_parts_is_another():
     encoder = StateEncoder()
     state = {"a": {"x": torch.ones(2)}, "plain": 5}
-    places = encoder.encode(state)[2]
-    assert encoder.encode(state)[2] is places
-    assert encoder.encode({**state, "plain": 6})[2] is places
-    assert encoder.encode({"a": state["a"]})[2] is not places
-    trees, files, _ = encoder.encode({"b": state["a"]})
+
+    def placement(state):
+        encoder.encode(state)
+        return encoder.placement
+
+    before = placement(state)
+    assert placement(state) is before
+    assert placement({**state, "plain": 6}) is before
+    assert placement({"a": state["a"]}) is not before
+    trees, files = encoder.encode({"b": state["a"]})
     assert list(trees) == list(files) == ["b"]
 
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peakpoint.errors import ConfigError, FormatError
-from peakpoint.state.capture import encode_state
+from peakpoint.state.capture import StateEncoder
 from peakpoint.state.typed_json import Decoder, Encoder
 from trees import bits, same
 
@@ -748,22 +748,22 @@ def test_refused_with_its_place(value):
         Encoder().encode(value, PLACE)
     assert str(caught.value).startswith(PLACE)
     with pytest.raises(ConfigError) as caught:
-        encode_state({"x": {"y": [1, 2, value]}})
+        StateEncoder().encode({"x": {"y": [1, 2, value]}})
     assert str(caught.value).startswith('state["x"]["y"][2]')
     with pytest.raises(ConfigError) as caught:
-        encode_state({"sampler": Sampler({"good": 1, "rng": value})})
+        StateEncoder().encode({"sampler": Sampler({"good": 1, "rng": value})})
     assert str(caught.value).startswith('state["sampler"].rng')
 
 
 def test_the_message_names_the_type_and_what_to_do():
     with pytest.raises(ConfigError) as caught:
-        encode_state({"sampler": Sampler({"rng": Foo()})})
+        StateEncoder().encode({"sampler": Sampler({"rng": Foo()})})
     name = f"{Foo.__module__}.Foo"
     assert str(caught.value).startswith(f'state["sampler"].rng is a {name}: it cannot be kept exactly; give an object')
     with pytest.raises(ConfigError, match=r"complex128 has no place in the safetensors format"):
-        encode_state({"x": torch.ones(1, dtype=torch.complex128)})
+        StateEncoder().encode({"x": torch.ones(1, dtype=torch.complex128)})
     with pytest.raises(ConfigError, match=r"\.to_dense\(\) first"):
-        encode_state({"x": torch.eye(2).to_sparse()})
+        StateEncoder().encode({"x": torch.eye(2).to_sparse()})
 
 
 @pytest.mark.parametrize(
@@ -782,7 +782,7 @@ def test_the_message_names_the_type_and_what_to_do():
 )
 def test_places(value, place):
     with pytest.raises(ConfigError) as caught:
-        encode_state({"x": value})
+        StateEncoder().encode({"x": value})
     assert str(caught.value).startswith(f"{place} is a ")
 
 

@@ -15,20 +15,20 @@ class Part:
     """Tensors with contents and version counters; ``save`` does what a save does with them, and counts writes."""
 
     def __init__(self, sizes, *, frozen=(), stepped=(), place=True):
-        self.facts = PartTensors(
+        self.tensors = PartTensors(
             tuple(sizes), {n: size for n, size in sizes.items() if size}, *map(frozenset, (frozen, stepped))
         )
-        self.place = object() if place else None
+        self.placement = object() if place else None
         self.content = dict.fromkeys(sizes, 0)
         self.version = dict.fromkeys(sizes, 0)
-        self.standing = UnchangedTensors()
+        self.unchanged = UnchangedTensors()
         self.files = {}  # of the last commit: names to contents
         self.writes = dict.fromkeys(sizes, 0)
         self.compared_in_vain = 0
 
     def change(self, *names, counted=True):
         for name in names:
-            self.content[name] += bool(self.facts.sizes.get(name))
+            self.content[name] += bool(self.tensors.sizes.get(name))
             self.version[name] += counted
 
     def overwrite(self, *names):
@@ -36,10 +36,10 @@ class Part:
             self.version[name] += 1
 
     def save(self, *, fails=False):
-        self.standing.decide(self.facts, self.place, list(self.version.values()))
-        apart = self.standing.apart
+        self.unchanged.decide(self.tensors, self.placement, list(self.version.values()))
+        separate = self.unchanged.separate
         files = {}
-        for names, stable in [(apart, True), (self.content.keys() - apart, self.standing.calm)]:
+        for names, stable in [(separate, True), (self.content.keys() - separate, self.unchanged.rest_unchanged)]:
             held = tuple((name, self.content[name]) for name in self.content if name in names)
             shared = stable and self.files.get(frozenset(names)) == held
             self.compared_in_vain += stable and bool(self.files) and not shared
@@ -49,8 +49,8 @@ class Part:
             files[frozenset(names)] = held
         if not fails:
             self.files = files
-            self.standing.learn({name: str(content) for name, content in self.content.items()})
-        return sorted(apart)
+            self.unchanged.learn({name: str(content) for name, content in self.content.items()})
+        return sorted(separate)
 
 
 def test_what_is_never_touched_is_written_twice():
@@ -108,7 +108,7 @@ def test_a_part_that_stands_still_as_a_whole_is_written_once_in_its_plain_file()
     assert part.writes == {"a": 1, "b": 1}
     part.change("a")
     assert part.save() == ["b"]
-    assert part.standing.calm is False
+    assert part.unchanged.rest_unchanged is False
 
 
 def test_little_is_not_worth_a_file():
@@ -155,10 +155,10 @@ def test_what_stood_still_before_a_restart_goes_on_so():
     for _ in range(5):
         part.change("w")
         part.save()
-    assert part.standing.apart == {"a", "b"}
+    assert part.unchanged.separate == {"a", "b"}
     writes = dict(part.writes)
-    part.standing = UnchangedTensors()
-    part.standing.inherit({name: str(content) for name, content in part.content.items()}, {"a", "b"}, {"a", "b"})
+    part.unchanged = UnchangedTensors()
+    part.unchanged.inherit({name: str(content) for name, content in part.content.items()}, {"a", "b"}, {"a", "b"})
     for _ in range(3):
         part.change("w")
         assert part.save() == ["a", "b"]
@@ -188,15 +188,15 @@ def test_whatever_happens_tensors_leave_seldom(schedule, sizes, frozen, place):
                     part.change(name, counted=False)
                 case "overwrite":
                     part.overwrite(name)
-        apart = set(part.save())
-        left += bool(before - apart - frozen)
-        before = apart
+        separate = set(part.save())
+        left += bool(before - separate - frozen)
+        before = separate
     assert left <= 1 + math.log2(len(schedule) + 200) + len(frozen)
     # in the end everything that is worth it is shared, and nothing is compared in vain
     in_vain, writes = part.compared_in_vain, dict(part.writes)
     part.change("f")
     part.save()
-    known = part.facts.sizes
+    known = part.tensors.sizes
     still = sum(size for name, size in known.items() if name != "f")
     written = sum(size for name, size in known.items() if name != "f" and part.writes[name] != writes[name])
     assert written <= 50 or still < WORTH_A_FILE

@@ -34,17 +34,17 @@ class Stateful(Protocol):
     """Anything that gives and takes its state: modules, optimizers, schedulers, data loaders, objects of yours."""
 
     def state_dict(self) -> Any:
-        """The state."""
+        """Return the state."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Take the state."""
+        """Take over a state."""
 
 
 def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state as a dict of parts.
 
     Raises:
-        ConfigError: it is no mapping, it is empty, or a part cannot be named so.
+        ConfigError: it is not a mapping, it is empty, or a part cannot have its name.
     """
     if not isinstance(state, Mapping):
         raise ConfigError(f'state= takes a mapping such as {{"model": model, "optimizer": optimizer}}, not {state!r}')
@@ -54,14 +54,14 @@ def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_generator(value: Any) -> bool:
-    """Whether it draws random numbers."""
+    """Return whether it draws random numbers."""
     return isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random)
 
 
 def state_of(value: Any) -> Any:
-    """The state of one part as a tree of tensors and plain values."""
+    """Return the state of one part as a tree of tensors and plain values."""
     if isinstance(value, type):
-        return value  # a class is no object; the encoder refuses it with its place
+        return value  # a class is not an object; the encoder refuses it with its place
     if isinstance(value, Stateful):
         return value.state_dict()
     if isinstance(value, torch.Generator):
@@ -82,7 +82,7 @@ class CapturedState:
     Attributes:
         images: the files.
         parts: part name to the names of its tensor files.
-        copying: what is still being copied.
+        copying: the copy under way, which the images wait for.
         stays: whether the copy stays in memory until the next capture, so that it can be written again.
         committed: to be called with the manifest once it exists.
     """
@@ -99,123 +99,146 @@ class CapturedState:
         return sum(image.size for image in self.images)
 
 
+FROZEN = "+frozen"  # no part can have such a name
+
+
+class _PartEncoder:
+    """Encodes one part of a state, save after save, and knows which of its tensors should have a file of their own."""
+
+    def __init__(self) -> None:
+        self.cache = EncodeCache()
+        self.unchanged = UnchangedTensors()
+        self._tensors = PartTensors((), {})
+        self._valid_for: tuple[object, frozenset[Storage]] | None = None
+
+    def separate(self, value: Any, stepped: frozenset[Storage], *, shares: bool) -> frozenset[str]:
+        """Return the names of the tensors for the separate file; see ``StateEncoder.split``."""
+        tensors = self.cache.tensors
+        conditions = self.cache.placement, stepped
+        if self.cache.placement is None or self._valid_for != conditions:
+            self._tensors, self._valid_for = _part_tensors(value, tensors, stepped), conditions
+        if not shares:
+            return self._tensors.separate_frozen
+        self.unchanged.decide(self._tensors, self.cache.placement, versions_of(tensors.values()))
+        return self.unchanged.separate
+
+
 class StateEncoder:
-    """Encodes the parts of a state, save after save, and says which tensors go into which file.
+    """Encodes the parts of a state, save after save, and decides which tensors go into which file.
 
     Args:
         shares: whether files may be shared with the checkpoint before.
+
+    Attributes:
+        placement: the same object as long as all tensors are where they were, and in the same files.
     """
 
     def __init__(self, *, shares: bool = True) -> None:
+        self.placement = object()
         self._shares = shares
-        self._tracers: dict[str, EncodeCache] = {}
-        self._standing: dict[str, UnchangedTensors] = {}
-        self._facts: dict[str, tuple[object, frozenset[Storage], PartTensors]] = {}
-        self._apart: dict[str, frozenset[str]] = {}
-        self._places = object()
+        self._parts: dict[str, _PartEncoder] = {}
+        self._separate: dict[str, frozenset[str]] = {}
 
-    def encode(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]], object]:
-        """See ``encode_state``; what the last call returned is overwritten.
+    def encode(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+        """Encode every part, copying nothing. The next call overwrites what this one returns.
 
         Returns:
-            Besides, an object that is the same as long as all tensors are where they were.
-        """
-        same = list(self._tracers) == list(state)
-        self._tracers = {name: self._tracers.get(name) or EncodeCache() for name in state}
-        for name, value in state.items():
-            given = state_of(value)
-            again = self._tracers[name].encode(given, f'state["{name}"]', attributes=given is not value)
-            same = same and again
-        trees = {name: tracer.tree for name, tracer in self._tracers.items()}
-        files = {name: tracer.tensors for name, tracer in self._tracers.items() if tracer.tensors}
-        if not same:
-            self._places = object()
-        return trees, files, self._places
+            The tree of each part, and the tensors to be stored of each part that has any.
 
-    @property
-    def places(self) -> object:
-        """The same object as long as all tensors are where they were, and in the same files."""
-        return self._places
+        Raises:
+            ConfigError: something cannot be kept exactly; the message says where it is.
+        """
+        same = list(self._parts) == list(state)
+        self._parts = {name: self._parts.get(name) or _PartEncoder() for name in state}
+        for name, value in state.items():
+            content = state_of(value)
+            cache = self._parts[name].cache
+            same = cache.encode(content, f'state["{name}"]', attributes=content is not value) and same
+        if not same:
+            self.placement = object()
+        caches = {name: part.cache for name, part in self._parts.items()}
+        trees = {name: cache.tree for name, cache in caches.items()}
+        return trees, {name: cache.tensors for name, cache in caches.items() if cache.tensors}
 
     def split(
-        self,
-        state: Mapping[str, Any],
-        files: Mapping[str, Mapping[str, torch.Tensor]],
-        stepped: frozenset[Storage],
+        self, state: Mapping[str, Any], stepped: frozenset[Storage]
     ) -> tuple[dict[str, Mapping[str, torch.Tensor]], set[str]]:
-        """The tensor files of what ``encode`` has returned: tensors that stand still get files of their own.
+        """Divide the tensors that ``encode`` has collected into files: unchanged ones get a file of their own.
 
         Args:
-            state: part name to live object.
-            files: part name to its tensors.
+            state: part name to live object, as it was encoded.
             stepped: memory that optimizers change; empty when there is no optimizer.
 
         Returns:
             File name to its tensors, and the names of the files that are likely to be those of the checkpoint before.
         """
-        apart = {}
-        calm = set()
-        for part, tensors in files.items():
-            facts = self._facts_of(part, state[part], tensors, stepped)
-            if not self._shares:
-                apart[part] = facts.frozen_apart
-                continue
-            standing = self._standing.setdefault(part, UnchangedTensors())
-            standing.decide(facts, self._tracers[part].place, versions_of(tensors.values()))
-            apart[part] = standing.apart
-            if standing.calm:
-                calm.add(part)
-        if apart != self._apart:
-            self._places, self._apart = object(), apart
-        named: dict[str, Mapping[str, torch.Tensor]] = {}
+        separate = {
+            name: part.separate(state[name], stepped, shares=self._shares)
+            for name, part in self._parts.items()
+            if part.cache.tensors
+        }
+        if separate != self._separate:
+            self.placement, self._separate = object(), separate
+        files: dict[str, Mapping[str, torch.Tensor]] = {}
         stable = set()
-        for part, tensors in files.items():
-            own = apart[part]
-            main = f"{part}.safetensors"
-            if not own:
-                named[main] = tensors
-            elif len(own) == len(tensors):
-                named[main] = tensors
-                stable.add(main)
+        for part, names in separate.items():
+            main, frozen = _file_names(part)
+            tensors = self._parts[part].cache.tensors
+            if not names or len(names) == len(tensors):
+                files[main] = tensors
             else:
-                named[main] = {name: tensor for name, tensor in tensors.items() if name not in own}
-                named[f"{part}{FROZEN}.safetensors"] = {name: tensors[name] for name in tensors if name in own}
-                stable.add(f"{part}{FROZEN}.safetensors")
-            if part in calm:
+                files[main] = {name: tensor for name, tensor in tensors.items() if name not in names}
+                files[frozen] = {name: tensor for name, tensor in tensors.items() if name in names}
+            if names:
+                stable.add(frozen if frozen in files else main)
+            if self._parts[part].unchanged.rest_unchanged:
                 stable.add(main)
-        return named, stable
-
-    def _facts_of(
-        self, part: str, value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]
-    ) -> PartTensors:
-        place = self._tracers[part].place
-        known = self._facts.get(part)
-        if known is not None and place is not None and known[0] is place and known[1] is stepped:
-            return known[2]
-        facts = _facts(value, tensors, stepped)
-        self._facts[part] = place, stepped, facts
-        return facts
+        return files, stable
 
     def learn(self, manifest: Manifest) -> None:
-        """What was captured last has been committed as ``manifest``."""
+        """Compare the digests of ``manifest``, as which the last capture has been committed, with those before."""
         if self._shares:
-            for part in manifest.parts:
-                if part in self._standing:
-                    self._standing[part].learn(_digests(manifest, manifest.parts[part]))
+            for part, files in manifest.parts.items():
+                if files and part in self._parts:
+                    self._parts[part].unchanged.learn(_digests(manifest, files))
 
     def inherit(self, manifest: Manifest) -> None:
-        """The state has been restored from a checkpoint: what stood still before it is expected to go on so."""
-        for part, names in manifest.parts.items():
-            if names:
-                apart = _digests(manifest, [name for name in names if FROZEN in name])
-                shared = _digests(manifest, [name for name in names if manifest.file(name).shared])
-                self._standing[part] = UnchangedTensors()
-                self._standing[part].inherit(_digests(manifest, names), apart.keys(), shared.keys())
+        """Go on from a checkpoint that the state has been restored from: expect the same tensors not to change."""
+        for part, files in manifest.parts.items():
+            if files:
+                separate = _digests(manifest, [name for name in files if FROZEN in name])
+                shared = _digests(manifest, [name for name in files if manifest.file(name).shared])
+                encoder = self._parts.setdefault(part, _PartEncoder())
+                encoder.unchanged = UnchangedTensors()
+                encoder.unchanged.inherit(_digests(manifest, files), separate.keys(), shared.keys())
+
+
+def _part_tensors(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> PartTensors:
+    sizes = {name: size for name, tensor in tensors.items() if (size := tensor.nbytes)}
+    if not stepped:
+        return PartTensors(tuple(tensors), sizes)
+    storages = {name: storage_of(tensors[name]) for name in sizes}
+    stepped_names = frozenset(name for name, storage in storages.items() if storage in stepped)
+    if not isinstance(value, torch.nn.Module):
+        return PartTensors(tuple(tensors), sizes, stepped=stepped_names)
+    parameters = {storage_of(parameter) for parameter in value.parameters() if not is_lazy(parameter)} - stepped
+    frozen = frozenset(name for name, storage in storages.items() if storage in parameters)
+    return PartTensors(tuple(tensors), sizes, frozen, stepped_names)
+
+
+def _digests(manifest: Manifest, files: Sequence[str]) -> dict[str, str]:
+    """Return the digests of all tensors in some files of a checkpoint."""
+    return {tensor.name: tensor.digest for name in files for tensor in manifest.file(name).tensors}
+
+
+def _file_names(part: str) -> tuple[str, str]:
+    """Return the names of a part's file, and of its separate file."""
+    return f"{part}.safetensors", f"{part}{FROZEN}.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignState:
-    """What is special about a state that another tool has saved: the random generators are not in it.
+    """Options for a state that another tool has saved, which has no random generators.
 
     Attributes:
         optional: parts that are kept, and that a training which continues from it need not have.
@@ -226,44 +249,21 @@ class ForeignState:
     images: Mapping[str, FileImage] = field(default_factory=dict)
 
 
-FROZEN = "+frozen"  # no part can have such a name
+def _state_file(trees: Mapping[str, Any], loop: Mapping[str, Any], foreign: ForeignState | None) -> WholeImage:
+    encoder = Encoder()
+    record = {
+        "format": 1,
+        "parts": trees,
+        "rng": encoder.encode(rng.take() if foreign is None else {}, "the random number generators"),
+        "loop": encoder.encode(dict(loop), "the loop's position"),
+    }
+    assert not encoder.tensors
+    if foreign is not None:
+        record["optional"] = [*foreign.optional, "rng"]
+    return WholeImage(layout.STATE, msgspec.json.encode(record))
 
 
-def _facts(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> PartTensors:
-    sizes = {name: size for name, tensor in tensors.items() if (size := tensor.nbytes)}
-    if not stepped:
-        return PartTensors(tuple(tensors), sizes)
-    memory = {name: storage_of(tensors[name]) for name in sizes}
-    owned = frozenset(name for name, storage in memory.items() if storage in stepped)
-    if not isinstance(value, torch.nn.Module):
-        return PartTensors(tuple(tensors), sizes, stepped=owned)
-    parameters = {storage_of(parameter) for parameter in value.parameters() if not is_lazy(parameter)} - stepped
-    frozen = frozenset(name for name, storage in memory.items() if storage in parameters)
-    return PartTensors(tuple(tensors), sizes, frozen, owned)
-
-
-def _digests(manifest: Manifest, files: Sequence[str]) -> dict[str, str]:
-    """The digests of all tensors in some files of a checkpoint."""
-    return {tensor.name: tensor.digest for name in files for tensor in manifest.file(name).tensors}
-
-
-def _part_of(file: str) -> str:
-    return file.removesuffix(".safetensors").removesuffix(FROZEN)
-
-
-def encode_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """Encode every part, copying nothing.
-
-    Returns:
-        The tree of each part, and the tensors to be stored in each part's file; parts without tensors have no file.
-
-    Raises:
-        ConfigError: something cannot be kept exactly; the message says where it is.
-    """
-    trees, files, _ = StateEncoder().encode(state)
-    return trees, files
-
-
+@gc_paused()
 def capture(
     state: Mapping[str, Any],
     loop: Mapping[str, Any],
@@ -271,7 +271,7 @@ def capture(
     buffer: StagingBuffer | RingBuffer,
     owned: frozenset[Storage],
     stepped: frozenset[Storage],
-    foreign: "ForeignState | None" = None,
+    foreign: ForeignState | None = None,
 ) -> CapturedState:
     """Copy the state.
 
@@ -289,45 +289,21 @@ def capture(
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
-    with gc_paused():
-        return _capture(state, loop, encoder, buffer, owned, stepped, foreign)
-
-
-def _capture(
-    state: Mapping[str, Any],
-    loop: Mapping[str, Any],
-    encoder: StateEncoder,
-    buffer: StagingBuffer | RingBuffer,
-    owned: frozenset[Storage],
-    stepped: frozenset[Storage],
-    foreign: "ForeignState | None",
-) -> CapturedState:
-    trees, files, _ = encoder.encode(state)
-    extra = Encoder()
-    record = {
-        "format": 1,
-        "parts": trees,
-        "rng": extra.encode(rng.take() if foreign is None else {}, "the random number generators"),
-        "loop": extra.encode(dict(loop), "the loop's position"),
-    }
-    assert not extra.tensors
-    if foreign is not None:
-        record["optional"] = [*foreign.optional, "rng"]
-    text = msgspec.json.encode(record)
-    named, stable = encoder.split(state, files, stepped)
-    there = {} if foreign is None else foreign.images
-    names = list(named)
-    named = {name: tensors for name, tensors in named.items() if name not in there}
+    trees, _ = encoder.encode(state)
+    state_file = _state_file(trees, loop, foreign)
+    files, stable = encoder.split(state, stepped)
+    ready_images = {} if foreign is None else foreign.images
+    copied = {name: tensors for name, tensors in files.items() if name not in ready_images}
     images: Sequence[FileImage]
     copying: StateCopy
     if isinstance(buffer, RingBuffer):
-        images, copying = buffer.capture(named)
+        images, copying = buffer.capture(copied)
     else:
-        images, copying = buffer.capture(named, owned, encoder.places)
+        images, copying = buffer.capture(copied, owned, encoder.placement)
     images = [replace(image, stable=True) if image.name in stable else image for image in images]
-    parts = {part: tuple(name for name in names if _part_of(name) == part) for part in trees}
+    parts = {part: tuple(name for name in _file_names(part) if name in files) for part in trees}
     return CapturedState(
-        (*images, *there.values(), WholeImage(layout.STATE, text)),
+        (*images, *ready_images.values(), state_file),
         {**parts, "rng": (), "loop": ()},
         copying,
         isinstance(buffer, StagingBuffer),

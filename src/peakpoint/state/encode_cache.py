@@ -1,13 +1,13 @@
 """Encoding a state again, quickly.
 
 From one save to the next a state seldom changes but in its values: the same containers hold tensors in the same places.
-Then the way through it is followed again, the tree of the last time is used again, and only what is no tensor is
-encoded anew. Whatever looks different in any way is encoded from the start.
+Then the tree of the last time is used again, and only values that are not tensors are encoded anew. A state that looks
+different in any way is encoded from the start.
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from peakpoint.state.json_scalars import TAG
 from peakpoint.state.typed_json import Encoder
 
 TensorTraits = list[tuple[Any, ...]]
-Step = Callable[[Any, list[torch.Tensor]], bool]
-"""Follows one value: collects its tensors, encodes the rest into the tree; False when it looks different."""
+Follower = Callable[[Any, list[torch.Tensor]], bool]
+"""Collects the tensors of one value, and encodes the rest into the tree; False when the value looks different."""
 
 
 def _traits(tensors: list[torch.Tensor]) -> TensorTraits:
-    """What must be the same for a tensor to be where it was, and what it was; nothing when one has no memory."""
+    """Return what must be the same for each tensor to be stored as before; empty when one of them has no memory."""
     if not all(isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided for tensor in tensors):
         return []
     return [
@@ -45,116 +45,113 @@ class EncodeCache:
 
     Attributes:
         tree: of the last ``encode``; changed by the next one.
-        tensors: what must be stored, by name.
-        place: the same object as long as every tensor is where it was; None when that cannot be told.
+        tensors: the tensors to store, by name.
+        placement: the same object as long as every tensor is where it was; None when that cannot be told.
     """
 
     def __init__(self) -> None:
         self.tree: Any = None
         self.tensors: dict[str, torch.Tensor] = {}
-        self.place: object = None
-        self._follow: Step | None = None
+        self.placement: object = None
+        self._follow: Follower | None = None
         self._traits: TensorTraits = []
-        self._stored: dict[str, int] = {}
+        self._stored: dict[str, int] = {}  # name to the number of its tensor in the order of following
 
     def encode(self, value: Any, path: str, *, attributes: bool) -> bool:
         """Encode the part; see ``Encoder.encode``.
 
         Returns:
-            Whether everything in it was where it was the last time.
+            Whether all tensors are where they were the last time.
         """
         if self._follow is not None:
-            found: list[torch.Tensor] = []
-            if self._follow(value, found) and _traits(found) == self._traits != []:
-                plain = [tensor.detach() if tensor.requires_grad else tensor for tensor in found]
+            tensors: list[torch.Tensor] = []
+            if self._follow(value, tensors) and _traits(tensors) == self._traits != []:
+                plain = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
                 self.tensors = {name: plain[number] for name, number in self._stored.items()}
                 return True
         encoder = Encoder()
-        self._follow = self.place = None
-        before = self.tensors
+        self._follow = self.placement = None
+        had_tensors = bool(self.tensors)
         self.tree = encoder.encode(value, path, attributes=attributes)
         self.tensors = encoder.tensors
         self._learn(value, encoder)
-        return not before and not self.tensors
+        return not had_tensors and not self.tensors
 
     def _learn(self, value: Any, encoder: Encoder) -> None:
         numbers = {name: number for number, name in enumerate(encoder.names)}
         if not numbers.keys() >= encoder.tensors.keys() or not numbers:
-            return  # bytes below several tensors, or nothing worth the while
-        follow = _learn(value, self.tree)
-        found: list[torch.Tensor] = []
+            return  # bytes below several tensors, or no tensors at all
+        follow = _follower(value, self.tree)
+        tensors: list[torch.Tensor] = []
         # an array of the state becomes a tensor for the occasion, which cannot be followed
-        if follow is not None and follow(value, found) and len(found) == len(numbers):
-            self._follow, self._traits = follow, _traits(found)
+        if follow is not None and follow(value, tensors) and len(tensors) == len(numbers):
+            self._follow, self._traits = follow, _traits(tensors)
             self._stored = {name: numbers[name] for name in encoder.tensors}
-            self.place = object() if self._traits else None
+            self.placement = object() if self._traits else None
 
 
-def _learn(value: Any, tree: Any) -> Step | None:
-    """How to follow ``value``, which was encoded as ``tree``; None when it is no tensor and no container of any."""
+def _follower(value: Any, tree: Any) -> Follower | None:
+    """Make a follower of ``value``, which was encoded as ``tree``; None when it is neither a tensor nor holds any."""
     if isinstance(value, torch.Tensor):
         return _collect
     kind = type(value)
+    if kind in (OrderedDict, tuple):
+        tree = tree["v"]
     if kind in (dict, OrderedDict):
-        return _mapping(value, tree if kind is dict else tree["v"])
+        pairs = tree["v"] if tree.get(TAG) == "dict" else None
+        return _follow_children(
+            value, [(tree, key) for key in value] if pairs is None else [(pair, 1) for pair in pairs]
+        )
     if kind in (list, tuple):
-        return _sequence(value, tree if kind is list else tree["v"])
+        return _follow_children(value, [(tree, number) for number in range(len(value))])
     return None
 
 
-def _collect(value: Any, found: list[torch.Tensor]) -> bool:
+def _collect(value: Any, tensors: list[torch.Tensor]) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
-    found.append(value)
+    tensors.append(value)
     return True
 
 
-def _mapping(value: Mapping[Any, Any], tree: Any) -> Step | None:
-    kind, keys = type(value), list(value)
-    kinds = [type(key) for key in keys]
-    slots = [(pair, 1) for pair in tree["v"]] if tree.get(TAG) == "dict" else [(tree, key) for key in keys]
-    steps = [_learn(child, holder[key]) for child, (holder, key) in zip(value.values(), slots, strict=True)]
-    tensors = all(step is _collect for step in steps)
-    if not any(steps):
-        return None
-    versions = copy.deepcopy(getattr(value, "_metadata", None))
+def _children(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
 
-    def follow(value: Any, found: list[torch.Tensor]) -> bool:
-        if type(value) is not kind or list(value) != keys or list(map(type, value)) != kinds:
+
+def _outline(container: Any) -> tuple[Any, ...]:
+    """Return what must be the same for a container to be encoded as before, but for its children."""
+    if not isinstance(container, dict):
+        return type(container), len(container)
+    return type(container), list(container), list(map(type, container)), getattr(container, "_metadata", None)
+
+
+def _follow_children(container: Any, slots: list[tuple[Any, Any]]) -> Follower | None:
+    """Make a follower of a container.
+
+    Args:
+        slots: for each child, the dict or list of the tree that holds it, and its key there.
+    """
+    followers = [
+        _follower(child, holder[key]) for child, (holder, key) in zip(_children(container), slots, strict=True)
+    ]
+    if not any(followers):
+        return None
+    only_tensors = all(follower is _collect for follower in followers)
+    outline = _outline(container)
+    outline = *outline[:-1], copy.deepcopy(outline[-1])  # the versions of modules, which may be changed in place
+
+    def follow(value: Any, tensors: list[torch.Tensor]) -> bool:
+        if type(value) is not outline[0] or _outline(value) != outline:
             return False
-        if kind is OrderedDict and getattr(value, "_metadata", None) != versions:
-            return False
-        if tensors:
-            found += value.values()
+        if only_tensors:
+            tensors += _children(value)
             return True
-        return _go(zip(steps, value.values(), slots, strict=True), found)
-
-    return follow
-
-
-def _sequence(value: Any, tree: list[Any]) -> Step | None:
-    kind, length = type(value), len(value)
-    slots = [(tree, number) for number in range(length)]
-    steps = [_learn(child, child_tree) for child, child_tree in zip(value, tree, strict=True)]
-    if not any(steps):
-        return None
-
-    def follow(value: Any, found: list[torch.Tensor]) -> bool:
-        if type(value) is not kind or len(value) != length:
-            return False
-        return _go(zip(steps, value, slots, strict=True), found)
-
-    return follow
-
-
-def _go(children: Any, found: list[torch.Tensor]) -> bool:
-    for step, child, (holder, key) in children:
-        if step is None:
-            if not _encode_plain(child, holder, key):
+        for follower, child, (holder, key) in zip(followers, _children(value), slots, strict=True):
+            if not (follower(child, tensors) if follower is not None else _encode_plain(child, holder, key)):
                 return False
-        elif not step(child, found):
-            return False
-    return True
+        return True
+
+    return follow
 
 
 def _encode_plain(value: Any, holder: Any, key: Any) -> bool:

@@ -24,7 +24,7 @@ SMALLEST_RING = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class StreamedImage:
+class RingImage:
     """A file whose bytes pass through the ring, once; see ``FileImage``.
 
     Attributes:
@@ -57,7 +57,7 @@ class RingBuffer:
         self._memory: mmap.mmap | None = None
         self._pinned = False
 
-    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[StreamedImage], "StreamedCopy"]:
+    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[RingImage], "StreamedCopy"]:
         """Prepare to copy the tensors of all files; ``StreamedCopy.run`` does it while the images are being written."""
         if self._memory is None:
             self._memory = allocate(self._block * self._count)
@@ -69,9 +69,7 @@ class RingBuffer:
         slots = [whole[at : at + self._block] for at in range(0, len(whole), self._block)]
         layouts = [lay_out(name, tensors) for name, tensors in files.items()]
         stream = StreamedCopy(layouts, files, slots, on_cuda)
-        images = [
-            StreamedImage(layout.name, layout.size, len(layout.header), layout.spans, stream) for layout in layouts
-        ]
+        images = [RingImage(layout.name, layout.size, len(layout.header), layout.spans, stream) for layout in layouts]
         return images, stream
 
 

@@ -72,7 +72,7 @@ class StagingBuffer:
         self._pinned = False
         self._signature: object = None
         self._plan: CopyPlan | None = None
-        self._places: object = None
+        self._placement: object = None
         self._owned = NO_STORAGE
 
     @property
@@ -84,7 +84,7 @@ class StagingBuffer:
         self,
         files: Mapping[str, Mapping[str, torch.Tensor]],
         owned: frozenset[Storage] = NO_STORAGE,
-        places: object = None,
+        placement: object = None,
     ) -> tuple[list[WholeImage], HostCopy]:
         """Begin to copy the tensors of all files into the buffer.
 
@@ -93,14 +93,14 @@ class StagingBuffer:
         Args:
             files: file name to its tensors by name.
             owned: memory that may be copied later, by ``HostCopy.run``; everything else is copied on return.
-            places: an object that the caller gives as long as the files, and the places of all tensors, are the same.
+            placement: the same object as long as the files, and the places of all tensors, are the same.
 
         Returns:
             One image for each file, and the copying, which the images wait for.
         """
-        if places is None or places is not self._places:
+        if placement is None or placement is not self._placement:
             self._lay_out(files)
-            self._places, self._plan = places, None
+            self._placement, self._plan = placement, None
         assert self._memory is not None
         sources = [files[file][target.name] for file, target in self._targets]
         if self._plan is None or self._owned is not owned:
