@@ -654,7 +654,7 @@ def test_a_key_that_the_checkpoint_has_not(root):
 def test_a_key_that_the_model_has_not(root):
     save(root, {"model": small(extra=nn.Embedding(4, 5, dtype=torch.float16))})
     assert_refused(
-        root, {"model": small(2)}, "model: the checkpoint has 'extra.weight' (float16[4, 5]), the model has not"
+        root, {"model": small(2)}, "model: the checkpoint has 'extra.weight' (float16[4, 5]), the model does not"
     )
 
 
@@ -708,7 +708,7 @@ def test_everything_that_differs_is_listed_at_once(root):
         {"first": [1], "model": live, "tensor": torch.zeros(3)},
         "first: the checkpoint has no part of this name; it has model, count, tensor",
         "model: the checkpoint has no 'new.weight' (float32[1, 1])",
-        "model: the checkpoint has 'gone.weight' (float32[1, 1]), the model has not",
+        "model: the checkpoint has 'gone.weight' (float32[1, 1]), the model does not",
         "model: 'a.weight' is float32[3, 2] in the checkpoint, float32[3, 5] in the model",
         "tensor: float32[2] in the checkpoint and float32[3] in the state",
         "count: it is in the checkpoint, but state= names no part 'count' to restore it into",
@@ -793,11 +793,11 @@ def test_a_part_of_another_kind(root):
             "array": np.zeros(3, dtype=np.float32),
             "options": argparse.Namespace(a=1),
         },
-        "model: what was saved under this name is a list, not the state of a module",
-        "optimizer: what was saved under this name is no optimizer state",
+        "model: the checkpoint has a list under this name, not the state of a module",
+        "optimizer: the checkpoint has no optimizer state under this name",
         "tensor: int in the checkpoint and float32[1] in the state",
         "array: the saved array differs in shape or dtype from the one in the state",
-        "options: what was saved under this name is a int, not a namespace",
+        "options: the checkpoint has a int under this name, not a namespace",
     )
 
 
@@ -853,7 +853,7 @@ def test_not_strict_loads_what_fits_and_says_what_does_not(root):
     assert now["own"] == [3]
     assert report.missing[:3] == (
         "model: the checkpoint has no 'new.weight' (float32[1, 1])",
-        "model: the checkpoint has 'gone.weight' (float32[1, 1]), the model has not",
+        "model: the checkpoint has 'gone.weight' (float32[1, 1]), the model does not",
         "model: 'b.weight' is float32[1, 3] in the checkpoint, float32[1, 4] in the model",
     )
     assert [line.split(":")[0] for line in report.missing[3:]] == ["optimizer", "optimizer", "own", "extra"]

@@ -12,7 +12,7 @@ from peakpoint.repository.refs import AliasRef, parse_any
 from peakpoint.repository.root import Repository
 from peakpoint.state.capture import Stateful
 from peakpoint.state.json_scalars import kind_of
-from peakpoint.state.restore import LoadReport, restore_into
+from peakpoint.state.restore import restore_into
 from peakpoint.state.saved import Loaded, check_part_of, read_state, read_trees
 from peakpoint.store import Store, open_store
 
@@ -86,8 +86,7 @@ def load(
         saved = read_state(store, manifest, list(live), verify=verify)
         if hold is not None:
             hold.release()
-        restored, missing = restore_into(saved, live, strict=strict, exhaustive=False)
-        return LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
+        return restore_into(saved, live, strict=strict, exhaustive=False)
     raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")
 
 

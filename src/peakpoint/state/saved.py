@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read when it is used."""
+"""The content of a checkpoint, read when it is used."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ from peakpoint.state.tensor_files import tensors_of
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Hold, Store
 
-_OURS = ("rng", "loop")  # parts that are not the user's
+_OWN_PARTS = ("rng", "loop")  # of Peakpoint, not of the user
 
 
 @dataclass(frozen=True, slots=True)
 class StateTrees:
-    """Everything of a checkpoint but its tensors.
+    """The content of a checkpoint except its tensors.
 
     Attributes:
         parts: part name to its tree.
         rng: the tree of the generators.
         loop: the tree of the loop's position.
-        optional: what a training that continues from it need not have; ``rng`` when generators were not saved.
+        optional: parts that a training which continues from it need not have; ``rng`` when generators were not saved.
     """
 
     parts: Mapping[str, Any]
@@ -60,12 +60,9 @@ def read_trees(store: Store, manifest: Manifest) -> StateTrees:
 
 
 def read_tensors(store: Store, manifest: Manifest, part: str, *, verify: bool = True) -> dict[str, torch.Tensor]:
-    """The stored tensors of one part by name.
+    """Read the stored tensors of one part by name.
 
     Args:
-        store: where.
-        manifest: which checkpoint.
-        part: which part.
         verify: compare every byte with its digest now; otherwise the files are only mapped into memory.
 
     Raises:
@@ -92,76 +89,60 @@ class SavedState:
     """The content of a checkpoint, read.
 
     Attributes:
-        manifest: whose.
-        trees: part name to its tree.
         tensors: part name to its stored tensors, in memory of their own or mapped from the file.
-        rng: the tree of the generators.
-        loop: the tree of the loop's position.
-        optional: see ``StateTrees``.
     """
 
     manifest: Manifest
-    trees: Mapping[str, Any]
+    trees: StateTrees
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
-    rng: Any
-    loop: Any
-    optional: frozenset[str] = frozenset()
 
     def value(self, part: str, *, devices: bool = False, own: bool = False) -> Any:
-        """One part, decoded.
+        """Decode one part.
 
         Args:
-            part: its name.
             devices: put tensors on the device that they were saved from, where it exists here.
             own: give tensors memory of their own instead of the file's mapping.
         """
         stored = self.tensors.get(part, {})
         if own:
             stored = {name: tensor.clone() for name, tensor in stored.items()}
-        return Decoder(stored, devices=devices).decode(self.trees[part])
+        return Decoder(stored, devices=devices).decode(self.trees.parts[part])
 
 
+@gc_paused()
 def read_state(
     store: Store, manifest: Manifest, parts: Sequence[str] | None = None, *, verify: bool = True
 ) -> SavedState:
     """Read parts of a checkpoint.
 
     Args:
-        store: where.
-        manifest: which checkpoint.
-        parts: the parts whose tensors are wanted; all by default.
+        parts: the parts whose tensors are read; all by default.
         verify: see ``read_tensors``.
 
     Raises:
         CorruptError: a file is missing or damaged.
         FormatError: a newer release wrote it.
     """
-    with gc_paused():
-        return _read_state(store, manifest, parts, verify=verify)
-
-
-def _read_state(store: Store, manifest: Manifest, parts: Sequence[str] | None, *, verify: bool) -> SavedState:
     trees = read_trees(store, manifest)
-    wanted = [part for part in manifest.parts if parts is None or part in parts]
-    tensors = {part: read_tensors(store, manifest, part, verify=verify) for part in wanted}
-    return SavedState(manifest, trees.parts, tensors, trees.rng, trees.loop, trees.optional)
+    names = [part for part in manifest.parts if parts is None or part in parts]
+    return SavedState(manifest, trees, {part: read_tensors(store, manifest, part, verify=verify) for part in names})
 
 
 def check_part_of(manifest: Manifest, part: str) -> str:
     """Return ``part`` if the checkpoint has it.
 
     Raises:
-        NotFoundError: it has not; the message lists those it has.
+        NotFoundError: it does not; the message lists its parts.
     """
-    have = [name for name in manifest.parts if name not in _OURS]
-    if part not in have:
-        raise no_part(part, have, where=manifest.name)
+    parts = [name for name in manifest.parts if name not in _OWN_PARTS]
+    if part not in parts:
+        raise no_part(part, parts, where=manifest.name)
     return part
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Loaded(Mapping[str, Any]):
-    """The parts of a checkpoint, each read when it is first asked for: what ``peakpoint.load`` returns.
+    """The parts of a checkpoint, each read when it is first used; ``peakpoint.load`` returns it.
 
     A mapping of part names to state dicts and plain values. Tensors are on the CPU; large ones are mapped from the
     file where that is the fastest way, in private memory: writing to them changes nothing at rest.
@@ -191,7 +172,7 @@ class Loaded(Mapping[str, Any]):
     _hold: Hold | None = None
 
     def __getitem__(self, part: str) -> Any:
-        """One part; its bytes are compared with their digests when it is read.
+        """Return one part; its bytes are compared with their digests when it is read.
 
         Raises:
             KeyError: the checkpoint has no such part.
@@ -206,15 +187,15 @@ class Loaded(Mapping[str, Any]):
         return self._parts[part]
 
     def __contains__(self, part: object) -> bool:
-        """Whether there is such a part; nothing is read."""
+        """Return whether there is such a part; nothing is read."""
         return part in self._trees.parts
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the parts."""
+        """Iterate over the names of the parts."""
         return iter(self._trees.parts)
 
     def __len__(self) -> int:
-        """How many parts there are."""
+        """Return the number of parts."""
         return len(self._trees.parts)
 
     def __repr__(self) -> str:
@@ -222,7 +203,7 @@ class Loaded(Mapping[str, Any]):
         return f"<Loaded {self.manifest.run}/{self.manifest.name}: {parts}>"
 
     def close(self) -> None:
-        """Let rules have the checkpoint; what has been read stays in memory, and can be used on."""
+        """Allow rules to remove the checkpoint; the parts that have been read stay in memory, and can be used on."""
         if self._hold is not None:
             self._hold.release()
 
@@ -236,7 +217,7 @@ class Loaded(Mapping[str, Any]):
             reader.read(self._store, self.manifest, file)
 
     def names(self, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Element type and shape of every tensor of a part, by the path to it in the state; nothing is read.
+        """Return element type and shape of every tensor of a part, by the path to it in the state; nothing is read.
 
         Raises:
             NotFoundError: the checkpoint has no such part.
@@ -250,7 +231,7 @@ class Loaded(Mapping[str, Any]):
         }
 
     def tensor(self, part: str, name: str) -> torch.Tensor:
-        """One tensor, reading its bytes and no others, and comparing them with their digest.
+        """Read one tensor, its bytes and no others, and compare them with their digest.
 
         Args:
             part: such as ``"model"``.
@@ -269,7 +250,7 @@ class Loaded(Mapping[str, Any]):
         return self._read(*records[nodes[name]["name"]], nodes[name])
 
     def each(self, part: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of a part with the path to it, one at a time: no more than one is in memory.
+        """Iterate over the tensors of a part with the path to each; no more than one is in memory.
 
         Tensors that are the same memory come once.
 
@@ -278,11 +259,11 @@ class Loaded(Mapping[str, Any]):
             CorruptError: it is damaged.
         """
         records = self._records(part)
-        seen = set[str]()
+        read = set[str]()
         for path, node in tensor_nodes(self._trees.parts[part]):
-            what = repr((node["name"], node.get("view")))
-            if what not in seen:
-                seen.add(what)
+            memory = repr((node["name"], node.get("view")))
+            if memory not in read:
+                read.add(memory)
                 yield path, self._read(*records[node["name"]], node)
 
     def _read(self, file: FileRecord, record: TensorRecord, node: dict[str, Any]) -> torch.Tensor:
@@ -300,7 +281,7 @@ class Loaded(Mapping[str, Any]):
 
 
 def tensor_nodes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tensors in a tree, with the keys that lead to them."""
+    """Iterate over the tensors in a tree, with the keys that lead to them."""
     if isinstance(tree, list):
         for number, child in enumerate(tree):
             yield from tensor_nodes(child, (*path, str(number)))

@@ -158,13 +158,13 @@ class Resumption:
     def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> StartPoint:
         manifest = saved.manifest
         decoder = Decoder({})
-        position = Position.from_plain(decoder.decode(saved.loop))
-        generators = decoder.decode(saved.rng)
-        restored, missing = restore_into(saved, live, strict=strict)
-        without_generators = not generators and "rng" in saved.optional
+        position = Position.from_plain(decoder.decode(saved.trees.loop))
+        generators = decoder.decode(saved.trees.rng)
+        report = restore_into(saved, live, strict=strict)
+        without_generators = not generators and "rng" in saved.trees.optional
         if without_generators:
-            missing = (*missing, "the random generators: they are not in this checkpoint, and stay as they are")
-        report = LoadReport(f"{manifest.run}/{manifest.name}", manifest.step, manifest.epoch, restored, missing)
+            sentence = "the random generators: they are not in this checkpoint, and stay as they are"
+            report = replace(report, missing=(*report.missing, sentence))
         sequence = self._sequence
         if manifest.run == self.run:
             history = histories.history(self.events, manifest.id) or [

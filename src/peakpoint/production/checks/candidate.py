@@ -141,10 +141,10 @@ class Candidate(ValidationRequest):
         """
         part = self.wanted.part
         saved = read_state(self.repository.store, manifest, [part])
-        restored, _ = restore_into(saved, {part: model}, strict=True, exhaustive=False)
+        report = restore_into(saved, {part: model}, strict=True, exhaustive=False)
         if isinstance(model, torch.nn.Module):
             model.eval()
-        return restored[0].what
+        return report.restored[0].what
 
 
 def function_of(function: Function) -> Callable[..., Any]:
