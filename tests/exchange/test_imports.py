@@ -537,7 +537,7 @@ def test_odd_files_get_clear_errors(made, tmp_path):
         "empty.pth": (b"", pp.errors.CorruptError, "is empty"),
         "text.pth": (b"hello, this is text", pp.errors.FormatError, "not a file of torch.save"),
         "short.pth": (source[: len(source) // 2], pp.errors.CorruptError, "cut short or damaged"),
-        "picture.safetensors": (b"\x89PNG" * 30, pp.errors.FormatError, "no safetensors file"),
+        "picture.safetensors": (b"\x89PNG" * 30, pp.errors.FormatError, "not a safetensors file"),
         "tensors.pth": ((made[0] / "e9.pth").read_bytes()[:3000], pp.errors.CorruptError, "cut short"),
     }
     for name, (data, kind, words) in files.items():

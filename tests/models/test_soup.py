@@ -813,7 +813,7 @@ def test_the_command_makes_a_soup(trained):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--with", "nocolon"], "--with 'nocolon' names no function; give MODULE:FUNCTION"),
+        (["--with", "nocolon"], "--with 'nocolon' does not name a function; give MODULE:FUNCTION"),
         (["--with", "no_such_module:score"], "the module 'no_such_module' cannot be imported from"),
         (["--with", "{}:scroe"], "did you mean 'score'"),
         (["--with", "{}:__name__"], "cannot be called"),

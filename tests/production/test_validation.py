@@ -449,11 +449,11 @@ def test_the_champion_agrees_with_itself(tmp_path):
         ({"input": torch.ones(4, 2)}, "no tensor 'inputs'. Tensors: input"),
         ({"inputs": torch.ones(4, 2), "labels": torch.ones(4)}, "give integers of the shape"),
         ({"inputs": torch.ones(4, 2), "labels": torch.zeros(5, dtype=torch.int64)}, "give integers of the shape"),
-        (b"", "no safetensors file"),
-        (b"not at all", "no safetensors file"),
-        ((1 << 62).to_bytes(8, "little") + b"{}" * 20, "no safetensors file"),
+        (b"", "not a safetensors file"),
+        (b"not at all", "not a safetensors file"),
+        ((1 << 62).to_bytes(8, "little") + b"{}" * 20, "not a safetensors file"),
         (b"\x02" + b"\0" * 7 + b"[]" + b"\0" * 9, "header cannot be read"),
-        (b"\xff" * 64, "no safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
     ],
 )
 def test_golden_files_that_are_none_fail(tmp_path, content, says):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import peakpoint as pp
 from peakpoint.state.host_copy import ChangedError, storage_of
-from peakpoint.state.samples import LEAST, SMALL, Samples
+from peakpoint.state.samples import LEAST_SAMPLES, SMALL, Samples
 from peakpoint.state.shared_storage import DTYPES
 from peakpoint.state.tensor_files import StagingBuffer
 from training import checkpointer, kept, same
@@ -104,7 +104,7 @@ def test_samples_meet_every_column(rows, columns):
     (group,) = Samples([torch.empty(count, dtype=torch.uint8)])._groups
     ((number,), (step,), first) = group.places[0]
     assert first + (number - 1) * step == count - 1
-    assert number >= min(count, LEAST)
+    assert number >= min(count, LEAST_SAMPLES)
     assert len({(first + at * step) % columns for at in range(number)}) >= min(columns, number)
 
 

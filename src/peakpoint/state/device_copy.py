@@ -1,4 +1,4 @@
-"""From host memory to GPUs, through two small pinned blocks: one is filled while the other is on its way.
+"""The copy from host memory to GPUs, through two small pinned blocks: one is filled while the other is being sent.
 
 Copies from memory that is not pinned are slower, and stop the processor for as long as they last; pinning a whole
 mapped checkpoint would take longer than the copy.
@@ -14,12 +14,12 @@ BLOCK = 32 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class UploadPiece:
-    """A run of bytes that is sent in one go.
+    """A range of bytes that is sent in one go.
 
     Attributes:
         target: on the GPU.
         source: in host memory; as many bytes.
-        begin: where they are in the block.
+        begin: where the bytes are in the block.
     """
 
     target: torch.Tensor
@@ -45,7 +45,7 @@ def plan(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], block: int = BLOCK)
 
 
 def send(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> set[int]:
-    """Copy tensors from host memory into tensors on GPUs, where both are plain; the others are left alone.
+    """Copy tensors from host memory into tensors on GPUs, where both are contiguous; the others are left alone.
 
     Returns:
         The ``id`` of every source that has been copied.
@@ -53,7 +53,7 @@ def send(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> set[int]:
     sent: set[int] = set()
     by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for target, source in pairs:
-        if _goes(target, source):
+        if _can_send(target, source):
             flat = target.detach().view(-1).view(torch.uint8), source.detach().view(-1).view(torch.uint8)
             by_device.setdefault(target.device, []).append(flat)
             sent.add(id(source))
@@ -62,7 +62,7 @@ def send(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> set[int]:
     return sent
 
 
-def _goes(target: object, source: object) -> bool:
+def _can_send(target: object, source: object) -> bool:
     return (
         isinstance(target, torch.Tensor)
         and isinstance(source, torch.Tensor)

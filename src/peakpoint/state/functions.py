@@ -1,4 +1,4 @@
-"""Functions that people name in a text: ``"package.module:name"``."""
+"""Functions that are named in a text: ``"package.module:name"``."""
 
 import importlib
 import sys
@@ -25,11 +25,11 @@ RAISED_BY_PROGRAMS = (  # a module is a program: it may raise anything that prog
 
 
 class MisnamedError(ConfigError):
-    """There is no such function."""
+    """The text names no function that exists."""
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function that ``spec`` names; modules are looked for in the working directory first.
+    """Import the function that ``spec`` names; modules are looked for in the working directory first.
 
     Importing a module runs it: name only what you would run.
 
@@ -37,7 +37,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         spec: ``"package.module:name"``.
 
     Raises:
-        MisnamedError: no colon, a module that cannot be imported, a name that it has not, or one that cannot be called.
+        MisnamedError: no colon, a module that cannot be imported, or a name that it does not have or cannot be called.
 
     Example:
         >>> load_function("math:sqrt")(9.0)
@@ -45,22 +45,22 @@ def load_function(spec: str) -> Callable[..., Any]:
     """
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
-        raise MisnamedError(f"{spec!r} names no function; give MODULE:FUNCTION, such as train:build_model")
-    here = str(Path.cwd())
-    if here not in sys.path:  # it stays: functions import more when they run
-        sys.path.insert(0, here)
+        raise MisnamedError(f"{spec!r} does not name a function; give MODULE:FUNCTION, such as train:build_model")
+    directory = str(Path.cwd())
+    if directory not in sys.path:  # it stays: functions import more when they run
+        sys.path.insert(0, directory)
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except RAISED_BY_PROGRAMS as error:
         raise MisnamedError(
-            f"{spec!r}: the module {module!r} cannot be imported from {here} or the Python path: "
+            f"{spec!r}: the module {module!r} cannot be imported from {directory} or the Python path: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not hasattr(found, name):
-        names = [known for known, value in vars(found).items() if callable(value)]
-        raise MisnamedError(f"{spec!r}: the module {module!r} has no {name!r}{did_you_mean(name, names)}")
-    function = getattr(found, name)
+    if not hasattr(imported, name):
+        callables = [member for member, value in vars(imported).items() if callable(value)]
+        raise MisnamedError(f"{spec!r}: the module {module!r} has no {name!r}{did_you_mean(name, callables)}")
+    function = getattr(imported, name)
     if not callable(function):
         raise MisnamedError(f"{spec!r} is a {type(function).__name__}, and cannot be called; name a function")
-    called: Callable[..., Any] = function
-    return called
+    checked: Callable[..., Any] = function
+    return checked

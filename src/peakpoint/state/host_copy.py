@@ -1,4 +1,4 @@
-"""Copying the state into the staging buffer, at once or while the training goes on.
+"""The copy of the state into the staging buffer, at once or while the training goes on.
 
 Weights and optimizer state change in ``optimizer.step()`` and nowhere else, so their copy may run beside the next
 forward and backward pass, if the next step waits for it. Everything else is copied at once. On CUDA the copies run on a
@@ -19,20 +19,20 @@ from peakpoint.errors import Error, PeakpointWarning
 from peakpoint.state.samples import SMALL, Samples, can_sample
 from peakpoint.store.pages import address
 
-_CHUNK = 64 * 1024 * 1024  # how much is copied between two looks at the clock, the stream and the version counters
+_CHUNK = 64 * 1024 * 1024  # bytes copied between two looks at the clock, the stream and the version counters
 
 
 class ChangedError(Error):
-    """A tensor changed while it was being copied, outside ``optimizer.step()``: the copy is of no moment."""
+    """A tensor changed while it was being copied, outside ``optimizer.step()``: the copy mixes two states."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyTarget:
-    """Where one tensor goes.
+    """The place of one tensor in the buffer.
 
     Attributes:
         name: for errors.
-        memory: in the buffer, of the tensor's dtype and shape.
+        memory: of the tensor's dtype and shape.
         begin: where it begins in the buffer.
     """
 
@@ -46,7 +46,7 @@ NO_STORAGE: frozenset[Storage] = frozenset()
 
 
 def storage_of(tensor: torch.Tensor) -> Storage:
-    """The memory that a tensor is in."""
+    """Return the memory that a tensor is in."""
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
@@ -55,7 +55,6 @@ class CopyChunk:
     """Tensors of one device, or a piece of a large one, that are copied in one go.
 
     Attributes:
-        device: of the sources.
         begin: where they begin in the buffer.
         targets: memory in the buffer.
         sources: the number of each source, and for a piece of one its first and last element.
@@ -67,7 +66,7 @@ class CopyChunk:
     sources: list[tuple[int, int, int] | int]
 
     def pick(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sources out of all tensors."""
+        """Return the sources out of all tensors."""
         return [
             tensors[source] if isinstance(source, int) else tensors[source[0]].view(-1)[source[1] : source[2]]
             for source in self.sources
@@ -75,7 +74,7 @@ class CopyChunk:
 
 
 class CopyPlan:
-    """Which tensors are copied at once and which later, and how; good for as long as the tensors stay where they are.
+    """The tensors that are copied at once, and those that are copied later; good as long as no tensor moves.
 
     Args:
         targets: where each tensor goes, in the order of the buffer.
@@ -94,27 +93,26 @@ class CopyPlan:
         ]
         self._copies = [targets[number].memory for number in self.later]
         self._samples = Samples(self.pick(sources))
-        apart = set(self.later)
-        at_once = [number for number in range(len(sources)) if number not in apart]
+        at_once = sorted(set(range(len(sources))) - set(self.later))
         self.chunks = _chunks(targets, sources, self.later)
         self.now = _by_device(targets, sources, at_once)
         self.devices = sorted({source.device for source in sources if source.device.type == "cuda"}, key=str)
 
     def pick(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Those that are copied later."""
+        """Return the tensors that are copied later."""
         return [sources[number] for number in self.later]
 
     def sample(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Samples of those that are copied later; on CUDA on the current stream."""
+        """Take samples of the tensors that are copied later; on CUDA on the current stream."""
         return self._samples.take(self.pick(sources))
 
     def sample_copies(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Samples of what they have been copied to."""
+        """Take samples of their copies."""
         return self._samples.take_copies(self.pick(sources), self._copies)
 
-    def differing(self, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> str | None:
-        """The name of a tensor whose samples differ."""
-        number = self._samples.differing(before, now)
+    def differing(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> str | None:
+        """Return the name of a tensor whose samples differ."""
+        number = self._samples.differing(first, second)
         return None if number is None else self.names[self.later[number]]
 
 
@@ -125,16 +123,15 @@ class HostCopy:
     then on their way on a stream of their own, which the training's stream waits for where it must.
 
     Args:
-        plan: what goes where, and when.
-        sources: the tensors, as the plan has seen them.
+        sources: the tensors that the plan was made for.
         pinned: whether the buffer is pinned, so that a GPU can write to it by itself.
     """
 
     def __init__(self, plan: CopyPlan, sources: Sequence[torch.Tensor], *, pinned: bool = False) -> None:
         self._plan = plan
         self._sources: Sequence[torch.Tensor] = sources
-        self._seen: list[torch.Tensor] = []  # samples of now
-        self._late: list[torch.Tensor] = []  # ... and of the time when no copy can be at work any more
+        self._first_samples: list[torch.Tensor] = []
+        self._late_samples: list[torch.Tensor] = []  # of the time when no copy can be at work any more
         self._chunks = plan.chunks
         self._versions = versions_of(plan.pick(sources))
         self._changed = threading.Condition()
@@ -159,20 +156,22 @@ class HostCopy:
         for chunk in self._plan.now:
             if chunk.device not in self._streams:
                 _copy_all(chunk, self._sources, non_blocking=False)
-        self._seen = self._sample()
+        self._first_samples = self._sample()
         for device, stream in self._streams.items():
-            present = torch.cuda.current_stream(device)
+            training_stream = torch.cuda.current_stream(device)
             with torch.cuda.stream(stream):
                 for chunk in self._plan.now:
                     if chunk.device == device:
                         _copy_all(chunk, self._sources, non_blocking=True)
             if not self._chunks:
                 stream.synchronize()
-            present.wait_stream(stream)  # the training may change these as soon as they are copied, and not before
+            training_stream.wait_stream(
+                stream
+            )  # the training may change these as soon as they are copied, and not before
         self._sent = [_event(stream) for stream in self._streams.values()]
 
     def _sample(self) -> list[torch.Tensor]:
-        """Samples of what is copied later, after all that the training has asked for so far; no processor waits."""
+        """Take samples of what is copied later, after all GPU work queued so far; the processor does not wait."""
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
         with self._beside():
@@ -195,7 +194,7 @@ class HostCopy:
                 self._arrivals[number] = _event(self._streams[chunk.device])
 
     def run(self) -> None:
-        """Copy what may be copied later, in a thread of its own; the second call does nothing."""
+        """Copy the rest, in a thread of its own; the second call does nothing."""
         if self._started:
             return
         self._started = True
@@ -219,33 +218,33 @@ class HostCopy:
             self._settled.set()
 
     def settle(self) -> None:
-        """Return when no change can have come between; before this the copy must not count as right.
+        """Return when it is certain that no tensor changed during the copy; before this the copy does not count.
 
-        A tensor tells that it has changed when an operation on it ends, which may be after the copy has: an operation
-        that was at work when the copy ended is only seen a little later. Where a step begins meanwhile, that is the
-        moment to look, since nothing else is at work then. Otherwise it is waited for twice as long as the copy took.
-        What no counter sees is found by samples: of then and of the copy, against those of the capture.
+        A version counter moves when an operation on the tensor ends, which may be after the end of the copy. The
+        counters are compared when the next step begins, since no other operation runs then, or else after twice the
+        time that the copy took. Changes that no counter shows are found by samples: those of that time and those of the
+        copy are compared with those of the capture.
 
         Raises:
             ChangedError: a tensor changed while it was being copied, or right after that.
         """
         self.wait()
-        least = max(_GRACE, 2 * (self._ended - self._began))
-        self._settled.wait(max(0.0, self._ended + least - time.perf_counter()))
+        delay = max(_GRACE, 2 * (self._ended - self._began))
+        self._settled.wait(max(0.0, self._ended + delay - time.perf_counter()))
         self._settle()
         with self._changed, self._beside():
             if self._sources and self._error is None:
-                copied = self._plan.sample_copies(self._sources)
-                self._refuse(self._plan.differing(self._seen, self._late) or self._plan.differing(self._seen, copied))
+                first, copies = self._first_samples, self._plan.sample_copies(self._sources)
+                self._refuse(self._plan.differing(first, self._late_samples) or self._plan.differing(first, copies))
         self._sources = ()  # what the training lets go of is not kept alive by its last save
         self.wait()
 
     def _settle(self) -> None:
-        """Look a second time, once; samples are taken now, and compared by ``settle``."""
+        """Compare the counters a second time, once; samples are taken now, and compared by ``settle``."""
         with self._changed:
             if not self._settled.is_set():
                 self._compare()
-                self._late = self._sample()
+                self._late_samples = self._sample()
                 self._settled.set()
 
     def _copy_chunk(self, chunk: CopyChunk) -> None:
@@ -258,7 +257,7 @@ class HostCopy:
         stream.synchronize()
 
     def _check_versions(self) -> None:
-        """Look whether a tensor has changed since the capture; once, and before the optimizer's step changes them."""
+        """Compare the counters with those of the capture; once, and before the optimizer's step moves them."""
         with self._changed:
             if self._checked:
                 return
@@ -290,17 +289,17 @@ class HostCopy:
         Raises:
             ChangedError: a tensor changed while it was being copied.
         """
-        wanted = END if position is None else position
+        needed_bytes = END if position is None else position
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._ready >= wanted)
+            self._changed.wait_for(lambda: self._error is not None or self._ready >= needed_bytes)
             if self._error is not None:
                 raise self._error
 
     def abandon(self) -> None:
-        """The save has failed; the copy is finished all the same, to be written later."""
+        """Do nothing: after a failed save the copy is finished all the same, to be written later."""
 
     def hold_step(self) -> None:
-        """The optimizer is about to step: return when it may, and count the time.
+        """Return when the optimizer may step, and count the time that it waited.
 
         What a GPU copies by itself is waited for by its stream and not by the processor.
         """
@@ -318,11 +317,11 @@ class HostCopy:
 
 
 END = 1 << 62
-_GRACE = 0.02  # seconds that a small operation may take at most, with the threads that it waits for
+_GRACE = 0.02  # seconds: longer than a small operation takes, with the threads that it waits for
 
 
 def _chunks(targets: Sequence[CopyTarget], sources: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[CopyChunk]:
-    """Tensors in order, grouped by device up to ``_CHUNK`` bytes; large ones are cut so that the writer can follow."""
+    """Group tensors in order, by device up to ``_CHUNK`` bytes; large ones are cut so that the writer can follow."""
     chunks: list[CopyChunk] = []
     size = 0
     for number in numbers:
@@ -346,9 +345,9 @@ def _cut(
         return
     flat, width = target.memory.view(-1), target.memory.itemsize
     step = _CHUNK // width
-    for at in range(0, flat.numel(), step):
-        end = min(at + step, flat.numel())
-        yield target.begin + at * width, flat[at:end], (number, at, end)
+    for begin in range(0, flat.numel(), step):
+        end = min(begin + step, flat.numel())
+        yield target.begin + begin * width, flat[begin:end], (number, begin, end)
 
 
 def _by_device(
@@ -374,12 +373,12 @@ def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often the tensor has been written to in ways that torch counts; -1 for inference tensors, which have none."""
+    """Return how often torch has counted a write to a tensor; -1 for inference tensors, which have no counter."""
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - there is no other way to see a change
 
 
 def versions_of(tensors: Collection[torch.Tensor]) -> list[int]:
-    """``version_of`` each."""
+    """Return the version of each tensor."""
     try:
         return [tensor._version for tensor in tensors]  # noqa: SLF001
     except RuntimeError:  # an inference tensor among them
@@ -395,8 +394,11 @@ def _copy_all(chunk: CopyChunk, tensors: Sequence[torch.Tensor], *, non_blocking
 def pin(data: mmap.mmap | memoryview) -> bool:
     """Lock memory for CUDA, so that copies from and to the GPU run beside the training.
 
-    Our own pages are registered, and not CUDA's taken: direct I/O refuses memory that a driver has mapped. Where the
+    Our own pages are registered instead of using CUDA's: direct I/O refuses memory that a driver has mapped. Where the
     system does not allow so much locked memory, copies are correct all the same, and slower.
+
+    Returns:
+        Whether it is locked.
     """
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = int(runtime.cudaHostRegister(address(data), len(data), 0))
@@ -410,5 +412,5 @@ def pin(data: mmap.mmap | memoryview) -> bool:
 
 
 def unpin(data: mmap.mmap | memoryview) -> None:
-    """Undo ``pin``, which is due before the memory is let go of."""
+    """Undo ``pin``, before the memory is freed."""
     torch.cuda.cudart().cudaHostUnregister(address(data))  # type: ignore[no-untyped-call]

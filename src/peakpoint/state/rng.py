@@ -13,7 +13,7 @@ _PHILOX_WORDS = 4
 
 
 def take() -> dict[str, Any]:
-    """The state of every generator, as a tree that needs no tensor file."""
+    """Return the state of every generator, as a tree that needs no tensor file."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global one is what loops use
     return {
         "python": _pack(random.getstate()),
@@ -31,13 +31,13 @@ def take() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> list[str]:
-    """Set every generator to what ``take`` has seen.
+    """Set every generator to the state that ``take`` returned.
 
     Returns:
         One sentence for each generator that could not be restored, because its device is not here.
 
     Raises:
-        FormatError: the state is not one of ``take``.
+        FormatError: the state was not returned by ``take``.
     """
     missing = []
     try:
@@ -48,10 +48,10 @@ def restore(state: dict[str, Any]) -> list[str]:
         np.random.set_state((algorithm, key, position, has_gauss, gauss))  # noqa: NPY002
         torch.set_rng_state(_tensor(state["torch"]))
         cuda = state["cuda"]
-        here = torch.cuda.device_count() if cuda else 0
-        for index, saved in enumerate(cuda[:here]):
+        count = torch.cuda.device_count() if cuda else 0
+        for index, saved in enumerate(cuda[:count]):
             torch.cuda.set_rng_state(_tensor(saved), index)
-        missing += [f"the generator of cuda:{index}: there is no such device here" for index in range(here, len(cuda))]
+        missing += [f"the generator of cuda:{index}: there is no such device here" for index in range(count, len(cuda))]
         if state["mps"] is not None:
             if torch.backends.mps.is_available():
                 torch.mps.set_rng_state(_tensor(state["mps"]))
@@ -63,7 +63,7 @@ def restore(state: dict[str, Any]) -> list[str]:
 
 
 def check_numpy(state: Any) -> None:
-    """Compare the positions in the state of a NumPy generator with its buffers: NumPy reads where they say.
+    """Refuse positions outside of the buffers in the state of a NumPy generator: NumPy reads where they say.
 
     Raises:
         ValueError: a position outside of its buffer.
@@ -77,14 +77,14 @@ def check_numpy(state: Any) -> None:
 
 
 def _pack(state: tuple[Any, ...]) -> tuple[int, bytes, float | None]:
-    """Python's generator, with its 625 words as bytes."""
-    version, words, gauss = state
-    return version, np.asarray(words, dtype="<u4").tobytes(), gauss
+    """Return the state of Python's generator with its 625 integers as bytes."""
+    version, integers, gauss = state
+    return version, np.asarray(integers, dtype="<u4").tobytes(), gauss
 
 
 def _unpack(state: tuple[int, bytes, float | None]) -> tuple[Any, ...]:
-    version, words, gauss = state
-    return version, tuple(np.frombuffer(words, dtype="<u4").tolist()), gauss
+    version, data, gauss = state
+    return version, tuple(np.frombuffer(data, dtype="<u4").tolist()), gauss
 
 
 def _bytes(state: torch.Tensor) -> bytes:

@@ -40,23 +40,23 @@ TensorEntry = tuple[str, torch.Tensor, dict[str, Any]]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and one-past-last byte in the storage."""
+    """Return the first and one-past-last byte in the storage."""
     size = tensor.element_size()
     begin = int(tensor.storage_offset()) * size
     last = sum((int(n) - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + size * (1 + last)
 
 
-def _apart(tensors: list[torch.Tensor]) -> bool:
-    """Whether it is plain to see that no two overlap: the usual case, found quickly."""
+def _disjoint(tensors: list[torch.Tensor]) -> bool:
+    """Return whether no two overlap, as far as a quick look can tell: the usual case."""
     places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
-    separate = all(at + size <= after for (at, size), (after, _) in itertools.pairwise(places) if size)
+    separate = all(begin + size <= next_begin for (begin, size), (next_begin, _) in itertools.pairwise(places) if size)
     return separate and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def clusters(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
-    """Groups of tensors that overlap in memory; most groups have one member."""
-    if _apart([entry[1] for entry in entries]):
+    """Group the tensors that overlap in memory; most groups have one member."""
+    if _disjoint([entry[1] for entry in entries]):
         yield from ([entry] for entry in entries)
         return
     by_storage: dict[tuple[torch.device | None, int], list[TensorEntry]] = {}
@@ -85,11 +85,10 @@ def _geometry(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def store_cluster(cluster: list[TensorEntry], tensors: dict[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
-    """Add to ``tensors`` what must be stored for a cluster, and complete the nodes that refer to it.
+    """Add the tensor to store for a cluster to ``tensors``, and complete the nodes that refer to it.
 
     Args:
         cluster: tensors that overlap in memory.
-        tensors: receives what must be stored.
         new_name: makes a name that no tensor of this file has.
 
     Raises:
@@ -108,7 +107,7 @@ def store_cluster(cluster: list[TensorEntry], tensors: dict[str, torch.Tensor], 
     covering = [entry for entry in cluster if _covers(entry[1], cluster, begin, end)]
     if covering:
         base_name, base, _ = covering[0]
-    else:  # nobody covers the others: keep the bytes below all of them
+    else:  # no tensor covers the others: store the bytes below all of them
         begin -= begin % 16  # so that views of every element type stay aligned
         base_name = new_name(f"{name}.storage")
         # NumPy arrays of one memory are storages of different sizes
@@ -136,12 +135,12 @@ def _covers(tensor: torch.Tensor, cluster: list[TensorEntry], begin: int, end: i
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether some permutation of the dimensions is contiguous."""
+    """Return whether some permutation of the dimensions is contiguous."""
     return is_dense_layout(tensor.shape, tensor.stride())
 
 
 def is_dense_layout(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether these strides put the elements of this shape side by side, in some order."""
+    """Return whether these strides put the elements of this shape side by side, in some order."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size == 1:

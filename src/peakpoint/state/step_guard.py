@@ -1,4 +1,4 @@
-"""The guard of a copy under way: nothing of ours writes to what is being copied before the copy is complete."""
+"""The guard of a copy under way: Peakpoint writes to no memory that is being copied before the copy is complete."""
 
 import os
 import weakref
@@ -18,10 +18,10 @@ class StateCopy(Protocol):
     waited_seconds: float
 
     def run(self) -> None:
-        """Copy what is left to be copied, in a thread of its own."""
+        """Copy the rest, in a thread of its own."""
 
     def abandon(self) -> None:
-        """The save has failed."""
+        """Handle the failure of the save."""
 
     def wait(self) -> None:
         """Return when everything is copied."""
@@ -30,20 +30,20 @@ class StateCopy(Protocol):
         """Return when the copy is known to be right."""
 
     def hold_step(self) -> None:
-        """The optimizer is about to step: return when it may."""
+        """Return when the optimizer, which is about to step, may do so."""
 
 
 _guards: weakref.WeakSet["StepGuard"] = weakref.WeakSet()
 
 
 def wait_for_copies() -> None:
-    """Return when no copy reads live memory any more: to be called before anything of ours writes to it."""
+    """Return when no copy reads live memory any more: to be called before Peakpoint writes to it."""
     for guard in list(_guards):
         guard.wait()
 
 
 def _forget_copies() -> None:
-    """A forked child has its own memory, and not the threads that copy that of its parent."""
+    """Forget the copies of the parent: a forked child has its own memory, and no thread that copies it."""
     for guard in list(_guards):
         guard.forget()
 
@@ -52,7 +52,7 @@ os.register_at_fork(after_in_child=_forget_copies)
 
 
 class StepGuard:
-    """Hooks that let no optimizer in the state step before the copy under way is complete.
+    """Hooks that hold every optimizer step until the copy under way is complete.
 
     Args:
         state: the parts of the state, looked at anew for each save: optimizers may be exchanged.
@@ -72,15 +72,15 @@ class StepGuard:
 
     def _attach(self) -> None:
         optimizers = [value for value in self._state.values() if isinstance(value, torch.optim.Optimizer)]
-        if [id(each) for each in optimizers] != [id(each) for each in self._optimizers]:
+        if list(map(id, optimizers)) != list(map(id, self._optimizers)):
             self.stop()
             self._optimizers = optimizers
             self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
     def owned(self) -> frozenset[Storage]:
-        """The memory that changes only in ``step()`` of these optimizers: their parameters and the moments of those.
+        """Return the memory that only ``step()`` of these optimizers changes: their parameters and moments.
 
-        The same object as before when nothing has moved.
+        It is the same object as before when no tensor has moved.
         """
         self._attach()
         tensors = []
@@ -105,7 +105,7 @@ class StepGuard:
             copying.hold_step()
 
     def forget(self) -> None:
-        """Wait for no copy that is under way now."""
+        """Forget the copy under way."""
         self._copying = None
 
     def watch(self, copying: StateCopy) -> None:
@@ -114,11 +114,11 @@ class StepGuard:
 
     @property
     def waited_seconds(self) -> float:
-        """How long optimizers have waited for the copying that was watched last."""
+        """Seconds that optimizers have waited for the copy that was watched last."""
         return 0.0 if self._last is None else self._last.waited_seconds
 
     def stop(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizers = [], []

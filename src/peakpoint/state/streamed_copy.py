@@ -1,8 +1,8 @@
 """Capture through a small buffer, for states that do not fit into memory a second time.
 
 The buffer is a ring of blocks. A thread copies the state into one block after the other, in the order of the files,
-while the writer takes them; a block is free again when it has been written and hashed. The training has to wait until
-the last block is filled.
+while the writer takes them; a block is free again when it has been written and hashed. The training waits until the
+last block is filled.
 """
 
 import bisect
@@ -28,7 +28,7 @@ class RingImage:
     """A file whose bytes pass through the ring, once; see ``FileImage``.
 
     Attributes:
-        stream: where its blocks come from.
+        stream: fills its blocks.
     """
 
     name: str
@@ -40,8 +40,8 @@ class RingImage:
     stable: bool = False
 
     def blocks(self) -> Iterator[memoryview]:
-        """The bytes; each block is given back to the ring when the next one is asked for."""
-        return self.stream.taken(self.name)
+        """Iterate over the blocks; each is given back to the ring when the next one is taken."""
+        return self.stream.take(self.name)
 
 
 class RingBuffer:
@@ -65,8 +65,8 @@ class RingBuffer:
         on_cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
         if on_cuda and not self._pinned:
             self._pinned = pin(self._memory)
-        whole = memoryview(self._memory)
-        slots = [whole[at : at + self._block] for at in range(0, len(whole), self._block)]
+        ring = memoryview(self._memory)
+        slots = [ring[begin : begin + self._block] for begin in range(0, len(ring), self._block)]
         layouts = [lay_out(name, tensors) for name, tensors in files.items()]
         stream = StreamedCopy(layouts, files, slots, on_cuda)
         images = [RingImage(layout.name, layout.size, len(layout.header), layout.spans, stream) for layout in layouts]
@@ -94,30 +94,30 @@ class StreamedCopy:
         self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         for slot in slots:
             self._free.put(slot)
-        self._filled: queue.SimpleQueue[tuple[str, memoryview, int] | BaseException] = queue.SimpleQueue()
+        self._filled: queue.SimpleQueue[memoryview | BaseException] = queue.SimpleQueue()
         self._done = threading.Event()
-        self._before = []
-        for device in devices:  # copies come after what the training has already asked of each GPU
+        self._queued_work = []
+        for device in devices:  # copies come after the work that each GPU already has
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
-            self._before.append((device, event))
+            self._queued_work.append((device, event))
         self.waited_seconds = 0.0
 
     def run(self) -> None:
         """Fill one block after the other as they become free, in a thread of its own."""
         try:
-            for device, event in self._before:
+            for device, event in self._queued_work:
                 torch.cuda.current_stream(device).wait_event(event)
             for layout in self._layouts:
-                filler = _Filler(layout, self._files[layout.name])
+                reader = _FileReader(layout, self._files[layout.name])
                 position = 0
                 while position < layout.size:
                     slot = self._free.get()
                     if slot is None:
                         return
                     size = min(len(slot), layout.size - position)
-                    filler.fill(slot[:size], position)
-                    self._filled.put((layout.name, slot, size))
+                    reader.read_into(slot[:size], position)
+                    self._filled.put(slot)
                     position += size
         except BaseException as error:  # noqa: BLE001 - the end of a thread: the writer raises it
             self._filled.put(error)
@@ -125,20 +125,20 @@ class StreamedCopy:
             self._files = {}
             self._done.set()
 
-    def taken(self, name: str) -> Iterator[memoryview]:
-        """The blocks of one file; files are taken in order."""
-        left = next(layout.size for layout in self._layouts if layout.name == name)
-        while left:
-            item = self._filled.get()
-            if isinstance(item, BaseException):
-                raise item
-            _, slot, size = item
+    def take(self, name: str) -> Iterator[memoryview]:
+        """Iterate over the blocks of one file; files are taken in order."""
+        remaining = next(layout.size for layout in self._layouts if layout.name == name)
+        while remaining:
+            slot = self._filled.get()
+            if isinstance(slot, BaseException):
+                raise slot
+            size = min(len(slot), remaining)
             yield slot[:size]
             self._free.put(slot)
-            left -= size
+            remaining -= size
 
     def abandon(self) -> None:
-        """Nobody takes any more blocks."""
+        """Stop: no more blocks are taken."""
         self._free.put(None)
 
     def wait(self) -> None:
@@ -146,21 +146,21 @@ class StreamedCopy:
         self._done.wait()
 
     def settle(self) -> None:
-        """Nothing: the report has waited."""
+        """Do nothing: the report has waited."""
 
     def hold_step(self) -> None:
-        """Nothing: the report has waited."""
+        """Do nothing: the report has waited."""
 
 
-class _Filler:
-    """Copies any range of a file's bytes into memory."""
+class _FileReader:
+    """Copies any range of bytes of a file that exists only as its tensors."""
 
     def __init__(self, layout: FileLayout, tensors: Mapping[str, torch.Tensor]) -> None:
         self._layout, self._tensors = layout, tensors
         self._spans = [span for span in layout.spans if span.end > span.begin]
         self._ends = [span.end for span in self._spans]
 
-    def fill(self, memory: memoryview, position: int) -> None:
+    def read_into(self, memory: memoryview, position: int) -> None:
         """Fill ``memory`` with the bytes from ``position`` on."""
         header = self._layout.header
         text = header[position : position + len(memory)]
@@ -174,21 +174,21 @@ class _Filler:
                 break
             width = TORCH_DTYPES[span.dtype].itemsize
             first, last = max(begin, span.begin), min(end, span.end)
-            at = first - begin
+            offset = first - begin
             for source in elements(
                 self._tensors[span.name], (first - span.begin) // width, (last - span.begin) // width
             ):
-                target = torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=at)
+                target = torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=offset)
                 targets.append(target.view(source.shape))
                 sources.append(source)
-                at += source.numel() * width
+                offset += source.numel() * width
         with torch.no_grad():
             if targets:
                 torch._foreach_copy_(targets, sources)
 
 
 def elements(tensor: torch.Tensor, begin: int, end: int) -> Iterator[torch.Tensor]:
-    """Views that are, one after the other, the elements ``[begin, end)`` of a tensor in row-major order."""
+    """Iterate over views that together are the elements ``[begin, end)`` of a tensor in row-major order."""
     if begin >= end:
         return
     if (begin, end) == (0, tensor.numel()):

@@ -24,10 +24,9 @@ from peakpoint.store.pages import PAGE, allocate, pages
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """Where everything goes in one safetensors file.
+    """The layout of one safetensors file.
 
     Attributes:
-        name: the file's name.
         header: its first bytes, a multiple of 4096.
         spans: the tensors in file order.
         size: bytes of the whole file.
@@ -40,7 +39,7 @@ class FileLayout:
 
 
 def lay_out(name: str, tensors: Mapping[str, torch.Tensor]) -> FileLayout:
-    """Lay out a file for tensors of these dtypes and shapes."""
+    """Lay out a file for tensors by their dtypes and shapes."""
     spans = []
     position = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # stable: order is kept
@@ -61,8 +60,8 @@ def lay_out(name: str, tensors: Mapping[str, torch.Tensor]) -> FileLayout:
 class StagingBuffer:
     """The one buffer that tensors are copied into, reused by every save.
 
-    It holds the image of every tensor file, one after the other on page boundaries, so that writing is a write of this
-    memory and nothing else. It grows when a state needs more and is never given back before ``close``.
+    It holds the image of every tensor file, one after the other on page boundaries, so that a save writes this memory
+    as it is. It grows when a state needs more, and never shrinks.
     """
 
     def __init__(self) -> None:
@@ -86,13 +85,11 @@ class StagingBuffer:
         owned: frozenset[Storage] = NO_STORAGE,
         placement: object = None,
     ) -> tuple[list[WholeImage], HostCopy]:
-        """Begin to copy the tensors of all files into the buffer.
-
-        The images that the last call returned are overwritten.
+        """Begin to copy the tensors of all files into the buffer, overwriting the images of the last call.
 
         Args:
             files: file name to its tensors by name.
-            owned: memory that may be copied later, by ``HostCopy.run``; everything else is copied on return.
+            owned: memory that may be copied later, by ``HostCopy.run``; all other memory is copied on return.
             placement: the same object as long as the files, and the places of all tensors, are the same.
 
         Returns:
@@ -111,15 +108,15 @@ class StagingBuffer:
         copying = HostCopy(self._plan, sources, pinned=self._pinned)
         images = []
         position = 0
-        whole = memoryview(self._memory)
+        buffer = memoryview(self._memory)
         for layout in self._layouts:
-            data = whole[position : position + layout.size]
+            data = buffer[position : position + layout.size]
             images.append(WholeImage(layout.name, data, len(layout.header), layout.spans, _ready(copying, position)))
             position += pages(layout.size)
         return images, copying
 
     def fill(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> list[WholeImage]:
-        """``capture`` with everything copied on return."""
+        """Copy the tensors of all files into the buffer; see ``capture``."""
         return self.capture(files)[0]
 
     def _lay_out(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -129,16 +126,16 @@ class StagingBuffer:
         ]
         if signature == self._signature:
             return
-        self._signature = None  # should this be interrupted
+        self._signature = None  # in case this is interrupted
         layouts = tuple(lay_out(name, tensors) for name, tensors in files.items())
-        needed = sum(pages(layout.size) for layout in layouts)
+        total = sum(pages(layout.size) for layout in layouts)
         self._targets = []
-        if self._memory is None or len(self._memory) < needed:
+        if self._memory is None or len(self._memory) < total:
             if self._memory is not None and self._pinned:
                 unpin(self._memory)
             # tensors may move into a second file of their part, with a header of its own: no new memory for that
             spare = sum(len(layout.header) + 3 * PAGE for layout in layouts)
-            self._memory = allocate(max(needed + spare, PAGE))
+            self._memory = allocate(max(total + spare, PAGE))
             self._pinned = False
         position = 0
         for layout in layouts:
@@ -161,10 +158,10 @@ def _ready(copying: HostCopy, offset: int) -> Callable[[int], None]:
 
 
 def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
-    """The tensors of a file, sharing memory with ``data``; nothing is copied.
+    """Return the tensors of a file, sharing memory with ``data``; nothing is copied.
 
     Args:
-        file: its record, which gives names, dtypes, shapes and places.
+        file: its record, which gives names, dtypes, shapes and offsets.
         data: all bytes of the file, writable.
 
     Raises:
@@ -190,32 +187,32 @@ _LARGEST_HEADER = 100 * 1024**2
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], FileRecord]:
-    """The tensors of a file, mapped privately, its metadata, and its record without digests.
+    """Return the tensors of a file, mapped privately, its metadata, and its record without digests.
 
     Raises:
-        FormatError: it is no safetensors file, or one that this release does not read.
+        FormatError: it is not a safetensors file, or one that this release does not read.
         CorruptError: it is cut short.
     """
     with path.open("rb") as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > min(_LARGEST_HEADER, size - 8):
-            raise FormatError(f"{path} is no safetensors file: its header does not fit into its {size} bytes")
+            raise FormatError(f"{path} is not a safetensors file: its header does not fit into its {size} bytes")
         try:
             header = msgspec.json.decode(file.read(length))
             metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
-            given = [(name, one["dtype"], one["shape"], *one["data_offsets"], "") for name, one in header.items()]
-            rows = msgspec.convert(given, list[TensorRecord])
-            rows.sort(key=lambda row: (row.begin, row.end))
+            rows = [(name, row["dtype"], row["shape"], *row["data_offsets"], "") for name, row in header.items()]
+            records = msgspec.convert(rows, list[TensorRecord])
+            records.sort(key=lambda record: (record.begin, record.end))
         except (msgspec.MsgspecError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise FormatError(f"{path} is no safetensors file: its header cannot be read: {error}") from error
-        at = 0
-        for row in rows:
-            if row.begin != at:
-                raise FormatError(f"{path} has tensors that overlap or leave gaps at {row.name!r}")
-            at = row.end
-        if 8 + length + at != size:
-            raise CorruptError(f"{path} has {size} bytes, and its header says {8 + length + at}: cut short or damaged")
+            raise FormatError(f"{path} is not a safetensors file: its header cannot be read: {error}") from error
+        end = 0
+        for tensor in records:
+            if tensor.begin != end:
+                raise FormatError(f"{path} has tensors that overlap or leave gaps at {tensor.name!r}")
+            end = tensor.end
+        if 8 + length + end != size:
+            raise CorruptError(f"{path} has {size} bytes, and its header says {8 + length + end}: cut short or damaged")
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    record = FileRecord(name=path.name, size=size, digest="", header=8 + length, tensors=tuple(rows))
+    record = FileRecord(name=path.name, size=size, digest="", header=8 + length, tensors=tuple(records))
     return tensors_of(record, mapped), metadata, record
