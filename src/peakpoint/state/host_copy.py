@@ -85,17 +85,17 @@ class CopyPlan:
     def __init__(
         self, targets: Sequence[CopyTarget], sources: Sequence[torch.Tensor], owned: Collection[Storage]
     ) -> None:
-        self.names = [target.name for target in targets]
         self.later = [
             number
             for number, source in enumerate(sources)
             if source.nbytes > SMALL and owned and storage_of(source) in owned and can_sample(source)
         ]
+        self.later_names = [targets[number].name for number in self.later]
         self._copies = [targets[number].memory for number in self.later]
         self._samples = Samples(self.pick(sources))
-        at_once = sorted(set(range(len(sources))) - set(self.later))
-        self.chunks = _chunks(targets, sources, self.later)
-        self.now = _by_device(targets, sources, at_once)
+        at_once = set(range(len(sources))) - set(self.later)
+        self.chunks_later = _chunks(targets, sources, self.later)
+        self.chunks_now = _chunks(targets, sources, sorted(at_once, key=lambda number: str(sources[number].device)))
         self.devices = sorted({source.device for source in sources if source.device.type == "cuda"}, key=str)
 
     def pick(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -113,7 +113,7 @@ class CopyPlan:
     def differing(self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> str | None:
         """Return the name of a tensor whose samples differ."""
         number = self._samples.differing(first, second)
-        return None if number is None else self.names[self.later[number]]
+        return None if number is None else self.later_names[number]
 
 
 class HostCopy:
@@ -132,7 +132,7 @@ class HostCopy:
         self._sources: Sequence[torch.Tensor] = sources
         self._first_samples: list[torch.Tensor] = []
         self._late_samples: list[torch.Tensor] = []  # of the time when no copy can be at work any more
-        self._chunks = plan.chunks
+        self._chunks = plan.chunks_later
         self._versions = versions_of(plan.pick(sources))
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -142,7 +142,7 @@ class HostCopy:
         self._ended = 0.0
         self._began = time.perf_counter()
         self._started = False
-        self._streams = {device: _stream(device) for device in plan.devices}
+        self._streams = {device: torch.cuda.Stream(device) for device in plan.devices}  # type: ignore[no-untyped-call]
         self._arrivals: dict[int, torch.cuda.Event] = {}  # chunk number to the event after its copy from a GPU
         self.waited_seconds = 0.0
         self._copy_now()
@@ -153,21 +153,20 @@ class HostCopy:
             self._settled.set()
 
     def _copy_now(self) -> None:
-        for chunk in self._plan.now:
+        for chunk in self._plan.chunks_now:
             if chunk.device not in self._streams:
                 _copy_all(chunk, self._sources, non_blocking=False)
         self._first_samples = self._sample()
         for device, stream in self._streams.items():
             training_stream = torch.cuda.current_stream(device)
             with torch.cuda.stream(stream):
-                for chunk in self._plan.now:
+                for chunk in self._plan.chunks_now:
                     if chunk.device == device:
                         _copy_all(chunk, self._sources, non_blocking=True)
             if not self._chunks:
                 stream.synchronize()
-            training_stream.wait_stream(
-                stream
-            )  # the training may change these as soon as they are copied, and not before
+            # the training may change these as soon as they are copied, and not before
+            training_stream.wait_stream(stream)
         self._sent = [_event(stream) for stream in self._streams.values()]
 
     def _sample(self) -> list[torch.Tensor]:
@@ -249,12 +248,10 @@ class HostCopy:
 
     def _copy_chunk(self, chunk: CopyChunk) -> None:
         stream = self._streams.get(chunk.device)
-        if stream is None:
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             _copy_all(chunk, self._sources, non_blocking=False)
-            return
-        with torch.cuda.stream(stream):
-            _copy_all(chunk, self._sources, non_blocking=False)
-        stream.synchronize()
+        if stream is not None:
+            stream.synchronize()
 
     def _check_versions(self) -> None:
         """Compare the counters with those of the capture; once, and before the optimizer's step moves them."""
@@ -265,10 +262,9 @@ class HostCopy:
             self._compare()
 
     def _compare(self) -> None:
-        for number, version in zip(self._plan.later, self._versions, strict=True):
-            if version_of(self._sources[number]) != version:
-                self._refuse(self._plan.names[number])
-                return
+        versions = versions_of(self._plan.pick(self._sources))
+        compared = zip(self._plan.later_names, versions, self._versions, strict=True)
+        self._refuse(next((name for name, version, captured in compared if version != captured), None))
 
     def _refuse(self, name: str | None) -> None:
         if name is not None:
@@ -350,39 +346,18 @@ def _cut(
         yield target.begin + begin * width, flat[begin:end], (number, begin, end)
 
 
-def _by_device(
-    targets: Sequence[CopyTarget], sources: Sequence[torch.Tensor], numbers: Sequence[int]
-) -> list[CopyChunk]:
-    chunks: dict[torch.device, CopyChunk] = {}
-    for number in numbers:
-        device = sources[number].device
-        chunk = chunks.setdefault(device, CopyChunk(device, targets[number].begin, [], []))
-        chunk.targets.append(targets[number].memory)
-        chunk.sources.append(number)
-    return list(chunks.values())
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """Return how often torch has counted a write to a tensor; -1 for inference tensors, which have no counter."""
-    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - there is no other way to see a change
-
-
 def versions_of(tensors: Collection[torch.Tensor]) -> list[int]:
-    """Return the version of each tensor."""
+    """Return how often torch has counted a write to each tensor; -1 for inference tensors, which have no counter."""
     try:
-        return [tensor._version for tensor in tensors]  # noqa: SLF001
+        return [tensor._version for tensor in tensors]  # noqa: SLF001 - there is no other way to see a change
     except RuntimeError:  # an inference tensor among them
-        return [version_of(tensor) for tensor in tensors]
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]  # noqa: SLF001
 
 
 @torch.no_grad()
