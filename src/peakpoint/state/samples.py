@@ -31,7 +31,8 @@ def _step(count: int, width: int, complete_bytes: int) -> int:
 
 def can_sample(tensor: torch.Tensor) -> bool:
     """Return whether its elements can be taken by their places in memory."""
-    return (tensor.is_contiguous() or is_dense(tensor)) and not tensor.is_conj() and not tensor.is_neg()
+    dense = tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride())
+    return dense and not tensor.is_conj() and not tensor.is_neg()
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ def store_cluster(cluster: list[TensorEntry], tensors: dict[str, torch.Tensor], 
         tensors[name] = tensor
         for _, _, node in cluster:
             node["name"] = name
-            if not tensor.is_contiguous() and is_dense(tensor):
+            if not tensor.is_contiguous() and is_dense(tensor.shape, tensor.stride()):
                 node["stride"] = list(tensor.stride())
         return
     begin = min(_extent(entry[1])[0] for entry in cluster)
@@ -134,12 +134,7 @@ def _covers(tensor: torch.Tensor, cluster: list[TensorEntry], begin: int, end: i
     return plain and _extent(tensor) == (begin, end) and all(entry[1].dtype == tensor.dtype for entry in cluster)
 
 
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Return whether some permutation of the dimensions is contiguous."""
-    return is_dense_layout(tensor.shape, tensor.stride())
-
-
-def is_dense_layout(shape: Sequence[int], strides: Sequence[int]) -> bool:
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Return whether these strides put the elements of this shape side by side, in some order."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):

@@ -34,7 +34,7 @@ from peakpoint.state.json_scalars import (
     refusal,
     to_base64,
 )
-from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES, TensorEntry, clusters, is_dense_layout, store_cluster
+from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES, TensorEntry, clusters, is_dense, store_cluster
 
 _DEEPEST = 100
 _INLINE_BYTES = 1024  # arrays up to this size stay in the JSON; larger ones become tensors
@@ -313,7 +313,7 @@ class Decoder:
             if "view" in node and base.data_ptr() % _ALIGNED:
                 base = base.clone()  # bytes in a file are not aligned for larger elements
             if "stride" in node:
-                if not is_dense_layout(base.shape, node["stride"]):
+                if not is_dense(base.shape, node["stride"]):
                     raise ValueError(f"strides {node['stride']} for the shape {list(base.shape)}")
                 base = torch.empty_strided(base.shape, node["stride"], dtype=base.dtype).copy_(base)
             if self.devices and "device" in node and _available(torch.device(node["device"])):
