@@ -285,6 +285,19 @@ def test_without_matplotlib_there_is_a_table(root, tmp_path):
     assert "pip install 'peakpoint[report]'" in text
 
 
+def test_the_curve_needs_no_scipy(root, tmp_path):
+    """Matplotlib alone draws it: what chance explains is for reports."""
+    pytest.importorskip("matplotlib")
+    script = (
+        "import sys; sys.modules['scipy'] = None\n"
+        "from peakpoint.cli.main import run\n"
+        f"sys.argv = ['peakpoint', 'export', {str(root)!r}, *'@champion --as card --to'.split(), {str(tmp_path)!r}]\n"
+        "run()"
+    )
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("library", ["jinja2", "yaml"])
 def test_without_the_extra_the_message_says_what_to_install(root, library):
     script = (

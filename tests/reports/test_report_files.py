@@ -340,12 +340,12 @@ def test_a_run_looks_the_same_in_every_picture_of_a_page(tmp_path):
 def test_no_two_runs_look_the_same(pictures):
     from peakpoint.reports.evaluation import figures
 
-    looks = figures._Looks({})
+    looks = figures.RunLooks({})
     shown = [looks.of(map(str, runs)) for runs in pictures]
-    assert all(looks.given[run] == look for picture in shown for run, look in picture.items())
-    assert len(set(looks.given.values())) == len(looks.given)
-    if len(looks.given) <= 6:
-        assert len({colour for colour, _ in looks.given.values()}) == len(looks.given)
+    assert all(looks.by_run[run] == look for picture in shown for run, look in picture.items())
+    assert len(set(looks.by_run.values())) == len(looks.by_run)
+    if len(looks.by_run) <= 6:
+        assert len({colour for colour, _ in looks.by_run.values()}) == len(looks.by_run)
 
 
 def svgs(root):
