@@ -18,7 +18,7 @@ import peakpoint as pp
 from peakpoint.cli.main import cli
 from peakpoint.errors import ConfigError, CorruptError, NotFoundError
 from peakpoint.models.value_diff import distance
-from peakpoint.reports.diff import Difference, diff_records
+from peakpoint.reports.diff import CheckpointDifference, diff_records
 from peakpoint.repository import maintenance
 from training import checkpointer, parts, train
 
@@ -122,7 +122,7 @@ def root(tmp_path_factory):
 
 def test_two_checkpoints_of_one_run(root):
     found = pp.diff("a:epoch=0", "a:epoch=2", root=root)
-    assert isinstance(found, Difference)
+    assert isinstance(found, CheckpointDifference)
     acc, loss = found.metrics
     assert (acc.name, acc.mode, acc.better) == ("acc", "max", "b")
     assert acc.change == pytest.approx(0.2)

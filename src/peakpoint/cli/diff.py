@@ -16,7 +16,7 @@ from peakpoint.cli.arguments import ROOT, torch_side
 from peakpoint.cli.progress import progress_bar
 from peakpoint.cli.render import count, number, rounded
 from peakpoint.format.amounts import size_text
-from peakpoint.reports.diff import Difference, MetricDifference, TensorDifference, diff_manifests
+from peakpoint.reports.diff import CheckpointDifference, MetricDifference, TensorDifference, diff_manifests
 from peakpoint.repository.root import open_repository
 
 _VALUES = 20  # that differ, shown
@@ -45,7 +45,7 @@ def diff(root: Path, a: str, b: str, top: int, *, no_values: bool, all_tensors: 
     return Answer(_json(difference, tensors), lambda console: _print(console, difference, tensors))
 
 
-def _json(difference: Difference, tensors: Sequence[TensorDifference]) -> dict[str, Any]:
+def _json(difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> dict[str, Any]:
     return asdict(difference) | {
         "metrics": [asdict(metric) | {"change": metric.change} for metric in difference.metrics],
         "tensors": [asdict(tensor) for tensor in tensors],
@@ -54,7 +54,7 @@ def _json(difference: Difference, tensors: Sequence[TensorDifference]) -> dict[s
     }
 
 
-def _print(console: Console, difference: Difference, tensors: Sequence[TensorDifference]) -> None:
+def _print(console: Console, difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> None:
     a, b = difference.a, difference.b
     rows = [("id", a.id, b.id), *((name, escape(left), escape(right)) for name, left, right in _rows(difference))]
     rows += map(_metric_cells, difference.metrics)
@@ -96,7 +96,7 @@ def _plain(*sides: str | None) -> list[str]:
     return [side[:60] for side in short] if len(set(short)) == len(short) else long
 
 
-def _rows(difference: Difference) -> list[tuple[str, str, str]]:
+def _rows(difference: CheckpointDifference) -> list[tuple[str, str, str]]:
     """Return facts of both sides; of those that are usually the same, the ones that differ."""
     a, b = difference.a, difference.b
     moments = [f"step {side.step}" + ("" if side.epoch is None else f", epoch {side.epoch}") for side in (a, b)]
@@ -114,7 +114,7 @@ def _rows(difference: Difference) -> list[tuple[str, str, str]]:
     return rows + [row for row in often_same if row[1] != row[2]]
 
 
-def _print_tensors(console: Console, difference: Difference, tensors: Sequence[TensorDifference]) -> None:
+def _print_tensors(console: Console, difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> None:
     console.print(
         f"{count(difference.same_tensors, 'tensor')} the same, {size_text(difference.same_bytes)}; "
         f"{len(difference.tensors)} different, {size_text(difference.changed_bytes)}"

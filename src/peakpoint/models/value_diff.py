@@ -11,7 +11,7 @@ import torch
 from peakpoint.errors import FormatError
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.reports.diff import (
-    Difference,
+    CheckpointDifference,
     Distance,
     TensorDifference,
     diff_manifests,
@@ -32,7 +32,7 @@ def diff(
     *,
     root: str | os.PathLike[str] | Store,
     progress: Callable[[int], None] = lambda _: None,
-) -> Difference:
+) -> CheckpointDifference:
     """Compare two checkpoints of a repository, and measure how far the values of their tensors are apart.
 
     Tensors with the same digest are not read. Of the others, two are in memory at a time, and each is compared with its
@@ -55,7 +55,7 @@ def diff(
         ...         _ = weight.add_(torch.tensor([0.0, 0.5]))
         ...         _ = ckpt.report()
         >>> tensor = pp.diff("r:epoch=0", "r:epoch=1", root=root).tensors[0]
-        >>> isinstance(pp.diff("r:epoch=0", "r:epoch=0", root=root), Difference)
+        >>> isinstance(pp.diff("r:epoch=0", "r:epoch=0", root=root), CheckpointDifference)
         True
         >>> tensor.what, tensor.distance.l2, tensor.distance.largest, tensor.distance.changed
         ('values', 0.5, 0.5, 1)
@@ -66,8 +66,8 @@ def diff(
 
 
 def with_distances(
-    store: Store, first: Manifest, second: Manifest, difference: Difference, progress: Callable[[int], None]
-) -> Difference:
+    store: Store, first: Manifest, second: Manifest, difference: CheckpointDifference, progress: Callable[[int], None]
+) -> CheckpointDifference:
     """Add the distances of all tensors, and plain values; see ``diff``."""
     of_first, of_second = dict(tensors_of(first)), dict(tensors_of(second))
     tensors = []

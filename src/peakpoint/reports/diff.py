@@ -5,7 +5,7 @@ the others are apart is for ``peakpoint.models.value_diff``.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -22,6 +22,8 @@ from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, ranking_metrics
 from peakpoint.rules import parse as parse_rule
 from peakpoint.store import Store
+
+TensorChange = Literal["only in a", "only in b", "shape", "dtype", "values"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ class TensorDifference:
 
     part: str
     name: str
-    what: Literal["only in a", "only in b", "shape", "dtype", "values"]
+    what: TensorChange
     a: tuple[str, tuple[int, ...]] | None
     b: tuple[str, tuple[int, ...]] | None
     bytes: int
@@ -146,7 +148,7 @@ class PlainDifference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class CheckpointDifference:
     """What differs between two checkpoints.
 
     Attributes:
@@ -181,11 +183,10 @@ class Difference:
         return not self.tensors and not self.plain
 
 
-def diff_records(repository: Repository, a: str, b: str) -> Difference:
-    """What differs between two checkpoints, without opening a weight file.
+def diff_records(repository: Repository, a: str, b: str) -> CheckpointDifference:
+    """Compare two checkpoints without opening a weight file.
 
     Args:
-        repository: where both are.
         a: the ref of the first.
         b: the ref of the second.
 
@@ -200,52 +201,47 @@ def diff_records(repository: Repository, a: str, b: str) -> Difference:
         >>> with pp.Checkpointer(root, run="r", state={"x": 1}, keep=[pp.Best("loss", "min"), pp.Last(2)]) as ckpt:
         ...     for epoch in ckpt.epochs(2):
         ...         _ = ckpt.report(loss=1.0 - epoch / 4)
-        >>> found = diff_records(pp.open(root), "r:epoch=0", "r:epoch=1")
-        >>> found.metrics[0].change, found.metrics[0].better
+        >>> difference = diff_records(pp.open(root), "r:epoch=0", "r:epoch=1")
+        >>> difference.metrics[0].change, difference.metrics[0].better
         (-0.25, 'b')
     """
     return diff_manifests(repository, repository.find_manifest(a), repository.find_manifest(b))
 
 
-def diff_manifests(repository: Repository, one: Manifest, other: Manifest) -> Difference:
-    """``diff_records`` of checkpoints that have been found."""
-    first, second = _side(repository, one), _side(repository, other)
-    first_tensors, second_tensors = dict(tensors_of(one)), dict(tensors_of(other))
-    tensors, equal_sizes = [], []
-    for key in dict.fromkeys([*first_tensors, *second_tensors]):
-        first_tensor, second_tensor = first_tensors.get(key), second_tensors.get(key)
-        difference = _tensor(key, first_tensor and first_tensor[1], second_tensor and second_tensor[1])
-        if difference is not None:
-            tensors.append(difference)
-        elif first_tensor is not None:
-            equal_sizes.append(first_tensor[1].end - first_tensor[1].begin)
-    return Difference(
-        a=first,
-        b=second,
-        metrics=tuple(_metrics(first, second)),
+def diff_manifests(repository: Repository, first: Manifest, second: Manifest) -> CheckpointDifference:
+    """Do what ``diff_records`` does, for checkpoints that were read already."""
+    a, b = _side(repository, first), _side(repository, second)
+    a_tensors, b_tensors = ({key: record for key, (_, record) in tensors_of(side)} for side in (first, second))
+    pairs = {key: (a_tensors.get(key), b_tensors.get(key)) for key in a_tensors | b_tensors}
+    tensors = [difference for key, pair in pairs.items() if (difference := _tensor(key, *pair))]
+    differing = {(tensor.part, tensor.name) for tensor in tensors}
+    same_sizes = [record.end - record.begin for key, record in a_tensors.items() if key not in differing]
+    return CheckpointDifference(
+        a=a,
+        b=b,
+        metrics=tuple(_metrics(a, b)),
         tensors=tuple(tensors),
-        same_tensors=len(equal_sizes),
-        same_bytes=sum(equal_sizes),
-        changed_bytes=sum(one.bytes for one in tensors),
-        parts_only_in_a=tuple(part for part in one.parts if part not in other.parts),
-        parts_only_in_b=tuple(part for part in other.parts if part not in one.parts),
+        same_tensors=len(same_sizes),
+        same_bytes=sum(same_sizes),
+        changed_bytes=sum(tensor.bytes for tensor in tensors),
+        parts_only_in_a=tuple(part for part in first.parts if part not in second.parts),
+        parts_only_in_b=tuple(part for part in second.parts if part not in first.parts),
     )
 
 
 def tensors_of(manifest: Manifest) -> Iterator[tuple[tuple[str, str], tuple[FileRecord, TensorRecord]]]:
-    """Every stored tensor: part and name, with its file and record."""
+    """Yield every stored tensor: part and name, with its file and record."""
     for part, names in manifest.parts.items():
-        for name in names:
-            file = manifest.file(name)
+        for file in map(manifest.file, names):
             for record in file.tensors:
                 yield (part, record.name), (file, record)
 
 
 def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None) -> TensorDifference | None:
-    what: Literal["only in a", "only in b", "shape", "dtype", "values"]
+    what: TensorChange
     if a is None or b is None:
         what = "only in b" if a is None else "only in a"
-    elif tuple(a.shape) != tuple(b.shape):
+    elif a.shape != b.shape:
         what = "shape"
     elif a.dtype != b.dtype:
         what = "dtype"
@@ -257,15 +253,15 @@ def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None
         part=key[0],
         name=key[1],
         what=what,
-        a=a and (a.dtype, tuple(a.shape)),
-        b=b and (b.dtype, tuple(b.shape)),
+        a=a and (a.dtype, a.shape),
+        b=b and (b.dtype, b.shape),
         bytes=max(record.end - record.begin for record in (a, b) if record is not None),
     )
 
 
 def _side(repository: Repository, manifest: Manifest) -> DiffSide:
     events = repository.run(manifest.run).events()
-    opened = _opened(events, manifest)
+    opened = openings(events, manifest)[-1:]
     return DiffSide(
         ref=f"{manifest.run}/{manifest.name}",
         id=manifest.id,
@@ -274,27 +270,24 @@ def _side(repository: Repository, manifest: Manifest) -> DiffSide:
         created_at=manifest.created_at,
         metrics=with_annotations(manifest, annotations_of(events), {}).metrics,
         reasons=manifest.reasons,
-        rules=opened.rules if opened else (),
+        rules=opened[0].rules if opened else (),
         written_by=manifest.written_by,
-        classes=opened.state if opened else {},
+        classes=opened[0].state if opened else {},
         size_bytes=manifest.size_bytes,
     )
 
 
-def _opened(events: Sequence[Event], manifest: Manifest) -> Opened | None:
-    """Who wrote a checkpoint: the process that had opened the run last when it was saved."""
-    opening = None
+def openings(events: Iterable[Event], manifest: Manifest) -> list[Opened]:
+    """Return how a run was opened before a checkpoint was saved; the last is by the process that saved it."""
+    opened = []
     for event in events:
-        match event:
-            case Opened():
-                if event.at > manifest.created_at:
-                    break  # whose process was killed before it could say so
-                opening = event
-            case Saved(checkpoint=manifest.id):
-                break
-            case _:
-                pass
-    return opening
+        if isinstance(event, Saved) and event.checkpoint == manifest.id:
+            break
+        if isinstance(event, Opened):
+            if event.at > manifest.created_at:
+                break  # the process that saved it was killed before it could record that
+            opened.append(event)
+    return opened
 
 
 def _metrics(a: DiffSide, b: DiffSide) -> Iterator[MetricDifference]:
@@ -312,8 +305,8 @@ def _metrics(a: DiffSide, b: DiffSide) -> Iterator[MetricDifference]:
 # --- plain values -------------------------------------------------------------------------------------------------
 
 
-def diff_plain_values(store: Store, one: Manifest, other: Manifest) -> tuple[tuple[PlainDifference, ...], bool]:
-    """The values of the state that are no tensors and differ, and whether the random generators are the same.
+def diff_plain_values(store: Store, first: Manifest, second: Manifest) -> tuple[tuple[PlainDifference, ...], bool]:
+    """Compare the values of the state that are no tensors, and say whether the random generators are the same.
 
     Reads ``state.json`` of both, and compares it with its digest.
 
@@ -321,31 +314,33 @@ def diff_plain_values(store: Store, one: Manifest, other: Manifest) -> tuple[tup
         CorruptError: it is missing or damaged.
         FormatError: it cannot be read.
     """
-    first, second = _state(store, one), _state(store, other)
-    first_values = dict(_leaves({part: first["parts"].get(part) for part in one.parts if part in first["parts"]}))
-    second_values = dict(_leaves({part: second["parts"].get(part) for part in other.parts if part in second["parts"]}))
-    shared = one.parts.keys() & other.parts.keys()  # a part that only one has is said once
+    shared = first.parts.keys() & second.parts.keys()  # a part that only one has is said once
+    (a, a_generators), (b, b_generators) = (_plain_values(store, manifest, shared) for manifest in (first, second))
     differences = [
-        PlainDifference(path=".".join(path), a=first_values.get(path), b=second_values.get(path))
-        for path in dict.fromkeys([*first_values, *second_values])
-        if first_values.get(path) != second_values.get(path) and path[0] in shared
+        PlainDifference(path=".".join(path), a=a.get(path), b=b.get(path))
+        for path in a | b
+        if a.get(path) != b.get(path)
     ]
-    return tuple(differences), first["rng"] == second["rng"]
+    return tuple(differences), a_generators == b_generators
 
 
-def _state(store: Store, manifest: Manifest) -> dict[str, Any]:
+def _plain_values(store: Store, manifest: Manifest, parts: Collection[str]) -> tuple[dict[tuple[str, ...], str], Any]:
+    """Return the plain values of some parts, and the state of the random generators."""
     file = next((file for file in manifest.files if file.name == layout.STATE), None)
     if file is None:
         raise FormatError(f"the manifest of {manifest.name} names no {layout.STATE}")
     try:
         record = msgspec.json.decode(reader.read(store, manifest, file))
-        return {"parts": dict(record["parts"]), "rng": record["rng"]}
+        state, generators = dict(record["parts"]), record["rng"]
+        return dict(
+            _leaves({part: state[part] for part in manifest.parts if part in parts and part in state})
+        ), generators
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every value in a tree that is no tensor, as text; see docs/format.md, "state.json"."""
+    """Yield every value in a tree that is no tensor, as text; see docs/format.md, "state.json"."""
     tag = tree.get("$") if isinstance(tree, dict) else None
     inside = tree.get("v") if tag else tree
     if tag == "tensor":

@@ -13,14 +13,15 @@ It shows what the records and the ``ModelDescription`` hold; everything else is 
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError, needing
-from peakpoint.format.events import Event, Measured, Opened, Saved
+from peakpoint.format.events import Event, Measured, Saved
 from peakpoint.format.manifest import Manifest
 from peakpoint.reports.card.values import MARK, AliasPeriod, ModelCard, ModelDescription
+from peakpoint.reports.diff import openings
 from peakpoint.reports.evaluation.files import replace_file
 from peakpoint.reports.evaluation.run_data import RunData, read_run_data
 from peakpoint.repository import aliases, reader, signing, validations
@@ -67,7 +68,7 @@ def gather(repository: Repository, ref: str, description: ModelDescription | Non
         claims=run.kept().get(manifest.id, ()),
         metrics=metrics.get(manifest.id, manifest.metrics),
         measured=tuple(event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id),
-        state=_classes(events, manifest),
+        state=next((opened.state for opened in reversed(openings(events, manifest)) if opened.state), {}),
         lineage=_lineage(run_data, events, manifest),
         validations=tuple(readable_validations),
         signatures=signing.signatures(run.store, run.name, manifest.name),
@@ -75,17 +76,6 @@ def gather(repository: Repository, ref: str, description: ModelDescription | Non
         damage=(*validation_damage, *alias_damage),
         description=description or ModelDescription(),
     )
-
-
-def _classes(events: Sequence[Event], manifest: Manifest) -> Mapping[str, str]:
-    """The classes of the state, as recorded by the process that saved the checkpoint."""
-    state: Mapping[str, str] = {}
-    for event in events:
-        if isinstance(event, Opened) and event.state:
-            state = event.state
-        elif isinstance(event, Saved) and event.checkpoint == manifest.id:
-            break
-    return state
 
 
 def _lineage(run_data: RunData, events: Sequence[Event], manifest: Manifest) -> tuple[tuple[str, bool], ...]:
