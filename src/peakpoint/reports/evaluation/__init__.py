@@ -20,46 +20,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_metric, did_you_mean, listing, no_part
-from peakpoint.reports.evaluation.compressed import (
-    CompressedComparison,
-    MetricChange,
-    ModelSize,
-    RunCheckpoint,
-    compare_compressed,
-)
+from peakpoint.reports.evaluation.compressed import CheckpointPair, RunCheckpoint, compare_compressed
 from peakpoint.reports.evaluation.files import write
-from peakpoint.reports.evaluation.groups import Grouping, RunGroup, compare_groups, group_key, optimizer_of
-from peakpoint.reports.evaluation.noise import Interval, Noise
-from peakpoint.reports.evaluation.peaks import Examples, RunPeak, result_metrics, run_peaks
+from peakpoint.reports.evaluation.groups import compare_groups, group_key, optimizer_of
+from peakpoint.reports.evaluation.peaks import Examples, result_metrics, run_peaks
 from peakpoint.reports.evaluation.remarks import Metrics, doubted_percentages, missing_parts, run_remarks
 from peakpoint.reports.evaluation.result import Evaluation
 from peakpoint.reports.evaluation.run_data import RunData, read_run_data, ref_of
-from peakpoint.reports.evaluation.sparsity import BestAtTarget, SparsityPoint, Tradeoff, tradeoff
+from peakpoint.reports.evaluation.sparsity import Tradeoff, tradeoff
 from peakpoint.reports.evaluation.tables import printable
 from peakpoint.repository import refs
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, check_mode
 
-__all__ = [
-    "BestAtTarget",
-    "CompressedComparison",
-    "Evaluation",
-    "Examples",
-    "Grouping",
-    "Interval",
-    "MetricChange",
-    "ModelSize",
-    "Noise",
-    "RunData",
-    "RunGroup",
-    "RunPeak",
-    "SparsityPoint",
-    "Tradeoff",
-    "evaluate",
-    "write",
-]
+__all__ = ["Evaluation", "evaluate", "write"]
 
 _SPARSITY, _PART = "sparsity", "model"
 
@@ -133,15 +108,6 @@ def _run_of(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """Two checkpoints to be compared, and why these two."""
-
-    why: str
-    original: RunCheckpoint
-    compressed: RunCheckpoint
-
-
-@dataclass(frozen=True, slots=True)
 class _Request:
     """The arguments of ``evaluate``, checked as far as that needs no run."""
 
@@ -170,11 +136,12 @@ class _Request:
         ]
         tradeoffs = list(self._tradeoffs(runs, metrics))
         modes = dict(pair for run in compared_only.values() for pair in result_metrics(run.rules, self.sparsity))
-        modes |= dict(pair for pairs in metrics.values() for pair in pairs)
+        modes |= dict(itertools.chain(*metrics.values()))
         pairs = list(self._named_pairs(compare, every_run, modes) if compare else _dense_pairs(data, tradeoffs))
+        comparable = pairs if compare else [pair for pair in pairs if pair.has_part(self.part)]
         remarks = [
             *doubted_percentages(every_run.values(), modes, self.examples),
-            *(() if compare else missing_parts(((pair.original, pair.compressed) for pair in pairs), self.part)),
+            *missing_parts(() if compare else pairs, self.part),
             *run_remarks(runs, peaks, metrics, metrics_were_named=bool(self.directions)),
         ]
         return Evaluation(
@@ -184,7 +151,10 @@ class _Request:
             peaks=tuple(peaks),
             groups=tuple(compare_groups(runs, peaks, self.group_by)),
             tradeoffs=tuple(tradeoffs),
-            comparisons=tuple(self._compare(pair, modes) for pair in pairs if compare or self._has_part(pair)),
+            comparisons=tuple(
+                compare_compressed(pair, modes, self.examples, part=self.part, sparsity=self.sparsity)
+                for pair in comparable
+            ),
             remarks=tuple(remarks),
         )
 
@@ -192,10 +162,9 @@ class _Request:
         return tuple(self.directions.items()) or result_metrics(run.rules, self.sparsity)
 
     def _tradeoffs(self, runs: Iterable[RunData], metrics: Mapping[str, Metrics]) -> Iterator[Tradeoff]:
-        for metric, mode in dict.fromkeys(pair for pairs in metrics.values() for pair in pairs):
+        for metric, mode in dict.fromkeys(itertools.chain(*metrics.values())):
             ranking_runs = [run for run in runs if (metric, mode) in metrics[run.name]]
-            result = tradeoff(ranking_runs, metric, mode, self.sparsity)
-            if result is not None:
+            if result := tradeoff(ranking_runs, metric, mode, self.sparsity):
                 yield result
 
     def _check_compressed(self, runs: Iterable[RunData]) -> None:
@@ -208,13 +177,10 @@ class _Request:
 
     def _named_pairs(
         self, compare: Iterable[tuple[str, str]], runs: Mapping[str, RunData], modes: Mapping[str, Mode]
-    ) -> Iterator[_Pair]:
-        for original, compressed in compare:
-            yield _Pair(
-                f"{original} and {compressed}",
-                self._checkpoint(original, runs[_run_of(original)], modes),
-                self._checkpoint(compressed, runs[_run_of(compressed)], modes),
-            )
+    ) -> Iterator[CheckpointPair]:
+        for names in compare:
+            original, compressed = (self._checkpoint(name, runs[_run_of(name)], modes) for name in names)
+            yield CheckpointPair(f"{names[0]} and {names[1]}", original, compressed)
 
     def _checkpoint(self, name: str, run: RunData, modes: Mapping[str, Mode]) -> RunCheckpoint:
         """Return the checkpoint of a ref, or the best of a run."""
@@ -233,20 +199,6 @@ class _Request:
             )
         return run, best
 
-    def _has_part(self, pair: _Pair) -> bool:
-        return all(self.part in checkpoint.parts for _, checkpoint in (pair.original, pair.compressed))
-
-    def _compare(self, pair: _Pair, modes: Mapping[str, Mode]) -> CompressedComparison:
-        return compare_compressed(
-            pair.original,
-            pair.compressed,
-            modes,
-            self.examples,
-            why=pair.why,
-            part=self.part,
-            sparsity=self.sparsity,
-        )
-
 
 def _check_metrics(runs: Iterable[RunData], metrics: Iterable[str]) -> None:
     names = sorted({name for run in runs for name in run.metrics})
@@ -258,18 +210,16 @@ def _check_metrics(runs: Iterable[RunData], metrics: Iterable[str]) -> None:
             )
 
 
-def _dense_pairs(runs: Mapping[str, RunData], tradeoffs: Iterable[Tradeoff]) -> Iterator[_Pair]:
-    """Yield the best dense checkpoint of a run with its best at each target."""
-    yielded: set[tuple[str, str]] = set()
+def _dense_pairs(runs: Mapping[str, RunData], tradeoffs: Iterable[Tradeoff]) -> Iterable[CheckpointPair]:
+    """Return the best dense checkpoint of each run with its best at each target."""
+    pairs: dict[tuple[str, str], CheckpointPair] = {}
     for result in tradeoffs:
-        dense = {point.run: point for point in result.dense}
+        dense = {point.run: point.ref for point in result.dense}
         for best in result.targets:
-            if best.spot is None or best.run not in dense or best.spot == dense[best.run]:
-                continue
-            run = runs[best.run]
-            by_ref: dict[str, Manifest] = {ref_of(checkpoint): checkpoint for checkpoint in run.checkpoints}
-            original, compressed = by_ref[dense[best.run].ref], by_ref[best.spot.ref]
-            if (original.id, compressed.id) not in yielded:
-                yielded.add((original.id, compressed.id))
+            if best.spot is not None and best.spot.ref != dense.get(best.run, best.spot.ref):
+                run, refs_of_pair = runs[best.run], (dense[best.run], best.spot.ref)
+                checkpoints = {ref_of(checkpoint): checkpoint for checkpoint in run.checkpoints}
+                original, compressed = ((run, checkpoints[ref]) for ref in refs_of_pair)
                 why = f"{best.run}: dense, and the best {result.metric} at {result.sparsity} {best.target:g}"
-                yield _Pair(why, (run, original), (run, compressed))
+                pairs.setdefault(refs_of_pair, CheckpointPair(why, original, compressed))
+    return pairs.values()

@@ -1,8 +1,9 @@
 """Compressed against original: what a checkpoint is, weighs and takes, beside another."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from peakpoint.format.manifest import Manifest, TensorRecord
 from peakpoint.format.masks import masks_of
@@ -87,49 +88,48 @@ class CompressedComparison:
 RunCheckpoint = tuple[RunData, Manifest]
 
 
+class CheckpointPair(NamedTuple):
+    """Two checkpoints to be compared, and why these two."""
+
+    why: str
+    original: RunCheckpoint
+    compressed: RunCheckpoint
+
+    def has_part(self, part: str) -> bool:
+        """Return whether both have a part."""
+        return all(part in checkpoint.parts for _, checkpoint in (self.original, self.compressed))
+
+
 def compare_compressed(
-    original: RunCheckpoint,
-    compressed: RunCheckpoint,
-    modes: Mapping[str, Mode],
-    examples: Examples,
-    *,
-    why: str,
-    part: str = "model",
-    sparsity: str = "sparsity",
+    pair: CheckpointPair, modes: Mapping[str, Mode], examples: Examples, *, part: str, sparsity: str
 ) -> CompressedComparison:
     """Put two checkpoints side by side.
 
     Args:
-        original: a run, and which of its checkpoints.
-        compressed: the same of the other.
         modes: directions of metrics, as far as they are known.
         examples: what is known of the evaluation.
-        why: why these two.
         part: the part to weigh.
         sparsity: the metric that holds the sparsity.
 
     Raises:
         NotFoundError: a checkpoint has no such part.
     """
-    shared = [name for name in original[1].metrics if name in compressed[1].metrics]
+    shared = [name for name in pair.original[1].metrics if name in pair.compressed[1].metrics]
     return CompressedComparison(
-        why=why,
-        original=model_size(*original, part=part, sparsity=sparsity),
-        compressed=model_size(*compressed, part=part, sparsity=sparsity),
-        differences=tuple(_difference(name, original, compressed, modes.get(name), examples) for name in shared),
+        why=pair.why,
+        original=_model_size(*pair.original, part, sparsity),
+        compressed=_model_size(*pair.compressed, part, sparsity),
+        differences=tuple(_change(name, pair, modes.get(name), examples) for name in shared),
     )
 
 
-def _difference(
-    metric: str, original: RunCheckpoint, compressed: RunCheckpoint, mode: Mode | None, examples: Examples
-) -> MetricChange:
-    values = original[1].metrics[metric], compressed[1].metrics[metric]
+def _change(metric: str, pair: CheckpointPair, mode: Mode | None, examples: Examples) -> MetricChange:
+    sides = (pair.original, pair.compressed)
+    values = [checkpoint.metrics[metric] for _, checkpoint in sides]
     change = MetricChange(metric=metric, mode=mode, original=values[0], compressed=values[1], interval=None, source="")
     if mode is None or not all(map(math.isfinite, values)):
         return change
-    first, second = (
-        noise_of(run, metric, mode, (checkpoint.report,), examples) for run, checkpoint in (original, compressed)
-    )
+    first, second = (noise_of(run, metric, mode, (checkpoint.report,), examples) for run, checkpoint in sides)
     if first is None or second is None:
         return change
     reach, difference = _NORMAL_95 * math.hypot(first.se, second.se), values[1] - values[0]
@@ -138,8 +138,8 @@ def _difference(
     return replace(change, interval=interval, source=first.source if first.source == second.source else source)
 
 
-def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: str) -> ModelSize:
-    """What a part of a checkpoint weighs.
+def _model_size(run: RunData, manifest: Manifest, part: str, sparsity: str) -> ModelSize:
+    """Weigh a part of a checkpoint.
 
     Raises:
         NotFoundError: there is no such part.
@@ -151,34 +151,29 @@ def model_size(material: RunData, manifest: Manifest, *, part: str, sparsity: st
     masks = masks_of({tensor.name: tuple(tensor.shape) for tensor in tensors})
     values = [tensor for tensor in tensors if tensor.name not in masks.values()]
     floats = [tensor for tensor in values if tensor.dtype in _FLOATS]
-    parameters = sum(_elements(tensor) for tensor in floats)
-    nonzero, source = None, f"not known: no metric {sparsity}"
+    parameters = sum(math.prod(tensor.shape) for tensor in floats)
+    nonzero, sparse_bytes, source = None, None, f"not known: no metric {sparsity}"
     recorded = manifest.metrics.get(sparsity, math.nan)
     if 0 <= recorded <= 1:
         nonzero = round(parameters * (1 - recorded))
         source = f"if the recorded {sparsity} is that of all parameters"
+        # a bit for each element and the values that are not zero; as it is where that is no smaller
+        dense_bytes = _bytes_of(floats)
+        packed_bytes = math.ceil(parameters / 8) + round(dense_bytes * nonzero / parameters) if parameters else 0
+        sparse_bytes = _bytes_of(values) - dense_bytes + min(dense_bytes, packed_bytes)
     return ModelSize(
         ref=ref_of(manifest),
         part=part,
         parameters=parameters,
         nonzero=nonzero,
         source=source,
-        part_bytes=sum(tensor.end - tensor.begin for tensor in tensors),
-        sparse_bytes=None if nonzero is None else _sparse_bytes(values, floats, nonzero),
+        part_bytes=_bytes_of(tensors),
+        sparse_bytes=sparse_bytes,
         files_bytes=manifest.size_bytes,
-        packed_bytes=material.packed.get(manifest.id),
+        packed_bytes=run.packed.get(manifest.id),
         metrics=manifest.metrics,
     )
 
 
-def _elements(tensor: TensorRecord) -> int:
-    return math.prod(tensor.shape)
-
-
-def _sparse_bytes(tensors: Sequence[TensorRecord], floats: Sequence[TensorRecord], nonzero: int) -> int:
-    """A bit for each element and the values that are not zero; as it is where that is no smaller."""
-    total = sum(tensor.end - tensor.begin for tensor in tensors)
-    dense = sum(tensor.end - tensor.begin for tensor in floats)
-    count = sum(_elements(tensor) for tensor in floats)
-    packed = math.ceil(count / 8) + round(dense * nonzero / count) if count else 0
-    return total - dense + min(dense, packed)
+def _bytes_of(tensors: Iterable[TensorRecord]) -> int:
+    return sum(tensor.end - tensor.begin for tensor in tensors)

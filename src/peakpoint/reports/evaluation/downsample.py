@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 Points = Sequence[tuple[float, float]]
 
 
-def thin(points: Points, most: int = 2000) -> Points:
-    """A curve with at most about ``most`` points that looks the same when it is drawn ``most / 4`` pixels wide.
+def thin(points: Points, limit: int = 2000) -> Points:
+    """Return a curve with at most about ``limit`` points that looks the same when drawn ``limit / 4`` pixels wide.
 
     Of each piece of the curve the first, the last, the smallest and the largest finite value stay, so no extreme of the
     whole and of any piece is lost; a piece with a gap in it keeps one gap.
@@ -18,40 +18,38 @@ def thin(points: Points, most: int = 2000) -> Points:
 
     Args:
         points: places and values, in order; values may be NaN or infinite, which is a gap.
-        most: at least 5; curves of no more points stay as they are, but for infinities, which become NaN.
+        limit: at least 5; curves of no more points stay as they are, but for infinities, which become NaN.
 
     Example:
-        >>> thin([(x, float(x == 7)) for x in range(1000)], most=10)[:3]
+        >>> thin([(x, float(x == 7)) for x in range(1000)], limit=10)[:3]
         [(0, 0.0), (7, 1.0), (499, 0.0)]
     """
     clean = [(x, y if math.isfinite(y) else math.nan) for x, y in points]
-    if len(clean) <= most:
+    if len(clean) <= limit:
         return clean
-    pieces = _pieces(len(clean), max(1, most // 5))
-    return [clean[at] for begin, end in pieces for at in sorted(set(_worth(clean, begin, end)))]
+    pieces = _pieces(len(clean), max(1, limit // 5))
+    return [clean[index] for begin, end in pieces for index in sorted(set(_notable(clean, begin, end)))]
 
 
 def _pieces(count: int, pieces: int) -> Iterator[tuple[int, int]]:
-    """Where each of so many pieces of equal length begins and ends."""
+    """Return where each of so many pieces of equal length begins and ends."""
     return itertools.pairwise(count * piece // pieces for piece in range(pieces + 1))
 
 
-def _worth(points: Points, begin: int, end: int) -> Iterator[int]:
-    yield begin
-    yield end - 1
-    finite = [at for at in range(begin, end) if not math.isnan(points[at][1])]
+def _notable(points: Points, begin: int, end: int) -> Iterator[int]:
+    yield from (begin, end - 1)
+    finite = [index for index in range(begin, end) if not math.isnan(points[index][1])]
     if finite:
-        yield min(finite, key=lambda at: points[at][1])
-        yield max(finite, key=lambda at: points[at][1])
-    if len(finite) < end - begin:
-        yield next(at for at in range(begin, end) if math.isnan(points[at][1]))
+        yield min(finite, key=lambda index: points[index][1])
+        yield max(finite, key=lambda index: points[index][1])
+    yield from [index for index in range(begin, end) if math.isnan(points[index][1])][:1]
 
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """A curve in one line of text: the extreme of each piece that is farther from the middle of the curve.
+    """Draw a curve in one line of text: the extreme of each piece that is farther from the middle of the curve.
 
     Example:
         >>> sparkline([0, 1, 2, 3, 2, float("nan"), 0])
@@ -68,8 +66,8 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
         if not piece:
             bars.append(" ")
             continue
-        chosen = max(piece, key=lambda value: abs(value - middle))
+        extreme = max(piece, key=lambda value: abs(value - middle))
         reach = high / 2 - low / 2  # halves, so that nothing overflows
-        share = (chosen / 2 - low / 2) / reach if reach > 0 else 0
+        share = (extreme / 2 - low / 2) / reach if reach > 0 else 0
         bars.append(_BARS[min(len(_BARS) - 1, round(share * (len(_BARS) - 1)))])
     return "".join(bars)

@@ -5,18 +5,18 @@ import importlib
 import io
 import itertools
 import os
-import tempfile
-from collections.abc import Iterable
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from peakpoint.errors import ConfigError, ConflictError, MissingExtraError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, StoreError, needing
 from peakpoint.format.metrics import json_value
 from peakpoint.format.names import safe
 from peakpoint.reports.evaluation import pages
+from peakpoint.store import translated
 
 if TYPE_CHECKING:
     from peakpoint.reports.evaluation import Evaluation
@@ -73,10 +73,8 @@ def _folder(evaluation: "Evaluation", folder: Path, *, separate: bool) -> dict[P
     figures = _figures()
     pictures: dict[str, Any] = {}
     for panel in figures.panels(evaluation, separate=separate):
-        names = (
-            f"{safe(panel.name)}{suffix_number}.png"
-            for suffix_number in itertools.chain([""], map("-{}".format, itertools.count(2)))
-        )
+        stem = safe(panel.name)
+        names = itertools.chain([f"{stem}.png"], (f"{stem}-{number}.png" for number in itertools.count(2)))
         pictures[next(name for name in names if name not in pictures)] = panel
     files = {folder / name: figures.save([panel], ".png") for name, panel in pictures.items()}
     listed = [(name, panel.alt) for name, panel in pictures.items()]
@@ -107,12 +105,8 @@ def _content(evaluation: "Evaluation", suffix: str, *, separate: bool) -> bytes:
 
 
 def _figures() -> Any:
-    try:
+    with needing("report", "figures need"):
         return importlib.import_module("peakpoint.reports.evaluation.figures")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"figures need {error.name}, which is not installed: pip install 'peakpoint[report]'"
-        ) from error
 
 
 def as_json(evaluation: "Evaluation") -> dict[str, Any]:
@@ -138,15 +132,11 @@ def as_json(evaluation: "Evaluation") -> dict[str, Any]:
     return dict(json_value(record | {"remarks": evaluation.remarks}))
 
 
-def _rows(evaluation: "Evaluation") -> Iterable[tuple[Any, ...]]:
-    return (row for run in evaluation.runs for row in run.rows())
-
-
 def _csv(evaluation: "Evaluation") -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    writer.writerows(_rows(evaluation))
+    writer.writerows(row for run in evaluation.runs for row in run.rows())
     return text.getvalue().encode()
 
 
@@ -168,19 +158,14 @@ def replace_file(file: Path, content: bytes) -> None:
     Raises:
         StoreError: the file system refused.
     """
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary = None
-    try:
+    temporary = file.with_name(f".tmp-{secrets.token_hex(8)}")
+    with translated("write", file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".tmp-")
-        with open(descriptor, "wb") as stream:  # noqa: PTH123 - a descriptor
-            stream.write(content)
-            stream.flush()
-            os.fsync(descriptor)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(file)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise StoreError(error.errno, f"cannot write {file}: {error.strerror}") from error
+        try:
+            with temporary.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -69,7 +70,7 @@ class Grouping:
 
 
 def group_key(by: str) -> Callable[[RunData], str]:
-    r"""What says to which group a run belongs.
+    r"""Return what says to which group a run belongs.
 
     Args:
         by: ``"optimizer"``, or a regular expression with one group, which is searched for in the run's name.
@@ -102,44 +103,36 @@ def group_key(by: str) -> Callable[[RunData], str]:
 
 
 def optimizer_of(state: Mapping[str, str]) -> str:
-    """The classes of the optimizers among the parts: those of torch.optim, and parts that are called so.
+    """Name the classes of the optimizers among the parts: those of torch.optim, and parts that are called so.
 
     Example:
         >>> optimizer_of({"model": "torch.nn.modules.linear.Linear", "optimizer": "torch.optim.adamw.AdamW"})
         'AdamW'
     """
     names = [
-        _short(kind)
+        kind.rpartition(".")[2]
         for part, kind in state.items()
         if (kind.startswith("torch.optim.") and not kind.startswith(_OTHERS_IN_OPTIM)) or part.startswith("optim")
     ]
     return " + ".join(names) or UNKNOWN
 
 
-def _short(kind: str) -> str:
-    return kind.rpartition(".")[2]
-
-
-def compare_groups(materials: Sequence[RunData], run_peaks: Sequence[RunPeak], by: str) -> list[Grouping]:
+def compare_groups(runs: Sequence[RunData], run_peaks: Sequence[RunPeak], by: str) -> list[Grouping]:
     """Group the peaks by metric and kind of run; metrics of a single run are left out."""
     key = group_key(by)
-    kinds = {material.name: key(material) for material in materials}
-    groupings = []
-    for metric, mode in dict.fromkeys((run_peak.peak.metric, run_peak.peak.mode) for run_peak in run_peaks):
-        same_metric = [
-            run_peak
-            for run_peak in run_peaks
-            if (run_peak.peak.metric, run_peak.peak.mode, run_peak.window) == (metric, mode, 1)
-        ]
-        if len(same_metric) > 1:
-            members: dict[str, list[RunPeak]] = {}
-            for run_peak in same_metric:
-                members.setdefault(kinds[run_peak.run], []).append(run_peak)
-            groupings.append(_grouping(by, metric, mode, members))
-    return groupings
+    kinds = {run.name: key(run) for run in runs}
+    metrics: defaultdict[tuple[str, Mode], defaultdict[str, list[RunPeak]]] = defaultdict(lambda: defaultdict(list))
+    for run_peak in run_peaks:
+        if run_peak.window == 1:
+            metrics[run_peak.peak.metric, run_peak.peak.mode][kinds[run_peak.run]].append(run_peak)
+    return [
+        _grouping(by, metric, mode, members)
+        for (metric, mode), members in metrics.items()
+        if sum(map(len, members.values())) > 1
+    ]
 
 
-def _grouping(by: str, metric: str, mode: Mode, members: dict[str, list[RunPeak]]) -> Grouping:
+def _grouping(by: str, metric: str, mode: Mode, members: Mapping[str, list[RunPeak]]) -> Grouping:
     sign = -1 if mode == "max" else 1
     ordered = sorted(
         members,

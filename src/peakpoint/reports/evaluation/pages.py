@@ -34,14 +34,14 @@ def html(evaluation: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
     Raises:
         MissingExtraError: Jinja2 is not installed.
     """
-    shown = [table.without(CURVE) for table in tables(evaluation)]
-    above = max((position + 1 for position, table in enumerate(shown) if table.title == PEAKS), default=0)
+    all_tables = [table.without(CURVE) for table in tables(evaluation)]
+    above = max((position + 1 for position, table in enumerate(all_tables) if table.title == PEAKS), default=0)
     return _render(
         location=evaluation.location,
         about=about(evaluation),
-        tables_above=shown[:above],
+        tables_above=all_tables[:above],
         pictures=[_inline(svg, alt, f"p{number}-") for number, (svg, alt) in enumerate(pictures)],
-        tables_below=shown[above:],
+        tables_below=all_tables[above:],
         remarks=evaluation.remarks,
     )
 

@@ -1,8 +1,7 @@
 """The best value of a metric beside the last, and whether chance alone explains the difference."""
 
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,7 +11,7 @@ from peakpoint.reports.evaluation import noise as noises
 from peakpoint.reports.evaluation.noise import Noise
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
 from peakpoint.rules import Mode, Rule, ranking_metrics
-from peakpoint.rules.history import smoothing_windows
+from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.rules.peaks import Peak, peaks
 
 Verdict = Literal["peak", "within noise", "still improving", "noise unknown", "one value", "not finite"]
@@ -122,7 +121,7 @@ def run_peaks(data: RunData, metric: str, mode: Mode, examples: Examples) -> lis
     noise = noise_of(data, metric, mode, (raw_peaks[0].best_report, raw_peaks[0].last_report), examples)
     results = [_run_peak(data, raw_peaks[0], 1, noise, data.history, examples)]
     for _, window in sorted(pair for pair in smoothing_windows(data.rules) if pair[0] == metric):
-        means = _means(data.history, metric, window)
+        means = list(_means(data.history, metric, window))
         smoothed_peaks = peaks(means, [(metric, mode)])
         results += [_run_peak(data, peak, window, _averaged(noise, window), means, examples) for peak in smoothed_peaks]
     return results
@@ -147,7 +146,7 @@ def noise_of(data: RunData, metric: str, mode: Mode, reports: Sequence[int], exa
         se = noises.of_proportion(share, count) * examples.perfect
         return Noise(se=se, source=f"a proportion of {count} examples")
     errors = [values.get(metric + COMPANION, math.nan) for values in metrics]
-    errors = [error for error in errors if math.isfinite(error) and error >= 0]
+    errors = [error for error in errors if 0 <= error < math.inf]
     if any(errors):  # a standard error of 0 says nothing
         se = math.sqrt(sum(error**2 for error in errors) / len(errors))
         return Noise(se=se, source=f"reported as {metric}{COMPANION}")
@@ -159,17 +158,13 @@ def _averaged(noise: Noise | None, window: int) -> Noise | None:
     return None if noise is None else replace(noise, se=noise.se / math.sqrt(window))
 
 
-def _means(history: Sequence[Reported], metric: str, window: int) -> list[Reported]:
-    latest = deque[float](maxlen=window)
-    means = []
+def _means(history: Sequence[Reported], metric: str, window: int) -> Iterator[Reported]:
+    smoothing = Smoothing(frozenset({(metric, window)}))
     for report in history:
-        value = report.metrics.get(metric, math.nan)
-        if math.isfinite(value):
-            latest.append(value)
-            if len(latest) == window:
-                mean = math.fsum(value / window for value in latest)
-                means.append(replace(report, metrics={metric: mean}))
-    return means
+        smoothing.report(report.metrics)
+        [mean] = smoothing.means().values()
+        if math.isfinite(report.metrics.get(metric, math.nan)) and math.isfinite(mean):
+            yield replace(report, metrics={metric: mean})
 
 
 def _run_peak(

@@ -1,12 +1,12 @@
 """Sentences about what a report lacks, or what in it is doubtful."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from peakpoint.format.names import no_part
-from peakpoint.reports.evaluation.compressed import RunCheckpoint
+from peakpoint.format.names import listing, no_part
+from peakpoint.reports.evaluation.compressed import CheckpointPair
 from peakpoint.reports.evaluation.peaks import Examples, RunPeak
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
-from peakpoint.reports.evaluation.tables import few
 from peakpoint.rules import Mode
 
 Metrics = tuple[tuple[str, Mode], ...]
@@ -24,11 +24,10 @@ def doubted_percentages(runs: Iterable[RunData], modes: Mapping[str, Mode], exam
                 )
 
 
-def missing_parts(pairs: Iterable[tuple[RunCheckpoint, RunCheckpoint]], part: str) -> Iterator[str]:
+def missing_parts(pairs: Iterable[CheckpointPair], part: str) -> Iterator[str]:
     """Name the runs whose checkpoints were not compared because they lack the part."""
-    lacking = {
-        run.name: checkpoint for pair in pairs for run, checkpoint in reversed(pair) if part not in checkpoint.parts
-    }
+    sides = [side for pair in pairs for side in (pair.compressed, pair.original)]
+    lacking = {run.name: checkpoint for run, checkpoint in sides if part not in checkpoint.parts}
     for name, checkpoint in lacking.items():
         message = no_part(part, checkpoint.parts, where=ref_of(checkpoint))
         yield f"{name}: compressed is not compared with original. {message}"
@@ -71,12 +70,12 @@ def run_remarks(
 
 
 def _metrics_not_shown(runs: Sequence[RunData], metrics: Mapping[str, Metrics]) -> Iterator[str]:
-    for name, mode in dict.fromkeys(pair for pairs in metrics.values() for pair in pairs):
+    for name, mode in dict.fromkeys(itertools.chain(*metrics.values())):
         hidden = [
             run.name for run in runs if metrics[run.name] and run.series(name) and name not in dict(metrics[run.name])
         ]
         if hidden:
             yield (
-                f"{name} of {few(hidden)} is in no picture or table: no rule there ranks by it; "
+                f"{name} of {listing(hidden)} is in no picture or table: no rule there ranks by it; "
                 f"--metric {name}:{mode} shows it of all runs"
             )

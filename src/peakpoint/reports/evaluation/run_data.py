@@ -75,8 +75,8 @@ class RunData:
 
     def best_checkpoint(self, metric: str, mode: Mode) -> Manifest | None:
         """Return the best existing checkpoint by a metric; None when none has a finite value."""
-        ids = [checkpoint.id for checkpoint in ranked(self.checkpoints, metric, mode)[:1]]
-        return next((checkpoint for checkpoint in self.checkpoints if checkpoint.id in ids), None)
+        checkpoints = {checkpoint.id: checkpoint for checkpoint in self.checkpoints}
+        return next((checkpoints[best.id] for best in ranked(self.checkpoints, metric, mode)), None)
 
     def rows(self) -> Iterator[tuple[str, int, int, int | None, str, float, bool, bool, str | None]]:
         """Yield run, report, step, epoch, metric, value, saved, kept and checkpoint ref of every value."""

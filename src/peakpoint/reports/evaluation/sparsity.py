@@ -1,12 +1,11 @@
 """What sparsity costs: checkpoints by sparsity, the front that no other beats, the best at each target."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from peakpoint.format.manifest import Manifest
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
-from peakpoint.rules import BestAtSparsity, Mode, Pareto, ranked
+from peakpoint.rules import BestAtSparsity, CheckpointRecord, Mode, Pareto, ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,44 +88,36 @@ def tradeoff(runs: Sequence[RunData], metric: str, mode: Mode, sparsity: str) ->
         return None
     front = set(Pareto({metric: mode, sparsity: "max"}).claims(measured))
     spots = {
-        checkpoint.id: _spot(checkpoint, metric, sparsity, on_front=checkpoint.id in front) for checkpoint in measured
+        manifest.id: SparsityPoint(
+            run=manifest.run,
+            ref=ref_of(manifest),
+            step=manifest.step,
+            epoch=manifest.epoch,
+            sparsity=manifest.metrics[sparsity],
+            value=manifest.metrics[metric],
+            on_front=manifest.id in front,
+        )
+        for manifest in measured
     }
+
+    def best_of(checkpoints: Iterable[CheckpointRecord]) -> SparsityPoint | None:
+        return next((spots[checkpoint.id] for checkpoint in ranked(checkpoints, metric, mode)), None)
+
     targets, dense = [], []
     for run in runs:
         own_checkpoints = [manifest for manifest in measured if manifest.run == run.name]
         rules = [rule for rule in run.rules if isinstance(rule, BestAtSparsity)]
         rules = [rule for rule in rules if (rule.metric, rule.mode, rule.sparsity) == (metric, mode, sparsity)]
+        targets_of_rules = [(rule, target) for rule in rules for target in rule.targets]
         tolerance = min((rule.tolerance for rule in rules), default=0.01)
-        dense_checkpoints = [manifest for manifest in own_checkpoints if abs(manifest.metrics[sparsity]) <= tolerance]
-        unpruned = ranked(dense_checkpoints, metric, mode)
-        best = spots[unpruned[0].id] if unpruned else None
-        dense += [best] if best else []
-        for rule in rules:
-            for target in rule.targets:
-                at_target = [record for record in rule.considered(own_checkpoints) if rule.target_of(record) == target]
-                candidates = ranked(at_target, metric, mode)
-                spot = spots[candidates[0].id] if candidates else None
-                cost = None if spot is None or best is None else (spot.value - best.value) * _sign(mode)
-                targets.append(
-                    BestAtTarget(run=run.name, target=target, tolerance=rule.tolerance, spot=spot, cost=cost)
-                )
+        unpruned = best_of(manifest for manifest in own_checkpoints if abs(manifest.metrics[sparsity]) <= tolerance)
+        dense += [unpruned] if unpruned else []
+        for rule, target in targets_of_rules:
+            spot = best_of(record for record in rule.considered(own_checkpoints) if rule.target_of(record) == target)
+            loss = None if spot is None or unpruned is None else spot.value - unpruned.value
+            cost = -loss if loss is not None and mode == "max" else loss
+            targets.append(BestAtTarget(run=run.name, target=target, tolerance=rule.tolerance, spot=spot, cost=cost))
     ordered = sorted(spots.values(), key=lambda spot: (spot.run, spot.sparsity, spot.step))
     return Tradeoff(
         metric=metric, mode=mode, sparsity=sparsity, spots=tuple(ordered), targets=tuple(targets), dense=tuple(dense)
-    )
-
-
-def _sign(mode: Mode) -> float:
-    return -1.0 if mode == "max" else 1.0
-
-
-def _spot(manifest: Manifest, metric: str, sparsity: str, *, on_front: bool) -> SparsityPoint:
-    return SparsityPoint(
-        run=manifest.run,
-        ref=ref_of(manifest),
-        step=manifest.step,
-        epoch=manifest.epoch,
-        sparsity=manifest.metrics[sparsity],
-        value=manifest.metrics[metric],
-        on_front=on_front,
     )

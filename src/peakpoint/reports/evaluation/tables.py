@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peakpoint.format.amounts import moment_label, size_text
+from peakpoint.format.names import listing
 from peakpoint.reports.evaluation.compressed import CompressedComparison, ModelSize
 from peakpoint.reports.evaluation.downsample import sparkline, thin
 from peakpoint.reports.evaluation.groups import Grouping, RunGroup
@@ -75,20 +76,10 @@ def signed(value: float) -> str:
 
 
 def interval_text(interval: Interval | None) -> str:
-    """``"-0.02 (-0.05 to +0.01)"``."""
+    """Format an interval as ``"-0.02 (-0.05 to +0.01)"``, None as nothing."""
     if interval is None:
         return ""
     return f"{signed(interval.difference)} ({signed(interval.low)} to {signed(interval.high)})"
-
-
-def few(names: Sequence[str]) -> str:
-    """List the first names, and how many more there are.
-
-    Example:
-        >>> few(["a", "b", "c", "d", "e", "f", "g"])
-        'a, b, c, d, e and 2 more'
-    """
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def tables(evaluation: "Evaluation") -> list[ReportTable]:
@@ -192,7 +183,7 @@ def _peak_notes(run_peaks: Sequence[RunPeak]) -> Iterator[str]:
         if sentence:
             runs[run_peak.label, sentence].append(run_peak.run)
     for (label, sentence), names in runs.items():
-        yield f"{few(names)}, {label}: {sentence}."
+        yield f"{listing(names)}, {label}: {sentence}."
 
 
 def _metrics_with(source: str, run_peaks: Iterable[RunPeak]) -> str:
@@ -204,7 +195,7 @@ def _metrics_with(source: str, run_peaks: Iterable[RunPeak]) -> str:
     for label, by_run in sources.items():
         runs = [run for run, run_source in by_run.items() if run_source == source]
         if runs:
-            parts.append(label if len(runs) == len(by_run) else f"{label} in {few(runs)}")
+            parts.append(label if len(runs) == len(by_run) else f"{label} in {listing(runs)}")
     return "; ".join(parts)
 
 
@@ -288,7 +279,7 @@ def _comparison_table(comparison: CompressedComparison) -> ReportTable:
             metrics_by_source[change.source].append(change.metric)
     rows += _size_rows(original, compressed)
     notes = [
-        f"The 95 % interval of {few(metrics)} assumes that both were measured on different examples: {source}."
+        f"The 95 % interval of {listing(metrics)} assumes that both were measured on different examples: {source}."
         for source, metrics in metrics_by_source.items()
     ]
     if original.nonzero is not None or compressed.nonzero is not None:
