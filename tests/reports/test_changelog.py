@@ -731,7 +731,7 @@ def test_times():
     assert changelog.since("2026-03-01 12:00") == noon == changelog.until("2026-03-01T13:00+01:00")
     assert changelog.since("2026-03-01") + timedelta(days=1) == changelog.until("2026-03-01")
     for text in ("yesterday", "", "2026-13-01", "7", "-7d", "9999-12-31T23:00-05:00"):
-        with pytest.raises(pp.errors.ConfigError, match="is not a time; give a date"):
+        with pytest.raises(pp.errors.ConfigError, match="is not a time; give one such as 2026-11-25"):
             changelog.since(text)
 
 

@@ -143,7 +143,7 @@ def read_time(name: str, value: str, now: datetime) -> datetime:
         '2026-11-25T00:00:00+00:00'
     """
     try:
-        if _amount(value, _SECONDS) is not None:
+        if value == "0" or _amount(value, _SECONDS) is not None:
             return now - read_duration(name, value)
         moment = datetime.fromisoformat(value)
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

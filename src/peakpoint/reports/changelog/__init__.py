@@ -14,10 +14,10 @@ and validations; ``markdown`` writes all of it as a page.
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.amounts import read_duration
+from peakpoint.format.amounts import read_time
 from peakpoint.format.names import did_you_mean
 from peakpoint.reports.changelog import production, runs
 from peakpoint.reports.changelog.entries import FORCED, KINDS, PRODUCTION, ChangelogEntry, Kind
@@ -121,7 +121,7 @@ def since(text: str, *, clock: Clock = utc_now) -> datetime:
         >>> since("2026-11-20").isoformat(), since("2026-11-20T08:00+01:00").isoformat()
         ('2026-11-20T00:00:00+00:00', '2026-11-20T07:00:00+00:00')
     """
-    return _moment("--since", text, clock, timedelta(0))
+    return read_time("--since", text, clock())
 
 
 def until(text: str, *, clock: Clock = utc_now) -> datetime:
@@ -134,19 +134,8 @@ def until(text: str, *, clock: Clock = utc_now) -> datetime:
         >>> until("2026-11-20").isoformat(), until("2026-11-20T08:00").isoformat()
         ('2026-11-21T00:00:00+00:00', '2026-11-20T08:00:00+00:00')
     """
-    return _moment("--until", text, clock, timedelta(days=1))
-
-
-def _moment(option: str, text: str, clock: Clock, day: timedelta) -> datetime:
+    moment = read_time("--until", text, clock())
     with contextlib.suppress(ValueError, OverflowError):
-        return datetime.combine(date.fromisoformat(text), time(0), UTC) + day
-    with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-    try:
-        return clock() - read_duration(option, text)
-    except (ConfigError, OverflowError) as error:
-        raise ConfigError(
-            f"{option} {text!r} is not a time; give a date such as 2026-11-20, a time such as 2026-11-20T08:00 (in "
-            "UTC, or with a zone such as +01:00), or a duration such as 7d"
-        ) from error
+        date.fromisoformat(text)
+        return moment + timedelta(days=1)
+    return moment

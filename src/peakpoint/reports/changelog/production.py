@@ -1,7 +1,6 @@
 """The changelog of production: changes of aliases, refused releases, and validations."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError
@@ -11,19 +10,11 @@ from peakpoint.format.metrics import metrics_to_json
 from peakpoint.reports.changelog.entries import FORCED, ChangelogEntry
 from peakpoint.repository import aliases, journal, releases, validations
 from peakpoint.repository.aliases import AliasRecord, AliasTarget
-from peakpoint.repository.releases import ReleaseRecord
 from peakpoint.repository.run import Run
 from peakpoint.store import Store
 
-
-@dataclass(frozen=True, slots=True)
-class RecordedChange:
-    """The change of an alias that the journal of a run tells of."""
-
-    run: str
-    alias: str
-    record: int
-    digest: str
+RecordedChange = tuple[str, Promoted]
+"""The change of an alias that a journal tells of, with the run of the journal."""
 
 
 def of_aliases(store: Store, changes: Collection[RecordedChange]) -> Iterator[ChangelogEntry]:
@@ -37,18 +28,18 @@ def of_aliases(store: Store, changes: Collection[RecordedChange]) -> Iterator[Ch
         for text in history.damage:
             yield ChangelogEntry(at=None, kind="damage", alias=alias, why=text)
         unreadable = set(aliases.numbers(store, alias)) - records.keys()
-        of_alias = [change for change in changes if change.alias == alias and change.record not in unreadable]
+        of_alias = [change for change in changes if change[1].alias == alias and change[1].record not in unreadable]
         yield from _broken(of_alias, {record.number: record.digest for record in history.records})
-    yield from _broken([change for change in changes if change.alias not in names], {})
+    yield from _broken([change for change in changes if change[1].alias not in names], {})
 
 
 def _broken(changes: Iterable[RecordedChange], digests: Mapping[int, str]) -> Iterator[ChangelogEntry]:
-    for change in changes:
-        if digests.get(change.record) != change.digest:
+    for run, change in changes:
+        if change.record is not None and digests.get(change.record) != change.digest:
             problem = "was changed since" if change.record in digests else "is missing"
             key = layout.alias_key(change.alias, change.record)
-            why = f"{key} {problem}: the journal of {change.run} says that it was made"
-            yield ChangelogEntry(at=None, kind="damage", run=change.run, alias=change.alias, why=why)
+            why = f"{key} {problem}: the journal of {run} says that it was made"
+            yield ChangelogEntry(at=None, kind="damage", run=run, alias=change.alias, why=why)
 
 
 def _change(record: AliasRecord, previous: AliasRecord | None) -> ChangelogEntry:
@@ -116,11 +107,8 @@ def of_validations(run: Run) -> Iterator[ChangelogEntry]:
 
 def recorded_changes(run: Run, contents: journal.JournalContents) -> list[RecordedChange]:
     """Return the changes of aliases that the journal of a run tells of."""
-    return [
-        RecordedChange(run.name, event.alias, event.record, event.digest)
-        for event in contents.events
-        if isinstance(event, Promoted) and event.record is not None and event.digest is not None
-    ]
+    promoted = [event for event in contents.events if isinstance(event, Promoted)]
+    return [(run.name, event) for event in promoted if event.record is not None and event.digest is not None]
 
 
 def of_releases(store: Store) -> Iterator[ChangelogEntry]:
@@ -132,19 +120,14 @@ def of_releases(store: Store) -> Iterator[ChangelogEntry]:
             yield ChangelogEntry(at=None, kind="damage", why=str(error))
             continue
         if record.outcome == "refused":
-            yield _refused(record, release)
-
-
-def _refused(record: ReleaseRecord, release: str) -> ChangelogEntry:
-    candidate, former = record.candidate, record.former
-    return ChangelogEntry(
-        at=record.at,
-        kind="refused",
-        run=candidate.run,
-        checkpoint=f"{candidate.run}/{candidate.name}",
-        alias=record.alias,
-        by=record.by,
-        why="; ".join(record.reasons),
-        before=None if former is None else f"{former.run}/{former.name}",
-        details={"release": release, "id": candidate.checkpoint, "validation": record.validation},
-    )
+            yield ChangelogEntry(
+                at=record.at,
+                kind="refused",
+                run=record.candidate.run,
+                checkpoint=_ref(record.candidate),
+                alias=record.alias,
+                by=record.by,
+                why="; ".join(record.reasons),
+                before=_ref(record.former),
+                details={"release": release, "id": record.candidate.checkpoint, "validation": record.validation},
+            )

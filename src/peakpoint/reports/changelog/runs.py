@@ -303,24 +303,20 @@ def _unrecorded(run: Run, account: _RunAccount) -> Iterator[ChangelogEntry]:
             continue
         match reader.inspect(run.store, run.name, name):
             case reader.FoundCheckpoint(manifest=manifest) if manifest.id not in account.metrics:
-                yield _of_manifest(manifest)
+                yield ChangelogEntry(
+                    at=manifest.created_at,
+                    kind="saved",
+                    run=run.name,
+                    checkpoint=f"{run.name}/{manifest.name}",
+                    by=_who(manifest.written_by),
+                    why="; ".join(manifest.reasons),
+                    details={"id": manifest.id, **_saved_details(manifest, manifest.reasons), "recorded": False},
+                )
             case reader.Damaged(error=error):
                 ref = f"{run.name}/{name}"
                 yield ChangelogEntry(at=None, kind="damage", run=run.name, checkpoint=ref, why=str(error))
             case _:
                 pass
-
-
-def _of_manifest(manifest: Manifest) -> ChangelogEntry:
-    return ChangelogEntry(
-        at=manifest.created_at,
-        kind="saved",
-        run=manifest.run,
-        checkpoint=f"{manifest.run}/{manifest.name}",
-        by=_who(manifest.written_by),
-        why="; ".join(manifest.reasons),
-        details={"id": manifest.id, **_saved_details(manifest, manifest.reasons), "recorded": False},
-    )
 
 
 def _saved_details(checkpoint: Manifest | Moment, reasons: Iterable[str]) -> dict[str, Any]:
