@@ -4,7 +4,7 @@ Nothing here decides anything: it replays what was recorded, with the same rules
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peakpoint.format.events import Event, Opened, Removed, Saved, Undone
 from peakpoint.rules import CheckpointRecord, Moment, parse
@@ -19,7 +19,7 @@ class CheckpointHistory:
         saved: the commit.
         record: what rules looked at.
         removed: the end; None when it exists.
-        beaten: for one that was removed: each rule in force, with what it claimed instead.
+        claimed_instead: for one that was removed: each rule in force, with what it claimed instead.
     """
 
     saved: Saved
@@ -29,7 +29,7 @@ class CheckpointHistory:
 
 
 def checkpoint_histories(events: Iterable[Event]) -> list[CheckpointHistory]:
-    """Every checkpoint that a run ever had, earliest first."""
+    """Return every checkpoint that a run ever had, earliest first."""
     replay = RunReplay()
     texts: tuple[str, ...] = ()
     histories: dict[str, CheckpointHistory] = {}
@@ -46,20 +46,21 @@ def checkpoint_histories(events: Iterable[Event]) -> list[CheckpointHistory]:
                 names = {entry.record.id: entry.saved.name for entry in existing}
                 records = [entry.record for entry in existing]
                 claimed = tuple((text, _instead(text, records, names, event.checkpoint)) for text in texts)
-                histories[event.checkpoint] = CheckpointHistory(history.saved, history.record, event, claimed)
+                histories[event.checkpoint] = replace(history, removed=event, claimed_instead=claimed)
             case Undone(checkpoint=checkpoint, parts=()) if checkpoint in histories:
-                history = histories[checkpoint]
-                histories[checkpoint] = CheckpointHistory(history.saved, history.record, None)
+                histories[checkpoint] = replace(histories[checkpoint], removed=None, claimed_instead=())
             case _:
                 pass
     return list(histories.values())
 
 
-def _instead(text: str, records: Sequence[CheckpointRecord], names: Mapping[str, str], own: str) -> tuple[str, ...]:
-    """What a rule claimed when a checkpoint went, newest first."""
+def _instead(
+    text: str, records: Sequence[CheckpointRecord], names: Mapping[str, str], checkpoint: str
+) -> tuple[str, ...]:
+    """What a rule claimed when a checkpoint was removed, newest first."""
     rule = parse(text)
     if smoothing_windows([rule]):
         return ("it ranks by smoothed values, which are not recorded",)
     reasons = rule.claims(records)
     order = sorted((record for record in records if record.id in reasons), key=lambda record: -record.sequence)
-    return tuple(f"{names[record.id]}: {reasons[record.id]}" for record in order if record.id != own)
+    return tuple(f"{names[record.id]}: {reasons[record.id]}" for record in order if record.id != checkpoint)

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
@@ -39,37 +38,32 @@ def markdown(card: ModelCard, picture: str | None = None) -> str:
     manifest, by, validation = card.manifest, card.manifest.written_by, card.validation
     part = "model" if "model" in manifest.parts else next(iter(manifest.parts), "model")
     metrics = [name for name, _ in ranking_metrics(card.run_data.rules)] or list(manifest.metrics)
-    page = (
-        _environment()
-        .get_template("card.md.jinja")
-        .render(
-            card=card,
-            manifest=manifest,
-            description=card.description,
-            validation=validation,
-            by=by,
-            mark=Markdown(MARK),
-            front_matter=Markdown(to_yaml(front_matter(card)).rstrip()),
-            about=Markdown(card.description.about.strip()),
-            picture=None if picture is None else Markdown(picture),
-            unknown="not recorded",
-            aliases=card.current_aliases,
-            versions=_listed({name: by[name] for name in ("peakpoint", "python", "torch") if name in by}),
-            signed=", ".join(f"with the key {signature.fingerprint or '?'}" for signature in card.signatures),
-            metrics=list(dict.fromkeys([*manifest.metrics, *card.measured_later, *card.evaluated])),
-            directions={name: _DIRECTIONS[mode] for name, mode in ranking_metrics(card.run_data.rules)},
-            curves=metrics[:4],
-            reports=list(_reports(card)),
-            environment=", ".join(f"{name} {value}" for name, value in validation.environment.items())
-            if validation
-            else "",
-            longest=_LAST,
-            ref=f"{manifest.run}/{manifest.id}",
-            root=PurePath(card.location).name or "runs",
-            part=part,
-            tensor_files=[name for name in manifest.parts.get(part, ()) if name.endswith(".safetensors")],
-            part_of={file: part for part, files in manifest.parts.items() for file in files},
-        )
+    template = _environment().get_template("card.md.jinja")
+    page = template.render(
+        card=card,
+        manifest=manifest,
+        description=card.description,
+        validation=validation,
+        by=by,
+        mark=Markdown(MARK),
+        front_matter=Markdown(to_yaml(front_matter(card)).rstrip()),
+        about=Markdown(card.description.about.strip()),
+        picture=None if picture is None else Markdown(picture),
+        unknown="not recorded",
+        aliases=card.current_aliases,
+        versions=_listed({name: by[name] for name in ("peakpoint", "python", "torch") if name in by}),
+        signed=", ".join(f"with the key {signature.fingerprint or '?'}" for signature in card.signatures),
+        metrics=list(dict.fromkeys([*manifest.metrics, *card.measured_later, *card.evaluated])),
+        directions={name: _DIRECTIONS[mode] for name, mode in ranking_metrics(card.run_data.rules)},
+        curves=metrics[:4],
+        reports=list(_reports(card)),
+        environment=_listed(validation.environment) if validation else "",
+        longest=_LAST,
+        ref=f"{manifest.run}/{manifest.id}",
+        root=PurePath(card.location).name or "runs",
+        part=part,
+        tensor_files=[name for name in manifest.parts.get(part, ()) if name.endswith(".safetensors")],
+        part_of={file: part for part, files in manifest.parts.items() for file in files},
     )
     return page.rstrip() + "\n"
 
@@ -90,17 +84,13 @@ def _environment() -> Environment:
         "literal": _literal,
         "number": lambda value: "" if value is None else f"{value:.6g}",
         "size": size_text,
-        "time": _time,
+        "time": "{:%Y-%m-%d %H:%M} UTC".format,
     }
     return environment
 
 
 def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _time(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
 def _literal(text: str) -> Markdown:
@@ -114,9 +104,9 @@ def _reports(card: ModelCard) -> Iterator[tuple[Reported, list[str], bool]]:
     peaks_at: dict[int, list[str]] = {}
     for peak in peaks(history, ranking_metrics(card.run_data.rules)):
         peaks_at.setdefault(peak.best_report, []).append(peak.metric)
-    shown = {report.report for report in history[-_LAST:]} | peaks_at.keys() | {manifest.report}
+    listed = {report.report for report in history[-_LAST:]} | peaks_at.keys() | {manifest.report}
     for report in history:
-        if report.report in shown:
+        if report.report in listed:
             is_this_checkpoint = (report.report, report.step) == (manifest.report, manifest.step)
             yield report, peaks_at.get(report.report, []), is_this_checkpoint
 

@@ -21,7 +21,6 @@ class Architecture:
         dtype: the usual element type of its weights.
         optimizer: the usual one.
         shapes: of every parameter, tied weights once.
-        norms: the width of every batch norm, which has means and variances in float32, and a count of eight bytes.
         source: where the architecture is described.
     """
 
@@ -30,8 +29,16 @@ class Architecture:
     dtype: str
     optimizer: str
     shapes: tuple[Shape, ...]
-    norms: tuple[int, ...]
     source: str
+
+    @property
+    def norms(self) -> tuple[int, ...]:
+        """The width of every batch norm, which has means and variances in float32, and a count of eight bytes.
+
+        A convolution without a bias is followed by one, which is as wide as it has outputs.
+        """
+        is_resnet = self.name.startswith("resnet")
+        return tuple(shape[0] for shape in self.shapes if len(shape) == 4) if is_resnet else ()
 
     @property
     def parameters(self) -> int:
@@ -77,22 +84,18 @@ def _gpt(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
     yield from ((width,), (width,))
 
 
-def _network(name: str, title: str, dtype: str, optimizer: str, shapes: Shapes, source: str) -> Architecture:
-    listed = tuple(shapes)
-    # a convolution without a bias is followed by a batch norm, which is as wide as it has outputs
-    norms = tuple(shape[0] for shape in listed if len(shape) == 4) if name.startswith("resnet") else ()
-    return Architecture(name, title, dtype, optimizer, listed, norms, source)
-
-
 _RESNETS = "He et al., CVPR 2016"
-_ALL = (
-    _network("lenet-5", "LeNet-5", "float32", "adam", _lenet5(), "LeCun et al., Proceedings of the IEEE, 1998"),
-    _network("resnet-18", "ResNet-18", "float32", "sgd+momentum", _resnet(2, 2, 2, 2), _RESNETS),
-    _network("resnet-50", "ResNet-50", "float32", "sgd+momentum", _resnet(3, 4, 6, 3, bottleneck=True), _RESNETS),
-    _network("gpt-2", "GPT-2 small", "float32", "adamw", _gpt(768, 12, 50257, 1024), "Radford et al., 2019"),
-    _network("gpt-3", "GPT-3 175B", "float16", "adamw", _gpt(12288, 96, 50257, 2048), "Brown et al., NeurIPS 2020"),
+_KNOWN = (
+    ("lenet-5", "LeNet-5", "float32", "adam", _lenet5(), "LeCun et al., Proceedings of the IEEE, 1998"),
+    ("resnet-18", "ResNet-18", "float32", "sgd+momentum", _resnet(2, 2, 2, 2), _RESNETS),
+    ("resnet-50", "ResNet-50", "float32", "sgd+momentum", _resnet(3, 4, 6, 3, bottleneck=True), _RESNETS),
+    ("gpt-2", "GPT-2 small", "float32", "adamw", _gpt(768, 12, 50257, 1024), "Radford et al., 2019"),
+    ("gpt-3", "GPT-3 175B", "float16", "adamw", _gpt(12288, 96, 50257, 2048), "Brown et al., NeurIPS 2020"),
 )
-_BY_NAME = {network.name: network for network in _ALL}
+_BY_NAME = {
+    name: Architecture(name, title, dtype, optimizer, tuple(shapes), source)
+    for name, title, dtype, optimizer, shapes, source in _KNOWN
+}
 NAMES = tuple(_BY_NAME)
 
 

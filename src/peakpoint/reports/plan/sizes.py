@@ -123,7 +123,7 @@ def from_count(parameters: int, *, optimizer: str, dtype: str = "float32", maste
     check_whole("parameters", parameters)
     if needs_shapes(optimizer):
         raise ConfigError(f"the state of {optimizer} depends on the shapes: give --preset, or plan from the live state")
-    return _estimated([(parameters,)], (), optimizer, dtype, master, "")
+    return from_network(Architecture("", "", dtype, optimizer, ((parameters,),), ""), master=master)
 
 
 def from_network(
@@ -134,29 +134,18 @@ def from_network(
     Raises:
         ConfigError: as ``from_count``.
     """
-    optimizer, dtype = optimizer or network.optimizer, dtype or network.dtype
-    return _estimated(network.shapes, network.norms, optimizer, dtype, master, f"{network.title}, ")
-
-
-def _estimated(
-    shapes: Sequence[tuple[int, ...]],
-    norms: Sequence[int],
-    optimizer: str,
-    dtype: str,
-    master: str | None,
-    title: str,
-) -> Sizes:
-    weights = _weights(shapes, norms, bytes_of(dtype))
+    optimizer, dtype, count = optimizer or network.optimizer, dtype or network.dtype, network.parameters
+    weights = _weights(network, bytes_of(dtype))
     moment_bytes = bytes_of(master or dtype)
-    count = sum(map(math.prod, shapes))
-    state = optimizer_state(optimizer, shapes)
+    state = optimizer_state(optimizer, network.shapes)
     state_bytes = moment_bytes * (state.elements + (count if master else 0)) + STEP * state.scalars
-    tensors = state.tensors + state.scalars + (len(shapes) if master else 0)
+    tensors = state.tensors + state.scalars + (len(network.shapes) if master else 0)
     # only the length of the header depends on the tensors, so the first one stands for all bytes
     state_tensors = [_SizedTensor(f"state.{n}.exp_avg_sq", (), state_bytes if n == 0 else 0) for n in range(tensors)]
     copy = f"a copy of the weights in {master}" if master else ""
     why = f"{optimizer}: {state.elements / count:.3g} numbers of {moment_bytes} bytes for each parameter"
-    why_weights = f"{bytes_of(dtype)} bytes a parameter" + (", buffers" if norms else "")
+    why_weights = f"{bytes_of(dtype)} bytes a parameter" + (", buffers" if network.norms else "")
+    title = network.title and f"{network.title}, "
     parts = [
         PartSize(name="model", bytes=_file_bytes(weights), why=why_weights),
         PartSize(name="optimizer", bytes=_file_bytes(state_tensors), why=why + (copy and f", and {copy}")),
@@ -169,8 +158,9 @@ def _estimated(
     )
 
 
-def _weights(shapes: Sequence[tuple[int, ...]], norms: Sequence[int], width: int) -> list[_SizedTensor]:
+def _weights(network: Architecture, width: int) -> list[_SizedTensor]:
     """The parameters, and the buffers of batch norms: means and variances in float32, and a count in eight bytes."""
+    shapes, norms = network.shapes, network.norms
     weights = [_SizedTensor(f"layers.{n}.weight", shape, width * math.prod(shape)) for n, shape in enumerate(shapes)]
     averages = [channels for channels in norms for _ in ("mean", "variance")]
     weights += [_SizedTensor(f"layers.{n}.running_mean", (size,), 4 * size) for n, size in enumerate(averages)]
