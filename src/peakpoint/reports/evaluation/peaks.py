@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from msgspec import structs
+
 from peakpoint.errors import ConfigError
 from peakpoint.format.events import Reported
 from peakpoint.reports.evaluation import noise as noises
@@ -164,7 +166,7 @@ def _means(history: Sequence[Reported], metric: str, window: int) -> Iterator[Re
         smoothing.report(report.metrics)
         [mean] = smoothing.means().values()
         if math.isfinite(report.metrics.get(metric, math.nan)) and math.isfinite(mean):
-            yield replace(report, metrics={metric: mean})
+            yield structs.replace(report, metrics={metric: mean})
 
 
 def _run_peak(

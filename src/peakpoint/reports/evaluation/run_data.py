@@ -3,7 +3,9 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from peakpoint.format.events import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
@@ -160,7 +162,7 @@ def _with_later_metrics(
             later.setdefault(numbers[event.checkpoint], {}).update(event.metrics)
     for report in history:
         metrics = later.get(report.report)
-        yield replace(report, metrics={**report.metrics, **metrics}) if metrics else report
+        yield structs.replace(report, metrics={**report.metrics, **metrics}) if metrics else report
 
 
 def _ended(contents: journal.JournalContents) -> str | None:
