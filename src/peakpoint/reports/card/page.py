@@ -35,29 +35,23 @@ def markdown(card: ModelCard, picture: str | None = None) -> str:
         card: what ``gather`` found.
         picture: the path of the curve, relative to the page; without it a table of reports takes its place.
     """
-    manifest, by, validation = card.manifest, card.manifest.written_by, card.validation
+    manifest, by = card.manifest, card.manifest.written_by
     part = "model" if "model" in manifest.parts else next(iter(manifest.parts), "model")
     metrics = [name for name, _ in ranking_metrics(card.run_data.rules)] or list(manifest.metrics)
     template = _environment().get_template("card.md.jinja")
     page = template.render(
         card=card,
-        manifest=manifest,
-        description=card.description,
-        validation=validation,
-        by=by,
         mark=Markdown(MARK),
         front_matter=Markdown(to_yaml(front_matter(card)).rstrip()),
         about=Markdown(card.description.about.strip()),
         picture=None if picture is None else Markdown(picture),
         unknown="not recorded",
-        aliases=card.current_aliases,
         versions=_listed({name: by[name] for name in ("peakpoint", "python", "torch") if name in by}),
         signed=", ".join(f"with the key {signature.fingerprint or '?'}" for signature in card.signatures),
         metrics=list(dict.fromkeys([*manifest.metrics, *card.measured_later, *card.evaluated])),
         directions={name: _DIRECTIONS[mode] for name, mode in ranking_metrics(card.run_data.rules)},
         curves=metrics[:4],
         reports=list(_reports(card)),
-        environment=_listed(validation.environment) if validation else "",
         longest=_LAST,
         ref=f"{manifest.run}/{manifest.id}",
         root=PurePath(card.location).name or "runs",
@@ -81,6 +75,7 @@ def _environment() -> Environment:
         "basename": lambda path: PurePath(path).name,
         "code": lambda text: Markdown(code(text)),
         "evidence": _evidence,
+        "listed": _listed,
         "literal": _literal,
         "number": lambda value: "" if value is None else f"{value:.6g}",
         "size": size_text,

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -23,14 +23,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from peakpoint.format.events import Reported
 from peakpoint.reports.evaluation.downsample import thin
+from peakpoint.reports.evaluation.result import Evaluation
 from peakpoint.reports.evaluation.run_data import RunData
 from peakpoint.reports.evaluation.sparsity import Tradeoff
 from peakpoint.reports.evaluation.tables import front_of, printable
 from peakpoint.rules import Mode
 from peakpoint.rules.peaks import Peak, peaks
-
-if TYPE_CHECKING:
-    from peakpoint.reports.evaluation import Evaluation
 
 _STYLE = mpl.rc_params_from_file(
     str(files("peakpoint.reports.evaluation") / "figures.mplstyle"), use_default_template=False
@@ -70,7 +68,7 @@ class Panel:
     legend: Sequence[Line2D]
 
 
-def panels(evaluation: "Evaluation", *, separate: bool = False) -> list[Panel]:
+def panels(evaluation: Evaluation, *, separate: bool = False) -> list[Panel]:
     """Return every picture: one for each metric (train and validation together), and one for each trade-off.
 
     Args:

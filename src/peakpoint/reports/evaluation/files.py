@@ -8,7 +8,7 @@ import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -16,10 +16,8 @@ from peakpoint.errors import ConfigError, ConflictError, StoreError, needing
 from peakpoint.format.metrics import json_value
 from peakpoint.format.names import safe
 from peakpoint.reports.evaluation import pages
+from peakpoint.reports.evaluation.result import Evaluation
 from peakpoint.store import translated
-
-if TYPE_CHECKING:
-    from peakpoint.reports.evaluation import Evaluation
 
 SUFFIXES = (".html", ".md", ".png", ".svg", ".json", ".csv")
 _COLUMNS = ("run", "report", "step", "epoch", "metric", "value", "saved", "kept", "checkpoint")
@@ -28,7 +26,7 @@ _MOST_PICTURES = 60  # in one file
 
 
 def write(
-    evaluation: "Evaluation", path: str | os.PathLike[str], *, force: bool = False, separate: bool = False
+    evaluation: Evaluation, path: str | os.PathLike[str], *, force: bool = False, separate: bool = False
 ) -> list[Path]:
     """Write a report to a file, or to several in a directory. Each file appears whole or not at all.
 
@@ -69,7 +67,7 @@ def write(
     return list(files)
 
 
-def _folder(evaluation: "Evaluation", folder: Path, *, separate: bool) -> dict[Path, bytes]:
+def _folder(evaluation: Evaluation, folder: Path, *, separate: bool) -> dict[Path, bytes]:
     figures = _figures()
     pictures: dict[str, Any] = {}
     for panel in figures.panels(evaluation, separate=separate):
@@ -85,7 +83,7 @@ def _folder(evaluation: "Evaluation", folder: Path, *, separate: bool) -> dict[P
     return files | {folder / "report.md": pages.markdown(evaluation, listed).encode()}
 
 
-def _content(evaluation: "Evaluation", suffix: str, *, separate: bool) -> bytes:
+def _content(evaluation: Evaluation, suffix: str, *, separate: bool) -> bytes:
     match suffix:
         case ".md":
             return pages.markdown(evaluation, ()).encode()
@@ -109,7 +107,7 @@ def _figures() -> Any:
         return importlib.import_module("peakpoint.reports.evaluation.figures")
 
 
-def as_json(evaluation: "Evaluation") -> dict[str, Any]:
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """Everything but the single values, for programs; NaN and infinities as strings."""
     runs = [
         {
@@ -132,7 +130,7 @@ def as_json(evaluation: "Evaluation") -> dict[str, Any]:
     return dict(json_value(record | {"remarks": evaluation.remarks}))
 
 
-def _csv(evaluation: "Evaluation") -> bytes:
+def _csv(evaluation: Evaluation) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)

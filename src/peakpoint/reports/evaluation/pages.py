@@ -8,13 +8,11 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peakpoint.errors import needing
+from peakpoint.reports.evaluation.result import Evaluation
 from peakpoint.reports.evaluation.tables import CURVE, PEAKS, printable, tables
-
-if TYPE_CHECKING:
-    from peakpoint.reports.evaluation import Evaluation
 
 MARK = "peakpoint report"
 TITLE = "Training report"
@@ -24,7 +22,7 @@ _ID = re.compile(r"(/[0-9a-f]{8}(?![^\s;,]))")
 _VERDICT_CLASSES = {"peak": "peak", "not finite": "peak", "within noise": "steady", "still improving": "steady"}
 
 
-def html(evaluation: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
+def html(evaluation: Evaluation, pictures: Sequence[tuple[str, str]]) -> str:
     """Render the page.
 
     Args:
@@ -70,7 +68,7 @@ def _template() -> Any:
     return environment.get_template("report.html.jinja")
 
 
-def about(evaluation: "Evaluation") -> str:
+def about(evaluation: Evaluation) -> str:
     """Say in a sentence what the report is about."""
     times = [run.history[-1].at for run in evaluation.runs if run.history]
     newest = f", newest report {max(times):%Y-%m-%d %H:%M} UTC" if times else ""
@@ -118,7 +116,7 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", printable(text))
 
 
-def markdown(evaluation: "Evaluation", pictures: Sequence[tuple[str, str]]) -> str:
+def markdown(evaluation: Evaluation, pictures: Sequence[tuple[str, str]]) -> str:
     """Render the report as Markdown.
 
     Args:

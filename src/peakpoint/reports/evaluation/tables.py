@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from peakpoint.format.amounts import moment_label, size_text
 from peakpoint.format.names import listing
@@ -13,11 +12,9 @@ from peakpoint.reports.evaluation.downsample import sparkline, thin
 from peakpoint.reports.evaluation.groups import Grouping, RunGroup
 from peakpoint.reports.evaluation.noise import Interval
 from peakpoint.reports.evaluation.peaks import RunPeak
+from peakpoint.reports.evaluation.result import Evaluation
 from peakpoint.reports.evaluation.run_data import RunData
 from peakpoint.reports.evaluation.sparsity import BestAtTarget, SparsityPoint, Tradeoff
-
-if TYPE_CHECKING:
-    from peakpoint.reports.evaluation.result import Evaluation
 
 PEAKS = "Best against last"
 CURVE = "curve"
@@ -82,7 +79,7 @@ def interval_text(interval: Interval | None) -> str:
     return f"{signed(interval.difference)} ({signed(interval.low)} to {signed(interval.high)})"
 
 
-def tables(evaluation: "Evaluation") -> list[ReportTable]:
+def tables(evaluation: Evaluation) -> list[ReportTable]:
     """Return every table that has a row."""
     runs = {run.name: run for run in evaluation.runs}
     candidates = [
