@@ -430,7 +430,7 @@ def test_the_time_of_an_address_is_that_of_the_whole_call(tmp_path, answer):
         task.policy(tmp_path, f'[[champion.hooks]]\nurl = "{url}"\ntimeout = "2s"')
         (told,) = hooks.tell(found.store, record, read_policies(found.store).of("champion"))
         server.left.set()
-    assert told.error == "it took longer than 2 s, and was stopped"
+    assert told.error == "it took longer than 2 s and was stopped"
 
 
 class NoHttp(socketserver.StreamRequestHandler):

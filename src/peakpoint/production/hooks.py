@@ -8,23 +8,26 @@ its ``digest``, and an older one by its ``record``, a smaller number.
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from peakpoint.errors import ConflictError, Error
+from peakpoint.errors import ConflictError
 from peakpoint.format import layout
 from peakpoint.format.sealed import FORMAT, seal
 from peakpoint.production.policy import Hook, Policy
-from peakpoint.production.subprocess_runner import kill, run_apart
+from peakpoint.production.subprocess_runner import kill
 from peakpoint.repository.aliases import AliasRecord, numbers
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.store import LocalStore, Store, establish
 
+_HTTP_POST = str(Path(__file__).with_name("http_post.py"))
 _OUTPUT_SHOWN = 500  # characters of what a hook has printed
 _POLL = 0.05  # seconds between looks at how much it has printed
 _MOST_OUTPUT = 1 << 20  # bytes on the disk
@@ -86,8 +89,7 @@ def tell(
         progress(hook.label)
         if numbers(store, record.alias)[-1] != record.number:
             return results  # the last change that a hook gets is the one that counts
-        error = _run(hook, change, policy) if hook.command else _post(hook, change)
-        results.append(HookResult(hook.label, error))
+        results.append(HookResult(hook.label, _run(hook, change, policy)))
     if all(result.error is None for result in results):
         note = {"format": FORMAT, "record": record.digest, "hooks": [result.hook for result in results], "at": clock()}
         with contextlib.suppress(ConflictError):  # somebody else has notified them, too
@@ -101,12 +103,13 @@ def _key(record: AliasRecord) -> str:
 
 def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
     """Run a command. Files take the place of pipes: what a hook leaves running may hold them open."""
+    command = hook.command or (sys.executable, "-P", _HTTP_POST, hook.url, str(hook.seconds))
     try:
         with tempfile.TemporaryFile() as standard_input, tempfile.TemporaryFile() as output:
             standard_input.write(change)
             standard_input.seek(0)
             process = subprocess.Popen(  # noqa: S603 - the user's own command, from the user's own file, without a shell
-                hook.command,
+                command,
                 stdin=standard_input,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -117,7 +120,12 @@ def _run(hook: Hook, change: bytes, policy: Policy) -> str | None:
                 code = _exit_code(process, output.fileno(), hook.seconds)
             except subprocess.TimeoutExpired:
                 return f"it took longer than {hook.seconds:g} s and was stopped"
-            return None if code == 0 else f"it ended with {code}{_last_words(output.fileno())}"
+            if code == 0:
+                return None
+            text = _last_words(output.fileno())
+            if hook.url and text:
+                return text
+            return f"it ended with {code}: {text}" if text else f"it ended with {code}"
     except OSError as error:
         return f"it cannot be run: {error.strerror or error}"
 
@@ -147,22 +155,4 @@ def _exit_code(process: subprocess.Popen[bytes], output: int, timeout: float) ->
 def _last_words(output: int) -> str:
     size = os.fstat(output).st_size
     end = os.pread(output, 4 * _OUTPUT_SHOWN, max(0, size - 4 * _OUTPUT_SHOWN))
-    text = end.replace(b"\0", b"").decode(errors="replace").strip()[-_OUTPUT_SHOWN:]
-    return f": {text}" if text else ""
-
-
-def _post(hook: Hook, change: bytes) -> str | None:
-    """POST from another process: nothing else ends a slow name lookup or a trickling server in time."""
-    answers: list[str | None] = []
-
-    def on_line(line: bytes) -> bool:
-        answers.append(msgspec.json.decode(line, type=str | None))
-        return True
-
-    job = msgspec.json.encode({"url": hook.url, "body": change.decode()})
-    module = "peakpoint.production.http_post"
-    try:
-        end = run_apart(module, job, timeout=hook.seconds, on_line=on_line, on_output=lambda _: None)
-    except Error as error:
-        return f"it cannot be reached: {error}"
-    return answers[0] if answers else end
+    return end.replace(b"\0", b"").decode(errors="replace").strip()[-_OUTPUT_SHOWN:]

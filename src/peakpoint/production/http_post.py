@@ -1,20 +1,14 @@
-"""One POST in another process, which can be ended whatever it waits for; see ``production.subprocess_runner``."""
+"""POST standard input to an address, as a program of its own: it can be ended whatever it waits for.
+
+A slow name lookup or a trickling server cannot be ended in time within a process. It prints why the text was not
+accepted, and ends with 1 then.
+"""
 
 import http.client
+import signal
+import sys
 import urllib.error
 import urllib.request
-from typing import Any
-
-import msgspec
-
-from peakpoint.production.subprocess_runner import Ends
-
-
-class Post(msgspec.Struct):
-    """A JSON text to send."""
-
-    url: str
-    body: str
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -24,15 +18,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """None: the answer that redirects is an error."""
 
 
-def main(ends: list[Any]) -> None:
-    """Send the job, and then why it was not accepted, or null."""
-    pipes = Ends(ends)
-    pipes.send(msgspec.json.encode(_send(msgspec.json.decode(pipes.job(), type=Post))))
-
-
-def _send(post: Post) -> str | None:
+def _post(url: str, body: bytes) -> str | None:
+    """Send a JSON text; None when it was accepted, else why not."""
     request = urllib.request.Request(  # noqa: S310 - the policy takes http and https only
-        post.url, data=post.body.encode(), headers={"Content-Type": "application/json"}, method="POST"
+        url, data=body, headers={"Content-Type": "application/json"}, method="POST"
     )
     try:
         with urllib.request.build_opener(_NoRedirects).open(request):
@@ -43,3 +32,8 @@ def _send(post: Post) -> str | None:
     except (OSError, ValueError, http.client.HTTPException) as error:
         # no connection, a reset, a bad address, an answer that is not HTTP
         return f"it cannot be reached: {getattr(error, 'reason', None) or error}"
+
+
+if __name__ == "__main__":
+    signal.alarm(1 + int(float(sys.argv[2])))  # also when nobody is left to stop it
+    sys.exit(_post(sys.argv[1], sys.stdin.buffer.read()))
