@@ -205,8 +205,7 @@ class FindingCollector:
     Attributes:
         request: what is validated.
         progress: called with the name of each check before it begins.
-        facts: ``metrics`` as evaluated, ``predictions``, ``device``, and ``compared`` if the champion was compared.
-        environment: what it ran on.
+        facts: ``metrics`` as evaluated, ``predictions``, ``environment``, ``device``, ``compared`` with the champion.
         began: when the current check began.
     """
 
@@ -214,7 +213,6 @@ class FindingCollector:
     progress: Progress
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
     def take(self, event: Mapping[str, Any], output: str = "") -> bool:
@@ -232,8 +230,6 @@ class FindingCollector:
                 self.findings.append(_with_output(msgspec.convert(finding, Finding), output))
             case {"facts": facts}:
                 self.facts.update(facts)
-            case {"environment": environment}:
-                self.environment.update(environment)
         return "done" in event
 
     def cut_short(self, end: str, output: str) -> None:
@@ -272,9 +268,8 @@ def conclude(collector: FindingCollector) -> Validation:
         )
     predictions = None
     if "predictions" in facts:
-        predictions = validations.keep_predictions(
-            store, manifest.run, manifest.id, Predictions(**facts["predictions"])
-        )
+        values = msgspec.convert(facts["predictions"], Predictions)
+        predictions = validations.keep_predictions(store, manifest.run, manifest.id, values)
     compared = request.champion if "compared" in facts else None
     device = {"device": facts["device"]} if "device" in facts else {}
     return validations.record(
@@ -294,7 +289,7 @@ def conclude(collector: FindingCollector) -> Validation:
             against=None if compared is None else compared.id,
             alias=None if compared is None else request.alias,
             predictions=predictions,
-            environment=_environment() | collector.environment | device,
+            environment=_environment() | facts.get("environment", {}) | device,
         ),
     )
 

@@ -11,8 +11,8 @@ import torch
 from peakpoint.errors import FormatError, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.production.checks.memory import MemoryPeak
+from peakpoint.production.comparison import known_of
 from peakpoint.production.validation import ValidationRequest, file_digest
-from peakpoint.repository.annotations import annotations_of, with_annotations
 from peakpoint.repository.validations import Finding, Predictions
 from peakpoint.state.functions import load_function
 from peakpoint.state.restore import make_model, restore_into
@@ -90,8 +90,7 @@ class Candidate(ValidationRequest):
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        events = self.repository.run(self.manifest.run).events()
-        self.recorded = with_annotations(self.manifest, annotations_of(events), {}).metrics
+        self.recorded = known_of(self.repository.run(self.manifest.run), self.manifest)
 
     @cached_property
     def state(self) -> Loaded:
@@ -101,13 +100,27 @@ class Candidate(ValidationRequest):
 
     @cached_property
     def golden(self) -> Golden | None:
-        """The golden inputs.
+        """The golden inputs, from a safetensors file with ``inputs`` [n, ...] and maybe ``labels`` [n].
 
         Raises:
-            FormatError: the file is no safetensors file with inputs.
+            FormatError: it is not such a file, or has changed meanwhile.
         """
-        path = self.wanted.golden
-        return None if path is None else read_golden(Path(path), self.wanted.golden_digest)
+        if self.wanted.golden is None:
+            return None
+        path = Path(self.wanted.golden)
+        if self.wanted.golden_digest not in (None, file_digest(path)):
+            raise FormatError(f"{path} has changed since the validation began")
+        tensors = read_safetensors(path)[0]
+        inputs, labels = tensors.get("inputs"), tensors.get("labels")
+        if inputs is None:
+            raise FormatError(f"{path} has no tensor 'inputs'. Tensors: {', '.join(sorted(tensors)) or 'none'}")
+        if inputs.dim() == 0 or not len(inputs):
+            raise FormatError(f"{path}: inputs has the shape {list(inputs.shape)}; give [n, ...] with n of at least 1")
+        if labels is not None and (labels.shape != inputs.shape[:1] or is_floating(labels)):
+            raise FormatError(
+                f"{path}: labels is {labels.dtype} {list(labels.shape)}; give integers of the shape {[len(inputs)]}"
+            )
+        return Golden(inputs, None if labels is None else labels.long())
 
     @cached_property
     def outputs(self) -> Outputs:
@@ -117,12 +130,7 @@ class Candidate(ValidationRequest):
 
     def keep_predictions(self, predictions: Predictions) -> None:
         """Have predictions stored beside the record."""
-        self.predictions = predictions
-        self.facts["predictions"] = {
-            "predicted": list(predictions.predicted),
-            "labels": list(predictions.labels),
-            "examples": predictions.examples,
-        }
+        self.predictions = self.facts["predictions"] = predictions
 
     def new_model(self) -> tuple[Any, Any]:
         """A model as the function of the user makes it, and an example of its inputs, or None.
@@ -152,29 +160,9 @@ def function_of(function: Function) -> Callable[..., Any]:
     return load_function(function) if isinstance(function, str) else function
 
 
-def read_golden(path: Path, expected_digest: str | None) -> Golden:
-    """Read golden inputs.
-
-    Args:
-        path: a safetensors file with ``inputs`` [n, ...] and maybe ``labels`` [n].
-        expected_digest: BLAKE3 of the file.
-
-    Raises:
-        FormatError: it is not such a file, or has changed meanwhile.
-    """
-    if expected_digest is not None and file_digest(path) != expected_digest:
-        raise FormatError(f"{path} has changed since the validation began")
-    tensors = read_safetensors(path)[0]
-    inputs, labels = tensors.get("inputs"), tensors.get("labels")
-    if inputs is None:
-        raise FormatError(f"{path} has no tensor 'inputs'. Tensors: {', '.join(sorted(tensors)) or 'none'}")
-    if inputs.dim() == 0 or not len(inputs):
-        raise FormatError(f"{path}: inputs has the shape {list(inputs.shape)}; give [n, ...] with n of at least 1")
-    if labels is not None and (labels.shape != inputs.shape[:1] or labels.is_floating_point() or labels.is_complex()):
-        raise FormatError(
-            f"{path}: labels is {labels.dtype} {list(labels.shape)}; give integers of the shape {[len(inputs)]}"
-        )
-    return Golden(inputs, None if labels is None else labels.long())
+def is_floating(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has floating-point or complex elements."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 # --- running a model ----------------------------------------------------------------------------------------------
@@ -219,12 +207,10 @@ def named_tensors(output: Any, name: str = "") -> Outputs:
     """The tensors in what a model returns: ``output`` when it is one, else by their keys or numbers."""
     if isinstance(output, torch.Tensor):
         return {name or "output": output}
-    pairs: Any = ()
-    if isinstance(output, Mapping):
-        pairs = output.items()
-    elif isinstance(output, list | tuple):
-        pairs = enumerate(output)
     outputs: Outputs = {}
+    if isinstance(output, list | tuple):
+        output = dict(enumerate(output))
+    pairs = output.items() if isinstance(output, Mapping) else ()
     for key, value in pairs:
         outputs |= named_tensors(value, f"{name}.{key}" if name else str(key))
     return outputs
@@ -236,7 +222,7 @@ def classes_of(outputs: Outputs) -> torch.Tensor | None:
     Integers [n] are classes; of floating-point scores [n, classes] with two classes or more, the highest wins.
     """
     first = next(iter(outputs.values()))
-    if first.dim() == 1 and not first.is_floating_point() and not first.is_complex():
+    if first.dim() == 1 and not is_floating(first):
         return first.long()
     if first.dim() == 2 and first.shape[1] >= 2 and first.is_floating_point():
         return first.float().argmax(1) if first.dtype.itemsize < 4 else first.argmax(1)

@@ -1,7 +1,7 @@
 """Evaluate a candidate again, and compare with what was recorded."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.format.metrics import metrics_to_json
+from peakpoint.format.metrics import metrics_to_json, number_in
 from peakpoint.format.names import check_metric, listing
 from peakpoint.format.sealed import digest
 from peakpoint.production.checks.candidate import Candidate, failed, function_of, passed, skipped
@@ -97,17 +97,14 @@ def _compare(candidate: Candidate) -> tuple[dict[str, Any], list[str], list[str]
 def _numbers(result: Any) -> dict[str, float]:
     if not isinstance(result, Mapping):
         raise ConfigError(f"the evaluation returned a {kind_of(result)}; return metrics by name, or an Evaluated")
-    return {check_metric(name): _number(name, value) for name, value in result.items()}
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.detach().reshape(()).item()
-    elif isinstance(value, np.ndarray | np.generic) and value.size == 1:
-        value = value.reshape(()).item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"the evaluation returned {name} = {str(value)[:80]}, a {kind_of(value)}; return a number")
-    return float(value)
+    numbers: dict[str, float] = {}
+    for name, value in result.items():
+        number = number_in(value)
+        if number is None:
+            text = str(value)[:80]
+            raise ConfigError(f"the evaluation returned {name} = {text}, a {kind_of(value)}; return a number")
+        numbers[check_metric(name)] = number
+    return numbers
 
 
 # --- predictions --------------------------------------------------------------------------------------------------
@@ -118,7 +115,7 @@ def _predictions(evaluated: Evaluated) -> Predictions | None:
         return None
     if evaluated.predictions is None or evaluated.labels is None:
         raise ConfigError("the evaluation returned predictions or labels alone; return both, or neither")
-    predicted, labels = _classes(evaluated.predictions), _integers("labels", evaluated.labels)
+    predicted, labels = _classes("predictions", evaluated.predictions), _classes("labels", evaluated.labels)
     if len(predicted) != len(labels):
         raise ConfigError(f"the evaluation returned {len(predicted)} predictions and {len(labels)} labels")
     if not labels:
@@ -137,25 +134,21 @@ def _digest(examples: Any) -> str:
     return digest(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes())
 
 
-def _classes(predictions: Any) -> Sequence[int]:
-    array = _array("predictions", predictions)
-    if array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] >= 2:
-        if not np.isfinite(array).all():
-            raise ConfigError("the evaluation returned scores that are NaN or infinite")
-        return [int(label) for label in array.argmax(1)]
-    return _integers("predictions", predictions)
-
-
-def _integers(name: str, values: Any) -> Sequence[int]:
+def _classes(name: str, values: Any) -> list[int]:
+    """Whole numbers [n] as they are; of the scores in predictions, floats [n, classes], the highest."""
     array = _array(name, values)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    scored = name == "predictions" and array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] >= 2
+    if scored and not np.isfinite(array).all():
+        raise ConfigError("the evaluation returned scores that are NaN or infinite")
+    classes = array.argmax(1) if scored else array
+    if classes.ndim != 1 or classes.dtype.kind not in "iu":
         scores = ", or scores: floats [n, classes]" if name == "predictions" else ""
         raise ConfigError(
             f"the evaluation returned {name} of {array.dtype} {list(array.shape)}; return integers [n]{scores}"
         )
-    if array.dtype.kind == "u" and array.size and int(array.max()) >= 1 << 63:
+    if classes.dtype.kind == "u" and classes.size and int(classes.max()) >= 1 << 63:
         raise ConfigError(f"the evaluation returned {name} of 2**63 and more")
-    return [int(value) for value in array]
+    return [int(number) for number in classes]
 
 
 def _array(name: str, values: Any) -> np.ndarray[Any, Any]:

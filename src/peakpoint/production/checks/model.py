@@ -17,6 +17,7 @@ from peakpoint.production.checks.candidate import (
     skipped,
 )
 from peakpoint.production.checks.memory import measure_peak
+from peakpoint.production.checks.weights import not_finite_in
 from peakpoint.reports.diff import tensors_of
 from peakpoint.repository.validations import Finding, Predictions
 from peakpoint.state.shared_storage import DTYPES
@@ -102,7 +103,8 @@ def signature(candidate: Candidate) -> Finding:
         for name, text in candidate.wanted.signature.items()
         if name not in outputs or not _has_type(outputs[name], text)
     ]
-    problems += [f"{name} has {count:,} elements that are NaN or infinite" for name, count in _not_finite(outputs)]
+    counts = {name: not_finite_in(output) for name, output in outputs.items()}
+    problems += [f"{name} has {count:,} elements that are NaN or infinite" for name, count in counts.items() if count]
     if problems:
         return failed(f"outputs: {listing(problems)}", **evidence)
     return passed(f"{summary}; outputs: {listing([f'{name} {text}' for name, text in texts.items()])}", **evidence)
@@ -141,13 +143,6 @@ def _has_type(output: torch.Tensor, text: str) -> bool:
     return fits and DTYPES.get(output.dtype) == dtype
 
 
-def _not_finite(outputs: Outputs) -> list[tuple[str, int]]:
-    numeric = {name: output for name, output in outputs.items() if output.is_floating_point() or output.is_complex()}
-    wide = {name: output.float() if output.dtype.itemsize == 1 else output for name, output in numeric.items()}
-    counts = [(name, int((~torch.isfinite(output)).sum())) for name, output in wide.items()]
-    return [(name, count) for name, count in counts if count]
-
-
 # --- golden -------------------------------------------------------------------------------------------------------
 
 
@@ -163,8 +158,9 @@ def golden(candidate: Candidate) -> Finding:
     evidence: dict[str, object] = {"examples": count, "agreement_wanted": agreement}
     summary = f"{count:,} golden inputs"
     if labels is not None and predicted is None:
-        output = _first_output(candidate.outputs)
-        return failed(f"there are labels, but {output} predicts no classes: return integers [n] or scores [n, classes]")
+        name, output = next(iter(candidate.outputs.items()))
+        text = f"the output {name} {described(output)} predicts no classes"
+        return failed(f"there are labels, but {text}: return integers [n] or scores [n, classes]")
     if labels is not None and predicted is not None:
         right = int((predicted == labels).sum())
         evidence["right"] = right
@@ -180,11 +176,6 @@ def golden(candidate: Candidate) -> Finding:
         text = f"{summary}; {candidate.alias} cannot be compared with: {str(error).splitlines()[0]}"
         return (failed if agreement else passed)(text, **evidence)
     return _compare(candidate, champion_outputs, summary, evidence)
-
-
-def _first_output(outputs: Outputs) -> str:
-    name = next(iter(outputs))
-    return f"the output {name} {described(outputs[name])}"
 
 
 def _champion_outputs(candidate: Candidate, champion: Manifest) -> Outputs:
@@ -206,31 +197,27 @@ def _parameter_ids(model: object) -> set[int]:
 
 def _compare(candidate: Candidate, champion_outputs: Outputs, summary: str, evidence: dict[str, object]) -> Finding:
     outputs, alias, spec = candidate.outputs, candidate.alias, candidate.wanted
-    names = {**outputs, **champion_outputs}
-    shapes = [name for name in names if not _same_shape(outputs.get(name), champion_outputs.get(name))]
-    if shapes:
-        text = f"{summary}; the shapes of outputs differ from {alias}: {listing(shapes)}"
+    shapes = {name: output.shape for name, output in outputs.items()}
+    champion_shapes = {name: output.shape for name, output in champion_outputs.items()}
+    if shapes != champion_shapes:
+        names = [name for name in shapes | champion_shapes if shapes.get(name) != champion_shapes.get(name)]
+        text = f"{summary}; the shapes of outputs differ from {alias}: {listing(names)}"
         return (failed if spec.agreement else passed)(text, **evidence)
     distances = {name: _row_distances(outputs[name], champion_outputs[name]) for name in outputs}
     largest = max(float(distance.max()) for distance in distances.values())
     new, old = classes_of(outputs), classes_of(champion_outputs)
-    if new is None or old is None:
-        equal = torch.stack([distance <= spec.tolerance for distance in distances.values()]).all(0)
-    else:
-        equal = new == old
+    near = torch.stack([distance <= spec.tolerance for distance in distances.values()]).all(0)
+    equal = near if new is None or old is None else new == old
     candidate.facts["compared"] = True
     count, equal_count = len(equal), int(equal.sum())
     evidence |= {
         "champion": getattr(candidate.champion, "id", None),
         "equal": equal_count,
         "largest_difference": largest,
+        "different": (~equal).nonzero().flatten()[:_LISTED].tolist(),
     }
-    evidence["different"] = (~equal).nonzero().flatten()[:_LISTED].tolist()
-    summary += f"; agrees with {alias} on {equal_count:,} of {count:,} ({equal_count / count:.2%})"
-    if new is None or old is None:
-        summary += f", within {spec.tolerance:g}"
-    else:
-        summary += _flips(candidate, old, new, evidence)
+    how = f", within {spec.tolerance:g}" if new is None or old is None else _flips(candidate, old, new, evidence)
+    summary += f"; agrees with {alias} on {equal_count:,} of {count:,} ({equal_count / count:.2%}){how}"
     summary += f"; outputs differ by {largest:.3g} at most"
     if equal_count < spec.agreement * count - 1e-9 * count:
         return failed(f"{summary}; at least {spec.agreement:.2%} required", **evidence)
@@ -246,10 +233,6 @@ def _flips(candidate: Candidate, old: torch.Tensor, new: torch.Tensor, evidence:
     evidence |= {"right_to_wrong": int(regressed.sum()), "wrong_to_right": int(fixed.sum())}
     evidence["flips"] = regressed.nonzero().flatten()[:_LISTED].tolist()
     return f", {int(regressed.sum()):,} regressions, {int(fixed.sum()):,} fixes"
-
-
-def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape
 
 
 def _row_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

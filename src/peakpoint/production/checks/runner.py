@@ -3,11 +3,10 @@
 In a process of its own ``main`` is called; see ``peakpoint.production.subprocess_runner``.
 """
 
-import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -46,10 +45,10 @@ def run_checks(candidate: Candidate) -> Iterator[ValidationEvent]:
     """Run all checks, in their order.
 
     Yields:
-        ``environment``; for each check ``begin``, the ``facts`` that it has found out, and ``finding``; ``done``. See
-        ``validation.FindingCollector.take``.
+        ``facts`` of the environment; for each check ``begin``, the ``facts`` that it has found out, and ``finding``;
+        ``done``. See ``validation.FindingCollector.take``.
     """
-    yield {"environment": _environment()}
+    yield {"facts": {"environment": _environment()}}
     intact = True
     for name, check in zip(check_names(candidate.wanted), _checks(candidate), strict=True):
         yield {"begin": name}
@@ -61,7 +60,7 @@ def run_checks(candidate: Candidate) -> Iterator[ValidationEvent]:
         facts, candidate.facts = candidate.facts, {}
         if facts:
             yield {"facts": facts}
-        yield {"finding": asdict(finding)}
+        yield {"finding": finding}
         intact = intact and not (name == "integrity" and finding.outcome == "failed")
     yield {"done": True}
 
@@ -77,7 +76,10 @@ def _run(check: Check, candidate: Candidate) -> Finding:
     """Run one check; its finding in plain JSON."""
     try:
         finding = check(candidate)
-        return replace(finding, said=_text(finding.said), evidence=_limited(_plain(finding.evidence)))
+        evidence = _plain(finding.evidence)
+        if len(msgspec.json.encode(evidence)) > _EVIDENCE:
+            evidence = {"left_out": f"evidence of more than {_EVIDENCE:,} bytes"}
+        return replace(finding, said=_text(finding.said), evidence=evidence)
     except KeyboardInterrupt:
         raise  # somebody wants it all to end
     except Error as error:
@@ -92,13 +94,9 @@ def _run(check: Check, candidate: Candidate) -> Finding:
 def _trace(error: BaseException) -> str:
     """The traceback from the first line on that is not ours."""
     frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None and _is_ours(frame.tb_frame.f_globals.get("__name__")):
+    while frame and frame.tb_next and str(frame.tb_frame.f_globals.get("__name__")).startswith(_OURS):
         frame = frame.tb_next
     return "".join(traceback.format_exception(type(error), error, frame))
-
-
-def _is_ours(module: object) -> bool:
-    return str(module).startswith(_OURS)
 
 
 def _user_check(function: Function, candidate: Candidate) -> Finding:
@@ -107,7 +105,7 @@ def _user_check(function: Function, candidate: Candidate) -> Finding:
     if isinstance(result, Finding) and result.outcome in get_args(Outcome):
         return result
     if result is None or isinstance(result, Mapping):
-        evidence = {} if result is None else {str(key): value for key, value in result.items()}
+        evidence = {str(key): value for key, value in (result or {}).items()}
         texts = [f"{name} {value:.6g}" for name, value in evidence.items() if type(value) is float]
         texts += [f"{name} {value}"[:80] for name, value in evidence.items() if type(value) is int]
         return replace(passed(", ".join(["ok", *texts[:5]])), evidence=evidence)
@@ -117,21 +115,13 @@ def _user_check(function: Function, candidate: Candidate) -> Finding:
 # --- plain JSON ---------------------------------------------------------------------------------------------------
 
 
-def _limited(evidence: Mapping[str, Any]) -> Mapping[str, Any]:
-    if len(msgspec.json.encode(evidence)) <= _EVIDENCE:
-        return evidence
-    return {"left_out": f"evidence of more than {_EVIDENCE:,} bytes"}
-
-
 def _text(value: str) -> str:
     return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
     """Anything as JSON: numbers, texts, lists and objects; NaN and infinities as texts, the rest as it prints."""
-    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, np.generic):
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     if value is None or isinstance(value, bool):
         return value
@@ -152,7 +142,6 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 def _environment() -> dict[str, str]:
     return {
-        "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": str(np.__version__),
         "threads": str(torch.get_num_threads()),

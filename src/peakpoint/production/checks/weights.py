@@ -7,7 +7,7 @@ import torch
 
 from peakpoint.format.masks import MASK, ORIGINAL
 from peakpoint.format.names import listing
-from peakpoint.production.checks.candidate import Candidate, failed, passed, skipped
+from peakpoint.production.checks.candidate import Candidate, failed, is_floating, passed, skipped
 from peakpoint.repository import reader
 from peakpoint.repository.validations import Finding
 from peakpoint.state.shared_storage import DTYPES
@@ -29,8 +29,9 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield chunk.float() if chunk.dtype.itemsize == 1 else chunk
 
 
-def _is_numeric(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def not_finite_in(tensor: torch.Tensor) -> int:
+    """Count the elements of a tensor that are NaN or infinite."""
+    return sum(int((~torch.isfinite(chunk)).sum()) for chunk in _chunks(tensor)) if is_floating(tensor) else 0
 
 
 def finite(candidate: Candidate) -> Finding:
@@ -38,11 +39,10 @@ def finite(candidate: Candidate) -> Finding:
     elements = tensors = 0
     not_finite: dict[str, int] = {}
     for name, tensor in candidate.state.each(candidate.wanted.part):
-        if not _is_numeric(tensor):
+        if not is_floating(tensor):
             continue
         tensors, elements = tensors + 1, elements + tensor.numel()
-        count = sum(int((~torch.isfinite(chunk)).sum()) for chunk in _chunks(tensor))
-        if count:
+        if count := not_finite_in(tensor):
             not_finite[name] = count
     if not_finite:
         first, count = next(iter(not_finite.items()))
@@ -103,7 +103,7 @@ def zeros_of(tensors: Iterator[tuple[str, torch.Tensor]]) -> Mapping[str, tuple[
     waiting: dict[str, torch.Tensor] = {}
     pruned: dict[str, tuple[int, int, int]] = {}
     for name, tensor in tensors:
-        if not _is_numeric(tensor):
+        if not is_floating(tensor):
             if not (name.endswith(MASK) and DTYPES.get(tensor.dtype) is not None):
                 continue
         else:
