@@ -7,6 +7,7 @@ from typing import Any
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.metrics import json_value
 from peakpoint.production.paired_test import Paired, paired, unpaired
 from peakpoint.repository import validations
 from peakpoint.repository.aliases import AliasTarget
@@ -84,19 +85,13 @@ class HolderComparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison for the record: everything but the long list of flips."""
-        record = {"said": self.said, **asdict(self)}
-        for pair in record["metrics"]:
-            pair |= {side: _plain(pair[side]) for side in ("champion", "candidate")}
+        record: dict[str, Any] = {"said": self.said, **asdict(self)}
         if self.paired is not None:
             record["paired"].pop("flips")
-        return record
+        return {name: json_value(value) for name, value in record.items()}
 
 
 _LISTED = 10  # examples that flipped
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 def compare_with(

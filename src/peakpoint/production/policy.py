@@ -76,13 +76,6 @@ class ValidationPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             if getattr(self, name) is not None:
                 _positive_duration(name, getattr(self, name))
 
-    def wanted(self, base: Path) -> ValidationSpec:
-        """Return the checks of a validation; the golden file is looked for in ``base``."""
-        entries = msgspec.structs.asdict(self)
-        del entries["max_age"], entries["timeout"]
-        golden = None if self.golden is None else str(base / self.golden)
-        return ValidationSpec(**entries | {"golden": golden})
-
 
 class Improvement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much better a candidate must be than the current holder.
@@ -196,7 +189,10 @@ class Policy(PolicyTable, frozen=True, kw_only=True):
     @property
     def wanted(self) -> ValidationSpec:
         """The checks of a validation. The golden file is looked for when it is needed."""
-        return self.validation.wanted(self.base)
+        entries = msgspec.structs.asdict(self.validation)
+        del entries["max_age"], entries["timeout"]
+        golden = None if self.validation.golden is None else str(self.base / self.validation.golden)
+        return ValidationSpec(**entries | {"golden": golden})
 
     @property
     def max_age(self) -> timedelta:

@@ -52,7 +52,7 @@ def promote(
     decision: Mapping[str, Any] | None = None,
     clock: Clock = utc_now,
 ) -> AliasRecord:
-    """Let an alias point at the candidate of a proposal, if it has not changed since the proposal was made.
+    """Let an alias point at the candidate of a proposal, if it has not changed since; return its record.
 
     Idempotent: when the alias points there already, nothing is recorded, and what a crash has left open is completed.
 
@@ -62,9 +62,6 @@ def promote(
         by: who promotes; the current user by default.
         release: the id of the release that this belongs to.
         decision: of that release; see ``AliasRecord``.
-
-    Returns:
-        The record of the alias that points there.
 
     Raises:
         RefusedError: the proposal has objections or refusals.

@@ -1,7 +1,7 @@
 """A proposal: a candidate beside the holder of an alias, with the objections to its promotion."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -194,15 +194,13 @@ def stale(proposal: Proposal, clock: Clock = utc_now, *, failures: bool = True) 
     Raises:
         NotFoundError: the golden inputs that the policy names are missing.
     """
-    policy, validation = proposal.policy, proposal.validation
-    spec = None if policy is None else with_golden(policy.wanted)
+    validation = proposal.validation
+    spec = None if proposal.policy is None else with_golden(proposal.policy.wanted)
     if validation is None:
         return ("it was never validated",)
     return (
         *_failed_checks(validation, failures=failures),
-        *_changed_since(validation, proposal.target.manifest, proposal.manifest.parts, spec),
-        *_outdated(validation, clock(), MAX_AGE if policy is None else policy.max_age),
-        *_checked_otherwise(validation, spec),
+        *_outdated(validation, proposal, spec, clock()),
         *_recorded_since(validation, known_of(proposal.run, proposal.manifest)),
         *_compared_with_another(validation, proposal),
     )
@@ -216,26 +214,20 @@ def _failed_checks(validation: Validation, *, failures: bool) -> list[str]:
     return ["its last validation could not be carried out"] if broken_off else []
 
 
-def _changed_since(
-    validation: Validation, manifest: str, parts: Collection[str], spec: ValidationSpec | None
-) -> Iterator[str]:
-    part = validation.wanted.part
-    if validation.manifest != manifest:
+def _outdated(validation: Validation, proposal: Proposal, spec: ValidationSpec | None, now: datetime) -> Iterator[str]:
+    """What has changed since the validation: the checkpoint, the date, and what the policy asks."""
+    part, parts = validation.wanted.part, proposal.manifest.parts
+    max_age = MAX_AGE if proposal.policy is None else proposal.policy.max_age
+    if validation.manifest != proposal.target.manifest:
         yield "its manifest has changed since it was validated"
     if spec is None and part != "model" and "model" in parts:
         yield f"its last validation checked the part {part}, not the model"
     if part in validation.parts and part not in parts:
         yield f"its part {part} was dropped after the validation"
-
-
-def _outdated(validation: Validation, now: datetime, max_age: timedelta) -> Iterator[str]:
     if now - validation.at > max_age:
         yield f"its validation is stale: of {validation.at:%Y-%m-%d %H:%M} UTC, older than {max_age}"
     if validation.at - now > CLOCK_SLACK:
         yield f"its validation has the time {validation.at:%Y-%m-%d %H:%M} UTC, which is in the future"
-
-
-def _checked_otherwise(validation: Validation, spec: ValidationSpec | None) -> Iterator[str]:
     if spec is not None and spec.digest != validation.wanted.digest:
         policy, validated = msgspec.to_builtins(spec), msgspec.to_builtins(validation.wanted)
         different = [name for name in policy if policy[name] != validated[name] and name != "golden"]
@@ -252,9 +244,11 @@ def _recorded_since(validation: Validation, metrics: Mapping[str, float]) -> Ite
         # evidence is plain JSON: NaN and infinities are texts there
         recorded, evaluated = (math.nan if row[key] is None else float(row[key]) for key in ("recorded", "evaluated"))
         current = metrics.get(name)
-        if current is None or row["evaluated"] is None or same_value(current, recorded):
+        if current is None or row["evaluated"] is None or current == recorded:
             continue
-        if not within(current, evaluated, validation.wanted.tolerance):
+        if not (math.isnan(current) and math.isnan(recorded)) and not within(
+            current, evaluated, validation.wanted.tolerance
+        ):
             yield f"{name} was recorded as {current:.6g} after the validation, which had found {evaluated:.6g}"
 
 
@@ -266,11 +260,6 @@ def _compared_with_another(validation: Validation, proposal: Proposal) -> Iterat
     compared = validation.against is not None or validation.wanted.agreement > 0
     if compared and champion is not None and champion.checkpoint not in {validation.against, validation.checkpoint}:
         yield "its validation is stale: it was not compared with the current champion"
-
-
-def same_value(a: float, b: float) -> bool:
-    """Return whether two values of a metric are the same; NaN equals NaN here."""
-    return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def within(a: float, b: float, tolerance: float) -> bool:
