@@ -112,7 +112,7 @@ def recorded_changes(run: Run, contents: journal.JournalContents) -> list[Record
 
 
 def of_releases(store: Store) -> Iterator[ChangelogEntry]:
-    """Releases that an earlier version put on record as refused; promotions stand in the records of the aliases."""
+    """Yield releases that an earlier version put on record as refused; promotions stand in the aliases' records."""
     for release in releases.release_ids(store):
         try:
             record = releases.read_release(store, release)

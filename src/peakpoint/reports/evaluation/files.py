@@ -108,7 +108,7 @@ def _figures() -> Any:
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything but the single values, for programs; NaN and infinities as strings."""
+    """Return everything but the single values, for programs; NaN and infinities are strings."""
     runs = [
         {
             "run": entry.name,
