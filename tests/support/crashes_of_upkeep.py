@@ -63,7 +63,7 @@ def verb(kind, root, ops=None):
         case "trash" | "keep":
             removals = [Removal(manifest, "told so") for manifest in chosen(run)]
             drops = [
-                PartRemoval(manifest, ("optimizer",), "told so")
+                PartRemoval(manifest, "told so", ("optimizer",))
                 for manifest in run.manifests()
                 if manifest.epoch == 0 and "optimizer" in manifest.parts
             ]

@@ -17,24 +17,17 @@ Where a run was continued from an older checkpoint, its newest branch comes befo
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.names import check_metric, check_run, did_you_mean
-from peakpoint.rules import CheckpointRecord, Mode, Rule, by_sequence, lineage, mode_of, ranked, ranking_metrics
+from peakpoint.rules import Mode, Rule, by_sequence, lineage, mode_of, ranked, ranking_metrics
 
 FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME, @ALIAS, @ALIAS:N"
 
-
-class Named(CheckpointRecord, Protocol):
-    """A record that has a directory."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-
 _NUMBER = re.compile(r"[0-9]{1,1000}")
-R = TypeVar("R", bound=Named)
+R = TypeVar("R", bound=Manifest | Checkpoint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ records; what was claimed stays claimed after everything else but the newest is 
 claim; a value that is not finite never wins; ties go to the earlier record. ``Budget`` is the exception: it wants less.
 """
 
-import difflib
 from collections.abc import Collection, Iterable, Sequence
 from typing import get_args
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.names import did_you_mean
 from peakpoint.rules.budget import Budget
 from peakpoint.rules.metric import Best, BestAtSparsity, MetricRule, Pareto, TopK, smoothed_name
 from peakpoint.rules.presets import production, pruning, research
@@ -145,10 +145,9 @@ mean 'val_accuracy'?
         sparsity = [rule.sparsity] if isinstance(rule, BestAtSparsity) else []
         for name in [*(name for name, _ in rule.ranks_by), *sparsity]:
             if name not in metrics:
-                similar = difflib.get_close_matches(name, metrics, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else _available(metrics)
-                raise ConfigError(f"no report has the metric {name!r} of the rule {rule.text}; {hint}")
+                hint = did_you_mean(name, tuple(metrics)) or _available(metrics)
+                raise ConfigError(f"no report has the metric {name!r} of the rule {rule.text}{hint}")
 
 
 def _available(metrics: Collection[str]) -> str:
-    return f"there are {', '.join(sorted(metrics)[:10])}" if metrics else "there are no metrics at all"
+    return f"; there are {', '.join(sorted(metrics)[:10])}" if metrics else "; there are no metrics at all"

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from peakpoint.format.amounts import read_bytes
 from peakpoint.rules.record import CheckpointRecord, Claim, Reasons
@@ -26,6 +27,8 @@ class Budget:
     """
 
     limit: int | str
+    needs: ClassVar[tuple[str, ...]] = ()
+    ranks_by: ClassVar[tuple[()]] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limit", read_bytes("Budget", self.limit))
@@ -39,16 +42,6 @@ class Budget:
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
         return f"budget:{self.limit}"
-
-    @property
-    def needs(self) -> tuple[str, ...] | None:
-        """Nothing."""
-        return ()
-
-    @property
-    def ranks_by(self) -> tuple[()]:
-        """Nothing."""
-        return ()
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:  # noqa: ARG002
         """Nothing."""

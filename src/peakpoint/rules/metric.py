@@ -82,7 +82,29 @@ def smoothed_name(metric: str, window: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Best(MetricRule):
+class SingleMetricRule(MetricRule):
+    """A rule that ranks by one metric.
+
+    Args:
+        mode: ``"max"`` when larger is better, ``"min"`` when smaller is. Required.
+    """
+
+    metric: str
+    mode: Mode
+
+    def _check(self) -> None:
+        check_metric(self.metric)
+        check_mode(type(self).__name__, self.mode)
+        MetricRule._check(self)  # noqa: SLF001 - super() knows no class with slots
+
+    @property
+    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
+        """The metric, with its direction."""
+        return ((self.metric, self.mode),)
+
+
+@dataclass(frozen=True, slots=True)
+class Best(SingleMetricRule):
     """Claims the checkpoint with the best value of one metric.
 
     Args:
@@ -101,26 +123,17 @@ class Best(MetricRule):
         'best:val_accuracy:max:smooth=5:min_epoch=10'
     """
 
-    metric: str
-    mode: Mode
     smooth: int = 1
 
     def __post_init__(self) -> None:
-        check_metric(self.metric)
-        check_mode("Best", self.mode)
-        check_whole("Best", "smooth", self.smooth)
         self._check()
+        check_whole("Best", "smooth", self.smooth)
 
     @property
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
         smooth = "" if self.smooth == 1 else f":smooth={self.smooth}"
         return f"best:{self.metric}:{self.mode}{smooth}{self._options}"
-
-    @property
-    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """The metric, with its direction."""
-        return ((self.metric, self.mode),)
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The best record and its margin."""
@@ -145,7 +158,7 @@ class Best(MetricRule):
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(MetricRule):
+class TopK(SingleMetricRule):
     """Claims the ``k`` checkpoints with the best values of one metric.
 
     Args:
@@ -161,25 +174,16 @@ class TopK(MetricRule):
         'topk:val_loss:min:3'
     """
 
-    metric: str
-    mode: Mode
     k: int
 
     def __post_init__(self) -> None:
-        check_metric(self.metric)
-        check_mode("TopK", self.mode)
-        check_whole("TopK", "k", self.k)
         self._check()
+        check_whole("TopK", "k", self.k)
 
     @property
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
         return f"topk:{self.metric}:{self.mode}:{self.k}{self._options}"
-
-    @property
-    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """The metric, with its direction."""
-        return ((self.metric, self.mode),)
 
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The first ``k`` of the ranking, each with its rank."""
@@ -199,7 +203,7 @@ def _number(rule: str, name: str, value: object, minimum: float, maximum: float)
 
 
 @dataclass(frozen=True, slots=True)
-class BestAtSparsity(MetricRule):
+class BestAtSparsity(SingleMetricRule):
     """Claims the best checkpoint at each sparsity target.
 
     A checkpoint belongs to the target that is nearest to its sparsity (to the lower of two that are equally near), if
@@ -220,34 +224,25 @@ class BestAtSparsity(MetricRule):
         'best-at:val_accuracy:max:sparsity:0.5,0.9:0.01'
     """
 
-    metric: str
-    mode: Mode
     targets: tuple[float, ...] = (0.5, 0.7, 0.9)
     tolerance: float = 0.01
     sparsity: str = "sparsity"
 
     def __post_init__(self) -> None:
-        check_metric(self.metric)
+        self._check()
         check_metric(self.sparsity)
-        check_mode("BestAtSparsity", self.mode)
         targets: object = self.targets
         if isinstance(targets, str) or not isinstance(targets, Iterable) or not (target_list := list(targets)):
             raise ConfigError(f"BestAtSparsity: targets are numbers such as (0.5, 0.9), not {targets!r}")
         numbers = sorted({_number("BestAtSparsity", "targets", target, 0, 1) for target in target_list})
         object.__setattr__(self, "targets", tuple(numbers))
         object.__setattr__(self, "tolerance", _number("BestAtSparsity", "tolerance", self.tolerance, 0, 1))
-        self._check()
 
     @property
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
         targets = ",".join(f"{target!r}" for target in self.targets)
         return f"best-at:{self.metric}:{self.mode}:{self.sparsity}:{targets}:{self.tolerance!r}{self._options}"
-
-    @property
-    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """The metric, with its direction."""
-        return ((self.metric, self.mode),)
 
     def target_of(self, record: CheckpointRecord) -> float | None:
         """The target that a record belongs to, None when it is near none."""

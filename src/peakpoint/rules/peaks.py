@@ -65,22 +65,9 @@ def peaks(history: Sequence[Reported], metrics: Iterable[tuple[str, Mode]]) -> l
         sign = 1.0 if mode == "max" else -1.0
         best = max(finite, key=lambda report: sign * report.metrics[metric])
         last = reports[-1]
-        results.append(
-            Peak(
-                metric,
-                mode,
-                best.metrics[metric],
-                best.step,
-                best.epoch,
-                last.metrics[metric],
-                last.step,
-                last.epoch,
-                best.report,
-                last.report,
-                len(finite),
-                len(reports) - len(finite),
-            )
-        )
+        moments = [(report.metrics[metric], report.step, report.epoch) for report in (best, last)]
+        counts = (len(finite), len(reports) - len(finite))
+        results.append(Peak(metric, mode, *moments[0], *moments[1], best.report, last.report, *counts))
     return results
 
 

@@ -4,34 +4,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from peakpoint.errors import ConfigError
+from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.names import check_part
 
 Mode = Literal["max", "min"]
 Reasons = dict[str, str]
-
-
-class CheckpointRecord(Protocol):
-    """A checkpoint as rules look at it; ``Manifest``, ``Checkpoint`` and ``Moment`` all are such records."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def sequence(self) -> int: ...  # noqa: D102
-    @property
-    def step(self) -> int: ...  # noqa: D102
-    @property
-    def epoch(self) -> int | None: ...  # noqa: D102
-    @property
-    def metrics(self) -> Mapping[str, float]: ...  # noqa: D102
-    @property
-    def created_at(self) -> datetime: ...  # noqa: D102
-    @property
-    def forks(self) -> tuple[tuple[int, int], ...]: ...  # noqa: D102
-    @property
-    def size_bytes(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +26,10 @@ class Moment:
     created_at: datetime
     forks: tuple[tuple[int, int], ...] = ()
     size_bytes: int = 0
+
+
+CheckpointRecord = Manifest | Checkpoint | Moment
+"""A checkpoint as rules look at it: they use what ``Moment`` has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +106,11 @@ class NeedsParts:
     def needs(self) -> tuple[str, ...] | None:
         """The names of the parts; None for everything."""
         return (self.parts,) if isinstance(self.parts, str) else self.parts
+
+    @property
+    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
+        """The metrics that the rule ranks by, with their directions; none for most."""
+        return ()
 
     @property
     def _parts_text(self) -> str:

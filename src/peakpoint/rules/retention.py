@@ -24,18 +24,14 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True)
-class PartRemoval:
+class PartRemoval(Removal):
     """The removal of some parts of a checkpoint; the others stay.
 
     Attributes:
-        manifest: which checkpoint.
         parts: the names of the parts that go.
-        reason: one sentence.
     """
 
-    manifest: Manifest
     parts: tuple[str, ...]
-    reason: str
 
     @property
     def remaining(self) -> Manifest:
@@ -184,9 +180,8 @@ def _drops(
             parts = _needless(manifest, [needs[claim.rule] for claim in claimed[manifest.id]])
             if parts:
                 texts = ", ".join(claim.rule for claim in claimed[manifest.id])
-                drops.append(
-                    PartRemoval(manifest, parts, f"the rules that claim it do not need {', '.join(parts)} ({texts})")
-                )
+                reason = f"the rules that claim it do not need {', '.join(parts)} ({texts})"
+                drops.append(PartRemoval(manifest, reason, parts))
     return drops
 
 

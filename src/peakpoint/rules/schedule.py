@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.metrics import is_number
-from peakpoint.rules.record import CheckpointRecord, Mode, NeedsParts, Reasons, by_sequence, check_whole, lineage
+from peakpoint.rules.record import CheckpointRecord, NeedsParts, Reasons, by_sequence, check_whole, lineage
 
 _SHORTEST_MINUTES, _LONGEST_MINUTES = 1e-9, 1e15  # what clocks and calendars can still tell apart
 
@@ -60,16 +60,8 @@ class Every(NeedsParts):
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
         suffix = ("" if self.keep is None else f":{self.keep}") + self._parts_text
-        if self.epochs is not None:
-            return f"every:{self.epochs}ep{suffix}"
-        if self.steps is not None:
-            return f"every:{self.steps}st{suffix}"
-        return f"every:{self.minutes!r}min{suffix}"
-
-    @property
-    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """No metric."""
-        return ()
+        intervals = {"ep": self.epochs, "st": self.steps, "min": self.minutes}
+        return next(f"every:{value!r}{unit}{suffix}" for unit, value in intervals.items() if value is not None)
 
     def interval(self, record: CheckpointRecord) -> int:
         """The number of the interval that ``record`` falls into; 0 is before the first boundary, and claims nothing."""
@@ -131,11 +123,6 @@ class Last(NeedsParts):
         """The compact form that ``parse`` reads."""
         return f"last:{self.n}{self._parts_text}"
 
-    @property
-    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """No metric."""
-        return ()
-
     def claims(self, records: Sequence[CheckpointRecord]) -> Reasons:
         """The newest ``n`` in the order of commits."""
         newest = by_sequence(records)[-self.n :]
@@ -178,11 +165,6 @@ class Thin(NeedsParts):
     def text(self) -> str:
         """The compact form that ``parse`` reads."""
         return f"thin:{self.base}{self._parts_text}"
-
-    @property
-    def ranks_by(self) -> tuple[tuple[str, Mode], ...]:
-        """No metric."""
-        return ()
 
     def _width(self, sequence: int, newest: int) -> int:
         """The largest block around a commit that is wholly as old as it is wide; all of its members agree on it."""
