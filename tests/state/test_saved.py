@@ -115,7 +115,7 @@ def test_short_reads_that_end_anywhere(tmp_path):
 
     _, data = cold(tmp_path, 4_500_000)
     fd = os.open(tmp_path / "d" / "a", os.O_RDONLY)
-    filling = DirectReader(Short(), fd, len(data))
+    filling = DirectReader(Short(), fd, len(data), tmp_path / "file")
     filling.wait(len(data))
     filling.close()
     assert filling.data == data

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from peakpoint.store.os_errors import IgnoredErrors, translated
 from peakpoint.store.pages import PAGE, address, allocate, pages, touch
 
 BLOCK = 32 * 1024 * 1024
 WORTH_DIRECT = 4 * 1024 * 1024  # smaller files are faster through the page cache
 NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
+_NOT_SERVED = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
 class FileOps:
@@ -109,23 +111,17 @@ class DirectWriter:
             self._switch(on=True)
 
     def _switch(self, *, on: bool) -> None:
-        try:
+        with IgnoredErrors(NO_DIRECT):
             self._ops.set_direct(self._fd, on=on)
             self._direct = on
-        except OSError as error:
-            if error.errno not in NO_DIRECT:
-                raise
-            self.refused = True
+            return
+        self.refused = True
 
     def reserve(self, size: int) -> None:
         """Reserve space where the file system can."""
-        if not hasattr(os, "posix_fallocate"):  # macOS
-            return
-        try:
-            self._ops.reserve(self._fd, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with IgnoredErrors(_NOT_SERVED):
+                self._ops.reserve(self._fd, size)
 
     def check(self, size: int | None) -> None:
         """Refuse a file that is not of the size that was announced: the space reserved would stay behind as zeros."""
@@ -169,7 +165,7 @@ def is_cached(fd: int, size: int, samples: int = 64) -> bool:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            if error.errno not in _NOT_SERVED:
                 raise
             return True
     return True
@@ -192,14 +188,15 @@ class DirectReader:
         ops: the system calls.
         fd: the open file; it is closed at the end.
         size: of the file.
+        path: of the file, for errors.
 
     Raises:
         OSError: the file system refuses direct I/O.
     """
 
-    def __init__(self, ops: FileOps, fd: int, size: int) -> None:
+    def __init__(self, ops: FileOps, fd: int, size: int, path: Path) -> None:
         ops.set_direct(fd, on=True)
-        self._ops, self._fd, self._size = ops, fd, size
+        self._ops, self._fd, self._size, self._path = ops, fd, size, path
         self._memory: mmap.mmap = allocate(pages(size))
         self._pages = memoryview(self._memory)
         self.data = self._pages[:size]
@@ -251,17 +248,14 @@ class DirectReader:
             os.close(self._fd)
 
     def _read_some(self, begin: int, end: int) -> int:
-        try:
+        with IgnoredErrors(NO_DIRECT):
             return self._ops.read(self._fd, self._pages[begin:end], begin)
-        except OSError as error:
-            if error.errno not in NO_DIRECT:
-                raise
         self._ops.set_direct(self._fd, on=False)  # a piece that is not aligned
         return self._ops.read(self._fd, self._pages[begin:end], begin)
 
     def wait(self, position: int) -> None:
-        """See ``Filling.wait``; OSError when the file cannot be read."""
-        with self._changed:
+        """See ``Filling.wait``."""
+        with translated("read", self._path), self._changed:
             self._changed.wait_for(lambda: self._ready >= min(position, self._size) or self._error is not None)
             if self._ready < min(position, self._size) and self._error is not None:
                 raise self._error

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from peakpoint.errors import FormatError, NotFoundError, StoreError
+from peakpoint.errors import FormatError, NotFoundError
 from peakpoint.store import locks, safe_open
 from peakpoint.store.direct_io import (
     NO_DIRECT,
@@ -32,7 +32,7 @@ from peakpoint.store.direct_io import (
     is_cached,
 )
 from peakpoint.store.local_log import LocalLog
-from peakpoint.store.os_errors import TranslatedFilling, translated
+from peakpoint.store.os_errors import IgnoredErrors, translated
 from peakpoint.store.protocol import RECORD, Chunk, Filled, Filling, check_key, check_record, check_size
 
 _TEMPORARY = ".tmp-"
@@ -65,12 +65,9 @@ class LocalStore:
         """Where the bytes of ``key`` are."""
         return self.root / check_key(key)
 
-    @contextlib.contextmanager
-    def _directory(self, key: str) -> Iterator[int]:
-        """A descriptor of the directory that a key is in."""
-        names = check_key(key).split("/")[:-1]
-        with safe_open.directory(self._root, names) as dir_fd:
-            yield dir_fd
+    def _directory(self, key: str) -> contextlib.AbstractContextManager[int]:
+        """Open the directory that a key is in."""
+        return safe_open.directory(self._root, check_key(key).split("/")[:-1])
 
     @contextlib.contextmanager
     def _parent_made(self, key: str) -> Iterator[int]:
@@ -244,19 +241,19 @@ class LocalStore:
         if hasattr(os, "O_DIRECT"):
             path = self.path(key)
             with translated("read", path), self._open(key) as fd:
-                filling = self._fill_directly(fd)
+                filling = self._fill_directly(fd, path)
             if filling is not None:
-                return TranslatedFilling(filling, path)
+                return filling
         return Filled(self.view(key))
 
-    def _fill_directly(self, fd: int) -> DirectReader | None:
+    def _fill_directly(self, fd: int, path: Path) -> DirectReader | None:
         size = os.fstat(fd).st_size
         # no more than half of the memory: what is mapped can be dropped when memory is short, this cannot
         if size < WORTH_DIRECT or is_cached(fd, size) or size > available_memory() // 2:
             return None
         duplicate = os.dup(fd)
         try:
-            return DirectReader(self._ops, duplicate, size)
+            return DirectReader(self._ops, duplicate, size, path)
         except OSError as error:
             os.close(duplicate)
             if error.errno not in NO_DIRECT:
@@ -329,15 +326,11 @@ class LocalStore:
     def prune(self, prefix: str) -> None:
         """See ``Store.prune``."""
         path = self.path(prefix)
-        try:
-            with translated("remove", path), self._directory(prefix) as dir_fd:
-                self._ops.rmdir(path, dir_fd)
-                self._ops.fsync_dir(path.parent, dir_fd)
-        except NotFoundError:
-            return
-        except StoreError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
+        expected = IgnoredErrors({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+        removing = translated("remove", path)
+        with contextlib.suppress(NotFoundError), expected, removing, self._directory(prefix) as dir_fd:
+            self._ops.rmdir(path, dir_fd)
+            self._ops.fsync_dir(path.parent, dir_fd)
 
     def log(self, key: str) -> LocalLog:
         """See ``Store.log``."""

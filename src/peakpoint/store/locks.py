@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from peakpoint.errors import ConflictError, NotFoundError
+from peakpoint.store.os_errors import IgnoredErrors
 from peakpoint.store.protocol import held_by, holder_text
 
 # F_OFD_GETLK and F_OFD_SETLK of fcntl(2); Python does not name those of macOS
@@ -35,34 +36,23 @@ def _whole_file() -> bytes:
 
 def _take(fd: int) -> bool:
     """Lock an open file; whether it is locked now, or was already."""
-    try:
-        try:
+    with IgnoredErrors(_REFUSED):
+        with IgnoredErrors({errno.EINVAL}):
             fcntl.fcntl(fd, _TAKE, _whole_file())
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kernel without such locks, as gVisor is
-    except OSError as error:
-        if error.errno not in _REFUSED:
-            raise
-        return False
-    return True
+            return True
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kernel without such locks, as gVisor is
+        return True
+    return False
 
 
 def is_locked(fd: int) -> bool:
     """Whether somebody has locked a file, through another descriptor than this."""
-    try:
+    with IgnoredErrors({errno.EINVAL}):
         return bool(struct.unpack_from(_FLOCK, fcntl.fcntl(fd, _ASK, _whole_file()))[_TYPE] != fcntl.F_UNLCK)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    try:
+    with IgnoredErrors(_REFUSED):
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # goes when it is closed
-    except OSError as error:
-        if error.errno not in _REFUSED:
-            raise
-        return True
-    return False
+        return False
+    return True
 
 
 class ExclusiveLock:
@@ -92,13 +82,11 @@ class ExclusiveLock:
     def _begin(self) -> None:
         if not _take(self._fd):
             raise held_by(os.pread(self._fd, _NOTE, 0))
-        try:
+        note, self._note = self._note, b""  # on a full disk it is held without a note
+        with IgnoredErrors({errno.ENOSPC, errno.EDQUOT}):
             os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, self._note, 0)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self._note = b""  # on a full disk it is held without a note
+            os.pwrite(self._fd, note, 0)
+            self._note = note
         self.check()  # somebody may have removed the file before it was locked
 
     def check(self) -> None:

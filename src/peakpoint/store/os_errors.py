@@ -2,11 +2,10 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from peakpoint.errors import NotFoundError, StoreError, TransientStoreError
-from peakpoint.store.protocol import Filling
 
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT})
 _LOOKING = frozenset({"read", "look at", "list", "delete"})  # what is no file cannot be found
@@ -39,15 +38,14 @@ def translated(action: str, path: Path | str) -> Iterator[None]:
         raise kind(error.errno, message) from error
 
 
-class TranslatedFilling:
-    """A filling whose errors say what was being read."""
+class IgnoredErrors:
+    """A block whose ``OSError`` is passed over if it has one of these numbers."""
 
-    def __init__(self, filling: Filling, path: Path) -> None:
-        self._filling, self._path = filling, path
-        self.data = filling.data
-        self.close = filling.close
+    def __init__(self, numbers: Collection[int]) -> None:
+        self._numbers = numbers
 
-    def wait(self, position: int) -> None:
-        """See ``Filling.wait``."""
-        with translated("read", self._path):
-            self._filling.wait(position)
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        return isinstance(error, OSError) and error.errno in self._numbers
