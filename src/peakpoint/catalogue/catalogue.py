@@ -207,10 +207,10 @@ class Catalogue:
         finally:
             self.close()
 
-    def _repairing(self, action: Callable[[], None]) -> None:
+    def _repairing(self, action: Callable[[], T]) -> T:
         """Do something; where a file that is only an index turns out to be damaged, make it anew, and do it again."""
         try:
-            action()
+            return action()
         except DamagedError as error:
             if not self._disposable:
                 raise ConfigError(
@@ -218,7 +218,7 @@ class Catalogue:
                     f"(--catalogue, {VARIABLE}); a catalogue can be made anew from the files"
                 ) from error
             self._empty(birth=self._birth)
-            action()
+            return action()
 
     def rebuild(self, progress: Progress = _no_progress) -> None:
         """Forget everything, and read all files again.
@@ -336,7 +336,7 @@ class Catalogue:
         _warn_of_unread(self.unread)
         for alias, why in self._aliases.unread.items():
             warnings.warn(f"the alias {alias!r} is left out: {why}", PeakpointWarning, stacklevel=3)
-        return Selection(self._reading, request, self, self.candidate_limit)
+        return Selection(self._reading, request, self)
 
     def _read(self, query: Callable[[Connection], T]) -> T:
         """Ask the database, in one transaction."""
@@ -361,30 +361,32 @@ class Catalogue:
         Args:
             top: how many.
         """
-        runs: list[RunSummary] = []
 
-        def read() -> None:
+        def read() -> list[RunSummary]:
             self.refresh()  # of one that is made anew while it is looked at
-            runs[:] = self._read(partial(run_summaries, top=top))
+            return self._read(partial(run_summaries, top=top))
 
-        self._repairing(read)
-        return runs
+        return self._repairing(read)
 
     # --- compared with the files
 
     def checkpoint(self, row: Any) -> Checkpoint:
-        """See ``SelectionSource``."""
+        """Make a checkpoint of what the catalogue holds."""
         prefix = layout.checkpoint_prefix(row.run, row.name)
         return checkpoint_of(row, self._store.path(prefix) if isinstance(self._store, LocalStore) else None)
 
     def compare_rows(
         self, connection: Connection, columns: schema.Columns, rows: Sequence[Any]
     ) -> list[CatalogueMismatch]:
-        """See ``SelectionSource``."""
+        """Compare rows of a selection with their manifests."""
         return compare_rows(connection, columns, self._store, rows)
 
     def repair(self, birth: int, attempt: int, mismatches: Sequence[CatalogueMismatch]) -> None:
-        """See ``SelectionSource``."""
+        """Make the catalogue say what the files say; with each attempt in vain more of it is made anew.
+
+        Raises:
+            CorruptError: nothing helps.
+        """
         if attempt >= _ATTEMPTS:
             raise CorruptError(
                 f"the catalogue {self.location} differs from the files also after it was made anew: "

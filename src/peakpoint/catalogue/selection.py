@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, case, func, literal, not_, select
 
@@ -15,12 +15,15 @@ from peakpoint.catalogue.database import DamagedError, read_json, translated
 from peakpoint.catalogue.query import FIELDS, Field, Metric, point
 from peakpoint.catalogue.ranking import RankingKey, SelectionQuery
 from peakpoint.catalogue.schema import Columns
-from peakpoint.catalogue.search import CANDIDATE_LIMIT, Search
+from peakpoint.catalogue.search import Search
 from peakpoint.catalogue.sql import Expression, Translator
 from peakpoint.catalogue.verification import CatalogueMismatch
 from peakpoint.errors import NotFoundError, TransientStoreError
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.metrics import metrics_from_json
+
+if TYPE_CHECKING:
+    from peakpoint.catalogue.catalogue import Catalogue
 
 _RUNNERS_UP = 3
 _CHUNK = 200
@@ -61,31 +64,6 @@ class Explanation:
     runners_up: tuple[Checkpoint, ...]
 
 
-class SelectionSource(Protocol):
-    """What a selection needs of the catalogue that it is made from."""
-
-    @property
-    def unread(self) -> Mapping[str, str]:
-        """What cannot be read, and why: runs, by name, and checkpoints, by ref."""
-
-    @property
-    def unread_aliases(self) -> Mapping[str, str]:
-        """Aliases that cannot be read, and why."""
-
-    def checkpoint(self, row: Any) -> Checkpoint:
-        """Make a checkpoint of what the catalogue holds."""
-
-    def compare_rows(self, connection: Connection, columns: Columns, rows: Sequence[Any]) -> list[CatalogueMismatch]:
-        """Compare rows with their manifests."""
-
-    def repair(self, birth: int, attempt: int, mismatches: Sequence[CatalogueMismatch]) -> None:
-        """Make the catalogue say what the files say; with each attempt in vain more of it is made anew.
-
-        Raises:
-            CorruptError: nothing helps.
-        """
-
-
 class Selection:
     """Checkpoints that were selected; each iteration asks the catalogue anew, and reads as far as it is followed.
 
@@ -95,14 +73,11 @@ class Selection:
     Args:
         engine: one that reads.
         request: what is to be selected.
-        source: what the catalogue is made from.
-        candidate_limit: see ``Search``.
+        catalogue: which.
     """
 
-    def __init__(
-        self, engine: Engine, request: SelectionQuery, source: SelectionSource, candidate_limit: int = CANDIDATE_LIMIT
-    ) -> None:
-        self._engine, self._request, self._source, self._candidate_limit = engine, request, source, candidate_limit
+    def __init__(self, engine: Engine, request: SelectionQuery, catalogue: "Catalogue") -> None:
+        self._engine, self._request, self._catalogue = engine, request, catalogue
         with self._reader():  # which refuses names that do not exist
             pass
 
@@ -112,8 +87,8 @@ class Selection:
 
         As of the last look at the files: ask after the checkpoints. Aliases are told where the condition is about them.
         """
-        aliases = self._source.unread_aliases if self._request.query.asks_for_aliases() else {}
-        return {**self._source.unread, **{f"@{alias}": why for alias, why in aliases.items()}}
+        aliases = self._catalogue.unread_aliases if self._request.query.asks_for_aliases() else {}
+        return {**self._catalogue.unread, **{f"@{alias}": why for alias, why in aliases.items()}}
 
     @contextmanager
     def _reader(self) -> Iterator["_SelectionReader"]:
@@ -122,8 +97,10 @@ class Selection:
             columns = Columns.read(connection)
             _check_metrics(self._request, columns)
             translator = Translator(columns, connection.dialect.name)
-            left_out = [name for name in self._source.unread if "/" not in name]
-            yield _SelectionReader(connection, translator, columns, self._request, self._candidate_limit, left_out)
+            left_out = [name for name in self._catalogue.unread if "/" not in name]
+            yield _SelectionReader(
+                connection, translator, columns, self._request, self._catalogue.candidate_limit, left_out
+            )
 
     def __iter__(self) -> Iterator[Checkpoint]:
         yield from self._ranked(self._request.top)
@@ -171,11 +148,11 @@ class Selection:
                         raise TransientStoreError("the catalogue was made anew while it was being read; select again")
                     rows = reader.rows(keys[begin : begin + _CHUNK])
                     mismatches = self._mismatches(reader, rows, len(keys) if begin == 0 else None)
-                    checkpoints += [] if mismatches else map(self._source.checkpoint, rows)
+                    checkpoints += [] if mismatches else map(self._catalogue.checkpoint, rows)
             except DamagedError as error:
                 mismatches = [CatalogueMismatch("", str(error))]
             if mismatches:
-                self._source.repair(birth, attempt, mismatches)
+                self._catalogue.repair(birth, attempt, mismatches)
                 attempt, keys = attempt + 1, keys if begin else None
             else:
                 begin, attempt = begin + _CHUNK, 0
@@ -193,7 +170,7 @@ class Selection:
         """
         basis = [] if all_keys is None else reader.basis()
         compared = list({row.key: row for row in (*basis, *rows)}.values())
-        mismatches = self._source.compare_rows(reader.connection, reader.columns, compared)
+        mismatches = self._catalogue.compare_rows(reader.connection, reader.columns, compared)
         if all_keys is not None and len(rows) != min(all_keys, _CHUNK):
             mismatches.append(CatalogueMismatch("", "a checkpoint has no name or no run"))
         return mismatches
