@@ -215,48 +215,43 @@ def _read_numpy(node: dict[str, Any]) -> Any:
 
 
 _DTYPES_BY_NAME = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if type(kind) is torch.dtype}
-_SCALARS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "bytes": (bytes, to_base64, from_base64),
-    "bytearray": (bytearray, to_base64, lambda text: bytearray(from_base64(text))),
-    "complex": (complex, lambda z: [_float(z.real), _float(z.imag)], lambda v: complex(*map(decode_scalar, v))),
-    "Decimal": (decimal.Decimal, str, decimal.Decimal),
-    "range": (range, lambda r: [_int(r.start), _int(r.stop), _int(r.step)], lambda v: range(*map(decode_scalar, v))),
-    "date": (dt.date, dt.date.isoformat, dt.date.fromisoformat),
-    "timedelta": (dt.timedelta, lambda t: [t.days, t.seconds, t.microseconds], lambda v: dt.timedelta(*v)),
-    "torch.dtype": (torch.dtype, lambda kind: str(kind).removeprefix("torch."), _DTYPES_BY_NAME.__getitem__),
-    "torch.device": (torch.device, str, torch.device),
-    "torch.Size": (torch.Size, list, torch.Size),
-}
-"""By tag: the type, what makes the member ``"v"`` of a value, and what makes the value of that member."""
-
-
-def _node_encoder(tag: str, encode: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: {TAG: tag, "v": encode(value)}
-
-
-def _node_decoder(decode: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
-    return lambda node: decode(node["v"])
-
-
-_ENCODERS: dict[type, Callable[[Any], Any]] = {
+# numbers and text that JSON holds, or not
+_PLAIN: dict[type, Callable[[Any], Any]] = {
     type(None): lambda value: value,
     bool: lambda value: value,
     int: _int,
     float: _float,
     str: _str,
-    **{kind: _node_encoder(tag, encode) for tag, (kind, encode, _) in _SCALARS.items()},
 }
-SCALAR_DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "int": lambda node: int(node["v"], 16),
-    "float": lambda node: _read_float(node["v"]),
-    "str": lambda node: from_base64(node["v"]).decode("utf-8", "surrogatepass"),
+
+# by type: its tag, what makes the member "v" of a value, and what makes a value of that member
+_TAGGED: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    bytes: ("bytes", to_base64, from_base64),
+    bytearray: ("bytearray", to_base64, lambda text: bytearray(from_base64(text))),
+    complex: ("complex", lambda z: [_float(z.real), _float(z.imag)], lambda v: complex(*map(decode_scalar, v))),
+    decimal.Decimal: ("Decimal", str, decimal.Decimal),
+    range: ("range", lambda r: [_int(r.start), _int(r.stop), _int(r.step)], lambda v: range(*map(decode_scalar, v))),
+    dt.date: ("date", dt.date.isoformat, dt.date.fromisoformat),
+    dt.timedelta: ("timedelta", lambda t: [t.days, t.seconds, t.microseconds], lambda v: dt.timedelta(*v)),
+    torch.dtype: ("torch.dtype", lambda kind: str(kind).removeprefix("torch."), _DTYPES_BY_NAME.__getitem__),
+    torch.device: ("torch.device", str, torch.device),
+    torch.Size: ("torch.Size", list, torch.Size),
+}
+
+_MEMBER_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "int": lambda text: int(text, 16),
+    "float": _read_float,
+    "str": lambda text: from_base64(text).decode("utf-8", "surrogatepass"),
+    "numpy.dtype": read_dtype,
+    **{tag: decode for tag, _, decode in _TAGGED.values()},
+}
+_NODE_DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "datetime": _read_clock,
     "time": _read_clock,
     "numpy": _read_numpy,
-    "numpy.dtype": lambda node: read_dtype(node["v"]),
     "path": lambda node: PATHS[node["class"]](decode_scalar(node["v"])),
-    **{tag: _node_decoder(decode) for tag, (_, _, decode) in _SCALARS.items()},
 }
+SCALAR_TAGS = _MEMBER_DECODERS.keys() | _NODE_DECODERS.keys()
 
 
 def encode_scalar(value: Any, path: StatePath | str) -> Any:
@@ -265,20 +260,26 @@ def encode_scalar(value: Any, path: StatePath | str) -> Any:
     Raises:
         ConfigError: it is not a scalar, or cannot be saved exactly; the message says where it is.
     """
-    encode = _ENCODERS.get(type(value))
-    if encode is not None:
-        return encode(value)
-    if type(value) in (dt.datetime, dt.time):
+    kind = type(value)
+    if kind in _PLAIN:
+        return _PLAIN[kind](value)
+    if kind in _TAGGED:
+        tag, encode, _ = _TAGGED[kind]
+        return {TAG: tag, "v": encode(value)}
+    if kind in (dt.datetime, dt.time):
         return _clock(value, path)
     if isinstance(value, np.generic):
         return _numpy(value, path)
     if isinstance(value, np.dtype):
         return {TAG: "numpy.dtype", "v": dtype_text(value, path)}
-    if isinstance(value, pathlib.PurePath) and PATHS.get(type(value).__name__) is type(value):
-        return {TAG: "path", "class": type(value).__name__, "v": _str(str(value))}
+    if isinstance(value, pathlib.PurePath) and PATHS.get(kind.__name__) is kind:
+        return {TAG: "path", "class": kind.__name__, "v": _str(str(value))}
     raise refusal(path, value)
 
 
 def decode_scalar(tree: Any) -> Any:
     """Decode what ``encode_scalar`` encoded; raises one of ``UNREADABLE`` for anything else."""
-    return SCALAR_DECODERS[tree[TAG]](tree) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict):
+        return tree
+    tag = tree[TAG]
+    return _MEMBER_DECODERS[tag](tree["v"]) if tag in _MEMBER_DECODERS else _NODE_DECODERS[tag](tree)

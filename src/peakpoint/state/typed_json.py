@@ -20,10 +20,11 @@ import torch
 
 from peakpoint.errors import ConfigError, FormatError
 from peakpoint.state.json_scalars import (
-    SCALAR_DECODERS,
+    SCALAR_TAGS,
     TAG,
     UNREADABLE,
     StatePath,
+    decode_scalar,
     dotted_keys,
     dtype_text,
     encode_scalar,
@@ -272,8 +273,8 @@ class Decoder:
     def _tagged(self, node: dict[str, Any]) -> Any:
         tag = node[TAG]
         try:
-            if isinstance(tag, str) and tag in SCALAR_DECODERS:
-                return SCALAR_DECODERS[tag](node)
+            if isinstance(tag, str) and tag in SCALAR_TAGS:
+                return decode_scalar(node)
             if isinstance(tag, str) and tag in _DECODERS:
                 return _DECODERS[tag](self, node)
         except RecursionError:
