@@ -130,7 +130,7 @@ def import_checkpoints(
     return ImportReport(
         run=run,
         checkpoints=(*(outcomes[number] for moment in moments for number in moment.checkpoints), *twins, *unreadable),
-        reports=intake.reports,
+        reports=len(moments),
         others=tuple(others),
         notes=(*notes, *_doubts(moments, epochs_from)),
     )

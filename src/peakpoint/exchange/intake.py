@@ -2,7 +2,6 @@
 
 import errno
 import mmap
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import annotations_of
-from peakpoint.repository.commit import WholeImage, commit, spans_of
+from peakpoint.repository.commit import WholeImage, spans_of
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import list_run
@@ -31,9 +30,9 @@ from peakpoint.state.host_copy import NO_STORAGE
 from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, LocalStore, Store
-from peakpoint.training.external import hold_run, open_journal, record_report, record_saved, settle, with_free_name
-from peakpoint.training.outcome import written_by
+from peakpoint.training.external import commit_external, hold_run, open_journal, record_report
 from peakpoint.training.position import Position
+from peakpoint.training.records import draft_manifest, last_sequence, with_free_name, written_by
 
 # in a manifest's written_by
 DIGEST, PATH = "source_blake3", "imported_from"
@@ -152,8 +151,7 @@ class Intake:
         self._removed = {digest for digest in absent if digest[:_DIGEST_DIGITS] in reasons}
         self._new = [summary for summary in self.summaries if summary.digest in set(absent) - self._removed]
         self._parent = listing.manifests[-1] if listing.manifests else None
-        sequences = [event.sequence for event in saved] + [manifest.sequence for manifest in listing.manifests]
-        self._sequence = max(sequences, default=0)
+        self._sequence = last_sequence(listing.manifests, saved)
         self._history = history(self._events)
         self._check_beginning()
 
@@ -187,11 +185,6 @@ class Intake:
     def complete(self) -> bool:
         """Whether nothing is left to do."""
         return not self._new and self.rules is None and len(self._history) >= len(self.moments)
-
-    @property
-    def reports(self) -> int:
-        """How many moments the run has when it is done."""
-        return len(self.moments)
 
     def _outcome(self, number: int, moment: ImportMoment, status: str, *notes: str, name: str | None) -> ImportedSource:
         outcome = self.summaries[number].outcome(status, name, *notes)
@@ -275,12 +268,14 @@ class Intake:
         checkpoint, _ = storable(read(summary.source, self.options))
         state = dict(checkpoint.parts) | ({EXTRA: dict(checkpoint.extra)} if checkpoint.extra else {})
         origin, images = self._linkable(checkpoint)
-        position = _position(report, moment, complete=checkpoint.complete).as_plain()
+        next_epoch = 0 if moment.epoch is None else moment.epoch + checkpoint.complete
+        position = Position(report, moment.step, moment.epoch, next_epoch, next_step=moment.step)
+        plain = position.as_plain()
         foreign = ForeignState(optional=(EXTRA,), images=images)
-        captured = capture(state, position, StateEncoder(shares=False), buffer, NO_STORAGE, NO_STORAGE, foreign)
+        captured = capture(state, plain, StateEncoder(shares=False), buffer, NO_STORAGE, NO_STORAGE, foreign)
         if summary.source.stamp() != summary.stamp:
             raise CorruptError(f"{path} was changed during the import; import again when nothing writes to it")
-        draft = self._draft(summary, report, moment, captured.parts)
+        draft = self._draft(summary, position, moment, captured.parts)
         linked: list[bool] = []
 
         def adopt(name: str, key: str) -> bool:
@@ -292,8 +287,7 @@ class Intake:
         if self.rules is None:
             why = f"{_PINNED}{path.name}"
             journal.append(Pinned(at=journal.now(), checkpoint=draft.id, why=why, by="peakpoint import"))
-        manifest = commit(self.store, draft, captured.images, first=lambda: settle(journal, hold), adopt=adopt)
-        record_saved(journal, manifest)
+        manifest = commit_external(self.store, journal, hold, draft, captured.images, adopt)
         self._parent, self._sequence = manifest, manifest.sequence
         notes = [self._why_copied(number)] if self.link and not any(linked) else []
         return self._outcome(number, moment, "linked" if any(linked) else "imported", *notes, name=manifest.name)
@@ -312,32 +306,19 @@ class Intake:
         return origin, {_MODEL: WholeImage(_MODEL, data, record.header, spans_of(record))}
 
     def _draft(
-        self, summary: SourceSummary, report: int, moment: ImportMoment, parts: Mapping[str, tuple[str, ...]]
+        self, summary: SourceSummary, position: Position, moment: ImportMoment, parts: Mapping[str, tuple[str, ...]]
     ) -> Manifest:
         path, tool, digest = summary.source.path, summary.checkpoint.tool, summary.digest
         origin = {PATH: str(path.absolute()), DIGEST: digest}
         origin |= {COUNTED: "no file tells it"} if moment.counted else {}
-        draft = Manifest(
-            id=secrets.token_hex(8),
-            run=self.run,
-            name="",
-            sequence=self._sequence + 1,
-            report=report,
-            step=moment.step,
-            epoch=moment.epoch,
-            metrics=moment.metrics,
-            reasons=(f"imported from {path.name} ({tool}, BLAKE3 {digest[:_DIGEST_DIGITS]})",),
-            asked=None,
-            parts=parts,
-            files=(),
-            parent=None if self._parent is None else self._parent.id,
-            forks=() if self._parent is None else self._parent.forks,
-            created_at=datetime.fromtimestamp(max(time for _, time in summary.stamp) / 1e9, UTC),
-            written_by={**written_by(trains=False), **origin},
-            timing={},
-        )
-        metric = next((name for name, _ in ranking_metrics(self._in_force) if name in moment.metrics), None)
-        return with_free_name(self.store, draft, metric)
+        at = datetime.fromtimestamp(max(time for _, time in summary.stamp) / 1e9, UTC)
+        by = {**written_by(trains=False), **origin}
+        draft = draft_manifest(self.run, self._sequence + 1, position, moment.metrics, at, by)
+        reason = f"imported from {path.name} ({tool}, BLAKE3 {digest[:_DIGEST_DIGITS]})"
+        draft = replace(draft, reasons=(reason,), parts=parts)
+        if self._parent is not None:
+            draft = replace(draft, parent=self._parent.id, forks=self._parent.forks)
+        return with_free_name(self.store, draft, [metric for metric, _ in ranking_metrics(self._in_force)])
 
 
 def _agrees(moment: ImportMoment, report: Reported, *, final: bool) -> bool:
@@ -349,9 +330,3 @@ def _agrees(moment: ImportMoment, report: Reported, *, final: bool) -> bool:
     of_moment, of_report = metrics_to_json(moment.metrics).items(), metrics_to_json(report.metrics).items()
     at_step = moment.counted or moment.step == report.step or (not final and moment.epoch is not None)
     return moment.epoch == report.epoch and at_step and (of_moment <= of_report if final else of_report <= of_moment)
-
-
-def _position(report: int, moment: ImportMoment, *, complete: bool) -> Position:
-    epoch, step = moment.epoch, moment.step
-    following = 0 if epoch is None else epoch + complete
-    return Position(report=report, step=step, epoch=epoch, next_epoch=following, next_step=step, batches=None)

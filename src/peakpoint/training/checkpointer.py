@@ -24,6 +24,7 @@ from peakpoint.format.names import DEFAULT_TEMPLATE
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.rules import Rule
 from peakpoint.rules.stopping import EarlyStopping, StoppingState
+from peakpoint.state import rng
 from peakpoint.state.capture import check_state
 from peakpoint.state.restore import LoadReport
 from peakpoint.store import Store, open_store
@@ -32,10 +33,8 @@ from peakpoint.training.late_changes import LateChangeCheck
 from peakpoint.training.loop import Loop, count
 from peakpoint.training.metric_warnings import MetricWarnings
 from peakpoint.training.outcome import Outcome, print_note, warn
-from peakpoint.training.preemption import Preempt, SignalWatch, deliver_again, run_earlier
-from peakpoint.training.resume import restore_generators
+from peakpoint.training.preemption import Preempt, SignalWatch
 from peakpoint.training.run_writer import RunWriter, SaveOptions, capture_buffer, check_needs
-from peakpoint.training.saver import FailedSave
 
 
 class Checkpointer:
@@ -225,8 +224,8 @@ class Checkpointer:
             self._restore_generators()
 
     def _restore_generators(self) -> None:
-        if self._generators is not None:
-            restore_generators(self._generators)
+        for line in rng.restore(dict(self._generators or {})):
+            warn(f"not restored: {line}")
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of one pass over ``loader``; reports in the body are made inside the epoch.
@@ -353,15 +352,12 @@ class Checkpointer:
             self.__exit__(type(error), error, None)
             raise
         why = "closed" if self.why_stop is None else f"{STOPPED}{self.why_stop}"
-        try:
-            # Ctrl-C right after the warning of what the rules will remove keeps it
-            failure = self._finish(why, apply_rules=sys.exception() is None)
-        finally:
-            arrived = self._signals.stop()
+        # Ctrl-C right after the warning of what the rules will remove keeps it
+        failed_save = self._finish(why, apply_rules=sys.exception() is None)
         self._writer.warn_notices()
-        if failure is not None:
-            raise self._writer.error_of(failure)
-        deliver_again(arrived)
+        if failed_save is not None:
+            raise failed_save
+        self._signals.deliver_again()
 
     def __enter__(self) -> Self:
         return self
@@ -379,15 +375,12 @@ class Checkpointer:
             self._late_changes.end_interrupted()
         except Error as late:
             error.add_note(f"peakpoint: besides, {late}")
-        try:
-            failure = self._finish(f"{type(error).__name__}: {error}"[:500])
-        finally:
-            arrived = self._signals.stop()
-        if failure is not None and not isinstance(error, SaveFailedError):
-            error.add_note(f"peakpoint: besides, {self._writer.error_of(failure)}")
+        failed_save = self._finish(f"{type(error).__name__}: {error}"[:500])
+        if failed_save is not None and not isinstance(error, SaveFailedError):
+            error.add_note(f"peakpoint: besides, {failed_save}")
         self._writer.warn_notices()
         if not isinstance(error, SystemExit):
-            deliver_again(arrived)
+            self._signals.deliver_again()
 
     def __del__(self) -> None:
         if not self._closed and self._process == os.getpid():
@@ -431,46 +424,26 @@ class Checkpointer:
         self.resume()
 
     def _save(self, moment: Manifest) -> Outcome:
-        """Save the moment if there is a reason to; then raise an earlier failure."""
-        result = self._writer.save(moment, self._loop.position)
-        why_stop = self.why_stop
-        outcome = Outcome(
-            saved=result.name is not None,
-            reasons=moment.reasons if result.name is not None else (),
-            should_stop=why_stop is not None,
-            why_stop=why_stop,
-            name=result.name,
-            step=moment.step,
-            epoch=moment.epoch,
-            waited_seconds=result.waited_seconds,
-            capture_seconds=result.capture_seconds,
-            step_waited_seconds=result.step_waited_seconds,
-        )
-        if result.failure is not None:
-            error = self._writer.error_of(result.failure)
-            error.outcome = outcome
-            raise error
-        return outcome
+        return self._writer.save(moment, self._loop.position, self.why_stop)
 
     def _leave(self, signal: str) -> None:
         """End a preempted process: everything is made durable, then earlier handlers run."""
-        try:
-            failure = self._finish(f"preempted by {signal}")
-        finally:
-            arrived = self._signals.stop()
+        failed_save = self._finish(f"preempted by {signal}")
         self._writer.warn_notices()
-        if failure is not None:
-            raise self._writer.error_of(failure)
+        if failed_save is not None:
+            raise failed_save
         self._announce(
             f"{signal}: saved at step {self._loop.position.step}; leaving with exit code {self._exit_code}, run the "
             "same command again to go on"
         )
-        run_earlier(arrived)
+        self._signals.run_earlier()
         raise SystemExit(self._exit_code)
 
-    def _finish(self, why: str, *, apply_rules: bool = False) -> FailedSave | None:
+    def _finish(self, why: str, *, apply_rules: bool = False) -> SaveFailedError | None:
+        """Make everything durable, and let go of the run, the optimizers and the signals."""
         self._closed = True
         try:
             return self._writer.finish(why, apply_rules=apply_rules)
         finally:
             self._loop.stop()
+            self._signals.stop()

@@ -1,7 +1,6 @@
 """Checkpoints that no loop reports: made from others, or saved by other tools."""
 
 import contextlib
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -11,11 +10,11 @@ import msgspec
 import torch
 
 from peakpoint.errors import ConflictError
-from peakpoint.format import layout, names
-from peakpoint.format.events import Closed, Event, Opened, Reported, Saved, Started
+from peakpoint.format import layout
+from peakpoint.format.events import Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
-from peakpoint.repository.commit import BLOCK, StreamedImage, WholeImage, commit, unused_name
+from peakpoint.repository.commit import BLOCK, FileImage, StreamedImage, WholeImage, commit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.provenance import Clock
@@ -26,8 +25,8 @@ from peakpoint.repository.run_audit import clean_run
 from peakpoint.state.tensor_files import FileLayout
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, Store, holder_note
-from peakpoint.training.outcome import written_by
 from peakpoint.training.position import Position
+from peakpoint.training.records import draft_manifest, last_sequence, saved_event, with_free_name, written_by
 
 
 def streamed_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:
@@ -96,15 +95,29 @@ def add(store: Store, run: str, checkpoint: ExternalCheckpoint, clock: Clock) ->
         ConflictError: another process writes the run, or see ``check_run_for``.
         StoreError: the store refused.
     """
+    by = written_by(trains=False) | {"tool": "peakpoint soup"}
     with hold_run(store, run, clock) as (now, hold):
         manifests = check_run_for(store, run)
-        ensure_run(store, run, now, _by(), ())
+        ensure_run(store, run, now, by, ())
         clean_run(store, run, now)
         events = journals.read(store, run).events
         rules = tuple(rule.text for rule in rules_of(events))
-        with open_journal(store, run, clock, _by(), rules, manifests[-1] if manifests else None) as journal:
-            draft = _draft(store, run, checkpoint, manifests, events, journal.now())
-            return _commit(store, journal, hold, draft, checkpoint)
+        newest = manifests[-1] if manifests else None
+        report, step = (1, checkpoint.step) if newest is None else (newest.report + 1, newest.step + 1)
+        position = Position(report=report, step=max(step, checkpoint.step))
+        position.next_step = position.step
+        with open_journal(store, run, clock, by, rules, newest) as journal:
+            sequence = last_sequence(manifests, events) + 1
+            draft = replace(
+                draft_manifest(run, sequence, position, checkpoint.metrics, journal.now(), by),
+                reasons=(checkpoint.reason,),
+                asked=checkpoint.asked,
+                parts={checkpoint.part: (checkpoint.image.name,), "rng": (), "loop": ()},
+                members=checkpoint.members,
+            )
+            draft = with_free_name(store, draft, checkpoint.metrics)
+            record_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
+            return commit_external(store, journal, hold, draft, (checkpoint.image, _state(checkpoint, position)))
 
 
 @contextlib.contextmanager
@@ -152,28 +165,27 @@ def open_journal(
         journal.close()
 
 
-def settle(journal: Journal, hold: Hold) -> None:
-    """Ensure before a manifest: the journal is durable, and the run still held.
+def commit_external(
+    store: Store,
+    journal: Journal,
+    hold: Hold,
+    draft: Manifest,
+    images: Sequence[FileImage],
+    adopt: Callable[[str, str], bool] = lambda *_: False,
+) -> Manifest:
+    """Commit a checkpoint of a run that is held, and write to the journal that it exists; see ``commit``.
 
     Raises:
         ConflictError: the hold was lost.
     """
-    journal.sync()
-    hold.check()
 
+    def settle() -> None:
+        journal.sync()
+        hold.check()
 
-def with_free_name(store: Store, draft: Manifest, metric: str | None) -> Manifest:
-    """Return a draft with a free name, made of its moment and of a metric."""
-    name = names.checkpoint_name(
-        names.DEFAULT_TEMPLATE,
-        run=draft.run,
-        id=draft.id,
-        step=draft.step,
-        epoch=draft.epoch,
-        metric=metric,
-        metrics=draft.metrics,
-    )
-    return replace(draft, name=unused_name(store, draft.run, name))
+    manifest = commit(store, draft, images, first=settle, adopt=adopt)
+    journal.append(saved_event(manifest, journal.now()))
+    return manifest
 
 
 def record_report(journal: Journal, report: int, step: int, epoch: int | None, metrics: Mapping[str, float]) -> None:
@@ -181,63 +193,8 @@ def record_report(journal: Journal, report: int, step: int, epoch: int | None, m
     journal.append(Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
 
 
-def record_saved(journal: Journal, manifest: Manifest) -> None:
-    """Write to the journal that a checkpoint exists."""
-    journal.append(
-        Saved(
-            at=journal.now(),
-            checkpoint=manifest.id,
-            name=manifest.name,
-            sequence=manifest.sequence,
-            report=manifest.report,
-            reasons=manifest.reasons,
-            size_bytes=manifest.size_bytes,
-        )
-    )
-
-
-def _draft(
-    store: Store,
-    run: str,
-    checkpoint: ExternalCheckpoint,
-    manifests: Sequence[Manifest],
-    events: Sequence[Event],
-    now: datetime,
-) -> Manifest:
-    newest = manifests[-1] if manifests else None
-    used = [event.sequence for event in events if isinstance(event, Saved)]
-    report = 1 if newest is None else newest.report + 1
-    step = checkpoint.step if newest is None else max(checkpoint.step, newest.step + 1)
-    draft = Manifest(
-        id=secrets.token_hex(8),
-        run=run,
-        name="",
-        sequence=1 + max([*used, 0 if newest is None else newest.sequence]),
-        report=report,
-        step=step,
-        epoch=None,
-        metrics=checkpoint.metrics,
-        reasons=(checkpoint.reason,),
-        asked=checkpoint.asked,
-        parts={checkpoint.part: (checkpoint.image.name,), "rng": (), "loop": ()},
-        files=(),
-        parent=None,
-        forks=(),
-        created_at=now,
-        written_by=_by(),
-        timing={},
-        members=checkpoint.members,
-    )
-    return with_free_name(store, draft, next(iter(checkpoint.metrics), None))
-
-
-def _by() -> dict[str, str]:
-    return written_by(trains=False) | {"tool": "peakpoint soup"}
-
-
-def _state(checkpoint: ExternalCheckpoint, draft: Manifest) -> WholeImage:
+def _state(checkpoint: ExternalCheckpoint, position: Position) -> WholeImage:
     """Return everything but the tensors; there are no random generators, as in checkpoints of other tools."""
-    position = Position(report=draft.report, step=draft.step, next_step=draft.step)
     record = {
         "format": 1,
         "parts": {checkpoint.part: checkpoint.tree},
@@ -246,11 +203,3 @@ def _state(checkpoint: ExternalCheckpoint, draft: Manifest) -> WholeImage:
         "optional": ["rng"],
     }
     return WholeImage(layout.STATE, msgspec.json.encode(record))
-
-
-def _commit(store: Store, journal: Journal, hold: Hold, draft: Manifest, checkpoint: ExternalCheckpoint) -> Manifest:
-    images = (checkpoint.image, _state(checkpoint, draft))
-    record_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
-    manifest = commit(store, draft, images, first=lambda: settle(journal, hold))
-    record_saved(journal, manifest)
-    return manifest

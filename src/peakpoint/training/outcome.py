@@ -1,19 +1,12 @@
 """The outcome of a report, and what a training says to people."""
 
-import os
-import platform
-import socket
 import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from peakpoint._version import __version__
 from peakpoint.errors import PeakpointWarning
-from peakpoint.repository.provenance import script_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,19 +63,6 @@ def warn(message: str) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("peakpoint."):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, PeakpointWarning, stacklevel=level)
-
-
-def written_by(*, trains: bool = True) -> dict[str, str]:
-    """Return host, process id and versions for records; if this process trains, also that of its code in git."""
-    code = script_version() if trains else None
-    return {
-        "host": socket.gethostname(),
-        "pid": str(os.getpid()),
-        "peakpoint": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        **({} if code is None else {"code": code}),
-    }
 
 
 def class_names(state: Mapping[str, Any]) -> dict[str, str]:

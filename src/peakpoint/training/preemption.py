@@ -43,6 +43,7 @@ class SignalWatch:
     def __init__(self, preempt: Preempt | None) -> None:
         self._earlier: dict[signal.Signals, Any] = {}
         self._arrived: list[signal.Signals] = []
+        self._undelivered: list[tuple[signal.Signals, Any]] = []  # signals that had arrived at ``stop``, with handlers
         self._stopped = False
         if preempt is None:
             return
@@ -69,18 +70,13 @@ class SignalWatch:
         """The first signal that has arrived."""
         return self._arrived[0] if self._arrived else None
 
-    def stop(self) -> list[tuple[signal.Signals, Any]]:
-        """Put the earlier handlers back.
-
-        Returns:
-            The signals that have arrived, each with the handler that was installed before.
-        """
+    def stop(self) -> None:
+        """Put the earlier handlers back."""
         self._stopped = True
-        arrived = [(number, self._earlier[number]) for number in dict.fromkeys(self._arrived)]
+        self._undelivered = [(number, self._earlier[number]) for number in dict.fromkeys(self._arrived)]
         if threading.current_thread() is threading.main_thread():
             self._put_back()  # Python lets no other thread do it; there the next signal does
         self._arrived = []
-        return arrived
 
     def _put_back(self) -> None:
         for number, handler in self._earlier.items():
@@ -88,15 +84,13 @@ class SignalWatch:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._earlier = {}
 
+    def run_earlier(self) -> None:
+        """Run the handlers that were installed before, in the order in which the signals came."""
+        for number, handler in self._undelivered:
+            if callable(handler):
+                handler(number, sys._getframe())  # noqa: SLF001 - handlers are called with a frame
 
-def run_earlier(arrived: list[tuple[signal.Signals, Any]]) -> None:
-    """Run the handlers that were installed before, in the order in which the signals came."""
-    for number, handler in arrived:
-        if callable(handler):
-            handler(number, sys._getframe())  # noqa: SLF001 - handlers are called with a frame
-
-
-def deliver_again(arrived: list[tuple[signal.Signals, Any]]) -> None:
-    """Raise every signal again, for its own handler, or to end the process."""
-    for number, _ in arrived:
-        signal.raise_signal(number)
+    def deliver_again(self) -> None:
+        """Raise every signal that had arrived again, for its own handler, or to end the process."""
+        for number, _ in self._undelivered:
+            signal.raise_signal(number)

@@ -6,26 +6,25 @@ belongs to the checkpoint, ``forks`` note what was abandoned, and the random gen
 the loop begins.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peakpoint.errors import CorruptError, FormatError, NotFoundError, PeakpointWarning
+from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format.events import Event, Reported, Saved, Started
-from peakpoint.format.manifest import Forks, Manifest
+from peakpoint.format.manifest import Forks
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules import history as histories
-from peakpoint.state import rng
 from peakpoint.state.restore import LoadReport, restore_into
 from peakpoint.state.saved import SavedState, read_state
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Store
 from peakpoint.training.position import Position
+from peakpoint.training.records import last_sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +39,20 @@ class StartPoint:
         parent: id of the checkpoint, None for a start from nothing.
         forks: the abandoned branches, as in ``Manifest``.
         sequence: the highest sequence number that was ever used in this run.
-        last_report: number of the last report in the history.
         requested: the ref that was followed, None without one.
         damaged: ids of newer checkpoints that were skipped.
     """
 
-    report: LoadReport | None
-    why: str
-    position: Position
-    history: Sequence[Reported]
-    generators: Mapping[str, Any] | None
-    parent: str | None
-    forks: Forks
     sequence: int
-    last_report: int
-    requested: str | None
-    damaged: tuple[str, ...]
+    report: LoadReport | None = None
+    why: str = ""
+    position: Position = field(default_factory=Position)
+    history: Sequence[Reported] = ()
+    generators: Mapping[str, Any] | None = None
+    parent: str | None = None
+    forks: Forks = ()
+    requested: str | None = None
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +63,6 @@ class Resumption:
     run: str
     listing: reader.RunListing
     journal: journals.JournalContents
-
-    @property
-    def manifests(self) -> tuple[Manifest, ...]:
-        """The checkpoints that exist."""
-        return self.listing.manifests
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -133,27 +125,9 @@ class Resumption:
             'with resume="never"; peakpoint audit --deep lists the damage'
         )
 
-    @property
-    def _sequence(self) -> int:
-        used = [manifest.sequence for manifest in self.listing.manifests]
-        used += [event.sequence for event in self.events if isinstance(event, Saved)]
-        return max(used, default=0)
-
     def _nothing(self, why: str) -> StartPoint:
-        sequence = self._sequence
-        return StartPoint(
-            report=None,
-            why=why,
-            position=Position(),
-            history=(),
-            generators=None,
-            parent=None,
-            forks=((0, sequence + 1),) if sequence else (),
-            sequence=sequence,
-            last_report=0,
-            requested=None,
-            damaged=(),
-        )
+        sequence = last_sequence(self.listing.manifests, self.events)
+        return StartPoint(sequence=sequence, why=why, forks=((0, sequence + 1),) if sequence else ())
 
     def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> StartPoint:
         manifest = saved.manifest
@@ -165,7 +139,7 @@ class Resumption:
         if without_generators:
             sentence = "the random generators: they are not in this checkpoint, and stay as they are"
             report = replace(report, missing=(*report.missing, sentence))
-        sequence = self._sequence
+        sequence = last_sequence(self.listing.manifests, self.events)
         if manifest.run == self.run:
             history = histories.history(self.events, manifest.id) or [
                 # killed between the manifest and its record: it is the newest, so the present history is its own
@@ -180,16 +154,13 @@ class Resumption:
             position.report = 0
         return StartPoint(
             report=report,
-            why="",
             position=position,
             history=history,
             generators=None if without_generators else generators,
             parent=manifest.id,
             forks=forks,
             sequence=sequence,
-            last_report=position.report,
             requested=requested,
-            damaged=(),
         )
 
 
@@ -202,9 +173,3 @@ def resumption(store: Store, run: str) -> Resumption:
     listing = reader.list_run(store, run)
     check_not_archived(store, run, listing.manifests)
     return Resumption(store, run, listing, journals.read(store, run))
-
-
-def restore_generators(generators: Mapping[str, Any]) -> None:
-    """Set the random generators; warns of those whose device this machine lacks."""
-    for line in rng.restore(dict(generators)):
-        warnings.warn(f"not restored: {line}", PeakpointWarning, stacklevel=4)

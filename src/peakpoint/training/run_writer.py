@@ -1,6 +1,5 @@
 """One process's hold on a run: everything that a training writes to it, from the opening to the end."""
 
-import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -9,13 +8,12 @@ from typing import Any
 
 from peakpoint import rules
 from peakpoint.errors import ConfigError, SaveFailedError
-from peakpoint.format import layout, names
+from peakpoint.format import layout
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.events import Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.format.names import did_you_mean
 from peakpoint.repository.annotations import LiveAnnotations
-from peakpoint.repository.commit import unused_name
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import find_damage
@@ -29,8 +27,9 @@ from peakpoint.state.step_guard import StepGuard
 from peakpoint.state.streamed_copy import SMALLEST_RING, RingBuffer
 from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import Hold, Store, holder_note
-from peakpoint.training.outcome import WarnOnce, class_names, warn, written_by
+from peakpoint.training.outcome import Outcome, WarnOnce, class_names, warn
 from peakpoint.training.position import Position
+from peakpoint.training.records import draft_manifest, with_free_name, written_by
 from peakpoint.training.resume import Resumption, StartPoint, resumption
 from peakpoint.training.rule_changes import former_rules
 from peakpoint.training.saver import FailedSave, SaveJob, Saver
@@ -51,22 +50,6 @@ class SaveOptions:
     overlap: bool
     buffer: StagingBuffer | RingBuffer
     undo_for: timedelta | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveResult:
-    """What a call of ``RunWriter.save`` did.
-
-    Attributes:
-        name: of the checkpoint that is being saved; None when none is.
-        failure: an earlier save that failed, and that nobody has been told of.
-    """
-
-    name: str | None
-    failure: FailedSave | None
-    waited_seconds: float
-    capture_seconds: float
-    step_waited_seconds: float
 
 
 class RunWriter:
@@ -114,9 +97,11 @@ class RunWriter:
         self.resumption: Resumption | None = past  # None once the run has started: a long journal takes memory
         self._former_rules = former_rules(past.events)
         every_rule = [*in_force, *(rule for former in self._former_rules for rule in former or ())]
-        self._annotations = LiveAnnotations(store, run, self._journal.segment, past.journal, past.manifests, every_rule)
+        self._annotations = LiveAnnotations(
+            store, run, self._journal.segment, past.journal, past.listing.manifests, every_rule
+        )
         self._saver = Saver(
-            store, run, self._journal, in_force, past.manifests, self._annotations, options.undo_for, self._hold
+            store, run, self._journal, in_force, past.listing.manifests, self._annotations, options.undo_for, self._hold
         )
         self.guard = StepGuard(state)
 
@@ -131,7 +116,7 @@ class RunWriter:
     def start(self, origin: StartPoint, position: Position) -> list[str]:
         """Begin to write after a start point; returns what people should know of rules that have changed."""
         assert self.resumption is not None
-        manifests, self.resumption = self.resumption.manifests, None
+        manifests, self.resumption = self.resumption.listing.manifests, None
         self._sequence, self._forks, self._parent = origin.sequence, origin.forks, origin.parent
         for report in origin.history:
             self._smoothing.report(report.metrics)
@@ -146,7 +131,7 @@ class RunWriter:
             Started(
                 at=self._clock(),
                 checkpoint=origin.parent,
-                report=origin.last_report,
+                report=origin.position.report,
                 requested=origin.requested,
             )
         )
@@ -154,37 +139,14 @@ class RunWriter:
 
     def moment(self, position: Position, metrics: Mapping[str, float]) -> Manifest:
         """Return a manifest of the present moment; it gets a name when it is saved."""
-        return Manifest(
-            id=secrets.token_hex(8),
-            run=self._run,
-            name="",
-            sequence=self._sequence + 1,
-            report=position.report,
-            step=position.step,
-            epoch=position.epoch,
-            metrics=metrics,
-            reasons=(),
-            asked=None,
-            parts={},
-            files=(),
-            parent=self._parent,
-            forks=self._forks,
-            created_at=self._clock(),
-            written_by=self._by,
-            timing={},
-        )
+        at, sequence = self._clock(), self._sequence + 1
+        return draft_manifest(self._run, sequence, position, metrics, at, self._by, self._parent, self._forks)
 
     def report(self, position: Position, metrics: Mapping[str, float]) -> Manifest:
         """Write a report to the journal; returns its moment, with the reasons for which the rules would keep it."""
         moment = self.moment(position, metrics)
         self._journal.append(
-            Reported(
-                at=moment.created_at,
-                report=position.report,
-                step=position.step,
-                epoch=position.epoch,
-                metrics=metrics,
-            )
+            Reported(at=moment.created_at, report=moment.report, step=moment.step, epoch=moment.epoch, metrics=metrics)
         )
         self._smoothing.report(metrics)
         self._annotations.refresh()
@@ -195,8 +157,12 @@ class RunWriter:
         derived = self._smoothing.means()
         return replace(moment, metrics={**moment.metrics, **derived}) if derived else moment
 
-    def save(self, moment: Manifest, position: Position) -> SaveResult:
-        """Save a moment if there is a reason to, and look after an earlier save that has failed."""
+    def save(self, moment: Manifest, position: Position, why_stop: str | None) -> Outcome:
+        """Save a moment if there is a reason to, and write again an earlier save that has failed.
+
+        Raises:
+            SaveFailedError: an earlier save failed, and nobody has been told of it; has the outcome.
+        """
         begin = time.perf_counter()
         step_waited = self.guard.waited_seconds
         if moment.reasons:
@@ -207,13 +173,23 @@ class RunWriter:
         if moment.reasons and self._may_replace_failed(moment):
             name, copied = self._submit(moment, position, waited)
         self.warn_notices()
-        return SaveResult(
+        outcome = Outcome(
+            saved=name is not None,
+            reasons=moment.reasons if name is not None else (),
+            should_stop=why_stop is not None,
+            why_stop=why_stop,
             name=name,
-            failure=failure,
+            step=moment.step,
+            epoch=moment.epoch,
             waited_seconds=waited,
             capture_seconds=copied,
             step_waited_seconds=step_waited,
         )
+        if failure is None:
+            return outcome
+        error = self._error_of(failure)
+        error.outcome = outcome
+        raise error
 
     def _submit(self, moment: Manifest, position: Position, waited: float) -> tuple[str | None, float]:
         """Capture the state and begin its save.
@@ -228,9 +204,9 @@ class RunWriter:
         copied = time.perf_counter() - begin
         self._sequence += 1
         self._annotations.add(moment.id, self._smoothing.means())
+        preferred = [metric for metric, _ in rules.ranking_metrics(self._rules)]
         draft = replace(
-            moment,
-            name=self._free_name(moment),
+            with_free_name(self._store, moment, preferred, self._options.template),
             sequence=self._sequence,
             parts=captured.parts,
             parent=self._saver.last_id or self._parent,
@@ -247,19 +223,6 @@ class RunWriter:
             copied = time.perf_counter() - begin
         return draft.name if submitted else None, copied
 
-    def _free_name(self, moment: Manifest) -> str:
-        metric = next((name for name, _ in rules.ranking_metrics(self._rules) if name in moment.metrics), None)
-        name = names.checkpoint_name(
-            self._options.template,
-            run=self._run,
-            id=moment.id,
-            step=moment.step,
-            epoch=moment.epoch,
-            metric=metric,
-            metrics=moment.metrics,
-        )
-        return unused_name(self._store, self._run, name)
-
     def wait(self) -> None:
         """Wait for the save under way.
 
@@ -271,7 +234,7 @@ class RunWriter:
         failure = self._saver.failure()
         if failure is not None and failure is not self._surfaced:
             self._surfaced = failure
-            raise self.error_of(failure)
+            raise self._error_of(failure)
 
     def _heal(self) -> FailedSave | None:
         """Write the state of a failed save again; returns a failure that nobody has been told of."""
@@ -303,7 +266,7 @@ class RunWriter:
         self._saver.give_up()
         return True
 
-    def error_of(self, failure: FailedSave) -> SaveFailedError:
+    def _error_of(self, failure: FailedSave) -> SaveFailedError:
         """Return the error of a failed save, which says what has become of its state."""
         draft, pending = failure.job.draft, self._saver.failure()
         if failure.lost:
@@ -325,12 +288,10 @@ class RunWriter:
 
     def forget(self, ids: Collection[str]) -> None:
         """Wait for the save under way, and give up a failed one of these."""
-        self._saver.finish()
         self._saver.forget(ids)
 
     def remove(self, moments: Iterable[Manifest], reason: str) -> None:
         """Remove checkpoints that are wrong, at once."""
-        self._saver.finish()
         self._saver.remove({moment.id for moment in moments}, reason)
         self.warn_notices()
 
@@ -339,7 +300,7 @@ class RunWriter:
         for notice in self._saver.notices():
             warn(notice)
 
-    def finish(self, why: str, *, apply_rules: bool = False) -> FailedSave | None:
+    def finish(self, why: str, *, apply_rules: bool) -> SaveFailedError | None:
         """Make everything durable and let go of the run.
 
         Args:
@@ -347,7 +308,7 @@ class RunWriter:
             apply_rules: whether the rules are applied if nothing was saved.
 
         Returns:
-            A failure that nobody has been told of.
+            The error of a save that nobody has been told of.
         """
         self._closed = True
         try:
@@ -357,7 +318,7 @@ class RunWriter:
             failure = self._heal()
             self._saver.record()
             self._journal.append(Closed(at=self._clock(), why=why))
-            return failure
+            return None if failure is None else self._error_of(failure)
         finally:
             self.release()
 

@@ -21,11 +21,12 @@ from peakpoint.repository.commit import commit, unused_name, withdraw
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
-from peakpoint.rules.retention import Removal, RetentionPlan
+from peakpoint.rules.retention import PartRemoval, Removal, RetentionPlan
 from peakpoint.state.capture import CapturedState
 from peakpoint.state.host_copy import ChangedError
 from peakpoint.store import Hold, Store
 from peakpoint.store.threads import start_thread
+from peakpoint.training.records import saved_event
 from peakpoint.training.rule_changes import Rules, rule_change
 
 _RESERVE = 4 * 1024 * 1024  # bytes for manifest, journal and directories
@@ -87,7 +88,7 @@ class Saver:
         self._applied = False  # whether the rules were, since the last save
         self._annotations = annotations
         self._store, self._run, self._journal, self._rules = store, run, journal, tuple(rules)
-        self._committed = tuple(committed)
+        self.committed = tuple(committed)
         self.last_id: str | None = None  # of the checkpoint that this saver committed last
         self._job: SaveJob | None = None
         self._thread: threading.Thread | None = None
@@ -101,19 +102,9 @@ class Saver:
         job, failure = self._job, self._failure
         pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
         removed = self._annotations.removed
-        committed = [manifest for manifest in self._committed if manifest.id not in removed or self._exists(manifest)]
+        committed = [manifest for manifest in self.committed if manifest.id not in removed or self._exists(manifest)]
         present = {manifest.id for manifest in committed}
         return tuple(self._annotations.view([*committed, *(draft for draft in pending if draft.id not in present)]))
-
-    @property
-    def committed(self) -> tuple[Manifest, ...]:
-        """The checkpoints that exist."""
-        return self._committed
-
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
         """Wait until no save is under way."""
@@ -123,10 +114,10 @@ class Saver:
 
     def failure(self) -> FailedSave | None:
         """Return the failed save whose state is still in memory, once its thread has ended."""
-        if not self.busy:
-            self.finish()
-            return self._failure
-        return None
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        self.finish()
+        return self._failure
 
     def notices(self) -> list[str]:
         """Return, once, sentences on what happened in the background."""
@@ -168,7 +159,7 @@ class Saver:
 
         They are not removed either: their remains are for people to look at.
         """
-        self._committed = tuple(manifest for manifest in self._committed if manifest.id not in damaged)
+        self.committed = tuple(manifest for manifest in self.committed if manifest.id not in damaged)
 
     def start(self, following: Manifest, former: Sequence[Rules | None], *, newest_is_whole: bool) -> list[str]:
         """Work out what the changed rules will remove; nothing is removed yet.
@@ -182,10 +173,10 @@ class Saver:
             Sentences for people.
         """
         self._newest_is_whole = newest_is_whole
-        if not self._committed or all(rules == (self._rules or None) for rules in former):
+        if not self.committed or all(rules == (self._rules or None) for rules in former):
             return []
-        manifests = self._annotations.view(self._committed)
-        change = rule_change(manifests, following, self._rules, former, self._annotations.planner(self._committed))
+        manifests = self._annotations.view(self.committed)
+        change = rule_change(manifests, following, self._rules, former, self._annotations.planner(self.committed))
         self._dropped_by_change = frozenset(manifest.id for manifest in change.removed)
         return change.sentences(self._store.location, _DEFAULT_UNDO if self._undo_for is None else self._undo_for)
 
@@ -206,18 +197,19 @@ class Saver:
         self._failure = None
 
     def forget(self, ids: Collection[str]) -> None:
-        """Give up a failed save of one of these."""
+        """Wait for the save under way, and give up a failed one of these."""
+        self.finish()
         if self._failure is not None and self._failure.job.draft.id in ids:
             self.give_up()
 
     def remove(self, ids: Collection[str], reason: str) -> None:
-        """Remove checkpoints that are wrong, at once; the caller has waited for the save under way."""
+        """Wait for the save under way, and remove checkpoints that are wrong, at once."""
         self.forget(ids)
-        removals = [Removal(manifest, reason) for manifest in self._committed if manifest.id in ids]
+        removals = [Removal(manifest, reason) for manifest in self.committed if manifest.id in ids]
         failures = removal.remove(self._store, self._journal, removals, by="loop", protected=self._protected)
         self._notices += failures.values()
-        self._committed = tuple(
-            manifest for manifest in self._committed if manifest.id not in ids or self._exists(manifest)
+        self.committed = tuple(
+            manifest for manifest in self.committed if manifest.id not in ids or self._exists(manifest)
         )
 
     def _has_room(self, job: SaveJob) -> bool:
@@ -228,7 +220,7 @@ class Saver:
             return True
         message = (
             f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size_text(needed)} and "
-            f"{size_text(free)} are free; {space.ways_to_free_space(self._store, self._run, self._committed)}"
+            f"{size_text(free)} are free; {space.ways_to_free_space(self._store, self._run, self.committed)}"
         )
         self._fail(job, StoreError(errno.ENOSPC, message))
         return False
@@ -303,26 +295,16 @@ class Saver:
             job.draft,
             job.captured.images,
             first=lambda: self._settled(job),
-            previous=self._committed[-1] if self._committed else None,
+            previous=self.committed[-1] if self.committed else None,
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
         self._notices += self._store.remarks()
         self._newest_is_whole, self._applied = True, False
         # the name was free: a checkpoint that had it has been removed
-        self._committed = (*(old for old in self._committed if old.name != manifest.name), manifest)
+        self.committed = (*(old for old in self.committed if old.name != manifest.name), manifest)
         self.last_id = manifest.id
         job.captured.committed(manifest)
-        self._unrecorded.append(
-            Saved(
-                at=self._journal.now(),
-                checkpoint=manifest.id,
-                name=manifest.name,
-                sequence=manifest.sequence,
-                report=manifest.report,
-                reasons=manifest.reasons,
-                size_bytes=manifest.size_bytes,
-            )
-        )
+        self._unrecorded.append(saved_event(manifest, self._journal.now()))
         try:
             self.record()
             self._retain()
@@ -332,7 +314,7 @@ class Saver:
                 "next save tries again"
             )
             with contextlib.suppress(StoreError):
-                self._committed = tuple(filter(self._exists, self._committed))
+                self.committed = tuple(filter(self._exists, self.committed))
 
     def _settled(self, job: SaveJob) -> None:
         """Ensure before the manifest: the copy is complete and right, the journal durable, the run still held."""
@@ -356,22 +338,23 @@ class Saver:
         Returns:
             The plan that was carried out; with ``at_once`` nothing can be brought back.
         """
-        existing = [manifest for manifest in self._committed if self._exists(manifest)]
+        existing = [manifest for manifest in self.committed if self._exists(manifest)]
         plan = self._annotations.planner(existing)(existing, self._rules)
         now = self._journal.now()
-        until = now + self._undo_for if self._undo_for and not at_once else None
         failures: dict[str, str] = {}
-        for removals, bound in [(plan.remove, None)] if at_once else self._bounds(plan.remove, now):
+        for removals, until in self._removals(plan, now, at_once=at_once):
             failures |= removal.remove(
-                self._store, self._journal, removals, by="rules", protected=self._protected, until=bound
+                self._store, self._journal, removals, by="rules", protected=self._protected, until=until
             )
-        failures |= removal.remove(self._store, self._journal, plan.drop, by="rules", protected=self._protected)
         thinned = {drop.manifest.id: drop.remaining for drop in plan.drop if drop.manifest.id not in failures}
-        if until is not None or (self._trash_until is not None and self._trash_until <= now):
+        if (self._undo_for and not at_once) or (self._trash_until is not None and self._trash_until <= now):
             self._trash_until = None
-            self._purge(now)
+            try:
+                clean_run(self._store, self._run, now)  # nothing else writes to this run
+            except StoreError as error:
+                self._notices.append(f"the trash of run {self._run!r} could not be emptied: {error}")
         self._notices += failures.values()
-        self._committed = tuple(
+        self.committed = tuple(
             self._without(manifest, thinned)
             for manifest in existing
             if manifest.id in plan.keep or (failures and self._exists(manifest))
@@ -379,25 +362,20 @@ class Saver:
         self._applied = True
         return plan
 
-    def _bounds(
-        self, removals: Sequence[Removal], now: datetime
-    ) -> Iterator[tuple[Sequence[Removal], datetime | None]]:
-        """Yield removals with the time until which they can be brought back."""
-        if self._undo_for is not None:
-            yield removals, now + self._undo_for if self._undo_for else None
-            return
-        by_change = [removal for removal in removals if removal.manifest.id in self._dropped_by_change]
-        if by_change:
-            self._trash_until = now + _DEFAULT_UNDO
-            yield by_change, self._trash_until
-        yield [removal for removal in removals if removal.manifest.id not in self._dropped_by_change], None
-
-    def _purge(self, now: datetime) -> None:
-        """Empty the trash of what has been in it for long enough; nothing else writes to this run."""
-        try:
-            clean_run(self._store, self._run, now)
-        except StoreError as error:
-            self._notices.append(f"the trash of run {self._run!r} could not be emptied: {error}")
+    def _removals(
+        self, plan: RetentionPlan, now: datetime, *, at_once: bool
+    ) -> Iterator[tuple[Sequence[Removal] | Sequence[PartRemoval], datetime | None]]:
+        """Yield what a plan removes, with the time until which it can be brought back."""
+        undo_for = timedelta() if at_once else self._undo_for
+        if undo_for is not None:
+            yield plan.remove, now + undo_for if undo_for else None
+        else:
+            by_change = [removal for removal in plan.remove if removal.manifest.id in self._dropped_by_change]
+            if by_change:
+                self._trash_until = now + _DEFAULT_UNDO
+                yield by_change, self._trash_until
+            yield [removal for removal in plan.remove if removal not in by_change], None
+        yield plan.drop, None
 
     @staticmethod
     def _without(manifest: Manifest, thinned: Mapping[str, Manifest]) -> Manifest:
@@ -408,7 +386,7 @@ class Saver:
     def _protected(self) -> Mapping[str, str]:
         """Return the checkpoints that pins and aliases protect by now, with the reasons."""
         self._annotations.refresh()
-        return {**self._annotations.pinned, **self._annotations.aliased(self._committed)}
+        return {**self._annotations.pinned, **self._annotations.aliased(self.committed)}
 
     def _exists(self, manifest: Manifest) -> bool:
         return self._store.size(layout.manifest_key(manifest.run, manifest.name)) is not None
