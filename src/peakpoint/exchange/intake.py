@@ -33,6 +33,7 @@ from peakpoint.store import Hold, LocalStore, Store
 from peakpoint.training.external import commit_external, hold_run, open_journal, record_report
 from peakpoint.training.position import Position
 from peakpoint.training.records import draft_manifest, last_sequence, with_free_name, written_by
+from peakpoint.training.saver import RESERVE
 
 # in a manifest's written_by
 DIGEST, PATH = "source_blake3", "imported_from"
@@ -42,7 +43,6 @@ _MODEL = "model.safetensors"
 _PINNED = "imported from "  # how the reason of a pin begins that an import made
 _DIGEST_DIGITS = 16  # of a source's digest, in the reason of its checkpoint
 _ALIGNMENT = 8  # bytes: tensors of every element type can be read in place there
-_RESERVE = 4 * 1024 * 1024  # bytes for manifests, journal and directories
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,12 +239,12 @@ class Intake:
         return outcomes
 
     def _check_space(self) -> None:
-        needed = sum(summary.source.size_bytes for summary in self._new)
+        required = sum(summary.source.size_bytes for summary in self._new)
         free = self.store.free()
-        if free is not None and not self.link and free < needed + _RESERVE:
+        if free is not None and not self.link and free < required + RESERVE:
             raise StoreError(
                 errno.ENOSPC,
-                f"no space in {self.store.location}: the import needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
+                f"no space in {self.store.location}: the import needs {required / 1e6:.1f} MB and {free / 1e6:.1f} MB "
                 "are free; free some space. Nothing was imported",
             )
 

@@ -269,9 +269,6 @@ class Checkpointer:
             epoch: the epoch's index from 0; known by itself in ``epochs``.
             named: metrics by name; any real number, also of NumPy or a tensor with one element.
 
-        Returns:
-            Whether and why it is saved, and whether to stop.
-
         Raises:
             SaveFailedError: an earlier save failed. This report is recorded and, as far as possible, saved all the
                 same; its outcome is the error's attribute ``outcome``.
@@ -373,8 +370,8 @@ class Checkpointer:
         self._late_changes.interrupted()  # the loop's own generator is still open
         try:
             self._late_changes.end_interrupted()
-        except Error as late:
-            error.add_note(f"peakpoint: besides, {late}")
+        except Error as late_change:
+            error.add_note(f"peakpoint: besides, {late_change}")
         failed_save = self._finish(f"{type(error).__name__}: {error}"[:500])
         if failed_save is not None and not isinstance(error, SaveFailedError):
             error.add_note(f"peakpoint: besides, {failed_save}")

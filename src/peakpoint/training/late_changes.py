@@ -97,46 +97,46 @@ class LateChangeCheck:
         Raises:
             ConfigError: a change after a report makes its checkpoint wrong; the state has been saved again.
         """
-        late = self._take_changes()
-        if late is None:
+        late_changes = self._take_changes()
+        if late_changes is None:
             return
-        if late.changes.wrong:
+        if late_changes.changes.wrong:
             self._loop.catch_up()
-            raise late.error(self._save_again(late))
-        for key, text in late.warnings().items():
+            raise late_changes.error(self._save_again(late_changes))
+        for key, text in late_changes.warnings().items():
             self._warn_once(key, text)
 
     def interrupted(self) -> None:
         """Note that the loop was left in the middle, by ``break`` or by an exception; which, is not known yet."""
-        late = self._take_changes()
-        if late is not None and late.changes.wrong:
-            self._pending = late, self._sample()
+        late_changes = self._take_changes()
+        if late_changes is not None and late_changes.changes.wrong:
+            self._pending = late_changes, self._sample()
 
     def end_interrupted(self) -> None:
         """End an iteration that was left by ``break``, once it is known that it was not an exception; see ``end``."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        late, at_break = pending
+        late_changes, at_break = pending
         if not changes(at_break, self._sample()):
-            raise late.error(self._save_again(late))
-        reports = ", ".join(f"report {moment.report} at step {moment.step}" for moment in late.saved)
-        raise late.error(f"The checkpoints stay as they were at the report ({reports})" if reports else "")
+            raise late_changes.error(self._save_again(late_changes))
+        reports = ", ".join(f"report {moment.report} at step {moment.step}" for moment in late_changes.saved)
+        raise late_changes.error(f"The checkpoints stay as they were at the report ({reports})" if reports else "")
 
-    def _save_again(self, late: LateChanges) -> str:
+    def _save_again(self, late_changes: LateChanges) -> str:
         """Save the state as it is now, and remove what was saved too early; returns a sentence on both."""
-        if not late.saved:
+        if not late_changes.saved:
             return "Nothing was saved in this iteration"
-        self._writer.forget({moment.id for moment in late.saved})
-        moment = replace(late.saved[-1], id=secrets.token_hex(8), step=self._loop.position.step)
-        if late.changes.stepped:  # the metrics are those of other weights
+        self._writer.forget({moment.id for moment in late_changes.saved})
+        moment = replace(late_changes.saved[-1], id=secrets.token_hex(8), step=self._loop.position.step)
+        if late_changes.changes.stepped:  # the metrics are those of other weights
             moment = replace(moment, metrics={}, reasons=("the training went on after its report",))
         try:
             name = self._save(moment).name
             self._writer.wait()
         except SaveFailedError as error:
             return f"The present state could not be saved, so that of the report stays: {error}"
-        self._writer.remove(late.saved, late.reason)
+        self._writer.remove(late_changes.saved, late_changes.reason)
         return f"Nothing is lost: the present state is saved as {name} and replaces that of the report"
 
     def _take_changes(self) -> LateChanges | None:

@@ -29,7 +29,6 @@ class Loop:
     """Keeps the position up to date while the user's loop runs.
 
     Optimizer steps are counted at the first optimizer in the state; several optimizers usually step together.
-
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ class MetricWarnings:
 
     def check(self, values: Mapping[str, float], step: int) -> None:
         """Warn of the metrics of one report."""
-        present = ", ".join(values) or "no metrics"
+        present_names = ", ".join(values) or "no metrics"
         for metric, value in values.items():
             if not math.isfinite(value):
                 self._warn_once(f"finite {metric}", f"{metric} is {value} at step {step}: it never counts as best")
@@ -31,12 +31,12 @@ class MetricWarnings:
                 self._warn_once(
                     f"missing {metric}",
                     f"the report at step {step} has no {metric!r}: rules that rank by it skip such reports; it has "
-                    f"{present}",
+                    f"{present_names}",
                 )
         if self._stop is not None and self._stop.metric not in values:
             metric = self._stop.metric
             self._warn_once(
                 f"stop {metric}",
                 f"the report at step {step} has no {metric!r}: early stopping does not count such reports; it has "
-                f"{present}{did_you_mean(metric, list(values))}",
+                f"{present_names}{did_you_mean(metric, list(values))}",
             )

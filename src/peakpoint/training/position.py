@@ -58,10 +58,10 @@ class Position:
             FormatError: the values are not those of a position.
         """
         try:
-            given = {field.name: values[field.name] for field in fields(cls)}
-            if given["batches"] is not None:
-                given["batches"] = Batches(**given["batches"])
-            position = cls(**given)
+            arguments = {field.name: values[field.name] for field in fields(cls)}
+            if arguments["batches"] is not None:
+                arguments["batches"] = Batches(**arguments["batches"])
+            position = cls(**arguments)
         except (KeyError, TypeError) as error:
             raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
         counts = [position.report, position.step, position.next_epoch, position.next_step]
@@ -75,8 +75,8 @@ class Position:
 def begin_pass(loader: Any) -> Batches:
     """Note the generators at the beginning of a pass over the data."""
     generator = getattr(loader, "generator", None)
-    own = bytes(generator.get_state().numpy().tobytes()) if isinstance(generator, torch.Generator) else None
-    return Batches(0, rng.take(), own)
+    state = bytes(generator.get_state().numpy().tobytes()) if isinstance(generator, torch.Generator) else None
+    return Batches(0, rng.take(), state)
 
 
 def start_pass(loader: Any, *, restores_itself: bool) -> Iterator[Any]:

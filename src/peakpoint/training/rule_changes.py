@@ -61,7 +61,7 @@ def _checkpoints(checkpoints: Collection[object]) -> str:
     return f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}"
 
 
-def former_rules(events: Iterable[Event]) -> list[Rules | None]:
+def earlier_rules(events: Iterable[Event]) -> list[Rules | None]:
     """Return the rules by which checkpoints were kept; None for rules that keep everything or cannot be read.
 
     Those of the last process that has applied its rules, and of every one that has opened the run since: one that was
@@ -91,7 +91,7 @@ def rule_change(
     manifests: Sequence[Manifest],
     following: Manifest,
     rules: Rules,
-    former: Sequence[Rules | None],
+    earlier: Sequence[Rules | None],
     plan: Callable[[Sequence[Manifest], Rules], RetentionPlan],
 ) -> RuleChange:
     """Compare what the rules in force and earlier ones would remove, now and after a next checkpoint.
@@ -99,24 +99,24 @@ def rule_change(
     Args:
         manifests: the checkpoints that exist, with all their metrics, also those measured later.
         following: a next checkpoint: what is kept only for being the newest is removed with it.
-        former: earlier rules; None keeps everything.
+        earlier: the earlier rules; None keeps everything.
         plan: makes the plan of rules for checkpoints.
     """
-    lost: set[tuple[str, str]] = set()
+    lost_parts: set[tuple[str, str]] = set()
     removed: set[str] = set()
     for existing in (manifests, [*manifests, following]):
         new_plan = plan(existing, rules)
         stays = _parts_kept(existing, new_plan)
-        for earlier in former:
-            lost |= _parts_kept(existing, None if earlier is None else plan(existing, earlier)) - stays
+        for previous in earlier:
+            lost_parts |= _parts_kept(existing, None if previous is None else plan(existing, previous)) - stays
         removed |= {removal.manifest.id for removal in new_plan.remove}
-    removed &= {checkpoint for checkpoint, _ in lost}
+    removed &= {checkpoint for checkpoint, _ in lost_parts}
     thinned: dict[str, tuple[str, ...]] = {}
-    for checkpoint, part in sorted(lost):
+    for checkpoint, part in sorted(lost_parts):
         if checkpoint not in removed:
             thinned[checkpoint] = (*thinned.get(checkpoint, ()), part)
     going = {manifest.id: manifest for manifest in manifests if manifest.id in removed}
-    watching = ranking_metrics(rule for earlier in former for rule in earlier or ())
+    watching = ranking_metrics(rule for previous in earlier for rule in previous or ())
     leaders = [(metric, ranked(manifests, metric, mode)[:1]) for metric, mode in watching]
     best = {
         (metric, record.id): going[record.id] for metric, first in leaders for record in first if record.id in going

@@ -31,7 +31,7 @@ from peakpoint.training.outcome import Outcome, WarnOnce, class_names, warn
 from peakpoint.training.position import Position
 from peakpoint.training.records import draft_manifest, with_free_name, written_by
 from peakpoint.training.resume import Resumption, StartPoint, resumption
-from peakpoint.training.rule_changes import former_rules
+from peakpoint.training.rule_changes import earlier_rules
 from peakpoint.training.saver import FailedSave, SaveJob, Saver
 
 
@@ -95,13 +95,12 @@ class RunWriter:
             self._hold.release()
             raise
         self.resumption: Resumption | None = past  # None once the run has started: a long journal takes memory
-        self._former_rules = former_rules(past.events)
-        every_rule = [*in_force, *(rule for former in self._former_rules for rule in former or ())]
-        self._annotations = LiveAnnotations(
-            store, run, self._journal.segment, past.journal, past.listing.manifests, every_rule
-        )
+        self._earlier_rules = earlier_rules(past.events)
+        every_rule = [*in_force, *(rule for previous in self._earlier_rules for rule in previous or ())]
+        existing = past.listing.manifests
+        self._annotations = LiveAnnotations(store, run, self._journal.segment, past.journal, existing, every_rule)
         self._saver = Saver(
-            store, run, self._journal, in_force, past.listing.manifests, self._annotations, options.undo_for, self._hold
+            store, run, self._journal, in_force, existing, self._annotations, options.undo_for, self._hold
         )
         self.guard = StepGuard(state)
 
@@ -126,13 +125,10 @@ class RunWriter:
         if newest_is_whole:
             self._encoder.inherit(committed[-1])
         following = self.moment(position, {})
-        notices = self._saver.start(following, self._former_rules, newest_is_whole=newest_is_whole)
+        notices = self._saver.start(following, self._earlier_rules, newest_is_whole=newest_is_whole)
         self._journal.append(
             Started(
-                at=self._clock(),
-                checkpoint=origin.parent,
-                report=origin.position.report,
-                requested=origin.requested,
+                at=self._clock(), checkpoint=origin.parent, report=origin.position.report, requested=origin.requested
             )
         )
         return notices

@@ -14,7 +14,7 @@ from peakpoint.errors import StoreError
 from peakpoint.format import layout
 from peakpoint.format.amounts import UNDO_FOR, read_duration, size_text
 from peakpoint.format.events import Saved, SaveFailed
-from peakpoint.format.manifest import Manifest
+from peakpoint.format.manifest import Manifest, without_parts
 from peakpoint.repository import removal, space
 from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.commit import commit, unused_name, withdraw
@@ -29,7 +29,7 @@ from peakpoint.store.threads import start_thread
 from peakpoint.training.records import saved_event
 from peakpoint.training.rule_changes import Rules, rule_change
 
-_RESERVE = 4 * 1024 * 1024  # bytes for manifest, journal and directories
+RESERVE = 4 * 1024 * 1024  # bytes for manifests, journal and directories
 _DEFAULT_UNDO = read_duration("undo_for", UNDO_FOR)
 
 
@@ -99,12 +99,13 @@ class Saver:
     @property
     def known(self) -> tuple[Manifest, ...]:
         """The checkpoints that exist, the one that is being written and the one that is to be written again."""
-        job, failure = self._job, self._failure
-        pending = [job.draft] if job is not None else [failure.job.draft] if failure is not None else []
+        job, failure = self._job, self._failure  # in this order: the thread sets them in the opposite one
+        job = failure.job if job is None and failure is not None else job
         removed = self._annotations.removed
-        committed = [manifest for manifest in self.committed if manifest.id not in removed or self._exists(manifest)]
-        present = {manifest.id for manifest in committed}
-        return tuple(self._annotations.view([*committed, *(draft for draft in pending if draft.id not in present)]))
+        known = [manifest for manifest in self.committed if manifest.id not in removed or self._exists(manifest)]
+        if job is not None and all(manifest.id != job.draft.id for manifest in known):
+            known.append(job.draft)
+        return tuple(self._annotations.view(known))
 
     def finish(self) -> None:
         """Wait until no save is under way."""
@@ -161,22 +162,22 @@ class Saver:
         """
         self.committed = tuple(manifest for manifest in self.committed if manifest.id not in damaged)
 
-    def start(self, following: Manifest, former: Sequence[Rules | None], *, newest_is_whole: bool) -> list[str]:
+    def start(self, following: Manifest, earlier: Sequence[Rules | None], *, newest_is_whole: bool) -> list[str]:
         """Work out what the changed rules will remove; nothing is removed yet.
 
         Args:
             following: a next checkpoint.
-            former: the earlier rules, see ``rule_changes.former_rules``.
+            earlier: the earlier rules, see ``rule_changes.earlier_rules``.
             newest_is_whole: whether every byte of the newest checkpoint has been compared with its digest.
 
         Returns:
             Sentences for people.
         """
         self._newest_is_whole = newest_is_whole
-        if not self.committed or all(rules == (self._rules or None) for rules in former):
+        if not self.committed or all(rules == (self._rules or None) for rules in earlier):
             return []
         manifests = self._annotations.view(self.committed)
-        change = rule_change(manifests, following, self._rules, former, self._annotations.planner(self.committed))
+        change = rule_change(manifests, following, self._rules, earlier, self._annotations.planner(self.committed))
         self._dropped_by_change = frozenset(manifest.id for manifest in change.removed)
         return change.sentences(self._store.location, _DEFAULT_UNDO if self._undo_for is None else self._undo_for)
 
@@ -213,20 +214,20 @@ class Saver:
         )
 
     def _has_room(self, job: SaveJob) -> bool:
-        free, needed = self._store.free(), job.captured.size_bytes + _RESERVE
-        if free is not None and free < needed and self._make_room(job, needed):
+        free, required = self._store.free(), job.captured.size_bytes + RESERVE
+        if free is not None and free < required and self._make_room(job, required):
             free = self._store.free()
-        if free is None or free >= needed:
+        if free is None or free >= required:
             return True
         message = (
-            f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size_text(needed)} and "
+            f"no space for checkpoint {job.draft.name} in {self._store.location}: it needs {size_text(required)} and "
             f"{size_text(free)} are free; {space.ways_to_free_space(self._store, self._run, self.committed)}"
         )
         self._fail(job, StoreError(errno.ENOSPC, message))
         return False
 
-    def _make_room(self, job: SaveJob, needed: int | None = None) -> bool:
-        """Free space until ``needed`` is free: empty the trash, then remove checkpoints that no rule keeps.
+    def _make_room(self, job: SaveJob, required: int | None = None) -> bool:
+        """Free space until ``required`` are free: empty the trash, then remove checkpoints that no rule keeps.
 
         Returns:
             Whether anything was removed.
@@ -236,7 +237,7 @@ class Saver:
             trashed = space.empty_trash(self._store, self._run)
             if trashed:
                 freed.append(f"{trashed} in the trash")
-            if self._newest_is_whole and (needed is None or (self._store.free() or 0) < needed):
+            if self._newest_is_whole and (required is None or (self._store.free() or 0) < required):
                 plan = self._retain(at_once=True)
                 if plan.freed_bytes:
                     freed.append(f"{len(plan.remove) or 'parts'} that no rule keeps")
@@ -346,7 +347,7 @@ class Saver:
             failures |= removal.remove(
                 self._store, self._journal, removals, by="rules", protected=self._protected, until=until
             )
-        thinned = {drop.manifest.id: drop.remaining for drop in plan.drop if drop.manifest.id not in failures}
+        dropped = {drop.manifest.id: drop.parts for drop in plan.drop if drop.manifest.id not in failures}
         if (self._undo_for and not at_once) or (self._trash_until is not None and self._trash_until <= now):
             self._trash_until = None
             try:
@@ -355,7 +356,7 @@ class Saver:
                 self._notices.append(f"the trash of run {self._run!r} could not be emptied: {error}")
         self._notices += failures.values()
         self.committed = tuple(
-            self._without(manifest, thinned)
+            without_parts(manifest, dropped[manifest.id]) if manifest.id in dropped else manifest
             for manifest in existing
             if manifest.id in plan.keep or (failures and self._exists(manifest))
         )
@@ -376,12 +377,6 @@ class Saver:
                 yield by_change, self._trash_until
             yield [removal for removal in plan.remove if removal not in by_change], None
         yield plan.drop, None
-
-    @staticmethod
-    def _without(manifest: Manifest, thinned: Mapping[str, Manifest]) -> Manifest:
-        """Return the manifest as it is after parts have been dropped, with the metrics that were reported."""
-        smaller = thinned.get(manifest.id)
-        return manifest if smaller is None else replace(manifest, parts=smaller.parts, files=smaller.files)
 
     def _protected(self) -> Mapping[str, str]:
         """Return the checkpoints that pins and aliases protect by now, with the reasons."""
