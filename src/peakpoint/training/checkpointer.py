@@ -30,7 +30,7 @@ from peakpoint.state.restore import LoadReport
 from peakpoint.store import Store, open_store
 from peakpoint.training import exit_hook
 from peakpoint.training.late_changes import LateChangeCheck
-from peakpoint.training.loop import Loop, count
+from peakpoint.training.loop import Loop, LoopMethod, count
 from peakpoint.training.metric_warnings import MetricWarnings
 from peakpoint.training.outcome import Outcome, print_note, warn
 from peakpoint.training.preemption import Preempt, SignalWatch
@@ -186,9 +186,7 @@ class Checkpointer:
                 optimizer, a scheduler or another part of the state has changed after the report: its checkpoint would
                 have been one step short, and has been saved again with the present state.
         """
-        total = count("n", n)
-        self._enter("epochs")
-        yield from self._guarded(self._loop.epochs(total, self._goes_on, self._late_changes.end))
+        yield from self._iterate(self._loop.epochs, n)
 
     def steps(self, n: int) -> Iterator[int]:
         """Yield the step indices that remain of ``range(n)``; a report in the body is made at step index + 1.
@@ -196,9 +194,7 @@ class Checkpointer:
         Raises:
             ConfigError: ``n`` is not a whole number of at least 0, or another loop of this checkpointer is running.
         """
-        total = count("n", n)
-        self._enter("steps")
-        yield from self._guarded(self._loop.steps(total, self._goes_on, self._late_changes.end))
+        yield from self._iterate(self._loop.steps, n)
 
     def _guarded(self, loop: Iterator[Any]) -> Iterator[Any]:
         try:
@@ -209,23 +205,25 @@ class Checkpointer:
         finally:
             self._writer.guard.wait()  # the code after a loop may write to the weights
 
-    def _goes_on(self) -> bool:
-        return self.why_stop is None
-
-    def _enter(self, method: str) -> None:
+    def _iterate(self, loop: LoopMethod, n: SupportsIndex) -> Iterator[int]:
+        total = count("n", n)
         self._check_open()
         if self._loop.running:
-            raise ConfigError(f"{method}() inside another epochs() or steps() of the same checkpointer; use one loop")
+            raise ConfigError(
+                f"{loop.__name__}() inside another epochs() or steps() of the same checkpointer; use one loop"
+            )
         self._late_changes.end_interrupted()
         first = self._writer.resumption is not None
         self.resume()
         if self._load is not None and not first:
             # code between resume() and the loop may have drawn random numbers; the loop begins where it was saved
             self._restore_generators()
+        yield from self._guarded(loop(total, lambda: self.why_stop is None, self._late_changes.end))
 
     def _restore_generators(self) -> None:
-        for line in rng.restore(dict(self._generators or {})):
-            warn(f"not restored: {line}")
+        if self._generators is not None:
+            for line in rng.restore(dict(self._generators)):
+                warn(f"not restored: {line}")
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of one pass over ``loader``; reports in the body are made inside the epoch.
@@ -350,10 +348,7 @@ class Checkpointer:
             raise
         why = "closed" if self.why_stop is None else f"{STOPPED}{self.why_stop}"
         # Ctrl-C right after the warning of what the rules will remove keeps it
-        failed_save = self._finish(why, apply_rules=sys.exception() is None)
-        self._writer.warn_notices()
-        if failed_save is not None:
-            raise failed_save
+        self._finish(why, apply_rules=sys.exception() is None)
         self._signals.deliver_again()
 
     def __enter__(self) -> Self:
@@ -372,10 +367,11 @@ class Checkpointer:
             self._late_changes.end_interrupted()
         except Error as late_change:
             error.add_note(f"peakpoint: besides, {late_change}")
-        failed_save = self._finish(f"{type(error).__name__}: {error}"[:500])
-        if failed_save is not None and not isinstance(error, SaveFailedError):
-            error.add_note(f"peakpoint: besides, {failed_save}")
-        self._writer.warn_notices()
+        try:
+            self._finish(f"{type(error).__name__}: {error}"[:500])
+        except SaveFailedError as failed_save:
+            if not isinstance(error, SaveFailedError):
+                error.add_note(f"peakpoint: besides, {failed_save}")
         if not isinstance(error, SystemExit):
             self._signals.deliver_again()
 
@@ -425,10 +421,7 @@ class Checkpointer:
 
     def _leave(self, signal: str) -> None:
         """End a preempted process: everything is made durable, then earlier handlers run."""
-        failed_save = self._finish(f"preempted by {signal}")
-        self._writer.warn_notices()
-        if failed_save is not None:
-            raise failed_save
+        self._finish(f"preempted by {signal}")
         self._announce(
             f"{signal}: saved at step {self._loop.position.step}; leaving with exit code {self._exit_code}, run the "
             "same command again to go on"
@@ -436,11 +429,11 @@ class Checkpointer:
         self._signals.run_earlier()
         raise SystemExit(self._exit_code)
 
-    def _finish(self, why: str, *, apply_rules: bool = False) -> SaveFailedError | None:
+    def _finish(self, why: str, *, apply_rules: bool = False) -> None:
         """Make everything durable, and let go of the run, the optimizers and the signals."""
         self._closed = True
         try:
-            return self._writer.finish(why, apply_rules=apply_rules)
+            self._writer.finish(why, apply_rules=apply_rules)
         finally:
             self._loop.stop()
             self._signals.stop()

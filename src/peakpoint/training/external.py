@@ -154,15 +154,12 @@ def open_journal(
         newest: the checkpoint that the run goes on from; None for its beginning.
         state: descriptions of the parts.
     """
-    journal = Journal(store, run, clock)
-    try:
+    with contextlib.closing(Journal(store, run, clock)) as journal:
         journal.append(Opened(at=journal.now(), by=by, rules=rules, state=state or {}))
         origin = (None, 0) if newest is None else (newest.id, newest.report)
         journal.append(Started(at=journal.now(), checkpoint=origin[0], report=origin[1]))
         yield journal
         journal.append(Closed(at=clock(), why=by["tool"]))
-    finally:
-        journal.close()
 
 
 def commit_external(

@@ -9,6 +9,8 @@ import torch
 from peakpoint.errors import ConfigError
 from peakpoint.training.position import Batches, Position, begin_pass, continue_pass, is_restored, start_pass
 
+LoopMethod = Callable[[int, Callable[[], bool], Callable[[], None]], Iterator[int]]  # ``Loop.epochs`` or ``Loop.steps``
+
 
 def count(name: str, value: SupportsIndex) -> int:
     """Return ``value`` as a whole number of at least 0.

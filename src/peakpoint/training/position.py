@@ -58,10 +58,9 @@ class Position:
             FormatError: the values are not those of a position.
         """
         try:
-            arguments = {field.name: values[field.name] for field in fields(cls)}
-            if arguments["batches"] is not None:
-                arguments["batches"] = Batches(**arguments["batches"])
-            position = cls(**arguments)
+            position = cls(**{field.name: values[field.name] for field in fields(cls)})
+            if values["batches"] is not None:
+                position.batches = Batches(**values["batches"])
         except (KeyError, TypeError) as error:
             raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
         counts = [position.report, position.step, position.next_epoch, position.next_step]

@@ -296,15 +296,15 @@ class RunWriter:
         for notice in self._saver.notices():
             warn(notice)
 
-    def finish(self, why: str, *, apply_rules: bool) -> SaveFailedError | None:
+    def finish(self, why: str, *, apply_rules: bool) -> None:
         """Make everything durable and let go of the run.
 
         Args:
             why: for the journal.
             apply_rules: whether the rules are applied if nothing was saved.
 
-        Returns:
-            The error of a save that nobody has been told of.
+        Raises:
+            SaveFailedError: a save failed, and nobody has been told of it.
         """
         self._closed = True
         try:
@@ -314,9 +314,13 @@ class RunWriter:
             failure = self._heal()
             self._saver.record()
             self._journal.append(Closed(at=self._clock(), why=why))
-            return None if failure is None else self._error_of(failure)
         finally:
             self.release()
+        try:
+            self.warn_notices()  # which may raise: warnings can be made errors
+        finally:
+            if failure is not None:
+                raise self._error_of(failure)
 
 
 def check_needs(in_force: Iterable[Rule], state: Mapping[str, Any]) -> None:
