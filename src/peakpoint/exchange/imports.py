@@ -11,9 +11,8 @@ from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.exchange import metric_logs
 from peakpoint.exchange.intake import ImportedSource, Intake, SourceSummary
 from peakpoint.exchange.moments import ImportMoment, timeline
-from peakpoint.exchange.pickles import check_inert
 from peakpoint.exchange.sources import CheckpointSource, find, read
-from peakpoint.exchange.state_dicts import EXTRA, ReadOptions, storable
+from peakpoint.exchange.state_dicts import ReadOptions, storable
 from peakpoint.format import names
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.rules import Rule, check_rules
@@ -70,9 +69,9 @@ def import_checkpoints(
     Args:
         path: a file, or a folder that is searched with all folders below it.
         root: the repository, created when it does not exist.
-        run: a new one, or one that this same import has begun.
+        run: a new run, or one that this same import has begun.
         metrics: a log to be joined; see ``peakpoint.exchange.metric_logs.read``.
-        join: what its rows are joined by: ``"epoch"``, ``"step"``, or ``"auto"``.
+        join: what joins its rows to checkpoints: ``"epoch"``, ``"step"``, or ``"auto"``.
         parts: names in the files to names of parts, besides the usual ones.
         strip_prefix: taken from the names of a model's tensors, such as ``"module."``.
         epochs_from: what the files and the log call the first epoch: 0 or 1.
@@ -81,7 +80,7 @@ def import_checkpoints(
         link: give safetensors files that can serve as they are a second name instead of copying them. Whoever writes
             into one of the two afterwards changes both.
         skip_unreadable: leave out what cannot be read; by default nothing is imported then.
-        dry_run: write nothing.
+        dry_run: only tell what would be done.
         progress: called with the bytes of each source that is done.
 
     Raises:
@@ -102,17 +101,13 @@ def import_checkpoints(
         {'val_acc': 0.7}
     """
     names.check_run(run)
-    inert = frozenset(inert)
-    check_inert(inert)
-    if epochs_from not in (0, 1):
-        raise ConfigError(f"epochs_from={epochs_from!r}: the first epoch is 0 or 1")
+    options = ReadOptions(
+        parts=dict(parts or {}), strip_prefix=strip_prefix, inert=frozenset(inert), epochs_from=epochs_from
+    )
     if join not in {"auto", *_AXES}:
         raise ConfigError(f"join={join!r}: choose auto, epoch or step")
-    options = ReadOptions(
-        parts=_checked_parts(parts or {}), strip_prefix=strip_prefix, inert=inert, epochs_from=epochs_from
-    )
     checked_rules = None if rules is None else check_rules(rules)
-    sources, others = find(Path(path))
+    sources, other_files = find(Path(path))
     summaries, unreadable = _summaries(sources, options, skip=skip_unreadable or dry_run)
     summaries, twins = _without_twins(summaries)
     _check_stripped(summaries, strip_prefix)
@@ -131,7 +126,7 @@ def import_checkpoints(
         run=run,
         checkpoints=(*(outcomes[number] for moment in moments for number in moment.checkpoints), *twins, *unreadable),
         reports=len(moments),
-        others=tuple(others),
+        others=tuple(other_files),
         notes=(*notes, *_doubts(moments, epochs_from)),
     )
 
@@ -158,15 +153,6 @@ def _doubts(moments: Sequence[ImportMoment], epochs_from: int) -> list[str]:
     if epochs_from == 0 and min((moment.epoch for moment in moments if moment.epoch is not None), default=0) == 1:
         notes.append("the first epoch is 1, and epochs count from 0: if they count from 1 there, say --epochs-from 1")
     return notes
-
-
-def _checked_parts(parts: Mapping[str, str]) -> dict[str, str]:
-    for part in parts.values():
-        names.check_part(part)
-    targets = [part for part in parts.values() if part != EXTRA]
-    if len(set(targets)) < len(targets):
-        raise ConfigError(f"two names become one part: {', '.join(parts.values())}")
-    return dict(parts)
 
 
 def _shifted(rows: Sequence[metric_logs.LogRow], first: int) -> list[metric_logs.LogRow]:

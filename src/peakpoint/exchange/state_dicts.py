@@ -11,6 +11,7 @@ import torch
 
 from peakpoint.errors import ConfigError, FormatError
 from peakpoint.exchange.metric_logs import EPOCH, STEPS, LogRow, as_count, as_number, metric_name, readable
+from peakpoint.exchange.pickles import check_inert
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
 from peakpoint.state.typed_json import Encoder
@@ -35,12 +36,25 @@ class ReadOptions:
         strip_prefix: taken from the names of a model's tensors.
         inert: see ``pickles.load``.
         epochs_from: the number that the file gives to the first epoch, 0 or 1.
+
+    Raises:
+        ConfigError: one of these is wrong.
     """
 
     parts: Mapping[str, str] = field(default_factory=dict)
     strip_prefix: str = ""
     inert: Collection[str] = ()
     epochs_from: int = 0
+
+    def __post_init__(self) -> None:
+        check_inert(self.inert)
+        if self.epochs_from not in (0, 1):
+            raise ConfigError(f"epochs_from={self.epochs_from!r}: the first epoch is 0 or 1")
+        for part in self.parts.values():
+            names.check_part(part)
+        targets = [part for part in self.parts.values() if part != EXTRA]
+        if len(set(targets)) < len(targets):
+            raise ConfigError(f"two names become one part: {', '.join(self.parts.values())}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

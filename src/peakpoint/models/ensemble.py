@@ -110,11 +110,8 @@ def ensemble(
     Args:
         refs: at least one; each names another checkpoint.
         build_model: makes a new model at each call; its values do not matter.
-        root: the repository.
-        part: the part of the checkpoints that is the model's state.
         average: ``"probabilities"`` or ``"logits"``; see ``Ensemble`` for what the forward pass returns.
         dim: the dimension of the classes in an output: -1 for ``[N, C]``, 1 for ``[N, C, H, W]``.
-        device: where the models are put.
 
     Raises:
         ConfigError: no refs, one checkpoint twice, or a ``build_model`` that makes no new modules.
@@ -137,7 +134,6 @@ def ensemble(
         raise ConfigError(f"average={average!r}: give {' or '.join(map(repr, get_args(Average)))}")
     repository = open_repository(root)
     manifests = find_all(repository, refs, 1)
-    names = [f"{manifest.run}/{manifest.name}" for manifest in manifests]
     models: list[torch.nn.Module] = []
     with hold_all(repository.store, manifests):
         for manifest in manifests:
@@ -145,6 +141,7 @@ def ensemble(
             load(f"{manifest.run}/{manifest.id}", root=repository.store, into=model, part=part)
             models.append(model.eval())
             _check_apart(models)
+    names = [f"{manifest.run}/{manifest.name}" for manifest in manifests]
     return Ensemble(models, names, average=average, dim=dim)
 
 

@@ -36,14 +36,13 @@ def load(
         ref: such as ``"resnet50@best:val_accuracy"``; see ``peakpoint.repository.refs``.
         into: an object to load ``part`` into (a module, an optimizer, anything with ``load_state_dict``), or a mapping
             of part names to such objects. None returns the state instead.
-        part: the part to load, when ``into`` is one object.
+        part: the part for ``into``, when that is one object.
         strict: raise when anything does not fit; otherwise load what fits and list the rest in the report.
         verify: compare bytes with their digests. Without, tensors are mapped from the files and nothing is read
             before its values are used.
-        signed_by: a file with a public key: the checkpoint is refused unless the owner of that key has signed it. The
-            signature of the manifest is verified before anything else is read; bytes are compared with the digests in
-            it before they are used, as always, so that nothing is read twice. Only together with ``verify``. For an
-            alias whose policy (``production.toml``) asks for signatures, the policy's key by default.
+        signed_by: a file with a public key: the checkpoint is refused unless the owner of that key has signed it, which
+            is verified before anything else is read. Only together with ``verify``. For an alias whose policy
+            (``production.toml``) asks for signatures, the policy's key by default.
 
     Returns:
         Without ``into`` a mapping of every part, a ``Loaded``: state dicts with tensors on the CPU, and plain values.
@@ -68,26 +67,24 @@ def load(
     """
     store = open_store(root)
     manifest = Repository(store).find_manifest(ref)
-    if signed_by is None:
-        signed_by = key_for(store, ref)
-    if signed_by is not None and not verify:
-        raise ConfigError("signed_by= needs verify=True: without comparing the bytes, a signature proves nothing")
+    signed_by = key_for(store, ref) if signed_by is None else signed_by
     if signed_by is not None:
+        if not verify:
+            raise ConfigError("signed_by= needs verify=True: without comparing the bytes, a signature proves nothing")
         signing.verify(store, manifest, public_key=Path(signed_by), files=False)
     hold = reader.hold_for_reading(store, manifest)
     if into is None:
         reader.check_sizes(store, manifest)
         return Loaded(manifest, store, read_trees(store, manifest), verify, _hold=hold)
-    single = not isinstance(into, Mapping)
-    live = {part: into} if single else dict(into)
+    if not isinstance(into, Mapping | Stateful):
+        raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")
+    live = dict(into) if isinstance(into, Mapping) else {part: into}
     for name in live:
         check_part_of(manifest, name)
-    if not single or isinstance(into, Stateful):
-        saved = read_state(store, manifest, list(live), verify=verify)
-        if hold is not None:
-            hold.release()
-        return restore_into(saved, live, strict=strict, exhaustive=False)
-    raise ConfigError(f"into= takes an object with load_state_dict() or a mapping of parts, not a {kind_of(into)}")
+    saved = read_state(store, manifest, list(live), verify=verify)
+    if hold is not None:
+        hold.release()
+    return restore_into(saved, live, strict=strict, exhaustive=False)
 
 
 def key_for(store: Store, ref: str) -> Path | None:

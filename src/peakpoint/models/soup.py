@@ -3,7 +3,7 @@
 Source: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
 increasing inference time", ICML 2022.
 
-``average.check_alike`` compares the trees and records of the members. ``Averaging.mean`` makes one tensor at a time,
+``average.check_alike`` compares the trees and records of the members. ``TensorMeans.mean`` makes one tensor at a time,
 for the model that is tried, and again for the file, whose blocks are made while they are written. The tree is that of
 the first member, so that what shares memory still does.
 """
@@ -20,7 +20,7 @@ from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.names import check_metric, check_run, check_text
 from peakpoint.models.average import SoupMember, TensorMeans, check_alike, find_all, member
 from peakpoint.models.mean import MeanModel, SoupChoice, SoupTrial, greedy, uniform
-from peakpoint.repository.commit import StreamedImage
+from peakpoint.repository.commit import BLOCK, StreamedImage
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import open_repository
@@ -29,7 +29,7 @@ from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.tensor_files import lay_out
 from peakpoint.store import Store
-from peakpoint.training.external import ExternalCheckpoint, add, check_run_for, streamed_image
+from peakpoint.training.external import ExternalCheckpoint, add, check_run_for
 
 Kind = Literal["uniform", "greedy"]
 BatchNorm = Literal["estimate", "average"]
@@ -89,19 +89,17 @@ def soup(
 
     Args:
         refs: at least two; for a greedy soup, the candidates.
-        root: the repository; the soup goes there, too.
-        kind: ``"uniform"`` or ``"greedy"``.
         evaluate: takes the model, in evaluation mode, or without ``build_model`` the state, and returns its score: a
             number, or metrics by name (also an ``Evaluated``), of which ``metric`` says which.
         metric: the name of that score; the soup carries it as a metric.
-        mode: ``"max"`` or ``"min"``: which scores are better. A greedy soup needs it.
+        mode: which scores are better. A greedy soup needs it.
         build_model: makes a model of the right shape; its values do not matter.
         data: inputs for BatchNorm's statistics: batches, or tuples whose first element is the batch; a collection
             that can be gone through again, or a function that returns one.
         batchnorm: ``"estimate"`` measures the statistics anew; ``"average"`` averages them like weights, which is
             wrong in general, and is noted in the reason.
         device: where the model is put, and batches of ``data`` with it.
-        part: the part to be averaged; the soup has no other.
+        part: the part to average; the soup has no other.
         run: the run that the soup goes to, the run of the first ref with ``-soup`` by default. It may hold soups only.
         why: the reason; it protects the soup from rules.
         progress: called with the bytes of each tensor that has been read.
@@ -137,8 +135,7 @@ def soup(
         means = TensorMeans(repository.store, members, progress)
         mean = MeanModel(means, members[0], build_model, data, batchnorm, device)
         scored = None if evaluate is None else _scored(evaluate, metric)
-        if kind == "greedy":
-            assert scored is not None
+        if kind == "greedy" and scored is not None:
             choice = greedy(mean, members, scored, -1 if mode == "min" else 1)
         else:
             choice = uniform(mean, members, scored)
@@ -218,12 +215,22 @@ def _reason(kind: str, members: Sequence[SoupMember], candidates: int) -> str:
 
 
 def _image(means: TensorMeans, part: str, choice: SoupChoice) -> StreamedImage:
+    """Return the file of the mean; its tensors are made when they are written, one after the other."""
     stored = {
         name: torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype], device="meta")
         for name, (_, record) in choice.members[0].records.items()
     }
+    layout = lay_out(f"{part}.safetensors", stored)
 
-    def make(name: str) -> torch.Tensor:
-        return choice.measured[name] if name in choice.measured else means.mean(name, choice.members)
+    def blocks() -> Iterator[memoryview]:
+        yield memoryview(layout.header)
+        for span in layout.spans:
+            if span.end > span.begin:
+                measured = choice.measured.get(span.name)
+                tensor = means.mean(span.name, choice.members) if measured is None else measured
+                data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # is a buffer
+                for begin in range(0, len(data), BLOCK):
+                    yield data[begin : begin + BLOCK]
 
-    return streamed_image(lay_out(f"{part}.safetensors", stored), make)
+    # transient, so that no more than one tensor waits to be hashed
+    return StreamedImage(layout.name, layout.size, len(layout.header), layout.spans, blocks, transient=True)

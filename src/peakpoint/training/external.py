@@ -7,14 +7,13 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-import torch
 
 from peakpoint.errors import ConflictError
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
-from peakpoint.repository.commit import BLOCK, FileImage, StreamedImage, WholeImage, commit
+from peakpoint.repository.commit import FileImage, StreamedImage, WholeImage, commit
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.provenance import Clock
@@ -22,31 +21,10 @@ from peakpoint.repository.reader import list_run
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.repository.run import rules_of
 from peakpoint.repository.run_audit import clean_run
-from peakpoint.state.tensor_files import FileLayout
 from peakpoint.state.typed_json import Encoder
 from peakpoint.store import Hold, Store, holder_note
 from peakpoint.training.position import Position
 from peakpoint.training.records import draft_manifest, last_sequence, saved_event, with_free_name, written_by
-
-
-def streamed_image(placed: FileLayout, make: Callable[[str], torch.Tensor]) -> StreamedImage:
-    """Return a tensor file whose tensors are made when they are written, one after the other.
-
-    Args:
-        make: the values of a stored tensor, contiguous, by its name.
-    """
-
-    def blocks() -> Iterator[memoryview]:
-        yield memoryview(placed.header)
-        for span in placed.spans:
-            if span.end > span.begin:
-                octets = make(span.name).reshape(-1).view(torch.uint8)
-                data = memoryview(octets.numpy())  # type: ignore[arg-type] # an array is a buffer
-                for begin in range(0, len(data), BLOCK):
-                    yield data[begin : begin + BLOCK]
-
-    # transient, so that no more than one tensor waits to be hashed
-    return StreamedImage(placed.name, placed.size, len(placed.header), placed.spans, blocks, transient=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
