@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from peakpoint.errors import FormatError, MismatchError
 from peakpoint.state import rng
 from peakpoint.state.capture import Stateful
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(slots=True)
@@ -21,7 +24,7 @@ class Batches:
         generator: the loader's own generator at that time, None when it has none.
     """
 
-    done: int
+    done: Count
     start: dict[str, Any]
     generator: bytes | None
 
@@ -39,11 +42,11 @@ class Position:
         batches: the place inside ``next_epoch``, None at its beginning.
     """
 
-    report: int = 0
-    step: int = 0
-    epoch: int | None = None
-    next_epoch: int = 0
-    next_step: int = 0
+    report: Count = 0
+    step: Count = 0
+    epoch: Count | None = None
+    next_epoch: Count = 0
+    next_step: Count = 0
     batches: Batches | None = None
 
     def as_plain(self) -> dict[str, Any]:
@@ -58,17 +61,9 @@ class Position:
             FormatError: the values are not those of a position.
         """
         try:
-            position = cls(**{field.name: values[field.name] for field in fields(cls)})
-            if values["batches"] is not None:
-                position.batches = Batches(**values["batches"])
-        except (KeyError, TypeError) as error:
+            return msgspec.convert({field.name: values[field.name] for field in fields(cls)}, cls)
+        except (KeyError, TypeError, msgspec.ValidationError) as error:
             raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
-        counts = [position.report, position.step, position.next_epoch, position.next_step]
-        counts += [] if position.epoch is None else [position.epoch]
-        counts += [] if position.batches is None else [position.batches.done]
-        if not all(isinstance(number, int) and number >= 0 for number in counts):
-            raise FormatError(f"the checkpoint's loop position cannot be read: {counts} are no counts")
-        return position
 
 
 def begin_pass(loader: Any) -> Batches:

@@ -3,12 +3,12 @@
 import signal
 import sys
 import threading
-import warnings
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from peakpoint.errors import ConfigError, PeakpointWarning
+from peakpoint.errors import ConfigError
+from peakpoint.training.outcome import warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,9 @@ class SignalWatch:
         if preempt is None:
             return
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn(
+            warn(
                 "preemption signals are not watched: Python delivers them to the main thread only, and this "
-                "Checkpointer was made in another; pass preempt=None to silence this warning",
-                PeakpointWarning,
-                stacklevel=4,
+                "Checkpointer was made in another; pass preempt=None to silence this warning"
             )
             return
         for number in preempt.signals:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
-from peakpoint.format.events import Event, Reported, Saved, Started
+from peakpoint.format.events import Reported, Saved, Started
 from peakpoint.format.manifest import Forks
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
@@ -65,11 +65,6 @@ class Resumption:
     journal: journals.JournalContents
 
     @property
-    def events(self) -> tuple[Event, ...]:
-        """The journal, in order."""
-        return self.journal.events
-
-    @property
     def exists(self) -> bool:
         """Whether the run has checkpoints, damaged ones included."""
         return bool(self.listing.manifests or self.listing.damaged)
@@ -97,10 +92,10 @@ class Resumption:
     def _followed(self, ref: str) -> bool:
         """Whether this run has been started from ``ref`` before and has saved something since."""
         last = None
-        for number, event in enumerate(self.events):
+        for number, event in enumerate(self.journal.events):
             if isinstance(event, Started) and event.requested is not None:
                 last = number if event.requested == ref else None
-        return last is not None and any(isinstance(event, Saved) for event in self.events[last:])
+        return last is not None and any(isinstance(event, Saved) for event in self.journal.events[last:])
 
     def _newest_good(self, live: dict[str, Any], *, strict: bool) -> StartPoint:
         skipped = [str(checkpoint.error) for checkpoint in self.listing.damaged]
@@ -126,7 +121,7 @@ class Resumption:
         )
 
     def _nothing(self, why: str) -> StartPoint:
-        sequence = last_sequence(self.listing.manifests, self.events)
+        sequence = last_sequence(self.listing.manifests, self.journal.events)
         return StartPoint(sequence=sequence, why=why, forks=((0, sequence + 1),) if sequence else ())
 
     def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> StartPoint:
@@ -139,12 +134,12 @@ class Resumption:
         if without_generators:
             sentence = "the random generators: they are not in this checkpoint, and stay as they are"
             report = replace(report, missing=(*report.missing, sentence))
-        sequence = last_sequence(self.listing.manifests, self.events)
+        sequence = last_sequence(self.listing.manifests, self.journal.events)
         if manifest.run == self.run:
-            history = histories.history(self.events, manifest.id) or [
+            history = histories.history(self.journal.events, manifest.id) or [
                 # killed between the manifest and its record: it is the newest, so the present history is its own
                 report
-                for report in histories.history(self.events)
+                for report in histories.history(self.journal.events)
                 if report.report <= manifest.report
             ]
             newer = sequence > manifest.sequence

@@ -95,7 +95,7 @@ class RunWriter:
             self._hold.release()
             raise
         self.resumption: Resumption | None = past  # None once the run has started: a long journal takes memory
-        self._earlier_rules = earlier_rules(past.events)
+        self._earlier_rules = earlier_rules(past.journal.events)
         every_rule = [*in_force, *(rule for previous in self._earlier_rules for rule in previous or ())]
         existing = past.listing.manifests
         self._annotations = LiveAnnotations(store, run, self._journal.segment, past.journal, existing, every_rule)
