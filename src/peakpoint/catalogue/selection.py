@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, Engine, case, func, literal, not_, select
 
@@ -21,9 +21,6 @@ from peakpoint.catalogue.verification import CatalogueMismatch
 from peakpoint.errors import NotFoundError, TransientStoreError
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.metrics import metrics_from_json
-
-if TYPE_CHECKING:
-    from peakpoint.catalogue.catalogue import Catalogue
 
 _RUNNERS_UP = 3
 _CHUNK = 200
@@ -64,6 +61,22 @@ class Explanation:
     runners_up: tuple[Checkpoint, ...]
 
 
+class SelectionSource(Protocol):
+    """The ``Catalogue``, as far as a selection needs it."""
+
+    candidate_limit: int
+
+    @property
+    def unread(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def unread_aliases(self) -> Mapping[str, str]: ...  # noqa: D102
+    def checkpoint(self, row: Any) -> Checkpoint: ...  # noqa: D102
+    def compare_rows(  # noqa: D102
+        self, connection: Connection, columns: Columns, rows: Sequence[Any]
+    ) -> list[CatalogueMismatch]: ...
+    def repair(self, birth: int, attempt: int, mismatches: Sequence[CatalogueMismatch]) -> None: ...  # noqa: D102
+
+
 class Selection:
     """Checkpoints that were selected; each iteration asks the catalogue anew, and reads as far as it is followed.
 
@@ -76,7 +89,7 @@ class Selection:
         catalogue: which.
     """
 
-    def __init__(self, engine: Engine, request: SelectionQuery, catalogue: "Catalogue") -> None:
+    def __init__(self, engine: Engine, request: SelectionQuery, catalogue: SelectionSource) -> None:
         self._engine, self._request, self._catalogue = engine, request, catalogue
         with self._reader():  # which refuses names that do not exist
             pass
