@@ -1,7 +1,6 @@
 """The commands ``show`` and ``explain``: one checkpoint."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peakpoint.cli import tables
-from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import REF, ROOT
-from peakpoint.cli.render import (
-    age,
-    alias_text,
-    aliases_of,
-    claim_text,
-    claims_text,
-    command,
-    facts,
-    manifest_json,
-    number,
-    ref,
-    seconds,
-)
-from peakpoint.cli.validate import validation_line
+from peakpoint.cli import render, tables
+from peakpoint.cli.command import REF, ROOT, Answer, command
+from peakpoint.cli.records import validation_line
+from peakpoint.cli.render import aliases_of, fields, manifest_json, number, print_list, ref, seconds
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
@@ -46,58 +32,35 @@ from peakpoint.rules import Claim, moment_text
 # --- show ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointView:
-    """Everything that ``show`` says of a checkpoint.
-
-    Attributes:
-        directory: where its files are.
-        packed: its bytes in the archive; None when it is not there.
-        parent: RUN/NAME of the checkpoint that the training continued from; "" for the first one.
-        members: of a mean: RUN/NAME of each checkpoint that it was made of.
-    """
-
-    manifest: Manifest
-    directory: str
-    claims: Sequence[Claim]
-    aliases: Sequence[str]
-    packed: int | None
-    signatures: Sequence[signing.Signature]
-    validations: validations.ValidationSurvey
-    parent: str
-    members: Sequence[str]
-
-
-@click.command()
-@ROOT
-@REF
-@answers
+@command(ROOT, REF)
 def show(root: Path, ref: str) -> Answer:
     """Show one checkpoint: metrics, reasons, parts, files, digests, signatures, timing, validations."""
-    checkpoint = _view(open_repository(root), root, ref)
-
-    def text(console: Console) -> None:
-        console.print(facts(_facts(checkpoint)))
-        console.print()
-        console.print(_files_table(checkpoint.manifest))
-
-    return Answer(_json(checkpoint), text)
-
-
-def _view(repository: Repository, root: Path, ref: str) -> CheckpointView:
+    repository = open_repository(root)
     run, stored = repository.locate(ref)
     manifest = next((manifest for manifest in run.annotated(()) if manifest.id == stored.id), stored)
-    return CheckpointView(
-        manifest=manifest,
-        directory=str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
-        claims=run.kept().get(manifest.id, ()),
-        aliases=aliases_of(run).get(manifest.id, ()),
-        packed=packed_bytes(run.store, run.name, [manifest]).get(manifest.id),
-        signatures=signing.signatures(run.store, run.name, manifest.name),
-        validations=validations.survey(run.store, run.name, manifest.id),
-        parent=_parent(repository, manifest),
-        members=[_name_of(repository, member) for member in manifest.members],
-    )
+    claims = run.kept().get(manifest.id, ())
+    survey = validations.survey(run.store, run.name, manifest.id)
+    data = manifest_json(manifest, claims) | fields(manifest, "parent", "members", "written_by", "timing", "asked")
+    data |= {
+        "aliases": aliases_of(run).get(manifest.id, ()),
+        "packed_bytes": packed_bytes(run.store, run.name, [manifest]).get(manifest.id),
+        "parts": manifest.parts,
+        "files": [fields(file, "name", "size", "digest") | {"tensors": len(file.tensors)} for file in manifest.files],
+        "signatures": signing.signatures(run.store, run.name, manifest.name),
+        "path": str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
+        "validations": [fields(validation, "number", "at", "passed", "by") for validation in survey.validations],
+        "damaged_validations": [what for _, what in survey.damage],
+    }
+    origin = ("made of", "\n".join(_name_of(repository, member) for member in manifest.members))
+    if not manifest.members:
+        origin = ("parent", _parent(repository, manifest))
+
+    def text(console: Console) -> None:
+        console.print(render.facts(_facts(manifest, claims, survey, origin, data)))
+        console.print()
+        console.print(_files_table(manifest))
+
+    return Answer(data, text)
 
 
 def _parent(repository: Repository, manifest: Manifest) -> str:
@@ -116,52 +79,33 @@ def _name_of(repository: Repository, member: str) -> str:
         return f"{member} (removed or damaged)"
 
 
-def _json(checkpoint: CheckpointView) -> dict[str, Any]:
-    manifest = checkpoint.manifest
-    return manifest_json(manifest, checkpoint.claims) | {
-        "aliases": checkpoint.aliases,
-        "packed_bytes": checkpoint.packed,
-        "parts": manifest.parts,
-        "files": [
-            {"name": file.name, "size": file.size, "digest": file.digest, "tensors": len(file.tensors)}
-            for file in manifest.files
-        ],
-        "parent": manifest.parent,
-        "members": manifest.members,
-        "written_by": manifest.written_by,
-        "timing": manifest.timing,
-        "asked": manifest.asked,
-        "signatures": [asdict(signature) for signature in checkpoint.signatures],
-        "path": checkpoint.directory,
-        "validations": [
-            {"number": validation.number, "at": validation.at, "passed": validation.passed, "by": validation.by}
-            for validation in checkpoint.validations.validations
-        ],
-        "damaged_validations": [what for _, what in checkpoint.validations.damage],
-    }
-
-
-def _facts(checkpoint: CheckpointView) -> list[tuple[str, str]]:
-    manifest, survey = checkpoint.manifest, checkpoint.validations
+def _facts(
+    manifest: Manifest,
+    claims: Sequence[Claim],
+    survey: validations.ValidationSurvey,
+    origin: tuple[str, str],
+    data: Mapping[str, Any],
+) -> list[tuple[str, str]]:
+    """Names and values; ``data`` is what ``--json`` prints, ``origin`` what the checkpoint was made of."""
     epoch = "" if manifest.epoch is None else f", epoch {manifest.epoch}"
     metrics = "\n".join(f"{name} = {number(value)}" for name, value in manifest.metrics.items())
-    damaged = [f"[bold red]damaged[/]: {escape(what)}" for _, what in survey.damage]
-    parent = ("made of", "\n".join(checkpoint.members)) if manifest.members else ("parent", checkpoint.parent)
+    damaged = [f"[bold red]damaged[/]: {escape(what)}" for what in data["damaged_validations"]]
+    packed = data["packed_bytes"]
     return [
         ("checkpoint", escape(ref(manifest))),
         ("id", manifest.id),
-        *([("aliases", alias_text(checkpoint.aliases))] if checkpoint.aliases else []),
-        ("directory", escape(checkpoint.directory)),
+        *([("aliases", render.alias_text(data["aliases"]))] if data["aliases"] else []),
+        ("directory", escape(data["path"])),
         ("taken at", f"step {manifest.step}{epoch} (commit {manifest.sequence}, report {manifest.report})"),
-        ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {age(manifest.created_at)}"),
+        ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),
         ("metrics", escape(metrics) or "none"),
         ("saved because", escape("\n".join(manifest.reasons))),
-        ("kept because", claims_text(checkpoint.claims)),
+        ("kept because", render.claims_text(claims)),
         ("size", size_text(manifest.size_bytes)),
-        ("archived", "no" if checkpoint.packed is None else f"packed into {size_text(checkpoint.packed)}"),
-        ("signed", escape("\n".join(map(_signature, checkpoint.signatures))) or "no"),
+        ("archived", "no" if packed is None else f"packed into {size_text(packed)}"),
+        ("signed", escape("\n".join(map(_signature, data["signatures"]))) or "no"),
         ("parts", escape(", ".join(manifest.parts))),
-        (parent[0], escape(parent[1]) or "none: the first checkpoint of its run"),
+        (origin[0], escape(origin[1]) or "none: the first checkpoint of its run"),
         ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
         ("written", _writing(manifest)),
         ("training blocked", _stall(manifest)),
@@ -175,19 +119,19 @@ def _writing(manifest: Manifest) -> str:
     if duration is None or rate is None:
         return "not recorded"
     shared = manifest.size_bytes - manifest.written_bytes
-    text = (
-        f"{size_text(manifest.written_bytes)} in {seconds(duration)}, {size_text(rate)}/s, including hashing and fsync"
-    )
-    return text + (f"; {size_text(shared)} shared with earlier checkpoints" if shared else "")
+    speed = f"{size_text(manifest.written_bytes)} in {seconds(duration)}, {size_text(rate)}/s"
+    note = f"; {size_text(shared)} shared with earlier checkpoints" if shared else ""
+    return f"{speed}, including hashing and fsync{note}"
 
 
 def _stall(manifest: Manifest) -> str:
     """What the save cost the training loop."""
     names = {"capture_seconds": "copy", "waited_seconds": "previous save", "step_waited_seconds": "optimizer step"}
-    timing = {name: manifest.timing[name] for name in names if name in manifest.timing}
-    if not timing:
+    stalls = {phase: manifest.timing[name] for name, phase in names.items() if name in manifest.timing}
+    if not stalls:
         return "not recorded"
-    return f"{seconds(sum(timing.values()))} ({', '.join(f'{seconds(timing[name])} {names[name]}' for name in timing)})"
+    phases = ", ".join(f"{seconds(duration)} {phase}" for phase, duration in stalls.items())
+    return f"{seconds(sum(stalls.values()))} ({phases})"
 
 
 def _signature(signature: signing.Signature) -> str:
@@ -216,10 +160,7 @@ def _files_table(manifest: Manifest) -> Table:
 _MOST_NAMES = 3  # checkpoints that a rule keeps instead
 
 
-@click.command()
-@ROOT
-@click.argument("text", metavar="REF")
-@answers
+@command(ROOT, click.argument("text", metavar="REF"))
 def explain(root: Path, text: str) -> Answer:
     """Say why a checkpoint is kept; of one that was removed, when, why, and what was kept instead."""
     repository = open_repository(root)
@@ -253,21 +194,18 @@ def _explain_kept(run: Run, manifest: Manifest) -> Answer:
     packed = packed_bytes(run.store, run.name, [manifest]).get(manifest.id)
     data = manifest_json(manifest, claims) | {
         "exists": True,
-        "measured": [
-            {"at": event.at, "metrics": dict(event.metrics), "source": event.source, "by": event.by}
-            for event in measured
-        ],
+        "measured": [fields(event, "at", "metrics", "source", "by") for event in measured],
         "claimed_instead": instead,
-        "dropped": [{"at": record.at, "parts": record.parts, "reason": record.why} for record in dropped],
+        "dropped": [fields(record, "at", "parts") | {"reason": record.why} for record in dropped],
         "aliases": aliases_of(run).get(manifest.id, ()),
     }
 
     def text(console: Console) -> None:
         console.print(f"[bold]{escape(ref(manifest))}[/] exists ({moment_text(manifest)})")
         console.print(f"saved {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC because")
-        _print_list(console, map(escape, manifest.reasons))
+        print_list(console, map(escape, manifest.reasons))
         console.print("kept because" if claims else "[yellow]no rule keeps it: the next save of this run removes it[/]")
-        _print_list(console, map(claim_text, claims))
+        print_list(console, map(render.claim_text, claims))
         for record in dropped:
             parts = escape(", ".join(record.parts))
             console.print(f"{parts} removed {record.at:%Y-%m-%d %H:%M} UTC: {escape(record.why)}")
@@ -276,16 +214,10 @@ def _explain_kept(run: Run, manifest: Manifest) -> Answer:
         for event in measured:
             console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {_values(event.metrics)}")
         for rule, kept in instead.items():
-            console.print(f"[dim]{escape(_instead(rule, kept))}[/]")
+            keeps = f"{render.listed(kept, _MOST_NAMES)} instead" if kept else "nothing"
+            console.print(f"[dim]{escape(rule)} keeps {escape(keeps)}[/]")
 
     return Answer(data, text)
-
-
-def _instead(rule: str, kept: Sequence[str]) -> str:
-    if not kept:
-        return f"{rule} keeps nothing"
-    more = f" and {len(kept) - _MOST_NAMES} more" if len(kept) > _MOST_NAMES else ""
-    return f"{rule} keeps {', '.join(kept[:_MOST_NAMES])}{more} instead"
 
 
 # --- removed -------------------------------------------------------------------------------------------------------
@@ -314,17 +246,15 @@ def _explain_removed(root: Path, run: Run, life: CheckpointHistory, until: datet
     """Explain a removal; ``until`` is when the trash lets the checkpoint go, None when it is not there."""
     removed = life.removed
     moment = life.record if removed is None else removed
-    data = {
+    data = fields(moment, "step", "epoch") | {
         "exists": False,
         "name": life.saved.name,
         "id": life.saved.checkpoint,
-        "step": moment.step,
-        "epoch": moment.epoch,
-        "metrics": dict(life.record.metrics),
-        "saved": {"at": life.saved.at, "reasons": list(life.saved.reasons)},
-        "removed": removed and {name: getattr(removed, name) for name in ("at", "reason", "by", "until")},
+        "metrics": life.record.metrics,
+        "saved": fields(life.saved, "at", "reasons"),
+        "removed": removed and fields(removed, "at", "reason", "by", "until"),
         "in_trash": until is not None,
-        "claimed_instead": {rule: list(kept) for rule, kept in life.claimed_instead},
+        "claimed_instead": dict(life.claimed_instead),
     }
     return Answer(data, lambda console: _print_removed(console, root, run, life, until))
 
@@ -335,13 +265,13 @@ def _print_removed(console: Console, root: Path, run: Run, life: CheckpointHisto
     console.print(f"[bold]{escape(life.saved.name)}[/] was removed{date} ({moment_text(life.record)})")
     values = _values(life.record.metrics) or "no metrics"
     console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {values} because")
-    _print_list(console, map(escape, life.saved.reasons))
+    print_list(console, map(escape, life.saved.reasons))
     if removed is None:
         console.print("The journal does not say when or why: the disk was full, or somebody deleted the files.")
         return
     console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
     if until is not None:
-        undo = escape(command("undo", root, f"{run.name}/{life.saved.name}"))
+        undo = escape(render.command_line("undo", root, f"{run.name}/{life.saved.name}"))
         console.print(f"in the trash until {until:%Y-%m-%d %H:%M} UTC. To restore it: {undo}", soft_wrap=True)
     elif removed.until is not None:
         console.print("it was in the trash, and is permanently deleted")
@@ -351,13 +281,8 @@ def _print_removed(console: Console, root: Path, run: Run, life: CheckpointHisto
             continue
         console.print(f"[cyan]{escape(rule)}[/] kept instead:")
         more = [f"and {len(kept) - _MOST_NAMES} more"] if len(kept) > _MOST_NAMES else []
-        _print_list(console, map(escape, [*kept[:_MOST_NAMES], *more]))
+        print_list(console, map(escape, [*kept[:_MOST_NAMES], *more]))
 
 
 def _values(metrics: Mapping[str, float]) -> str:
     return escape(", ".join(f"{name} = {value:.6g}" for name, value in metrics.items()))
-
-
-def _print_list(console: Console, lines: Iterable[str]) -> None:
-    for line in lines:
-        console.print(f"  - {line}")

@@ -22,9 +22,9 @@ GROUPS = {
     ),
     "Choose and compare": (
         CommandEntry("select", "Find checkpoints of all runs by their metrics", "select:select"),
-        CommandEntry("diff", "Compare two checkpoints, tensor by tensor", "diff:diff"),
+        CommandEntry("diff", "Compare two checkpoints, tensor by tensor", "weights:diff"),
         CommandEntry("record", "Add a metric that was measured after the save", "keep:record"),
-        CommandEntry("soup", "Average the weights of several checkpoints", "soup:soup"),
+        CommandEntry("soup", "Average the weights of several checkpoints", "weights:soup"),
     ),
     "Keep and clean": (
         CommandEntry("keep", "Show or change what the rules of a run keep", "keep:keep"),
@@ -34,20 +34,20 @@ GROUPS = {
         CommandEntry("rm", "Remove checkpoints", "space:rm"),
         CommandEntry("undo", "List, restore or empty the trash", "space:undo"),
         CommandEntry("archive", "Compress a finished run without loss, or restore it", "space:archive"),
-        CommandEntry("audit", "Find damage and incomplete saves", "audit:audit"),
+        CommandEntry("audit", "Find damage and incomplete saves", "space:audit"),
     ),
     "Production": (
-        CommandEntry("validate", "Check a checkpoint before it is deployed", "validate:validate"),
+        CommandEntry("validate", "Check a checkpoint before it is deployed", "records:validate"),
         CommandEntry("promote", "Point an alias such as champion at a checkpoint", "promotion:promote"),
         CommandEntry("rollback", "Point an alias back at an earlier checkpoint", "promotion:rollback"),
         CommandEntry("release", "Select, validate, compare and promote by production.toml", "release:release"),
-        CommandEntry("history", "List the aliases, or the history of one", "history:history"),
-        CommandEntry("sign", "Sign a checkpoint, or verify its signature", "signing:sign"),
-        CommandEntry("changelog", "List everything that was done, promotions first", "changelog:changelog"),
+        CommandEntry("history", "List the aliases, or the history of one", "records:history"),
+        CommandEntry("sign", "Sign a checkpoint, or verify its signature", "records:sign"),
+        CommandEntry("changelog", "List everything that was done, promotions first", "report:changelog"),
     ),
     "Exchange": (
-        CommandEntry("import", "Import checkpoints of other tools into a run", "imports:import_"),
-        CommandEntry("export", "Export a checkpoint to a file, a folder or a model card", "exports:export"),
+        CommandEntry("import", "Import checkpoints of other tools into a run", "exchange:import_"),
+        CommandEntry("export", "Export a checkpoint to a file, a folder or a model card", "exchange:export"),
     ),
 }
 ENTRIES = {entry.name: entry for entries in GROUPS.values() for entry in entries}

@@ -1,7 +1,6 @@
 """The commands ``keep``, ``pin``, ``unpin`` and ``record``: what rules keep of a run, and what they know."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from peakpoint.cli import tables
-from peakpoint.cli.answer import Answer, answers, confirmed
-from peakpoint.cli.arguments import REF, ROOT, UNDO_FOR, rules_help
-from peakpoint.cli.render import claims_text, count, manifest_json, money, number, ref, undo_hint
-from peakpoint.cli.tables import Column
+from peakpoint.cli.command import REF, ROOT, RUN, UNDO_FOR, Answer, command, confirmed, rules_help
+from peakpoint.cli.render import claims_text, count, fields, manifest_json, money, number, ref, undo_hint
 from peakpoint.errors import ConfigError, StoreError
 from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Reported
@@ -30,14 +27,11 @@ from peakpoint.rules.simulate import WhatIf, typical_size, what_if
 GB = 1e9
 
 
-@click.command()
-@ROOT
-@click.argument("name", metavar="RUN")
+@command(ROOT, RUN)
 @click.option("--rules", "text", help=rules_help("those in force"))
 @click.option("--what-if", is_flag=True, help="Simulate the rules on the recorded history, from the first report on.")
 @click.option("--price", type=click.FloatRange(min=0), help="With --what-if: price of a GB in a month.")
 @UNDO_FOR
-@answers
 @confirmed
 def keep(
     root: Path, name: str, text: str | None, price: float | None, undo_for: timedelta, *, what_if: bool, apply: bool
@@ -54,10 +48,10 @@ def keep(
         _check_metrics(run, rules)
     if what_if:
         return _what_if(run, rules, price)
-    check_not_archived(run.store, name, run.manifests())
+    manifests = run.manifests()
+    check_not_archived(run.store, name, manifests)
     plan = run.plan(rules)
-    rows = _rows(run, plan)
-    data = _plan_json(run, rules, plan)
+    data = _plan_json(run, manifests, rules, plan)
     failures: list[str] = []
     if apply:
         failures = maintenance.apply_plan(run, plan, rules if text is not None else None, undo_for=undo_for)
@@ -65,8 +59,8 @@ def keep(
 
     def show_plan(console: Console) -> None:
         console.print(f"[bold]{escape(run.name)}[/] under {escape(' '.join(rule.text for rule in rules))}")
-        _print_rows(console, rows, plan)
-        click.echo(_outcome(root, run, plan, failures, undo_for) if apply else _next_step(plan))
+        _print_checkpoints(console, manifests, plan)
+        click.echo(_outcome(root, plan, failures, undo_for, apply=apply))
 
     return Answer(data, show_plan, failures, StoreError.exit_code if failures else 0)
 
@@ -78,63 +72,51 @@ def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
     check_ranking_metrics(rules, {name for metrics in reported + measured for name in metrics})
 
 
-def _next_step(plan: RetentionPlan) -> str:
-    return "nothing is removed yet; add --yes to remove" if plan.remove or plan.drop else "nothing to remove"
-
-
-def _outcome(root: Path, run: Run, plan: RetentionPlan, failures: Sequence[str], undo_for: timedelta) -> str:
+def _outcome(root: Path, plan: RetentionPlan, failures: Sequence[str], undo_for: timedelta, *, apply: bool) -> str:
     if not plan.remove and not plan.drop:
         return "nothing to remove"
+    if not apply:
+        return "nothing is removed yet; add --yes to remove"
     parts = f", parts of {count(len(plan.drop), 'checkpoint')} permanently" if plan.drop else ""
     failed = f"; {len(failures)} failed" if failures else ""
     line = f"removed {count(len(plan.remove), 'checkpoint')}{parts}{failed}"
-    refs = [f"{run.name}/{removal.manifest.name}" for removal in plan.remove]
+    refs = [ref(removal.manifest) for removal in plan.remove]
     return f"{line}\n{undo_hint(root, refs, undo_for)}" if refs else line
 
 
-def _rows(run: Run, plan: RetentionPlan) -> list[tuple[str, str, int, str]]:
-    """Return name, verdict, bytes and reason of each checkpoint."""
-    removals = {removal.manifest.id: removal.reason for removal in plan.remove}
+def _print_checkpoints(console: Console, manifests: Sequence[Manifest], plan: RetentionPlan) -> None:
+    removed = {removal.manifest.id: escape(removal.reason) for removal in plan.remove}
     dropped = {thinning.manifest.id: ", ".join(thinning.parts) for thinning in plan.drop}
-    rows = []
-    for manifest in run.manifests():
-        verdict, reason = "[green]kept[/]", claims_text(plan.keep.get(manifest.id, ()))
-        if manifest.id in dropped:
-            verdict = f"[yellow]loses {escape(dropped[manifest.id])} permanently[/]"
-        if manifest.id in removals:
-            verdict, reason = "[red]removed[/]", escape(removals[manifest.id])
-        rows.append((manifest.name, verdict, manifest.size_bytes, reason))
-    return rows
 
+    def verdict(manifest: Manifest) -> str:
+        if manifest.id in removed:
+            return "[red]removed[/]"
+        parts = dropped.get(manifest.id)
+        return f"[yellow]loses {escape(parts)} permanently[/]" if parts else "[green]kept[/]"
 
-def _print_rows(console: Console, rows: Sequence[tuple[str, str, int, str]], plan: RetentionPlan) -> None:
-    if rows:
-        names, verdicts, sizes, reasons = (list(cells) for cells in zip(*rows, strict=True))
+    if manifests:
         columns = [
-            Column("checkpoint", list(map(escape, names)), right=False),
-            Column("", verdicts, right=False),
-            Column("size", list(map(size_text, sizes))),
+            tables.Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
+            tables.Column("", list(map(verdict, manifests)), right=False),
+            tables.Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
         ]
+        reasons = [removed.get(manifest.id) or claims_text(plan.keep.get(manifest.id, ())) for manifest in manifests]
         console.print(tables.with_reasons(console, columns, ["size"], "why", reasons))
-    kept_bytes = sum(size_bytes for _, _, size_bytes, _ in rows) - plan.freed_bytes
+    kept_bytes = sum(manifest.size_bytes for manifest in manifests) - plan.freed_bytes
     console.print(
-        f"{len(rows) - len(plan.remove)} of {count(len(rows), 'checkpoint')} kept, {size_text(kept_bytes)}; "
+        f"{len(manifests) - len(plan.remove)} of {count(len(manifests), 'checkpoint')} kept, {size_text(kept_bytes)}; "
         f"the rest frees {size_text(plan.freed_bytes)}"
     )
 
 
-def _plan_json(run: Run, rules: Sequence[Rule], plan: RetentionPlan) -> dict[str, Any]:
+def _plan_json(run: Run, manifests: Sequence[Manifest], rules: Sequence[Rule], plan: RetentionPlan) -> dict[str, Any]:
+    kept = [manifest for manifest in manifests if manifest.id in plan.keep]
     return {
         "run": run.name,
         "rules": [rule.text for rule in rules],
-        "stays": [
-            manifest_json(manifest, plan.keep[manifest.id]) for manifest in run.manifests() if manifest.id in plan.keep
-        ],
+        "stays": [manifest_json(manifest, plan.keep[manifest.id]) for manifest in kept],
         "goes": [manifest_json(removal.manifest, ()) | {"reason": removal.reason} for removal in plan.remove],
-        "drops": [
-            {"ref": ref(thinning.manifest), "parts": thinning.parts, "reason": thinning.reason}
-            for thinning in plan.drop
-        ],
+        "drops": [{"ref": ref(thinning.manifest)} | fields(thinning, "parts", "reason") for thinning in plan.drop],
         "freed_bytes": plan.freed_bytes,
     }
 
@@ -153,7 +135,7 @@ def _print_replay(console: Console, run: Run, simulated: WhatIf, price: float | 
         f"[bold]{escape(run.name)}[/], {simulated.reports} reports, under {escape(rules)}: {simulated.saves} saved, "
         f"{len(simulated.kept)} kept at the end, {simulated.most} at most at one time"
     )
-    moments = Column("kept", [moment_text(kept.moment) for kept in simulated.kept], right=False)
+    moments = tables.Column("kept", [moment_text(kept.moment) for kept in simulated.kept], right=False)
     reasons = [claims_text(kept.claims) for kept in simulated.kept]
     console.print(tables.with_reasons(console, [moments], [], "why", reasons))
     cost = "" if price is None else f" ({money(simulated.bytes_kept / GB * price)} a month at {price:g} a GB)"
@@ -170,35 +152,24 @@ def _print_replay(console: Console, run: Run, simulated: WhatIf, price: float | 
 
 
 def _replay_json(run: Run, simulated: WhatIf, price: float | None) -> dict[str, Any]:
-    def moment(point: Any) -> dict[str, Any]:
-        return {"step": point.step, "epoch": point.epoch, "metrics": dict(point.metrics)}
+    def moment(manifest: Manifest) -> dict[str, Any]:
+        return fields(manifest, "step", "epoch", "metrics")
 
-    return {
+    return fields(simulated, "reports", "saves", "most", "bytes_kept", "bytes_written") | {
         "run": run.name,
         "rules": [rule.text for rule in simulated.rules],
-        "reports": simulated.reports,
-        "saves": simulated.saves,
-        "most": simulated.most,
-        "kept": [moment(kept.moment) | {"claims": [asdict(claim) for claim in kept.claims]} for kept in simulated.kept],
+        "kept": [moment(kept.moment) | {"claims": kept.claims} for kept in simulated.kept],
         "checkpoint_bytes": simulated.size_bytes,
-        "bytes_kept": simulated.bytes_kept,
-        "bytes_written": simulated.bytes_written,
         "per_month": None if price is None else simulated.bytes_kept / GB * price,
-        "peaks": [
-            {"metric": peak.metric, "mode": peak.mode, "survives": peak.survives} | moment(peak.moment)
-            for peak in simulated.peaks
-        ],
+        "peaks": [fields(peak, "metric", "mode", "survives") | moment(peak.moment) for peak in simulated.peaks],
     }
 
 
 # --- pin, unpin, record --------------------------------------------------------------------------------------------
 
 
-@click.command()
-@ROOT
-@REF
+@command(ROOT, REF)
 @click.option("--why", required=True, help="The reason, for people.")
-@answers
 def pin(root: Path, ref: str, why: str) -> Answer:
     """Protect a checkpoint from the rules, also while its run is training."""
     run, manifest = open_repository(root).locate(ref)
@@ -206,10 +177,7 @@ def pin(root: Path, ref: str, why: str) -> Answer:
     return _annotated(run, manifest, "is pinned")
 
 
-@click.command()
-@ROOT
-@REF
-@answers
+@command(ROOT, REF)
 def unpin(root: Path, ref: str) -> Answer:
     """Remove the pin of a checkpoint, so that only rules keep it."""
     run, manifest = open_repository(root).locate(ref)
@@ -217,13 +185,9 @@ def unpin(root: Path, ref: str) -> Answer:
     return _annotated(run, manifest, "is not pinned")
 
 
-@click.command()
-@ROOT
-@REF
-@click.argument("values", metavar="METRIC=VALUE...", nargs=-1, required=True)
+@command(ROOT, REF, click.argument("values", metavar="METRIC=VALUE...", nargs=-1, required=True))
 @click.option("--part", help="The part that was measured, such as ema.")
 @click.option("--source", default="by hand", help="What measured it.")
-@answers
 def record(root: Path, ref: str, values: tuple[str, ...], part: str | None, source: str) -> Answer:
     """Add metrics that were measured after the save; rules use them at once."""
     run, manifest = open_repository(root).locate(ref)

@@ -12,10 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from peakpoint.cli import tables
-from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import PATH, reads, rules_help
-from peakpoint.cli.progress import progress_bar
-from peakpoint.cli.render import count, seconds
+from peakpoint.cli.command import PATH, POSITIVE, Answer, command, progress_bar, reads, rules_help
+from peakpoint.cli.render import UNITS, count, fields, seconds
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_count, read_duration, read_rate, size_text
 from peakpoint.format.events import Reported, Saved
@@ -31,35 +29,27 @@ from peakpoint.rules.history import history
 
 
 def _points(name: str, text: str) -> dict[int, float]:
-    points = {}
-    for pair in text.split(","):
-        epoch, _, value = pair.partition(":")
-        try:
-            points[int(epoch)] = float(value)
-        except ValueError as error:
-            raise ConfigError(
-                f"{name}={text!r} is not a schedule; give EPOCH:SPARSITY pairs such as 0:0,50:0.9"
-            ) from error
-    return points
+    try:
+        pairs = [pair.split(":") for pair in text.split(",")]
+        return {int(epoch): float(sparsity) for epoch, sparsity in pairs}
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} is not a schedule; give EPOCH:SPARSITY pairs such as 0:0,50:0.9") from error
 
 
 _DURATION = reads(read_duration)
-_POSITIVE = click.IntRange(min=1)
 
 
-@click.command()
-@click.argument("root", type=PATH, required=False)
-@click.argument("name", metavar="[RUN]", required=False)
+@command(click.argument("root", type=PATH, required=False), click.argument("name", metavar="[RUN]", required=False))
 @click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M or 1e6.")
 @click.option("--preset", help=f"A known network instead: {', '.join(networks.NAMES)}.")
 @click.option("--presets", "list_presets", is_flag=True, help="Only list the known networks with their sizes.")
 @click.option("--optimizer", help=f"One of {', '.join(optimizers.NAMES)}.")
 @click.option("--dtype", help=f"Type of the weights: {', '.join(optimizers.DTYPES)}.")
 @click.option("--master", help="Type of the optimizer's copy of the weights and of its moments, such as float32.")
-@click.option("--epochs", type=_POSITIVE, help="How long the run is; by default as long as the run that exists.")
+@click.option("--epochs", type=POSITIVE, help="How long the run is; by default as long as the run that exists.")
 @click.option("--rules", "text", help=rules_help("those of the run"))
-@click.option("--reports-per-epoch", type=_POSITIVE, help="How often the loop reports; once by default.")
-@click.option("--steps-per-epoch", type=_POSITIVE, help="Optimizer steps of an epoch, for rules that count them.")
+@click.option("--reports-per-epoch", type=POSITIVE, help="How often the loop reports; once by default.")
+@click.option("--steps-per-epoch", type=POSITIVE, help="Optimizer steps of an epoch, for rules that count them.")
 @click.option("--epoch-time", callback=_DURATION, help="How long an epoch takes without saves, such as 5min.")
 @click.option("--sparsity", callback=reads(_points), help="EPOCH:SPARSITY pairs such as 0:0,50:0.9, straight between.")
 @click.option("--seed", type=int, default=0, help="Seed of the curve that rises and then degrades.")
@@ -69,7 +59,6 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--stall", callback=_DURATION, help="How long a save stalls the loop; of a run, as measured.")
 @click.option("--durable", callback=_DURATION, help="How long until a save is durable; of a run, as measured.")
 @click.option("--restart", callback=_DURATION, default="0", help="Time from a failure until the loop runs again.")
-@answers
 def plan(root: Path | None, name: str | None, text: str | None, *, list_presets: bool, **options: Any) -> Answer:
     """Predict what a run will write and keep, how large that is, and how often to save; nothing is written.
 
@@ -107,10 +96,8 @@ def _of_numbers(options: dict[str, Any]) -> sizes.Sizes:
     if network is not None:
         return sizes.from_network(network, **precision)
     if options["optimizer"] is None:
-        raise ConfigError(
-            f"--params alone does not say what the optimizer holds: give --optimizer, one of "
-            f"{', '.join(optimizers.NAMES)}"
-        )
+        names = ", ".join(optimizers.NAMES)
+        raise ConfigError(f"--params alone does not say what the optimizer holds: give --optimizer, one of {names}")
     return sizes.from_count(options["params"], **precision | {"dtype": options["dtype"] or "float32"})
 
 
@@ -187,14 +174,8 @@ def _saving(prediction: Forecast, options: dict[str, Any]) -> dict[str, Any] | N
     mtbf = options["mtbf"].total_seconds()
     failures = Failures(mtbf=mtbf, stall=stall, durable=durable or 0.0, restart=options["restart"].total_seconds())
     best = failures.best
-    return {
-        "mtbf_seconds": mtbf,
-        "stall_seconds": stall,
-        "durable_seconds": failures.durable,
-        "restart_seconds": failures.restart,
-        "young_seconds": young(stall, mtbf),
-        "daly_seconds": daly(stall, mtbf),
-        "best_seconds": best,
+    times = asdict(failures) | {"young": young(stall, mtbf), "daly": daly(stall, mtbf), "best": best}
+    return {f"{name}_seconds": seconds for name, seconds in times.items()} | {
         "best_overhead": failures.overhead(best) if best > 0 else None,
         "rules_overhead": prediction.overhead(failures),
         "rules_wait": prediction.waits(failures),
@@ -244,20 +225,23 @@ _SCENARIOS = {
 }
 
 
+# the fields of an outlook in the order of the table, and how they look
+_FIGURES: dict[str, Callable[[int], str]] = {
+    "saves": str,
+    "bytes_written": size_text,
+    "kept": str,
+    "whole": str,
+    "bytes_kept": size_text,
+    "most": str,
+    "bytes_most": size_text,
+}
+
+
 def _outlook_table(prediction: Forecast) -> Table:
     heads = ("saves", "written", "kept", "whole", "bytes kept", "at most", "bytes at most")
     table = tables.plain(("if the metrics", *(f">{head}" for head in heads)))
     for outlook in prediction.outlooks:
-        table.add_row(
-            _SCENARIOS[outlook.name],
-            str(outlook.saves),
-            size_text(outlook.bytes_written),
-            str(outlook.kept),
-            str(outlook.whole),
-            size_text(outlook.bytes_kept),
-            str(outlook.most),
-            size_text(outlook.bytes_most),
-        )
+        table.add_row(_SCENARIOS[outlook.name], *(show(getattr(outlook, name)) for name, show in _FIGURES.items()))
     epochs, naive = str(prediction.epochs), size_text(prediction.naive_bytes)
     table.add_row("[dim]every epoch, whole[/]", epochs, naive, epochs, epochs, naive, epochs, naive)
     return table
@@ -279,7 +263,7 @@ def _print_costs(console: Console, costs: dict[str, Any]) -> None:
 
 
 def _time(duration: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+    for unit, length in UNITS.items():
         if duration >= 2 * length:
             return f"{duration / length:.1f} {unit}"
     return seconds(duration) if duration else "0 s"
@@ -310,16 +294,11 @@ def _print_saving(console: Console, saving: dict[str, Any]) -> None:
 
 def _preset(name: str) -> dict[str, Any]:
     network = networks.architecture(name)
-    return {
-        "name": network.name,
-        "title": network.title,
-        "parameters": network.parameters,
-        "dtype": network.dtype,
+    return fields(network, "name", "title", "parameters", "dtype", "source") | {
         "weights_bytes": sizes.from_network(network, optimizer="none").parts[0].bytes,
         "sgd_momentum_bytes": sizes.from_network(network, optimizer="sgd+momentum").bytes,
         "adam_bytes": sizes.from_network(network, optimizer="adam").bytes,
         "mixed_bytes": sizes.from_network(network, optimizer="adam", dtype="bfloat16", master="float32").bytes,
-        "source": network.source,
     }
 
 

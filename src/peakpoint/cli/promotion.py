@@ -1,5 +1,6 @@
 """The commands ``promote`` and ``rollback``: change what an alias points at."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,20 +11,16 @@ import click
 from rich.console import Console
 
 from peakpoint.cli import tables
-from peakpoint.cli.answer import Answer, answers, asks
-from peakpoint.cli.arguments import KEY, ROOT
-from peakpoint.cli.history import holder_name, record_json
-from peakpoint.cli.progress import progress_bar, status_line
-from peakpoint.cli.render import command, console, count, facts, number, printable, ref, rounded
-from peakpoint.cli.tables import Column
-from peakpoint.cli.validate import validation_line
+from peakpoint.cli.command import KEY, POSITIVE, ROOT, Answer, command, status_line
+from peakpoint.cli.records import holder_name, record_json, sign_checkpoint, validation_line
+from peakpoint.cli.render import command_line, console, count, facts, fields, number, printable, ref, rounded
 from peakpoint.errors import ConfigError, RefusedError
 from peakpoint.production import hooks, promotion
 from peakpoint.production.comparison import HolderComparison, MetricPair
 from peakpoint.production.hooks import HookResult
 from peakpoint.production.policy import Policy, read_policies
 from peakpoint.production.proposal import Proposal, propose, unsigned
-from peakpoint.repository import aliases, signing
+from peakpoint.repository import aliases
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.root import Repository, open_repository
 
@@ -68,14 +65,14 @@ def print_comparison(console: Console, comparison: HolderComparison) -> None:
     pairs = comparison.metrics
     if pairs:
         columns = [
-            Column("metric", [printable(pair.name) for pair in pairs], right=False),
-            Column("present", [number(pair.champion) for pair in pairs]),
-            Column("candidate", [number(pair.candidate) for pair in pairs]),
-            Column("difference", list(map(_difference, pairs))),
-            Column("", [_VERDICTS[pair.better] for pair in pairs], right=False),
-            Column("from", [pair.source for pair in pairs], right=False),
+            tables.Column("metric", [printable(pair.name) for pair in pairs], right=False),
+            tables.Column("present", [number(pair.champion) for pair in pairs]),
+            tables.Column("candidate", [number(pair.candidate) for pair in pairs]),
+            tables.Column("difference", list(map(_difference, pairs))),
+            tables.Column("", [_VERDICTS[pair.better] for pair in pairs], right=False),
+            tables.Column("from", [pair.source for pair in pairs], right=False),
         ]
-        console.print(tables.table(tables.fitted(columns, ["from", ""], console.width), console.width))
+        console.print(tables.fitted_table(columns, ["from", ""], console.width))
     console.print("\n".join(_paired_lines(comparison)), soft_wrap=True)
 
 
@@ -105,36 +102,27 @@ def _paired_lines(comparison: HolderComparison) -> Iterator[str]:
 
 def proposal_json(proposal: Proposal) -> dict[str, Any]:
     """Describe a proposal for programs."""
-    comparison, validation = proposal.comparison, proposal.validation
-    return {
-        "alias": proposal.alias,
+    validation, comparison = proposal.validation, proposal.comparison
+    return fields(proposal, "alias", "objections", "refusals", "unchanged") | {
         "candidate": asdict(proposal.target) | {"ref": proposal.target.ref},
-        "present": None if proposal.current is None else record_json(proposal.current),
-        "validation": None
-        if validation is None
-        else {"number": validation.number, "passed": validation.passed, "digest": validation.digest},
-        "comparison": None if comparison is None else comparison.to_json() | {"flips": comparison.flips},
-        "objections": proposal.objections,
-        "refusals": proposal.refusals,
-        "unchanged": proposal.unchanged,
+        "present": proposal.current and record_json(proposal.current),
+        "validation": validation and fields(validation, "number", "passed", "digest"),
+        "comparison": comparison and comparison.to_json() | {"flips": comparison.flips},
     }
 
 
 # --- promote -------------------------------------------------------------------------------------------------------
 
 
-@click.command()
-@ROOT
-@click.argument("text", metavar="[REF]", required=False)
+@command(ROOT, click.argument("text", metavar="[REF]", required=False))
 @click.option("--as", "alias", metavar="ALIAS", help="champion, challenger_1, resnet50/champion, ...")
 @click.option("--why", help="The reason; it stays on record. Required, except with --notify.")
 @click.option("--force", is_flag=True, help="Override what blocks the promotion; that is recorded.")
 @KEY
-@click.option("--retire", metavar="ALIAS", help="Instead: clear an alias, so that it protects nothing any more.")
+@click.option("--retire", metavar="ALIAS", help="Instead: clear an alias; it then protects no checkpoint.")
 @click.option("--notify", metavar="ALIAS", help="Instead: re-send the last change of an alias to its hooks.")
 @click.option("--dry-run", is_flag=True, help="Only show the comparison and what blocks the promotion.")
 @click.option("--yes", is_flag=True, help="Do not ask, even on a terminal.")
-@answers
 def promote(
     root: Path,
     text: str | None,
@@ -167,7 +155,8 @@ def promote(
     promotion.check_key(proposal.policy, key)
     if dry_run:
         return _dry_run(proposal, force=force)
-    return _promote(root, repository, proposal, why, key, force=force, asking=asks(yes=yes))
+    asking = not (yes or click.get_current_context().params["as_json"]) and sys.stdin.isatty()
+    return _promote(root, repository, proposal, why, key, force=force, asking=asking)
 
 
 def _blocked(proposal: Proposal, *, force: bool) -> bool:
@@ -207,14 +196,13 @@ def _promote(
             return Answer(None, "nothing was done", exit_code=1)
     signed = "" if key is None or blocked else _sign(repository, proposal, key)
     record = promotion.promote(proposal, why, force=force)
-    results = _notify_hooks(repository, record, proposal.policy)
 
     def text(console: Console) -> None:
         if not asking:
             print_proposal(console, proposal, force=force)
         click.echo(signed + _outcome(proposal, record))
 
-    return notified(root, record, results, text, proposal_json(proposal))
+    return _notified(root, repository, record, proposal.policy, text, proposal_json(proposal))
 
 
 def _outcome(proposal: Proposal, record: AliasRecord) -> str:
@@ -229,14 +217,13 @@ def _refusal(root: Path, proposal: Proposal) -> str:
     name = f"{ref(proposal.manifest)} was not promoted to {proposal.alias}"
     if proposal.refusals:
         return f"{name}; --force does not override this"
-    hint = "" if proposal.validation else f"validate it: {command('validate', root, ref(proposal.manifest))}, or "
+    hint = "" if proposal.validation else f"validate it: {command_line('validate', root, ref(proposal.manifest))}, or "
     return f"{name}; {hint}use --force to override (recorded)"
 
 
 def _sign(repository: Repository, proposal: Proposal, key: Path) -> str:
     """Sign a candidate, and make sure that the policy accepts that key; return a line that says so."""
-    with progress_bar("signing", proposal.manifest.size_bytes) as advance:
-        signature = signing.sign(repository.store, proposal.manifest, private_key=key, progress=advance)
+    signature = sign_checkpoint(repository, proposal.manifest, key)
     objection = unsigned(repository, proposal.manifest, proposal.policy)
     if objection is not None:
         raise RefusedError(f"signed ({signature.record}), but not as the policy demands: {objection}", (objection,))
@@ -248,44 +235,44 @@ def _sign(repository: Repository, proposal: Proposal, key: Path) -> str:
 
 def _retire(root: Path, repository: Repository, alias: str, why: str) -> Answer:
     record = promotion.retire(repository, alias, why)
-    results = _notify_hooks(repository, record, read_policies(repository.store).of(alias))
-    return notified(root, record, results, f"Cleared: {alias} (record {record.number}); its history stays")
+    policy = read_policies(repository.store).of(alias)
+    line = f"Cleared: {alias} (record {record.number}); its history stays"
+    return _notified(root, repository, record, policy, lambda _: click.echo(line))
 
 
 def _renotify(root: Path, repository: Repository, alias: str) -> Answer:
     record = aliases.newest(repository.store, alias)
     if not isinstance(record, AliasRecord):
         record = aliases.holder(repository.store, alias)  # which says what is wrong
-    results = _notify_hooks(repository, record, read_policies(repository.store).of(alias))
-    return notified(root, record, results, "" if results else "no hooks to notify: all were notified, or none is set")
+    policy = read_policies(repository.store).of(alias)
+    without_hooks = "no hooks to notify: all were notified, or none is set"
+    return _notified(root, repository, record, policy, lambda _: None, without_hooks=without_hooks)
 
 
-def _notify_hooks(repository: Repository, record: AliasRecord, policy: Policy | None) -> list[HookResult]:
-    if not hooks.are_due(repository.store, record, policy):
-        return []
-    with status_line("") as progress:
-        return hooks.tell(repository.store, record, policy, progress=progress)
-
-
-def notified(
+def _notified(
     root: Path,
+    repository: Repository,
     record: AliasRecord,
-    results: Sequence[HookResult],
-    text: str | Callable[[Console], object],
+    policy: Policy | None,
+    text: Callable[[Console], None],
     data: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    without_hooks: str = "",
 ) -> Answer:
-    """Answer with a change of an alias; the exit code is 1 when a hook failed, although the alias has changed."""
+    """Notify the hooks of a change of an alias; the exit code is 1 when one failed, although the alias has changed."""
+    results: list[HookResult] = []
+    if hooks.are_due(repository.store, record, policy):
+        with status_line("") as progress:
+            results = hooks.tell(repository.store, record, policy, progress=progress)
 
     def text_with_hooks(console: Console) -> None:
-        if callable(text):
-            text(console)
-        for line in (text, hook_text(results)):
-            if isinstance(line, str) and line:
-                click.echo(line)
+        text(console)
+        if line := hook_text(results) if results else without_hooks:
+            click.echo(line)
 
-    told = {"record": record_json(record), "told": [asdict(result) for result in results]}
     problems = hook_problems(root, record.alias, results)
-    return Answer({**data, **told}, text_with_hooks, problems, 1 if problems else 0)
+    data = {**data, "record": record_json(record), "told": results}
+    return Answer(data, text_with_hooks, problems, 1 if problems else 0)
 
 
 def hook_text(results: Sequence[HookResult]) -> str:
@@ -299,7 +286,7 @@ def hook_problems(root: Path, alias: str, results: Sequence[HookResult]) -> list
     failures = [result for result in results if result.error is not None]
     if not failures:
         return []
-    again = command("promote", root, "--notify", alias)
+    again = command_line("promote", root, "--notify", alias)
     return [
         *(f"hook {result.hook} was not notified: {result.error}" for result in failures),
         f"{alias} has changed nevertheless; to notify its hooks again: {again}",
@@ -309,15 +296,10 @@ def hook_problems(root: Path, alias: str, results: Sequence[HookResult]) -> list
 # --- rollback ------------------------------------------------------------------------------------------------------
 
 
-@click.command()
-@ROOT
-@click.argument("alias")
-@click.option(
-    "--to", type=click.IntRange(min=1), metavar="N", help="The record to go back to; by default the one before."
-)
-@click.option("--from", "expected", type=click.IntRange(min=1), metavar="N", help="Only if this is the newest record.")
+@command(ROOT, click.argument("alias"))
+@click.option("--to", type=POSITIVE, metavar="N", help="The record to go back to; by default the one before.")
+@click.option("--from", "expected", type=POSITIVE, metavar="N", help="Only if this is the newest record.")
 @click.option("--why", default="rolled back by hand", help="The reason; it stays on record.")
-@answers
 def rollback(root: Path, alias: str, to: int | None, expected: int | None, why: str) -> Answer:
     """Point an alias back at what it pointed at before.
 
@@ -328,12 +310,11 @@ def rollback(root: Path, alias: str, to: int | None, expected: int | None, why: 
     policy = _policy_if_readable(repository, alias)
     rolled_back = promotion.rollback(repository, alias, why, to=to, seen=expected, policy=policy)
     record, before = rolled_back.record, rolled_back.before
-    results = _notify_hooks(repository, record, policy)
     was = holder_name(before) if isinstance(before, AliasRecord) else f"unknown: record {before.number} is damaged"
     lines = [f"skipped {reason}" for reason in rolled_back.passed_over]
     lines.append(f"Rolled back: {alias} is {holder_name(record)} again (was {was}), record {record.number}")
-    data = {"record": record_json(record), "before": asdict(before), "passed_over": rolled_back.passed_over}
-    return notified(root, record, results, "\n".join(lines), data)
+    data = {"before": before, "passed_over": rolled_back.passed_over}
+    return _notified(root, repository, record, policy, lambda _: click.echo("\n".join(lines)), data)
 
 
 def _policy_if_readable(repository: Repository, alias: str) -> Policy | None:

@@ -1,18 +1,15 @@
 """The command ``release``."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import CATALOGUE, KEY, ROOT
-from peakpoint.cli.history import record_json
-from peakpoint.cli.progress import status_line
+from peakpoint.cli.command import CATALOGUE, KEY, ROOT, Answer, command, status_line
 from peakpoint.cli.promotion import hook_problems, hook_text, print_comparison, proposal_json
-from peakpoint.cli.render import command, printable
+from peakpoint.cli.records import record_json
+from peakpoint.cli.render import command_line, fields, printable
 from peakpoint.errors import RefusedError
 from peakpoint.production import promotion, validation
 from peakpoint.production.policy import read_policies
@@ -23,8 +20,7 @@ _COLOURS = {"promoted": "green", "refused": "red", "nothing fits": "red"}
 _OUTCOMES = {"nothing fits": "no checkpoint matches"}
 
 
-@click.command()
-@ROOT
+@command(ROOT)
 @click.option("--alias", default="champion", help="What to release to; its table in production.toml.")
 @click.option(
     "--why", default="", show_default=False, help="The reason, for the record; by default the rule that selected."
@@ -32,7 +28,6 @@ _OUTCOMES = {"nothing fits": "no checkpoint matches"}
 @KEY
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @CATALOGUE
-@answers
 def release(root: Path, alias: str, why: str, key: Path | None, catalogue: str | None, *, dry_run: bool) -> Answer:
     """Select, validate, compare and promote by production.toml; exits with 16 when it refuses."""
     repository = open_repository(root)
@@ -56,10 +51,9 @@ def release(root: Path, alias: str, why: str, key: Path | None, catalogue: str |
         if notified := hook_text(result.hook_results):
             click.echo(notified)
 
-    if result.outcome in {"refused", "nothing fits"}:
-        return Answer(_release_json(result), text, exit_code=RefusedError.exit_code)
     problems = hook_problems(root, alias, result.hook_results)
-    return Answer(_release_json(result), text, problems, 1 if problems else 0)
+    refused = result.outcome in {"refused", "nothing fits"}
+    return Answer(_release_json(result), text, problems, RefusedError.exit_code if refused else int(bool(problems)))
 
 
 def _print_release(console: Console, root: Path, result: Release) -> None:
@@ -73,7 +67,7 @@ def _print_release(console: Console, root: Path, result: Release) -> None:
         console.print(f"[red]blocked[/]: {printable(reason)}", soft_wrap=True)
     failed = None if result.proposal is None else result.proposal.validation
     if result.outcome == "refused" and failed is not None and failed.failures:
-        again = printable(command("validate", root, f"{failed.run}/{failed.name}"))
+        again = printable(command_line("validate", root, f"{failed.run}/{failed.name}"))
         console.print(f"To validate it again: {again}. The next best checkpoint is not tried.", soft_wrap=True)
     colour = _COLOURS.get(result.outcome, "bold")
     outcome = _OUTCOMES.get(result.outcome, result.outcome)
@@ -81,14 +75,10 @@ def _print_release(console: Console, root: Path, result: Release) -> None:
 
 
 def _release_json(result: Release) -> dict[str, Any]:
-    return {
-        "id": result.id,
-        "alias": result.alias,
-        "outcome": result.outcome,
-        "steps": [{"name": step.name, "said": step.said} for step in result.steps],
-        "candidate": None if result.candidate is None else result.candidate.ref,
-        "proposal": None if result.proposal is None else proposal_json(result.proposal),
-        "record": None if result.record is None else record_json(result.record),
-        "reasons": result.reasons,
-        "told": [asdict(hook_result) for hook_result in result.hook_results],
+    return fields(result, "id", "alias", "outcome", "reasons") | {
+        "steps": [fields(step, "name", "said") for step in result.steps],
+        "candidate": result.candidate and result.candidate.ref,
+        "proposal": result.proposal and proposal_json(result.proposal),
+        "record": result.record and record_json(result.record),
+        "told": result.hook_results,
     }

@@ -4,7 +4,6 @@ import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from peakpoint.repository.run import Run
 from peakpoint.rules import Claim
 
 _MOST_NAMES = 10  # checkpoints that one command line names
+UNITS = {"d": 86400, "h": 3600, "min": 60}  # of time, in seconds
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
 
 
@@ -47,6 +47,17 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
+def text(value: object) -> str:
+    """A value as it is, nothing for None."""
+    return "" if value is None else str(value)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """``"a, b and 3 more"``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def number(value: float | None) -> str:
     """A metric, in six significant digits."""
     return "" if value is None else f"{value:.6g}"
@@ -68,7 +79,7 @@ def money(value: float) -> str:
 def age(moment: datetime) -> str:
     """``"3 min ago"``."""
     elapsed = (datetime.now(UTC) - moment).total_seconds()
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+    for unit, length in UNITS.items():
         if elapsed >= length:
             return f"{elapsed / length:.0f} {unit} ago"
     return f"{max(elapsed, 0):.0f} s ago"
@@ -82,7 +93,7 @@ def ref(checkpoint: Manifest | Checkpoint) -> str:
 # --- commands that can be pasted -----------------------------------------------------------------------------------
 
 
-def command(*words: object) -> str:
+def command_line(*words: object) -> str:
     """Return a command of ours that can be pasted into a shell."""
     return "peakpoint " + shlex.join(map(str, words))
 
@@ -98,29 +109,33 @@ def undo_hint(root: Path, refs: Sequence[str], undo_for: timedelta) -> str:
     until = datetime.now(UTC) + undo_for
     some = refs if len(refs) <= _MOST_NAMES else [*refs[:1], "..."]
     return (
-        f"To undo, until {until:%Y-%m-%d %H:%M} UTC:\n  {command('undo', root, *some)}\n"
-        f"To free the space now:\n  {command('undo', root, '--empty')}"
+        f"To undo, until {until:%Y-%m-%d %H:%M} UTC:\n  {command_line('undo', root, *some)}\n"
+        f"To free the space now:\n  {command_line('undo', root, '--empty')}"
     )
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
+def fields(record: object, *names: str) -> dict[str, Any]:
+    """Return some fields of a record, for programs."""
+    return {name: getattr(record, name) for name in names}
+
+
 def checkpoint_json(checkpoint: Manifest | Checkpoint) -> dict[str, Any]:
     """Describe a checkpoint for programs."""
     names = ("run", "name", "id", "sequence", "step", "epoch", "metrics", "size_bytes", "created_at")
-    data = {name: getattr(checkpoint, name) for name in names}
-    return {"ref": ref(checkpoint), **data, "saved_because": checkpoint.reasons}
+    return {"ref": ref(checkpoint), **fields(checkpoint, *names), "saved_because": checkpoint.reasons}
 
 
 def manifest_json(manifest: Manifest, claims: Sequence[Claim]) -> dict[str, Any]:
     """Describe a checkpoint and why it is kept, for programs."""
-    return checkpoint_json(manifest) | {"kept_because": [asdict(claim) for claim in claims]}
+    return checkpoint_json(manifest) | {"kept_because": claims}
 
 
 def short_json(manifest: Manifest) -> dict[str, Any]:
     """Name a checkpoint and its size, for programs."""
-    return {"ref": ref(manifest), "id": manifest.id, "size_bytes": manifest.size_bytes}
+    return {"ref": ref(manifest), **fields(manifest, "id", "size_bytes")}
 
 
 def claims_text(claims: Iterable[Claim]) -> str:
@@ -156,6 +171,12 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def print_list(console: Console, lines: Iterable[str]) -> None:
+    """Print lines of markup as a list."""
+    for line in lines:
+        console.print(f"  - {line}")
 
 
 def sizes(manifests: Iterable[Manifest]) -> str:

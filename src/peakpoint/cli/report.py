@@ -1,24 +1,26 @@
-"""The command ``report``."""
+"""The commands ``report`` and ``changelog``."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import PATH, ROOT, metric_with_mode
-from peakpoint.cli.progress import status_line
+from peakpoint.cli.command import PATH, ROOT, Answer, command, metric_with_mode, reads, status_line
 from peakpoint.cli.tables import plain
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, ConflictError
 from peakpoint.format.amounts import size_text
+from peakpoint.reports import changelog as changelogs
 from peakpoint.reports import evaluation
+from peakpoint.reports.changelog import markdown
 from peakpoint.reports.evaluation import files, tables
 from peakpoint.repository.root import open_repository
+from peakpoint.store import translated
 
 _WHOLE = (tables.CURVE, "verdict")
 _FOLDED = 14  # columns of text that is folded
@@ -31,9 +33,7 @@ _STYLES = {
 }
 
 
-@click.command()
-@ROOT
-@click.argument("names", metavar="[RUN]...", nargs=-1)
+@command(ROOT, click.argument("names", metavar="[RUN]...", nargs=-1))
 @click.option("--metric", "metrics", multiple=True, metavar="NAME:max|min", help="A metric to report; may be repeated.")
 @click.option("--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples of an evaluation.")
 @click.option("--percent", is_flag=True, help="The metrics of --n-eval are percentages, from 0 to 100.")
@@ -46,7 +46,6 @@ _STYLES = {
 @click.option("--separate", is_flag=True, help="A figure for each run.")
 @click.option("--to", "targets", multiple=True, type=PATH, help="DIR or FILE.html, .md, .png, .svg, .json, .csv.")
 @click.option("--force", is_flag=True, help="Replace files that are not earlier reports, too.")
-@answers
 def report(
     root: Path,
     names: tuple[str, ...],
@@ -78,9 +77,8 @@ def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:
     for text in texts:
         name, _, count = text.rpartition("=")
         if not (count.isascii() and count.isdecimal() and len(count) < 16):
-            raise ConfigError(
-                f"--n-eval {text!r} is not a number of examples; give one, such as 10000 or val_accuracy=10000"
-            )
+            hint = "give one, such as 10000 or val_accuracy=10000"
+            raise ConfigError(f"--n-eval {text!r} is not a number of examples; {hint}")
         if name in examples or (not name and len(texts) > 1):
             raise ConfigError("--n-eval is given twice: name the metric of each, such as val_accuracy=10000")
         examples[name] = int(count)
@@ -134,3 +132,54 @@ def _paragraph(table: tables.ReportTable, cells: Sequence[str], width: int) -> l
 
 def _styled(head: str, cell: str) -> Text:
     return _text(cell, _STYLES.get(cell, "") if head == "verdict" else "")
+
+
+# --- changelog -----------------------------------------------------------------------------------------------------
+
+
+@command(ROOT)
+@click.option(
+    "--since", callback=reads(lambda _, text: changelogs.since(text)), metavar="TIME|DURATION", help="Such as 7d."
+)
+@click.option(
+    "--until", callback=reads(lambda _, text: changelogs.until(text)), metavar="TIME", help="A date is included."
+)
+@click.option("--run", "runs", multiple=True, metavar="RUN", help="Only what is about this run; may be repeated.")
+@click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only this, such as promoted; may be repeated.")
+@click.option("--all", "all_entries", is_flag=True, help="Do not group saves and removals, however many there are.")
+@click.option("--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="JSON for FILE.json.")
+@click.option("--force", is_flag=True, help="Replace a file that is not an earlier changelog, too.")
+def changelog(
+    root: Path,
+    runs: tuple[str, ...],
+    kinds: tuple[str, ...],
+    to: Path | None,
+    *,
+    all_entries: bool,
+    force: bool,
+    **period: Any,
+) -> Answer:
+    """List everything that was done: promotions first, then saves, removals, and which rules kept what.
+
+    A TIME is a date or a time in ISO 8601, in UTC when it names no zone.
+    """
+    repository = open_repository(root)
+    entries = changelogs.entries(repository, only=runs or None, kinds=kinds, **period)
+    page = markdown.by_day(entries, repository.store.location, everything=all_entries)
+    if to is None:
+        return Answer(entries, page.removesuffix("\n"))
+    json_page = msgspec.json.format(msgspec.json.encode(entries), indent=2).decode() + "\n"
+    _write(to, json_page if to.suffix.lower() == ".json" else page, force=force)
+    entries_noun = "entry" if len(entries) == 1 else "entries"
+    return Answer(entries, f"wrote {to} ({len(entries):,} {entries_noun})")
+
+
+def _write(to: Path, text: str, *, force: bool) -> None:
+    if not force and to.exists():
+        with translated("look at", to):
+            is_changelog = f"<!-- {markdown.MARK} -->" in to.read_text(encoding="utf-8", errors="ignore")[:200]
+        if not is_changelog:
+            raise ConflictError(
+                f"{to} exists and is not a changelog of Peakpoint; choose another name, or replace it with --force"
+            )
+    files.replace_file(to, text.encode())

@@ -12,10 +12,7 @@ from rich.table import Table
 
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
-from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import CATALOGUE, INCOMPLETE, ROOT
-from peakpoint.cli.progress import run_bar
-from peakpoint.cli.tables import Column
+from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, Answer, command, run_bar
 from peakpoint.errors import ConfigError
 from peakpoint.format import layout
 from peakpoint.format.amounts import moment_label, size_text
@@ -35,12 +32,9 @@ if TYPE_CHECKING:  # one run alone needs no database
 _ON_A_SCREEN = 30  # runs
 
 
-@click.command()
-@ROOT
-@click.argument("names", metavar="[RUN]...", nargs=-1)
+@command(ROOT, click.argument("names", metavar="[RUN]...", nargs=-1))
 @click.option("--all", "all_runs", is_flag=True, help=f"All runs, not only the {_ON_A_SCREEN} that saved last.")
 @CATALOGUE
-@answers
 def ls(root: Path, names: tuple[str, ...], *, all_runs: bool, catalogue: str | None) -> Answer:
     """List runs with best and last values; of one run, or those named, each checkpoint and why it is kept."""
     if names and all_runs:
@@ -67,20 +61,18 @@ def _list(root: Path, repository: Repository, catalogue: "Catalogue", *, all_run
     problems = [f"run {name!r} cannot be read and is left out: {why}" for name, why in unread.items()]
     problems += [f"cannot read what alias {name!r} points at: {why}" for name, why in catalogue.unread_aliases.items()]
 
+    def writer(run: "RunSummary") -> str | None:
+        return None if run.name in unread else Run(repository.store, run.name).holder()
+
     def data() -> dict[str, Any]:
-        runs = [_listed_json(run, _writer(repository, run, unread)) for run in catalogue.runs(None)]
+        runs = [_listed_json(run, writer(run)) for run in catalogue.runs(None)]
         return {"root": repository.store.location, "runs": runs, "unread": unread}
 
     def text(console: Console) -> None:
         runs = catalogue.runs(None if all_runs else _ON_A_SCREEN)
-        writing = {run.name for run in runs if _writer(repository, run, unread)}
-        _print_list(console, root, catalogue, runs, writing)
+        _print_list(console, root, catalogue, runs, {run.name for run in runs if writer(run)})
 
     return Answer(data, text, problems, json_exit_code=INCOMPLETE if unread else 0)
-
-
-def _writer(repository: Repository, run: "RunSummary", unread: Collection[str]) -> str | None:
-    return None if run.name in unread else Run(repository.store, run.name).holder()
 
 
 def _print_list(
@@ -93,10 +85,9 @@ def _print_list(
     run_count, checkpoint_count, size_bytes = catalogue.totals()
     if len(runs) < run_count:
         console.print(f"[dim]and {render.count(run_count - len(runs), 'more run')}; --all lists them all[/]")
-    console.print(
-        f"{render.count(run_count, 'run')}, {render.count(checkpoint_count, 'checkpoint')}, {size_text(size_bytes)}"
-    )
-    hint = escape(render.command("ls", root, "RUN"))
+    checkpoint_text = render.count(checkpoint_count, "checkpoint")
+    console.print(f"{render.count(run_count, 'run')}, {checkpoint_text}, {size_text(size_bytes)}")
+    hint = escape(render.command_line("ls", root, "RUN"))
     console.print(f"[dim]To see why each checkpoint is kept: {hint}[/]", soft_wrap=True)
 
 
@@ -184,14 +175,14 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
     manifests = run.manifests
     names = [metric for metric, _ in ranking_metrics(run.rules)]
     names = names or sorted({name for manifest in manifests for name in manifest.metrics})
-    metrics = [Column(escape(name), [value(manifest, name) for manifest in manifests]) for name in names[:4]]
+    metrics = [tables.Column(escape(name), [value(manifest, name) for manifest in manifests]) for name in names[:4]]
     columns = [
-        Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
+        tables.Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
         *render.alias_columns([run.aliases.get(manifest.id, ()) for manifest in manifests]),
-        Column("epoch", ["" if manifest.epoch is None else str(manifest.epoch) for manifest in manifests]),
-        Column("step", [str(manifest.step) for manifest in manifests]),
+        tables.Column("epoch", [render.text(manifest.epoch) for manifest in manifests]),
+        tables.Column("step", [str(manifest.step) for manifest in manifests]),
         *metrics,
-        Column("size", list(map(bytes_of, manifests))),
+        tables.Column("size", list(map(bytes_of, manifests))),
     ]
     spare = [*(metric.title for metric in metrics[:0:-1]), "step", "size", "epoch", "aliases"]
     reasons = [render.claims_text(run.claims.get(manifest.id, ())) for manifest in manifests]
@@ -212,17 +203,14 @@ def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:
 
 
 def _run_json(run: RunView) -> dict[str, Any]:
-    return {
+    return render.fields(run, "writer", "reports", "best_exists") | {
         "name": run.run.name,
         "rules": [rule.text for rule in run.rules],
-        "writer": run.writer,
-        "reports": run.reports,
         "checkpoint_count": len(run.manifests),
         "size_bytes": sum(manifest.size_bytes for manifest in run.manifests),
         "newest": max((manifest.created_at for manifest in run.manifests), default=None),
         "damaged": [str(damaged.error) for damaged in reader.list_run(run.run.store, run.run.name).damaged],
         "peaks": list(map(_peak_json, run.peaks)),
-        "best_exists": run.best_exists,
         "aliases": sorted(alias for names in run.aliases.values() for alias in names),
         "checkpoints": [
             render.manifest_json(manifest, run.claims.get(manifest.id, ()))
@@ -244,12 +232,12 @@ def runs_table(console: Console, runs: Sequence["RunSummary"], writing: Collecti
     rows = [_run_row(run, writing=run.name in writing) for run in runs]
     titles = ("run", "aliases", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")
     columns = [
-        Column(title, cells, right=title not in {"run", "aliases", "metric"})
+        tables.Column(title, cells, right=title not in {"run", "aliases", "metric"})
         for title, cells in zip(titles, zip(*rows, strict=True), strict=True)
         if title != "aliases" or any(cells)
     ]
     spare = ["reports", "at", "checkpoints", "size", "newest", "last", "aliases"]
-    return tables.table(tables.fitted(columns, spare, console.width), console.width)
+    return tables.fitted_table(columns, spare, console.width)
 
 
 def _run_row(run: "RunSummary", *, writing: bool) -> tuple[str, ...]:

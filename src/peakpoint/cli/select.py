@@ -1,7 +1,7 @@
 """The command ``select``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,8 @@ from peakpoint.catalogue.query import Metric
 from peakpoint.catalogue.query import parse as parse_query
 from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.cli import tables
-from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import CATALOGUE, INCOMPLETE, ROOT
-from peakpoint.cli.progress import run_bar
-from peakpoint.cli.render import age, alias_columns, checkpoint_json, number
-from peakpoint.cli.tables import Column
+from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, Answer, command, run_bar
+from peakpoint.cli.render import age, alias_columns, checkpoint_json, fields, number, text
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.amounts import read_count, size_text
 from peakpoint.format.manifest import Checkpoint
@@ -65,9 +62,7 @@ class SelectView:
     metrics: Sequence[str]
 
 
-@click.command(cls=OrderedOptions)
-@ROOT
-@click.argument("where", default="")
+@command(ROOT, click.argument("where", default=""), cls=OrderedOptions)
 @click.option("--max", "max", multiple=True, metavar="KEY", help="Largest first; further --max and --min break ties.")
 @click.option("--min", "min", multiple=True, metavar="KEY", help="Smallest first: metric, size, epoch, step, created.")
 @click.option("--top", type=click.IntRange(min=1), help=f"How many at most; {_ON_A_SCREEN} are shown without it.")
@@ -79,7 +74,6 @@ class SelectView:
 @click.option("--why", is_flag=True, help="Say what each clause removed, and which checkpoints came next.")
 @click.option("--refs", is_flag=True, help="Print refs only, a line each.")
 @CATALOGUE
-@answers
 def select(
     root: Path,
     where: str,
@@ -104,9 +98,8 @@ def select(
     query = parse_query(where)
     keys = _keys(context.meta["order"], options)
     selection = SelectionQuery(query=query, keys=ranking_keys(keys), top=top, within=_within(**options))
-    view = _select(
-        open_repository(root), catalogue, selection, keys, explain=why, limit=not (top or all_matches or refs)
-    )
+    limit = not (top or all_matches or refs)
+    view = _select(open_repository(root), catalogue, selection, keys, why=why, limit=limit)
     exit_code = INCOMPLETE if view.unread else 0  # a warning has named what is missing
     if refs:
         problems = [f"{ref}: {damage}" for ref, damage in view.damaged.items()]
@@ -121,9 +114,10 @@ def _select(
     query: SelectionQuery,
     keys: Mapping[str, Mode],
     *,
-    explain: bool,
+    why: bool,
     limit: bool,
 ) -> SelectView:
+    """Select checkpoints; with ``limit`` no more than fit on a screen."""
     catalogue = Catalogue(repository, where)
     with run_bar() as progress:
         catalogue.refresh(progress)
@@ -138,7 +132,7 @@ def _select(
         more=more,
         damaged=_damaged(repository, checkpoints),
         aliases=catalogue.aliases(),
-        explanation=catalogue.select(query).why() if explain else None,
+        explanation=catalogue.select(query).why() if why else None,
         unread=selection.unread,
         keys=keys,
         metrics=[name for name in dict.fromkeys(names) if name not in _FIELDS],
@@ -203,23 +197,23 @@ def _print(console: Console, view: SelectView) -> None:
 def _print_checkpoints(console: Console, view: SelectView) -> None:
     checkpoints = view.checkpoints
     metrics = [
-        Column(escape(name), [number(checkpoint.metrics.get(name)) for checkpoint in checkpoints])
+        tables.Column(escape(name), [number(checkpoint.metrics.get(name)) for checkpoint in checkpoints])
         for name in view.metrics or _by_relevance(checkpoints)[:4]
     ]
     columns = [
-        Column("checkpoint", [_marked(checkpoint, view.damaged) for checkpoint in checkpoints], right=False),
+        tables.Column("checkpoint", [_marked(checkpoint, view.damaged) for checkpoint in checkpoints], right=False),
         *alias_columns([view.aliases.get((checkpoint.run, checkpoint.id), ()) for checkpoint in checkpoints]),
-        Column("epoch", ["" if checkpoint.epoch is None else str(checkpoint.epoch) for checkpoint in checkpoints]),
-        Column("step", [str(checkpoint.step) for checkpoint in checkpoints]),
+        tables.Column("epoch", [text(checkpoint.epoch) for checkpoint in checkpoints]),
+        tables.Column("step", [str(checkpoint.step) for checkpoint in checkpoints]),
         *metrics,
-        Column("size", [size_text(checkpoint.size_bytes) for checkpoint in checkpoints]),
-        Column("created", [age(checkpoint.created_at) for checkpoint in checkpoints]),
+        tables.Column("size", [size_text(checkpoint.size_bytes) for checkpoint in checkpoints]),
+        tables.Column("created", [age(checkpoint.created_at) for checkpoint in checkpoints]),
     ]
     # of metrics that the condition does not name those behind the second go first
     unnamed = [] if view.metrics else [metric.title for metric in metrics[:0:-1]]
-    fields = [title for title in ("created", "step") if title not in view.keys]
-    spare = [*unnamed[:-1], *fields, *unnamed[-1:], "size", "aliases"]
-    console.print(tables.table(tables.fitted(columns, spare, console.width), console.width))
+    fixed = [title for title in ("created", "step") if title not in view.keys]
+    spare = [*unnamed[:-1], *fixed, *unnamed[-1:], "size", "aliases"]
+    console.print(tables.fitted_table(columns, spare, console.width))
     if view.more:
         console.print("[dim]and more; --top N shows N, --all shows all, --max or --min ranks[/]")
 
@@ -264,26 +258,17 @@ def _value(checkpoint: Checkpoint, name: str) -> str:
 
 def _json(view: SelectView) -> dict[str, Any]:
     explanation = view.explanation
-    data = {
-        "selected": [
-            _checkpoint_json(view, checkpoint) | {"damaged": view.damaged.get(checkpoint.ref)}
-            for checkpoint in view.checkpoints
-        ],
-        "more": view.more,
-        "unread": view.unread,
-    }
+    data = fields(view, "more", "unread")
+    data["selected"] = [
+        _checkpoint_json(view, checkpoint) | {"damaged": view.damaged.get(checkpoint.ref)}
+        for checkpoint in view.checkpoints
+    ]
     if explanation is not None:
-        data["why"] = {
-            "candidates": explanation.candidates,
-            "clauses": [asdict(clause) for clause in explanation.clauses],
-            "chosen": explanation.chosen,
-            "runners_up": [_checkpoint_json(view, checkpoint) for checkpoint in explanation.runners_up],
-        }
+        runners_up = [_checkpoint_json(view, checkpoint) for checkpoint in explanation.runners_up]
+        data["why"] = fields(explanation, "candidates", "clauses", "chosen") | {"runners_up": runners_up}
     return data
 
 
 def _checkpoint_json(view: SelectView, checkpoint: Checkpoint) -> dict[str, Any]:
-    return checkpoint_json(checkpoint) | {
-        "path": None if checkpoint.path is None else str(checkpoint.path),
-        "aliases": view.aliases.get((checkpoint.run, checkpoint.id), ()),
-    }
+    aliases = view.aliases.get((checkpoint.run, checkpoint.id), ())
+    return checkpoint_json(checkpoint) | {"path": checkpoint.path, "aliases": aliases}

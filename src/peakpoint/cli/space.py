@@ -1,6 +1,7 @@
-"""The commands ``rm``, ``undo`` and ``archive``: space, and how to get it back."""
+"""The commands ``rm``, ``undo``, ``archive`` and ``audit``: space, and what is wrong in it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,63 +9,62 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peakpoint.cli import tables
-from peakpoint.cli.answer import Answer, answers, confirmed
-from peakpoint.cli.arguments import ROOT, UNDO_FOR
-from peakpoint.cli.progress import progress_bar
-from peakpoint.cli.render import claim_text, command, count, manifest_json, ref, short_json, sizes, undo_hint
-from peakpoint.cli.tables import Column
-from peakpoint.errors import ConfigError, ConflictError, StoreError
+from peakpoint import catalogue as catalogues
+from peakpoint.cli import render, tables
+from peakpoint.cli.command import CATALOGUE, ROOT, RUN, UNDO_FOR, Answer, command, confirmed, progress_bar, run_bar
+from peakpoint.cli.render import count, fields, ref, short_json
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, StoreError
+from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
+from peakpoint.repository import audit as audits
 from peakpoint.repository import maintenance, packs, reader
 from peakpoint.repository.archive import PackedCheckpoint
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.run import Run
 from peakpoint.repository.trash import TrashEntry
-from peakpoint.rules import Claim
 
 # --- rm ------------------------------------------------------------------------------------------------------------
 
 
-@click.command()
-@ROOT
-@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@command(ROOT, click.argument("refs", metavar="REF...", nargs=-1, required=True))
 @click.option("--why", default="removed by hand", help="The reason, for the journal.")
 @UNDO_FOR
-@answers
 @confirmed
 def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, apply: bool) -> Answer:
     """Remove checkpoints: shows the plan, and carries it out with --yes."""
     check_text("--why", why)
     repository = open_repository(root)
-    by_run: dict[str, dict[str, Manifest]] = {}
-    for manifest in map(repository.find_manifest, refs):
-        by_run.setdefault(manifest.run, {})[manifest.id] = manifest
-    for name, manifests in by_run.items():
-        _refuse_what_aliases_protect(repository.run(name), list(manifests.values()))
+    manifests = {manifest.id: manifest for manifest in map(repository.find_manifest, refs)}
+    by_run: defaultdict[str, list[Manifest]] = defaultdict(list)
+    for manifest in manifests.values():
+        by_run[manifest.run].append(manifest)
+    for name, of_run in by_run.items():
+        _refuse_what_aliases_protect(repository.run(name), of_run)
         _refuse_the_newest_good(repository.run(name), manifests)
     claims = {name: repository.run(name).kept() for name in by_run}
     failures: list[str] = []
     if apply:
-        for name, manifests in by_run.items():
-            failures += maintenance.remove(repository.run(name), list(manifests.values()), why, undo_for=undo_for)
-    removed = [manifest for manifests in by_run.values() for manifest in manifests.values()]
+        for name, of_run in by_run.items():
+            failures += maintenance.remove(repository.run(name), of_run, why, undo_for=undo_for)
+    removed = [manifest for of_run in by_run.values() for manifest in of_run]
     data = {
-        "removed" if apply else "would_remove": [manifest_json(manifest, ()) for manifest in removed],
+        "removed" if apply else "would_remove": [render.manifest_json(manifest, ()) for manifest in removed],
         "freed_bytes": sum(manifest.size_bytes for manifest in removed),
         "failures": failures,
     }
 
     def text(console: Console) -> None:
         for manifest in removed:
-            _print_removal(console, manifest, claims[manifest.run].get(manifest.id, ()))
+            console.print(f"[bold]{escape(ref(manifest))}[/]")
+            console.print(f"  frees {size_text(manifest.size_bytes)}; was kept because:")
+            render.print_list(console, map(render.claim_text, claims[manifest.run].get(manifest.id, ())))
         if not apply:
             click.echo("nothing is removed yet; add --yes to remove")
             return
         click.echo(f"removed {count(len(removed) - len(failures), 'checkpoint')}")
-        click.echo(undo_hint(root, list(map(ref, removed)), undo_for))
+        click.echo(render.undo_hint(root, list(map(ref, removed)), undo_for))
 
     return Answer(data, text, failures, StoreError.exit_code if failures else 0)
 
@@ -97,22 +97,12 @@ def _refuse_the_newest_good(run: Run, removed: Collection[str]) -> None:
             unusable.append(damaged.get(manifest.id, f"{manifest.name} is newer, but has lost parts"))
 
 
-def _print_removal(console: Console, manifest: Manifest, claims: Sequence[Claim]) -> None:
-    console.print(f"[bold]{escape(ref(manifest))}[/]")
-    console.print(f"  frees {size_text(manifest.size_bytes)}; was kept because:")
-    for claim in claims:
-        console.print(f"  - {claim_text(claim)}")
-
-
 # --- undo ----------------------------------------------------------------------------------------------------------
 
 
-@click.command()
-@ROOT
-@click.argument("refs", metavar="[RUN/NAME]...", nargs=-1)
+@command(ROOT, click.argument("refs", metavar="[RUN/NAME]...", nargs=-1))
 @click.option("--list", "listing", is_flag=True, help="List what can be restored, and until when.")
 @click.option("--empty", is_flag=True, help="Delete everything in the trash permanently.")
-@answers
 def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool) -> Answer:
     """Restore removed checkpoints from the trash, comparing every byte with its digest, and pin them."""
     if sum((bool(refs), listing, empty)) != 1:
@@ -120,25 +110,20 @@ def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool) -> An
     repository = open_repository(root)
     if not refs:
         return _trash(root, repository, empty=empty)
+    names_by_run: defaultdict[str, list[str]] = defaultdict(list)
+    for text in refs:
+        run, _, name = text.partition("/")
+        if not (run and name):
+            listed = render.command_line("undo", root, "--list")
+            raise ConfigError(f"{text!r} names nothing in the trash; give RUN/NAME, as {listed} lists it")
+        names_by_run[run].append(name)
     restored = [
-        manifest
-        for run, names in _names_by_run(root, refs).items()
-        for manifest in maintenance.undo(repository.run(run), names)
+        manifest for run, names in names_by_run.items() for manifest in maintenance.undo(repository.run(run), names)
     ]
     lines = [f"{ref(manifest)} is restored" for manifest in restored]
-    lines.append(f"Pinned, so that no rule removes it again. To remove the pin: {command('unpin', root, 'RUN/NAME')}")
+    hint = render.command_line("unpin", root, "RUN/NAME")
+    lines.append(f"Pinned, so that no rule removes it again. To remove the pin: {hint}")
     return Answer({"back": list(map(short_json, restored))}, "\n".join(lines))
-
-
-def _names_by_run(root: Path, refs: Sequence[str]) -> Mapping[str, list[str]]:
-    names_by_run: dict[str, list[str]] = {}
-    for text in refs:
-        run, slash, name = text.partition("/")
-        if not (run and slash and name):
-            listing = command("undo", root, "--list")
-            raise ConfigError(f"{text!r} names nothing in the trash; give RUN/NAME, as {listing} lists it")
-        names_by_run.setdefault(run, []).append(name)
-    return names_by_run
 
 
 def _trash(root: Path, repository: Repository, *, empty: bool) -> Answer:
@@ -153,23 +138,22 @@ def _trash(root: Path, repository: Repository, *, empty: bool) -> Answer:
     if empty:
         return Answer(data, f"permanently deleted {count(len(entries), 'checkpoint')}, {size_text(total)} freed")
     columns = [
-        Column("checkpoint", [escape(ref(manifest)) for manifest in manifests], right=False),
-        Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
-        Column("until", [f"{entry.record.until:%Y-%m-%d %H:%M} UTC" for entry in entries], right=False),
+        tables.Column("checkpoint", [escape(ref(manifest)) for manifest in manifests], right=False),
+        tables.Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
+        tables.Column("until", [f"{entry.record.until:%Y-%m-%d %H:%M} UTC" for entry in entries], right=False),
     ]
 
     def text(console: Console) -> None:
         reasons = [escape(entry.record.why) for entry in entries]
         console.print(tables.with_reasons(console, columns, ["size"], "why", reasons))
-        hint = escape(command("undo", root, "RUN/NAME"))
+        hint = escape(render.command_line("undo", root, "RUN/NAME"))
         console.print(f"{size_text(total)}. To restore one: {hint}", soft_wrap=True)
 
     return Answer(data, text)
 
 
 def _entry_json(entry: TrashEntry) -> dict[str, object]:
-    record = entry.record
-    return short_json(entry.manifest) | {"until": record.until, "reason": record.why, "by": record.by}
+    return short_json(entry.manifest) | fields(entry.record, "until", "by") | {"reason": entry.record.why}
 
 
 # --- archive -------------------------------------------------------------------------------------------------------
@@ -178,13 +162,10 @@ def _entry_json(entry: TrashEntry) -> dict[str, object]:
 _BASES = ("nothing", "the one before", "the two before")
 
 
-@click.command()
-@ROOT
-@click.argument("name", metavar="RUN")
+@command(ROOT, RUN)
 @click.option("--restore", is_flag=True, help="Restore the files of an archived run, bit for bit.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--level", type=click.IntRange(1, 19), help="Level of zstd; higher is slower, and hardly smaller.")
-@answers
 def archive(root: Path, name: str, level: int | None, *, restore: bool, dry_run: bool) -> Answer:
     """Compress a finished run without loss: it takes less space, and is still listed and loaded.
 
@@ -205,9 +186,7 @@ def archive(root: Path, name: str, level: int | None, *, restore: bool, dry_run:
         packs_made = maintenance.archive(run, level=level, progress=lambda pack: advance(pack.size_bytes))
     data = {
         "run": name,
-        "archived": [
-            short_json(pack.manifest) | {"packed_bytes": pack.packed_bytes, "bases": pack.bases} for pack in packs_made
-        ],
+        "archived": [short_json(pack.manifest) | fields(pack, "packed_bytes", "bases") for pack in packs_made],
         "bytes": sum(pack.size_bytes for pack in packs_made),
         "packed_bytes": sum(pack.packed_bytes for pack in packs_made),
     }
@@ -223,23 +202,103 @@ def _restore(run: Run, total: int) -> Answer:
     if not restored:
         return Answer(data, f"nothing to restore: run {run.name!r} is not archived")
     checkpoints = count(len(restored), "checkpoint")
-    return Answer(data, f"restored {checkpoints}, {sizes(restored)}, every byte compared with its digest")
+    return Answer(data, f"restored {checkpoints}, {render.sizes(restored)}, every byte compared with its digest")
 
 
 def _print_packs(console: Console, root: Path, name: str, packs_made: Sequence[PackedCheckpoint]) -> None:
     columns = [
-        Column("archived", [escape(pack.manifest.name) for pack in packs_made], right=False),
-        Column("size", [size_text(pack.size_bytes) for pack in packs_made]),
-        Column("packed", [size_text(pack.packed_bytes) for pack in packs_made]),
-        Column("ratio", [f"{pack.packed_bytes / (pack.size_bytes or pack.packed_bytes):.0%}" for pack in packs_made]),
-        Column("as differences to", [_BASES[pack.bases] for pack in packs_made], right=False),
+        tables.Column("archived", [escape(pack.manifest.name) for pack in packs_made], right=False),
+        tables.Column("size", [size_text(pack.size_bytes) for pack in packs_made]),
+        tables.Column("packed", [size_text(pack.packed_bytes) for pack in packs_made]),
+        tables.Column(
+            "ratio", [f"{pack.packed_bytes / (pack.size_bytes or pack.packed_bytes):.0%}" for pack in packs_made]
+        ),
+        tables.Column("as differences to", [_BASES[pack.bases] for pack in packs_made], right=False),
     ]
     console.print(tables.table(columns, console.width))
-    before, after = (sum(pack.size_bytes for pack in packs_made), sum(pack.packed_bytes for pack in packs_made))
-    hint = escape(command("archive", root, name, "--restore"))
-    console.print(
-        f"{count(len(packs_made), 'checkpoint')}, {size_text(before)} packed into {size_text(after)}, every byte "
-        "compared.\n"
-        f"To restore the files: {hint}",
-        soft_wrap=True,
-    )
+    before, after = sum(pack.size_bytes for pack in packs_made), sum(pack.packed_bytes for pack in packs_made)
+    packed = f"{count(len(packs_made), 'checkpoint')}, {size_text(before)} packed into {size_text(after)}"
+    hint = escape(render.command_line("archive", root, name, "--restore"))
+    console.print(f"{packed}, every byte compared.\nTo restore the files: {hint}", soft_wrap=True)
+
+
+# --- audit ---------------------------------------------------------------------------------------------------------
+
+
+_KINDS = {
+    "damage": "[bold red]damaged[/]",
+    "litter": "[yellow]incomplete[/]",
+    "foreign": "[blue]foreign[/]",
+    "busy": "[cyan]in use[/]",
+    "removed": "[green]removed[/]",
+}
+
+
+@command(ROOT)
+@click.option("--deep", is_flag=True, help="Compare every byte of every file with its digest.")
+@click.option("--clean", is_flag=True, help="Remove incomplete saves; damaged checkpoints are never touched.")
+@click.option("--dry-run", is_flag=True, help="With --clean: only say what would be removed.")
+@click.option("--rebuild", is_flag=True, help="Rebuild the catalogue from the files.")
+@CATALOGUE
+def audit(root: Path, catalogue: str | None, *, deep: bool, clean: bool, dry_run: bool, rebuild: bool) -> Answer:
+    """Find damage and incomplete saves. Exits with 12 when there is damage."""
+    repository = open_repository(root)
+    removed = audits.clean(repository) if clean and not dry_run else []
+    result = _audit(repository, deep=deep)
+    result.findings += catalogues.audit(repository, catalogue)
+    rebuilt = _rebuild(repository, catalogue) if rebuild else None
+    data = fields(result, "findings", "runs", "checkpoints", "bytes", "deep", "clean")
+
+    def text(console: Console) -> None:
+        _print_audit(console, root, result, removed)
+        if rebuilt is not None:
+            click.echo(f"rebuilt the catalogue {rebuilt}")
+
+    exit_code = CorruptError.exit_code if result.of_kind("damage") else 0
+    return Answer(data | {"removed": removed, "catalogue": rebuilt}, text, exit_code=exit_code)
+
+
+def _audit(repository: Repository, *, deep: bool) -> audits.Audit:
+    if not deep:
+        return audits.audit(repository)
+    total = sum(manifest.size_bytes for run in repository.runs() for manifest in run.manifests())
+    with progress_bar("reading", total) as advance:
+        return audits.audit(repository, deep=True, progress=lambda manifest: advance(manifest.size_bytes))
+
+
+def _rebuild(repository: Repository, where: str | None) -> str:
+    """Rebuild the catalogue; return where it is."""
+    catalogue = catalogues.Catalogue(repository, where)
+    with run_bar() as progress:
+        catalogue.rebuild(progress)
+    return catalogue.location
+
+
+def _print_audit(console: Console, root: Path, result: audits.Audit, removed: Sequence[audits.AuditFinding]) -> None:
+    findings = [audits.AuditFinding("removed", finding.where, finding.what) for finding in removed] + result.findings
+    if findings:
+        rows = [(_KINDS[finding.kind], escape(finding.where), escape(finding.what)) for finding in findings]
+        console.print(tables.plain(("kind", "where", "what"), rows))
+    console.print(audit_sentence(result))
+    damage, litter = result.of_kind("damage"), result.of_kind("litter")
+    if damage:
+        console.print(f"[bold red]{len(damage)} damaged[/]")
+        if any("/checkpoints/" in finding.where for finding in damage):
+            console.print("A resume skips damaged checkpoints.")
+        if any(finding.where.startswith(f"{layout.ALIASES}/") for finding in damage):
+            console.print(
+                "Nothing can be removed while the newest record of an alias is damaged: promote --force or rollback "
+                "adds a good one."
+            )
+    if litter:
+        console.print(f"[yellow]{count(len(litter), 'incomplete save')}[/], harmless. To remove:")
+        console.print(f"  {escape(render.command_line('audit', root, '--clean'))}", soft_wrap=True)
+    if result.clean:
+        console.print("[green]clean[/]")
+
+
+def audit_sentence(result: audits.Audit) -> str:
+    """Say what was checked, in one sentence."""
+    shallow = "file sizes and manifests checked; --deep compares every byte"
+    depth = "every byte compared with its digest" if result.deep else shallow
+    return f"{count(result.runs, 'run')}, {count(result.checkpoints, 'checkpoint')}, {size_text(result.bytes)}: {depth}"

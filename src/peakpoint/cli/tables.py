@@ -70,6 +70,11 @@ def fitted(columns: Sequence[Column], spare: Sequence[str], width: int) -> list[
     return fitting
 
 
+def fitted_table(columns: Sequence[Column], spare: Sequence[str], width: int) -> Table:
+    """Make a table without the columns that do not fit, the first of the spare titles first."""
+    return table(fitted(columns, spare, width), width)
+
+
 def table(columns: Sequence[Column], width: int) -> Table:
     """Make a table; only the first column is broken where the others leave it too little width."""
     return _grid(columns, width, range(len(columns[0].cells)), header=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from peakpoint.cli.arguments import PATH, torch_side
+from peakpoint.cli.command import PATH, torch_side
 
 
 @click.command()

@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from peakpoint.cli.audit import audit_sentence
-from peakpoint.cli.history import holder_name
 from peakpoint.cli.promotion import print_comparison
+from peakpoint.cli.records import holder_name, verdict
 from peakpoint.cli.render import console as make_console
 from peakpoint.cli.runs import print_run, view
-from peakpoint.cli.validate import verdict
+from peakpoint.cli.space import audit_sentence
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.layout import REPOSITORY
 from peakpoint.production import promotion, validation

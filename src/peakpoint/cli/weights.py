@@ -1,7 +1,9 @@
-"""The command ``diff``: two checkpoints beside each other."""
+"""The commands ``diff`` and ``soup``: the weights of several checkpoints."""
 
+import functools
 import re
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,25 @@ from rich.console import Console
 from rich.markup import escape
 
 from peakpoint.cli import tables
-from peakpoint.cli.answer import Answer, answers
-from peakpoint.cli.arguments import ROOT, torch_side
-from peakpoint.cli.progress import progress_bar
-from peakpoint.cli.render import count, number, rounded
+from peakpoint.cli.command import ROOT, Answer, command, metric_with_mode, progress_bar, torch_side
+from peakpoint.cli.render import command_line, count, fields, manifest_json, number, rounded
+from peakpoint.errors import ConfigError, Error
 from peakpoint.format.amounts import size_text
 from peakpoint.reports.diff import CheckpointDifference, MetricDifference, TensorDifference, diff_manifests
-from peakpoint.repository.root import open_repository
+from peakpoint.repository.root import Repository, open_repository
+from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
+
+# --- diff ----------------------------------------------------------------------------------------------------------
+
 
 _VALUES = 20  # that differ, shown
 _WIDE = 120  # columns from which on a tensor is one line
 
 
-@click.command()
-@ROOT
-@click.argument("a", metavar="REF")
-@click.argument("b", metavar="REF")
+@command(ROOT, click.argument("a", metavar="REF"), click.argument("b", metavar="REF"))
 @click.option("--no-values", is_flag=True, help="From the manifests alone; opens no other file, needs no torch.")
 @click.option("--top", type=click.IntRange(min=0), default=20, help="How many tensors to list.")
 @click.option("--all", "all_tensors", is_flag=True, help="List them all.")
-@answers
 def diff(root: Path, a: str, b: str, top: int, *, no_values: bool, all_tensors: bool) -> Answer:
     """Compare two checkpoints: metrics, rules, versions, values, tensor by tensor."""
     repository = open_repository(root)
@@ -42,19 +43,19 @@ def diff(root: Path, a: str, b: str, top: int, *, no_values: bool, all_tensors: 
         with progress_bar("comparing", total) as advance:
             difference = value_diff.with_distances(repository.store, *manifests, difference, advance)
     tensors = difference.tensors if all_tensors else difference.tensors[:top]
-    return Answer(_json(difference, tensors), lambda console: _print(console, difference, tensors))
+    return Answer(_json(difference, tensors), lambda console: _print_diff(console, difference, tensors))
 
 
 def _json(difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> dict[str, Any]:
     return asdict(difference) | {
         "metrics": [asdict(metric) | {"change": metric.change} for metric in difference.metrics],
-        "tensors": [asdict(tensor) for tensor in tensors],
+        "tensors": tensors,
         "different_tensors": len(difference.tensors),
         "identical": difference.identical,
     }
 
 
-def _print(console: Console, difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> None:
+def _print_diff(console: Console, difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> None:
     a, b = difference.a, difference.b
     rows = [("id", a.id, b.id), *((name, escape(left), escape(right)) for name, left, right in _rows(difference))]
     rows += map(_metric_cells, difference.metrics)
@@ -96,17 +97,18 @@ def _plain(*sides: str | None) -> list[str]:
     return [side[:60] for side in short] if len(set(short)) == len(short) else long
 
 
+_FACTS: dict[str, Callable[[Any], str]] = {
+    "at": lambda side: f"step {side.step}" + ("" if side.epoch is None else f", epoch {side.epoch}"),
+    "created": lambda side: f"{side.created_at:%Y-%m-%d %H:%M:%S} UTC",
+    "size": lambda side: size_text(side.size_bytes),
+    "saved because": lambda side: "\n".join(side.reasons),
+}
+
+
 def _rows(difference: CheckpointDifference) -> list[tuple[str, str, str]]:
     """Return facts of both sides; of those that are usually the same, the ones that differ."""
     a, b = difference.a, difference.b
-    moments = [f"step {side.step}" + ("" if side.epoch is None else f", epoch {side.epoch}") for side in (a, b)]
-    times = [f"{side.created_at:%Y-%m-%d %H:%M:%S} UTC" for side in (a, b)]
-    rows = [
-        ("at", moments[0], moments[1]),
-        ("created", times[0], times[1]),
-        ("size", size_text(a.size_bytes), size_text(b.size_bytes)),
-        ("saved because", "\n".join(a.reasons), "\n".join(b.reasons)),
-    ]
+    rows = [(name, fact(a), fact(b)) for name, fact in _FACTS.items()]
     often_same = [("rules", " ".join(a.rules), " ".join(b.rules))]
     for prefix, facts_a, facts_b in (("", a.written_by, b.written_by), ("class of ", a.classes, b.classes)):
         names = dict.fromkeys(name for name in [*facts_a, *facts_b] if name != "pid")  # says nothing
@@ -160,3 +162,108 @@ def _figures(tensor: TensorDifference) -> list[str]:
     changed = "" if distance.changed is None else str(distance.changed)
     zeros = " ".join(f"{share:.1%}" for share in dict.fromkeys(distance.zeros))
     return [f"{distance.relative:.4g}", f"{distance.l2:.4g}", f"{distance.largest:.4g}", cosine, changed, zeros]
+
+
+# --- soup ----------------------------------------------------------------------------------------------------------
+
+
+@command(ROOT, click.argument("refs", metavar="REF...", nargs=-1, required=True))
+@click.option(
+    "--kind",
+    type=click.Choice(["uniform", "greedy"]),
+    default="uniform",
+    help="All, or only those that make the mean better.",
+)
+@click.option("--with", "scorer", metavar="MODULE:FUNCTION", help="Your function that scores a model; greedy needs it.")
+@click.option("--metric", metavar="NAME:max|min", help="The name of that score, and which are better.")
+@click.option("--model", "factory", metavar="MODULE:FUNCTION", help="Your function that makes the model.")
+@click.option("--data", "batches", metavar="MODULE:FUNCTION", help="Your function that returns batches for BatchNorm.")
+@click.option(
+    "--batchnorm",
+    type=click.Choice(["estimate", "average"]),
+    default="estimate",
+    help="Measure its statistics again, or average them.",
+)
+@click.option("--part", default="model", help="Which part is averaged.")
+@click.option("--device", metavar="DEVICE", help="Where the model is put, such as cuda.")
+@click.option("--run", help="The run of the soup; that of the first REF with -soup by default.")
+@click.option("--why", default="a soup was requested", help="The reason, which protects it from rules.")
+def soup(
+    root: Path,
+    refs: tuple[str, ...],
+    kind: str,
+    scorer: str | None,
+    metric: str | None,
+    factory: str | None,
+    batches: str | None,
+    part: str,
+    **options: Any,
+) -> Answer:
+    """Average the weights of checkpoints, and save the mean as a checkpoint of a run of its own."""
+    repository = open_repository(root)
+    soups = torch_side("peakpoint.models.soup")
+    name, mode = (None, None) if metric is None else metric_with_mode(metric)
+    given_model = "; with --model it is given the model, and returns a number"
+    hint = given_model if factory else "; without --model it is given the state, not a model"
+    with progress_bar("reading", _bytes(repository, refs, part) if kind == "uniform" else None) as advance:
+        result = soups.soup(
+            refs,
+            root=repository.store,
+            kind=kind,
+            evaluate=_user_function("--with", scorer, hint),
+            metric=name,
+            mode=mode,
+            build_model=_user_function("--model", factory),
+            data=_user_function("--data", batches),
+            part=part,
+            progress=advance,
+            **options,
+        )
+    checkpoint = manifest_json(repository.find_manifest(result.checkpoint.ref), ())
+    data = fields(result, "kind", "members", "score") | {"tasted": result.trials, "checkpoint": checkpoint}
+    return Answer(data, lambda console: _print_soup(console, root, result))
+
+
+def _user_function(option: str, spec: str | None, hint: str = "") -> Callable[..., Any] | None:
+    """Load a function of the user's; what it raises becomes an error of one line."""
+    if spec is None:
+        return None
+    try:
+        function = load_function(spec)
+    except ConfigError as error:
+        raise ConfigError(f"{option} {error}") from error
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Error:
+            raise
+        except RAISED_BY_PROGRAMS as error:
+            frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this one
+            where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+            raise ConfigError(f"{option} {spec} raised {type(error).__name__}: {error}{where}{hint}") from error
+
+    return call
+
+
+def _bytes(repository: Repository, refs: Sequence[str], part: str) -> int:
+    """Sum the bytes that are read: every member twice."""
+    manifests = map(repository.find_manifest, refs)
+    return 2 * sum(manifest.file(name).size for manifest in manifests for name in manifest.parts.get(part, ()))
+
+
+def _print_soup(console: Console, root: Path, result: Any) -> None:
+    if result.trials:
+        rows = [
+            (escape(trial.ref), number(trial.alone), number(trial.together), "[green]yes[/]" if trial.taken else "no")
+            for trial in result.trials
+        ]
+        console.print(tables.plain(("tried", ">alone", ">in the soup", "taken"), rows))
+    else:
+        for member in result.members:
+            console.print(f"  {escape(member)}")
+    score = "" if result.score is None else f"; score {number(result.score)}"
+    ref = result.checkpoint.ref
+    console.print(f"{escape(ref)} is the mean of {count(len(result.members), 'checkpoint')}{score}", soft_wrap=True)
+    console.print(f"To see it: {escape(command_line('show', root, ref))}", soft_wrap=True)

@@ -1,0 +1,202 @@
+"""What commands are made of: arguments and options, answers, progress."""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+from peakpoint.cli.render import console, printable
+from peakpoint.errors import ConfigError, MissingExtraError
+from peakpoint.format import amounts
+from peakpoint.format.metrics import json_value
+from peakpoint.rules import FORMS, Mode, mode_of
+
+# --- arguments and options that many commands have -----------------------------------------------------------------
+
+
+PATH = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
+ROOT = click.argument("root", type=PATH)
+RUN = click.argument("name", metavar="RUN")
+REF = click.argument("ref")
+CATALOGUE = click.option(
+    "--catalogue",
+    metavar="FILE|URL",
+    help="The index to use, also from PEAKPOINT_CATALOGUE; catalogue.sqlite in the repository by default.",
+)
+KEY = click.option("--key", type=PATH, metavar="FILE", help="Sign it with this private key (PEM) first.")
+
+
+def reads(reader: Callable[[str, str], Any]) -> Any:
+    """Return an option's callback that reads its text, if there is any."""
+
+    def callback(_: click.Context, option: click.Parameter, value: str | None) -> Any:
+        return None if value is None else reader(option.opts[-1], value)
+
+    return callback
+
+
+UNDO_FOR = click.option(
+    "--undo-for",
+    metavar="DURATION",
+    callback=reads(amounts.read_duration),
+    default=amounts.UNDO_FOR,
+    help="How long peakpoint undo can restore what is removed, such as 7d; 0 frees the space at once.",
+)
+
+
+def rules_help(default: str) -> str:
+    """Return the help of --rules, each form on a line of its own.
+
+    Args:
+        default: the rules without it.
+    """
+    forms, _, notes = FORMS.partition("; ")
+    lines = "\n".join(forms.split())
+    return f"Rules, separated by spaces; {default} by default. Forms:\n\n\b\n{lines}\n\n{notes[:1].upper()}{notes[1:]}."
+
+
+def metric_with_mode(text: str) -> tuple[str, Mode]:
+    """Read ``NAME:max`` or ``NAME:min``."""
+    name, colon, mode = text.rpartition(":")
+    if not (name and colon):
+        raise ConfigError(f"--metric {text!r}: is larger better? say --metric {text}:max or --metric {text}:min")
+    return name, mode_of(mode)
+
+
+def torch_side(module: str, extra: str = "torch") -> Any:
+    """Import a module that needs torch, or something else of an extra.
+
+    Raises:
+        MissingExtraError: what it needs is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = "demo" if error.name == "sklearn" else extra
+        raise MissingExtraError(
+            f"this command needs {error.name}, which is not installed: pip install 'peakpoint[{extra}]'"
+        ) from error
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+INCOMPLETE = 23  # the exit code of an answer that leaves out what cannot be read
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command found or did.
+
+    Attributes:
+        data: for ``--json``, or a function that makes it; NaN and infinities become strings.
+        text: for people: lines, or a function that prints on a console.
+        problems: lines for standard error.
+        exit_code: 0 is success.
+        json_exit_code: instead, with ``--json``.
+    """
+
+    data: Any
+    text: str | Callable[[Console], object]
+    problems: Sequence[str] = ()
+    exit_code: int = 0
+    json_exit_code: int = 0
+
+
+def _builtin(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def _show(answer: Answer, *, as_json: bool) -> None:
+    """Print an answer, and exit when its code is not 0."""
+    if as_json:
+        data = answer.data() if callable(answer.data) else answer.data
+        encoded = msgspec.json.encode(json_value(msgspec.to_builtins(data, enc_hook=_builtin)))
+        sys.stdout.write(msgspec.json.format(encoded, indent=2).decode() + "\n")
+    elif callable(answer.text):
+        answer.text(console())
+    elif answer.text:
+        click.echo(answer.text)
+    for problem in answer.problems:
+        click.echo(f"peakpoint: {problem}", err=True)
+    if exit_code := (as_json and answer.json_exit_code) or answer.exit_code:
+        sys.exit(exit_code)
+
+
+def command(
+    *arguments: Callable[[Any], Any], cls: type[click.Command] = click.Command
+) -> Callable[[Callable[..., Answer]], click.Command]:
+    """Make a command of a function that returns an answer: it gets arguments and ``--json``, and shows the answer."""
+
+    def decorate(function: Callable[..., Answer]) -> click.Command:
+        @functools.wraps(function)
+        def call(*, as_json: bool, **values: Any) -> None:
+            _show(function(**values), as_json=as_json)
+
+        for argument in reversed(arguments):
+            argument(call)
+        made_command = click.command(function.__name__.rstrip("_"), cls=cls)(call)
+        made_command.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print JSON for programs."))
+        return made_command
+
+    return decorate
+
+
+def confirmed(function: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Add ``--yes`` and ``--dry-run``, and pass ``apply``: whether to do it, not only to show the plan."""
+
+    @click.option("--yes", is_flag=True, help="Remove; without it only the plan is shown.")
+    @click.option("--dry-run", is_flag=True, help="Show the plan and remove nothing, even with --yes.")
+    @functools.wraps(function)
+    def call(*, yes: bool, dry_run: bool, **values: Any) -> Answer:
+        return function(**values, apply=yes and not dry_run)
+
+    return call
+
+
+# --- progress on standard error, on a terminal only ----------------------------------------------------------------
+
+
+_SLOW = 20  # runs to read that are worth a bar
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar; call the yielded function with each further amount."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with Progress(console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+@contextmanager
+def run_bar() -> Iterator[Callable[[int, int], None]]:
+    """Show a bar once there are many runs to read; call the yielded function with how many were read, of how many."""
+    if not sys.stderr.isatty():
+        yield lambda _read, _total: None
+        return
+    with Progress(console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading runs", total=None, visible=False)
+        yield lambda read, total: bar.update(task, completed=read, total=total, visible=total > _SLOW)
+
+
+@contextmanager
+def status_line(start: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done; call the yielded function with each next step."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with console(stderr=True).status(start) as status:
+        yield lambda step: status.update(printable(step))
