@@ -2,9 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from peakpoint.errors import PeakpointWarning
 
@@ -63,13 +61,3 @@ def warn(message: str) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("peakpoint."):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, PeakpointWarning, stacklevel=level)
-
-
-def class_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the class of each part, for people and reports.
-
-    Example:
-        >>> class_names({"model": torch.nn.Linear(1, 1)})
-        {'model': 'torch.nn.modules.linear.Linear'}
-    """
-    return {part: f"{type(value).__module__}.{type(value).__qualname__}" for part, value in state.items()}

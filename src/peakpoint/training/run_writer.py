@@ -27,7 +27,7 @@ from peakpoint.state.step_guard import StepGuard
 from peakpoint.state.streamed_copy import SMALLEST_RING, RingBuffer
 from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import Hold, Store, holder_note
-from peakpoint.training.outcome import Outcome, WarnOnce, class_names, warn
+from peakpoint.training.outcome import Outcome, WarnOnce, warn
 from peakpoint.training.position import Position
 from peakpoint.training.records import draft_manifest, with_free_name, written_by
 from peakpoint.training.resume import Resumption, StartPoint, resumption
@@ -90,7 +90,8 @@ class RunWriter:
             past = resumption(store, run)
             self._journal = Journal(store, run, clock)
             texts = tuple(rule.text for rule in in_force)
-            self._journal.append(Opened(at=now, by=self._by, rules=texts, state=class_names(state)))
+            classes = {part: f"{type(value).__module__}.{type(value).__qualname__}" for part, value in state.items()}
+            self._journal.append(Opened(at=now, by=self._by, rules=texts, state=classes))
         except BaseException:
             self._hold.release()
             raise
@@ -126,11 +127,8 @@ class RunWriter:
             self._encoder.inherit(committed[-1])
         following = self.moment(position, {})
         notices = self._saver.start(following, self._earlier_rules, newest_is_whole=newest_is_whole)
-        self._journal.append(
-            Started(
-                at=self._clock(), checkpoint=origin.parent, report=origin.position.report, requested=origin.requested
-            )
-        )
+        now, last_report = self._clock(), origin.position.report
+        self._journal.append(Started(at=now, checkpoint=origin.parent, report=last_report, requested=origin.requested))
         return notices
 
     def moment(self, position: Position, metrics: Mapping[str, float]) -> Manifest:
