@@ -16,7 +16,7 @@ from peakpoint.format.events import Removed
 from peakpoint.format.layout import checkpoint_prefix, manifest_key
 from peakpoint.format.manifest import FileRecord, decode_manifest
 from peakpoint.repository import journal as j
-from peakpoint.repository.commit import WholeImage, commit
+from peakpoint.repository.commit import commit, image_of
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.reader import list_run
 from peakpoint.repository.removal import remove
@@ -185,7 +185,7 @@ class WatchedLog:
 def shop(count=4):
     """A store with checkpoints, as the writer makes them."""
     store = Watched()
-    images = [WholeImage(name="model.safetensors", data=b"m" * 10), WholeImage(name="state.json", data=b"{}")]
+    images = [image_of(name="model.safetensors", data=b"m" * 10), image_of(name="state.json", data=b"{}")]
     manifests = [
         commit(store, manifest(sequence=n, name=f"c{n}", metrics={"m": float(n)}, epoch=n), images, first=lambda: None)
         for n in range(1, count + 1)
@@ -282,7 +282,7 @@ def test_nothing_is_deleted_when_the_record_cannot_be_written(number, until):
             return log
 
     store = Broken()
-    one = commit(store, manifest(name="c1"), [WholeImage(name="state.json", data=b"{}")], first=lambda: None)
+    one = commit(store, manifest(name="c1"), [image_of(name="state.json", data=b"{}")], first=lambda: None)
     with pytest.raises(StoreError):
         remove(store, Journal(store, "r", clock), [Removal(one, "why")], by="somebody", until=until)
     assert store.happened == []
@@ -397,7 +397,7 @@ def test_damage_and_lost_parts_leave_plans_idempotent_and_the_newest_good_one_th
 def test_a_pin_that_comes_while_others_are_being_removed_is_heeded():
     store, one, other = MemoryStore(), manifest(sequence=1, name="a"), manifest(sequence=2, name="b")
     for draft in (one, other):
-        commit(store, draft, [WholeImage("state.json", b"{}")], first=lambda: None)
+        commit(store, draft, [image_of("state.json", b"{}")], first=lambda: None)
     journal = Journal(store, "r", lambda: START)
     removals = [Removal(found, "no rule") for found in list_run(store, "r").manifests]
 

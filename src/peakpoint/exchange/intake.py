@@ -16,7 +16,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import annotations_of
-from peakpoint.repository.commit import WholeImage, spans_of
+from peakpoint.repository.commit import FileImage, image_of, spans_of
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import list_run
@@ -292,7 +292,7 @@ class Intake:
         notes = [self._why_copied(number)] if self.link and not any(linked) else []
         return self._outcome(number, moment, "linked" if any(linked) else "imported", *notes, name=manifest.name)
 
-    def _linkable(self, checkpoint: ForeignCheckpoint) -> tuple[Path | None, Mapping[str, WholeImage]]:
+    def _linkable(self, checkpoint: ForeignCheckpoint) -> tuple[Path | None, Mapping[str, FileImage]]:
         """Return the path and the image of a file that may serve as it is."""
         if not self.link or checkpoint.linkable is None:
             return None, {}
@@ -303,7 +303,7 @@ class Intake:
             return None, {}  # tensors that cannot be read in place, or whose names are changed for our files
         with origin.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return origin, {_MODEL: WholeImage(_MODEL, data, record.header, spans_of(record))}
+        return origin, {_MODEL: image_of(_MODEL, data, record.header, spans_of(record))}
 
     def _draft(
         self, summary: SourceSummary, position: Position, moment: ImportMoment, parts: Mapping[str, tuple[str, ...]]

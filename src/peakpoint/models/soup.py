@@ -20,7 +20,7 @@ from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.names import check_metric, check_run, check_text
 from peakpoint.models.average import SoupMember, TensorMeans, check_alike, find_all, member
 from peakpoint.models.mean import MeanModel, SoupChoice, SoupTrial, greedy, uniform
-from peakpoint.repository.commit import BLOCK, StreamedImage
+from peakpoint.repository.commit import BLOCK, FileImage
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import open_repository
@@ -214,7 +214,7 @@ def _reason(kind: str, members: Sequence[SoupMember], candidates: int) -> str:
     return f"{kind} soup of {count}: {', '.join(map(str, members[:_REASON_MEMBERS]))}{more}"
 
 
-def _image(means: TensorMeans, part: str, choice: SoupChoice) -> StreamedImage:
+def _image(means: TensorMeans, part: str, choice: SoupChoice) -> FileImage:
     """Return the file of the mean; its tensors are made when they are written, one after the other."""
     stored = {
         name: torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype], device="meta")
@@ -233,4 +233,4 @@ def _image(means: TensorMeans, part: str, choice: SoupChoice) -> StreamedImage:
                     yield data[begin : begin + BLOCK]
 
     # transient, so that no more than one tensor waits to be hashed
-    return StreamedImage(layout.name, layout.size, len(layout.header), layout.spans, blocks, transient=True)
+    return FileImage(layout.name, layout.size, blocks, len(layout.header), layout.spans, transient=True)

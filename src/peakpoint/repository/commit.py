@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 from blake3 import blake3
 
@@ -43,82 +42,56 @@ def spans_of(file: FileRecord) -> tuple[Span, ...]:
     return tuple(Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in file.tensors)
 
 
-class FileImage(Protocol):
-    """The bytes of a file that is about to be written."""
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    @property
-    def header(self) -> int:
-        """How many of them stand before the tensors; 0 for a file without tensors."""
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The tensors, in file order, counted from ``header``."""
-
-    @property
-    def transient(self) -> bool:
-        """Whether a block is overwritten when the next one is asked for."""
-
-    @property
-    def stable(self) -> bool:
-        """Whether these bytes are likely to be those of the checkpoint before."""
-
-    def blocks(self) -> Iterator[memoryview]:
-        """All bytes in order; each block is final when it is given out."""
-
-
 @dataclass(frozen=True, slots=True)
-class StreamedImage:
-    """A file whose bytes are made when they are written; see ``FileImage``.
+class FileImage:
+    """A file that is about to be written.
 
     Attributes:
-        blocks: makes all bytes, anew with every call.
+        size: bytes.
+        blocks: yields all bytes in order, anew with every call; each block is final when it is given out.
+        header: how many bytes stand before the tensors; 0 for a file without tensors.
+        spans: the tensors, in file order, counted from ``header``.
+        transient: whether a block is overwritten when the next one is asked for.
+        stable: whether these bytes are likely to be those of the checkpoint before.
     """
 
     name: str
     size: int
-    header: int
-    spans: tuple[Span, ...]
     blocks: Callable[[], Iterator[memoryview]]
+    header: int = 0
+    spans: tuple[Span, ...] = ()
     transient: bool = False
     stable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class WholeImage:
-    """A file whose bytes are all in memory; see ``FileImage``.
+class WholeImage(FileImage):
+    """A file whose bytes are all in memory."""
 
-    Attributes:
+    data: memoryview = field(kw_only=True)
+
+
+def image_of(
+    name: str,
+    data: Chunk,
+    header: int = 0,
+    spans: tuple[Span, ...] = (),
+    ready: Callable[[int], None] = lambda _: None,
+) -> WholeImage:
+    """Return the image of a file whose bytes are all in memory.
+
+    Args:
         ready: returns when the bytes before a position in the file are final.
     """
+    view = memoryview(data).cast("B")
 
-    name: str
-    data: Chunk
-    header: int = 0
-    spans: tuple[Span, ...] = ()
-    ready: Callable[[int], None] = field(default=lambda _: None)
-    transient: bool = False
-    stable: bool = False
+    def blocks() -> Iterator[memoryview]:
+        for begin in range(0, len(view), BLOCK):
+            end = min(begin + BLOCK, len(view))
+            ready(end)
+            yield view[begin:end]
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return len(memoryview(self.data).cast("B"))
-
-    def blocks(self) -> Iterator[memoryview]:
-        """Yield the bytes in blocks of ``BLOCK``."""
-        data = memoryview(self.data).cast("B")
-        for begin in range(0, len(data), BLOCK):
-            end = min(begin + BLOCK, len(data))
-            self.ready(end)
-            yield data[begin:end]
+    return WholeImage(name, len(view), blocks, header, spans, data=view)
 
 
 def combined_digest(header_digest: str, tensors: Sequence[TensorRecord]) -> str:

@@ -18,7 +18,7 @@ from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_part
 from peakpoint.format.sealed import gc_paused
-from peakpoint.repository.commit import FileImage, WholeImage
+from peakpoint.repository.commit import FileImage, image_of
 from peakpoint.state import rng
 from peakpoint.state.encode_cache import EncodeCache
 from peakpoint.state.host_copy import Storage, storage_of, versions_of
@@ -249,7 +249,7 @@ class ForeignState:
     images: Mapping[str, FileImage] = field(default_factory=dict)
 
 
-def _state_file(trees: Mapping[str, Any], loop: Mapping[str, Any], foreign: ForeignState | None) -> WholeImage:
+def _state_file(trees: Mapping[str, Any], loop: Mapping[str, Any], foreign: ForeignState | None) -> FileImage:
     encoder = Encoder()
     record = {
         "format": 1,
@@ -260,7 +260,7 @@ def _state_file(trees: Mapping[str, Any], loop: Mapping[str, Any], foreign: Fore
     assert not encoder.tensors
     if foreign is not None:
         record["optional"] = [*foreign.optional, "rng"]
-    return WholeImage(layout.STATE, msgspec.json.encode(record))
+    return image_of(layout.STATE, msgspec.json.encode(record))
 
 
 @gc_paused()

@@ -10,38 +10,17 @@ import mmap
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from peakpoint.repository.commit import BLOCK, Span
+from peakpoint.repository.commit import BLOCK, FileImage
 from peakpoint.state.host_copy import pin
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.tensor_files import FileLayout, lay_out
 from peakpoint.store.pages import PAGE, allocate
 
 SMALLEST_RING = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class RingImage:
-    """A file whose bytes pass through the ring, once; see ``FileImage``.
-
-    Attributes:
-        stream: fills its blocks.
-    """
-
-    name: str
-    size: int
-    header: int
-    spans: tuple[Span, ...]
-    stream: "StreamedCopy"
-    transient: bool = True
-    stable: bool = False
-
-    def blocks(self) -> Iterator[memoryview]:
-        """Iterate over the blocks; each is given back to the ring when the next one is taken."""
-        return self.stream.take(self.name)
 
 
 class RingBuffer:
@@ -57,7 +36,7 @@ class RingBuffer:
         self._memory: mmap.mmap | None = None
         self._pinned = False
 
-    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[RingImage], "StreamedCopy"]:
+    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[FileImage], "StreamedCopy"]:
         """Prepare to copy the tensors of all files; ``StreamedCopy.run`` does it while the images are being written."""
         if self._memory is None:
             self._memory = allocate(self._block * self._count)
@@ -69,7 +48,12 @@ class RingBuffer:
         slots = [ring[begin : begin + self._block] for begin in range(0, len(ring), self._block)]
         layouts = [lay_out(name, tensors) for name, tensors in files.items()]
         stream = StreamedCopy(layouts, files, slots, on_cuda)
-        images = [RingImage(layout.name, layout.size, len(layout.header), layout.spans, stream) for layout in layouts]
+        images = [
+            FileImage(
+                file.name, file.size, partial(stream.take, file.name), len(file.header), file.spans, transient=True
+            )
+            for file in layouts
+        ]
         return images, stream
 
 

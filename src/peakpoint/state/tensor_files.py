@@ -16,7 +16,7 @@ import torch
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format.manifest import FileRecord, TensorRecord
-from peakpoint.repository.commit import Span, WholeImage
+from peakpoint.repository.commit import Span, WholeImage, image_of
 from peakpoint.state.host_copy import NO_STORAGE, CopyPlan, CopyTarget, HostCopy, Storage, pin, unpin
 from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES
 from peakpoint.store.pages import PAGE, allocate, pages
@@ -111,7 +111,7 @@ class StagingBuffer:
         buffer = memoryview(self._memory)
         for layout in self._layouts:
             data = buffer[position : position + layout.size]
-            images.append(WholeImage(layout.name, data, len(layout.header), layout.spans, _ready(copying, position)))
+            images.append(image_of(layout.name, data, len(layout.header), layout.spans, _ready(copying, position)))
             position += pages(layout.size)
         return images, copying
 

@@ -13,7 +13,7 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
-from peakpoint.repository.commit import FileImage, StreamedImage, WholeImage, commit
+from peakpoint.repository.commit import FileImage, commit, image_of
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.provenance import Clock
@@ -41,7 +41,7 @@ class ExternalCheckpoint:
 
     part: str
     tree: Any
-    image: StreamedImage
+    image: FileImage
     step: int
     metrics: Mapping[str, float]
     reason: str
@@ -168,7 +168,7 @@ def record_report(journal: Journal, report: int, step: int, epoch: int | None, m
     journal.append(Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
 
 
-def _state(checkpoint: ExternalCheckpoint, position: Position) -> WholeImage:
+def _state(checkpoint: ExternalCheckpoint, position: Position) -> FileImage:
     """Return everything but the tensors; there are no random generators, as in checkpoints of other tools."""
     record = {
         "format": 1,
@@ -177,4 +177,4 @@ def _state(checkpoint: ExternalCheckpoint, position: Position) -> WholeImage:
         "loop": Encoder().encode(position.as_plain(), "the loop's position"),
         "optional": ["rng"],
     }
-    return WholeImage(layout.STATE, msgspec.json.encode(record))
+    return image_of(layout.STATE, msgspec.json.encode(record))

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from peakpoint.errors import CorruptError, NotFoundError, needing
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
-from peakpoint.repository.commit import StreamedImage, spans_of
+from peakpoint.repository.commit import FileImage, spans_of
 from peakpoint.repository.packs.index import TensorKey, TensorSlice, byte_ranges, part_of, read_index, slices_in
 from peakpoint.store import Store
 from peakpoint.store.pages import cores
@@ -131,11 +131,11 @@ class PackSource:
         for data in parallel_map(lambda position: self._unpack(number, position, {}), positions):
             yield memoryview(data)
 
-    def images(self) -> list[StreamedImage]:
+    def images(self) -> list[FileImage]:
         """Return the files of the pack."""
         records = [file.record for file in self.index.files]
         return [
-            StreamedImage(record.name, record.size, record.header, spans_of(record), partial(self.blocks, number))
+            FileImage(record.name, record.size, partial(self.blocks, number), record.header, spans_of(record))
             for number, record in enumerate(records)
         ]
 
