@@ -16,7 +16,7 @@ from peakpoint.production.paired_test import paired, unpaired
 from peakpoint.production.policy import Improvement, Policy, ValidationPolicy
 from peakpoint.production.proposal import propose
 from peakpoint.repository import aliases, journal, maintenance, removal
-from peakpoint.rules.retention import PartRemoval
+from peakpoint.rules.retention import Removal
 from peakpoint.store import LocalStore
 from promoting import Clock, repository, validated
 from training import checkpointer
@@ -113,7 +113,7 @@ def test_a_validation_counts_until_the_part_that_was_validated_is_dropped(tmp_pa
     assert "optimizer" not in run.find_manifest("r:1").parts
     assert objections(found) == ()
     with maintenance.writing(run, "drop") as events:
-        thinning = PartRemoval(run.find_manifest("r:1"), "x", ("model",))
+        thinning = Removal(run.find_manifest("r:1"), "x", ("model",))
         assert removal.remove(run.store, events, [thinning], by="x") == {}
     assert objections(found) == ("its part model was dropped after the validation",)
 

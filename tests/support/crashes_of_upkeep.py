@@ -23,7 +23,7 @@ import peakpoint as pp
 from crashes import Counting, Disk, Inode, Killing, Recording, in_child, materialise
 from peakpoint.format import layout
 from peakpoint.repository import audit, maintenance, trash
-from peakpoint.rules.retention import PartRemoval, Removal, RetentionPlan
+from peakpoint.rules.retention import Removal, RetentionPlan
 from peakpoint.store import LocalStore
 from training import QuietCheckpointer
 
@@ -63,7 +63,7 @@ def verb(kind, root, ops=None):
         case "trash" | "keep":
             removals = [Removal(manifest, "told so") for manifest in chosen(run)]
             drops = [
-                PartRemoval(manifest, "told so", ("optimizer",))
+                Removal(manifest, "told so", ("optimizer",))
                 for manifest in run.manifests()
                 if manifest.epoch == 0 and "optimizer" in manifest.parts
             ]

@@ -18,7 +18,7 @@ from peakpoint.format.sealed import FORMAT, seal
 from peakpoint.repository.commit import sweep
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.trash import TrashedCheckpoint
-from peakpoint.rules.retention import PartRemoval, Removal
+from peakpoint.rules.retention import Removal
 from peakpoint.store import Store, establish
 
 Protected = Callable[[], Collection[str]]
@@ -99,7 +99,7 @@ def drop_parts(store: Store, manifest: Manifest, parts: Sequence[str], *, at: da
 def remove(
     store: Store,
     journal: Journal,
-    removals: Sequence[Removal] | Sequence[PartRemoval],
+    removals: Sequence[Removal],
     *,
     by: str,
     protected: Protected = tuple,
@@ -127,7 +127,7 @@ def remove(
     recorded = _record(journal, removals, by, until)
     protected_ids, failures = set(protected()), {}
     for removal in removals:
-        manifest, parts = removal.manifest, removal.parts if isinstance(removal, PartRemoval) else ()
+        manifest, parts = removal.manifest, removal.parts
         what = f"{', '.join(parts)} of {manifest.name}" if parts else manifest.name
         if manifest.id in protected_ids:
             failures[manifest.id] = f"{what} was not removed: {_PROTECTED}"
@@ -145,8 +145,8 @@ def remove(
     return failures
 
 
-def _carry_out(store: Store, removal: Removal | PartRemoval, until: datetime | None, **record: Any) -> None:
-    if isinstance(removal, PartRemoval):
+def _carry_out(store: Store, removal: Removal, until: datetime | None, **record: Any) -> None:
+    if removal.parts:
         drop_parts(store, removal.manifest, removal.parts, **record)
     elif until is None:
         delete(store, removal.manifest)
@@ -154,17 +154,17 @@ def _carry_out(store: Store, removal: Removal | PartRemoval, until: datetime | N
         move_to_trash(store, removal.manifest, until=until, **record)
 
 
-def _record(journal: Journal, removals: Sequence[Removal | PartRemoval], by: str, until: datetime | None) -> bool:
+def _record(journal: Journal, removals: Sequence[Removal], by: str, until: datetime | None) -> bool:
     """Record the reasons durably; where there is no space for that, as soon as a removal has freed it."""
     events: list[Event] = []
     for removal in removals:
         about = _about(removal, by) | {"at": journal.now(), "reason": removal.reason}
-        if isinstance(removal, PartRemoval):
+        if removal.parts:
             events.append(PartsDropped(**about, parts=removal.parts))
         else:
             about |= {"step": removal.manifest.step, "epoch": removal.manifest.epoch}
             events.append(Removed(**about, until=until))
-    frees_space = until is None and not isinstance(removals[0], PartRemoval)
+    frees_space = until is None and not removals[0].parts
     try:
         return journal.record(events, later=frees_space)
     except StoreError as error:
@@ -178,5 +178,5 @@ def _hint(error: StoreError, until: datetime | None) -> str:
     return "; removing permanently, with --undo-for 0, needs no free space" if error.is_full and until else ""
 
 
-def _about(removal: Removal | PartRemoval, by: str) -> dict[str, Any]:
+def _about(removal: Removal, by: str) -> dict[str, Any]:
     return {"checkpoint": removal.manifest.id, "name": removal.manifest.name, "by": by}

@@ -12,26 +12,17 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """The removal of a checkpoint.
+    """The removal of a checkpoint, or of some parts of it.
 
     Attributes:
-        manifest: which.
+        manifest: which checkpoint.
         reason: one sentence.
+        parts: the names of the parts that go while the others stay; empty when the whole checkpoint goes.
     """
 
     manifest: Manifest
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PartRemoval(Removal):
-    """The removal of some parts of a checkpoint; the others stay.
-
-    Attributes:
-        parts: the names of the parts that go.
-    """
-
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
     @property
     def remaining(self) -> Manifest:
@@ -56,7 +47,7 @@ class RetentionPlan:
 
     keep: Mapping[str, tuple[Claim, ...]]
     remove: tuple[Removal, ...]
-    drop: tuple[PartRemoval, ...] = ()
+    drop: tuple[Removal, ...] = ()
 
     @property
     def freed_bytes(self) -> int:
@@ -171,7 +162,7 @@ def _drops(
     rules: Sequence[Rule],
     claimed: Mapping[str, Sequence[Claim]],
     protected: Collection[str],
-) -> list[PartRemoval]:
+) -> list[Removal]:
     """Return the removals of parts, oldest first, of checkpoints that may stay."""
     needs = {rule.text: rule.needs for rule in rules}
     drops = []
@@ -180,8 +171,9 @@ def _drops(
             parts = _needless(manifest, [needs[claim.rule] for claim in claimed[manifest.id]])
             if parts:
                 texts = ", ".join(claim.rule for claim in claimed[manifest.id])
-                reason = f"the rules that claim it do not need {', '.join(parts)} ({texts})"
-                drops.append(PartRemoval(manifest, reason, parts))
+                drops.append(
+                    Removal(manifest, f"the rules that claim it do not need {', '.join(parts)} ({texts})", parts)
+                )
     return drops
 
 

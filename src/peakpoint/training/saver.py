@@ -21,7 +21,7 @@ from peakpoint.repository.commit import commit, unused_name, withdraw
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
-from peakpoint.rules.retention import PartRemoval, Removal, RetentionPlan
+from peakpoint.rules.retention import Removal, RetentionPlan
 from peakpoint.state.capture import CapturedState
 from peakpoint.state.host_copy import ChangedError
 from peakpoint.store import Hold, Store
@@ -365,7 +365,7 @@ class Saver:
 
     def _removals(
         self, plan: RetentionPlan, now: datetime, *, at_once: bool
-    ) -> Iterator[tuple[Sequence[Removal] | Sequence[PartRemoval], datetime | None]]:
+    ) -> Iterator[tuple[Sequence[Removal], datetime | None]]:
         """Yield what a plan removes, with the time until which it can be brought back."""
         undo_for = timedelta() if at_once else self._undo_for
         if undo_for is not None:
