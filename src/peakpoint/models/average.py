@@ -266,7 +266,7 @@ class TensorMeans:
 
     def _read(self, member: SoupMember, name: str) -> torch.Tensor:
         file, record = member.records[name]
-        data = reader.read_tensor(self._store, member.manifest, file, record)
+        data = bytearray(reader.tensor_bytes(self._store, member.manifest, file, record))
         only = record._replace(begin=0, end=len(data))
         single = FileRecord(name=file.name, size=len(data), digest="", tensors=(only,))
         tensor = tensors_of(single, memoryview(data))[name]

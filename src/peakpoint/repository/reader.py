@@ -1,11 +1,11 @@
 """Reading checkpoints: every byte is compared with the manifest; listings and names are not trusted."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from blake3 import blake3
 
@@ -21,6 +21,7 @@ from peakpoint.store import Filled, Filling, Hold, Store
 from peakpoint.store.pages import cores
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,26 @@ def whole_manifest(store: Store, run: str, name: str) -> Manifest:
     return manifest
 
 
+def _settled(
+    attempt: Callable[Concatenate[Store, Manifest, FileRecord, P], T],
+) -> Callable[Concatenate[Store, Manifest, FileRecord, P], T]:
+    """Look at a file until its place stays the same: being removed, packed or restored meanwhile is not damage."""
+
+    @functools.wraps(attempt)
+    def look(store: Store, manifest: Manifest, file: FileRecord, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        place: object = manifest  # different from every place
+        while True:
+            try:
+                return attempt(store, manifest, file, *args, **kwargs)
+            except (CorruptError, NotFoundError):
+                last_place, place = place, _place(store, manifest, file)
+                if place == last_place:
+                    raise
+
+    return look
+
+
+@_settled
 def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     """Map the bytes of one file, of the size that the manifest says; nothing is read before it is used.
 
@@ -150,10 +171,6 @@ def view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
         FormatError: Peakpoint does not write files of this name.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
-    return _settled(store, manifest, file, _view)
-
-
-def _view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     try:
         data = _get(store, manifest, file, store.view)
     except CorruptError as error:
@@ -162,6 +179,7 @@ def _view(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     return data
 
 
+@_settled
 def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     """Read one file, and compare every byte with the digests in the manifest, on every core, while they arrive.
 
@@ -171,10 +189,6 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
         StoreError: it cannot be read.
     """
-    return _settled(store, manifest, file, _read)
-
-
-def _read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     filling: Filling
     try:
         filling = _get(store, manifest, file, store.fill)
@@ -188,11 +202,7 @@ def _read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
     return filling.data
 
 
-def read_tensor(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytearray:
-    """Read one tensor into memory that may be written to; errors as in ``tensor_bytes``."""
-    return bytearray(tensor_bytes(store, manifest, file, tensor))
-
-
+@_settled
 def tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytes:
     """Read one tensor, and compare it with its digest; nothing else is read.
 
@@ -200,10 +210,6 @@ def tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, tensor: Ten
         CorruptError: the file is missing or too short, or the bytes are others.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
-    return _settled(store, manifest, file, partial(_tensor_bytes, tensor=tensor))
-
-
-def _tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, *, tensor: TensorRecord) -> bytes:
     begin, end = file.header + tensor.begin, file.header + tensor.end
     data = b""
     if 0 <= begin <= end <= file.size:
@@ -247,24 +253,6 @@ def _packed(store: Store, manifest: Manifest, file: FileRecord, missing: Corrupt
     raise CorruptError(
         f"checkpoint {manifest.name} is damaged: {file.name} is neither in its pack nor in its directory"
     )
-
-
-def _settled(
-    store: Store, manifest: Manifest, file: FileRecord, attempt: Callable[[Store, Manifest, FileRecord], T]
-) -> T:
-    """Look at a file until its place stays the same: being removed, packed or restored meanwhile is not damage.
-
-    Raises:
-        NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
-    """
-    place: object = manifest  # different from every place
-    while True:
-        try:
-            return attempt(store, manifest, file)
-        except (CorruptError, NotFoundError):
-            last_place, place = place, _place(store, manifest, file)
-            if place == last_place:
-                raise
 
 
 def _place(store: Store, manifest: Manifest, file: FileRecord) -> object:
@@ -312,6 +300,7 @@ def check_sizes(store: Store, manifest: Manifest) -> None:
         check_size(store, manifest, file)
 
 
+@_settled
 def check_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
     """Check that a file exists and has its size, or the packs of an archived one; nothing is read.
 
@@ -320,10 +309,6 @@ def check_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
         FormatError: Peakpoint does not write files of this name.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
-    _settled(store, manifest, file, _look_at_size)
-
-
-def _look_at_size(store: Store, manifest: Manifest, file: FileRecord) -> None:
     with _damage_named(manifest, file):
         size = store.size(layout.file_key(manifest.run, manifest.name, file.name))
     if size is None:

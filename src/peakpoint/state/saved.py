@@ -267,7 +267,7 @@ class Loaded(Mapping[str, Any]):
                 yield path, self._read(*records[node["name"]], node)
 
     def _read(self, file: FileRecord, record: TensorRecord, node: dict[str, Any]) -> torch.Tensor:
-        data = reader.read_tensor(self._store, self.manifest, file, record)
+        data = bytearray(reader.tensor_bytes(self._store, self.manifest, file, record))
         alone = FileRecord(
             name=file.name, size=len(data), digest="", tensors=(record._replace(begin=0, end=len(data)),)
         )
