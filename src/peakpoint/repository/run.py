@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -23,7 +23,8 @@ from peakpoint.format.events import (
     Unpinned,
 )
 from peakpoint.format.manifest import Checkpoint, Manifest
-from peakpoint.format.names import check_metric, check_text, no_part
+from peakpoint.format.metrics import read_metrics
+from peakpoint.format.names import check_text, no_part
 from peakpoint.format.sealed import decode_record
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
@@ -35,12 +36,6 @@ from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest_event
 from peakpoint.rules.retention import RetentionPlan, plan
 from peakpoint.store import SMALL, LocalStore, Store
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"metric {name!r} is {value!r}, a {type(value).__name__}; record a number")
-    return float(value)
 
 
 def rules_of(events: Sequence[Event]) -> tuple[Rule, ...]:
@@ -69,21 +64,9 @@ def _may_be_removing(events: Sequence[Event], checkpoint: str, parts: AbstractSe
 
 def _checkpoint(store: Store, manifest: Manifest) -> Checkpoint:
     prefix = layout.checkpoint_prefix(manifest.run, manifest.name)
-    return Checkpoint(
-        run=manifest.run,
-        name=manifest.name,
-        id=manifest.id,
-        sequence=manifest.sequence,
-        step=manifest.step,
-        epoch=manifest.epoch,
-        metrics=manifest.metrics,
-        reasons=manifest.reasons,
-        parts=manifest.parts,
-        size_bytes=manifest.size_bytes,
-        path=store.path(prefix) if isinstance(store, LocalStore) else None,
-        created_at=manifest.created_at,
-        forks=manifest.forks,
-    )
+    path = store.path(prefix) if isinstance(store, LocalStore) else None
+    members = {field.name: getattr(manifest, field.name) for field in fields(Checkpoint) if field.name != "path"}
+    return Checkpoint(path=path, **members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +222,10 @@ class Run:
             {'accuracy': 0.74}
         """
         manifest = self.find_manifest(ref)
-        values = {check_metric(name): _number(name, value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if isinstance(value, bool):
+                raise ConfigError(f"metric {name!r} is {value!r}, a bool; record a number")
+        values = read_metrics(metrics)
         check_text("source", source)
         if not values:
             raise ConfigError("nothing to record: give at least one metric")
