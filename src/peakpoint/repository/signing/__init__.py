@@ -60,8 +60,7 @@ def _keys() -> Any:
 def private_key_fingerprint(path: Path, password: str | None = None) -> str:
     """Return the fingerprint of the public key that belongs to a private one; errors as in ``sign``."""
     keys = _keys()
-    fingerprint: str = keys.fingerprint(keys.read_private_key(path, password).public_key())
-    return fingerprint
+    return str(keys.fingerprint(keys.read_private_key(path, password).public_key()))
 
 
 def public_key_fingerprint(path: Path) -> str:
@@ -75,12 +74,7 @@ def public_key_fingerprint(path: Path) -> str:
         MissingExtraError: ``pip install 'peakpoint[signing]'``.
     """
     keys = _keys()
-    fingerprint: str = keys.fingerprint(keys.read_public_key(path))
-    return fingerprint
-
-
-def _no_progress(size: int) -> None:
-    """Show no progress."""
+    return str(keys.fingerprint(keys.read_public_key(path)))
 
 
 # --- signing --------------------------------------------------------------------------------------------------------
@@ -92,7 +86,7 @@ def sign(
     *,
     private_key: Path,
     password: str | None = None,
-    progress: Callable[[int], None] = _no_progress,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Signature:
     """Sign a checkpoint: its manifest and every file that the manifest names.
 
@@ -118,8 +112,7 @@ def sign(
     """
     keys = _keys()
     key = keys.read_private_key(private_key, password)
-    hold = reader.hold_for_reading(store, manifest)  # so that no rule removes the checkpoint meanwhile
-    try:
+    with reader.hold_all(store, [manifest]):
         data, _ = _manifest_at_rest(store, manifest)
         digests = {MANIFEST: hashlib.sha256(data).hexdigest()}
         for file in manifest.files:
@@ -130,9 +123,6 @@ def sign(
         fingerprint = keys.fingerprint(key.public_key())
         signature = keys.sign(key, bundles.authenticated(payload))
         record = _add_record(store, manifest, bundles.encode_bundle(payload, signature, fingerprint))
-    finally:
-        if hold is not None:
-            hold.release()
     return Signature(record=record, fingerprint=fingerprint)
 
 
@@ -227,7 +217,7 @@ def verify(
     *,
     public_key: Path,
     files: bool = True,
-    progress: Callable[[int], None] = _no_progress,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> VerifiedSignature:
     """Verify that the owner of a key has signed a checkpoint, and that it still is what was signed.
 
@@ -329,13 +319,11 @@ def _is_unchanged(store: Store, manifest: Manifest, file: FileRecord, record: st
     _check_regular(store, key)
     if file not in manifest.files and store.size(key) is None:
         return False
-    changed = (
-        f"{manifest.run}/{manifest.name} is not what was signed: {record}: {file.name} has changed since it was signed"
-    )
     try:
         reader.read(store, manifest, file)
-    except NotFoundError as error:  # of a part that was dropped, with other bytes
-        raise SignatureError(changed) from error
-    except CorruptError as error:
-        raise SignatureError(f"{changed}: {error}") from error
+    except (CorruptError, NotFoundError) as error:  # the latter of a part that was dropped, with other bytes
+        raise SignatureError(
+            f"{manifest.run}/{manifest.name} is not what was signed: {record}: {file.name} has changed since it was "
+            f"signed: {error}"
+        ) from error
     return True
