@@ -216,15 +216,10 @@ def read_all(store: Store, run: str, checkpoint: str) -> list[Validation]:
     return [read(store, run, checkpoint, number) for number in _numbers(store, run, checkpoint)]
 
 
-def readable(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], list[str]]:
-    """Read the validations of a checkpoint, earliest first, with a sentence for each that cannot be read."""
-    validations, errors = _read_each(store, run, checkpoint)
-    return validations, list(errors.values())
-
-
-def _read_each(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], dict[int, str]]:
+def readable(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], dict[int, str]]:
+    """Read the validations of a checkpoint, earliest first, and say why those of other numbers cannot be read."""
     validations: list[Validation] = []
-    errors: dict[int, str] = {}  # by number
+    errors: dict[int, str] = {}
     for number in _numbers(store, run, checkpoint):
         try:
             validations.append(read(store, run, checkpoint, number))
@@ -280,7 +275,7 @@ def survey(
     unnamed = {f"{prefix}/{child}" for child in children if _PREDICTIONS.fullmatch(child)}
     foreign = [child for child in children if not (_PREDICTIONS.fullmatch(child) or _NUMBERED.fullmatch(child))]
     in_use = bool(busy())
-    validations, errors = _read_each(store, run, checkpoint)
+    validations, errors = readable(store, run, checkpoint)
     damage = [(layout.validation_key(run, checkpoint, number), error) for number, error in errors.items()]
     for validation in validations:
         key = layout.predictions_key(run, checkpoint, validation.predictions or "")

@@ -73,7 +73,7 @@ def gather(repository: Repository, ref: str, description: ModelDescription | Non
         validations=tuple(readable_validations),
         signatures=signing.signatures(run.store, run.name, manifest.name),
         alias_periods=tuple(alias_periods),
-        damage=(*validation_damage, *alias_damage),
+        damage=(*validation_damage.values(), *alias_damage),
         description=description or ModelDescription(),
     )
 

@@ -80,7 +80,7 @@ def of_validations(run: Run) -> Iterator[ChangelogEntry]:
     """Yield every validation of a run's checkpoints, also of those that were removed."""
     for checkpoint in validations.checkpoints_with(run.store, run.name):
         records, damage = validations.readable(run.store, run.name, checkpoint)
-        for text in damage:
+        for text in damage.values():
             yield ChangelogEntry(at=None, kind="damage", run=run.name, why=text, details={"id": checkpoint})
         for record in records:
             failures = [f"{finding.check}: {finding.said}" for finding in record.failures]
