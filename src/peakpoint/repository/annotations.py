@@ -112,7 +112,7 @@ class LiveAnnotations:
         self._store, self._run = store, run
         self._lock = threading.Lock()
         self._smoothed = _smoothed(manifests, journal.events, rules)
-        self._annotations = Annotations()
+        self._annotations = Annotations()  # replaced, never changed, so that it can be read without the lock
         self._removed: frozenset[str] = frozenset()
         self._events: dict[str, Sequence[Event]] = {}  # by segment, only those that annotate
         self._finished = {own}  # segments that will not be read again
@@ -154,39 +154,28 @@ class LiveAnnotations:
 
     def add(self, checkpoint: str, smoothed: SmoothedMetrics) -> None:
         """Remember the smoothed metrics of a new checkpoint."""
-        if smoothed:
-            with self._lock:
-                self._smoothed[checkpoint] = smoothed
+        self._smoothed[checkpoint] = smoothed
 
     @property
     def pinned(self) -> Mapping[str, str]:
         """The ids that are pinned, with the reasons."""
-        with self._lock:
-            return dict(self._annotations.pinned)
-
-    @property
-    def promoting(self) -> Sequence[Promoting]:
-        """The promotions under way."""
-        with self._lock:
-            return list(self._annotations.promoting.values())
+        return self._annotations.pinned
 
     @property
     def removed(self) -> AbstractSet[str]:
         """The ids whose removal others have announced; those that they could not remove still exist."""
-        with self._lock:
-            return self._removed
+        return self._removed
 
     def view(self, manifests: Iterable[Manifest]) -> list[Manifest]:
         """Return the manifests as rules must see them."""
-        with self._lock:
-            return [
-                with_annotations(manifest, self._annotations, self._smoothed.get(manifest.id, {}))
-                for manifest in manifests
-            ]
+        annotations = self._annotations
+        return [with_annotations(manifest, annotations, self._smoothed.get(manifest.id, {})) for manifest in manifests]
 
     def aliased(self, manifests: Iterable[Manifest]) -> Mapping[str, str]:
         """Return the ids that aliases protect, with the reasons."""
-        return protected_by_aliases(self._store, [manifest.id for manifest in manifests], self.promoting)
+        return protected_by_aliases(
+            self._store, [manifest.id for manifest in manifests], self._annotations.promoting.values()
+        )
 
     def planner(self, existing: Sequence[Manifest]) -> Callable[[Sequence[Manifest], Sequence[Rule]], RetentionPlan]:
         """Return a function that plans retention with the protections of the existing checkpoints at this moment."""
