@@ -17,16 +17,21 @@ class Branch:
     """The reports that followed one another up to a moment.
 
     Attributes:
-        reports: by their numbers.
+        reports: earliest first.
         forks: see ``Manifest``.
     """
 
-    reports: dict[int, Reported]
+    reports: list[Reported]
     forks: Forks
 
-    def until(self, report: int) -> dict[int, Reported]:
+    def until(self, report: int) -> list[Reported]:
         """Return the reports up to a number."""
-        return {number: reported for number, reported in self.reports.items() if number <= report}
+        return [reported for reported in self.reports if reported.report <= report]
+
+    def report(self, number: int) -> Reported | None:
+        """Return one of the latest reports; None when it is not there."""
+        newest = next((reported for reported in reversed(self.reports) if reported.report <= number), None)
+        return None if newest is None or newest.report != number else newest
 
 
 class RunReplay:
@@ -40,23 +45,25 @@ class RunReplay:
     """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
-        self.branch = Branch({}, ())
+        self.branch = Branch([], ())
         # a branch is shared and grows: the place of a checkpoint in it is the number of its report, never a copy
-        self._commits: dict[str | None, tuple[Branch, Saved]] = {}
+        self._commits: dict[str | None, tuple[Branch, Saved, Reported | None]] = {}
         self._newest_sequence = 0
+        reports = self.branch.reports
         for event in events:
             if isinstance(event, Reported):  # nearly all are, up to a million: without a call they take half the time
-                self.branch.reports[event.report] = event
+                reports.append(event)
             else:
                 self.take(event)
+                reports = self.branch.reports
 
     def take(self, event: Event) -> None:
         """Take the next event into account."""
         match event:
             case Reported():
-                self.branch.reports[event.report] = event
+                self.branch.reports.append(event)
             case Saved():
-                self._commits[event.checkpoint] = (self.branch, event)
+                self._commits[event.checkpoint] = (self.branch, event, self.branch.report(event.report))
                 self._newest_sequence = max(self._newest_sequence, event.sequence)
             case Started():
                 self.branch = self._continued(event)
@@ -64,7 +71,7 @@ class RunReplay:
                 pass
 
     def _continued(self, start: Started) -> Branch:
-        branch, saved = self._commits.get(start.checkpoint, (self.branch, None))
+        branch, saved, _ = self._commits.get(start.checkpoint, (self.branch, None, None))
         newest = self._newest_sequence
         if saved is not None:
             fork = ((saved.sequence, newest + 1),) if newest > saved.sequence else ()
@@ -82,11 +89,11 @@ class RunReplay:
                 journal has no record of the checkpoint.
         """
         if checkpoint is None:
-            return list(self.branch.reports.values())
+            return list(self.branch.reports)
         if checkpoint not in self._commits:
             return []
-        branch, saved = self._commits[checkpoint]
-        return list(branch.until(saved.report).values())
+        branch, saved, _ = self._commits[checkpoint]
+        return branch.until(saved.report)
 
     def reports_backwards(self, checkpoint: str, report: int) -> Iterator[Reported]:
         """Yield the reports that belong to a checkpoint, latest first.
@@ -96,19 +103,17 @@ class RunReplay:
             report: the number of its report: a checkpoint whose process was killed before the journal told of it is
                 the newest of the present branch.
         """
-        branch, saved = self._commits.get(checkpoint, (self.branch, None))
+        branch, saved, _ = self._commits.get(checkpoint, (self.branch, None, None))
         last = report if saved is None else saved.report
-        return (reported for number, reported in reversed(branch.reports.items()) if number <= last)
+        return (reported for reported in reversed(branch.reports) if reported.report <= last)
 
     def report_of(self, checkpoint: str) -> Reported | None:
         """Return the report of a committed checkpoint; None when the journal does not have it."""
-        branch, saved = self._commits[checkpoint]
-        return branch.reports.get(saved.report)
+        return self._commits[checkpoint][2]
 
     def moment(self, checkpoint: str) -> Moment:
         """Return what rules look at, of a committed checkpoint."""
-        branch, saved = self._commits[checkpoint]
-        report = branch.reports.get(saved.report)
+        branch, saved, report = self._commits[checkpoint]
         return Moment(
             id=saved.checkpoint,
             sequence=saved.sequence,
