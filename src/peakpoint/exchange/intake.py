@@ -16,7 +16,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import annotations_of
-from peakpoint.repository.commit import FileImage, image_of, spans_of
+from peakpoint.repository.commit import FileImage, image_of
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import list_run
@@ -303,7 +303,7 @@ class Intake:
             return None, {}  # tensors that cannot be read in place, or whose names are changed for our files
         with origin.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return origin, {_MODEL: image_of(_MODEL, data, record.header, spans_of(record))}
+        return origin, {_MODEL: image_of(_MODEL, data, record.header, record.tensors)}
 
     def _draft(
         self, summary: SourceSummary, position: Position, moment: ImportMoment, parts: Mapping[str, tuple[str, ...]]

@@ -11,7 +11,7 @@ proven, the next attempt writes into the same directory: so two checkpoints neve
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from blake3 import blake3
@@ -26,22 +26,6 @@ from peakpoint.store.threads import Worker
 BLOCK = 32 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """The place of one tensor in a file; see ``TensorRecord``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def spans_of(file: FileRecord) -> tuple[Span, ...]:
-    """Return where the tensors of a file are."""
-    return tuple(Span(name=t.name, dtype=t.dtype, shape=t.shape, begin=t.begin, end=t.end) for t in file.tensors)
-
-
 @dataclass(frozen=True, slots=True)
 class FileImage:
     """A file that is about to be written.
@@ -50,7 +34,7 @@ class FileImage:
         size: bytes.
         blocks: yields all bytes in order, anew with every call; each block is final when it is given out.
         header: how many bytes stand before the tensors; 0 for a file without tensors.
-        spans: the tensors, in file order, counted from ``header``.
+        spans: the tensors in file order; their digests are not looked at.
         transient: whether a block is overwritten when the next one is asked for.
         stable: whether these bytes are likely to be those of the checkpoint before.
     """
@@ -59,7 +43,7 @@ class FileImage:
     size: int
     blocks: Callable[[], Iterator[memoryview]]
     header: int = 0
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TensorRecord, ...] = ()
     transient: bool = False
     stable: bool = False
 
@@ -75,7 +59,7 @@ def image_of(
     name: str,
     data: Chunk,
     header: int = 0,
-    spans: tuple[Span, ...] = (),
+    spans: tuple[TensorRecord, ...] = (),
     ready: Callable[[int], None] = lambda _: None,
 ) -> WholeImage:
     """Return the image of a file whose bytes are all in memory.
@@ -138,8 +122,7 @@ class Hashing:
             return FileRecord(name=image.name, size=image.size, digest=self._digests[0] if image.size else digest(b""))
         header_digest, *tensor_digests = self._digests
         tensors = tuple(
-            TensorRecord(span.name, span.dtype, span.shape, span.begin, span.end, tensor_digest)
-            for span, tensor_digest in zip(image.spans, tensor_digests, strict=True)
+            span._replace(digest=tensor_digest) for span, tensor_digest in zip(image.spans, tensor_digests, strict=True)
         )
         return FileRecord(
             name=image.name,
@@ -262,7 +245,7 @@ def _share(
     if previous is None or not image.stable or image.transient:
         return None
     file = next((file for file in previous.files if file.name == image.name and file.size == image.size), None)
-    if file is None or [record[:-1] for record in file.tensors] != [astuple(span) for span in image.spans]:
+    if file is None or [record[:-1] for record in file.tensors] != [span[:-1] for span in image.spans]:
         return None
     record = file_record(image)
     source = layout.file_key(previous.run, previous.name, file.name)

@@ -16,7 +16,7 @@ import torch
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format.manifest import FileRecord, TensorRecord
-from peakpoint.repository.commit import Span, WholeImage, image_of
+from peakpoint.repository.commit import WholeImage, image_of
 from peakpoint.state.host_copy import NO_STORAGE, CopyPlan, CopyTarget, HostCopy, Storage, pin, unpin
 from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES
 from peakpoint.store.pages import PAGE, allocate, pages
@@ -34,7 +34,7 @@ class FileLayout:
 
     name: str
     header: bytes
-    spans: tuple[Span, ...]
+    spans: tuple[TensorRecord, ...]
     size: int
 
 
@@ -45,7 +45,7 @@ def lay_out(name: str, tensors: Mapping[str, torch.Tensor]) -> FileLayout:
     for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # stable: order is kept
         end = position + tensor.numel() * tensor.element_size()
         shape = tuple(tensor.shape)
-        spans.append(Span(name=key, dtype=DTYPES[tensor.dtype], shape=shape, begin=position, end=end))
+        spans.append(TensorRecord(key, DTYPES[tensor.dtype], shape, position, end, digest=""))
         position = end
     header: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
     header |= {

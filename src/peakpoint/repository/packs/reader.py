@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from peakpoint.errors import CorruptError, NotFoundError, needing
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
-from peakpoint.repository.commit import FileImage, spans_of
+from peakpoint.repository.commit import FileImage
 from peakpoint.repository.packs.index import TensorKey, TensorSlice, byte_ranges, part_of, read_index, slices_in
 from peakpoint.store import Store
 from peakpoint.store.pages import cores
@@ -133,10 +133,9 @@ class PackSource:
 
     def images(self) -> list[FileImage]:
         """Return the files of the pack."""
-        records = [file.record for file in self.index.files]
         return [
-            FileImage(record.name, record.size, partial(self.blocks, number), record.header, spans_of(record))
-            for number, record in enumerate(records)
+            FileImage(file.name, file.size, partial(self.blocks, number), file.header, file.tensors)
+            for number, file in enumerate(packed.record for packed in self.index.files)
         ]
 
 
