@@ -15,19 +15,18 @@ Where a run was continued from an older checkpoint, its newest branch comes befo
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from peakpoint.errors import ConfigError, NotFoundError
-from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_metric, check_run, did_you_mean
-from peakpoint.rules import Mode, Rule, by_sequence, lineage, mode_of, ranked, ranking_metrics
+from peakpoint.rules import Mode, Rule, lineage, mode_of, ranked, ranking_metrics
 
 FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME, @ALIAS, @ALIAS:N"
 
+
 _NUMBER = re.compile(r"[0-9]{1,1000}")
-R = TypeVar("R", bound=Manifest | Checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +149,7 @@ def parse(text: str) -> Ref:
     raise ConfigError(f"{text!r} is not a ref; forms: {FORMS}")
 
 
-def resolve(ref: Ref, records: Sequence[R], rules: Sequence[Rule]) -> R:
+def resolve(ref: Ref, records: Sequence[Manifest], rules: Sequence[Rule]) -> Manifest:
     """Return the record that ``ref`` names.
 
     Args:
@@ -164,7 +163,7 @@ def resolve(ref: Ref, records: Sequence[R], rules: Sequence[Rule]) -> R:
     """
     if not records:
         raise NotFoundError(f"run {ref.run!r} has no checkpoints yet")
-    ordered: list[R] = by_sequence(records)  # type: ignore[assignment]
+    ordered = sorted(records, key=lambda record: record.sequence)
     current = {record.id for record in lineage(records)}
     # newest last, and the newest branch after abandoned ones
     preferred = sorted(ordered, key=lambda record: (record.id in current, record.sequence))
@@ -176,13 +175,11 @@ def resolve(ref: Ref, records: Sequence[R], rules: Sequence[Rule]) -> R:
                 return _best(ref.run, ordered, metric, "max")  # which says what metrics there are
             return _best(ref.run, ordered, metric, mode or direction(ref.run, metric, rules))
         case AtEpoch(epoch=epoch):
-            matches = [record for record in preferred if record.epoch == epoch]
-            epochs = {record.epoch for record in ordered if record.epoch is not None}
-            return _newest(matches, f"run {ref.run!r} has no checkpoint of epoch {epoch}; it has epochs", epochs)
+            return _newest(
+                preferred, "epoch", epoch, f"run {ref.run!r} has no checkpoint of epoch {epoch}; it has epochs"
+            )
         case AtStep(step=step):
-            matches = [record for record in preferred if record.step == step]
-            steps = {record.step for record in ordered}
-            return _newest(matches, f"run {ref.run!r} has no checkpoint at step {step}; it has steps", steps)
+            return _newest(preferred, "step", step, f"run {ref.run!r} has no checkpoint at step {step}; it has steps")
         case ByName(name=name):
             return _by_name(ref.run, ordered, name)
 
@@ -200,8 +197,8 @@ def direction(run: str, metric: str, rules: Sequence[Rule]) -> Mode:
     raise ConfigError(f"{run}@best:{metric}: is larger better? {reason}; give {run}@best:{metric}:max or :min")
 
 
-def _best(run: str, records: list[R], metric: str, mode: Mode) -> R:
-    ranking: list[R] = ranked(records, metric, mode)  # type: ignore[assignment]
+def _best(run: str, records: list[Manifest], metric: str, mode: Mode) -> Manifest:
+    ranking: list[Manifest] = ranked(records, metric, mode)  # type: ignore[assignment]
     if ranking:
         return ranking[0]
     names = sorted({name for record in records for name in record.metrics})
@@ -211,14 +208,16 @@ def _best(run: str, records: list[R], metric: str, mode: Mode) -> R:
     )
 
 
-def _newest(records: list[R], message: str, existing: Collection[int]) -> R:
-    if records:
-        return records[-1]
+def _newest(records: list[Manifest], attribute: str, number: int, message: str) -> Manifest:
+    matches = [record for record in records if getattr(record, attribute) == number]
+    if matches:
+        return matches[-1]
+    existing = {getattr(record, attribute) for record in records} - {None}
     listed = ", ".join(map(str, sorted(existing)[-20:])) or "none"
     raise NotFoundError(f"{message} {'..., ' if len(existing) > 20 else ''}{listed}")
 
 
-def _by_name(run: str, records: list[R], name: str) -> R:
+def _by_name(run: str, records: list[Manifest], name: str) -> Manifest:
     exact = [record for record in records if name in (record.name, record.id)]
     matches = exact or [record for record in records if len(name) >= 4 and record.id.startswith(name)]
     if len(matches) == 1:
