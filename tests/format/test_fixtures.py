@@ -163,7 +163,7 @@ def all_validations(root):
         [json_of(one), one.passed, predictions(one)]
         for run in pp.open(root).runs()
         for checkpoint in validations.checkpoints_with(store, run.name)
-        for one in validations.read_all(store, run.name, checkpoint)
+        for one in validations.readable(store, run.name, checkpoint)[0]
     ]
 
 

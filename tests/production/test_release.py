@@ -65,7 +65,7 @@ def test_a_release_is_idempotent(tmp_path):
         again = released(tmp_path)
         assert (again.outcome, again.record, again.id) == ("unchanged", first.record, first.id)
     assert len(aliases.history(found.store, "champion").records) == 1
-    assert len(validations.read_all(found.store, "r", first.candidate.id)) == 1
+    assert len(validations.readable(found.store, "r", first.candidate.id)[0]) == 1
 
 
 def test_a_better_one_is_released_next_with_the_comparison_on_record(tmp_path):
@@ -568,7 +568,7 @@ def test_a_holder_that_was_evaluated_otherwise_is_evaluated_again(tmp_path):
     task.trained(tmp_path, noises=(0.05,), run="s")
     done = released(tmp_path)
     assert done.outcome == "promoted", done.reasons
-    assert len(validations.read_all(found.store, "r", found.find("r:1").id)) == 1
+    assert len(validations.readable(found.store, "r", found.find("r:1").id)[0]) == 1
     assert done.record.comparison["paired"]["examples"] == task.EXAMPLES
 
 

@@ -784,7 +784,7 @@ def test_of_several_at_once_each_gets_a_number(tmp_path, store):
     for thread in threads:
         thread.join()
     assert sorted(got) == [2, 3, 4, 5]
-    assert [found.number for found in validations.read_all(store, "r", one.checkpoint)] == [1, 2, 3, 4, 5]
+    assert [found.number for found in validations.readable(store, "r", one.checkpoint)[0]] == [1, 2, 3, 4, 5]
 
 
 @settings(max_examples=50)
@@ -826,7 +826,7 @@ def test_a_death_between_predictions_and_record_leaves_litter_and_no_validation(
     command = [sys.executable, "-c", CUT_SHORT, str(tmp_path)]
     assert subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode == 9
     repository = pp.open(tmp_path)
-    assert validations.read_all(repository.store, *ref.split("/")) == []
+    assert validations.readable(repository.store, *ref.split("/"))[0] == []
     litter = audit.audit(repository).of_kind("litter")
     assert [one.what for one in litter] == ["predictions of an interrupted validation"]
     hold = repository.store.reading(layout.manifest_key("r", repository.find(ref).name))

@@ -102,7 +102,7 @@ def state(root):
         "validations": [
             (found.find(f"r/{id_}").step, one.number, one.passed)
             for id_ in validations.checkpoints_with(store, "r")
-            for one in validations.read_all(store, "r", id_)
+            for one in validations.readable(store, "r", id_)[0]
         ],
         "signatures": sorted(child for one in found.run("r").manifests() for child in signatures(store, one)),
         "told": [child for child in store.children("aliases/champion") if "told" in child],

@@ -211,11 +211,6 @@ def read(store: Store, run: str, checkpoint: str, number: int) -> Validation:
     return replace(validation, digest=digest(data))
 
 
-def read_all(store: Store, run: str, checkpoint: str) -> list[Validation]:
-    """Read all validations of a checkpoint, earliest first; errors as in ``read``."""
-    return [read(store, run, checkpoint, number) for number in _numbers(store, run, checkpoint)]
-
-
 def readable(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], dict[int, str]]:
     """Read the validations of a checkpoint, earliest first, and say why those of other numbers cannot be read."""
     validations: list[Validation] = []
@@ -273,7 +268,7 @@ def survey(
     prefix = layout.validations_prefix(run, checkpoint)
     children = store.children(prefix)
     unnamed = {f"{prefix}/{child}" for child in children if _PREDICTIONS.fullmatch(child)}
-    foreign = [child for child in children if not (_PREDICTIONS.fullmatch(child) or _NUMBERED.fullmatch(child))]
+    foreign = [child for child in children if not _PREDICTIONS.fullmatch(child) and not _NUMBERED.fullmatch(child)]
     in_use = bool(busy())
     validations, errors = readable(store, run, checkpoint)
     damage = [(layout.validation_key(run, checkpoint, number), error) for number, error in errors.items()]
@@ -367,14 +362,15 @@ def predictions_of(store: Store, validation: Validation) -> Predictions | None:
 
 def _packed(values: Sequence[int]) -> str:
     """Encode integers as base64 of 8 little-endian bytes each."""
-    numbers = array("q", values)
-    if sys.byteorder != "little":
-        numbers.byteswap()
-    return base64.b64encode(numbers.tobytes()).decode()
+    return base64.b64encode(_little_endian(array("q", values)).tobytes()).decode()
 
 
 def _unpacked(text: str) -> Sequence[int]:
-    numbers = array("q", base64.b64decode(text))
+    return _little_endian(array("q", base64.b64decode(text)))
+
+
+def _little_endian(numbers: "array[int]") -> "array[int]":
+    """Swap the bytes of integers where the machine has them in the other order."""
     if sys.byteorder != "little":
         numbers.byteswap()
     return numbers
