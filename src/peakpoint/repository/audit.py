@@ -12,20 +12,10 @@ from peakpoint.errors import ConflictError, FormatError, NotFoundError, StoreErr
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.sealed import digest
-from peakpoint.repository import aliases
+from peakpoint.repository import aliases, run_audit
 from peakpoint.repository.findings import Audit, AuditFinding
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository
-from peakpoint.repository.run_audit import (
-    DIRECTORIES,
-    blocked_directories,
-    clean_run,
-    delete,
-    findings_of_run,
-    strays,
-    unfinished_writes,
-    writer,
-)
 from peakpoint.store import Store
 
 __all__ = ["Audit", "AuditFinding", "audit", "clean"]
@@ -63,15 +53,15 @@ def audit(
         clock: says which checkpoints in the trash are due for deletion.
     """
     result, store = Audit(deep=deep), repository.store
-    blocked = blocked_directories(store, "", _TOP)
+    blocked = run_audit.blocked_directories(store, "", _TOP)
     look = partial(_outside_runs, store, deeper=not blocked)
     result.findings += [*blocked, *_lasting(look(), look)]
     for run in () if blocked else _runs(store):
         result.runs += 1
-        now, busy = clock(), writer(store, run)
-        look_again = partial(findings_of_run, store, run, Audit(deep=False), now, lambda _: None)
-        findings = _lasting(findings_of_run(store, run, result, now, progress), look_again)
-        result.findings += _without_writes_of(busy or writer(store, run), run, findings)
+        now, busy = clock(), run_audit.writer(store, run)
+        look_again = partial(run_audit.findings_of_run, store, run, Audit(deep=False), now, lambda _: None)
+        findings = _lasting(run_audit.findings_of_run(store, run, result, now, progress), look_again)
+        result.findings += _without_writes_of(busy or run_audit.writer(store, run), run, findings)
     foreign = {finding.where for finding in result.of_kind("foreign")}
     result.findings = [
         finding for finding in result.findings if finding.kind != "litter" or finding.where not in foreign
@@ -102,14 +92,14 @@ def _without_writes_of(busy: str | None, run: str, findings: list[AuditFinding])
 
 def _outside_runs(store: Store, *, deeper: bool) -> Iterator[AuditFinding]:
     indexes = {child for child in store.children("") if _DAMAGED_INDEX.fullmatch(child)} - store.foreign("").keys()
-    yield from strays(store, "", _OF_A_REPOSITORY | indexes)
+    yield from run_audit.strays(store, "", _OF_A_REPOSITORY | indexes)
     for key in sorted(indexes):
         yield AuditFinding("foreign", key, "a damaged catalogue that was set aside; it can be deleted")
     if deeper:
         yield from _aliases(store)
         releases = {child for child in store.children(layout.RELEASES) if _RELEASE.fullmatch(child)}
-        yield from strays(store, layout.RELEASES, releases)
-        yield from strays(store, layout.RUNS, None)
+        yield from run_audit.strays(store, layout.RELEASES, releases)
+        yield from run_audit.strays(store, layout.RUNS, None)
 
 
 def _families(store: Store) -> dict[str, list[str]]:
@@ -120,14 +110,14 @@ def _families(store: Store) -> dict[str, list[str]]:
 def _aliases(store: Store) -> Iterator[AuditFinding]:
     """Find damaged records of aliases, missing checkpoints, and what else is in the directories of aliases."""
     families = _families(store)
-    yield from strays(store, layout.ALIASES, {f"{name}/" for name in families})
+    yield from run_audit.strays(store, layout.ALIASES, {f"{name}/" for name in families})
     for family, nested in families.items():
         for name in (family, *nested):
             numbers = aliases.numbers(store, name)
             keys = [key(name, number) for number in numbers for key in (layout.alias_key, layout.told_key)]
             expected = {key.rpartition("/")[2] for key in keys}
             expected |= {f"{alias.rpartition('/')[2]}/" for alias in nested} if name == family else set()
-            yield from strays(store, layout.alias_prefix(name), expected)
+            yield from run_audit.strays(store, layout.alias_prefix(name), expected)
             if numbers:
                 for sentence in aliases.history(store, name).damage:
                     yield AuditFinding("damage", layout.alias_prefix(name), sentence)
@@ -172,19 +162,19 @@ def clean(repository: Repository, *, clock: Clock = utc_now) -> list[AuditFindin
     """
     store = repository.store
     deleted: list[AuditFinding] = []
-    if blocked_directories(store, "", _TOP):
+    if run_audit.blocked_directories(store, "", _TOP):
         return deleted
     for prefix in _directories_outside_runs(store):
-        deleted += delete(store, unfinished_writes(store, prefix))
+        deleted += run_audit.delete(store, run_audit.unfinished_writes(store, prefix))
     for run in _runs(store):
-        if blocked_directories(store, layout.run_prefix(run), DIRECTORIES):
+        if run_audit.blocked_directories(store, layout.run_prefix(run), run_audit.DIRECTORIES):
             continue
         try:
             hold = store.hold(layout.writer_lock(run), _LOCK_NOTE)
         except (ConflictError, FormatError):  # held by somebody, or what cannot be held, which the audit names
             continue
         try:
-            deleted += clean_run(store, run, clock())
+            deleted += run_audit.clean_run(store, run, clock())
         finally:
             hold.release()
     return deleted
