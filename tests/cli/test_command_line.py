@@ -160,7 +160,7 @@ def test_wrong_input_gets_one_clear_error(root, arguments, code, words):
 def test_a_damaged_repository_record_is_said(root):
     (root / "peakpoint.json").write_text("{}")
     done = in_process("ls", root)
-    assert done.returncode == 12
+    assert done.returncode == 13
     assert "Traceback" not in done.stderr
 
 

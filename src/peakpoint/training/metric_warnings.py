@@ -14,29 +14,21 @@ class MetricWarnings:
 
     def __init__(self, in_force: Iterable[Rule], stop: EarlyStopping | None) -> None:
         # a rule with pending= allows its metric to be measured later
-        self._ranked = [
-            metric for metric, _ in ranking_metrics(rule for rule in in_force if not getattr(rule, "pending", 0))
-        ]
-        self._stop = stop
+        ranked = ranking_metrics(rule for rule in in_force if not getattr(rule, "pending", 0))
+        self._needs = [(metric, "rules that rank by it skip") for metric, _ in ranked]
+        self._needs += [] if stop is None else [(stop.metric, "early stopping does not count")]
         self._warn_once = WarnOnce()
 
     def check(self, values: Mapping[str, float], step: int) -> None:
         """Warn of the metrics of one report."""
-        present_names = ", ".join(values) or "no metrics"
         for metric, value in values.items():
             if not math.isfinite(value):
                 self._warn_once(f"finite {metric}", f"{metric} is {value} at step {step}: it never counts as best")
-        for metric in self._ranked:
+        present_names = ", ".join(values) or "no metrics"
+        for metric, effect in self._needs:
             if metric not in values:
                 self._warn_once(
-                    f"missing {metric}",
-                    f"the report at step {step} has no {metric!r}: rules that rank by it skip such reports; it has "
-                    f"{present_names}",
+                    f"{effect} {metric}",
+                    f"the report at step {step} has no {metric!r}: {effect} such reports; it has {present_names}"
+                    f"{did_you_mean(metric, list(values))}",
                 )
-        if self._stop is not None and self._stop.metric not in values:
-            metric = self._stop.metric
-            self._warn_once(
-                f"stop {metric}",
-                f"the report at step {step} has no {metric!r}: early stopping does not count such reports; it has "
-                f"{present_names}{did_you_mean(metric, list(values))}",
-            )
