@@ -59,10 +59,9 @@ def select(
 
 
 def audit(repository: Repository, catalogue: str | None = None) -> Iterator[AuditFinding]:
-    """Compare the catalogue with the files, if there is one; yields what it says otherwise.
+    """Compare the catalogue, if there is one, with the files; yields the differences.
 
     Args:
-        repository: of which.
         catalogue: where the index is; see ``Catalogue``.
     """
     if not (catalogue or os.environ.get(VARIABLE) or repository.store.size(FILE) is not None):

@@ -126,7 +126,7 @@ def translated(url: URL) -> Iterator[None]:
         raise DamagedError(f"a message of the database is not text: {error}") from error
     except exc.DBAPIError as error:
         message = str(error.orig).strip()
-        if _is_damaged(error.orig):
+        if _is_damaged_database(error.orig):
             raise DamagedError(message) from error
         if "locked" in message:
             raise TransientStoreError(f"another process is writing the catalogue {where}; try again") from error
@@ -135,7 +135,7 @@ def translated(url: URL) -> Iterator[None]:
         raise StoreError(f"the catalogue {where} cannot be used: {message}") from error
 
 
-def _is_damaged(error: BaseException | None) -> bool:
+def _is_damaged_database(error: BaseException | None) -> bool:
     """Whether SQLite says that a file is no database or a broken one, or that a text is not UTF-8."""
     if isinstance(error, sqlite3.OperationalError) and "Could not decode to UTF-8" in str(error):
         return True

@@ -113,7 +113,7 @@ class Intake:
 
     Attributes:
         moments: of the sources in order, and those of logs.
-        rules: put these in force; None leaves those that are, and pins what is imported.
+        rules: put these in force; None leaves the run's own in force, and pins the imported checkpoints.
         link: whether to link files that can serve as they are.
 
     Raises:

@@ -79,7 +79,7 @@ def tell(
         progress: called with each hook before it is notified.
 
     Returns:
-        One for each hook that was notified.
+        A result for each hook that was notified.
     """
     if policy is None or not are_due(store, record, policy):
         return []

@@ -15,7 +15,11 @@ from functools import cache
 from pathlib import Path
 
 PATIENCE = 2.0  # seconds; a directory on a slow network must not keep a training waiting
-_OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # what a hook that starts the training would leave behind
+_GIT_HOOK_VARIABLES = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+)  # a git hook that starts the training would leave them
 
 
 def code_version(directory: str | os.PathLike[str], patience: float = PATIENCE) -> str | None:
@@ -30,7 +34,7 @@ def code_version(directory: str | os.PathLike[str], patience: float = PATIENCE) 
     Returns:
         None where there is no git, no repository, no commit yet, or no answer in time.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_HOOK}
+    environment = {name: value for name, value in os.environ.items() if name not in _GIT_HOOK_VARIABLES}
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", os.fspath(directory), "status"]
     command += ["--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty"]
     try:

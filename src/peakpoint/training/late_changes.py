@@ -1,4 +1,4 @@
-"""Whether the state still was that of its reports when an iteration of a loop ended."""
+"""Check that the state did not change after its report, when an iteration of a loop ends."""
 
 import secrets
 from collections.abc import Callable, Mapping

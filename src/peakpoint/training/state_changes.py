@@ -13,7 +13,7 @@ from peakpoint.state.samples import SMALL, Samples, can_sample
 from peakpoint.state.typed_json import Encoder
 
 _SAMPLED_TENSORS = 64  # of a module: code that writes to weights writes to many of them
-_GENERATORS = {"python": "Python's", "numpy": "NumPy's", "torch": "torch's", "cuda": "CUDA's", "mps": "MPS's"}
+_GENERATOR_WORDS = {"python": "Python's", "numpy": "NumPy's", "torch": "torch's", "cuda": "CUDA's", "mps": "MPS's"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def _global_generators() -> dict[str, object]:
     if torch.cuda.is_available() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}  # reading them would make a context on every GPU
-    return {_GENERATORS[name]: state for name, state in rng.take().items()}
+    return {_GENERATOR_WORDS[name]: state for name, state in rng.take().items()}
 
 
 def _comparable(name: str, value: Any) -> object:

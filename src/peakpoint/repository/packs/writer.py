@@ -22,7 +22,7 @@ from peakpoint.repository.packs.index import (
 from peakpoint.repository.packs.reader import ByteSource, FileSource, load_codec, parallel_map, same_bytes
 from peakpoint.store import Store
 
-CUT_BYTES = 4 * 1024 * 1024
+RANGE_BYTES = 4 * 1024 * 1024
 """Longest range that is packed at once, in bytes: so much is unpacked at least to read one tensor."""
 
 
@@ -41,26 +41,26 @@ class PackBase:
     depth: int
 
 
-class _Cut(NamedTuple):
+class _RangeToPack(NamedTuple):
     begin: int
     end: int
     dtype: str
 
 
-def _cuts(ranges: Sequence[ByteRange]) -> Iterator[_Cut]:
-    """Yield ranges of one element type, of at most ``CUT_BYTES``: neighbours together, large tensors cut."""
+def _ranges_to_pack(ranges: Sequence[ByteRange]) -> Iterator[_RangeToPack]:
+    """Yield ranges of one element type, of at most ``RANGE_BYTES``: neighbours together, large tensors cut."""
     for dtype, group in itertools.groupby(ranges, key=lambda byte_range: byte_range.key.dtype):
         begin = end = -1
         for byte_range in group:
-            if begin < 0 or byte_range.end - begin > CUT_BYTES:
+            if begin < 0 or byte_range.end - begin > RANGE_BYTES:
                 if begin >= 0:
-                    yield _Cut(begin, end, dtype)
+                    yield _RangeToPack(begin, end, dtype)
                 begin = byte_range.begin
             end = byte_range.end
-            while end - begin > CUT_BYTES:
-                yield _Cut(begin, begin + CUT_BYTES, dtype)
-                begin += CUT_BYTES
-        yield _Cut(begin, end, dtype)
+            while end - begin > RANGE_BYTES:
+                yield _RangeToPack(begin, begin + RANGE_BYTES, dtype)
+                begin += RANGE_BYTES
+        yield _RangeToPack(begin, end, dtype)
 
 
 def write_pack(
@@ -79,7 +79,7 @@ def write_pack(
     sources = [base.source for base in bases]
     packed_files: list[PackedFile] = []
 
-    def pack(data: memoryview, ranges: Sequence[ByteRange], cut: _Cut) -> tuple[str, bytes]:
+    def pack(data: memoryview, ranges: Sequence[ByteRange], cut: _RangeToPack) -> tuple[str, bytes]:
         base_bytes = same_bytes(sources, slices_in(ranges, cut.begin, cut.end), {})
         packed: tuple[str, bytes] = codec.pack(data[cut.begin : cut.end], cut.dtype, base_bytes, level)
         return packed
@@ -89,7 +89,7 @@ def write_pack(
         for file in manifest.files:
             part = part_of(manifest, file.name)
             ranges = byte_ranges(file, part)
-            cuts, pieces = list(_cuts(ranges)), []
+            cuts, pieces = list(_ranges_to_pack(ranges)), []
             packing = parallel_map(partial(pack, files.file(file.name), ranges), cuts)
             for cut, (method, packed) in zip(cuts, packing, strict=True):
                 pieces.append(PackedRange(*cut, method, offset, len(packed)))
