@@ -918,6 +918,7 @@ def test_a_narrow_terminal_has_fewer_columns(made, tmp_path):
 def test_an_import_that_is_interrupted_says_what_came_in(made, tmp_path):
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "n = 0\n"
         "def hook(event, arguments):\n"
         "    global n\n"
