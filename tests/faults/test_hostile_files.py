@@ -641,9 +641,13 @@ def test_places_in_an_epoch_that_are_none(root, batches):
     tree["loop"]["batches"] = {**batches, "start": tree["rng"] if batches["start"] is None else batches["start"]}
     reseal(root, state=json.dumps(tree).encode())
     data = torch.utils.data.DataLoader(torch.arange(6), shuffle=True, generator=torch.Generator())
-    with checkpointer(root, build(5), resume="r/c2") as ckpt, pytest.raises(UNFIT):
+
+    def first_batch(ckpt):
         ckpt.resume()
-        next(iter(ckpt.batches(data)))
+        return next(iter(ckpt.batches(data)))
+
+    with checkpointer(root, build(5), resume="r/c2") as ckpt, pytest.raises(UNFIT):
+        first_batch(ckpt)
 
 
 def changed_file(root, file, **changes):

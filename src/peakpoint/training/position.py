@@ -64,9 +64,9 @@ class Position:
             position = msgspec.convert({field.name: values[field.name] for field in fields(cls)}, cls)
             if position.batches is not None:
                 Batches(**values["batches"])  # a later release may note more, without which the place is another one
-            return position
         except (KeyError, TypeError, msgspec.ValidationError) as error:
             raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
+        return position
 
 
 def begin_pass(loader: Any) -> Batches:
