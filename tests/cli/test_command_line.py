@@ -473,7 +473,7 @@ def test_explain_what_is_here_and_what_is_gone(root):
     assert json.loads(invoke("explain", root, "one@latest", "--json").output)["exists"] is True
     done = in_process("explain", root, "one:epoch=77")
     assert done.returncode == pp.errors.NotFoundError.exit_code
-    assert "The journal has no record of such a checkpoint either" in done.stderr
+    assert "the journal has no record of such a checkpoint either" in done.stderr
 
 
 def test_numbers_have_the_digits_that_people_read(tmp_path):
@@ -533,3 +533,11 @@ def test_text_with_broken_bytes_is_refused_and_nothing_done(root, arguments):
     assert result.stderr.startswith("peakpoint: ")
     assert "cannot be written as UTF-8" in result.stderr
     assert pp.open(root).run("one").events() == before
+
+
+def test_rules_that_need_a_part_no_checkpoint_has_are_refused(root):
+    done = in_process("keep", root, "one", "--rules", "last:1:parts=modle", "--yes")
+    assert done.returncode == 2, done.stdout
+    assert "needs a part 'modle', which no checkpoint of the run has; did you mean 'model'?" in done.stderr
+    done = in_process("keep", root, "one", "--rules", "")
+    assert (done.returncode, "--rules is empty" in done.stderr) == (2, True)

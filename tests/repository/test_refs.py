@@ -6,11 +6,13 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import peakpoint as pp
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.names import did_you_mean
 from peakpoint.repository.refs import AtEpoch, AtStep, BestOf, ByName, Latest, direction, parse, resolve
 from peakpoint.rules import Best, Last, Moment, TopK
 from strategies import START, Tree, identity, modes, rule_lists, trees
+from training import checkpointer
 
 
 @dataclass(frozen=True)
@@ -290,3 +292,15 @@ def test_the_direction_comes_from_the_rules_or_must_be_said():
         resolve(BestOf("r", "m"), records, [])
     assert resolve(BestOf("r", "m"), records, [Best("m", "min")]).sequence == 1
     assert resolve(BestOf("r", "m", "max"), records, [Best("m", "min")]).sequence == 2  # what is said goes before
+
+
+def test_a_ref_of_another_run_is_refused_by_a_run(tmp_path):
+    for name in ("one", "two"):
+        with checkpointer(tmp_path, run=name) as ckpt:
+            ckpt.report(step=1, acc=0.5)
+    run = pp.open(tmp_path).run("one")
+    for ref in ("two@latest", "two:1", f"two/{pp.open(tmp_path).run('two').latest().name}"):
+        for act in (run.find, lambda ref: run.record(ref, {"z": 1.0}), lambda ref: run.pin(ref, "why")):
+            with pytest.raises(pp.errors.ConfigError, match="names run 'two', and this is run 'one'"):
+                act(ref)
+    assert "z" not in run.latest().metrics

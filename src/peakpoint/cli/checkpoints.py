@@ -173,7 +173,7 @@ def explain(root: Path, text: str) -> Answer:
     except NotFoundError as error:
         life = _removed(run, text)
         if life is None:
-            raise NotFoundError(f"{error}. The journal has no record of such a checkpoint either") from error
+            raise NotFoundError(f"{error}; the journal has no record of such a checkpoint either") from error
         until = {entry.manifest.id: entry.record.until for entry in maintenance.in_trash(run)}
         return _explain_removed(root, run, life, until.get(life.saved.checkpoint))
     return _explain_kept(run, manifest)

@@ -16,6 +16,7 @@ from peakpoint.errors import ConfigError, StoreError
 from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Reported
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import did_you_mean
 from peakpoint.repository import maintenance
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import open_repository
@@ -42,10 +43,12 @@ def keep(
     """
     run = open_repository(root).run(name)
     rules = run.rules() if text is None else parse_all(text)
+    if not rules and text is not None:
+        raise ConfigError("--rules is empty; give rules such as last:3")
     if not rules:
         raise ConfigError(f"no rules: run {name!r} has none in force; give some with --rules, such as last:3")
     if text is not None:
-        _check_metrics(run, rules)
+        _check_names(run, rules)
     if what_if:
         return _what_if(run, rules, price)
     manifests = run.manifests()
@@ -65,8 +68,14 @@ def keep(
     return Answer(data, show_plan, failures, StoreError.exit_code if failures else 0)
 
 
-def _check_metrics(run: Run, rules: Sequence[Rule]) -> None:
-    """Refuse a metric that no report and no checkpoint of the run has."""
+def _check_names(run: Run, rules: Sequence[Rule]) -> None:
+    """Refuse a metric that no report and no checkpoint of the run has, and a part that no checkpoint has."""
+    parts = list(dict.fromkeys(part for manifest in run.manifests() for part in manifest.parts))
+    for rule in rules if parts else ():
+        for part in rule.needs or ():
+            if part not in parts:
+                hint = did_you_mean(part, parts)
+                raise ConfigError(f"rule {rule.text} needs a part {part!r}, which no checkpoint of the run has{hint}")
     reported = [event.metrics for event in run.events() if isinstance(event, Reported)]
     measured = [manifest.metrics for manifest in run.annotated(())]
     check_ranking_metrics(rules, {name for metrics in reported + measured for name in metrics})

@@ -210,9 +210,8 @@ def no_part(part: str, parts: Iterable[str], *, where: str) -> NotFoundError:
         where: the checkpoint or checkpoints.
     """
     names = list(parts)
-    return NotFoundError(
-        f"No part {part!r} in {where}{did_you_mean(part, names)}. Parts: {', '.join(names) or 'none'}. Use --part NAME."
-    )
+    hint = did_you_mean(part, names) or "."
+    return NotFoundError(f"No part {part!r} in {where}. Parts: {', '.join(names) or 'none'}{hint} Use --part NAME.")
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:

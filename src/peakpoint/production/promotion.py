@@ -361,7 +361,7 @@ def _check_stays(run: Run, manifest: Manifest) -> None:
     if removing or current is None:
         raise BeingRemovedError(
             f"{name} or a part of it is being removed; nothing was done. To see what can be restored: "
-            "peakpoint undo --list"
+            "peakpoint undo ROOT --list"
         )
     if current.parts != manifest.parts:
         raise BeingRemovedError(f"{name} has lost parts meanwhile; nothing was done, look at it again")

@@ -209,7 +209,7 @@ def _entries_of(removed: Sequence[TrashEntry], name: str) -> list[TrashEntry]:
     if not entries:
         names = [entry.manifest.name for entry in removed]
         raise NotFoundError(
-            f"{name!r} is not in the trash{did_you_mean(name, names)}; to list the trash: peakpoint undo --list"
+            f"{name!r} is not in the trash{did_you_mean(name, names)}; to list the trash: peakpoint undo ROOT --list"
         )
     return entries
 

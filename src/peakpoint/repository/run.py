@@ -176,9 +176,11 @@ class Run:
 
         Raises:
             NotFoundError: there is no such checkpoint.
-            ConfigError: ``ref`` has none of the forms of refs.
+            ConfigError: ``ref`` has none of the forms of refs, or names another run.
         """
         parsed = refs.parse(ref)
+        if parsed.run != self.name:
+            raise ConfigError(f"{ref!r} names run {parsed.run!r}, and this is run {self.name!r}")
         listing = reader.list_run(self.store, self.name)
         damaged = {damage.name: damage.error for damage in listing.damaged}
         if isinstance(parsed, refs.ByName) and parsed.name in damaged:
