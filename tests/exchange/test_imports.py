@@ -239,8 +239,10 @@ def test_what_a_log_says_stays_when_more_files_come(made, tmp_path):
     folder.mkdir()
     shutil.copy(made[0] / "e9.pth", folder)
     bring(folder, root, metrics=tmp_path / "m.json")
-    shutil.copy(made[0] / "e7.pth", folder)
     events = pp.open(root).run("r").events()
+    with pytest.raises(pp.ConflictError, match="the same files, metrics and options"):
+        bring(folder, root, rules=[pp.Last(2)])  # the one moment of the file begins the history, and is not all of it
+    shutil.copy(made[0] / "e7.pth", folder)
     with pytest.raises(pp.ConflictError, match="the same files, metrics and options"):
         bring(folder, root)  # without the log, five moments would be lost
     assert pp.open(root).run("r").events() == events
