@@ -22,14 +22,43 @@ Errors of other libraries are translated where they enter and chained (``raise .
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from typing import ClassVar
 
+# printable for Python, but seen by nobody: fillers, joiners, and the selectors that can carry a hidden text
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Escape what controls a terminal, breaks or reorders a line, or cannot be seen.
+
+    Example:
+        >>> printable("val" + chr(0x9b) + "acc")
+        'val\\x9bacc'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() and not _UNSEEN.match(c) else ascii(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return ``printable`` of a text of several lines; a tab becomes four spaces."""
+    return "\n".join(map(printable, text.replace("\t", "    ").split("\n")))
+
 
 class Error(Exception):
-    """The root of the tree: catches everything that Peakpoint raises on purpose."""
+    """The root of the tree: catches everything that Peakpoint raises on purpose.
+
+    Its text may quote names and messages of others: what would control a terminal is escaped in it.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())
 
 
 class ConfigError(Error, ValueError):
@@ -154,3 +183,6 @@ class SaveFailedError(Error):
 
 class PeakpointWarning(UserWarning):
     """Something that a user should know now and that does not stop the training."""
+
+    def __str__(self) -> str:
+        return printable_lines(super().__str__())

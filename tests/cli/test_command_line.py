@@ -1,11 +1,9 @@
 """The command line by hand: what it prints, its exit codes, what it imports, and what it exports."""
 
-import contextlib
 import io
 import itertools
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -18,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import peakpoint as pp
-from commands import RUN, in_process, invoke
+from commands import RUN, in_process, invoke, on_terminal
 from peakpoint.cli import render
 from peakpoint.cli.commands import ENTRIES, GROUPS, RENAMED
 from peakpoint.cli.demo import show
@@ -66,22 +64,6 @@ def test_ls_says_what_is_kept_and_why(root):
     assert run["peaks"][0]["best"] == 0.9
     assert run["peaks"][0]["last"] == 0.6
     assert run["checkpoints"][0]["kept_because"][0]["rule"] == "best:val/[red]acc:max"
-
-
-def on_terminal(width, *arguments):
-    """The lines that a terminal of this width shows, without colours."""
-    outer, inner = pty.openpty()
-    environment = os.environ | {"COLUMNS": str(width), "TERM": "xterm"}
-    command = [sys.executable, "-c", RUN, *map(str, arguments)]
-    with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=subprocess.DEVNULL, env=environment) as process:
-        os.close(inner)
-        shown = b""
-        with contextlib.suppress(OSError):  # the other side is closed
-            while more := os.read(outer, 65536):
-                shown += more
-        os.close(outer)
-    assert process.returncode == 0
-    return [line.rstrip() for line in re.sub("\x1b[^m]*m", "", shown.decode()).splitlines()]
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])

@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import pty
+import re
 import subprocess
 import sys
 import warnings
@@ -44,3 +47,19 @@ def command(*arguments, code=0):
         raise done.exception
     assert done.exit_code == code, done.output
     return done.output
+
+
+def on_terminal(width, *arguments):
+    """The lines that a terminal of this width shows, without colours."""
+    outer, inner = pty.openpty()
+    environment = os.environ | {"COLUMNS": str(width), "TERM": "xterm"}
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=subprocess.DEVNULL, env=environment) as process:
+        os.close(inner)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other side is closed
+            while more := os.read(outer, 65536):
+                shown += more
+        os.close(outer)
+    assert process.returncode == 0
+    return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", shown.decode()).splitlines()]

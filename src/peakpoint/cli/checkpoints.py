@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from peakpoint.cli import render, tables
 from peakpoint.cli.command import REF, ROOT, Answer, command
 from peakpoint.cli.records import validation_line
-from peakpoint.cli.render import aliases_of, fields, manifest_json, number, print_list, ref, seconds
+from peakpoint.cli.render import aliases_of, fields, literal, manifest_json, number, print_list, ref, seconds
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
@@ -51,9 +50,9 @@ def show(root: Path, ref: str) -> Answer:
         "validations": [fields(validation, "number", "at", "passed", "by") for validation in survey.validations],
         "damaged_validations": [what for _, what in survey.damage],
     }
-    origin = ("made of", "\n".join(_name_of(repository, member) for member in manifest.members))
+    origin = ("made of", "\n".join(literal(_name_of(repository, member)) for member in manifest.members))
     if not manifest.members:
-        origin = ("parent", _parent(repository, manifest))
+        origin = ("parent", literal(_parent(repository, manifest)))
 
     def text(console: Console) -> None:
         console.print(render.facts(_facts(manifest, claims, survey, origin, data)))
@@ -86,27 +85,27 @@ def _facts(
     origin: tuple[str, str],
     data: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
-    """Names and values; ``data`` is what ``--json`` prints, ``origin`` what the checkpoint was made of."""
+    """Names and values; ``data`` is what ``--json`` prints, ``origin`` what the checkpoint was made of, in markup."""
     epoch = "" if manifest.epoch is None else f", epoch {manifest.epoch}"
-    metrics = "\n".join(f"{name} = {number(value)}" for name, value in manifest.metrics.items())
-    damaged = [f"[bold red]damaged[/]: {escape(what)}" for what in data["damaged_validations"]]
+    metrics = "\n".join(literal(f"{name} = {number(value)}") for name, value in manifest.metrics.items())
+    damaged = [f"[bold red]damaged[/]: {literal(what)}" for what in data["damaged_validations"]]
     packed = data["packed_bytes"]
     return [
-        ("checkpoint", escape(ref(manifest))),
-        ("id", manifest.id),
+        ("checkpoint", literal(ref(manifest))),
+        ("id", literal(manifest.id)),
         *([("aliases", render.alias_text(data["aliases"]))] if data["aliases"] else []),
-        ("directory", escape(data["path"])),
+        ("directory", literal(data["path"])),
         ("taken at", f"step {manifest.step}{epoch} (commit {manifest.sequence}, report {manifest.report})"),
         ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),
-        ("metrics", escape(metrics) or "none"),
-        ("saved because", escape("\n".join(manifest.reasons))),
+        ("metrics", metrics or "none"),
+        ("saved because", "\n".join(map(literal, manifest.reasons))),
         ("kept because", render.claims_text(claims)),
         ("size", size_text(manifest.size_bytes)),
         ("archived", "no" if packed is None else f"packed into {size_text(packed)}"),
-        ("signed", escape("\n".join(map(_signature, data["signatures"]))) or "no"),
-        ("parts", escape(", ".join(manifest.parts))),
-        (origin[0], escape(origin[1]) or "none: the first checkpoint of its run"),
-        ("written by", escape(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
+        ("signed", "\n".join(literal(_signature(signature)) for signature in data["signatures"]) or "no"),
+        ("parts", literal(", ".join(manifest.parts))),
+        (origin[0], origin[1] or "none: the first checkpoint of its run"),
+        ("written by", literal(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
         ("written", _writing(manifest)),
         ("training blocked", _stall(manifest)),
         ("validations", "\n".join([*map(validation_line, survey.validations), *damaged]) or "none"),
@@ -143,8 +142,8 @@ def _files_table(manifest: Manifest) -> Table:
     part_of = {file: part for part, files in manifest.parts.items() for file in files}
     rows = [
         (
-            escape(file.name),
-            escape(part_of.get(file.name, "")),
+            literal(file.name),
+            literal(part_of.get(file.name, "")),
             str(len(file.tensors)) if file.header else "",
             size_text(file.size),
             f"{file.digest[:16]}…",
@@ -201,21 +200,21 @@ def _explain_kept(run: Run, manifest: Manifest) -> Answer:
     }
 
     def text(console: Console) -> None:
-        console.print(f"[bold]{escape(ref(manifest))}[/] exists ({moment_text(manifest)})")
+        console.print(f"[bold]{literal(ref(manifest))}[/] exists ({moment_text(manifest)})")
         console.print(f"saved {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC because")
-        print_list(console, map(escape, manifest.reasons))
+        print_list(console, map(literal, manifest.reasons))
         console.print("kept because" if claims else "[yellow]no rule keeps it: the next save of this run removes it[/]")
         print_list(console, map(render.claim_text, claims))
         for record in dropped:
-            parts = escape(", ".join(record.parts))
-            console.print(f"{parts} removed {record.at:%Y-%m-%d %H:%M} UTC: {escape(record.why)}")
+            parts = literal(", ".join(record.parts))
+            console.print(f"{parts} removed {record.at:%Y-%m-%d %H:%M} UTC: {literal(record.why)}")
         if packed is not None:
             console.print(f"archived: {size_text(manifest.size_bytes)} packed into {size_text(packed)}")
         for event in measured:
-            console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {escape(event.by)}: {_values(event.metrics)}")
+            console.print(f"measured {event.at:%Y-%m-%d %H:%M} UTC by {literal(event.by)}: {_values(event.metrics)}")
         for rule, kept in instead.items():
             keeps = f"{render.listed(kept, _MOST_NAMES)} instead" if kept else "nothing"
-            console.print(f"[dim]{escape(rule)} keeps {escape(keeps)}[/]")
+            console.print(f"[dim]{literal(rule)} keeps {literal(keeps)}[/]")
 
     return Answer(data, text)
 
@@ -262,27 +261,27 @@ def _explain_removed(root: Path, run: Run, life: CheckpointHistory, until: datet
 def _print_removed(console: Console, root: Path, run: Run, life: CheckpointHistory, until: datetime | None) -> None:
     removed = life.removed
     date = "" if removed is None else f" on {removed.at:%Y-%m-%d}"
-    console.print(f"[bold]{escape(life.saved.name)}[/] was removed{date} ({moment_text(life.record)})")
+    console.print(f"[bold]{literal(life.saved.name)}[/] was removed{date} ({moment_text(life.record)})")
     values = _values(life.record.metrics) or "no metrics"
     console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {values} because")
-    print_list(console, map(escape, life.saved.reasons))
+    print_list(console, map(literal, life.saved.reasons))
     if removed is None:
         console.print("The journal does not say when or why: the disk was full, or somebody deleted the files.")
         return
-    console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {escape(removed.by)}: {escape(removed.reason)}")
+    console.print(f"removed {removed.at:%Y-%m-%d %H:%M:%S} UTC by {literal(removed.by)}: {literal(removed.reason)}")
     if until is not None:
-        undo = escape(render.command_line("undo", root, f"{run.name}/{life.saved.name}"))
+        undo = literal(render.command_line("undo", root, f"{run.name}/{life.saved.name}"))
         console.print(f"in the trash until {until:%Y-%m-%d %H:%M} UTC. To restore it: {undo}", soft_wrap=True)
     elif removed.until is not None:
         console.print("it was in the trash, and is permanently deleted")
     for rule, kept in life.claimed_instead:
         if not kept:
-            console.print(f"[cyan]{escape(rule)}[/]: keeps no checkpoint in this range")
+            console.print(f"[cyan]{literal(rule)}[/]: keeps no checkpoint in this range")
             continue
-        console.print(f"[cyan]{escape(rule)}[/] kept instead:")
+        console.print(f"[cyan]{literal(rule)}[/] kept instead:")
         more = [f"and {len(kept) - _MOST_NAMES} more"] if len(kept) > _MOST_NAMES else []
-        print_list(console, map(escape, [*kept[:_MOST_NAMES], *more]))
+        print_list(console, map(literal, [*kept[:_MOST_NAMES], *more]))
 
 
 def _values(metrics: Mapping[str, float]) -> str:
-    return escape(", ".join(f"{name} = {value:.6g}" for name, value in metrics.items()))
+    return literal(", ".join(f"{name} = {value:.6g}" for name, value in metrics.items()))

@@ -14,7 +14,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from peakpoint.cli.render import console, printable
+from peakpoint.cli.render import console, literal
+from peakpoint.cli.terminal import complain, is_terminal, print_json, say
 from peakpoint.errors import ConfigError, MissingExtraError
 from peakpoint.format import amounts
 from peakpoint.format.metrics import json_value
@@ -122,13 +123,13 @@ def _show(answer: Answer, *, as_json: bool) -> None:
     if as_json:
         data = answer.data() if callable(answer.data) else answer.data
         encoded = msgspec.json.encode(json_value(msgspec.to_builtins(data, enc_hook=_builtin)))
-        sys.stdout.write(msgspec.json.format(encoded, indent=2).decode() + "\n")
+        print_json(msgspec.json.format(encoded, indent=2).decode())
     elif callable(answer.text):
         answer.text(console())
     elif answer.text:
-        click.echo(answer.text)
+        say(answer.text)
     for problem in answer.problems:
-        click.echo(f"peakpoint: {problem}", err=True)
+        complain(problem)
     if exit_code := (as_json and answer.json_exit_code) or answer.exit_code:
         sys.exit(exit_code)
 
@@ -173,7 +174,7 @@ _SLOW = 20  # runs to read that are worth a bar
 @contextmanager
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show a bar; call the yielded function with each further amount."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda _: None
         return
     with Progress(console=console(stderr=True), transient=True) as bar:
@@ -184,7 +185,7 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]
 @contextmanager
 def run_bar() -> Iterator[Callable[[int, int], None]]:
     """Show a bar once there are many runs to read; call the yielded function with how many were read, of how many."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda _read, _total: None
         return
     with Progress(console=console(stderr=True), transient=True) as bar:
@@ -195,8 +196,8 @@ def run_bar() -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def status_line(start: str) -> Iterator[Callable[[str], None]]:
     """Show what is being done; call the yielded function with each next step."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda _: None
         return
-    with console(stderr=True).status(start) as status:
-        yield lambda step: status.update(printable(step))
+    with console(stderr=True).status(start, spinner="line") as status:
+        yield lambda step: status.update(literal(step))

@@ -11,12 +11,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, REF, ROOT, Answer, command, progress_bar, torch_side
-from peakpoint.cli.render import command_line, count, listed, number, ref, text
+from peakpoint.cli.render import command_line, count, listed, literal, number, ref, text
+from peakpoint.cli.terminal import complain
 from peakpoint.errors import ConfigError, Error, FormatError
 from peakpoint.format.amounts import size_text
 from peakpoint.reports import card as cards
@@ -81,7 +81,7 @@ def _interrupted(root: Path, run: str) -> Iterator[None]:
         except Error:
             imported = 0
         checkpoints = count(imported, "checkpoint")
-        click.echo(f"peakpoint: {checkpoints} in run {run}, each complete; the same command imports the rest", err=True)
+        complain(f"{checkpoints} in run {run}, each complete; the same command imports the rest")
         raise
 
 
@@ -101,21 +101,21 @@ def _print_report(console: Console, root: Path, path: Path, report: Any, *, dry_
     sources = report.checkpoints
     console.print(_table(sources, console.width))
     for note, repeats in Counter(note for source in sources for note in source.notes).items():
-        console.print(f"  {escape(note)}" + ("" if repeats == len(sources) else f" ({count(repeats, 'file')})"))
+        console.print(f"  {literal(note)}" + ("" if repeats == len(sources) else f" ({count(repeats, 'file')})"))
     for note in report.notes:
-        console.print(f"  {escape(note)}")
+        console.print(f"  {literal(note)}")
     if any(source.step_counted for source in sources):
         console.print("  (N): step guessed")
     if report.others:
         names = [str(file.relative_to(path) if file != path else file) for file in report.others]
-        console.print(f"  not checkpoints: {escape(listed(names, _MOST_NAMES))}")
+        console.print(f"  not checkpoints: {literal(listed(names, _MOST_NAMES))}")
     new = sum(source.status in {"imported", "linked", "planned"} for source in sources)
     console.print(
-        f"{count(new, 'checkpoint')} {'would be imported' if dry_run else 'imported'} into run {escape(report.run)}"
+        f"{count(new, 'checkpoint')} {'would be imported' if dry_run else 'imported'} into run {literal(report.run)}"
         f"{_skipped(sources)}; {count(report.reports, 'report')} in its history"
     )
     if new and not dry_run:
-        console.print(f"To see them: {escape(command_line('ls', root, report.run))}", soft_wrap=True)
+        console.print(f"To see them: {literal(command_line('ls', root, report.run))}", soft_wrap=True)
         if pinned:
             rules = '--rules "best:METRIC:max last:3"'
             console.print(f"All are pinned. To let rules decide instead, repeat the command with {rules}")
@@ -140,15 +140,15 @@ _STATUSES = {"unreadable": "[red]unreadable[/]", "there": "imported before", "tw
 def _table(sources: Sequence[Any], width: int) -> Table:
     """Return one row for each source, with the columns that there is room for."""
     metrics = {
-        escape(name): [number(source.metrics.get(name)) for source in sources] for name in _metric_names(sources)
+        literal(name): [number(source.metrics.get(name)) for source in sources] for name in _metric_names(sources)
     }
     columns = [
-        tables.Column("file", [escape(source.path.name) for source in sources], right=False),
-        tables.Column("kind", [escape(source.tool) for source in sources], right=False),
+        tables.Column("file", [literal(source.path.name) for source in sources], right=False),
+        tables.Column("kind", [literal(source.tool) for source in sources], right=False),
         tables.Column("epoch", [text(source.epoch) for source in sources]),
         tables.Column("step", [f"({source.step})" if source.step_counted else text(source.step) for source in sources]),
         *(tables.Column(title, cells) for title, cells in metrics.items()),
-        tables.Column("parts", [escape(", ".join(source.parts)) for source in sources], right=False),
+        tables.Column("parts", [literal(", ".join(source.parts)) for source in sources], right=False),
         tables.Column("size", [size_text(source.size_bytes) for source in sources]),
         tables.Column("status", [_STATUSES.get(source.status, str(source.status)) for source in sources], right=False),
     ]

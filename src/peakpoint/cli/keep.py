@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import REF, ROOT, RUN, UNDO_FOR, Answer, command, confirmed, rules_help
-from peakpoint.cli.render import claims_text, count, fields, manifest_json, money, number, ref, undo_hint
+from peakpoint.cli.render import claims_text, count, fields, literal, manifest_json, money, number, ref, undo_hint
+from peakpoint.cli.terminal import say
 from peakpoint.errors import ConfigError, StoreError
 from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Reported
@@ -61,9 +61,9 @@ def keep(
     data |= {"applied": apply, "failures": failures}
 
     def show_plan(console: Console) -> None:
-        console.print(f"[bold]{escape(run.name)}[/] under {escape(' '.join(rule.text for rule in rules))}")
+        console.print(f"[bold]{literal(run.name)}[/] under {literal(' '.join(rule.text for rule in rules))}")
         _print_checkpoints(console, manifests, plan)
-        click.echo(_outcome(root, plan, failures, undo_for, apply=apply))
+        say(_outcome(root, plan, failures, undo_for, apply=apply))
 
     return Answer(data, show_plan, failures, StoreError.exit_code if failures else 0)
 
@@ -94,18 +94,18 @@ def _outcome(root: Path, plan: RetentionPlan, failures: Sequence[str], undo_for:
 
 
 def _print_checkpoints(console: Console, manifests: Sequence[Manifest], plan: RetentionPlan) -> None:
-    removed = {removal.manifest.id: escape(removal.reason) for removal in plan.remove}
+    removed = {removal.manifest.id: literal(removal.reason) for removal in plan.remove}
     dropped = {thinning.manifest.id: ", ".join(thinning.parts) for thinning in plan.drop}
 
     def verdict(manifest: Manifest) -> str:
         if manifest.id in removed:
             return "[red]removed[/]"
         parts = dropped.get(manifest.id)
-        return f"[yellow]loses {escape(parts)} permanently[/]" if parts else "[green]kept[/]"
+        return f"[yellow]loses {literal(parts)} permanently[/]" if parts else "[green]kept[/]"
 
     if manifests:
         columns = [
-            tables.Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
+            tables.Column("checkpoint", [literal(manifest.name) for manifest in manifests], right=False),
             tables.Column("", list(map(verdict, manifests)), right=False),
             tables.Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
         ]
@@ -141,7 +141,7 @@ def _what_if(run: Run, rules: Sequence[Rule], price: float | None) -> Answer:
 def _print_replay(console: Console, run: Run, simulated: WhatIf, price: float | None) -> None:
     rules = " ".join(rule.text for rule in simulated.rules)
     console.print(
-        f"[bold]{escape(run.name)}[/], {simulated.reports} reports, under {escape(rules)}: {simulated.saves} saved, "
+        f"[bold]{literal(run.name)}[/], {simulated.reports} reports, under {literal(rules)}: {simulated.saves} saved, "
         f"{len(simulated.kept)} kept at the end, {simulated.most} at most at one time"
     )
     moments = tables.Column("kept", [moment_text(kept.moment) for kept in simulated.kept], right=False)
@@ -156,7 +156,7 @@ def _print_replay(console: Console, run: Run, simulated: WhatIf, price: float | 
         verdict = "[green]kept[/]" if peak.survives else "[bold red]lost[/]"
         value = number(peak.moment.metrics[peak.metric])
         console.print(
-            f"best {escape(peak.metric)} ({peak.mode}): {value} at {moment_text(peak.moment)}, would be {verdict}"
+            f"best {literal(peak.metric)} ({peak.mode}): {value} at {moment_text(peak.moment)}, would be {verdict}"
         )
 
 

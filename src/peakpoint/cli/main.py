@@ -3,16 +3,18 @@
 Exit codes are those of the errors (see ``peakpoint.errors``); 0 is success, 2 a bad command line, 130 Ctrl-C.
 """
 
+import errno
 import importlib
-import os
+import io
 import sys
 import warnings
 
 import click
 
 from peakpoint._version import __version__
+from peakpoint.cli import terminal
 from peakpoint.cli.commands import ENTRIES, GROUPS, RENAMED
-from peakpoint.errors import Error
+from peakpoint.errors import Error, StoreError
 from peakpoint.format.names import did_you_mean
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -62,24 +64,40 @@ def cli() -> None:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    click.echo(f"peakpoint: {message}", err=True)
+    terminal.complain(message)
 
 
 def run() -> None:
     """Run the command ``peakpoint``."""
     warnings.showwarning = _warn
+    terminal.prepare()
     try:
         cli.main(standalone_mode=False)
     except Error as error:
-        click.echo(f"peakpoint: {error}", err=True)
-        sys.exit(error.exit_code)
+        sys.exit(_failed(error, error.exit_code))
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("peakpoint: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(_failed("interrupted", 130))
     except click.ClickException as error:
-        error.show()
+        with io.StringIO() as page:
+            error.show(page)
+            terminal.complain(page.getvalue().rstrip("\n"), prefix="")
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # the reader of a pipe has gone; leave quietly, and keep Python from complaining at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe has gone
         sys.exit(141)
+    except OSError as error:
+        sys.exit(_failed(_refused_by_system(error), StoreError.exit_code))
+    finally:
+        terminal.discard_unwritten()
+
+
+def _failed(problem: object, exit_code: int) -> int:
+    terminal.complain(problem)
+    return exit_code
+
+
+def _refused_by_system(error: OSError) -> str:
+    """Say what the system refused: files of a repository are read and written by stores, whose errors say more."""
+    why = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{why}: this process may not open as many files as it needs; allow more, such as with: ulimit -n 1024"
+    return f"{error.filename}: {why}" if error.filename else f"the output cannot be written: {why}"

@@ -8,12 +8,11 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, POSITIVE, Answer, command, progress_bar, reads, rules_help
-from peakpoint.cli.render import UNITS, count, fields, seconds
+from peakpoint.cli.render import UNITS, count, fields, literal, seconds
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_count, read_duration, read_rate, size_text
 from peakpoint.format.events import Reported, Saved
@@ -195,22 +194,22 @@ def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def _print_plan(console: Console, prediction: Forecast, costs: dict[str, Any], saving: dict[str, Any] | None) -> None:
-    console.print(f"[bold]One checkpoint[/] of {escape(prediction.sizes.source)}")
+    console.print(f"[bold]One checkpoint[/] of {literal(prediction.sizes.source)}")
     table = tables.plain(("part", ">size", "why"))
     for part in prediction.sizes.parts:
         frozen = f"; {size_text(part.frozen)} of it do not change, and are written once" if part.frozen else ""
-        table.add_row(escape(part.name), size_text(part.bytes), escape(part.why + frozen))
+        table.add_row(literal(part.name), size_text(part.bytes), literal(part.why + frozen))
     table.add_row("[bold]all[/]", f"[bold]{size_text(prediction.sizes.bytes)}[/]", "")
     console.print(table)
     console.print(
         f"\n[bold]{count(prediction.epochs, 'epoch')}[/], {count(prediction.reports, 'report')}, under "
-        f"{escape(' '.join(prediction.rules))}"
+        f"{literal(' '.join(prediction.rules))}"
     )
     console.print(_outlook_table(prediction))
     for outlook in prediction.outlooks:
         console.print(f"[dim]{_SCENARIOS[outlook.name]}: {outlook.assumption}[/]")
     for rule in prediction.idle:
-        console.print(f"[yellow]{escape(rule)} keeps nothing[/] in a run of this length")
+        console.print(f"[yellow]{literal(rule)} keeps nothing[/] in a run of this length")
     _print_costs(console, costs)
     if saving is not None:
         _print_saving(console, saving)

@@ -13,7 +13,8 @@ from rich.console import Console
 from peakpoint.cli import tables
 from peakpoint.cli.command import KEY, POSITIVE, ROOT, Answer, command, status_line
 from peakpoint.cli.records import holder_name, record_json, sign_checkpoint, validation_line
-from peakpoint.cli.render import command_line, console, count, facts, fields, number, printable, ref, rounded
+from peakpoint.cli.render import command_line, console, count, facts, fields, literal, number, ref, rounded
+from peakpoint.cli.terminal import complain, say
 from peakpoint.errors import ConfigError, RefusedError
 from peakpoint.production import hooks, promotion
 from peakpoint.production.comparison import HolderComparison, MetricPair
@@ -32,7 +33,7 @@ _VERDICTS = {True: "[green]better[/]", False: "[red]worse[/]", None: ""}
 
 def print_proposal(console: Console, proposal: Proposal, *, force: bool = False) -> None:
     """Print the holder, the candidate, their comparison, and what blocks the promotion."""
-    rows = [(proposal.alias, printable(_holder(proposal))), ("candidate", printable(ref(proposal.manifest)))]
+    rows = [(proposal.alias, literal(_holder(proposal))), ("candidate", literal(ref(proposal.manifest)))]
     if not proposal.unchanged:
         validation = "none" if proposal.validation is None else validation_line(proposal.validation)
         policy = "none" if proposal.policy is None else "production.toml"
@@ -41,15 +42,15 @@ def print_proposal(console: Console, proposal: Proposal, *, force: bool = False)
     tables_of_others = [name for name in read_policies(proposal.run.store).content if name != proposal.alias]
     if proposal.policy is None and tables_of_others:
         note = f"no policy: production.toml has no table [{proposal.alias}]; tables: {', '.join(tables_of_others)}"
-        console.print(f"[yellow]note[/]: {printable(note)}", soft_wrap=True)
+        console.print(f"[yellow]note[/]: {literal(note)}", soft_wrap=True)
     if proposal.comparison is not None:
         console.print()
         print_comparison(console, proposal.comparison)
     for reason in proposal.refusals:
-        console.print(f"[red]blocked, cannot be forced[/]: {printable(reason)}", soft_wrap=True)
+        console.print(f"[red]blocked, cannot be forced[/]: {literal(reason)}", soft_wrap=True)
     for reason in proposal.objections:
         label = "[yellow]overridden[/]" if force else "[red]blocked[/]"
-        console.print(f"{label}: {printable(reason)}", soft_wrap=True)
+        console.print(f"{label}: {literal(reason)}", soft_wrap=True)
 
 
 def _holder(proposal: Proposal) -> str:
@@ -65,7 +66,7 @@ def print_comparison(console: Console, comparison: HolderComparison) -> None:
     pairs = comparison.metrics
     if pairs:
         columns = [
-            tables.Column("metric", [printable(pair.name) for pair in pairs], right=False),
+            tables.Column("metric", [literal(pair.name) for pair in pairs], right=False),
             tables.Column("present", [number(pair.champion) for pair in pairs]),
             tables.Column("candidate", [number(pair.candidate) for pair in pairs]),
             tables.Column("difference", list(map(_difference, pairs))),
@@ -83,7 +84,7 @@ def _difference(pair: MetricPair) -> str:
 def _paired_lines(comparison: HolderComparison) -> Iterator[str]:
     test = comparison.paired
     if test is None:
-        yield f"no per-example comparison: {printable(comparison.unpaired)}"
+        yield f"no per-example comparison: {literal(comparison.unpaired)}"
         if comparison.apart is not None:
             yield "accuracy {:+.4f}, 95% confidence interval {:+.4f} to {:+.4f}".format(*comparison.apart)
         return
@@ -166,7 +167,7 @@ def _blocked(proposal: Proposal, *, force: bool) -> bool:
 def _dry_run(proposal: Proposal, *, force: bool) -> Answer:
     def text(console: Console) -> None:
         print_proposal(console, proposal, force=force)
-        click.echo(_outlook(proposal, force=force))
+        say(_outlook(proposal, force=force))
 
     exit_code = RefusedError.exit_code if _blocked(proposal, force=force) else 0
     return Answer(proposal_json(proposal), text, exit_code=exit_code)
@@ -200,7 +201,7 @@ def _promote(
     def text(console: Console) -> None:
         if not asking:
             print_proposal(console, proposal, force=force)
-        click.echo(signed + _outcome(proposal, record))
+        say(signed + _outcome(proposal, record))
 
     return _notified(root, repository, record, proposal.policy, text, proposal_json(proposal))
 
@@ -237,7 +238,7 @@ def _retire(root: Path, repository: Repository, alias: str, why: str) -> Answer:
     record = promotion.retire(repository, alias, why)
     policy = read_policies(repository.store).of(alias)
     line = f"Cleared: {alias} (record {record.number}); its history stays"
-    return _notified(root, repository, record, policy, lambda _: click.echo(line))
+    return _notified(root, repository, record, policy, lambda _: say(line))
 
 
 def _renotify(root: Path, repository: Repository, alias: str) -> Answer:
@@ -268,7 +269,7 @@ def _notified(
     def text_with_hooks(console: Console) -> None:
         text(console)
         if line := hook_text(results) if results else without_hooks:
-            click.echo(line)
+            say(line)
 
     problems = hook_problems(root, record.alias, results)
     data = {**data, "record": record_json(record), "told": results}
@@ -314,7 +315,7 @@ def rollback(root: Path, alias: str, to: int | None, expected: int | None, why: 
     lines = [f"skipped {reason}" for reason in rolled_back.passed_over]
     lines.append(f"Rolled back: {alias} is {holder_name(record)} again (was {was}), record {record.number}")
     data = {"before": before, "passed_over": rolled_back.passed_over}
-    return _notified(root, repository, record, policy, lambda _: click.echo("\n".join(lines)), data)
+    return _notified(root, repository, record, policy, lambda _: say("\n".join(lines)), data)
 
 
 def _policy_if_readable(repository: Repository, alias: str) -> Policy | None:
@@ -322,5 +323,5 @@ def _policy_if_readable(repository: Repository, alias: str) -> Policy | None:
     try:
         return read_policies(repository.store).of(alias)
     except ConfigError as error:
-        click.echo(f"peakpoint: no policy applies: {error}", err=True)
+        complain(f"no policy applies: {error}")
         return Policy(alias=alias)

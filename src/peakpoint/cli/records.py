@@ -12,11 +12,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.markup import escape
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, REF, ROOT, Answer, command, progress_bar, reads, status_line
-from peakpoint.cli.render import count, fields, printable, ref
+from peakpoint.cli.render import count, fields, literal, ref
+from peakpoint.cli.terminal import complain, say
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
 from peakpoint.format.amounts import read_duration, read_time
 from peakpoint.format.manifest import Manifest
@@ -85,7 +85,7 @@ def validate(root: Path, ref: str, against: str, timeout: timedelta | None, **ch
     policy = None if _any_given(checks) else read_policies(repository.store).of(against.removeprefix("@"))
     if policy is not None:
         request, seconds = policy.wanted, seconds or policy.timeout
-        click.echo(f"checking what production.toml demands of {policy.alias}", err=True)
+        complain(f"checking what production.toml demands of {policy.alias}")
     with _check_progress() as progress:
         result = validation.validate(repository, ref, request, alias=against, timeout=seconds, progress=progress)
     problems = []
@@ -110,7 +110,7 @@ def _any_given(checks: Mapping[str, Any]) -> bool:
 def _check_progress() -> Iterator[Progress]:
     """Say which check is running: on a terminal in place, otherwise a line each."""
     if not sys.stderr.isatty():
-        yield lambda name: click.echo(f"checking {name}", err=True)
+        yield lambda name: complain(f"checking {name}")
         return
     with status_line("starting") as progress:
         yield lambda name: progress(f"checking {name}")
@@ -123,7 +123,7 @@ def _print_validation(console: Console, result: Validation) -> None:
     """Print a line for each check that ran, one for all that were skipped, and what failing ones had printed."""
     ran = [finding for finding in result.findings if finding.outcome != "skipped"]
     rows = [
-        (escape(finding.check), _outcome(finding), escape(finding.said), f"{finding.seconds:.2f}") for finding in ran
+        (literal(finding.check), _outcome(finding), literal(finding.said), f"{finding.seconds:.2f}") for finding in ran
     ]
     console.print(tables.plain(("check", "outcome", "result", ">seconds"), rows))
     skipped: dict[str, list[str]] = {}
@@ -132,14 +132,14 @@ def _print_validation(console: Console, result: Validation) -> None:
             skipped.setdefault(finding.said, []).append(finding.check)
     if skipped:
         reasons = "; ".join(f"{', '.join(checks)} ({reason})" for reason, checks in skipped.items())
-        console.print(f"[dim]skipped: {escape(reasons)}[/]")
+        console.print(f"[dim]skipped: {literal(reasons)}[/]")
     for finding in result.failures:
         for stream in ("output", "traceback"):
             lines = str(finding.evidence.get(stream, "")).strip().splitlines()[-_OUTPUT_LINES:]
             if lines:
-                console.print(f"\n[bold]{escape(finding.check)}[/], the end of its {stream}:")
-                console.print(escape("\n".join(f"  {line}" for line in lines)), soft_wrap=True)
-    console.print(f"\nvalidation {result.number} of {escape(f'{result.run}/{result.name}')}: {verdict(result)}")
+                console.print(f"\n[bold]{literal(finding.check)}[/], the end of its {stream}:")
+                console.print("\n".join(literal(f"  {line}") for line in lines), soft_wrap=True)
+    console.print(f"\nvalidation {result.number} of {literal(f'{result.run}/{result.name}')}: {verdict(result)}")
 
 
 def _outcome(finding: Finding) -> str:
@@ -149,7 +149,7 @@ def _outcome(finding: Finding) -> str:
 def verdict(result: Validation) -> str:
     """Say whether a validation passed, and how many of its checks ran, in markup."""
     if not result.passed:
-        return f"[bold red]failed[/]: {escape(', '.join(finding.check for finding in result.failures))}"
+        return f"[bold red]failed[/]: {literal(', '.join(finding.check for finding in result.failures))}"
     passed = sum(finding.outcome == "passed" for finding in result.findings)
     skipped = sum(finding.outcome == "skipped" for finding in result.findings)
     return f"[green]passed[/] ({count(passed, 'check')} passed" + (f", {skipped} skipped)" if skipped else ")")
@@ -157,7 +157,7 @@ def verdict(result: Validation) -> str:
 
 def validation_line(result: Validation) -> str:
     """Return a validation in a line, in markup."""
-    return f"{result.number}: {result.at:%Y-%m-%d %H:%M} UTC, {verdict(result)}, by {escape(result.by)}"
+    return f"{result.number}: {result.at:%Y-%m-%d %H:%M} UTC, {verdict(result)}, by {literal(result.by)}"
 
 
 # --- sign ----------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def _all(store: Store) -> Answer:
 
     def text(console: Console) -> None:
         columns = [
-            tables.Column("alias", [printable(record.alias) for record in newest], right=False),
+            tables.Column("alias", [literal(record.alias) for record in newest], right=False),
             tables.Column("since (UTC)", [f"{record.at:%Y-%m-%d %H:%M}" for record in newest]),
             tables.Column("records", [str(record.number) for record in newest]),
         ]
@@ -266,7 +266,7 @@ def _history(store: Store, alias: str, at: str | None) -> Answer:
         _print_records(console, columns, records, whys)
         if not chain.damage and at is None:
             checked = f"{count(len(records), 'record')}, none changed or missing"
-            click.echo(f"{checked}; digest of the newest: {records[-1].digest[:16]}")
+            say(f"{checked}; digest of the newest: {records[-1].digest[:16]}")
 
     data = {"alias": alias, "records": list(map(record_json, records)), "damage": chain.damage}
     return Answer(data, text, chain.damage, CorruptError.exit_code if chain.damage else 0)
@@ -276,8 +276,8 @@ def _print_records(
     console: Console, columns: Sequence[tables.Column], records: Sequence[AliasRecord], whys: Sequence[str]
 ) -> None:
     """Print columns about records, then who made each, what it points at, and why."""
-    reasons = [f"{printable(holder_name(record))}: {printable(why)}" for record, why in zip(records, whys, strict=True)]
-    by = tables.Column("by", [printable(record.by) for record in records], right=False)
+    reasons = [f"{literal(holder_name(record))}: {literal(why)}" for record, why in zip(records, whys, strict=True)]
+    by = tables.Column("by", [literal(record.by) for record in records], right=False)
     console.print(tables.with_reasons(console, [*columns, by], ["by"], "checkpoint, and why", reasons))
 
 

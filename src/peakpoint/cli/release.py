@@ -9,7 +9,8 @@ from rich.console import Console
 from peakpoint.cli.command import CATALOGUE, KEY, ROOT, Answer, command, status_line
 from peakpoint.cli.promotion import hook_problems, hook_text, print_comparison, proposal_json
 from peakpoint.cli.records import record_json
-from peakpoint.cli.render import command_line, fields, printable
+from peakpoint.cli.render import command_line, fields, literal
+from peakpoint.cli.terminal import say
 from peakpoint.errors import RefusedError
 from peakpoint.production import promotion, validation
 from peakpoint.production.policy import read_policies
@@ -49,7 +50,7 @@ def release(root: Path, alias: str, why: str, key: Path | None, catalogue: str |
     def text(console: Console) -> None:
         _print_release(console, root, result)
         if notified := hook_text(result.hook_results):
-            click.echo(notified)
+            say(notified)
 
     problems = hook_problems(root, alias, result.hook_results)
     refused = result.outcome in {"refused", "nothing fits"}
@@ -59,15 +60,15 @@ def release(root: Path, alias: str, why: str, key: Path | None, catalogue: str |
 def _print_release(console: Console, root: Path, result: Release) -> None:
     width = max(len(step.name) for step in result.steps)
     for step in result.steps:
-        console.print(f"[bold]{step.name:<{width}}[/]  {printable(step.said)}", soft_wrap=True)
+        console.print(f"[bold]{step.name:<{width}}[/]  {literal(step.said)}", soft_wrap=True)
     if result.proposal is not None and result.proposal.comparison is not None:
         console.print()
         print_comparison(console, result.proposal.comparison)
     for reason in result.reasons:
-        console.print(f"[red]blocked[/]: {printable(reason)}", soft_wrap=True)
+        console.print(f"[red]blocked[/]: {literal(reason)}", soft_wrap=True)
     failed = None if result.proposal is None else result.proposal.validation
     if result.outcome == "refused" and failed is not None and failed.failures:
-        again = printable(command_line("validate", root, f"{failed.run}/{failed.name}"))
+        again = literal(command_line("validate", root, f"{failed.run}/{failed.name}"))
         console.print(f"To validate it again: {again}. The next best checkpoint is not tried.", soft_wrap=True)
     colour = _COLOURS.get(result.outcome, "bold")
     outcome = _OUTCOMES.get(result.outcome, result.outcome)

@@ -8,12 +8,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from peakpoint.cli.tables import Column
+from peakpoint.cli.terminal import complain, is_terminal
+from peakpoint.errors import printable, printable_lines
 from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.repository import aliases
@@ -21,20 +24,38 @@ from peakpoint.repository.run import Run
 from peakpoint.rules import Claim
 
 _MOST_NAMES = 10  # checkpoints that one command line names
-UNITS = {"d": 86400, "h": 3600, "min": 60}  # of time, in seconds
 _WIDE = 200  # columns when the output is not a terminal: nothing is cut off
+UNITS = {"d": 86400, "h": 3600, "min": 60}  # of time, in seconds
+
+
+def literal(text: str) -> str:
+    r"""Return markup that shows a text of users as it is, on one line.
+
+    Example:
+        >>> print(literal("[red]" + chr(27) + "c"))
+        \[red]\x1bc
+    """
+    return escape(printable(text))
+
+
+class _PrintableConsole(Console):
+    """A console on which only its own styles control the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of markup; escaped here, so that tables are as wide as what they show."""
+        return super().render_str(printable_lines(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render anything; also what never was markup is escaped."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable_lines(segment.text), segment.style)
 
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console with colours on a terminal, plain text otherwise."""
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    width = None if terminal else _WIDE
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False, emoji=False)  # best:fire:max is a rule
-
-
-def printable(text: str) -> str:
-    """Escape text from users, so that nothing in it means anything to a terminal or a table."""
-    return escape("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
+    width = None if is_terminal(sys.stderr if stderr else sys.stdout) else _WIDE
+    # no emoji: best:fire:max is a rule
+    return _PrintableConsole(stderr=stderr, width=width, highlight=False, soft_wrap=False, emoji=False)
 
 
 def count(number: int, noun: str) -> str:
@@ -159,8 +180,8 @@ def claim_text(claim: Claim) -> str:
     kind = claim.rule.partition(":")[0]
     plain = "=" not in claim.rule.replace(":smooth=", "")
     if kind == "protection" or (plain and kind in _REASONS and claim.reason.startswith(_REASONS[kind])):
-        return escape(claim.reason)
-    return f"{escape(claim.reason)} [dim]({escape(claim.rule)})[/]"
+        return literal(claim.reason)
+    return f"{literal(claim.reason)} [dim]({literal(claim.rule)})[/]"
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
@@ -189,7 +210,7 @@ def sizes(manifests: Iterable[Manifest]) -> str:
 
 def alias_text(names: Iterable[str]) -> str:
     """Aliases as refs, a line each."""
-    return "\n".join(f"[bold magenta]@{name}[/]" for name in names)
+    return "\n".join(f"[bold magenta]@{literal(name)}[/]" for name in names)
 
 
 def alias_columns(names: Sequence[Iterable[str]]) -> list[Column]:
@@ -202,6 +223,6 @@ def aliases_of(run: Run) -> dict[str, tuple[str, ...]]:
     """Return the ids of the checkpoints of a run that aliases point at, with the aliases; warn of damaged ones."""
     newest, damaged = aliases.newest_of_all(run.store)
     for alias, why in damaged.items():
-        click.echo(f"peakpoint: cannot read what alias {alias!r} points at: {why}", err=True)
+        complain(f"cannot read what alias {alias!r} points at: {why}")
     in_run = (record for record in newest.values() if record.target is not None and record.target.run == run.name)
     return aliases.aliases_by_checkpoint(in_run)

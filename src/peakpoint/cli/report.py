@@ -8,12 +8,12 @@ import click
 import msgspec
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from peakpoint.cli.command import PATH, ROOT, Answer, command, metric_with_mode, reads, status_line
+from peakpoint.cli.render import literal
 from peakpoint.cli.tables import plain
-from peakpoint.errors import ConfigError, ConflictError
+from peakpoint.errors import ConfigError, ConflictError, printable
 from peakpoint.format.amounts import size_text
 from peakpoint.reports import changelog as changelogs
 from peakpoint.reports import evaluation
@@ -100,7 +100,7 @@ def _print(console: Console, result: evaluation.Evaluation) -> None:
 
 def _text(text: str, style: str = "") -> Text:
     """Make text of text from users: no markup is read in it."""
-    return Text(tables.printable(text), style)
+    return Text(printable(text), style)
 
 
 def _rich(table: tables.ReportTable, width: int) -> RenderableType:
@@ -113,7 +113,7 @@ def _rich(table: tables.ReportTable, width: int) -> RenderableType:
         needed += length if unbroken else min(length, _FOLDED)
     if needed > width:
         return Group(*(line for cells in table.rows for line in _paragraph(table, cells, width)))
-    titles = [escape(tables.printable(column)) for column in table.columns]
+    titles = [literal(column) for column in table.columns]
     rows = [list(map(_styled, heads, cells)) for cells in table.rows]
     return plain(titles, rows, unbroken=[title for title, unbroken in zip(titles, whole, strict=True) if unbroken])
 

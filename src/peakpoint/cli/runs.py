@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
 from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, Answer, command, run_bar
+from peakpoint.cli.render import literal
 from peakpoint.errors import ConfigError
 from peakpoint.format import layout
 from peakpoint.format.amounts import moment_label, size_text
@@ -79,7 +79,7 @@ def _print_list(
     console: Console, root: Path, catalogue: "Catalogue", runs: Sequence["RunSummary"], writing: Collection[str]
 ) -> None:
     if not runs:
-        console.print(f"no runs yet in {escape(str(root))}")
+        console.print(f"no runs yet in {literal(str(root))}")
         return
     console.print(runs_table(console, runs, writing))
     run_count, checkpoint_count, size_bytes = catalogue.totals()
@@ -87,7 +87,7 @@ def _print_list(
         console.print(f"[dim]and {render.count(run_count - len(runs), 'more run')}; --all lists them all[/]")
     checkpoint_text = render.count(checkpoint_count, "checkpoint")
     console.print(f"{render.count(run_count, 'run')}, {checkpoint_text}, {size_text(size_bytes)}")
-    hint = escape(render.command_line("ls", root, "RUN"))
+    hint = literal(render.command_line("ls", root, "RUN"))
     console.print(f"[dim]To see why each checkpoint is kept: {hint}[/]", soft_wrap=True)
 
 
@@ -147,12 +147,12 @@ def print_run(console: Console, run: RunView) -> None:
     total = sum(manifest.size_bytes for manifest in run.manifests)
     packed = sum(run.packed.get(manifest.id, manifest.size_bytes) for manifest in run.manifests)
     console.print(
-        f"[bold]{escape(run.run.name)}[/]: {render.count(len(run.manifests), 'checkpoint')}, {size_text(total)}"
+        f"[bold]{literal(run.run.name)}[/]: {render.count(len(run.manifests), 'checkpoint')}, {size_text(total)}"
         + (f", archived in {size_text(packed)}" if run.packed else "")
         + (f", newest {render.age(run.manifests[-1].created_at)}" if run.manifests else "")
-        + (f", [cyan]being written by {escape(run.writer)}[/]" if run.writer else "")
+        + (f", [cyan]being written by {literal(run.writer)}[/]" if run.writer else "")
     )
-    console.print(f"rules: {escape(' '.join(rule.text for rule in run.rules)) or 'none'}")
+    console.print(f"rules: {literal(' '.join(rule.text for rule in run.rules)) or 'none'}")
     if run.peaks:
         heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
         console.print(tables.plain(heads, [_peak_cells(peak, run.best_exists) for peak in run.peaks]))
@@ -175,9 +175,9 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
     manifests = run.manifests
     names = [metric for metric, _ in ranking_metrics(run.rules)]
     names = names or sorted({name for manifest in manifests for name in manifest.metrics})
-    metrics = [tables.Column(escape(name), [value(manifest, name) for manifest in manifests]) for name in names[:4]]
+    metrics = [tables.Column(literal(name), [value(manifest, name) for manifest in manifests]) for name in names[:4]]
     columns = [
-        tables.Column("checkpoint", [escape(manifest.name) for manifest in manifests], right=False),
+        tables.Column("checkpoint", [literal(manifest.name) for manifest in manifests], right=False),
         *render.alias_columns([run.aliases.get(manifest.id, ()) for manifest in manifests]),
         tables.Column("epoch", [render.text(manifest.epoch) for manifest in manifests]),
         tables.Column("step", [str(manifest.step) for manifest in manifests]),
@@ -191,7 +191,7 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
 
 def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:
     return (
-        escape(peak.metric),
+        literal(peak.metric),
         peak.mode,
         f"[bold green]{render.number(peak.best)}[/]",
         moment_label(peak.best_step, peak.best_epoch)
@@ -246,7 +246,7 @@ def _run_row(run: "RunSummary", *, writing: bool) -> tuple[str, ...]:
         metric, mode, best, best_moment, last, _, lost = _peak_cells(run.peaks[0], run.kept)
         peak = [f"{metric} ({mode})", best, best_moment, last, lost]
     return (
-        escape(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
+        literal(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),
         render.alias_text(run.aliases),
         f"{run.checkpoints:,}",
         size_text(run.size_bytes),

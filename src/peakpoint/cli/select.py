@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
 from peakpoint.catalogue import Catalogue, Explanation, SelectionQuery
 from peakpoint.catalogue.query import Metric
@@ -15,7 +14,7 @@ from peakpoint.catalogue.query import parse as parse_query
 from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.cli import tables
 from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, Answer, command, run_bar
-from peakpoint.cli.render import age, alias_columns, checkpoint_json, fields, number, text
+from peakpoint.cli.render import age, alias_columns, checkpoint_json, fields, literal, number, text
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format.amounts import read_count, size_text
 from peakpoint.format.manifest import Checkpoint
@@ -197,7 +196,7 @@ def _print(console: Console, view: SelectView) -> None:
 def _print_checkpoints(console: Console, view: SelectView) -> None:
     checkpoints = view.checkpoints
     metrics = [
-        tables.Column(escape(name), [number(checkpoint.metrics.get(name)) for checkpoint in checkpoints])
+        tables.Column(literal(name), [number(checkpoint.metrics.get(name)) for checkpoint in checkpoints])
         for name in view.metrics or _by_relevance(checkpoints)[:4]
     ]
     columns = [
@@ -219,7 +218,7 @@ def _print_checkpoints(console: Console, view: SelectView) -> None:
 
 
 def _marked(checkpoint: Checkpoint, damaged: Mapping[str, str]) -> str:
-    return escape(checkpoint.ref) + (" [bold red](damaged)[/]" if checkpoint.ref in damaged else "")
+    return literal(checkpoint.ref) + (" [bold red](damaged)[/]" if checkpoint.ref in damaged else "")
 
 
 def _by_relevance(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -238,14 +237,14 @@ def _print_explanation(console: Console, explanation: Explanation, keys: Mapping
     rows = [("[dim]all checkpoints[/]", "", "", f"{explanation.candidates:,}")]
     for clause in explanation.clauses:
         missing = f"{clause.missing:,}" if clause.missing else ""
-        rows.append((escape(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}"))
+        rows.append((literal(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}"))
     console.print(tables.plain(("clause", ">removed", ">without a value", ">left"), rows))
-    order = ", ".join(f"{escape(name)} ({mode})" for name, mode in keys.items()) or "newest first"
+    order = ", ".join(f"{literal(name)} ({mode})" for name, mode in keys.items()) or "newest first"
     matching = explanation.clauses[-1].left if explanation.clauses else explanation.candidates
     console.print(f"{explanation.chosen:,} of {matching:,} selected, by {order}")
     for place, checkpoint in enumerate(explanation.runners_up, explanation.chosen + 1):
-        values = ", ".join(f"{escape(name)} {_value(checkpoint, name)}" for name in keys)
-        console.print(f"next, number {place}: {escape(checkpoint.ref)}" + (f" with {values}" if values else ""))
+        values = ", ".join(f"{literal(name)} {_value(checkpoint, name)}" for name in keys)
+        console.print(f"next, number {place}: {literal(checkpoint.ref)}" + (f" with {values}" if values else ""))
 
 
 def _value(checkpoint: Checkpoint, name: str) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
 from peakpoint.cli.command import CATALOGUE, ROOT, RUN, UNDO_FOR, Answer, command, confirmed, progress_bar, run_bar
-from peakpoint.cli.render import count, fields, ref, short_json
+from peakpoint.cli.render import count, fields, literal, ref, short_json
+from peakpoint.cli.terminal import say
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
@@ -57,14 +57,14 @@ def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, appl
 
     def text(console: Console) -> None:
         for manifest in removed:
-            console.print(f"[bold]{escape(ref(manifest))}[/]")
+            console.print(f"[bold]{literal(ref(manifest))}[/]")
             console.print(f"  frees {size_text(manifest.size_bytes)}; was kept because:")
             render.print_list(console, map(render.claim_text, claims[manifest.run].get(manifest.id, ())))
         if not apply:
-            click.echo("nothing is removed yet; add --yes to remove")
+            say("nothing is removed yet; add --yes to remove")
             return
-        click.echo(f"removed {count(len(removed) - len(failures), 'checkpoint')}")
-        click.echo(render.undo_hint(root, list(map(ref, removed)), undo_for))
+        say(f"removed {count(len(removed) - len(failures), 'checkpoint')}")
+        say(render.undo_hint(root, list(map(ref, removed)), undo_for))
 
     return Answer(data, text, failures, StoreError.exit_code if failures else 0)
 
@@ -138,15 +138,15 @@ def _trash(root: Path, repository: Repository, *, empty: bool) -> Answer:
     if empty:
         return Answer(data, f"permanently deleted {count(len(entries), 'checkpoint')}, {size_text(total)} freed")
     columns = [
-        tables.Column("checkpoint", [escape(ref(manifest)) for manifest in manifests], right=False),
+        tables.Column("checkpoint", [literal(ref(manifest)) for manifest in manifests], right=False),
         tables.Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
         tables.Column("until", [f"{entry.record.until:%Y-%m-%d %H:%M} UTC" for entry in entries], right=False),
     ]
 
     def text(console: Console) -> None:
-        reasons = [escape(entry.record.why) for entry in entries]
+        reasons = [literal(entry.record.why) for entry in entries]
         console.print(tables.with_reasons(console, columns, ["size"], "why", reasons))
-        hint = escape(render.command_line("undo", root, "RUN/NAME"))
+        hint = literal(render.command_line("undo", root, "RUN/NAME"))
         console.print(f"{size_text(total)}. To restore one: {hint}", soft_wrap=True)
 
     return Answer(data, text)
@@ -207,7 +207,7 @@ def _restore(run: Run, total: int) -> Answer:
 
 def _print_packs(console: Console, root: Path, name: str, packs_made: Sequence[PackedCheckpoint]) -> None:
     columns = [
-        tables.Column("archived", [escape(pack.manifest.name) for pack in packs_made], right=False),
+        tables.Column("archived", [literal(pack.manifest.name) for pack in packs_made], right=False),
         tables.Column("size", [size_text(pack.size_bytes) for pack in packs_made]),
         tables.Column("packed", [size_text(pack.packed_bytes) for pack in packs_made]),
         tables.Column(
@@ -218,7 +218,7 @@ def _print_packs(console: Console, root: Path, name: str, packs_made: Sequence[P
     console.print(tables.table(columns, console.width))
     before, after = sum(pack.size_bytes for pack in packs_made), sum(pack.packed_bytes for pack in packs_made)
     packed = f"{count(len(packs_made), 'checkpoint')}, {size_text(before)} packed into {size_text(after)}"
-    hint = escape(render.command_line("archive", root, name, "--restore"))
+    hint = literal(render.command_line("archive", root, name, "--restore"))
     console.print(f"{packed}, every byte compared.\nTo restore the files: {hint}", soft_wrap=True)
 
 
@@ -252,7 +252,7 @@ def audit(root: Path, catalogue: str | None, *, deep: bool, clean: bool, dry_run
     def text(console: Console) -> None:
         _print_audit(console, root, result, removed)
         if rebuilt is not None:
-            click.echo(f"rebuilt the catalogue {rebuilt}")
+            say(f"rebuilt the catalogue {rebuilt}")
 
     exit_code = CorruptError.exit_code if result.of_kind("damage") else 0
     return Answer(data | {"removed": removed, "catalogue": rebuilt}, text, exit_code=exit_code)
@@ -277,7 +277,7 @@ def _rebuild(repository: Repository, where: str | None) -> str:
 def _print_audit(console: Console, root: Path, result: audits.Audit, removed: Sequence[audits.AuditFinding]) -> None:
     findings = [audits.AuditFinding("removed", finding.where, finding.what) for finding in removed] + result.findings
     if findings:
-        rows = [(_KINDS[finding.kind], escape(finding.where), escape(finding.what)) for finding in findings]
+        rows = [(_KINDS[finding.kind], literal(finding.where), literal(finding.what)) for finding in findings]
         console.print(tables.plain(("kind", "where", "what"), rows))
     console.print(audit_sentence(result))
     damage, litter = result.of_kind("damage"), result.of_kind("litter")
@@ -292,7 +292,7 @@ def _print_audit(console: Console, root: Path, result: audits.Audit, removed: Se
             )
     if litter:
         console.print(f"[yellow]{count(len(litter), 'incomplete save')}[/], harmless. To remove:")
-        console.print(f"  {escape(render.command_line('audit', root, '--clean'))}", soft_wrap=True)
+        console.print(f"  {literal(render.command_line('audit', root, '--clean'))}", soft_wrap=True)
     if result.clean:
         console.print("[green]clean[/]")
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import ROOT, Answer, command, metric_with_mode, progress_bar, torch_side
-from peakpoint.cli.render import command_line, count, fields, manifest_json, number, rounded
+from peakpoint.cli.render import command_line, count, fields, literal, manifest_json, number, rounded
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.amounts import size_text
 from peakpoint.reports.diff import CheckpointDifference, MetricDifference, TensorDifference, diff_manifests
@@ -57,15 +56,16 @@ def _json(difference: CheckpointDifference, tensors: Sequence[TensorDifference])
 
 def _print_diff(console: Console, difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> None:
     a, b = difference.a, difference.b
-    rows = [("id", a.id, b.id), *((name, escape(left), escape(right)) for name, left, right in _rows(difference))]
+    rows = [("id", a.id, b.id), *((name, literal(left), literal(right)) for name, left, right in _rows(difference))]
     rows += map(_metric_cells, difference.metrics)
-    console.print(tables.plain(("", f"a: {escape(a.ref)}", f"b: {escape(b.ref)}"), rows))
+    console.print(tables.plain(("", f"a: {literal(a.ref)}", f"b: {literal(b.ref)}"), rows))
     console.print()
     for side, parts in (("a", difference.parts_only_in_a), ("b", difference.parts_only_in_b)):
         for part in parts:
-            console.print(f"part {escape(part)} is only in {side}")
+            console.print(f"part {literal(part)} is only in {side}")
     if difference.plain:
-        values = [(escape(value.path), *map(escape, _plain(value.a, value.b))) for value in difference.plain[:_VALUES]]
+        shown = difference.plain[:_VALUES]
+        values = [(literal(value.path), *map(literal, _plain(value.a, value.b))) for value in shown]
         console.print(tables.plain(("value", "a", "b"), values))
         if len(difference.plain) > _VALUES:
             console.print(f"and {len(difference.plain) - _VALUES} other values; --json lists them")
@@ -81,7 +81,7 @@ def _metric_cells(metric: MetricDifference) -> tuple[str, str, str]:
         cells[metric.better] = f"[bold green]{cells[metric.better]} *[/]"
     if metric.change is not None:
         cells["b"] += f"  ({rounded(metric.change, metric.a or 0, metric.b or 0):+.6g})"
-    return escape(metric.name), cells["a"], cells["b"]
+    return literal(metric.name), cells["a"], cells["b"]
 
 
 _FLOAT = re.compile(r"(?<![\w.\"-])-?\d+(?:\.\d+(?:[eE][+-]?\d+)?|[eE][+-]?\d+)(?![\w.\"-])")
@@ -128,7 +128,7 @@ def _print_tensors(console: Console, difference: CheckpointDifference, tensors: 
     heads = heads if measured else heads[:2]
     gap = "  " if console.width >= _WIDE else "\n"
     rows = [
-        (escape(f"{tensor.part}: {tensor.name}") + gap + _types(tensor), size_text(tensor.bytes), *_figures(tensor))
+        (literal(f"{tensor.part}: {tensor.name}") + gap + _types(tensor), size_text(tensor.bytes), *_figures(tensor))
         for tensor in tensors
     ]
     console.print(tables.plain(heads, [row[: len(heads)] for row in rows], unbroken=heads[1:]))
@@ -151,7 +151,7 @@ def _types(tensor: TensorDifference) -> str:
             text = f"{type_of(tensor.a)} and {type_of(tensor.b)}"
     not_finite = tensor.distance.not_finite if tensor.distance else (0, 0)
     warning = f" [yellow]not finite: {not_finite[0]} and {not_finite[1]}[/]" if any(not_finite) else ""
-    return f"[dim]{escape(text)}{warning}[/]"
+    return f"[dim]{literal(text)}{warning}[/]"
 
 
 def _figures(tensor: TensorDifference) -> list[str]:
@@ -256,14 +256,14 @@ def _bytes(repository: Repository, refs: Sequence[str], part: str) -> int:
 def _print_soup(console: Console, root: Path, result: Any) -> None:
     if result.trials:
         rows = [
-            (escape(trial.ref), number(trial.alone), number(trial.together), "[green]yes[/]" if trial.taken else "no")
+            (literal(trial.ref), number(trial.alone), number(trial.together), "[green]yes[/]" if trial.taken else "no")
             for trial in result.trials
         ]
         console.print(tables.plain(("tried", ">alone", ">in the soup", "taken"), rows))
     else:
         for member in result.members:
-            console.print(f"  {escape(member)}")
+            console.print(f"  {literal(member)}")
     score = "" if result.score is None else f"; score {number(result.score)}"
     ref = result.checkpoint.ref
-    console.print(f"{escape(ref)} is the mean of {count(len(result.members), 'checkpoint')}{score}", soft_wrap=True)
-    console.print(f"To see it: {escape(command_line('show', root, ref))}", soft_wrap=True)
+    console.print(f"{literal(ref)} is the mean of {count(len(result.members), 'checkpoint')}{score}", soft_wrap=True)
+    console.print(f"To see it: {literal(command_line('show', root, ref))}", soft_wrap=True)

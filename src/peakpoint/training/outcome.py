@@ -4,7 +4,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 
-from peakpoint.errors import PeakpointWarning
+from peakpoint.errors import PeakpointWarning, printable_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class WarnOnce:
 
 def print_note(text: str) -> None:
     """Print to standard error, where it disturbs no output that is piped on."""
-    sys.stderr.write(f"peakpoint: {text}\n")
+    sys.stderr.write(f"peakpoint: {printable_lines(text)}\n")
     sys.stderr.flush()
 
 

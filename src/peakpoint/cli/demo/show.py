@@ -11,12 +11,12 @@ from pathlib import Path
 import msgspec
 import sklearn  # the demonstration's data; imported here so that its absence is said before anything runs
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from peakpoint.cli.promotion import print_comparison
 from peakpoint.cli.records import holder_name, verdict
 from peakpoint.cli.render import console as make_console
+from peakpoint.cli.render import literal
 from peakpoint.cli.runs import print_run, view
 from peakpoint.cli.space import audit_sentence
 from peakpoint.errors import ConfigError, Error
@@ -79,9 +79,10 @@ def run(out: Path, epochs: int) -> None:
         f"the optimizer written, after {len(killed.accuracies)} reported epochs. It left behind:"
     )
     for finding in litter:
-        console.print(f"  {escape(finding.where)}: {finding.what}")
+        console.print(f"  {literal(finding.where)}: {finding.what}")
     _expect(litter, "the kill should have left an incomplete save, and left nothing")
-    console.print(f"\n[bold]The resume.[/] The same command, run again, said:\n{escape(resumed.stderr.strip())}")
+    console.print("\n[bold]The resume.[/] The same command, run again, said:")
+    console.print("\n".join(map(literal, resumed.stderr.strip().splitlines())))
     _expect("resumed from" in resumed.stderr, "the third training should have resumed, and did not")
     _show_weights(console, whole, resumed)
     print_run(console, view(repository.run(KILLED)))
@@ -173,11 +174,11 @@ def _show_production(console: Console, repository: Repository) -> None:
         if proposal.comparison is not None:
             print_comparison(console, proposal.comparison)
         record = promotion.promote(proposal, "the demonstration")
-        line = f"champion is {escape(checkpoint.name)} (record {record.number}); validation {verdict(result)}"
+        line = f"champion is {literal(checkpoint.name)} (record {record.number}); validation {verdict(result)}"
         console.print(f"  {line}", soft_wrap=True)
     if record.number > 1:
         record = promotion.rollback(repository, "champion", "to show that it goes back").record
-        console.print(f"  Rolled back: champion is {escape(holder_name(record))} again, record {record.number}")
+        console.print(f"  Rolled back: champion is {literal(holder_name(record))} again, record {record.number}")
 
 
 def _show_next_commands(console: Console, out: Path) -> None:
@@ -196,4 +197,4 @@ def _show_next_commands(console: Console, out: Path) -> None:
         f"{program} changelog {place}",
         f"{program} audit {place} --deep",
     ):
-        console.print(f"  {escape(command)}", soft_wrap=True)
+        console.print(f"  {literal(command)}", soft_wrap=True)

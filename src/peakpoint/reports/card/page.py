@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from peakpoint.errors import printable
 from peakpoint.format.amounts import size_text
 from peakpoint.format.events import Reported
 from peakpoint.reports.card.front_matter import front_matter
 from peakpoint.reports.card.values import MARK, AliasPeriod, ModelCard
 from peakpoint.reports.changelog.markdown import code, compared, escaped
-from peakpoint.reports.evaluation.tables import printable
 from peakpoint.rules import ranking_metrics
 from peakpoint.rules.peaks import peaks
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import groupby
 
+from peakpoint.errors import printable
 from peakpoint.reports.changelog.entries import PRODUCTION, ChangelogEntry
 from peakpoint.reports.evaluation.pages import escaped as escaped_markup
-from peakpoint.reports.evaluation.tables import printable
 
 MARK = "peakpoint changelog"
 FOLD = 3  # entries of one kind, run and day that have a line each

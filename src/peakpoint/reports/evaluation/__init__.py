@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.errors import ConfigError, NotFoundError, printable
 from peakpoint.format.names import check_metric, did_you_mean, listing, no_part
 from peakpoint.reports.evaluation.compressed import CheckpointPair, RunCheckpoint, compare_compressed
 from peakpoint.reports.evaluation.files import write
@@ -29,7 +29,6 @@ from peakpoint.reports.evaluation.remarks import Metrics, doubted_percentages, m
 from peakpoint.reports.evaluation.result import Evaluation
 from peakpoint.reports.evaluation.run_data import RunData, read_run_data, ref_of
 from peakpoint.reports.evaluation.sparsity import Tradeoff, tradeoff
-from peakpoint.reports.evaluation.tables import printable
 from peakpoint.repository import refs
 from peakpoint.repository.root import Repository
 from peakpoint.rules import Mode, check_mode

@@ -21,12 +21,13 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from peakpoint.errors import printable
 from peakpoint.format.events import Reported
 from peakpoint.reports.evaluation.downsample import thin
 from peakpoint.reports.evaluation.result import Evaluation
 from peakpoint.reports.evaluation.run_data import RunData
 from peakpoint.reports.evaluation.sparsity import Tradeoff
-from peakpoint.reports.evaluation.tables import front_of, printable
+from peakpoint.reports.evaluation.tables import front_of
 from peakpoint.rules import Mode
 from peakpoint.rules.peaks import Peak, peaks
 

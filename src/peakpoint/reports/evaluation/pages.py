@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from peakpoint.errors import needing
+from peakpoint.errors import needing, printable
 from peakpoint.reports.evaluation.result import Evaluation
-from peakpoint.reports.evaluation.tables import CURVE, PEAKS, printable, tables
+from peakpoint.reports.evaluation.tables import CURVE, PEAKS, tables
 
 MARK = "peakpoint report"
 TITLE = "Training report"

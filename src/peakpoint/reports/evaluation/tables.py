@@ -52,16 +52,6 @@ class ReportTable:
         return replace(self, columns=tuple(self.columns[index] for index in remaining), rows=rows)
 
 
-def printable(text: str) -> str:
-    r"""Escape what moves a cursor, reorders a line or cannot be seen.
-
-    Example:
-        >>> printable("val" + chr(0x9b) + "acc")
-        'val\\x9bacc'
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def number(value: float | None) -> str:
     """Format a number with five significant digits, None as nothing."""
     return "" if value is None else f"{value:.5g}"
