@@ -16,7 +16,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_
 from peakpoint.catalogue.schema import meta
 from peakpoint.errors import ConfigError, CorruptError, StoreError, TransientStoreError, needing
 from peakpoint.format.sealed import digest
-from peakpoint.store import LocalStore, Store
+from peakpoint.store import LocalStore, Store, has_locks
 
 VARIABLE = "PEAKPOINT_CATALOGUE"
 FILE = "catalogue.sqlite"
@@ -90,7 +90,10 @@ def _is_usable(path: Path) -> bool:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
     except sqlite3.OperationalError as error:
-        return "locked" in str(error)
+        # SQLite says the same where there are no locks; another file is asked, since closing the database's own
+        # would take away SQLite's locks in this process
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            return "locked" in str(error) and has_locks(file.fileno())
     except (sqlite3.DatabaseError, UnicodeDecodeError):  # its messages quote what is damaged
         return True  # damaged: that is repaired
     return True

@@ -14,6 +14,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import aliases, run_audit
 from peakpoint.repository.findings import Audit, AuditFinding
+from peakpoint.repository.journal import warn_remarks
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository
 from peakpoint.store import Store
@@ -177,6 +178,7 @@ def clean(repository: Repository, *, clock: Clock = utc_now) -> list[AuditFindin
             deleted += run_audit.clean_run(store, run, clock())
         finally:
             hold.release()
+    warn_remarks(store)
     return deleted
 
 

@@ -11,11 +11,12 @@ checkpoint, and a resumed run makes those again.
 
 import io
 import threading
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from peakpoint.errors import CorruptError, StoreError
+from peakpoint.errors import CorruptError, PeakpointWarning, StoreError
 from peakpoint.format.events import (
     CLOSED_LINE,
     LINES_OF_REMOVALS,
@@ -254,3 +255,10 @@ class Journal:
                 self._log.close()
             if self._alive is not None:
                 self._alive.release()
+        warn_remarks(self._store)
+
+
+def warn_remarks(store: Store) -> None:
+    """Warn of what people should know of how a store works here, once."""
+    for remark in store.remarks():
+        warnings.warn(remark, PeakpointWarning, stacklevel=2)

@@ -2,11 +2,11 @@
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from peakpoint.errors import ConflictError, CorruptError, NotFoundError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.sealed import FORMAT, decode_record, seal
@@ -173,6 +173,30 @@ def ensure_run(store: Store, run: str, now: datetime, by: Mapping[str, str], rul
             "rules": [rule.text for rule in rules],
         }
         _create_once(store, layout.run_record(run), record)
+
+
+def check_capitals(store: Store, run: str, parts: Iterable[str] = ()) -> None:
+    """Refuse names that differ from others in capital letters only, where the store takes them for the same.
+
+    Args:
+        store: of an existing repository.
+        run: to be written.
+        parts: of its state.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if store.size(layout.REPOSITORY.upper()) is None:
+        return
+    names = [child.rstrip("/") for child in store.children(layout.RUNS) if child.rstrip("/") != run] + [run]
+    for kind, group in (("runs", names), ("parts", list(parts))):
+        first: dict[str, str] = {}
+        for name in group:
+            if (same := first.setdefault(name.casefold(), name)) != name:
+                raise ConfigError(
+                    f"{store.location} does not tell capital letters apart, so the {kind} {same!r} and {name!r} would "
+                    "overwrite each other; rename one of them"
+                )
 
 
 def _create_once(store: Store, key: str, record: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from peakpoint.errors import ConfigError
-from peakpoint.store.direct_io import FileOps
+from peakpoint.store.direct_io import FileOps, sync_directory
 from peakpoint.store.local import LocalStore
+from peakpoint.store.locks import has_locks
 from peakpoint.store.memory import MemoryStore
 from peakpoint.store.os_errors import translated
 from peakpoint.store.protocol import (
@@ -40,8 +41,10 @@ __all__ = [
     "check_key",
     "create_numbered",
     "establish",
+    "has_locks",
     "holder_note",
     "open_store",
+    "sync_directory",
     "translated",
 ]
 

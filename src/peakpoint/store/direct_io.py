@@ -18,6 +18,7 @@ from peakpoint.store.pages import PAGE, address, allocate, pages, touch
 BLOCK = 32 * 1024 * 1024
 WORTH_DIRECT = 4 * 1024 * 1024  # smaller files are faster through the page cache
 NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
+_NO_DIRECTORY_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
 _NOT_SERVED = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
@@ -90,6 +91,17 @@ class FileOps:
 
 def _in(path: Path, dir_fd: int | None) -> str:
     return os.fspath(path) if dir_fd is None else path.name
+
+
+def sync_directory(ops: FileOps, path: Path, dir_fd: int | None = None) -> bool:
+    """Make the names in a directory durable; False on a file system that cannot, such as older SMB mounts.
+
+    An input/output error or a full disk stays an error.
+    """
+    with IgnoredErrors(_NO_DIRECTORY_SYNC):
+        ops.fsync_dir(path, dir_fd)
+        return True
+    return False
 
 
 class DirectWriter:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from peakpoint.errors import FormatError, NotFoundError
+from peakpoint.errors import FormatError, NotFoundError, StoreError
 from peakpoint.store import locks, safe_open
 from peakpoint.store.direct_io import (
     NO_DIRECT,
@@ -30,12 +30,15 @@ from peakpoint.store.direct_io import (
     FileOps,
     available_memory,
     is_cached,
+    sync_directory,
 )
 from peakpoint.store.local_log import LocalLog
 from peakpoint.store.os_errors import IgnoredErrors, translated
+from peakpoint.store.pages import PAGE
 from peakpoint.store.protocol import RECORD, Chunk, Filled, Filling, check_key, check_record, check_size
 
 _TEMPORARY = ".tmp-"
+_PROBE = f"{_TEMPORARY}probe"
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _COARSEST = 3_000_000_000  # nanoseconds: two changes within the steps of a file system's clock look like one (FAT: 2 s)
 
@@ -53,7 +56,7 @@ class LocalStore:
         self._root = os.fspath(root)
         self._ops = ops or FileOps()
         self._direct = hasattr(os, "O_DIRECT")
-        self._remarks: list[str] = []
+        self._remarks: dict[str, bool] = {}  # each sentence, and whether it has been given out
         self._durable: set[Path] = set()  # directories whose entry in their parent this process has made durable
 
     @property
@@ -64,6 +67,16 @@ class LocalStore:
     def path(self, key: str) -> Path:
         """Where the bytes of ``key`` are."""
         return self.root / check_key(key)
+
+    def _remark(self, sentence: str) -> None:
+        self._remarks.setdefault(f"{self.root}: {sentence}", False)
+
+    def _sync_directory(self, path: Path, dir_fd: int | None = None) -> None:
+        if not sync_directory(self._ops, path, dir_fd):
+            self._remark(
+                "this file system does not make directories durable, so a power cut may take back what was saved "
+                "shortly before it; it does nothing to what a killed process has saved"
+            )
 
     def _directory(self, key: str) -> contextlib.AbstractContextManager[int]:
         """Open the directory that a key is in."""
@@ -87,7 +100,7 @@ class LocalStore:
                     inner = safe_open.enter(dir_fd, name)
                 open_directories.callback(os.close, inner)
                 if directory not in self._durable:  # also one that is there already: its maker may have died before
-                    self._ops.fsync_dir(directory.parent, dir_fd)
+                    self._sync_directory(directory.parent, dir_fd)
                     self._durable.add(directory)
                 dir_fd = inner
             yield dir_fd
@@ -99,7 +112,7 @@ class LocalStore:
             safe_open.check_replaceable(dir_fd, path)
             temporary = self._write_temporary(dir_fd, path, chunks, size)
             self._ops.rename(temporary, path, dir_fd)
-            self._ops.fsync_dir(path.parent, dir_fd)
+            self._sync_directory(path.parent, dir_fd)
 
     def create(self, key: str, data: bytes) -> None:
         """See ``Store.create``."""
@@ -112,7 +125,7 @@ class LocalStore:
             except FileExistsError as error:
                 self._ops.unlink(temporary, dir_fd)
                 raise safe_open.name_taken(dir_fd, path) from error
-            self._ops.fsync_dir(path.parent, dir_fd)
+            self._sync_directory(path.parent, dir_fd)
 
     def link(self, source: str, key: str) -> bool:
         """See ``Store.link``: a hard link, where the file system has them."""
@@ -154,7 +167,7 @@ class LocalStore:
                     raise
                 return False
             self._ops.rename(temporary, path, dir_fd)
-            self._ops.fsync_dir(path.parent, dir_fd)
+            self._sync_directory(path.parent, dir_fd)
             return True
 
     def _link_new(self, dir_fd: int, temporary: Path, path: Path) -> None:
@@ -165,6 +178,10 @@ class LocalStore:
                 raise
             # No hard links here (exFAT, some network mounts). Rename would replace silently, so look first; the
             # writer's lock keeps others away in between.
+            self._remark(
+                "this file system has no hard links, so files that did not change are written again with every "
+                "checkpoint, and of two processes that set one alias at the same moment, one may be overwritten"
+            )
             with contextlib.suppress(FileNotFoundError):
                 safe_open.status(dir_fd, path.name)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
@@ -193,9 +210,7 @@ class LocalStore:
             raise
         if output.refused and self._direct:
             self._direct = False
-            self._remarks.append(
-                f"{self.root}: this file system refuses direct I/O, so saves go through the page cache, which is slower"
-            )
+            self._remark("this file system refuses direct I/O, so saves go through the page cache, which is slower")
         return temporary
 
     def _make_root(self, directory: Path) -> None:
@@ -207,7 +222,7 @@ class LocalStore:
                 self._make_root(directory.parent)
             with contextlib.suppress(FileExistsError):
                 self._ops.mkdir(directory)
-        self._ops.fsync_dir(directory.parent)
+        self._sync_directory(directory.parent)
         self._durable.add(directory)
 
     @contextlib.contextmanager
@@ -321,7 +336,7 @@ class LocalStore:
         with contextlib.suppress(NotFoundError), translated("delete", path), self._directory(key) as dir_fd:
             if stat.S_ISREG(safe_open.status(dir_fd, path.name).st_mode):
                 self._ops.unlink(path, dir_fd)
-                self._ops.fsync_dir(path.parent, dir_fd)
+                self._sync_directory(path.parent, dir_fd)
 
     def prune(self, prefix: str) -> None:
         """See ``Store.prune``."""
@@ -330,7 +345,7 @@ class LocalStore:
         removing = translated("remove", path)
         with contextlib.suppress(NotFoundError), expected, removing, self._directory(prefix) as dir_fd:
             self._ops.rmdir(path, dir_fd)
-            self._ops.fsync_dir(path.parent, dir_fd)
+            self._sync_directory(path.parent, dir_fd)
 
     def log(self, key: str) -> LocalLog:
         """See ``Store.log``."""
@@ -340,7 +355,7 @@ class LocalStore:
                 fd = self._ops.create(path, dir_fd)
             except FileExistsError as error:
                 raise safe_open.name_taken(dir_fd, path) from error
-            self._ops.fsync_dir(path.parent, dir_fd)
+            self._sync_directory(path.parent, dir_fd)
         return LocalLog(path, fd, self._ops)
 
     def hold(self, key: str, note: bytes) -> locks.ExclusiveLock:
@@ -348,7 +363,14 @@ class LocalStore:
         path = self.path(key)
         with translated("lock", path), self._parent_made(key) as dir_fd:
             fd = safe_open.open_file(dir_fd, path, os.O_RDWR | os.O_CREAT)
-            return locks.ExclusiveLock(fd, path, note, partial(self._status, key))
+            hold = locks.ExclusiveLock(fd, path, note, partial(self._status, key))
+        if hold.without_locks:
+            self._remark(
+                "this file system has no file locks, so of two processes that write one run, only those on one "
+                "machine are kept apart for certain, and rules may remove a checkpoint that is being read; mount it "
+                "with locks (NFS: lockd, Lustre: -o flock), or write each run from one machine only"
+            )
+        return hold
 
     def holder(self, key: str) -> str | None:
         """See ``Store.holder``: asks the kernel, takes no lock."""
@@ -375,18 +397,30 @@ class LocalStore:
             return False
 
     def remarks(self) -> list[str]:
-        """See ``Store.remarks``: whether direct I/O is refused."""
-        remarks, self._remarks = self._remarks, []
+        """See ``Store.remarks``: what this file system lacks."""
+        remarks = [sentence for sentence, is_given_out in list(self._remarks.items()) if not is_given_out]
+        self._remarks |= dict.fromkeys(remarks, True)
         return remarks
 
     def free(self) -> int | None:
-        """See ``Store.free``: what an ordinary user may still write."""
+        """See ``Store.free``: what an ordinary user may still write.
+
+        A file system that does not know says 0: there a small write has to succeed or to fail.
+        """
         path = self.root.absolute()
         while not path.exists():
             path = path.parent
         with translated("ask for the free space of", path):
             status = os.statvfs(path)
-        return status.f_bavail * status.f_frsize
+        return status.f_bavail * status.f_frsize or (0 if path == self.root.absolute() and self._is_full() else None)
+
+    def _is_full(self) -> bool:
+        try:
+            self.put(_PROBE, [bytes(PAGE)])
+            self.delete(_PROBE)
+        except StoreError as error:
+            return error.is_full
+        return False
 
 
 def _temporary(path: Path) -> Path:

@@ -132,8 +132,24 @@ def holder_text(note: bytes) -> str:
     return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
 
 
-def held_by(note: bytes) -> ConflictError:
-    """Return the error for what the writer of ``note`` holds."""
+def marked_without_locks(note: bytes) -> bytes:
+    """The note of a hold on a file system without locks: nothing else tells other machines of it."""
+    return msgspec.json.encode({**_holder(note), "locks": "none"})
+
+
+def is_elsewhere(note: bytes) -> bool:
+    """Whether a note is that of a hold without locks that another machine has not given back."""
+    holder = _holder(note)
+    return holder.get("locks") == "none" and holder.get("host", socket.gethostname()) != socket.gethostname()
+
+
+def held_by(note: bytes, remedy: str = "") -> ConflictError:
+    """Return the error for what the writer of ``note`` holds.
+
+    Args:
+        note: the note.
+        remedy: what else to do about it.
+    """
     holder = _holder(note)
     is_ours = (holder.get("pid"), holder.get("host")) == (str(os.getpid()), socket.gethostname())
     way = (
@@ -141,7 +157,7 @@ def held_by(note: bytes) -> ConflictError:
         if is_ours
         else "wait until it ends, or stop it"
     )
-    return ConflictError(f"already being written by {holder_text(note)}; {way}")
+    return ConflictError(f"already being written by {holder_text(note)}; {way}{remedy}")
 
 
 class Filling(Protocol):

@@ -18,7 +18,7 @@ from peakpoint.repository.journal import Journal
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import list_run
-from peakpoint.repository.root import ensure_repository, ensure_run
+from peakpoint.repository.root import check_capitals, ensure_repository, ensure_run
 from peakpoint.repository.run import rules_of
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.state.typed_json import Encoder
@@ -107,6 +107,7 @@ def hold_run(store: Store, run: str, clock: Clock) -> Iterator[tuple[datetime, H
     """
     now = clock()
     ensure_repository(store, now)
+    check_capitals(store, run)
     hold = store.hold(layout.writer_lock(run), holder_note(now))
     try:
         check_not_archived(store, run, list_run(store, run).manifests)

@@ -17,7 +17,7 @@ from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock
 from peakpoint.repository.reader import find_damage
-from peakpoint.repository.root import ensure_repository, ensure_run
+from peakpoint.repository.root import check_capitals, ensure_repository, ensure_run
 from peakpoint.repository.run_audit import clean_run
 from peakpoint.rules import Rule
 from peakpoint.rules.history import Smoothing, smoothing_windows
@@ -83,6 +83,7 @@ class RunWriter:
         self._by = written_by()
         now = clock()
         ensure_repository(store, now)
+        check_capitals(store, run, state)
         self._hold: Hold = store.hold(layout.writer_lock(run), holder_note(now))
         try:
             ensure_run(store, run, now, self._by, in_force)
@@ -129,7 +130,7 @@ class RunWriter:
         notices = self._saver.start(following, self._earlier_rules, newest_is_whole=newest_is_whole)
         now, last_report = self._clock(), origin.position.report
         self._journal.append(Started(at=now, checkpoint=origin.parent, report=last_report, requested=origin.requested))
-        return notices
+        return notices + self._store.remarks()
 
     def moment(self, position: Position, metrics: Mapping[str, float]) -> Manifest:
         """Return a manifest of the present moment; it gets a name when it is saved."""

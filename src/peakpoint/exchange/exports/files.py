@@ -5,13 +5,14 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peakpoint.errors import ConfigError, ConflictError, NotFoundError
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository.reader import hold_all
@@ -20,7 +21,7 @@ from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.saved import check_part_of, read_state
 from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.state.typed_json import check_tensor
-from peakpoint.store import FileOps, translated
+from peakpoint.store import FileOps, sync_directory, translated
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -139,15 +140,23 @@ def published(to: Path) -> Iterator[Path]:
     with translated("write", to):
         try:
             yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
+            paths = [*temporary.rglob("*"), temporary]
+            for path in filter(Path.is_file, paths):
                 fd = os.open(path, os.O_RDONLY)
                 try:
                     ops.fsync(fd)
                 finally:
                     os.close(fd)
+            durable = [sync_directory(ops, path) for path in filter(Path.is_dir, paths)]
             ops.rename(temporary, to)
-            ops.fsync_dir(to.parent)
+            durable.append(sync_directory(ops, to.parent))
         finally:
             if temporary.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)
             temporary.unlink(missing_ok=True)
+    if not all(durable):
+        warnings.warn(
+            f"{to}: this file system does not make directories durable, so a power cut may take it back",
+            PeakpointWarning,
+            stacklevel=3,
+        )
