@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 import msgspec
 
@@ -47,11 +48,15 @@ class Opened(Event, frozen=True, kw_only=True):
         rules: the rules in force from now on, in text form.
         state: part name to the class of what was given for it, such as ``"torch.optim.adamw.AdamW"``; for people and
             reports, never to be imported.
+        config: plain values by name, as the training was given them; empty when it was given none.
+        tags: words, likewise.
     """
 
     by: Mapping[str, str]
     rules: tuple[str, ...]
     state: Mapping[str, str] = msgspec.field(default_factory=dict)
+    config: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    tags: tuple[str, ...] = ()
 
 
 class Started(Event, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundE
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.sealed import FORMAT, decode_record, seal
+from peakpoint.format.settings import Settings
 from peakpoint.repository import aliases, reader, refs
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule
@@ -158,8 +160,15 @@ def ensure_repository(store: Store, now: datetime) -> Repository:
     return Repository(store)
 
 
-def ensure_run(store: Store, run: str, now: datetime, by: Mapping[str, str], rules: Sequence[Rule]) -> None:
-    """Write the run's record unless it exists.
+def ensure_run(
+    store: Store,
+    run: str,
+    now: datetime,
+    by: Mapping[str, str],
+    rules: Sequence[Rule],
+    settings: Settings = Settings(),  # noqa: B008 - a frozen value
+) -> None:
+    """Write the run's record unless it exists; with the settings that it begins with, if there are any.
 
     Raises:
         StoreError: it cannot be written.
@@ -171,6 +180,7 @@ def ensure_run(store: Store, run: str, now: datetime, by: Mapping[str, str], rul
             "created_at": now,
             "by": dict(by),
             "rules": [rule.text for rule in rules],
+            **{name: value for name, value in asdict(settings).items() if value},
         }
         _create_once(store, layout.run_record(run), record)
 

@@ -26,6 +26,7 @@ from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import check_text, no_part
 from peakpoint.format.sealed import decode_record
+from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.alias_protection import protected_by_aliases
@@ -110,6 +111,10 @@ class Run:
     def rules(self) -> tuple[Rule, ...]:
         """Return the rules in force: those of the process that opened the run last."""
         return rules_of(self.events())
+
+    def settings(self) -> Settings:
+        """Return what the training was started with last: its ``config`` and ``tags``."""
+        return settings_of(self.events())
 
     def pinned(self) -> Mapping[str, str]:
         """Return the ids of pinned checkpoints, with the reasons."""

@@ -35,6 +35,7 @@ from peakpoint.training.metric_warnings import MetricWarnings
 from peakpoint.training.outcome import Outcome, print_note, warn
 from peakpoint.training.preemption import Preempt, SignalWatch
 from peakpoint.training.run_writer import RunWriter, SaveOptions, capture_buffer, check_needs
+from peakpoint.training.settings import read_settings
 
 
 class Checkpointer:
@@ -66,6 +67,11 @@ class Checkpointer:
             rules have changed (a warning says so when the run is continued), and 0 for what each save replaces. When
             space is short, the trash is emptied first.
         name: the template of checkpoint names; see ``peakpoint.format.names.checkpoint_name``.
+        config: settings to be kept with the run: a dict, an ``argparse.Namespace`` or an instance of a dataclass, of
+            numbers, texts, true and false, None, and lists and dicts of these. ``peakpoint select`` finds them as
+            ``config.lr``. Everybody who can read the repository can read them: leave passwords out. Settings that
+            change when the run is continued are said, and the newest count.
+        tags: words for the run, which ``peakpoint select`` finds as ``tag``.
         preempt: which signals mean preemption, and the exit code; None watches none.
 
     Raises:
@@ -102,6 +108,8 @@ class Checkpointer:
         capture_bytes: int | str | None = None,
         undo_for: timedelta | str | None = None,
         name: str = DEFAULT_TEMPLATE,
+        config: object = None,
+        tags: Iterable[str] | None = None,
         preempt: Preempt | None = Preempt(),  # noqa: B008 - a frozen value
     ) -> None:
         self.run = names.check_run(run)
@@ -120,6 +128,7 @@ class Checkpointer:
             overlap=overlap,
             buffer=capture_buffer(capture_bytes),
             undo_for=None if undo_for is None else read_duration("undo_for", undo_for),
+            settings=read_settings(config, tags),
         )
         store = open_store(root)
         self._writer = RunWriter(store, self.run, self.state, self.rules, options, self._clock, self._announce)

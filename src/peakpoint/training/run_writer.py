@@ -13,6 +13,7 @@ from peakpoint.format.amounts import read_bytes
 from peakpoint.format.events import Closed, Opened, Reported, Started
 from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.format.names import did_you_mean
+from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock
@@ -33,6 +34,7 @@ from peakpoint.training.records import draft_manifest, with_free_name, written_b
 from peakpoint.training.resume import Resumption, StartPoint, resumption
 from peakpoint.training.rule_changes import earlier_rules
 from peakpoint.training.saver import FailedSave, SaveJob, Saver
+from peakpoint.training.settings import changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +46,14 @@ class SaveOptions:
         overlap: whether copying goes on while training does.
         buffer: the memory that a copy of the state takes.
         undo_for: how long what the rules remove can be brought back; see ``Saver``.
+        settings: of the training, for its records.
     """
 
     template: str
     overlap: bool
     buffer: StagingBuffer | RingBuffer
     undo_for: timedelta | None
+    settings: Settings
 
 
 class RunWriter:
@@ -81,23 +85,26 @@ class RunWriter:
         self._parent: str | None = None
         self._closed = False
         self._by = written_by()
-        now = clock()
+        now, settings = clock(), options.settings
         ensure_repository(store, now)
         check_capitals(store, run, state)
         self._hold: Hold = store.hold(layout.writer_lock(run), holder_note(now))
         try:
-            ensure_run(store, run, now, self._by, in_force)
+            ensure_run(store, run, now, self._by, in_force, settings)
             clean_run(store, run, now)
             past = resumption(store, run)
             self._journal = Journal(store, run, clock)
             texts = tuple(rule.text for rule in in_force)
             classes = {part: f"{type(value).__module__}.{type(value).__qualname__}" for part, value in state.items()}
-            self._journal.append(Opened(at=now, by=self._by, rules=texts, state=classes))
+            self._journal.append(
+                Opened(at=now, by=self._by, rules=texts, state=classes, config=settings.config, tags=settings.tags)
+            )
         except BaseException:
             self._hold.release()
             raise
         self.resumption: Resumption | None = past  # None once the run has started: a long journal takes memory
         self._earlier_rules = earlier_rules(past.journal.events)
+        self._changed_settings = changes(settings_of(past.journal.events), settings)
         every_rule = [*in_force, *(rule for previous in self._earlier_rules for rule in previous or ())]
         existing = past.listing.manifests
         self._annotations = LiveAnnotations(store, run, self._journal.segment, past.journal, existing, every_rule)
@@ -130,6 +137,8 @@ class RunWriter:
         notices = self._saver.start(following, self._earlier_rules, newest_is_whole=newest_is_whole)
         now, last_report = self._clock(), origin.position.report
         self._journal.append(Started(at=now, checkpoint=origin.parent, report=last_report, requested=origin.requested))
+        if self._changed_settings:
+            self._announce(f"run {self._run!r} goes on with other settings: {self._changed_settings}")
         return notices + self._store.remarks()
 
     def moment(self, position: Position, metrics: Mapping[str, float]) -> Manifest:
