@@ -313,6 +313,36 @@ def test_the_same_in_both_databases(tmp_path, catalogue_url):
     again.close()
 
 
+def test_settings_follow_the_runs_in_both_databases(tmp_path, catalogue_url):
+    root = tmp_path / "runs"
+
+    def trained(run, **given):
+        with checkpointer(root, run=run, state={"x": 1}, **given) as ckpt:
+            ckpt.resume()
+            ckpt.report(step=1, acc=0.5)
+
+    def runs(text):
+        return {one.run for one in catalogue.select(SelectionQuery(query=parse(text)))}
+
+    trained("a", config={"lr": 0.1, "opt": {"name": "sgd"}}, tags=["ablation"])
+    catalogue = Catalogue(LocalStore(root), catalogue_url)
+    trained("b", config={"lr": 0.001})
+    assert runs('config.lr > 0.01 and tag == "ablation"') == {"a"}
+    trained("b", config={"lr": 0.5, "text": "a\0b" + "x" * 5000}, tags=["ablation"])
+    assert runs('config.lr > 0.01 and tag == "ablation"') == {"a", "b"}
+    trained("a")
+    assert runs("config.opt.name == 'sgd'") == {"a"}, "a training that gives none leaves them"
+    check(root, catalogue)
+    with catalogue._engine.begin() as connection:
+        connection.execute(sqlalchemy.update(schema.settings).values(value=7.0))
+    assert {one.run for one in catalogue.compare()} == {"a", "b"}
+    catalogue.rebuild()
+    check(root, catalogue)
+    shutil.rmtree(root / "runs" / "b")
+    assert runs("has(config.lr)") == {"a"}
+    catalogue.close()
+
+
 # --- at once ------------------------------------------------------------------------------------------------------
 
 

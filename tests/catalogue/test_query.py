@@ -17,7 +17,10 @@ from peakpoint.catalogue import Catalogue, SelectionQuery
 from peakpoint.catalogue.query import FIELDS, parse
 from peakpoint.catalogue.ranking import WithinSE, ranking_keys
 from peakpoint.errors import ConfigError, Error, NotFoundError
+from peakpoint.format.events import Closed, Opened
 from peakpoint.format.manifest import FileRecord
+from peakpoint.format.settings import Settings
+from peakpoint.repository.journal import Journal
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.store import LocalStore
 from rows import point, write
@@ -34,7 +37,9 @@ def build(root):
     made = []
     for number in range(60):
         run = ("resnet50-a", "resnet18_b", "Resnet50[c]")[number % 3].replace("[c]", "c")
-        ensure_run(store, run, START, {}, ())
+        if number < 3:
+            ensure_run(store, run, START, {}, ())
+            open_with(store, run, SETTINGS[run])
         values = {name: VALUES[(number * (place + 3) + number // 7) % len(VALUES)] for place, name in enumerate(NAMES)}
         one = manifest(
             run=run,
@@ -54,6 +59,25 @@ def build(root):
         for place in places:
             point(store, alias, None if place is None else made[place])
     return made
+
+
+def open_with(store, run, given):
+    """Let the journal say that a training with these settings has opened the run, and ended."""
+    journal = Journal(store, run, lambda: START)
+    journal.append(Opened(at=START, by={}, rules=(), config=given.config, tags=given.tags))
+    journal.append(Closed(at=START, why="closed"))
+    journal.close()
+
+
+SETTINGS = {
+    "resnet50-a": Settings({"lr": 0.5, "opt": {"name": "adamw", "betas": [0.9]}, "amp": True, "n": None}, ("try_2",)),
+    "resnet18_b": Settings({"lr": 3, "opt": {"name": "sgd 100%"}, "weight-decay": 0.5, "amp": False}, ("old", "try 3")),
+    "Resnet50c": Settings(),
+}
+
+
+def setting(one, name):
+    return SETTINGS[one.run].flat().get(name)
 
 
 # each alias, with where it pointed: the last counts
@@ -130,6 +154,8 @@ NUMBERS = {
     "x.y": lambda one: known(one.metrics.get("x.y")),
     "Spärlich": lambda one: known(one.metrics.get("Spärlich")),
     "metric('val/loss')": lambda one: known(one.metrics.get("val/loss")),
+    "config.lr": lambda one: setting(one, "lr"),
+    "config('weight-decay')": lambda one: setting(one, "weight-decay"),
     "`select`": lambda one: known(one.metrics.get("select")),
     'metric("epoch")': lambda one: known(one.metrics.get("epoch")),
 }
@@ -166,6 +192,11 @@ def held(one):
     return {alias for alias, place in HELD.items() if one.id == identity(place)}
 
 
+def both_texts(name, test):
+    """A test of a setting; unknown where there is none."""
+    return lambda one: None if setting(one, name) is None else test(setting(one, name))
+
+
 numbers = st.recursive(plain, arithmetic, max_leaves=3)
 TEXTS = {
     'run ~ "resnet50*"': lambda one: fnmatch.fnmatchcase(one.run, "resnet50*"),
@@ -182,6 +213,25 @@ TEXTS = {
     "alias in ('challenger_1', 'old_1')": lambda one: "challenger_1" in held(one),
     "alias not in ['champion']": lambda one: "champion" not in held(one),
     "has(alias)": lambda one: bool(held(one)),
+    "tag == 'old'": lambda one: "old" in SETTINGS[one.run].tags,
+    "tag != 'old'": lambda one: "old" not in SETTINGS[one.run].tags,
+    "tag ~ 'try?3'": lambda one: one.run == "resnet18_b",
+    "tag in ('old', 'try_2')": lambda one: bool(SETTINGS[one.run].tags),
+    "has(tag)": lambda one: bool(SETTINGS[one.run].tags),
+    "config.opt.name == 'adamw'": both_texts("opt.name", lambda text: text == "adamw"),
+    "'adamw' != config.opt.name": both_texts("opt.name", lambda text: text != "adamw"),
+    "config.opt.name ~ '*100%'": both_texts("opt.name", lambda text: text.endswith("100%")),
+    "config.opt.name in ('sgd', 'adamw')": both_texts("opt.name", lambda text: text == "adamw"),
+    "config.opt.name not in ['adamw']": both_texts("opt.name", lambda text: text != "adamw"),
+    "config.opt.name > 0": lambda _: None,
+    "config.opt.betas == '[0.9]'": lambda one: None if one.run != "resnet50-a" else True,
+    "config.lr == '0.5'": lambda one: None if setting(one, "lr") is None else setting(one, "lr") == 0.5,
+    "config.lr < config.lr + 1": lambda one: None if setting(one, "lr") is None else True,
+    "config.lr == config.amp": lambda one: None if setting(one, "lr") is None else False,
+    "config.amp": lambda one: setting(one, "amp"),
+    "config.amp == 'true'": lambda one: setting(one, "amp"),
+    "has(config.amp)": lambda one: setting(one, "amp") is not None,
+    "has(config('weight-decay'))": lambda one: one.run == "resnet18_b",
     "has(epoch)": lambda one: one.epoch is not None,
     "has(acc)": lambda one: known(one.metrics.get("acc")) is not None,
     "has('val/loss')": lambda one: known(one.metrics.get("val/loss")) is not None,
@@ -448,6 +498,15 @@ SLIPS = [
     ("epoch between 1", 0, "between takes two values"),
     ("epoch between 1 or 2", 0, "between takes two values"),
     ("acc > *", 6, "not understood"),
+    ("config.lr > '0.1'", 0, "texts are compared with"),
+    ("config.opt == run", 0, "text in quotes"),
+    ("config.lr > created", 0, "a date in quotes"),
+    ("config.lr == pinned", 0, "true or false by itself"),
+    ("config.lr in (0.1, 'x')", 0, "numbers or texts, and not both"),
+    ("config.lr ~ 3", 12, "pattern in quotes"),
+    ("config(lr) > 1", 7, "config('weight-decay')"),
+    ("config.step % 2 == 0", 0, "% takes whole numbers"),
+    ("tag", 0, "compare it, as in tag ~ 'x*'"),
 ]
 
 
@@ -493,6 +552,8 @@ def test_a_name_that_is_none_is_answered_with_near_ones(catalogues):
         ("", {"acx": "max"}, "did you mean 'acc'"),
         ("stepp > 1", {}, "did you mean 'step'"),
         ("has(nothing)", {}, "metrics: Spärlich, acc, epoch"),
+        ("config.opt.nam == 'x'", {}, "no run has a setting config.opt.nam; did you mean 'config.opt.name'"),
+        ("config.n > 1", {}, "settings: config.amp, config.lr"),
     ]:
         with pytest.raises(NotFoundError, match=re.escape(words)):
             select(catalogues[0], text, by)
@@ -509,7 +570,7 @@ def test_every_field_has_a_meaning(made, catalogues):
     for catalogue in catalogues:
         for field, kind in FIELDS.items():
             condition = {"text": f"{field} ~ '*'", "truth": f"{field} or not {field}"}.get(kind, f"has({field})")
-            assert len(list(select(catalogue, condition))) == {"epoch": 48, "alias": 2}.get(field, 60)
+            assert len(list(select(catalogue, condition))) == {"epoch": 48, "alias": 2, "tag": 40}.get(field, 60)
 
 
 # --- the second lock ----------------------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from peakpoint.catalogue.rows import (
     checkpoint_rows,
     note_rows,
     portions,
+    setting_rows,
     stored_notes,
 )
 from peakpoint.catalogue.schema import Columns
+from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import Annotations
 from peakpoint.store import Store
@@ -190,6 +192,11 @@ class _Update:
             self._connection.execute(delete(table).where(table.c.run == self._key, table.c.checkpoint.in_(ids)))
         self._connection.execute(insert(table), note_rows(self._key, notes, self._noted_ids))
 
+    def _write_settings(self, settings: Settings) -> None:
+        self._connection.execute(delete(schema.settings).where(schema.settings.c.run == self._key))
+        for rows in portions(setting_rows(self._key, settings)):
+            self._connection.execute(insert(schema.settings), rows)
+
     def _forget(self, keys: Sequence[int]) -> None:
         for some_keys in portions(keys):
             self._connection.execute(delete(schema.checkpoints).where(schema.checkpoints.c.key.in_(some_keys)))
@@ -218,8 +225,11 @@ class _Update:
         """What the row of the run says."""
         changes, table = self._changes, schema.checkpoints.c
         from_nothing = self._is_new or changes.past is not None
+        events = changes.events if changes.past is None else changes.past
         reports = RunReports() if from_nothing else RunReports.of_row(self._row)
-        reports = reports.after(changes.events if changes.past is None else changes.past)
+        reports = reports.after(events)
+        if from_nothing:
+            self._write_settings(settings_of(events))
         best = [func.max(case((table.step == peak.best_step, 1), else_=0)) for peak in reports.peaks]
         totals = select(func.count(), func.sum(table.size), func.max(table.created), *best)
         count, size, newest, *kept = self._connection.execute(totals.where(table.run == self._key)).one()

@@ -17,6 +17,7 @@ from peakpoint.errors import ConfigError
 from peakpoint.format.events import Event, Opened
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
+from peakpoint.format.settings import SETTING, Settings, setting_text
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import Annotations
 from peakpoint.rules import Mode, parse, ranking_metrics
@@ -103,6 +104,22 @@ def _watched_by(texts: Iterable[str]) -> list[tuple[str, Mode]]:
         except ConfigError:
             continue
     return list(ranking_metrics(rules))
+
+
+def setting_rows(run: int, settings: Settings) -> list[dict[str, Any]]:
+    """The rows of the settings and the tags of a run; what is None is missing."""
+    entries = [(SETTING + name, 0, value) for name, value in settings.flat().items() if value is not None]
+    entries += [("tag", number, tag) for number, tag in enumerate(settings.tags)]
+    return [
+        {
+            "run": run,
+            "name": _plain_text(name),
+            "number": number,
+            "text": _plain_text(setting_text(value)),
+            "value": float(value) if isinstance(value, int | float) else None,
+        }
+        for name, number, value in entries
+    ]
 
 
 # --- notes --------------------------------------------------------------------------------------------------------

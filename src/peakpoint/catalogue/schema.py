@@ -4,7 +4,7 @@
 named ``m1``, ``m2``, ...; ``metrics`` says which is which. After ``WIDEST`` metrics further ones go to ``rarities``, a
 row a value, which is slower and has no limit. NaN is NULL here: it never matches. ``details`` holds the record that a
 ``Checkpoint`` is made from. How far a run is read is in ``runs.read``; what its journal notes of checkpoints, in
-``noted``. ``aliases`` has what each alias points at.
+``noted``. ``settings`` has those of each run, with its tags, and ``aliases`` what each alias points at.
 
 Nothing here is truth, so there are no migrations: a catalogue of an older version is emptied, and all runs are read
 again.
@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from peakpoint.errors import FormatError
 
-VERSION = 4
+VERSION = 5
 """One more with every change of a table, or of what a column means."""
 WIDEST = 200  # metrics with a column; PostgreSQL takes 1,600 columns, SQLite 2,000, and each index costs its share
 PREFIX = "peakpoint_"  # a team's database may have tables of its own that are called runs or files
@@ -64,6 +64,15 @@ notes = sa.Table(
     sa.Column("checkpoint", sa.Text, primary_key=True),
     sa.Column("metrics", sa.Text, nullable=False),
     sa.Column("pinned", sa.Text),
+)
+settings = sa.Table(
+    PREFIX + "settings",
+    _TABLES,
+    sa.Column("run", _Key, _references("runs"), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),  # with ``config.`` before it; ``tag`` for every tag
+    sa.Column("number", sa.Integer, primary_key=True),  # of several tags
+    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("value", sa.Double),  # of a number, and 1 or 0 for true or false
 )
 metrics = sa.Table(
     PREFIX + "metrics",

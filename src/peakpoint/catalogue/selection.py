@@ -21,6 +21,8 @@ from peakpoint.catalogue.verification import CatalogueMismatch
 from peakpoint.errors import NotFoundError, TransientStoreError
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.metrics import metrics_from_json
+from peakpoint.format.names import did_you_mean, listing
+from peakpoint.format.settings import SETTING
 
 _RUNNERS_UP = 3
 _CHUNK = 200
@@ -109,6 +111,7 @@ class Selection:
         with translated(self._engine.url), self._engine.connect() as connection:
             columns = Columns.read(connection)
             _check_metrics(self._request, columns)
+            _check_settings(self._request, connection)
             translator = Translator(columns, connection.dialect.name)
             left_out = [name for name in self._catalogue.unread if "/" not in name]
             yield _SelectionReader(
@@ -298,6 +301,21 @@ def _check_metrics(request: SelectionQuery, columns: Columns) -> None:
     for name in names:
         if name not in columns.keys:
             raise NotFoundError(_unknown(name, columns))
+
+
+def _check_settings(request: SelectionQuery, connection: Connection) -> None:
+    """Refuse settings that no run has, with near ones.
+
+    Raises:
+        NotFoundError: there is such a setting.
+    """
+    for setting in request.query.settings():
+        names = connection.execute(select(schema.settings.c.name).distinct()).scalars().all()
+        if setting.name not in names:
+            settings = [name for name in names if name.startswith(SETTING)]
+            message = f"no run has a setting {setting.name}{did_you_mean(setting.name, settings)}"
+            existing = f"; settings: {listing(sorted(settings), 20) or 'none'}"
+            raise NotFoundError(point(request.query.text, setting.span, message + existing))
 
 
 def _unknown(name: str, columns: Columns) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy.sql.operators import custom_op
 
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.query import tree
-from peakpoint.catalogue.query.tree import Field, Metric
+from peakpoint.catalogue.query.tree import Field, Metric, Setting
 from peakpoint.catalogue.schema import Columns
 
 Expression = sa.ColumnElement[Any]
@@ -70,12 +70,12 @@ class Translator:
             case tree.Not(condition=inner):
                 return sa.not_(self.where(inner))
             case tree.Flag(field=field):
-                return self._column(field.name).is_(True)
+                return self._column(field.name).is_(True) if isinstance(field, Field) else self.value(field) != 0
             case tree.Has(value=value):
                 return self._has(value)
             case tree.Like(field=field, pattern=pattern):
                 return self._texts(field, lambda column: self._like(column, pattern))
-            case tree.Among(value=Field() as field, options=options) if _is_text(field):
+            case tree.Among(value=Field() | Setting() as field, options=options) if isinstance(options[0].value, str):
                 return self._texts(field, lambda column: column.in_([option.value for option in options]))
             case tree.Among(value=value, options=options):
                 numbers: Expression = sa.bindparam(
@@ -85,8 +85,10 @@ class Translator:
             case tree.Compare():
                 return self._compare(condition)
 
-    def _has(self, value: Field | Metric) -> Expression:
-        if isinstance(value, Field) and value.name == "alias":
+    def _has(self, value: Field | Metric | Setting) -> Expression:
+        if isinstance(value, Setting):
+            return self._setting(value, "text").is_not(None)
+        if isinstance(value, Field) and value.name in ("alias", "tag"):
             return self._texts(value, lambda _: sa.true())
         return sa.true() if _is_text(value) else self.value(value).is_not(None)
 
@@ -94,20 +96,32 @@ class Translator:
         field, constant = condition.left, condition.right
         if isinstance(field, tree.Constant):
             field, constant = constant, field
-        if isinstance(field, Field) and _is_text(field):  # only equality of texts comes here with a text
-            assert isinstance(constant, tree.Constant)
+        if isinstance(constant, tree.Constant) and isinstance(constant.value, str):  # only equality comes with a text
+            assert isinstance(field, Field | Setting)
             equal = self._texts(field, lambda column: column == constant.value)
             return equal if condition.op == "==" else sa.not_(equal)
         return _COMPARED[condition.op](self.value(condition.left), self.value(condition.right))
 
-    def _texts(self, field: Field, test: Any) -> Expression:
+    def _setting(self, setting: Setting, column: str) -> Expression:
+        """The text or the value of a setting; NULL where the run has none."""
+        rows = schema.settings.c
+        is_setting = (rows.run == self.table.run) & (rows.name == setting.name) & (rows.number == 0)
+        return sa.select(rows[column]).where(is_setting).scalar_subquery()
+
+    def _texts(self, field: Field | Setting, test: Any) -> Expression:
         """Whether a text of a checkpoint, which is in another table, passes a test."""
+        if isinstance(field, Setting):
+            passes: Expression = test(self._setting(field, "text"))
+            return passes
         if field.name == "run":
             return self._column("run").in_(sa.select(schema.runs.c.key).where(test(schema.runs.c.name)))
         if field.name == "reason":
             return self.table.key.in_(sa.select(schema.reasons.c.checkpoint).where(test(schema.reasons.c.reason)))
         if field.name == "alias":
             return self.table.key.in_(self._pointed_at(test))
+        if field.name == "tag":
+            rows = schema.settings.c
+            return self._column("run").in_(sa.select(rows.run).where(rows.name == "tag", test(rows.text)))
         column = schema.details.c[field.name]
         return self.table.key.in_(sa.select(schema.details.c.checkpoint).where(test(column)))
 
@@ -133,6 +147,8 @@ class Translator:
                 return _literal(value.value)
             case Field(name=name):
                 return self._column(name)
+            case Setting():
+                return self._setting(value, "value")
             case Metric(name=name):
                 column = self._columns.column(name)
                 if column is not None:

@@ -13,13 +13,14 @@ from sqlalchemy import Connection, Engine, Table, select
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.changes import NOTES
 from peakpoint.catalogue.database import DamagedError, check, read_json, translated
-from peakpoint.catalogue.rows import CheckpointEntry, RunReports, checkpoint_rows, note_rows, portions
+from peakpoint.catalogue.rows import CheckpointEntry, RunReports, checkpoint_rows, note_rows, portions, setting_rows
 from peakpoint.catalogue.schema import Columns
 from peakpoint.errors import Error, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.events import Event
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_from_json
+from peakpoint.format.settings import settings_of
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import annotations_of
@@ -183,7 +184,8 @@ def _compare_run(connection: Connection, columns: Columns, store: Store, run: st
     mismatches += _compare_entries(connection, columns, entries)
     if any(mismatch.unreadable for mismatch in mismatches):
         return mismatches  # the sums are others then, too
-    return mismatches + _compare_totals(row, events, manifests) + _compare_notes(connection, row, events)
+    mismatches += _compare_totals(row, events, manifests) + _compare_notes(connection, row, events)
+    return mismatches + _compare_settings(connection, row, events)
 
 
 def _checkpoint_keys(connection: Connection, columns: Columns, run: int) -> dict[str, int]:
@@ -218,3 +220,16 @@ def _compare_notes(connection: Connection, row: Any, events: Sequence[Event]) ->
     if sorted(stored, key=lambda note: note["checkpoint"]) == note_rows(row.key, annotations_of(events), ids):
         return []
     return [CatalogueMismatch(row.name, f"run {row.name}: the notes and pins are not those of its journal")]
+
+
+def _compare_settings(connection: Connection, row: Any, events: Sequence[Event]) -> list[CatalogueMismatch]:
+    table = schema.settings
+    stored = map(dict, connection.execute(select(table).where(table.c.run == row.key)).mappings())
+    expected = setting_rows(row.key, settings_of(events))
+    if sorted(stored, key=_place_of_setting) == sorted(expected, key=_place_of_setting):
+        return []
+    return [CatalogueMismatch(row.name, f"run {row.name}: the settings are not those of its journal")]
+
+
+def _place_of_setting(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["name"], row["number"]

@@ -11,10 +11,22 @@ from datetime import UTC, datetime
 
 from peakpoint.catalogue.query import tree
 from peakpoint.catalogue.query.tokens import QUOTE_AMOUNTS, Token, pointed_error, tokens_of
-from peakpoint.catalogue.query.tree import FIELDS, Condition, Constant, Field, Kind, Metric, Query, Span, Value
+from peakpoint.catalogue.query.tree import (
+    FIELDS,
+    Condition,
+    Constant,
+    Field,
+    Kind,
+    Metric,
+    Query,
+    Setting,
+    Span,
+    Value,
+)
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.names import check_metric
+from peakpoint.format.settings import SETTING
 
 _ODD_ESCAPE = re.compile(r"\\[^\"']")
 _DEEPEST = 40
@@ -140,13 +152,18 @@ class _Parser:
             right = self._amount(kind, right)
         elif kind == "text" and isinstance(left, Constant) and other_kind in ("bytes", "time"):
             left = self._amount(other_kind, left)
-        elif kinds - {"text"} and kinds - {"number", "bytes"}:
+        elif kinds - {"text"} and kinds - {"number", "bytes"} and not _fits_setting(left, right):
             not_text = right if kind == "text" else left
             raise self._error(not_text.span if "text" in kinds else span, _cannot_compare(kind, other_kind))
-        if kinds == {"text"} and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant)):
+        if (
+            kinds <= {"text", "setting"}
+            and "text" in kinds
+            and (op not in ("==", "!=") or isinstance(left, Constant) == isinstance(right, Constant))
+        ):
             raise self._error(
                 span,
-                "texts are compared with ==, !=, in or ~, one of run, name, id, reason, alias with a text in quotes",
+                "texts are compared with ==, !=, in or ~, one of run, name, id, reason, alias, tag or a setting with a "
+                "text in quotes",
             )
         return tree.Compare(op, left, right, span)  # type: ignore[arg-type]
 
@@ -174,6 +191,8 @@ class _Parser:
             constant = self._compare("==", value, option, span).right
             assert isinstance(constant, Constant)
             options.append(constant)
+        if len({isinstance(option.value, str) for option in options}) > 1:
+            raise self._error(span, "in takes numbers or texts, and not both")
         return tree.Among(value, tuple(options), span)
 
     def _list(self) -> list[_Node]:
@@ -187,9 +206,9 @@ class _Parser:
 
     def _like(self, value: Value, begin: int) -> tree.Like:
         pattern = self._as_value(self._sum())
-        if not isinstance(value, Field) or FIELDS[value.name] != "text":
+        if not isinstance(value, Field | Setting) or _kind(value) not in ("text", "setting"):
             texts = ", ".join(name for name, kind in FIELDS.items() if kind == "text")
-            raise self._error(value.span, f"~ compares a text with a pattern; texts are {texts}")
+            raise self._error(value.span, f"~ compares a text with a pattern; texts are {texts} and settings")
         if not isinstance(pattern, Constant) or not isinstance(pattern.value, str):
             raise self._error(pattern.span, '~ needs a pattern in quotes, such as "resnet50*"')
         return tree.Like(value, pattern.value, self._since(begin))
@@ -197,7 +216,7 @@ class _Parser:
     def _as_condition(self, node: _Node) -> Condition:
         if not isinstance(node, Value):
             return node
-        if isinstance(node, Field) and FIELDS[node.name] == "truth":
+        if isinstance(node, Setting) or (isinstance(node, Field) and FIELDS[node.name] == "truth"):
             return tree.Flag(node, node.span)
         text = self._text[slice(*node.span)]
         is_text = isinstance(node, Field) and _kind(node) == "text"
@@ -248,6 +267,8 @@ class _Parser:
                 return Constant(self._unescaped(token), token.span)
             case "name" | "quoted" if self._next.text == "(":
                 return self._call(token)
+            case "name" if token.text.startswith(SETTING):
+                return Setting(token.text, token.span)
             case "name":
                 return Field(token.text, token.span) if token.text in FIELDS else Metric(token.text, token.span)
             case "quoted":
@@ -276,20 +297,22 @@ class _Parser:
                 return tree.Has(self._named(argument), span)
             case "abs":
                 return tree.Arithmetic("abs", self._number(argument), None, span)
-            case "metric":
+            case "metric" | "config" as kind:
                 if not isinstance(argument, Constant) or not isinstance(argument.value, str):
-                    message = "metric() takes a name in quotes, such as metric('val/loss')"
-                    raise self._error(argument.span, message)
-                return Metric(check_metric(argument.value), span)
-        message = f"{function.text} has no meaning in a selection; functions are has(x), abs(x) and metric('name')"
+                    example = "metric('val/loss')" if kind == "metric" else "config('weight-decay')"
+                    raise self._error(argument.span, f"{kind}() takes a name in quotes, such as {example}")
+                name = argument.value
+                return Setting(SETTING + name, span) if kind == "config" else Metric(check_metric(name), span)
+        functions = "has(x), abs(x), metric('name') and config('name')"
+        message = f"{function.text} has no meaning in a selection; functions are {functions}"
         raise self._error(span, message)
 
-    def _named(self, node: _Node) -> Field | Metric:
+    def _named(self, node: _Node) -> Field | Metric | Setting:
         value = self._as_value(node)
         if isinstance(value, Constant) and isinstance(value.value, str):
             return Metric(check_metric(value.value), value.span)
-        if not isinstance(value, Field | Metric):
-            raise self._error(value.span, "has() takes the name of a metric or field")
+        if not isinstance(value, Field | Metric | Setting):
+            raise self._error(value.span, "has() takes the name of a metric, field or setting")
         return value
 
     def _unescaped(self, token: Token) -> str:
@@ -306,7 +329,7 @@ class _Parser:
 
     def _number(self, node: _Node) -> Value:
         value = self._as_value(node)
-        if _kind(value) not in ("number", "bytes"):
+        if _kind(value) not in ("number", "bytes", "setting"):
             raise self._error(value.span, f"{self._text[slice(*value.span)]} is not a number")
         return value
 
@@ -328,7 +351,18 @@ def _kind(value: Value) -> Kind:
     """What a value is."""
     if isinstance(value, Constant):
         return "text" if isinstance(value.value, str) else "number"
+    if isinstance(value, Setting):
+        return "setting"
     return FIELDS[value.name] if isinstance(value, Field) else "number"
+
+
+def _fits_setting(*values: Value) -> bool:
+    """Whether a setting is compared with a text in quotes or with numbers, which other settings are then, too."""
+    operands = [value for value in values if not isinstance(value, Setting)]
+    return len(operands) < 2 and all(
+        _kind(operand) in ("number", "bytes") or (_kind(operand) == "text" and isinstance(operand, Constant))
+        for operand in operands
+    )
 
 
 def _is_whole(value: Value) -> bool:

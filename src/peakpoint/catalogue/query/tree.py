@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal, TypeVar
 
-Kind = Literal["number", "text", "truth", "bytes", "time"]
+Kind = Literal["number", "text", "truth", "bytes", "time", "setting"]
 Span = tuple[int, int]
 
 FIELDS: dict[str, Kind] = {
@@ -14,6 +14,7 @@ FIELDS: dict[str, Kind] = {
     "id": "text",
     "reason": "text",
     "alias": "text",
+    "tag": "text",
     "epoch": "number",
     "step": "number",
     "sequence": "number",
@@ -23,8 +24,8 @@ FIELDS: dict[str, Kind] = {
     "archived": "truth",
     "whole": "truth",
 }
-"""What every checkpoint has; every other name is a metric. ``whole``: no part was dropped. ``reason``: any of them;
-``alias``: any that points at it now."""
+"""What every checkpoint has; every other name is a setting or a metric. ``whole``: no part was dropped. ``reason``: any
+of them; ``alias``: any that points at it now; ``tag``: any of its run."""
 WHOLE_NUMBERS = frozenset({"epoch", "step", "sequence", "size"})
 
 
@@ -53,6 +54,14 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting of the run, by its name with ``config.`` before it: a text that may be a number, too."""
+
+    name: str
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
 class Arithmetic:
     """``left op right``; ``op`` is one of ``+ - * / %``. ``abs(x)`` and ``-x`` have no ``right``."""
 
@@ -62,7 +71,7 @@ class Arithmetic:
     span: Span
 
 
-Value = Constant | Field | Metric | Arithmetic
+Value = Constant | Field | Metric | Setting | Arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +97,7 @@ class Among:
 class Like:
     """``field ~ pattern``: ``*`` stands for any characters, ``?`` for one; case counts."""
 
-    field: Field
+    field: Field | Setting
     pattern: str
     span: Span
 
@@ -97,15 +106,15 @@ class Like:
 class Has:
     """``has(name)``: whether there is a value that is not NaN."""
 
-    value: Field | Metric
+    value: Field | Metric | Setting
     span: Span
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A field that is true or false by itself."""
+    """A field that is true or false by itself, or a setting: the number 0 is false."""
 
-    field: Field
+    field: Field | Setting
     span: Span
 
 
@@ -163,12 +172,16 @@ class Query:
         """Every mention of a metric, in order."""
         yield from _mentions(self.condition, Metric)
 
+    def settings(self) -> Iterator[Setting]:
+        """Every mention of a setting, in order."""
+        yield from _mentions(self.condition, Setting)
+
     def asks_for_aliases(self) -> bool:
         """Whether the answer depends on what aliases point at."""
         return any(field.name == "alias" for field in _mentions(self.condition, Field))
 
 
-N = TypeVar("N", Field, Metric)
+N = TypeVar("N", Field, Metric, Setting)
 
 
 def _mentions(node: object, kind: type[N]) -> Iterator[N]:
