@@ -22,6 +22,7 @@ from peakpoint.reports.evaluation.groups import optimizer_of
 from peakpoint.reports.evaluation.noise import margin_of_best, of_proportion, welch
 from peakpoint.reports.evaluation.peaks import Examples, run_peaks
 from peakpoint.reports.evaluation.sparsity import tradeoff
+from peakpoint.reports.evaluation.tables import PEAKS, tables
 from peakpoint.repository import maintenance
 from peakpoint.rules.peaks import peaks
 from training import QuietCheckpointer, checkpointer
@@ -282,6 +283,19 @@ def test_a_flipped_bit_in_the_journal_is_said(tmp_path):
     assert any("damaged" in remark for remark in report.remarks)
 
 
+def test_results_come_first_and_the_best_run_before_the_others(tmp_path):
+    keep = [pp.Best("acc", "max", smooth=2), pp.Best("loss", "min")]
+    for number in range(25):
+        write(tmp_path, f"r{number:02}", keep=keep, acc=[0.001, 0.01 + number / 100, 0.005], loss=[number, 0.5, 1])
+    first, *_, last = tables(found(tmp_path))
+    assert (first.title, last.title) == (PEAKS, "Runs")
+    shown, folded = first.parts
+    assert list(dict.fromkeys(row[0] for row in shown)) == ["r24", *(f"r{number:02}" for number in range(23, 4, -1))]
+    assert (len(shown), len(folded)) == (60, 15), "the rows of a run stay together"
+    assert [row[1] for row in shown[:3]] == ["acc max", "acc (mean of 2) max", "loss min"]
+    assert list(map(len, last.parts)) == [20, 5]
+
+
 # --- groups -------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +348,33 @@ def test_runs_that_do_not_match_are_no_reference(seeds):
     assert matched.against is None
     [grouping] = found(seeds, "net-adamw-seed0", "net-adamw-seed1", "net-sgd-seed0", group_by=r"(adamw)").groups
     assert "(no match)" not in grouping.note
+
+
+def test_runs_are_grouped_and_compared_by_a_setting(tmp_path):
+    for run, lr in (("a", 0.1), ("b", 0.1), ("c", 1), ("d", 1.0), ("e", None)):
+        config = {} if lr is None else {"opt": {"lr": lr}, "seed": run, "same": 1}
+        with checkpointer(tmp_path, run=run, state={"x": 1}, keep=[pp.Best("acc", "max")], config=config) as ckpt:
+            for step, acc in enumerate([0.1, 0.7 if lr == 0.1 else 0.4, ord(run) / 1000]):
+                ckpt.report(acc=acc, step=step)
+    [grouping] = found(tmp_path, group_by="config.opt.lr").groups
+    assert [(group.name, group.runs) for group in grouping.groups] == [
+        ("0.1", ("a", "b")),
+        ("1", ("c", "d")),
+        ("(not known)", ("e",)),
+    ]
+    with pytest.raises(
+        pp.errors.NotFoundError, match=r"no run here has a setting config\.opt\.l; did you mean 'config"
+    ):
+        found(tmp_path, group_by="config.opt.l")
+    with pytest.raises(pp.errors.ConfigError, match="a setting such as config"):
+        found(tmp_path, group_by="optimiser")
+    told = {table.title: table for table in tables(found(tmp_path, "a", "c"))}
+    assert [dict(zip(told["Runs"].columns, row, strict=True))["settings"] for row in told["Runs"].rows] == [
+        "opt.lr 0.1, seed a",
+        "opt.lr 1, seed c",
+    ], "those that differ"
+    [runs] = [table for table in tables(found(tmp_path, "a")) if table.title == "Runs"]
+    assert "opt.lr 0.1, seed a, same 1" in runs.rows[0]
 
 
 def test_three_groups_share_the_risk(seeds):

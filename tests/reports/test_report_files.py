@@ -95,6 +95,20 @@ def test_json_has_everything(root):
     assert found["files"] == []
 
 
+def test_of_many_runs_the_first_twenty_are_shown_and_the_others_folded(tmp_path):
+    for number in range(22):
+        with checkpointer(tmp_path / "runs", run=f"r{number:02}", state={"x": 1}, keep=[pp.Best("acc", "max")]) as ckpt:
+            ckpt.report(acc=number / 100, step=1)
+    text = invoke(tmp_path / "runs")
+    assert text.count("and 2 more; --to report.html has all\n") == 2, "results and runs"
+    assert text.index("r21 ") < text.index("r02 ") < text.index("and 2 more")
+    assert text.index("Best against last") < text.index("\nRuns\n")
+    invoke(tmp_path / "runs", "--to", tmp_path / "report.html", "--to", tmp_path / "report.md")
+    for page in ((tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()):
+        folded = re.findall(r"<details>\s*<summary>2 more</summary>(.*?)</details>", page, re.DOTALL)
+        assert [sorted(set(re.findall(r"\br\d\d\b", part))) for part in folded] == [["r00", "r01"], ["r20", "r21"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

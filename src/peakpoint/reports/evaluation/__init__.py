@@ -23,7 +23,7 @@ from peakpoint.errors import ConfigError, NotFoundError, printable
 from peakpoint.format.names import check_metric, did_you_mean, listing, no_part
 from peakpoint.reports.evaluation.compressed import CheckpointPair, RunCheckpoint, compare_compressed
 from peakpoint.reports.evaluation.files import write
-from peakpoint.reports.evaluation.groups import compare_groups, group_key, optimizer_of
+from peakpoint.reports.evaluation.groups import check_setting, compare_groups, group_key, optimizer_of
 from peakpoint.reports.evaluation.peaks import Examples, result_metrics, run_peaks
 from peakpoint.reports.evaluation.remarks import Metrics, doubted_percentages, missing_parts, run_remarks
 from peakpoint.reports.evaluation.result import Evaluation
@@ -58,14 +58,15 @@ def evaluate(
         n_eval: on how many examples each value of a metric was measured, for metrics that are proportions of them: a
             number for every metric that is to be maximised, or the number by metric.
         percent: these proportions are percentages, from 0 to 100, instead of fractions.
-        group_by: ``"optimizer"``, or a regular expression with one group, searched for in the run's name.
+        group_by: ``"optimizer"``; a setting such as ``"config.lr"``; or a regular expression with one group, searched
+            for in the run's name.
         sparsity: the metric that holds the sparsity, from 0 to 1.
         compare: pairs of original and compressed, each a ref, or a run whose best checkpoint is meant. By default the
             best dense checkpoint of a run with its best at each target of a ``BestAtSparsity`` rule.
         part: the part whose parameters are counted.
 
     Raises:
-        NotFoundError: a run, metric, part or checkpoint that does not exist; names near ones.
+        NotFoundError: a run, metric, part, setting or checkpoint that does not exist; names near ones.
         ConfigError: an argument is not valid.
 
     Example:
@@ -125,6 +126,7 @@ class _Request:
     ) -> Evaluation:
         runs, every_run = tuple(data.values()), data | compared_only
         _check_metrics(runs, [*self.directions, *self.examples.by_metric])
+        check_setting(runs, self.group_by)
         self._check_compressed(every_run.values())
         metrics = {run.name: self._metrics_of(run) for run in runs}
         peaks = [

@@ -118,6 +118,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "saved": len(entry.saved),
             "checkpoints": len(entry.checkpoints),
             "rules": [rule.text for rule in entry.rules],
+            **asdict(entry.settings),
             "ended": entry.ended,
         }
         for entry in evaluation.runs

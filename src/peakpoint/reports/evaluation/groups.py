@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from peakpoint.errors import ConfigError
-from peakpoint.format.names import listing
+from peakpoint.errors import ConfigError, NotFoundError
+from peakpoint.format.names import did_you_mean, listing
+from peakpoint.format.settings import SETTING
 from peakpoint.reports.evaluation.noise import CONFIDENCE, Interval, welch
 from peakpoint.reports.evaluation.peaks import RunPeak
 from peakpoint.reports.evaluation.run_data import RunData
@@ -73,7 +74,8 @@ def group_key(by: str) -> Callable[[RunData], str]:
     r"""Return what says to which group a run belongs.
 
     Args:
-        by: ``"optimizer"``, or a regular expression with one group, which is searched for in the run's name.
+        by: ``"optimizer"``; a setting such as ``"config.lr"``; or a regular expression with one group, which is
+            searched for in the run's name.
 
     Raises:
         ConfigError: it is neither.
@@ -85,13 +87,16 @@ def group_key(by: str) -> Callable[[RunData], str]:
     """
     if by == "optimizer":
         return lambda run: optimizer_of(run.state)
+    if is_setting(by):
+        return lambda run: run.settings.texts().get(by.removeprefix(SETTING), UNKNOWN)
     try:
         pattern = re.compile(by)
     except re.error as error:
         raise ConfigError(f"--group-by {by!r} is not a regular expression: {error}") from error
     if pattern.groups != 1:
         raise ConfigError(
-            f"--group-by {by!r} must be optimizer, or a regular expression with exactly one group, such as "
+            f"--group-by {by!r} must be optimizer, a setting such as config.lr, or a regular expression with exactly "
+            "one group, such as "
             r"'-(sgd|adamw)-'"
         )
 
@@ -100,6 +105,23 @@ def group_key(by: str) -> Callable[[RunData], str]:
         return (match and match[1]) or NO_MATCH
 
     return matched_group
+
+
+def is_setting(by: str) -> bool:
+    """Whether runs are grouped by one of their settings; a regular expression has a group, and so a parenthesis."""
+    return by.startswith(SETTING) and "(" not in by
+
+
+def check_setting(runs: Sequence[RunData], by: str) -> None:
+    """Refuse to group by a setting that no run has.
+
+    Raises:
+        NotFoundError: names near ones.
+    """
+    names = sorted({SETTING + name for run in runs for name in run.settings.flat()})
+    if runs and is_setting(by) and by not in names:
+        settings = f"settings: {listing(names, 20) or 'none'}"
+        raise NotFoundError(f"--group-by: no run here has a setting {by}{did_you_mean(by, names)}; {settings}")
 
 
 def optimizer_of(state: Mapping[str, str]) -> str:

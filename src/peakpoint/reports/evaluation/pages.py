@@ -12,7 +12,7 @@ from typing import Any
 
 from peakpoint.errors import needing, printable
 from peakpoint.reports.evaluation.result import Evaluation
-from peakpoint.reports.evaluation.tables import CURVE, PEAKS, tables
+from peakpoint.reports.evaluation.tables import CURVE, PEAKS, ReportTable, tables
 
 MARK = "peakpoint report"
 TITLE = "Training report"
@@ -116,6 +116,14 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", printable(text))
 
 
+def _markdown_table(table: ReportTable, rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(escaped(head) for head, _ in table.heads) + " |",
+        "|" + "|".join("---:" if is_number else "---" for _, is_number in table.heads) + "|",
+        *("| " + " | ".join(map(escaped, cells)) + " |" for cells in rows),
+    ]
+
+
 def markdown(evaluation: Evaluation, pictures: Sequence[tuple[str, str]]) -> str:
     """Render the report as Markdown.
 
@@ -126,9 +134,10 @@ def markdown(evaluation: Evaluation, pictures: Sequence[tuple[str, str]]) -> str
     lines = [f"<!-- {MARK} -->", "", f"# {TITLE}", "", escaped(about(evaluation)), ""]
     for table in [table.without(CURVE) for table in tables(evaluation)]:
         lines += [f"## {escaped(table.title)}", ""]
-        lines.append("| " + " | ".join(escaped(head) for head, _ in table.heads) + " |")
-        lines.append("|" + "|".join("---:" if is_number else "---" for _, is_number in table.heads) + "|")
-        lines += ["| " + " | ".join(map(escaped, cells)) + " |" for cells in table.rows]
+        first, *further = (_markdown_table(table, rows) for rows in table.parts)
+        lines += first
+        for folded in further:
+            lines += ["", "<details>", f"<summary>{len(folded) - 2} more</summary>", "", *folded, "", "</details>"]
         lines += ["", *(f"- {escaped(note)}" for note in table.notes), *([""] if table.notes else [])]
     lines += [line for path, alt in pictures for line in (f"![{escaped(alt)}]({path})", "")]
     lines += [f"- {escaped(remark)}" for remark in evaluation.remarks]

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from peakpoint.format.events import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import journal, packs, reader
 from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.run import Run, rules_of
@@ -28,6 +29,7 @@ class RunData:
         packed: checkpoint id to the bytes of its pack, of archived checkpoints.
         rules: those in force.
         state: part to the class of its object.
+        settings: what the training was started with last.
         saved: numbers of the reports of the history that became checkpoints.
         kept: report number to its checkpoint, where that still exists.
         ended: how the last training ended: ``"closed"``, a signal or an error; None when the journal does not tell.
@@ -42,6 +44,7 @@ class RunData:
     packed: Mapping[str, int]
     rules: tuple[Rule, ...]
     state: Mapping[str, str]
+    settings: Settings
     saved: frozenset[int]
     kept: Mapping[int, Manifest]
     ended: str | None
@@ -121,6 +124,7 @@ def read_run_data(run: Run) -> RunData:
         packed=packs.packed_bytes(run.store, run.name, checkpoints),
         rules=rules_of(contents.events),
         state=classes[-1] if classes else {},
+        settings=settings_of(contents.events),
         saved=frozenset(numbers.values()),
         kept={numbers[checkpoint.id]: checkpoint for checkpoint in checkpoints if checkpoint.id in numbers},
         ended=_ended(contents),

@@ -18,6 +18,8 @@ from peakpoint.reports.evaluation.sparsity import BestAtTarget, SparsityPoint, T
 
 PEAKS = "Best against last"
 CURVE = "curve"
+MOST_RUNS = 20  # shown at once
+_MOST_SETTINGS = 8
 NOISE_UNKNOWN = "unknown: pass --n-eval"
 
 Row = Sequence[tuple[str, str]]
@@ -33,17 +35,24 @@ class ReportTable:
         columns: the heads; one that begins with ``>`` stands over numbers.
         rows: the cells.
         notes: sentences that say how to read it.
+        at_once: how many rows are shown at once, the others on demand; None for all.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    at_once: int | None = None
 
     @property
     def heads(self) -> list[tuple[str, bool]]:
         """Each head, and whether numbers stand below it."""
         return [(column.removeprefix(">"), column.startswith(">")) for column in self.columns]
+
+    @property
+    def parts(self) -> list[tuple[tuple[str, ...], ...]]:
+        """The rows that are shown at once and, if there are any, the others."""
+        return [rows for rows in (self.rows[: self.at_once], self.rows[self.at_once or len(self.rows) :]) if rows]
 
     def without(self, head: str) -> "ReportTable":
         """Return the table without a column."""
@@ -72,16 +81,23 @@ def interval_text(interval: Interval | None) -> str:
 def tables(evaluation: Evaluation) -> list[ReportTable]:
     """Return every table that has a row."""
     runs = {run.name: run for run in evaluation.runs}
+    run_peaks, settings = _best_first(evaluation.peaks), _telling_settings(evaluation.runs)
     candidates = [
-        _table("Runs", [_run_row(run, evaluation.optimizers[run.name]) for run in evaluation.runs]),
-        _table(
-            PEAKS,
-            [_peak_row(run_peak, runs[run_peak.run]) for run_peak in evaluation.peaks],
-            _peak_notes(evaluation.peaks),
+        replace(
+            _table(
+                PEAKS,
+                [_peak_row(run_peak, runs[run_peak.run]) for run_peak in run_peaks],
+                _peak_notes(evaluation.peaks),
+            ),
+            at_once=_rows_of_first_runs(run_peaks),
         ),
         *(_group_table(grouping) for grouping in evaluation.groups if len(grouping.groups) > 1),
         *(table for tradeoff in evaluation.tradeoffs for table in (_target_table(tradeoff), _front_table(tradeoff))),
         *map(_comparison_table, evaluation.comparisons),
+        replace(
+            _table("Runs", [_run_row(run, evaluation.optimizers[run.name], settings) for run in evaluation.runs]),
+            at_once=MOST_RUNS,
+        ),
     ]
     return [table for table in candidates if table.rows]
 
@@ -96,12 +112,42 @@ def _table(title: str, rows: Iterable[Row], notes: Iterable[str] = ()) -> Report
 # --- runs and their peaks -----------------------------------------------------------------------------------------
 
 
-def _run_row(run: RunData, optimizer: str) -> Row:
+def _best_first(run_peaks: Sequence[RunPeak]) -> list[RunPeak]:
+    """Order peaks by run: the best by its first metric first; the rows of a run stay together."""
+    metrics = list(dict.fromkeys((run_peak.peak.metric, run_peak.peak.mode) for run_peak in run_peaks))
+    places: dict[str, tuple[int, float]] = {}
+    for run_peak in run_peaks:
+        peak = run_peak.peak
+        value = -peak.best if peak.mode == "max" else peak.best
+        places.setdefault(run_peak.run, (metrics.index((peak.metric, peak.mode)), value))
+    return sorted(run_peaks, key=lambda run_peak: places[run_peak.run])
+
+
+def _rows_of_first_runs(run_peaks: Sequence[RunPeak]) -> int:
+    """Count the rows of the first runs, which are shown at once."""
+    first = list(dict.fromkeys(run_peak.run for run_peak in run_peaks))[:MOST_RUNS]
+    return sum(run_peak.run in first for run_peak in run_peaks)
+
+
+def _telling_settings(runs: Sequence[RunData]) -> list[str]:
+    """Return the names of the settings in which runs differ; all of a single run."""
+    texts = [run.settings.texts() for run in runs]
+    names = dict.fromkeys(name for settings in texts for name in settings)
+    return [name for name in names if len(runs) == 1 or len({settings.get(name) for settings in texts}) > 1]
+
+
+def _settings_text(run: RunData, names: Sequence[str]) -> str:
+    texts = run.settings.texts()
+    return listing([f"{name} {texts[name]}" for name in names if name in texts], _MOST_SETTINGS)
+
+
+def _run_row(run: RunData, optimizer: str, settings: Sequence[str]) -> Row:
     last = run.history[-1] if run.history else None
     sizes = [run.packed.get(checkpoint.id, checkpoint.size_bytes) for checkpoint in run.checkpoints]
     return (
         ("run", run.name),
         ("optimizer", optimizer),
+        *([("settings", _settings_text(run, settings))] if settings else []),
         (">reports", str(len(run.history))),
         (">last report", moment_label(last.step, last.epoch) if last else ""),
         (">saved / kept", f"{len(run.saved)} / {len(run.checkpoints)}"),
