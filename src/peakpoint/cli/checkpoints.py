@@ -1,6 +1,7 @@
 """The commands ``show`` and ``explain``: one checkpoint."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from peakpoint.cli.render import aliases_of, fields, literal, manifest_json, num
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
-from peakpoint.format.events import Measured
+from peakpoint.format.events import Measured, Saved
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.settings import Settings, settings_of
 from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
 from peakpoint.repository import maintenance, reader, signing, validations
 from peakpoint.repository.annotations import all_with_annotations
@@ -39,9 +41,11 @@ def show(root: Path, ref: str) -> Answer:
     manifest = next((manifest for manifest in run.annotated(()) if manifest.id == stored.id), stored)
     claims = run.kept().get(manifest.id, ())
     survey = validations.survey(run.store, run.name, manifest.id)
+    settings = _settings_at(run, manifest.id)
     data = manifest_json(manifest, claims) | fields(manifest, "parent", "members", "written_by", "timing", "asked")
     data |= {
         "aliases": aliases_of(run).get(manifest.id, ()),
+        **asdict(settings),
         "packed_bytes": packed_bytes(run.store, run.name, [manifest]).get(manifest.id),
         "parts": manifest.parts,
         "files": [fields(file, "name", "size", "digest") | {"tensors": len(file.tensors)} for file in manifest.files],
@@ -55,11 +59,20 @@ def show(root: Path, ref: str) -> Answer:
         origin = ("parent", literal(_parent(repository, manifest)))
 
     def text(console: Console) -> None:
-        console.print(render.facts(_facts(manifest, claims, survey, origin, data)))
+        console.print(render.facts(_facts(manifest, claims, survey, origin, settings, data)))
         console.print()
         console.print(_files_table(manifest))
 
     return Answer(data, text)
+
+
+def _settings_at(run: Run, checkpoint: str) -> Settings:
+    """Return the settings of the training that saved a checkpoint; later ones may differ."""
+    events = run.events()
+    saved = [
+        number for number, event in enumerate(events) if isinstance(event, Saved) and event.checkpoint == checkpoint
+    ]
+    return settings_of(events[: saved[0]] if saved else events)
 
 
 def _parent(repository: Repository, manifest: Manifest) -> str:
@@ -83,6 +96,7 @@ def _facts(
     claims: Sequence[Claim],
     survey: validations.ValidationSurvey,
     origin: tuple[str, str],
+    settings: Settings,
     data: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
     """Names and values; ``data`` is what ``--json`` prints, ``origin`` what the checkpoint was made of, in markup."""
@@ -98,6 +112,8 @@ def _facts(
         ("taken at", f"step {manifest.step}{epoch} (commit {manifest.sequence}, report {manifest.report})"),
         ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, {render.age(manifest.created_at)}"),
         ("metrics", metrics or "none"),
+        *([("config", render.setting_list(settings))] if settings.config else []),
+        *([("tags", literal(", ".join(settings.tags)))] if settings.tags else []),
         ("saved because", "\n".join(map(literal, manifest.reasons))),
         ("kept because", render.claims_text(claims)),
         ("size", size_text(manifest.size_bytes)),

@@ -19,6 +19,7 @@ from peakpoint.cli.terminal import complain, is_terminal
 from peakpoint.errors import printable, printable_lines
 from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.settings import Settings
 from peakpoint.repository import aliases
 from peakpoint.repository.run import Run
 from peakpoint.rules import Claim
@@ -109,6 +110,11 @@ def age(moment: datetime) -> str:
 def ref(checkpoint: Manifest | Checkpoint) -> str:
     """``RUN/NAME``, as commands take it."""
     return f"{checkpoint.run}/{checkpoint.name}"
+
+
+def setting_list(settings: Settings) -> str:
+    """Settings as ``lr 0.1, optimizer.name adamw``, in markup."""
+    return literal(", ".join(f"{name} {value}" for name, value in settings.texts().items()))
 
 
 # --- commands that can be pasted -----------------------------------------------------------------------------------

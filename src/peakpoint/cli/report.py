@@ -1,6 +1,7 @@
 """The commands ``report`` and ``changelog``."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ _STYLES = {
 @click.option("--metric", "metrics", multiple=True, metavar="NAME:max|min", help="A metric to report; may be repeated.")
 @click.option("--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples of an evaluation.")
 @click.option("--percent", is_flag=True, help="The metrics of --n-eval are percentages, from 0 to 100.")
-@click.option("--group-by", default="optimizer", help="How runs are grouped, or a REGEX with one group.")
+@click.option("--group-by", default="optimizer", help="Also config.NAME, or a REGEX with one group.")
 @click.option("--sparsity", default="sparsity", help="The metric that holds the sparsity.")
 @click.option(
     "--compare", nargs=2, multiple=True, metavar="ORIGINAL COMPRESSED", help="Two refs, or the best of two runs."
@@ -90,7 +91,10 @@ def _print(console: Console, result: evaluation.Evaluation) -> None:
         console.print(_text(f"no runs yet in {result.location}"))
     for table in tables.tables(result):
         console.print(_text(table.title, "bold"))
-        console.print(_rich(table, console.width))
+        first, *folded = table.parts
+        console.print(_rich(replace(table, rows=first), console.width))
+        for rows in folded:
+            console.print(_text(f"and {len(rows)} more; --to report.html has all", "dim"))
         for note in table.notes:
             console.print(_text(note, "dim"))
         console.print()

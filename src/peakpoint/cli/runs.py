@@ -17,6 +17,7 @@ from peakpoint.errors import ConfigError
 from peakpoint.format import layout
 from peakpoint.format.amounts import moment_label, size_text
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import all_with_annotations
 from peakpoint.repository.packs import packed_bytes
@@ -103,6 +104,7 @@ class RunView:
         best: metric to the id of its best checkpoint.
         packed: id to the bytes in the archive, of those that are there.
         aliases: id to the aliases that point at it.
+        settings: those that count.
         writer: the process that has the run open.
     """
 
@@ -116,6 +118,7 @@ class RunView:
     best: Mapping[str, str]
     packed: Mapping[str, int]
     aliases: Mapping[str, tuple[str, ...]]
+    settings: Settings
     writer: str | None
 
 
@@ -138,6 +141,7 @@ def view(run: Run) -> RunView:
         best={metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))},
         packed=packed_bytes(run.store, run.name, manifests),
         aliases=render.aliases_of(run),
+        settings=settings_of(events),
         writer=run.holder(),
     )
 
@@ -153,6 +157,10 @@ def print_run(console: Console, run: RunView) -> None:
         + (f", [cyan]being written by {literal(run.writer)}[/]" if run.writer else "")
     )
     console.print(f"rules: {literal(' '.join(rule.text for rule in run.rules)) or 'none'}")
+    if run.settings.config:
+        console.print(f"config: {render.setting_list(run.settings)}")
+    if run.settings.tags:
+        console.print(f"tags: {literal(', '.join(run.settings.tags))}")
     if run.peaks:
         heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
         console.print(tables.plain(heads, [_peak_cells(peak, run.best_exists) for peak in run.peaks]))
@@ -212,6 +220,7 @@ def _run_json(run: RunView) -> dict[str, Any]:
         "damaged": [str(damaged.error) for damaged in reader.list_run(run.run.store, run.run.name).damaged],
         "peaks": list(map(_peak_json, run.peaks)),
         "aliases": sorted(alias for names in run.aliases.values() for alias in names),
+        **asdict(run.settings),
         "checkpoints": [
             render.manifest_json(manifest, run.claims.get(manifest.id, ()))
             | {"packed_bytes": run.packed.get(manifest.id), "aliases": run.aliases.get(manifest.id, ())}

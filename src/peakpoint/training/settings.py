@@ -122,9 +122,7 @@ def _read_tags(tags: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _short(text: str) -> str:
-    """Return a text for a message: not too long, and nothing in it that moves a cursor."""
-    line = text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
-    return line if line.isprintable() else ascii(line)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def changes(earlier: Settings, new: Settings) -> str:
