@@ -238,13 +238,15 @@ def _file_names(part: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignState:
-    """Options for a state that another tool has saved, which has no random generators.
+    """Options for a state that another tool has saved.
 
     Attributes:
+        generators: the states of the random generators as ``rng.pack`` returns them, empty when there are none.
         optional: parts that are kept, and that a training which continues from it need not have.
         images: files that exist already and hold what would be copied otherwise, by name.
     """
 
+    generators: Mapping[str, Any] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     images: Mapping[str, FileImage] = field(default_factory=dict)
 
@@ -254,12 +256,14 @@ def _state_file(trees: Mapping[str, Any], loop: Mapping[str, Any], foreign: Fore
     record = {
         "format": 1,
         "parts": trees,
-        "rng": encoder.encode(rng.take() if foreign is None else {}, "the random number generators"),
+        "rng": encoder.encode(
+            rng.take() if foreign is None else dict(foreign.generators), "the random number generators"
+        ),
         "loop": encoder.encode(dict(loop), "the loop's position"),
     }
     assert not encoder.tensors
     if foreign is not None:
-        record["optional"] = [*foreign.optional, "rng"]
+        record["optional"] = [*foreign.optional, *([] if foreign.generators else ["rng"])]
     return image_of(layout.STATE, msgspec.json.encode(record))
 
 

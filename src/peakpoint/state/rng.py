@@ -1,6 +1,7 @@
 """The random number generators that a training uses: Python's, NumPy's, torch's on the CPU and on every CUDA device."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,28 @@ _PHILOX_WORDS = 4
 
 def take() -> dict[str, Any]:
     """Return the state of every generator, as a tree that needs no tensor file."""
-    algorithm, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global one is what loops use
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global one is what loops use
+    return pack(random.getstate(), numpy_state, torch.get_rng_state(), cuda, mps)
+
+
+def pack(
+    python: tuple[Any, ...] | None,
+    numpy: Any,
+    cpu: torch.Tensor | None,
+    cuda: Sequence[torch.Tensor] = (),
+    mps: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Return the states of generators as a tree that needs no tensor file; None for those that were not saved."""
+    algorithm, keys, position, has_gauss, gauss = numpy or ("", (), 0, 0, 0.0)
+    key = np.asarray(keys).astype("<u4").tobytes()
     return {
-        "python": _pack(random.getstate()),
-        "numpy": (
-            str(algorithm),
-            np.asarray(keys).astype("<u4").tobytes(),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ),
-        "torch": _bytes(torch.get_rng_state()),
-        "cuda": [_bytes(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-        "mps": _bytes(torch.mps.get_rng_state()) if torch.backends.mps.is_available() else None,
+        "python": None if python is None else _pack(python),
+        "numpy": numpy and (str(algorithm), key, int(position), int(has_gauss), float(gauss)),
+        "torch": None if cpu is None else _bytes(cpu),
+        "cuda": [_bytes(state) for state in cuda],
+        "mps": None if mps is None else _bytes(mps),
     }
 
 
@@ -34,19 +44,28 @@ def restore(state: dict[str, Any]) -> list[str]:
     """Set every generator to the state that ``take`` returned.
 
     Returns:
-        One sentence for each generator that could not be restored, because its device is not here.
+        One sentence for each generator that could not be restored: its device is not here, or another tool has not
+        saved it.
 
     Raises:
-        FormatError: the state was not returned by ``take``.
+        FormatError: the state was not returned by ``take`` or ``pack``.
     """
-    missing = []
+    names = {"python": "Python's generator", "numpy": "NumPy's generator", "torch": "torch's generator on the CPU"}
+    missing = [
+        f"{name}: it is not in this checkpoint, and stays as it is"
+        for key, name in names.items()
+        if state.get(key) is None
+    ]
     try:
-        random.setstate(_unpack(state["python"]))
-        algorithm, keys, position, has_gauss, gauss = state["numpy"]
-        key = np.frombuffer(keys, dtype="<u4")
-        check_numpy({"bit_generator": algorithm, "state": {"key": key, "pos": position}})
-        np.random.set_state((algorithm, key, position, has_gauss, gauss))  # noqa: NPY002
-        torch.set_rng_state(_tensor(state["torch"]))
+        if state["python"] is not None:
+            random.setstate(_unpack(state["python"]))
+        if state["numpy"] is not None:
+            algorithm, keys, position, has_gauss, gauss = state["numpy"]
+            key = np.frombuffer(keys, dtype="<u4")
+            check_numpy({"bit_generator": algorithm, "state": {"key": key, "pos": position}})
+            np.random.set_state((algorithm, key, position, has_gauss, gauss))  # noqa: NPY002
+        if state["torch"] is not None:
+            torch.set_rng_state(_tensor(state["torch"]))
         cuda = state["cuda"]
         count = torch.cuda.device_count() if cuda else 0
         for index, saved in enumerate(cuda[:count]):

@@ -1,0 +1,348 @@
+"""Import of folders that are one checkpoint in several files: nothing in them is dropped without a word."""
+
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import peakpoint as pp
+from foreign_files import Net, generators, objects, on_distributed, train_epoch
+from training import QuietCheckpointer, same
+
+
+def bring(path, root, run="r", **options):
+    return pp.import_checkpoints(path, root, run=run, **options)
+
+
+def texts(report):
+    return [*report.notes, *(note for source in report.checkpoints for note in source.notes)]
+
+
+def gan(folder, *, binary=False):
+    """What accelerate's save_state writes for two models, two optimizers, two schedulers and an object of one's own."""
+    folder.mkdir(parents=True)
+    states = []
+    for number in range(2):
+        tail = f"_{number}" if number else ""
+        model, optimizer, scheduler = objects(seed=number)
+        train_epoch(model, optimizer, scheduler)
+        if binary:
+            torch.save(model.state_dict(), folder / f"pytorch_model{tail}.bin")
+        else:
+            save_file(model.state_dict(), folder / f"model{tail}.safetensors")
+        torch.save(optimizer.state_dict(), folder / f"optimizer{tail}.bin")
+        torch.save(scheduler.state_dict(), folder / f"scheduler{tail}.bin")
+        states.append((model.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+    torch.save({"count": 3}, folder / "custom_checkpoint_0.pkl")
+    torch.save({"sampler_iter_yielded": 2}, folder / "dl_state_dict_1.bin")
+    torch.save(torch.amp.GradScaler("cpu").state_dict(), folder / "scaler.pt")
+    return states
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_every_model_of_a_folder_is_a_part(binary, tmp_path):
+    states = gan(tmp_path / "ck", binary=binary)
+    torch.save({"a": 1}, tmp_path / "ck" / "training_args.bin")
+    (tmp_path / "ck" / "vocab.txt").write_text("a")
+    report = bring(tmp_path / "ck", tmp_path / "root")
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    for number, kept in enumerate(states):
+        tail = f"_{number}" if number else ""
+        for part, state in zip(("model", "optimizer", "scheduler"), kept, strict=True):
+            assert same(dict(loaded[part + tail]), dict(state)) or part == "model"
+        assert all(torch.equal(loaded[f"model{tail}"][name], value) for name, value in kept[0].items())
+    assert loaded["custom_checkpoint_0"] == {"count": 3}
+    assert loaded["extra"]["dl_state_dict_1"] == {"sampler_iter_yielded": 2}
+    assert loaded["scaler"]["scale"] == 65536.0
+    assert [path.name for path in report.others] == ["training_args.bin", "vocab.txt"]
+
+
+def test_what_another_file_holds_already_is_named(tmp_path):
+    gan(tmp_path / "ck")
+    for name in ("pytorch_model.bin", "optimizer.pt", "model-00001-of-00002.safetensors"):
+        (tmp_path / "ck" / name).write_bytes(b"not read")
+    report = bring(tmp_path / "ck", tmp_path / "root")
+    assert {path.name for path in report.others} == {
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "model-00001-of-00002.safetensors",
+    }
+
+
+def test_what_is_hidden_is_named_and_not_entered(tmp_path):
+    gan(tmp_path / "out" / "ck")
+    (tmp_path / "out" / ".cache").mkdir()
+    torch.save(Net().state_dict(), tmp_path / "out" / ".cache" / "a.pth")
+    report = bring(tmp_path / "out", tmp_path / "root")
+    assert [path.name for path in report.others] == [".cache"]
+    assert len(report.checkpoints) == 1
+
+
+def adapter(folder, step):
+    """What the Trainer writes for a model of PEFT."""
+    folder.mkdir(parents=True)
+    weights = {"base.q.lora_A.weight": torch.full((2, 4), float(step)), "base.q.lora_B.weight": torch.zeros(4, 2)}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text('{"r": 2}')
+    _, optimizer, scheduler = objects()
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
+    log = [{"epoch": at / 4, "step": at, "eval_loss": 1 / at} for at in range(4, step + 1, 4)]
+    state = {"global_step": step, "epoch": step / 4, "log_history": log}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return weights
+
+
+def test_folders_of_adapters_are_checkpoints_of_their_moments(tmp_path):
+    weights = {step: adapter(tmp_path / "out" / f"checkpoint-{step}", step) for step in (4, 8)}
+    assert bring(tmp_path / "out", tmp_path / "root").others == ()
+    run = pp.open(tmp_path / "root").run("r")
+    assert [(one.step, one.epoch, one.metrics) for one in run.checkpoints()] == [
+        (4, 0, {"eval_loss": 0.25}),
+        (8, 1, {"eval_loss": 0.125}),
+    ]
+    for one in run.checkpoints():
+        loaded = pp.load(one.ref, root=tmp_path / "root")
+        assert list(loaded) == ["model", "optimizer", "scheduler", "extra"]
+        assert same(dict(loaded["model"]), weights[one.step])
+        assert loaded["extra"]["adapter_config"] == {"r": 2}
+
+
+def test_further_adapters_and_models_in_folders_are_parts(tmp_path):
+    adapter(tmp_path / "peft", 4)
+    (tmp_path / "peft" / "critic").mkdir()
+    save_file({"w": torch.ones(3)}, tmp_path / "peft" / "critic" / "adapter_model.safetensors")
+    for name in ("adapter_config.json", "README.md"):
+        (tmp_path / "peft" / "critic" / name).write_text("{}")
+    report = bring(tmp_path / "peft", tmp_path / "root")
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert loaded["critic"]["w"].tolist() == [1, 1, 1]
+    assert len(loaded["model"]) == 2
+    assert [path.relative_to(tmp_path).as_posix() for path in report.others] == ["peft/critic/README.md"]
+    gan(tmp_path / "diffusers")
+    for name in ("model.safetensors", "model_1.safetensors"):
+        (tmp_path / "diffusers" / name).unlink()
+    (tmp_path / "diffusers" / "unet").mkdir()
+    save_file({"w": torch.ones(4)}, tmp_path / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "diffusers" / "unet" / "config.json").write_text('{"a": 1}')
+    [source] = bring(tmp_path / "diffusers", tmp_path / "root", run="d").checkpoints
+    assert {"model", "optimizer_1"} <= set(source.parts)
+    assert pp.load("d@latest", root=tmp_path / "root")["model"]["w"].shape == (4,)
+
+
+def test_the_end_of_a_training_does_not_take_its_checkpoints_for_parts(tmp_path):
+    for step in (4, 8):
+        adapter(tmp_path / "out" / f"checkpoint-{step}", step)
+    save_file({"w": torch.ones(2)}, tmp_path / "out" / "adapter_model.safetensors")
+    for name in ("adapter_config.json", "trainer_state.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    assert len(bring(tmp_path / "out", tmp_path / "root").checkpoints) == 3
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_shards_are_put_together(suffix, indexed, tmp_path):
+    state, stem = Net().state_dict(), "pytorch_model" if suffix == "bin" else "model"
+    places = {name: f"{stem}-0000{1 + number % 3}-of-00003.{suffix}" for number, name in enumerate(state)}
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for place in set(places.values()):
+        tensors = {name: state[name].clone() for name in state if places[name] == place}
+        (torch.save if suffix == "bin" else save_file)(tensors, folder / place)
+    if indexed:
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": places}))
+        torch.save({"a": torch.ones(1)}, folder / f"{stem}-00009-of-00009.{suffix}")
+    report = bring(folder, tmp_path / "root")
+    loaded = pp.load("r@latest", root=tmp_path / "root")["model"]
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    assert len(report.others) == indexed, "a shard that the index does not list"
+    (folder / f"{stem}-00002-of-00003.{suffix}").unlink()
+    with pytest.raises(pp.errors.CorruptError, match=r"which is not in|has 2 of the 3 shards"):
+        bring(folder, tmp_path / "other")
+
+
+def test_folders_of_fsdp(tmp_path):
+    model, optimizer, scheduler = objects()
+    train_epoch(model, optimizer, scheduler)
+    for name in ("full", "sharded"):
+        (tmp_path / name).mkdir()
+        torch.save(scheduler.state_dict(), tmp_path / name / "scheduler.bin")
+        torch.save({"a": 1}, tmp_path / name / "random_states_0.pkl")
+    torch.save(model.state_dict(), tmp_path / "full" / "pytorch_model_fsdp.bin")
+    torch.save(optimizer.state_dict(), tmp_path / "full" / "optimizer.bin")
+    on_distributed(tmp_path / "sharded" / "pytorch_model_fsdp_0", {"model": model.state_dict()})
+    on_distributed(tmp_path / "sharded" / "pytorch_model_fsdp_1", {"model": Net().state_dict()})
+    on_distributed(tmp_path / "sharded" / "optimizer_0", {"optimizer": optimizer.state_dict()})
+    for name in ("full", "sharded"):
+        report = bring(tmp_path / name, tmp_path / "root", run=name)
+        assert (len(report.checkpoints), report.others) == (1, ())
+        into = Net()
+        pp.load(f"{name}@latest", root=tmp_path / "root", into=into)
+        assert same(dict(into.state_dict()), dict(model.state_dict()))
+        assert {"optimizer", "scheduler"} <= set(pp.load(f"{name}@latest", root=tmp_path / "root"))
+    assert "model_1" in pp.load("sharded@latest", root=tmp_path / "root")
+
+
+def deepspeed(folder, *, stage=2):
+    """A tag of DeepSpeed; returns the state of its model."""
+    folder.mkdir(parents=True)
+    state = Net().state_dict()
+    content = {
+        "module": state,
+        "buffer_names": ["norm.running_mean"],
+        "optimizer": None,
+        "lr_scheduler": {"last_epoch": 4},
+        "global_steps": 40,
+        "skipped_steps": 0,
+        "ds_config": {"zero_optimization": {"stage": stage}},
+        "ds_version": "0.15.0",
+        "epoch": 3,
+    }
+    name = "mp_rank_00_model_states.pt" if stage < 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    torch.save(content, folder / name)
+    for rank in range(2):
+        torch.save({"optimizer_state_dict": {}}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return state
+
+
+def test_folders_of_deepspeed(tmp_path):
+    states = {tag: deepspeed(tmp_path / "ds" / tag) for tag in ("global_step40", "global_step80")}
+    (tmp_path / "ds" / "latest").write_text("global_step80")
+    report = bring(tmp_path / "ds" / "global_step40", tmp_path / "root")
+    run = pp.open(tmp_path / "root").run("r")
+    assert (run.latest().step, run.latest().epoch, run.latest().metrics) == (40, 3, {})
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert same(dict(loaded["model"]), dict(states["global_step40"]))
+    assert loaded["scheduler"] == {"last_epoch": 4}
+    assert loaded["extra"]["ds_config"] == {"zero_optimization": {"stage": 2}}
+    assert any(
+        "LEFT OUT: 2 partitions of the optimizer" in text and "zero_to_fp32.py" in text for text in texts(report)
+    )
+    assert len(bring(tmp_path / "ds", tmp_path / "root", run="both").checkpoints) == 2
+
+
+def test_partitions_of_a_model_are_refused_and_the_tool_is_named(tmp_path):
+    deepspeed(tmp_path / "ds" / "global_step40", stage=3)
+    with pytest.raises(pp.errors.FormatError, match=r"model in partitions.*python .*zero_to_fp32\.py .*ds OUT"):
+        bring(tmp_path / "ds", tmp_path / "root")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_tag_of_deepspeed_inside_of_a_checkpoint_belongs_to_it(stage, tmp_path):
+    folder = tmp_path / "checkpoint-40"
+    gathered = Net().state_dict()
+    state = deepspeed(folder / "global_step40", stage=stage)
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state_0.pth")
+    if stage == 3:
+        save_file(gathered, folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 40, "epoch": 2.0, "log_history": []}))
+    [source] = bring(folder, tmp_path / "root").checkpoints
+    assert (source.step, source.epoch) == (40, 1)
+    loaded = pp.load("r@latest", root=tmp_path / "root")["model"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in (gathered if stage == 3 else state).items())
+
+
+# --- random generators --------------------------------------------------------------------------------------------
+
+
+def drawn():
+    return torch.rand(1).item(), random.random(), np.random.rand()  # noqa: NPY002 - the generators that are saved
+
+
+def continued(root):
+    """Continue the run; returns the numbers that are drawn then, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with QuietCheckpointer(root, run="r", state={"model": {"w": torch.zeros(2)}}, keep=[pp.Last(1)]) as ckpt:
+            ckpt.resume()
+            return drawn(), [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    "names", [("rng_state.pth",), ("rng_state_0.pth", "rng_state_1.pth"), ("random_states_0.pkl",)]
+)
+def test_a_training_goes_on_with_the_generators_of_the_first_process(names, tmp_path):
+    folder = tmp_path / "ck"
+    folder.mkdir()
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    numbers = []
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.save(generators("accelerate" if "random" in name else "transformers"), folder / name)
+        numbers.append(drawn())
+    report = bring(folder, tmp_path / "root")
+    assert f"{names[0]} -> random generators" in texts(report)
+    torch.manual_seed(99)
+    assert continued(tmp_path / "root") == (numbers[0], [])
+    extra = pp.load("r@latest", root=tmp_path / "root").get("extra", {})
+    assert extra.keys() == {name.partition(".")[0] for name in names[1:]} | (
+        {"random_states_0"} if "random" in names[0] else set()
+    )
+
+
+def test_generators_that_are_not_there_are_said(tmp_path):
+    state = {"model": {"w": torch.ones(2)}, "epoch": 1, "torch_rng_state": torch.get_rng_state()}
+    torch.save(state, tmp_path / "a.pth")
+    wanted = torch.rand(1).item()
+    bring(tmp_path / "a.pth", tmp_path / "root")
+    numbers, said = continued(tmp_path / "root")
+    assert numbers[0] == wanted
+    assert [text for text in said if "NumPy's generator: it is not in this checkpoint" in text]
+
+
+@pytest.mark.parametrize("form", ["flat", "nested", "listed"])
+def test_generators_beside_state_dicts(form, tmp_path):
+    states = generators("transformers")
+    wanted = drawn()
+    content = {"model": {"w": torch.ones(2)}, "epoch": 1, "loader_rng": torch.Generator().get_state()}
+    if form == "flat":
+        content |= {f"{name}_rng_state": state for name, state in states.items()}
+    else:
+        content["rng"] = states if form == "nested" else [states]
+    torch.save(content, tmp_path / "a.pth")
+    bring(tmp_path / "a.pth", tmp_path / "root")
+    assert continued(tmp_path / "root") == (wanted, [])
+    assert pp.load("r@latest", root=tmp_path / "root")["extra"].keys() == {"epoch", "loader_rng"}
+
+
+# --- frameworks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_that_accelerate_writes_is_there(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    both = [accelerator.prepare(*objects(seed=seed)) for seed in range(2)]
+    for each in both:
+        train_epoch(*each, steps=3)
+    meter = torch.optim.swa_utils.AveragedModel(Net())
+    accelerator.register_for_checkpointing(meter)
+    accelerator.save_state(str(tmp_path / "state"))
+    wanted = drawn()
+    report = bring(tmp_path / "state", tmp_path / "root")
+    assert report.others == ()
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    for number, (model, optimizer, scheduler) in enumerate(both):
+        tail = f"_{number}" if number else ""
+        into = Net()
+        pp.load("r@latest", root=tmp_path / "root", into=into, part=f"model{tail}")
+        assert same(dict(into.state_dict()), dict(accelerator.unwrap_model(model).state_dict()))
+        assert same(loaded[f"optimizer{tail}"]["state"], optimizer.state_dict()["state"])
+        assert loaded[f"scheduler{tail}"] == scheduler.state_dict()
+    pp.load("r@latest", root=tmp_path / "root", into=meter, part="custom_checkpoint_0")
+    state = {"model": Net(), "model_1": Net(), "custom_checkpoint_0": meter}
+    for number in range(2):
+        tail = f"_{number}" if number else ""
+        optimizer = torch.optim.AdamW(state[f"model{tail}"].parameters())
+        state |= {f"optimizer{tail}": optimizer, f"scheduler{tail}": torch.optim.lr_scheduler.StepLR(optimizer, 3)}
+    with QuietCheckpointer(tmp_path / "root", run="r", state=state, keep=[pp.Last(1)]) as ckpt:
+        ckpt.resume()
+        assert drawn() == wanted
