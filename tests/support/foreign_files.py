@@ -5,6 +5,7 @@ import datetime as dt
 import os
 import pathlib
 import pickle
+import random
 import warnings
 from collections import Counter, OrderedDict
 
@@ -140,3 +141,12 @@ def lying_dtype():
 
 def plain_pickle(path):
     path.write_bytes(pickle.dumps({"a": 1}))
+
+
+def generators(tool):
+    """The states of the random generators, as a tool saves them."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}  # noqa: NPY002
+    if tool == "accelerate":
+        names = {"python": "random_state", "numpy": "numpy_random_seed", "cpu": "torch_manual_seed"}
+        return {"step": 0, **{names[name]: state for name, state in states.items()}}
+    return states

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from peakpoint.errors import ConflictError, CorruptError, StoreError
 from peakpoint.exchange.moments import ImportMoment
+from peakpoint.exchange.part_names import EXTRA
 from peakpoint.exchange.sources import CheckpointSource, read
-from peakpoint.exchange.state_dicts import EXTRA, ForeignCheckpoint, ReadOptions, storable
+from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, storable
 from peakpoint.format.events import Pinned, Reported, Saved, Unpinned
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
@@ -271,7 +272,7 @@ class Intake:
         next_epoch = 0 if moment.epoch is None else moment.epoch + checkpoint.complete
         position = Position(report, moment.step, moment.epoch, next_epoch, next_step=moment.step)
         plain = position.as_plain()
-        foreign = ForeignState(optional=(EXTRA,), images=images)
+        foreign = ForeignState(generators=checkpoint.generators, optional=(EXTRA,), images=images)
         captured = capture(state, plain, StateEncoder(shares=False), buffer, NO_STORAGE, NO_STORAGE, foreign)
         if summary.source.stamp() != summary.stamp:
             raise CorruptError(f"{path} was changed during the import; import again when nothing writes to it")

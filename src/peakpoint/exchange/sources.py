@@ -3,47 +3,33 @@
 Every reader here changes nothing, runs nothing, and says what became of everything in a file.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from blake3 import blake3
 
-from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.errors import FormatError, NotFoundError
 from peakpoint.exchange import pickles
 from peakpoint.exchange.dcp import read_folder
-from peakpoint.exchange.metric_logs import EPOCH, STEP, STEPS, LogRow, as_count, as_number, merged, metric_name, row_of
-from peakpoint.exchange.state_dicts import (
-    EXTRA,
-    ForeignCheckpoint,
-    ReadOptions,
-    from_dict,
-    is_weights,
-    renamed,
-    steps_of,
+from peakpoint.exchange.folders import (
+    DCP_METADATA,
+    SAFETENSORS,
+    dcp_files,
+    is_folder,
+    layout_of,
+    read_deepspeed,
+    read_layout,
 )
+from peakpoint.exchange.metric_logs import EPOCH, STEPS, as_count, as_number, metric_name
+from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, renamed
 from peakpoint.format.layout import REPOSITORY
-from peakpoint.format.manifest import FileRecord
 from peakpoint.state.tensor_files import read_safetensors
 from peakpoint.store import translated
 
 PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
-SAFETENSORS = ".safetensors"
 _KINDS = {SAFETENSORS: "safetensors", **dict.fromkeys(PICKLED, "torch")}
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_HF_PARTS = {  # of transformers, and of accelerate's save_state
-    **{f"{part}.pt": part for part in ("optimizer", "scheduler", "scaler")},
-    **{f"{part}.bin": part for part in ("optimizer", "scheduler")},
-}
-_HF_JSON = ("config.json", "generation_config.json", "trainer_state.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +38,7 @@ class CheckpointSource:
 
     Attributes:
         path: a file or a folder.
-        kind: ``"torch"``, ``"safetensors"``, ``"huggingface"`` or ``"dcp"``.
+        kind: ``"torch"``, ``"safetensors"``, ``"dcp"``, ``"folder"`` or ``"deepspeed"``.
         files: all files that belong to it.
     """
 
@@ -74,7 +60,8 @@ class CheckpointSource:
         digests = {}
         with translated("read", self.path):
             for file in self.files:
-                digests[file.name] = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
+                name = file.name if file == self.path else file.relative_to(self.path).as_posix()
+                digests[name] = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
         if len(digests) == 1:
             return next(iter(digests.values()))
         return blake3(msgspec.json.encode(sorted(digests.items()))).hexdigest()
@@ -93,47 +80,47 @@ def find(path: Path) -> tuple[list[CheckpointSource], list[Path]]:
     if not path.exists():
         raise NotFoundError(f"cannot import {path}: it does not exist")
     with translated("read", path):
-        entries = list(_below(path))
+        entries = list(_below(path)) if path.is_dir() else [_file(path)]
     sources = [entry for entry in entries if isinstance(entry, CheckpointSource)]
     if not sources:
         raise FormatError(
             f"{path} holds no checkpoint: looked for {', '.join(sorted(PICKLED))}, {SAFETENSORS}, folders with "
-            f"{_WEIGHT_FILES[0]} or {_WEIGHT_FILES[2]}, and folders of torch.distributed.checkpoint"
+            "model.safetensors or pytorch_model.bin, and folders of torch.distributed.checkpoint"
         )
     return sources, [entry for entry in entries if isinstance(entry, Path)]
 
 
 def _below(path: Path) -> Iterator[CheckpointSource | Path]:
-    """Yield checkpoints, and the paths of everything else; files before folders."""
-    if path.is_file():
-        kind = _KINDS.get(path.suffix.lower())
-        yield path if kind is None else CheckpointSource(path=path, kind=kind, files=(path,))
-        return
-    children = sorted(child for child in path.iterdir() if child.name == ".metadata" or child.name[0] != ".")
-    files = [child for child in children if child.is_file()]
-    names = {child.name for child in files}
-    if REPOSITORY in names:
-        yield path  # a repository of Peakpoint
-        return
-    if ".metadata" in names:
-        yield CheckpointSource(path=path, kind="dcp", files=tuple(files))
-        return
-    beside = names & {*_HF_JSON, *_HF_PARTS} or any(name.endswith(".index.json") for name in names)
-    if names & set(_WEIGHT_FILES) and beside:
-        checkpoint_files = [file for file in files if _is_of_huggingface(file.name)]
-        yield CheckpointSource(path=path, kind="huggingface", files=tuple(checkpoint_files))
-        yield from (file for file in files if file not in checkpoint_files)
-    else:
-        for file in files:
-            yield from _below(file)
-    for child in children:
-        if child.is_dir():  # a link would lead to the same files twice, or in circles
-            yield from [child] if child.is_symlink() else _below(child)
+    """Yield the checkpoints in a folder, and the paths of everything else; files before folders."""
+    source = _folder(path)
+    if source is not None:
+        yield source
+    used = set() if source is None else set(source.files)
+    for child in sorted(path.iterdir(), key=lambda child: (child.is_dir(), child)):
+        if any(child in file.parents for file in used):
+            yield from (file for file in sorted(child.rglob("*")) if file.is_file() and file not in used)
+        elif child.is_dir():
+            closed = child.name.startswith(".") or not is_folder(child) or (child / REPOSITORY).is_file()
+            yield from [child] if closed else _below(child)
+        elif child not in used:
+            yield child if source is not None or child.name.startswith(".") else _file(child)
 
 
-def _is_of_huggingface(name: str) -> bool:
-    weights = name.startswith(("model", "pytorch_model")) and name.endswith((SAFETENSORS, ".bin", ".index.json"))
-    return weights or name in {*_HF_PARTS, *_HF_JSON}
+def _file(path: Path) -> CheckpointSource | Path:
+    """Return a file as a checkpoint, or its path when its name is not that of one."""
+    kind = _KINDS.get(path.suffix.lower())
+    return path if kind is None else CheckpointSource(path=path, kind=kind, files=(path,))
+
+
+def _folder(path: Path) -> CheckpointSource | None:
+    """Return the checkpoint that a folder is as a whole; None of any other."""
+    if (path / DCP_METADATA).is_file():
+        return CheckpointSource(path=path, kind="dcp", files=tuple(dcp_files(path)))
+    layout = layout_of(path)
+    if layout is None:
+        return None
+    kind = "deepspeed" if path in {file.parent for file in layout.deepspeed} else "folder"
+    return CheckpointSource(path=path, kind=kind, files=layout.files)
 
 
 def read(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
@@ -145,10 +132,10 @@ def read(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
     """
     with translated("read", source.path):
         checkpoint = _READERS[source.kind](source, options)
-        if source.kind in {"safetensors", "huggingface"}:
+        if source.kind in {"safetensors", "folder"}:
             checkpoint = renamed(checkpoint, source.path, options)
     epoch, first = checkpoint.epoch, options.epochs_from
-    if epoch is not None and source.kind != "huggingface":
+    if epoch is not None and source.kind != "folder":
         if epoch < first:
             raise FormatError(f"{source.path} is of epoch {epoch}, but epochs count from {first}")
         checkpoint = replace(checkpoint, epoch=epoch - first)
@@ -203,100 +190,26 @@ def _metrics(text: str) -> dict[str, float]:
     return {metric_name(key): number for key, value in pairs if (number := as_number(value)) is not None}
 
 
-# --- folders of Hugging Face --------------------------------------------------------------------------------------
-
-
-def _huggingface(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
-    folder, names = source.path, {file.name for file in source.files}
-    weights = next(name for name in _WEIGHT_FILES if name in names)
-    model, linkable = _hf_model(folder / weights, options)
-    parts: dict[str, Any] = {"model": model}
-    notes = [f"{weights} -> model"]
-    for name, part in _HF_PARTS.items():
-        if name in names and part not in parts:
-            parts[part] = pickles.load(folder / name, inert=options.inert)
-            notes.append(f"{name} -> {part}")
-    extra = {name.removesuffix(".json"): _json(folder / name) for name in _HF_JSON if name in names}
-    notes += [f"{name}.json -> {EXTRA}" for name in extra]
-    state = extra.get("trainer_state", {})
-    log = [record for record in state.get("log_history") or () if isinstance(record, dict)]
-    history = merged((row for record in log if (row := _hf_row(record)) is not None), by=STEP)
-    step = as_count(as_number(state.get("global_step")))
-    epoch = as_number(state.get("epoch"))
-    return ForeignCheckpoint(
-        tool="transformers" if state else "huggingface",
-        epoch=_hf_epoch(epoch),
-        step=steps_of(parts.get("optimizer")) if step is None else step,
-        complete=epoch is None or epoch.is_integer(),
-        metrics={name: value for row in history if row.step == step for name, value in row.metrics.items()},
-        parts=parts,
-        extra=extra,
-        rows=tuple(history),
-        notes=tuple(notes),
-        linkable=linkable,
-    )
-
-
-def _hf_model(path: Path, options: ReadOptions) -> tuple[dict[str, Any], tuple[Path, FileRecord] | None]:
-    """Return the tensors of one file or of the shards of an index, and the file when it is one that may be linked."""
-    if path.name == _WEIGHT_FILES[0]:
-        model, _, record = read_safetensors(path)
-        return dict(model), (path, record)
-    tensors: dict[str, Any] = {}
-    for shard in _shards(path) if path.suffix == ".json" else [path.name]:
-        of_shard = _weights_of(path.parent / shard, options)
-        if tensors.keys() & of_shard.keys():
-            raise FormatError(f"{path} lists two files with {min(tensors.keys() & of_shard.keys())!r}")
-        tensors |= of_shard
-    return tensors, None
-
-
-def _hf_epoch(completed: float | None) -> int | None:
-    """Return the index of the epoch that was running, or was just complete, from the epochs completed."""
-    return None if completed is None or not math.isfinite(completed) else max(math.ceil(completed) - 1, 0)
-
-
-def _hf_row(record: Mapping[str, Any]) -> LogRow | None:
-    row = row_of({**record, EPOCH: None})
-    return None if row is None else LogRow(_hf_epoch(as_number(record.get(EPOCH))), row.step, row.metrics)
-
-
-def _json(path: Path) -> Any:
-    try:
-        content = msgspec.json.decode(path.read_bytes())
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} does not hold a JSON object")
-    return content
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted(set(msgspec.convert(_json(index).get("weight_map"), dict[str, str]).values()))
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{index} has no weight_map: {error}") from error
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise CorruptError(f"{index} lists {name!r}, which is not in {index.parent}")
-    return names
-
-
-def _weights_of(path: Path, options: ReadOptions) -> dict[str, Any]:
-    if path.suffix == SAFETENSORS:
-        return dict(read_safetensors(path)[0])
-    tensors = pickles.load(path, inert=options.inert)
-    if not is_weights(tensors):
-        raise FormatError(f"{path} is not a dict of tensors")
-    return dict(tensors)
-
-
 # --- torch.distributed.checkpoint ---------------------------------------------------------------------------------
 
 
 def _dcp(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
-    checkpoint = from_dict(read_folder(source.path, inert=options.inert), source.path, options)
+    content = read_folder(source.path, inert=options.inert)
+    beside = source.path / "meta.pt"  # Lightning's: everything but the tensors
+    if beside in source.files:
+        content = {**pickles.load(beside, inert=options.inert), **content}
+    checkpoint = from_dict(content, source.path, options)
     return replace(checkpoint, tool="torch.distributed.checkpoint")
 
 
-_READERS = {"torch": _torch, "safetensors": _safetensors, "huggingface": _huggingface, "dcp": _dcp}
+def _layout(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
+    return (read_layout if source.kind == "folder" else read_deepspeed)(source.path, options)
+
+
+_READERS = {
+    "torch": _torch,
+    "safetensors": _safetensors,
+    "dcp": _dcp,
+    "folder": _layout,
+    "deepspeed": _layout,
+}

@@ -1,6 +1,5 @@
 """A checkpoint of another tool as one record, made from the dict that a script has saved."""
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,21 +9,13 @@ import numpy as np
 import torch
 
 from peakpoint.errors import ConfigError, FormatError
+from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import EPOCH, STEPS, LogRow, as_count, as_number, metric_name, readable
+from peakpoint.exchange.part_names import EXTRA, find_parts, is_optimizer, is_weights
 from peakpoint.exchange.pickles import check_inert
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
 from peakpoint.state.typed_json import Encoder
-
-EXTRA = "extra"
-_NOT_IN_PART_NAMES = re.compile(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]+")
-_USUAL_NAMES = {  # in dicts of scripts; the first that the dict has, with a fitting value, counts
-    "model": ("model_state_dict", "state_dict", "model_state", "model", "net", "network", "weights"),
-    "optimizer": ("optimizer_state_dict", "optimizer_state", "optimizer", "optim", "optim_state_dict"),
-    "scheduler": ("scheduler_state_dict", "lr_scheduler_state_dict", "scheduler", "lr_scheduler"),
-    "scaler": ("scaler_state_dict", "grad_scaler", "scaler"),
-    "ema": ("ema_state_dict", "model_ema", "state_dict_ema", "ema"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +60,7 @@ class ForeignCheckpoint:
         metrics: of the moment.
         parts: part name to state dict.
         extra: everything else, unchanged.
+        generators: the states of the random generators, as ``rng.pack`` returns them.
         rows: the history of metrics in the same files.
         notes: what became of the contents, a sentence each.
         optimizer: the optimizer's name as the file gives it, "" when it does not.
@@ -83,6 +75,7 @@ class ForeignCheckpoint:
     metrics: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    generators: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[LogRow, ...] = ()
     notes: tuple[str, ...] = ()
     optimizer: str = ""
@@ -104,14 +97,18 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
     if not all(isinstance(key, str) for key in content):
         raise FormatError(f"{path} holds a dict whose keys are not text")
     lightning = "pytorch-lightning_version" in content
-    parts, part_names = _parts(content, options)
-    if lightning:
-        _add_lightning_parts(content, parts, part_names)
+    generators, content, notes = _without_generators(content, options)
+    parts, part_names, extra = find_parts(content, options.parts)
+    _add_listed_parts(parts, part_names, extra)
     if not parts:
-        raise FormatError(f"{path} holds no state dict; it has {', '.join(content)}: name one with --part NAME=model")
-    extra = {key: value for key, value in content.items() if key not in part_names}
-    epoch, step, metrics, notes = _numbers(extra)
-    notes = [f"{key} -> {part}" for key, part in part_names.items()] + notes
+        raise FormatError(
+            f"{path} holds no state dict; it has {', '.join(content)}: name one with --part NAME=model, or with "
+            "--part NAME.DEEPER=model where it is deeper"
+        )
+    epoch, step, metrics, of_numbers = _numbers(extra)
+    notes = [f"{key} -> {part}" for key, part in part_names.items()] + notes + of_numbers
+    if "model" not in parts:
+        notes.append(f"no part is the model: --part NAME=model makes one of {', '.join(part_names)} it")
     complete = True
     if lightning:
         metrics |= _lightning_scores(extra, path.name)
@@ -127,9 +124,21 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
         metrics=metrics,
         parts=parts,
         extra=extra,
+        generators=generators,
         notes=tuple(notes),
         optimizer=_optimizer_name(extra),
     )
+
+
+def _without_generators(
+    content: Mapping[str, Any], options: ReadOptions
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return the states of the random generators, what remains of a dict, and a note on them."""
+    generators, leftovers = generators_in(content, options.parts)
+    remaining = {
+        key: leftovers.get(key, value) for key, value in content.items() if leftovers.get(key, ...) is not None
+    }
+    return generators, remaining, [f"{', '.join(leftovers)} -> random generators"] if leftovers else []
 
 
 def renamed(checkpoint: ForeignCheckpoint, path: Path, options: ReadOptions) -> ForeignCheckpoint:
@@ -138,60 +147,16 @@ def renamed(checkpoint: ForeignCheckpoint, path: Path, options: ReadOptions) -> 
     Raises:
         FormatError: a part of that name does not exist.
     """
-    parts, extra = dict(checkpoint.parts), dict(checkpoint.extra)
     for name, part in options.parts.items():
         if name not in checkpoint.parts:
             raise FormatError(f"--part {name}={part}: {path} has no {name!r}; it has {', '.join(checkpoint.parts)}")
-        (extra if part == EXTRA else parts)[name if part == EXTRA else part] = parts.pop(name)
+    new_names = {name: options.parts.get(name, name) for name in checkpoint.parts}
+    parts = {part: checkpoint.parts[name] for name, part in new_names.items() if part != EXTRA}
+    if len(parts) < sum(part != EXTRA for part in new_names.values()):
+        raise FormatError(f"--part makes two parts of {path} the same: {', '.join(new_names.values())}")
+    extra = {**checkpoint.extra, **{name: checkpoint.parts[name] for name, part in new_names.items() if part == EXTRA}}
     same_model = parts.get("model") is checkpoint.parts.get("model")
     return replace(checkpoint, parts=parts, extra=extra, linkable=checkpoint.linkable if same_model else None)
-
-
-def is_weights(value: Any) -> bool:
-    """Whether a value is a dict of tensors and nothing else."""
-    return isinstance(value, dict) and bool(value) and all(isinstance(child, torch.Tensor) for child in value.values())
-
-
-def _is_optimizer(value: Any) -> bool:
-    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
-
-
-def _fits(part: str, value: Any) -> bool:
-    if part in {"model", "ema"}:
-        return isinstance(value, dict) and any(isinstance(child, torch.Tensor) for child in value.values())
-    return _is_optimizer(value) if part == "optimizer" else isinstance(value, dict)
-
-
-def _parts(content: Mapping[str, Any], options: ReadOptions) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the parts, and the names in the file with the parts that they became."""
-    for key in options.parts:
-        if key not in content:
-            raise FormatError(
-                f"--part {key}={options.parts[key]}: the file has no {key!r}; it has {', '.join(content)}"
-            )
-    part_names = {key: part for key, part in options.parts.items() if part != EXTRA}
-    for part, usual in _USUAL_NAMES.items():
-        unnamed = [name for name in usual if name in content and name not in options.parts]
-        fitting = [name for name in unnamed if _fits(part, content[name])]
-        if fitting and part not in part_names.values():
-            part_names[fitting[0]] = part
-    for key, value in content.items():
-        if key not in part_names and key not in options.parts and (is_weights(value) or _is_optimizer(value)):
-            part_names[key] = _part_name(key)
-    return {part: _with_numbers(part, content[key]) for key, part in part_names.items()}, part_names
-
-
-def _part_name(key: str) -> str:
-    """Return a name in the file as the name of a part."""
-    name = _NOT_IN_PART_NAMES.sub("_", key)[:60].rstrip(".") or "part"
-    return f"my_{name}" if name in {EXTRA, "state", "manifest", "rng", "loop"} else name
-
-
-def _with_numbers(part: str, value: Any) -> Any:
-    """Return an optimizer's state with parameters by number: torch.distributed.checkpoint makes the numbers text."""
-    if part != "optimizer" or not value["state"] or not all(str(key).isdecimal() for key in value["state"]):
-        return value
-    return {**value, "state": {int(key): moments for key, moments in value["state"].items()}}
 
 
 def _numbers(extra: Mapping[str, Any]) -> tuple[int | None, int | None, dict[str, float], list[str]]:
@@ -227,7 +192,7 @@ def _number(value: Any) -> float | None:
 
 def steps_of(optimizer: Any) -> int | None:
     """Return the steps that an optimizer's state counts, None when it does not."""
-    if not _is_optimizer(optimizer) or not isinstance(optimizer["state"], dict):
+    if not is_optimizer(optimizer) or not isinstance(optimizer["state"], dict):
         return None
     states = [state for state in optimizer["state"].values() if isinstance(state, dict)]
     counts = [count for state in states if (count := as_count(_number(state.get("step")))) is not None]
@@ -244,13 +209,21 @@ def _optimizer_name(extra: Mapping[str, Any]) -> str:
     return ""
 
 
-def _add_lightning_parts(content: Mapping[str, Any], parts: dict[str, Any], part_names: dict[str, str]) -> None:
-    for key, part in (("optimizer_states", "optimizer"), ("lr_schedulers", "scheduler")):
-        states = content.get(key)
-        if isinstance(states, list) and states:
-            names = [part] if len(states) == 1 else [f"{part}_{number}" for number in range(len(states))]
-            parts |= dict(zip(names, states, strict=True))
-            part_names[key] = ", ".join(names)
+def _add_listed_parts(parts: dict[str, Any], part_names: dict[str, str], extra: dict[str, Any]) -> None:
+    """Add the states of optimizers and schedulers that are in lists, as Lightning keeps them."""
+    for part, keys in (
+        ("optimizer", ("optimizer_states", "optimizers")),
+        ("scheduler", ("lr_schedulers", "schedulers")),
+    ):
+        for key in keys:
+            states = extra.get(key)
+            if part in parts or not isinstance(states, list) or not states:
+                continue
+            if all(is_optimizer(state) if part == "optimizer" else isinstance(state, dict) for state in states):
+                names = [part] if len(states) == 1 else [f"{part}_{number}" for number in range(len(states))]
+                parts |= dict(zip(names, states, strict=True))
+                part_names[key] = ", ".join(names)
+                del extra[key]
 
 
 def _lightning_scores(extra: Mapping[str, Any], name: str) -> dict[str, float]:
