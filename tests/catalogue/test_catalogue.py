@@ -192,6 +192,14 @@ class Anything(RuleBasedStateMachine):
             if there:
                 run.record(f"{run.name}/{there[pick % len(there)].id}", {"acc": value, "late": value})
 
+    @rule(pick=st.integers(0, 9), name=st.sampled_from(["acc", "late"]))
+    def withdraw(self, pick, name):
+        for run in pp.open(self.root).runs():
+            there = run.manifests()
+            if there:
+                with contextlib.suppress(NotFoundError):  # never measured
+                    run.withdraw(f"{run.name}/{there[pick % len(there)].id}", name)
+
     @rule(pick=st.integers(0, 9), on=st.booleans())
     def pin(self, pick, on):
         for run in pp.open(self.root).runs():

@@ -17,6 +17,65 @@ def trained(root, run, *values, keep=None, metric="acc", **given):
             ckpt.wait()
 
 
+def listed(root, *arguments):
+    return [run["name"] for run in json.loads(command("ls", root, *arguments, "--json"))["runs"]]
+
+
+def test_runs_are_listed_best_first(tmp_path):
+    for run, *values in (("net-a", 0.5, 0.1), ("net-b", 0.9, 0.2), ("other", 0.7)):
+        trained(tmp_path, run, *values)
+    trained(tmp_path, "low", 0.3, 0.8, metric="loss", keep=[pp.Best("loss", "min")])
+    trained(tmp_path, "lower", 0.2, metric="loss", keep=[pp.Best("loss", "min")])
+    assert listed(tmp_path, "--sort", "acc") == ["net-b", "other", "net-a", "lower", "low"], "those without it last"
+    assert listed(tmp_path, "--sort", "loss") == ["lower", "low", "other", "net-b", "net-a"]
+    assert listed(tmp_path, "--match", "net-*") == ["net-b", "net-a"]
+    text = command("ls", tmp_path, "--sort", "acc", "--match", "*o*")
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["other", "lower", "low"]
+    assert "loss (min)" not in text, "only the metric that they are sorted by"
+    assert "3 runs, 3 checkpoints" in text
+    assert "no runs yet of a name that matches x* in" in command("ls", tmp_path, "--match", "x*")
+    for arguments, code, words in (
+        (["--sort", "ac"], 10, "did you mean 'acc'"),
+        (["--sort", "acc", "other"], 2, "leave them out"),
+        (["--match", "low*", "--sort", "acc"], 10, "they rank by loss"),
+    ):
+        failed = in_process("ls", tmp_path, *arguments)
+        assert (failed.returncode, words in failed.stderr) == (code, True), failed.stderr
+    trained(tmp_path, "odd", 0.2, keep=[pp.Best("acc", "min")])
+    failed = in_process("ls", tmp_path, "--sort", "acc")
+    assert (failed.returncode, "choose with --match" in failed.stderr) == (2, True)
+    assert listed(tmp_path, "--sort", "acc", "--match", "net*") == ["net-b", "net-a"]
+
+
+def test_of_many_runs_the_best_are_shown(tmp_path):
+    for number in range(31):
+        trained(tmp_path, f"r{number:02}", number / 100, keep=[pp.Best("acc", "max")])
+    text = command("ls", tmp_path, "--sort", "acc")
+    assert [line.split()[0] for line in text.splitlines()[1:3]] == ["r30", "r29"]
+    assert ("r00 " in text, "and 1 more run; --all lists them all" in text) == (False, True)
+    assert "r00 " in command("ls", tmp_path, "--sort", "acc", "--all")
+
+
+def test_a_measurement_is_taken_back(tmp_path):
+    trained(tmp_path, "a", 0.5)
+    command("record", tmp_path, "a@latest", "acc=0.99", "late=1")
+    assert command("record", tmp_path, "a@latest", "--remove", "acc") == (
+        f"a/{pp.open(tmp_path).run('a').latest().name} has its recorded acc no more\n"
+    )
+    assert command("select", tmp_path, "acc > 0.9", "--refs") == ""
+    told = json.loads(command("explain", tmp_path, "a@latest", "--json"))
+    assert [one["metrics"] for one in told["measured"]] == [{"late": 1.0}]
+    assert "withdrawn: `acc 0.99` (" in command("changelog", tmp_path)
+    assert "late" not in command("record", tmp_path, "a@latest", "--remove", "late", "--json")
+    for arguments, code, words in (
+        (["--remove", "acc"], 10, "no value of 'acc' was recorded"),
+        (["x=1", "--remove", "acc"], 2, "one after the other"),
+        ([], 2, "give at least one metric"),
+    ):
+        failed = in_process("record", tmp_path, "a@latest", *arguments)
+        assert (failed.returncode, words in failed.stderr) == (code, True), failed.stderr
+
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 

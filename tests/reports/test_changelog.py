@@ -35,6 +35,7 @@ from peakpoint.format.events import (
     Started,
     Undone,
     Unpinned,
+    Withdrawn,
 )
 from peakpoint.format.sealed import seal
 from peakpoint.reports import changelog
@@ -42,6 +43,7 @@ from peakpoint.reports.changelog import ChangelogEntry, markdown
 from peakpoint.reports.changelog.claims import ClaimTracker
 from peakpoint.repository import aliases, maintenance, reader, validations
 from peakpoint.repository import journal as journals
+from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Moment, claims
@@ -148,6 +150,14 @@ class Life:
         self.note("measured", one.id, "by hand")
         self.lost(before, list(self.there().values()))
 
+    def withdraw(self, one, ref, data):
+        recorded = list(annotations_of(self.run.events()).metrics.get(one.id, {}))
+        if recorded:
+            before = list(self.there().values())
+            self.run.withdraw(ref, recorded[0])
+            self.note("withdrawn", one.id)
+            self.lost(before, list(self.there().values()))
+
     def remove(self, one, ref, data):
         maintenance.remove(self.run, [one], "not wanted", undo_for=timedelta(hours=1))
         if one.id in self.run.aliased([one], self.run.events()):
@@ -229,7 +239,9 @@ def settled(noted):
     return [one for block in blocks for one in sorted(block)]
 
 
-things = st.sampled_from(["open", "pin", "unpin", "measure", "remove", "undo", "promote", "validate", "close"])
+things = st.sampled_from(
+    ["open", "pin", "unpin", "measure", "withdraw", "remove", "undo", "promote", "validate", "close"]
+)
 
 
 @pytest.mark.filterwarnings("ignore::peakpoint.PeakpointWarning")
@@ -565,6 +577,7 @@ TOLD = {
     "measured": st.builds(
         Measured, **of_one, step=wholes, metrics=some_metrics, part=st.none(), source=texts, by=texts
     ),
+    "withdrawn": st.builds(Withdrawn, **of_one, metrics=st.tuples(st.sampled_from(["m", "n"])), by=texts),
     "pinned": st.builds(Pinned, **of_one, why=texts, by=texts),
     "unpinned": st.builds(Unpinned, **of_one, by=texts),
     "stopped early": st.builds(Closed, at=times, why=texts.map(STOPPED.__add__)),

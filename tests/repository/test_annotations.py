@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
-from peakpoint.format.events import Measured, Removed, Reported, Saved, Started
+from peakpoint.format.events import Measured, Removed, Reported, Saved, Started, Withdrawn
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.removal import remove
@@ -83,6 +83,33 @@ def test_of_several_values_the_last_counts(tmp_path):
     best = run_of(tmp_path).best("acc")
     assert (best.step, best.metrics["acc"]) == (2, 0.8)
     assert names(tmp_path) == [2, 3]
+
+
+def test_a_measurement_is_taken_back_and_rules_see_it_while_the_training_runs(tmp_path):
+    with checkpointer(tmp_path, keep=[pp.Best("acc", "max"), pp.Best("late", "max", pending=1)]) as ckpt:
+        ckpt.report(step=1, acc=0.5)
+        ckpt.wait()
+        run = run_of(tmp_path)
+        run.record("r:1", {"acc": 0.99, "late": 0.9, "other": 1.0}, source="a slip")
+        assert not ckpt.report(step=2, acc=0.7, late=0.1).saved
+        assert run.withdraw("r:1", "acc", "late").metrics == {"acc": 0.5, "other": 1.0}, "as the training reported it"
+        assert run.best("acc").metrics["acc"] == 0.5
+        assert ckpt.report(step=3, acc=0.6, late=0.2).saved
+        ckpt.wait()
+        before = run.events()
+        for wrong in ("acc", "others"):
+            with pytest.raises(pp.errors.NotFoundError, match="recorded: other"):
+                run.withdraw("r:1", "other", wrong)
+        with pytest.raises(pp.errors.ConfigError, match="at least one"):
+            run.withdraw("r:1")
+        assert run.events() == before
+        run.record("r:1", {"late": 0.3})
+        assert run.best("late").metrics["late"] == 0.3, "it can be measured again"
+    assert [type(event).__name__ for event in run.events() if isinstance(event, Measured | Withdrawn)] == [
+        "Measured",
+        "Withdrawn",
+        "Measured",
+    ]
 
 
 @pytest.mark.parametrize("wrong", [{}, {"a b": 1.0}, {"acc": "high"}, {"acc": True}, {"acc": None}])

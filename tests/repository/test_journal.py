@@ -31,6 +31,7 @@ from peakpoint.format.events import (
     Started,
     Undone,
     Unpinned,
+    Withdrawn,
     decode,
     encode,
 )
@@ -50,6 +51,8 @@ events_of = {
         by=st.dictionaries(texts, texts, max_size=2),
         rules=text_tuples,
         state=st.dictionaries(texts, texts, max_size=2),
+        config=st.dictionaries(texts, st.none() | st.booleans() | naturals | texts | st.lists(texts), max_size=2),
+        tags=text_tuples,
     ),
     Started: st.builds(Started, at=times, checkpoint=st.none() | texts, report=naturals, requested=st.none() | texts),
     Reported: st.builds(
@@ -94,6 +97,7 @@ events_of = {
         source=texts,
         by=texts,
     ),
+    Withdrawn: st.builds(Withdrawn, at=times, checkpoint=texts, metrics=text_tuples, by=texts),
     Pinned: st.builds(Pinned, at=times, checkpoint=texts, why=texts, by=texts),
     Unpinned: st.builds(Unpinned, at=times, checkpoint=texts, by=texts),
     Promoting: st.builds(

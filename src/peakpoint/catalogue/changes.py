@@ -28,6 +28,7 @@ from peakpoint.format.events import (
     Started,
     Undone,
     Unpinned,
+    Withdrawn,
 )
 from peakpoint.format.sealed import digest
 from peakpoint.repository import journal as journals
@@ -123,7 +124,7 @@ class RunChanges:
         return not (self.complete or self.events or self.checkpoints or self.removed)
 
 
-NOTES = (Measured, Pinned, Unpinned)
+NOTES = (Measured, Withdrawn, Pinned, Unpinned)
 _TAIL = 64
 
 

@@ -17,12 +17,12 @@ from peakpoint.cli.render import aliases_of, fields, literal, manifest_json, num
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
-from peakpoint.format.events import Measured, Saved
+from peakpoint.format.events import Saved
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.settings import Settings, settings_of
 from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
 from peakpoint.repository import maintenance, reader, signing, validations
-from peakpoint.repository.annotations import all_with_annotations
+from peakpoint.repository.annotations import all_with_annotations, measurements_of
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.refs import AtEpoch, AtStep, ByName, parse
 from peakpoint.repository.root import Repository, open_repository
@@ -202,7 +202,7 @@ def _explain_kept(run: Run, manifest: Manifest) -> Answer:
     manifests = all_with_annotations(run.manifests(), events, rules)
     claims = run.kept().get(manifest.id, ())
     dropped = list(dropped_parts(run.store, run.name, manifest.name))
-    measured = [event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id]
+    measured = measurements_of(events, manifest.id)
     names = {candidate.id: candidate.name for candidate in manifests}
     claiming = {claim.rule for claim in claims}
     instead = {rule.text: [names[id_] for id_ in rule.claims(manifests)] for rule in rules if rule.text not in claiming}

@@ -194,14 +194,23 @@ def unpin(root: Path, ref: str) -> Answer:
     return _annotated(run, manifest, "is not pinned")
 
 
-@command(ROOT, REF, click.argument("values", metavar="METRIC=VALUE...", nargs=-1, required=True))
+@command(ROOT, REF, click.argument("values", metavar="[METRIC=VALUE]...", nargs=-1))
 @click.option("--part", help="The part that was measured, such as ema.")
 @click.option("--source", default="by hand", help="What measured it.")
-def record(root: Path, ref: str, values: tuple[str, ...], part: str | None, source: str) -> Answer:
-    """Add metrics that were measured after the save; rules use them at once."""
+@click.option("--remove", "names", multiple=True, metavar="METRIC", help="Take its recorded values back; repeatable.")
+def record(
+    root: Path, ref: str, values: tuple[str, ...], names: tuple[str, ...], part: str | None, source: str
+) -> Answer:
+    """Add metrics that were measured after the save, or take them back; rules use them at once."""
     run, manifest = open_repository(root).locate(ref)
-    run.record(f"{run.name}/{manifest.name}", dict(map(_measurement, values)), part=part, source=source)
-    return _annotated(run, manifest, f"has {', '.join(values)}")
+    exact = f"{run.name}/{manifest.name}"
+    if not names:
+        run.record(exact, dict(map(_measurement, values)), part=part, source=source)
+        return _annotated(run, manifest, f"has {', '.join(values)}")
+    if values:
+        raise ConfigError("--remove takes measurements back and METRIC=VALUE adds them: do one after the other")
+    run.withdraw(exact, *names)
+    return _annotated(run, manifest, f"has its recorded {', '.join(names)} no more")
 
 
 def _measurement(text: str) -> tuple[str, float]:

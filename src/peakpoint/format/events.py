@@ -184,6 +184,14 @@ class Measured(Event, frozen=True, kw_only=True):
     by: str
 
 
+class Withdrawn(Event, frozen=True, kw_only=True):
+    """Measurements of a checkpoint were wrong: all values that were recorded of these metrics are taken back."""
+
+    checkpoint: str
+    metrics: tuple[str, ...]
+    by: str
+
+
 class Pinned(Event, frozen=True, kw_only=True):
     """A checkpoint is protected from the rules until it is unpinned."""
 

@@ -11,7 +11,20 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from types import UnionType
 
-from peakpoint.format.events import Closed, Event, Measured, Opened, Pinned, Promoted, Promoting, Removed, Unpinned
+from msgspec import structs
+
+from peakpoint.format.events import (
+    Closed,
+    Event,
+    Measured,
+    Opened,
+    Pinned,
+    Promoted,
+    Promoting,
+    Removed,
+    Unpinned,
+    Withdrawn,
+)
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository import journal as journals
 from peakpoint.repository.alias_protection import protected_by_aliases
@@ -42,6 +55,9 @@ class Annotations:
         match event:
             case Measured():
                 self.metrics.setdefault(event.checkpoint, {}).update(event.metrics)
+            case Withdrawn():
+                for name in event.metrics:
+                    self.metrics.get(event.checkpoint, {}).pop(name, None)
             case Pinned():
                 self.pinned[event.checkpoint] = event.why
             case Unpinned():
@@ -60,6 +76,25 @@ def annotations_of(events: Iterable[Event]) -> Annotations:
     for event in events:
         annotations.take(event)
     return annotations
+
+
+def measurements_of(events: Iterable[Event], checkpoint: str) -> tuple[Measured, ...]:
+    """Return the measurements of a checkpoint, without what was taken back of them."""
+    measurements: list[Measured] = []
+    for event in events:
+        match event:
+            case Measured() if event.checkpoint == checkpoint:
+                measurements.append(event)
+            case Withdrawn(metrics=names) if event.checkpoint == checkpoint:
+                measurements = [_without(measurement, names) for measurement in measurements]
+            case _:
+                pass
+    return tuple(measurement for measurement in measurements if measurement.metrics)
+
+
+def _without(measurement: Measured, names: Iterable[str]) -> Measured:
+    metrics = {name: value for name, value in measurement.metrics.items() if name not in names}
+    return structs.replace(measurement, metrics=metrics)
 
 
 def with_annotations(manifest: Manifest, annotations: Annotations, smoothed: SmoothedMetrics) -> Manifest:
@@ -85,7 +120,7 @@ def _smoothed(
     return smoothed_metrics(reports, events, smoothing_windows(rules))
 
 
-_ANNOTATING = Measured | Pinned | Unpinned | Promoting | Promoted | Removed
+_ANNOTATING = Measured | Withdrawn | Pinned | Unpinned | Promoting | Promoted | Removed
 
 
 class LiveAnnotations:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from peakpoint.errors import ConfigError, ConflictError, PeakpointWarning
+from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
 from peakpoint.format import layout
 from peakpoint.format.events import (
     Closed,
@@ -21,10 +21,11 @@ from peakpoint.format.events import (
     Saved,
     Undone,
     Unpinned,
+    Withdrawn,
 )
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.metrics import read_metrics
-from peakpoint.format.names import check_text, no_part
+from peakpoint.format.names import check_text, did_you_mean, no_part
 from peakpoint.format.sealed import decode_record
 from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import journal as journals
@@ -239,10 +240,33 @@ class Run:
         if part is not None and part not in manifest.parts:
             raise no_part(part, manifest.parts, where=manifest.name)
         self._note(
-            lambda at, by: Measured(
-                at=at, checkpoint=manifest.id, step=manifest.step, metrics=values, part=part, source=source, by=by
+            lambda now, by: Measured(
+                at=now, checkpoint=manifest.id, step=manifest.step, metrics=values, part=part, source=source, by=by
             )
         )
+        return self.find(f"{manifest.run}/{manifest.name}")
+
+    def withdraw(self, ref: str, *metrics: str) -> Checkpoint:
+        """Take back what was recorded of a checkpoint by mistake: all values of some metrics.
+
+        What the training reported counts again. Rules see it at once, also those of a training that is running; the
+        journal keeps both.
+
+        Raises:
+            NotFoundError: there is no such checkpoint, or nothing of that name was recorded of it.
+            ConfigError: no metric is given.
+        """
+        manifest = self.find_manifest(ref)
+        recorded = list(annotations_of(self.events()).metrics.get(manifest.id, {}))
+        if not metrics:
+            raise ConfigError("nothing to take back: give at least one metric")
+        for name in metrics:
+            if name not in recorded:
+                raise NotFoundError(
+                    f"no value of {name!r} was recorded of {manifest.name} later{did_you_mean(name, recorded)}; "
+                    f"recorded: {', '.join(recorded) or 'nothing'}. What the training itself reported stays"
+                )
+        self._note(lambda now, by: Withdrawn(at=now, checkpoint=manifest.id, metrics=metrics, by=by))
         return self.find(f"{manifest.run}/{manifest.name}")
 
     def pin(self, ref: str, why: str) -> None:
@@ -256,7 +280,7 @@ class Run:
         if not check_text("the reason of pin", why).strip():
             raise ConfigError("pin needs a reason, which says later why this checkpoint is kept")
         manifest = self.find_manifest(ref)
-        self._note(lambda at, by: Pinned(at=at, checkpoint=manifest.id, why=why, by=by))
+        self._note(lambda now, by: Pinned(at=now, checkpoint=manifest.id, why=why, by=by))
         if self.is_being_removed(manifest) or self.store.size(layout.manifest_key(self.name, manifest.name)) is None:
             raise ConflictError(
                 f"{manifest.name} was being removed at this moment; peakpoint ls shows whether it still exists"
@@ -287,7 +311,7 @@ class Run:
             NotFoundError: there is no such checkpoint.
         """
         manifest = self.find_manifest(ref)
-        self._note(lambda at, by: Unpinned(at=at, checkpoint=manifest.id, by=by))
+        self._note(lambda now, by: Unpinned(at=now, checkpoint=manifest.id, by=by))
 
     def _note(self, event: Callable[[datetime, str], Event]) -> None:
         """Append one event, durably, in a segment of its own."""

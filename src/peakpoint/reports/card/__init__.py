@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError, needing
-from peakpoint.format.events import Event, Measured, Saved
+from peakpoint.format.events import Event, Saved
 from peakpoint.format.manifest import Manifest
 from peakpoint.reports.card.values import MARK, AliasPeriod, ModelCard, ModelDescription
 from peakpoint.reports.diff import openings
 from peakpoint.reports.evaluation.files import replace_file
 from peakpoint.reports.evaluation.run_data import RunData, read_run_data
 from peakpoint.repository import aliases, reader, signing, validations
+from peakpoint.repository.annotations import measurements_of
 from peakpoint.repository.root import Repository
 from peakpoint.rules import ranking_metrics
 from peakpoint.store import Store, translated
@@ -67,7 +68,7 @@ def gather(repository: Repository, ref: str, description: ModelDescription | Non
         run_data=run_data,
         claims=run.kept().get(manifest.id, ()),
         metrics=metrics.get(manifest.id, manifest.metrics),
-        measured=tuple(event for event in events if isinstance(event, Measured) and event.checkpoint == manifest.id),
+        measured=measurements_of(events, manifest.id),
         state=next((opened.state for opened in reversed(openings(events, manifest)) if opened.state), {}),
         lineage=_lineage(run_data, events, manifest),
         validations=tuple(readable_validations),

@@ -89,12 +89,12 @@ class ClaimTracker:
             self._newest = moment
         return lost_claims
 
-    def measure(self, checkpoint: str, metrics: Mapping[str, float]) -> list[LostClaim]:
-        """Add or change metrics of an existing checkpoint; return the claims that this ends."""
+    def measure(self, checkpoint: str, metrics: Mapping[str, float | None]) -> list[LostClaim]:
+        """Add or change metrics of an existing checkpoint, or remove those that are None; return the claims lost."""
         affected = [tracked for tracked in self._rules if not tracked.metrics.isdisjoint(metrics)]
         all_before = [tracked.claims_on(self._existing) for tracked in affected]
         moment = self._existing[checkpoint]
-        self._existing[checkpoint] = replace(moment, metrics={**moment.metrics, **metrics})
+        self._existing[checkpoint] = replace(moment, metrics=changed_metrics(moment.metrics, metrics))
         lost_claims: list[LostClaim] = []
         for tracked, claims_before in zip(affected, all_before, strict=True):
             tracked.claims = tracked.rule.claims(list(self._existing.values()))
@@ -114,6 +114,11 @@ class ClaimTracker:
     def moment(self, checkpoint: str) -> Moment | None:
         """Return what rules see of an existing checkpoint; None when it does not exist."""
         return self._existing.get(checkpoint)
+
+
+def changed_metrics(metrics: Mapping[str, float], changes: Mapping[str, float | None]) -> dict[str, float]:
+    """Return metrics after changes: new values, and None for what is there no more."""
+    return {name: value for name, value in {**metrics, **changes}.items() if value is not None}
 
 
 def _lost_claims(rule: Rule, old: Reasons, new: Reasons, cause: str) -> Iterator[LostClaim]:

@@ -18,6 +18,7 @@ Kind = Literal[
     "pinned",
     "unpinned",
     "measured",
+    "withdrawn",
     "begun",
     "continued",
     "rules changed",

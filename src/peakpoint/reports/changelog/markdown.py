@@ -59,6 +59,7 @@ _SENTENCES = {
     "pinned": "{checkpoint} pinned{why}",
     "unpinned": "{checkpoint} unpinned{why}",
     "measured": "{checkpoint} measured{source}: {values}",
+    "withdrawn": "measurements of {checkpoint} withdrawn: {before}",
     "begun": "{run} started{why}",
     "continued": "{run} continued from {checkpoint}{why}",
     "rules changed": "rules of {run} changed from {before} to {after}",
@@ -71,7 +72,18 @@ _SENTENCES = {
     "refused": "{checkpoint} did not become **{alias}**{why} (release {release})",
     "damage": "**damage**{why}",
 }
-_WITH_AUTHOR = {*PRODUCTION, "removed", "pinned", "unpinned", "undone", "measured", "archived", "restored", "begun"}
+_WITH_AUTHOR = {
+    *PRODUCTION,
+    "removed",
+    "pinned",
+    "unpinned",
+    "undone",
+    "measured",
+    "withdrawn",
+    "archived",
+    "restored",
+    "begun",
+}
 _WITH_AUTHOR |= {"continued", "validated", "rules changed"}
 
 

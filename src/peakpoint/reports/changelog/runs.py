@@ -24,10 +24,11 @@ from peakpoint.format.events import (
     Started,
     Undone,
     Unpinned,
+    Withdrawn,
 )
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
-from peakpoint.reports.changelog.claims import ClaimTracker, LostClaim
+from peakpoint.reports.changelog.claims import ClaimTracker, LostClaim, changed_metrics
 from peakpoint.reports.changelog.entries import ChangelogEntry, Kind
 from peakpoint.repository import reader
 from peakpoint.repository.journal import JournalContents
@@ -103,6 +104,8 @@ class _RunAccount:
                 yield self.entry(event, "save failed", event.checkpoint, by=by, why=event.error, details=details)
             case Measured():
                 yield from self._measured(event)
+            case Withdrawn():
+                yield from self._withdrawn(event)
             case Closed():
                 yield from self._closed(segment, event)
             case Removed():
@@ -186,11 +189,31 @@ class _RunAccount:
             details={"metrics": metrics_to_json(event.metrics), "part": event.part, "step": event.step},
         )
         (self.early_metrics.setdefault(checkpoint, {}) if metrics is None else metrics).update(event.metrics)
+        yield from self._changed_metrics(event, event.metrics)
+
+    def _withdrawn(self, event: Withdrawn) -> Iterator[ChangelogEntry]:
+        checkpoint = event.checkpoint
+        metrics = self.metrics.get(checkpoint)
+        reported = {} if metrics is None else self.replay.moment(checkpoint).metrics
+        changes = {name: reported.get(name) for name in event.metrics}
+        current = self.early_metrics.get(checkpoint, {}) if metrics is None else metrics
+        old_values = {name: current[name] for name in event.metrics if name in current}
+        details = {"metrics": list(event.metrics)}
+        yield self.entry(
+            event, "withdrawn", checkpoint, by=event.by, before=_values(old_values) or None, details=details
+        )
+        (self.early_metrics if metrics is None else self.metrics)[checkpoint] = changed_metrics(current, changes)
+        yield from self._changed_metrics(event, changes)
+
+    def _changed_metrics(
+        self, event: Measured | Withdrawn, metrics: Mapping[str, float | None]
+    ) -> Iterator[ChangelogEntry]:
+        checkpoint = event.checkpoint
         removed = self.removed.get(checkpoint)
         if self.claims.moment(checkpoint) is not None:
-            yield from self._lost_claims(event, event.by, self.claims.measure(checkpoint, event.metrics))
+            yield from self._lost_claims(event, event.by, self.claims.measure(checkpoint, metrics))
         elif removed is not None:
-            self.removed[checkpoint] = replace(removed, metrics={**removed.metrics, **event.metrics})
+            self.removed[checkpoint] = replace(removed, metrics=changed_metrics(removed.metrics, metrics))
 
     def _closed(self, segment: str, event: Closed) -> Iterator[ChangelogEntry]:
         by = self._writer(segment)

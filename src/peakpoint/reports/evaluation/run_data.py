@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from peakpoint.format.events import STOPPED, Closed, Event, Measured, Opened, Reported, Saved, Started
+from peakpoint.format.events import STOPPED, Closed, Event, Opened, Reported, Saved, Started
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import journal, packs, reader
-from peakpoint.repository.annotations import all_with_annotations
+from peakpoint.repository.annotations import all_with_annotations, annotations_of
 from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import Mode, Rule, lineage, ranked
 from peakpoint.rules.history import RunReplay
@@ -161,9 +161,9 @@ def _with_later_metrics(
 ) -> Iterator[Reported]:
     """Add to each report the metrics that were measured of its checkpoint later."""
     later: dict[int, dict[str, float]] = {}
-    for event in events:
-        if isinstance(event, Measured) and event.checkpoint in numbers:
-            later.setdefault(numbers[event.checkpoint], {}).update(event.metrics)
+    for checkpoint, measured in annotations_of(events).metrics.items():
+        if checkpoint in numbers:
+            later.setdefault(numbers[checkpoint], {}).update(measured)
     for report in history:
         metrics = later.get(report.report)
         yield structs.replace(report, metrics={**report.metrics, **metrics}) if metrics else report
