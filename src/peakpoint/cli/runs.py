@@ -1,7 +1,8 @@
 """The command ``ls``, and how runs look."""
 
+import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
 from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, Answer, command, run_bar
 from peakpoint.cli.render import literal
-from peakpoint.errors import ConfigError
+from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import moment_label, size_text
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import did_you_mean, listing
 from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import all_with_annotations
@@ -34,17 +36,30 @@ _ON_A_SCREEN = 30  # runs
 
 
 @command(ROOT, click.argument("names", metavar="[RUN]...", nargs=-1))
-@click.option("--all", "all_runs", is_flag=True, help=f"All runs, not only the {_ON_A_SCREEN} that saved last.")
+@click.option("--all", "all_runs", is_flag=True, help=f"All runs, not only the first {_ON_A_SCREEN}.")
+@click.option("--sort", "metric", metavar="METRIC", help="Best first, by a metric that their rules rank by.")
+@click.option("--match", "pattern", metavar="PATTERN", help="Only runs of such names: 'resnet*'.")
 @CATALOGUE
-def ls(root: Path, names: tuple[str, ...], *, all_runs: bool, catalogue: str | None) -> Answer:
+def ls(
+    root: Path,
+    names: tuple[str, ...],
+    *,
+    all_runs: bool,
+    metric: str | None,
+    pattern: str | None,
+    catalogue: str | None,
+) -> Answer:
     """List runs with best and last values; of one run, or those named, each checkpoint and why it is kept."""
-    if names and all_runs:
-        raise ConfigError("--all lists all runs; leave out --all or the names of runs")
+    if names and (all_runs or metric or pattern):
+        raise ConfigError(
+            "--all, --sort and --match are about the list of all runs; leave them out, or the names of runs"
+        )
     repository = open_repository(root)
-    only_one = not names and len(repository.store.children(layout.RUNS)) == 1
+    only_one = not (names or metric or pattern) and len(repository.store.children(layout.RUNS)) == 1
     runs = repository.runs() if only_one else [repository.run(name) for name in names]
     if not runs:
-        return _list(root, repository, catalogues.Catalogue(repository, catalogue), all_runs=all_runs)
+        index = catalogues.Catalogue(repository, catalogue)
+        return _Listing(root, repository, index, metric, pattern).answer(all_runs=all_runs)
     views = list(map(view, runs))
 
     def text(console: Console) -> None:
@@ -54,42 +69,94 @@ def ls(root: Path, names: tuple[str, ...], *, all_runs: bool, catalogue: str | N
     return Answer({"root": repository.store.location, "runs": list(map(_run_json, views))}, text)
 
 
-def _list(root: Path, repository: Repository, catalogue: "Catalogue", *, all_runs: bool) -> Answer:
-    """List runs, a line each."""
-    with run_bar() as progress:
-        catalogue.refresh(progress)
-    unread = catalogue.unread
-    problems = [f"run {name!r} cannot be read and is left out: {why}" for name, why in unread.items()]
-    problems += [f"cannot read what alias {name!r} points at: {why}" for name, why in catalogue.unread_aliases.items()]
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """Runs, a line each.
 
-    def writer(run: "RunSummary") -> str | None:
-        return None if run.name in unread else Run(repository.store, run.name).holder()
+    Attributes:
+        metric: by which the best comes first; the one that saved last without it.
+        pattern: of the names.
+    """
 
-    def data() -> dict[str, Any]:
-        runs = [_listed_json(run, writer(run)) for run in catalogue.runs(None)]
-        return {"root": repository.store.location, "runs": runs, "unread": unread}
+    root: Path
+    repository: Repository
+    catalogue: "Catalogue"
+    metric: str | None
+    pattern: str | None
 
-    def text(console: Console) -> None:
-        runs = catalogue.runs(None if all_runs else _ON_A_SCREEN)
-        _print_list(console, root, catalogue, runs, {run.name for run in runs if writer(run)})
+    def answer(self, *, all_runs: bool) -> Answer:
+        with run_bar() as progress:
+            self.catalogue.refresh(progress)
+        unread, unread_aliases = self.catalogue.unread, self.catalogue.unread_aliases
+        problems = [f"run {name!r} cannot be read and is left out: {why}" for name, why in unread.items()]
+        problems += [f"cannot read what alias {name!r} points at: {why}" for name, why in unread_aliases.items()]
 
-    return Answer(data, text, problems, json_exit_code=INCOMPLETE if unread else 0)
+        def data() -> dict[str, Any]:
+            runs = [_listed_json(run, self._writer(run)) for run in self._runs(None)]
+            return {"root": self.repository.store.location, "runs": runs, "unread": unread}
+
+        def text(console: Console) -> None:
+            self._print(console, self._runs(None if all_runs else _ON_A_SCREEN))
+
+        return Answer(data, text, problems, json_exit_code=INCOMPLETE if unread else 0)
+
+    def _writer(self, run: "RunSummary") -> str | None:
+        return None if run.name in self.catalogue.unread else Run(self.repository.store, run.name).holder()
+
+    def _runs(self, top: int | None) -> list["RunSummary"]:
+        """Return so many runs at most, in their order."""
+        if self.metric is None and self.pattern is None:
+            return self.catalogue.runs(top)
+        runs = [run for run in self.catalogue.runs() if fnmatch.fnmatchcase(run.name, self.pattern or "*")]
+        return (runs if self.metric is None else best_first(runs, self.metric))[:top]
+
+    def _print(self, console: Console, runs: Sequence["RunSummary"]) -> None:
+        if not runs:
+            matching = "" if self.pattern is None else f" of a name that matches {self.pattern}"
+            console.print(f"no runs yet{literal(matching)} in {literal(str(self.root))}")
+            return
+        writing = {run.name for run in runs if self._writer(run)}
+        console.print(runs_table(console, [_with_peak_of(run, self.metric) for run in runs], writing))
+        run_count, checkpoint_count, size_bytes = self._totals()
+        if len(runs) < run_count:
+            console.print(f"[dim]and {render.count(run_count - len(runs), 'more run')}; --all lists them all[/]")
+        checkpoint_text = render.count(checkpoint_count, "checkpoint")
+        console.print(f"{render.count(run_count, 'run')}, {checkpoint_text}, {size_text(size_bytes)}")
+        hint = literal(render.command_line("ls", self.root, "RUN"))
+        console.print(f"[dim]To see why each checkpoint is kept: {hint}[/]", soft_wrap=True)
+
+    def _totals(self) -> tuple[int, int, int]:
+        if self.pattern is None:
+            return self.catalogue.totals()
+        runs = self._runs(None)
+        return len(runs), sum(run.checkpoints for run in runs), sum(run.size_bytes for run in runs)
 
 
-def _print_list(
-    console: Console, root: Path, catalogue: "Catalogue", runs: Sequence["RunSummary"], writing: Collection[str]
-) -> None:
-    if not runs:
-        console.print(f"no runs yet in {literal(str(root))}")
-        return
-    console.print(runs_table(console, runs, writing))
-    run_count, checkpoint_count, size_bytes = catalogue.totals()
-    if len(runs) < run_count:
-        console.print(f"[dim]and {render.count(run_count - len(runs), 'more run')}; --all lists them all[/]")
-    checkpoint_text = render.count(checkpoint_count, "checkpoint")
-    console.print(f"{render.count(run_count, 'run')}, {checkpoint_text}, {size_text(size_bytes)}")
-    hint = literal(render.command_line("ls", root, "RUN"))
-    console.print(f"[dim]To see why each checkpoint is kept: {hint}[/]", soft_wrap=True)
+def best_first(runs: Sequence["RunSummary"], metric: str) -> list["RunSummary"]:
+    """Order runs by their best value of a metric, in the direction of their rules; runs without one come last.
+
+    Raises:
+        NotFoundError: no rule ranks by it; names near ones.
+        ConfigError: their rules rank by it both ways.
+    """
+    best = {run.name: peak for run in runs for peak in run.peaks if peak.metric == metric}
+    modes = {(peak.metric, peak.mode) for run in runs for peak in run.peaks}
+    if runs and not best:
+        names = sorted({name for name, _ in modes})
+        raise NotFoundError(
+            f"no rule of these runs ranks by {metric!r}{did_you_mean(metric, names)}; they rank by "
+            f"{listing(names, 20) or 'nothing'}. To rank checkpoints by any metric: peakpoint select ROOT --max METRIC"
+        )
+    if {(metric, "max"), (metric, "min")} <= modes:
+        raise ConfigError(
+            f"some of these runs rank by the largest {metric}, others by the smallest; choose with --match"
+        )
+    sign = -1 if (metric, "max") in modes else 1
+    return sorted(runs, key=lambda run: (run.name not in best, sign * best[run.name].best if run.name in best else 0))
+
+
+def _with_peak_of(run: "RunSummary", metric: str | None) -> "RunSummary":
+    return run if metric is None else replace(run, peaks=tuple(peak for peak in run.peaks if peak.metric == metric))
 
 
 # --- one run -------------------------------------------------------------------------------------------------------
