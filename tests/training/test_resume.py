@@ -257,11 +257,10 @@ def test_without_strict_what_fits_is_restored(tmp_path):
     assert same(dict(model.state_dict()), dict(pp.load("r@latest", root=tmp_path)["model"]))
 
 
-def test_a_shorter_loader_is_refused(tmp_path):
-    data = TensorDataset(torch.arange(8.0))
+def test_shorter_data_is_refused(tmp_path):
     with checkpointer(tmp_path) as ckpt:
         for _ in ckpt.epochs(1):
-            for number, _ in enumerate(ckpt.batches(DataLoader(data, batch_size=2))):
+            for number, _ in enumerate(ckpt.batches(iter(range(4)))):
                 if number == 2:
                     ckpt.report()
                     break
@@ -269,7 +268,7 @@ def test_a_shorter_loader_is_refused(tmp_path):
     with checkpointer(tmp_path) as ckpt:
         next(ckpt.epochs(1))
         with pytest.raises(pp.errors.MismatchError, match="ends after 1"):
-            next(ckpt.batches(DataLoader(data, batch_size=8)))
+            next(ckpt.batches(iter(range(1))))
 
 
 def test_steps_made_before_the_first_report_are_counted(tmp_path):

@@ -81,6 +81,52 @@ def restore(state: dict[str, Any]) -> list[str]:
     return missing
 
 
+def take_from(generator: Any) -> Any:
+    """Return the state of one generator of torch, NumPy or Python, as a tree that needs no tensor file."""
+    if isinstance(generator, torch.Generator):
+        return _bytes(generator.get_state())
+    if isinstance(generator, random.Random):
+        return _pack(generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return _without_arrays(generator.bit_generator.state)
+    return _without_arrays(generator.get_state(legacy=False))
+
+
+def restore_to(generator: Any, state: Any) -> None:
+    """Set one generator to the state that ``take_from`` returned.
+
+    Raises:
+        FormatError: the state is not that of such a generator.
+    """
+    try:
+        if isinstance(generator, torch.Generator):
+            generator.set_state(_tensor(state))
+        elif isinstance(generator, random.Random):
+            generator.setstate(_unpack(state))
+        else:
+            numbers = _with_arrays(state)
+            check_numpy(numbers)
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = numbers
+            else:
+                generator.set_state(numbers)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(f"the state of a generator of the loader cannot be read: {error!r}") from error
+
+
+def _without_arrays(state: Any) -> Any:
+    """Return the state of a NumPy generator with the dtype and the bytes of each array in its place."""
+    if isinstance(state, dict):
+        return {name: _without_arrays(value) for name, value in state.items()}
+    return (state.dtype.str, state.tobytes()) if isinstance(state, np.ndarray) else state
+
+
+def _with_arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _with_arrays(value) for name, value in state.items()}
+    return np.frombuffer(state[1], dtype=state[0]) if isinstance(state, tuple) else state
+
+
 def check_numpy(state: Any) -> None:
     """Refuse positions outside of the buffers in the state of a NumPy generator: NumPy reads where they say.
 

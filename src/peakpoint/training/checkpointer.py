@@ -137,7 +137,7 @@ class Checkpointer:
         except BaseException:
             self._writer.release()
             raise
-        self._loop = Loop(self.state)
+        self._loop = Loop(self.state, strict=strict)
         self._late_changes = LateChangeCheck(self.state, self._writer, self._loop, self._save)
         self._process = os.getpid()
         self._closed = False
@@ -238,22 +238,22 @@ class Checkpointer:
         """Yield the batches of one pass over ``loader``; reports in the body are made inside the epoch.
 
         A run that is continued from such a report goes on with the next batch. A loader that is part of the state and
-        has ``state_dict`` (torchdata's ``StatefulDataLoader``) restores itself; any other is started again with the
-        random generators of the beginning of the pass, and its first batches are drawn and dropped. Generators in the
-        worker processes of a loader that restores itself begin anew; a warning says so.
+        has ``state_dict`` restores itself; any other is started again with the random generators of the beginning of
+        the pass, its own among them, and its first batches are drawn and dropped. A warning says what begins anew.
 
         Raises:
-            MismatchError: on continuing, the data ends before the place of the checkpoint.
+            ConfigError: inside another ``batches``, or the loader is an iterator that has begun.
+            MismatchError: on continuing, the loader would make other batches (another batch size, other data), and the
+                training is strict; or the data ends before the place of the checkpoint.
         """
         self._check_open()
         self._ensure_started()
-        if self._loop.restarts_workers(loader, self.state):
-            warn(
-                "the run goes on inside an epoch, and the random generators of the loader's worker processes (torch, "
-                "Python, NumPy in a Dataset) begin anew: what they draw, such as augmentations, differs in the rest of "
-                "this epoch. To resume exactly, leave the loader out of state=, or report between epochs"
-            )
-        yield from self._guarded(self._loop.batches(loader, self.state, self._late_changes.end))
+        yield from self._guarded(self._loop.batches(loader, self._late_changes.end))
+
+    @property
+    def batch(self) -> int | None:
+        """The index of the batch in its pass over the data, from 0, also after a resume; None outside ``batches``."""
+        return self._loop.batch
 
     # --- reporting ----------------------------------------------------------------------------------------------
 
@@ -426,6 +426,8 @@ class Checkpointer:
         self.resume()
 
     def _save(self, moment: Manifest) -> Outcome:
+        if moment.reasons:
+            self._loop.note_generators()
         return self._writer.save(moment, self._loop.position, self.why_stop)
 
     def _leave(self, signal: str) -> None:

@@ -1,15 +1,12 @@
-"""The position of a training in its loops, and the way back to it."""
+"""The position of a training in its loops, stored with every checkpoint."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
 import msgspec
-import torch
 
-from peakpoint.errors import FormatError, MismatchError
-from peakpoint.state import rng
-from peakpoint.state.capture import Stateful
+from peakpoint.errors import FormatError
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -19,14 +16,37 @@ class Batches:
     """A place inside an epoch.
 
     Attributes:
-        done: batches that the loop has received.
-        start: the random generators when the pass over the data began.
-        generator: the loader's own generator at that time, None when it has none.
+        done: batches that the loop has received in the present pass over the data.
+        start: the random generators when the pass began.
+        number: the passes over data that the epoch had before this one.
     """
 
     done: Count
     start: dict[str, Any]
-    generator: bytes | None
+    number: Count = 0
+
+
+@dataclass(slots=True)
+class DataPass:
+    """The last pass over a loader: by it a later one is recognised, or continued.
+
+    Attributes:
+        settings: those of the loader that decide about the batches.
+        first: digest of the first batch, None when it has no content that is understood.
+        reused: whether the worker processes of the pass before were used.
+        kept: whether those of this pass stay for the next.
+        begin: the states of the generators that belong to the loader when the pass began, by their places in it.
+        generators: the same at the checkpoint.
+        carried: of each, whether a pass begins with it as the one before has left it; None when that is not known.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    first: str | None = None
+    reused: bool = False
+    kept: bool = False
+    begin: dict[str, Any] = field(default_factory=dict)
+    generators: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, bool | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -40,6 +60,7 @@ class Position:
         next_epoch: the epoch to run when the loop is continued from here.
         next_step: the index that ``steps`` yields when the loop is continued from here.
         batches: the place inside ``next_epoch``, None at its beginning.
+        passes: the passes over data of an epoch, in their order.
     """
 
     report: Count = 0
@@ -48,6 +69,7 @@ class Position:
     next_epoch: Count = 0
     next_step: Count = 0
     batches: Batches | None = None
+    passes: list[DataPass] = field(default_factory=list)
 
     def as_plain(self) -> dict[str, Any]:
         """Return the plain values that ``from_plain`` reads."""
@@ -61,85 +83,29 @@ class Position:
             FormatError: the values are not those of a position.
         """
         try:
-            position = msgspec.convert({field.name: values[field.name] for field in fields(cls)}, cls)
+            plain = {name: values[name] for name in _names(cls) if name != "passes" or name in values}
+            if isinstance(plain["batches"], Mapping):
+                plain |= _of_first_release(plain)
+                # a later release may note more, without which the place is another one
+                Batches(**plain["batches"])
+            for data_pass in plain.get("passes", ()):
+                DataPass(**data_pass)
+            position = msgspec.convert(plain, cls)
             if position.batches is not None:
-                Batches(**values["batches"])  # a later release may note more, without which the place is another one
-        except (KeyError, TypeError, msgspec.ValidationError) as error:
+                position.passes[position.batches.number]
+        except (LookupError, TypeError, msgspec.ValidationError) as error:
             raise FormatError(f"the checkpoint's loop position cannot be read: {error!r}") from error
         return position
 
 
-def begin_pass(loader: Any) -> Batches:
-    """Note the generators at the beginning of a pass over the data."""
-    generator = getattr(loader, "generator", None)
-    state = bytes(generator.get_state().numpy().tobytes()) if isinstance(generator, torch.Generator) else None
-    return Batches(0, rng.take(), state)
+def _names(cls: type[Position]) -> list[str]:
+    return [attribute.name for attribute in fields(cls)]
 
 
-def start_pass(loader: Any, *, restores_itself: bool) -> Iterator[Any]:
-    """Return an iterator over all of the data.
-
-    A loader that restores itself draws other numbers in its first ``iter`` after that than it would have drawn without
-    a restart, so each of its passes takes exactly one number from the training's generator.
-    """
-    if not restores_itself:
-        batches: Iterator[Any] = iter(loader)
-        return batches
-    torch.empty((), dtype=torch.int64).random_()  # so that the workers' seeds differ from pass to pass
-    return _iterate_apart(loader)
-
-
-def _iterate_apart(loader: Any) -> Iterator[Any]:
-    """Return ``iter(loader)``, with the random generators left as they are."""
-    generators = rng.take()
-    batches: Iterator[Any] = iter(loader)
-    rng.restore(generators)
-    return batches
-
-
-def continue_pass(loader: Any, place: Batches, *, restores_itself: bool) -> Iterator[Any]:
-    """Return an iterator that goes on at ``place``.
-
-    A loader that restores itself is simply iterated. Any other is started again with the generators as they were, its
-    first batches are drawn and dropped, and the generators are put back to where the checkpoint had them: exact for
-    every loader whose batches depend on nothing but those generators.
-
-    Raises:
-        MismatchError: the data ends before the place, or the loader had a generator of its own and has none now.
-        FormatError: the states of the generators cannot be read.
-    """
-    if restores_itself:
-        return _iterate_apart(loader)
-    generators = rng.take()
-    rng.restore(place.start)
-    if place.generator is not None:
-        _set_generator(loader, place.generator)
-    batches: Iterator[Any] = iter(loader)
-    for number in range(place.done):
-        try:
-            next(batches)
-        except StopIteration as error:
-            raise MismatchError(
-                f"the checkpoint was taken after batch {place.done} of an epoch, but the loader now ends after "
-                f"{number}; continue with the data and batch size that the run was started with"
-            ) from error
-    rng.restore(generators)
-    return batches
-
-
-def _set_generator(loader: Any, state: bytes) -> None:
-    generator = getattr(loader, "generator", None)
-    if not isinstance(generator, torch.Generator):
-        raise MismatchError(
-            "the checkpoint was taken inside an epoch of a loader with generator=; continue with such a loader, "
-            "since the order of the batches came from that generator"
-        )
-    try:
-        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise FormatError(f"the state of the loader's generator cannot be read: {error!r}") from error
-
-
-def is_restored(loader: Any, state: Mapping[str, Any]) -> bool:
-    """Whether a loader keeps its own position and is part of the state, so that it comes back by itself."""
-    return isinstance(loader, Stateful) and any(loader is part for part in state.values())
+def _of_first_release(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a place as it is written today; the first release noted one generator of the loader beside it."""
+    batches = dict(plain["batches"])
+    if "generator" not in batches:
+        return {}
+    state = batches.pop("generator")
+    return {"batches": batches, "passes": [{"begin": {} if state is None else {"generator": state}}]}
