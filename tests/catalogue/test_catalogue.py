@@ -41,10 +41,11 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Pinned
 from peakpoint.format.manifest import encode_manifest
 from peakpoint.format.sealed import digest
-from peakpoint.repository import maintenance
+from peakpoint.repository import maintenance, reader
 from peakpoint.repository.aliases import AliasChange, append, back_from, newest
 from peakpoint.repository.audit import audit
 from peakpoint.repository.journal import Journal
+from peakpoint.repository.lost import damaged_checkpoints
 from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import ranking_metrics
 from peakpoint.rules.history import history
@@ -392,10 +393,15 @@ def test_what_is_deleted_by_hand_is_missed(tmp_path):
     assert len(everything(patient)) == len(everything(watchful)) == 3
     settle(tmp_path)
     assert len(everything(patient)) == 3
-    shutil.rmtree(pp.open(tmp_path).find("r:2").path)
+    lost = pp.open(tmp_path).find("r:2")
+    shutil.rmtree(lost.path)
     assert count(patient) == 3
-    assert count(watchful) == 2
-    assert count(patient) == 2, "what one has seen all know"
+    for catalogue in (watchful, patient):  # what one has seen all know
+        with pytest.warns(pp.PeakpointWarning, match=rf"checkpoint '{lost.ref}' is left out: .* is missing"):
+            assert count(catalogue) == 2
+    run = pp.open(tmp_path).run("r")
+    maintenance.remove_damaged(run, damaged_checkpoints(run.store, "r", reader.list_run(run.store, "r")), "gone")
+    assert (count(watchful), count(patient)) == (2, 2)
     shutil.rmtree(pp.open(tmp_path).find("r:1").path)
     assert [one.step for one in everything(patient)] == [3], "what is given out is compared with the files"
     patient.close()

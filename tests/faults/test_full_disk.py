@@ -134,17 +134,22 @@ def test_a_disk_that_is_filled_again_at_once(tmp_path):
     told = command("explain", tmp_path, "r:epoch=0")
     assert "The journal does not say when or why" in told
     assert json.loads(command("explain", tmp_path, "r:epoch=0", "--json"))["removed"] is None
-    assert audit.audit(pp.open(tmp_path), deep=True).findings == []
+    found = audit.audit(pp.open(tmp_path), deep=True).findings
+    assert [(one.kind, "is missing, although the journal says" in one.what) for one in found] == [("damage", True)] * 2
 
 
 def test_a_removal_that_was_cut_short_before_its_record(tmp_path):
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
-    removal.delete(run.store, run.manifests()[0])
+    first = run.manifests()[0]
+    removal.delete(run.store, first)
     assert "The journal does not say when or why" in command("explain", tmp_path, "r:epoch=0")
     with checkpointer(tmp_path, keep=[pp.Last(99)], resume="never") as ckpt:
         ckpt.report(step=9)
+    assert [one.kind for one in audit.audit(pp.open(tmp_path), deep=True).findings] == ["damage"]
+    command("rm", tmp_path, f"r/{first.name}", "--undo-for", "0", "--yes")
     assert audit.audit(pp.open(tmp_path), deep=True).findings == []
+    assert "removed by hand" in command("explain", tmp_path, "r:epoch=0")
 
 
 def test_what_is_protected_before_the_record_stays(tmp_path):

@@ -585,7 +585,7 @@ class Refusing(LocalStore):
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("what", ["disk", "damage"])
+@pytest.mark.parametrize("what", ["disk", "damage", "manifest", "directory"])
 def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_run):
     task.trained(tmp_path)
     task.policy(tmp_path)
@@ -594,6 +594,10 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
     store, file = Refusing(tmp_path), best.path / "manifest.json"
     if what == "disk":
         store.where, store.times = f"{best.name}/manifest.json", 99
+    elif what == "manifest":
+        file.unlink()
+    elif what == "directory":
+        shutil.rmtree(best.path)
     else:
         file.write_bytes(file.read_bytes().replace(b'"step"', b'"stop"'))
     found = pp.open(store)
@@ -602,6 +606,11 @@ def test_nothing_is_promoted_while_something_cannot_be_read(tmp_path, what, dry_
     assert (done.outcome, done.id, done.candidate, done.record) == ("refused", None, None, None)
     assert "cannot be read, and may be better" in done.reasons[0]
     assert aliases.numbers(store, "champion") == []
+    if what != "disk":
+        assert f"peakpoint rm {tmp_path} {best.run}/{best.name} --undo-for 0" in done.reasons[0]
+        command("rm", tmp_path, best.ref, "--undo-for", "0", "--yes")
+        done = Release(found, "champion", read_policies(store), task.in_process, dry_run=dry_run).run()
+        assert done.candidate.step != best.step
 
 
 def test_a_release_is_not_deceived_by_a_damaged_index(tmp_path):

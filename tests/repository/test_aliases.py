@@ -1,5 +1,6 @@
 """Aliases: one chain whoever writes it and whatever replies are lost; what it protects; what tampering shows."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -32,7 +33,7 @@ from peakpoint.errors import (
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Promoted, Promoting, Removed
 from peakpoint.format.sealed import seal, unseal
-from peakpoint.repository import aliases, maintenance, reader
+from peakpoint.repository import aliases, maintenance, reader, removal
 from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.aliases import (
     AliasChange,
@@ -808,7 +809,8 @@ def test_an_audit_finds_nothing_where_nothing_is_wrong(promoted):
     maintenance.remove(promoted, [], "x")
     promoted.store.put("releases/20260301.json", [b"{}"])
     promoted.store.put(layout.told_key("family/champion", 1), [b"{}"])
-    shutil.rmtree(promoted.store.path(layout.checkpoint_prefix("r", promoted.manifests()[0].name)))
+    with contextlib.closing(Journal(promoted.store, "r", lambda: START)) as journal:
+        removal.remove(promoted.store, journal, [Removal(promoted.manifests()[0], "x")], by="me")
     assert findings(promoted.store.root) == [], "a former holder may be gone"
 
 

@@ -1,6 +1,7 @@
 """What a signature covers, who can make one, and that nothing else passes for one."""
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -21,11 +22,13 @@ from hypothesis import strategies as st
 import peakpoint as pp
 from commands import command
 from peakpoint.format import layout
+from peakpoint.format.events import Removed
 from peakpoint.format.manifest import encode_manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import maintenance, signing
 from peakpoint.repository.audit import audit
 from peakpoint.repository.commit import combined_digest
+from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.reader import read_manifest
 from peakpoint.repository.removal import drop_parts
@@ -597,6 +600,10 @@ def test_signatures_go_to_the_trash_and_come_back(root, keys):
 
 def test_a_signature_that_a_crash_left_alone_is_litter(root):
     place = directory(root)
+    store, manifest = newest(root)
+    with contextlib.closing(Journal(store, "r", utc_now)) as journal:
+        about = {"checkpoint": manifest.id, "name": manifest.name, "step": manifest.step, "epoch": manifest.epoch}
+        journal.append(Removed(at=utc_now(), **about, reason="no rule keeps it", by="rules"))
     (place / "manifest.json").unlink()
     found = audit(pp.open(root)).findings
     assert [finding.kind for finding in found] == ["litter"]

@@ -10,6 +10,7 @@ has announced is there to be seen. So a crash at any instant leaves nothing unse
 """
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from peakpoint.format import layout
@@ -33,6 +34,7 @@ from peakpoint.format.events import (
 from peakpoint.format.sealed import digest
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader
+from peakpoint.repository.lost import lost_checkpoints
 from peakpoint.repository.packs import readable_run_archive
 from peakpoint.store import Store
 
@@ -271,12 +273,25 @@ class _Directories:
         names = {child[:-1] for child in children if child.endswith("/") and child.isascii()}
         touched |= {name for name, directory in self.unsettled.items() if not self._is_settled(name, directory)}
         self.unsettled = {
-            name: directory for name, directory in self.unsettled.items() if name in names and name not in touched
+            name: directory
+            for name, directory in self.unsettled.items()
+            if name not in touched and (name in names or directory.damage is not None)
         }
         unread = (names & touched) | (names - self._indexed.keys() - self.unsettled.keys())
         looked_at = [self._look(name) for name in sorted(unread)]
         removed = frozenset(name for name in self._indexed if name not in names or name in touched)
-        return [checkpoint for checkpoint in looked_at if checkpoint is not None], removed
+        checkpoints = [checkpoint for checkpoint in looked_at if checkpoint is not None]
+        if not self._indexed or None in looked_at or not removed <= touched:
+            ids = {identity for name, (_, identity) in self._indexed.items() if name not in removed}
+            self._note_lost(ids | {checkpoint.manifest.id for checkpoint in checkpoints})
+        return checkpoints, removed
+
+    def _note_lost(self, ids: AbstractSet[str]) -> None:
+        """Note the checkpoints that were never removed and are not there; they are looked at when they come back."""
+        for damage in lost_checkpoints(self._store, self._run, ids):
+            stamp = self._store.stamp(layout.checkpoint_prefix(self._run, damage.name))
+            self.unsettled.setdefault(damage.name, UnsettledDirectory(stamp))
+            self.unsettled[damage.name] = replace(self.unsettled[damage.name], damage=str(damage.error))
 
     def _is_settled(self, name: str, directory: UnsettledDirectory) -> bool:
         prefix = layout.checkpoint_prefix(self._run, name)

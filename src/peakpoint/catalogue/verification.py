@@ -24,6 +24,7 @@ from peakpoint.format.settings import settings_of
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import annotations_of
+from peakpoint.repository.lost import lost_checkpoints
 from peakpoint.repository.packs import RunArchive, readable_run_archive
 from peakpoint.store import Store
 
@@ -53,7 +54,10 @@ def _inspect(
         return CatalogueMismatch(run, f"{ref}: {error}", unreadable=True)
     if isinstance(state, reader.Damaged):
         return CatalogueMismatch(run, str(state.error), unreadable=True)
-    return state or CatalogueMismatch(run, f"{ref} does not exist")
+    if state is not None:
+        return state
+    is_lost = any(damage.name == name for damage in lost_checkpoints(store, run, ()))
+    return CatalogueMismatch(run, f"{ref} does not exist", unreadable=is_lost)
 
 
 def compare_rows(

@@ -277,7 +277,8 @@ def _explain_removed(root: Path, run: Run, life: CheckpointHistory, until: datet
 def _print_removed(console: Console, root: Path, run: Run, life: CheckpointHistory, until: datetime | None) -> None:
     removed = life.removed
     date = "" if removed is None else f" on {removed.at:%Y-%m-%d}"
-    console.print(f"[bold]{literal(life.saved.name)}[/] was removed{date} ({moment_text(life.record)})")
+    fate = "is gone" if removed is None else "was removed"
+    console.print(f"[bold]{literal(life.saved.name)}[/] {fate}{date} ({moment_text(life.record)})")
     values = _values(life.record.metrics) or "no metrics"
     console.print(f"saved {life.saved.at:%Y-%m-%d %H:%M:%S} UTC with {values} because")
     print_list(console, map(literal, life.saved.reasons))

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from peakpoint.cli.command import PATH, ROOT, Answer, command, metric_with_mode, reads, status_line
+from peakpoint.cli.command import INCOMPLETE, PATH, ROOT, Answer, command, metric_with_mode, reads, status_line
 from peakpoint.cli.render import literal
 from peakpoint.cli.tables import plain
 from peakpoint.errors import ConfigError, ConflictError, printable
@@ -70,7 +70,8 @@ def report(
     paths = [path for target in targets for path in evaluation.write(result, target, force=force, separate=separate)]
     lines = "\n".join(f"wrote {path} ({size_text(path.stat().st_size)})" for path in paths)
     data = files.as_json(result) | {"files": list(map(str, paths))}
-    return Answer(data, lines if targets else lambda console: _print(console, result))
+    exit_code = INCOMPLETE if any(run.remarks for run in result.runs) else 0
+    return Answer(data, lines if targets else lambda console: _print(console, result), exit_code=exit_code)
 
 
 def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:

@@ -20,13 +20,15 @@ from peakpoint.format.amounts import moment_label, size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import did_you_mean, listing
 from peakpoint.format.settings import Settings, settings_of
+from peakpoint.repository import journal as journals
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import all_with_annotations
+from peakpoint.repository.lost import damaged_checkpoints
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import Claim, Rule, ranked, ranking_metrics
-from peakpoint.rules.history import history
+from peakpoint.rules.history import RunReplay, history
 from peakpoint.rules.peaks import Peak, peaks
 
 if TYPE_CHECKING:  # one run alone needs no database
@@ -66,7 +68,9 @@ def ls(
         for run_view in views:
             print_run(console, run_view)
 
-    return Answer({"root": repository.store.location, "runs": list(map(_run_json, views))}, text)
+    problems = [f"run {run_view.run.name!r}: left out: {damage}" for run_view in views for damage in run_view.damaged]
+    data = {"root": repository.store.location, "runs": list(map(_run_json, views))}
+    return Answer(data, text, problems, INCOMPLETE if problems else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class _Listing:
         def text(console: Console) -> None:
             self._print(console, self._runs(None if all_runs else _ON_A_SCREEN))
 
-        return Answer(data, text, problems, json_exit_code=INCOMPLETE if unread else 0)
+        return Answer(data, text, problems, INCOMPLETE if problems else 0)
 
     def _writer(self, run: "RunSummary") -> str | None:
         return None if run.name in self.catalogue.unread else Run(self.repository.store, run.name).holder()
@@ -168,11 +172,13 @@ class RunView:
 
     Attributes:
         best_exists: metric to whether a checkpoint of its best exists.
+        best_damaged: the metrics whose best was saved and cannot be read.
         best: metric to the id of its best checkpoint.
         packed: id to the bytes in the archive, of those that are there.
         aliases: id to the aliases that point at it.
         settings: those that count.
         writer: the process that has the run open.
+        damaged: one sentence for each checkpoint and line of the journal that cannot be read.
     """
 
     run: Run
@@ -182,16 +188,22 @@ class RunView:
     claims: Mapping[str, tuple[Claim, ...]]
     peaks: Sequence[Peak]
     best_exists: Mapping[str, bool]
+    best_damaged: Collection[str]
     best: Mapping[str, str]
     packed: Mapping[str, int]
     aliases: Mapping[str, tuple[str, ...]]
     settings: Settings
     writer: str | None
+    damaged: Sequence[str]
 
 
 def view(run: Run) -> RunView:
     """Gather what there is to show of a run."""
-    events, existing = run.events(), run.manifests()
+    journal, listing = journals.read(run.store, run.name), reader.list_run(run.store, run.name)
+    events, existing = journal.events, listing.manifests
+    damaged = damaged_checkpoints(run.store, run.name, listing)
+    replay = RunReplay(events) if damaged else RunReplay()
+    damaged_steps = {replay.moment(damage.saved.checkpoint).step for damage in damaged if damage.saved}
     rules, reports = rules_of(events), history(events)
     manifests = all_with_annotations(existing, events, ())
     pairs = ranking_metrics(rules)
@@ -205,11 +217,13 @@ def view(run: Run) -> RunView:
         claims=run.plan(None, events).keep,
         peaks=metric_peaks,
         best_exists={peak.metric: peak.best_step in steps for peak in metric_peaks},
+        best_damaged=[peak.metric for peak in metric_peaks if peak.best_step in damaged_steps - steps],
         best={metric: ranking[0].id for metric, mode in pairs if (ranking := ranked(manifests, metric, mode))},
         packed=packed_bytes(run.store, run.name, manifests),
         aliases=render.aliases_of(run),
         settings=settings_of(events),
         writer=run.holder(),
+        damaged=[*(str(damage.error) for damage in damaged), *journal.damage],
     )
 
 
@@ -230,7 +244,7 @@ def print_run(console: Console, run: RunView) -> None:
         console.print(f"tags: {literal(', '.join(run.settings.tags))}")
     if run.peaks:
         heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
-        console.print(tables.plain(heads, [_peak_cells(peak, run.best_exists) for peak in run.peaks]))
+        console.print(tables.plain(heads, [_peak_cells(peak, _fate(run, peak.metric)) for peak in run.peaks]))
     if run.manifests:
         console.print(_kept_table(console, run))
     console.print()
@@ -264,13 +278,17 @@ def _kept_table(console: Console, run: RunView) -> RenderableType:
     return tables.with_reasons(console, columns, spare, "kept because", reasons)
 
 
-def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:
+def _fate(run: RunView, metric: str) -> str:
+    """Why there is no checkpoint of the best; nothing where there is one."""
+    return "" if run.best_exists.get(metric) else "damaged" if metric in run.best_damaged else "removed"
+
+
+def _peak_cells(peak: Peak, fate: str) -> tuple[str, ...]:
     return (
         literal(peak.metric),
         peak.mode,
         f"[bold green]{render.number(peak.best)}[/]",
-        moment_label(peak.best_step, peak.best_epoch)
-        + ("" if best_exists.get(peak.metric) else " [bold red](removed)[/]"),
+        moment_label(peak.best_step, peak.best_epoch) + (f" [bold red]({fate})[/]" if fate else ""),
         render.number(peak.last),
         moment_label(peak.last_step, peak.last_epoch),
         "nothing" if peak.lost == 0 else f"[yellow]{render.number(render.rounded(peak.lost, peak.best, peak.last))}[/]",
@@ -278,13 +296,12 @@ def _peak_cells(peak: Peak, best_exists: Mapping[str, bool]) -> tuple[str, ...]:
 
 
 def _run_json(run: RunView) -> dict[str, Any]:
-    return render.fields(run, "writer", "reports", "best_exists") | {
+    return render.fields(run, "writer", "reports", "best_exists", "damaged") | {
         "name": run.run.name,
         "rules": [rule.text for rule in run.rules],
         "checkpoint_count": len(run.manifests),
         "size_bytes": sum(manifest.size_bytes for manifest in run.manifests),
         "newest": max((manifest.created_at for manifest in run.manifests), default=None),
-        "damaged": [str(damaged.error) for damaged in reader.list_run(run.run.store, run.run.name).damaged],
         "peaks": list(map(_peak_json, run.peaks)),
         "aliases": sorted(alias for names in run.aliases.values() for alias in names),
         **asdict(run.settings),
@@ -319,7 +336,8 @@ def runs_table(console: Console, runs: Sequence["RunSummary"], writing: Collecti
 def _run_row(run: "RunSummary", *, writing: bool) -> tuple[str, ...]:
     peak = [""] * 5
     if run.peaks:
-        metric, mode, best, best_moment, last, _, lost = _peak_cells(run.peaks[0], run.kept)
+        fate = "" if run.kept.get(run.peaks[0].metric) else "removed or damaged" if run.damaged else "removed"
+        metric, mode, best, best_moment, last, _, lost = _peak_cells(run.peaks[0], fate)
         peak = [f"{metric} ({mode})", best, best_moment, last, lost]
     return (
         literal(run.name) + (f" [bold red]{len(run.damaged)} damaged[/]" if run.damaged else ""),

@@ -1,7 +1,7 @@
 """The commands ``rm``, ``undo``, ``archive`` and ``audit``: space, and what is wrong in it."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,14 +13,16 @@ from peakpoint.cli import render, tables
 from peakpoint.cli.command import CATALOGUE, ROOT, RUN, UNDO_FOR, Answer, command, confirmed, progress_bar, run_bar
 from peakpoint.cli.render import count, fields, literal, ref, short_json
 from peakpoint.cli.terminal import say
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
 from peakpoint.repository import audit as audits
-from peakpoint.repository import maintenance, packs, reader
+from peakpoint.repository import lost, maintenance, packs, reader
 from peakpoint.repository.archive import PackedCheckpoint
+from peakpoint.repository.reader import Damaged
+from peakpoint.repository.refs import ByName, parse_any
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.run import Run
 from peakpoint.repository.trash import TrashEntry
@@ -33,10 +35,19 @@ from peakpoint.repository.trash import TrashEntry
 @UNDO_FOR
 @confirmed
 def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, apply: bool) -> Answer:
-    """Remove checkpoints: shows the plan, and carries it out with --yes."""
+    """Remove checkpoints: shows the plan, and carries it out with --yes.
+
+    Damaged ones that cannot be read are named RUN/NAME, as audit lists them, and removed permanently.
+    """
     check_text("--why", why)
     repository = open_repository(root)
-    manifests = {manifest.id: manifest for manifest in map(repository.find_manifest, refs)}
+    manifests, damaged = _targets(repository, refs)
+    errors = {f"{run}/{damage.name}": str(damage.error) for run, of_run in damaged.items() for damage in of_run}
+    if damaged and undo_for > maintenance.PERMANENTLY:
+        raise ConfigError(
+            f"{', '.join(errors)}: damaged, and cannot be restored once it is removed; to remove it permanently, add "
+            "--undo-for 0"
+        )
     by_run: defaultdict[str, list[Manifest]] = defaultdict(list)
     for manifest in manifests.values():
         by_run[manifest.run].append(manifest)
@@ -44,13 +55,11 @@ def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, appl
         _refuse_what_aliases_protect(repository.run(name), of_run)
         _refuse_the_newest_good(repository.run(name), manifests)
     claims = {name: repository.run(name).kept() for name in by_run}
-    failures: list[str] = []
-    if apply:
-        for name, of_run in by_run.items():
-            failures += maintenance.remove(repository.run(name), of_run, why, undo_for=undo_for)
+    failures = _remove(repository, by_run, damaged, why, undo_for) if apply else []
     removed = [manifest for of_run in by_run.values() for manifest in of_run]
     data = {
         "removed" if apply else "would_remove": [render.manifest_json(manifest, ()) for manifest in removed],
+        "damaged": errors,
         "freed_bytes": sum(manifest.size_bytes for manifest in removed),
         "failures": failures,
     }
@@ -60,13 +69,62 @@ def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, appl
             console.print(f"[bold]{literal(ref(manifest))}[/]")
             console.print(f"  frees {size_text(manifest.size_bytes)}; was kept because:")
             render.print_list(console, map(render.claim_text, claims[manifest.run].get(manifest.id, ())))
+        for damaged_ref, error in errors.items():
+            console.print(f"[bold]{literal(damaged_ref)}[/] [bold red]damaged[/]: {literal(error)}", soft_wrap=True)
         if not apply:
             say("nothing is removed yet; add --yes to remove")
             return
-        say(f"removed {count(len(removed) - len(failures), 'checkpoint')}")
+        say(f"removed {count(len(removed) + len(errors) - len(failures), 'checkpoint')}")
         say(render.undo_hint(root, list(map(ref, removed)), undo_for))
 
     return Answer(data, text, failures, StoreError.exit_code if failures else 0)
+
+
+def _remove(
+    repository: Repository,
+    by_run: Mapping[str, Sequence[Manifest]],
+    damaged: Mapping[str, Sequence[Damaged]],
+    why: str,
+    undo_for: timedelta,
+) -> list[str]:
+    """Remove checkpoints; one sentence for each removal that failed."""
+    failures: list[str] = []
+    for name, of_run in by_run.items():
+        failures += maintenance.remove(repository.run(name), of_run, why, undo_for=undo_for)
+    for name, damaged_of_run in damaged.items():
+        failures += maintenance.remove_damaged(repository.run(name), damaged_of_run, why)
+    return failures
+
+
+def _targets(
+    repository: Repository, refs: Collection[str]
+) -> tuple[dict[str, Manifest], defaultdict[str, list[Damaged]]]:
+    """Find what is to be removed: checkpoints by id, and by run those whose manifest cannot be read."""
+    manifests: dict[str, Manifest] = {}
+    damaged: defaultdict[str, list[Damaged]] = defaultdict(list)
+    for text in dict.fromkeys(refs):
+        try:
+            manifest = repository.find_manifest(text)
+            manifests[manifest.id] = manifest
+        except (CorruptError, FormatError, NotFoundError):
+            parsed = parse_any(text)
+            if not isinstance(parsed, ByName):
+                raise
+            damaged_of_run = _damaged(repository.run(parsed.run))
+            matching = [damage for damage in damaged_of_run if damage.is_named(parsed.name)]
+            if not matching:
+                raise
+            damaged[parsed.run] += matching
+    return manifests, damaged
+
+
+def _damaged(run: Run) -> list[Damaged]:
+    """Everything in a run that only its directory names."""
+    listing = reader.list_run(run.store, run.name)
+    return [
+        *lost.damaged_checkpoints(run.store, run.name, listing),
+        *lost.damaged_in_trash(run.store, run.name, listing),
+    ]
 
 
 def _refuse_what_aliases_protect(run: Run, manifests: Sequence[Manifest]) -> None:

@@ -288,12 +288,9 @@ def decode(line: bytes, *, where: str) -> Event | None:
 
 
 # how the lines of some kinds begin, by which they are told without being decoded
-_REPORTED = b'{"kind":"reported",'
+REPORTED_LINE = b'{"kind":"reported",'
 OPENED_LINE = b'{"kind":"opened",'
 CLOSED_LINE = b'{"kind":"closed",'
-LINES_OF_REMOVALS = tuple(
-    b'{"kind":"%s",' % kind for kind in (b"removed", b"parts-dropped", b"undone", b"saved", b"closed")
-)
 
 _decode_reported = msgspec.json.Decoder(Reported).decode
 
@@ -303,7 +300,7 @@ def decode_report(line: bytes) -> Reported | None:
 
     A long run has a million of these lines and hardly any other.
     """
-    if not line.startswith(_REPORTED) or not is_intact(line):
+    if not line.startswith(REPORTED_LINE) or not is_intact(line):
         return None
     try:
         return _decode_reported(line)

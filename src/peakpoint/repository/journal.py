@@ -17,15 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from peakpoint.errors import CorruptError, PeakpointWarning, StoreError
-from peakpoint.format.events import (
-    CLOSED_LINE,
-    LINES_OF_REMOVALS,
-    OPENED_LINE,
-    Event,
-    decode,
-    decode_report,
-    encode,
-)
+from peakpoint.format.events import CLOSED_LINE, OPENED_LINE, REPORTED_LINE, Event, decode, decode_report, encode
 from peakpoint.format.layout import journal_prefix, writer_lock
 from peakpoint.format.layout import number as number_in
 from peakpoint.format.sealed import gc_paused
@@ -60,8 +52,23 @@ def segments_of(store: Store, run: str) -> list[str]:
     return sorted(names, key=lambda name: (len(name), name))
 
 
-def read(store: Store, run: str, only: Collection[str] | None = None) -> JournalContents:
-    """Read the journal of a run, or some of its segments; empty when the run has none."""
+def gap(store: Store, run: str) -> str | None:
+    """Return the first segment that is missing although a later one exists; None when there is none."""
+    children = store.children(journal_prefix(run))
+    numbers = sorted({number_in(child, "", ".jsonl") for child in children} - {0})
+    return next((f"{due:06d}.jsonl" for due, number in enumerate(numbers, 1) if number != due), None)
+
+
+def read(store: Store, run: str, only: Collection[str] | None = None, *, with_reports: bool = True) -> JournalContents:
+    """Read the journal of a run, or some of its segments; empty when the run has none.
+
+    Args:
+        store: holds the run.
+        run: its name.
+        only: the segments to read; all by default.
+        with_reports: whether to read reports, too, which are nearly all lines of a long run; damage of them is not
+            noticed otherwise.
+    """
     prefix = journal_prefix(run)
     events: list[Event] = []
     damage: list[str] = []
@@ -71,7 +78,7 @@ def read(store: Store, run: str, only: Collection[str] | None = None) -> Journal
             if only is None or segment in only:
                 first = len(events)
                 data = store.get(f"{prefix}/{segment}", max_size=LARGE)
-                _read_segment(data, f"{prefix}/{segment}", events, damage)
+                _read_segment(data, f"{prefix}/{segment}", events, damage, with_reports=with_reports)
                 segments[segment] = len(events) - first
     return JournalContents(tuple(events), tuple(damage), segments)
 
@@ -114,15 +121,6 @@ def _opens(store: Store, run: str, segment: str) -> bool:
     return store.get(f"{journal_prefix(run)}/{segment}", 0, len(OPENED_LINE)) == OPENED_LINE
 
 
-def removal_events(store: Store, run: str, segment: str) -> list[Event]:
-    """Read the removals of a segment, and the events that end them; every other line is skipped undecoded."""
-    key = f"{journal_prefix(run)}/{segment}"
-    lines = [line for line in io.BytesIO(store.get(key, max_size=LARGE)) if line.startswith(LINES_OF_REMOVALS)]
-    events: list[Event] = []
-    _read_segment(b"".join(lines), key, events, [])
-    return events
-
-
 def read_appended(store: Store, run: str, segment: str, begin: int) -> tuple[list[Event], int]:
     """Read what was appended to a segment after byte ``begin``; damaged lines are left out.
 
@@ -138,10 +136,14 @@ def read_appended(store: Store, run: str, segment: str, begin: int) -> tuple[lis
     return events, begin + len(lines)
 
 
-def _read_segment(data: bytes, where: str, events: list[Event], damage: list[str]) -> None:
+def _read_segment(
+    data: bytes, where: str, events: list[Event], damage: list[str], *, with_reports: bool = True
+) -> None:
     for number, line in enumerate(io.BytesIO(data), 1):
         if line == b"\n" or not line.endswith(b"\n"):
             continue  # empty, or torn: the last
+        if not with_reports and line.startswith(REPORTED_LINE):
+            continue
         event: Event | None = decode_report(line)
         if event is None:
             try:

@@ -11,22 +11,27 @@ from datetime import datetime, timedelta
 
 from peakpoint.errors import ConflictError, CorruptError, Error, NotFoundError, StoreError
 from peakpoint.format import layout
-from peakpoint.format.events import Changing, Closed, Opened, Pinned, Undone
+from peakpoint.format.events import Changing, Closed, Opened, Pinned, Removed, Undone
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import did_you_mean
 from peakpoint.repository import archive as archives
 from peakpoint.repository import packs, reader, removal, trash
+from peakpoint.repository.alias_protection import protected_by_aliases
+from peakpoint.repository.aliases import newest_of_all
 from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.archive import PackedCheckpoint
 from peakpoint.repository.journal import Journal
 from peakpoint.repository.provenance import Clock, present_user, utc_now
+from peakpoint.repository.reader import Damaged
 from peakpoint.repository.run import Run
-from peakpoint.repository.run_audit import clean_run
+from peakpoint.repository.run_audit import clean_run, delete_directory
 from peakpoint.repository.trash import TrashEntry
 from peakpoint.rules import Rule
+from peakpoint.rules.history import RunReplay
 from peakpoint.rules.retention import Removal, RetentionPlan
 from peakpoint.store import holder_note
 
+_NO_ID = "0" * 16  # of a checkpoint whose manifest cannot be read, and that the journal does not know
 PERMANENTLY = timedelta(0)
 """Time to undo a removal: none, and the space is free at once."""
 
@@ -160,6 +165,49 @@ def _remove(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedel
         failed = removal.remove(run.store, journal, removals, by=present_user(), protected=protected, until=until)
         journal.record([Closed(at=clock(), why="peakpoint rm")], later=True)
         return [*failures, *failed.values()]
+
+
+def remove_damaged(run: Run, damaged: Sequence[Damaged], why: str, *, clock: Clock = utc_now) -> list[str]:
+    """Remove checkpoints whose manifest cannot be read, permanently, and record that lost ones are gone.
+
+    A checkpoint that an alias points at is kept.
+
+    Args:
+        run: the run of the checkpoints.
+        damaged: as ``damaged_checkpoints`` finds them.
+        why: the reason, for the journal.
+        clock: gives the times of events.
+
+    Returns:
+        One sentence for each removal that failed.
+    """
+    events = run.events()
+    replay, promoting = RunReplay(events), annotations_of(events).promoting.values()
+    targets = [record.target for record in newest_of_all(run.store)[0].values() if record.target is not None]
+    aliased = {target.name: "an alias points at it" for target in targets if target.run == run.name}
+    failures: list[str] = []
+    with contextlib.closing(Journal(run.store, run.name, clock)) as journal:
+        for damage in damaged:
+            moment = None if damage.saved is None else replay.moment(damage.saved.checkpoint)
+            checkpoint = _NO_ID if moment is None else moment.id
+            protected = protected_by_aliases(run.store, [checkpoint], promoting).get(checkpoint)
+            if reason := protected or aliased.get(damage.name):
+                failures.append(f"{damage.name} was not removed: {reason}")
+                continue
+            removed = Removed(
+                at=clock(),
+                checkpoint=checkpoint,
+                name=damage.name,
+                step=0 if moment is None else moment.step,
+                epoch=None if moment is None else moment.epoch,
+                reason=why,
+                by=present_user(),
+            )
+            journal.record([removed], later=True)
+            if not isinstance(reader.inspect(run.store, run.name, damage.name), reader.FoundCheckpoint):
+                delete_directory(run.store, run.name, damage.name)
+        journal.record([Closed(at=clock(), why="peakpoint rm")], later=True)
+    return failures
 
 
 def in_trash(run: Run, *, clock: Clock = utc_now) -> list[TrashEntry]:

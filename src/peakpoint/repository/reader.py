@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from blake3 import blake3
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
+from peakpoint.format.events import Saved
 from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode_manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import packs, trash
@@ -26,15 +28,21 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A directory whose manifest cannot be read.
+    """A checkpoint whose manifest cannot be read.
 
     Attributes:
         name: the directory.
         error: why.
+        saved: its commit, where the journal was asked.
     """
 
     name: str
     error: CorruptError | FormatError
+    saved: Saved | None = None
+
+    def is_named(self, name: str) -> bool:
+        """Return whether it has this name or, as far as that is known, this id."""
+        return name == self.name or (self.saved is not None and name == self.saved.checkpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +52,8 @@ class RunListing:
     Attributes:
         manifests: of every checkpoint that exists, by sequence.
         damaged: directories whose manifest cannot be read.
-        without_manifest: directories of a save or a removal that is under way, or was interrupted.
+        without_manifest: directories of a save or a removal that is under way, or was interrupted, and of checkpoints
+            that have lost their manifest: see ``repository.lost``.
         incomplete: ids of checkpoints without some of their parts: a run cannot continue from these.
     """
 
@@ -112,9 +121,16 @@ def inspect(
         return FoundCheckpoint(without_dropped(manifest, dropped), bool(dropped), archived)
     except NotFoundError:
         return None
-    except (CorruptError, FormatError) as error:
+    except CorruptError as error:
         where = f"{store.location}/{layout.manifest_key(run, name)}"
-        return Damaged(name, type(error)(f"{where}: {error}"))
+        return Damaged(name, type(error)(f"{where}: {error}, or remove the checkpoint: {rm_command(store, run, name)}"))
+    except FormatError as error:
+        return Damaged(name, type(error)(f"{store.location}/{layout.manifest_key(run, name)}: {error}"))
+
+
+def rm_command(store: Store, run: str, name: str) -> str:
+    """Return the command that removes a damaged checkpoint."""
+    return f"peakpoint rm {shlex.quote(store.location)} {shlex.quote(f'{run}/{name}')} --undo-for 0"
 
 
 def read_manifest(store: Store, run: str, name: str) -> Manifest:

@@ -32,7 +32,9 @@ from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.annotations import all_with_annotations, annotations_of, with_annotations
+from peakpoint.repository.lost import damaged_checkpoints
 from peakpoint.repository.provenance import present_user, utc_now
+from peakpoint.repository.reader import Damaged
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest_event
@@ -69,6 +71,14 @@ def _checkpoint(store: Store, manifest: Manifest) -> Checkpoint:
     path = store.path(prefix) if isinstance(store, LocalStore) else None
     members = {field.name: getattr(manifest, field.name) for field in fields(Checkpoint) if field.name != "path"}
     return Checkpoint(path=path, **members)
+
+
+def _refuse_damaged(name: str, manifests: Sequence[Manifest], damaged: Sequence[Damaged]) -> None:
+    """Raise the error of a damaged checkpoint of a name or an id, unless an undamaged one has it."""
+    if not any(name in (manifest.name, manifest.id) for manifest in manifests):
+        for damage in damaged:
+            if damage.is_named(name):
+                raise damage.error
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +198,13 @@ class Run:
         if parsed.run != self.name:
             raise ConfigError(f"{ref!r} names run {parsed.run!r}, and this is run {self.name!r}")
         listing = reader.list_run(self.store, self.name)
-        damaged = {damage.name: damage.error for damage in listing.damaged}
-        if isinstance(parsed, refs.ByName) and parsed.name in damaged:
-            raise damaged[parsed.name]
-        if damaged and not listing.manifests:
-            raise listing.damaged[0].error
-        for error in () if isinstance(parsed, refs.ByName) else damaged.values():
-            warnings.warn(f"not considered for {ref}: {error}", PeakpointWarning, stacklevel=2)
+        damaged = damaged_checkpoints(self.store, self.name, listing)
+        if isinstance(parsed, refs.ByName):
+            _refuse_damaged(parsed.name, listing.manifests, damaged)
+        elif damaged and not listing.manifests:
+            raise damaged[0].error
+        for damage in () if isinstance(parsed, refs.ByName) else damaged:
+            warnings.warn(f"not considered for {ref}: {damage.error}", PeakpointWarning, stacklevel=2)
         if not isinstance(parsed, refs.BestOf):
             return refs.resolve(parsed, listing.manifests, ())
         events = self.events()
@@ -299,7 +309,9 @@ class Run:
         """
         return any(
             _may_be_removing(
-                journals.removal_events(self.store, self.name, segment), manifest.id, manifest.parts.keys()
+                journals.read(self.store, self.name, {segment}, with_reports=False).events,
+                manifest.id,
+                manifest.parts.keys(),
             )
             for segment in journals.live_segments(self.store, self.name, held=held)
         )

@@ -10,7 +10,7 @@ from peakpoint.format import layout
 from peakpoint.format.events import Event, Promoted
 from peakpoint.format.manifest import MANIFEST, Manifest
 from peakpoint.format.sealed import digest
-from peakpoint.repository import archive, packs, reader, trash, validations
+from peakpoint.repository import archive, lost, packs, reader, trash, validations
 from peakpoint.repository import journal as journals
 from peakpoint.repository.commit import sweep
 from peakpoint.repository.findings import Audit, AuditFinding
@@ -90,10 +90,11 @@ def findings_of_run(
     yield from _journal(store, run)
     listing = reader.list_run(store, run)
     yield from _validations(store, run, listing, deep=audit.deep)
-    for damaged in listing.damaged:
-        yield AuditFinding("damage", layout.checkpoint_prefix(run, damaged.name), str(damaged.error))
-        yield from foreign_objects(store, layout.checkpoint_prefix(run, damaged.name))
-    for name in listing.without_manifest:
+    damaged = lost.damaged_checkpoints(store, run, listing)
+    for damage in damaged:
+        yield AuditFinding("damage", layout.checkpoint_prefix(run, damage.name), str(damage.error))
+        yield from foreign_objects(store, layout.checkpoint_prefix(run, damage.name))
+    for name in _unfinished(listing, damaged):
         yield from foreign_objects(store, layout.checkpoint_prefix(run, name))
         yield from _without_manifest(store, run, name, now)
     for entry in trash.contents(store, run):
@@ -105,6 +106,12 @@ def findings_of_run(
         audit.bytes += manifest.size_bytes
         yield from _checkpoint(store, manifest, packed, now, deep=audit.deep)
         progress(manifest)
+
+
+def _unfinished(listing: reader.RunListing, damaged: Iterable[reader.Damaged]) -> list[str]:
+    """Return the directories of incomplete saves and removals, and those in the trash."""
+    names = {damage.name for damage in damaged}
+    return [name for name in listing.without_manifest if name not in names]
 
 
 def _run_record(store: Store, run: str) -> Iterator[AuditFinding]:
@@ -145,6 +152,10 @@ def _journal(store: Store, run: str) -> Iterator[AuditFinding]:
         return
     for sentence in journal.damage:
         yield AuditFinding("damage", prefix, sentence)
+    if absent := journals.gap(store, run):
+        yield AuditFinding("damage", prefix, f"the segment {absent} is missing")
+    if not journals.segments_of(store, run) and reader.list_run(store, run).manifests:
+        yield AuditFinding("damage", prefix, "the journal is missing although the run has checkpoints")
     yield from _promotions(store, run, journal.events)
 
 
@@ -276,7 +287,8 @@ def clean_run(store: Store, run: str, now: datetime) -> list[AuditFinding]:
         What was deleted.
     """
     listing = reader.list_run(store, run)
-    deleted = _delete_without_manifest(store, run, listing.without_manifest, now)
+    damaged = lost.damaged_checkpoints(store, run, listing, exclusive=True)
+    deleted = _delete_without_manifest(store, run, _unfinished(listing, damaged), now)
     packed = packs.packed_bytes(store, run, listing.manifests)
     superfluous = [
         *(
@@ -303,10 +315,16 @@ def _delete_without_manifest(store: Store, run: str, names: Iterable[str], now: 
     for name in names:
         findings = list(_without_manifest(store, run, name, now))
         if findings and findings[0].kind == "litter":
-            children = store.children(layout.checkpoint_prefix(run, name))
-            sweep(store, run, name, [child for child in children if _is_of_checkpoint(child)])
+            delete_directory(store, run, name)
             deleted.append(findings[0])
     return deleted
+
+
+def delete_directory(store: Store, run: str, name: str) -> None:
+    """Delete the directory of a checkpoint, its manifest first; what Peakpoint has not written stays."""
+    store.delete(layout.manifest_key(run, name))
+    children = store.children(layout.checkpoint_prefix(run, name))
+    sweep(store, run, name, [child for child in children if _is_of_checkpoint(child)])
 
 
 def delete(store: Store, findings: Iterable[AuditFinding]) -> list[AuditFinding]:

@@ -15,6 +15,7 @@ from peakpoint.format.events import Reported, Saved, Started
 from peakpoint.format.manifest import Forks
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
+from peakpoint.repository.lost import damaged_checkpoints
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import dropped_parts
@@ -166,5 +167,6 @@ def resumption(store: Store, run: str) -> Resumption:
         ConflictError: the run is archived.
     """
     listing = reader.list_run(store, run)
+    listing = replace(listing, damaged=damaged_checkpoints(store, run, listing, exclusive=True))
     check_not_archived(store, run, listing.manifests)
     return Resumption(store, run, listing, journals.read(store, run))

@@ -85,6 +85,7 @@ class RunPeak:
         why: in a sentence.
         aside: what the curve's own scatter shows besides; "" when it agrees.
         saved: whether the best moment became a checkpoint.
+        damaged: whether that checkpoint cannot be read, or is lost.
         checkpoint: ref of the best moment's checkpoint; None when it does not exist.
         nearest: ref of the best checkpoint that exists, and its value; None when none has a value.
     """
@@ -101,6 +102,7 @@ class RunPeak:
     why: str
     aside: str
     saved: bool
+    damaged: bool
     checkpoint: str | None
     nearest: tuple[str, float] | None
 
@@ -194,6 +196,7 @@ def _run_peak(
         why=why,
         aside=_aside(peak, verdict, _averaged(noises.of_curve(data.series(peak.metric)), window)),
         saved=peak.best_report in data.saved,
+        damaged=peak.best_report in data.damaged,
         checkpoint=None if checkpoint is None else ref_of(checkpoint),
         nearest=None if nearest is None else (ref_of(nearest), nearest.metrics[peak.metric]),
     )

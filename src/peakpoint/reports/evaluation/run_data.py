@@ -12,6 +12,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.settings import Settings, settings_of
 from peakpoint.repository import journal, packs, reader
 from peakpoint.repository.annotations import all_with_annotations, annotations_of
+from peakpoint.repository.lost import damaged_checkpoints
 from peakpoint.repository.run import Run, rules_of
 from peakpoint.rules import Mode, Rule, lineage, ranked
 from peakpoint.rules.history import RunReplay
@@ -32,6 +33,7 @@ class RunData:
         settings: what the training was started with last.
         saved: numbers of the reports of the history that became checkpoints.
         kept: report number to its checkpoint, where that still exists.
+        damaged: numbers of reports whose checkpoint cannot be read, or is lost.
         ended: how the last training ended: ``"closed"``, a signal or an error; None when the journal does not tell.
         writer: who is writing the run at present; None when nobody is.
         remarks: sentences about damage.
@@ -47,6 +49,7 @@ class RunData:
     settings: Settings
     saved: frozenset[int]
     kept: Mapping[int, Manifest]
+    damaged: frozenset[int]
     ended: str | None
     writer: str | None
     remarks: tuple[str, ...]
@@ -115,7 +118,9 @@ def read_run_data(run: Run) -> RunData:
         if report is not None and report.step == checkpoint.step:
             numbers[checkpoint.id] = report.report
     classes = [event.state for event in contents.events if isinstance(event, Opened) and event.state]
-    damage = [*contents.damage, *(str(damaged.error) for damaged in listing.damaged)]
+    damaged = damaged_checkpoints(run.store, run.name, listing)
+    commits = [damage.saved.checkpoint for damage in damaged if damage.saved is not None]
+    sentences = [*contents.damage, *(str(damage.error) for damage in damaged)]
     return RunData(
         run=run,
         history=tuple(_with_later_metrics(history, contents.events, numbers)),
@@ -126,10 +131,11 @@ def read_run_data(run: Run) -> RunData:
         state=classes[-1] if classes else {},
         settings=settings_of(contents.events),
         saved=frozenset(numbers.values()),
+        damaged=frozenset(numbers[checkpoint] for checkpoint in commits if checkpoint in numbers),
         kept={numbers[checkpoint.id]: checkpoint for checkpoint in checkpoints if checkpoint.id in numbers},
         ended=_ended(contents),
         writer=run.holder(),
-        remarks=tuple(f"left out, because it is damaged: {sentence}" for sentence in damage),
+        remarks=tuple(f"left out, because it is damaged: {sentence}" for sentence in sentences),
     )
 
 

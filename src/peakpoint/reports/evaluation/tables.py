@@ -190,7 +190,7 @@ def _best_checkpoint(run_peak: RunPeak, run: RunData) -> str:
     short = {f"{checkpoint.run}/{checkpoint.name}": f"{run.name}/{checkpoint.id[:8]}" for checkpoint in run.checkpoints}
     if run_peak.checkpoint is not None:
         return short[run_peak.checkpoint]
-    fate = "removed" if run_peak.saved else "never saved"
+    fate = "damaged" if run_peak.damaged else "removed" if run_peak.saved else "never saved"
     if run_peak.nearest is None:
         return fate
     ref, value = run_peak.nearest
