@@ -12,7 +12,7 @@ import torch
 
 import peakpoint as pp
 from archived_runs import epochs, run_of, trained
-from commands import command
+from commands import command, in_process
 from peakpoint.errors import StoreError
 from peakpoint.format.events import Removed
 from peakpoint.repository import audit, maintenance, removal
@@ -131,9 +131,10 @@ def test_a_disk_that_is_filled_again_at_once(tmp_path):
     (failure,) = maintenance.remove(run, run.manifests()[:2], "too many")
     assert "the removal is not recorded in the journal" in failure
     assert epochs(tmp_path) == [2]
-    told = command("explain", tmp_path, "r:epoch=0")
-    assert "The journal does not say when or why" in told
-    assert json.loads(command("explain", tmp_path, "r:epoch=0", "--json"))["removed"] is None
+    told = in_process("explain", tmp_path, "r:epoch=0")
+    assert "The journal does not say when or why" in told.stdout
+    assert "not considered" in told.stderr
+    assert json.loads(in_process("explain", tmp_path, "r:epoch=0", "--json").stdout)["removed"] is None
     found = audit.audit(pp.open(tmp_path), deep=True).findings
     assert [(one.kind, "is missing, although the journal says" in one.what) for one in found] == [("damage", True)] * 2
 
@@ -143,7 +144,7 @@ def test_a_removal_that_was_cut_short_before_its_record(tmp_path):
     run = run_of(tmp_path)
     first = run.manifests()[0]
     removal.delete(run.store, first)
-    assert "The journal does not say when or why" in command("explain", tmp_path, "r:epoch=0")
+    assert "The journal does not say when or why" in in_process("explain", tmp_path, "r:epoch=0").stdout
     with checkpointer(tmp_path, keep=[pp.Last(99)], resume="never") as ckpt:
         ckpt.report(step=9)
     assert [one.kind for one in audit.audit(pp.open(tmp_path), deep=True).findings] == ["damage"]
