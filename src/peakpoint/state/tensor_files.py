@@ -7,7 +7,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,6 +157,16 @@ def _ready(copying: HostCopy, offset: int) -> Callable[[int], None]:
     return lambda position: copying.wait(offset + position)
 
 
+def is_possible(shape: Sequence[int]) -> bool:
+    """Whether torch can count the elements of a tensor, and has strides for it, also around a length of 0.
+
+    Example:
+        >>> is_possible((0, 2**62)), is_possible((0, 2**62, 8))
+        (True, False)
+    """
+    return math.prod(max(length, 1) for length in shape) < 2**63
+
+
 def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
     """Return the tensors of a file, sharing memory with ``data``; nothing is copied.
 
@@ -173,7 +183,12 @@ def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
         if dtype is None:
             raise FormatError(f"tensor {record.name!r} in {file.name} has elements {record.dtype!r}: update Peakpoint")
         count = math.prod(record.shape)
-        if min(record.shape, default=0) < 0 or record.begin < 0 or record.end - record.begin != count * dtype.itemsize:
+        if (
+            not is_possible(record.shape)
+            or min(record.shape, default=0) < 0
+            or record.begin < 0
+            or record.end - record.begin != count * dtype.itemsize
+        ):
             raise FormatError(f"tensor {record.name!r} in {file.name} has a shape that contradicts its bytes")
         if not count:
             tensors[record.name] = torch.empty(record.shape, dtype=dtype)
