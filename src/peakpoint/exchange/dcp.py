@@ -6,6 +6,7 @@ metadata may name is a bag of attributes, and every item goes through ``pickles.
 Source: PyTorch, ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
 """
 
+import io
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -95,8 +96,9 @@ def read_folder(folder: Path, *, inert: Collection[str] = ()) -> dict[str, Any]:
 
 def _metadata(folder: Path) -> Any:
     try:
-        with (folder / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
+        data = (folder / ".metadata").read_bytes()
+        pickles.check_operations(data, f"{folder}/.metadata")  # whose sizes the unpickler believes
+        metadata = _Unpickler(io.BytesIO(data)).load()
     except FormatError as error:
         raise FormatError(f"{folder}/{error}") from error
     except pickles.UNREADABLE as error:

@@ -34,6 +34,7 @@ from peakpoint.store import translated
 _LARGEST_PICKLE = 1024**3  # bytes without tensors
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, keys of storages
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch before 1.6 go on after two bytes
+_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _DTYPE = re.compile(r"[<>|=]?[biufcSUV?]\d*")
 
 _PLAIN = frozenset(
@@ -272,11 +273,29 @@ def _legacy_pickles(source: Path | bytes, where: str) -> list[bytes]:
     return pickles
 
 
+def check_operations(data: bytes, where: str) -> None:
+    """Refuse what is no pickle, or asks for more memory than its bytes are worth; nothing is built.
+
+    Raises:
+        CorruptError: it is cut short, or no pickler wrote it.
+    """
+    for _ in _operations(io.BytesIO(data), where):
+        pass
+
+
 def _operations(stream: Any, where: str) -> Iterator[tuple[Any, Any, Any]]:
     try:
-        yield from pickletools.genops(stream)
+        for number, (operation, argument, place) in enumerate(pickletools.genops(stream)):
+            _check_memo(operation.name, argument, number)
+            yield operation, argument, place
     except (ValueError, IndexError, AttributeError, UnicodeDecodeError, OverflowError) as error:
         raise CorruptError(f"{where} is damaged: its pickle cannot be read: {str(error)[:200]}") from error
+
+
+def _check_memo(operation: str, argument: Any, number: int) -> None:
+    """Refuse a place in the memo that no pickler reaches in so many operations: they number objects from 0."""
+    if operation in _PUTS and argument > number:
+        raise ValueError(f"it memoizes at {argument} after {number} operations")
 
 
 def scan(pickles: Collection[bytes], where: str) -> list[str]:
