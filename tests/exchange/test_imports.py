@@ -254,7 +254,7 @@ def test_what_a_log_says_stays_when_more_files_come(made, tmp_path):
     assert len(run.history()) == 7
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)  # an import starts a process
 @given(
     epochs=st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True).map(sorted),
     steps=st.booleans(),
@@ -472,7 +472,7 @@ def test_what_torch_says_of_a_file_is_not_passed_on(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "x": Call(int, 1)}, tmp_path / "a.pth")
     with pytest.raises(pp.errors.CorruptError, match="its pickle cannot be built") as caught:
         bring(tmp_path / "a.pth", tmp_path / "root")
-    assert caught.value.__cause__.__cause__ is None, "nor does a traceback show it"
+    assert caught.value.__cause__ is None, "nor does a traceback show it"
     plain_pickle(tmp_path / "b.pth")
     with pytest.raises(pp.errors.FormatError, match="load it in an environment without anything to lose"):
         bring(tmp_path / "b.pth", tmp_path / "root")

@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peakpoint as pp
+from commands import in_process
+from foreign_files import bombs, with_pickle
 from peakpoint.format.manifest import MANIFEST, decode_manifest, encode_manifest
 from peakpoint.store import MemoryStore
 from training import QuietCheckpointer
@@ -859,6 +861,58 @@ def test_any_node_anywhere_in_a_tree(memory, node, part, chooser):
             outcomes.append(error)
     assert len(outcomes) == 2
     assert str(outcomes[1])
+
+
+# --- files of other tools -----------------------------------------------------------------------------------------
+
+
+def check_refused(folder, reasons, root):
+    """Import a folder with one honest file: everything else is refused for its reason, and harms nothing."""
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, folder / "honest.pth")
+    report = pp.import_checkpoints(folder, root, run="r", skip_unreadable=True)
+    errors = {source.path.name: source.error for source in report.checkpoints}
+    assert errors.pop("honest.pth") == ""
+    assert errors.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert re.search(reason, errors[name]), errors[name]
+        assert name in errors[name]
+    [checkpoint] = pp.open(root).run("r").checkpoints()
+    assert checkpoint.epoch == 3
+    assert torch.equal(pp.load("r@latest", root=root)["model"]["w"], torch.ones(2))
+
+
+def test_files_that_would_take_the_memory_or_the_stack_are_refused(tmp_path):
+    check_refused(tmp_path / "bombs", bombs(tmp_path / "bombs"), tmp_path / "root")
+
+
+@pytest.mark.slow
+def test_files_that_would_take_for_ever_are_refused(tmp_path):
+    check_refused(tmp_path / "bombs", bombs(tmp_path / "bombs", slow=True), tmp_path / "root")
+
+
+def test_a_file_that_kills_its_reader_ends_the_import_with_an_error(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pth")
+    with_pickle(tmp_path / "b.pth", b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.")
+    refused = in_process("import", tmp_path, tmp_path / "root", "--run", "r")
+    assert refused.returncode == pp.errors.CorruptError.exit_code
+    assert "b.pth was refused" in refused.stderr
+    assert "Nothing was imported" in refused.stderr
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.json", b"[" * 200_000),
+        ("wide.csv", b",".join(b"%d" % number for number in range(100_000)) + b"\n" + b"0\n" * 100_000),
+    ],
+)
+def test_a_log_that_would_take_the_memory_is_refused(name, text, tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 0}, tmp_path / "a.pth")
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(DAMAGED, match=name):
+        pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "root", run="r", metrics=tmp_path / name)
+    assert not (tmp_path / "root").exists()
 
 
 # --- no code in files, none in the package that would run it ------------------------------------------------------

@@ -150,3 +150,83 @@ def generators(tool):
         names = {"python": "random_state", "numpy": "numpy_random_seed", "cpu": "torch_manual_seed"}
         return {"step": 0, **{names[name]: state for name, state in states.items()}}
     return states
+
+
+def with_pickle(path, data):
+    """Write a file of torch.save with another pickle in it."""
+    torch.save({"model": {"w": torch.ones(1)}}, path)
+    replace_in_pickle(path, lambda _: data)
+
+
+def bombs(folder, *, slow=False):
+    """Write small files that take gigabytes, hours, or the stack of who reads them; returns paths and why."""
+    weights = {"w": torch.ones(1)}
+    folder.mkdir()
+
+    def state(value, name):
+        torch.save({"model": value}, folder / name)
+
+    def dcp(name, data):
+        (folder / name).mkdir()
+        (folder / name / ".metadata").write_bytes(data)
+        (folder / name / "__0_0.distcp").write_bytes(b"x")
+
+    if slow:
+        memoized = b"".join(b"h%ch%c\x86q%c" % (number, number, number + 1) for number in range(60))
+        with_pickle(folder / "tuple_of_itself.pth", b"\x80\x02)q\x00" + memoized + b"}h\x3cK\x01s.")
+        same_hash = (number * ((1 << 61) - 1) for number in range(1, 60_000))
+        keys = b"".join(b"\x8a\x0c" + key.to_bytes(12, "little") + b"K\x01" for key in same_hash)
+        with_pickle(folder / "same_hash.pth", b"\x80\x02}(" + keys + b"u.")
+        laughs = []
+        for _ in range(40):
+            laughs = [laughs] * 4
+        torch.save({"model": weights, "laughs": laughs}, folder / "laughs.pth")
+        return {
+            "tuple_of_itself.pth": "more time than a file of its size",
+            "same_hash.pth": "more time than a file of its size",
+            "laughs.pth": "more memory than a file of its size|more time",
+        }
+    with_pickle(folder / "deep_key.pth", b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.")
+    with_pickle(folder / "deep_value.pth", b"\x80\x02}U\x01a)" + b"\x85" * 500_000 + b"s.")
+    with_pickle(folder / "long4.pth", b"\x80\x02}\x8b\xff\xff\xff\x7fK\x01s.")
+    dcp("dcp_deep", b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.")
+    dcp("dcp_memo", b"\x80\x02K\x01r\xff\xff\xff\x7f.")
+    dcp("dcp_frame", b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b".")
+    dcp("dcp_text", b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b".")
+    dcp("dcp_bytes", b"\x80\x04\x8e" + (1 << 35).to_bytes(8, "little") + b".")
+    dcp("dcp_extension", b"\x80\x02\x82\x01.")
+    state({"w": torch.ones(1).expand(2**40)}, "wide.pth")
+    state({str(number): torch.ones(1).expand(2**27) for number in range(30)}, "wide_together.pth")
+    torch.save({"model": weights, "x": Call(bytearray, 2**40)}, folder / "zeros.pth")
+    for name, shape in {"product": (2**33, 2**33), "product_around_0": (0, 2**62, 8)}.items():
+        layout = (0,) * len(shape), False, OrderedDict()
+        storage = torch.ones(1).untyped_storage()
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        state({"w": Call(torch._utils._rebuild_tensor_v2, typed, 0, shape, *layout)}, f"{name}.pth")
+    items = Call(OrderedDict)
+    items.call = (OrderedDict, (), {"items": 3, "keys": 3}, None, iter(weights.items()))
+    state(items, "shadowed.pth")
+    shadows = dict.fromkeys(("numel", "detach", "untyped_storage", "shape", "layout", "reshape"), 3)
+    parameter = (torch.ones(1), True, OrderedDict(), shadows)
+    state({"w": Call(torch._utils._rebuild_parameter_with_state, *parameter)}, "shadowed_tensor.pth")
+    header = b'{"a":{"dtype":"U8","shape":[0,%d],"data_offsets":[0,0]}}' % 2**70
+    (folder / "shape.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return {
+        "deep_key.pth": "SIGSEGV",
+        "deep_value.pth": "nested too deep",
+        "long4.pth": "not enough data",
+        "dcp_deep": "SIGSEGV",
+        "dcp_memo": "memoizes at 2147483647",
+        "dcp_frame": "truncated",
+        "dcp_text": "expected 4611686018427387904 bytes",
+        "dcp_bytes": "expected 34359738368 bytes",
+        "dcp_extension": "unregistered extension",
+        "wide.pth": "would take 4398046511104",
+        "wide_together.pth": "would take 16106127360",
+        "zeros.pth": "cannot be built|more memory",
+        "product.pth": "cannot be built",
+        "product_around_0.pth": "which no memory has",
+        "shadowed.pth": "'int' object is not callable",
+        "shadowed_tensor.pth": "cannot be built",
+        "shape.safetensors": "contradicts its bytes",
+    }

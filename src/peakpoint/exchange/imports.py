@@ -9,10 +9,11 @@ from typing import Any
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError
 from peakpoint.exchange import metric_logs
+from peakpoint.exchange.inspection import inspect, log_source
 from peakpoint.exchange.intake import ImportedSource, Intake, SourceSummary
 from peakpoint.exchange.moments import ImportMoment, timeline
-from peakpoint.exchange.sources import CheckpointSource, find, read
-from peakpoint.exchange.state_dicts import ReadOptions, storable
+from peakpoint.exchange.sources import CheckpointSource, find
+from peakpoint.exchange.state_dicts import ReadOptions
 from peakpoint.format import names
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.rules import Rule, check_rules
@@ -108,10 +109,11 @@ def import_checkpoints(
         raise ConfigError(f"join={join!r}: choose auto, epoch or step")
     checked_rules = None if rules is None else check_rules(rules)
     sources, other_files = find(Path(path))
-    summaries, unreadable = _summaries(sources, options, skip=skip_unreadable or dry_run)
+    log = None if metrics is None else Path(metrics)
+    summaries, unreadable, rows = _summaries(sources, log, options, skip=skip_unreadable or dry_run)
     summaries, twins = _without_twins(summaries)
     _check_stripped(summaries, strip_prefix)
-    moments, notes = _timeline(summaries, None if metrics is None else Path(metrics), join, epochs_from)
+    moments, notes = _timeline(summaries, log, rows, join, epochs_from)
     intake = Intake(
         store=open_store(root),
         run=run,
@@ -132,10 +134,14 @@ def import_checkpoints(
 
 
 def _timeline(
-    summaries: Sequence[SourceSummary], log: Path | None, join: str, epochs_from: int
+    summaries: Sequence[SourceSummary],
+    log: Path | None,
+    rows: Sequence[metric_logs.LogRow],
+    join: str,
+    epochs_from: int,
 ) -> tuple[list[ImportMoment], list[str]]:
-    """Order the sources, joined with a log, or with the longest history in the files themselves."""
-    rows = [] if log is None else _shifted(metric_logs.read(log), epochs_from)
+    """Order the sources, joined with the rows of a log, or with the longest history in the files themselves."""
+    rows = _shifted(rows, epochs_from)
     if log is not None and summaries:
         _check_joins(summaries, rows, join, log)
     inner = max((summary.checkpoint.rows for summary in summaries), key=len, default=())
@@ -194,20 +200,32 @@ def _ranges(values: Mapping[str, set[int | None]]) -> str:
 
 
 def _summaries(
-    sources: Sequence[CheckpointSource], options: ReadOptions, *, skip: bool
-) -> tuple[list[SourceSummary], list[ImportedSource]]:
-    """Read every source once, so that an unreadable one is noticed before anything is written."""
+    sources: Sequence[CheckpointSource], log: Path | None, options: ReadOptions, *, skip: bool
+) -> tuple[list[SourceSummary], list[ImportedSource], Sequence[metric_logs.LogRow]]:
+    """Inspect every source and the log, so that an unreadable one is noticed before anything is written."""
+    sources = sorted(sources, key=lambda source: _natural(source.path))
+    for source in sources:
+        names.check_text("the name of the source", str(source.path.absolute()))
+    stamps = [source.stamp() for source in sources]
+    inspected = inspect([*sources, *([] if log is None else [log_source(log)])], options, all_of_them=skip)
     summaries, unreadable = [], []
-    for source in sorted(sources, key=lambda source: _natural(source.path)):
-        try:
-            summaries.append(_summary(source, options))
-        except (FormatError, CorruptError, ConfigError) as error:
-            if not skip:
-                hint = "; --skip-unreadable imports the others" if len(sources) > 1 else ""
-                raise type(error)(f"{error}{hint}. Nothing was imported") from error
-            outcome = ImportedSource(path=source.path, tool=source.kind, metrics={}, status="unreadable")
-            unreadable.append(replace(outcome, error=str(error), size_bytes=source.size_bytes))
-    return summaries, unreadable
+    for source, stamp, contents in zip(sources, stamps, inspected, strict=False):
+        error = contents.error()
+        if error is None:
+            assert contents.checkpoint is not None
+            digest = source.digest()
+            summaries.append(SourceSummary(source=source, stamp=stamp, digest=digest, checkpoint=contents.checkpoint))
+            continue
+        if not isinstance(error, FormatError | CorruptError | ConfigError):
+            raise error
+        if not skip:
+            hint = "; --skip-unreadable imports the others" if len(sources) > 1 else ""
+            raise type(error)(f"{error}{hint}. Nothing was imported")
+        outcome = ImportedSource(path=source.path, tool=source.kind, metrics={}, status="unreadable")
+        unreadable.append(replace(outcome, error=str(error), size_bytes=source.size_bytes))
+    if log is not None and (error := inspected[-1].error()) is not None:
+        raise error
+    return summaries, unreadable, inspected[-1].rows
 
 
 def _without_twins(summaries: Sequence[SourceSummary]) -> tuple[list[SourceSummary], list[ImportedSource]]:
@@ -226,12 +244,3 @@ def _without_twins(summaries: Sequence[SourceSummary]) -> tuple[list[SourceSumma
 def _natural(path: Path) -> list[Any]:
     """Return a key that sorts numbers in names by value: ``e9`` before ``e10``."""
     return [(0, int(text), "") if text.isdecimal() else (1, 0, text) for text in re.split(r"(\d+)", str(path))]
-
-
-def _summary(source: CheckpointSource, options: ReadOptions) -> SourceSummary:
-    names.check_text("the name of the source", str(source.path.absolute()))
-    stamp = source.stamp()
-    checkpoint, notes = storable(read(source, options))
-    empty = replace(checkpoint, parts=dict.fromkeys(checkpoint.parts), extra=dict.fromkeys(checkpoint.extra))
-    empty = replace(empty, notes=(*checkpoint.notes, *notes))
-    return SourceSummary(source=source, stamp=stamp, digest=source.digest(), checkpoint=empty)

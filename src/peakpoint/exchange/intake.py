@@ -266,6 +266,7 @@ class Intake:
         """Commit one checkpoint."""
         summary = self.summaries[number]
         path = summary.source.path
+        self._check_unchanged(summary)  # what was inspected is what is read
         checkpoint, _ = storable(read(summary.source, self.options))
         state = dict(checkpoint.parts) | ({EXTRA: dict(checkpoint.extra)} if checkpoint.extra else {})
         origin, images = self._linkable(checkpoint)
@@ -274,8 +275,7 @@ class Intake:
         plain = position.as_plain()
         foreign = ForeignState(generators=checkpoint.generators, optional=(EXTRA,), images=images)
         captured = capture(state, plain, StateEncoder(shares=False), buffer, NO_STORAGE, NO_STORAGE, foreign)
-        if summary.source.stamp() != summary.stamp:
-            raise CorruptError(f"{path} was changed during the import; import again when nothing writes to it")
+        self._check_unchanged(summary)
         draft = self._draft(summary, position, moment, captured.parts)
         linked: list[bool] = []
 
@@ -292,6 +292,12 @@ class Intake:
         self._parent, self._sequence = manifest, manifest.sequence
         notes = [self._why_copied(number)] if self.link and not any(linked) else []
         return self._outcome(number, moment, "linked" if any(linked) else "imported", *notes, name=manifest.name)
+
+    @staticmethod
+    def _check_unchanged(summary: SourceSummary) -> None:
+        if summary.source.stamp() != summary.stamp:
+            path = summary.source.path
+            raise CorruptError(f"{path} was changed during the import; import again when nothing writes to it")
 
     def _linkable(self, checkpoint: ForeignCheckpoint) -> tuple[Path | None, Mapping[str, FileImage]]:
         """Return the path and the image of a file that may serve as it is."""

@@ -86,7 +86,7 @@ def read(path: Path) -> list[LogRow]:
     """
     if not path.exists():
         raise NotFoundError(f"cannot read metrics from {path}: it does not exist")
-    if path.is_dir() or "tfevents" in path.name:
+    if _is_tensorboard(path):
         return merged(_tensorboard(path))
     try:
         with translated("read", path):
@@ -150,10 +150,27 @@ def merged(rows: Iterable[LogRow], *, by: str = "auto") -> list[LogRow]:
     return [merged_rows[place] for place in sorted(merged_rows)]
 
 
-def _tensorboard(path: Path) -> list[LogRow]:
+def _is_tensorboard(path: Path) -> bool:
+    return path.is_dir() or "tfevents" in path.name
+
+
+def import_reader(path: Path) -> tuple[Any, ...]:
+    """Return the modules that ``read`` needs for a log besides the standard library.
+
+    Raises:
+        MissingExtraError: they are not installed.
+    """
+    if not _is_tensorboard(path):
+        return ()
     with needing("tensorboard", f"reading {path} needs"):
-        accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-        tensor_util: Any = importlib.import_module("tensorboard.util.tensor_util")
+        return (
+            importlib.import_module("tensorboard.backend.event_processing.event_accumulator"),
+            importlib.import_module("tensorboard.util.tensor_util"),
+        )
+
+
+def _tensorboard(path: Path) -> list[LogRow]:
+    accumulator, tensor_util = import_reader(path)
     folders = sorted({file.parent for file in path.rglob("*tfevents*")}) if path.is_dir() else [path]
     if not folders:
         raise FormatError(f"{path} is a folder without event files of TensorBoard")
