@@ -83,6 +83,8 @@ def test_every_form_is_read(ref):
 def test_examples():
     assert parse("resnet50@best:val/loss:min") == BestOf("resnet50", "val/loss", "min")
     assert parse("resnet50@best:val/loss") == BestOf("resnet50", "val/loss", None)
+    assert parse("r@best") == BestOf("r")
+    assert parse("r@last") == parse("r@latest") == Latest("r")
     assert parse("r/a:b@c/d") == ByName("r", "a:b@c/d")
     assert parse("r:0") == AtStep("r", 0)
     assert parse("r:epoch=007") == AtEpoch("r", 7)
@@ -101,7 +103,7 @@ def test_examples():
         "r/",
         "r@Latest",
         "r@latest ",
-        "r@best",
+        "r@best ",
         "r@best:",
         "r@best:m:",
         "r@best:m:up",
@@ -135,7 +137,7 @@ def test_texts_that_are_no_refs(text):
 
 @pytest.mark.parametrize("text", ["r", "r@wrong", "r:x"])
 def test_the_message_lists_the_forms(text):
-    with pytest.raises(ConfigError, match=r"forms: RUN@latest, RUN@best:METRIC\[:max\|:min\], RUN:epoch=N"):
+    with pytest.raises(ConfigError, match=r"forms: RUN@latest, RUN@best, RUN@best:METRIC\[:max\|:min\], RUN:epoch=N"):
         parse(text)
 
 

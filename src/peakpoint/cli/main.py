@@ -59,7 +59,7 @@ def cli() -> None:
     """Keep, find and ship the best checkpoints of a model's training.
 
     ROOT is a repository: the directory that was given to Checkpointer. REF names a checkpoint: RUN@latest,
-    RUN@best:METRIC, RUN@best:METRIC:min, RUN:epoch=N, RUN:STEP, RUN/NAME, or @ALIAS.
+    RUN@best, RUN@best:METRIC, RUN@best:METRIC:min, RUN:epoch=N, RUN:STEP, RUN/NAME, or @ALIAS.
     """
 
 

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import peakpoint
 from peakpoint.errors import CorruptError
 from peakpoint.format.sealed import decode_record, encode_record
 
@@ -176,6 +177,10 @@ class Checkpoint:
     def ref(self) -> str:
         """A ref that names this checkpoint and no other."""
         return f"{self.run}/{self.name}"
+
+    def load(self, part: str | None = None, *, into: Any = None, device: Any = None) -> Any:
+        """Load it: see ``peakpoint.load``, which takes this as its source, and has further options."""
+        return peakpoint.load(self, part=part, into=into, device=device)
 
 
 def without_parts(manifest: Manifest, dropped: Collection[str]) -> Manifest:

@@ -1,7 +1,8 @@
 """Refs name a checkpoint in words: ``resnet50@best:val_accuracy``.
 
 ====================== ==================================================================================
-``RUN@latest``         the newest checkpoint of the run
+``RUN@latest``         the newest checkpoint of the run; ``RUN@last`` is the same
+``RUN@best``           the best by the metric that the first of the run's rules that ranks goes by
 ``RUN@best:METRIC``    the best by a metric, in the direction that the run's rules give it
 ``RUN@best:METRIC:min`` the same with a direction
 ``RUN:epoch=N``        the newest checkpoint of epoch N (as the loop counts it)
@@ -23,7 +24,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_metric, check_run, did_you_mean
 from peakpoint.rules import Mode, Rule, lineage, mode_of, ranked, ranking_metrics
 
-FORMS = "RUN@latest, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME, @ALIAS, @ALIAS:N"
+FORMS = "RUN@latest, RUN@best, RUN@best:METRIC[:max|:min], RUN:epoch=N, RUN:STEP, RUN/NAME, @ALIAS, @ALIAS:N"
 
 
 _NUMBER = re.compile(r"[0-9]{1,1000}")
@@ -38,10 +39,10 @@ class Latest:
 
 @dataclass(frozen=True, slots=True)
 class BestOf:
-    """``RUN@best:METRIC`` or, with a mode, ``RUN@best:METRIC:max``."""
+    """``RUN@best``, ``RUN@best:METRIC`` or, with a mode, ``RUN@best:METRIC:max``."""
 
     run: str
-    metric: str
+    metric: str | None = None
     mode: Mode | None = None
 
 
@@ -78,6 +79,7 @@ class AliasRef:
 
 
 Ref = Latest | BestOf | AtEpoch | AtStep | ByName
+_PLAIN: dict[str, type[Latest | BestOf]] = {"latest": Latest, "last": Latest, "best": BestOf}
 _ALIAS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63})?")
 
 
@@ -140,8 +142,8 @@ def parse(text: str) -> Ref:
         return AtStep(run, int(remainder))
     if separator == ":" and remainder.startswith("epoch=") and _NUMBER.fullmatch(remainder[6:]):
         return AtEpoch(run, int(remainder[6:]))
-    if separator == "@" and remainder == "latest":
-        return Latest(run)
+    if separator == "@" and remainder in _PLAIN:
+        return _PLAIN[remainder](run)
     if separator == "@" and remainder.startswith("best:"):
         metric, *mode = remainder[5:].split(":")
         if len(mode) < 2:
@@ -159,7 +161,7 @@ def resolve(ref: Ref, records: Sequence[Manifest], rules: Sequence[Rule]) -> Man
 
     Raises:
         NotFoundError: no such checkpoint; the message names those that exist.
-        ConfigError: ``@best`` without a direction for a metric that no rule watches.
+        ConfigError: ``@best`` without a metric, or without a direction for one, where the rules do not give it.
     """
     if not records:
         raise NotFoundError(f"run {ref.run!r} has no checkpoints yet")
@@ -171,6 +173,7 @@ def resolve(ref: Ref, records: Sequence[Manifest], rules: Sequence[Rule]) -> Man
         case Latest():
             return ordered[-1]
         case BestOf(metric=metric, mode=mode):
+            metric = first_metric(ref.run, rules) if metric is None else metric
             if not any(metric in record.metrics for record in ordered):
                 return _best(ref.run, ordered, metric, "max")  # which says what metrics there are
             return _best(ref.run, ordered, metric, mode or direction(ref.run, metric, rules))
@@ -182,6 +185,22 @@ def resolve(ref: Ref, records: Sequence[Manifest], rules: Sequence[Rule]) -> Man
             return _newest(preferred, "step", step, f"run {ref.run!r} has no checkpoint at step {step}; it has steps")
         case ByName(name=name):
             return _by_name(ref.run, ordered, name)
+
+
+def first_metric(run: str, rules: Sequence[Rule]) -> str:
+    """Return the metric of the first rule that ranks, which says what the best of a run is.
+
+    Raises:
+        ConfigError: no rule ranks, or the first goes by several metrics.
+    """
+    ranking = next((rule for rule in rules if rule.ranks_by), None)
+    metrics = [] if ranking is None else list(dict.fromkeys(metric for metric, _ in ranking.ranks_by))
+    if len(metrics) == 1:
+        return metrics[0]
+    why = (
+        "no rule of this run ranks" if ranking is None else f"its first rule, {ranking.text}, ranks by several metrics"
+    )
+    raise ConfigError(f"{run}@best: best by what? {why}; give {run}@best:{metrics[0] if metrics else 'METRIC:max'}")
 
 
 def direction(run: str, metric: str, rules: Sequence[Rule]) -> Mode:

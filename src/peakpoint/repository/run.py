@@ -119,6 +119,19 @@ class Run:
         """Return the reports that count, earliest first; those of abandoned branches are left out."""
         return histories.history(self.events())
 
+    def table(self) -> list[dict[str, Any]]:
+        """Return ``history`` as rows, for ``pandas.DataFrame``: ``report``, ``at``, ``step``, ``epoch`` and metrics.
+
+        A metric of such a name stands under ``metric.NAME``.
+        """
+        rows = []
+        for report in self.history():
+            row: dict[str, Any] = {name: getattr(report, name) for name in ("report", "at", "step", "epoch")}
+            rows.append(
+                row | {f"metric.{name}" if name in row else name: value for name, value in report.metrics.items()}
+            )
+        return rows
+
     def rules(self) -> tuple[Rule, ...]:
         """Return the rules in force: those of the process that opened the run last."""
         return rules_of(self.events())
@@ -170,18 +183,20 @@ class Run:
         """
         return self.find(f"{self.name}@latest")
 
-    def best(self, metric: str, *, mode: Mode | None = None) -> Checkpoint:
+    def best(self, metric: str | None = None, *, mode: Mode | None = None) -> Checkpoint:
         """Return the best checkpoint by one metric; ties go to the earlier, NaN and infinities never win.
 
         Args:
-            metric: the metric's name.
+            metric: the metric's name; by default that of the first rule that ranks.
             mode: the direction; by default the one that the run's rules give.
 
         Raises:
             NotFoundError: no checkpoint has a finite value of it.
             ConfigError: no mode is given, and no rule gives one.
         """
-        return self.find(f"{self.name}@best:{metric}" + (f":{mode}" if mode else ""))
+        if metric is None and mode is not None:
+            raise ConfigError(f"mode={mode!r} of which metric? give best(METRIC, mode={mode!r})")
+        return self.find(f"{self.name}@best" + (f":{metric}" if metric else "") + (f":{mode}" if mode else ""))
 
     def find(self, ref: str) -> Checkpoint:
         """Return the checkpoint that ``ref`` names; see ``peakpoint.repository.refs``."""

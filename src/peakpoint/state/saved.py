@@ -170,6 +170,7 @@ class Loaded(Mapping[str, Any]):
     _verify: bool
     _parts: dict[str, Any] = field(default_factory=dict)
     _hold: Hold | None = None
+    _device: str | torch.device | None = None
 
     def __getitem__(self, part: str) -> Any:
         """Return one part; its bytes are compared with their digests when it is read.
@@ -183,7 +184,7 @@ class Loaded(Mapping[str, Any]):
         if part not in self._parts:
             with gc_paused():
                 stored = read_tensors(self._store, self.manifest, part, verify=self._verify)
-                self._parts[part] = Decoder(stored).decode(self._trees.parts[part])
+                self._parts[part] = Decoder(self._moved(stored)).decode(self._trees.parts[part])
         return self._parts[part]
 
     def __contains__(self, part: object) -> bool:
@@ -271,8 +272,14 @@ class Loaded(Mapping[str, Any]):
         alone = FileRecord(
             name=file.name, size=len(data), digest="", tensors=(record._replace(begin=0, end=len(data)),)
         )
-        tensor: torch.Tensor = Decoder(tensors_of(alone, memoryview(data))).decode(node)
+        tensor: torch.Tensor = Decoder(self._moved(tensors_of(alone, memoryview(data)))).decode(node)
         return tensor
+
+    def _moved(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Put stored tensors where they are wanted, before views of them are made."""
+        if self._device is None:
+            return tensors
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def _records(self, part: str) -> dict[str, tuple[FileRecord, TensorRecord]]:
         check_part_of(self.manifest, part)
