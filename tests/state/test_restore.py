@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 from torch.optim import lr_scheduler as sched
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -672,32 +671,6 @@ def test_other_shapes_and_types(root):
         "model: 'b.weight' is float32[1, 3] in the checkpoint, bfloat16[1, 3] in the model",
         "model: 'b.bias' is float32[1] in the checkpoint, bfloat16[1] in the model",
     )
-
-
-def pruned_later(*, masks):
-    """A model whose masks are made after its optimizer."""
-    state = with_optimizer(small())
-    if masks == "random":
-        prune.random_unstructured(state["model"]["a"], "weight", amount=3)
-    elif masks == "identity":
-        prune.identity(state["model"]["a"], "weight")
-    return state
-
-
-def test_pruned_weights_are_named_with_the_way_to_restore_them(root):
-    saved = pruned_later(masks="random")
-    save(root, saved)
-    with pytest.raises(pp.errors.MismatchError) as caught:
-        resume(root, pruned_later(masks=None))
-    advice = str(caught.value).rpartition("\n")[2]
-    assert advice.startswith(
-        "a.weight had been pruned with torch.nn.utils.prune when this was saved: after making the "
-    )
-    assert 'call torch.nn.utils.prune.identity(layer, "weight") for each' in advice
-    assert "or pass strict=False" not in advice
-    live = pruned_later(masks="identity")
-    resume(root, live)
-    assert identical(snapshot(live), snapshot(saved))
 
 
 def test_everything_that_differs_is_listed_at_once(root):

@@ -13,7 +13,8 @@ from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.format.metrics import read_metrics
 from peakpoint.models.average import COUNTER, STATISTICS, SoupMember, TensorMeans, empty_tensors, without_tensors
 from peakpoint.state.json_scalars import kind_of
-from peakpoint.state.restore import make_model, module_differences
+from peakpoint.state.modules import module_differences
+from peakpoint.state.restore import make_model
 from peakpoint.state.saved import tensor_nodes
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.step_guard import wait_for_copies

@@ -22,6 +22,7 @@ from peakpoint.repository.commit import FileImage, image_of
 from peakpoint.state import rng
 from peakpoint.state.encode_cache import EncodeCache
 from peakpoint.state.host_copy import Storage, storage_of, versions_of
+from peakpoint.state.origin import PartOrigin, origins_of, param_groups
 from peakpoint.state.step_guard import StateCopy
 from peakpoint.state.streamed_copy import RingBuffer
 from peakpoint.state.tensor_files import StagingBuffer
@@ -131,10 +132,13 @@ class StateEncoder:
 
     Attributes:
         placement: the same object as long as all tensors are where they were, and in the same files.
+        settings: of optimizers and schedulers by part, as the script has made them; see ``settings_of``.
     """
 
     def __init__(self, *, shares: bool = True) -> None:
         self.placement = object()
+        self.settings: Mapping[str, Mapping[str, Any]] = {}
+        self._origins: tuple[object, dict[str, PartOrigin]] | None = None
         self._shares = shares
         self._parts: dict[str, _PartEncoder] = {}
         self._separate: dict[str, frozenset[str]] = {}
@@ -195,6 +199,17 @@ class StateEncoder:
                 stable.add(main)
         return files, stable
 
+    def origins(self, state: Mapping[str, Any]) -> dict[str, PartOrigin]:
+        """Return what the parts are saved from, after ``encode``."""
+        optimizers = [value for value in state.values() if isinstance(value, torch.optim.Optimizer)]
+        conditions = (
+            self.placement,
+            [list(map(id, group["params"])) for optimizer in optimizers for group in param_groups(optimizer)],
+        )
+        if self._origins is None or self._origins[0] != conditions:
+            self._origins = conditions, origins_of(state, self.settings)
+        return self._origins[1]
+
     def learn(self, manifest: Manifest) -> None:
         """Compare the digests of ``manifest``, as which the last capture has been committed, with those before."""
         if self._shares:
@@ -251,7 +266,9 @@ class ForeignState:
     images: Mapping[str, FileImage] = field(default_factory=dict)
 
 
-def _state_file(trees: Mapping[str, Any], loop: Mapping[str, Any], foreign: ForeignState | None) -> FileImage:
+def _state_file(
+    trees: Mapping[str, Any], origins: Mapping[str, PartOrigin], loop: Mapping[str, Any], foreign: ForeignState | None
+) -> FileImage:
     encoder = Encoder()
     record = {
         "format": 1,
@@ -264,6 +281,8 @@ def _state_file(trees: Mapping[str, Any], loop: Mapping[str, Any], foreign: Fore
     assert not encoder.tensors
     if foreign is not None:
         record["optional"] = [*foreign.optional, *([] if foreign.generators else ["rng"])]
+    elif origins:
+        record["origins"] = origins
     return image_of(layout.STATE, msgspec.json.encode(record))
 
 
@@ -294,7 +313,7 @@ def capture(
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
     trees, _ = encoder.encode(state)
-    state_file = _state_file(trees, loop, foreign)
+    state_file = _state_file(trees, encoder.origins(state), loop, foreign)
     files, stable = encoder.split(state, stepped)
     ready_images = {} if foreign is None else foreign.images
     copied = {name: tensors for name, tensors in files.items() if name not in ready_images}

@@ -14,6 +14,7 @@ from peakpoint.format.names import did_you_mean, no_part
 from peakpoint.format.sealed import check_format, gc_paused
 from peakpoint.repository import reader
 from peakpoint.state.json_scalars import TAG
+from peakpoint.state.origin import NO_ORIGIN, PartOrigin
 from peakpoint.state.tensor_files import tensors_of
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Hold, Store
@@ -30,12 +31,18 @@ class StateTrees:
         rng: the tree of the generators.
         loop: the tree of the loop's position.
         optional: parts that a training which continues from it need not have; ``rng`` when generators were not saved.
+        origins: part name to what it was saved from, of the parts of which that is known.
     """
 
     parts: Mapping[str, Any]
     rng: Any
     loop: Any
     optional: frozenset[str] = frozenset()
+    origins: Mapping[str, PartOrigin] = field(default_factory=dict)
+
+    def origin(self, part: str) -> PartOrigin:
+        """Return what a part was saved from."""
+        return self.origins.get(part, NO_ORIGIN)
 
 
 def read_trees(store: Store, manifest: Manifest) -> StateTrees:
@@ -50,7 +57,8 @@ def read_trees(store: Store, manifest: Manifest) -> StateTrees:
         with gc_paused():
             record = msgspec.json.decode(text)
         parts = {part: tree for part, tree in dict(record["parts"]).items() if part in manifest.parts}
-        trees = StateTrees(parts, record["rng"], record["loop"], frozenset(record.get("optional", ())))
+        origins = msgspec.convert(record.get("origins", {}), dict[str, PartOrigin])
+        trees = StateTrees(parts, record["rng"], record["loop"], frozenset(record.get("optional", ())), origins)
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
     check_format(record, where=f"{layout.STATE} of {manifest.name}")

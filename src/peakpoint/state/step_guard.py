@@ -1,5 +1,6 @@
 """The guard of a copy under way: Peakpoint writes to no memory that is being copied before the copy is complete."""
 
+import functools
 import os
 import weakref
 from collections import Counter
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from peakpoint.state.host_copy import NO_STORAGE, Storage, storage_of
@@ -31,6 +33,20 @@ class StateCopy(Protocol):
 
     def hold_step(self) -> None:
         """Return when the optimizer, which is about to step, may do so."""
+
+
+def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    """Return the optimizer whose hooks run at a step: the one inside, where a wrapper never ran ``Optimizer.__init__``.
+
+    Returns:
+        None when there is no such optimizer inside, or several.
+    """
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        inner = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+        if len(inner) != 1:
+            return None
+        optimizer = inner[0]
+    return optimizer
 
 
 _guards: weakref.WeakSet["StepGuard"] = weakref.WeakSet()
@@ -75,18 +91,22 @@ class StepGuard:
         if list(map(id, optimizers)) != list(map(id, self._optimizers)):
             self.stop()
             self._optimizers = optimizers
-            self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+            for optimizer in optimizers:
+                hook = functools.partial(self._before_step, id(optimizer))
+                if (inner := stepping(optimizer)) is not None:
+                    self._hooks.append(inner.register_step_pre_hook(hook))
 
     def owned(self) -> frozenset[Storage]:
         """Return the memory that only ``step()`` of these optimizers changes: their parameters and moments.
 
-        It is the same object as before when no tensor has moved.
+        It is the same object as before when no tensor has moved. What an optimizer without hooks changes is not in it:
+        its step cannot be held.
         """
         self._attach()
         tensors = []
-        for optimizer in self._optimizers:
+        for optimizer in filter(None, map(stepping, self._optimizers)):
             for group in optimizer.param_groups:
-                tensors += group["params"]
+                tensors += [parameter for parameter in group["params"] if not is_lazy(parameter)]
             for moments in optimizer.state.values():
                 tensors += [moment for moment in moments.values() if isinstance(moment, torch.Tensor)]
         places = [tensor.data_ptr() for tensor in tensors]
@@ -94,8 +114,8 @@ class StepGuard:
             self._places, self._owned = places, frozenset(map(storage_of, tensors))
         return self._owned
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self.steps[id(optimizer)] += 1
+    def _before_step(self, optimizer: int, *_: object) -> None:
+        self.steps[optimizer] += 1
         self.wait()
 
     def wait(self) -> None:

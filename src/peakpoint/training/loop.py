@@ -8,6 +8,7 @@ import torch
 
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.state import rng
+from peakpoint.state.step_guard import stepping
 from peakpoint.training import data_order
 from peakpoint.training.outcome import WarnOnce, warn
 from peakpoint.training.position import Batches, DataPass, Position
@@ -57,7 +58,8 @@ class Loop:
         self._seeds: dict[int, dict[str, int]] = {}  # of the generators, when the pass began
         self._warn_once = WarnOnce()
         self._reports_in_epoch = 0
-        optimizer = next((value for value in state.values() if isinstance(value, torch.optim.Optimizer)), None)
+        optimizers = [stepping(value) for value in state.values() if isinstance(value, torch.optim.Optimizer)]
+        optimizer = next(filter(None, optimizers), None)
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
 
     def _stepped(self, *_: object) -> None:
