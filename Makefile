@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test slow check bench reports clean
+.PHONY: demo test slow fuzz check bench reports clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ $(VENV)/peers: $(VENV)/installed
 
 slow: $(VENV)/peers          ## the tests that take minutes
 	$(BIN)/pytest --numprocesses=2 -m slow
+
+# SECONDS_EACH is for each target
+SECONDS_EACH ?= 3600
+fuzz: $(VENV)/peers          ## every parser in turn, for hours
+	$(BIN)/python -m tests.fuzz all --seconds $(SECONDS_EACH)
 
 check: $(VENV)/installed     ## style, types, import layers, code lines and words by room
 	$(BIN)/ruff check
