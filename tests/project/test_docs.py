@@ -25,6 +25,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.DOTALL | re.MULTILINE)
 NAMED = re.compile(r"(?<![\w/.])peakpoint(?:\.(?!json|toml|py)[A-Za-z_]\w*)+(?![\w/])")
 NO_PROSE = re.compile(r"[#|!\[<*-]|\d+\.| {4}")  # titles, tables, pictures, lists
+TEST = re.compile(r"(tests/[\w/]+\.py)(?:::(\w+))?")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -50,6 +51,13 @@ def test_the_commands_of_a_page_can_be_parsed(page):
                 command = cli.get_command(click.Context(cli), words[1])
                 assert command is not None, line
                 command.make_context(words[1], words[2:])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if TEST.search(page.read_text())], ids=name)
+def test_the_tests_of_a_page_exist(page):
+    for path, test in TEST.findall(page.read_text()):
+        source = (ROOT / path).read_text()
+        assert not test or f"def {test}(" in source, f"{path}::{test}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
