@@ -76,6 +76,25 @@ def test_a_measurement_is_taken_back(tmp_path):
         assert (failed.returncode, words in failed.stderr) == (code, True), failed.stderr
 
 
+def test_a_whole_run_is_removed_after_its_plan_was_shown(tmp_path):
+    for run in ("a", "b", "c"):
+        trained(tmp_path, run, 0.5, 0.4)
+    failed = in_process("rm", tmp_path, "a", "--run", "--yes")
+    assert (failed.returncode, "add --undo-for 0" in failed.stderr) == (2, True)
+    plan = command("rm", tmp_path, "a", "b", "--run", "--undo-for", "0")
+    assert "a: 2 checkpoints, 2 reports, frees " in plan
+    assert "nothing is removed yet; add --yes to remove them permanently: checkpoints, trash, journal" in plan
+    assert listed(tmp_path) == ["c", "b", "a"]
+    command("pin", tmp_path, "b@latest", "--why", "figure 3")
+    failed = in_process("rm", tmp_path, "a", "b", "--run", "--undo-for", "0", "--yes")
+    assert (failed.returncode, "is pinned: figure 3" in failed.stderr) == (11, True)
+    assert listed(tmp_path) == ["c", "b", "a"], "nothing of the others either"
+    assert "removed permanently" in command("rm", tmp_path, "a", "--run", "--undo-for", "0", "--yes")
+    assert listed(tmp_path) == ["c", "b"]
+    assert in_process("rm", tmp_path, "a", "--run", "--undo-for", "0").returncode == 10
+    assert "damaged" not in command("audit", tmp_path)
+
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 

@@ -296,8 +296,9 @@ class Catalogue:
         self._unread.pop(run, None)
         try:
             self._refresh_run(run)
-        except NotFoundError:
-            return  # gone in between
+        except NotFoundError:  # gone, although something that we have not written may be left of it
+            if run in self._positions:
+                self._remove(run)
         except DamagedError:  # of the catalogue, not of the run
             raise
         except (Error, UnicodeError, OverflowError) as error:

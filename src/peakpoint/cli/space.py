@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -19,7 +20,7 @@ from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import check_text
 from peakpoint.repository import audit as audits
-from peakpoint.repository import lost, maintenance, packs, reader
+from peakpoint.repository import lost, maintenance, packs, reader, whole_run
 from peakpoint.repository.archive import PackedCheckpoint
 from peakpoint.repository.reader import Damaged
 from peakpoint.repository.refs import ByName, parse_any
@@ -27,20 +28,25 @@ from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.run import Run
 from peakpoint.repository.trash import TrashEntry
 
+_MOST_LEFT = 5  # names that one message lists
+
 # --- rm ------------------------------------------------------------------------------------------------------------
 
 
 @command(ROOT, click.argument("refs", metavar="REF...", nargs=-1, required=True))
 @click.option("--why", default="removed by hand", help="The reason, for the journal.")
+@click.option("--run", "whole_runs", is_flag=True, help="REF is the name of a run: remove all of it, permanently.")
 @UNDO_FOR
 @confirmed
-def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, apply: bool) -> Answer:
+def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, whole_runs: bool, apply: bool) -> Answer:
     """Remove checkpoints: shows the plan, and carries it out with --yes.
 
     Damaged ones that cannot be read are named RUN/NAME, as audit lists them, and removed permanently.
     """
     check_text("--why", why)
     repository = open_repository(root)
+    if whole_runs:
+        return _rm_runs(repository, refs, undo_for, apply=apply)
     manifests, damaged = _targets(repository, refs)
     errors = {f"{run}/{damage.name}": str(damage.error) for run, of_run in damaged.items() for damage in of_run}
     if damaged and undo_for > maintenance.PERMANENTLY:
@@ -78,6 +84,36 @@ def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, appl
         say(render.undo_hint(root, list(map(ref, removed)), undo_for))
 
     return Answer(data, text, failures, StoreError.exit_code if failures else 0)
+
+
+def _rm_runs(repository: Repository, names: Collection[str], undo_for: timedelta, *, apply: bool) -> Answer:
+    """Remove whole runs."""
+    if undo_for > maintenance.PERMANENTLY:
+        raise ConfigError("a whole run can only be removed permanently: add --undo-for 0")
+    runs = [repository.run(name) for name in dict.fromkeys(names)]
+    for run in runs:
+        whole_run.check_unprotected(run)
+    plans = [_run_json(run) for run in runs]
+    remains = {run.name: whole_run.remove_run(run) for run in runs} if apply else {}
+
+    def text(console: Console) -> None:
+        for plan in plans:
+            parts = f"{count(plan['checkpoints'], 'checkpoint')}, {count(plan['reports'], 'report')}"
+            console.print(f"[bold]{literal(plan['run'])}[/]: {parts}, frees {size_text(plan['bytes'])}")
+        for name, children in remains.items():
+            if children:
+                stays = f"runs/{name} still has what Peakpoint has not written: {render.listed(children, _MOST_LEFT)}"
+                console.print(literal(stays), soft_wrap=True)
+        permanently = "permanently: checkpoints, trash, journal and validations"
+        say(f"removed {permanently}" if apply else f"nothing is removed yet; add --yes to remove them {permanently}")
+
+    return Answer({"removed" if apply else "would_remove": plans}, text)
+
+
+def _run_json(run: Run) -> dict[str, Any]:
+    manifests = [*run.manifests(), *(entry.manifest for entry in maintenance.in_trash(run))]
+    size_bytes = sum(manifest.size_bytes for manifest in manifests)
+    return {"run": run.name, "checkpoints": len(manifests), "reports": len(run.history()), "bytes": size_bytes}
 
 
 def _remove(

@@ -10,6 +10,7 @@
     releases/<id>.json                                   a release that an earlier version made or refused
     runs/<run>/run.json                                  the run, created once
     runs/<run>/writer.lock                               held by the process that writes the run
+    runs/<run>/removed.json                              that the run is being removed as a whole
     runs/<run>/archived.json                             that the run is archived
     runs/<run>/archive/<id>.pack                         the bytes of a checkpoint of an archived run
     runs/<run>/journal/<number>.jsonl                    what was reported and done
@@ -84,6 +85,11 @@ def run_prefix(run: str) -> str:
 def run_record(run: str) -> str:
     """The record that makes a run exist."""
     return f"{RUNS}/{run}/run.json"
+
+
+def removed_key(run: str) -> str:
+    """The record that a run is being removed as a whole."""
+    return f"{RUNS}/{run}/removed.json"
 
 
 def writer_lock(run: str) -> str:

@@ -125,7 +125,7 @@ def remove(
     """
     packed = packs.packed_bytes(run.store, run.name, manifests)
     if not packed:
-        return _remove(run, manifests, why, undo_for, clock)
+        return remove_unpacked(run, manifests, why, undo_for, clock)
     remaining = {manifest.id for manifest in run.manifests()} - {manifest.id for manifest in manifests}
     if remaining and any(manifest.id in packed and _damage(run, manifest) is None for manifest in manifests):
         packs.check_not_archived(run.store, run.name, manifests)
@@ -134,7 +134,7 @@ def remove(
             f"run {run.name!r} is archived, so its checkpoints can only be removed permanently: add --undo-for 0"
         )
     with writing(run, "peakpoint rm", clock):  # nothing trains it, and the packs are deleted with it
-        return _remove(run, manifests, why, undo_for, clock)
+        return remove_unpacked(run, manifests, why, undo_for, clock)
 
 
 def _damage(run: Run, manifest: Manifest) -> CorruptError | None:
@@ -147,7 +147,8 @@ def _damage(run: Run, manifest: Manifest) -> CorruptError | None:
     return None
 
 
-def _remove(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedelta, clock: Clock) -> list[str]:
+def remove_unpacked(run: Run, manifests: Sequence[Manifest], why: str, undo_for: timedelta, clock: Clock) -> list[str]:
+    """Remove checkpoints of a run that is not archived, or that the caller holds; see ``remove``."""
     with contextlib.closing(Journal(run.store, run.name, clock)) as journal:
         in_use = dict.fromkeys(reader.being_read(run.store, manifests), "somebody is reading it; try again later")
         in_use = {**run.aliased(manifests, run.events()), **in_use}

@@ -12,7 +12,7 @@ from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.sealed import FORMAT, decode_record, seal
 from peakpoint.format.settings import Settings
-from peakpoint.repository import aliases, reader, refs
+from peakpoint.repository import aliases, reader, refs, remains
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule
 from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
@@ -174,6 +174,8 @@ def ensure_run(
         StoreError: it cannot be written.
     """
     if store.size(layout.run_record(run)) is None:
+        if remains.are_remains(store, run):  # of an earlier run of that name
+            remains.delete_remains(store, run)
         record = {
             "format": FORMAT,
             "run": run,

@@ -10,7 +10,7 @@ from peakpoint.format import layout
 from peakpoint.format.events import Event, Promoted
 from peakpoint.format.manifest import MANIFEST, Manifest
 from peakpoint.format.sealed import digest
-from peakpoint.repository import archive, lost, packs, reader, trash, validations
+from peakpoint.repository import archive, lost, packs, reader, remains, trash, validations
 from peakpoint.repository import journal as journals
 from peakpoint.repository.commit import sweep
 from peakpoint.repository.findings import Audit, AuditFinding
@@ -19,7 +19,7 @@ from peakpoint.repository.run import Run, read_run_record
 from peakpoint.store import Store
 
 DIRECTORIES = ("journal", "checkpoints", "archive", "validations")
-_OF_A_RUN = {"run.json", "writer.lock", layout.ARCHIVED, *(f"{name}/" for name in DIRECTORIES)}
+_OF_A_RUN = {"run.json", "removed.json", "writer.lock", layout.ARCHIVED, *(f"{name}/" for name in DIRECTORIES)}
 _TENSOR_FILE = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?\.safetensors")
 _PACK = re.compile(r"[0-9a-f]{16}\.pack")
 
@@ -85,6 +85,9 @@ def findings_of_run(
     yield from blocked
     if blocked:
         return
+    if remains.are_remains(store, run):
+        yield _remains(run)
+        return
     yield from _run_record(store, run)
     yield from _archive(store, run)
     yield from _journal(store, run)
@@ -112,6 +115,10 @@ def _unfinished(listing: reader.RunListing, damaged: Iterable[reader.Damaged]) -
     """Return the directories of incomplete saves and removals, and those in the trash."""
     names = {damage.name for damage in damaged}
     return [name for name in listing.without_manifest if name not in names]
+
+
+def _remains(run: str) -> AuditFinding:
+    return AuditFinding("litter", layout.run_prefix(run), "what an interrupted removal of the whole run has left")
 
 
 def _run_record(store: Store, run: str) -> Iterator[AuditFinding]:
@@ -286,6 +293,9 @@ def clean_run(store: Store, run: str, now: datetime) -> list[AuditFinding]:
     Returns:
         What was deleted.
     """
+    if remains.are_remains(store, run):
+        remains.delete_remains(store, run)
+        return [_remains(run)]
     listing = reader.list_run(store, run)
     damaged = lost.damaged_checkpoints(store, run, listing, exclusive=True)
     deleted = _delete_without_manifest(store, run, _unfinished(listing, damaged), now)
