@@ -4,13 +4,16 @@ import itertools
 import json
 import os
 import re
+import resource
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import peakpoint as pp
-from commands import in_process, on_terminal
+from commands import RUN, in_process, on_terminal
 from peakpoint.cli.commands import ENTRIES
 from peakpoint.errors import printable
 from promoting import validated
@@ -156,3 +159,89 @@ def test_a_training_prints_and_warns_of_names_as_they_are_written(tmp_path, caps
     with pytest.raises(pp.errors.NotFoundError) as caught:
         pp.open(tmp_path).run(HOSTILE)
     assert not controls(str(caught.value))
+
+
+# --- other terminals -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("terminal") / "runs"
+    keep = [pp.Best("val_accuracy", "max"), pp.Last(2)]
+    with checkpointer(root, run="resnet", state={"x": 1}, keep=keep) as ckpt:
+        for epoch in ckpt.epochs(9):
+            ckpt.report(val_accuracy=0.7123 + epoch / 37 - (epoch > 5) / 10, sparsity=epoch / 9)
+    pp.open(root).run("resnet").pin("resnet@latest", "für später …")
+    return root
+
+
+def process(*arguments, **options):
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, check=False, **options)
+
+
+def numbers(lines):
+    """The numbers in lines, but for the age of a checkpoint."""
+    return set(re.findall(r"\d[\d.]*\d|\d", re.sub(r"\d+\s+(s|min|h) +ago", "", " ".join(lines))))
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["ls", "resnet"], ["keep", "resnet"], ["report"], ["select", "--why"]])
+def test_no_number_is_broken_or_cut_where_there_is_little_room(trained, arguments):
+    command, *others = arguments
+    expected = numbers(on_terminal(300, command, trained, *others))
+    for width in (40, 60):
+        lines = on_terminal(width, command, trained, *others)
+        assert numbers(lines) <= expected, lines
+        assert all(len(line) <= width for line in lines if str(trained) not in line), "but for a command to paste"
+
+
+@pytest.mark.parametrize(
+    ("command", "others", "shown"),
+    [
+        ("show", ["resnet@latest"], rb"f\xfcr sp\xe4ter ..."),
+        ("show", ["resnet@latest", "--json"], rb"f\u00fcr sp\u00e4ter \u2026"),
+        ("report", [], b"_.-=*#-+*"),
+        ("näh", [], rb"No such command 'n\xe4h'"),
+    ],
+)
+def test_what_an_encoding_lacks_is_printed_as_something_else(trained, command, others, shown):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = process(command, trained, *others, stdout=subprocess.PIPE, env=environment)
+    printed = result.stdout + result.stderr
+    assert printed.isascii()
+    assert shown in printed
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["changelog"], ["--help"], ["show", "--help"]])
+def test_output_to_a_full_disk_is_one_sentence(trained, arguments):
+    command, *others = arguments
+    place = [] if "--help" in arguments else [trained]
+    with Path("/dev/full").open("w") as full:
+        result = process(command, *place, *others, stdout=full)
+    assert result.stderr == b"peakpoint: the output cannot be written: No space left on device\n"
+    assert result.returncode == pp.errors.StoreError.exit_code
+
+
+def test_closed_streams_change_no_exit_code(trained):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", RUN, "ls", trained, "nothing"]
+        assert subprocess.run(command, stderr=full, check=False).returncode == pp.errors.NotFoundError.exit_code
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        line = f'"{sys.executable}" -c "{RUN}" ls "{trained}" --json {closed}'
+        result = subprocess.run(line, shell=True, capture_output=True, check=False)
+        assert (result.returncode, result.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("most", [5, 8, 12, 16])
+def test_few_open_files_are_one_sentence_or_enough(trained, most):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    for arguments in (["ls", trained], ["select", trained], ["audit", trained, "--deep"]):
+        result = process(*arguments, stdout=subprocess.PIPE, preexec_fn=limit)
+        assert b"Traceback" not in result.stderr
+        if result.returncode:
+            assert result.returncode == pp.errors.StoreError.exit_code
+            assert re.fullmatch(
+                rb"peakpoint: .*(Too many open files; .* ulimit -n 1024|open database file)\n", result.stderr
+            )

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from peakpoint.cli import render, tables
 from peakpoint.cli.command import REF, ROOT, Answer, command
@@ -154,7 +153,7 @@ def _signature(signature: signing.Signature) -> str:
     return f"{signature.record}, {key} (not verified)"
 
 
-def _files_table(manifest: Manifest) -> Table:
+def _files_table(manifest: Manifest) -> tables.PlainTable:
     part_of = {file: part for part, files in manifest.parts.items() for file in files}
     rows = [
         (
@@ -166,7 +165,7 @@ def _files_table(manifest: Manifest) -> Table:
         )
         for file in manifest.files
     ]
-    return tables.plain(("file", "part", ">tensors", ">size", "digest (BLAKE3)"), rows)
+    return tables.PlainTable(("file", "part", ">tensors", ">size", "digest (BLAKE3)"), rows)
 
 
 # --- explain -------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, REF, ROOT, Answer, command, progress_bar, torch_side
@@ -137,7 +136,7 @@ def _metric_names(sources: Sequence[Any]) -> list[str]:
 _STATUSES = {"unreadable": "[red]unreadable[/]", "there": "imported before", "twin": "duplicate"}
 
 
-def _table(sources: Sequence[Any], width: int) -> Table:
+def _table(sources: Sequence[Any], width: int) -> RenderableType:
     """Return one row for each source, with the columns that there is room for."""
     metrics = {
         literal(name): [number(source.metrics.get(name)) for source in sources] for name in _metric_names(sources)

@@ -74,7 +74,7 @@ def run() -> None:
     try:
         cli.main(standalone_mode=False)
     except Error as error:
-        sys.exit(_failed(error, error.exit_code))
+        sys.exit(_failed(_sentence(error), error.exit_code))
     except (click.exceptions.Abort, KeyboardInterrupt):
         sys.exit(_failed("interrupted", 130))
     except click.ClickException as error:
@@ -85,7 +85,7 @@ def run() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone
         sys.exit(141)
     except OSError as error:
-        sys.exit(_failed(_refused_by_system(error), StoreError.exit_code))
+        sys.exit(_failed(_sentence(error), StoreError.exit_code))
     finally:
         terminal.discard_unwritten()
 
@@ -95,9 +95,13 @@ def _failed(problem: object, exit_code: int) -> int:
     return exit_code
 
 
-def _refused_by_system(error: OSError) -> str:
-    """Say what the system refused: files of a repository are read and written by stores, whose errors say more."""
-    why = error.strerror or str(error)
+def _sentence(error: Exception) -> str:
+    """Say what is wrong; of what the system refused, without the number of the error."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    text = error.strerror
+    if not isinstance(error, Error):  # of the output: files are read and written by stores, whose errors say more
+        text = f"{error.filename or 'the output cannot be written'}: {text}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{why}: this process may not open as many files as it needs; allow more, such as with: ulimit -n 1024"
-    return f"{error.filename}: {why}" if error.filename else f"the output cannot be written: {why}"
+        text += "; allow this process more open files, such as with: ulimit -n 1024"
+    return text

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, POSITIVE, Answer, command, progress_bar, reads, rules_help
@@ -195,12 +194,12 @@ def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def _print_plan(console: Console, prediction: Forecast, costs: dict[str, Any], saving: dict[str, Any] | None) -> None:
     console.print(f"[bold]One checkpoint[/] of {literal(prediction.sizes.source)}")
-    table = tables.plain(("part", ">size", "why"))
+    rows = []
     for part in prediction.sizes.parts:
         frozen = f"; {size_text(part.frozen)} of it do not change, and are written once" if part.frozen else ""
-        table.add_row(literal(part.name), size_text(part.bytes), literal(part.why + frozen))
-    table.add_row("[bold]all[/]", f"[bold]{size_text(prediction.sizes.bytes)}[/]", "")
-    console.print(table)
+        rows.append((literal(part.name), size_text(part.bytes), literal(part.why + frozen)))
+    rows.append(("[bold]all[/]", f"[bold]{size_text(prediction.sizes.bytes)}[/]", ""))
+    console.print(tables.PlainTable(("part", ">size", "why"), rows))
     console.print(
         f"\n[bold]{count(prediction.epochs, 'epoch')}[/], {count(prediction.reports, 'report')}, under "
         f"{literal(' '.join(prediction.rules))}"
@@ -236,14 +235,15 @@ _FIGURES: dict[str, Callable[[int], str]] = {
 }
 
 
-def _outlook_table(prediction: Forecast) -> Table:
+def _outlook_table(prediction: Forecast) -> tables.PlainTable:
     heads = ("saves", "written", "kept", "whole", "bytes kept", "at most", "bytes at most")
-    table = tables.plain(("if the metrics", *(f">{head}" for head in heads)))
-    for outlook in prediction.outlooks:
-        table.add_row(_SCENARIOS[outlook.name], *(show(getattr(outlook, name)) for name, show in _FIGURES.items()))
+    rows = [
+        (_SCENARIOS[outlook.name], *(show(getattr(outlook, name)) for name, show in _FIGURES.items()))
+        for outlook in prediction.outlooks
+    ]
     epochs, naive = str(prediction.epochs), size_text(prediction.naive_bytes)
-    table.add_row("[dim]every epoch, whole[/]", epochs, naive, epochs, epochs, naive, epochs, naive)
-    return table
+    rows.append(("[dim]every epoch, whole[/]", epochs, naive, epochs, epochs, naive, epochs, naive))
+    return tables.PlainTable(("if the metrics", *(f">{head}" for head in heads)), rows)
 
 
 def _print_costs(console: Console, costs: dict[str, Any]) -> None:
@@ -303,11 +303,11 @@ def _preset(name: str) -> dict[str, Any]:
 
 def _print_presets(console: Console, presets: Sequence[dict[str, Any]]) -> None:
     heads = ("parameters", "weights", "with SGD's momentum", "with Adam's moments", "16 bits, mixed")
-    table = tables.plain(("network", *(f">{head}" for head in heads)))
+    rows = []
     for preset in presets:
         figures = [size_text(preset[f"{key}_bytes"]) for key in ("weights", "sgd_momentum", "adam", "mixed")]
-        table.add_row(f"{preset['name']} ({preset['dtype']})", f"{preset['parameters']:,}", *figures)
-    console.print(table)
+        rows.append((f"{preset['name']} ({preset['dtype']})", f"{preset['parameters']:,}", *figures))
+    console.print(tables.PlainTable(("network", *(f">{head}" for head in heads)), rows))
     console.print(
         "Adam keeps two numbers for each weight: three times the weights. Mixed: weights of 16 bits, and in the "
         "optimizer a copy of them and two moments in float32, 14 bytes a parameter, seven times its weights; in memory "

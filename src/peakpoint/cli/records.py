@@ -125,7 +125,7 @@ def _print_validation(console: Console, result: Validation) -> None:
     rows = [
         (literal(finding.check), _outcome(finding), literal(finding.said), f"{finding.seconds:.2f}") for finding in ran
     ]
-    console.print(tables.plain(("check", "outcome", "result", ">seconds"), rows))
+    console.print(tables.PlainTable(("check", "outcome", "result", ">seconds"), rows))
     skipped: dict[str, list[str]] = {}
     for finding in result.findings:
         if finding.outcome == "skipped":

@@ -1,19 +1,17 @@
 """The commands ``report`` and ``changelog``."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
-from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.text import Text
 
 from peakpoint.cli.command import INCOMPLETE, PATH, ROOT, Answer, command, metric_with_mode, reads, status_line
 from peakpoint.cli.render import literal
-from peakpoint.cli.tables import plain
+from peakpoint.cli.tables import PlainTable
 from peakpoint.errors import ConfigError, ConflictError, printable
 from peakpoint.format.amounts import size_text
 from peakpoint.reports import changelog as changelogs
@@ -24,7 +22,6 @@ from peakpoint.repository.root import open_repository
 from peakpoint.store import translated
 
 _WHOLE = (tables.CURVE, "verdict")
-_FOLDED = 14  # columns of text that is folded
 _STYLES = {
     "peak": "bold yellow",
     "not finite": "bold red",
@@ -93,7 +90,7 @@ def _print(console: Console, result: evaluation.Evaluation) -> None:
     for table in tables.tables(result):
         console.print(_text(table.title, "bold"))
         first, *folded = table.parts
-        console.print(_rich(replace(table, rows=first), console.width))
+        console.print(_rich(replace(table, rows=first)))
         for rows in folded:
             console.print(_text(f"and {len(rows)} more; --to report.html has all", "dim"))
         for note in table.notes:
@@ -108,35 +105,15 @@ def _text(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-def _rich(table: tables.ReportTable, width: int) -> RenderableType:
-    """A table; where it is too narrow for one, a paragraph for each row."""
-    heads = [head for head, _ in table.heads]
-    whole = [is_number or head in _WHOLE for head, is_number in table.heads]
-    needed = 2 * (len(heads) - 1)
-    for column, unbroken in zip(zip(heads, *table.rows, strict=True), whole, strict=True):
-        length = max(map(cell_len, column))
-        needed += length if unbroken else min(length, _FOLDED)
-    if needed > width:
-        return Group(*(line for cells in table.rows for line in _paragraph(table, cells, width)))
-    titles = [literal(column) for column in table.columns]
-    rows = [list(map(_styled, heads, cells)) for cells in table.rows]
-    return plain(titles, rows, unbroken=[title for title, unbroken in zip(titles, whole, strict=True) if unbroken])
+def _rich(table: tables.ReportTable) -> PlainTable:
+    columns = [literal(column) for column in table.columns]
+    rows = [[_styled(head, cell) for (head, _), cell in zip(table.heads, cells, strict=True)] for cells in table.rows]
+    return PlainTable(columns, rows, unbroken=_WHOLE)
 
 
-def _paragraph(table: tables.ReportTable, cells: Sequence[str], width: int) -> list[Text]:
-    """The first cell, then heads with their cells, as many on a line as fit."""
-    lines = [Text.assemble(_text(cells[0], "bold"))]
-    for (head, _), cell in list(zip(table.heads, cells, strict=True))[1:]:
-        pair = Text.assemble("  ", _text(head, "dim"), " ", _styled(head, cell))
-        if cell and lines[-1].cell_len + pair.cell_len > width:
-            lines.append(pair)
-        elif cell:
-            lines[-1].append_text(pair)
-    return lines
-
-
-def _styled(head: str, cell: str) -> Text:
-    return _text(cell, _STYLES.get(cell, "") if head == "verdict" else "")
+def _styled(head: str, cell: str) -> str:
+    style = _STYLES.get(cell, "") if head == "verdict" else ""
+    return f"[{style}]{literal(cell)}[/]" if style else literal(cell)
 
 
 # --- changelog -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, RenderableType
-from rich.table import Table
 
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
@@ -244,7 +243,7 @@ def print_run(console: Console, run: RunView) -> None:
         console.print(f"tags: {literal(', '.join(run.settings.tags))}")
     if run.peaks:
         heads = ("metric", "mode", ">best", ">at", ">last", ">at", ">lost since the best")
-        console.print(tables.plain(heads, [_peak_cells(peak, _fate(run, peak.metric)) for peak in run.peaks]))
+        console.print(tables.PlainTable(heads, [_peak_cells(peak, _fate(run, peak.metric)) for peak in run.peaks]))
     if run.manifests:
         console.print(_kept_table(console, run))
     console.print()
@@ -320,7 +319,7 @@ def _peak_json(peak: Peak) -> dict[str, Any]:
 # --- many runs -----------------------------------------------------------------------------------------------------
 
 
-def runs_table(console: Console, runs: Sequence["RunSummary"], writing: Collection[str]) -> Table:
+def runs_table(console: Console, runs: Sequence["RunSummary"], writing: Collection[str]) -> RenderableType:
     """Runs, a line each: best against last of the first metric that its rules watch; some are being written."""
     rows = [_run_row(run, writing=run.name in writing) for run in runs]
     titles = ("run", "aliases", "checkpoints", "size", "reports", "newest", "metric", "best", "at", "last", "lost")

@@ -238,7 +238,7 @@ def _print_explanation(console: Console, explanation: Explanation, keys: Mapping
     for clause in explanation.clauses:
         missing = f"{clause.missing:,}" if clause.missing else ""
         rows.append((literal(clause.text), f"{clause.removed:,}", missing, f"{clause.left:,}"))
-    console.print(tables.plain(("clause", ">removed", ">without a value", ">left"), rows))
+    console.print(tables.PlainTable(("clause", ">removed", ">without a value", ">left"), rows))
     order = ", ".join(f"{literal(name)} ({mode})" for name, mode in keys.items()) or "newest first"
     matching = explanation.clauses[-1].left if explanation.clauses else explanation.candidates
     console.print(f"{explanation.chosen:,} of {matching:,} selected, by {order}")

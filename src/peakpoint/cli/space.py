@@ -372,7 +372,7 @@ def _print_audit(console: Console, root: Path, result: audits.Audit, removed: Se
     findings = [audits.AuditFinding("removed", finding.where, finding.what) for finding in removed] + result.findings
     if findings:
         rows = [(_KINDS[finding.kind], literal(finding.where), literal(finding.what)) for finding in findings]
-        console.print(tables.plain(("kind", "where", "what"), rows))
+        console.print(tables.PlainTable(("kind", "where", "what"), rows))
     console.print(audit_sentence(result))
     damage, litter = result.of_kind("damage"), result.of_kind("litter")
     if damage:

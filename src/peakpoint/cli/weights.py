@@ -58,7 +58,7 @@ def _print_diff(console: Console, difference: CheckpointDifference, tensors: Seq
     a, b = difference.a, difference.b
     rows = [("id", a.id, b.id), *((name, literal(left), literal(right)) for name, left, right in _rows(difference))]
     rows += map(_metric_cells, difference.metrics)
-    console.print(tables.plain(("", f"a: {literal(a.ref)}", f"b: {literal(b.ref)}"), rows))
+    console.print(tables.PlainTable(("", f"a: {literal(a.ref)}", f"b: {literal(b.ref)}"), rows))
     console.print()
     for side, parts in (("a", difference.parts_only_in_a), ("b", difference.parts_only_in_b)):
         for part in parts:
@@ -66,7 +66,7 @@ def _print_diff(console: Console, difference: CheckpointDifference, tensors: Seq
     if difference.plain:
         shown = difference.plain[:_VALUES]
         values = [(literal(value.path), *map(literal, _plain(value.a, value.b))) for value in shown]
-        console.print(tables.plain(("value", "a", "b"), values))
+        console.print(tables.PlainTable(("value", "a", "b"), values))
         if len(difference.plain) > _VALUES:
             console.print(f"and {len(difference.plain) - _VALUES} other values; --json lists them")
         console.print()
@@ -131,7 +131,7 @@ def _print_tensors(console: Console, difference: CheckpointDifference, tensors: 
         (literal(f"{tensor.part}: {tensor.name}") + gap + _types(tensor), size_text(tensor.bytes), *_figures(tensor))
         for tensor in tensors
     ]
-    console.print(tables.plain(heads, [row[: len(heads)] for row in rows], unbroken=heads[1:]))
+    console.print(tables.PlainTable(heads, [row[: len(heads)] for row in rows]))
     if len(difference.tensors) > len(tensors):
         console.print(f"and {len(difference.tensors) - len(tensors)} more; --all lists them")
 
@@ -259,7 +259,7 @@ def _print_soup(console: Console, root: Path, result: Any) -> None:
             (literal(trial.ref), number(trial.alone), number(trial.together), "[green]yes[/]" if trial.taken else "no")
             for trial in result.trials
         ]
-        console.print(tables.plain(("tried", ">alone", ">in the soup", "taken"), rows))
+        console.print(tables.PlainTable(("tried", ">alone", ">in the soup", "taken"), rows))
     else:
         for member in result.members:
             console.print(f"  {literal(member)}")
