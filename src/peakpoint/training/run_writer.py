@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from peakpoint import rules
-from peakpoint.errors import ConfigError, SaveFailedError
+from peakpoint.errors import ConfigError, ConflictError, SaveFailedError
 from peakpoint.format import layout
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.events import Closed, Opened, Reported, Started
@@ -30,6 +30,7 @@ from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import Hold, Store, holder_note
 from peakpoint.training.outcome import Outcome, WarnOnce, warn
 from peakpoint.training.position import Position
+from peakpoint.training.ranks import rank_advice
 from peakpoint.training.records import draft_manifest, with_free_name, written_by
 from peakpoint.training.resume import Resumption, StartPoint, resumption
 from peakpoint.training.rule_changes import earlier_rules
@@ -88,7 +89,13 @@ class RunWriter:
         now, settings = clock(), options.settings
         ensure_repository(store, now)
         check_capitals(store, run, state)
-        self._hold: Hold = store.hold(layout.writer_lock(run), holder_note(now))
+        try:
+            self._hold: Hold = store.hold(layout.writer_lock(run), holder_note(now))
+        except ConflictError as error:
+            advice = rank_advice(run)
+            if not advice:
+                raise
+            raise ConflictError(f"run {run!r} is {str(error).partition(';')[0]}; {advice}") from error
         try:
             ensure_run(store, run, now, self._by, in_force, settings)
             clean_run(store, run, now)
