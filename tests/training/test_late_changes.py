@@ -156,7 +156,7 @@ def test_a_second_report_after_more_training_leaves_nothing_wrong(tmp_path):
     assert "went on" in removals(tmp_path)[0].reason
 
 
-def test_it_is_noticed_at_once_although_nothing_is_saved(tmp_path):
+def test_it_is_noticed_at_once_although_no_rule_saves_it(tmp_path):
     training = Training(tmp_path)
     with training.checkpointer(keep=[pp.Every(epochs=10)]) as ckpt:
         epochs = ckpt.epochs(3)
@@ -165,7 +165,8 @@ def test_it_is_noticed_at_once_although_nothing_is_saved(tmp_path):
         training.scheduler.step()
         with pytest.raises(pp.errors.ConfigError, match="Nothing was saved"):
             next(epochs)
-    assert kept(tmp_path) == []
+    (last,) = kept(tmp_path)
+    assert last.reasons == ("the end of the training: the run continues from here",)
 
 
 def test_it_is_noticed_later_when_it_begins_later(tmp_path):

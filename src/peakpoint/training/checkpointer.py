@@ -6,18 +6,15 @@ decide which checkpoints are removed.
 """
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, Self, SupportsIndex
+from typing import Any, SupportsIndex
 
 from peakpoint import rules
-from peakpoint.errors import ConfigError, ConflictError, Error, SaveFailedError
+from peakpoint.errors import ConfigError, SaveFailedError
 from peakpoint.format import names
 from peakpoint.format.amounts import read_duration
-from peakpoint.format.events import STOPPED
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import DEFAULT_TEMPLATE
@@ -28,17 +25,19 @@ from peakpoint.state import rng
 from peakpoint.state.capture import check_state
 from peakpoint.state.restore import LoadReport
 from peakpoint.store import Store, open_store
-from peakpoint.training import exit_hook
+from peakpoint.training import arguments, exit_hook
+from peakpoint.training.closing import Closing
 from peakpoint.training.late_changes import LateChangeCheck
 from peakpoint.training.loop import Loop, LoopMethod, count
 from peakpoint.training.metric_warnings import MetricWarnings
-from peakpoint.training.outcome import Outcome, print_note, warn
+from peakpoint.training.outcome import Outcome, warn
 from peakpoint.training.preemption import Preempt, SignalWatch
+from peakpoint.training.run_end import RunEnd
 from peakpoint.training.run_writer import RunWriter, SaveOptions, capture_buffer, check_needs
 from peakpoint.training.settings import read_settings
 
 
-class Checkpointer:
+class Checkpointer(Closing):
     """Saves a training by rules, and continues it where it stopped.
 
     One process writes a run at a time. Use it as a context manager, or call ``close`` at the end: what was saved is
@@ -72,6 +71,8 @@ class Checkpointer:
             ``config.lr``. Everybody who can read the repository can read them: leave passwords out. Settings that
             change when the run is continued are said, and the newest count.
         tags: words for the run, which ``peakpoint select`` finds as ``tag``.
+        on_save_error: ``"warn"`` warns of a save that has failed, where ``"raise"`` raises ``SaveFailedError``: for
+            loops that must go on. The end of the training says how many have failed.
         preempt: which signals mean preemption, and the exit code; None watches none.
 
     Raises:
@@ -90,9 +91,7 @@ class Checkpointer:
         False
     """
 
-    _closed = True  # until it is made
     _clock: Clock = staticmethod(utc_now)
-    _announce: Callable[[str], None] = staticmethod(print_note)
 
     def __init__(
         self,
@@ -110,13 +109,17 @@ class Checkpointer:
         name: str = DEFAULT_TEMPLATE,
         config: object = None,
         tags: Iterable[str] | None = None,
+        on_save_error: str = "raise",
         preempt: Preempt | None = Preempt(),  # noqa: B008 - a frozen value
     ) -> None:
         self.run = names.check_run(run)
         self.state = check_state(state)
         self.rules = rules.check_rules(keep)
         check_needs(self.rules, self.state)
-        self._resume, self._strict = resume, strict
+        arguments.check_flags(strict=strict, overlap=overlap)
+        arguments.check_objects(stop, preempt)
+        self._resume, self._strict = arguments.check_resume(resume), strict
+        self._only_warns = arguments.check_choice("on_save_error", on_save_error, arguments.ON_SAVE_ERROR) == "warn"
         self._stopping = None if stop is None else StoppingState(stop)
         self._exit_code = 0 if preempt is None else preempt.exit_code
         self._load: LoadReport | None = None
@@ -139,6 +142,7 @@ class Checkpointer:
             raise
         self._loop = Loop(self.state, strict=strict)
         self._late_changes = LateChangeCheck(self.state, self._writer, self._loop, self._save)
+        self._end = RunEnd(self._loop, self._writer, self._save_or_warn, self._announce)
         self._process = os.getpid()
         self._closed = False
         exit_hook.watch(self)
@@ -169,6 +173,7 @@ class Checkpointer:
         for report in start.history:
             self._note_metrics(report.metrics)
         self._generators = start.generators
+        self._end.mark_saved()
         notices = self._writer.start(start, self._loop.position)
         if self._load is None:
             self._announce(f"new run {self.run!r} ({start.why})")
@@ -227,7 +232,10 @@ class Checkpointer:
         if self._load is not None and not first:
             # code between resume() and the loop may have drawn random numbers; the loop begins where it was saved
             self._restore_generators()
+        kind = loop.__name__.removesuffix("s")
+        begun = self._loop.complete(kind)
         yield from self._guarded(loop(total, lambda: self.why_stop is None, self._late_changes.end))
+        self._end.end_loop(kind, begun, total, self.why_stop, self._last_metrics or {})
 
     def _restore_generators(self) -> None:
         if self._generators is not None:
@@ -264,6 +272,7 @@ class Checkpointer:
         *,
         step: SupportsIndex | None = None,
         epoch: SupportsIndex | None = None,
+        save: str | None = None,
         **named: Any,
     ) -> Outcome:
         """Report metrics; save the moment if a rule would keep it.
@@ -274,6 +283,7 @@ class Checkpointer:
             metrics: metrics whose names are not Python names, such as ``{"val/loss": 0.5}``.
             step: optimizer steps completed; counted by itself in ``steps`` or when the state holds an optimizer.
             epoch: the epoch's index from 0; known by itself in ``epochs``.
+            save: a reason to save this moment whatever the rules say, and to keep it as ``save`` does.
             named: metrics by name; any real number, also of NumPy or a tensor with one element.
 
         Raises:
@@ -286,7 +296,8 @@ class Checkpointer:
         self._check_open()
         self._ensure_started()
         self._late_changes.end_interrupted()
-        values = read_metrics({**(metrics or {}), **named})
+        values = read_metrics(arguments.named_metrics(metrics, named))
+        request = None if save is None else arguments.check_reason(save)
         try:
             self._loop.check_place()
         except ConfigError:
@@ -296,13 +307,16 @@ class Checkpointer:
         self._loop.advance(step, epoch)
         moment = self._writer.report(self._loop.position, values)
         self._note_metrics(values)
-        self._metric_warnings.check(values, self._loop.position.step)
+        reasons = [*moment.reasons, *self._metric_warnings.check(values, self._loop.position)]
         signal = self._signals.arrived
         if signal is not None:
-            moment = replace(moment, reasons=(*moment.reasons, f"preempted by {signal.name}"))
-        outcome = self._save(moment)
+            reasons.append(f"preempted by {signal.name}")
+        if request is not None:
+            reasons.append(f"saved on request: {request}")
+        moment = replace(moment, reasons=tuple(reasons), asked=request)
+        outcome = self._save_or_warn(moment)
         if signal is not None:
-            self._leave(signal.name)
+            self._leave(signal.name, outcome)
         if self._loop.in_iteration:
             self._late_changes.reported(moment if outcome.saved else None)
         return outcome
@@ -321,13 +335,12 @@ class Checkpointer:
         """
         self._check_open()
         self._ensure_started()
-        if not isinstance(reason, str) or not reason.strip():
-            raise ConfigError("save() needs a reason: it tells you later why this checkpoint was saved")
-        names.check_text("the reason of save()", reason)
+        request = arguments.check_reason(reason)
+        self._loop.check_save()
         metrics = None if self._loop.trained else self._last_metrics
         self._loop.catch_up()
         moment = self._writer.moment(self._loop.position, metrics or {})
-        return self._save(replace(moment, reasons=(f"saved on request: {reason}",), asked=reason))
+        return self._save_or_warn(replace(moment, reasons=(f"saved on request: {request}",), asked=request))
 
     def wait(self) -> None:
         """Return when everything that was saved is durable.
@@ -337,56 +350,10 @@ class Checkpointer:
                 ``close``.
         """
         self._check_open()
-        self._writer.wait()
-
-    def close(self) -> None:
-        """Wait for the save under way, write a failed one again, and let go of the run. The second call does nothing.
-
-        When nothing was saved since ``resume`` because nothing was left to do, the rules are applied now.
-
-        Raises:
-            SaveFailedError: a save failed, and failed again; checkpoints committed earlier are untouched.
-        """
-        self._check_process()
-        if self._closed:
-            return
         try:
-            self._late_changes.end_interrupted()
-        except Error as error:
-            self.__exit__(type(error), error, None)
-            raise
-        why = "closed" if self.why_stop is None else f"{STOPPED}{self.why_stop}"
-        # Ctrl-C right after the warning of what the rules will remove keeps it
-        self._finish(why, apply_rules=sys.exception() is None)
-        self._signals.deliver_again()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-            return
-        if self._closed or self._process != os.getpid():
-            return
-        self._late_changes.interrupted()  # the loop's own generator is still open
-        try:
-            self._late_changes.end_interrupted()
-        except Error as late_change:
-            error.add_note(f"peakpoint: besides, {late_change}")
-        try:
-            self._finish(f"{type(error).__name__}: {error}"[:500])
-        except SaveFailedError as failed_save:
-            if not isinstance(error, SaveFailedError):
-                error.add_note(f"peakpoint: besides, {failed_save}")
-        if not isinstance(error, SystemExit):
-            self._signals.deliver_again()
-
-    def __del__(self) -> None:
-        if not self._closed and self._process == os.getpid():
-            exit_hook.close_soon(self.run, self.close)
+            self._writer.wait()
+        except SaveFailedError as error:
+            self._raise_or_warn(error)
 
     @property
     def why_stop(self) -> str | None:
@@ -398,21 +365,9 @@ class Checkpointer:
     def _note_metrics(self, values: Mapping[str, float]) -> None:
         """Take a report of the history into account."""
         self._last_metrics = values
+        self._metric_warnings.note(values)
         if self._stopping is not None:
             self._stopping.report(values)
-
-    def _check_open(self) -> None:
-        self._check_process()
-        if self._closed:
-            raise ConfigError(f"the checkpointer of run {self.run!r} is closed; make a new one to go on")
-
-    def _check_process(self) -> None:
-        """Refuse a checkpointer that a fork has inherited: its threads, lock and journal are those of the parent."""
-        if self._process != os.getpid():
-            raise ConflictError(
-                f"this checkpointer of run {self.run!r} belongs to process {self._process}, and this is a fork of it, "
-                f"process {os.getpid()}: report and save in the process that trains, or make a checkpointer here"
-            )
 
     def _ensure_started(self) -> None:
         resumption = self._writer.resumption
@@ -428,23 +383,12 @@ class Checkpointer:
     def _save(self, moment: Manifest) -> Outcome:
         if moment.reasons:
             self._loop.note_generators()
-        return self._writer.save(moment, self._loop.position, self.why_stop)
-
-    def _leave(self, signal: str) -> None:
-        """End a preempted process: everything is made durable, then earlier handlers run."""
-        self._finish(f"preempted by {signal}")
-        self._announce(
-            f"{signal}: saved at step {self._loop.position.step}; leaving with exit code {self._exit_code}, run the "
-            "same command again to go on"
-        )
-        self._signals.run_earlier()
-        raise SystemExit(self._exit_code)
-
-    def _finish(self, why: str, *, apply_rules: bool = False) -> None:
-        """Make everything durable, and let go of the run, the optimizers and the signals."""
-        self._closed = True
         try:
-            self._writer.finish(why, apply_rules=apply_rules)
-        finally:
-            self._loop.stop()
-            self._signals.stop()
+            outcome = self._writer.save(moment, self._loop.position, self.why_stop)
+        except SaveFailedError as error:
+            if isinstance(error.outcome, Outcome) and error.outcome.saved:
+                self._end.mark_saved()
+            raise
+        if outcome.saved:
+            self._end.mark_saved()
+        return outcome

@@ -58,6 +58,7 @@ class Loop:
         self._seeds: dict[int, dict[str, int]] = {}  # of the generators, when the pass began
         self._warn_once = WarnOnce()
         self._reports_in_epoch = 0
+        self.reported = False  # in the present iteration
         optimizers = [stepping(value) for value in state.values() if isinstance(value, torch.optim.Optimizer)]
         optimizer = next(filter(None, optimizers), None)
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
@@ -81,6 +82,20 @@ class Loop:
         """Whether the body of ``epochs``, ``steps`` or ``batches`` is running."""
         return self.running or self._batches is not None
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """What grows with every report and every step of the optimizer."""
+        return self.position.report, self._counted
+
+    @property
+    def knows_steps(self) -> bool:
+        """Whether the state has an optimizer, whose steps tell that something was trained."""
+        return self._hook is not None
+
+    def complete(self, kind: str) -> int:
+        """Return how many epochs or steps are complete."""
+        return self.position.next_epoch if kind == "epoch" else self.position.next_step
+
     def go_to(self, position: Position) -> None:
         """Continue from a position."""
         self.position, self._place = position, position.batches
@@ -92,6 +107,7 @@ class Loop:
         try:
             while position.next_epoch < total and goes_on():
                 self._epoch, self._reports_in_epoch, self._passes = position.next_epoch, 0, 0
+                self.reported = False
                 yield self._epoch
                 end()
                 # an epoch without a report is complete all the same
@@ -106,6 +122,7 @@ class Loop:
         try:
             while position.next_step < total and goes_on():
                 self._step = position.next_step
+                self.reported = False
                 yield self._step
                 end()
                 position.next_step = self._step + 1
@@ -136,6 +153,7 @@ class Loop:
                     self.position.passes[number].first = data_order.digest_of(batch)
                 place = Batches(place.done + 1, place.start, place.number)
                 self._batches = place
+                self.reported = False
                 yield batch
                 end()
             if not place.done:
@@ -275,6 +293,7 @@ class Loop:
         own_epoch = None if epoch is None else count("epoch", epoch)
         if self._epoch is not None and self._batches is None:
             self._reports_in_epoch += 1
+        self.reported = True
         position = self.position
         position.report += 1
         if own_step is not None:
@@ -292,6 +311,23 @@ class Loop:
         elif own_epoch is not None:
             position.next_epoch = own_epoch + 1
         self.trained = False
+
+    def check_save(self) -> None:
+        """Warn of a save on request where a run that is killed or continued would not do what was meant."""
+        if self.reported and self.in_iteration:
+            self._warn_once(
+                "save after report",
+                "ckpt.save() after ckpt.report() in the same iteration: a run that is killed between the two goes on "
+                "with the next iteration, and never makes this save. Write ckpt.report(..., save=reason), which does "
+                "both at once",
+            )
+        elif self._epoch is not None and self._batches is None and self.trained:
+            self._warn_once(
+                "save before report",
+                f"ckpt.save() in epoch {self._epoch}, after training and before its report: a run that continues from "
+                "this checkpoint trains the epoch once more from its beginning. Write ckpt.report(..., save=reason) at "
+                "the end of the epoch, or loop over ckpt.batches(loader)",
+            )
 
     def catch_up(self) -> None:
         """Move the position to a save between reports."""

@@ -1,0 +1,90 @@
+"""The arguments of a checkpointer, and what to write in place of those that cannot work."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peakpoint.errors import ConfigError
+from peakpoint.format.names import check_text, did_you_mean
+from peakpoint.rules.stopping import EarlyStopping
+from peakpoint.state.json_scalars import kind_of
+from peakpoint.training.preemption import Preempt
+
+_RESUME = 'resume= takes "auto", "must", "never" or a ref such as "RUN:epoch=3"'
+_INSTEAD = {True: 'write resume="must"', False: 'write resume="never"', None: 'write resume="auto"'}
+ON_SAVE_ERROR = ("raise", "warn")
+
+
+def check_resume(resume: object) -> str:
+    """Return the argument ``resume``.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    if isinstance(resume, str):
+        return resume
+    hint = _INSTEAD.get(resume) if resume is None or isinstance(resume, bool) else None
+    raise ConfigError(f"{_RESUME}, not {resume!r}" + (f"; {hint}" if hint else ""))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:
+    """Return an argument that is one of some texts.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value in choices:
+        return value
+    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+    raise ConfigError(f"{name}= takes {' or '.join(map(repr, choices))}, not {value!r}{hint}")
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}= takes True or False, not {value!r}")
+
+
+def check_objects(stop: object, preempt: object) -> None:
+    """Refuse other kinds of objects for ``stop`` and ``preempt``.
+
+    Raises:
+        ConfigError: says what to write.
+    """
+    if not (stop is None or isinstance(stop, EarlyStopping)):
+        raise ConfigError(f'stop= takes pp.EarlyStopping("val_loss", "min"), for example, not {stop!r}')
+    if not (preempt is None or isinstance(preempt, Preempt)):
+        raise ConfigError(f"preempt= takes pp.Preempt(), or None to watch no signals, not {preempt!r}")
+
+
+def named_metrics(metrics: object, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the metrics of a report.
+
+    Raises:
+        ConfigError: they have no names.
+    """
+    if metrics is None:
+        return keywords
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(
+            f"report() takes metrics by name, such as report(loss=0.5) or report({{'val/loss': 0.5}}), not "
+            f"a {kind_of(metrics)} without a name"
+        )
+    return {**metrics, **keywords}
+
+
+def check_reason(reason: object) -> str:
+    """Return the reason of a save on request.
+
+    Raises:
+        ConfigError: it is no text, or empty.
+    """
+    if not isinstance(reason, str) or not reason.strip():
+        raise ConfigError(
+            'save() needs a reason, such as save("end of warmup"): it tells you later why this checkpoint was saved'
+        )
+    return check_text("the reason of a save", reason)
