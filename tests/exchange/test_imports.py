@@ -759,7 +759,7 @@ WANTED = [LogRow(epoch, None, {"val/acc_top": 0.1 * epoch}) for epoch in range(3
         ("b.json", json.dumps({record["epoch"]: {"val/acc top": record["val/acc top"]} for record in RECORDS})),
         ("c.json", json.dumps({"epoch": [0, 1, 2], "val/acc top": [0.0, 0.1, 0.2]})),
         ("d.jsonl", "\n".join(map(json.dumps, RECORDS))),
-        ("e.json", json.dumps({"log_history": RECORDS})),
+        ("e.json", "\n".join(map(json.dumps, RECORDS))),
     ],
 )
 def test_forms_of_json(name, text, tmp_path):
@@ -772,7 +772,9 @@ def test_forms_of_json(name, text, tmp_path):
     [
         ("a.json", "{", "not JSON"),
         ("a.json", "[1]", "neither a list"),
-        ("a.csv", "x,y\n1,2\n", "no row with an epoch or a step"),
+        ("a.csv", "x,y\n1,2\n", r"no row with an epoch or a step .*; it has x, y"),
+        ("a.csv", "", "no columns"),
+        ("a.json", '{"epoch": 1, "a": 1}\n{"epoch": 2, "a"', "not JSON"),
         ("a.json", '{"epoch": [1], "a": [1, 2]}', "different lengths"),
     ],
 )

@@ -7,7 +7,6 @@ Source: transformers, ``trainer.py``; accelerate, ``checkpointing.py`` and ``uti
 ``utils/save_and_load.py``; DeepSpeed, ``runtime/engine.py`` and ``utils/zero_to_fp32.py``.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from peakpoint.errors import CorruptError, FormatError
 from peakpoint.exchange import pickles
 from peakpoint.exchange.dcp import read_folder
 from peakpoint.exchange.generators import generators_in
-from peakpoint.exchange.metric_logs import EPOCH, STEP, LogRow, as_count, as_number, merged, row_of
+from peakpoint.exchange.metric_logs import STEP, as_count, as_number, epoch_of_completed, merged, rows_of
 from peakpoint.exchange.part_names import EXTRA, is_weights, part_name
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, steps_of
 from peakpoint.format.manifest import FileRecord
@@ -227,28 +226,18 @@ def _placed(checkpoint: ForeignCheckpoint) -> ForeignCheckpoint:
     """Return a checkpoint with the moment and the history in its ``trainer_state.json``."""
     state = checkpoint.extra.get("trainer_state", {})
     log = [record for record in state.get("log_history") or () if isinstance(record, dict)]
-    history = merged((row for record in log if (row := _row(record)) is not None), by=STEP)
+    history = merged(rows_of(log, completed=True), by=STEP)
     step = as_count(as_number(state.get("global_step")))
     step = checkpoint.step if step is None else step
     epoch = as_number(state.get("epoch"))
     return replace(
         checkpoint,
-        epoch=_epoch(epoch),
+        epoch=epoch_of_completed(epoch),
         step=steps_of(checkpoint.parts.get("optimizer")) if step is None else step,
         complete=epoch is None or epoch.is_integer(),
         metrics={name: value for row in history if row.step == step for name, value in row.metrics.items()},
         rows=tuple(history),
     )
-
-
-def _epoch(completed: float | None) -> int | None:
-    """Return the index of the epoch that was running, or was just complete, from the epochs completed."""
-    return None if completed is None or not math.isfinite(completed) else max(math.ceil(completed) - 1, 0)
-
-
-def _row(record: Mapping[str, Any]) -> LogRow | None:
-    row = row_of({**record, EPOCH: None})
-    return None if row is None else LogRow(_epoch(as_number(record.get(EPOCH))), row.step, row.metrics)
 
 
 def _generators(files: Sequence[Path], options: ReadOptions) -> tuple[dict[str, Any], dict[str, Any], list[str]]:

@@ -146,7 +146,10 @@ def _timeline(
         _check_joins(summaries, rows, join, log)
     inner = max((summary.checkpoint.rows for summary in summaries), key=len, default=())
     checkpoints = [summary.checkpoint for summary in summaries]
-    return timeline(checkpoints, [*rows, *inner], metric_logs.STEP if inner and not rows else join)
+    if inner and all(row.step is not None for row in rows):
+        rows = metric_logs.merged([*rows, *inner], by=metric_logs.STEP)  # one history, told twice or in two halves
+        return timeline(checkpoints, rows, metric_logs.STEP if join == "auto" or log is None else join)
+    return timeline(checkpoints, [*rows, *inner], join)
 
 
 def _doubts(moments: Sequence[ImportMoment], epochs_from: int) -> list[str]:
@@ -162,9 +165,10 @@ def _doubts(moments: Sequence[ImportMoment], epochs_from: int) -> list[str]:
 
 
 def _shifted(rows: Sequence[metric_logs.LogRow], first: int) -> list[metric_logs.LogRow]:
-    if any(row.epoch is not None and row.epoch < first for row in rows):
+    counted = [row for row in rows if row.epoch is not None and not row.from_zero]
+    if any(row.epoch < first for row in counted if row.epoch is not None):
         raise ConfigError(f"the log has an epoch before {first}, the first one by --epochs-from")
-    return [row if row.epoch is None else replace(row, epoch=row.epoch - first) for row in rows]
+    return [row if row.epoch is None or row.from_zero else replace(row, epoch=row.epoch - first) for row in rows]
 
 
 def _check_stripped(summaries: Sequence[SourceSummary], prefix: str) -> None:

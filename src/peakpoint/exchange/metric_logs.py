@@ -7,10 +7,13 @@ others are merged by step.
 
 import csv
 import importlib
+import io
+import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from peakpoint.store import translated
 EPOCH, STEP = "epoch", "step"
 STEPS = (STEP, "global_step", "iteration", "iter")  # names that scripts give it
 _LARGEST_COUNT = 2**53  # above it, floats skip whole numbers
+_DECIMAL_COMMA = re.compile(r"^(\s*[-+]?\d+),(\d+(?:[eE][-+]?\d+)?\s*)$")
 _NOT_IN_NAMES = re.compile(r"[\s:\x00-\x1f]+")
 
 
@@ -30,11 +34,13 @@ class LogRow:
     Attributes:
         epoch: as the log counts it, None when it has none.
         step: as the log counts it, None when it has none.
+        from_zero: whether the first epoch is known to be 0, whatever ``--epochs-from`` says.
     """
 
     epoch: int | None
     step: int | None
     metrics: Mapping[str, float]
+    from_zero: bool = False
 
 
 def readable(text: str) -> str:
@@ -62,6 +68,27 @@ def metric_name(text: str) -> str:
     return _NOT_IN_NAMES.sub("_", readable(text))[:200] or "unnamed"
 
 
+def metric_names(columns: Iterable[str]) -> dict[str, str]:
+    """Return the name of the metric for each column; no two are the same.
+
+    Example:
+        >>> metric_names(["val loss", "val_loss", "val:loss"])
+        {'val loss': 'val_loss_2', 'val_loss': 'val_loss', 'val:loss': 'val_loss_3'}
+    """
+    columns = list(dict.fromkeys(columns))
+    taken = {column for column in columns if metric_name(column) == column}
+    names = {}
+    for column in columns:
+        name = column if column in taken else metric_name(column)
+        number = 1
+        while column not in taken and name in taken:
+            number += 1
+            name = f"{metric_name(column)[:190]}_{number}"
+        taken.add(name)
+        names[column] = name
+    return names
+
+
 def as_number(value: Any) -> float | None:
     """Return a number from a number or a cell of text; None from everything else, also from true and false."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -76,8 +103,8 @@ def read(path: Path) -> list[LogRow]:
     """Read the rows of a log.
 
     Args:
-        path: ``.json`` (a list of records, records by epoch, columns, or a ``trainer_state.json``), ``.jsonl``,
-            ``.csv``, or TensorBoard's event file or folder.
+        path: ``.csv`` or ``.tsv``, TensorBoard's event file or folder, or JSON: a list of records, records by epoch,
+            columns, a ``trainer_state.json``, or a record on each line.
 
     Raises:
         NotFoundError: the file does not exist.
@@ -91,27 +118,52 @@ def read(path: Path) -> list[LogRow]:
     try:
         with translated("read", path):
             text = path.read_text(encoding="utf-8-sig")
-        records = _records(path, text)
+        records, completed = _records(path, text)
     except (UnicodeDecodeError, ValueError, csv.Error, RecursionError) as error:
         raise FormatError(f"{path} is not JSON, JSON lines or CSV: {error}") from error
-    rows = [row for record in records if (row := row_of(record)) is not None]
+    rows = rows_of(records, completed=completed)
     if not rows:
-        raise FormatError(f"{path} has no row with an epoch or a step ({', '.join(STEPS)}) and a number")
-    return merged(rows)
+        columns = ", ".join(dict.fromkeys(readable(name) for record in records for name in record)) or "no columns"
+        raise FormatError(
+            f"{path} has no row with an epoch or a step ({', '.join(STEPS)}) and a number; it has {columns[:1000]}"
+        )
+    return merged(rows, by=STEP if all(row.from_zero and row.step is not None for row in rows) else "auto")
 
 
-def _records(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
-    if path.suffix.lower() == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    if path.suffix.lower() in {".jsonl", ".ndjson"}:
-        records: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-        records = json.loads(text)
+def _records(path: Path, text: str) -> tuple[list[Mapping[str, Any]], bool]:
+    """Return the records of a log, and whether their epochs are those completed, as in ``trainer_state.json``."""
+    if path.suffix.lower() in {".csv", ".tsv"}:
+        return _records_of_table(text), False
+    try:
+        records: Any = json.loads(text)
+    except json.JSONDecodeError:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if len(lines) < 2 and path.suffix.lower() not in {".jsonl", ".ndjson"}:
+            raise
+        records = [json.loads(line) for line in lines]
+    completed = isinstance(records, dict) and isinstance(records.get("log_history"), list)
     if isinstance(records, dict):
         records = _records_of_dict(records)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError("it is neither a list of records nor records by epoch")
-    return records
+    return records, completed
+
+
+def _records_of_table(text: str) -> list[Mapping[str, Any]]:
+    """Return the rows below a line of names; the separator is the one that the names have most of."""
+    header = text.partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    names, *lines = csv.reader(io.StringIO(text), delimiter=separator) if header.strip() else [[]]
+    names = [name.strip() for name in names]
+    taken, columns = set(names), dict[str, None]()
+    for name in names:
+        numbered = (f"{name} {number}" for number in itertools.count(2))
+        column = name if name not in columns else next(other for other in numbered if other not in taken)
+        taken.add(column)
+        columns[column] = None
+    if separator == ";":  # then a comma is that of decimals
+        lines = [[_DECIMAL_COMMA.sub(r"\1.\2", cell) for cell in cells] for cells in lines]
+    return [dict(zip(columns, cells, strict=False)) for cells in lines]
 
 
 def _records_of_dict(log: Mapping[str, Any]) -> Any:
@@ -126,14 +178,50 @@ def _records_of_dict(log: Mapping[str, Any]) -> Any:
     return [log]
 
 
-def row_of(record: Mapping[str, Any]) -> LogRow | None:
-    """Return a row from columns by name; None when it has no number, or neither epoch nor step."""
-    values = {name: number for name, value in record.items() if name and (number := as_number(value)) is not None}
-    epoch = as_count(values.pop(EPOCH, None))
-    step = as_count(next((values.pop(name) for name in STEPS if name in values), None))
-    if not values or (epoch is None and step is None):
-        return None
-    return LogRow(epoch, step, {metric_name(name): value for name, value in values.items()})
+def rows_of(records: Iterable[Mapping[str, Any]], *, completed: bool = False) -> list[LogRow]:
+    """Return rows from records of columns by name, without records that have no number, or neither epoch nor step.
+
+    Epochs with fractions are epochs completed, as transformers counts them: 0.5 is in the first, and so is 1.0.
+
+    Args:
+        completed: whether whole numbers are epochs completed, too.
+    """
+    numbered = [_numbers_in(record) for record in records]
+    names = metric_names(column for values in numbered for column in values)
+    rows = []
+    for values in numbered:
+        epoch, step = pop_axis(values, (EPOCH,)), as_count(pop_axis(values, STEPS))
+        if values and (epoch is not None or step is not None):
+            rows.append((epoch, step, {names[column]: value for column, value in values.items()}))
+    completed = completed or any(epoch is not None and epoch % 1 for epoch, _, _ in rows if epoch != math.inf)
+    index = epoch_of_completed if completed else as_count
+    log_rows = [LogRow(index(epoch), step, metrics, from_zero=completed) for epoch, step, metrics in rows]
+    return [row for row in log_rows if row.epoch is not None or row.step is not None]
+
+
+def _numbers_in(record: Mapping[str, Any]) -> dict[str, float]:
+    return {name: number for name, value in record.items() if name and (number := as_number(value)) is not None}
+
+
+def pop_axis(values: dict[str, Any], names: Sequence[str]) -> Any:
+    """Take an epoch or a step out of values by name: the first name that is there, in small letters or others.
+
+    Example:
+        >>> values = {" Epoch": 3.0, "loss": 0.5}
+        >>> pop_axis(values, ["epoch"]), values
+        (3.0, {'loss': 0.5})
+    """
+    plain = {name.strip().lower(): name for name in reversed(values)}
+    for name in names:
+        spelling = name if name in values else plain.get(name)
+        if spelling is not None:
+            return values.pop(spelling)
+    return None
+
+
+def epoch_of_completed(completed: float | None) -> int | None:
+    """Return the index of the epoch that was running, or was just complete, from the epochs completed."""
+    return None if completed is None or not math.isfinite(completed) else max(math.ceil(completed) - 1, 0)
 
 
 def merged(rows: Iterable[LogRow], *, by: str = "auto") -> list[LogRow]:
@@ -144,9 +232,11 @@ def merged(rows: Iterable[LogRow], *, by: str = "auto") -> list[LogRow]:
     for row in rows:
         place = row.epoch if by_epoch else row.step if row.step is not None else row.epoch
         assert place is not None
-        earlier = merged_rows.get(place, LogRow(row.epoch, row.step, {}))
+        earlier = merged_rows.get(place, replace(row, metrics={}))
         steps = [step for step in (earlier.step, row.step) if step is not None]
-        merged_rows[place] = LogRow(row.epoch, max(steps, default=None), {**earlier.metrics, **row.metrics})
+        metrics = {**earlier.metrics, **row.metrics}
+        placed = earlier if row.epoch is None else row
+        merged_rows[place] = replace(placed, step=max(steps, default=None), metrics=metrics)
     return [merged_rows[place] for place in sorted(merged_rows)]
 
 
@@ -188,7 +278,7 @@ def _tensorboard(path: Path) -> list[LogRow]:
                 value = tensor_util.make_ndarray(event.tensor_proto)
                 if value.size == 1 and value.dtype.kind in "fiu":
                     by_step.setdefault(event.step, {})[prefix + tag] = float(value.reshape(-1)[0])
-        rows += [row for step, values in by_step.items() if (row := row_of({STEP: step, **values})) is not None]
+        rows += rows_of({STEP: step, **values} for step, values in by_step.items())
     if not rows:
         raise FormatError(f"{path} has event files of TensorBoard, but no scalars in them")
     return rows
