@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from peakpoint.state.device_copy import send
 from peakpoint.state.modules import describe
 from peakpoint.state.origin import NO_ORIGIN, PartOrigin, class_names, names_by_group, plain_name, unwrapped
+from peakpoint.state.step_guard import stepping
 
 _ELEMENTWISE = {"acc_delta", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq"}
 _ELEMENTWISE |= {"momentum_buffer", "square_avg", "sum"}
@@ -103,6 +104,8 @@ def _of_torch(name: str) -> bool:
 
 def _completed(optimizer: torch.optim.Optimizer, saved: Any) -> list[dict[str, Any]]:
     """Return the saved groups with the settings that the class gives to states that are older than these."""
+    if stepping(optimizer) is None:
+        return list(saved["param_groups"])  # a wrapper, whose class torch would make one with hooks
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(vars(optimizer), defaults=dict(optimizer.defaults))
     groups = [{**group, "params": []} for group in saved["param_groups"]]
