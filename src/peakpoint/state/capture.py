@@ -4,7 +4,7 @@ The copy of the state that is written is taken here, in one go, so that training
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,12 +21,13 @@ from peakpoint.format.sealed import gc_paused
 from peakpoint.repository.commit import FileImage, image_of
 from peakpoint.state import rng
 from peakpoint.state.encode_cache import EncodeCache
+from peakpoint.state.functions import RAISED_BY_PROGRAMS
 from peakpoint.state.host_copy import Storage, storage_of, versions_of
 from peakpoint.state.origin import PartOrigin, origins_of, param_groups
 from peakpoint.state.step_guard import StateCopy
 from peakpoint.state.streamed_copy import RingBuffer
 from peakpoint.state.tensor_files import StagingBuffer
-from peakpoint.state.typed_json import Encoder
+from peakpoint.state.typed_json import Encoder, StateCheck, check_tensor
 from peakpoint.state.unchanged import PartTensors, UnchangedTensors
 
 
@@ -45,13 +46,32 @@ def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state as a dict of parts.
 
     Raises:
-        ConfigError: it is not a mapping, it is empty, or a part cannot have its name.
+        ConfigError: it is not a mapping, it is empty, a part cannot have its name, or something in it cannot be kept
+            exactly; the message says where it is.
     """
     if not isinstance(state, Mapping):
         raise ConfigError(f'state= takes a mapping such as {{"model": model, "optimizer": optimizer}}, not {state!r}')
     if not state:
         raise ConfigError('state= is empty: name at least one part, such as {"model": model}')
-    return {check_part(name): value for name, value in state.items()}
+    parts = {check_part(name): value for name, value in state.items()}
+    for name, value in parts.items():
+        _check_part_state(value, f'state["{name}"]')
+    return parts
+
+
+def _check_part_state(value: Any, path: str) -> None:
+    """Refuse what every later save would refuse, before a training has lost time."""
+    if isinstance(value, Stateful) and isinstance(value, Iterable) and not isinstance(value, torch.nn.Module):
+        return  # a loader that is asked for its place begins to iterate
+    for group in param_groups(value) if isinstance(value, torch.optim.Optimizer) else ():
+        for parameter in group["params"]:
+            if hasattr(parameter, "device_mesh"):
+                check_tensor(parameter, path)
+    try:
+        content = state_of(value)
+    except RAISED_BY_PROGRAMS:
+        return  # it has no state before it is used; the first save asks again
+    StateCheck().encode(content, path, attributes=content is not value)
 
 
 def is_generator(value: Any) -> bool:

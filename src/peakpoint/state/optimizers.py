@@ -54,13 +54,15 @@ def optimizer_differences(
     if len(groups) != len(live.param_groups):
         count = f"{len(groups)} parameter groups in the checkpoint and {len(live.param_groups)} in the optimizer"
         return [*lines, f"{part}: {count}"]
-    lines += [
+    sizes = [
         f"{part}: group {number} has {len(saved_group['params'])} parameters in the checkpoint "
         f"and {len(group['params'])} in the optimizer"
         for number, (saved_group, group) in enumerate(zip(groups, live.param_groups, strict=True))
         if len(saved_group["params"]) != len(group["params"])
     ]
-    return lines or _moment_differences(part, live, saved) or _misplaced(part, live_names, saved_names)
+    if lines or sizes:
+        return [*lines, *sizes]
+    return _moment_differences(part, live, saved, names) or _misplaced(part, live_names, saved_names)
 
 
 def _is_plain(saved: Any) -> bool:
@@ -113,11 +115,16 @@ def _completed(optimizer: torch.optim.Optimizer, saved: Any) -> list[dict[str, A
     return trial.param_groups
 
 
-def _moment_differences(part: str, live: torch.optim.Optimizer, saved: Any) -> list[str]:
+def _moment_differences(part: str, live: torch.optim.Optimizer, saved: Any, names: Mapping[int, str]) -> list[str]:
     lines = []
     for index, parameter in _parameters_by_index(live, saved).items():
         moments = saved["state"].get(index)
         if is_lazy(parameter):
+            if id(parameter) not in names:
+                lines.append(
+                    f"{part}: parameter {index} is not initialized yet: run one batch through the model before, or "
+                    "restore the model together with its optimizer"
+                )
             continue
         for name, value in moments.items() if isinstance(moments, Mapping) else ():
             wrong = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != parameter.shape

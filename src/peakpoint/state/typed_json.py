@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from peakpoint.errors import ConfigError, FormatError
 from peakpoint.state.json_scalars import (
@@ -123,9 +124,7 @@ class Encoder:
         return encoded
 
     def _array(self, value: np.ndarray[Any, Any], path: StatePath | str) -> dict[str, Any]:
-        if value.dtype.hasobject:
-            raise refusal(path, value, "it holds Python objects, which cannot be kept without pickle")
-        node: dict[str, Any] = {TAG: "ndarray", "dtype": dtype_text(value.dtype, path), "shape": list(value.shape)}
+        node: dict[str, Any] = {TAG: "ndarray", "dtype": _array_dtype(value, path), "shape": list(value.shape)}
         if value.flags.f_contiguous and not value.flags.c_contiguous:
             node["order"] = "F"
         data = value.tobytes(order="C")
@@ -160,12 +159,45 @@ class Encoder:
         return name
 
 
+class StateCheck(Encoder):
+    """Walks through a state and refuses what ``Encoder`` does, without copying a byte of arrays and tensors."""
+
+    def _array(self, value: np.ndarray[Any, Any], path: StatePath | str) -> dict[str, Any]:
+        return {"dtype": _array_dtype(value, path)}
+
+    def _tensor(self, value: torch.Tensor, path: StatePath | str) -> dict[str, Any]:
+        if not is_lazy(value):  # it will have a shape when it is saved
+            check_tensor(value, path)
+        return {}
+
+
+def _array_dtype(value: np.ndarray[Any, Any], path: StatePath | str) -> str:
+    """Return the element type of an array as text.
+
+    Raises:
+        ConfigError: it holds Python objects, or cannot be kept exactly.
+    """
+    if value.dtype.hasobject:
+        raise refusal(path, value, "it holds Python objects, which cannot be kept without pickle")
+    return dtype_text(value.dtype, path)
+
+
 def check_tensor(value: torch.Tensor, path: StatePath | str) -> None:
     """Refuse a tensor that a safetensors file cannot hold exactly.
 
     Raises:
         ConfigError: its class, layout, device or element type has no place in such a file.
     """
+    if is_lazy(value):
+        raise refusal(path, value, "it is not initialized yet; run one batch through the model before it is saved")
+    if hasattr(value, "device_mesh"):
+        raise refusal(
+            path,
+            value,
+            "it is sharded; give an object whose state_dict() returns that of get_model_state_dict() or "
+            "get_optimizer_state_dict() of torch.distributed.checkpoint.state_dict, with "
+            "StateDictOptions(full_state_dict=True), and whose load_state_dict() calls the set_ function beside it",
+        )
     if type(value) not in _TENSOR_TYPES:
         raise refusal(path, value, "only plain tensors and parameters can be kept; convert it to a tensor first")
     if value.layout != torch.strided:
