@@ -1,6 +1,7 @@
 """The laws of the rules, against oracles that count beaters instead of sorting."""
 
 import copy
+import inspect
 import json
 import math
 import pickle
@@ -36,6 +37,7 @@ from peakpoint.rules import (
     ranked,
     ranking_metrics,
 )
+from peakpoint.rules.stopping import EarlyStopping
 from strategies import (
     START,
     Report,
@@ -787,3 +789,39 @@ def test_texts_and_reasons_are_those_of_the_golden_file():
     found = {rule.text: rule.claims(fixed_history()) for rule in fixed_rules()}
     assert found == golden
     assert [parse(text) for text in golden] == fixed_rules()
+
+
+@pytest.mark.parametrize(
+    ("make", "instead"),
+    [
+        (lambda: Best("val_loss"), 'Best("val_accuracy", "max") or Best("val_loss", "min")'),
+        (lambda: Best("val_loss", "min", smoth=3), "Best("),
+        (lambda: Best("val_loss", "minimum"), '"min" (smaller is)'),
+        (lambda: TopK("val_loss", "min"), 'TopK("val_loss", "min", 3)'),
+        (Pareto, "Pareto({"),
+        (lambda: Every(10), "Every(epochs=10)"),
+        (Last, "Last(3)"),
+        (Budget, 'Budget("50 GB")'),
+        (lambda: EarlyStopping("val_loss"), 'EarlyStopping("val_loss", "min", patience=10)'),
+        (lambda: parse("best:val_loss"), "best:val_loss:max (max where larger is better, min where smaller is)"),
+        (lambda: parse("every:10"), "every:10ep or every:500st"),
+        (lambda: parse("bets:a:max"), "best:METRIC:max"),
+        (lambda: parse("best:a:up"), "rule 'best:a:up': mode"),
+        (lambda: parse("best-at:a:max:s:x:y"), "best-at:a:max:SPARSITY"),
+        (lambda: parse(3), '"best:val_loss:min"'),
+        (lambda: check_rules("best"), 'Best("val_loss", "min"), Last(3)'),
+        (lambda: check_rules([Last]), "Last(3)"),
+        (lambda: check_rules(["last:3"]), "peakpoint.rules.parse('last:3')"),
+    ],
+)
+def test_a_wrong_argument_says_what_to_write_instead(make, instead):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert instead in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "__" not in str(caught.value)
+
+
+def test_rules_show_their_arguments():
+    assert list(inspect.signature(TopK).parameters)[:3] == ["metric", "mode", "k"]
+    assert "arguments" not in inspect.signature(Last).parameters

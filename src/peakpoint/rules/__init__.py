@@ -85,9 +85,18 @@ def check_rules(keep: object) -> tuple[Rule, ...]:
     rules = tuple(keep)
     for rule in rules:
         if not isinstance(rule, Rule):
-            kinds = ", ".join(kind.__name__ for kind in get_args(Rule))
-            raise ConfigError(f"keep= takes rules ({kinds}), not {rule!r}")
+            raise ConfigError(_no_rule(rule))
     return rules
+
+
+def _no_rule(value: object) -> str:
+    """Say what to write in place of something that is no rule."""
+    kinds = get_args(Rule)
+    if any(value is kind for kind in kinds):
+        return f"keep= has {value.__name__} without arguments; write {value.usage}"  # type: ignore[attr-defined]
+    if isinstance(value, str):
+        return f"keep= has the text {value!r}; write peakpoint.rules.parse({value!r}), which makes a rule of a text"
+    return f"keep= takes rules ({', '.join(kind.__name__ for kind in kinds)}), not {value!r}"
 
 
 def claims(rules: Iterable[Rule], records: Sequence[CheckpointRecord]) -> dict[str, tuple[Claim, ...]]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peakpoint.format.amounts import read_bytes
-from peakpoint.rules.record import CheckpointRecord, Claim, Reasons
+from peakpoint.rules.record import ArgumentCheck, CheckpointRecord, Claim, Reasons
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(metaclass=ArgumentCheck):
     """Caps the space of a run: what is claimed least goes first, the older before the newer.
 
     The only rule that wants less and not more: it claims nothing. What is protected (the newest checkpoint, those saved
@@ -26,6 +26,7 @@ class Budget:
         'budget:50000000000'
     """
 
+    usage: ClassVar[str] = 'Budget("50 GB")'
     limit: int | str
     needs: ClassVar[tuple[str, ...]] = ()
     ranks_by: ClassVar[tuple[()]] = ()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.metrics import is_number
@@ -123,6 +124,7 @@ class Best(SingleMetricRule):
         'best:val_accuracy:max:smooth=5:min_epoch=10'
     """
 
+    usage: ClassVar[str] = 'Best("val_accuracy", "max") or Best("val_loss", "min")'
     smooth: int = 1
 
     def __post_init__(self) -> None:
@@ -174,6 +176,7 @@ class TopK(SingleMetricRule):
         'topk:val_loss:min:3'
     """
 
+    usage: ClassVar[str] = 'TopK("val_loss", "min", 3)'
     k: int
 
     def __post_init__(self) -> None:
@@ -224,6 +227,7 @@ class BestAtSparsity(SingleMetricRule):
         'best-at:val_accuracy:max:sparsity:0.5,0.9:0.01'
     """
 
+    usage: ClassVar[str] = 'BestAtSparsity("val_accuracy", "max", targets=(0.5, 0.9))'
     targets: tuple[float, ...] = (0.5, 0.7, 0.9)
     tolerance: float = 0.01
     sparsity: str = "sparsity"
@@ -291,6 +295,7 @@ class Pareto(MetricRule):
         'pareto:val_accuracy:max:sparsity:max'
     """
 
+    usage: ClassVar[str] = 'Pareto({"val_accuracy": "max", "sparsity": "max"})'
     objectives: Mapping[str, Mode] | tuple[tuple[str, Mode], ...]
 
     def __post_init__(self) -> None:

@@ -1,10 +1,11 @@
 """What rules look at and what they answer."""
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Checkpoint, Manifest
@@ -12,6 +13,30 @@ from peakpoint.format.names import check_part
 
 Mode = Literal["max", "min"]
 Reasons = dict[str, str]
+
+
+class ArgumentCheck(type):
+    """Of rules: says how one is written when its arguments are too few, too many or unknown."""
+
+    usage: str
+
+    if not TYPE_CHECKING:  # type checkers know the arguments from the fields
+
+        def __call__(cls, *arguments: Any, **options: Any) -> Any:
+            """Make a rule, or say how it is written."""
+            try:
+                return super().__call__(*arguments, **options)
+            except TypeError:
+                try:
+                    inspect.signature(cls).bind(*arguments, **options)
+                except TypeError as error:
+                    raise ConfigError(f"{cls.__name__}: {error}; write {cls.usage}") from None
+                raise
+
+        @property
+        def __signature__(cls) -> inspect.Signature:
+            signature = inspect.signature(cls.__init__)
+            return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +73,7 @@ class Claim:
 def check_mode(rule: str, mode: object) -> None:
     """Refuse a mode that is neither ``"max"`` nor ``"min"``."""
     if mode not in get_args(Mode):
-        raise ConfigError(f'{rule}: mode must be "max" or "min", not {mode!r}')
+        raise ConfigError(f'{rule}: mode must be "max" (larger is better) or "min" (smaller is), not {mode!r}')
 
 
 def check_whole(rule: str, name: str, value: object, minimum: int = 1) -> None:
@@ -84,7 +109,7 @@ def moment_text(record: CheckpointRecord) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeedsParts:
+class NeedsParts(metaclass=ArgumentCheck):
     """Which parts of a checkpoint a rule needs; this argument is common to all rules that claim.
 
     Args:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import ClassVar
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.metrics import is_number
@@ -35,6 +36,7 @@ class Every(NeedsParts):
         'every:60min:24'
     """
 
+    usage: ClassVar[str] = "Every(epochs=10), Every(steps=1000) or Every(minutes=60)"
     epochs: int | None = None
     steps: int | None = None
     minutes: float | None = None
@@ -112,6 +114,7 @@ class Last(NeedsParts):
         'last:3'
     """
 
+    usage: ClassVar[str] = "Last(3)"
     n: int
 
     def __post_init__(self) -> None:
@@ -155,6 +158,7 @@ class Thin(NeedsParts):
         'thin:2'
     """
 
+    usage: ClassVar[str] = "Thin(base=2)"
     base: int = 2
 
     def __post_init__(self) -> None:

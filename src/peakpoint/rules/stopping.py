@@ -7,16 +7,17 @@ at once.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.metrics import is_number
 from peakpoint.format.names import check_metric
 from peakpoint.rules import Mode, check_mode
-from peakpoint.rules.record import check_whole
+from peakpoint.rules.record import ArgumentCheck, check_whole
 
 
 @dataclass(frozen=True, slots=True)
-class EarlyStopping:
+class EarlyStopping(metaclass=ArgumentCheck):
     """Says to stop when a metric has not improved for a while, has reached its goal, or has gone astray.
 
     Args:
@@ -46,6 +47,7 @@ class EarlyStopping:
         'acc has reached its goal: 0.95 is at least 0.9'
     """
 
+    usage: ClassVar[str] = 'EarlyStopping("val_loss", "min", patience=10)'
     metric: str
     mode: Mode
     patience: int = 10

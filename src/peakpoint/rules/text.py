@@ -35,6 +35,8 @@ def parse(text: str) -> Rule:
         >>> parse("best:loss:min:smooth=5").smooth
         5
     """
+    if not isinstance(text, str):
+        raise ConfigError(f'a rule in its compact form is a text such as "best:val_loss:min", not {text!r}')
     kind, *arguments = text.split(":")
     options: dict[str, Any] = {}
     parts = None
@@ -48,13 +50,24 @@ def parse(text: str) -> Rule:
         rule = _metric_rule(kind, arguments, {**options, "parts": parts})
         if rule is None and not options:
             rule = _other_rule(kind, arguments, parts)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, OverflowError) as error:
+    except ConfigError as error:
         raise ConfigError(f"rule {text[:200]!r}: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"rule {text[:200]!r} has a number that cannot be read; write {_forms(kind, [*arguments, ''])}"
+        ) from error
     if rule is None:
-        raise ConfigError(f"{text!r} is not a rule. Forms: {FORMS}")
+        raise ConfigError(f"{text[:200]!r} is not a rule; write {_forms(kind, [*arguments, ''])}")
     return rule
+
+
+def _forms(kind: str, arguments: list[str]) -> str:
+    """Return how rules of one kind are written, or all of them."""
+    forms = [form for form in FORMS.partition("; ")[0].split() if form.startswith(f"{kind}:")]
+    if not forms:
+        return f"one of: {FORMS}"
+    direction = " (max where larger is better, min where smaller is)" if "METRIC" in forms[0] else ""
+    return " or ".join(form.replace("METRIC", arguments[0] or "METRIC", 1) for form in forms) + direction
 
 
 def parse_all(text: str) -> tuple[Rule, ...]:
