@@ -223,6 +223,19 @@ def test_names_that_are_taken_get_a_number(tmp_path):
         {"keep": "last:1"},
         {"keep": [1]},
         {"keep": 3},
+        {"keep": []},
+        {"keep": [pp.Budget("1 GB")]},
+        {"keep": [pp.Last]},
+        {"keep": ["last:1"]},
+        {"resume": True},
+        {"resume": None},
+        {"strict": "no"},
+        {"overlap": None},
+        {"stop": "val_loss"},
+        {"preempt": True},
+        {"name": 3},
+        {"undo_for": [1]},
+        {"on_save_error": True},
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, options):
@@ -230,6 +243,35 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, option
     with pytest.raises(pp.errors.ConfigError):
         checkpointer(root, **options)
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "instead"),
+    [
+        (lambda ckpt: list(ckpt.epochs("10")), "such as 10, not '10'"),
+        (lambda ckpt: list(ckpt.epochs(10.0)), "such as 10, not 10.0"),
+        (lambda ckpt: list(ckpt.epochs(True)), "of at least 0"),
+        (lambda ckpt: list(ckpt.steps(-1)), "of at least 0"),
+        (lambda ckpt: ckpt.report(0.5), "such as report(loss=0.5)"),
+        (lambda ckpt: ckpt.report(loss=torch.zeros(3)), "has the shape [3]; report one real number"),
+        (lambda ckpt: ckpt.report(epoch=1.5), "epoch must be a whole number"),
+        (lambda ckpt: ckpt.save(3), 'save("end of warmup")'),
+        (lambda ckpt: list(ckpt.batches(3)), "takes a DataLoader"),
+    ],
+)
+def test_a_wrong_argument_says_what_to_write_instead(call, instead):
+    with checkpointer(MemoryStore()) as ckpt, pytest.raises(pp.errors.ConfigError) as caught:
+        call(ckpt)
+    assert instead in str(caught.value)
+
+
+def test_a_checkpointer_without_a_place_says_what_to_give():
+    with pytest.raises(pp.errors.ConfigError, match='such as "runs"'):
+        checkpointer(None)
+    with pytest.raises(pp.errors.ConfigError, match='write resume="must"'):
+        checkpointer(MemoryStore(), resume=True)
+    with pytest.raises(pp.errors.ConfigError, match=r"not a torch\.nn\.modules\.linear\.Linear"):
+        checkpointer(MemoryStore(), state=torch.nn.Linear(1, 1))
 
 
 def test_a_state_that_cannot_be_kept_is_refused_and_leaves_no_checkpoint(tmp_path):

@@ -74,7 +74,7 @@ def read_duration(name: str, value: object) -> timedelta:
     seconds: float | Decimal | None = None
     if isinstance(value, timedelta):
         seconds = value.total_seconds()
-    elif value in {"0", 0} and not isinstance(value, bool):
+    elif value in ("0", 0) and not isinstance(value, bool):
         seconds = 0
     elif isinstance(value, str):
         seconds = _amount(value, _SECONDS)

@@ -23,6 +23,7 @@ from peakpoint.state import rng
 from peakpoint.state.encode_cache import EncodeCache
 from peakpoint.state.functions import RAISED_BY_PROGRAMS
 from peakpoint.state.host_copy import Storage, storage_of, versions_of
+from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.origin import PartOrigin, origins_of, param_groups
 from peakpoint.state.step_guard import StateCopy
 from peakpoint.state.streamed_copy import RingBuffer
@@ -50,7 +51,9 @@ def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
             exactly; the message says where it is.
     """
     if not isinstance(state, Mapping):
-        raise ConfigError(f'state= takes a mapping such as {{"model": model, "optimizer": optimizer}}, not {state!r}')
+        raise ConfigError(
+            f'state= takes a mapping such as {{"model": model, "optimizer": optimizer}}, not a {kind_of(state)}'
+        )
     if not state:
         raise ConfigError('state= is empty: name at least one part, such as {"model": model}')
     parts = {check_part(name): value for name, value in state.items()}

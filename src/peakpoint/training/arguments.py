@@ -1,10 +1,12 @@
 """The arguments of a checkpointer, and what to write in place of those that cannot work."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_text, did_you_mean
+from peakpoint.rules import Budget, Rule, check_rules
 from peakpoint.rules.stopping import EarlyStopping
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.training.preemption import Preempt
@@ -12,6 +14,19 @@ from peakpoint.training.preemption import Preempt
 _RESUME = 'resume= takes "auto", "must", "never" or a ref such as "RUN:epoch=3"'
 _INSTEAD = {True: 'write resume="must"', False: 'write resume="never"', None: 'write resume="auto"'}
 ON_SAVE_ERROR = ("raise", "warn")
+
+
+def check_keep(keep: object) -> tuple[Rule, ...]:
+    """Return the argument ``keep``.
+
+    Raises:
+        ConfigError: it is no list of rules, or none of them would keep anything.
+    """
+    checked = check_rules(keep)
+    if all(isinstance(rule, Budget) for rule in checked):
+        problem = "has nothing but a budget, which" if checked else "is empty, and"
+        raise ConfigError(f"keep= {problem} keeps no checkpoint: add a rule that does, such as keep=[pp.Last(1)]")
+    return checked
 
 
 def check_resume(resume: object) -> str:
@@ -49,12 +64,16 @@ def check_flags(**flags: object) -> None:
             raise ConfigError(f"{name}= takes True or False, not {value!r}")
 
 
-def check_objects(stop: object, preempt: object) -> None:
-    """Refuse other kinds of objects for ``stop`` and ``preempt``.
+def check_objects(root: object, name: object, stop: object, preempt: object) -> None:
+    """Refuse other kinds of objects than these arguments take.
 
     Raises:
         ConfigError: says what to write.
     """
+    if not isinstance(root, str | os.PathLike) and not hasattr(root, "create"):
+        raise ConfigError(f'the first argument is the repository, a directory such as "runs" or a store, not {root!r}')
+    if not isinstance(name, str):
+        raise ConfigError(f'name= takes a template such as "epoch{{epoch}}_step{{step}}", not {name!r}')
     if not (stop is None or isinstance(stop, EarlyStopping)):
         raise ConfigError(f'stop= takes pp.EarlyStopping("val_loss", "min"), for example, not {stop!r}')
     if not (preempt is None or isinstance(preempt, Preempt)):

@@ -11,7 +11,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, SupportsIndex
 
-from peakpoint import rules
 from peakpoint.errors import ConfigError, SaveFailedError
 from peakpoint.format import names
 from peakpoint.format.amounts import read_duration
@@ -114,10 +113,10 @@ class Checkpointer(Closing):
     ) -> None:
         self.run = names.check_run(run)
         self.state = check_state(state)
-        self.rules = rules.check_rules(keep)
+        self.rules = arguments.check_keep(keep)
         check_needs(self.rules, self.state)
         arguments.check_flags(strict=strict, overlap=overlap)
-        arguments.check_objects(stop, preempt)
+        arguments.check_objects(root, name, stop, preempt)
         self._resume, self._strict = arguments.check_resume(resume), strict
         self._only_warns = arguments.check_choice("on_save_error", on_save_error, arguments.ON_SAVE_ERROR) == "warn"
         self._stopping = None if stop is None else StoppingState(stop)
@@ -220,7 +219,7 @@ class Checkpointer(Closing):
             self._writer.guard.wait()  # the code after a loop may write to the weights
 
     def _iterate(self, loop: LoopMethod, n: SupportsIndex) -> Iterator[int]:
-        total = count("n", n)
+        total = count(f"the argument of {loop.__name__}()", n)
         self._check_open()
         if self._loop.running:
             raise ConfigError(

@@ -46,8 +46,10 @@ def check_iterable(loader: Iterable[Any]) -> None:
     """Refuse an iterator over a loader: it has begun, with the generators of another moment.
 
     Raises:
-        ConfigError: it is one, such as ``enumerate(loader)``.
+        ConfigError: it is one, such as ``enumerate(loader)``, or nothing that can be iterated.
     """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ConfigError(f"batches() takes a DataLoader or something else to loop over, not {loader!r}")
     iterators = [loader, *(gc.get_referents(loader) if isinstance(loader, Iterator) else ())]
     iterators += [inner for value in iterators if isinstance(value, tuple) for inner in value]
     if any(isinstance(value, _BaseDataLoaderIter) for value in iterators):

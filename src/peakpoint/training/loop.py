@@ -25,9 +25,10 @@ def count(name: str, value: SupportsIndex) -> int:
     try:
         number = operator.index(value)
     except TypeError as error:
-        raise ConfigError(f"{name}={value!r} must be a whole number") from error
-    if not 0 <= number < 2**63:
-        raise ConfigError(f"{name}={str(number)[:30]} must not be negative, and be less than 2**63")
+        raise ConfigError(f"{name} must be a whole number, such as 10, not {value!r}") from error
+    if isinstance(value, bool) or not 0 <= number < 2**63:
+        shown = repr(value) if isinstance(value, bool) else str(number)[:30]
+        raise ConfigError(f"{name} must be a whole number of at least 0 and less than 2**63, not {shown}")
     return number
 
 

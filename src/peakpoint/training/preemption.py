@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -30,7 +31,9 @@ class Preempt:
     exit_code: int = 75
 
     def __post_init__(self) -> None:
-        if not 0 <= self.exit_code <= 255:
+        if not isinstance(self.signals, Iterable):
+            raise ConfigError(f"Preempt: signals are given as a tuple, such as (signal.SIGTERM,), not {self.signals!r}")
+        if not isinstance(self.exit_code, int) or not 0 <= self.exit_code <= 255:
             raise ConfigError(f"Preempt: exit_code must be between 0 and 255, not {self.exit_code!r}")
         for number in self.signals:
             if number in (signal.SIGKILL, signal.SIGSTOP) or number not in signal.valid_signals():
