@@ -975,14 +975,13 @@ def test_nothing_in_the_package_runs_code_from_files():
     # what reads the files of other tools, restricted: tests/exchange/test_imports.py has the files that mean harm
     import_only = {
         "exchange/dcp.py": ["import pickle"],
-        "exchange/pickles.py": ["import pickle", "torch.load"],
+        "exchange/constructors.py": ["import pickle"],
+        "exchange/pickles.py": ["import pickle"],
+        "exchange/unpickler.py": ["import pickle"],
     }
     kept = {name: [line.partition(": ")[2] for line in lines] for name, lines in found.items() if lines}
     assert kept == import_only
-    assert re.findall(r"torch\.load\(.*\)", (SOURCE / "exchange/pickles.py").read_text()) == [
-        'torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)'
-    ]
-    assert "pickle.load" not in (SOURCE / "exchange/dcp.py").read_text() + (SOURCE / "exchange/pickles.py").read_text()
+    assert not any(re.search(r"pickle\.loads?\(", (SOURCE / name).read_text()) for name in import_only)
 
 
 def test_a_pickle_in_place_of_a_file_is_not_opened(alone, tmp_path):

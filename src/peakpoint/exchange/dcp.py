@@ -16,6 +16,7 @@ import torch
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.exchange import pickles
+from peakpoint.exchange.constructors import PATHS
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORD_NAMES = frozenset(
@@ -58,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if full == "torch.Size":
             return torch.Size
-        kind = self._kinds.get(full) or _DTYPES.get(full) or pickles.PATHS.get(full)
+        kind = self._kinds.get(full) or _DTYPES.get(full) or PATHS.get(full)
         if kind is None:
             raise FormatError(
                 f".metadata was not loaded: it names {full}, which does not belong there; if you trust the folder, "

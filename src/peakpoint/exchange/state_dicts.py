@@ -13,6 +13,8 @@ from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import EPOCH, STEPS, LogRow, as_count, as_number, metric_name, readable
 from peakpoint.exchange.part_names import EXTRA, find_parts, is_optimizer, is_weights
 from peakpoint.exchange.pickles import check_inert
+from peakpoint.exchange.pruning import Pruning, sentences
+from peakpoint.exchange.unpickler import Unbuilt
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
 from peakpoint.state.typed_json import Encoder
@@ -89,6 +91,8 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
     Raises:
         FormatError: it is not a dict with tensors.
     """
+    if isinstance(content, Unbuilt):
+        raise FormatError(f"{path} was not loaded: it holds {_whole_object(content)}")
     if not isinstance(content, dict) or not content:
         raise FormatError(f"{path} holds a {type(content).__name__}, and not a dict with state dicts")
     if is_weights(content):
@@ -101,6 +105,9 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
     parts, part_names, extra = find_parts(content, options.parts)
     _add_listed_parts(parts, part_names, extra)
     if not parts:
+        objects = [f"{key} is {_whole_object(value)}" for key, value in content.items() if isinstance(value, Unbuilt)]
+        if objects:
+            raise FormatError(f"{path} was not loaded: it holds no state dict: {'; '.join(objects)}")
         raise FormatError(
             f"{path} holds no state dict; it has {', '.join(content)}: name one with --part NAME=model, or with "
             "--part NAME.DEEPER=model where it is deeper"
@@ -127,6 +134,14 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
         generators=generators,
         notes=tuple(notes),
         optimizer=_optimizer_name(extra),
+    )
+
+
+def _whole_object(value: Unbuilt) -> str:
+    """Return what an object is that was saved whole, and what to do."""
+    return (
+        f"a whole {value.name}, which needs the code of its class: where that can be imported, load the file with "
+        "torch.load(FILE, weights_only=False) if you trust it, and torch.save({'model': MODEL.state_dict()}, FILE)"
     )
 
 
@@ -250,18 +265,54 @@ def _lightning_complete(extra: Mapping[str, Any]) -> bool:
 
 
 def storable(checkpoint: ForeignCheckpoint) -> tuple[ForeignCheckpoint, list[str]]:
-    """Return what can be stored exactly, and a note on every extra that cannot, which is left out.
+    """Return what can be stored exactly, and a note on everything that cannot, which is left out.
+
+    Of the model nothing is left out but what a module has added by ``get_extra_state``, the other parts are left out as
+    a whole, and of what is no part, single values are.
 
     Raises:
-        ConfigError: a part cannot be stored exactly.
+        FormatError: a value of the model was not built from the file.
+        ConfigError: the model cannot be stored exactly.
     """
+    parts, extra, notes = dict(checkpoint.parts), dict(checkpoint.extra), []
     for part, value in checkpoint.parts.items():
-        Encoder().encode(value, f'state["{names.check_part(part)}"]')
-    extra, notes = dict(checkpoint.extra), []
-    for key, value in checkpoint.extra.items():
+        names.check_part(part)
+        if part == "model":
+            notes += _without_extra_state(value)
+        try:
+            _check_part(part, value)
+        except (ConfigError, FormatError) as error:
+            if part == "model" or len(parts) == 1:
+                raise
+            del parts[part]
+            notes.append(f"LEFT OUT: the part {part}: {error}")
+    pruning = Pruning()
+    pruning.prune(extra, EXTRA)
+    notes += [f"LEFT OUT: {sentence}" for sentence in sentences(pruning.gaps)]
+    for key, value in list(extra.items()):
         try:
             Encoder().encode(value, f'{EXTRA}["{key}"]')
         except ConfigError as error:
             del extra[key]
             notes.append(f"LEFT OUT: {error}")
-    return replace(checkpoint, extra=extra), notes
+    return replace(checkpoint, parts=parts, extra=extra), notes
+
+
+def _check_part(part: str, value: Any) -> None:
+    pruning = Pruning()
+    gaps = [gap for gap in (pruning.prune(value, part), *pruning.gaps) if gap is not None]
+    if gaps:
+        raise FormatError("; ".join(sentences(gaps)))
+    Encoder().encode(value, f'state["{part}"]')
+
+
+def _without_extra_state(model: dict[str, Any]) -> list[str]:
+    """Take what was not built out of what modules have added to their state; returns notes."""
+    notes = []
+    for key in [key for key in model if str(key).endswith("_extra_state")]:
+        pruning = Pruning()
+        whole = pruning.prune(model[key], f'model["{key}"]')
+        if whole is not None or pruning.gaps:
+            notes += [f"LEFT OUT: {sentence}" for sentence in sentences([whole] if whole else pruning.gaps)]
+            del model[key]
+    return notes
