@@ -1,5 +1,6 @@
 """Import: a value of a class that is not built is left out and named, nothing of the file is run, the rest comes in."""
 
+import argparse
 import decimal
 import io
 import operator
@@ -13,6 +14,8 @@ import torch
 import peakpoint as pp
 from foreign_files import Call, Net, hostile, objects
 from peakpoint.exchange import pickles
+from peakpoint.exchange.sources import find, read
+from peakpoint.exchange.state_dicts import ReadOptions, storable
 from peakpoint.exchange.unpickler import Unbuilt
 from training import same
 
@@ -51,10 +54,11 @@ HERE = __name__
 
 
 def kept(tmp_path, content, **options):
-    """Import a file; returns what it has become, and the notes."""
+    """Save and read a file; returns what would be imported, and the notes."""
     torch.save(content, tmp_path / "a.pth")
-    report = pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "root", run="r", **options)
-    return pp.load("r@latest", root=tmp_path / "root"), [*report.notes, *report.checkpoints[0].notes]
+    [source], _ = find(tmp_path / "a.pth")
+    checkpoint, notes = storable(read(source, ReadOptions(**options)))
+    return {**checkpoint.parts, "extra": checkpoint.extra}, [*checkpoint.notes, *notes]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,15 @@ def test_one_value_does_not_bar_the_others(value, name, tmp_path):
     assert ("--inert" in said[0]) == name.startswith(HERE)
 
 
+def test_what_is_left_out_is_in_the_report_of_an_import(tmp_path):
+    torch.save({"state_dict": Net().state_dict(), "hyper_parameters": {"lr": 0.1, "cfg": Config()}}, tmp_path / "a.pth")
+    [source] = pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "root", run="r").checkpoints
+    assert any(note.startswith('LEFT OUT: extra["hyper_parameters"]["cfg"]: ') for note in source.notes)
+    loaded = pp.load("r@latest", root=tmp_path / "root")
+    assert loaded["extra"] == {"hyper_parameters": {"lr": 0.1}}
+    assert loaded["model"].keys() == Net().state_dict().keys()
+
+
 def test_many_values_of_a_class_are_one_note(tmp_path):
     _, notes = kept(tmp_path, {"model": Net().state_dict(), "log": {f"a{n}": History() for n in range(50)}})
     [note] = [note for note in notes if note.startswith("LEFT OUT")]
@@ -106,7 +119,7 @@ def test_many_values_of_a_class_are_one_note(tmp_path):
 def test_a_namespace_of_the_standard_library_is_kept(tmp_path):
     inner = types.SimpleNamespace(lr=0.1, inner=types.SimpleNamespace(x=[1]))
     loaded, notes = kept(tmp_path, {"model": Net().state_dict(), "cfg": inner})
-    assert loaded["extra"] == {"cfg": {"lr": 0.1, "inner": {"x": [1]}}}
+    assert loaded["extra"] == {"cfg": argparse.Namespace(lr=0.1, inner=argparse.Namespace(x=[1]))}
     assert not [note for note in notes if "LEFT OUT" in note]
 
 
@@ -133,17 +146,15 @@ def test_an_optimizer_that_is_not_whole_is_left_out_as_a_whole(tmp_path):
     state = optimizer.state_dict()
     state["param_groups"][0]["betas"] = Items([0.9, 0.99])
     loaded, notes = kept(tmp_path, {"model": model.state_dict(), "optimizer": state})
-    assert list(loaded) == ["model"]
+    assert list(loaded) == ["model", "extra"]
     [note] = [note for note in notes if note.startswith("LEFT OUT: the part optimizer: ")]
     assert f'optimizer["param_groups"][0]["betas"]: {HERE}.Items' in note
-    loaded, _ = kept(tmp_path / "..", {"model": model.state_dict(), "optimizer": state}, inert=[f"{HERE}.Items"])
 
 
 @pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), Config(), [Config()]])
 def test_a_model_that_is_not_whole_is_refused(value, tmp_path):
-    torch.save({"model": {**Net().state_dict(), "odd": value}}, tmp_path / "a.pth")
     with pytest.raises(pp.errors.FormatError, match=r'model\["odd"\].*is not built from a file'):
-        pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "root", run="r")
+        kept(tmp_path, {"model": {**Net().state_dict(), "odd": value}})
 
 
 def test_what_modules_add_to_their_state_is_left_out_alone(tmp_path):
@@ -153,15 +164,12 @@ def test_what_modules_add_to_their_state_is_left_out_alone(tmp_path):
         assert loaded["model"]["b._extra_state"] == {"scale": 2}
         assert "a._extra_state" not in loaded["model"]
         assert 'LEFT OUT: model["a._extra_state"]: _io.BytesIO is not built from a file' in notes
-        (tmp_path / "root").rename(tmp_path / "before")
-        tmp_path = tmp_path / "before"
 
 
 def test_a_whole_module_is_refused_and_the_way_is_told(tmp_path):
     for content in (Net(), {"model": Net(), "epoch": 1}):
-        torch.save(content, tmp_path / "a.pth")
         with pytest.raises(pp.errors.FormatError, match=r"a whole foreign_files\.Net, .*state_dict\(\)"):
-            pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "root", run="r")
+            kept(tmp_path, content)
 
 
 def test_nothing_that_a_file_names_is_called(tmp_path):
