@@ -1,5 +1,6 @@
 """What is changed while somebody looks at it is no damage and no litter, and what is damaged still is."""
 
+import contextlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -10,10 +11,11 @@ from peakpoint.format import layout
 from peakpoint.format.events import Removed
 from peakpoint.production import promotion
 from peakpoint.production.proposal import propose
-from peakpoint.repository import audit, maintenance
+from peakpoint.repository import audit, maintenance, removal
 from peakpoint.repository.journal import Journal
-from peakpoint.repository.removal import delete, drop_parts
+from peakpoint.repository.removal import drop_parts
 from peakpoint.repository.root import Repository
+from peakpoint.rules.retention import Removal
 from peakpoint.store import LocalStore
 from training import checkpointer, parts
 
@@ -61,7 +63,12 @@ class Meddled(LocalStore):
 
 def removed(run):
     """By one who has asked before whether somebody reads it."""
-    delete(run.store, run.manifests()[0])
+    remove(run, run.manifests()[0])
+
+
+def remove(run, manifest):
+    with contextlib.closing(Journal(run.store, run.name, lambda: NOW)) as journal:
+        removal.remove(run.store, journal, [Removal(manifest, "why")], by="a test")
 
 
 def trashed(run):
@@ -140,7 +147,7 @@ def test_a_training_passes_over_a_checkpoint_that_goes_while_it_resumes(tmp_path
     trained(tmp_path, epochs=2)
     run = run_of(tmp_path)
     model, optimizer = parts(width=64)
-    store = Meddled(tmp_path, "model.safetensors", lambda: delete(run.store, run.manifests()[-1]))
+    store = Meddled(tmp_path, "model.safetensors", lambda: remove(run, run.manifests()[-1]))
     with (
         pytest.warns(pp.PeakpointWarning, match="was removed a moment ago"),
         checkpointer(store, state={"model": model, "optimizer": optimizer}) as ckpt,
@@ -195,7 +202,7 @@ def test_an_audit_follows_an_alias_that_moves(tmp_path):
 
     def move():
         promotion.promote(propose(found, "r:epoch=1", "champion"), "why", force=True)
-        delete(found.store, first)
+        remove(found.run("r"), first)
 
     store = Meddled(tmp_path, layout.manifest_key("r", first.name), move)
     result = audit.audit(Repository(store))

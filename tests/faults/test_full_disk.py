@@ -200,7 +200,7 @@ def test_a_real_disk_is_freed(small_disk):
             ckpt.wait()
     command("rm", root, "r:1", "--yes")
     for words in (
-        ["undo", root, "--empty"],
+        ["undo", root, "--empty", "--yes"],
         ["rm", root, "r:2", "--undo-for", "0", "--yes"],
         ["keep", root, "r", "--rules", "last:1", "--undo-for", "0", "--yes"],
         ["audit", root, "--clean"],

@@ -60,7 +60,7 @@ COMMANDS = (
     ("rm", "r:epoch=2", "--yes", "--undo-for", "0"),
     ("archive", "r"),
     ("archive", "packed", "--restore"),
-    ("undo", "--empty"),
+    ("undo", "--empty", "--yes"),
     ("audit", "--clean"),
 )
 

@@ -124,7 +124,7 @@ def test_what_is_rounded_and_anneals_to_a_constant_is_never_a_peak(examples, ear
         for number, count in enumerate(counts, 1)
     )
     run = SimpleNamespace(
-        name="r", history=history, rules=(), kept={}, saved=frozenset(), checkpoints=(),
+        name="r", history=history, rules=(), kept={}, saved=frozenset(), damaged=(), checkpoints=(),
         series=lambda metric: [report.metrics[metric] for report in history], best_checkpoint=lambda metric, mode: None,
     )  # fmt: skip
     [one] = run_peaks(run, "m", mode, Examples())

@@ -34,12 +34,12 @@ from peakpoint.format import layout
 from peakpoint.format.events import Closed, Promoted, Promoting, Removed
 from peakpoint.format.sealed import seal, unseal
 from peakpoint.repository import aliases, maintenance, reader, removal
+from peakpoint.repository.alias_holders import aliases_by_checkpoint, newest_of_all
 from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.aliases import (
     AliasChange,
     AliasTarget,
     alias_at,
-    aliases_by_checkpoint,
     append,
     back_from,
     history,
@@ -230,7 +230,7 @@ def test_families_and_what_lies_about_in_the_directories(tmp_path):
     assert names(store) == ["a.b/c+d", "champion", "resnet50", "resnet50/champion"]
     assert set(map(tuple, numbers_by_alias(store).values())) == {(1,)}
     assert protected_by_aliases(store, []).keys() == {identity(1)}
-    assert not aliases.newest_of_all(store)[1]
+    assert not newest_of_all(store)[1]
 
 
 def test_a_name_that_is_none_is_answered_with_near_ones():
@@ -347,7 +347,7 @@ def test_a_record_that_contradicts_itself_is_no_answer(members, error, words):
     with pytest.raises(error, match=words):
         holder(store, "champion")
     assert words in history(store, "champion").damage[0]
-    assert list(aliases.newest_of_all(store)[1]) == ["champion"]
+    assert list(newest_of_all(store)[1]) == ["champion"]
     assert protected_by_aliases(store, ["x"])["x"].startswith("what champion protects is not known")
 
 
@@ -499,7 +499,7 @@ def test_what_is_protected_is_what_is_held_and_was_held_last(done):
         said = [f"{alias} since 2026-03-01 12:00 UTC" for alias in held]
         said = said or [f"was {alias} (one of its last {model[alias][-1][1]})" for _, alias in expected[checkpoint]]
         assert why == "; ".join(said)
-    heads, unread = aliases.newest_of_all(store)
+    heads, unread = newest_of_all(store)
     assert unread == {}
     assert aliases_by_checkpoint(heads.values()) == {
         checkpoint: tuple(alias for how, alias in held if how == "is")
@@ -843,7 +843,10 @@ def test_an_audit_finds_an_alias_that_points_at_nothing(promoted, tmp_path):
     where = layout.alias_key("champion", 3)
     assert findings(tmp_path) == [("damage", where, f"{what} has another manifest than when it was promoted")]
     shutil.rmtree(promoted.store.path(layout.checkpoint_prefix("r", one.name)))
-    assert findings(tmp_path) == [("damage", where, f"{what} does not exist")]
+    first, (kind, key, lost) = findings(tmp_path)
+    assert first == ("damage", where, f"{what} does not exist")
+    assert (kind, key) == ("damage", layout.checkpoint_prefix("r", one.name))
+    assert "is missing, although the journal says that it was saved" in lost
     shutil.rmtree(tmp_path / "runs")
     assert len(findings(tmp_path)) == 2, "both aliases"
 
@@ -959,7 +962,7 @@ def test_a_record_that_the_disk_does_not_give_is_told():
     store = Broken()
     for alias in ("a", "b"):
         append(store, alias, change(), after=None)
-    found, unread = aliases.newest_of_all(store)
+    found, unread = newest_of_all(store)
     assert (list(found), unread) == (["b"], {"a": "input/output error"})
     with pytest.raises(StoreError):
         protected_by_aliases(store, [])  # nothing is removed then, and the next save tries again

@@ -99,7 +99,7 @@ def test_the_trash_can_be_emptied(tmp_path):
     command("rm", tmp_path, "r:epoch=0", "r:epoch=1", "--yes", "--undo-for", "30d")
     told = command("explain", tmp_path, "r:epoch=0")
     assert f"peakpoint undo {shlex.quote(str(tmp_path))} r/" in told
-    assert "permanently deleted 2 checkpoints" in command("undo", tmp_path, "--empty")
+    assert "permanently deleted 2 checkpoints" in command("undo", tmp_path, "--empty", "--yes")
     told = command("explain", tmp_path, "r:epoch=0")
     assert "permanently deleted" in told
     assert "undo" not in told

@@ -5,6 +5,7 @@ one is another, or cannot be had, all directories are listed and the newest reco
 written was read behind the lock, so that it is never older than what it replaces.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,10 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 from peakpoint.catalogue import schema
 from peakpoint.catalogue.changes import is_same
 from peakpoint.catalogue.refresh import lock
+from peakpoint.errors import StoreError
 from peakpoint.format import layout
-from peakpoint.repository.aliases import AliasRecord, directories, newest_of_all
+from peakpoint.repository.alias_holders import newest_of_all
+from peakpoint.repository.aliases import AliasRecord, directories
 from peakpoint.store import Store
 
 
@@ -73,10 +76,11 @@ def refresh_aliases(
 def _stamps(store: Store) -> dict[str, str | None]:
     """The stamps of all directories in which a record may come, also of those without one; before they are listed."""
     stamps = {layout.ALIASES: store.stamp(layout.ALIASES)}
-    for first in directories(store):
-        stamps[layout.alias_prefix(first)] = store.stamp(layout.alias_prefix(first))
-        prefixes = map(layout.alias_prefix, directories(store, first))
-        stamps |= {prefix: store.stamp(prefix) for prefix in prefixes}
+    with contextlib.suppress(StoreError):  # what cannot be listed is looked at again every time
+        for first in directories(store):
+            stamps[layout.alias_prefix(first)] = store.stamp(layout.alias_prefix(first))
+            prefixes = map(layout.alias_prefix, directories(store, first))
+            stamps |= {prefix: store.stamp(prefix) for prefix in prefixes}
     return stamps
 
 

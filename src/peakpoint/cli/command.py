@@ -104,12 +104,14 @@ class Answer:
         text: for people: lines, or a function that prints on a console.
         problems: lines for standard error.
         exit_code: 0 is success.
+        json_exit_code: instead, with ``--json``.
     """
 
     data: Any
     text: str | Callable[[Console], object]
     problems: Sequence[str] = ()
     exit_code: int = 0
+    json_exit_code: int = 0
 
 
 def _builtin(value: Any) -> Any:
@@ -128,8 +130,8 @@ def _show(answer: Answer, *, as_json: bool) -> None:
         say(answer.text)
     for problem in answer.problems:
         complain(problem)
-    if answer.exit_code:
-        sys.exit(answer.exit_code)
+    if exit_code := (as_json and answer.json_exit_code) or answer.exit_code:
+        sys.exit(exit_code)
 
 
 def command(
@@ -149,6 +151,11 @@ def command(
         return made_command
 
     return decorate
+
+
+def confirm(question: str) -> bool:
+    """Ask somebody at a terminal; False where there is none."""
+    return is_terminal(sys.stdin) and click.confirm(question, err=True)
 
 
 def confirmed(function: Callable[..., Answer]) -> Callable[..., Answer]:

@@ -17,12 +17,12 @@ from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, REF, ROOT, Answer, command, progress_bar, reads, status_line
 from peakpoint.cli.render import count, fields, literal, ref
 from peakpoint.cli.terminal import complain, say
-from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, RefusedError
+from peakpoint.errors import ConfigError, CorruptError, NotFoundError, RefusedError
 from peakpoint.format.amounts import read_duration, read_time
 from peakpoint.format.manifest import Manifest
 from peakpoint.production import validation
 from peakpoint.production.policy import read_policies
-from peakpoint.repository import aliases, signing
+from peakpoint.repository import alias_holders, aliases, signing
 from peakpoint.repository.aliases import AliasRecord
 from peakpoint.repository.provenance import utc_now
 from peakpoint.repository.root import Repository, open_repository
@@ -220,18 +220,8 @@ def history(root: Path, alias: str | None, at: str | None) -> Answer:
 
 
 def _all(store: Store) -> Answer:
-    newest: list[AliasRecord] = []
-    damage: list[str] = []
-    for name in aliases.names(store):
-        try:
-            record = aliases.newest(store, name)
-        except FormatError as error:
-            damage.append(f"{name}: {error}")
-            continue
-        if isinstance(record, AliasRecord):
-            newest.append(record)
-        elif record is not None:
-            damage.append(f"{name}: {record.error}")
+    records, errors = alias_holders.newest_of_all(store)
+    newest, damage = list(records.values()), [f"{name}: {why}" for name, why in errors.items()]
 
     def text(console: Console) -> None:
         columns = [

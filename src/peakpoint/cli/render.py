@@ -3,7 +3,7 @@
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from peakpoint.errors import printable, printable_lines
 from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.settings import Settings
-from peakpoint.repository import aliases
+from peakpoint.repository import alias_holders
 from peakpoint.repository.run import Run
 from peakpoint.rules import Claim
 
@@ -200,6 +200,11 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
+def left_out(runs: Mapping[str, str]) -> list[str]:
+    """Say of runs why they cannot be read."""
+    return [f"run {name!r} cannot be read and is left out: {why}" for name, why in runs.items()]
+
+
 def print_list(console: Console, lines: Iterable[str]) -> None:
     """Print lines of markup as a list."""
     for line in lines:
@@ -227,8 +232,8 @@ def alias_columns(names: Sequence[Iterable[str]]) -> list[Column]:
 
 def aliases_of(run: Run) -> dict[str, tuple[str, ...]]:
     """Return the ids of the checkpoints of a run that aliases point at, with the aliases; warn of damaged ones."""
-    newest, damaged = aliases.newest_of_all(run.store)
+    newest, damaged = alias_holders.newest_of_all(run.store)
     for alias, why in damaged.items():
         complain(f"cannot read what alias {alias!r} points at: {why}")
     in_run = (record for record in newest.values() if record.target is not None and record.target.run == run.name)
-    return aliases.aliases_by_checkpoint(in_run)
+    return alias_holders.aliases_by_checkpoint(in_run)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from peakpoint.cli.command import INCOMPLETE, PATH, ROOT, Answer, command, metric_with_mode, reads, status_line
-from peakpoint.cli.render import literal
+from peakpoint.cli.render import left_out, literal
 from peakpoint.cli.tables import PlainTable
 from peakpoint.errors import ConfigError, ConflictError, printable
 from peakpoint.format.amounts import size_text
@@ -67,8 +67,9 @@ def report(
     paths = [path for target in targets for path in evaluation.write(result, target, force=force, separate=separate)]
     lines = "\n".join(f"wrote {path} ({size_text(path.stat().st_size)})" for path in paths)
     data = files.as_json(result) | {"files": list(map(str, paths))}
-    exit_code = INCOMPLETE if any(run.remarks for run in result.runs) else 0
-    return Answer(data, lines if targets else lambda console: _print(console, result), exit_code=exit_code)
+    problems = left_out(result.unread)
+    exit_code = INCOMPLETE if problems or any(run.remarks for run in result.runs) else 0
+    return Answer(data, lines if targets else lambda console: _print(console, result), problems, exit_code)
 
 
 def _examples(texts: tuple[str, ...]) -> int | dict[str, int] | None:
@@ -148,12 +149,13 @@ def changelog(
     repository = open_repository(root)
     entries = changelogs.entries(repository, only=runs or None, kinds=kinds, **period)
     page = markdown.by_day(entries, repository.store.location, everything=all_entries)
+    exit_code = INCOMPLETE if any(entry.kind == "damage" for entry in entries) else 0
     if to is None:
-        return Answer(entries, page.removesuffix("\n"))
+        return Answer(entries, page.removesuffix("\n"), exit_code=exit_code)
     json_page = msgspec.json.format(msgspec.json.encode(entries), indent=2).decode() + "\n"
     _write(to, json_page if to.suffix.lower() == ".json" else page, force=force)
     entries_noun = "entry" if len(entries) == 1 else "entries"
-    return Answer(entries, f"wrote {to} ({len(entries):,} {entries_noun})")
+    return Answer(entries, f"wrote {to} ({len(entries):,} {entries_noun})", exit_code=exit_code)
 
 
 def _write(to: Path, text: str, *, force: bool) -> None:

@@ -91,7 +91,7 @@ class _Listing:
         with run_bar() as progress:
             self.catalogue.refresh(progress)
         unread, unread_aliases = self.catalogue.unread, self.catalogue.unread_aliases
-        problems = [f"run {name!r} cannot be read and is left out: {why}" for name, why in unread.items()]
+        problems = render.left_out(unread)
         problems += [f"cannot read what alias {name!r} points at: {why}" for name, why in unread_aliases.items()]
 
         def data() -> dict[str, Any]:
@@ -101,7 +101,7 @@ class _Listing:
         def text(console: Console) -> None:
             self._print(console, self._runs(None if all_runs else _ON_A_SCREEN))
 
-        return Answer(data, text, problems, INCOMPLETE if problems else 0)
+        return Answer(data, text, problems, json_exit_code=INCOMPLETE if unread else 0)
 
     def _writer(self, run: "RunSummary") -> str | None:
         return None if run.name in self.catalogue.unread else Run(self.repository.store, run.name).holder()

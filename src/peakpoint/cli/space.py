@@ -11,7 +11,19 @@ from rich.console import Console
 
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
-from peakpoint.cli.command import CATALOGUE, ROOT, RUN, UNDO_FOR, Answer, command, confirmed, progress_bar, run_bar
+from peakpoint.cli.command import (
+    CATALOGUE,
+    INCOMPLETE,
+    ROOT,
+    RUN,
+    UNDO_FOR,
+    Answer,
+    command,
+    confirm,
+    confirmed,
+    progress_bar,
+    run_bar,
+)
 from peakpoint.cli.render import count, fields, literal, ref, short_json
 from peakpoint.cli.terminal import say
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
@@ -197,13 +209,16 @@ def _refuse_the_newest_good(run: Run, removed: Collection[str]) -> None:
 @command(ROOT, click.argument("refs", metavar="[RUN/NAME]...", nargs=-1))
 @click.option("--list", "listing", is_flag=True, help="List what can be restored, and until when.")
 @click.option("--empty", is_flag=True, help="Delete everything in the trash permanently.")
-def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool) -> Answer:
+@click.option("--yes", is_flag=True, help="With --empty: delete without being asked.")
+def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool, yes: bool) -> Answer:
     """Restore removed checkpoints from the trash, comparing every byte with its digest, and pin them."""
     if sum((bool(refs), listing, empty)) != 1:
         raise ConfigError("give the RUN/NAME of what to restore, or --list, or --empty")
     repository = open_repository(root)
-    if not refs:
-        return _trash(root, repository, empty=empty)
+    if empty:
+        return _empty_trash(repository, yes=yes)
+    if listing:
+        return _list_trash(root, repository)
     names_by_run: defaultdict[str, list[str]] = defaultdict(list)
     for text in refs:
         run, _, name = text.partition("/")
@@ -220,17 +235,35 @@ def undo(root: Path, refs: tuple[str, ...], *, listing: bool, empty: bool) -> An
     return Answer({"back": list(map(short_json, restored))}, "\n".join(lines))
 
 
-def _trash(root: Path, repository: Repository, *, empty: bool) -> Answer:
-    """List the trash, or empty it."""
-    read = maintenance.empty_trash if empty else maintenance.in_trash
-    entries = [entry for run in repository.runs() for entry in read(run)]
+def _empty_trash(repository: Repository, *, yes: bool) -> Answer:
+    """Delete everything in the trash, unless somebody at a terminal does not want that."""
+    by_run, _ = repository.read_runs(maintenance.in_trash)
+    manifests = [entry.manifest for entries in by_run.values() for entry in entries]
+    extent = f"{count(len(manifests), 'checkpoint')}, {render.sizes(manifests)}"
+    if manifests and not yes and not confirm(f"Permanently delete everything in the trash ({extent})?"):
+        raise ConfigError(f"nothing was deleted: the trash holds {extent}; to delete it permanently, add --yes")
+    emptied, errors = repository.read_runs(maintenance.empty_trash)
+    entries = [entry for of_run in emptied.values() for entry in of_run]
+    sizes = render.sizes(entry.manifest for entry in entries)
+    deleted = f"permanently deleted {count(len(entries), 'checkpoint')}, {sizes} freed"
+    data = {
+        "emptied": list(map(_entry_json, entries)),
+        "bytes": sum(entry.manifest.size_bytes for entry in entries),
+        "unread": errors,
+    }
+    text = deleted if entries else "the trash is empty"
+    return Answer(data, text, render.left_out(errors), INCOMPLETE if errors else 0)
+
+
+def _list_trash(root: Path, repository: Repository) -> Answer:
+    by_run, errors = repository.read_runs(maintenance.in_trash)
+    entries = [entry for of_run in by_run.values() for entry in of_run]
     manifests = [entry.manifest for entry in entries]
     total = sum(manifest.size_bytes for manifest in manifests)
-    data = {"emptied" if empty else "trash": list(map(_entry_json, entries)), "bytes": total}
+    data = {"trash": list(map(_entry_json, entries)), "bytes": total, "unread": errors}
+    problems, exit_code = render.left_out(errors), INCOMPLETE if errors else 0
     if not entries:
-        return Answer(data, "the trash is empty")
-    if empty:
-        return Answer(data, f"permanently deleted {count(len(entries), 'checkpoint')}, {size_text(total)} freed")
+        return Answer(data, "the trash is empty", problems, exit_code)
     columns = [
         tables.Column("checkpoint", [literal(ref(manifest)) for manifest in manifests], right=False),
         tables.Column("size", [size_text(manifest.size_bytes) for manifest in manifests]),
@@ -243,7 +276,7 @@ def _trash(root: Path, repository: Repository, *, empty: bool) -> Answer:
         hint = literal(render.command_line("undo", root, "RUN/NAME"))
         console.print(f"{size_text(total)}. To restore one: {hint}", soft_wrap=True)
 
-    return Answer(data, text)
+    return Answer(data, text, problems, exit_code)
 
 
 def _entry_json(entry: TrashEntry) -> dict[str, object]:
@@ -322,6 +355,7 @@ def _print_packs(console: Console, root: Path, name: str, packs_made: Sequence[P
 _KINDS = {
     "damage": "[bold red]damaged[/]",
     "litter": "[yellow]incomplete[/]",
+    "unread": "[bold red]not read[/]",
     "foreign": "[blue]foreign[/]",
     "busy": "[cyan]in use[/]",
     "removed": "[green]removed[/]",
@@ -335,7 +369,7 @@ _KINDS = {
 @click.option("--rebuild", is_flag=True, help="Rebuild the catalogue from the files.")
 @CATALOGUE
 def audit(root: Path, catalogue: str | None, *, deep: bool, clean: bool, dry_run: bool, rebuild: bool) -> Answer:
-    """Find damage and incomplete saves. Exits with 12 when there is damage."""
+    """Find damage and incomplete saves. Exits with 12 when there is damage, with 23 when something cannot be read."""
     repository = open_repository(root)
     removed = audits.clean(repository) if clean and not dry_run else []
     result = _audit(repository, deep=deep)
@@ -348,15 +382,16 @@ def audit(root: Path, catalogue: str | None, *, deep: bool, clean: bool, dry_run
         if rebuilt is not None:
             say(f"rebuilt the catalogue {rebuilt}")
 
-    exit_code = CorruptError.exit_code if result.of_kind("damage") else 0
+    exit_code = INCOMPLETE if result.of_kind("unread") else 0
+    exit_code = CorruptError.exit_code if result.of_kind("damage") else exit_code
     return Answer(data | {"removed": removed, "catalogue": rebuilt}, text, exit_code=exit_code)
 
 
 def _audit(repository: Repository, *, deep: bool) -> audits.Audit:
     if not deep:
         return audits.audit(repository)
-    total = sum(manifest.size_bytes for run in repository.runs() for manifest in run.manifests())
-    with progress_bar("reading", total) as advance:
+    sizes, _ = repository.read_runs(lambda run: sum(manifest.size_bytes for manifest in run.manifests()))
+    with progress_bar("reading", sum(sizes.values())) as advance:
         return audits.audit(repository, deep=True, progress=lambda manifest: advance(manifest.size_bytes))
 
 

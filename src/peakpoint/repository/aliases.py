@@ -10,7 +10,7 @@ record has the digest of the bytes of the one before it, so that a record that w
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -249,18 +249,6 @@ def holder(store: Store, alias: str) -> AliasRecord:
     return record
 
 
-def newest_of_all(store: Store) -> tuple[dict[str, AliasRecord], dict[str, str]]:
-    """Read the newest record of every alias; where it cannot be read, the second mapping says why."""
-    records: dict[str, AliasRecord] = {}
-    errors: dict[str, str] = {}
-    for alias, existing in numbers_by_alias(store).items():
-        try:
-            records[alias] = read(store, alias, existing[-1])
-        except (CorruptError, FormatError, NotFoundError, StoreError) as error:
-            errors[alias] = str(error)
-    return records, errors
-
-
 # --- changing -------------------------------------------------------------------------------------------------------
 
 
@@ -433,12 +421,3 @@ def back_from(store: Store, current: AliasRecord) -> Iterator[AliasRecord]:
             raise CorruptError(f"{layout.alias_key(current.alias, number)} is missing") from error
         if record.target is not None:
             yield record
-
-
-def aliases_by_checkpoint(records: Iterable[AliasRecord]) -> dict[str, tuple[str, ...]]:
-    """Return the id of each checkpoint that an alias points at, with the aliases."""
-    aliases: dict[str, tuple[str, ...]] = {}
-    for record in records:
-        if record.target is not None:
-            aliases[record.target.checkpoint] = (*aliases.get(record.target.checkpoint, ()), record.alias)
-    return aliases

@@ -4,8 +4,10 @@ Incomplete saves are what a crash leaves behind (``"litter"``): harmless, and de
 changed: reported, never touched. Foreign files are neither: Peakpoint did not write them and does not delete them.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from functools import partial
 
 from peakpoint.errors import ConflictError, FormatError, NotFoundError, StoreError
@@ -55,13 +57,13 @@ def audit(
     """
     result, store = Audit(deep=deep), repository.store
     blocked = run_audit.blocked_directories(store, "", _TOP)
-    look = partial(_outside_runs, store, deeper=not blocked)
-    result.findings += [*blocked, *_lasting(look(), look)]
+    result.findings += [*blocked, *_outside_runs(store, deeper=not blocked)]
     for run in () if blocked else _runs(store):
         result.runs += 1
         now, busy = clock(), run_audit.writer(store, run)
         look_again = partial(run_audit.findings_of_run, store, run, Audit(deep=False), now, lambda _: None)
-        findings = _lasting(run_audit.findings_of_run(store, run, result, now, progress), look_again)
+        first_look = run_audit.findings_of_run(store, run, result, now, progress)
+        findings = _lasting(store, first_look, look_again, layout.run_prefix(run))
         result.findings += _without_writes_of(busy or run_audit.writer(store, run), run, findings)
     foreign = {finding.where for finding in result.of_kind("foreign")}
     result.findings = [
@@ -74,11 +76,15 @@ def _runs(store: Store) -> list[str]:
     return [child.removesuffix("/") for child in store.children(layout.RUNS) if child.endswith("/")]
 
 
-def _lasting(findings: Iterable[AuditFinding], look_again: Callable[[], Iterable[AuditFinding]]) -> list[AuditFinding]:
+def _lasting(
+    store: Store, findings: Iterable[AuditFinding], look_again: Callable[[], Iterable[AuditFinding]], where: str
+) -> list[AuditFinding]:
     """Leave out what comes and goes while others work; of damage the first look is sure."""
-    first = list(findings)
-    second = set(look_again()) if any(finding.kind != "damage" for finding in first) else set()
-    return [finding for finding in first if finding.kind == "damage" or finding in second]
+    first = list(run_audit.until_refused(store, findings, where))
+    sure = {"damage", "unread"}
+    settled = all(finding.kind in sure for finding in first)
+    second = set[AuditFinding]() if settled else set(run_audit.until_refused(store, look_again(), where))
+    return [finding for finding in first if finding.kind in sure or finding in second]
 
 
 def _without_writes_of(busy: str | None, run: str, findings: list[AuditFinding]) -> list[AuditFinding]:
@@ -92,15 +98,28 @@ def _without_writes_of(busy: str | None, run: str, findings: list[AuditFinding])
 
 
 def _outside_runs(store: Store, *, deeper: bool) -> Iterator[AuditFinding]:
+    """Look at the root, and at each of the directories in it; one that cannot be read hides no other."""
+    looks = {"": partial(_of_root, store)}
+    if deeper:
+        looks |= {
+            layout.ALIASES: partial(_aliases, store),
+            layout.RELEASES: partial(_releases, store),
+            layout.RUNS: partial(run_audit.strays, store, layout.RUNS, None),
+        }
+    for where, look in looks.items():
+        yield from _lasting(store, look(), look, where)
+
+
+def _of_root(store: Store) -> Iterator[AuditFinding]:
     indexes = {child for child in store.children("") if _DAMAGED_INDEX.fullmatch(child)} - store.foreign("").keys()
     yield from run_audit.strays(store, "", _OF_A_REPOSITORY | indexes)
     for key in sorted(indexes):
         yield AuditFinding("foreign", key, "a damaged catalogue that was set aside; it can be deleted")
-    if deeper:
-        yield from _aliases(store)
-        releases = {child for child in store.children(layout.RELEASES) if _RELEASE.fullmatch(child)}
-        yield from run_audit.strays(store, layout.RELEASES, releases)
-        yield from run_audit.strays(store, layout.RUNS, None)
+
+
+def _releases(store: Store) -> Iterator[AuditFinding]:
+    records = {child for child in store.children(layout.RELEASES) if _RELEASE.fullmatch(child)}
+    yield from run_audit.strays(store, layout.RELEASES, records)
 
 
 def _families(store: Store) -> dict[str, list[str]]:
@@ -110,19 +129,25 @@ def _families(store: Store) -> dict[str, list[str]]:
 
 def _aliases(store: Store) -> Iterator[AuditFinding]:
     """Find damaged records of aliases, missing checkpoints, and what else is in the directories of aliases."""
-    families = _families(store)
+    families = aliases.directories(store)
     yield from run_audit.strays(store, layout.ALIASES, {f"{name}/" for name in families})
-    for family, nested in families.items():
-        for name in (family, *nested):
-            numbers = aliases.numbers(store, name)
-            keys = [key(name, number) for number in numbers for key in (layout.alias_key, layout.told_key)]
-            expected = {key.rpartition("/")[2] for key in keys}
-            expected |= {f"{alias.rpartition('/')[2]}/" for alias in nested} if name == family else set()
-            yield from run_audit.strays(store, layout.alias_prefix(name), expected)
-            if numbers:
-                for sentence in aliases.history(store, name).damage:
-                    yield AuditFinding("damage", layout.alias_prefix(name), sentence)
-                yield from _target(store, name)
+    for family in families:
+        yield from run_audit.until_refused(store, _family(store, family), layout.alias_prefix(family))
+
+
+def _family(store: Store, family: str) -> Iterator[AuditFinding]:
+    """Look at the directory of an alias, and at those of a family in it."""
+    nested = aliases.directories(store, family)
+    for name in (family, *nested):
+        numbers = aliases.numbers(store, name)
+        keys = [key(name, number) for number in numbers for key in (layout.alias_key, layout.told_key)]
+        expected = {key.rpartition("/")[2] for key in keys}
+        expected |= {f"{alias.rpartition('/')[2]}/" for alias in nested} if name == family else set()
+        yield from run_audit.strays(store, layout.alias_prefix(name), expected)
+        if numbers:
+            for sentence in aliases.history(store, name).damage:
+                yield AuditFinding("damage", layout.alias_prefix(name), sentence)
+            yield from _target(store, name)
 
 
 def _target(store: Store, name: str) -> Iterator[AuditFinding]:
@@ -166,22 +191,28 @@ def clean(repository: Repository, *, clock: Clock = utc_now) -> list[AuditFindin
     if run_audit.blocked_directories(store, "", _TOP):
         return deleted
     for prefix in _directories_outside_runs(store):
-        deleted += run_audit.delete(store, run_audit.unfinished_writes(store, prefix))
+        with contextlib.suppress(StoreError):  # the same
+            deleted += run_audit.delete(store, run_audit.unfinished_writes(store, prefix))
     for run in _runs(store):
-        if run_audit.blocked_directories(store, layout.run_prefix(run), run_audit.DIRECTORIES):
-            continue
-        try:
-            hold = store.hold(layout.writer_lock(run), _LOCK_NOTE)
-        except (ConflictError, FormatError):  # held by somebody, or what cannot be held, which the audit names
-            continue
-        try:
-            deleted += run_audit.clean_run(store, run, clock())
-        finally:
-            hold.release()
+        # held by somebody, or what cannot be held or read, which the audit names
+        with contextlib.suppress(ConflictError, FormatError, StoreError):
+            deleted += _clean_run(store, run, clock())
     warn_remarks(store)
     return deleted
 
 
+def _clean_run(store: Store, run: str, now: datetime) -> list[AuditFinding]:
+    if run_audit.blocked_directories(store, layout.run_prefix(run), run_audit.DIRECTORIES):
+        return []
+    hold = store.hold(layout.writer_lock(run), _LOCK_NOTE)
+    try:
+        return run_audit.clean_run(store, run, now)
+    finally:
+        hold.release()
+
+
 def _directories_outside_runs(store: Store) -> list[str]:
-    names = [name for family, nested in _families(store).items() for name in (family, *nested)]
+    names: list[str] = []
+    with contextlib.suppress(StoreError):  # the same
+        names += [name for family, nested in _families(store).items() for name in (family, *nested)]
     return ["", layout.RUNS, layout.ALIASES, *map(layout.alias_prefix, names), layout.RELEASES]

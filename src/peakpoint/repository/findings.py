@@ -8,7 +8,7 @@ class AuditFinding:
     """A finding of an audit.
 
     Attributes:
-        kind: ``"litter"``, ``"damage"``, ``"foreign"`` or ``"busy"``.
+        kind: ``"litter"``, ``"damage"``, ``"foreign"``, ``"busy"`` or ``"unread"``, of what the store refuses to read.
         where: a key.
         what: one sentence.
     """
@@ -42,5 +42,5 @@ class Audit:
 
     @property
     def clean(self) -> bool:
-        """Whether there is neither litter nor damage."""
-        return not self.of_kind("litter") and not self.of_kind("damage")
+        """Whether there is neither litter nor damage, and everything was read."""
+        return not any(map(self.of_kind, ("litter", "damage", "unread")))

@@ -16,8 +16,8 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import did_you_mean
 from peakpoint.repository import archive as archives
 from peakpoint.repository import packs, reader, removal, trash
+from peakpoint.repository.alias_holders import newest_of_all
 from peakpoint.repository.alias_protection import protected_by_aliases
-from peakpoint.repository.aliases import newest_of_all
 from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.archive import PackedCheckpoint
 from peakpoint.repository.journal import Journal

@@ -2,12 +2,12 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.sealed import FORMAT, decode_record, seal
@@ -16,6 +16,8 @@ from peakpoint.repository import aliases, reader, refs, remains
 from peakpoint.repository.run import Run
 from peakpoint.rules import Rule
 from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
+
+T = TypeVar("T")
 
 
 class Repository:
@@ -52,6 +54,23 @@ class Repository:
     def runs(self) -> list[Run]:
         """Return every run, by name."""
         return [Run(self.store, name) for name in self._names()]
+
+    def read_runs(self, read: Callable[[Run], T]) -> tuple[dict[str, T], dict[str, str]]:
+        """Read something of every run; a run that cannot be read keeps nobody from the others.
+
+        Returns:
+            What was read, by run; and why the other runs cannot be read, by run.
+        """
+        values: dict[str, T] = {}
+        errors: dict[str, str] = {}
+        for run in self.runs():
+            try:
+                values[run.name] = read(run)
+            except NotFoundError:
+                continue  # removed meanwhile
+            except (CorruptError, FormatError, StoreError) as error:
+                errors[run.name] = str(error)
+        return values, errors
 
     def run(self, name: str) -> Run:
         """Return one run.

@@ -67,6 +67,23 @@ def _stray(prefix: str, child: str) -> AuditFinding:
     return AuditFinding("foreign", _key(prefix, child), "not written by Peakpoint, and left alone")
 
 
+def until_refused(store: Store, findings: Iterable[AuditFinding], where: str) -> Iterator[AuditFinding]:
+    """Yield findings until something cannot be read, and then that, so that it hides nothing else.
+
+    Args:
+        store: any store.
+        findings: of one thing.
+        where: its key; what was removed meanwhile is passed over.
+    """
+    try:
+        yield from findings
+    except (CorruptError, FormatError) as error:
+        yield AuditFinding("damage", where, f"not checked to the end: {error}")
+    except (NotFoundError, StoreError) as error:
+        if isinstance(error, StoreError) or store.children(where):
+            yield AuditFinding("unread", where, f"not checked to the end: {error}")
+
+
 def findings_of_run(
     store: Store, run: str, audit: Audit, now: datetime, progress: Callable[[Manifest], None]
 ) -> Iterator[AuditFinding]:
@@ -88,15 +105,25 @@ def findings_of_run(
     if remains.are_remains(store, run):
         yield _remains(run)
         return
-    yield from _run_record(store, run)
-    yield from _archive(store, run)
-    yield from _journal(store, run)
+    checkpoints = partial(_checkpoints, audit=audit, now=now, progress=progress)
+    for look in (_run_record, _archive, _journal, partial(_validations_of_run, deep=audit.deep), checkpoints):
+        yield from until_refused(store, look(store, run), prefix)
+
+
+def _validations_of_run(store: Store, run: str, *, deep: bool) -> Iterator[AuditFinding]:
+    return _validations(store, run, reader.list_run(store, run), deep=deep)
+
+
+def _checkpoints(
+    store: Store, run: str, *, audit: Audit, now: datetime, progress: Callable[[Manifest], None]
+) -> Iterator[AuditFinding]:
     listing = reader.list_run(store, run)
-    yield from _validations(store, run, listing, deep=audit.deep)
     damaged = lost.damaged_checkpoints(store, run, listing)
+    links = store.foreign(layout.checkpoints_prefix(run))
     for damage in damaged:
         yield AuditFinding("damage", layout.checkpoint_prefix(run, damage.name), str(damage.error))
-        yield from foreign_objects(store, layout.checkpoint_prefix(run, damage.name))
+        if damage.name not in links:
+            yield from foreign_objects(store, layout.checkpoint_prefix(run, damage.name))
     for name in _unfinished(listing, damaged):
         yield from foreign_objects(store, layout.checkpoint_prefix(run, name))
         yield from _without_manifest(store, run, name, now)
@@ -107,7 +134,8 @@ def findings_of_run(
     for manifest in listing.manifests:
         audit.checkpoints += 1
         audit.bytes += manifest.size_bytes
-        yield from _checkpoint(store, manifest, packed, now, deep=audit.deep)
+        findings = _checkpoint(store, manifest, packed, now, deep=audit.deep)
+        yield from until_refused(store, findings, layout.checkpoint_prefix(run, manifest.name))
         progress(manifest)
 
 
@@ -180,6 +208,8 @@ def _promotions(store: Store, run: str, events: Sequence[Event]) -> Iterator[Aud
             yield AuditFinding("damage", key, f"the record of {promotion} is missing")
         except FormatError as error:
             yield AuditFinding("damage", key, f"the record of {promotion} cannot be read: {error}")
+        except StoreError:
+            continue  # the audit of the alias says so
 
 
 def _validations(store: Store, run: str, listing: reader.RunListing, *, deep: bool) -> Iterator[AuditFinding]:

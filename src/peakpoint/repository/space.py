@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from peakpoint.errors import StoreError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
 from peakpoint.format.manifest import Manifest
@@ -39,7 +40,7 @@ def ways_to_free_space(store: Store, run: str, kept: Sequence[Manifest]) -> str:
     """
     root, ways = shlex.quote(store.location), []
     runs = [child.rstrip("/") for child in store.children(layout.RUNS)]
-    trash_sizes = {name: _total_size([entry.manifest for entry in trash.contents(store, name)]) for name in runs}
+    trash_sizes = {name: _trash_size(store, name) for name in runs}
     if any(trash_sizes.values()):
         names = ", ".join(name for name, trash_size in trash_sizes.items() if trash_size)
         ways.append(
@@ -51,6 +52,13 @@ def ways_to_free_space(store: Store, run: str, kept: Sequence[Manifest]) -> str:
             f"({size_text(_total_size(kept))}): peakpoint rm {root} {run}/NAME --undo-for 0"
         )
     return "; ".join([*ways, "free some space, or let the rules keep fewer checkpoints"])
+
+
+def _trash_size(store: Store, run: str) -> int:
+    try:
+        return _total_size([entry.manifest for entry in trash.contents(store, run)])
+    except StoreError:
+        return 0  # of another user, or damaged
 
 
 def _total_size(manifests: Sequence[Manifest]) -> int:

@@ -24,6 +24,7 @@ from peakpoint.reports.changelog.entries import FORCED, KINDS, PRODUCTION, Chang
 from peakpoint.repository import journal as journals
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.repository.root import Repository
+from peakpoint.repository.run import Run
 
 __all__ = ["FORCED", "KINDS", "PRODUCTION", "ChangelogEntry", "Kind", "entries", "since", "until"]
 
@@ -86,16 +87,28 @@ def _check(since: datetime | None, until: datetime | None, kinds: Collection[str
 
 
 def _all_entries(repository: Repository, only: Sequence[str] | None) -> Iterator[ChangelogEntry]:
+    errors: dict[str, str] = {}
+    if only is None:
+        of_runs, errors = repository.read_runs(_of_run)
+    else:
+        of_runs = {name: _of_run(repository.run(name)) for name in dict.fromkeys(only)}
+    for run, why in errors.items():
+        yield ChangelogEntry(at=None, kind="damage", run=run, why=f"the run cannot be read: {why}")
     recorded_changes: list[production.RecordedChange] = []
-    for run in repository.runs() if only is None else [repository.run(name) for name in dict.fromkeys(only)]:
-        journal = journals.read(run.store, run.name)
-        yield from runs.entries(run, journal)
-        yield from production.of_validations(run)
-        recorded_changes += production.recorded_changes(run, journal)
+    for run_entries, changes in of_runs.values():
+        yield from run_entries
+        recorded_changes += changes
     store = repository.store
     for entry in (*production.of_aliases(store, recorded_changes), *production.of_releases(store)):
         if only is None or entry.run in only or entry.details.get("former_run") in only:
             yield entry
+
+
+def _of_run(run: Run) -> tuple[list[ChangelogEntry], list[production.RecordedChange]]:
+    """Return the entries of a run, and the changes of aliases that its journal tells of."""
+    journal = journals.read(run.store, run.name)
+    run_entries = [*runs.entries(run, journal), *production.of_validations(run)]
+    return run_entries, production.recorded_changes(run, journal)
 
 
 def _is_within(entry: ChangelogEntry, since: datetime | None, until: datetime | None) -> bool:

@@ -3,12 +3,13 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from peakpoint.errors import ConfigError, CorruptError, FormatError
+from peakpoint.errors import ConfigError, CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Promoted
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.reports.changelog.entries import FORCED, ChangelogEntry
 from peakpoint.repository import aliases, journal, releases, validations
+from peakpoint.repository.alias_holders import newest_of_all
 from peakpoint.repository.aliases import AliasRecord, AliasTarget
 from peakpoint.repository.run import Run
 from peakpoint.store import Store
@@ -19,9 +20,15 @@ RecordedChange = tuple[str, Promoted]
 
 def of_aliases(store: Store, changes: Collection[RecordedChange]) -> Iterator[ChangelogEntry]:
     """Yield every change of every alias, and damage: unreadable records, and those that differ from the journals."""
-    names = aliases.names(store)
+    newest, unread = newest_of_all(store)
+    names = sorted(newest.keys() | unread.keys())
     for alias in names:
-        history = aliases.history(store, alias)
+        try:
+            history = aliases.history(store, alias)
+        except (NotFoundError, StoreError):
+            if alias in unread:
+                yield ChangelogEntry(at=None, kind="damage", alias=alias, why=f"cannot be read: {unread[alias]}")
+            continue
         records = {record.number: record for record in history.records}
         for record in history.records:
             yield _change(record, records.get(record.number - 1))
@@ -30,7 +37,13 @@ def of_aliases(store: Store, changes: Collection[RecordedChange]) -> Iterator[Ch
         unreadable = set(aliases.numbers(store, alias)) - records.keys()
         of_alias = [change for change in changes if change[1].alias == alias and change[1].record not in unreadable]
         yield from _broken(of_alias, {record.number: record.digest for record in history.records})
-    yield from _broken([change for change in changes if change[1].alias not in names], {})
+    absent = [change for change in changes if unread.keys().isdisjoint(_directories_of(change[1].alias))]
+    yield from _broken([change for change in absent if change[1].alias not in names], {})
+
+
+def _directories_of(alias: str) -> tuple[str, str, str]:
+    """What has to be listed to find an alias, as ``newest_of_all`` names it."""
+    return layout.ALIASES, alias.partition("/")[0], alias
 
 
 def _broken(changes: Iterable[RecordedChange], digests: Mapping[int, str]) -> Iterator[ChangelogEntry]:

@@ -17,7 +17,7 @@ SciPy, Jinja2 and Matplotlib are imported when they are used.
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peakpoint.errors import ConfigError, NotFoundError, printable
 from peakpoint.format.names import check_metric, did_you_mean, listing, no_part
@@ -82,12 +82,15 @@ def evaluate(
     if isinstance(runs, str) or not isinstance(metrics, Mapping | None):
         raise ConfigError('runs is a list of names, and metrics a dict such as {"val_accuracy": "max"}')
     request = _Request(repository, _directions(metrics or {}), _examples(n_eval, percent), group_by, sparsity, part)
-    selected = [repository.run(name) for name in dict.fromkeys(runs)] if runs else repository.runs()
-    data = {run.name: read_run_data(run) for run in selected}
+    unread: dict[str, str] = {}
+    if runs:
+        data = {name: read_run_data(repository.run(name)) for name in dict.fromkeys(runs)}
+    else:
+        data, unread = repository.read_runs(read_run_data)
     # what is compared need not be evaluated
     compared = dict.fromkeys(_run_of(name) for name in itertools.chain(*compare))
     compared_only = {name: read_run_data(repository.run(name)) for name in compared if name not in data}
-    return request.evaluate(data, compared_only, compare)
+    return replace(request.evaluate(data, compared_only, compare), unread=unread)
 
 
 def _directions(metrics: Mapping[str, Mode]) -> dict[str, Mode]:

@@ -1,7 +1,7 @@
 """The result of an evaluation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peakpoint.reports.evaluation.compressed import CompressedComparison
 from peakpoint.reports.evaluation.groups import Grouping
@@ -23,6 +23,7 @@ class Evaluation:
         tradeoffs: accuracy against sparsity, by metric.
         comparisons: compressed against original.
         remarks: sentences about what is missing or in doubt.
+        unread: the runs that could not be read, and why.
     """
 
     location: str
@@ -33,3 +34,4 @@ class Evaluation:
     tradeoffs: tuple[Tradeoff, ...]
     comparisons: tuple[CompressedComparison, ...]
     remarks: tuple[str, ...]
+    unread: Mapping[str, str] = field(default_factory=dict)
