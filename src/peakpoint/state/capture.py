@@ -155,7 +155,7 @@ class StateEncoder:
 
     Attributes:
         placement: the same object as long as all tensors are where they were, and in the same files.
-        settings: of optimizers and schedulers by part, as the script has made them; see ``settings_of``.
+        settings: of optimizers and schedulers by part, as the script has made them; see ``script_settings``.
     """
 
     def __init__(self, *, shares: bool = True) -> None:

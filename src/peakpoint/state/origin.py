@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from peakpoint.state.step_guard import stepping
-from peakpoint.state.typed_json import Encoder
+from peakpoint.state.typed_json import Decoder, Encoder
 
 _BASES = {"LRScheduler", "Module", "Optimizer", "_LRScheduler", "Generic", "object"}  # they say nothing about a state
 _WRAPPERS = {"_orig_mod", "module"}  # names under which torch.compile and DataParallel hold a module
@@ -122,20 +122,15 @@ def names_by_group(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def settings_of(value: Any, content: Any = None) -> dict[str, Any]:
-    """Return the settings of an optimizer or a scheduler by path, such as ``"0.lr"`` of group 0; empty for others.
-
-    Args:
-        content: a saved state to take instead of the value's own.
-    """
+def script_settings(value: Any) -> dict[str, Any]:
+    """Return the settings of an optimizer or a scheduler by path, such as ``"0.lr"`` of group 0; empty for others."""
     value = unwrapped(value)
     if isinstance(value, torch.optim.Optimizer):
-        groups = param_groups(value) if content is None else content["param_groups"]
         # a scheduler moves lr away from initial_lr
-        groups = [{**group, "lr": group.get("initial_lr", group.get("lr"))} for group in groups]
+        groups = [{**group, "lr": group.get("initial_lr", group.get("lr"))} for group in param_groups(value)]
         return dict(_flat(groups))
     if isinstance(value, LRScheduler):
-        return dict(_flat(value.state_dict() if content is None else content))
+        return dict(_flat(value.state_dict()))
     return {}
 
 
@@ -152,3 +147,33 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             name = str(key)
             if name not in _NO_SETTINGS and (not name.startswith("_") or name == "_schedulers"):
                 yield from _flat(child, f"{path}.{name}".removeprefix("."))
+
+
+def noted_settings(origin: PartOrigin, live: Any, restored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings that the script had made which began this.
+
+    Without a note in the checkpoint, those of an optimizer are the ``restored`` ones; of a scheduler, nothing tells the
+    settings from what has moved.
+    """
+    if origin.settings:
+        return {path: Decoder({}).decode(tree) for path, tree in origin.settings.items()}
+    return restored if isinstance(live, torch.optim.Optimizer) else {}
+
+
+def overruled_settings(
+    part: str, script: Mapping[str, Any], restored: Mapping[str, Any], noted: Mapping[str, Any]
+) -> str:
+    """Say which settings of a script are overruled by those that were restored; empty when none are.
+
+    Scripts are compared with scripts: what training has moved since, such as a learning rate, is no difference.
+
+    Args:
+        script: the settings before the restore.
+        noted: see ``noted_settings``.
+    """
+    texts = [
+        f"{path.rpartition('.')[2]} {noted[path]!r}, not {value!r}"
+        for path, value in script.items()
+        if path in noted and value not in (noted[path], restored.get(path))
+    ]
+    return f"{part}: {'; '.join(dict.fromkeys(texts))}" if texts else ""

@@ -50,6 +50,8 @@ class LoadReport:
         epoch: the epoch's index, None outside epochs.
         restored: part by part.
         missing: one sentence for each thing that was not restored, empty after a strict load.
+        overruled: one phrase for each optimizer and scheduler whose settings in the script differ from those that were
+            restored, with both values; of a resume only.
         skipped: one sentence for each newer checkpoint that was skipped, and why.
     """
 
@@ -59,6 +61,7 @@ class LoadReport:
     restored: tuple[RestoredPart, ...]
     missing: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    overruled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f"step {self.step}" if self.epoch is None else f"step {self.step}, epoch {self.epoch}"
@@ -66,6 +69,7 @@ class LoadReport:
         lines += [f"  skipped: {line}" for line in self.skipped]
         width = max((len(part.part) for part in self.restored), default=0)
         lines += [f"  {part.part:<{width}}  {part.what}" for part in self.restored]
+        lines += [f"  settings as saved, not as in the script: {line}" for line in self.overruled]
         lines += [f"  NOT restored: {line}" for line in self.missing]
         return "\n".join(lines)
 

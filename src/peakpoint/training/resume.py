@@ -20,6 +20,7 @@ from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules import history as histories
+from peakpoint.state.origin import noted_settings, overruled_settings, script_settings
 from peakpoint.state.restore import LoadReport, restore_into
 from peakpoint.state.saved import SavedState, read_state
 from peakpoint.state.typed_json import Decoder
@@ -42,6 +43,7 @@ class StartPoint:
         sequence: the highest sequence number that was ever used in this run.
         requested: the ref that was followed, None without one.
         damaged: ids of newer checkpoints that were skipped.
+        settings: of optimizers and schedulers by part, as the script that began this had made them.
     """
 
     sequence: int
@@ -54,6 +56,7 @@ class StartPoint:
     forks: Forks = ()
     requested: str | None = None
     damaged: tuple[str, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,14 @@ class Resumption:
         decoder = Decoder({})
         position = Position.from_plain(decoder.decode(saved.trees.loop))
         generators = decoder.decode(saved.trees.rng)
+        script = {name: script_settings(value) for name, value in live.items()}
         report = restore_into(saved, live, strict=strict)
+        settings = {}
+        for part in (part.part for part in report.restored if script[part.part]):
+            restored = script_settings(live[part])
+            settings[part] = noted_settings(saved.trees.origin(part), live[part], restored)
+            overruled = overruled_settings(part, script[part], restored, settings[part])
+            report = replace(report, overruled=(*report.overruled, *filter(None, [overruled])))
         without_generators = not generators and "rng" in saved.trees.optional
         if without_generators:
             sentence = "the random generators: they are not in this checkpoint, and stay as they are"
@@ -157,6 +167,7 @@ class Resumption:
             forks=forks,
             sequence=sequence,
             requested=requested,
+            settings=settings,
         )
 
 

@@ -24,6 +24,7 @@ from peakpoint.rules import Rule
 from peakpoint.rules.history import Smoothing, smoothing_windows
 from peakpoint.state.capture import StateEncoder, capture
 from peakpoint.state.host_copy import NO_STORAGE
+from peakpoint.state.origin import script_settings
 from peakpoint.state.step_guard import StepGuard
 from peakpoint.state.streamed_copy import SMALLEST_RING, RingBuffer
 from peakpoint.state.tensor_files import StagingBuffer
@@ -78,6 +79,7 @@ class RunWriter:
         self._store, self._run, self._state, self._rules = store, run, state, in_force
         self._options, self._clock, self._announce = options, clock, announce
         self._encoder = StateEncoder(shares=isinstance(options.buffer, StagingBuffer))
+        self._encoder.settings = {part: script_settings(value) for part, value in state.items()}
         self._smoothing = Smoothing(smoothing_windows(in_force))
         self._warn_once = WarnOnce()
         self._surfaced: FailedSave | None = None  # the last failure that was raised
@@ -133,6 +135,7 @@ class RunWriter:
         assert self.resumption is not None
         manifests, self.resumption = self.resumption.listing.manifests, None
         self._sequence, self._forks, self._parent = origin.sequence, origin.forks, origin.parent
+        self._encoder.settings = {**self._encoder.settings, **origin.settings}
         for report in origin.history:
             self._smoothing.report(report.metrics)
         self._saver.set_aside({*origin.damaged, *find_damage(self._store, manifests)})
