@@ -14,9 +14,9 @@ import torch
 import peakpoint as pp
 from foreign_files import Call, Net, hostile, objects
 from peakpoint.exchange import pickles
+from peakpoint.exchange.pickle_builder import Unbuilt
 from peakpoint.exchange.sources import find, read
 from peakpoint.exchange.state_dicts import ReadOptions, storable
-from peakpoint.exchange.unpickler import Unbuilt
 from training import same
 
 

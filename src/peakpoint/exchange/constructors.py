@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from peakpoint.errors import FormatError
-from peakpoint.exchange.unpickler import StandIn, Unbuilt
+from peakpoint.exchange.pickle_builder import StandIn, Unbuilt
 
 _DTYPE = re.compile(r"[<>|=]?[biufcSUV?]\d*")
 

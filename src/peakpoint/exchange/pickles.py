@@ -1,7 +1,7 @@
 """Pickles of other tools, read without running anything that they name.
 
 First the pickle is only scanned: the name of something that runs code ends the reading before anything is built. Then
-``Unpickler`` builds it, which calls nothing but what ``constructors`` lists; of everything else it makes records.
+``PickleBuilder`` builds it, which calls nothing but what ``constructors`` lists; of everything else it makes records.
 
 Source: PyTorch, ``torch/serialization.py``; CVE-2025-32434 for why torch before 2.6 is refused.
 """
@@ -22,8 +22,8 @@ import torch
 
 from peakpoint.errors import ConfigError, CorruptError, FormatError, MissingExtraError
 from peakpoint.exchange.constructors import CONSTRUCTORS, VALUES, Thaw
+from peakpoint.exchange.pickle_builder import PickleBuilder, global_name
 from peakpoint.exchange.storages import ArchiveStorages, LegacyStorages
-from peakpoint.exchange.unpickler import Unpickler, global_name
 from peakpoint.store import translated
 
 _LARGEST_PICKLE = 1024**3  # bytes without tensors
@@ -85,7 +85,7 @@ def _build(source: Path | bytes, archive: Any, pickles: list[bytes], where: str,
     try:
         if archive is not None:
             storages = ArchiveStorages(archive, source if isinstance(source, Path) else None)
-            value = Unpickler(CONSTRUCTORS, VALUES, storages.storage).load(pickles[0])
+            value = PickleBuilder(CONSTRUCTORS, VALUES, storages.storage).load(pickles[0])
         else:
             value = _build_legacy(source, pickles)
         return Thaw(inert).thaw(value)
@@ -100,10 +100,10 @@ def _build(source: Path | bytes, archive: Any, pickles: list[bytes], where: str,
 def _build_legacy(source: Path | bytes, pickles: list[bytes]) -> Any:
     *_, content, keys = pickles
     storages = LegacyStorages()
-    value = Unpickler(CONSTRUCTORS, VALUES, storages.storage).load(content)
+    value = PickleBuilder(CONSTRUCTORS, VALUES, storages.storage).load(content)
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
         stream.seek(sum(map(len, pickles)))
-        storages.fill(stream, Unpickler({}, {}, storages.storage).load(keys))
+        storages.fill(stream, PickleBuilder({}, {}, storages.storage).load(keys))
     return value
 
 

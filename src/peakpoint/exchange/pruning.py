@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from peakpoint.exchange.pickle_builder import Unbuilt
 from peakpoint.exchange.pickles import could_be_inert
-from peakpoint.exchange.unpickler import Unbuilt
 
 _MOST_PLACES = 3  # that a note names
 

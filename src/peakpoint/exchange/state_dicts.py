@@ -12,9 +12,9 @@ from peakpoint.errors import ConfigError, FormatError
 from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import EPOCH, STEPS, LogRow, as_count, as_number, metric_name, readable
 from peakpoint.exchange.part_names import EXTRA, find_parts, is_optimizer, is_weights
+from peakpoint.exchange.pickle_builder import Unbuilt
 from peakpoint.exchange.pickles import check_inert
 from peakpoint.exchange.pruning import Pruning, sentences
-from peakpoint.exchange.unpickler import Unbuilt
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
 from peakpoint.state.typed_json import Encoder

@@ -47,7 +47,8 @@ def loading_differences(part: str, live: Mapping[str, Any], saved: Mapping[str, 
 
 def module_differences(part: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """List what keeps a saved state dict from fitting a module: names, shapes and dtypes."""
-    missing = [name for name in live if name not in saved]
+    tied = _tied(live, saved)
+    missing = [name for name in live if name not in saved and name not in tied]
     unknown = [name for name in saved if name not in live]
     different = [name for name in saved if name in live and not _entry_fits(name, live, saved)]
     return [
@@ -58,6 +59,24 @@ def module_differences(part: str, live: Mapping[str, Any], saved: Mapping[str, A
             for name in different
         ),
     ]
+
+
+def _tied(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
+    """Return names that only a live state dict has to names that both have, where these are the same memory.
+
+    Writers of safetensors files store tied weights under one of their names.
+    """
+    by_memory = {memory: name for name in saved if name in live and (memory := _memory(live[name])) is not None}
+    return {
+        name: by_memory[memory] for name in live if name not in saved and (memory := _memory(live[name])) in by_memory
+    }
+
+
+def _memory(value: Any) -> tuple[Any, ...] | None:
+    """Return what two tensors have in common that are the same; None where there is no memory to share."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta or not value.numel():
+        return None
+    return value.data_ptr(), value.dtype, value.device, value.shape, value.stride()
 
 
 def under_live_names(live: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -157,6 +176,11 @@ def load_module(module: torch.nn.Module, saved: Mapping[str, Any], differences: 
         _put_masks_back(module, weights, by_live_names)
         live = module.state_dict()
     renamed, saved = by_live_names is not saved and by_live_names.keys() != saved.keys(), by_live_names
+    tied = _tied(live, saved)
+    if tied:
+        metadata = getattr(saved, "_metadata", None)
+        saved = OrderedDict({**saved, **{name: saved[other] for name, other in tied.items()}})
+        _set_metadata(saved, metadata)
     fitting = {name: value for name, value in saved.items() if name in live and _entry_fits(name, live, saved)}
     sent = send([(live[name], value) for name, value in fitting.items()])
     if sent:  # they are where they belong; load_state_dict gets them from there
@@ -173,6 +197,7 @@ def load_module(module: torch.nn.Module, saved: Mapping[str, Any], differences: 
     total, loaded = (sum(isinstance(value, torch.Tensor) for value in values.values()) for values in (live, fitting))
     notes = [f"masks of {len(weights)} weights put back"] if weights else []
     notes += ["saved under the names of a wrapper"] if renamed else []
+    notes += [f"{len(tied)} of them tied to others"] if tied else []
     return ", ".join([f"{loaded} of {total} tensors", *notes])
 
 

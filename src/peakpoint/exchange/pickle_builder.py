@@ -59,7 +59,7 @@ def global_name(data: bytes, place: int) -> str:
     return f"{modules.get(module, module)}.{name}"
 
 
-class Unpickler:
+class PickleBuilder:
     """Builds the value of one pickle of protocol 2.
 
     Args:
@@ -200,23 +200,23 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": set,
 }
-_WITH_ARGUMENT: dict[str, Callable[[Unpickler, Any], None]] = {
-    "SHORT_BINSTRING": Unpickler.python2_text,
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), Unpickler.get),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Unpickler.put),
+_WITH_ARGUMENT: dict[str, Callable[[PickleBuilder, Any], None]] = {
+    "SHORT_BINSTRING": PickleBuilder.python2_text,
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), PickleBuilder.get),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), PickleBuilder.put),
 }
-_STEPS: dict[str, Callable[[Unpickler], None]] = {
-    "MARK": Unpickler.mark,
-    "TUPLE": lambda unpickler: unpickler.tuple_of(None),
-    "TUPLE1": lambda unpickler: unpickler.tuple_of(1),
-    "TUPLE2": lambda unpickler: unpickler.tuple_of(2),
-    "TUPLE3": lambda unpickler: unpickler.tuple_of(3),
-    "REDUCE": Unpickler.reduce,
-    "NEWOBJ": Unpickler.reduce,
-    "BUILD": Unpickler.build,
-    "APPEND": lambda unpickler: unpickler.append(several=False),
-    "APPENDS": lambda unpickler: unpickler.append(several=True),
-    "SETITEM": lambda unpickler: unpickler.set_items(several=False),
-    "SETITEMS": lambda unpickler: unpickler.set_items(several=True),
-    "BINPERSID": Unpickler.persistent,
+_STEPS: dict[str, Callable[[PickleBuilder], None]] = {
+    "MARK": PickleBuilder.mark,
+    "TUPLE": lambda builder: builder.tuple_of(None),
+    "TUPLE1": lambda builder: builder.tuple_of(1),
+    "TUPLE2": lambda builder: builder.tuple_of(2),
+    "TUPLE3": lambda builder: builder.tuple_of(3),
+    "REDUCE": PickleBuilder.reduce,
+    "NEWOBJ": PickleBuilder.reduce,
+    "BUILD": PickleBuilder.build,
+    "APPEND": lambda builder: builder.append(several=False),
+    "APPENDS": lambda builder: builder.append(several=True),
+    "SETITEM": lambda builder: builder.set_items(several=False),
+    "SETITEMS": lambda builder: builder.set_items(several=True),
+    "BINPERSID": PickleBuilder.persistent,
 }
