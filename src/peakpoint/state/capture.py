@@ -23,7 +23,7 @@ from peakpoint.state import rng
 from peakpoint.state.encode_cache import EncodeCache
 from peakpoint.state.functions import RAISED_BY_PROGRAMS
 from peakpoint.state.host_copy import Storage, storage_of, versions_of
-from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.json_scalars import TAG, kind_of
 from peakpoint.state.origin import PartOrigin, origins_of, param_groups
 from peakpoint.state.step_guard import StateCopy
 from peakpoint.state.streamed_copy import RingBuffer
@@ -99,6 +99,20 @@ def state_of(value: Any) -> Any:
     return value
 
 
+def saves_nothing(value: Any, tree: Any) -> bool:
+    """Return whether an object that has something to save gives an empty state.
+
+    Args:
+        tree: its state, as ``StateEncoder.encode`` encodes it.
+    """
+    content = tree.get("v", tree) if isinstance(tree, dict) and TAG in tree else tree
+    if content or not isinstance(value, Stateful) or content == 0:
+        return False
+    if isinstance(value, torch.nn.Module):  # a loss has nothing to save; a metric has tensors that are no buffers
+        return any(isinstance(child, torch.Tensor) for layer in value.modules() for child in vars(layer).values())
+    return not isinstance(value, torch.amp.GradScaler)  # which is disabled
+
+
 @dataclass(frozen=True, slots=True)
 class CapturedState:
     """A copy of the state, ready to be written.
@@ -109,6 +123,7 @@ class CapturedState:
         copying: the copy under way, which the images wait for.
         stays: whether the copy stays in memory until the next capture, so that it can be written again.
         committed: to be called with the manifest once it exists.
+        empty: the parts that have given an empty state, though they have something to save.
     """
 
     images: tuple[FileImage, ...]
@@ -116,6 +131,7 @@ class CapturedState:
     copying: StateCopy
     stays: bool
     committed: Callable[[Manifest], None]
+    empty: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -354,4 +370,5 @@ def capture(
         copying,
         isinstance(buffer, StagingBuffer),
         encoder.learn,
+        tuple(name for name, value in state.items() if saves_nothing(value, trees[name])),
     )

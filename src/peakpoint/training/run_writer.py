@@ -235,6 +235,12 @@ class RunWriter:
         elif not captured.stays:
             captured.copying.wait()
             copied = time.perf_counter() - begin
+        for part in captured.empty:
+            self._warn_once(
+                f"empty {part}",
+                f"state[{part!r}] saves nothing: the state_dict() of {type(self._state[part]).__name__} is empty, so a "
+                "resume does not restore it. Have it return what must come back, or leave the part out of state=",
+            )
         return draft.name if submitted else None, copied
 
     def wait(self) -> None:
