@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -347,6 +348,15 @@ def test_a_store_that_tells_capitals_apart_takes_both():
     with checkpointer(store, run="s", state={"model": {"w": torch.ones(1)}, "Model": {"w": torch.zeros(1)}}) as ckpt:
         ckpt.report(loss=1.0)
     assert [run.name for run in pp.open(store).runs()] == ["R", "r", "s"]
+
+
+def test_where_no_file_can_be_written_anywhere_selections_are_made_in_memory(tmp_path, monkeypatch):
+    store = MemoryStore()
+    trained(store, (0.5, 0.25, 0.125))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    for _ in range(2):
+        assert [checkpoint.step for checkpoint in pp.select(store, "loss < 0.4", by={"loss": "min"})] == [3, 2]
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- free space that is not known ---------------------------------------------------------------------------------

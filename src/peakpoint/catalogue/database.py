@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, select
+from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, exc, make_url, select
 
 from peakpoint.catalogue.schema import meta
 from peakpoint.errors import ConfigError, CorruptError, StoreError, TransientStoreError, needing
@@ -50,7 +50,7 @@ def place(store: Store, where: str | None) -> tuple[URL, Owner]:
         store: where the repository is.
         where: a URL of PostgreSQL or SQLite, or the path of a file; by default what the environment variable
             ``PEAKPOINT_CATALOGUE`` says, and without one ``catalogue.sqlite`` in the repository. Where that cannot be
-            written, a file in the user's cache directory, or one that goes with this process.
+            written, a file in the user's cache directory, or a file or memory that goes with this process.
 
     Raises:
         ConfigError: a URL of a kind that is not served.
@@ -68,7 +68,11 @@ def place(store: Store, where: str | None) -> tuple[URL, Owner]:
             cached.parent.mkdir(parents=True, exist_ok=True)
             if _is_usable(cached):
                 return URL.create("sqlite", database=str(cached)), "derived"
-    handle, name = tempfile.mkstemp(prefix="peakpoint-", suffix=".sqlite")
+    try:
+        handle, name = tempfile.mkstemp(prefix="peakpoint-", suffix=".sqlite")
+    except OSError:  # nothing can be written anywhere: in memory
+        shared = {"mode": "memory", "cache": "shared", "uri": "true"}  # by the connections of this process
+        return URL.create("sqlite", database=f"file:peakpoint-{secrets.token_hex(8)}", query=shared), "temporary"
     os.close(handle)
     return URL.create("sqlite", database=name), "temporary"
 
@@ -161,11 +165,11 @@ def connect(url: URL) -> tuple[Engine, Engine]:
 
 def _sqlite(url: URL) -> tuple[Engine, Engine]:
     arguments = {"timeout": _PATIENCE, "check_same_thread": False}
-    writing = create_engine(url, connect_args=arguments)
+    writing = create_engine(url, connect_args=arguments, poolclass=QueuePool)
     event.listen(writing, "connect", _prepare)
     # of two that write, the second waits before it has read anything
     event.listen(writing, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    reading = create_engine(url, connect_args=arguments)
+    reading = create_engine(url, connect_args=arguments, poolclass=QueuePool)
     event.listen(reading, "connect", _prepare)
     event.listen(reading, "connect", _lock)
     event.listen(reading, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
@@ -250,7 +254,9 @@ def set_aside(url: URL) -> None:
 
 
 def discard(url: URL) -> None:
-    """Delete a SQLite file, and its log with it."""
+    """Delete a SQLite file, and its log with it; memory goes by itself."""
     assert url.database is not None
+    if url.query.get("mode") == "memory":
+        return
     for suffix in ("", "-wal", "-shm"):
         Path(url.database + suffix).unlink(missing_ok=True)
