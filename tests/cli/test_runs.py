@@ -76,6 +76,17 @@ def test_a_measurement_is_taken_back(tmp_path):
         assert (failed.returncode, words in failed.stderr) == (code, True), failed.stderr
 
 
+def test_a_run_is_renamed(tmp_path):
+    trained(tmp_path, "a", 0.5)
+    trained(tmp_path, "b", 0.6)
+    assert "run a is called c now; a training of it needs run='c'" in command("rename", tmp_path, "a", "c")
+    assert sorted(listed(tmp_path)) == ["b", "c"]
+    assert command("select", tmp_path, "acc < 0.6", "--refs").startswith("c/a_step1")
+    for arguments, code, words in ((["c", "b"], 11, "has a run 'b'"), (["a", "d"], 10, "no run 'a'")):
+        failed = in_process("rename", tmp_path, *arguments)
+        assert (failed.returncode, words in failed.stderr) == (code, True), failed.stderr
+
+
 def test_a_whole_run_is_removed_after_its_plan_was_shown(tmp_path):
     for run in ("a", "b", "c"):
         trained(tmp_path, run, 0.5, 0.4)

@@ -320,6 +320,23 @@ def test_prune_removes_empty_directories_only(store):
     assert store.get("a/b/c") == b"2"
 
 
+def test_rename_moves_all_of_a_prefix_and_replaces_nothing(store):
+    store.put("a/b/c", [b"1"])
+    store.put("a/b/d/e", [b"2"])
+    store.put("a/bb/c", [b"3"])
+    store.put("a/there/c", [b"4"])
+    assert store.rename("a/b", "a/new") is True
+    assert (store.get("a/new/c"), store.get("a/new/d/e"), store.children("a")) == (
+        b"1",
+        b"2",
+        ["bb/", "new/", "there/"],
+    )
+    for prefix, new, kind in (("a/new", "a/there", ConflictError), ("a/b", "a/other", NotFoundError)):
+        with pytest.raises(kind):
+            store.rename(prefix, new)
+    assert (store.get("a/new/c"), store.get("a/there/c")) == (b"1", b"4")
+
+
 @pytest.mark.parametrize("key", CLIMBING)
 def test_keys_that_are_no_keys_are_refused_by_every_method(store, key):
     with pytest.raises(ConfigError, match="is not a key"):

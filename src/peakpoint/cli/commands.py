@@ -32,6 +32,7 @@ GROUPS = {
         CommandEntry("pin", "Protect a checkpoint from the rules", "keep:pin"),
         CommandEntry("unpin", "Remove the pin of a checkpoint", "keep:unpin"),
         CommandEntry("rm", "Remove checkpoints", "space:rm"),
+        CommandEntry("rename", "Give a run another name", "runs:rename"),
         CommandEntry("undo", "List, restore or empty the trash", "space:undo"),
         CommandEntry("archive", "Compress a finished run without loss, or restore it", "space:archive"),
         CommandEntry("audit", "Find damage and incomplete saves", "space:audit"),

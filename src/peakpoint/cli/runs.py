@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
-from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, Answer, command, run_bar
+from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, RUN, Answer, command, run_bar
 from peakpoint.cli.render import literal
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
@@ -26,6 +26,7 @@ from peakpoint.repository.lost import damaged_checkpoints
 from peakpoint.repository.packs import packed_bytes
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.run import Run, rules_of
+from peakpoint.repository.whole_run import rename_run
 from peakpoint.rules import Claim, Rule, ranked, ranking_metrics
 from peakpoint.rules.history import RunReplay, history
 from peakpoint.rules.peaks import Peak, peaks
@@ -160,6 +161,18 @@ def best_first(runs: Sequence["RunSummary"], metric: str) -> list["RunSummary"]:
 
 def _with_peak_of(run: "RunSummary", metric: str | None) -> "RunSummary":
     return run if metric is None else replace(run, peaks=tuple(peak for peak in run.peaks if peak.metric == metric))
+
+
+@command(ROOT, RUN, click.argument("new", metavar="NEW"))
+def rename(root: Path, name: str, new: str) -> Answer:
+    """Give a run another name; nothing that it holds changes.
+
+    A run keeps its name when the records of an alias say it. A training that goes on needs the new name, too.
+    """
+    run = rename_run(open_repository(root).run(name), new)
+    return Answer(
+        {"run": run.name, "former": name}, f"run {name} is called {new} now; a training of it needs run={new!r}"
+    )
 
 
 # --- one run -------------------------------------------------------------------------------------------------------

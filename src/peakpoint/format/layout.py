@@ -10,6 +10,7 @@
     releases/<id>.json                                   a release that an earlier version made or refused
     runs/<run>/run.json                                  the run, created once
     runs/<run>/writer.lock                               held by the process that writes the run
+    runs/<run>/renamed.json                              the former names of the run
     runs/<run>/removed.json                              that the run is being removed as a whole
     runs/<run>/archived.json                             that the run is archived
     runs/<run>/archive/<id>.pack                         the bytes of a checkpoint of an archived run
@@ -85,6 +86,11 @@ def run_prefix(run: str) -> str:
 def run_record(run: str) -> str:
     """The record that makes a run exist."""
     return f"{RUNS}/{run}/run.json"
+
+
+def renamed_key(run: str) -> str:
+    """The record of the former names of a run."""
+    return f"{RUNS}/{run}/renamed.json"
 
 
 def removed_key(run: str) -> str:

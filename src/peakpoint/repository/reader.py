@@ -5,7 +5,7 @@ import functools
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Concatenate, ParamSpec, TypeVar
 
 from blake3 import blake3
@@ -18,6 +18,7 @@ from peakpoint.format.sealed import digest
 from peakpoint.repository import packs, trash
 from peakpoint.repository.commit import BLOCK, combined_digest
 from peakpoint.repository.packs.reader import PackSource, open_pack
+from peakpoint.repository.run_names import is_name_of
 from peakpoint.repository.trash import dropped_parts, without_dropped
 from peakpoint.store import Filled, Filling, Hold, Store
 from peakpoint.store.pages import cores
@@ -152,11 +153,10 @@ def manifest_digest(store: Store, manifest: Manifest) -> str:
 def whole_manifest(store: Store, run: str, name: str) -> Manifest:
     """Read the manifest in one directory, with the parts that were dropped since; errors as in ``read_manifest``."""
     manifest = decode_manifest(store.get(layout.manifest_key(run, name)))
-    if (manifest.run, manifest.name) != (run, name):
-        raise CorruptError(
-            f"{MANIFEST} says that it belongs to {manifest.run}/{manifest.name}; the directory was renamed or copied"
-        )
-    return manifest
+    if manifest.name != name or not is_name_of(store, run, manifest.run):
+        place = f"{manifest.run}/{manifest.name}"
+        raise CorruptError(f"{MANIFEST} says that it belongs to {place}; the directory was renamed or copied")
+    return manifest if manifest.run == run else replace(manifest, run=run)
 
 
 def _settled(

@@ -38,5 +38,10 @@ def delete_remains(store: Store, run: str) -> None:
             store.delete(key)
         store.prune(prefix)
     store.prune(layout.checkpoints_prefix(run))
-    for key in (layout.archived_key(run), *store.litter(layout.run_prefix(run)), layout.removed_key(run)):
+    for key in (
+        layout.archived_key(run),
+        layout.renamed_key(run),
+        *store.litter(layout.run_prefix(run)),
+        layout.removed_key(run),
+    ):
         store.delete(key)

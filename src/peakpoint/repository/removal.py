@@ -59,11 +59,11 @@ def move_to_trash(store: Store, manifest: Manifest, *, until: datetime, at: date
     store.delete(key)
 
 
-def restore_from_trash(store: Store, record: TrashedCheckpoint) -> Manifest:
+def restore_from_trash(store: Store, run: str, record: TrashedCheckpoint) -> Manifest:
     """Make a checkpoint exist again; the caller knows that its files are intact."""
     manifest = record.decoded()
-    establish(store, layout.manifest_key(manifest.run, manifest.name), record.manifest.encode())
-    store.delete(layout.trashed_key(manifest.run, manifest.name))
+    establish(store, layout.manifest_key(run, manifest.name), record.manifest.encode())
+    store.delete(layout.trashed_key(run, manifest.name))
     return manifest
 
 

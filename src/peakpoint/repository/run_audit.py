@@ -16,10 +16,18 @@ from peakpoint.repository.commit import sweep
 from peakpoint.repository.findings import Audit, AuditFinding
 from peakpoint.repository.refs import is_alias
 from peakpoint.repository.run import Run, read_run_record
+from peakpoint.repository.run_names import former_names
 from peakpoint.store import Store
 
 DIRECTORIES = ("journal", "checkpoints", "archive", "validations")
-_OF_A_RUN = {"run.json", "removed.json", "writer.lock", layout.ARCHIVED, *(f"{name}/" for name in DIRECTORIES)}
+_OF_A_RUN = {
+    "run.json",
+    "renamed.json",
+    "removed.json",
+    "writer.lock",
+    layout.ARCHIVED,
+    *(f"{name}/" for name in DIRECTORIES),
+}
 _TENSOR_FILE = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?\.safetensors")
 _PACK = re.compile(r"[0-9a-f]{16}\.pack")
 
@@ -150,6 +158,10 @@ def _remains(run: str) -> AuditFinding:
 
 
 def _run_record(store: Store, run: str) -> Iterator[AuditFinding]:
+    try:
+        former_names(store, run)
+    except (CorruptError, FormatError) as error:
+        yield AuditFinding("damage", layout.renamed_key(run), str(error))
     key = layout.run_record(run)
     if store.size(key) is None:
         # a crash between the run's directory and its record; the next writer of that run completes it

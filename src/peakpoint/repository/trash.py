@@ -110,7 +110,8 @@ def contents(store: Store, run: str) -> list[TrashEntry]:
         try:
             record = read_trashed(store, run, name)
             if record is not None:
-                manifest = without_dropped(record.decoded(), list(dropped_parts(store, run, name)))
+                manifest = replace(record.decoded(), run=run)  # which had another name, maybe
+                manifest = without_dropped(manifest, list(dropped_parts(store, run, name)))
                 entries.append(TrashEntry(manifest, record))
         except (CorruptError, FormatError):
             continue

@@ -18,6 +18,7 @@ import msgspec
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format import layout
 from peakpoint.format.sealed import decode_record, digest, encode_record
+from peakpoint.repository.run_names import is_name_of
 from peakpoint.store import LARGE, Store, create_numbered, establish
 
 Outcome = Literal["passed", "failed", "skipped"]
@@ -204,11 +205,12 @@ def read(store: Store, run: str, checkpoint: str, number: int) -> Validation:
     where = layout.validation_key(run, checkpoint, number)
     data = store.get(where)
     validation = decode_record(Validation, data, where=where)
-    if (validation.run, validation.checkpoint, validation.number) != (run, checkpoint, number):
+    is_of_run = is_name_of(store, run, validation.run)
+    if not is_of_run or (validation.checkpoint, validation.number) != (checkpoint, number):
         raise CorruptError(
             f"{where} is a validation of {validation.run}/{validation.checkpoint}: it was moved or copied"
         )
-    return replace(validation, digest=digest(data))
+    return replace(validation, run=run, digest=digest(data))
 
 
 def readable(store: Store, run: str, checkpoint: str) -> tuple[list[Validation], dict[int, str]]:

@@ -1,18 +1,20 @@
-"""Whole runs: their removal, for good."""
+"""Whole runs: their removal, for good, and another name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peakpoint.errors import ConflictError, CorruptError, FormatError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError
 from peakpoint.format import layout
-from peakpoint.format.names import listing
+from peakpoint.format.names import check_run, listing
 from peakpoint.repository import aliases, maintenance, reader, remains
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.lost import damaged_checkpoints
-from peakpoint.repository.provenance import Clock, utc_now
+from peakpoint.repository.provenance import Clock, present_user, utc_now
+from peakpoint.repository.root import check_capitals
 from peakpoint.repository.run import Run
 from peakpoint.repository.run_audit import delete_directory
+from peakpoint.repository.run_names import note_name
 from peakpoint.store import Store, holder_note
 
 _REASONS = 3  # in one message
@@ -104,3 +106,39 @@ def remove_run(run: Run, *, clock: Clock = utc_now) -> list[str]:
         store.delete(layout.writer_lock(name))
     store.prune(layout.run_prefix(name))
     return store.children(layout.run_prefix(name))
+
+
+def rename_run(run: Run, new: str, *, clock: Clock = utc_now) -> Run:
+    """Give a run another name; what it holds stays as it is, to the byte.
+
+    One rename of its directory does it: killed anywhere, the run has the old name or the new one.
+
+    Args:
+        run: to be renamed.
+        new: its new name.
+        clock: gives the time for the record.
+
+    Returns:
+        The run under its new name.
+
+    Raises:
+        ConfigError: ``new`` cannot name a run, or the store cannot rename.
+        ConflictError: there is something of that name; somebody is writing, changing or reading the run; or an alias
+            points at a checkpoint of it or ever did: the records of aliases hold the old name, and never change.
+    """
+    store = run.store
+    check_run(new)
+    check_capitals(store, new)
+    if new == run.name or store.children(layout.run_prefix(new)):
+        raise ConflictError(f"{store.location} has a run {new!r}; give another name")
+    with _held_alone(run, clock):
+        names = aliases_naming(store, run.name)
+        if names:
+            raise ConflictError(
+                f"run {run.name!r} keeps its name: records of the alias {listing(names)} say it, and they never change"
+            )
+        note_name(store, run.name, clock(), present_user())
+        if not store.rename(layout.run_prefix(run.name), layout.run_prefix(new)):
+            raise ConfigError(f"{store.location} cannot rename a run in one step, so run {run.name!r} keeps its name")
+    store.hold(layout.writer_lock(new), holder_note(clock())).release()  # where there are no locks, its note remained
+    return Run(store, new)

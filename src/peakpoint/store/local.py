@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from peakpoint.errors import FormatError, NotFoundError, StoreError
+from peakpoint.errors import ConflictError, FormatError, NotFoundError, StoreError
 from peakpoint.store import locks, safe_open
 from peakpoint.store.direct_io import (
     NO_DIRECT,
@@ -346,6 +346,21 @@ class LocalStore:
         with contextlib.suppress(NotFoundError), expected, removing, self._directory(prefix) as dir_fd:
             self._ops.rmdir(path, dir_fd)
             self._sync_directory(path.parent, dir_fd)
+
+    def rename(self, prefix: str, new: str) -> bool:
+        """See ``Store.rename``: ``rename(2)`` of the directory, which replaces none but an empty one."""
+        source, target = self.path(prefix), self.path(new)
+        in_the_way = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+        with translated("rename", source), self._directory(prefix) as dir_fd:
+            os.close(safe_open.enter(dir_fd, source.name))
+            try:
+                self._ops.rename(source, target, dir_fd)
+            except OSError as error:
+                if error.errno not in in_the_way:
+                    raise
+                raise ConflictError(f"{target} already exists") from error
+            self._sync_directory(source.parent, dir_fd)
+        return True
 
     def log(self, key: str) -> LocalLog:
         """See ``Store.log``."""

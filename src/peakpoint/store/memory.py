@@ -104,6 +104,19 @@ class MemoryStore:
         """See ``Store.prune``: there are no directories here."""
         check_key(prefix)
 
+    def rename(self, prefix: str, new: str) -> bool:
+        """See ``Store.rename``."""
+        start, new_start = f"{check_key(prefix)}/", f"{check_key(new)}/"
+        with self._lock:
+            keys = [key for key in self._objects if key.startswith(start)]
+            if not keys:
+                raise NotFoundError(f"there is no {prefix} in {self.location}")
+            if any(key.startswith(new_start) for key in self._objects):
+                raise ConflictError(f"{new} already exists in {self.location}")
+            for key in keys:
+                self._objects[new_start + key.removeprefix(start)] = self._objects.pop(key)
+        return True
+
     def log(self, key: str) -> "MemoryLog":
         """See ``Store.log``."""
         self.create(key, b"")

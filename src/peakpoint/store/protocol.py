@@ -306,6 +306,19 @@ class Store(Protocol):
     def prune(self, prefix: str) -> None:
         """Remove the directory ``prefix`` if it is empty; stores without directories do nothing."""
 
+    def rename(self, prefix: str, new: str) -> bool:
+        """Give everything below ``prefix`` the prefix ``new``, which is in the same directory; atomic and durable.
+
+        What is held below ``prefix`` stays held by its holder, who cannot check it any more.
+
+        Returns:
+            False when the store cannot do that in one step; then nothing has happened.
+
+        Raises:
+            ConflictError: something is below ``new``.
+            NotFoundError: there is nothing below ``prefix``.
+        """
+
     def log(self, key: str) -> Log:
         """Create ``key`` as an empty log.
 

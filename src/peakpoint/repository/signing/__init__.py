@@ -153,7 +153,7 @@ def _manifest_at_rest(store: Store, manifest: Manifest) -> tuple[bytes, Manifest
     key = layout.manifest_key(manifest.run, manifest.name)
     _check_regular(store, key)
     data = store.get(key)
-    complete = decode_manifest(data)
+    complete = replace(decode_manifest(data), run=manifest.run)  # which had another name, maybe
     # reading a manifest leaves dropped parts out, and adds metrics that were measured later
     is_same = replace(manifest, metrics=complete.metrics, parts=complete.parts, files=complete.files) == complete
     has_files = set(manifest.files) <= set(complete.files)
