@@ -72,13 +72,18 @@ def hostile(tmp_path, monkeypatch):
 
 
 LINES = {  # at least one for each command
-    "ls": [[], ["r"], [HOSTILE]],
+    "ls": [[], ["r"], [HOSTILE], ["--sort", METRIC], ["--sort", HOSTILE], ["--match", HOSTILE]],
     "show": [["r@latest"], ["r:epoch=0"], ["r:epoch=2"], [HOSTILE], ["r/" + CODES]],
     "report": [[], ["--group-by", HOSTILE], ["--metric", HOSTILE], ["--n-eval", HOSTILE]],
     "plan": [["r"], ["r", "--rules", f"best:{METRIC}:min last:2"], ["r", "--rules", HOSTILE], ["r", "--epochs", CODES]],
     "select": [[], ["--max", METRIC, "--why"], [HOSTILE], [f"metric({METRIC!r}) > 0", "--why"], ["--max", HOSTILE]],
     "diff": [["r:epoch=0", "r@latest"], ["r:epoch=0", "s@latest", "--no-values"], ["r:epoch=0", HOSTILE]],
-    "record": [["r@latest", f"{METRIC}=1"], ["r@latest", HOSTILE], ["r@latest", "a=1", "--part", HOSTILE]],
+    "record": [
+        ["r@latest", f"{METRIC}=1"],
+        ["r@latest", HOSTILE],
+        ["r@latest", "a=1", "--part", HOSTILE],
+        ["r@latest", "--remove", HOSTILE],
+    ],
     "soup": [
         ["r:epoch=0", "r:epoch=2", "--why", HOSTILE],
         ["r:epoch=0", "--run", HOSTILE],
@@ -89,7 +94,8 @@ LINES = {  # at least one for each command
     "explain": [["r@latest"], ["r:epoch=1"], ["r:epoch=0"], [f"r/{CODES}"]],
     "pin": [["r@latest", "--why", HOSTILE], [HOSTILE, "--why", "x"]],
     "unpin": [["r:epoch=0"], [HOSTILE]],
-    "rm": [["r:epoch=2"], ["r@latest", "--yes"], [HOSTILE]],
+    "rm": [["r:epoch=2"], ["r@latest", "--yes"], [HOSTILE], ["s", "--run", "--undo-for", "0", "--yes"]],
+    "rename": [["s", "t"], ["r", "t"], ["r", HOSTILE], [HOSTILE, "t"]],
     "undo": [["--list"], ["r/" + CODES], [HOSTILE]],
     "archive": [["r", "--dry-run"], [HOSTILE]],
     "audit": [[], ["--deep"], ["--clean"]],
