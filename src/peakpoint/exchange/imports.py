@@ -14,6 +14,7 @@ from peakpoint.exchange.intake import ImportedSource, Intake, SourceSummary
 from peakpoint.exchange.moments import ImportMoment, timeline
 from peakpoint.exchange.sources import CheckpointSource, find
 from peakpoint.exchange.state_dicts import ReadOptions
+from peakpoint.exchange.unread import kinds_of
 from peakpoint.format import names
 from peakpoint.repository.provenance import Clock, utc_now
 from peakpoint.rules import Rule, check_rules
@@ -129,7 +130,7 @@ def import_checkpoints(
         checkpoints=(*(outcomes[number] for moment in moments for number in moment.checkpoints), *twins, *unreadable),
         reports=len(moments),
         others=tuple(other_files),
-        notes=(*notes, *_doubts(moments, epochs_from)),
+        notes=(*notes, *_doubts(moments, epochs_from), *kinds_of(other_files)),
     )
 
 

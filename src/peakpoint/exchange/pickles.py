@@ -24,6 +24,7 @@ from peakpoint.errors import ConfigError, CorruptError, FormatError, MissingExtr
 from peakpoint.exchange.constructors import CONSTRUCTORS, VALUES, Thaw
 from peakpoint.exchange.pickle_builder import PickleBuilder, global_name
 from peakpoint.exchange.storages import ArchiveStorages, LegacyStorages
+from peakpoint.exchange.unread import kind_by_beginning, kind_of_archive
 from peakpoint.store import translated
 
 _LARGEST_PICKLE = 1024**3  # bytes without tensors
@@ -136,6 +137,9 @@ def _check_kind(source: Path | bytes, where: str) -> bool:
             f"{where} is a plain pickle, which Peakpoint does not read, and not a file of torch.save; if you trust it, "
             "load it in an environment without anything to lose and save it with torch.save"
         )
+    kind = kind_by_beginning(where, begin)
+    if kind is not None:
+        raise FormatError(kind)
     raise FormatError(f"{where} is not a file of torch.save: it is neither a zip nor a pickle with torch's mark")
 
 
@@ -149,9 +153,14 @@ def _archive(source: Path | bytes, where: str) -> Any:
     size = source.stat().st_size if isinstance(source, Path) else len(source)
     try:
         with zipfile.ZipFile(source if isinstance(source, Path) else io.BytesIO(source)) as archive:
-            claimed = sum(info.file_size for info in archive.infolist())
+            claimed, kind = (
+                sum(info.file_size for info in archive.infolist()),
+                kind_of_archive(where, archive.namelist()),
+            )
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CorruptError(f"{where} is cut short or damaged: {error}") from error
+    if kind is not None:
+        raise FormatError(kind)
     if claimed > size:  # torch.save does not compress
         raise FormatError(f"{where} has {size} bytes and says that {claimed} are in it: torch.save wrote no such file")
     try:
@@ -159,7 +168,10 @@ def _archive(source: Path | bytes, where: str) -> Any:
             str(source) if isinstance(source, Path) else io.BytesIO(source)
         )
         if archive_reader.has_record("constants.pkl"):
-            raise FormatError(f"{where} is a TorchScript program: torch.save(torch.jit.load(...).state_dict(), ...)")
+            raise FormatError(
+                f"{where} is a program of TorchScript, which is not read: if you trust it, "
+                "torch.save({'model': torch.jit.load(FILE).state_dict()}, FILE.pth)"
+            )
         if not archive_reader.has_record("data.pkl"):
             raise FormatError(f"{where} is a zip archive, but torch.save did not write it: it has no data.pkl")
     except RuntimeError as error:

@@ -24,7 +24,7 @@ from peakpoint.exchange.folders import (
 )
 from peakpoint.exchange.metric_logs import EPOCH, STEPS, as_count, as_number, metric_name
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, renamed
-from peakpoint.format.layout import REPOSITORY
+from peakpoint.exchange.unread import is_of_rank, kind_of_peakpoint, kinds_of
 from peakpoint.state.tensor_files import read_safetensors
 from peakpoint.store import translated
 
@@ -79,9 +79,15 @@ def find(path: Path) -> tuple[list[CheckpointSource], list[Path]]:
     """
     if not path.exists():
         raise NotFoundError(f"cannot import {path}: it does not exist")
+    of_peakpoint = kind_of_peakpoint(path)
+    if of_peakpoint is not None:
+        raise FormatError(of_peakpoint)
     with translated("read", path):
         entries = list(_below(path)) if path.is_dir() else [_file(path)]
     sources = [entry for entry in entries if isinstance(entry, CheckpointSource)]
+    unread = kinds_of([entry for entry in entries if isinstance(entry, Path)])
+    if not sources and unread:
+        raise FormatError(f"cannot import {path}: {'; '.join(unread)}")
     if not sources:
         raise FormatError(
             f"{path} holds no checkpoint: looked for {', '.join(sorted(PICKLED))}, {SAFETENSORS}, folders with "
@@ -100,7 +106,7 @@ def _below(path: Path) -> Iterator[CheckpointSource | Path]:
         if any(child in file.parents for file in used):
             yield from (file for file in sorted(child.rglob("*")) if file.is_file() and file not in used)
         elif child.is_dir():
-            closed = child.name.startswith(".") or not is_folder(child) or (child / REPOSITORY).is_file()
+            closed = child.name.startswith(".") or not is_folder(child) or kind_of_peakpoint(child) is not None
             yield from [child] if closed else _below(child)
         elif child not in used:
             yield child if source is not None or child.name.startswith(".") else _file(child)
@@ -109,7 +115,7 @@ def _below(path: Path) -> Iterator[CheckpointSource | Path]:
 def _file(path: Path) -> CheckpointSource | Path:
     """Return a file as a checkpoint, or its path when its name is not that of one."""
     kind = _KINDS.get(path.suffix.lower())
-    return path if kind is None else CheckpointSource(path=path, kind=kind, files=(path,))
+    return path if kind is None or is_of_rank(path) else CheckpointSource(path=path, kind=kind, files=(path,))
 
 
 def _folder(path: Path) -> CheckpointSource | None:
