@@ -8,12 +8,13 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 
 import peakpoint as pp
 from foreign_files import script
 from peakpoint.cli.main import cli
 from peakpoint.rules.history import history
-from training import same
+from training import checkpointer, same
 
 
 def invoke(*arguments, code=0):
@@ -140,3 +141,104 @@ def test_what_cannot_be_exported_leaves_nothing_behind(arguments, code, words, r
         invoke("export", root, "r@latest", *arguments)
     assert caught.value.exit_code == code
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# --- names of wrappers, and masks -------------------------------------------------------------------------------------
+
+
+def layers(seed=1):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_inside(model):
+    model[0] = compiled(model[0])
+    return model
+
+
+def saved(root, model, run="r"):
+    with checkpointer(root, run=run, state={"model": model}) as ckpt:
+        ckpt.report(step=1, loss=1.0)
+    return model
+
+
+FORMS = {"safetensors": "x.safetensors", "pth": "x.pth", "hf": "x"}
+
+
+def written(root, to, *options, form="safetensors"):
+    """Export, and read the file as other tools do; returns its tensors and what was printed."""
+    folder = ["--as", "hf"] if form == "hf" else []
+    printed = invoke("export", root, "r@latest", "--to", to / FORMS[form], *folder, *options)
+    if form == "pth":
+        return torch.load(to / "x.pth", weights_only=True), printed
+    return load_file(to / "x" / "model.safetensors" if form == "hf" else to / "x.safetensors"), printed
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrap", [compiled, torch.nn.DataParallel, compiled_inside])
+def test_the_names_are_those_of_the_model_without_its_wrapper(tmp_path, wrap, form):
+    model = layers()
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    saved(tmp_path / "runs", wrap(model))
+    with pytest.warns(pp.PeakpointWarning, match="saved from a wrapped model: its names are written without"):
+        tensors, _ = written(tmp_path / "runs", tmp_path, form=form)
+    assert tensors.keys() == plain.keys()
+    assert all(same(tensors[name], value) for name, value in plain.items())
+    live = layers(2)
+    live.load_state_dict(tensors)
+    if form == "pth":  # with the versions of its modules
+        assert tensors._metadata == layers().state_dict()._metadata
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = torch.nn.Linear(2, 2)
+
+
+def test_a_layer_of_the_same_name_keeps_it_unless_asked(tmp_path):
+    saved(tmp_path / "runs", Own())
+    tensors, _ = written(tmp_path / "runs", tmp_path)
+    assert set(tensors) == {"module.bias", "module.weight"}
+    tensors, _ = written(tmp_path / "runs", tmp_path, "--strip-prefix", "module.", form="pth")
+    assert set(tensors) == {"bias", "weight"}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_a_prefix_may_be_named_although_it_goes_by_itself(tmp_path, prefix):
+    saved(tmp_path / "runs", compiled(layers()) if prefix == "_orig_mod." else torch.nn.DataParallel(layers()))
+    tensors, _ = written(tmp_path / "runs", tmp_path, "--strip-prefix", prefix)
+    assert tensors.keys() == layers().state_dict().keys()
+
+
+def test_a_prefix_that_no_name_has_is_refused(tmp_path):
+    saved(tmp_path / "runs", layers())
+    with pytest.raises(pp.errors.ConfigError, match=r"no name in part 'model' begins with 'net\.'"):
+        invoke("export", tmp_path / "runs", "r@latest", "--to", tmp_path / "x.pth", "--strip-prefix", "net.")
+    assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_are_folded_into_the_weights(tmp_path, form):
+    model = layers()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.ln_structured(model[2], "weight", 0.5, n=2, dim=1)
+    saved(tmp_path / "runs", model)
+    for name in ("0", "2"):
+        prune.remove(model.get_submodule(name), "weight")
+    tensors, _ = written(tmp_path / "runs", tmp_path, "--fold-masks", form=form)
+    assert tensors.keys() == layers().state_dict().keys()
+    assert all(same(tensors[name], value) for name, value in model.state_dict().items())
+    layers(2).load_state_dict(tensors)
+
+
+def test_without_masks_there_is_nothing_to_fold(tmp_path):
+    saved(tmp_path / "runs", layers())
+    with pytest.raises(pp.errors.ConfigError, match=r"part 'model' has no masks of torch\.nn\.utils\.prune"):
+        invoke("export", tmp_path / "runs", "r@latest", "--to", tmp_path / "x.pth", "--fold-masks")
+    with pytest.raises(pp.errors.ConfigError, match="a card has none"):
+        invoke("export", tmp_path / "runs", "r@latest", "--as", "card", "--fold-masks")

@@ -167,6 +167,10 @@ _OPTIONS = {  # of one form only
 @click.option("--to", type=PATH, help="FILE.safetensors, .pth, .pt or DIR.")
 @click.option("--as", "form", type=click.Choice(["hf", "card"]), help="A folder for Hugging Face, or a model card.")
 @click.option("--part", "parts", multiple=True, help="Which part, may be repeated for .pth; model by default.")
+@click.option(
+    "--strip-prefix", default="", show_default=False, help="Removed from the names of tensors, such as module."
+)
+@click.option("--fold-masks", is_flag=True, help="Write weights of torch.nn.utils.prune with their masks applied.")
 @click.option("--shard", default="5 GB", help="hf: the most bytes of one file.")
 @click.option("--config", type=PATH, help="hf: becomes config.json.")
 @click.option("--license", metavar="ID", help="card: such as apache-2.0.")
@@ -184,6 +188,8 @@ def export(root: Path, ref: str, to: Path | None, form: str | None, **options: A
     _refuse_options_of_other_forms(form)
     repository = open_repository(root)
     if form == "card":
+        if options["strip_prefix"] or options["fold_masks"]:
+            raise ConfigError("--strip-prefix and --fold-masks change weights, and a card has none; leave them out")
         return _card(repository, ref, to, options)
     if to is None:
         raise ConfigError("--to names no file or folder; give FILE.safetensors, FILE.pth, FILE.pt or DIR")
@@ -201,12 +207,15 @@ def _refuse_options_of_other_forms(form: str | None) -> None:
 
 def _export(repository: Repository, text: str, to: Path, form: str | None, options: Mapping[str, Any]) -> Answer:
     parts = options["parts"]
+    weights = torch_side("peakpoint.exchange.exports.weights").WeightOptions(
+        options["strip_prefix"], options["fold_masks"]
+    )
     if form == "hf":
         folders = torch_side("peakpoint.exchange.exports.huggingface")
         settings = {name: options[name] for name in _OPTIONS["hf"]}
-        manifest = folders.export_folder(repository, text, to, parts[0] if parts else "", **settings)
+        manifest = folders.export_folder(repository, text, to, parts[0] if parts else "", options=weights, **settings)
     else:
-        manifest = torch_side("peakpoint.exchange.exports.files").export(repository, text, to, parts)
+        manifest = torch_side("peakpoint.exchange.exports.files").export(repository, text, to, parts, weights)
     size_bytes = to.stat().st_size if to.is_file() else sum(file.stat().st_size for file in to.iterdir())
     data = {"ref": ref(manifest), "to": str(to), "size_bytes": size_bytes}
     return Answer(data, f"{ref(manifest)} -> {to} ({size_text(size_bytes)})")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
+from peakpoint.exchange.exports.weights import AS_SAVED, WeightOptions, exported
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository.reader import hold_all
@@ -26,7 +27,9 @@ from peakpoint.store import FileOps, sync_directory, translated
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
-def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()) -> Manifest:
+def export(
+    repository: Repository, ref: str, to: Path, parts: Sequence[str] = (), weights: WeightOptions = AS_SAVED
+) -> Manifest:
     """Write parts of a checkpoint to a file of their own; atomic and durable.
 
     ``.safetensors`` holds the tensors of one part, under the keys of its state dict: tied weights are written under
@@ -36,12 +39,14 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
     Args:
         to: the file; must not exist.
         parts: by default ``model``, or the only part with tensors.
+        weights: how they are written.
 
     Returns:
         The manifest of the checkpoint.
 
     Raises:
-        ConfigError: the suffix is not one of these, or these parts cannot be in one such file.
+        ConfigError: the suffix is not one of these, these parts cannot be in one such file, or the weights have no such
+            prefix or no masks.
         ConflictError: the file exists.
         NotFoundError: no such checkpoint or part.
         CorruptError: the checkpoint is damaged.
@@ -58,7 +63,9 @@ def export(repository: Repository, ref: str, to: Path, parts: Sequence[str] = ()
         check_part_of(manifest, part)
     with hold_all(repository.store, [manifest]):
         saved = read_state(repository.store, manifest, part_names)
-        values = {part: saved.value(part, own=True) for part in part_names}
+        values = {
+            part: exported(part, saved.value(part, own=True), saved.trees.origin(part), weights) for part in part_names
+        }
         with published(to) as temporary:
             if to.suffix == ".safetensors":
                 _write_safetensors(temporary, values, manifest)

@@ -9,6 +9,7 @@ import torch
 
 from peakpoint.errors import FormatError
 from peakpoint.exchange.exports.files import check_free, check_weights, default_part, published
+from peakpoint.exchange.exports.weights import AS_SAVED, WeightOptions, exported
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
@@ -22,7 +23,14 @@ from peakpoint.store import translated
 
 
 def export_folder(
-    repository: Repository, ref: str, to: Path, part: str = "", *, shard: int | str = "5 GB", config: Path | None = None
+    repository: Repository,
+    ref: str,
+    to: Path,
+    part: str = "",
+    *,
+    shard: int | str = "5 GB",
+    config: Path | None = None,
+    options: WeightOptions = AS_SAVED,
 ) -> Manifest:
     """Write one part of a checkpoint to a folder of its own; atomic and durable.
 
@@ -35,6 +43,7 @@ def export_folder(
         part: which part; by default ``model``, or the only part with tensors.
         shard: the most bytes of tensors in one file; one tensor may be larger.
         config: a JSON file to become ``config.json``.
+        options: how the weights are written.
 
     Returns:
         The manifest of the checkpoint.
@@ -54,7 +63,7 @@ def export_folder(
     config_parts = [name for name in ("config", "extra") if name in manifest.parts]
     with hold_all(repository.store, [manifest]):
         saved = read_state(repository.store, manifest, [part, *config_parts])
-        weights = saved.value(part)
+        weights = exported(part, saved.value(part), saved.trees.origin(part), options)
         check_weights(part, weights)
         settings = _stored_config(saved, config_parts) if settings is None else settings
         state, page = _trainer_state(repository, manifest), card.markdown(card.gather(repository, ref))
