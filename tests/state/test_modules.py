@@ -252,3 +252,16 @@ def test_a_parametrization_has_to_be_registered_before(register):
         ckpt.report(step=1, loss=1.0)
     pp.load("r@latest", root=root, into=live)
     assert torch.equal(live[0].weight, saved[0].weight)
+
+
+# --- tensors that take no values --------------------------------------------------------------------------------------
+
+
+def test_a_model_on_the_meta_device_is_refused():
+    """torch would load nothing into it, without a word."""
+    root = MemoryStore()
+    with checkpointer(root, state={"model": net()}) as ckpt:
+        ckpt.report(step=1, loss=1.0)
+    live = net().to("meta")
+    with pytest.raises(pp.errors.MismatchError, match=r"'0\.weight' is float32\[4, 3\] in the checkpoint, on the meta"):
+        pp.load("r@latest", root=root, into=live)

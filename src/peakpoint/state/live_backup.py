@@ -69,14 +69,14 @@ def _module(module: torch.nn.Module) -> list[PutBack]:
     attributes = [step for layer in module.modules() for step in _attributes(layer)]
     tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     extra = {
-        name.rpartition(".")[0]: copy.deepcopy(value)
+        name.rpartition(".")[0]: make_copy
         for name, value in module.state_dict().items()
-        if name.endswith("_extra_state")
+        if name.endswith("_extra_state") and (make_copy := _copies(value)) is not None
     }
 
     def set_extra_states() -> None:
-        for name, value in extra.items():
-            module.get_submodule(name).set_extra_state(value)
+        for name, make_copy in extra.items():
+            module.get_submodule(name).set_extra_state(make_copy())
 
     return [*attributes, *map(_tensor, tensors.values()), set_extra_states]
 
@@ -94,7 +94,7 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> list[PutBack]:
 
 def _tensor(tensor: torch.Tensor) -> PutBack:
     kind, lazy = type(tensor), is_lazy(tensor)
-    values = tensor.data if lazy else tensor.detach().to("cpu", copy=True)
+    values = tensor.data if lazy or tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def write() -> None:
@@ -135,11 +135,20 @@ def _attributes(value: Any) -> list[PutBack]:
 
 
 def _own_state(value: Any) -> list[PutBack]:
-    """Return what loads a copy of an object's own state; nothing where it cannot be copied."""
+    """Return what loads a copy of an object's own state; nothing where it cannot be copied: attributes are put back."""
+    try:
+        make_copy = _copies(value.state_dict())
+    except RAISED_BY_PROGRAMS:
+        return []
+    return [] if make_copy is None else [lambda: value.load_state_dict(make_copy())]
+
+
+def _copies(content: Any) -> Callable[[], Any] | None:
+    """Return what makes a copy of a state as it is now; None when it cannot be kept."""
     encoder = Encoder()
     try:
-        tree = encoder.encode(value.state_dict(), "")
-    except (ConfigError, *RAISED_BY_PROGRAMS):
-        return []  # its attributes are put back
+        tree = encoder.encode(content, "")
+    except ConfigError:
+        return None
     tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in encoder.tensors.items()}
-    return [lambda: value.load_state_dict(Decoder(tensors, devices=True).decode(tree))]
+    return lambda: Decoder(tensors, devices=True).decode(tree)

@@ -20,6 +20,8 @@ def describe(value: Any) -> str:
     """Return element type and shape of a tensor, the type of anything else."""
     if is_lazy(value):
         return "not initialized yet"
+    if isinstance(value, torch.Tensor) and (value.is_meta or hasattr(value, "device_mesh")):
+        return "on the meta device" if value.is_meta else "sharded"
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return kind_of(value)
@@ -30,7 +32,8 @@ def fits(live: Any, saved: Any) -> bool:
     if is_lazy(live):
         return isinstance(saved, torch.Tensor)  # it takes the shape of what is loaded
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
-        return live.shape == saved.shape and live.dtype == saved.dtype
+        takes_values = not live.is_meta and not hasattr(live, "device_mesh")
+        return live.shape == saved.shape and live.dtype == saved.dtype and takes_values
     return not isinstance(live, torch.Tensor) and not isinstance(saved, torch.Tensor)
 
 

@@ -48,6 +48,7 @@ def optimizer_differences(
     """
     if not _is_plain(saved):
         return [] if unwrapped(live) is not live else [f"{part}: the checkpoint has no optimizer state under this name"]
+    live = unwrapped(live)
     saved, live_names, saved_names = _in_live_order(live, saved, origin, names)
     groups = saved["param_groups"]
     lines = _class_differences(part, live, saved, origin)
@@ -71,19 +72,19 @@ def _is_plain(saved: Any) -> bool:
 
 def _class_differences(part: str, live: torch.optim.Optimizer, saved: Any, origin: PartOrigin) -> list[str]:
     """Compare the class when the checkpoint tells it, and the settings and moments that ``step()`` reads."""
-    classes, kind = class_names(live), unwrapped(live)
+    classes = class_names(live)
     settings = {name for group in saved["param_groups"] for name in group} - _OF_SCHEDULERS - {"params", "param_names"}
-    completed = _completed(kind, saved)
-    lacking = [name for name in kind.defaults if any(name not in group for group in completed)]
+    completed = _completed(live, saved)
+    lacking = [name for name in live.defaults if any(name not in group for group in completed)]
     required = next((_REQUIRED_MOMENTS[name] for name in map(_last, classes) if name in _REQUIRED_MOMENTS), frozenset())
     moments = [set(values) for values in saved["state"].values() if isinstance(values, Mapping) and values]
     absent = sorted({name for names in moments for name in required - names})
     unrelated = bool(origin.classes) and not _related(classes, origin.classes)
-    if unrelated and (settings != set(kind.defaults) or all(map(_of_torch, (classes[0], origin.classes[0])))):
+    if unrelated and (settings != set(live.defaults) or all(map(_of_torch, (classes[0], origin.classes[0])))):
         return [f"{part}: it was saved from {origin.classes[0]}, and {classes[0]} cannot go on from that state"]
-    surplus = not origin.classes and (settings & _TELLING) - kind.defaults.keys()
+    surplus = not origin.classes and (settings & _TELLING) - live.defaults.keys()
     if surplus or (lacking and classes[:1] != origin.classes[:1]):
-        need = f"settings {', '.join(kind.defaults)}, and the checkpoint has {', '.join(sorted(settings))}"
+        need = f"settings {', '.join(live.defaults)}, and the checkpoint has {', '.join(sorted(settings))}"
     elif absent:
         need = f"moments {', '.join(absent)}, and the checkpoint has {', '.join(sorted(map(str, moments[0])))}"
     else:
@@ -243,17 +244,16 @@ def load_optimizer(
     if not _is_plain(saved):
         optimizer.load_state_dict(saved)
         return f"{type(optimizer).__name__}, by its load_state_dict"
-    saved_groups = saved["param_groups"]
-    saved, _, _ = _in_live_order(optimizer, saved, origin, names)
+    inner, saved_groups = unwrapped(optimizer), saved["param_groups"]
+    saved, _, _ = _in_live_order(inner, saved, origin, names)
     by_name = [group["params"] for group in saved["param_groups"]] != [group["params"] for group in saved_groups]
-    added = _add_newer_settings(optimizer, saved)
-    saved = {**saved, "param_groups": added}
-    saved = _on_their_devices(saved, optimizer) if on_gpu else saved
+    saved = {**saved, "param_groups": _add_newer_settings(inner, saved)}
+    saved = _on_their_devices(saved, inner) if on_gpu else saved
     optimizer.load_state_dict(saved)
-    parameters = _parameters_by_index(optimizer, saved)
+    parameters = _parameters_by_index(inner, saved)
     with_moments = {index: moments for index in parameters if (moments := saved["state"].get(index))}
     for index, moments in with_moments.items():
-        live = optimizer.state[parameters[index]]
+        live = inner.state[parameters[index]]
         for name, value in moments.items():
             # torch casts state to the parameter's dtype on load: float32 moments of bfloat16 weights would be rounded
             if isinstance(value, torch.Tensor) and name in live and live[name].dtype != value.dtype:
@@ -266,10 +266,9 @@ def load_optimizer(
 
 def _add_newer_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the saved groups with the settings of the live ones that their class did not have when they were saved."""
-    kind = unwrapped(optimizer)
-    groups = zip(saved["param_groups"], _completed(kind, saved), optimizer.param_groups, strict=True)
+    groups = zip(saved["param_groups"], _completed(optimizer, saved), optimizer.param_groups, strict=True)
     return [
-        {**group, **{name: live[name] for name in kind.defaults if name not in completed and name in live}}
+        {**group, **{name: live[name] for name in optimizer.defaults if name not in completed and name in live}}
         for group, completed, live in groups
     ]
 

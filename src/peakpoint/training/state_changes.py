@@ -9,6 +9,7 @@ import torch
 
 from peakpoint.state import rng
 from peakpoint.state.capture import Stateful, is_generator, state_of
+from peakpoint.state.origin import param_groups
 from peakpoint.state.samples import SMALL, Samples, can_sample
 from peakpoint.state.typed_json import Encoder
 
@@ -104,7 +105,7 @@ def _is_loader(value: Any) -> bool:
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    return [{name: value for name, value in group.items() if name != "params"} for group in param_groups(optimizer)]
 
 
 def _global_generators() -> dict[str, object]:
