@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -278,6 +279,20 @@ def test_a_file_system_without_hard_links_is_said_once(tmp_path):
     assert f"{tmp_path}: this file system has no hard links" in sentence
     assert [checkpoint.step for checkpoint in kept(tmp_path)] == [1, 2, 3]
     assert "clean" in command("audit", tmp_path, "--deep")
+
+
+def test_a_file_system_that_maps_no_files_is_read(tmp_path, monkeypatch):
+    trained(tmp_path)
+    real = mmap.mmap
+
+    def refusing(fd, *arguments, **options):
+        if fd >= 0:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return real(fd, *arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", refusing)
+    assert newest_weight(tmp_path) == 0.25
+    assert trained(tmp_path, (0.125,)) == []
 
 
 class ShortNames(FileOps):

@@ -40,6 +40,7 @@ from peakpoint.store.protocol import RECORD, Chunk, Filled, Filling, check_key, 
 _TEMPORARY = ".tmp-"
 _PROBE = f"{_TEMPORARY}probe"
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NO_MAPPING = frozenset({errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP})
 _COARSEST = 3_000_000_000  # nanoseconds: two changes within the steps of a file system's clock look like one (FAT: 2 s)
 
 
@@ -245,11 +246,13 @@ class LocalStore:
             return safe_open.read(fd, begin, max(0, size if end is None else min(size, end - begin)))
 
     def view(self, key: str) -> memoryview:
-        """See ``Store.view``: a private mapping of the file."""
+        """See ``Store.view``: a private mapping of the file, or its bytes where the file system maps none."""
         with translated("read", self.path(key)), self._open(key) as fd:
-            if os.fstat(fd).st_size == 0:
-                return memoryview(bytearray())
-            return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
+            size = os.fstat(fd).st_size
+            if size:
+                with IgnoredErrors(_NO_MAPPING):
+                    return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY))
+            return memoryview(bytearray(safe_open.read(fd, 0, size)))
 
     def fill(self, key: str) -> Filling:
         """See ``Store.fill``: direct reads of a large file that is not in the page cache, a mapping of any other."""
