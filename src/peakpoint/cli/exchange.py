@@ -37,6 +37,8 @@ _HELD_OUT = re.compile(r"(^|[/_.-])(val|acc|loss)", re.IGNORECASE)
     "--join", type=click.Choice(["auto", "epoch", "step"]), default="auto", help="What log and checkpoints share."
 )
 @click.option("--epochs-from", type=click.IntRange(0, 1), default=0, help="The number of the first epoch in the files.")
+@click.option("--epoch-key", default="", show_default=False, help="Where in the files the epoch is: progress.epoch.")
+@click.option("--step-key", default="", show_default=False, help="Where in the files the steps are.")
 @click.option("--part", "parts", multiple=True, metavar="FROM=TO", help="A name in the files, and the part it becomes.")
 @click.option(
     "--strip-prefix",

@@ -235,6 +235,7 @@ def _placed(checkpoint: ForeignCheckpoint) -> ForeignCheckpoint:
         epoch=epoch_of_completed(epoch),
         step=steps_of(checkpoint.parts.get("optimizer")) if step is None else step,
         complete=epoch is None or epoch.is_integer(),
+        from_zero=True,
         metrics={name: value for row in history if row.step == step for name, value in row.metrics.items()},
         rows=tuple(history),
     )

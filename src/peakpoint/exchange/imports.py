@@ -51,6 +51,8 @@ def import_checkpoints(
     parts: Mapping[str, str] | None = None,
     strip_prefix: str = "",
     epochs_from: int = 0,
+    epoch_key: str = "",
+    step_key: str = "",
     inert: Iterable[str] = (),
     rules: Iterable[Rule] | None = None,
     link: bool = False,
@@ -76,7 +78,9 @@ def import_checkpoints(
         join: what joins its rows to checkpoints: ``"epoch"``, ``"step"``, or ``"auto"``.
         parts: names in the files to names of parts, besides the usual ones.
         strip_prefix: taken from the names of a model's tensors, such as ``"module."``.
-        epochs_from: what the files and the log call the first epoch: 0 or 1.
+        epochs_from: what the files and the log call the first epoch, 0 or 1; not for files of tools that are known.
+        epoch_key: where in the files the epoch is, such as ``"progress.epoch"``; by default under its usual names.
+        step_key: where the steps are.
         inert: full names of classes to be kept as records of their values; see ``peakpoint.exchange.pickles``.
         rules: put these in force, and pin nothing.
         link: give safetensors files that can serve as they are a second name instead of copying them. Whoever writes
@@ -104,7 +108,12 @@ def import_checkpoints(
     """
     names.check_run(run)
     options = ReadOptions(
-        parts=dict(parts or {}), strip_prefix=strip_prefix, inert=frozenset(inert), epochs_from=epochs_from
+        parts=dict(parts or {}),
+        strip_prefix=strip_prefix,
+        inert=frozenset(inert),
+        epochs_from=epochs_from,
+        epoch_key=epoch_key,
+        step_key=step_key,
     )
     if join not in {"auto", *_AXES}:
         raise ConfigError(f"join={join!r}: choose auto, epoch or step")
@@ -130,7 +139,7 @@ def import_checkpoints(
         checkpoints=(*(outcomes[number] for moment in moments for number in moment.checkpoints), *twins, *unreadable),
         reports=len(moments),
         others=tuple(other_files),
-        notes=(*notes, *_doubts(moments, epochs_from), *kinds_of(other_files)),
+        notes=(*notes, *_doubts(moments, summaries, rows, epochs_from), *kinds_of(other_files)),
     )
 
 
@@ -153,14 +162,26 @@ def _timeline(
     return timeline(checkpoints, [*rows, *inner], join)
 
 
-def _doubts(moments: Sequence[ImportMoment], epochs_from: int) -> list[str]:
+def _doubts(
+    moments: Sequence[ImportMoment],
+    summaries: Sequence[SourceSummary],
+    rows: Sequence[metric_logs.LogRow],
+    epochs_from: int,
+) -> list[str]:
     """Return notes on what the files leave open."""
     notes = []
     unplaced = sum(not moment.placed for moment in moments)
     if unplaced:
         verbs = ("has", "it comes") if unplaced == 1 else ("have", "they come")
-        notes.append(f"{unplaced} {verbs[0]} neither epoch nor step: {verbs[1]} before all others")
-    if epochs_from == 0 and min((moment.epoch for moment in moments if moment.epoch is not None), default=0) == 1:
+        notes.append(
+            f"{unplaced} {verbs[0]} neither epoch nor step: {verbs[1]} before all others; if a file tells them under "
+            "another name, say which with --epoch-key or --step-key"
+        )
+    counts = [(summary.checkpoint.epoch, summary.checkpoint.from_zero) for summary in summaries]
+    counts += [(row.epoch, row.from_zero) for row in rows]
+    unknown = any(epoch is not None and not from_zero for epoch, from_zero in counts)
+    first = min((moment.epoch for moment in moments if moment.epoch is not None), default=0)
+    if epochs_from == 0 and first == 1 and unknown:
         notes.append("the first epoch is 1, and epochs count from 0: if they count from 1 there, say --epochs-from 1")
     return notes
 

@@ -190,7 +190,7 @@ def rows_of(records: Iterable[Mapping[str, Any]], *, completed: bool = False) ->
     names = metric_names(column for values in numbered for column in values)
     rows = []
     for values in numbered:
-        epoch, step = pop_axis(values, (EPOCH,)), as_count(pop_axis(values, STEPS))
+        epoch, step = _pop_axis(values, (EPOCH,)), as_count(_pop_axis(values, STEPS))
         if values and (epoch is not None or step is not None):
             rows.append((epoch, step, {names[column]: value for column, value in values.items()}))
     completed = completed or any(epoch is not None and epoch % 1 for epoch, _, _ in rows if epoch != math.inf)
@@ -203,20 +203,21 @@ def _numbers_in(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: number for name, value in record.items() if name and (number := as_number(value)) is not None}
 
 
-def pop_axis(values: dict[str, Any], names: Sequence[str]) -> Any:
-    """Take an epoch or a step out of values by name: the first name that is there, in small letters or others.
+def axis_in(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """Return the column of an epoch or a step: by the first name that is there, in small letters or others.
 
     Example:
-        >>> values = {" Epoch": 3.0, "loss": 0.5}
-        >>> pop_axis(values, ["epoch"]), values
-        (3.0, {'loss': 0.5})
+        >>> axis_in([" Epoch", "loss"], ["epoch"])
+        ' Epoch'
     """
-    plain = {name.strip().lower(): name for name in reversed(values)}
-    for name in names:
-        spelling = name if name in values else plain.get(name)
-        if spelling is not None:
-            return values.pop(spelling)
-    return None
+    spellings = {column.strip().lower(): column for column in columns}
+    spellings |= {column: column for column in columns if column in names}
+    return next((spellings[name] for name in names if name in spellings), None)
+
+
+def _pop_axis(values: dict[str, float], names: Sequence[str]) -> float | None:
+    column = axis_in(values, names)
+    return None if column is None else values.pop(column)
 
 
 def epoch_of_completed(completed: float | None) -> int | None:

@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from peakpoint.errors import FormatError, NotFoundError
 from peakpoint.exchange import pickles
+from peakpoint.exchange.counters import FileCounters, read_counters
 from peakpoint.exchange.dcp import read_folder
 from peakpoint.exchange.folders import (
     DCP_METADATA,
@@ -22,7 +23,7 @@ from peakpoint.exchange.folders import (
     read_deepspeed,
     read_layout,
 )
-from peakpoint.exchange.metric_logs import EPOCH, STEPS, as_count, as_number, metric_name
+from peakpoint.exchange.metric_logs import as_number, metric_name
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, renamed
 from peakpoint.exchange.unread import is_of_rank, kind_of_peakpoint, kinds_of
 from peakpoint.state.tensor_files import read_safetensors
@@ -141,7 +142,7 @@ def read(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
         if source.kind in {"safetensors", "folder"}:
             checkpoint = renamed(checkpoint, source.path, options)
     epoch, first = checkpoint.epoch, options.epochs_from
-    if epoch is not None and source.kind != "folder":
+    if epoch is not None and not checkpoint.from_zero:
         if epoch < first:
             raise FormatError(f"{source.path} is of epoch {epoch}, but epochs count from {first}")
         checkpoint = replace(checkpoint, epoch=epoch - first)
@@ -167,21 +168,22 @@ def _torch(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
     return from_dict(pickles.load(source.path, inert=options.inert), source.path, options)
 
 
-def _safetensors(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:  # noqa: ARG001 - as all readers
+def _safetensors(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
     tensors, metadata, record = read_safetensors(source.path)
     if not tensors:
         raise FormatError(f"{source.path} holds no tensors")
     numbers = {key: as_number(value) for key, value in metadata.items()}
-    step = next((numbers[name] for name in STEPS if numbers.get(name) is not None), None)
+    counters = read_counters(numbers, str(source.path), epoch_key=options.epoch_key, step_key=options.step_key)
     extra = {"metadata": metadata} if metadata.keys() - {"format"} else {}
     return ForeignCheckpoint(
         tool="safetensors",
-        epoch=as_count(numbers.get(EPOCH)),
-        step=as_count(step),
+        epoch=counters.epoch,
+        step=counters.step,
+        from_zero=metadata.get("written_by") == "peakpoint",
         metrics=_metrics(metadata.get("metrics", "")),
         parts={"model": tensors},
         extra=extra,
-        notes=("all tensors -> model", *(["metadata -> extra"] if extra else [])),
+        notes=("all tensors -> model", *(["metadata -> extra"] if extra else []), *counters.notes),
         linkable=(source.path, record),
     )
 
@@ -209,7 +211,14 @@ def _dcp(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
 
 
 def _layout(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
-    return (read_layout if source.kind == "folder" else read_deepspeed)(source.path, options)
+    if source.kind == "deepspeed":
+        return read_deepspeed(source.path, options)
+    checkpoint = read_layout(source.path, options)
+    keys = {"epoch_key": options.epoch_key, "step_key": options.step_key}
+    counters = read_counters(checkpoint.extra, str(source.path), **keys) if any(keys.values()) else FileCounters()
+    if options.epoch_key:
+        checkpoint = replace(checkpoint, epoch=counters.epoch, complete=True, from_zero=False)
+    return replace(checkpoint, step=counters.step) if options.step_key else checkpoint
 
 
 _READERS = {

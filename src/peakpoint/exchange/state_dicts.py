@@ -5,12 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from peakpoint.errors import ConfigError, FormatError
+from peakpoint.exchange.counters import number_of, read_counters
 from peakpoint.exchange.generators import generators_in
-from peakpoint.exchange.metric_logs import EPOCH, STEPS, LogRow, as_count, as_number, metric_name, readable
+from peakpoint.exchange.metric_logs import LogRow, as_count, metric_name, metric_names, readable
 from peakpoint.exchange.part_names import EXTRA, find_parts, is_optimizer, is_weights
 from peakpoint.exchange.pickle_builder import Unbuilt
 from peakpoint.exchange.pickles import check_inert
@@ -28,7 +26,9 @@ class ReadOptions:
         parts: names in the file to names of parts, besides the usual ones; ``"extra"`` for what is not a part.
         strip_prefix: taken from the names of a model's tensors.
         inert: see ``pickles.load``.
-        epochs_from: the number that the file gives to the first epoch, 0 or 1.
+        epochs_from: the number that the file gives to the first epoch, 0 or 1; known tools have their own.
+        epoch_key: where in the file the epoch is, "" to look under the usual names; a dot leads one level deeper.
+        step_key: where the steps are.
 
     Raises:
         ConfigError: one of these is wrong.
@@ -38,6 +38,8 @@ class ReadOptions:
     strip_prefix: str = ""
     inert: Collection[str] = ()
     epochs_from: int = 0
+    epoch_key: str = ""
+    step_key: str = ""
 
     def __post_init__(self) -> None:
         check_inert(self.inert)
@@ -59,6 +61,7 @@ class ForeignCheckpoint:
         epoch: the epoch's index from 0, None when no file has it.
         step: optimizer steps completed, None when no file has them.
         complete: whether the epoch was complete.
+        from_zero: whether the epoch is known to count from 0, whatever ``epochs_from`` says.
         metrics: of the moment.
         parts: part name to state dict.
         extra: everything else, unchanged.
@@ -74,6 +77,7 @@ class ForeignCheckpoint:
     epoch: int | None = None
     step: int | None = None
     complete: bool = True
+    from_zero: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -112,22 +116,26 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
             f"{path} holds no state dict; it has {', '.join(content)}: name one with --part NAME=model, or with "
             "--part NAME.DEEPER=model where it is deeper"
         )
-    epoch, step, metrics, of_numbers = _numbers(extra)
-    notes = [f"{key} -> {part}" for key, part in part_names.items()] + notes + of_numbers
+    counters = read_counters(content, str(path), epoch_key=options.epoch_key, step_key=options.step_key)
+    epoch, step, complete = counters.epoch, counters.step, counters.complete
+    metrics, of_metrics = _metrics(extra, counters.names)
+    notes = [f"{key} -> {part}" for key, part in part_names.items()] + [*notes, *counters.notes, *of_metrics]
     if "model" not in parts:
         notes.append(f"no part is the model: --part NAME=model makes one of {', '.join(part_names)} it")
-    complete = True
     if lightning:
         metrics |= _lightning_scores(extra, path.name)
         complete = _lightning_complete(extra)
+        epoch = _lightning_epoch(extra, epoch)
     if step is None:
         step = steps_of(parts.get("optimizer"))
         notes += [] if step is None else [f"step {step} from the optimizer's state"]
+    version = f" {content['pytorch-lightning_version']}" if lightning else ""
     return ForeignCheckpoint(
-        tool=f"lightning {content['pytorch-lightning_version']}" if lightning else "torch.save",
+        tool=f"{counters.tool or 'torch.save'}{version}",
         epoch=epoch,
         step=step,
         complete=complete,
+        from_zero=counters.from_zero,
         metrics=metrics,
         parts=parts,
         extra=extra,
@@ -174,35 +182,30 @@ def renamed(checkpoint: ForeignCheckpoint, path: Path, options: ReadOptions) -> 
     return replace(checkpoint, parts=parts, extra=extra, linkable=checkpoint.linkable if same_model else None)
 
 
-def _numbers(extra: Mapping[str, Any]) -> tuple[int | None, int | None, dict[str, float], list[str]]:
-    """Return epoch, step, metrics, and notes on what was made of them."""
-    values = {key: number for key, value in extra.items() if (number := _number(value)) is not None}
-    epoch = as_count(values.pop(EPOCH, None))
-    step_name = next((name for name in STEPS if name in values), None)
-    step = None if step_name is None else as_count(values.pop(step_name))
-    metrics = {metric_name(key): value for key, value in values.items()}
+def _metrics(extra: Mapping[str, Any], counters: Collection[str]) -> tuple[dict[str, float], list[str]]:
+    """Return the metrics among what is no part, and notes on them and on everything else."""
+    numbers = {key: number for key, value in extra.items() if (number := number_of(value)) is not None}
+    values = {key: number for key, number in numbers.items() if key not in counters}
     for key in ("metrics", "scores", "results"):
         if isinstance(extra.get(key), dict):
-            metrics |= dict(_flat(extra[key]))
+            for name, number in _flat(extra[key]):
+                same = name not in values or values[name] == number
+                values[name if same else f"{key}/{name}"] = number
+    names_of = metric_names(values)
+    metrics = {names_of[key]: value for key, value in values.items()}
     best = [name for name in metrics if name.startswith("best")]
     notes = [f"{name} is the best so far, and kept under this name" for name in best]
-    unread = [key for key in extra if key not in values and key not in {EPOCH, *STEPS}]
+    unread = [key for key in extra if key not in numbers]
     notes += [f"{', '.join(unread)} -> {EXTRA}"] if unread else []
-    return epoch, step, metrics, notes
+    return metrics, notes
 
 
 def _flat(scores: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for key, value in scores.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}/")
-        elif (number := _number(value)) is not None:
-            yield metric_name(f"{prefix}{key}"), number
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        value = value.item() if len(value.reshape(-1)) == 1 else None
-    return None if isinstance(value, str) else as_number(value)
+        elif (number := number_of(value)) is not None:
+            yield f"{prefix}{key}", number
 
 
 def steps_of(optimizer: Any) -> int | None:
@@ -210,7 +213,7 @@ def steps_of(optimizer: Any) -> int | None:
     if not is_optimizer(optimizer) or not isinstance(optimizer["state"], dict):
         return None
     states = [state for state in optimizer["state"].values() if isinstance(state, dict)]
-    counts = [count for state in states if (count := as_count(_number(state.get("step")))) is not None]
+    counts = [count for state in states if (count := as_count(number_of(state.get("step")))) is not None]
     return max(counts, default=None)
 
 
@@ -248,13 +251,22 @@ def _lightning_scores(extra: Mapping[str, Any], name: str) -> dict[str, float]:
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
         if isinstance(state, dict) and isinstance(state.get("monitor"), str):
             monitor = metric_name(state["monitor"])
-            best = _number(state.get("best_model_score"))
+            best = number_of(state.get("best_model_score"))
             if best is not None:
                 scores[f"best_{monitor}"] = best
             for path, score in dict(state.get("best_k_models") or {}).items():
-                if Path(str(path)).name == name and (value := _number(score)) is not None:
+                if Path(str(path)).name == name and (value := number_of(score)) is not None:
                     scores[monitor] = value
     return scores
+
+
+def _lightning_epoch(extra: Mapping[str, Any], epoch: int | None) -> int | None:
+    """Return the epoch's index: in what is saved after ``fit`` the epoch is that after the last."""
+    try:
+        started = extra["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+    except (KeyError, TypeError):
+        return epoch
+    return epoch - 1 if epoch and epoch == started else epoch
 
 
 def _lightning_complete(extra: Mapping[str, Any]) -> bool:
