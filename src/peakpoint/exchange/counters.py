@@ -52,8 +52,9 @@ class ToolCounters:
     inside: str = ""
 
 
+_LIGHTNING = ToolCounters("lightning", ("pytorch-lightning_version",), EPOCH, 0, "global_step")
 _TOOLS = (
-    ToolCounters("lightning", ("pytorch-lightning_version",), EPOCH, 0, "global_step"),
+    _LIGHTNING,
     ToolCounters("nnU-Net", ("current_epoch", "trainer_name", "init_args"), "current_epoch", 1),
     ToolCounters("MMEngine", ("meta.mmengine_version",), "meta.epoch", 1, "meta.iter"),
     ToolCounters("MMCV", ("meta.mmcv_version",), "meta.epoch", 1, "meta.iter"),
@@ -110,14 +111,17 @@ def read_counters(content: Mapping[str, Any], where: str, *, epoch_key: str = ""
     epoch_name = _name_of(content, f"{where}: --epoch-key", epoch_key, (tool.epoch,) if tool.epoch else _EPOCHS)
     step_name = _name_of(content, f"{where}: --step-key", step_key, (tool.step,) if tool.step else _STEPS)
     epoch, step = _count_at(content, epoch_name), _count_at(content, step_name)
-    known, complete = bool(tool.epoch) and not epoch_key, True
+    counts_by_tool, complete = bool(tool.epoch) and not epoch_key, True
     notes = [f"{axis} from {name}" for axis, name in ((EPOCH, epoch_name), (STEP, step_name)) if name not in _USUAL]
-    if known and epoch is not None:
+    if counts_by_tool and epoch is not None:
         complete = not _count_at(content, tool.inside)
         epoch -= tool.first if complete else 1
+        if tool is _LIGHTNING:
+            complete = _entry_at(content, "loops.fit_loop.epoch_loop.batch_progress.is_last_batch") is not False
+            epoch -= epoch == _count_at(content, "loops.fit_loop.epoch_progress.current.ready")  # saved after the last
         epoch = None if epoch < 0 else epoch  # the first is not over, or it counts none
         notes += [f"{tool.tool} counts epochs from 1 in it"] if tool.first else []
-    if epoch is None and step is None and not known:
+    if epoch is None and step is None and not counts_by_tool:
         names = list(itertools.islice(_names_like_counters(content), _MOST))
         notes += (
             [f"neither epoch nor step, unless --epoch-key or --step-key says {' or '.join(names)}"] if names else []
@@ -126,7 +130,7 @@ def read_counters(content: Mapping[str, Any], where: str, *, epoch_key: str = ""
         epoch=epoch,
         step=step,
         complete=complete,
-        from_zero=known,
+        from_zero=counts_by_tool,
         tool=tool.tool,
         names=frozenset({axis_in(content, (EPOCH,)) or "", epoch_name, step_name}),
         notes=tuple(notes),

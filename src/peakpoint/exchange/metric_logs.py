@@ -76,15 +76,15 @@ def metric_names(columns: Iterable[str]) -> dict[str, str]:
         {'val loss': 'val_loss_2', 'val_loss': 'val_loss', 'val:loss': 'val_loss_3'}
     """
     columns = list(dict.fromkeys(columns))
-    taken = {column for column in columns if metric_name(column) == column}
+    used_names = {column for column in columns if metric_name(column) == column}
     names = {}
     for column in columns:
-        name = column if column in taken else metric_name(column)
+        name = column if column in used_names else metric_name(column)
         number = 1
-        while column not in taken and name in taken:
+        while column not in used_names and name in used_names:
             number += 1
             name = f"{metric_name(column)[:190]}_{number}"
-        taken.add(name)
+        used_names.add(name)
         names[column] = name
     return names
 
@@ -155,11 +155,13 @@ def _records_of_table(text: str) -> list[Mapping[str, Any]]:
     separator = max(",;\t", key=header.count)
     names, *lines = csv.reader(io.StringIO(text), delimiter=separator) if header.strip() else [[]]
     names = [name.strip() for name in names]
-    taken, columns = set(names), dict[str, None]()
+    used_names, columns = set(names), dict[str, None]()
     for name in names:
         numbered = (f"{name} {number}" for number in itertools.count(2))
-        column = name if name not in columns else next(other for other in numbered if other not in taken)
-        taken.add(column)
+        column = (
+            name if name not in columns else next(candidate for candidate in numbered if candidate not in used_names)
+        )
+        used_names.add(column)
         columns[column] = None
     if separator == ";":  # then a comma is that of decimals
         lines = [[_DECIMAL_COMMA.sub(r"\1.\2", cell) for cell in cells] for cells in lines]

@@ -117,24 +117,22 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
             "--part NAME.DEEPER=model where it is deeper"
         )
     counters = read_counters(content, str(path), epoch_key=options.epoch_key, step_key=options.step_key)
-    epoch, step, complete = counters.epoch, counters.step, counters.complete
+    step = counters.step
     metrics, of_metrics = _metrics(extra, counters.names)
     notes = [f"{key} -> {part}" for key, part in part_names.items()] + [*notes, *counters.notes, *of_metrics]
     if "model" not in parts:
         notes.append(f"no part is the model: --part NAME=model makes one of {', '.join(part_names)} it")
     if lightning:
         metrics |= _lightning_scores(extra, path.name)
-        complete = _lightning_complete(extra)
-        epoch = _lightning_epoch(extra, epoch)
     if step is None:
         step = steps_of(parts.get("optimizer"))
         notes += [] if step is None else [f"step {step} from the optimizer's state"]
     version = f" {content['pytorch-lightning_version']}" if lightning else ""
     return ForeignCheckpoint(
         tool=f"{counters.tool or 'torch.save'}{version}",
-        epoch=epoch,
+        epoch=counters.epoch,
         step=step,
-        complete=complete,
+        complete=counters.complete,
         from_zero=counters.from_zero,
         metrics=metrics,
         parts=parts,
@@ -189,8 +187,8 @@ def _metrics(extra: Mapping[str, Any], counters: Collection[str]) -> tuple[dict[
     for key in ("metrics", "scores", "results"):
         if isinstance(extra.get(key), dict):
             for name, number in _flat(extra[key]):
-                same = name not in values or values[name] == number
-                values[name if same else f"{key}/{name}"] = number
+                agrees = values.get(name, number) == number
+                values[name if agrees else f"{key}/{name}"] = number
     names_of = metric_names(values)
     metrics = {names_of[key]: value for key, value in values.items()}
     best = [name for name in metrics if name.startswith("best")]
@@ -258,22 +256,6 @@ def _lightning_scores(extra: Mapping[str, Any], name: str) -> dict[str, float]:
                 if Path(str(path)).name == name and (value := number_of(score)) is not None:
                     scores[monitor] = value
     return scores
-
-
-def _lightning_epoch(extra: Mapping[str, Any], epoch: int | None) -> int | None:
-    """Return the epoch's index: in what is saved after ``fit`` the epoch is that after the last."""
-    try:
-        started = extra["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
-    except (KeyError, TypeError):
-        return epoch
-    return epoch - 1 if epoch and epoch == started else epoch
-
-
-def _lightning_complete(extra: Mapping[str, Any]) -> bool:
-    try:
-        return bool(extra["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"])
-    except (KeyError, TypeError):
-        return True
 
 
 def storable(checkpoint: ForeignCheckpoint) -> tuple[ForeignCheckpoint, list[str]]:
