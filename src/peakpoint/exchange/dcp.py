@@ -48,7 +48,7 @@ class _MetadataRecord:
             self.properties = state
 
 
-class _Unpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     """Builds records, shapes, dtypes and paths only."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -99,7 +99,7 @@ def _metadata(folder: Path) -> Any:
     try:
         data = (folder / ".metadata").read_bytes()
         pickles.check_operations(data, f"{folder}/.metadata")  # whose sizes the unpickler believes
-        metadata = _Unpickler(io.BytesIO(data)).load()
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
     except FormatError as error:
         raise FormatError(f"{folder}/{error}") from error
     except pickles.UNREADABLE as error:

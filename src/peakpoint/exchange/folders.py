@@ -225,7 +225,8 @@ def read_layout(folder: Path, options: ReadOptions) -> ForeignCheckpoint:
 def _placed(checkpoint: ForeignCheckpoint) -> ForeignCheckpoint:
     """Return a checkpoint with the moment and the history in its ``trainer_state.json``."""
     state = checkpoint.extra.get("trainer_state", {})
-    log = [record for record in state.get("log_history") or () if isinstance(record, dict)]
+    log = state.get("log_history")
+    log = [record for record in log if isinstance(record, dict)] if isinstance(log, list) else []
     history = merged(rows_of(log, completed=True), by=STEP)
     step = as_count(as_number(state.get("global_step")))
     step = checkpoint.step if step is None else step

@@ -174,7 +174,7 @@ def _archive(source: Path | bytes, where: str) -> Any:
             )
         if not archive_reader.has_record("data.pkl"):
             raise FormatError(f"{where} is a zip archive, but torch.save did not write it: it has no data.pkl")
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # of names in it
         raise CorruptError(f"{where} is cut short or damaged: torch cannot read its archive") from error
     return archive_reader
 
