@@ -475,3 +475,15 @@ def test_batches_outside_of_epochs_count_from_their_own_pass():
     own_loop(0, 5)
     own_loop(1, 0)
     assert seen == [(epoch, batch - 1, batch) for epoch in range(3) for batch in (1, 2, 3)]
+
+
+def test_a_source_of_numbers_that_cannot_be_restored_is_warned_of():
+    store, seen = MemoryStore(), []
+
+    def make():
+        loader = DataLoader(TensorDataset(torch.arange(64.0)), 4, sampler=OwnOrder(random.SystemRandom(), 64))
+        return lambda epoch: loader
+
+    run(store, make, seen, kill=2)
+    with pytest.raises(pp.PeakpointWarning, match="first batch of this epoch, drawn again, is another one"):
+        run(store, make, seen)

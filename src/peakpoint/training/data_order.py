@@ -8,6 +8,7 @@ done to it, are still the same.
 
 import gc
 import hashlib
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
@@ -72,8 +73,8 @@ def _walk(loader: Any) -> Iterator[tuple[str, Any]]:
         yield place, value
         if isinstance(value, _OPAQUE) or is_generator(value):
             continue
-        if isinstance(value, Mapping) or (isinstance(value, list | tuple) and len(value) <= _MOST_ELEMENTS):
-            members = value.items() if isinstance(value, Mapping) else enumerate(value)
+        if isinstance(value, dict | list | tuple):
+            members = value.items() if isinstance(value, dict) else enumerate(value)
             children = [(f"{place}[{key!r}]", child) for key, child in members] if len(value) <= _MOST_ELEMENTS else []
         else:
             children = [(f"{place}.{name}".lstrip("."), child) for name, child in vars_of(value).items()]
@@ -92,7 +93,11 @@ def data_loader(loader: Any) -> DataLoader[Any] | None:
 
 def own_generators(loader: Any) -> dict[str, Any]:
     """Return the random generators that belong to a loader, by their places in it: ``sampler.generator``."""
-    return {place: value for place, value in _walk(loader) if place and is_generator(value)}
+    return {
+        place: value
+        for place, value in _walk(loader)
+        if place and is_generator(value) and not isinstance(value, random.SystemRandom)
+    }
 
 
 def settings_of(loader: Any) -> dict[str, Any]:
