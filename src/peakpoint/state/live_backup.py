@@ -29,10 +29,11 @@ class LiveBackup:
     def __init__(self, live: Mapping[str, Any]) -> None:
         self._steps = {name: _steps(value) for name, value in live.items()}
 
-    def put_back(self) -> list[str]:
-        """Make every part what it was; returns the names of parts that refuse their own state, too."""
+    def put_back(self, names: Iterable[str]) -> list[str]:
+        """Make parts what they were; returns the names of those that refuse their own state, too."""
         refusing = []
-        for name, steps in self._steps.items():
+        for name in names:
+            steps = self._steps[name]
             try:
                 for step in steps:
                     step()

@@ -46,8 +46,9 @@ def optimizer_differences(
     Args:
         names: of the live parameters, by identity; see ``parameter_names``.
     """
-    if not _is_plain(saved):
-        return [] if unwrapped(live) is not live else [f"{part}: the checkpoint has no optimizer state under this name"]
+    if not is_optimizer_state(saved):
+        wraps = stepping(live) is not live  # and may have a state of its own form
+        return [] if wraps else [f"{part}: the checkpoint has no optimizer state under this name"]
     live = unwrapped(live)
     saved, live_names, saved_names = _in_live_order(live, saved, origin, names)
     groups = saved["param_groups"]
@@ -66,7 +67,8 @@ def optimizer_differences(
     return _moment_differences(part, live, saved, names) or _misplaced(part, live_names, saved_names)
 
 
-def _is_plain(saved: Any) -> bool:
+def is_optimizer_state(saved: Any) -> bool:
+    """Return whether a state has the form that torch's optimizers give it."""
     return isinstance(saved, Mapping) and {"state", "param_groups"} <= saved.keys()
 
 
@@ -241,7 +243,7 @@ def load_optimizer(
         saved: in memory of its own, unless ``on_gpu``.
         on_gpu: whether parameters are on a GPU.
     """
-    if not _is_plain(saved):
+    if not is_optimizer_state(saved):
         optimizer.load_state_dict(saved)
         return f"{type(optimizer).__name__}, by its load_state_dict"
     inner, saved_groups = unwrapped(optimizer), saved["param_groups"]
@@ -249,7 +251,9 @@ def load_optimizer(
     by_name = [group["params"] for group in saved["param_groups"]] != [group["params"] for group in saved_groups]
     saved = {**saved, "param_groups": _add_newer_settings(inner, saved)}
     saved = _on_their_devices(saved, inner) if on_gpu else saved
-    optimizer.load_state_dict(saved)
+    inherited = type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
+    # torch's own would set attributes of the wrapper, which hide those inside
+    (inner if inherited else optimizer).load_state_dict(saved)
     parameters = _parameters_by_index(inner, saved)
     with_moments = {index: moments for index in parameters if (moments := saved["state"].get(index))}
     for index, moments in with_moments.items():

@@ -21,10 +21,15 @@ from peakpoint.state.capture import Stateful
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.live_backup import LiveBackup
 from peakpoint.state.modules import advice, describe, fits, load_module, loading_differences
-from peakpoint.state.optimizers import load_optimizer, optimizer_differences, scheduler_differences
-from peakpoint.state.origin import PartOrigin, param_groups, parameter_names, unwrapped
+from peakpoint.state.optimizers import (
+    is_optimizer_state,
+    load_optimizer,
+    optimizer_differences,
+    scheduler_differences,
+)
+from peakpoint.state.origin import NO_ORIGIN, PartOrigin, param_groups, parameter_names, unwrapped
 from peakpoint.state.saved import SavedState
-from peakpoint.state.step_guard import wait_for_copies
+from peakpoint.state.step_guard import inner_optimizer, wait_for_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,9 @@ def _differences(part: str, live: Any, saved: Any, origin: PartOrigin, names: Ma
     try:
         if isinstance(live, torch.optim.Optimizer):
             return optimizer_differences(part, live, saved, origin, names)
+        inner = None if isinstance(live, torch.nn.Module) else inner_optimizer(live)
+        if inner is not None and is_optimizer_state(saved):  # a wrapper that is no optimizer itself
+            return optimizer_differences(part, inner, saved, NO_ORIGIN, names)
         return _compare(part, live, saved, origin)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         return [f"{part}: the checkpoint's value under this name does not fit a {kind_of(live)}: {error!r}"]
@@ -201,7 +209,7 @@ def restore_into(
 
     Args:
         live: part name to object; plain values that cannot be changed in place are replaced in this dict.
-        strict: raise when something does not fit, otherwise load what fits.
+        strict: raise when something does not fit; otherwise load what fits, and leave a part that refuses its state.
         exhaustive: also compare which parts there are: one that is saved and not in ``live`` is a difference.
 
     Raises:
@@ -222,15 +230,25 @@ def restore_into(
     backup = LiveBackup(fitting)
     try:
         for name in _order(fitting):
-            fitting[name], phrases[name] = _restore_one(name, fitting[name], saved, plan)
+            try:
+                fitting[name], phrases[name] = _restore_one(name, fitting[name], saved, plan)
+            except MismatchError as error:
+                if strict:
+                    raise
+                _put_back(backup, [name], error)
+                differences += error.differences
     except BaseException as error:
-        for name in backup.put_back():
-            error.add_note(f"peakpoint: {name} refused its own earlier state, too: make it anew before you go on")
+        _put_back(backup, list(fitting), error)
         raise
     live |= fitting
     ref = f"{manifest.run}/{manifest.name}"
-    restored = tuple(RestoredPart(name, phrases[name]) for name in fitting)
+    restored = tuple(RestoredPart(name, phrases[name]) for name in fitting if name in phrases)
     return LoadReport(ref, manifest.step, manifest.epoch, restored, differences)
+
+
+def _put_back(backup: LiveBackup, names: list[str], error: BaseException) -> None:
+    for name in backup.put_back(names):
+        error.add_note(f"peakpoint: {name} refused its own earlier state, too: make it anew before you go on")
 
 
 def _order(live: Mapping[str, Any]) -> list[str]:

@@ -41,12 +41,16 @@ def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
     Returns:
         None when there is no such optimizer inside, or several.
     """
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        inner = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
-        if len(inner) != 1:
-            return None
-        optimizer = inner[0]
-    return optimizer
+    current: torch.optim.Optimizer | None = optimizer
+    while current is not None and "_optimizer_step_pre_hooks" not in vars(current):
+        current = inner_optimizer(current)
+    return current
+
+
+def inner_optimizer(value: Any) -> torch.optim.Optimizer | None:
+    """Return the optimizer among an object's attributes; None when there is none, or more than one."""
+    inner = [child for child in getattr(value, "__dict__", {}).values() if isinstance(child, torch.optim.Optimizer)]
+    return inner[0] if len(inner) == 1 else None
 
 
 _guards: weakref.WeakSet["StepGuard"] = weakref.WeakSet()
