@@ -30,6 +30,7 @@ _USUAL_NAMES = {  # in small letters; the first that the dict has, with a fittin
         *("ema_state_dict", "model_ema", "state_dict_ema", "ema", "ema_model", "model_ema_state_dict"),
         *("ema_model_state_dict", "ema_weights", "ema_state", "averaged_model", "averaged_model_state_dict"),
         *("average_model", "avg_model", "swa_state_dict", "swa_model", "swa_model_state_dict", "model_swa", "swa"),
+        "params_ema",
     ),
 }
 Place = tuple[str, ...]  # the keys that lead to an entry

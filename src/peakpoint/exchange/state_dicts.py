@@ -95,33 +95,23 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
     Raises:
         FormatError: it is not a dict with tensors.
     """
-    if isinstance(content, Unbuilt):
-        raise FormatError(f"{path} was not loaded: it holds {_whole_object(content)}")
-    if not isinstance(content, dict) or not content:
-        raise FormatError(f"{path} holds a {type(content).__name__}, and not a dict with state dicts")
+    _check_dict(content, path)
     if is_weights(content):
         bare = ForeignCheckpoint(tool="torch.save", parts={"model": content}, notes=("all of it -> model",))
         return renamed(bare, path, options)
-    if not all(isinstance(key, str) for key in content):
-        raise FormatError(f"{path} holds a dict whose keys are not text")
     lightning = "pytorch-lightning_version" in content
     generators, content, notes = _without_generators(content, options)
     parts, part_names, extra = find_parts(content, options.parts)
     _add_listed_parts(parts, part_names, extra)
     if not parts:
-        objects = [f"{key} is {_whole_object(value)}" for key, value in content.items() if isinstance(value, Unbuilt)]
-        if objects:
-            raise FormatError(f"{path} was not loaded: it holds no state dict: {'; '.join(objects)}")
-        raise FormatError(
-            f"{path} holds no state dict; it has {', '.join(content)}: name one with --part NAME=model, or with "
-            "--part NAME.DEEPER=model where it is deeper"
-        )
+        raise FormatError(f"{path} {_why_no_parts(content)}")
     counters = read_counters(content, str(path), epoch_key=options.epoch_key, step_key=options.step_key)
     step = counters.step
     metrics, of_metrics = _metrics(extra, counters.names)
     notes = [f"{key} -> {part}" for key, part in part_names.items()] + [*notes, *counters.notes, *of_metrics]
-    if "model" not in parts:
-        notes.append(f"no part is the model: --part NAME=model makes one of {', '.join(part_names)} it")
+    candidates = [key for key, part in part_names.items() if is_weights(parts.get(part))]
+    if "model" not in parts and candidates:
+        notes.append(f"no part is the model: --part NAME=model makes one of {', '.join(candidates)} it")
     if lightning:
         metrics |= _lightning_scores(extra, path.name)
     if step is None:
@@ -143,11 +133,37 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
     )
 
 
+def _check_dict(content: Any, path: Path) -> None:
+    """Refuse what is no dict with state dicts, or with tensors."""
+    if isinstance(content, Unbuilt):
+        raise FormatError(f"{path} was not loaded: it holds {_whole_object(content)}")
+    if not isinstance(content, dict) or not content:
+        kind = "an empty dict" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise FormatError(f"{path} holds {kind}, and not a dict with state dicts")
+    if is_optimizer(content):
+        raise FormatError(
+            f"{path} holds the state of an optimizer and no model: save both in one file, as in "
+            "torch.save({'model': MODEL.state_dict(), 'optimizer': OPTIMIZER.state_dict()}, FILE)"
+        )
+    if not is_weights(content) and not all(isinstance(key, str) for key in content):
+        raise FormatError(f"{path} holds a dict whose keys are not text")
+
+
+def _why_no_parts(content: Mapping[str, Any]) -> str:
+    objects = [f"{key} is {_whole_object(value)}" for key, value in content.items() if isinstance(value, Unbuilt)]
+    if objects:
+        return f"was not loaded: it holds no state dict: {'; '.join(objects)}"
+    return (
+        f"holds no state dict; it has {', '.join(content)}: name one with --part NAME=model, or with "
+        "--part NAME.DEEPER=model where it is deeper"
+    )
+
+
 def _whole_object(value: Unbuilt) -> str:
     """Return what an object is that was saved whole, and what to do."""
     return (
-        f"a whole {value.name}, which needs the code of its class: where that can be imported, load the file with "
-        "torch.load(FILE, weights_only=False) if you trust it, and torch.save({'model': MODEL.state_dict()}, FILE)"
+        f"a whole {value.name}, which needs the code of its class; if you trust it, load it where that can be "
+        "imported, in an environment without anything to lose, and torch.save({'model': MODEL.state_dict()}, FILE)"
     )
 
 
