@@ -2,7 +2,7 @@
 
 import json
 import random
-import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +11,22 @@ from safetensors.torch import save_file
 
 import peakpoint as pp
 from foreign_files import Net, generators, objects, on_distributed, train_epoch
+from peakpoint.exchange.sources import find, read
+from peakpoint.exchange.state_dicts import ReadOptions, storable
+from peakpoint.state import rng
 from training import QuietCheckpointer, same
 
 
-def bring(path, root, run="r", **options):
-    return pp.import_checkpoints(path, root, run=run, **options)
+def read_in(path):
+    """Read what an import would bring in, without the import; returns the checkpoints, and the names of other files."""
+    sources, others = find(path)
+    checkpoints = [storable(read(source, ReadOptions())) for source in sources]
+    names = [other.relative_to(path).as_posix() for other in others]
+    return [replace(checkpoint, notes=(*checkpoint.notes, *notes)) for checkpoint, notes in checkpoints], names
 
 
-def texts(report):
-    return [*report.notes, *(note for source in report.checkpoints for note in source.notes)]
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
 def gan(folder, *, binary=False):
@@ -48,38 +55,31 @@ def test_every_model_of_a_folder_is_a_part(binary, tmp_path):
     states = gan(tmp_path / "ck", binary=binary)
     torch.save({"a": 1}, tmp_path / "ck" / "training_args.bin")
     (tmp_path / "ck" / "vocab.txt").write_text("a")
-    report = bring(tmp_path / "ck", tmp_path / "root")
-    loaded = pp.load("r@latest", root=tmp_path / "root")
-    for number, kept in enumerate(states):
+    [checkpoint], others = read_in(tmp_path / "ck")
+    for number, (model, *objects_of_model) in enumerate(states):
         tail = f"_{number}" if number else ""
-        for part, state in zip(("model", "optimizer", "scheduler"), kept, strict=True):
-            assert same(dict(loaded[part + tail]), dict(state)) or part == "model"
-        assert all(torch.equal(loaded[f"model{tail}"][name], value) for name, value in kept[0].items())
-    assert loaded["custom_checkpoint_0"] == {"count": 3}
-    assert loaded["extra"]["dl_state_dict_1"] == {"sampler_iter_yielded": 2}
-    assert loaded["scaler"]["scale"] == 65536.0
-    assert [path.name for path in report.others] == ["training_args.bin", "vocab.txt"]
+        assert same_tensors(checkpoint.parts[f"model{tail}"], model)
+        assert same([checkpoint.parts[f"{part}{tail}"] for part in ("optimizer", "scheduler")], objects_of_model)
+    assert checkpoint.parts["custom_checkpoint_0"] == {"count": 3}
+    assert checkpoint.parts["scaler"]["scale"] == 65536.0
+    assert checkpoint.extra == {"dl_state_dict_1": {"sampler_iter_yielded": 2}}
+    assert others == ["training_args.bin", "vocab.txt"]
 
 
 def test_what_another_file_holds_already_is_named(tmp_path):
     gan(tmp_path / "ck")
     for name in ("pytorch_model.bin", "optimizer.pt", "model-00001-of-00002.safetensors"):
         (tmp_path / "ck" / name).write_bytes(b"not read")
-    report = bring(tmp_path / "ck", tmp_path / "root")
-    assert {path.name for path in report.others} == {
-        "pytorch_model.bin",
-        "optimizer.pt",
-        "model-00001-of-00002.safetensors",
-    }
+    _, others = read_in(tmp_path / "ck")
+    assert others == ["model-00001-of-00002.safetensors", "optimizer.pt", "pytorch_model.bin"]
 
 
 def test_what_is_hidden_is_named_and_not_entered(tmp_path):
     gan(tmp_path / "out" / "ck")
     (tmp_path / "out" / ".cache").mkdir()
     torch.save(Net().state_dict(), tmp_path / "out" / ".cache" / "a.pth")
-    report = bring(tmp_path / "out", tmp_path / "root")
-    assert [path.name for path in report.others] == [".cache"]
-    assert len(report.checkpoints) == 1
+    checkpoints, others = read_in(tmp_path / "out")
+    assert (len(checkpoints), others) == (1, [".cache"])
 
 
 def adapter(folder, step):
@@ -100,7 +100,7 @@ def adapter(folder, step):
 
 def test_folders_of_adapters_are_checkpoints_of_their_moments(tmp_path):
     weights = {step: adapter(tmp_path / "out" / f"checkpoint-{step}", step) for step in (4, 8)}
-    assert bring(tmp_path / "out", tmp_path / "root").others == ()
+    assert pp.import_checkpoints(tmp_path / "out", tmp_path / "root", run="r").others == ()
     run = pp.open(tmp_path / "root").run("r")
     assert [(one.step, one.epoch, one.metrics) for one in run.checkpoints()] == [
         (4, 0, {"eval_loss": 0.25}),
@@ -119,20 +119,19 @@ def test_further_adapters_and_models_in_folders_are_parts(tmp_path):
     save_file({"w": torch.ones(3)}, tmp_path / "peft" / "critic" / "adapter_model.safetensors")
     for name in ("adapter_config.json", "README.md"):
         (tmp_path / "peft" / "critic" / name).write_text("{}")
-    report = bring(tmp_path / "peft", tmp_path / "root")
-    loaded = pp.load("r@latest", root=tmp_path / "root")
-    assert loaded["critic"]["w"].tolist() == [1, 1, 1]
-    assert len(loaded["model"]) == 2
-    assert [path.relative_to(tmp_path).as_posix() for path in report.others] == ["peft/critic/README.md"]
+    [checkpoint], others = read_in(tmp_path / "peft")
+    assert checkpoint.parts["critic"]["w"].tolist() == [1, 1, 1]
+    assert len(checkpoint.parts["model"]) == 2
+    assert others == ["critic/README.md"]
     gan(tmp_path / "diffusers")
     for name in ("model.safetensors", "model_1.safetensors"):
         (tmp_path / "diffusers" / name).unlink()
     (tmp_path / "diffusers" / "unet").mkdir()
     save_file({"w": torch.ones(4)}, tmp_path / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "diffusers" / "unet" / "config.json").write_text('{"a": 1}')
-    [source] = bring(tmp_path / "diffusers", tmp_path / "root", run="d").checkpoints
-    assert {"model", "optimizer_1"} <= set(source.parts)
-    assert pp.load("d@latest", root=tmp_path / "root")["model"]["w"].shape == (4,)
+    [checkpoint], _ = read_in(tmp_path / "diffusers")
+    assert "optimizer_1" in checkpoint.parts
+    assert checkpoint.parts["model"]["w"].shape == (4,)
 
 
 def test_the_end_of_a_training_does_not_take_its_checkpoints_for_parts(tmp_path):
@@ -141,7 +140,7 @@ def test_the_end_of_a_training_does_not_take_its_checkpoints_for_parts(tmp_path)
     save_file({"w": torch.ones(2)}, tmp_path / "out" / "adapter_model.safetensors")
     for name in ("adapter_config.json", "trainer_state.json"):
         (tmp_path / "out" / name).write_text("{}")
-    assert len(bring(tmp_path / "out", tmp_path / "root").checkpoints) == 3
+    assert len(read_in(tmp_path / "out")[0]) == 3
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
@@ -157,14 +156,12 @@ def test_shards_are_put_together(suffix, indexed, tmp_path):
     if indexed:
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": places}))
         torch.save({"a": torch.ones(1)}, folder / f"{stem}-00009-of-00009.{suffix}")
-    report = bring(folder, tmp_path / "root")
-    loaded = pp.load("r@latest", root=tmp_path / "root")["model"]
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
-    assert len(report.others) == indexed, "a shard that the index does not list"
+    [checkpoint], others = read_in(folder)
+    assert same_tensors(checkpoint.parts["model"], state)
+    assert len(others) == indexed, "a shard that the index does not list"
     (folder / f"{stem}-00002-of-00003.{suffix}").unlink()
     with pytest.raises(pp.errors.CorruptError, match=r"which is not in|has 2 of the 3 shards"):
-        bring(folder, tmp_path / "other")
+        read_in(folder)
 
 
 def test_folders_of_fsdp(tmp_path):
@@ -180,13 +177,12 @@ def test_folders_of_fsdp(tmp_path):
     on_distributed(tmp_path / "sharded" / "pytorch_model_fsdp_1", {"model": Net().state_dict()})
     on_distributed(tmp_path / "sharded" / "optimizer_0", {"optimizer": optimizer.state_dict()})
     for name in ("full", "sharded"):
-        report = bring(tmp_path / name, tmp_path / "root", run=name)
-        assert (len(report.checkpoints), report.others) == (1, ())
-        into = Net()
-        pp.load(f"{name}@latest", root=tmp_path / "root", into=into)
-        assert same(dict(into.state_dict()), dict(model.state_dict()))
-        assert {"optimizer", "scheduler"} <= set(pp.load(f"{name}@latest", root=tmp_path / "root"))
-    assert "model_1" in pp.load("sharded@latest", root=tmp_path / "root")
+        [checkpoint], others = read_in(tmp_path / name)
+        assert others == []
+        assert same_tensors(checkpoint.parts["model"], model.state_dict())
+        assert checkpoint.parts["optimizer"]["param_groups"][0]["lr"] == 0.01
+        assert {"scheduler", "optimizer"} <= checkpoint.parts.keys()
+        assert ("model_1" in checkpoint.parts) == (name == "sharded")
 
 
 def deepspeed(folder, *, stage=2):
@@ -214,23 +210,20 @@ def deepspeed(folder, *, stage=2):
 def test_folders_of_deepspeed(tmp_path):
     states = {tag: deepspeed(tmp_path / "ds" / tag) for tag in ("global_step40", "global_step80")}
     (tmp_path / "ds" / "latest").write_text("global_step80")
-    report = bring(tmp_path / "ds" / "global_step40", tmp_path / "root")
-    run = pp.open(tmp_path / "root").run("r")
-    assert (run.latest().step, run.latest().epoch, run.latest().metrics) == (40, 3, {})
-    loaded = pp.load("r@latest", root=tmp_path / "root")
-    assert same(dict(loaded["model"]), dict(states["global_step40"]))
-    assert loaded["scheduler"] == {"last_epoch": 4}
-    assert loaded["extra"]["ds_config"] == {"zero_optimization": {"stage": 2}}
-    assert any(
-        "LEFT OUT: 2 partitions of the optimizer" in text and "zero_to_fp32.py" in text for text in texts(report)
-    )
-    assert len(bring(tmp_path / "ds", tmp_path / "root", run="both").checkpoints) == 2
+    [checkpoint], _ = read_in(tmp_path / "ds" / "global_step40")
+    assert (checkpoint.step, checkpoint.epoch, checkpoint.metrics) == (40, 3, {})
+    assert same_tensors(checkpoint.parts["model"], states["global_step40"])
+    assert checkpoint.parts["scheduler"] == {"last_epoch": 4}
+    assert checkpoint.extra["ds_config"] == {"zero_optimization": {"stage": 2}}
+    [note] = [note for note in checkpoint.notes if "LEFT OUT: 2 partitions of the optimizer" in note]
+    assert "zero_to_fp32.py" in note
+    assert len(read_in(tmp_path / "ds")[0]) == 2
 
 
 def test_partitions_of_a_model_are_refused_and_the_tool_is_named(tmp_path):
     deepspeed(tmp_path / "ds" / "global_step40", stage=3)
     with pytest.raises(pp.errors.FormatError, match=r"model in partitions.*python .*zero_to_fp32\.py .*ds OUT"):
-        bring(tmp_path / "ds", tmp_path / "root")
+        read_in(tmp_path / "ds")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -242,10 +235,9 @@ def test_a_tag_of_deepspeed_inside_of_a_checkpoint_belongs_to_it(stage, tmp_path
     if stage == 3:
         save_file(gathered, folder / "model.safetensors")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 40, "epoch": 2.0, "log_history": []}))
-    [source] = bring(folder, tmp_path / "root").checkpoints
-    assert (source.step, source.epoch) == (40, 1)
-    loaded = pp.load("r@latest", root=tmp_path / "root")["model"]
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in (gathered if stage == 3 else state).items())
+    [checkpoint], others = read_in(folder)
+    assert (checkpoint.step, checkpoint.epoch, others) == (40, 1, [])
+    assert same_tensors(checkpoint.parts["model"], gathered if stage == 3 else state)
 
 
 # --- random generators --------------------------------------------------------------------------------------------
@@ -253,15 +245,6 @@ def test_a_tag_of_deepspeed_inside_of_a_checkpoint_belongs_to_it(stage, tmp_path
 
 def drawn():
     return torch.rand(1).item(), random.random(), np.random.rand()  # noqa: NPY002 - the generators that are saved
-
-
-def continued(root):
-    """Continue the run; returns the numbers that are drawn then, and the warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with QuietCheckpointer(root, run="r", state={"model": {"w": torch.zeros(2)}}, keep=[pp.Last(1)]) as ckpt:
-            ckpt.resume()
-            return drawn(), [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize(
@@ -278,24 +261,27 @@ def test_a_training_goes_on_with_the_generators_of_the_first_process(names, tmp_
         np.random.seed(seed)  # noqa: NPY002
         torch.save(generators("accelerate" if "random" in name else "transformers"), folder / name)
         numbers.append(drawn())
-    report = bring(folder, tmp_path / "root")
-    assert f"{names[0]} -> random generators" in texts(report)
+    [checkpoint], _ = read_in(folder)
+    assert f"{names[0]} -> random generators" in checkpoint.notes
     torch.manual_seed(99)
-    assert continued(tmp_path / "root") == (numbers[0], [])
-    extra = pp.load("r@latest", root=tmp_path / "root").get("extra", {})
-    assert extra.keys() == {name.partition(".")[0] for name in names[1:]} | (
+    assert rng.restore(checkpoint.generators) == []
+    assert drawn() == numbers[0]
+    assert checkpoint.extra.keys() == {name.partition(".")[0] for name in names[1:]} | (
         {"random_states_0"} if "random" in names[0] else set()
     )
 
 
-def test_generators_that_are_not_there_are_said(tmp_path):
+def test_a_training_says_which_generators_are_not_there(tmp_path):
     state = {"model": {"w": torch.ones(2)}, "epoch": 1, "torch_rng_state": torch.get_rng_state()}
     torch.save(state, tmp_path / "a.pth")
-    wanted = torch.rand(1).item()
-    bring(tmp_path / "a.pth", tmp_path / "root")
-    numbers, said = continued(tmp_path / "root")
-    assert numbers[0] == wanted
-    assert [text for text in said if "NumPy's generator: it is not in this checkpoint" in text]
+    wanted = torch.rand(1)
+    pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "root", run="r")
+    options = {"run": "r", "state": {"model": {"w": torch.zeros(2)}}, "keep": [pp.Last(1)]}
+    with QuietCheckpointer(tmp_path / "root", **options) as ckpt:
+        with pytest.warns(pp.PeakpointWarning, match="not restored: .*'s generator: it is not in") as caught:
+            ckpt.resume()
+        assert torch.rand(1) == wanted
+    assert [str(warning.message).split("'")[0] for warning in caught] == ["not restored: Python", "not restored: NumPy"]
 
 
 @pytest.mark.parametrize("form", ["flat", "nested", "listed"])
@@ -308,9 +294,10 @@ def test_generators_beside_state_dicts(form, tmp_path):
     else:
         content["rng"] = states if form == "nested" else [states]
     torch.save(content, tmp_path / "a.pth")
-    bring(tmp_path / "a.pth", tmp_path / "root")
-    assert continued(tmp_path / "root") == (wanted, [])
-    assert pp.load("r@latest", root=tmp_path / "root")["extra"].keys() == {"epoch", "loader_rng"}
+    [checkpoint], _ = read_in(tmp_path / "a.pth")
+    assert rng.restore(checkpoint.generators) == []
+    assert drawn() == wanted
+    assert checkpoint.extra.keys() == {"epoch", "loader_rng"}
 
 
 # --- frameworks ---------------------------------------------------------------------------------------------------
@@ -327,7 +314,7 @@ def test_all_that_accelerate_writes_is_there(tmp_path):
     accelerator.register_for_checkpointing(meter)
     accelerator.save_state(str(tmp_path / "state"))
     wanted = drawn()
-    report = bring(tmp_path / "state", tmp_path / "root")
+    report = pp.import_checkpoints(tmp_path / "state", tmp_path / "root", run="r")
     assert report.others == ()
     loaded = pp.load("r@latest", root=tmp_path / "root")
     for number, (model, optimizer, scheduler) in enumerate(both):
