@@ -384,6 +384,27 @@ def test_a_file_system_that_says_that_nothing_is_free_is_tried(tmp_path, monkeyp
     assert LocalStore(tmp_path / "runs").free() is None
 
 
+def test_a_file_system_that_does_not_say_what_is_free_is_tried(tmp_path, monkeypatch):
+    def refusing(_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "statvfs", refusing)
+    assert trained(tmp_path) == []
+    assert LocalStore(tmp_path).free() is None
+
+
+def test_directories_that_have_no_time_are_looked_at_each_time(tmp_path):
+    def forget_times():  # as a bucket that is mounted by gcsfuse
+        for directory, _, _ in os.walk(tmp_path):
+            os.utime(directory, (0, 0))
+
+    for number in (1, 2):
+        trained(tmp_path, (0.5,))
+        forget_times()
+        assert len(list(pp.select(tmp_path))) == number
+        forget_times()
+
+
 def test_a_file_system_that_is_full_is_believed(tmp_path, monkeypatch):
     class Full(FileOps):
         def write(self, fd, data):

@@ -41,6 +41,7 @@ _TEMPORARY = ".tmp-"
 _PROBE = f"{_TEMPORARY}probe"
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _NO_MAPPING = frozenset({errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP})
+_NOT_KNOWN = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EOVERFLOW})
 _COARSEST = 3_000_000_000  # nanoseconds: two changes within the steps of a file system's clock look like one (FAT: 2 s)
 
 
@@ -313,7 +314,10 @@ class LocalStore:
         return {name: kind for name, _, kind in self._entries(prefix) if kind is not None}
 
     def stamp(self, prefix: str) -> str | None:
-        """See ``Store.stamp``: when the directory last changed, once that is long enough ago to be told from now."""
+        """See ``Store.stamp``: when the directory last changed, once that is long enough ago to be told from now.
+
+        A bucket that is mounted has directories from the year 1970, which never change.
+        """
         directory = f"{self._root}/{check_key(prefix)}"  # asked for thousands of times: no Path, and nothing is opened
         try:
             status = os.stat(directory, follow_symlinks=False)  # noqa: PTH116 - the same
@@ -324,7 +328,7 @@ class LocalStore:
         if not stat.S_ISDIR(status.st_mode):
             return ""
         age = time.time_ns() - status.st_mtime_ns
-        return f"{status.st_mtime_ns}.{status.st_ino}" if age > _COARSEST else None
+        return f"{status.st_mtime_ns}.{status.st_ino}" if status.st_mtime_ns and age > _COARSEST else None
 
     def litter(self, prefix: str) -> list[str]:
         """See ``Store.litter``: files with temporary names."""
@@ -428,9 +432,12 @@ class LocalStore:
         path = self.root.absolute()
         while not path.exists():
             path = path.parent
-        with translated("ask for the free space of", path):
+        with translated("ask for the free space of", path), IgnoredErrors(_NOT_KNOWN):
             status = os.statvfs(path)
-        return status.f_bavail * status.f_frsize or (0 if path == self.root.absolute() and self._is_full() else None)
+            if available := status.f_bavail * status.f_frsize:
+                return available
+            return 0 if path == self.root.absolute() and self._is_full() else None
+        return None
 
     def _is_full(self) -> bool:
         try:
