@@ -128,7 +128,9 @@ def by_kind():
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_the_state_of_another_class_is_refused(by_kind, first, second):
     live = make(KINDS[second])
-    refused(by_kind[first], live, "optimizer: it was saved from ", type(live["optimizer"]).__name__)
+    refused(
+        by_kind[first], live, "optimizer: it was saved from another kind of optimizer", type(live["optimizer"]).__name__
+    )
 
 
 COMPATIBLE = {

@@ -197,7 +197,7 @@ def test_another_class_inside_is_refused(wrap):
     live = make(lambda inner: wrap(torch.optim.SGD([p for g in inner.param_groups for p in g["params"]], 0.1)), 2)
     with (
         checkpointer(root, state=live) as ckpt,
-        pytest.raises(pp.errors.MismatchError, match=r"saved from .*(AdamW|kind)"),
+        pytest.raises(pp.errors.MismatchError, match="another kind of optimizer"),
     ):
         ckpt.resume()
 

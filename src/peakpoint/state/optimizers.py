@@ -83,7 +83,11 @@ def _class_differences(part: str, live: torch.optim.Optimizer, saved: Any, origi
     absent = sorted({name for names in moments for name in required - names})
     unrelated = bool(origin.classes) and not _related(classes, origin.classes)
     if unrelated and (settings != set(live.defaults) or all(map(_of_torch, (classes[0], origin.classes[0])))):
-        return [f"{part}: it was saved from {origin.classes[0]}, and {classes[0]} cannot go on from that state"]
+        why = f" (it has no {', '.join(lacking)})" if lacking else ""
+        line = (
+            f"{part}: it was saved from another kind of optimizer, {origin.classes[0]}: {classes[0]} cannot go on from"
+        )
+        return [f"{line} that state{why}"]
     surplus = not origin.classes and (settings & _TELLING) - live.defaults.keys()
     if surplus or (lacking and classes[:1] != origin.classes[:1]):
         need = f"settings {', '.join(live.defaults)}, and the checkpoint has {', '.join(sorted(settings))}"
@@ -157,13 +161,16 @@ def scheduler_differences(part: str, live: Any, saved: Any, origin: PartOrigin) 
     settings, saved_settings = (_public(state) for state in (scheduler.state_dict(), saved))
     if origin.classes and not _related(classes, origin.classes):
         if settings != saved_settings or all(map(_of_torch, (classes[0], origin.classes[0]))):
-            return [f"{part}: it was saved from {origin.classes[0]}, and {classes[0]} cannot go on from that state"]
+            text = (
+                f"{part}: it was saved from another kind of scheduler, {origin.classes[0]}: {classes[0]} cannot go on"
+            )
+            return [f"{text} from that state"]
     elif not origin.classes and settings - saved_settings and saved_settings - settings:
         lacking, surplus = (
             ", ".join(sorted(names)) for names in (settings - saved_settings, saved_settings - settings)
         )
         return [
-            f"{part}: {classes[0]} needs {lacking}, and the checkpoint has {surplus}: it is that of another scheduler"
+            f"{part}: {classes[0]} needs {lacking}, and the checkpoint has {surplus}: it was saved from another kind"
         ]
     inner, states = getattr(scheduler, "_schedulers", []), saved.get("_schedulers", [])
     if len(inner) != len(states):

@@ -18,6 +18,7 @@ from peakpoint.state.typed_json import Decoder, Encoder
 _BASES = {"LRScheduler", "Module", "Optimizer", "_LRScheduler", "Generic", "object"}  # they say nothing about a state
 _WRAPPERS = {"_orig_mod", "module"}  # names under which torch.compile and DataParallel hold a module
 _NO_SETTINGS = {"base_lrs", "initial_lr", "param_names", "params"}
+_NO_SETTINGS |= {"last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter"}  # they move
 _LONGEST = 16  # settings that are lists; longer ones are data
 _REPARAMETRIZED = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original(\d*)$")
 
