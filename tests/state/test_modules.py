@@ -254,6 +254,15 @@ def test_a_parametrization_has_to_be_registered_before(register):
     assert torch.equal(live[0].weight, saved[0].weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("register", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_the_old_forms_of_weights_are_named_too(register, early):
+    saved, live = net(), net(2)
+    register((live if early else saved)[0])
+    assert refused(saved, live).startswith("0.weight of model has another form in the checkpoint")
+
+
 # --- tensors that take no values --------------------------------------------------------------------------------------
 
 
