@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from peakpoint.errors import ConflictError, FormatError, NotFoundError, StoreError
-from peakpoint.store import locks, safe_open
+from peakpoint.store import locks, remarks, safe_open
 from peakpoint.store.direct_io import (
     NO_DIRECT,
     WORTH_DIRECT,
@@ -58,7 +58,7 @@ class LocalStore:
         self._root = os.fspath(root)
         self._ops = ops or FileOps()
         self._direct = hasattr(os, "O_DIRECT")
-        self._remarks: dict[str, bool] = {}  # each sentence, and whether it has been given out
+        self._remarks = remarks.Remarks(root)
         self._durable: set[Path] = set()  # directories whose entry in their parent this process has made durable
 
     @property
@@ -70,15 +70,9 @@ class LocalStore:
         """Where the bytes of ``key`` are."""
         return self.root / check_key(key)
 
-    def _remark(self, sentence: str) -> None:
-        self._remarks.setdefault(f"{self.root}: {sentence}", False)
-
     def _sync_directory(self, path: Path, dir_fd: int | None = None) -> None:
         if not sync_directory(self._ops, path, dir_fd):
-            self._remark(
-                "this file system does not make directories durable, so a power cut may take back what was saved "
-                "shortly before it; it does nothing to what a killed process has saved"
-            )
+            self._remarks.add(remarks.NO_DIRECTORY_SYNC)
 
     def _directory(self, key: str) -> contextlib.AbstractContextManager[int]:
         """Open the directory that a key is in."""
@@ -180,10 +174,7 @@ class LocalStore:
                 raise
             # No hard links here (exFAT, some network mounts). Rename would replace silently, so look first; the
             # writer's lock keeps others away in between.
-            self._remark(
-                "this file system has no hard links, so files that did not change are written again with every "
-                "checkpoint, and of two processes that set one alias at the same moment, one may be overwritten"
-            )
+            self._remarks.add(remarks.NO_HARD_LINKS)
             with contextlib.suppress(FileNotFoundError):
                 safe_open.status(dir_fd, path.name)
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
@@ -212,7 +203,7 @@ class LocalStore:
             raise
         if output.refused and self._direct:
             self._direct = False
-            self._remark("this file system refuses direct I/O, so saves go through the page cache, which is slower")
+            self._remarks.add(remarks.NO_DIRECT_IO)
         return temporary
 
     def _make_root(self, directory: Path) -> None:
@@ -387,11 +378,7 @@ class LocalStore:
             fd = safe_open.open_file(dir_fd, path, os.O_RDWR | os.O_CREAT)
             hold = locks.ExclusiveLock(fd, path, note, partial(self._status, key))
         if hold.without_locks:
-            self._remark(
-                "this file system has no file locks, so of two processes that write one run, only those on one "
-                "machine are kept apart for certain, and rules may remove a checkpoint that is being read; mount it "
-                "with locks (NFS: lockd, Lustre: -o flock), or write each run from one machine only"
-            )
+            self._remarks.add(remarks.NO_LOCKS)
         return hold
 
     def holder(self, key: str) -> str | None:
@@ -420,9 +407,7 @@ class LocalStore:
 
     def remarks(self) -> list[str]:
         """See ``Store.remarks``: what this file system lacks."""
-        remarks = [sentence for sentence, is_given_out in list(self._remarks.items()) if not is_given_out]
-        self._remarks |= dict.fromkeys(remarks, True)
-        return remarks
+        return self._remarks.take()
 
     def free(self) -> int | None:
         """See ``Store.free``: what an ordinary user may still write.
