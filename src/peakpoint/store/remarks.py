@@ -4,8 +4,8 @@ from pathlib import Path
 
 NO_DIRECT_IO = "refuses direct I/O, so saves go through the page cache, which is slower"
 NO_DIRECTORY_SYNC = (
-    "does not make directories durable, so a power cut may take back what was saved shortly before it; a kill takes back "
-    "nothing"
+    "does not make directories durable, so a power cut may take back what was saved shortly before it; a kill takes "
+    "back nothing"
 )
 NO_HARD_LINKS = (
     "has no hard links, so files that did not change are written again with every checkpoint, and of two processes "
