@@ -1,6 +1,7 @@
 """Runs as a whole on the command line: their settings, the order in which they are listed, new names, removal."""
 
 import json
+import re
 
 import peakpoint as pp
 from commands import command, in_process
@@ -130,3 +131,4 @@ def test_show_says_what_a_checkpoint_was_trained_with(tmp_path):
     told = [json.loads(command("show", tmp_path, f"a:{step}", "--json")) for step in (1, 2)]
     assert [(one["config"], one["tags"]) for one in told] == [({"lr": 0.1}, ["first"]), ({"lr": 0.2}, ["first"])]
     assert "lr 0.1" in command("show", tmp_path, "a:1")
+    assert re.search(r"config\.lr +0\.1 +0\.2\b", command("diff", tmp_path, "a:1", "a:2"))

@@ -42,7 +42,7 @@ class Search:
 
     def conditions(self) -> list[Expression]:
         """All that must hold."""
-        return [*map(self.sql.where, self.clauses), *(self.sql.finite(key.value) for key in self.keys), *self.further]
+        return [*map(self.sql.holds, self.clauses), *(self.sql.finite(key.value) for key in self.keys), *self.further]
 
     def rows(self, columns: Sequence[Expression], limit: int | None) -> Sequence[Any]:
         """The rows in order."""
@@ -53,7 +53,7 @@ class Search:
         if limit is None or limit > self.candidate_limit // 4 or not self.sql.sqlite:
             return ranked.where(*self.conditions())
         scan = self.sql.without_indexes()
-        clauses = [scan.where(clause) for clause in self.clauses]
+        clauses = [scan.holds(clause) for clause in self.clauses]
         further = [*(scan.finite(key.value) for key in self.keys), *self.further]
         best = self._best()
         if best is not None:
@@ -63,7 +63,7 @@ class Search:
                 return among_best
         fewest = self._fewest()
         if fewest is not None:
-            clauses[fewest] = self.sql.where(self.clauses[fewest])
+            clauses[fewest] = self.sql.holds(self.clauses[fewest])
         return select(*columns).order_by(*self._order(scan)).limit(limit).where(*clauses, *further)
 
     def _order(self, sql: Translator) -> list[Expression]:
@@ -88,7 +88,7 @@ class Search:
         """The number of the clause that leaves the fewest rows, if these are few."""
         counts = {}
         for number, clause in enumerate(self.clauses):
-            rows = select(self.sql.table.key).where(self.sql.where(clause)).limit(self.candidate_limit).subquery()
+            rows = select(self.sql.table.key).where(self.sql.holds(clause)).limit(self.candidate_limit).subquery()
             counts[number] = self.connection.scalar(select(func.count()).select_from(rows)) or 0
         fewest = min(counts, key=lambda number: counts[number], default=None)
         return fewest if fewest is not None and counts[fewest] < self.candidate_limit else None

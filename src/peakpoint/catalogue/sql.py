@@ -40,16 +40,17 @@ class Translator:
         columns: which metric is where.
         dialect: the database's.
         indexed: whether the database may use its indexes.
+        of_runs: whether conditions are about runs instead of checkpoints.
 
     Attributes:
         sqlite: whether the database is SQLite.
         table: the columns of checkpoints.
     """
 
-    def __init__(self, columns: Columns, dialect: str, *, indexed: bool = True) -> None:
+    def __init__(self, columns: Columns, dialect: str, *, indexed: bool = True, of_runs: bool = False) -> None:
         self._columns, self.table = columns, columns.table.c
         self.sqlite = dialect == "sqlite"
-        self._dialect, self._indexed = dialect, indexed
+        self._dialect, self._indexed, self._of_runs = dialect, indexed, of_runs
 
     def without_indexes(self) -> "Translator":
         """The same, but so that SQLite passes over all rows."""
@@ -60,8 +61,32 @@ class Translator:
         column: Expression = self.table[name]
         return column if self._indexed else sa.UnaryExpression(column, operator=_PLUS, type_=column.type)
 
+    def holds(self, condition: tree.Condition) -> Expression:
+        """A condition for a WHERE: unknown is false there, so that what is about settings alone need ask few runs."""
+        match condition:
+            case _ if tree.is_of_run(condition):
+                return self._of_run_where(condition)
+            case tree.All(conditions=conditions):
+                return sa.and_(*map(self.holds, conditions))
+            case tree.Any(conditions=conditions):
+                return sa.or_(*map(self.holds, conditions))
+            case _:
+                return self.where(condition)
+
+    def _of_run_where(self, condition: tree.Condition) -> Expression:
+        """Whether a checkpoint is of a run of which a condition about settings holds."""
+        runs = Translator(self._columns, self._dialect, of_runs=True).where(condition)
+        return self._column("run").in_(sa.select(schema.runs.c.key).where(runs))
+
     def where(self, condition: tree.Condition) -> Expression:
-        """A condition."""
+        """A condition: true, false or unknown."""
+        if not self._of_runs and tree.is_of_run(condition):
+            negated = tree.Not(condition, condition.span)
+            return sa.case((self._of_run_where(condition), sa.true()), (self._of_run_where(negated), sa.false()))
+        return self._of_rows(condition)
+
+    def _of_rows(self, condition: tree.Condition) -> Expression:
+        """A condition that each row is asked."""
         match condition:
             case tree.All(conditions=conditions):
                 return sa.and_(*map(self.where, conditions))
@@ -105,7 +130,8 @@ class Translator:
     def _setting(self, setting: Setting, column: str) -> Expression:
         """The text or the value of a setting; NULL where the run has none."""
         rows = schema.settings.c
-        is_setting = (rows.run == self.table.run) & (rows.name == setting.name) & (rows.number == 0)
+        run = schema.runs.c.key if self._of_runs else self.table.run
+        is_setting = (rows.run == run) & (rows.name == setting.name) & (rows.number == 0)
         return sa.select(rows[column]).where(is_setting).scalar_subquery()
 
     def _texts(self, field: Field | Setting, test: Any) -> Expression:

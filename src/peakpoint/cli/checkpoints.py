@@ -16,9 +16,9 @@ from peakpoint.cli.render import aliases_of, fields, literal, manifest_json, num
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
-from peakpoint.format.events import Saved
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.settings import Settings, settings_of
+from peakpoint.reports.diff import openings
 from peakpoint.reports.explain import CheckpointHistory, checkpoint_histories
 from peakpoint.repository import maintenance, reader, signing, validations
 from peakpoint.repository.annotations import all_with_annotations, measurements_of
@@ -40,7 +40,7 @@ def show(root: Path, ref: str) -> Answer:
     manifest = next((manifest for manifest in run.annotated(()) if manifest.id == stored.id), stored)
     claims = run.kept().get(manifest.id, ())
     survey = validations.survey(run.store, run.name, manifest.id)
-    settings = _settings_at(run, manifest.id)
+    settings = settings_of(openings(run.events(), manifest))  # later ones may differ
     data = manifest_json(manifest, claims) | fields(manifest, "parent", "members", "written_by", "timing", "asked")
     data |= {
         "aliases": aliases_of(run).get(manifest.id, ()),
@@ -63,15 +63,6 @@ def show(root: Path, ref: str) -> Answer:
         console.print(_files_table(manifest))
 
     return Answer(data, text)
-
-
-def _settings_at(run: Run, checkpoint: str) -> Settings:
-    """Return the settings of the training that saved a checkpoint; later ones may differ."""
-    events = run.events()
-    saved = [
-        number for number, event in enumerate(events) if isinstance(event, Saved) and event.checkpoint == checkpoint
-    ]
-    return settings_of(events[: saved[0]] if saved else events)
 
 
 def _parent(repository: Repository, manifest: Manifest) -> str:

@@ -16,6 +16,7 @@ from peakpoint.cli.command import ROOT, Answer, command, metric_with_mode, progr
 from peakpoint.cli.render import command_line, count, fields, literal, manifest_json, number, rounded
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.amounts import size_text
+from peakpoint.format.settings import SETTING
 from peakpoint.reports.diff import CheckpointDifference, MetricDifference, TensorDifference, diff_manifests
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
@@ -110,7 +111,11 @@ def _rows(difference: CheckpointDifference) -> list[tuple[str, str, str]]:
     a, b = difference.a, difference.b
     rows = [(name, fact(a), fact(b)) for name, fact in _FACTS.items()]
     often_same = [("rules", " ".join(a.rules), " ".join(b.rules))]
-    for prefix, facts_a, facts_b in (("", a.written_by, b.written_by), ("class of ", a.classes, b.classes)):
+    for prefix, facts_a, facts_b in (
+        (SETTING, a.settings, b.settings),
+        ("", a.written_by, b.written_by),
+        ("class of ", a.classes, b.classes),
+    ):
         names = dict.fromkeys(name for name in [*facts_a, *facts_b] if name != "pid")  # says nothing
         often_same += [(prefix + name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in names]
     return rows + [row for row in often_same if row[1] != row[2]]

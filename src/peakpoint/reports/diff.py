@@ -16,6 +16,7 @@ from peakpoint.errors import FormatError
 from peakpoint.format import layout
 from peakpoint.format.events import Event, Opened, Saved
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.settings import settings_of
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import annotations_of, with_annotations
 from peakpoint.repository.root import Repository
@@ -41,6 +42,7 @@ class DiffSide:
         rules: in force when it was saved, in their text form.
         written_by: host, versions, the commit of the code.
         classes: part name to the class that was given for it; empty when the journal does not tell.
+        settings: those under which it was saved, each as a text.
         size_bytes: of all its files.
     """
 
@@ -54,6 +56,7 @@ class DiffSide:
     rules: tuple[str, ...]
     written_by: Mapping[str, str]
     classes: Mapping[str, str]
+    settings: Mapping[str, str]
     size_bytes: int
 
 
@@ -261,7 +264,8 @@ def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None
 
 def _side(repository: Repository, manifest: Manifest) -> DiffSide:
     events = repository.run(manifest.run).events()
-    opened = openings(events, manifest)[-1:]
+    all_opened = openings(events, manifest)
+    opened = all_opened[-1:]
     return DiffSide(
         ref=f"{manifest.run}/{manifest.name}",
         id=manifest.id,
@@ -273,6 +277,7 @@ def _side(repository: Repository, manifest: Manifest) -> DiffSide:
         rules=opened[0].rules if opened else (),
         written_by=manifest.written_by,
         classes=opened[0].state if opened else {},
+        settings=settings_of(all_opened).texts(),
         size_bytes=manifest.size_bytes,
     )
 

@@ -196,6 +196,12 @@ def _mentions(node: object, kind: type[N]) -> Iterator[N]:
             yield from _mentions(getattr(node, field.name), kind)
 
 
+def is_of_run(condition: Condition) -> bool:
+    """Whether it is about settings alone: then it holds for all checkpoints of a run, or for none."""
+    names: list[object] = [*_mentions(condition, Field), *_mentions(condition, Metric)]
+    return not names and any(True for _ in _mentions(condition, Setting))
+
+
 def point(text: str, span: Span, message: str) -> str:
     """A message under the text, with a mark below the place that it is about.
 
