@@ -333,3 +333,14 @@ def test_all_that_accelerate_writes_is_there(tmp_path):
     with QuietCheckpointer(tmp_path / "root", run="r", state=state, keep=[pp.Last(1)]) as ckpt:
         ckpt.resume()
         assert drawn() == wanted
+
+
+def test_an_index_larger_than_any_is_not_read(tmp_path):
+    """Indexes are read to find out which files belong together, before anything is inspected."""
+    index = tmp_path / "model.safetensors.index.json"
+    with index.open("wb") as file:
+        file.truncate(1 << 27)
+    (tmp_path / "config.json").write_text("{}")
+    [source], _ = find(tmp_path)
+    with pytest.raises(pp.errors.FormatError, match=r"index\.json has more than \d+ bytes"):
+        read(source, ReadOptions())

@@ -29,6 +29,7 @@ from peakpoint.state.tensor_files import read_safetensors
 SAFETENSORS = ".safetensors"
 DCP_METADATA, DCP_PIECES = ".metadata", ".distcp"
 _INDEX = ".index.json"
+_LARGEST_INDEX = 1 << 26  # bytes: some 500,000 tensors; it is read before anything is inspected
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "pytorch_model_fsdp", "adapter_model")  # best first
 _WEIGHTS = re.compile(
     rf"(?P<stem>{'|'.join(_STEMS)})(?P<number>_\d+)?"
@@ -306,7 +307,7 @@ def _tensors_of(path: Path, options: ReadOptions) -> dict[str, Any]:
 def _weight_map(index: Path, *, strict: bool = False) -> dict[str, str]:
     """Return names of tensors to names of files; an index that cannot be read is empty unless ``strict``."""
     try:
-        return msgspec.convert(_json(index).get("weight_map"), dict[str, str])
+        return msgspec.convert(_json(index, _LARGEST_INDEX).get("weight_map"), dict[str, str])
     except msgspec.ValidationError as error:
         if strict:
             raise FormatError(f"{index} has no weight_map: {error}") from error
@@ -316,7 +317,9 @@ def _weight_map(index: Path, *, strict: bool = False) -> dict[str, str]:
     return {}
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, largest: int | None = None) -> Any:
+    if largest is not None and path.stat().st_size > largest:
+        raise FormatError(f"{path} has more than {largest} bytes")
     try:
         content = msgspec.json.decode(path.read_bytes())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
