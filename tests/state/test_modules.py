@@ -211,6 +211,20 @@ def test_a_refusal_takes_the_masks_away_again():
     step(live)
 
 
+def test_masks_of_other_shapes_keep_nothing_else_from_being_loaded():
+    saved, live = net(), net(2)
+    prune.l1_unstructured(saved[0], "weight", 0.5)
+    prune.l1_unstructured(saved[2][0], "weight", 0.5)
+    live[0] = nn.Linear(5, 4)
+    root = MemoryStore()
+    with checkpointer(root, state={"model": saved}) as ckpt:
+        ckpt.report(step=1, loss=1.0)
+    report = pp.load("r@latest", root=root, into=live, strict=False)
+    assert report.restored[0].what == "9 of 10 tensors, masks of 1 weights put back"
+    assert isinstance(live[0].weight, nn.Parameter)
+    assert torch.equal(live[2][0].weight, saved[2][0].weight)
+
+
 def refused(saved, live):
     root = MemoryStore()
     with checkpointer(root, state={"model": saved}) as ckpt:
@@ -246,6 +260,7 @@ def test_a_parametrization_has_to_be_registered_before(register):
         "0.weight of model had been parametrized with torch.nn.utils.parametrize when this was saved: register the "
         "same parametrization before the resume (strict=False would leave these weights as they are)"
     )
+    assert refused(nn.DataParallel(saved), net(2)).startswith("0.weight of model had been parametrized")
     register(live[0])
     root = MemoryStore()
     with checkpointer(root, state={"model": saved}) as ckpt:

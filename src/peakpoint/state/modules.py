@@ -132,8 +132,18 @@ def _set_metadata(state: Any, metadata: Mapping[str, Any] | None) -> None:
 
 def pruned_weights(live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Return the weights that have a mask of ``torch.nn.utils.prune`` in one state dict and none in the other."""
-    masks = masks_of({name: tuple(value.shape) for name, value in saved.items() if isinstance(value, torch.Tensor)})
-    return [name for name in live if name not in saved and f"{name}{ORIGINAL}" in masks]
+    shapes = {name: tuple(value.shape) for name, value in saved.items() if _has_shape(value)}
+    masks = masks_of(shapes)
+    return [
+        name
+        for name, value in live.items()
+        if name not in saved and (original := f"{name}{ORIGINAL}") in masks and _has_shape(value)
+        if tuple(value.shape) == shapes[original]
+    ]
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not is_lazy(value)
 
 
 def _with_masks(live: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapping[str, Any]:

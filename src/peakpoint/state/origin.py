@@ -110,8 +110,10 @@ def parameter_names(state: Mapping[str, Any]) -> dict[int, str]:
 
 def reparametrized(live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Return the weights that ``torch.nn.utils.parametrize`` computes in the one state dict only."""
-    weights = {_REPARAMETRIZED.sub(r"\1\2", str(name)) for name in saved if _REPARAMETRIZED.search(str(name))}
-    return [name for name in live if name in weights and name not in saved]
+    weights = {
+        plain_name(_REPARAMETRIZED.sub(r"\1\2", name)) for name in map(str, saved) if _REPARAMETRIZED.search(name)
+    }
+    return [name for name in live if name not in saved and plain_name(str(name)) in weights]
 
 
 def names_by_group(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[str]]:
