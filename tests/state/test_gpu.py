@@ -94,3 +94,16 @@ def test_a_ring_takes_a_gpu_state(tmp_path):
             expected = copy.deepcopy(model.state_dict())
             ckpt.report(step=number)
     assert equal(pp.load("r:4", root=tmp_path)["model"], expected)
+
+
+def test_what_is_loaded_is_put_on_the_device(tmp_path):
+    model, optimizer = build(fused=False)
+    step(model, optimizer)
+    state = {"model": model, "optimizer": optimizer}
+    with pp.Checkpointer(tmp_path, run="r", state=state, keep=[pp.Last(1)]) as ckpt:
+        ckpt.report(step=1)
+    checkpoint = pp.open(tmp_path).run("r").latest()
+    for part in ("model", "optimizer"):
+        assert equal(checkpoint.load(part, device="cuda"), state[part].state_dict())
+    assert {value.device.type for value in checkpoint.load("model", device="cuda").values()} == {"cuda"}
+    assert {value.device.type for value in checkpoint.load("model").values()} == {"cpu"}

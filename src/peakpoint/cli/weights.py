@@ -102,7 +102,7 @@ _FACTS: dict[str, Callable[[Any], str]] = {
     "at": lambda side: f"step {side.step}" + ("" if side.epoch is None else f", epoch {side.epoch}"),
     "created": lambda side: f"{side.created_at:%Y-%m-%d %H:%M:%S} UTC",
     "size": lambda side: size_text(side.size_bytes),
-    "saved because": lambda side: "\n".join(side.reasons),
+    "saved because": lambda side: "; ".join(side.reasons),
 }
 
 
