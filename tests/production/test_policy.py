@@ -117,7 +117,7 @@ def test_everything_that_a_policy_can_say(tmp_path):
         ("format = 1\n[champion]\nrank = ['accuracy']", 'write "max METRIC"'),
         ("format = 1\n[champion]\nrank = ['best accuracy']", "best"),
         ("format = 1\n[champion]\nkeep_last = 0", "keep_last is at least 1"),
-        ("format = 1\n[champion.validation]\ntolerance = -1", "tolerance=-1.0 is not a number of at least 0"),
+        ("format = 1\n[champion.validation]\ntolerance = -1", "the tolerance is a number of at least 0, not -1.0"),
         ("format = 1\n[champion.validation]\ntolerance = nan", "at least 0"),
         ("format = 1\n[champion.validation]\nagreement = 1.5", "from 0 to 1"),
         ("format = 1\n[champion.validation]\nagreement = 0.5", "give them with --golden FILE"),

@@ -534,9 +534,9 @@ def test_validating_by_hand_checks_what_the_policy_asks_for(tmp_path):
     command("validate", root, "r:1")
     policy = read_policies(found.store).of("champion")
     assert propose(found, "r:1", "champion", policy=policy).objections == ()
-    command("validate", root, "r:1", "--tolerance", "0.1")
+    command("validate", root, "r:1", "--sparsity", "pruned")
     objections = propose(found, "r:1", "champion", policy=policy).objections
-    assert objections[0].startswith("its validation differs from what the policy asks in evaluate, model, tolerance")
+    assert objections[0].startswith("its validation differs from what the policy asks in evaluate, model, budgets, sparsity")
 
 
 def test_history_says_when_a_record_was_changed(tmp_path):

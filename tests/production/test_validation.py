@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -255,13 +256,30 @@ def test_what_makes_no_model_fails(tmp_path, made):
         pp.validate(ref, root=tmp_path, model=3)
 
 
-def test_a_module_that_is_not_there_fails(tmp_path):
+@pytest.mark.parametrize(
+    ("functions", "words"),
+    [
+        ({"model": "no_such_module:f"}, "--model 'no_such_module:f': the module 'no_such_module' cannot be imported"),
+        ({"evaluate": "validated:biuld"}, "--with 'validated:biuld': the module 'validated' has no 'biuld'; did you"),
+        ({"evaluate": "lib/checks.py:f"}, "names a file; give the module as Python imports it: lib.checks:f"),
+        ({"checks": ["validated:__name__"]}, "--check 'validated:__name__' is a str, and cannot be called"),
+        ({"model": lambda size: size}, "it is called without arguments, and missing a required argument: 'size'"),
+        ({"evaluate": dict}, "it is called with one argument, the state, and too many positional arguments"),
+        ({"checks": [lambda a, b: None]}, "it is called with one argument, the candidate, and missing"),
+        ({"budgets": {"latency_ms": 1.0}}, "the budget latency_ms needs a model to run; name the function that makes"),
+    ],
+)
+def test_functions_that_cannot_be_called_are_refused_and_nothing_is_recorded(tmp_path, functions, words):
     ref = save(tmp_path)
-    result = pp.validate(
-        ref, root=tmp_path, model="no_such_module:f", evaluate="validated:no_such", checks=["validated:nothing"]
-    )
-    assert [one.check for one in result.failures] == ["loads", "metrics", "validated:nothing"]
-    assert "cannot be imported" in result.failures[0].said
+    with pytest.raises(pp.errors.ConfigError, match=re.escape(words)):
+        pp.validate(ref, root=tmp_path, **functions)
+    named = {name: value for name, value in functions.items() if isinstance(value, str)}
+    if named:
+        spec = ValidationSpec(**named)
+        with pytest.raises(pp.errors.ConfigError, match=re.escape(words)):
+            validation.validate(pp.open(tmp_path), ref, spec)
+    run, manifest = pp.open(tmp_path).locate(ref)
+    assert not validations.survey(run.store, run.name, manifest.id).validations
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ def check_wanted(spec: ValidationSpec) -> None:
             raise ConfigError(f"{name!r} names no function; write module:function, such as checks:evaluate")
     _check_budgets(spec.budgets)
     if not (is_number(spec.tolerance) and spec.tolerance >= 0):
-        raise ConfigError(f"tolerance={spec.tolerance!r} is not a number of at least 0")
+        raise ConfigError(f"the tolerance is a number of at least 0, not {spec.tolerance!r}")
     if not (is_number(spec.agreement) and 0 <= spec.agreement <= 1):
-        raise ConfigError(f"agreement={spec.agreement!r} is not a share from 0 to 1")
+        raise ConfigError(f"the agreement is a share from 0 to 1, not {spec.agreement!r}")
     for name, text in spec.signature.items():
         if _OUTPUT.fullmatch(text) is None:
             raise ConfigError(f"signature {name}={text!r}: write an element type and a shape, such as F32[*, 10]")
@@ -95,9 +95,10 @@ def _check_needs(spec: ValidationSpec) -> None:
         raise ConfigError("agreement with the champion needs golden inputs: give them with --golden FILE")
     if spec.metrics and spec.evaluate is None:
         raise ConfigError(f"to confirm {spec.metrics[0]}, say how to evaluate it: --with MODULE:FUNCTION")
-    for name in ("golden", "signature"):
-        if getattr(spec, name) and spec.model is None:
-            raise ConfigError(f"{name}: needs a model to run; name the function that makes it: --model MODULE:FUNCTION")
+    needy = [name for name in ("golden", "signature") if getattr(spec, name)]
+    needy += [f"the budget {name}" for name in spec.budgets if name in ("latency_ms", "memory_mb")]
+    if needy and spec.model is None:
+        raise ConfigError(f"{needy[0]} needs a model to run; name the function that makes it: --model MODULE:FUNCTION")
 
 
 @dataclass(kw_only=True)
@@ -206,14 +207,18 @@ class FindingCollector:
         request: what is validated.
         progress: called with the name of each check before it begins.
         facts: ``metrics`` as evaluated, ``predictions``, ``environment``, ``device``, ``compared`` with the champion.
-        began: when the current check began.
+        current: what is running; "" before anything has begun.
+        began: when it began.
+        refused: why nothing was checked and nothing is to be recorded; empty otherwise.
     """
 
     request: ValidationRequest
     progress: Progress
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    current: str = ""
     began: float = field(default_factory=time.perf_counter)
+    refused: str = ""
 
     def take(self, event: Mapping[str, Any], output: str = "") -> bool:
         """Take one event; True when it was the last.
@@ -224,13 +229,15 @@ class FindingCollector:
         """
         match event:
             case {"begin": name}:
-                self.began = time.perf_counter()
+                self.current, self.began = name, time.perf_counter()
                 self.progress(name)
+            case {"refused": reason}:
+                self.refused = reason
             case {"finding": finding}:
                 self.findings.append(_with_output(msgspec.convert(finding, Finding), output))
             case {"facts": facts}:
                 self.facts.update(facts)
-        return "done" in event
+        return "done" in event or "refused" in event
 
     def cut_short(self, end: str, output: str) -> None:
         """Fill up the findings when the process has ended in the middle of a check."""
@@ -240,7 +247,11 @@ class FindingCollector:
         seconds = round(time.perf_counter() - self.began, 6)
         evidence = {"cut_short": True}
         finding = Finding(
-            check=check, outcome="failed", said=f"{end} during {check}", evidence=evidence, seconds=seconds
+            check=check,
+            outcome="failed",
+            said=f"{end} during {self.current or check}",
+            evidence=evidence,
+            seconds=seconds,
         )
         self.findings.append(_with_output(finding, output))
         summary = "not reached: the process had ended before"
@@ -257,9 +268,12 @@ def conclude(collector: FindingCollector) -> Validation:
     """Write down what was found. The record is the commit: predictions are durable before it.
 
     Raises:
+        ConfigError: a function of the user cannot be called; nothing is recorded.
         NotFoundError: the checkpoint went meanwhile; nothing is recorded.
         StoreError: the store refused.
     """
+    if collector.refused:
+        raise ConfigError(collector.refused)
     request, facts = collector.request, collector.facts
     store, manifest = request.repository.store, request.manifest
     if store.size(layout.manifest_key(manifest.run, manifest.name)) is None:
@@ -377,7 +391,7 @@ def validate(
         StoreError: the record cannot be written.
     """
     if timeout is not None and not timeout > 0:
-        raise ConfigError(f"timeout={timeout!r} is not a number of seconds above 0")
+        raise ConfigError(f"the timeout is a number of seconds above 0, not {timeout!r}")
     for name in ("torch", "numpy"):
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(

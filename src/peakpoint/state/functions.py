@@ -46,6 +46,9 @@ def load_function(spec: str) -> Callable[..., Any]:
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
         raise MisnamedError(f"{spec!r} does not name a function; give MODULE:FUNCTION, such as train:build_model")
+    if module.endswith(".py"):
+        dotted = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise MisnamedError(f"{spec!r} names a file; give the module as Python imports it: {dotted}:{name}")
     directory = str(Path.cwd())
     if directory not in sys.path:  # it stays: functions import more when they run
         sys.path.insert(0, directory)

@@ -1,5 +1,6 @@
 """The candidate that every check gets, and what a check returns."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,13 +9,13 @@ from typing import Any
 
 import torch
 
-from peakpoint.errors import FormatError, MismatchError
+from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.production.checks.memory import MemoryPeak
 from peakpoint.production.comparison import known_of
 from peakpoint.production.validation import ValidationRequest, file_digest
 from peakpoint.repository.validations import Finding, Predictions
-from peakpoint.state.functions import load_function
+from peakpoint.state.functions import MisnamedError, load_function
 from peakpoint.state.restore import make_model, restore_into
 from peakpoint.state.saved import Loaded, read_state, read_trees
 from peakpoint.state.tensor_files import read_safetensors
@@ -92,6 +93,19 @@ class Candidate(ValidationRequest):
     def __post_init__(self) -> None:
         self.recorded = known_of(self.repository.run(self.manifest.run), self.manifest)
 
+    def check_functions(self) -> None:
+        """Import every function of the user, and compare its arguments with those that it will get.
+
+        Raises:
+            ConfigError: there is no such function, or it takes other arguments.
+        """
+        if self.evaluate is not None:
+            _check_callable(self.evaluate, "--with", "state")
+        if self.build_model is not None:
+            _check_callable(self.build_model, "--model")
+        for check in self.checks:
+            _check_callable(check, "--check", "candidate")
+
     @cached_property
     def state(self) -> Loaded:
         """The state of the checkpoint; each part is read when it is used."""
@@ -153,6 +167,21 @@ class Candidate(ValidationRequest):
         if isinstance(model, torch.nn.Module):
             model.eval()
         return report.restored[0].what
+
+
+def _check_callable(function: Function, option: str, *arguments: str) -> None:
+    """Refuse a function that cannot be called with these arguments, as far as can be seen without calling it."""
+    try:
+        signature = inspect.signature(function_of(function))
+    except MisnamedError as error:
+        raise ConfigError(f"{option} {error}") from error
+    except (TypeError, ValueError):  # of one in C that does not tell
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        given = f"with one argument, the {arguments[0]}" if arguments else "without arguments"
+        raise ConfigError(f"{option} {function}: it is called {given}, and {error}") from error
 
 
 def function_of(function: Function) -> Callable[..., Any]:

@@ -14,13 +14,12 @@ import msgspec
 import numpy as np
 import torch
 
-from peakpoint.errors import Error
+from peakpoint.errors import ConfigError, Error
 from peakpoint.production.checks import budgets, metrics, model, weights
 from peakpoint.production.checks.candidate import Candidate, Function, failed, function_of, passed, skipped
 from peakpoint.production.subprocess_runner import Ends
 from peakpoint.production.validation import check_names, decode_job
 from peakpoint.repository.validations import Finding, Outcome
-from peakpoint.state.functions import MisnamedError
 from peakpoint.state.json_scalars import kind_of
 
 Check = Callable[[Candidate], Finding]
@@ -46,8 +45,14 @@ def run_checks(candidate: Candidate) -> Iterator[ValidationEvent]:
 
     Yields:
         ``facts`` of the environment; for each check ``begin``, the ``facts`` that it has found out, and ``finding``;
-        ``done``. See ``validation.FindingCollector.take``.
+        ``done``. Only ``refused`` when a function of the user cannot be called. See ``validation.FindingCollector``.
     """
+    yield {"begin": "the import of functions"}
+    try:
+        candidate.check_functions()
+    except ConfigError as error:
+        yield {"refused": _text(str(error))}
+        return
     yield {"facts": {"environment": _environment()}}
     intact = True
     for name, check in zip(check_names(candidate.wanted), _checks(candidate), strict=True):
@@ -83,8 +88,7 @@ def _run(check: Check, candidate: Candidate) -> Finding:
     except KeyboardInterrupt:
         raise  # somebody wants it all to end
     except Error as error:
-        misnamed = {"misnamed": True} if isinstance(error, MisnamedError) else {}
-        return failed(_text(str(error)), error=type(error).__name__, **misnamed)
+        return failed(_text(str(error)), error=type(error).__name__)
     except BaseException as error:  # noqa: BLE001 - code of the user may raise anything, and that is a finding
         text = traceback.format_exception_only(error)[-1].strip()  # also of one that cannot say what it is
         trace = _text(_trace(error)[-_TRACE:])
