@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import click
+from click.shell_completion import CompletionItem
 
 from peakpoint._version import __version__
 from peakpoint.cli import terminal
@@ -40,11 +41,19 @@ class CommandTable(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or say which one was meant."""
         name = args[0]
+        if ctx.resilient_parsing:  # of a shell that completes a line
+            return super().resolve_command(ctx, args)
         if name in RENAMED:
             ctx.fail(f"{name!r} is now: peakpoint {RENAMED[name]}")
         if name not in ENTRIES and not name.startswith("-"):
             ctx.fail(f"No such command {name!r}{did_you_mean(name, list(ENTRIES)) or '; peakpoint --help lists them'}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the commands; imports none of them."""
+        entries = [entry for entry in ENTRIES.values() if entry.name.startswith(incomplete)]
+        offers = [CompletionItem(entry.name, help=entry.help) for entry in entries]
+        return offers + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - of click
         """Write the commands by group; imports none of them."""
