@@ -536,7 +536,9 @@ def test_validating_by_hand_checks_what_the_policy_asks_for(tmp_path):
     assert propose(found, "r:1", "champion", policy=policy).objections == ()
     command("validate", root, "r:1", "--sparsity", "pruned")
     objections = propose(found, "r:1", "champion", policy=policy).objections
-    assert objections[0].startswith("its validation differs from what the policy asks in evaluate, model, budgets, sparsity")
+    assert objections[0].startswith(
+        "its validation differs from what the policy asks in evaluate, model, budgets, sparsity"
+    )
 
 
 def test_history_says_when_a_record_was_changed(tmp_path):

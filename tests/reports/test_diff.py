@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -236,6 +237,29 @@ def test_the_command_tells_what_differs(root):
     two = invoke(root, "a@latest", "b@latest").output
     assert "part extra is only in b" in two
     assert "F32[4, 3] and F32[6, 3]" in two
+
+
+def test_what_matters_comes_first_and_what_always_differs_last(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for run, config in (("a", {"lr": 0.1, "seed": 0}), ("b", {"lr": 0.2, "seed": 0})):
+        state = {"optimizer": optimizer, "scheduler": scheduler, "model": model}
+        with checkpointer(tmp_path, run=run, state=state, keep=[pp.Last(9)], config=config) as ckpt:
+            for epoch in ckpt.epochs(2):
+                train(model, optimizer, torch.randn(8, 2))
+                scheduler.step()
+                ckpt.report(constant=1.0, acc=epoch / 10)
+    text = invoke(tmp_path, "a:epoch=0", "b:epoch=1").output
+    order = ["acc ", "config.lr ", "optimizer.param_groups.0.lr", "tensors the same", "model: 0.weight"]
+    order += ["optimizer: state.0.exp_avg", "optimizer: state.0.step", "saved because", "scheduler.last_epoch 1 and 4"]
+    order += ["random generators", "the same in both: constant"]
+    assert [text.index(words) for words in order] == sorted(text.index(words) for words in order), text
+    assert "config.seed" not in text
+    same = invoke(tmp_path, "a:epoch=0", "a:epoch=0").output
+    assert re.search(r"metrics and settings +the same +the same", same)
+    told = json.loads(invoke(tmp_path, "a:epoch=0", "b:epoch=1", "--json").output)
+    assert told["tensors"][0]["part"] == "model"
 
 
 def test_the_command_tells_programs(root):

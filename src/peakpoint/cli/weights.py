@@ -1,6 +1,7 @@
 """The commands ``diff`` and ``soup``: the weights of several checkpoints."""
 
 import functools
+import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,11 +14,20 @@ from rich.console import Console
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import ROOT, Answer, command, metric_with_mode, progress_bar, torch_side
-from peakpoint.cli.render import command_line, count, fields, literal, manifest_json, number, rounded
+from peakpoint.cli.completion import CHECKPOINTS
+from peakpoint.cli.render import command_line, count, fields, listed, literal, manifest_json, number, rounded
 from peakpoint.errors import ConfigError, Error
 from peakpoint.format.amounts import size_text
 from peakpoint.format.settings import SETTING
-from peakpoint.reports.diff import CheckpointDifference, MetricDifference, TensorDifference, diff_manifests
+from peakpoint.reports.diff import (
+    CheckpointDifference,
+    DiffSide,
+    MetricDifference,
+    TensorDifference,
+    by_importance,
+    diff_manifests,
+    is_counter,
+)
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
 
@@ -25,10 +35,16 @@ from peakpoint.state.functions import RAISED_BY_PROGRAMS, load_function
 
 
 _VALUES = 20  # that differ, shown
+_COUNTERS = 3  # that differ, shown
 _WIDE = 120  # columns from which on a tensor is one line
 
 
-@command(ROOT, click.argument("a", metavar="REF"), click.argument("b", metavar="REF"))
+@command(
+    ROOT,
+    click.argument("a", metavar="REF", **CHECKPOINTS),
+    click.argument("b", metavar="REF", **CHECKPOINTS),
+    without={"--top": "--all"},
+)
 @click.option("--no-values", is_flag=True, help="From the manifests alone; opens no other file, needs no torch.")
 @click.option("--top", type=click.IntRange(min=0), default=20, help="How many tensors to list.")
 @click.option("--all", "all_tensors", is_flag=True, help="List them all.")
@@ -42,7 +58,8 @@ def diff(root: Path, a: str, b: str, top: int, *, no_values: bool, all_tensors: 
         total = sum(tensor.bytes for tensor in difference.tensors if tensor.what in {"dtype", "values"})
         with progress_bar("comparing", total) as advance:
             difference = value_diff.with_distances(repository.store, *manifests, difference, advance)
-    tensors = difference.tensors if all_tensors else difference.tensors[:top]
+    tensors = by_importance(difference.tensors)
+    tensors = tensors if all_tensors else tensors[:top]
     return Answer(_json(difference, tensors), lambda console: _print_diff(console, difference, tensors))
 
 
@@ -56,24 +73,46 @@ def _json(difference: CheckpointDifference, tensors: Sequence[TensorDifference])
 
 
 def _print_diff(console: Console, difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> None:
+    """Print what matters first: metrics and settings, then values and weights, and last what differs always."""
     a, b = difference.a, difference.b
-    rows = [("id", a.id, b.id), *((name, literal(left), literal(right)) for name, left, right in _rows(difference))]
-    rows += map(_metric_cells, difference.metrics)
+    changed = [metric for metric in difference.metrics if not _same(metric)]
+    rows = [*map(_metric_cells, changed), *(tuple(map(literal, row)) for row in _settings(a, b))]
+    if not rows:
+        rows = [("metrics and settings", "the same", "the same")]
     console.print(tables.PlainTable(("", f"a: {literal(a.ref)}", f"b: {literal(b.ref)}"), rows))
     console.print()
     for side, parts in (("a", difference.parts_only_in_a), ("b", difference.parts_only_in_b)):
         for part in parts:
             console.print(f"part {literal(part)} is only in {side}")
-    if difference.plain:
-        shown = difference.plain[:_VALUES]
-        values = [(literal(value.path), *map(literal, _plain(value.a, value.b))) for value in shown]
+    plain = [value for value in difference.plain or () if not is_counter(value.path)]
+    if plain:
+        values = [(literal(value.path), *map(literal, _plain(value.a, value.b))) for value in plain[:_VALUES]]
         console.print(tables.PlainTable(("value", "a", "b"), values))
-        if len(difference.plain) > _VALUES:
-            console.print(f"and {len(difference.plain) - _VALUES} other values; --json lists them")
+        if len(plain) > _VALUES:
+            console.print(f"and {len(plain) - _VALUES} other values; --json lists them")
         console.print()
+    _print_tensors(console, difference, tensors)
+    console.print()
+    _print_rest(console, difference)
+
+
+def _same(metric: MetricDifference) -> bool:
+    return metric.a == metric.b or (metric.change is not None and math.isnan(metric.change))
+
+
+def _print_rest(console: Console, difference: CheckpointDifference) -> None:
+    """Print what says little: when each was saved and why, counters of steps, and what is the same."""
+    rows = [(name, fact(difference.a), fact(difference.b)) for name, fact in _FACTS.items()]
+    console.print(tables.PlainTable(("", "a", "b"), rows))
+    counters = [value for value in difference.plain or () if is_counter(value.path)]
+    if counters:
+        texts = [f"{value.path} {value.a} and {value.b}" for value in counters]
+        console.print(f"counters: {literal(listed(texts, _COUNTERS))}")
     if difference.generators_same is not None:
         console.print(f"random generators: {'the same' if difference.generators_same else 'in different states'}")
-    _print_tensors(console, difference, tensors)
+    same = [metric.name for metric in difference.metrics if _same(metric)]
+    if same:
+        console.print(f"the same in both: {literal(listed(same, _VALUES))}")
 
 
 def _metric_cells(metric: MetricDifference) -> tuple[str, str, str]:
@@ -98,27 +137,23 @@ def _plain(*sides: str | None) -> list[str]:
     return [side[:60] for side in short] if len(set(short)) == len(short) else long
 
 
-_FACTS: dict[str, Callable[[Any], str]] = {
+_FACTS: dict[str, Callable[[DiffSide], str]] = {  # in markup
     "at": lambda side: f"step {side.step}" + ("" if side.epoch is None else f", epoch {side.epoch}"),
     "created": lambda side: f"{side.created_at:%Y-%m-%d %H:%M:%S} UTC",
     "size": lambda side: size_text(side.size_bytes),
-    "saved because": lambda side: "; ".join(side.reasons),
+    "saved because": lambda side: "\n".join(map(literal, side.reasons)),
+    "id": lambda side: literal(side.id),
 }
 
 
-def _rows(difference: CheckpointDifference) -> list[tuple[str, str, str]]:
-    """Return facts of both sides; of those that are usually the same, the ones that differ."""
-    a, b = difference.a, difference.b
-    rows = [(name, fact(a), fact(b)) for name, fact in _FACTS.items()]
-    often_same = [("rules", " ".join(a.rules), " ".join(b.rules))]
-    for prefix, facts_a, facts_b in (
-        (SETTING, a.settings, b.settings),
-        ("", a.written_by, b.written_by),
-        ("class of ", a.classes, b.classes),
-    ):
-        names = dict.fromkeys(name for name in [*facts_a, *facts_b] if name != "pid")  # says nothing
-        often_same += [(prefix + name, facts_a.get(name, "none"), facts_b.get(name, "none")) for name in names]
-    return rows + [row for row in often_same if row[1] != row[2]]
+def _settings(a: DiffSide, b: DiffSide) -> list[tuple[str, str, str]]:
+    """Return what was set differently: settings, rules, classes, and what wrote the checkpoints."""
+    rows = [("rules", " ".join(a.rules), " ".join(b.rules))]
+    both = ((SETTING, a.settings, b.settings), ("class of ", a.classes, b.classes), ("", a.written_by, b.written_by))
+    for prefix, of_a, of_b in both:
+        names = dict.fromkeys(name for name in [*of_a, *of_b] if name != "pid")  # says nothing
+        rows += [(prefix + name, of_a.get(name, "none"), of_b.get(name, "none")) for name in names]
+    return [row for row in rows if row[1] != row[2]]
 
 
 def _print_tensors(console: Console, difference: CheckpointDifference, tensors: Sequence[TensorDifference]) -> None:
@@ -172,7 +207,11 @@ def _figures(tensor: TensorDifference) -> list[str]:
 # --- soup ----------------------------------------------------------------------------------------------------------
 
 
-@command(ROOT, click.argument("refs", metavar="REF...", nargs=-1, required=True))
+@command(
+    ROOT,
+    click.argument("refs", metavar="REF...", nargs=-1, required=True, **CHECKPOINTS),
+    needs={"--device": "--model", "--data": "--model", "--metric": "--with"},
+)
 @click.option(
     "--kind",
     type=click.Choice(["uniform", "greedy"]),
@@ -224,7 +263,8 @@ def soup(
             progress=advance,
             **options,
         )
-    checkpoint = manifest_json(repository.find_manifest(result.checkpoint.ref), ())
+    run, manifest = repository.locate(result.checkpoint.ref)
+    checkpoint = manifest_json(manifest, run.kept().get(manifest.id, ()))
     data = fields(result, "kind", "members", "score") | {"tasted": result.trials, "checkpoint": checkpoint}
     return Answer(data, lambda console: _print_soup(console, root, result))
 

@@ -5,6 +5,7 @@ the others are apart is for ``peakpoint.models.value_diff``.
 """
 
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -230,6 +231,25 @@ def diff_manifests(repository: Repository, first: Manifest, second: Manifest) ->
         parts_only_in_a=tuple(part for part in first.parts if part not in second.parts),
         parts_only_in_b=tuple(part for part in second.parts if part not in first.parts),
     )
+
+
+_COUNTER = re.compile(r"(?:^|[._])(?:steps?|epochs?|iterations?|count|counter|num_batches_tracked)$")
+_MOMENT = re.compile(r"(?:^|\.)state\.\d+\.")  # what an optimizer keeps of a parameter
+
+
+def is_counter(name: str) -> bool:
+    """Return whether a value or tensor counts steps or epochs, so that two checkpoints hardly ever agree in it.
+
+    Example:
+        >>> [is_counter(name) for name in ("scheduler.last_epoch", "state.0.step", "param_groups.0.lr")]
+        [True, True, False]
+    """
+    return _COUNTER.search(name) is not None
+
+
+def by_importance(tensors: Iterable[TensorDifference]) -> list[TensorDifference]:
+    """Sort tensors: weights, then what optimizers keep of them, then counters; in each group as they were."""
+    return sorted(tensors, key=lambda tensor: (is_counter(tensor.name), _MOMENT.search(tensor.name) is not None))
 
 
 def tensors_of(manifest: Manifest) -> Iterator[tuple[tuple[str, str], tuple[FileRecord, TensorRecord]]]:
