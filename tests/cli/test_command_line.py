@@ -107,7 +107,7 @@ def test_show_tells_everything_of_one_checkpoint(root):
     ("arguments", "code", "words"),
     [
         (["ls", "{root}/nothing"], 10, "not a Peakpoint repository"),
-        (["ls", "{root}", "onee"], 10, "runs: one"),
+        (["ls", "{root}", "onee"], 10, "has no run 'onee'; did you mean 'one'?"),
         (["show", "{root}", "one"], 2, "forms:"),
         (["show", "{root}", "one:epoch=9"], 10, "it has epochs 1, 2, 3"),
         (["show", "{root}", "one@best:acc"], 10, "val/[red]acc"),

@@ -559,9 +559,9 @@ def test_the_page_has_the_figures_of_the_presets():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "plan of what"),
-        (["runs"], "plan of what"),
-        ([*PLAN, "--preset", "gpt-2"], "plan of what"),
+        ([], "name one thing to plan"),
+        (["runs"], "name one thing to plan"),
+        ([*PLAN, "--preset", "gpt-2"], "name one thing to plan"),
         (["--params", "abc"], "--params='abc' is not a number"),
         (["--params", "10M", "--epochs", "3", "--rules", "last:1"], "what the optimizer holds"),
         (PLAN, "needs --epochs and --rules"),

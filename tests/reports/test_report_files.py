@@ -112,7 +112,7 @@ def test_of_many_runs_the_first_twenty_are_shown_and_the_others_folded(tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["onee"], 10, "runs: one"),
+        (["onee"], 10, "did you mean 'one'"),
         (["--metric", "val_acc"], 2, "is larger better?"),
         (["--metric", "val_acc:up"], 2, "max"),
         (["--metric", "val_ac:max"], 10, "did you mean 'val_acc'"),

@@ -62,9 +62,12 @@ class WithinSE(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         if (self.n_eval is None) == (self.se is None):
-            raise ConfigError("one standard error of what? give n_eval (examples) or se (a metric), and not both")
+            raise ConfigError(
+                "one standard error of what? give either the number of examples (--n-eval N), or the metric that holds "
+                "the standard error (--se METRIC)"
+            )
         if isinstance(self.n_eval, int) and (isinstance(self.n_eval, bool) or self.n_eval < 1):
-            raise ConfigError(f"n_eval={self.n_eval!r}: the number of examples is at least 1")
+            raise ConfigError(f"the number of examples (--n-eval) is at least 1, not {self.n_eval!r}")
         for name in (self.n_eval, self.se):
             if isinstance(name, str):
                 check_metric(name)
@@ -88,10 +91,10 @@ class WithinSE(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             return value
         scale = 100.0 if self.percent else 1.0
         if not 0 <= best <= scale:
-            hint = "; for an accuracy in percent, say percent (--percent)" if scale == 1 and best <= 100 else ""
+            hint = "; for an accuracy in percent, add --percent" if scale == 1 and best <= 100 else ""
             raise ConfigError(
                 f"the best value is {best:g}, and the standard error of an accuracy needs one from 0 to {scale:g}"
-                f"{hint}; for other metrics give se (--se), a metric that holds the standard error"
+                f"{hint}; for other metrics name one that holds the standard error: --se METRIC"
             )
         share = best / scale
         return scale * math.sqrt(share * (1 - share) / value)
@@ -122,3 +125,9 @@ class SelectionQuery:
             raise ConfigError(f"top={str(self.top)[:50]}: give a whole number from 1 to {_MOST:,}")
         if self.within is not None and (not self.keys or not isinstance(self.keys[0].value, Metric)):
             raise ConfigError("one standard error of which metric? rank by a metric first, as in --max val_accuracy")
+        if self.within is not None and self.within.n_eval is not None and self.keys[0].mode == "min":
+            name = self.keys[0].value.name
+            raise ConfigError(
+                f"{name} is ranked smallest first, as a loss is: from a number of examples (--n-eval) follows the "
+                f"standard error of an accuracy only. Name a metric that holds that of {name}: --se METRIC"
+            )

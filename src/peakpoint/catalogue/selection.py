@@ -1,6 +1,5 @@
 """What a selection finds, lazily, and why."""
 
-import difflib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from peakpoint.catalogue.verification import CatalogueMismatch
 from peakpoint.errors import NotFoundError, TransientStoreError
 from peakpoint.format.manifest import Checkpoint
 from peakpoint.format.metrics import metrics_from_json
-from peakpoint.format.names import did_you_mean, listing
+from peakpoint.format.names import did_you_mean, listing, near_names_of
 from peakpoint.format.settings import SETTING
 
 _RUNNERS_UP = 3
@@ -321,9 +320,9 @@ def _check_settings(request: SelectionQuery, connection: Connection) -> None:
 def _unknown(name: str, columns: Columns) -> str:
     names = [*columns.keys, *FIELDS]
     equal = [near for near in names if near.casefold() == name.casefold()]
-    near_names = equal or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near_names = equal or near_names_of(name, names)
     quoted = [near for near in near_names if not near.replace(".", "_").isidentifier()]
     how = f" (write metric('{quoted[0]}'))" if quoted else ""
-    meant = f"; did you mean {' or '.join(map(repr, near_names))}?" if near_names else ""
     metrics = ", ".join(sorted(columns.keys)[:20]) or "none"
-    return f"no checkpoint has a metric {name!r}{meant}{how}; metrics: {metrics}"
+    hint = f"; did you mean {' or '.join(map(repr, near_names))}?{how}" if near_names else f"; metrics: {metrics}"
+    return f"no checkpoint has a metric {name!r}{hint}"

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from peakpoint.cli import render, tables
 from peakpoint.cli.command import REF, ROOT, Answer, command
+from peakpoint.cli.completion import CHECKPOINTS
 from peakpoint.cli.records import validation_line
 from peakpoint.cli.render import aliases_of, fields, literal, manifest_json, number, print_list, ref, seconds
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
@@ -165,7 +166,7 @@ def _files_table(manifest: Manifest) -> tables.PlainTable:
 _MOST_NAMES = 3  # checkpoints that a rule keeps instead
 
 
-@command(ROOT, click.argument("text", metavar="REF"))
+@command(ROOT, click.argument("text", metavar="REF", **CHECKPOINTS))
 def explain(root: Path, text: str) -> Answer:
     """Say why a checkpoint is kept; of one that was removed, when, why, and what was kept instead."""
     repository = open_repository(root)
@@ -197,7 +198,8 @@ def _explain_kept(run: Run, manifest: Manifest) -> Answer:
     claiming = {claim.rule for claim in claims}
     instead = {rule.text: [names[id_] for id_ in rule.claims(manifests)] for rule in rules if rule.text not in claiming}
     packed = packed_bytes(run.store, run.name, [manifest]).get(manifest.id)
-    data = manifest_json(manifest, claims) | {
+    annotated = next((candidate for candidate in manifests if candidate.id == manifest.id), manifest)
+    data = manifest_json(annotated, claims) | {
         "exists": True,
         "measured": [fields(event, "at", "metrics", "source", "by") for event in measured],
         "claimed_instead": instead,

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import Progress
 
+from peakpoint.cli.completion import CHECKPOINTS, RUNS
 from peakpoint.cli.render import console, literal
 from peakpoint.cli.terminal import complain, is_terminal, print_json, say
 from peakpoint.errors import ConfigError, MissingExtraError
@@ -27,8 +30,8 @@ from peakpoint.rules import FORMS, Mode, mode_of
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
 ROOT = click.argument("root", type=PATH)
-RUN = click.argument("name", metavar="RUN")
-REF = click.argument("ref")
+RUN = click.argument("name", metavar="RUN", **RUNS)
+REF = click.argument("ref", **CHECKPOINTS)
 CATALOGUE = click.option(
     "--catalogue",
     metavar="FILE|URL",
@@ -134,14 +137,44 @@ def _show(answer: Answer, *, as_json: bool) -> None:
         sys.exit(exit_code)
 
 
+def given_options(context: click.Context) -> list[str]:
+    """Return the options that the command line has, by their long names."""
+    default = ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP
+    options = [option for option in context.command.params if isinstance(option, click.Option)]
+    return [option.opts[-1] for option in options if context.get_parameter_source(option.name or "") not in default]
+
+
+def _refuse_idle_options(needs: Mapping[str, str], without: Mapping[str, str]) -> None:
+    """Refuse options that would have no effect: without one that they need, or beside one that overrides them."""
+    options = given_options(click.get_current_context())
+    for option in options:
+        needed = needs.get(option, "").split()
+        if needed and not any(name in options for name in needed):
+            raise ConfigError(f"{option} has no effect without {' or '.join(needed)}; add that, or leave {option} out")
+        for other in without.get(option, "").split():
+            if other in options:
+                raise ConfigError(f"{option} has no effect with {other}; leave one of them out")
+
+
 def command(
-    *arguments: Callable[[Any], Any], cls: type[click.Command] = click.Command
+    *arguments: Callable[[Any], Any],
+    cls: type[click.Command] = click.Command,
+    needs: Mapping[str, str] = MappingProxyType({}),
+    without: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[..., Answer]], click.Command]:
-    """Make a command of a function that returns an answer: it gets arguments and ``--json``, and shows the answer."""
+    """Make a command of a function that returns an answer: it gets arguments and ``--json``, and shows the answer.
+
+    Args:
+        arguments: decorators that add arguments.
+        cls: the class of the command.
+        needs: option to the options, separated by spaces, of which it needs one to have an effect.
+        without: option to those beside which it has no effect.
+    """
 
     def decorate(function: Callable[..., Answer]) -> click.Command:
         @functools.wraps(function)
         def call(*, as_json: bool, **values: Any) -> None:
+            _refuse_idle_options(needs, without)
             _show(function(**values), as_json=as_json)
 
         for argument in reversed(arguments):

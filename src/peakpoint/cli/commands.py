@@ -57,7 +57,7 @@ RENAMED = {
     "aliases": "history ROOT",
     "card": "export ROOT REF --as card",
     "restore": "archive ROOT RUN --restore",
-    "retire": "promote ROOT --retire ALIAS",
+    "retire": "promote ROOT --retire ALIAS --why TEXT",
     "tell": "promote ROOT --notify ALIAS",
     "trash": "undo ROOT --list (or --empty)",
     "verify": "sign ROOT REF --verify --key FILE",

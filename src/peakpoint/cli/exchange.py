@@ -13,11 +13,11 @@ from click.core import ParameterSource
 from rich.console import Console, RenderableType
 
 from peakpoint.cli import tables
-from peakpoint.cli.command import PATH, REF, ROOT, Answer, command, progress_bar, torch_side
+from peakpoint.cli.command import PATH, REF, ROOT, Answer, command, progress_bar, reads, torch_side
 from peakpoint.cli.render import command_line, count, listed, literal, number, ref, text
 from peakpoint.cli.terminal import complain
 from peakpoint.errors import ConfigError, Error, FormatError
-from peakpoint.format.amounts import size_text
+from peakpoint.format.amounts import read_bytes, size_text
 from peakpoint.reports import card as cards
 from peakpoint.reports.card.front_matter import front_matter
 from peakpoint.repository.root import Repository, open_repository
@@ -30,7 +30,7 @@ _MOST_NAMES = 20  # files that are named
 _HELD_OUT = re.compile(r"(^|[/_.-])(val|acc|loss)", re.IGNORECASE)
 
 
-@command(click.argument("path", metavar="DIR_OR_FILE", type=PATH), ROOT)
+@command(click.argument("path", metavar="DIR_OR_FILE", type=PATH), ROOT, needs={"--join": "--metrics"})
 @click.option("--run", required=True, help="The run that they become; a new one.")
 @click.option("--metrics", type=PATH, help="A log: JSON, JSON lines, CSV, or TensorBoard's.")
 @click.option(
@@ -173,7 +173,7 @@ _OPTIONS = {  # of one form only
     "--strip-prefix", default="", show_default=False, help="Removed from the names of tensors, such as module."
 )
 @click.option("--fold-masks", is_flag=True, help="Write weights of torch.nn.utils.prune with their masks applied.")
-@click.option("--shard", default="5 GB", help="hf: the most bytes of one file.")
+@click.option("--shard", callback=reads(read_bytes), default="5 GB", help="hf: the most bytes of one file.")
 @click.option("--config", type=PATH, help="hf: becomes config.json.")
 @click.option("--license", metavar="ID", help="card: such as apache-2.0.")
 @click.option("--data", metavar="TEXT", help="card: what the model was trained and evaluated on.")
@@ -192,6 +192,8 @@ def export(root: Path, ref: str, to: Path | None, form: str | None, **options: A
     if form == "card":
         if options["strip_prefix"] or options["fold_masks"]:
             raise ConfigError("--strip-prefix and --fold-masks change weights, and a card has none; leave them out")
+        if options["parts"]:
+            raise ConfigError("--part has no effect with --as card, which describes the checkpoint; leave --part out")
         return _card(repository, ref, to, options)
     if to is None:
         raise ConfigError("--to names no file or folder; give FILE.safetensors, FILE.pth, FILE.pt or DIR")

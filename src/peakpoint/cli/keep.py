@@ -28,7 +28,12 @@ from peakpoint.rules.simulate import WhatIf, typical_size, what_if
 GB = 1e9
 
 
-@command(ROOT, RUN)
+@command(
+    ROOT,
+    RUN,
+    needs={"--price": "--what-if"},
+    without={"--yes": "--what-if", "--dry-run": "--what-if", "--undo-for": "--what-if"},
+)
 @click.option("--rules", "text", help=rules_help("those in force"))
 @click.option("--what-if", is_flag=True, help="Simulate the rules on the recorded history, from the first report on.")
 @click.option("--price", type=click.FloatRange(min=0), help="With --what-if: price of a GB in a month.")
@@ -190,11 +195,17 @@ def pin(root: Path, ref: str, why: str) -> Answer:
 def unpin(root: Path, ref: str) -> Answer:
     """Remove the pin of a checkpoint, so that only rules keep it."""
     run, manifest = open_repository(root).locate(ref)
+    pinned = any(claim.rule == "protection:pinned" for claim in run.kept().get(manifest.id, ()))
     run.unpin(f"{run.name}/{manifest.name}")
-    return _annotated(run, manifest, "is not pinned")
+    return _annotated(run, manifest, "is no longer pinned" if pinned else "was not pinned")
 
 
-@command(ROOT, REF, click.argument("values", metavar="[METRIC=VALUE]...", nargs=-1))
+@command(
+    ROOT,
+    REF,
+    click.argument("values", metavar="[METRIC=VALUE]...", nargs=-1),
+    without={"--part": "--remove", "--source": "--remove"},
+)
 @click.option("--part", help="The part that was measured, such as ema.")
 @click.option("--source", default="by hand", help="What measured it.")
 @click.option("--remove", "names", multiple=True, metavar="METRIC", help="Take its recorded values back; repeatable.")
@@ -214,7 +225,10 @@ def record(
 
 
 def _measurement(text: str) -> tuple[str, float]:
-    name, equals, value = text.rpartition("=")
+    name, equals, value = text.partition("=")
+    if "," in value and "=" in value:
+        apart = text.replace(",", " ")
+        raise ConfigError(f"{text!r} holds several measurements; separate them by spaces: {apart}")
     try:
         if equals:
             return name, float(value)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, POSITIVE, Answer, command, progress_bar, reads, rules_help
+from peakpoint.cli.completion import RUNS
 from peakpoint.cli.render import UNITS, count, fields, literal, seconds
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_count, read_duration, read_rate, size_text
@@ -31,13 +32,17 @@ def _points(name: str, text: str) -> dict[int, float]:
         pairs = [pair.split(":") for pair in text.split(",")]
         return {int(epoch): float(sparsity) for epoch, sparsity in pairs}
     except ValueError as error:
-        raise ConfigError(f"{name}={text!r} is not a schedule; give EPOCH:SPARSITY pairs such as 0:0,50:0.9") from error
+        raise ConfigError(f"{name} {text!r} is not a schedule; give EPOCH:SPARSITY pairs such as 0:0,50:0.9") from error
 
 
 _DURATION = reads(read_duration)
 
 
-@command(click.argument("root", type=PATH, required=False), click.argument("name", metavar="[RUN]", required=False))
+@command(
+    click.argument("root", type=PATH, required=False),
+    click.argument("name", metavar="[RUN]", required=False, **RUNS),
+    needs=dict.fromkeys(("--stall", "--durable", "--restart"), "--mtbf"),
+)
 @click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M or 1e6.")
 @click.option("--preset", help=f"A known network instead: {', '.join(networks.NAMES)}.")
 @click.option("--presets", "list_presets", is_flag=True, help="Only list the known networks with their sizes.")
@@ -67,7 +72,9 @@ def plan(root: Path | None, name: str | None, text: str | None, *, list_presets:
         return Answer({"presets": presets}, lambda console: _print_presets(console, presets))
     sources = [root is not None, options["params"] is not None, options["preset"] is not None]
     if sum(sources) != 1 or (root is not None and name is None):
-        raise ConfigError("plan of what? give ROOT RUN, or --params 25.6M, or --preset resnet-50")
+        raise ConfigError(
+            "name what to plan: ROOT RUN of a run that exists, --preset such as resnet-50, or --params such as 25.6M"
+        )
     options["rules"] = None if text is None else parse_all(text)
     if root is not None and name is not None:
         forbidden = [option for option in ("optimizer", "dtype", "master") if options[option] is not None]

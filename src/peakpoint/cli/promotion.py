@@ -12,6 +12,7 @@ from rich.console import Console
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import KEY, POSITIVE, ROOT, Answer, command, status_line
+from peakpoint.cli.completion import ALIASES, CHECKPOINTS
 from peakpoint.cli.records import holder_name, record_json, sign_checkpoint, validation_line
 from peakpoint.cli.render import command_line, console, count, facts, fields, literal, number, ref, rounded
 from peakpoint.cli.terminal import complain, say
@@ -115,13 +116,17 @@ def proposal_json(proposal: Proposal) -> dict[str, Any]:
 # --- promote -------------------------------------------------------------------------------------------------------
 
 
-@command(ROOT, click.argument("text", metavar="[REF]", required=False))
-@click.option("--as", "alias", metavar="ALIAS", help="champion, challenger_1, resnet50/champion, ...")
+@command(
+    ROOT,
+    click.argument("text", metavar="[REF]", required=False, **CHECKPOINTS),
+    without={"--why": "--notify", "--yes": "--dry-run"},
+)
+@click.option("--as", "alias", metavar="ALIAS", **ALIASES, help="champion, challenger_1, resnet50/champion, ...")
 @click.option("--why", help="The reason; it stays on record. Required, except with --notify.")
 @click.option("--force", is_flag=True, help="Override what blocks the promotion; that is recorded.")
 @KEY
-@click.option("--retire", metavar="ALIAS", help="Instead: clear an alias; it then protects no checkpoint.")
-@click.option("--notify", metavar="ALIAS", help="Instead: re-send the last change of an alias to its hooks.")
+@click.option("--retire", metavar="ALIAS", **ALIASES, help="Instead: clear an alias; it then protects no checkpoint.")
+@click.option("--notify", metavar="ALIAS", **ALIASES, help="Instead: re-send the last change of an alias to its hooks.")
 @click.option("--dry-run", is_flag=True, help="Only show the comparison and what blocks the promotion.")
 @click.option("--yes", is_flag=True, help="Do not ask, even on a terminal.")
 def promote(
@@ -145,12 +150,14 @@ def promote(
     repository = open_repository(root)
     if notify:
         return _renotify(root, repository, notify.removeprefix("@"))
+    if not (retire or (text and alias)):
+        raise ConfigError("give REF and --as ALIAS")
     if why is None:
         raise ConfigError("give the reason, which stays on record, with --why TEXT")
     if retire:
         return _retire(root, repository, retire.removeprefix("@"), why)
-    if not (text and alias):
-        raise ConfigError("give REF and --as ALIAS")
+    assert text is not None
+    assert alias is not None
     promotion.check_why("promote", why)
     proposal = propose(repository, text, alias.removeprefix("@"), to_be_signed=key is not None)
     promotion.check_key(proposal.policy, key)
@@ -297,7 +304,7 @@ def hook_problems(root: Path, alias: str, results: Sequence[HookResult]) -> list
 # --- rollback ------------------------------------------------------------------------------------------------------
 
 
-@command(ROOT, click.argument("alias"))
+@command(ROOT, click.argument("alias", **ALIASES))
 @click.option("--to", type=POSITIVE, metavar="N", help="The record to go back to; by default the one before.")
 @click.option("--from", "expected", type=POSITIVE, metavar="N", help="Only if this is the newest record.")
 @click.option("--why", default="rolled back by hand", help="The reason; it stays on record.")

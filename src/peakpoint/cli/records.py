@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -15,11 +15,13 @@ from rich.console import Console
 
 from peakpoint.cli import tables
 from peakpoint.cli.command import PATH, REF, ROOT, Answer, command, progress_bar, reads, status_line
+from peakpoint.cli.completion import ALIASES
 from peakpoint.cli.render import count, fields, literal, ref
 from peakpoint.cli.terminal import complain, say
 from peakpoint.errors import ConfigError, CorruptError, NotFoundError, RefusedError
 from peakpoint.format.amounts import read_duration, read_time
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import did_you_mean, listing
 from peakpoint.production import validation
 from peakpoint.production.policy import read_policies
 from peakpoint.repository import alias_holders, aliases, signing
@@ -55,7 +57,7 @@ def _finite(text: str) -> float:
     return value
 
 
-@command(ROOT, REF)
+@command(ROOT, REF, needs={"--tolerance": "--with", "--metric": "--with", "--agreement": "--golden"})
 @click.option("--with", "evaluate", metavar="MODULE:FUNCTION", help="Evaluates: gets the state, returns metrics.")
 @click.option("--model", metavar="MODULE:FUNCTION", help="Makes the model, without arguments.")
 @click.option("--part", default="model", help="The part that is the model.")
@@ -82,7 +84,10 @@ def validate(root: Path, ref: str, against: str, timeout: timedelta | None, **ch
     repository = open_repository(root)
     seconds = None if timeout is None else timeout.total_seconds()
     request = ValidationSpec(**checks)
-    policy = None if _any_given(checks) else read_policies(repository.store).of(against.removeprefix("@"))
+    alias = against.removeprefix("@")
+    if _any_given(["against"]):
+        _check_alias_exists(repository.store, alias)
+    policy = None if _any_given(checks) else read_policies(repository.store).of(alias)
     if policy is not None:
         request, seconds = policy.wanted, seconds or policy.timeout
         complain(f"checking what production.toml demands of {policy.alias}")
@@ -100,10 +105,17 @@ def validate(root: Path, ref: str, against: str, timeout: timedelta | None, **ch
     )
 
 
-def _any_given(checks: Mapping[str, Any]) -> bool:
-    """Whether the command line says anything of what to check."""
+def _any_given(names: Iterable[str]) -> bool:
+    """Whether the command line has any of these options."""
     context = click.get_current_context()
-    return any(context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in checks)
+    return any(context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in names)
+
+
+def _check_alias_exists(store: Store, alias: str) -> None:
+    names = aliases.names(store)
+    if alias not in names and read_policies(store).of(alias) is None:  # of one with a policy it may be the first
+        hint = did_you_mean(alias, names) or f". Aliases: {listing(names) or 'none yet'}"
+        raise ConfigError(f"--against {alias}: there is no such alias{hint}")
 
 
 @contextmanager
@@ -204,7 +216,7 @@ def _verify(repository: Repository, manifest: Manifest, key: Path) -> Answer:
 # --- history -------------------------------------------------------------------------------------------------------
 
 
-@command(ROOT, click.argument("alias", metavar="[ALIAS]", required=False))
+@command(ROOT, click.argument("alias", metavar="[ALIAS]", required=False, **ALIASES))
 @click.option("--at", metavar="TIME", help="Only what it pointed at then: 2026-11-25T18:30, or 7d for 7 days ago.")
 def history(root: Path, alias: str | None, at: str | None) -> Answer:
     """List the aliases: what is in production, since when, by whom, and why; of one alias, every change.

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from peakpoint.cli.command import INCOMPLETE, PATH, ROOT, Answer, command, metric_with_mode, reads, status_line
+from peakpoint.cli.completion import RUNS
 from peakpoint.cli.render import left_out, literal
 from peakpoint.cli.tables import PlainTable
 from peakpoint.errors import ConfigError, ConflictError, printable
@@ -31,7 +32,11 @@ _STYLES = {
 }
 
 
-@command(ROOT, click.argument("names", metavar="[RUN]...", nargs=-1))
+@command(
+    ROOT,
+    click.argument("names", metavar="[RUN]...", nargs=-1, **RUNS),
+    needs={"--separate": "--to", "--force": "--to", "--percent": "--n-eval"},
+)
 @click.option("--metric", "metrics", multiple=True, metavar="NAME:max|min", help="A metric to report; may be repeated.")
 @click.option("--n-eval", "counts", multiple=True, metavar="[METRIC=]N", help="Examples of an evaluation.")
 @click.option("--percent", is_flag=True, help="The metrics of --n-eval are percentages, from 0 to 100.")
@@ -120,7 +125,7 @@ def _styled(head: str, cell: str) -> str:
 # --- changelog -----------------------------------------------------------------------------------------------------
 
 
-@command(ROOT)
+@command(ROOT, needs={"--force": "--to"})
 @click.option(
     "--since", callback=reads(lambda _, text: changelogs.since(text)), metavar="TIME|DURATION", help="Such as 7d."
 )

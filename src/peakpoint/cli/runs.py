@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from peakpoint import catalogue as catalogues
 from peakpoint.cli import render, tables
 from peakpoint.cli.command import CATALOGUE, INCOMPLETE, ROOT, RUN, Answer, command, run_bar
+from peakpoint.cli.completion import RUNS
 from peakpoint.cli.render import literal
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # one run alone needs no database
 _ON_A_SCREEN = 30  # runs
 
 
-@command(ROOT, click.argument("names", metavar="[RUN]...", nargs=-1))
+@command(ROOT, click.argument("names", metavar="[RUN]...", nargs=-1, **RUNS))
 @click.option("--all", "all_runs", is_flag=True, help=f"All runs, not only the first {_ON_A_SCREEN}.")
 @click.option("--sort", "metric", metavar="METRIC", help="Best first, by a metric that their rules rank by.")
 @click.option("--match", "pattern", metavar="PATTERN", help="Only runs of such names: 'resnet*'.")

@@ -61,7 +61,13 @@ class SelectView:
     metrics: Sequence[str]
 
 
-@command(ROOT, click.argument("where", default=""), cls=OrderedOptions)
+@command(
+    ROOT,
+    click.argument("where", default=""),
+    cls=OrderedOptions,
+    needs={"--n-eval": "--within-se", "--se": "--within-se", "--percent": "--n-eval"},
+    without={"--top": "--all", "--refs": "--why --json"},
+)
 @click.option("--max", "max", multiple=True, metavar="KEY", help="Largest first; further --max and --min break ties.")
 @click.option("--min", "min", multiple=True, metavar="KEY", help="Smallest first: metric, size, epoch, step, created.")
 @click.option("--top", type=click.IntRange(min=1), help=f"How many at most; {_ON_A_SCREEN} are shown without it.")
@@ -90,10 +96,6 @@ def select(
     Joined by and, or, not and parentheses; < <= == != in between ~ + - * / %, has(x), abs(x), metric('val/loss').
     """
     context = click.get_current_context()
-    if top is not None and all_matches:
-        raise ConfigError("--top or --all, not both")
-    if refs and (why or context.params["as_json"]):
-        raise ConfigError("--refs prints refs and nothing else; leave out --json and --why")
     query = parse_query(where)
     keys = _keys(context.meta["order"], options)
     selection = SelectionQuery(query=query, keys=ranking_keys(keys), top=top, within=_within(**options))
@@ -152,8 +154,6 @@ def _keys(order: Sequence[Mode], options: Mapping[str, Sequence[str]]) -> dict[s
 
 def _within(*, within_se: bool, n_eval: str | None, se: str | None, percent: bool, **_: Any) -> WithinSE | None:
     if not within_se:
-        if n_eval or se or percent:
-            raise ConfigError("--n-eval, --se and --percent are for --within-se; add it, or leave them out")
         return None
     return WithinSE(n_eval=_examples(n_eval), se=se, percent=percent)
 

@@ -24,6 +24,7 @@ from peakpoint.cli.command import (
     progress_bar,
     run_bar,
 )
+from peakpoint.cli.completion import CHECKPOINTS
 from peakpoint.cli.render import count, fields, literal, ref, short_json
 from peakpoint.cli.terminal import say
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
@@ -45,7 +46,7 @@ _MOST_LEFT = 5  # names that one message lists
 # --- rm ------------------------------------------------------------------------------------------------------------
 
 
-@command(ROOT, click.argument("refs", metavar="REF...", nargs=-1, required=True))
+@command(ROOT, click.argument("refs", metavar="REF...", nargs=-1, required=True, **CHECKPOINTS))
 @click.option("--why", default="removed by hand", help="The reason, for the journal.")
 @click.option("--run", "whole_runs", is_flag=True, help="REF is the name of a run: remove all of it, permanently.")
 @UNDO_FOR
@@ -76,7 +77,9 @@ def rm(root: Path, refs: tuple[str, ...], why: str, undo_for: timedelta, *, whol
     failures = _remove(repository, by_run, damaged, why, undo_for) if apply else []
     removed = [manifest for of_run in by_run.values() for manifest in of_run]
     data = {
-        "removed" if apply else "would_remove": [render.manifest_json(manifest, ()) for manifest in removed],
+        "removed" if apply else "would_remove": [
+            render.manifest_json(manifest, claims[manifest.run].get(manifest.id, ())) for manifest in removed
+        ],
         "damaged": errors,
         "freed_bytes": sum(manifest.size_bytes for manifest in removed),
         "failures": failures,
@@ -182,7 +185,7 @@ def _refuse_what_aliases_protect(run: Run, manifests: Sequence[Manifest]) -> Non
         raise ConflictError(
             f"nothing was removed: aliases protect {', '.join(reasons)}. The champion and the champions before it that "
             "it keeps cannot be removed: promote another checkpoint first. To clear any other alias: peakpoint promote "
-            "ROOT --retire ALIAS"
+            "ROOT --retire ALIAS --why TEXT"
         )
 
 
@@ -289,7 +292,7 @@ def _entry_json(entry: TrashEntry) -> dict[str, object]:
 _BASES = ("nothing", "the one before", "the two before")
 
 
-@command(ROOT, RUN)
+@command(ROOT, RUN, without={"--level": "--restore"})
 @click.option("--restore", is_flag=True, help="Restore the files of an archived run, bit for bit.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--level", type=click.IntRange(1, 19), help="Level of zstd; higher is slower, and hardly smaller.")
@@ -362,7 +365,7 @@ _KINDS = {
 }
 
 
-@command(ROOT)
+@command(ROOT, needs={"--dry-run": "--clean"})
 @click.option("--deep", is_flag=True, help="Compare every byte of every file with its digest.")
 @click.option("--clean", is_flag=True, help="Remove incomplete saves; damaged checkpoints are never touched.")
 @click.option("--dry-run", is_flag=True, help="With --clean: only say what would be removed.")

@@ -31,6 +31,11 @@ def _amount(value: str, units: _Units) -> Decimal | None:
     return Decimal(match[1]) * units[match[2]] if match and match[2] in units else None
 
 
+def _quoted(name: str, value: object) -> str:
+    """An argument as it was given: of a function, or of the command line."""
+    return f"{name} {value}" if name.startswith("--") else f"{name}={value!r}"
+
+
 def read_bytes(name: str, value: object) -> int:
     """Read a number of bytes from an int or from text such as ``"50 GB"`` or ``"256MiB"``.
 
@@ -51,9 +56,7 @@ def read_bytes(name: str, value: object) -> int:
     elif isinstance(value, int) and not isinstance(value, bool):
         amount = value
     if amount is None or amount < 1:
-        raise ConfigError(
-            f'{name}={value!r} is not a number of bytes; give an int or text such as "50 GB" or "256 MiB"'
-        )
+        raise ConfigError(f'{_quoted(name, value)} is not a number of bytes; give one such as "50 GB" or "256 MiB"')
     return int(amount)
 
 
@@ -79,9 +82,7 @@ def read_duration(name: str, value: object) -> timedelta:
     elif isinstance(value, str):
         seconds = _amount(value, _SECONDS)
     if seconds is None or not 0 <= seconds <= _LONGEST:
-        raise ConfigError(
-            f'{name}={value!r} is not a time span; give a timedelta or text such as "90min", "24h" or "7d"'
-        )
+        raise ConfigError(f'{_quoted(name, value)} is not a time span; give one such as "90min", "24h" or "7d"')
     return timedelta(seconds=float(seconds))
 
 
@@ -101,7 +102,7 @@ def read_count(name: str, value: str) -> int:
     """
     count = _amount(value.replace(",", "").lower(), _COUNTS)
     if count is None or count < 1:
-        raise ConfigError(f"{name}={value!r} is not a number of at least 1; give one such as 25.6M, 175B or 61706")
+        raise ConfigError(f"{_quoted(name, value)} is not a number of at least 1; give one such as 25.6M or 175B")
     return int(count)
 
 
@@ -121,7 +122,7 @@ def read_rate(name: str, value: str) -> float:
     """
     rate = _amount(value, _RATES)
     if not rate:
-        raise ConfigError(f'{name}={value!r} is not a rate; give one such as "1Gbit/s" or "125MB/s"')
+        raise ConfigError(f'{_quoted(name, value)} is not a rate; give one such as "1Gbit/s" or "125MB/s"')
     return float(rate)
 
 
@@ -149,7 +150,8 @@ def read_time(name: str, value: str, now: datetime) -> datetime:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise ConfigError(
-            f"{name}={value!r} is not a time; give one such as 2026-11-25, 2026-11-25T18:30+01:00, or 7d for 7 days ago"
+            f"{_quoted(name, value)} is not a time; give one such as 2026-11-25, 2026-11-25T18:30+01:00, or 7d for 7 "
+            "days ago"
         ) from error
 
 

@@ -195,9 +195,15 @@ def _pieces(template: str) -> list[str]:
     return pieces
 
 
+def near_names_of(name: str, names: Sequence[str]) -> list[str]:
+    """Return the names that somebody may have meant, at most three: those that hold the name, or those like it."""
+    longer = [candidate for candidate in names if len(name) > 2 and name.casefold() in candidate.casefold()]
+    return longer[:3] or difflib.get_close_matches(name, names, n=3)
+
+
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     """Return ``"; did you mean 'x'?"``, or nothing when none of the names is near."""
-    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    similar = near_names_of(name, names)
     return f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
 
 

@@ -102,6 +102,11 @@ def check_alias(name: str) -> str:
     return name
 
 
+def is_run(text: str) -> bool:
+    """Return whether a text could only name a run."""
+    return not any(separator in text for separator in "@:/")
+
+
 def parse_any(text: str) -> Ref | AliasRef:
     """Read a ref that may also be an alias's; see ``parse``.
 
@@ -134,7 +139,7 @@ def parse(text: str) -> Ref:
             run, remainder = text.split(separator, 1)
             break
     else:
-        raise ConfigError(f"{text!r} names a run but no checkpoint (an alias is @{text}); forms: {FORMS}")
+        raise ConfigError(f"{text!r} names a run but no checkpoint; forms: {FORMS}")
     check_run(run)
     if separator == "/" and remainder:
         return ByName(run, remainder)

@@ -1,6 +1,5 @@
 """A repository: a root with runs, opened for reading."""
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.names import did_you_mean, listing
 from peakpoint.format.sealed import FORMAT, decode_record, seal
 from peakpoint.format.settings import Settings
 from peakpoint.repository import aliases, reader, refs, remains
@@ -80,11 +80,8 @@ class Repository:
         """
         names = self._names()
         if name not in names:
-            listed = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:10]
-            raise NotFoundError(
-                f"{self.store.location} has no run {name!r}; runs: {', '.join(listed) or 'none'}"
-                + (", ..." if len(listed) < len(names) else "")
-            )
+            hint = did_you_mean(name, names) or f"; runs: {listing(names, 10) or 'none'}"
+            raise NotFoundError(f"{self.store.location} has no run {name!r}{hint}")
         return Run(self.store, name)
 
     def find(self, ref: str) -> Checkpoint:
@@ -104,6 +101,8 @@ class Repository:
 
     def locate(self, ref: str) -> tuple[Run, Manifest]:
         """Return the run and the manifest of the checkpoint that ``ref`` names; errors as in ``find``."""
+        if refs.is_run(ref):
+            self.run(ref)  # which says that there is none
         parsed = refs.parse_any(ref)
         if isinstance(parsed, refs.AliasRef):
             return self._aliased(parsed)

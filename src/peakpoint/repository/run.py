@@ -258,6 +258,10 @@ class Run:
         for name, value in metrics.items():
             if isinstance(value, bool):
                 raise ConfigError(f"metric {name!r} is {value!r}, a bool; record a number")
+            if name in ("epoch", "step"):
+                raise ConfigError(
+                    f"{name} is what a checkpoint was saved at, and cannot be recorded as a metric; give another name"
+                )
         values = read_metrics(metrics)
         check_text("source", source)
         if not values:

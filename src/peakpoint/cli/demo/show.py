@@ -64,7 +64,7 @@ def run(out: Path, epochs: int) -> None:
         DemoError: what was to be shown is not so.
     """
     console = make_console()
-    _make_empty(out)
+    _make_empty(console, out)
     console.print(f"LeNet-5 on the digits of scikit-learn {sklearn.__version__}, {epochs} epochs, on the CPU\n")
     save = max(2, epochs // 2)
     with _progress(console) as progress:
@@ -91,13 +91,14 @@ def run(out: Path, epochs: int) -> None:
     _show_next_commands(console, out)
 
 
-def _make_empty(out: Path) -> None:
+def _make_empty(console: Console, out: Path) -> None:
     """Remove an earlier demonstration; refuse to touch anything else."""
     if not out.exists() or not any(out.iterdir()):
         return
     runs = {path.name for path in (out / "runs").glob("*")}
     if not (out / REPOSITORY).is_file() or not runs <= {WHOLE, KILLED}:
         raise ConfigError(f"{out} holds something that is not an earlier demonstration; choose another --out")
+    console.print(f"Replacing the earlier demonstration in {literal(str(out))}.")
     shutil.rmtree(out)
 
 
