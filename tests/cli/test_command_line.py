@@ -21,6 +21,7 @@ from peakpoint.cli import render
 from peakpoint.cli.commands import ENTRIES, GROUPS, RENAMED
 from peakpoint.cli.demo import show
 from peakpoint.cli.main import cli
+from peakpoint.repository import validations
 from peakpoint.rules import check_ranking_metrics, parse_all
 from training import checkpointer
 
@@ -523,3 +524,59 @@ def test_rules_that_need_a_part_no_checkpoint_has_are_refused(root):
     assert "needs a part 'modle', which no checkpoint of the run has; did you mean 'model'?" in done.stderr
     done = in_process("keep", root, "one", "--rules", "")
     assert (done.returncode, "--rules is empty" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "keep ROOT one --price 3 | --price has no effect without --what-if; add that, or leave --price out",
+        "keep ROOT one --what-if --yes | --yes has no effect with --what-if; leave one of them out",
+        "keep ROOT one --what-if --undo-for 7d | --undo-for has no effect with --what-if",
+        "report ROOT --separate | --separate has no effect without --to",
+        "report ROOT --force | --force has no effect without --to",
+        "changelog ROOT --force | --force has no effect without --to",
+        "audit ROOT --dry-run | --dry-run has no effect without --clean",
+        "archive ROOT one --restore --level 3 | --level has no effect with --restore",
+        "soup ROOT one:epoch=1 one:epoch=2 --device cpu | --device has no effect without --model",
+        "diff ROOT one:epoch=1 one:epoch=2 --top 3 --all | --top has no effect with --all",
+        "plan ROOT one --restart 5min | --restart has no effect without --mtbf",
+        "plan --presets --epochs 3 | --epochs has no effect with --presets",
+        "validate ROOT one@latest --tolerance 1 | --tolerance has no effect without --with",
+        "promote ROOT --notify champion --why x | --why has no effect with --notify",
+        "import ROOT ROOT --run x --join step | --join has no effect without --metrics",
+        "export ROOT one@latest --as card --part model | --part has no effect with --as card",
+        "export ROOT one@latest --to d --as hf --shard 1xx | --shard 1xx is not a number of bytes",
+        "keep ROOT one --undo-for 5x | --undo-for 5x is not a time span; give one such as",
+        "changelog ROOT --since x | --since x is not a time",
+        "record ROOT one@latest a=1,b=2 | 'a=1,b=2' holds several measurements; separate them by spaces: a=1 b=2",
+        "record ROOT one@latest epoch=3 | epoch is what a checkpoint was saved at",
+        "record ROOT one@latest step=3 | give another name",
+        "validate ROOT one@latest --against nobody | there is no such alias",
+        "validate ROOT one@latest --budget latency_ms=3 | needs a model to run",
+        "validate ROOT one@latest --with nope:f | the module 'nope' cannot be imported",
+        "show ROOT one | 'one' names a run but no checkpoint",
+        "plan | name one thing to plan",
+    ],
+)
+def test_what_would_have_no_effect_or_cannot_be_is_refused_in_words_of_the_user(root, line):
+    command, _, words = line.partition(" | ")
+    before = pp.open(root).run("one").events()
+    result = in_process(*(str(root) if word == "ROOT" else word for word in command.split()))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert pp.open(root).run("one").events() == before
+    manifest = pp.open(root).find_manifest("one@latest")
+    assert not validations.survey(pp.open(root).store, "one", manifest.id).validations
+
+
+def test_programs_get_why_checkpoints_were_kept_and_what_was_recorded(root):
+    invoke("record", root, "one:epoch=1", "bleu=0.5")
+    assert json.loads(invoke("explain", root, "one:epoch=1", "--json").output)["metrics"]["bleu"] == 0.5
+    [removed] = json.loads(invoke("rm", root, "one:epoch=1", "--json").output)["would_remove"]
+    assert removed["kept_because"][0]["rule"] == "best:val/[red]acc:max"
+    soup = json.loads(invoke("soup", root, "one:epoch=1", "one:epoch=2", "--why", "try", "--json").output)
+    assert soup["checkpoint"]["kept_because"]
+    assert in_process("show", root, "noe").returncode == pp.errors.NotFoundError.exit_code
+    assert "is no longer pinned" not in invoke("unpin", root, "one@latest").output
+    invoke("pin", root, "one@latest", "--why", "x")
+    assert "is no longer pinned" in invoke("unpin", root, "one@latest").output

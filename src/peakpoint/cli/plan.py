@@ -42,6 +42,7 @@ _DURATION = reads(read_duration)
     click.argument("root", type=PATH, required=False),
     click.argument("name", metavar="[RUN]", required=False, **RUNS),
     needs=dict.fromkeys(("--stall", "--durable", "--restart"), "--mtbf"),
+    without=dict.fromkeys(("--params", "--preset", "--optimizer", "--epochs", "--rules", "--mtbf"), "--presets"),
 )
 @click.option("--params", callback=reads(read_count), help="Number of parameters, such as 25.6M or 1e6.")
 @click.option("--preset", help=f"A known network instead: {', '.join(networks.NAMES)}.")
@@ -73,7 +74,8 @@ def plan(root: Path | None, name: str | None, text: str | None, *, list_presets:
     sources = [root is not None, options["params"] is not None, options["preset"] is not None]
     if sum(sources) != 1 or (root is not None and name is None):
         raise ConfigError(
-            "name what to plan: ROOT RUN of a run that exists, --preset such as resnet-50, or --params such as 25.6M"
+            "name one thing to plan: a run that exists (ROOT RUN), a known network (--preset resnet-50), or a number "
+            "of parameters (--params 25.6M)"
         )
     options["rules"] = None if text is None else parse_all(text)
     if root is not None and name is not None:

@@ -88,8 +88,6 @@ def _within(candidate: Candidate, name: str, value: float, summary: str, **evide
 
 
 def _not_runnable(candidate: Candidate) -> str:
-    if candidate.build_model is None:
-        return "no function makes the model: give --model MODULE:FUNCTION"
     if candidate.model is None:
         return "the model could not be loaded"
     if candidate.golden is None and candidate.example is None:

@@ -180,8 +180,8 @@ def _check_callable(function: Function, option: str, *arguments: str) -> None:
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        given = f"with one argument, the {arguments[0]}" if arguments else "without arguments"
-        raise ConfigError(f"{option} {function}: it is called {given}, and {error}") from error
+        call = f"with one argument, the {arguments[0]}" if arguments else "without arguments"
+        raise ConfigError(f"{option} {function}: it is called {call}, and {error}") from error
 
 
 def function_of(function: Function) -> Callable[..., Any]:
