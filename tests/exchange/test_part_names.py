@@ -6,6 +6,7 @@ import torch
 import peakpoint as pp
 from foreign_files import Net, objects
 from peakpoint.exchange.part_names import find_parts
+from peakpoint.exchange.state_dicts import ReadOptions, from_dict
 from training import same
 
 WEIGHTS = {"w": torch.ones(2)}
@@ -105,3 +106,23 @@ def test_names_that_are_not_there_are_refused(name):
 def test_only_what_fits_is_the_optimizer():
     with pytest.raises(pp.errors.FormatError, match="is not the state of an optimizer; deeper in it are o"):
         names({"model": WEIGHTS, "o": {"Adam": OPTIMIZER}}, o="optimizer")
+
+
+def test_of_lightning_s_averaged_weights_the_trained_ones_are_the_model(tmp_path):
+    trained, averaged = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    content = {
+        "pytorch-lightning_version": "2.6.0",
+        "epoch": 1,
+        "state_dict": averaged,
+        "current_model_state": trained,
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+        "MixedPrecision": SCALER,
+    }
+    checkpoint = from_dict(content, tmp_path, ReadOptions())
+    assert same(checkpoint.parts["model"], trained)
+    assert same(checkpoint.parts["ema"], averaged)
+    assert set(checkpoint.parts) == {"model", "ema", "averaging_state", "scaler"}
+    other = ReadOptions(parts={"state_dict": "model", "current_model_state": "trained"})
+    assert same(from_dict(content, tmp_path, other).parts["model"], averaged)
+    with pytest.raises(pp.errors.FormatError, match="two names become the part model: current_model_state, state_dict"):
+        from_dict(content, tmp_path, ReadOptions(parts={"state_dict": "model"}))

@@ -86,6 +86,9 @@ def find_parts(
     Raises:
         FormatError: a name is not in the file, or what it names cannot be that part.
     """
+    twice = [part for part in user_names.values() if part != EXTRA and list(user_names.values()).count(part) > 1]
+    if twice:
+        raise FormatError(f"two names become the part {twice[0]}: {', '.join(user_names)}; name both with --part")
     by_user = {_place(content, name, part): part for name, part in user_names.items()}
     part_of = {place: part for place, part in by_user.items() if part != EXTRA}
     for place, part in part_of.items():

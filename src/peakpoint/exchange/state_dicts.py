@@ -101,7 +101,7 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
         return renamed(bare, path, options)
     lightning = "pytorch-lightning_version" in content
     generators, content, notes = _without_generators(content, options)
-    parts, part_names, extra = find_parts(content, options.parts)
+    parts, part_names, extra = find_parts(content, _averaged_names(content) | dict(options.parts))
     _add_listed_parts(parts, part_names, extra)
     if not parts:
         raise FormatError(f"{path} {_why_no_parts(content)}")
@@ -165,6 +165,11 @@ def _whole_object(value: Unbuilt) -> str:
         f"a whole {value.name}, which needs the code of its class; if you trust it, load it where that can be "
         "imported, in an environment without anything to lose, and torch.save({'model': MODEL.state_dict()}, FILE)"
     )
+
+
+def _averaged_names(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parts of Lightning's ``WeightAveraging``: what is trained is not its ``state_dict``, but beside it."""
+    return {"current_model_state": "model", "state_dict": "ema"} if "current_model_state" in content else {}
 
 
 def _without_generators(
