@@ -645,7 +645,7 @@ def test_many_who_ask_at_once_never_go_back_to_an_older_holder(three, tmp_path, 
 def small(tmp_path):
     root = tmp_path / "runs"
     with checkpointer(root, keep=[pp.Best("acc", "max")]) as ckpt:
-        for _ in ckpt.steps(3):
+        for _ in ckpt.steps(1):
             ckpt.report(acc=0.5)
     pp.open(root).run("r").record("r@latest", {"late": 0.25})
     return root

@@ -234,7 +234,7 @@ class Refusing(LocalStore):
         return super().get(key, begin, end, **limits)
 
 
-@pytest.mark.parametrize("where", ["a/checkpoints/a_epoch2_step3/manifest.json", "runs/a/journal", "runs/a/run.json"])
+@pytest.mark.parametrize("where", ["a/checkpoints/epoch2_step3/manifest.json", "runs/a/journal", "runs/a/run.json"])
 @pytest.mark.parametrize("known", [False, True])
 def test_a_run_that_cannot_be_read_is_left_out_and_named(root, where, known):
     name = pp.open(root).find("a:epoch=2").name
@@ -242,7 +242,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(root, where, known):
     if known:
         Catalogue(store).refresh()
         pp.open(root).run("a").record("a:epoch=1", {"late": 0.5})  # so that there is something to read
-    store.where, store.times = where.replace("a_epoch2_step3", name), 99
+    store.where, store.times = where.replace("epoch2_step3", name), 99
     repository = pp.open(store)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeakpointWarning)

@@ -163,7 +163,7 @@ def test_a_failure_does_not_hide_the_error_that_ends_the_training(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_removed_only_warns(tmp_path):
-    ops = Failing("unlink", "checkpoints/r_step1/manifest.json", errno.EIO)
+    ops = Failing("unlink", "checkpoints/step1/manifest.json", errno.EIO)
     with checkpointer(LocalStore(tmp_path, ops), keep=[pp.Last(1)]) as ckpt:
         ckpt.report()
         ckpt.wait()
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_cannot_be_removed_only_warns(tmp_path):
             ckpt.report()
             ckpt.wait()
 
-        with pytest.warns(pp.PeakpointWarning, match="r_step1"):
+        with pytest.warns(pp.PeakpointWarning, match="step1"):
             save()
         assert [c.step for c in kept(tmp_path)] == [1, 2]
         ckpt.report()
@@ -345,7 +345,7 @@ def test_the_trash_goes_first_when_the_disk_is_full(tmp_path):
     found = pp.open(tmp_path).run("r")
     maintenance.remove(found, found.manifests()[:1], "why", undo_for=timedelta(days=7))
     [said] = save_all(Disk(tmp_path), [4], 10_000_000)
-    assert said == "the disk is full: to make space for r_step4, checkpoints were permanently deleted: 1 in the trash"
+    assert said == "the disk is full: to make space for step4, checkpoints were permanently deleted: 1 in the trash"
     assert ([one.step for one in kept(tmp_path)], maintenance.in_trash(found)) == ([2, 3, 4], [])
 
 
@@ -354,8 +354,7 @@ def test_what_no_rule_claims_goes_before_the_save_when_the_disk_is_full(tmp_path
     announced, said = save_all(Disk(tmp_path), [4], 10_000_000, keep=[pp.Last(2)])
     assert "no longer keep 2 checkpoints" in announced
     assert (
-        said
-        == "the disk is full: to make space for r_step4, checkpoints were permanently deleted: 1 that no rule keeps"
+        said == "the disk is full: to make space for step4, checkpoints were permanently deleted: 1 that no rule keeps"
     )
     assert [one.step for one in kept(tmp_path)] == [3, 4]
 
@@ -388,7 +387,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_is_freed_and_the_save_made_
         ops.arm()
         set_to(model, 3)
         ckpt.report()
-        with pytest.warns(pp.PeakpointWarning, match="make space for r_step3, .* permanently deleted: 1 in the trash"):
+        with pytest.warns(pp.PeakpointWarning, match="make space for step3, .* permanently deleted: 1 in the trash"):
             ckpt.wait()
         assert ops.left == 0
     assert loads(tmp_path, "r@latest", 3)

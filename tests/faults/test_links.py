@@ -55,7 +55,7 @@ COMMANDS = (
     ("select",),
     ("record", "r@latest", "x=1"),
     ("promote", "r:epoch=1", "--as", "champion", "--force", "--yes", "--why", "because"),
-    ("undo", "r/r_epoch0_step1"),
+    ("undo", "r/epoch0_step1"),
     ("keep", "r", "--yes", "--rules", "last:1"),
     ("rm", "r:epoch=2", "--yes", "--undo-for", "0"),
     ("archive", "r"),

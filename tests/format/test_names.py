@@ -210,20 +210,20 @@ def named(template=DEFAULT_TEMPLATE, **changes):
 
 def test_the_default_template():
     assert check_template(DEFAULT_TEMPLATE) == DEFAULT_TEMPLATE
-    assert named() == "r_epoch3_step400_acc0.7500"
+    assert named() == "epoch3_step400_acc_0.7500"
 
 
 def test_pieces_whose_field_has_no_value_are_left_out():
-    assert named(metric=None) == "r_epoch3_step400"
-    assert named(metric="loss") == "r_epoch3_step400"
-    assert named(epoch=None) == "r_step400_acc0.7500"
-    assert named(epoch=None, metric=None, metrics={}) == "r_step400"
+    assert named(metric=None) == "epoch3_step400"
+    assert named(metric="loss") == "epoch3_step400"
+    assert named(epoch=None) == "step400_acc_0.7500"
+    assert named(epoch=None, metric=None, metrics={}) == "step400"
     assert named("{metric}{value}", metric=None) == "unnamed"
     assert named("{run}_{metrics[acc]:.1f}_{metrics[other]}_x") == "r_0.8_x"
 
 
 def test_zero_is_a_value():
-    assert named(epoch=0, step=0, metrics={"acc": 0.0}) == "r_epoch0_step0_acc0.0000"
+    assert named(epoch=0, step=0, metrics={"acc": 0.0}) == "epoch0_step0_acc_0.0000"
 
 
 def test_underscores_of_values_and_formats_do_not_split():
@@ -236,7 +236,7 @@ def test_underscores_of_values_and_formats_do_not_split():
 def test_a_metric_with_a_slash_makes_one_component(metric):
     name = named(metric=metric, metrics={metric: 0.5})
     assert_one_harmless_component(name)
-    assert name.startswith("r_epoch3_step400_")
+    assert name.startswith("epoch3_step400_")
     assert name.endswith("0.5000")
 
 

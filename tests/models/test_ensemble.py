@@ -46,7 +46,7 @@ def test_predictions_are_the_means_of_those_of_the_members(trained, count):
     assert isinstance(together, Ensemble)
     assert not any(module.training for member in together.members for module in member.modules())
     assert together.size_bytes == count * sum(one.nbytes for one in build().state_dict().values())
-    assert "r/r_step1" in repr(together)
+    assert "r/step1" in repr(together)
 
 
 def test_it_takes_the_place_of_a_model(trained):
@@ -107,7 +107,7 @@ def test_other_parts_can_predict(trained):
         ("r:1", build, {}, ConfigError, "a list of refs"),
         (["r:1", "r:9"], build, {}, NotFoundError, "step 9"),
         (["nothing@latest"], build, {}, NotFoundError, "nothing"),
-        (["r:1", "r/r_step1"], build, {}, ConfigError, "same checkpoint"),
+        (["r:1", "r/step1"], build, {}, ConfigError, "same checkpoint"),
         (["r:1"], build, {"part": "emo"}, NotFoundError, "did you mean 'ema'"),
         (["r:1"], build, {"average": "votes"}, ConfigError, "'probabilities' or 'logits'"),
         (["r:1"], 3, {}, ConfigError, "takes a function"),

@@ -214,9 +214,9 @@ W = torch.ones(2, 3)
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"w": W, "extra": W}, ["'extra' is in r/r_step2", "not in r/r_step1"]),
-        ({"v": W}, ["'w' is in r/r_step1", "'v' is in r/r_step2"]),
-        ({"w": torch.ones(3, 2)}, ["'w' is F32[2, 3] in r/r_step1", "F32[3, 2] in r/r_step2"]),
+        ({"w": W, "extra": W}, ["'extra' is in r/step2", "not in r/step1"]),
+        ({"v": W}, ["'w' is in r/step1", "'v' is in r/step2"]),
+        ({"w": torch.ones(3, 2)}, ["'w' is F32[2, 3] in r/step1", "F32[3, 2] in r/step2"]),
         ({"w": W.half()}, ["F32[2, 3]", "F16[2, 3]"]),
         ({"w": [W]}, ["'w.0'"]),
     ],
@@ -255,7 +255,7 @@ def test_what_is_not_finite_is_refused_by_tensor_and_member(tmp_path, value, dty
     bad[0, 1] = value
     refs = saved(tmp_path, [{"w": W.to(dtype)}, {"w": bad}])
     before = everything(tmp_path)
-    with pytest.raises(ConfigError, match=r"tensor 'w' of r/r_step2\S* has 1 of 6 values that are NaN or infinite"):
+    with pytest.raises(ConfigError, match=r"tensor 'w' of r/step2\S* has 1 of 6 values that are NaN or infinite"):
         pp.soup(refs, root=tmp_path)
     assert everything(tmp_path) == before
 
@@ -684,7 +684,7 @@ def test_a_soup_is_listed_loaded_exported_selected_archived_and_continued_from(t
     assert repository.run("r-soup").latest() == made.checkpoint
     assert made.checkpoint.step == 3
     assert made.checkpoint.epoch is None
-    assert made.checkpoint.reasons[0].startswith("uniform soup of 3: r/r_step1")
+    assert made.checkpoint.reasons[0].startswith("uniform soup of 3: r/step1")
     manifest = repository.find_manifest(made.checkpoint.ref)
     assert manifest.members == tuple(f"r/{one.id}" for one in repository.run("r").manifests())
     assert manifest.asked == "for the demo"
@@ -747,7 +747,7 @@ def test_members_may_go_and_the_soup_stays(tmp_path):
     maintenance.remove(run, [run.manifests()[0]], "no longer needed")
     shown = CliRunner().invoke(cli, ["show", str(tmp_path), made.checkpoint.ref])
     assert "(removed or damaged)" in shown.output
-    assert "r/r_step2" in shown.output
+    assert "r/step2" in shown.output
     assert torch.equal(pp.load(made.checkpoint.ref, root=tmp_path)["model"]["w"], W + 0.5)
 
 

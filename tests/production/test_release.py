@@ -560,7 +560,7 @@ def test_a_record_that_is_cut_off_hides_no_other_alias(tmp_path):
     done = CliRunner().invoke(cli, ["history", str(tmp_path)])
     assert done.exit_code == 12
     assert "champion: aliases/champion/000001.json is corrupt" in done.output
-    assert "r/r_step1" in done.output
+    assert "r/step1" in done.output
 
 
 def test_a_holder_that_was_evaluated_otherwise_is_evaluated_again(tmp_path):

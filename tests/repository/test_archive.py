@@ -93,7 +93,7 @@ REFUSED = {
     "rm of all, into the trash": lambda root: maintenance.remove(
         run_of(root), run_of(root).manifests(), "x", undo_for=DAY
     ),
-    "undo": lambda root: maintenance.undo(run_of(root), ["r_epoch0"]),
+    "undo": lambda root: maintenance.undo(run_of(root), ["epoch0"]),
     "training": lambda root: trained(root, epochs=6),
 }
 
@@ -141,7 +141,7 @@ def test_a_run_with_a_damaged_manifest_is_not_archived(tmp_path):
     file = run_of(tmp_path).checkpoints()[0].path / "manifest.json"
     file.write_bytes(file.read_bytes().replace(b'"epoch":0', b'"epoch":7'))
     before = files(tmp_path)
-    with pytest.raises(pp.errors.CorruptError, match="r_epoch0_step1"):
+    with pytest.raises(pp.errors.CorruptError, match="epoch0_step1"):
         maintenance.archive(run_of(tmp_path))
     assert files(tmp_path) == before
     assert not (tmp_path / "runs/r/archived.json").exists()

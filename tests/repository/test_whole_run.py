@@ -133,7 +133,7 @@ def test_a_run_that_somebody_uses_stays(tmp_path):
         run = pp.open(tmp_path).run("r")
         refused(run, "already being written")
     loaded = pp.load("r@latest", root=tmp_path)
-    refused(run, "somebody is reading r_step1")
+    refused(run, "somebody is reading step1")
     loaded.close()
     assert remove_run(run) == []
 

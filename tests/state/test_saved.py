@@ -223,7 +223,7 @@ def test_opening_reads_no_tensors(saved):
     assert set(store.read) == {"state.json"}
     assert loaded["model"] is loaded["model"]
     assert set(store.read) == {"state.json", "model.safetensors"}
-    assert repr(loaded).startswith("<Loaded r/r_step0: model (4 tensors), optimizer (1 tensors), odd")
+    assert repr(loaded).startswith("<Loaded r/step0: model (4 tensors), optimizer (1 tensors), odd")
 
 
 @pytest.mark.parametrize("verify", [True, False])

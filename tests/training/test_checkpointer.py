@@ -196,8 +196,8 @@ def test_early_stopping_ends_the_epochs_and_survives_a_restart(tmp_path):
 def test_names(tmp_path):
     with checkpointer(tmp_path, keep=[pp.Best("val/loss", "min")]) as ckpt:
         for _ in ckpt.epochs(1):
-            assert ckpt.report({"val/loss": 0.5}).name == "r_epoch0_step1_val-loss0.5000"
-    assert [c.name for c in kept(tmp_path)] == ["r_epoch0_step1_val-loss0.5000"]
+            assert ckpt.report({"val/loss": 0.5}).name == "epoch0_step1_val-loss_0.5000"
+    assert [c.name for c in kept(tmp_path)] == ["epoch0_step1_val-loss_0.5000"]
 
 
 def test_names_that_are_taken_get_a_number(tmp_path):

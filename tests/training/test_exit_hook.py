@@ -124,7 +124,7 @@ def test_a_save_that_fails_at_the_end_is_written_once_more_and_said(tmp_path, en
     for text in (
         "ended without close()",
         "exit code of this process does not show this error",
-        "r_epoch2",
+        "epoch2",
         "No space",
         "is lost",
     ):

@@ -63,21 +63,21 @@ def test_the_best_by_a_metric_of_another_name_is_announced_and_comes_back(tmp_pa
     assert run(tmp_path, "best:val_acc:max last:1", 0.7, 0.9, 0.8, metric="val_acc") == []
     [said] = run(tmp_path, "best:acc:max last:1", 0.8)
     assert said.startswith(
-        "the rules have changed and no longer keep 1 checkpoint: r_step2_val_acc0.9000; by the earlier rules the best "
-        "val_acc, 0.9, is r_step2_val_acc0.9000. What they do not keep is removed with the next save or at the end of "
+        "the rules have changed and no longer keep 1 checkpoint: step2_val_acc_0.9000; by the earlier rules the best "
+        "val_acc, 0.9, is step2_val_acc_0.9000. What they do not keep is removed with the next save or at the end of "
         "this training"
     )
     assert f"for 24 h with: peakpoint undo {tmp_path} r/NAME" in said
     assert f"peakpoint pin {tmp_path} r/NAME" in said
     assert (steps(tmp_path), trashed(tmp_path)) == ([4], [2]), "3 went from save to save"
-    cli(["undo", str(tmp_path), "r/r_step2_val_acc0.9000"], standalone_mode=False)
+    cli(["undo", str(tmp_path), "r/step2_val_acc_0.9000"], standalone_mode=False)
     assert pp.open(tmp_path).run("r").best("val_acc", mode="max").metrics == {"val_acc": 0.9}
 
 
 def test_the_best_is_announced_also_when_it_is_the_newest(tmp_path):
     run(tmp_path, "best:val_acc:max last:1", 0.7, 0.9, metric="val_acc")
     [said] = run(tmp_path, "best:acc:max last:1", 0.8)
-    assert "by the earlier rules the best val_acc, 0.9, is r_step2_val_acc0.9000" in said
+    assert "by the earlier rules the best val_acc, 0.9, is step2_val_acc_0.9000" in said
     assert (steps(tmp_path), trashed(tmp_path)) == ([3], [2])
 
 
@@ -90,7 +90,7 @@ def test_what_the_same_rules_let_go_is_not_announced_and_takes_no_space(tmp_path
 def test_many_are_counted_and_some_are_named(tmp_path):
     run(tmp_path, "last:9", *range(9))
     [said] = run(tmp_path, "last:2", 1)
-    assert "no longer keep 8 checkpoints: r_step1, r_step2, r_step3, ... and 5 more. What" in said
+    assert "no longer keep 8 checkpoints: step1, step2, step3, ... and 5 more. What" in said
     assert (steps(tmp_path), trashed(tmp_path)) == ([9, 10], [*range(1, 9)])
 
 
@@ -103,7 +103,7 @@ def test_a_smoothed_best_of_the_rules_before_is_known(tmp_path):
     run(tmp_path, "best:acc:max:smooth=2", 0.1, 0.9, 0.8, 0.2, 0.1)
     assert steps(tmp_path) == [3, 5]  # the best, and the end
     [said] = run(tmp_path, "best:loss:min", 1.0, metric="loss")
-    assert "r_step3" in said
+    assert "step3" in said
 
 
 def test_whoever_stops_a_training_that_has_announced_it_keeps_everything_and_is_told_again(tmp_path):
@@ -131,7 +131,7 @@ def test_whoever_stops_a_training_that_has_announced_it_keeps_everything_and_is_
     stop(inside)
     stop(closed)
     pp.open(tmp_path).run("r").pin("r:1", "wanted")
-    assert "no longer keep 2 checkpoints: r_step2, r_step3" in run(tmp_path, "last:1", 4)[0]
+    assert "no longer keep 2 checkpoints: step2, step3" in run(tmp_path, "last:1", 4)[0]
     assert (steps(tmp_path), trashed(tmp_path)) == ([1, 4], [2, 3])
 
 
@@ -181,7 +181,7 @@ def test_rules_of_a_newer_release_keep_everything(tmp_path):
     found = pp.open(tmp_path).run("r")
     with maintenance.writing(found, "a newer release") as journal:
         journal.append(Opened(at=journal.now(), by={}, rules=("newest:9",)))
-    assert "no longer keep 1 checkpoint: r_step1." in run(tmp_path, "last:2", 3)[0]
+    assert "no longer keep 1 checkpoint: step1." in run(tmp_path, "last:2", 3)[0]
 
 
 def test_a_metric_that_the_loop_calls_otherwise_is_said_at_the_first_report_and_costs_nothing(tmp_path):
@@ -198,7 +198,7 @@ class Killing(FileOps):
     """Kills the process when the manifest of step 2 is about to go."""
 
     def unlink(self, path, *at):
-        if "r_step2/manifest.json" in str(path):
+        if "step2/manifest.json" in str(path):
             os.kill(os.getpid(), signal.SIGKILL)
         super().unlink(path, *at)
 
@@ -248,7 +248,7 @@ def test_a_newest_that_nobody_has_read_costs_no_other(cut_short, how):
 
 
 def test_a_damaged_newest_costs_no_other(cut_short):
-    file = cut_short / layout.file_key("r", "r_step3", "model.safetensors")
+    file = cut_short / layout.file_key("r", "step3", "model.safetensors")
     damaged = file.read_bytes()[:-1] + b"x"
     file.unlink()  # step 2 has a link to it
     file.write_bytes(damaged)

@@ -19,7 +19,7 @@ _METRIC_FIELD = re.compile(r"metrics\[([^\[\]]+)\]")
 _LONGEST = 150  # leaves room for a suffix below the 255 bytes that file systems allow
 _RESERVED_PARTS = frozenset({"state", "manifest", "rng", "loop"})
 
-DEFAULT_TEMPLATE = "{run}_epoch{epoch}_step{step}_{metric}{value:.4f}"
+DEFAULT_TEMPLATE = "epoch{epoch}_step{step}_{metric}_{value:.4f}"
 
 
 def safe(text: str) -> str:
@@ -157,16 +157,16 @@ def checkpoint_name(
     """Fill ``template`` and make the result one safe path component.
 
     A piece of the template (between underscores) whose field has no value at this moment is left out: a step without
-    a validation metric is named ``run_epoch3_step400``, not ``run_epoch3_step400_NoneNone``.
+    a validation metric is named ``epoch3_step400``, not ``epoch3_step400_None_None``.
 
     Args:
         metric: the metric that names the checkpoint, the first that a rule ranks by.
         metrics: all metrics of the moment.
 
     Example:
-        >>> checkpoint_name("{run}_epoch{epoch}_{metric}{value:.2f}", run="r", id="1f", step=9, epoch=63,
+        >>> checkpoint_name("epoch{epoch}_{metric}_{value:.2f}", run="r", id="1f", step=9, epoch=63,
         ...                 metric="acc", metrics={"acc": 74.68})
-        'r_epoch63_acc74.68'
+        'epoch63_acc_74.68'
     """
     fields: dict[str, Any] = {"run": run, "id": id, "step": step, "metrics": metrics}
     if epoch is not None:
