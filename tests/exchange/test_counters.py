@@ -140,6 +140,11 @@ def test_no_advice_on_epochs_of_tools_that_are_known(tmp_path):
         torch.save({"state_dict": WEIGHTS, **lightning(epoch, epoch + 1)}, tmp_path / f"epoch={epoch}.ckpt")
     report = pp.import_checkpoints(tmp_path, tmp_path / "root", run="r")
     assert not any("--epochs-from" in note for note in report.notes)
+    insisting = pp.import_checkpoints(tmp_path, tmp_path / "root", run="r", epochs_from=1)
+    assert {source.status for source in insisting.checkpoints} == {"there"}, "it is for other files, and for logs"
+    assert all(
+        any("--epochs-from 1 is not for it" in note for note in source.notes) for source in insisting.checkpoints
+    )
     assert [checkpoint.epoch for checkpoint in pp.open(tmp_path / "root").run("r").checkpoints()] == [1, 2]
 
 

@@ -39,6 +39,11 @@ def test_forms_of_tables(text, tmp_path):
     assert rows_of(tmp_path, text) == TWO_ROWS
 
 
+@pytest.mark.parametrize("name", ["log", "log.txt", "log.log", "progress.tsv"])
+def test_a_table_is_one_whatever_the_file_is_called(name, tmp_path):
+    assert rows_of(tmp_path, "epoch,step,val_loss\n0,4,0.5\n1,8,0.25\n", name) == TWO_ROWS
+
+
 def test_the_exact_name_of_an_axis_comes_first(tmp_path):
     assert rows_of(tmp_path, "Epoch,epoch,val_loss\n7,0,0.5\n") == [LogRow(0, None, {"Epoch": 7.0, "val_loss": 0.5})]
 
@@ -55,6 +60,7 @@ def test_records_on_lines_are_read_whatever_the_file_is_called(name, tmp_path):
 
 def test_one_record_alone_is_a_log(tmp_path):
     assert rows_of(tmp_path, '{"epoch": 0, "a": 1}\n', "log.json") == [LogRow(0, None, {"a": 1.0})]
+    assert rows_of(tmp_path, '{"epoch": 0, "a": 1}\n', "log") == [LogRow(0, None, {"a": 1.0})]
     assert rows_of(tmp_path, '{"epoch": 0, "a": 1}\n', "log.jsonl") == [LogRow(0, None, {"a": 1.0})]
 
 

@@ -886,6 +886,7 @@ def test_files_that_would_take_the_memory_or_the_stack_are_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # each may take 20 s of processor time
 def test_files_that_would_take_for_ever_are_refused(tmp_path):
     check_refused(tmp_path / "bombs", bombs(tmp_path / "bombs", slow=True), tmp_path / "root")
 

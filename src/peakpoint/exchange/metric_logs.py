@@ -23,6 +23,7 @@ from peakpoint.store import translated
 EPOCH, STEP = "epoch", "step"
 STEPS = (STEP, "global_step", "iteration", "iter")  # names that scripts give it
 _LARGEST_COUNT = 2**53  # above it, floats skip whole numbers
+_JSON = frozenset({".json", ".jsonl", ".ndjson"})
 _DECIMAL_COMMA = re.compile(r"^(\s*[-+]?\d+),(\d+(?:[eE][-+]?\d+)?\s*)$")
 _NOT_IN_NAMES = re.compile(r"[\s:\x00-\x1f]+")
 
@@ -103,8 +104,8 @@ def read(path: Path) -> list[LogRow]:
     """Read the rows of a log.
 
     Args:
-        path: ``.csv`` or ``.tsv``, TensorBoard's event file or folder, or JSON: a list of records, records by epoch,
-            columns, a ``trainer_state.json``, or a record on each line.
+        path: a table with a line of names, TensorBoard's event file or folder, or JSON: a list of records, records by
+            epoch, columns, a ``trainer_state.json``, or a record on each line.
 
     Raises:
         NotFoundError: the file does not exist.
@@ -132,13 +133,14 @@ def read(path: Path) -> list[LogRow]:
 
 def _records(path: Path, text: str) -> tuple[list[Mapping[str, Any]], bool]:
     """Return the records of a log, and whether their epochs are those completed, as in ``trainer_state.json``."""
-    if path.suffix.lower() in {".csv", ".tsv"}:
+    suffix = path.suffix.lower()
+    if suffix in {".csv", ".tsv"} or (suffix not in _JSON and not text.lstrip().startswith(("{", "["))):
         return _records_of_table(text), False
     try:
         records: Any = json.loads(text)
     except json.JSONDecodeError:
         lines = [line for line in text.split("\n") if line.strip()]
-        if len(lines) < 2 and path.suffix.lower() not in {".jsonl", ".ndjson"}:
+        if len(lines) < 2:
             raise
         records = [json.loads(line) for line in lines]
     completed = isinstance(records, dict) and isinstance(records.get("log_history"), list)

@@ -142,6 +142,9 @@ def read(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
         if source.kind in {"safetensors", "folder"}:
             checkpoint = renamed(checkpoint, source.path, options)
     epoch, first = checkpoint.epoch, options.epochs_from
+    if epoch is not None and first and checkpoint.from_zero:
+        note = f"--epochs-from {first} is not for it: what {checkpoint.tool} counts from is known"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     if epoch is not None and not checkpoint.from_zero:
         if epoch < first:
             raise FormatError(f"{source.path} is of epoch {epoch}, but epochs count from {first}")
