@@ -256,7 +256,7 @@ def check_globals(names: Collection[str], where: str, inert: Collection[str] = (
     hostile = [
         name
         for name in names
-        if name not in inert and any(name == known or name.startswith(f"{known}.") for known in _RUNS_CODE)
+        if name not in inert and any(name == prefix or name.startswith(f"{prefix}.") for prefix in _RUNS_CODE)
     ]
     if hostile:
         raise FormatError(

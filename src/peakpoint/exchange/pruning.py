@@ -64,7 +64,8 @@ class Pruning:
             inner = f"{place}[{json.dumps(key) if isinstance(key, str) else repr(key)[:100]}]"
             gap = self.prune(key, inner) or self.prune(value, inner)
             if gap is not None:
-                self.gaps.append(gap)
+                element = gap.place.removeprefix(inner)
+                self.gaps.append(Gap(f"{inner} (because of its {element})" if element else inner, gap.name))
                 del entries[key]
 
 
@@ -75,8 +76,8 @@ def sentences(gaps: Iterable[Gap]) -> list[str]:
         by_name[gap.name].append(gap.place)
     texts = []
     for name, places in by_name.items():
-        more = len(places) - _MOST_PLACES
-        where = ", ".join(places[:_MOST_PLACES]) + (f" and {more} more" if more > 0 else "")
+        unnamed = len(places) - _MOST_PLACES
+        where = ", ".join(places[:_MOST_PLACES]) + (f" and {unnamed} more" if unnamed > 0 else "")
         advice = f"; --inert {name} keeps a record of the values" if could_be_inert(name) else ""
         texts.append(f"{where}: {name} is not built from a file{advice}")
     return texts

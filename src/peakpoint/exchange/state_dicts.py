@@ -326,8 +326,8 @@ def _without_extra_state(model: dict[str, Any]) -> list[str]:
     notes = []
     for key in [key for key in model if str(key).endswith("_extra_state")]:
         pruning = Pruning()
-        whole = pruning.prune(model[key], f'model["{key}"]')
-        if whole is not None or pruning.gaps:
-            notes += [f"LEFT OUT: {sentence}" for sentence in sentences([whole] if whole else pruning.gaps)]
+        gap = pruning.prune(model[key], f'model["{key}"]')
+        if gap is not None or pruning.gaps:
+            notes += [f"LEFT OUT: {sentence}" for sentence in sentences([gap] if gap else pruning.gaps)]
             del model[key]
     return notes

@@ -95,8 +95,8 @@ def kind_of_archive(name: str, members: Collection[str]) -> str | None:
 
 
 def _sentence(name: str, kind: tuple[str, str]) -> str:
-    what, way = kind
-    return f"{name} is {what}, which is not read: {way}"
+    description, advice = kind
+    return f"{name} is {description}, which is not read: {advice}"
 
 
 def kind_of_peakpoint(path: Path) -> str | None:
