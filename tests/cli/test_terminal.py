@@ -44,7 +44,8 @@ def hostile(tmp_path, monkeypatch):
     state = {"x": {HOSTILE: 1, "v": HOSTILE}, "model": torch.nn.Linear(2, 1)}
     keep = [pp.Best(METRIC, "max"), pp.Last(5)]
     for run in ("r", "s"):
-        with checkpointer(root, run=run, state=state, keep=keep) as ckpt:
+        settings = {"config": {"note": HOSTILE + run}, "tags": [HOSTILE]}
+        with checkpointer(root, run=run, state=state, keep=keep, **settings) as ckpt:
             for epoch in range(3):
                 state["x"]["v"] += "!"
                 ckpt.report({METRIC: epoch / 3}, epoch=epoch)
@@ -74,9 +75,22 @@ def hostile(tmp_path, monkeypatch):
 LINES = {  # at least one for each command
     "ls": [[], ["r"], [HOSTILE], ["--sort", METRIC], ["--sort", HOSTILE], ["--match", HOSTILE]],
     "show": [["r@latest"], ["r:epoch=0"], ["r:epoch=2"], [HOSTILE], ["r/" + CODES]],
-    "report": [[], ["--group-by", HOSTILE], ["--metric", HOSTILE], ["--n-eval", HOSTILE]],
+    "report": [
+        [],
+        ["--group-by", HOSTILE],
+        ["--group-by", "config.note"],
+        ["--metric", HOSTILE],
+        ["--n-eval", HOSTILE],
+    ],
     "plan": [["r"], ["r", "--rules", f"best:{METRIC}:min last:2"], ["r", "--rules", HOSTILE], ["r", "--epochs", CODES]],
-    "select": [[], ["--max", METRIC, "--why"], [HOSTILE], [f"metric({METRIC!r}) > 0", "--why"], ["--max", HOSTILE]],
+    "select": [
+        [],
+        ["config.note != 'x'"],
+        ["--max", METRIC, "--why"],
+        [HOSTILE],
+        [f"metric({METRIC!r}) > 0", "--why"],
+        ["--max", HOSTILE],
+    ],
     "diff": [["r:epoch=0", "r@latest"], ["r:epoch=0", "s@latest", "--no-values"], ["r:epoch=0", HOSTILE]],
     "record": [
         ["r@latest", f"{METRIC}=1"],
