@@ -746,7 +746,7 @@ def test_members_may_go_and_the_soup_stays(tmp_path):
     run = pp.open(tmp_path).run("r")
     maintenance.remove(run, [run.manifests()[0]], "no longer needed")
     shown = CliRunner().invoke(cli, ["show", str(tmp_path), made.checkpoint.ref])
-    assert "(removed or damaged)" in shown.output
+    assert "(removed, renamed or damaged)" in shown.output
     assert "r/step2" in shown.output
     assert torch.equal(pp.load(made.checkpoint.ref, root=tmp_path)["model"]["w"], W + 0.5)
 

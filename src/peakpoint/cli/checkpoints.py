@@ -79,7 +79,7 @@ def _name_of(repository: Repository, member: str) -> str:
     try:
         return ref(repository.find_manifest(member))
     except (CorruptError, FormatError, NotFoundError):
-        return f"{member} (removed or damaged)"
+        return f"{member} (removed, renamed or damaged)"
 
 
 def _facts(

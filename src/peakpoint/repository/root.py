@@ -14,6 +14,7 @@ from peakpoint.format.sealed import FORMAT, decode_record, seal
 from peakpoint.format.settings import Settings
 from peakpoint.repository import aliases, reader, refs, remains
 from peakpoint.repository.run import Run
+from peakpoint.repository.run_names import had_name
 from peakpoint.rules import Rule
 from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
 
@@ -76,10 +77,15 @@ class Repository:
         """Return one run.
 
         Raises:
-            NotFoundError: there is no run of that name; the message names near ones.
+            NotFoundError: there is no run of that name; the message names near ones, or the one that had it.
         """
         names = self._names()
         if name not in names:
+            for present in names:
+                if had_name(self.store, present, name):
+                    raise NotFoundError(
+                        f"{self.store.location} has no run {name!r} any more: it is called {present!r} now"
+                    )
             hint = did_you_mean(name, names) or f"; runs: {listing(names, 10) or 'none'}"
             raise NotFoundError(f"{self.store.location} has no run {name!r}{hint}")
         return Run(self.store, name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from peakpoint.errors import NotFoundError
+from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.sealed import decode_record, encode_record
 from peakpoint.store import SMALL, Store
@@ -36,6 +36,14 @@ def former_names(store: Store, run: str) -> tuple[str, ...]:
         return decode_record(RunNames, store.get(key, max_size=SMALL), where=key).names
     except NotFoundError:
         return ()
+
+
+def had_name(store: Store, run: str, name: str) -> bool:
+    """Whether a run is known to have had a name; False where that cannot be read."""
+    try:
+        return name in former_names(store, run)
+    except (CorruptError, FormatError, StoreError):
+        return False
 
 
 def is_name_of(store: Store, run: str, name: str) -> bool:
