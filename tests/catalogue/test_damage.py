@@ -204,6 +204,18 @@ def test_a_flipped_bit_of_a_value_gives_no_other_answer_unseen(root):
         assert told or answers == list(right[:-1]), place
 
 
+def test_a_flipped_bit_of_a_value_gives_no_other_answer_where_the_catalogue_is_small(root):
+    data = copied(root)
+    value = struct.pack(">d", 0.9)
+    for place in (place for place in range(len(data)) if data[place : place + 8] == value):
+        flipped = bytearray(data)
+        flipped[place + 1] ^= 0x20
+        (root / "catalogue.sqlite").write_bytes(flipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PeakpointWarning)  # whether it is said is another question
+            assert [(one.run, one.step) for one in pp.select(root, by=BY_ACC, top=1)] == [("a", 3)]
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
 def test_a_flipped_bit_anywhere_gives_no_other_answer_unseen(root, seed):
     data, draw = copied(root), random.Random(seed)

@@ -166,6 +166,7 @@ class Catalogue:
                 version = schema.version_of(connection)
                 if version:
                     database.check_owner(connection, self.location, identity, disposable=self._disposable)
+                    database.check_small(connection)
             if anew or version != schema.VERSION:
                 with self._engine.begin() as connection:
                     schema.create(connection, identity, self._store.location, anew=anew)
@@ -201,6 +202,8 @@ class Catalogue:
         identity = self._identity()
         try:
             with translated(self._url):
+                with self._reading.connect() as connection:
+                    database.check_small(connection)
                 return schema.is_sound(self._engine, identity, birth)
         except (StoreError, CorruptError):
             return False
