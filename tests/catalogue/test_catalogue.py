@@ -771,7 +771,7 @@ def test_another_table_or_column_is_another_version():
         for table in tables
         for column in table.columns
     ]
-    assert (schema.VERSION, digest(repr(columns).encode())[:16]) == (4, "83019794fad40ee9")
+    assert (schema.VERSION, digest(repr(columns).encode())[:16]) == (5, "9dd27e24ee9f70e6")
 
 
 @pytest.mark.parametrize("state", ["older", "none"])
