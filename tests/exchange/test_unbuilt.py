@@ -1,6 +1,7 @@
 """Import: a value of a class that is not built is left out and named, nothing of the file is run, the rest comes in."""
 
 import argparse
+import datetime as dt
 import decimal
 import io
 import operator
@@ -217,3 +218,19 @@ def test_tensors_of_every_kind_come_as_torch_reads_them(options, tmp_path):
                 read.float() if "float8" in name else read, tensor.float() if "float8" in name else tensor
             )
         assert loaded["view"].untyped_storage().data_ptr() == loaded["strided"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (dt.datetime, b"\x07\xe9\x01\x01\x00\x00\x00\xff\xff\xff"),
+        (dt.datetime, b"\x07\xe9\x0c\xff\x00\x00\x00\x00\x00\x00"),
+        (dt.date, b"\x07\xe9\x0c\xff"),
+        (dt.time, b"\x07\xff\x00\x00\x00\x00"),
+    ],
+)
+def test_a_time_that_is_none_is_refused(kind, content, tmp_path):
+    """The classes believe the bytes of a pickle: what is stored could not be read back."""
+    torch.save({"model": {"w": torch.ones(1)}, "when": Call(kind, content)}, tmp_path / "a.pth")
+    with pytest.raises(pp.errors.CorruptError, match="cannot be built"):
+        pickles.load(tmp_path / "a.pth")

@@ -68,6 +68,11 @@ def _scalar(kind: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype=kind.dtype)[0]
 
 
+def _checked(kind: type[dt.date | dt.time]) -> Callable[..., dt.date | dt.time]:
+    """Return a constructor that refuses bytes with a day 255 in them, as the class's own does not."""
+    return lambda *arguments: kind(*arguments).replace()
+
+
 def _default_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
@@ -117,7 +122,8 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "collections.deque": _deque,
     # bags of attributes: building one sets its __dict__
     **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), argparse.Namespace),
-    **{f"datetime.{kind.__name__}": kind for kind in (dt.date, dt.datetime, dt.time, dt.timedelta, dt.timezone)},
+    **{f"datetime.{kind.__name__}": _checked(kind) for kind in (dt.date, dt.datetime, dt.time)},
+    **{f"datetime.{kind.__name__}": kind for kind in (dt.timedelta, dt.timezone)},
     **PATHS,
     "numpy.dtype": _Dtype,
     **{f"{module}.multiarray.scalar": _scalar for module in ("numpy.core", "numpy._core")},
