@@ -67,7 +67,7 @@ def run_apart(
         process = _start(entry, job_read, line_write, text_write, mark)
         try:
             with contextlib.suppress(BrokenPipeError):  # it has died; below we learn of what
-                os.write(job_write, job + b"\n")
+                _write(job_write, job + b"\n")
             return _watch(process, _PipeReader(line_read, text_read, mark.encode(), on_line, on_output), timeout)
         finally:
             kill(process)
