@@ -881,3 +881,12 @@ def test_a_soup_whose_run_is_not_held_any_more_is_not_committed():
     with pytest.raises(ConflictError, match="not held any more"):
         pp.soup(refs, root=store)
     assert pp.open(store).run("r-soup").checkpoints() == []
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+def test_a_score_among_several_metrics_is_named(tmp_path, metric):
+    with checkpointer(tmp_path, state={"model": torch.nn.Linear(2, 1)}, keep=[pp.Last(3)]) as ckpt:
+        for step in (1, 2):
+            ckpt.report(step=step)
+    with pytest.raises(ConfigError, match=r"returned acc, loss: name the one that is the score \(metric=, at the"):
+        pp.soup(["r:1", "r:2"], root=tmp_path, evaluate=lambda _: {"acc": 1.0, "loss": 0.1}, metric=metric)

@@ -263,9 +263,9 @@ def test_what_makes_no_model_fails(tmp_path, made):
         ({"evaluate": "validated:biuld"}, "--with 'validated:biuld': the module 'validated' has no 'biuld'; did you"),
         ({"evaluate": "lib/checks.py:f"}, "names a file; give the module as Python imports it: lib.checks:f"),
         ({"checks": ["validated:__name__"]}, "--check 'validated:__name__' is a str, and cannot be called"),
-        ({"model": lambda size: size}, "it is called without arguments, and missing a required argument: 'size'"),
-        ({"evaluate": lambda: 1}, "it is called with one argument, the state, and too many positional arguments"),
-        ({"checks": [lambda a, b: None]}, "it is called with one argument, the candidate, and missing"),
+        ({"model": lambda size: size}, "it is called without arguments: missing a required argument: 'size'"),
+        ({"evaluate": lambda: 1}, "it is called with one argument, the state: too many positional arguments"),
+        ({"checks": [lambda a, b: None]}, "it is called with one argument, the candidate: missing"),
         ({"budgets": {"latency_ms": 1.0}}, "the budget latency_ms needs a model to run; name the function that makes"),
     ],
 )

@@ -44,7 +44,7 @@ def check_run(name: str) -> str:
     if not isinstance(name, str) or not _RUN.fullmatch(name) or name.endswith("."):
         proposal = safe(str(name)).lstrip("+-.")[:100].rstrip("-.") or "run"
         raise ConfigError(
-            f"run={name!r} cannot name a run: ASCII letters, digits and ._+- only, at most 100; try {proposal!r}"
+            f"{name!r} cannot name a run: ASCII letters, digits and ._+- only, at most 100; try {proposal!r}"
         )
     return name
 

@@ -17,7 +17,7 @@ import torch
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.manifest import Checkpoint
-from peakpoint.format.names import check_metric, check_run, check_text
+from peakpoint.format.names import check_metric, check_run, check_text, listing
 from peakpoint.models.average import SoupMember, TensorMeans, check_alike, find_all, member
 from peakpoint.models.mean import MeanModel, SoupChoice, SoupTrial, greedy, uniform
 from peakpoint.repository.commit import BLOCK, FileImage
@@ -166,7 +166,15 @@ def _scored(evaluate: Callable[[Any], Any], metric: str | None) -> Callable[[Any
     def score(model: Any) -> Any:
         answer = evaluate(model)
         metrics = getattr(answer, "metrics", answer)
-        return metrics[metric] if isinstance(metrics, Mapping) and metric in metrics else answer
+        if not isinstance(metrics, Mapping):
+            return answer
+        if metric not in metrics:
+            names = listing(list(map(str, metrics))) or "nothing"
+            raise ConfigError(
+                f"the function that scores returned {names}: name the one that is the score (metric=, at the command "
+                "line --metric NAME:max or NAME:min)"
+            )
+        return metrics[metric]
 
     return score
 

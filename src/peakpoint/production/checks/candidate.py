@@ -181,7 +181,7 @@ def _check_callable(function: Function, option: str, *arguments: str) -> None:
         signature.bind(*arguments)
     except TypeError as error:
         call = f"with one argument, the {arguments[0]}" if arguments else "without arguments"
-        raise ConfigError(f"{option} {function}: it is called {call}, and {error}") from error
+        raise ConfigError(f"{option} {function}: it is called {call}: {error}") from error
 
 
 def function_of(function: Function) -> Callable[..., Any]:
