@@ -315,3 +315,38 @@ def test_renamed_layers_are_no_other_order():
     with pytest.warns(pp.PeakpointWarning):
         report = resume(root, live, strict=False)
     assert [part.part for part in report.restored] == ["model", "optimizer"]
+
+
+class OwnMoments(optim.Adam):
+    """Derived from Adam, with one moment of its own."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("step", torch.tensor(0.0))  # which Adam looks for at a load
+            moment = self.state[parameter].setdefault("only", torch.zeros_like(parameter))
+            moment.add_(parameter.grad)
+            parameter.sub_(moment, alpha=0.1)
+
+
+def test_a_derived_class_may_have_moments_of_its_own():
+    saved = make(OwnMoments)
+    root = save(saved)
+    live = make(OwnMoments, seed=2)
+    resume(root, live)
+    assert same(live["optimizer"].state_dict(), saved["optimizer"].state_dict())
+    refused(root, make(optim.Adam), "optimizer: torch.optim.adam.Adam needs the moments exp_avg, exp_avg_sq")
+
+
+def test_a_run_of_a_gpu_goes_on_without_one():
+    """There ``capturable`` was set for CUDA graphs, with which no optimizer steps on a CPU."""
+    saved = make(optim.AdamW)
+    step(saved)
+    saved["optimizer"].param_groups[0]["capturable"] = True
+    root = save(saved, steps=0)
+    live = make(optim.AdamW, seed=2)
+    resume(root, live)
+    saved["optimizer"].param_groups[0]["capturable"] = False
+    for state in (saved, live):
+        step(state)
+    assert same(dict(live["model"].state_dict()), dict(saved["model"].state_dict()))

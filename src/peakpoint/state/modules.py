@@ -238,10 +238,10 @@ def advice(modules: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) 
                 f"{_listed(saved_only)} of {part} had been parametrized with torch.nn.utils.parametrize when this was "
                 f"saved: register the same parametrization before the resume{_NOT_LOADED}"
             )
-        other_form = [*_in_another_form(live, by_live_names), *_in_another_form(by_live_names, live)]
-        if other_form:
+        changed = [*_in_another_form(live, by_live_names), *_in_another_form(by_live_names, live)]
+        if changed:
             return (
-                f"{_listed(other_form)} of {part} has another form in the checkpoint than in the model (weight_norm of "
+                f"{_listed(changed)} of {part} has another form in the checkpoint than in the model (weight_norm of "
                 f"torch.nn.utils and the like): resume with the model in the form of the checkpoint{_NOT_LOADED}"
             )
         if not any(name in live and _entry_fits(name, live, by_live_names) for name in by_live_names):
@@ -253,8 +253,8 @@ def advice(modules: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) 
 
 def _in_another_form(plain: Mapping[str, Any], changed: Mapping[str, Any]) -> list[str]:
     """Return the weights of which the second state dict has something made of them, such as ``weight_g``."""
-    made = [str(name) for name in changed if name not in plain]
-    return [name for name in plain if name not in changed and any(other.startswith(f"{name}_") for other in made)]
+    derived = [str(name) for name in changed if name not in plain]
+    return [name for name in plain if name not in changed and any(text.startswith(f"{name}_") for text in derived)]
 
 
 _NOT_LOADED = " (strict=False would leave these weights as they are)"

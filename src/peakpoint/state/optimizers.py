@@ -88,8 +88,10 @@ def _class_differences(part: str, live: torch.optim.Optimizer, saved: Any, origi
             f"{part}: it was saved from another kind of optimizer, {origin.classes[0]}: {classes[0]} cannot go on from"
         )
         return [f"{line} that state{why}"]
+    if classes[:1] == origin.classes[:1]:
+        return []
     surplus = not origin.classes and (settings & _TELLING) - live.defaults.keys()
-    if surplus or (lacking and classes[:1] != origin.classes[:1]):
+    if surplus or lacking:
         need = f"settings {', '.join(live.defaults)}, and the checkpoint has {', '.join(sorted(settings))}"
     elif absent:
         need = f"moments {', '.join(absent)}, and the checkpoint has {', '.join(sorted(map(str, moments[0])))}"
@@ -230,11 +232,12 @@ def _in_live_order(
 def _misplaced(part: str, live_names: Names, saved_names: Names) -> list[str]:
     """Say when moments would go to another parameter than theirs."""
     targets, sources = (list(itertools.chain.from_iterable(names)) for names in (live_names, saved_names))
-    pairs = [pair for pair in zip(sources, targets, strict=False) if pair[0] != pair[1] and pair[0] in {*targets}]
+    live = frozenset(targets)
+    pairs = [pair for pair in zip(sources, targets, strict=False) if pair[0] != pair[1] and pair[0] in live]
     if not pairs:
         return []
-    others = f", and {len(pairs) - 1} more would go astray" if len(pairs) > 1 else ""
-    text = f"{part}: the moments of {pairs[0][0]!r} would go to {pairs[0][1]!r}{others}: the optimizer holds the "
+    count = f", and {len(pairs) - 1} more would go astray" if len(pairs) > 1 else ""
+    text = f"{part}: the moments of {pairs[0][0]!r} would go to {pairs[0][1]!r}{count}: the optimizer holds the "
     return [f"{text}parameters in other groups or in another order than when this was saved"]
 
 
@@ -256,7 +259,7 @@ def load_optimizer(
     inner, saved_groups = unwrapped(optimizer), saved["param_groups"]
     saved, _, _ = _in_live_order(inner, saved, origin, names)
     by_name = [group["params"] for group in saved["param_groups"]] != [group["params"] for group in saved_groups]
-    saved = {**saved, "param_groups": _add_newer_settings(inner, saved)}
+    saved = {**saved, "param_groups": _usable_groups(inner, saved)}
     saved = _on_their_devices(saved, inner) if on_gpu else saved
     inherited = type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
     # torch's own would set attributes of the wrapper, which hide those inside
@@ -275,13 +278,19 @@ def load_optimizer(
     return f"{groups}, moments of {len(with_moments)} of {len(parameters)} parameters{', by name' if by_name else ''}"
 
 
-def _add_newer_settings(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the saved groups with the settings of the live ones that their class did not have when they were saved."""
+def _usable_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the saved groups with what the live ones need besides: settings that are newer than the saved ones.
+
+    ``capturable``, which steps on a GPU only, is that of the script on a CPU.
+    """
     groups = zip(saved["param_groups"], _completed(optimizer, saved), optimizer.param_groups, strict=True)
-    return [
-        {**group, **{name: live[name] for name in optimizer.defaults if name not in completed and name in live}}
-        for group, completed, live in groups
-    ]
+    usable = []
+    for group, completed, live in groups:
+        from_live = {name for name in optimizer.defaults if name not in completed}
+        if all(parameter.is_cpu for parameter in live["params"]):
+            from_live.add("capturable")
+        usable.append({**group, **{name: live[name] for name in live if name in from_live}})
+    return usable
 
 
 def _on_their_devices(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def noted_settings(origin: PartOrigin, live: Any, restored: Mapping[str, Any]) -
 
 
 def overruled_settings(
-    part: str, script: Mapping[str, Any], restored: Mapping[str, Any], noted: Mapping[str, Any]
+    part: str, script: Mapping[str, Any], restored: Mapping[str, Any], first: Mapping[str, Any]
 ) -> str:
     """Say which settings of a script are overruled by those that were restored; empty when none are.
 
@@ -172,11 +172,11 @@ def overruled_settings(
 
     Args:
         script: the settings before the restore.
-        noted: see ``noted_settings``.
+        first: see ``noted_settings``.
     """
     texts = [
-        f"{path.rpartition('.')[2]} {noted[path]!r}, not {value!r}"
+        f"{path.rpartition('.')[2]} {first[path]!r}, not {value!r}"
         for path, value in script.items()
-        if path in noted and value not in (noted[path], restored.get(path))
+        if path in first and value not in (first[path], restored.get(path))
     ]
     return f"{part}: {'; '.join(dict.fromkeys(texts))}" if texts else ""

@@ -82,6 +82,9 @@ class LoadReport:
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 def _differences(part: str, live: Any, saved: Any, origin: PartOrigin, names: Mapping[int, str]) -> list[str]:
     try:
         if isinstance(live, torch.optim.Optimizer):
@@ -90,7 +93,7 @@ def _differences(part: str, live: Any, saved: Any, origin: PartOrigin, names: Ma
         if inner is not None and is_optimizer_state(saved):  # a wrapper that is no optimizer itself
             return optimizer_differences(part, inner, saved, NO_ORIGIN, names)
         return _compare(part, live, saved, origin)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except _REFUSALS as error:
         return [f"{part}: the checkpoint's value under this name does not fit a {kind_of(live)}: {error!r}"]
 
 
@@ -163,9 +166,6 @@ def _restore_part(name: str, live: Any, saved: SavedState, plan: "_Plan") -> tup
     else:
         return _update(live, value)
     return live, "generator, in place"
-
-
-_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
