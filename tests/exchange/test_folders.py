@@ -1,6 +1,7 @@
 """Import of folders that are one checkpoint in several files: nothing in them is dropped without a word."""
 
 import json
+import os
 import random
 from dataclasses import replace
 
@@ -344,3 +345,10 @@ def test_an_index_larger_than_any_is_not_read(tmp_path):
     [source], _ = find(tmp_path)
     with pytest.raises(pp.errors.FormatError, match=r"index\.json has more than \d+ bytes"):
         read(source, ReadOptions())
+
+
+def test_a_file_beside_whose_name_is_no_text_does_no_harm(tmp_path):
+    on_distributed(tmp_path / "dcp", {"model": {"w": torch.ones(2)}, "epoch": 1})
+    (tmp_path / "dcp" / os.fsdecode(b"\xff.distcp")).write_bytes(b"x")
+    report = pp.import_checkpoints(tmp_path / "dcp", tmp_path / "root", run="r")
+    assert [source.status for source in report.checkpoints] == ["imported"]

@@ -76,8 +76,8 @@ def load(source: Path | bytes, *, where: str = "", inert: Collection[str] = ()) 
     where = where or str(source)
     with translated("read", Path(where)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch and pickletools, about their own ways
-        archive = _archive(source, where) if _check_kind(source, where) else None
-        pickles = _legacy_pickles(source, where) if archive is None else [archive.get_record("data.pkl")]
+        is_zip = _check_kind(source, where)
+        archive, pickles = _archive(source, where) if is_zip else (None, _legacy_pickles(source, where))
         check_globals(scan(pickles, where), where, inert)
         return _build(source, archive, pickles, where, inert)
 
@@ -148,8 +148,8 @@ def _first(path: Path) -> bytes:
         return file.read(1024)
 
 
-def _archive(source: Path | bytes, where: str) -> Any:
-    """Return the reader of an archive."""
+def _archive(source: Path | bytes, where: str) -> tuple[Any, list[bytes]]:
+    """Return the reader of an archive, and the pickle in it."""
     size = source.stat().st_size if isinstance(source, Path) else len(source)
     try:
         with zipfile.ZipFile(source if isinstance(source, Path) else io.BytesIO(source)) as archive:
@@ -174,9 +174,9 @@ def _archive(source: Path | bytes, where: str) -> Any:
             )
         if not archive_reader.has_record("data.pkl"):
             raise FormatError(f"{where} is a zip archive, but torch.save did not write it: it has no data.pkl")
+        return archive_reader, [archive_reader.get_record("data.pkl")]
     except (RuntimeError, UnicodeDecodeError) as error:  # of names in it
         raise CorruptError(f"{where} is cut short or damaged: torch cannot read its archive") from error
-    return archive_reader
 
 
 def _legacy_pickles(source: Path | bytes, where: str) -> list[bytes]:

@@ -3,6 +3,7 @@
 Every reader here changes nothing, runs nothing, and says what became of everything in a file.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ class CheckpointSource:
         with translated("read", self.path):
             for file in self.files:
                 name = file.name if file == self.path else file.relative_to(self.path).as_posix()
+                name = os.fsencode(name).decode("utf-8", "backslashreplace")  # JSON has no broken bytes
                 digests[name] = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
         if len(digests) == 1:
             return next(iter(digests.values()))
