@@ -213,7 +213,10 @@ class _SelectionReader:
 
     def keys(self, limit: int | None) -> "array[int]":
         """The keys of what matches, in order."""
-        return array("q", (row[0] for row in self._search().rows((self.sql.table.key,), limit)))
+        try:
+            return array("q", (row[0] for row in self._search().rows((self.sql.table.key,), limit)))
+        except (OverflowError, TypeError) as error:  # of an index with a flipped bit
+            raise DamagedError(f"the key of a checkpoint is no number: {error}") from error
 
     def rows(self, keys: Sequence[int]) -> list[Any]:
         """What belongs to those of the keys that still exist, in their order."""
