@@ -192,7 +192,7 @@ def test_direction(lightning, keras, orbax, directory):
     assert defaults(lightning.callback)["mode"] == "min"
     assert keras.fit(directory(), [0.9, 0.1], monitor="val_loss", mode="auto").monitor_op(1, 2)
     assert defaults(orbax.package.CheckpointManagerOptions)["best_mode"] == "max"
-    with pytest.raises(TypeError, match="mode"):
+    with pytest.raises(pp.errors.ConfigError, match="mode"):
         pp.Best("accuracy")
 
 
