@@ -275,8 +275,9 @@ def test_a_checkpointer_without_a_place_says_what_to_give():
 
 
 def test_a_state_that_cannot_be_kept_is_refused_and_leaves_no_checkpoint(tmp_path):
-    state = {"model": torch.nn.Linear(1, 1), "thing": {"deep": [object()]}}
+    state = {"model": torch.nn.Linear(1, 1), "thing": {"deep": [0]}}
     with checkpointer(tmp_path, state=state) as ckpt:
+        state["thing"]["deep"][0] = object()
         with pytest.raises(pp.errors.ConfigError, match="deep"):
             ckpt.report()
         state["thing"]["deep"][0] = 1
