@@ -41,9 +41,10 @@ from peakpoint.repository import journal as j
 from peakpoint.repository.journal import Journal
 from peakpoint.rules.history import history, newest_event
 from peakpoint.store import FileOps, LocalStore, MemoryStore
-from strategies import START, any_metrics, text_tuples, texts, times
+from strategies import START, any_metrics, names, text_tuples, texts, times
 
 naturals = st.integers(0, 2**63 - 1)
+ordinals = st.integers(1, 2**63 - 1)
 events_of = {
     Opened: st.builds(
         Opened,
@@ -54,19 +55,19 @@ events_of = {
         config=st.dictionaries(texts, st.none() | st.booleans() | naturals | texts | st.lists(texts), max_size=2),
         tags=text_tuples,
     ),
-    Started: st.builds(Started, at=times, checkpoint=st.none() | texts, report=naturals, requested=st.none() | texts),
+    Started: st.builds(Started, at=times, checkpoint=st.none() | names, report=naturals, requested=st.none() | texts),
     Reported: st.builds(
         Reported, at=times, report=naturals, step=naturals, epoch=st.none() | naturals, metrics=any_metrics
     ),
     Saved: st.builds(
-        Saved, at=times, checkpoint=texts, name=texts, sequence=naturals, report=naturals, reasons=text_tuples
+        Saved, at=times, checkpoint=names, name=names, sequence=naturals, report=naturals, reasons=text_tuples
     ),
-    SaveFailed: st.builds(SaveFailed, at=times, checkpoint=texts, name=texts, reasons=text_tuples, error=texts),
+    SaveFailed: st.builds(SaveFailed, at=times, checkpoint=names, name=names, reasons=text_tuples, error=texts),
     Removed: st.builds(
         Removed,
         at=times,
-        checkpoint=texts,
-        name=texts,
+        checkpoint=names,
+        name=names,
         step=naturals,
         epoch=st.none() | naturals,
         reason=texts,
@@ -76,40 +77,40 @@ events_of = {
     PartsDropped: st.builds(
         PartsDropped,
         at=times,
-        checkpoint=texts,
-        name=texts,
+        checkpoint=names,
+        name=names,
         parts=text_tuples,
         reason=texts,
         by=texts,
         until=st.none() | times,
     ),
-    Undone: st.builds(Undone, at=times, checkpoint=texts, name=texts, parts=text_tuples, by=texts),
-    Archived: st.builds(Archived, at=times, checkpoint=texts, name=texts, packed_bytes=naturals, by=texts),
-    Restored: st.builds(Restored, at=times, checkpoint=texts, name=texts, by=texts),
-    Changing: st.builds(Changing, at=times, checkpoint=texts, name=texts, by=texts),
+    Undone: st.builds(Undone, at=times, checkpoint=names, name=names, parts=text_tuples, by=texts),
+    Archived: st.builds(Archived, at=times, checkpoint=names, name=names, packed_bytes=naturals, by=texts),
+    Restored: st.builds(Restored, at=times, checkpoint=names, name=names, by=texts),
+    Changing: st.builds(Changing, at=times, checkpoint=names, name=names, by=texts),
     Measured: st.builds(
         Measured,
         at=times,
-        checkpoint=texts,
+        checkpoint=names,
         step=naturals,
         metrics=any_metrics,
         part=st.none() | texts,
         source=texts,
         by=texts,
     ),
-    Withdrawn: st.builds(Withdrawn, at=times, checkpoint=texts, metrics=text_tuples, by=texts),
-    Pinned: st.builds(Pinned, at=times, checkpoint=texts, why=texts, by=texts),
-    Unpinned: st.builds(Unpinned, at=times, checkpoint=texts, by=texts),
+    Withdrawn: st.builds(Withdrawn, at=times, checkpoint=names, metrics=text_tuples, by=texts),
+    Pinned: st.builds(Pinned, at=times, checkpoint=names, why=texts, by=texts),
+    Unpinned: st.builds(Unpinned, at=times, checkpoint=names, by=texts),
     Promoting: st.builds(
-        Promoting, at=times, checkpoint=texts, name=texts, alias=texts, record=naturals, token=texts, by=texts
+        Promoting, at=times, checkpoint=names, name=names, alias=texts, record=ordinals, token=texts, by=texts
     ),
     Promoted: st.builds(
         Promoted,
         at=times,
-        checkpoint=texts,
-        name=texts,
+        checkpoint=names,
+        name=names,
         alias=texts,
-        record=st.none() | naturals,
+        record=st.none() | ordinals,
         digest=st.none() | texts,
         token=texts,
         by=texts,

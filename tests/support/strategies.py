@@ -1,7 +1,7 @@
 """What several test modules draw from: metrics, rules, trees of records, manifests, journal events."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ metrics = st.dictionaries(metric_names, values, max_size=2)
 modes: st.SearchStrategy[Mode] = st.sampled_from(["max", "min"])
 # What cannot be encoded as UTF-8 cannot be in a file of ours.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,20}", fullmatch=True)
 counts = st.integers(1, 4)
 keeps = st.none() | st.integers(1, 3)
 # Fractions of a minute that binary numbers hold exactly, so that an oracle in whole seconds agrees at the boundaries.
@@ -138,6 +139,10 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**{**plain, **changes})
 
 
+def _names_of(files):
+    return tuple(file.name for file in files)
+
+
 _natural = st.integers(0, 2**63 - 1)
 _digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 _tensors = st.builds(
@@ -151,7 +156,7 @@ _tensors = st.builds(
 )
 _files = st.builds(
     FileRecord,
-    name=texts,
+    name=names,
     size=_natural,
     digest=_digests,
     header=_natural,
@@ -166,8 +171,8 @@ text_tuples = st.lists(texts, max_size=2).map(tuple)
 manifests = st.builds(
     Manifest,
     id=_digests.map(lambda digest: digest[:16]),
-    run=texts,
-    name=texts,
+    run=names,
+    name=names,
     sequence=_natural,
     report=_natural,
     step=_natural,
@@ -176,10 +181,10 @@ manifests = st.builds(
     reasons=text_tuples,
     asked=st.none() | texts,
     parts=st.dictionaries(texts, text_tuples, max_size=2),
-    files=st.lists(_files, max_size=2).map(tuple),
-    parent=st.none() | texts,
+    files=st.lists(_files, max_size=2, unique_by=lambda file: file.name).map(tuple),
+    parent=st.none() | names,
     forks=st.lists(st.tuples(_natural, _natural), max_size=3).map(tuple),
     created_at=times,
     written_by=st.dictionaries(texts, texts, max_size=2),
     timing=st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False), max_size=2),
-)
+).map(lambda manifest: replace(manifest, parts=dict.fromkeys(manifest.parts, _names_of(manifest.files))))

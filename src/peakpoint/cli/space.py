@@ -415,8 +415,14 @@ def _print_audit(console: Console, root: Path, result: audits.Audit, removed: Se
     damage, litter = result.of_kind("damage"), result.of_kind("litter")
     if damage:
         console.print(f"[bold red]{len(damage)} damaged[/]")
-        if any("/checkpoints/" in finding.where for finding in damage):
-            console.print("A resume skips damaged checkpoints.")
+        refs = _damaged_refs(damage)
+        if refs:
+            command_line = render.command_line("rm", root, *refs, "--undo-for", "0")
+            console.print(
+                "A resume skips damaged checkpoints. Copy what is damaged from a backup, or remove these checkpoints:\n"
+                f"  {literal(command_line)}",
+                soft_wrap=True,
+            )
         if any(finding.where.startswith(f"{layout.ALIASES}/") for finding in damage):
             console.print(
                 "Nothing can be removed while the newest record of an alias is damaged: promote --force or rollback "
@@ -427,6 +433,12 @@ def _print_audit(console: Console, root: Path, result: audits.Audit, removed: Se
         console.print(f"  {literal(render.command_line('audit', root, '--clean'))}", soft_wrap=True)
     if result.clean:
         console.print("[green]clean[/]")
+
+
+def _damaged_refs(damage: Sequence[audits.AuditFinding]) -> list[str]:
+    """The checkpoints, as RUN/NAME, that a damaged directory or file is of."""
+    keys = [finding.where.split("/") for finding in damage]
+    return list(dict.fromkeys(f"{key[1]}/{key[3]}" for key in keys if len(key) > 3 and key[2] == "checkpoints"))
 
 
 def audit_sentence(result: audits.Audit) -> str:

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 import msgspec
 
 from peakpoint.errors import CorruptError
+from peakpoint.format.members import Count, Name, Ordinal, Time, check_time
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 from peakpoint.format.sealed import is_intact, seal, unseal
 
@@ -25,7 +25,7 @@ class Event(
         at: when.
     """
 
-    at: datetime
+    at: Time
 
 
 class CheckpointEvent(Event, frozen=True, kw_only=True):
@@ -36,8 +36,8 @@ class CheckpointEvent(Event, frozen=True, kw_only=True):
         name: its directory.
     """
 
-    checkpoint: str
-    name: str
+    checkpoint: Name
+    name: Name
 
 
 class Opened(Event, frozen=True, kw_only=True):
@@ -68,8 +68,8 @@ class Started(Event, frozen=True, kw_only=True):
         requested: the ref that was asked for, None when it was left to Peakpoint.
     """
 
-    checkpoint: str | None
-    report: int
+    checkpoint: Name | None
+    report: Count
     requested: str | None = None
 
 
@@ -83,19 +83,19 @@ class Reported(Event, frozen=True, kw_only=True):
         metrics: as reported; NaN and infinities included.
     """
 
-    report: int
-    step: int
-    epoch: int | None
+    report: Count
+    step: Count
+    epoch: Count | None
     metrics: Mapping[str, float]
 
 
 class Saved(CheckpointEvent, frozen=True, kw_only=True):
     """A checkpoint was committed."""
 
-    sequence: int
-    report: int
+    sequence: Count
+    report: Count
     reasons: tuple[str, ...]
-    size_bytes: int = 0
+    size_bytes: Count = 0
 
 
 class SaveFailed(CheckpointEvent, frozen=True, kw_only=True):
@@ -111,11 +111,11 @@ class Removed(CheckpointEvent, frozen=True, kw_only=True):
     ``until`` is when its files go, and the time to change one's mind ends; None when they go at once.
     """
 
-    step: int
-    epoch: int | None
+    step: Count
+    epoch: Count | None
     reason: str
     by: str
-    until: datetime | None = None
+    until: Time | None = None
 
 
 class PartsDropped(CheckpointEvent, frozen=True, kw_only=True):
@@ -127,13 +127,13 @@ class PartsDropped(CheckpointEvent, frozen=True, kw_only=True):
     parts: tuple[str, ...]
     reason: str
     by: str
-    until: datetime | None = None
+    until: Time | None = None
 
 
 class Archived(CheckpointEvent, frozen=True, kw_only=True):
     """The files of a checkpoint are in its pack."""
 
-    packed_bytes: int
+    packed_bytes: Count
     by: str
 
 
@@ -176,8 +176,8 @@ class Measured(Event, frozen=True, kw_only=True):
         by: who recorded it.
     """
 
-    checkpoint: str
-    step: int
+    checkpoint: Name
+    step: Count
     metrics: Mapping[str, float]
     part: str | None
     source: str
@@ -187,7 +187,7 @@ class Measured(Event, frozen=True, kw_only=True):
 class Withdrawn(Event, frozen=True, kw_only=True):
     """Measurements of a checkpoint were wrong: all values that were recorded of these metrics are taken back."""
 
-    checkpoint: str
+    checkpoint: Name
     metrics: tuple[str, ...]
     by: str
 
@@ -195,7 +195,7 @@ class Withdrawn(Event, frozen=True, kw_only=True):
 class Pinned(Event, frozen=True, kw_only=True):
     """A checkpoint is protected from the rules until it is unpinned."""
 
-    checkpoint: str
+    checkpoint: Name
     why: str
     by: str
 
@@ -203,7 +203,7 @@ class Pinned(Event, frozen=True, kw_only=True):
 class Unpinned(Event, frozen=True, kw_only=True):
     """A checkpoint is no longer protected by a pin."""
 
-    checkpoint: str
+    checkpoint: Name
     by: str
 
 
@@ -218,7 +218,7 @@ class Promoting(CheckpointEvent, frozen=True, kw_only=True):
     """
 
     alias: str
-    record: int
+    record: Ordinal
     token: str
     by: str
 
@@ -235,7 +235,7 @@ class Promoted(CheckpointEvent, frozen=True, kw_only=True):
     """
 
     alias: str
-    record: int | None
+    record: Ordinal | None
     digest: str | None
     token: str
     by: str
@@ -280,11 +280,17 @@ def decode(line: bytes, *, where: str) -> Event | None:
             return None
         if kind in (Reported, Measured):
             record["metrics"] = metrics_from_json(record["metrics"])
-        return msgspec.convert(record, kind)
+        return _checked(msgspec.convert(record, kind))
     except CorruptError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CorruptError(f"{where} is not a journal record: {error}") from error
+
+
+def _checked(event: Event) -> Event:
+    for name in event.__struct_fields__:
+        check_time(name, getattr(event, name))
+    return event
 
 
 # how the lines of some kinds begin, by which they are told without being decoded
@@ -303,6 +309,7 @@ def decode_report(line: bytes) -> Reported | None:
     if not line.startswith(REPORTED_LINE) or not is_intact(line):
         return None
     try:
-        return _decode_reported(line)
+        event = _decode_reported(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
+    return event if 1 < event.at.year < 9999 else None  # see check_time

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import peakpoint
 from peakpoint.errors import CorruptError
+from peakpoint.format.members import Count, Name, Time
 from peakpoint.format.sealed import decode_record, encode_record
 
 MANIFEST = "manifest.json"
@@ -33,9 +34,9 @@ class TensorRecord(NamedTuple):
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+    shape: tuple[Count, ...]
+    begin: Count
+    end: Count
     digest: str
 
 
@@ -53,10 +54,10 @@ class FileRecord:
         shared: id of the checkpoint that wrote these bytes, when the file is another name (a hard link) of its file.
     """
 
-    name: str
-    size: int
+    name: Name
+    size: Count
     digest: str
-    header: int = 0
+    header: Count = 0
     header_digest: str = ""
     tensors: tuple[TensorRecord, ...] = ()
     shared: str = ""
@@ -87,21 +88,21 @@ class Manifest:
         members: the checkpoints that this one was made from, as refs ``"run/id"``; empty for one of a training.
     """
 
-    id: str
-    run: str
-    name: str
-    sequence: int
-    report: int
-    step: int
-    epoch: int | None
+    id: Name
+    run: Name
+    name: Name
+    sequence: Count
+    report: Count
+    step: Count
+    epoch: Count | None
     metrics: Mapping[str, float]
     reasons: tuple[str, ...]
     asked: str | None
     parts: Mapping[str, tuple[str, ...]]
     files: tuple[FileRecord, ...]
-    parent: str | None
+    parent: Name | None
     forks: Forks
-    created_at: datetime
+    created_at: Time
     written_by: Mapping[str, str]
     timing: Mapping[str, float]
     members: tuple[str, ...] = ()
@@ -136,7 +137,13 @@ def decode_manifest(data: bytes) -> Manifest:
         CorruptError: the bytes are not those that were written.
         FormatError: a newer release wrote it.
     """
-    return decode_record(Manifest, data, where=MANIFEST, unsealed=CorruptError)
+    manifest = decode_record(Manifest, data, where=MANIFEST, unsealed=CorruptError)
+    names = [file.name for file in manifest.files]
+    absent = {name for part in manifest.parts.values() for name in part} - {*names}
+    if MANIFEST in names or len({*names}) < len(names) or absent:
+        problem = f"has no {', '.join(sorted(absent))}" if absent else "has a file twice, or itself"
+        raise CorruptError(f"{MANIFEST} contradicts itself - at `$.files`, which {problem}; restore it from a backup")
+    return manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

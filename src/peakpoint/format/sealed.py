@@ -15,13 +15,14 @@ import contextlib
 import gc
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import msgspec
 from blake3 import blake3
 
 from peakpoint.errors import CorruptError, Error, FormatError
+from peakpoint.format.members import check_time
 from peakpoint.format.metrics import metrics_from_json, metrics_to_json
 
 FORMAT = 1
@@ -116,9 +117,15 @@ def decode_record(kind: type[R], data: bytes, *, where: str, unsealed: type[Erro
         try:
             if "metrics" in members:
                 members["metrics"] = metrics_from_json(members["metrics"])
-            return msgspec.convert(members, kind)
+            record = msgspec.convert(members, kind)
+            for field in fields(kind) if is_dataclass(kind) else ():
+                check_time(field.name, getattr(record, field.name))
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # of metrics, and of msgspec
-            raise FormatError(f"{where} cannot be read by this release of Peakpoint: {error}; update it") from error
+            raise FormatError(
+                f"{where} cannot be read by this release of Peakpoint: {error}; update Peakpoint if a newer release "
+                "has written it, otherwise restore it from a backup"
+            ) from error
+    return record
 
 
 def check_format(members: Mapping[str, Any], *, where: str) -> None:

@@ -22,6 +22,7 @@ from peakpoint.format.sealed import FORMAT, decode_record, digest, seal
 from peakpoint.repository.refs import check_alias, is_alias
 from peakpoint.store import Store, establish
 
+_NAME = re.compile(r"(?!\.)[^/\\\x00]{1,200}")  # of what is a directory, and text that every database takes
 KEEPS = 3  # former holders that stay protected, where no policy says how many
 Kind = Literal["promoted", "rolled back", "retired"]
 
@@ -46,6 +47,11 @@ class AliasTarget:
     def ref(self) -> str:
         """A ref that names this checkpoint and no other."""
         return f"{self.run}/{self.checkpoint}"
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a checkpoint can have these names."""
+        return all(map(_NAME.fullmatch, (self.run, self.checkpoint, self.name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,16 +198,13 @@ def _decode(data: bytes, alias: str, number: int) -> AliasRecord:
     return replace(record, digest=digest(data))
 
 
-_NAME = re.compile(r"(?!\.)[^/\\\x00]{1,200}")  # of what is a directory, and text that every database takes
-
-
 def _contradiction(record: AliasRecord) -> str | None:
-    """Return what is wrong with a record although each member is of its type."""
+    """Return what is wrong with a record although each member is of its type: that is damage, not another release."""
     target = record.target
     if record.at.tzinfo is None:
         return "has a time without zone"
-    if target is not None and not all(map(_NAME.fullmatch, (target.run, target.checkpoint, target.name))):
-        return f"points at {target.run}/{target.name} ({target.checkpoint}), which cannot be a checkpoint"
+    if target is not None and not target.is_possible:
+        return f"points at {target.run}/{target.name} ({target.checkpoint}), which cannot be a checkpoint: `$.target`"
     if (target is None) != (record.kind == "retired"):
         return f"is of kind {record.kind!r} and points at {'a checkpoint' if target else 'nothing'}"
     if (record.restores is None) != (record.kind != "rolled back"):

@@ -47,7 +47,7 @@ def damaged_in_trash(store: Store, run: str, listing: RunListing) -> list[Damage
         try:
             record = trash.read_trashed(store, run, name)
             if record is not None:
-                record.decoded()
+                trash.trashed_manifest(store, run, name, record)
         except (CorruptError, FormatError) as error:
             damaged.append(Damaged(name, error))
     return damaged

@@ -247,7 +247,7 @@ def undo(run: Run, names: Sequence[str], *, clock: Clock = utc_now) -> list[Mani
         for checkpoint, entry in entries.items():
             name, by = entry.manifest.name, present_user()
             journal.record([Changing(at=clock(), checkpoint=checkpoint, name=name, by=by)])
-            removal.restore_from_trash(run.store, run.name, entry.record)
+            removal.restore_from_trash(run.store, entry)
             journal.append(Undone(at=clock(), checkpoint=checkpoint, name=name, parts=(), by=by))
             journal.append(Pinned(at=clock(), checkpoint=checkpoint, why="brought back with undo", by=by))
         return [entry.manifest for entry in entries.values()]

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 
+from peakpoint.errors import CorruptError
 from peakpoint.format import layout
+from peakpoint.format.members import Name, Ordinal, Time
 from peakpoint.format.sealed import decode_record
 from peakpoint.repository.aliases import AliasTarget
 from peakpoint.store import Store
@@ -26,15 +27,15 @@ class ReleaseRecord:
         policy: the text of the policy file.
     """
 
-    id: str
+    id: Name
     alias: str
     outcome: str
-    at: datetime
+    at: Time
     by: str
     candidate: AliasTarget
     former: AliasTarget | None
     validation: str | None
-    record: int | None
+    record: Ordinal | None
     steps: tuple[Mapping[str, str], ...]
     reasons: tuple[str, ...]
     policy: str
@@ -54,4 +55,7 @@ def read_release(store: Store, release: str) -> ReleaseRecord:
         FormatError: a newer release of Peakpoint wrote it.
     """
     key = layout.release_key(release)
-    return decode_record(ReleaseRecord, store.get(key), where=key)
+    record = decode_record(ReleaseRecord, store.get(key), where=key)
+    if record.id != release or not all(target.is_possible for target in (record.candidate, record.former) if target):
+        raise CorruptError(f"{key} is that of another release, or of what cannot be a checkpoint: `$.candidate`")
+    return record

@@ -17,7 +17,7 @@ from peakpoint.format.manifest import Manifest, without_parts
 from peakpoint.format.sealed import FORMAT, seal
 from peakpoint.repository.commit import sweep
 from peakpoint.repository.journal import Journal
-from peakpoint.repository.trash import TrashedCheckpoint
+from peakpoint.repository.trash import TrashEntry
 from peakpoint.rules.retention import Removal
 from peakpoint.store import Store, establish
 
@@ -59,12 +59,11 @@ def move_to_trash(store: Store, manifest: Manifest, *, until: datetime, at: date
     store.delete(key)
 
 
-def restore_from_trash(store: Store, run: str, record: TrashedCheckpoint) -> Manifest:
+def restore_from_trash(store: Store, entry: TrashEntry) -> None:
     """Make a checkpoint exist again; the caller knows that its files are intact."""
-    manifest = record.decoded()
-    establish(store, layout.manifest_key(run, manifest.name), record.manifest.encode())
-    store.delete(layout.trashed_key(run, manifest.name))
-    return manifest
+    manifest = entry.manifest
+    establish(store, layout.manifest_key(manifest.run, manifest.name), entry.record.manifest.encode())
+    store.delete(layout.trashed_key(manifest.run, manifest.name))
 
 
 def drop_parts(store: Store, manifest: Manifest, parts: Sequence[str], *, at: datetime, why: str, by: str) -> Manifest:

@@ -3,11 +3,11 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
-from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, NotFoundError, PeakpointWarning
 from peakpoint.format import layout
 from peakpoint.format.events import (
     Closed,
@@ -24,6 +24,7 @@ from peakpoint.format.events import (
     Withdrawn,
 )
 from peakpoint.format.manifest import Checkpoint, Manifest
+from peakpoint.format.members import Name, Time
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import check_text, did_you_mean, no_part
 from peakpoint.format.sealed import decode_record
@@ -35,6 +36,7 @@ from peakpoint.repository.annotations import all_with_annotations, annotations_o
 from peakpoint.repository.lost import damaged_checkpoints
 from peakpoint.repository.provenance import present_user, utc_now
 from peakpoint.repository.reader import Damaged
+from peakpoint.repository.run_names import is_name_of
 from peakpoint.rules import Claim, Mode, Rule, parse
 from peakpoint.rules import history as histories
 from peakpoint.rules.history import newest_event
@@ -367,4 +369,20 @@ def read_run_record(store: Store, run: str) -> dict[str, Any]:
         NotFoundError: the run does not exist.
     """
     key = layout.run_record(run)
-    return decode_record(dict, store.get(key, max_size=SMALL), where=f"{store.location}/{key}")
+    data, where = store.get(key, max_size=SMALL), f"{store.location}/{key}"
+    record = decode_record(RunRecord, data, where=where)
+    if not is_name_of(store, run, record.run):
+        raise CorruptError(f"{where} is that of the run {record.run}: its directory was renamed or copied")
+    return decode_record(dict, data, where=where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What ``run.json`` has at least."""
+
+    run: Name
+    created_at: Time
+    by: Mapping[str, str]
+    rules: tuple[str, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()

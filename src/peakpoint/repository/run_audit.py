@@ -128,10 +128,13 @@ def _checkpoints(
     listing = reader.list_run(store, run)
     damaged = lost.damaged_checkpoints(store, run, listing)
     links = store.foreign(layout.checkpoints_prefix(run))
+    names = {manifest.name for manifest in listing.manifests}
     for damage in damaged:
-        yield AuditFinding("damage", layout.checkpoint_prefix(run, damage.name), str(damage.error))
-        if damage.name not in links:
-            yield from foreign_objects(store, layout.checkpoint_prefix(run, damage.name))
+        prefix = layout.checkpoint_prefix(run, damage.name)
+        # of a name that another checkpoint has now, only the journal tells
+        yield AuditFinding("damage", layout.journal_prefix(run) if damage.name in names else prefix, str(damage.error))
+        if damage.name not in links and damage.name not in names:
+            yield from foreign_objects(store, prefix)
     for name in _unfinished(listing, damaged):
         yield from foreign_objects(store, layout.checkpoint_prefix(run, name))
         yield from _without_manifest(store, run, name, now)
@@ -248,7 +251,7 @@ def _without_manifest(store: Store, run: str, name: str, now: datetime) -> Itera
     try:
         record = trash.read_trashed(store, run, name)
         if record is not None and record.until > now:
-            record.decoded()
+            trash.trashed_manifest(store, run, name, record)
             return
     except (CorruptError, FormatError) as error:
         yield AuditFinding("damage", prefix, f"in the trash, and cannot be restored: {error}")

@@ -5,6 +5,7 @@ from datetime import datetime
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
+from peakpoint.format.members import Name, Time
 from peakpoint.format.sealed import decode_record, encode_record
 from peakpoint.store import SMALL, Store
 
@@ -19,8 +20,8 @@ class RunNames:
         by: who gave it.
     """
 
-    names: tuple[str, ...]
-    at: datetime
+    names: tuple[Name, ...]
+    at: Time
     by: str
 
 

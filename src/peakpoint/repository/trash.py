@@ -17,8 +17,10 @@ from datetime import datetime
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import Manifest, decode_manifest, without_parts
+from peakpoint.format.manifest import MANIFEST, Manifest, decode_manifest, without_parts
+from peakpoint.format.members import Name, Time
 from peakpoint.format.sealed import decode_record
+from peakpoint.repository.run_names import is_name_of
 from peakpoint.store import Store
 
 
@@ -32,10 +34,10 @@ class RemovalRecord:
         until: the files stay until then, and can be restored; None when they were deleted at once.
     """
 
-    at: datetime
+    at: Time
     why: str
     by: str
-    until: datetime | None = None
+    until: Time | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +49,7 @@ class TrashedCheckpoint(RemovalRecord):
     """
 
     manifest: str
-    until: datetime
-
-    def decoded(self) -> Manifest:
-        """Decode the manifest.
-
-        Raises:
-            CorruptError: it is damaged.
-            FormatError: a newer release wrote it.
-        """
-        return decode_manifest(self.manifest.encode())
+    until: Time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +62,7 @@ class DroppedParts(RemovalRecord):
     """
 
     parts: tuple[str, ...]
-    files: tuple[str, ...]
+    files: tuple[Name, ...]
     key: str = ""
 
 
@@ -100,6 +93,20 @@ def read_trashed(store: Store, run: str, name: str) -> TrashedCheckpoint | None:
         return None
 
 
+def trashed_manifest(store: Store, run: str, name: str, record: TrashedCheckpoint) -> Manifest:
+    """Decode the manifest in the record of a checkpoint in the trash.
+
+    Raises:
+        CorruptError: it is damaged, or that of another directory.
+        FormatError: a newer release wrote it.
+    """
+    manifest = decode_manifest(record.manifest.encode())
+    if manifest.name != name or not is_name_of(store, run, manifest.run):
+        where = layout.trashed_key(run, name)
+        raise CorruptError(f"{where} was moved: it is that of {manifest.run}/{manifest.name}")
+    return manifest if manifest.run == run else replace(manifest, run=run)
+
+
 def contents(store: Store, run: str) -> list[TrashEntry]:
     """Return the trash of a run, the first to be deleted first; damaged records are left out (audit names them)."""
     entries = []
@@ -110,7 +117,7 @@ def contents(store: Store, run: str) -> list[TrashEntry]:
         try:
             record = read_trashed(store, run, name)
             if record is not None:
-                manifest = replace(record.decoded(), run=run)  # which had another name, maybe
+                manifest = trashed_manifest(store, run, name, record)
                 manifest = without_dropped(manifest, list(dropped_parts(store, run, name)))
                 entries.append(TrashEntry(manifest, record))
         except (CorruptError, FormatError):
@@ -129,6 +136,8 @@ def dropped_parts(store: Store, run: str, name: str) -> Iterator[DroppedParts]:
     for child in store.children(prefix):
         if layout.is_dropped(child):
             record = decode_record(DroppedParts, store.get(f"{prefix}/{child}"), where=child)
+            if any(file == MANIFEST or layout.is_record(file) for file in record.files):
+                raise CorruptError(f"{child} names a record of Peakpoint - at `$.files`; restore it from a backup")
             yield replace(record, key=f"{prefix}/{child}")
 
 

@@ -10,13 +10,14 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Literal
 
 import msgspec
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format import layout
+from peakpoint.format.members import Count, Name, Time
 from peakpoint.format.sealed import decode_record, digest, encode_record
 from peakpoint.repository.run_names import is_name_of
 from peakpoint.store import LARGE, Store, create_numbered, establish
@@ -112,20 +113,20 @@ class Validation:
         digest: of this record's bytes; not part of them.
     """
 
-    run: str
-    checkpoint: str
-    name: str
-    number: int
+    run: Name
+    checkpoint: Name
+    name: Name
+    number: Count
     manifest: str
     parts: tuple[str, ...]
-    at: datetime
+    at: Time
     by: str
     wanted: ValidationSpec
     findings: tuple[Finding, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
     against: str | None = None
     alias: str | None = None
-    predictions: str | None = None
+    predictions: Name | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     digest: str = field(default="", compare=False)
 
@@ -333,7 +334,7 @@ def keep_predictions(store: Store, run: str, checkpoint: str, predictions: Predi
 class PredictionsRecord:
     """Predictions at rest, in base64; ``of`` names the examples."""
 
-    examples: int
+    examples: Count
     predicted: str
     labels: str
     of: str | None = None

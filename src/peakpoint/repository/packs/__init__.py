@@ -15,11 +15,11 @@ and write it, and ``codec`` compresses.
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 
 from peakpoint.errors import ConflictError, CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.members import Count, Name, Time
 from peakpoint.format.sealed import decode_record, encode_record
 from peakpoint.store import Store, establish
 
@@ -33,8 +33,8 @@ class RunArchive:
         by: who decided.
     """
 
-    packed_bytes: Mapping[str, int]
-    at: datetime
+    packed_bytes: Mapping[Name, Count]
+    at: Time
     by: str
 
 

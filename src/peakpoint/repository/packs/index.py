@@ -8,6 +8,7 @@ from typing import NamedTuple
 from peakpoint.errors import CorruptError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, Manifest
+from peakpoint.format.members import Count, Name
 from peakpoint.format.sealed import decode_record, encode_record
 from peakpoint.store import RECORD, Store
 
@@ -27,12 +28,12 @@ class PackedRange(NamedTuple):
         length: bytes in the pack.
     """
 
-    begin: int
-    end: int
+    begin: Count
+    end: Count
     dtype: str
     method: str
-    offset: int
-    length: int
+    offset: Count
+    length: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ class PackIndex:
         depth: how many packs have to be read one after the other, at most.
     """
 
-    checkpoint: str
-    bases: tuple[str, ...]
-    depth: int
+    checkpoint: Name
+    bases: tuple[Name, ...]
+    depth: Count
     files: tuple[PackedFile, ...]
 
 
