@@ -94,7 +94,7 @@ def load(
             return loaded[check_part_of(manifest, part)]
         finally:
             loaded.close()
-    live = dict(into) if isinstance(into, Mapping) else {part or "model": into}
+    live = dict(into) if isinstance(into, Mapping) else {"model" if part is None else part: into}
     for name in live:
         check_part_of(manifest, name)
     saved = read_state(store, manifest, list(live), verify=verify)
