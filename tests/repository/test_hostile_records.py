@@ -314,3 +314,11 @@ def test_one_bad_record_hides_no_other(root, pattern, shift):
         assert {one.kind for one in result.findings} <= {"damage", "litter", "foreign"}, (path, label)
     file.write_bytes(intact)
     assert audit.audit(pp.open(root)).checkpoints == checkpoints
+
+
+def test_rules_that_no_release_knows_hide_no_other_run(root):
+    segment = root / "runs/r/journal/000001.jsonl"
+    first, _, others = segment.read_bytes().partition(b"\n")
+    segment.write_bytes(sealed(unseal(first + b"\n", where="here") | {"rules": ["no:such"]}) + others)
+    report = evaluation.evaluate(pp.open(root))
+    assert ([run.name for run in report.runs], list(report.unread)) == (["packed"], ["r"])

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TypeVar
 
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, Error, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint, Manifest
 from peakpoint.format.names import did_you_mean, listing
@@ -69,7 +69,7 @@ class Repository:
                 values[run.name] = read(run)
             except NotFoundError:
                 continue  # removed meanwhile
-            except (CorruptError, FormatError, StoreError) as error:
+            except Error as error:  # whatever its records say, such as rules of a newer release
                 errors[run.name] = str(error)
         return values, errors
 
