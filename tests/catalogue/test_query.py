@@ -418,7 +418,7 @@ def test_within_one_standard_error_the_smallest_is_chosen(tmp_path):
     assert [one.sequence for one in low] == [2, 3, 4]
     assert "one standard error (0.003) of the best (0.9)" in chosen.why().clauses[-1].text
     for wrong, by, words in [
-        (WithinSE(n_eval=10), {"pct": "max"}, "say percent"),
+        (WithinSE(n_eval=10), {"pct": "max"}, "for an accuracy in percent, add --percent"),
         (WithinSE(n_eval=10), {}, "rank by a metric first"),
         (WithinSE(n_eval=10), {"size": "min"}, "rank by a metric first"),
         (WithinSE(n_eval="sparsity"), {"acc": "max"}, "no usable number of examples in 'sparsity': 0.1"),

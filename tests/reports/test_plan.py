@@ -566,7 +566,7 @@ def test_the_page_has_the_figures_of_the_presets():
         ([], "name one thing to plan"),
         (["runs"], "name one thing to plan"),
         ([*PLAN, "--preset", "gpt-2"], "name one thing to plan"),
-        (["--params", "abc"], "--params='abc' is not a number"),
+        (["--params", "abc"], "--params abc is not a number"),
         (["--params", "10M", "--epochs", "3", "--rules", "last:1"], "what the optimizer holds"),
         (PLAN, "needs --epochs and --rules"),
         (["--preset", "lenet5"], "there is no preset 'lenet5'; did you mean 'lenet-5'"),
