@@ -85,7 +85,7 @@ def test_tables_fit_the_terminal(tmp_path, width):
     for arguments in (["ls", tmp_path, "other"], ["keep", tmp_path, "other", "--rules", "last:2"]):
         lines = on_terminal(width, *arguments)
         assert max(map(len, lines)) <= width
-        begins = [number for number, line in enumerate(lines) if line.startswith("other_epoch")]
+        begins = [number for number, line in enumerate(lines) if line.startswith("epoch")]
         assert [lines[number].split()[0] for number in begins] == names
         assert max(after - before for before, after in itertools.pairwise(begins)) <= 6
     title, *rows = on_terminal(width, "select", tmp_path)

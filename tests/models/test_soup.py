@@ -819,7 +819,7 @@ def test_the_command_makes_a_soup(trained):
         (["--with", "{}:__name__"], "cannot be called"),
         (["--with", "{}:fails", "--model", "{}:build"], "raised KeyError: 'key' ("),
         (["--with", "{}:score"], "without --model it is given the state"),
-        (["--metric", "acc"], "say --metric acc:max or --metric acc:min"),
+        (["--with", "{}:score", "--model", "{}:build", "--metric", "acc"], "say --metric acc:max or --metric acc:min"),
         (["--kind", "greedy"], "--with at the command line"),
         (["--run", "r"], "give another name with --run"),
         (["--device", "abacus", "--model", "{}:build"], "device"),

@@ -56,6 +56,10 @@ def read_release(store: Store, release: str) -> ReleaseRecord:
     """
     key = layout.release_key(release)
     record = decode_record(ReleaseRecord, store.get(key), where=key)
-    if record.id != release or not all(target.is_possible for target in (record.candidate, record.former) if target):
-        raise CorruptError(f"{key} is that of another release, or of what cannot be a checkpoint: `$.candidate`")
+    if record.id != release:
+        raise CorruptError(f"{key} is the record of another release: `$.id` is {record.id!r}")
+    for member in ("candidate", "former"):
+        target = getattr(record, member)
+        if target is not None and not target.is_possible:
+            raise CorruptError(f"{key} names what cannot be a checkpoint: `$.{member}`")
     return record
