@@ -92,7 +92,7 @@ def test_a_validation_that_was_compared_with_another_champion_is_stale(tmp_path)
 
 def test_a_validation_by_other_checks_than_the_policy_names_does_not_count(tmp_path):
     found = repository(tmp_path)
-    asked = ValidationPolicy(evaluate="checks:evaluate", budgets={"latency_ms": 20})
+    asked = ValidationPolicy(evaluate="checks:evaluate", budgets={"parameters": 20})
     policy = Policy(alias="champion", validation=asked)
     validated(found, "r:1")
     (said,) = objections(found, policy=policy)

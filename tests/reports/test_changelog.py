@@ -476,7 +476,7 @@ def story(tmp_path):
 
 def test_the_story_has_every_kind(story):
     kinds = {one.kind for one in story.entries()}
-    assert kinds == {*changelog.KINDS} - {"imported", "validated", "damage"}
+    assert kinds == {*changelog.KINDS} - {"imported", "validated", "damage", "withdrawn"}
 
 
 def test_the_story_in_markdown(story):
