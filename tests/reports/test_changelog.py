@@ -49,7 +49,7 @@ from peakpoint.repository.root import ensure_repository, ensure_run
 from peakpoint.rules import Moment, claims
 from peakpoint.rules.history import newest_event
 from peakpoint.store import LocalStore
-from strategies import START, identity, one_rule, text_tuples, texts, times, trees, values
+from strategies import START, identity, names, one_rule, text_tuples, texts, times, trees, values
 from training import checkpointer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -558,9 +558,9 @@ def test_a_damaged_line_costs_itself_and_is_told(tmp_path_factory, data):
     assert damage == hand.entries(since=at(1000))  # nobody knows when it came
 
 
-ids = st.sampled_from([identity(1), identity(2), identity(3), "", "x" * 16])
+ids = st.sampled_from([identity(1), identity(2), identity(3), "x", "x" * 16])
 of_one = {"at": times, "checkpoint": ids}
-named = {**of_one, "name": texts | st.just("x")}
+named = {**of_one, "name": names | st.just("x")}
 by_one = {**named, "by": texts}
 wholes = st.integers(0, 5) | st.integers(0, 2**62)
 rule_texts = st.lists(one_rule.map(lambda rule: rule.text) | st.sampled_from(RULES) | texts, max_size=3).map(tuple)

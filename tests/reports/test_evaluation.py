@@ -579,7 +579,7 @@ def test_latency_is_what_was_recorded_and_nothing_else(pruned, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"runs": ["rr"]}, "runs: r"),
+        ({"runs": ["rr"]}, "no run 'rr'; did you mean 'r'"),
         ({"metrics": {"ac": "max"}}, "did you mean 'acc'"),
         ({"n_eval": {"ac": 5}}, "did you mean 'acc'"),
         ({"compare": [("r", "q")]}, "no run 'q'"),
