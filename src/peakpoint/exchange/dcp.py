@@ -1,23 +1,25 @@
 """Folders of ``torch.distributed.checkpoint``, read in one process.
 
 torch's own reader unpickles the metadata, and everything but tensors, without restriction. Here every class that the
-metadata may name is a bag of attributes, and every item goes through ``pickles.load``.
+metadata may name is a bag of attributes, and every item goes through ``pickles.load``. Python's unpickler is not safe
+for the metadata whatever its ``find_class`` allows: a ``BUILD`` sets attributes of the class itself, for the process.
 
 Source: PyTorch, ``torch/distributed/checkpoint/{metadata,filesystem}.py``.
 """
 
-import io
-import pickle
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.exchange import pickles
 from peakpoint.exchange.constructors import PATHS
+from peakpoint.exchange.pickle_builder import PickleBuilder, StandIn, Unbuilt
 
+DCP_METADATA, _PIECES = ".metadata", ".distcp"
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORD_NAMES = frozenset(
     f"{_METADATA}.{name}"
@@ -35,7 +37,7 @@ _RECORD_NAMES = frozenset(
 _DTYPES = {str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
 
-class _MetadataRecord:
+class _MetadataRecord(StandIn):
     """A record of the metadata, as attributes."""
 
     def __init__(self, *_: Any) -> None:
@@ -48,27 +50,34 @@ class _MetadataRecord:
             self.properties = state
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+_RECORDS = {name: type(name.rpartition(".")[2], (_MetadataRecord,), {}) for name in _RECORD_NAMES}
+
+
+class _MetadataBuilder(PickleBuilder):
     """Builds records, shapes, dtypes and paths only."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._kinds = {name: type(name.rpartition(".")[2], (_MetadataRecord,), {}) for name in _RECORD_NAMES}
+    def __init__(self) -> None:
+        super().__init__({**_RECORDS, "torch.Size": torch.Size, **PATHS}, _DTYPES, _refuse_storage)
 
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full == "torch.Size":
-            return torch.Size
-        kind = self._kinds.get(full) or _DTYPES.get(full) or PATHS.get(full)
-        if kind is None:
+    def named(self, name: str) -> Any:
+        value = super().named(name)
+        if isinstance(value, Unbuilt):
             raise FormatError(
-                f".metadata was not loaded: it names {full}, which does not belong there; if you trust the folder, "
+                f".metadata was not loaded: it names {name}, which does not belong there; if you trust the folder, "
                 "load it with torch and save the checkpoint again"
             )
-        return kind
+        return value
 
-    def persistent_load(self, pid: Any) -> Any:
-        raise FormatError(f".metadata refers to something outside of it: {pid!r}")
+
+def _refuse_storage(description: tuple[Any, ...]) -> Any:
+    raise FormatError(f".metadata refers to something outside of it: {description!r}")
+
+
+def dcp_files(folder: Path) -> list[Path]:
+    """Return the files of a folder, and what Lightning lays beside them."""
+    children = sorted(folder.iterdir())
+    names = {DCP_METADATA, "meta.pt"}
+    return [child for child in children if child.is_file() and (child.name in names or child.suffix == _PIECES)]
 
 
 def read_folder(folder: Path, *, inert: Collection[str] = ()) -> dict[str, Any]:
@@ -97,13 +106,13 @@ def read_folder(folder: Path, *, inert: Collection[str] = ()) -> dict[str, Any]:
 
 def _metadata(folder: Path) -> Any:
     try:
-        data = (folder / ".metadata").read_bytes()
-        pickles.check_operations(data, f"{folder}/.metadata")  # whose sizes the unpickler believes
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        data = (folder / DCP_METADATA).read_bytes()
+        pickles.check_operations(data, f"{folder}/.metadata")
+        metadata = _MetadataBuilder().load(data)
     except FormatError as error:
         raise FormatError(f"{folder}/{error}") from error
     except pickles.UNREADABLE as error:
-        raise CorruptError(f"{folder}/.metadata is damaged: {error!r}"[:400]) from error
+        raise CorruptError(f"{folder}/.metadata is damaged: its pickle cannot be built: {error}"[:400]) from error
     if type(metadata).__name__ != "Metadata" or not isinstance(getattr(metadata, "storage_data", None), dict):
         raise FormatError(f"{folder}/.metadata is not metadata of torch.distributed.checkpoint's own files")
     return metadata
@@ -112,7 +121,7 @@ def _metadata(folder: Path) -> Any:
 def _item(folder: Path, info: Any, name: str, inert: Collection[str]) -> Any:
     """Read one stored item; its place comes from a file, so it is checked."""
     file = folder / str(info.relative_path)
-    if Path(str(info.relative_path)).name != info.relative_path or not file.is_file():
+    if file not in dcp_files(folder):
         raise CorruptError(f"{folder} lists {info.relative_path!r}, which is not in it")
     if getattr(info, "transform_descriptors", None):
         raise FormatError(f"{folder} holds {name!r} in a transformed form ({info.transform_descriptors})")
@@ -135,15 +144,35 @@ def _tensor(folder: Path, stored: Mapping[tuple[str, Any], Any], name: str, entr
             raise CorruptError(f"{folder} is damaged: a chunk of {name!r} does not have the shape or type it declares")
         covered += values.numel()
         chunks.append((chunk.offsets, values.detach()))
+    boxes = [_box(offsets, values.shape) for offsets, values in chunks]
     if covered != size.numel():
         raise CorruptError(f"{folder} is cut short: it has {covered} of {size.numel()} elements of {name!r}")
+    if not all(0 <= side.start <= side.stop <= length for box in boxes for side, length in zip(box, size, strict=True)):
+        raise CorruptError(f"{folder} is damaged: a chunk of {name!r} is not within its shape")
+    if _overlap(boxes):
+        raise CorruptError(f"{folder} is damaged: chunks of {name!r} overlap")
     if len(chunks) == 1 and chunks[0][1].shape == size:
         return chunks[0][1]
     tensor = torch.empty(size, dtype=dtype)
-    for offsets, values in chunks:
-        box = tuple(slice(begin, begin + length) for begin, length in zip(offsets, values.shape, strict=True))
+    for box, (_, values) in zip(boxes, chunks, strict=True):
         tensor[box] = values
     return tensor
+
+
+def _box(offsets: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(begin, begin + length) for begin, length in zip(offsets, shape, strict=True))
+
+
+def _overlap(boxes: Sequence[tuple[slice, ...]]) -> bool:
+    """Whether two boxes have an element in common."""
+    ordered = sorted(boxes, key=lambda box: [side.start for side in box])
+    for number, box in enumerate(ordered):
+        for other in itertools.islice(ordered, number + 1, None):
+            if box and other[0].start >= box[0].stop:
+                break
+            if all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(box, other, strict=True)):
+                return True
+    return False
 
 
 class _Level(dict[Any, Any]):

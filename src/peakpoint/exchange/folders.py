@@ -18,7 +18,7 @@ import msgspec
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.exchange import pickles
-from peakpoint.exchange.dcp import read_folder
+from peakpoint.exchange.dcp import DCP_METADATA, dcp_files, read_folder
 from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import STEP, as_count, as_number, epoch_of_completed, merged, rows_of
 from peakpoint.exchange.part_names import EXTRA, is_weights, part_name
@@ -27,7 +27,6 @@ from peakpoint.format.manifest import FileRecord
 from peakpoint.state.tensor_files import read_safetensors
 
 SAFETENSORS = ".safetensors"
-DCP_METADATA, DCP_PIECES = ".metadata", ".distcp"
 _INDEX = ".index.json"
 _LARGEST_INDEX = 1 << 26  # bytes: some 500,000 tensors; it is read before anything is inspected
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "pytorch_model_fsdp", "adapter_model")  # best first
@@ -78,13 +77,6 @@ class FolderLayout:
     def trained(self) -> bool:
         """Whether it holds more of a training than weights."""
         return bool(self.states or self.generators or self.deepspeed)
-
-
-def dcp_files(folder: Path) -> list[Path]:
-    """Return the files of a folder of torch.distributed.checkpoint, and what Lightning lays beside them."""
-    children = sorted(folder.iterdir())
-    names = {DCP_METADATA, "meta.pt"}
-    return [child for child in children if child.is_file() and (child.name in names or child.suffix == DCP_PIECES)]
 
 
 # --- finding ------------------------------------------------------------------------------------------------------

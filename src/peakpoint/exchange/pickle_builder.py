@@ -11,7 +11,7 @@ Source: PyTorch, ``torch/_weights_only_unpickler.py``, for the operations that `
 import argparse
 import pickle
 import pickletools
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +60,7 @@ def global_name(data: bytes, place: int) -> str:
 
 
 class PickleBuilder:
-    """Builds the value of one pickle of protocol 2.
+    """Builds the value of one pickle, of protocol 2 as ``torch.save`` writes it, or of 4.
 
     Args:
         constructors: full names to what may be called.
@@ -93,17 +93,25 @@ class PickleBuilder:
             elif name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[name]())
             elif name == "GLOBAL":
-                self._stack.append(self._named(global_name(data, place or 0)))
+                self._stack.append(self.named(global_name(data, place or 0)))
             elif name in _WITH_ARGUMENT:
                 _WITH_ARGUMENT[name](self, argument)
             elif name in _STEPS:
                 _STEPS[name](self)
-            elif name not in {"PROTO", "STOP"}:
-                raise pickle.UnpicklingError(f"torch.save does not use {name}")
+            elif name not in {"PROTO", "FRAME", "STOP"}:
+                raise pickle.UnpicklingError(f"no checkpoint needs {name}")
         return self._stack.pop()
 
-    def _named(self, name: str) -> Any:
+    def named(self, name: str) -> Any:
+        """Return what a name means, which is a record where nothing is allowed under it."""
         return self._constructors.get(name) or self._values.get(name) or Unbuilt(name)
+
+    def named_on_stack(self) -> None:
+        """Replace the texts of a module and a name by what they mean."""
+        name, module = self._stack.pop(), self._stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise pickle.UnpicklingError("a name that is no text")
+        self._stack.append(self.named(f"{module}.{name}"))
 
     def python2_text(self, argument: str) -> None:
         """Push a text of Python 2."""
@@ -116,6 +124,10 @@ class PickleBuilder:
     def put(self, argument: int) -> None:
         """Memorize the last value."""
         self._memo[argument] = self._stack[-1]
+
+    def memoize(self) -> None:
+        """Memorize the last value under the next number."""
+        self.put(len(self._memo))
 
     def mark(self) -> None:
         """Begin the values of a container."""
@@ -180,7 +192,7 @@ class PickleBuilder:
         if isinstance(target, Unbuilt):
             target.values = target.values if isinstance(target.values, dict) else {}
             target = target.values
-        if type(target) not in (dict, OrderedDict, Counter):
+        if type(target) not in (dict, OrderedDict):
             raise pickle.UnpicklingError("entries for something that is no dict")
         target.update(zip(values[::2], values[1::2], strict=True))
 
@@ -192,7 +204,7 @@ class PickleBuilder:
         self._stack.append(self._storage(pid[1:]))
 
 
-_PUSHED = frozenset({"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "LONG1"})
+_PUSHED = frozenset({"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "LONG1"})
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -208,6 +220,8 @@ _WITH_ARGUMENT: dict[str, Callable[[PickleBuilder, Any], None]] = {
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), PickleBuilder.put),
 }
 _STEPS: dict[str, Callable[[PickleBuilder], None]] = {
+    "STACK_GLOBAL": PickleBuilder.named_on_stack,
+    "MEMOIZE": PickleBuilder.memoize,
     "MARK": PickleBuilder.mark,
     "TUPLE": lambda builder: builder.tuple_of(None),
     "TUPLE1": lambda builder: builder.tuple_of(1),

@@ -14,11 +14,9 @@ from blake3 import blake3
 from peakpoint.errors import FormatError, NotFoundError
 from peakpoint.exchange import pickles
 from peakpoint.exchange.counters import FileCounters, read_counters
-from peakpoint.exchange.dcp import read_folder
+from peakpoint.exchange.dcp import DCP_METADATA, dcp_files, read_folder
 from peakpoint.exchange.folders import (
-    DCP_METADATA,
     SAFETENSORS,
-    dcp_files,
     is_folder,
     layout_of,
     read_deepspeed,
