@@ -97,9 +97,20 @@ def _on_cpu(data: torch.Tensor, dtype: torch.dtype, _device: Any, requires_grad:
     return data.to(dtype=dtype).requires_grad_(requires_grad)
 
 
-def _encoded(text: str, encoding: str) -> bytes:
-    """Return bytes, which pickles of protocol 2 hold as text."""
-    if encoding not in ("latin1", "latin-1"):
+def _parameter(data: Any, requires_grad: bool, *_: Any) -> torch.nn.Parameter:  # noqa: FBT001
+    """Return a parameter without the hooks and attributes that a file has for it: they could take a method's place."""
+    if not isinstance(data, torch.Tensor):
+        raise TypeError("a parameter of something that is no tensor")
+    return torch.nn.Parameter(data, requires_grad)
+
+
+def _byte_array(content: Any = b"", encoding: str = "latin-1") -> bytearray:
+    return bytearray(content if isinstance(content, bytes) else _encoded(content, encoding))
+
+
+def _encoded(text: Any, encoding: str) -> bytes:
+    """Return bytes, which pickles of protocol 2 hold as text; the name of another encoding would import its module."""
+    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
         raise pickle.UnpicklingError("bytes in an encoding that pickle does not use")
     return text.encode("latin-1")
 
@@ -116,7 +127,9 @@ PATHS: dict[str, Any] = {
 }
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     **{f"collections.{kind.__name__}": kind for kind in (OrderedDict, Counter)},
-    **{f"builtins.{kind.__name__}": kind for kind in (bytearray, set, frozenset, complex)},
+    **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, complex)},
+    "builtins.bytes": lambda: b"",  # the others are encoded text
+    "builtins.bytearray": _byte_array,
     "_codecs.encode": _encoded,
     "collections.defaultdict": _default_dict,
     "collections.deque": _deque,
@@ -134,11 +147,9 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "torch.nn.parameter.Parameter": torch.nn.Parameter,
     **{
         f"torch._utils.{name}": getattr(torch._utils, name)  # noqa: SLF001 - of which torch.save makes use
-        for name in (
-            *(f"_rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
-            "_rebuild_parameter_with_state",
-        )
+        for name in (f"_rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3"))
     },
+    **{f"torch._utils._rebuild_{kind}": _parameter for kind in ("parameter", "parameter_with_state")},
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _on_cpu,
     "torch.serialization._get_layout": torch.serialization._get_layout,  # noqa: SLF001 - as above
 }
