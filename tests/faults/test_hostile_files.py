@@ -975,7 +975,6 @@ def test_nothing_in_the_package_runs_code_from_files():
     found = {str(path.relative_to(SOURCE)): list(offences(path.read_text())) for path in files}
     # what reads the files of other tools, restricted: tests/exchange/test_imports.py has the files that mean harm
     import_only = {
-        "exchange/dcp.py": ["import pickle"],
         "exchange/constructors.py": ["import pickle"],
         "exchange/pickles.py": ["import pickle"],
         "exchange/pickle_builder.py": ["import pickle"],

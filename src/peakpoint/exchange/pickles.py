@@ -14,7 +14,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,16 @@ def load(source: Path | bytes, *, where: str = "", inert: Collection[str] = ()) 
     with translated("read", Path(where)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch and pickletools, about their own ways
         is_zip = _check_kind(source, where)
-        archive, pickles = _archive(source, where) if is_zip else (None, _legacy_pickles(source, where))
+        storages, pickles = _archive(source, where) if is_zip else (None, _legacy_pickles(source, where))
         check_globals(scan(pickles, where), where, inert)
-        return _build(source, archive, pickles, where, inert)
+        return _build(source, storages, pickles, where, inert)
 
 
-def _build(source: Path | bytes, archive: Any, pickles: list[bytes], where: str, inert: Collection[str]) -> Any:
+def _build(
+    source: Path | bytes, storages: ArchiveStorages | None, pickles: list[bytes], where: str, inert: Collection[str]
+) -> Any:
     try:
-        if archive is not None:
-            storages = ArchiveStorages(archive, source if isinstance(source, Path) else None)
+        if storages is not None:
             value = PickleBuilder(CONSTRUCTORS, VALUES, storages.storage).load(pickles[0])
         else:
             value = _build_legacy(source, pickles)
@@ -148,20 +149,18 @@ def _first(path: Path) -> bytes:
         return file.read(1024)
 
 
-def _archive(source: Path | bytes, where: str) -> tuple[Any, list[bytes]]:
-    """Return the reader of an archive, and the pickle in it."""
+def _archive(source: Path | bytes, where: str) -> tuple[ArchiveStorages, list[bytes]]:
+    """Return the storages of an archive, and the pickle in it."""
     size = source.stat().st_size if isinstance(source, Path) else len(source)
     try:
         with zipfile.ZipFile(source if isinstance(source, Path) else io.BytesIO(source)) as archive:
-            claimed, kind = (
-                sum(info.file_size for info in archive.infolist()),
-                kind_of_archive(where, archive.namelist()),
-            )
+            records, kind = archive.infolist(), kind_of_archive(where, archive.namelist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CorruptError(f"{where} is cut short or damaged: {error}") from error
     if kind is not None:
         raise FormatError(kind)
-    if claimed > size:  # torch.save does not compress
+    claimed = sum(record.file_size for record in records)
+    if claimed > size:
         raise FormatError(f"{where} has {size} bytes and says that {claimed} are in it: torch.save wrote no such file")
     try:
         archive_reader: Any = torch._C.PyTorchFileReader(  # noqa: SLF001 - see above
@@ -174,9 +173,25 @@ def _archive(source: Path | bytes, where: str) -> tuple[Any, list[bytes]]:
             )
         if not archive_reader.has_record("data.pkl"):
             raise FormatError(f"{where} is a zip archive, but torch.save did not write it: it has no data.pkl")
-        return archive_reader, [archive_reader.get_record("data.pkl")]
+        sizes = _record_sizes(records, where)
+        storages = ArchiveStorages(archive_reader, sizes, source if isinstance(source, Path) else None)
+        return storages, [archive_reader.get_record("data.pkl")]
     except (RuntimeError, UnicodeDecodeError) as error:  # of names in it
         raise CorruptError(f"{where} is cut short or damaged: torch cannot read its archive") from error
+
+
+def _record_sizes(records: Sequence[zipfile.ZipInfo], where: str) -> dict[str, int]:
+    """Return the size of each record of an archive by its name.
+
+    Raises:
+        FormatError: they are compressed, or two have one name; ``torch.save`` writes neither.
+    """
+    sizes = {record.filename.partition("/")[2]: record.file_size for record in records}
+    if len(sizes) < len(records):
+        raise FormatError(f"{where} holds two files of one name: torch.save wrote no such file")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise FormatError(f"{where} is a compressed archive: unpack it, and pack it again with zip -0 -r")
+    return sizes
 
 
 def _legacy_pickles(source: Path | bytes, where: str) -> list[bytes]:

@@ -4,6 +4,7 @@ Source: PyTorch, ``_load`` and ``_legacy_load`` in ``torch/serialization.py``.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,8 +16,8 @@ from peakpoint.exchange.constructors import StorageKind
 class ArchiveStorages:
     """Storages of an archive, mapped privately from a file where there is one."""
 
-    def __init__(self, archive: Any, path: Path | None) -> None:
-        self._archive = archive
+    def __init__(self, archive: Any, sizes: Mapping[str, int], path: Path | None) -> None:
+        self._archive, self._sizes = archive, sizes
         self._mapped = None
         if path is not None:
             self._mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
@@ -32,6 +33,8 @@ class ArchiveStorages:
         return self._storages[key]
 
     def _memory(self, name: str, size: int, dtype: torch.dtype) -> Any:
+        if size > self._sizes[name]:
+            raise ValueError("a storage ends after its record")
         if self._mapped is None:
             memory = self._archive.get_storage_from_record(name, size, torch.UntypedStorage).untyped_storage()
         else:
@@ -61,10 +64,14 @@ class LegacyStorages:
             return self._storages[key]
         _, begin, length = view
         memory = self._storages[key].untyped()
+        if not 0 <= begin <= begin + length <= memory.nbytes() // dtype.itemsize:
+            raise ValueError("a view ends after its storage")
         return _typed(memory[begin * dtype.itemsize : (begin + length) * dtype.itemsize], dtype)
 
     def fill(self, stream: BinaryIO, keys: list[str]) -> None:
         """Read the bytes of the storages, in the order of their keys."""
+        if sorted(keys) != sorted(self._storages):
+            raise ValueError("bytes for other storages than those of the tensors")  # which stay as memory was before
         for key in keys:
             storage = self._storages[key]
             memory = storage.untyped()
