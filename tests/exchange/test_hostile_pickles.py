@@ -265,12 +265,8 @@ def repacked(path, names, **options):
 def test_a_compressed_archive_is_refused(tmp_path):
     """Its tensors are mapped, and would be the compressed bytes."""
     path = tmp_path / "x.pth"
-    torch.save({"w": torch.randn(1000)}, path)
-    repacked(path, lambda name: [name], compression=zipfile.ZIP_LZMA)
-    path.write_bytes(bytes(20_000) + path.read_bytes())
-    data = path.read_bytes()
-    assert zipfile.is_zipfile(path)
-    path.write_bytes(b"PK\x03\x04" + data[4:])
+    torch.save({"w": torch.randint(256, (1000,), dtype=torch.uint8)}, path)  # which no compression makes smaller
+    repacked(path, lambda name: [name], compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(pp.errors.FormatError, match="compressed archive"):
         pickles.load(path)
 
