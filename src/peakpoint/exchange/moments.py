@@ -1,5 +1,6 @@
 """The moments of another tool's training in their order, from its checkpoints and its logs. Pure."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -98,9 +99,12 @@ def _drafts(checkpoints: Sequence[ForeignCheckpoint]) -> tuple[list[_Draft], lis
 def _join(drafts: Sequence[_Draft], rows: Sequence[LogRow], join: str) -> tuple[list[str], list[_Draft]]:
     """Put the metrics of rows into their moments; returns notes, and moments of the rows that join none."""
     unjoined = []
+    drafts_at: defaultdict[int | None, list[_Draft]] = defaultdict(list)
+    for draft in drafts:
+        drafts_at[getattr(draft, join)].append(draft)
     for row in rows:
         value = key(row, join)
-        joined = [draft for draft in drafts if value is not None and getattr(draft, join) == value]
+        joined = [] if value is None else drafts_at.get(value, [])
         for draft in joined:
             draft.metrics = {**row.metrics, **draft.metrics}
         if not joined:
