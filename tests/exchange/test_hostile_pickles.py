@@ -1,6 +1,7 @@
-"""Pickles that mean harm: what is allowed in them misleads nobody, and tensors hold their file's bytes only."""
+"""Pickles and folders that mean harm: they mislead nobody, and tensors hold the bytes of their file only."""
 
 import io
+import os
 import pickle
 import pickletools
 import re
@@ -14,7 +15,8 @@ import torch
 
 import peakpoint as pp
 from foreign_files import Call, on_distributed, replace_in_pickle, with_pickle
-from peakpoint.exchange import dcp, pickles
+from peakpoint.exchange import dcp, inspection, pickles, sources
+from peakpoint.exchange.state_dicts import ReadOptions
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 
@@ -284,3 +286,65 @@ def test_names_of_an_archive_are_one_each(tmp_path):
     repacked(path, lambda name: [name, "../../outside", "/etc/outside"] if name.endswith("data/0") else [name])
     assert torch.equal(pickles.load(path)["w"], torch.ones(4))
     assert not list(Path(tmp_path).rglob("outside"))
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+def test_pipes_devices_and_broken_links_are_not_opened(tmp_path):
+    """Who opens a pipe waits for ever; a device has no end."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    torch.save({"model": {"w": torch.ones(1)}}, folder / "honest.pth")
+    os.mkfifo(folder / "pipe.pth")
+    os.mkfifo(folder / "pipe.safetensors")
+    os.mkfifo(folder / ".metadata")
+    (folder / "zero.pth").symlink_to("/dev/zero")
+    (folder / "broken.pth").symlink_to(tmp_path / "nothing")
+    (folder / "circle.pth").symlink_to(folder / "circle.pth")
+    found, others = sources.find(folder)
+    assert [source.path.name for source in found] == ["honest.pth"]
+    names = {"pipe.pth", "pipe.safetensors", ".metadata", "zero.pth", "broken.pth", "circle.pth"}
+    assert {path.name for path in others} == names
+    for name in ("pipe.pth", "zero.pth"):
+        with pytest.raises(pp.errors.FormatError, match=f"{name} is neither a file nor a folder"):
+            sources.find(folder / name)
+        with pytest.raises(pp.errors.FormatError, match=f"{name} is neither a file nor a folder"):
+            pp.import_checkpoints(folder / "honest.pth", tmp_path / "root", run="r", metrics=folder / name)
+    with pytest.raises(pp.errors.FormatError, match=r"pipe\.pth is neither a file nor a folder"):
+        inspection.log_source(folder.rename(tmp_path / "logs"))
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_link_to_a_file_is_the_file(tmp_path):
+    """Caches of Hugging Face consist of links."""
+    torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "blob")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.pth").symlink_to(tmp_path / "blob")
+    [source], _ = sources.find(tmp_path / "folder")
+    assert torch.equal(sources.read(source, ReadOptions()).parts["model"]["w"], torch.ones(1))
+
+
+def test_a_file_that_comes_after_the_inspection_is_not_read(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    torch.save({"w": torch.ones(1)}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text("{}")
+    [source], _ = sources.find(folder)
+    assert sources.read(source, ReadOptions()).parts.keys() == {"model"}
+    with_pickle(folder / "optimizer.pt", b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.")
+    with pytest.raises(pp.errors.CorruptError, match="changed during the import"):
+        sources.read(source, ReadOptions())
+
+
+def test_a_file_in_place_of_another_is_noticed_whatever_its_time_says(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": {"w": torch.ones(1)}}, path)
+    [source], _ = sources.find(path)
+    before, times = source.stamp(), path.stat()
+    torch.save({"model": {"w": torch.zeros(1)}}, path)
+    while path.stat().st_ctime_ns == times.st_ctime_ns:  # its clock has steps of milliseconds
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert source.stamp() != before

@@ -138,7 +138,8 @@ def _preferred(group: Sequence[tuple[re.Match[str], Path]]) -> tuple[Path, ...]:
     shards = [file for match, file in group if match["shard"]]
     for match, file in group:
         if match["index"]:
-            return (file, *(shard for shard in shards if shard.name in _weight_map(file).values()))
+            listed = set(_weight_map(file).values())
+            return (file, *(shard for shard in shards if shard.name in listed))
     return tuple(shards)
 
 
@@ -175,11 +176,8 @@ def _with_folders(layout: FolderLayout, folders: Sequence[Path]) -> FolderLayout
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_layout(folder: Path, options: ReadOptions) -> ForeignCheckpoint:
-    """Read the files of a folder for which ``layout_of`` has a layout."""
-    layout = layout_of(folder)
-    if layout is None:
-        raise CorruptError(f"{folder} was changed during the import")
+def read_layout(folder: Path, layout: FolderLayout, options: ReadOptions) -> ForeignCheckpoint:
+    """Read the files of a folder."""
     parts: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     notes: list[str] = []
@@ -330,9 +328,9 @@ _OF_ENGINE = {  # entries that DeepSpeed adds to those of the training
 }
 
 
-def read_deepspeed(folder: Path, options: ReadOptions) -> ForeignCheckpoint:
+def read_deepspeed(layout: FolderLayout, options: ReadOptions) -> ForeignCheckpoint:
     """Read a folder that DeepSpeed has written."""
-    checkpoint = _deepspeed(_own_files(folder).deepspeed, options, elsewhere=False)
+    checkpoint = _deepspeed(layout.deepspeed, options, elsewhere=False)
     assert checkpoint is not None
     return checkpoint
 

@@ -24,7 +24,7 @@ import torch
 from peakpoint import errors
 from peakpoint.exchange import metric_logs
 from peakpoint.exchange.metric_logs import LogRow, readable
-from peakpoint.exchange.sources import CheckpointSource, read
+from peakpoint.exchange.sources import CheckpointSource, check_regular, read
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, storable
 from peakpoint.production.subprocess_runner import Ends, run_apart
 from peakpoint.state.tensor_files import is_possible
@@ -64,9 +64,15 @@ class Inspected:
 
 
 def log_source(path: Path) -> CheckpointSource:
-    """Return a log, or a folder of TensorBoard, as a source to be inspected."""
-    files = (child for child in path.rglob("*") if child.is_file()) if path.is_dir() else (path,)
-    return CheckpointSource(path=path, kind=_LOG, files=tuple(file for file in files if file.exists()))
+    """Return a log, or a folder of TensorBoard, as a source to be inspected.
+
+    Raises:
+        FormatError: it is a pipe or a device.
+    """
+    children = (path, *(path.rglob("*") if path.is_dir() else ()))
+    for child in children:
+        check_regular(child)
+    return CheckpointSource(path=path, kind=_LOG, files=tuple(child for child in children if child.is_file()))
 
 
 def inspect(sources: Sequence[CheckpointSource], options: ReadOptions, *, all_of_them: bool) -> list[Inspected]:

@@ -85,7 +85,7 @@ class SourceSummary:
     """A source that has been read once; its tensors are not kept in memory."""
 
     source: CheckpointSource
-    stamp: tuple[tuple[int, int], ...]
+    stamp: tuple[tuple[int, int, int], ...]
     digest: str
     checkpoint: ForeignCheckpoint  # its parts are emptied
 
@@ -318,7 +318,7 @@ class Intake:
         path, tool, digest = summary.source.path, summary.checkpoint.tool, summary.digest
         origin = {PATH: str(path.absolute()), DIGEST: digest}
         origin |= {COUNTED: "no file tells it"} if moment.counted else {}
-        at = datetime.fromtimestamp(max(time for _, time in summary.stamp) / 1e9, UTC)
+        at = datetime.fromtimestamp(max(time for _, time, _ in summary.stamp) / 1e9, UTC)
         by = {**written_by(trains=False), **origin}
         draft = draft_manifest(self.run, self._sequence + 1, position, moment.metrics, at, by)
         reason = f"imported from {path.name} ({tool}, BLAKE3 {digest[:_DIGEST_DIGITS]})"

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from peakpoint.errors import FormatError, NotFoundError
+from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.exchange import pickles
 from peakpoint.exchange.counters import FileCounters, read_counters
 from peakpoint.exchange.dcp import DCP_METADATA, dcp_files, read_folder
@@ -51,9 +51,13 @@ class CheckpointSource:
         """The bytes of its files."""
         return sum(file.stat().st_size for file in self.files)
 
-    def stamp(self) -> tuple[tuple[int, int], ...]:
-        """Return sizes and times of its files: they change when somebody writes to them."""
-        return tuple((state.st_size, state.st_mtime_ns) for state in (file.stat() for file in self.files))
+    def stamp(self) -> tuple[tuple[int, int, int], ...]:
+        """Return sizes and times of its files: they change when somebody writes to them.
+
+        The last of the times is of the file system's own: a copy in place of a file may have the same other one.
+        """
+        states = [file.stat() for file in self.files]
+        return tuple((state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states)
 
     def digest(self) -> str:
         """Return BLAKE3 of its bytes; for a folder, of the names and digests of its files."""
@@ -80,6 +84,7 @@ def find(path: Path) -> tuple[list[CheckpointSource], list[Path]]:
     """
     if not path.exists():
         raise NotFoundError(f"cannot import {path}: it does not exist")
+    check_regular(path)
     of_peakpoint = kind_of_peakpoint(path)
     if of_peakpoint is not None:
         raise FormatError(of_peakpoint)
@@ -97,14 +102,25 @@ def find(path: Path) -> tuple[list[CheckpointSource], list[Path]]:
     return sources, [entry for entry in entries if isinstance(entry, Path)]
 
 
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device: it may be without an end, and what is inspected is read again.
+
+    Raises:
+        FormatError: it is one of these.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FormatError(f"{path} is neither a file nor a folder: write its contents to a file, and give that")
+
+
 def _below(path: Path) -> Iterator[CheckpointSource | Path]:
     """Yield the checkpoints in a folder, and the paths of everything else; files before folders."""
     source = _folder(path)
     if source is not None:
         yield source
     used = set() if source is None else set(source.files)
+    folders_of_used = {folder for file in used for folder in file.parents}
     for child in sorted(path.iterdir(), key=lambda child: (child.is_dir(), child)):
-        if any(child in file.parents for file in used):
+        if child in folders_of_used:
             yield from (file for file in sorted(child.rglob("*")) if file.is_file() and file not in used)
         elif child.is_dir():
             closed = child.name.startswith(".") or not is_folder(child) or kind_of_peakpoint(child) is not None
@@ -114,8 +130,8 @@ def _below(path: Path) -> Iterator[CheckpointSource | Path]:
 
 
 def _file(path: Path) -> CheckpointSource | Path:
-    """Return a file as a checkpoint, or its path when its name is not that of one."""
-    kind = _KINDS.get(path.suffix.lower())
+    """Return a file as a checkpoint, or its path when its name is not that of one, or it is a pipe or a broken link."""
+    kind = _KINDS.get(path.suffix.lower()) if path.is_file() else None
     return path if kind is None or is_of_rank(path) else CheckpointSource(path=path, kind=kind, files=(path,))
 
 
@@ -214,9 +230,12 @@ def _dcp(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
 
 
 def _layout(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
+    layout = layout_of(source.path)
+    if layout is None or layout.files != source.files:
+        raise CorruptError(f"{source.path} was changed during the import; import again when nothing writes to it")
     if source.kind == "deepspeed":
-        return read_deepspeed(source.path, options)
-    checkpoint = read_layout(source.path, options)
+        return read_deepspeed(layout, options)
+    checkpoint = read_layout(source.path, layout, options)
     keys = {"epoch_key": options.epoch_key, "step_key": options.step_key}
     counters = read_counters(checkpoint.extra, str(source.path), **keys) if any(keys.values()) else FileCounters()
     if options.epoch_key:
