@@ -9,6 +9,7 @@ import pytest
 import peakpoint as pp
 from dying import Killed, Ops
 from peakpoint.catalogue import Catalogue
+from peakpoint.errors import ConfigError
 from peakpoint.repository import maintenance, validations
 from peakpoint.repository.audit import audit, clean
 from peakpoint.repository.whole_run import remove_run, rename_run
@@ -230,6 +231,20 @@ def test_a_renamed_run_is_trained_on_archived_and_renamed_again(tmp_path):
     assert damage(tmp_path) == []
     assert remove_run(back) == []
     assert damage(tmp_path) == []
+
+
+def test_a_training_under_a_former_name_does_not_begin_from_nothing(tmp_path):
+    rename_run(rename_run(trained(tmp_path, "a"), "b"), "c")
+    for former in "ab":
+        for resume in ("auto", "must", "c@latest"):
+            with pytest.raises(ConfigError, match=f"run '{former}' in .* is called 'c' now: write run='c' to continue"):
+                trained(tmp_path, former, resume=resume)
+    assert [run.name for run in pp.open(tmp_path).runs()] == ["c"]
+    trained(tmp_path, "a", resume="never")
+    with checkpointer(tmp_path, run="a", keep=[pp.Last(9)]) as ckpt:
+        assert ckpt.resume().step == 3, "the name is that of another run now"
+    assert remove_run(pp.open(tmp_path).run("c")) == []
+    assert trained(tmp_path, "b").latest().sequence == 3, "the name is free again"
 
 
 def test_a_signature_holds_under_another_name(tmp_path):

@@ -14,7 +14,7 @@ from peakpoint.format.sealed import FORMAT, decode_record, seal
 from peakpoint.format.settings import Settings
 from peakpoint.repository import aliases, reader, refs, remains
 from peakpoint.repository.run import Run
-from peakpoint.repository.run_names import had_name
+from peakpoint.repository.run_names import present_name
 from peakpoint.rules import Rule
 from peakpoint.store import SMALL, LocalStore, Store, establish, open_store
 
@@ -81,11 +81,9 @@ class Repository:
         """
         names = self._names()
         if name not in names:
-            for present in names:
-                if had_name(self.store, present, name):
-                    raise NotFoundError(
-                        f"{self.store.location} has no run {name!r} any more: it is called {present!r} now"
-                    )
+            present = present_name(self.store, name, names)
+            if present is not None:
+                raise NotFoundError(f"{self.store.location} has no run {name!r} any more: it is called {present!r} now")
             hint = did_you_mean(name, names) or f"; runs: {listing(names, 10) or 'none'}"
             raise NotFoundError(f"{self.store.location} has no run {name!r}{hint}")
         return Run(self.store, name)
@@ -233,6 +231,22 @@ def check_capitals(store: Store, run: str, parts: Iterable[str] = ()) -> None:
                     f"{store.location} does not tell capital letters apart, so the {kind} {same!r} and {name!r} would "
                     "overwrite each other; rename one of them"
                 )
+
+
+def check_not_renamed(store: Store, run: str) -> None:
+    """Refuse to continue a run under a former name of it, which would begin another from nothing.
+
+    Raises:
+        ConfigError: says what it is called now.
+    """
+    if store.size(layout.run_record(run)) is not None:
+        return
+    present = present_name(store, run, [child.rstrip("/") for child in store.children(layout.RUNS)])
+    if present is not None:
+        raise ConfigError(
+            f"run {run!r} in {store.location} is called {present!r} now: write run={present!r} to continue it, or "
+            'resume="never" to begin another run of the former name'
+        )
 
 
 def _create_once(store: Store, key: str, record: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Former names of a run, which its manifests and validations go on saying: these never change."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -39,12 +40,15 @@ def former_names(store: Store, run: str) -> tuple[str, ...]:
         return ()
 
 
-def had_name(store: Store, run: str, name: str) -> bool:
-    """Whether a run is known to have had a name; False where that cannot be read."""
-    try:
-        return name in former_names(store, run)
-    except (CorruptError, FormatError, StoreError):
-        return False
+def present_name(store: Store, name: str, runs: Iterable[str]) -> str | None:
+    """Return which of some runs is known to have had a name; runs of which that cannot be read are passed over."""
+    for run in runs:
+        try:
+            if run != name and name in former_names(store, run):
+                return run
+        except (CorruptError, FormatError, StoreError):
+            continue  # audit names it
+    return None
 
 
 def is_name_of(store: Store, run: str, name: str) -> bool:

@@ -18,6 +18,7 @@ from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import read_metrics
 from peakpoint.format.names import DEFAULT_TEMPLATE
 from peakpoint.repository.provenance import Clock, utc_now
+from peakpoint.repository.root import check_not_renamed
 from peakpoint.rules import Rule
 from peakpoint.rules.stopping import EarlyStopping, StoppingState
 from peakpoint.state import rng
@@ -133,6 +134,8 @@ class Checkpointer(Closing):
             settings=read_settings(config, tags),
         )
         store = open_store(root)
+        if self._resume != "never":
+            check_not_renamed(store, self.run)
         self._writer = RunWriter(store, self.run, self.state, self.rules, options, self._clock, self._announce)
         try:
             self._signals = SignalWatch(preempt)
