@@ -507,9 +507,9 @@ def test_texts_that_are_no_rules(text):
 
 
 def test_the_direction_is_required_and_never_guessed():
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="'mode'; write Best"):
         Best("m")
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="'mode'; write TopK"):
         TopK("m", k=3)
     for wrong in ("Max", "", "up", None, True, ["max"], {}, 1):
         with pytest.raises(ConfigError, match="mode must be"):
@@ -552,7 +552,7 @@ def test_every_takes_exactly_one_interval():
     for wrong in ({}, {"epochs": 1, "steps": 1}, {"epochs": 1, "minutes": 1.0}, {"keep": 3}):
         with pytest.raises(ConfigError, match="exactly one"):
             Every(**wrong)
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match=r"write Every\(epochs=10\)"):
         Every(10)
 
 

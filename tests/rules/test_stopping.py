@@ -107,7 +107,7 @@ def test_values_that_are_not_finite_are_waited_through_and_never_the_best(bad, m
 
 
 def test_arguments_are_checked():
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="'mode'; write EarlyStopping"):
         EarlyStopping("loss")
     for mode in ("Min", None, "", ["min"]):
         with pytest.raises(ConfigError, match="mode must be"):

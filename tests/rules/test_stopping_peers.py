@@ -222,7 +222,7 @@ def test_keras_guesses_the_direction_from_the_name(keras):
     callback.on_epoch_end(0, {"val_loss": 1.0})
     callback.on_epoch_end(1, {"val_loss": 2.0})
     assert callback.model.stop_training
-    with pytest.raises(TypeError, match="mode"):
+    with pytest.raises(ConfigError, match="mode"):
         EarlyStopping("val_loss")
 
 

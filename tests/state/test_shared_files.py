@@ -83,10 +83,12 @@ def test_a_backbone_is_written_once_and_every_directory_is_whole(tmp_path):
         loaded = pp.load(f"r/{one.name}", root=tmp_path)
         assert same(dict(loaded["model"]), weights)
         assert loaded.tensor("model", "backbone.0.weight").shape == (400, 400)
-    # removing all but one leaves it whole
-    for one in [*found[:4], *found[5:]]:
+    # removing all but one leaves it whole; audit names what went without a record
+    gone = [*found[:4], *found[5:]]
+    for one in gone:
         shutil.rmtree(one.path)
-    assert audit(pp.open(tmp_path), deep=True).clean
+    damaged = [finding.where for finding in audit(pp.open(tmp_path), deep=True).findings]
+    assert sorted(damaged) == sorted(f"runs/r/checkpoints/{one.name}" for one in gone)
     assert same(dict(pp.load(f"r/{found[4].name}", root=tmp_path)["model"]), expected[4])
     other, others = parts()
     with checkpointer(tmp_path, state={"model": other, "optimizer": others}) as ckpt:
