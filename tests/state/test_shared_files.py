@@ -92,10 +92,16 @@ def test_a_backbone_is_written_once_and_every_directory_is_whole(tmp_path):
     assert same(dict(pp.load(f"r/{found[4].name}", root=tmp_path)["model"]), expected[4])
     other, others = parts()
     with checkpointer(tmp_path, state={"model": other, "optimizer": others}) as ckpt:
-        ckpt.resume()
+        with pytest.warns(pp.PeakpointWarning) as warned:
+            ckpt.resume()
+        sentences = [str(warning.message) for warning in warned]
+        assert len(sentences) == len(found) - 4, "one for each newer one, and one for all older ones"
+        assert sum("4 checkpoints cannot be read (" in sentence for sentence in sentences) == 1
         assert same(dict(other.state_dict()), expected[4])
         ckpt.report(step=99)
-    assert pp.open(tmp_path).find_manifest("r:99").file("model+frozen.safetensors").shared == found[0].id
+    with pytest.warns(pp.PeakpointWarning, match="not considered for r:99: 9 checkpoints cannot be read"):
+        newest = pp.open(tmp_path).find_manifest("r:99")
+    assert newest.file("model+frozen.safetensors").shared == found[0].id
 
 
 def test_bytes_that_changed_are_written(tmp_path):

@@ -5,13 +5,14 @@ incomplete save or removal only if the journal knows it as neither: everything e
 unasked. Only a removal that was cut short on a full disk, before there was space for its record, looks the same.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.events import Removed, Saved, Undone
 from peakpoint.format.manifest import MANIFEST
+from peakpoint.format.names import listing as listing_of
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, trash
 from peakpoint.repository.reader import Damaged, FoundCheckpoint, RunListing
@@ -38,6 +39,14 @@ def damaged_checkpoints(store: Store, run: str, listing: RunListing, *, exclusiv
         undecided = [name for name in listing.without_manifest if not _in_trash(store, run, name)]
         damaged += [Damaged(name, _undecided(store, run, name)) for name in undecided if name not in decided]
     return tuple(damaged)
+
+
+def damage_sentence(store: Store, damaged: Sequence[Damaged]) -> str:
+    """Return why checkpoints cannot be read; of several, which they are and what says why."""
+    if len(damaged) == 1:
+        return str(damaged[0].error)
+    names = listing_of(sorted(damage.name for damage in damaged))
+    return f"{len(damaged)} checkpoints cannot be read ({names}); peakpoint audit {store.location} says why"
 
 
 def damaged_in_trash(store: Store, run: str, listing: RunListing) -> list[Damaged]:

@@ -33,7 +33,7 @@ from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
 from peakpoint.repository.alias_protection import protected_by_aliases
 from peakpoint.repository.annotations import all_with_annotations, annotations_of, with_annotations
-from peakpoint.repository.lost import damaged_checkpoints
+from peakpoint.repository.lost import damage_sentence, damaged_checkpoints
 from peakpoint.repository.provenance import present_user, utc_now
 from peakpoint.repository.reader import Damaged
 from peakpoint.repository.run_names import is_name_of
@@ -220,8 +220,9 @@ class Run:
             _refuse_damaged(parsed.name, listing.manifests, damaged)
         elif damaged and not listing.manifests:
             raise damaged[0].error
-        for damage in () if isinstance(parsed, refs.ByName) else damaged:
-            warnings.warn(f"not considered for {ref}: {damage.error}", PeakpointWarning, stacklevel=2)
+        elif damaged:
+            sentence = damage_sentence(self.store, damaged)
+            warnings.warn(f"not considered for {ref}: {sentence}", PeakpointWarning, stacklevel=2)
         if not isinstance(parsed, refs.BestOf):
             return refs.resolve(parsed, listing.manifests, ())
         events = self.events()

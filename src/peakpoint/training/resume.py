@@ -12,10 +12,10 @@ from typing import Any
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format.events import Reported, Saved, Started
-from peakpoint.format.manifest import Forks
+from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.repository import journal as journals
 from peakpoint.repository import reader, refs
-from peakpoint.repository.lost import damaged_checkpoints
+from peakpoint.repository.lost import damage_sentence, damaged_checkpoints
 from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import dropped_parts
@@ -117,12 +117,20 @@ class Resumption:
                 continue
             start = self._from(saved, live, strict=strict, requested=None)
             assert start.report is not None
+            skipped = [*self._damage(manifest), *skipped[len(self.listing.damaged) :]]
             return replace(start, report=replace(start.report, skipped=tuple(skipped)), damaged=tuple(damaged))
         lines = "\n  ".join(skipped)
         raise CorruptError(
             f"no checkpoint of run {self.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
             'with resume="never"; peakpoint audit --deep lists the damage'
         )
+
+    def _damage(self, newest: Manifest) -> list[str]:
+        """Return a sentence for each damaged checkpoint that may be newer, and one for all older ones together."""
+        saves = [(damage, damage.saved) for damage in self.listing.damaged]
+        older = [damage for damage, saved in saves if saved is not None and saved.sequence < newest.sequence]
+        newer = [str(damage.error) for damage, _ in saves if damage not in older]
+        return [*newer, *([damage_sentence(self.store, older)] if older else [])]
 
     def _nothing(self, why: str) -> StartPoint:
         sequence = last_sequence(self.listing.manifests, self.journal.events)
