@@ -126,3 +126,9 @@ def test_of_lightning_s_averaged_weights_the_trained_ones_are_the_model(tmp_path
     assert same(from_dict(content, tmp_path, other).parts["model"], averaged)
     with pytest.raises(pp.errors.FormatError, match="two names become the part model: current_model_state, state_dict"):
         from_dict(content, tmp_path, ReadOptions(parts={"state_dict": "model"}))
+
+
+@pytest.mark.parametrize("value", [{"w": torch.ones(1)}, {"state": 3, "param_groups": []}], ids=["weights", "no state"])
+def test_what_is_called_optimizer_and_is_none_stays_as_it_is(value):
+    parts, _, _ = find_parts({"model": {"w": torch.ones(1)}, "optimizer": value}, {})
+    assert parts["optimizer"] is value

@@ -191,6 +191,7 @@ def _check_fits(content: Mapping[str, Any], place: Place, part: str) -> None:
 
 def _with_numbers(part: str, value: Any) -> Any:
     """Return an optimizer's state with parameters by number: torch.distributed.checkpoint makes the numbers text."""
-    if part != "optimizer" or not value["state"] or not all(str(key).isdecimal() for key in value["state"]):
+    state = value["state"] if part == "optimizer" and is_optimizer(value) else None
+    if not isinstance(state, dict) or not state or not all(str(key).isdecimal() for key in state):
         return value
-    return {**value, "state": {int(key): moments for key, moments in value["state"].items()}}
+    return {**value, "state": {int(key): moments for key, moments in state.items()}}
