@@ -12,6 +12,9 @@ from collections import Counter, OrderedDict
 import numpy as np
 import torch
 
+from peakpoint.exchange.sources import find, read
+from peakpoint.exchange.state_dicts import ReadOptions, storable
+
 
 class Net(torch.nn.Module):
     """A small residual network."""
@@ -79,6 +82,12 @@ def on_distributed(folder, state):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder)
+
+
+def read_alone(path, **options):
+    """Read one checkpoint as an import does, in this process and into no run."""
+    [source], _ = find(path)
+    return storable(read(source, ReadOptions(**options)))[0]
 
 
 class Call:
