@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import peakpoint as pp
+from peakpoint.errors import FormatError
 from peakpoint.exchange import metric_logs
 from peakpoint.exchange.metric_logs import LogRow, metric_names
 
@@ -37,6 +38,32 @@ TWO_ROWS = [LogRow(0, 4, {"val_loss": 0.5}), LogRow(1, 8, {"val_loss": 0.25})]
 )
 def test_forms_of_tables(text, tmp_path):
     assert rows_of(tmp_path, text) == TWO_ROWS
+
+
+def test_percentages_are_read_as_they_are_written(tmp_path):
+    text = "Epoch,Val Acc,other\n0,50%,12 %\n1,60 %,\n2,55,13%\n"
+    assert [row.metrics for row in rows_of(tmp_path, text)] == [
+        {"Val_Acc": 50.0, "other": 12.0},
+        {"Val_Acc": 60.0},
+        {"Val_Acc": 55.0, "other": 13.0},
+    ]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "-", "None", "null", "N/A", "NA", "?"])
+def test_what_is_written_for_no_value_is_none(blank, tmp_path):
+    assert rows_of(tmp_path, f"epoch,acc,note\n0,0.5,good\n1,{blank},bad\n2,0.4,7.5.1\n") == [
+        LogRow(0, None, {"acc": 0.5}),
+        LogRow(2, None, {"acc": 0.4}),
+    ]
+
+
+@pytest.mark.parametrize("cell", ["0.9*", "1.234,5", "0.9 (best)", "60%%", "o.9"])
+def test_text_among_numbers_is_refused_since_it_may_be_the_best_value(cell, tmp_path):
+    with pytest.raises(FormatError, match=r"log.csv: row 2 has .* for 'acc', which has numbers in other rows"):
+        rows_of(tmp_path, f'epoch,acc\n0,0.5\n1,"{cell}"\n2,0.4\n')
+    records = [{"epoch": 0, "acc": 0.5}, {"epoch": 1, "acc": cell}, {"epoch": 2, "acc": None}]
+    with pytest.raises(FormatError, match="row 2 has"):
+        rows_of(tmp_path, json.dumps(records), "log.json")
 
 
 @pytest.mark.parametrize("name", ["log", "log.txt", "log.log", "progress.tsv"])

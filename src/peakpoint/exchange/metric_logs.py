@@ -25,6 +25,7 @@ STEPS = (STEP, "global_step", "iteration", "iter")  # names that scripts give it
 _LARGEST_COUNT = 2**53  # above it, floats skip whole numbers
 _JSON = frozenset({".json", ".jsonl", ".ndjson"})
 _DECIMAL_COMMA = re.compile(r"^(\s*[-+]?\d+),(\d+(?:[eE][-+]?\d+)?\s*)$")
+_NO_VALUE = frozenset({"", "-", "--", "none", "null", "na", "n/a", "?"})  # as tools and people write it in tables
 _NOT_IN_NAMES = re.compile(r"[\s:\x00-\x1f]+")
 
 
@@ -109,7 +110,7 @@ def read(path: Path) -> list[LogRow]:
 
     Raises:
         NotFoundError: the file does not exist.
-        FormatError: the file is none of these.
+        FormatError: the file is none of these, or has text among the numbers of a column.
         MissingExtraError: TensorBoard's files need ``pip install 'peakpoint[tensorboard]'``.
     """
     if not path.exists():
@@ -123,12 +124,31 @@ def read(path: Path) -> list[LogRow]:
     except (UnicodeDecodeError, ValueError, csv.Error, RecursionError) as error:
         raise FormatError(f"{path} is not JSON, JSON lines or CSV: {error}") from error
     rows = rows_of(records, completed=completed)
+    _check_cells(path, records)
     if not rows:
         columns = ", ".join(dict.fromkeys(readable(name) for record in records for name in record)) or "no columns"
         raise FormatError(
             f"{path} has no row with an epoch or a step ({', '.join(STEPS)}) and a number; it has {columns[:1000]}"
         )
     return merged(rows, by=STEP if all(row.from_zero and row.step is not None for row in rows) else "auto")
+
+
+def _check_cells(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse text among the numbers of a column: it may stand for the best value.
+
+    Raises:
+        FormatError: names the first.
+    """
+    numbered = [_numbers_in(record) for record in records]
+    columns = {name for values in numbered for name in values}
+    for row, (record, values) in enumerate(zip(records, numbered, strict=True), 1):
+        for name in (name for name in record if name in columns and name not in values):
+            cell = record[name]
+            if isinstance(cell, str) and cell.strip().lower() not in _NO_VALUE:
+                raise FormatError(
+                    f"{path}: row {row} has {readable(cell)[:50]!r} for {readable(name)!r}, which has numbers in other "
+                    "rows: write a number there, or leave it empty"
+                )
 
 
 def _records(path: Path, text: str) -> tuple[list[Mapping[str, Any]], bool]:
@@ -204,7 +224,11 @@ def rows_of(records: Iterable[Mapping[str, Any]], *, completed: bool = False) ->
 
 
 def _numbers_in(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: number for name, value in record.items() if name and (number := as_number(value)) is not None}
+    """Return the numbers of a record; percentages as they are written, without the sign."""
+    cells = {
+        name: value.strip().removesuffix("%") if isinstance(value, str) else value for name, value in record.items()
+    }
+    return {name: number for name, value in cells.items() if name and (number := as_number(value)) is not None}
 
 
 def axis_in(columns: Iterable[str], names: Sequence[str]) -> str | None:

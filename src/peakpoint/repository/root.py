@@ -81,9 +81,11 @@ class Repository:
         """
         names = self._names()
         if name not in names:
-            present = present_name(self.store, name, names)
-            if present is not None:
-                raise NotFoundError(f"{self.store.location} has no run {name!r} any more: it is called {present!r} now")
+            new_name = present_name(self.store, name, names)
+            if new_name is not None:
+                raise NotFoundError(
+                    f"{self.store.location} has no run {name!r} any more: it is called {new_name!r} now"
+                )
             hint = did_you_mean(name, names) or f"; runs: {listing(names, 10) or 'none'}"
             raise NotFoundError(f"{self.store.location} has no run {name!r}{hint}")
         return Run(self.store, name)
@@ -241,10 +243,10 @@ def check_not_renamed(store: Store, run: str) -> None:
     """
     if store.size(layout.run_record(run)) is not None:
         return
-    present = present_name(store, run, [child.rstrip("/") for child in store.children(layout.RUNS)])
-    if present is not None:
+    new_name = present_name(store, run, [child.rstrip("/") for child in store.children(layout.RUNS)])
+    if new_name is not None:
         raise ConfigError(
-            f"run {run!r} in {store.location} is called {present!r} now: write run={present!r} to continue it, or "
+            f"run {run!r} in {store.location} is called {new_name!r} now: write run={new_name!r} to continue it, or "
             'resume="never" to begin another run of the former name'
         )
 
