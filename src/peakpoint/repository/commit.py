@@ -144,9 +144,9 @@ def file_record(image: FileImage) -> FileRecord:
 
 def unused_name(store: Store, run: str, name: str) -> str:
     """Return ``name``, or ``name-2``, ``name-3``, ... when directories of those names exist (in any capitals)."""
-    taken = {child.rstrip("/").casefold() for child in store.children(layout.checkpoints_prefix(run))}
+    existing_names = {child.rstrip("/").casefold() for child in store.children(layout.checkpoints_prefix(run))}
     candidate, number = name, 1
-    while candidate.casefold() in taken:
+    while candidate.casefold() in existing_names:
         number += 1
         candidate = f"{name}-{number}"
     return candidate

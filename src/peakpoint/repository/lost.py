@@ -33,7 +33,7 @@ def damaged_checkpoints(store: Store, run: str, listing: RunListing, *, exclusiv
     commits, is_whole = _commits(store, run)
     saves = {saved.name: saved for saved in commits.values()}
     damaged = [replace(damage, saved=saves.get(damage.name)) for damage in listing.damaged]
-    damaged += _lost(store, run, commits, {manifest.id for manifest in listing.manifests})
+    damaged += _lost_among(store, run, commits, {manifest.id for manifest in listing.manifests})
     if not is_whole and (exclusive or store.holder(layout.writer_lock(run)) is None):
         decided = {damage.name for damage in damaged}
         undecided = [name for name in listing.without_manifest if not _in_trash(store, run, name)]
@@ -70,10 +70,10 @@ def lost_checkpoints(store: Store, run: str, existing: Collection[str]) -> list[
         run: its name.
         existing: the ids of those whose manifests were read before this call.
     """
-    return _lost(store, run, _commits(store, run)[0], existing)
+    return _lost_among(store, run, _commits(store, run)[0], existing)
 
 
-def _lost(store: Store, run: str, commits: Mapping[str, Saved], existing: Collection[str]) -> list[Damaged]:
+def _lost_among(store: Store, run: str, commits: Mapping[str, Saved], existing: Collection[str]) -> list[Damaged]:
     absent = [saved for checkpoint, saved in commits.items() if checkpoint not in existing]
     errors = {saved.checkpoint: _absence(store, run, saved) for saved in absent}
     if any(errors.values()):  # unless it was removed a moment ago
