@@ -9,6 +9,7 @@ import torch
 
 import peakpoint as pp
 from commands import in_process
+from foreign_files import read_alone
 from peakpoint.exchange.state_dicts import ReadOptions, from_dict
 
 WEIGHTS = {"w": torch.ones(2)}
@@ -157,3 +158,23 @@ def test_what_peakpoint_exports_is_known(tmp_path):
     report = pp.import_checkpoints(tmp_path / "files", tmp_path / "again", run="r")
     assert report.notes == ()
     assert pp.open(tmp_path / "again").run("r").latest().epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "tool"),
+    [
+        ("2.6.0", "lightning 2.6.0"),
+        ("\ud800", "lightning ?"),
+        ("2" * 100_000, f"lightning {'2' * 40}"),
+        ([], "lightning"),
+    ],
+    ids=["honest", "broken", "long", "none"],
+)
+@pytest.mark.parametrize("best", [{"a.ckpt": 2.0}, "ab", [1], 3, None], ids=repr)
+def test_odd_entries_of_lightning_do_not_bar_the_rest(version, tool, best, tmp_path):
+    callbacks = {"ModelCheckpoint": {"monitor": "loss", "best_model_score": 1.0, "best_k_models": best}}
+    content = {"state_dict": WEIGHTS, "pytorch-lightning_version": version, "callbacks": callbacks}
+    torch.save(content, tmp_path / "a.ckpt")
+    checkpoint = read_alone(tmp_path / "a.ckpt")
+    assert checkpoint.tool == tool
+    assert checkpoint.metrics == {"best_loss": 1.0} | ({"loss": 2.0} if isinstance(best, dict) else {})

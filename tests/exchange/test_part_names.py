@@ -128,7 +128,15 @@ def test_of_lightning_s_averaged_weights_the_trained_ones_are_the_model(tmp_path
         from_dict(content, tmp_path, ReadOptions(parts={"state_dict": "model"}))
 
 
-@pytest.mark.parametrize("value", [{"w": torch.ones(1)}, {"state": 3, "param_groups": []}], ids=["weights", "no state"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"w": torch.ones(1)},
+        {"state": 3, "param_groups": []},
+        {"state": {0: {"step": 1}, "0": {"step": 2}}, "param_groups": []},
+    ],
+    ids=["weights", "no state", "one number twice"],
+)
 def test_what_is_called_optimizer_and_is_none_stays_as_it_is(value):
     parts, _, _ = find_parts({"model": {"w": torch.ones(1)}, "optimizer": value}, {})
     assert parts["optimizer"] is value

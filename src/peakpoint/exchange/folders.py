@@ -22,7 +22,7 @@ from peakpoint.exchange.dcp import DCP_METADATA, dcp_files, read_folder
 from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import STEP, as_count, as_number, epoch_of_completed, merged, rows_of
 from peakpoint.exchange.part_names import EXTRA, is_weights, part_name
-from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, steps_of
+from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, steps_of, tool_name
 from peakpoint.format.manifest import FileRecord
 from peakpoint.state.tensor_files import read_safetensors
 
@@ -362,7 +362,7 @@ def _deepspeed(files: Sequence[Path], options: ReadOptions, *, elsewhere: bool) 
     checkpoint = from_dict(of_training, models[0], options)
     return replace(
         checkpoint,
-        tool=f"deepspeed {content.get('ds_version', '')}".strip(),
+        tool=tool_name("deepspeed", content.get("ds_version")),
         step=as_count(as_number(content.get("global_steps"))) if checkpoint.step is None else checkpoint.step,
         extra={**of_engine, **checkpoint.extra},
         notes=(*checkpoint.notes, *(notes if partitions else ())),

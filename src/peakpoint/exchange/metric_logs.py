@@ -26,7 +26,7 @@ _LARGEST_COUNT = 2**53  # above it, floats skip whole numbers
 _JSON = frozenset({".json", ".jsonl", ".ndjson"})
 _DECIMAL_COMMA = re.compile(r"^(\s*[-+]?\d+),(\d+(?:[eE][-+]?\d+)?\s*)$")
 _NO_VALUE = frozenset({"", "-", "--", "none", "null", "na", "n/a", "?"})  # as tools and people write it in tables
-_NOT_IN_NAMES = re.compile(r"[\s:\x00-\x1f]+")
+_NOT_IN_NAMES = re.compile(r"[\s:\x00-\x1f\x7f-\x9f]+")
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,4 +194,5 @@ def _with_numbers(part: str, value: Any) -> Any:
     state = value["state"] if part == "optimizer" and is_optimizer(value) else None
     if not isinstance(state, dict) or not state or not all(str(key).isdecimal() for key in state):
         return value
-    return {**value, "state": {int(key): moments for key, moments in state.items()}}
+    by_number = {int(key): moments for key, moments in state.items()}
+    return {**value, "state": by_number} if len(by_number) == len(state) else value

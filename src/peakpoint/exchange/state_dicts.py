@@ -117,9 +117,8 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
     if step is None:
         step = steps_of(parts.get("optimizer"))
         notes += [] if step is None else [f"step {step} from the optimizer's state"]
-    version = f" {content['pytorch-lightning_version']}" if lightning else ""
     return ForeignCheckpoint(
-        tool=f"{counters.tool or 'torch.save'}{version}",
+        tool=tool_name(counters.tool or "torch.save", content.get("pytorch-lightning_version")),
         epoch=counters.epoch,
         step=step,
         complete=counters.complete,
@@ -131,6 +130,11 @@ def from_dict(content: Any, path: Path, options: ReadOptions) -> ForeignCheckpoi
         notes=tuple(notes),
         optimizer=_optimizer_name(extra),
     )
+
+
+def tool_name(name: str, version: Any) -> str:
+    """Return the name of a tool, with its version if that is one: it becomes a part of the reason of a checkpoint."""
+    return f"{name} {readable(version)[:40]}" if isinstance(version, str) and version else name
 
 
 def _check_dict(content: Any, path: Path) -> None:
@@ -273,7 +277,8 @@ def _lightning_scores(extra: Mapping[str, Any], name: str) -> dict[str, float]:
             best = number_of(state.get("best_model_score"))
             if best is not None:
                 scores[f"best_{monitor}"] = best
-            for path, score in dict(state.get("best_k_models") or {}).items():
+            best_models = state.get("best_k_models")
+            for path, score in best_models.items() if isinstance(best_models, dict) else ():
                 if Path(str(path)).name == name and (value := number_of(score)) is not None:
                     scores[monitor] = value
     return scores
