@@ -139,7 +139,7 @@ def test_metadata_leads_to_pieces_of_its_folder_only(name, tmp_path):
             info.relative_path = name
 
     change_metadata(tmp_path / "d", change)
-    with pytest.raises(pp.errors.CorruptError, match=rf"lists {re.escape(repr(name))}, which is not in it"):
+    with pytest.raises(pp.errors.CorruptError, match=rf"lists {re.escape(repr(name))}, which is not beside it"):
         dcp.read_folder(tmp_path / "d")
 
 

@@ -1106,5 +1106,5 @@ def test_what_two_ranks_write_is_put_together(tmp_path):
     assert torch.equal(model["rows"], whole)
     assert torch.equal(model["columns"], whole)
     next(folder.glob("__1_*.distcp")).unlink()
-    with pytest.raises(pp.errors.CorruptError, match="which is not in it"):
+    with pytest.raises(pp.errors.CorruptError, match="which is not beside it"):
         bring(folder, tmp_path / "other")

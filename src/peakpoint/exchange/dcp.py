@@ -89,14 +89,15 @@ def read_folder(folder: Path, *, inert: Collection[str] = ()) -> dict[str, Any]:
     """
     pickles.require_torch()
     metadata = _metadata(folder)
+    files = {file.name: file for file in dcp_files(folder)}
     flat: dict[str, Any] = {}
     try:
         stored = {(index.fqn, vars(index).get("offset")): info for index, info in metadata.storage_data.items()}
         for name, entry in metadata.state_dict_metadata.items():
             if type(entry).__name__ == "BytesStorageMetadata":
-                flat[name] = _item(folder, stored[name, None], name, inert)
+                flat[name] = _item(files, stored[name, None], name, inert)
             else:
-                flat[name] = _tensor(folder, stored, name, entry)
+                flat[name] = _tensor(folder, files, stored, name, entry)
         return _nested(flat, metadata.planner_data or {})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, FormatError | CorruptError):
@@ -118,13 +119,13 @@ def _metadata(folder: Path) -> Any:
     return metadata
 
 
-def _item(folder: Path, info: Any, name: str, inert: Collection[str]) -> Any:
+def _item(files: Mapping[str, Path], info: Any, name: str, inert: Collection[str]) -> Any:
     """Read one stored item; its place comes from a file, so it is checked."""
-    file = folder / str(info.relative_path)
-    if file not in dcp_files(folder):
-        raise CorruptError(f"{folder} lists {info.relative_path!r}, which is not in it")
+    file = files.get(info.relative_path)
+    if file is None:
+        raise CorruptError(f"{files[DCP_METADATA]} lists {info.relative_path!r}, which is not beside it")
     if getattr(info, "transform_descriptors", None):
-        raise FormatError(f"{folder} holds {name!r} in a transformed form ({info.transform_descriptors})")
+        raise FormatError(f"{file} holds {name!r} in a transformed form ({info.transform_descriptors})")
     if not 0 <= info.offset <= info.offset + info.length <= file.stat().st_size:
         raise CorruptError(f"{file} is cut short: {name!r} is incomplete")
     with file.open("rb") as stream:
@@ -133,13 +134,15 @@ def _item(folder: Path, info: Any, name: str, inert: Collection[str]) -> Any:
     return pickles.load(data, where=f"{file} ({name})", inert=inert)
 
 
-def _tensor(folder: Path, stored: Mapping[tuple[str, Any], Any], name: str, entry: Any) -> torch.Tensor:
+def _tensor(
+    folder: Path, files: Mapping[str, Path], stored: Mapping[tuple[str, Any], Any], name: str, entry: Any
+) -> torch.Tensor:
     """Put one tensor together from its chunks; every element must come from exactly one of them."""
     size, covered = torch.Size(entry.size), 0
     dtype = entry.properties.properties[0]
     chunks = []
     for chunk in entry.chunks:
-        values = _item(folder, stored[name, chunk.offsets], name, ())
+        values = _item(files, stored[name, chunk.offsets], name, ())
         if not isinstance(values, torch.Tensor) or values.shape != chunk.sizes or values.dtype != dtype:
             raise CorruptError(f"{folder} is damaged: a chunk of {name!r} does not have the shape or type it declares")
         covered += values.numel()
