@@ -558,7 +558,7 @@ def test_it_is_said_where_the_part_is_missing(tmp_path):
     report = found(tmp_path)
     assert [one.why.partition(":")[0] for one in report.comparisons] == ["p"]
     [said] = [text for text in report.remarks if "--part" in text]
-    assert said.startswith("q: compressed is not compared with original. No part 'model' in ")
+    assert said.startswith("q: compressed is not compared with original. no part 'model' in ")
     assert len(found(tmp_path, "q", part="net").comparisons) == 1
     assert not any("--part" in text for text in found(tmp_path, "q", part="net").remarks)
 

@@ -119,7 +119,7 @@ def test_what_is_no_measurement_is_refused_and_nothing_written(tmp_path, wrong):
     before = run_of(tmp_path).events()
     with pytest.raises(pp.errors.ConfigError):
         run_of(tmp_path).record("r:1", wrong)
-    with pytest.raises(pp.errors.NotFoundError, match=r"No part 'ema' in .*Parts: model"):
+    with pytest.raises(pp.errors.NotFoundError, match=r"no part 'ema' in .*parts: model"):
         run_of(tmp_path).record("r:1", {"acc": 1.0}, part="ema")
     assert run_of(tmp_path).events() == before
 

@@ -55,7 +55,7 @@ def test_a_best_loses_its_optimizer_and_keeps_its_weights(tmp_path):
     other, others = parts(seed=5)
     pp.load("r:2", root=tmp_path, into=other)
     assert same(dict(other.state_dict()), weights[2])
-    with pytest.raises(pp.errors.NotFoundError, match="No part 'optimizer'"):
+    with pytest.raises(pp.errors.NotFoundError, match="no part 'optimizer'"):
         pp.load("r:2", root=tmp_path, into=others, part="optimizer")
     assert audit(pp.open(tmp_path), deep=True).clean
     (record,) = dropped_parts(pp.open(tmp_path).store, "r", found[2].name)

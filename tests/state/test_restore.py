@@ -5,7 +5,6 @@ import argparse
 import copy
 import enum
 import random
-import re
 from collections import Counter, OrderedDict, deque
 
 import numpy as np
@@ -896,13 +895,12 @@ def test_load_one_part(root, trained):
 def test_unknown_parts(root, trained, part):
     live = small(2)
     before = frozen(live.state_dict())
-    with pytest.raises(pp.errors.NotFoundError, match=f"No part '{part}'") as caught:
+    with pytest.raises(pp.errors.NotFoundError, match=f"no part '{part}'") as caught:
         pp.load("r@latest", root=root, into=live, part=part)
-    assert re.search(
-        r"Parts: model, optimizer, count, table(\.|; did you mean .model.\?) Use --part NAME\.$", str(caught.value)
+    hint = "; did you mean 'model'?" if part.startswith("mod") else ""
+    assert str(caught.value).endswith(
+        f"{hint}; parts: model, optimizer, count, table; write part='model' (in the shell --part model)"
     )
-    if part.startswith("mod"):
-        assert "did you mean 'model'" in str(caught.value)
     with pytest.raises(pp.errors.NotFoundError):
         pp.load("r@latest", root=root, into={"model": live, part: small(3)})
     assert identical(live.state_dict(), before)

@@ -243,11 +243,11 @@ def test_what_is_not_there_is_said_with_what_is(saved):
     loaded = pp.load("r@latest", root=root)
     with pytest.raises(KeyError, match="modle"):
         loaded["modle"]
-    with pytest.raises(pp.errors.NotFoundError, match=r"No part 'modle'.*model"):
+    with pytest.raises(pp.errors.NotFoundError, match=r"no part 'modle'.*model"):
         loaded.tensor("modle", "x")
     with pytest.raises(pp.errors.NotFoundError, match=r"no tensor '0.wieght'.*0\.weight"):
         loaded.tensor("model", "0.wieght")
-    with pytest.raises(pp.errors.NotFoundError, match="No part 'rng'"):
+    with pytest.raises(pp.errors.NotFoundError, match="no part 'rng'"):
         loaded.names("rng")
 
 

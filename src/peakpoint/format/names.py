@@ -216,8 +216,9 @@ def no_part(part: str, parts: Iterable[str], *, where: str) -> NotFoundError:
         where: the checkpoint or checkpoints.
     """
     names = list(parts)
-    hint = did_you_mean(part, names) or "."
-    return NotFoundError(f"No part {part!r} in {where}. Parts: {', '.join(names) or 'none'}{hint} Use --part NAME.")
+    message = f"no part {part!r} in {where}{did_you_mean(part, names)}; parts: {', '.join(names) or 'none'}"
+    nearest = (near_names_of(part, names) or names)[:1]
+    return NotFoundError(message + "".join(f"; write part={name!r} (in the shell --part {name})" for name in nearest))
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:
