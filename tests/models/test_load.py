@@ -117,6 +117,9 @@ def test_tensors_are_put_on_a_device(root):
         ("{root}/r", pp.errors.ConfigError, "names a run but no checkpoint"),
         ("{root}/r@best:val", pp.errors.NotFoundError, "did you mean 'val/acc'"),
         ("{root}/x@best", pp.errors.NotFoundError, "has no run 'x'"),
+        ("{root}/runs/r/checkpoints/none/model.safetensors", pp.errors.ConfigError, "give the directory of one"),
+        ("{root}/runs/r", pp.errors.ConfigError, "or a ref such as '.*/RUN@best'"),
+        ("{root}/r", pp.errors.ConfigError, "write r@best or r@last"),
         ("{root}/runs/r/checkpoints/none", pp.errors.NotFoundError, "no checkpoint named 'none'"),
     ],
 )
@@ -125,10 +128,15 @@ def test_what_leads_nowhere_is_said(root, named, kind, words):
         pp.load(named.format(root=root))
 
 
+def test_a_run_is_no_checkpoint(root):
+    with pytest.raises(pp.errors.ConfigError, match=r"takes a Checkpoint, a ref or a path, not a .*Run"):
+        pp.load(pp.open(root).run("r"))
+
+
 def test_what_has_no_meaning_together_is_refused(root):
     with pytest.raises(pp.errors.ConfigError, match="part='note' has no meaning"):
         pp.load("r@best", root=root, part="note", into={"model": torch.nn.Linear(2, 2)})
-    with pytest.raises(pp.errors.NotFoundError, match="No part 'ema'"):
+    with pytest.raises(pp.errors.NotFoundError, match="no part 'ema'"):
         pp.load("r@best", root=root, part="ema")
 
 

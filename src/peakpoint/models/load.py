@@ -123,6 +123,7 @@ def _check_together(target: Any, part: str | None, device: str | torch.device | 
 
 # below a repository: the directory of a checkpoint, and that of a run with what is wanted of it
 _DIRECTORY = re.compile(rf"^{layout.RUNS}/([^/]+)/checkpoints/([^/]+)/*$")
+_NO_CHECKPOINT = re.compile(rf"^{layout.RUNS}/[^/@:]+(/.*)?$")  # a run, or something below it
 _OF_RUN = re.compile(rf"^{layout.RUNS}/([^/@:]+[@:].*)$")
 
 
@@ -136,6 +137,8 @@ def _located(
                 raise ConfigError(f"{source.ref} is in a store without directories; give root=")
             root = source.path.parents[3]
         return open_store(root), f"{source.run}/{source.id}"
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"load() takes a Checkpoint, a ref or a path, not a {kind_of(source)}")
     text = os.fspath(source)
     if root is not None:
         return open_store(root), text
@@ -144,6 +147,12 @@ def _located(
     for slash in reversed(slashes):
         directory, remainder = path[:slash] or "/", path[slash + 1 :]
         if os.path.isfile(f"{directory}/{layout.REPOSITORY}"):  # noqa: PTH113 - false for what is no path at all
+            is_ref = os.path.isdir(f"{directory}/{layout.RUNS}/{layout.RUNS}")  # noqa: PTH112 - of a run of that name
+            if _NO_CHECKPOINT.match(remainder) and not _DIRECTORY.match(remainder) and not is_ref:
+                raise ConfigError(
+                    f"{text!r} is no checkpoint: give the directory of one, {directory}/{layout.RUNS}/RUN/checkpoints/"
+                    f"NAME, or a ref such as '{directory}/RUN@best'"
+                )
             return open_store(directory), _OF_RUN.sub(r"\1", _DIRECTORY.sub(r"\1/\2", remainder))
     raise NotFoundError(
         f"{text!r} leads into no repository: give a ref with root=, such as root='runs', or a path such as "

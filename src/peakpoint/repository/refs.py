@@ -139,7 +139,9 @@ def parse(text: str) -> Ref:
             run, remainder = text.split(separator, 1)
             break
     else:
-        raise ConfigError(f"{text!r} names a run but no checkpoint; forms: {FORMS}")
+        raise ConfigError(
+            f"{text!r} names a run but no checkpoint: write {text}@best or {text}@last, for example; forms: {FORMS}"
+        )
     check_run(run)
     if separator == "/" and remainder:
         return ByName(run, remainder)
