@@ -270,6 +270,16 @@ def test_a_checkpointer_without_a_place_says_what_to_give():
         checkpointer(None)
     with pytest.raises(pp.errors.ConfigError, match='write resume="must"'):
         checkpointer(MemoryStore(), resume=True)
+    for wrong, advice in {
+        "best": 'write resume="r@best"',
+        "last": 'write resume="r@last"',
+        "Must": "did you mean 'must'",
+        "atuo": "did you mean 'auto'",
+        "": "such as",
+    }.items():
+        with pytest.raises(pp.errors.ConfigError, match=f"not {wrong!r}") as caught:
+            checkpointer(MemoryStore(), resume=wrong)
+        assert advice in str(caught.value)
     with pytest.raises(pp.errors.ConfigError, match=r"not a torch\.nn\.modules\.linear\.Linear"):
         checkpointer(MemoryStore(), state=torch.nn.Linear(1, 1))
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from peakpoint.errors import ConfigError
 from peakpoint.format.names import check_text, did_you_mean
+from peakpoint.repository.refs import is_run
 from peakpoint.rules import Budget, Rule, check_rules
 from peakpoint.rules.stopping import EarlyStopping
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.training.preemption import Preempt
 
 _RESUME = 'resume= takes "auto", "must", "never" or a ref such as "RUN:epoch=3"'
+_RESUMES = ("auto", "must", "never")
 _INSTEAD = {True: 'write resume="must"', False: 'write resume="never"', None: 'write resume="auto"'}
 ON_SAVE_ERROR = ("raise", "warn")
 
@@ -29,16 +31,21 @@ def check_keep(keep: object) -> tuple[Rule, ...]:
     return checked
 
 
-def check_resume(resume: object) -> str:
+def check_resume(resume: object, run: str) -> str:
     """Return the argument ``resume``.
 
     Raises:
-        ConfigError: it is no text.
+        ConfigError: it is no text, or neither a word that it takes nor a ref.
     """
     if isinstance(resume, str):
-        return resume
-    hint = _INSTEAD.get(resume) if resume is None or isinstance(resume, bool) else None
-    raise ConfigError(f"{_RESUME}, not {resume!r}" + (f"; {hint}" if hint else ""))
+        if resume in _RESUMES or not is_run(resume):
+            return resume
+        hint = did_you_mean(resume.lower(), _RESUMES)
+        if resume in ("best", "last", "latest"):
+            hint = f'; write resume="{run}@{resume}"'
+    else:
+        hint = f"; {_INSTEAD[resume]}" if resume is None or isinstance(resume, bool) else ""
+    raise ConfigError(f"{_RESUME}, not {resume!r}{hint}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> Any:

@@ -118,7 +118,7 @@ class Checkpointer(Closing):
         check_needs(self.rules, self.state)
         arguments.check_flags(strict=strict, overlap=overlap)
         arguments.check_objects(root, name, stop, preempt)
-        self._resume, self._strict = arguments.check_resume(resume), strict
+        self._resume, self._strict = arguments.check_resume(resume, self.run), strict
         self._only_warns = arguments.check_choice("on_save_error", on_save_error, arguments.ON_SAVE_ERROR) == "warn"
         self._stopping = None if stop is None else StoppingState(stop)
         self._exit_code = 0 if preempt is None else preempt.exit_code
