@@ -256,7 +256,7 @@ def test_processes_on_a_file_system_without_locks(tmp_path, preload):
 
     with process("-c", TRAINING, root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == "saved\n"
-        assert f"ConflictError: already being written by process {first.pid}" in done("-c", TRAINING, root)[1]
+        assert f" is already being written by process {first.pid}" in done("-c", TRAINING, root)[1]
         assert f"being written by process {first.pid}" in done("-m", "peakpoint", "ls", root, "r")[0]
         first.kill()
     output, errors, code = done("-c", TRAINING, root)

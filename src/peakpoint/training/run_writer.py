@@ -95,9 +95,8 @@ class RunWriter:
             self._hold: Hold = store.hold(layout.writer_lock(run), holder_note(now))
         except ConflictError as error:
             advice = rank_advice(run)
-            if not advice:
-                raise
-            raise ConflictError(f"run {run!r} is {str(error).partition(';')[0]}; {advice}") from error
+            why = f"{str(error).partition(';')[0]}; {advice}" if advice else str(error)
+            raise ConflictError(f"run {run!r} in {store.location} is {why}") from error
         try:
             ensure_run(store, run, now, self._by, in_force, settings)
             clean_run(store, run, now)
