@@ -200,9 +200,10 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def left_out(runs: Mapping[str, str]) -> list[str]:
-    """Say of runs why they cannot be read."""
-    return [f"run {name!r} cannot be read and is left out: {why}" for name, why in runs.items()]
+def left_out(unread: Mapping[str, str]) -> list[str]:
+    """Say of runs and checkpoints, RUN/NAME, why they cannot be read."""
+    kinds = {name: "checkpoint" if "/" in name else "run" for name in unread}
+    return [f"{kinds[name]} {name!r} cannot be read and is left out: {why}" for name, why in unread.items()]
 
 
 def print_list(console: Console, lines: Iterable[str]) -> None:
