@@ -347,6 +347,24 @@ def test_an_index_larger_than_any_is_not_read(tmp_path):
         read(source, ReadOptions())
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "words"),
+    [
+        (b"[]", pp.errors.FormatError, "has no weight_map"),
+        (b'{"weight_map": {"w": 3}}', pp.errors.FormatError, "has no weight_map"),
+        (b'{"metadata": ' + b"[" * 100_000, pp.errors.CorruptError, "is not JSON"),
+        (b"\xff", pp.errors.CorruptError, "is not JSON"),
+    ],
+    ids=["list", "number", "deep", "bytes"],
+)
+def test_an_index_that_is_none_is_refused(text, kind, words, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(text)
+    (tmp_path / "config.json").write_text("{}")
+    [source], _ = find(tmp_path)
+    with pytest.raises(kind, match=words):
+        read(source, ReadOptions())
+
+
 def test_a_file_beside_whose_name_is_no_text_does_no_harm(tmp_path):
     on_distributed(tmp_path / "dcp", {"model": {"w": torch.ones(2)}, "epoch": 1})
     (tmp_path / "dcp" / os.fsdecode(b"\xff.distcp")).write_bytes(b"x")

@@ -28,7 +28,7 @@ from peakpoint.state.tensor_files import read_safetensors
 
 SAFETENSORS = ".safetensors"
 _INDEX = ".index.json"
-_LARGEST_INDEX = 1 << 26  # bytes: some 500,000 tensors; it is read before anything is inspected
+_LARGEST_INDEX = 1 << 25  # bytes: some 250,000 tensors; it is read before anything is inspected
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "pytorch_model_fsdp", "adapter_model")  # best first
 _WEIGHTS = re.compile(
     rf"(?P<stem>{'|'.join(_STEMS)})(?P<number>_\d+)?"
@@ -46,6 +46,12 @@ _DEEPSPEED_MODEL = "mp_rank_00_model_states.pt"
 _ADAPTER = "adapter_config.json"
 _TRAINER_STATE = "trainer_state.json"
 _SETTINGS = ("config.json", "generation_config.json", _ADAPTER, _TRAINER_STATE)
+
+
+class _ShardIndex(msgspec.Struct):
+    """Names of tensors to names of files; nothing else in an index becomes an object."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,26 +303,37 @@ def _tensors_of(path: Path, options: ReadOptions) -> dict[str, Any]:
 def _weight_map(index: Path, *, strict: bool = False) -> dict[str, str]:
     """Return names of tensors to names of files; an index that cannot be read is empty unless ``strict``."""
     try:
-        return msgspec.convert(_json(index, _LARGEST_INDEX).get("weight_map"), dict[str, str])
-    except msgspec.ValidationError as error:
-        if strict:
-            raise FormatError(f"{index} has no weight_map: {error}") from error
+        return _decoded_index(index)
     except (CorruptError, FormatError):
         if strict:
             raise
     return {}
 
 
-def _json(path: Path, largest: int | None = None) -> Any:
-    if largest is not None and path.stat().st_size > largest:
-        raise FormatError(f"{path} has more than {largest} bytes")
+def _decoded_index(index: Path) -> dict[str, str]:
+    if index.stat().st_size > _LARGEST_INDEX:
+        raise FormatError(f"{index} has more than {_LARGEST_INDEX} bytes")
     try:
-        content = msgspec.json.decode(path.read_bytes())
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptError(f"{path} is not JSON: {error}") from error
+        decoded: _ShardIndex = _decoded(index, _ShardIndex)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{index} has no weight_map: {error}") from error
+    return decoded.weight_map
+
+
+def _json(path: Path) -> Any:
+    content = _decoded(path, Any)
     if not isinstance(content, dict):
         raise FormatError(f"{path} does not hold a JSON object")
     return content
+
+
+def _decoded(path: Path, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptError(f"{path} is not JSON: {error}") from error
 
 
 # --- DeepSpeed ----------------------------------------------------------------------------------------------------
