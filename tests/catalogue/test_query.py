@@ -460,6 +460,10 @@ SLIPS = [
     ("size > 40kB", 7, "sizes and dates stand in quotes"),
     ("epoch between 20 and 10", 14, "the smaller value first"),
     ("run == name", 0, "text in quotes"),
+    ("tags == 'x'", 0, "a number with a number: 'tags' is taken for a metric; did you mean 'tag'?"),
+    ("acc > 1 && step > 2", 8, "'&' has no meaning in a selection; write and"),
+    ("acc > 1 || step > 2", 8, "write or"),
+    ("!pinned", 0, "write not"),
     ("'a' == 'a'", 0, "text in quotes"),
     ("epoch > 'x'", 0, "text in quotes"),
     ("created > 5", 0, "a date in quotes"),
@@ -553,6 +557,7 @@ def test_a_name_that_is_none_is_answered_with_near_ones(catalogues):
         ("stepp > 1", {}, "did you mean 'step'"),
         ("has(nothing)", {}, "metrics: Spärlich, acc, epoch"),
         ("config.opt.nam == 'x'", {}, "no run has a setting config.opt.nam; did you mean 'config.opt.name'"),
+        ("lr > 0.1", {}, "no checkpoint has a metric 'lr'; did you mean 'config.lr'?"),
         ("config.n > 1", {}, "settings: config.amp, config.lr"),
     ]:
         with pytest.raises(NotFoundError, match=re.escape(words)):

@@ -109,7 +109,7 @@ class Selection:
         """A transaction that reads the catalogue as it is now."""
         with translated(self._engine.url), self._engine.connect() as connection:
             columns = Columns.read(connection)
-            _check_metrics(self._request, columns)
+            _check_metrics(self._request, columns, connection)
             _check_settings(self._request, connection)
             translator = Translator(columns, connection.dialect.name)
             left_out = [name for name in self._catalogue.unread if "/" not in name]
@@ -288,7 +288,7 @@ class _SelectionReader:
         return None
 
 
-def _check_metrics(request: SelectionQuery, columns: Columns) -> None:
+def _check_metrics(request: SelectionQuery, columns: Columns, connection: Connection) -> None:
     """Refuse names that no checkpoint has, with near ones.
 
     Raises:
@@ -296,7 +296,10 @@ def _check_metrics(request: SelectionQuery, columns: Columns) -> None:
     """
     for metric in request.query.metrics():
         if metric.name not in columns.keys:
-            raise NotFoundError(point(request.query.text, metric.span, _unknown(metric.name, columns)))
+            message = _unknown(metric.name, columns)
+            if SETTING + metric.name in _setting_names(connection):
+                message = f"no checkpoint has a metric {metric.name!r}; did you mean '{SETTING}{metric.name}'?"
+            raise NotFoundError(point(request.query.text, metric.span, message))
     names = [key.value.name for key in request.keys if isinstance(key.value, Metric)]
     if request.within is not None and request.within.needs is not None:
         names.append(request.within.needs)
@@ -312,12 +315,16 @@ def _check_settings(request: SelectionQuery, connection: Connection) -> None:
         NotFoundError: there is such a setting.
     """
     for setting in request.query.settings():
-        names = connection.execute(select(schema.settings.c.name).distinct()).scalars().all()
+        names = _setting_names(connection)
         if setting.name not in names:
             settings = [name for name in names if name.startswith(SETTING)]
             message = f"no run has a setting {setting.name}{did_you_mean(setting.name, settings)}"
             existing = f"; settings: {listing(sorted(settings), 20) or 'none'}"
             raise NotFoundError(point(request.query.text, setting.span, message + existing))
+
+
+def _setting_names(connection: Connection) -> Sequence[str]:
+    return connection.execute(select(schema.settings.c.name).distinct()).scalars().all()
 
 
 def _unknown(name: str, columns: Columns) -> str:

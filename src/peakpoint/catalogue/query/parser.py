@@ -25,7 +25,7 @@ from peakpoint.catalogue.query.tree import (
 )
 from peakpoint.errors import ConfigError
 from peakpoint.format.amounts import read_bytes
-from peakpoint.format.names import check_metric
+from peakpoint.format.names import check_metric, did_you_mean
 from peakpoint.format.settings import SETTING
 
 _ODD_ESCAPE = re.compile(r"\\[^\"']")
@@ -154,7 +154,11 @@ class _Parser:
             left = self._amount(other_kind, left)
         elif kinds - {"text"} and kinds - {"number", "bytes"} and not _fits_setting(left, right):
             not_text = right if kind == "text" else left
-            raise self._error(not_text.span if "text" in kinds else span, _cannot_compare(kind, other_kind))
+            message = _cannot_compare(kind, other_kind)
+            if "text" in kinds and isinstance(not_text, Metric):
+                hint = did_you_mean(not_text.name, list(FIELDS))
+                message += f": {not_text.name!r} is taken for a metric{hint}"
+            raise self._error(not_text.span if "text" in kinds else span, message)
         if (
             kinds <= {"text", "setting"}
             and "text" in kinds

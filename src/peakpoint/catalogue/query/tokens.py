@@ -21,6 +21,7 @@ _SYNONYMS = {"=": "==", "<>": "!="}
 _FOREIGN = dict.fromkeys(("is", "null", "none", "nan"), "ask with has(x) or not has(x)")
 _FOREIGN |= dict.fromkeys(("true", "false"), "write pinned or not pinned, for example")
 _FOREIGN |= {"like": 'write name ~ "pattern*"'}
+_INSTEAD = {"&": "; write and", "|": "; write or", "!": "; write not"}
 QUOTE_AMOUNTS = '; sizes and dates stand in quotes, as in size < "40 MB"'
 _MOST_TOKENS = 2000
 _LONGEST = 50_000
@@ -77,5 +78,5 @@ def _no_token(text: str, position: int) -> ConfigError:
     character = text[position]
     if character in "\"'`":
         return pointed_error(text, (position, len(text)), f"the closing {character} is missing")
-    hint = QUOTE_AMOUNTS if character.isdigit() else ""
+    hint = QUOTE_AMOUNTS if character.isdigit() else _INSTEAD.get(character, "")
     return pointed_error(text, (position, position + 1), f"{character!r} has no meaning in a selection{hint}")
