@@ -197,7 +197,7 @@ def _note(groups: Sequence[RunGroup], pairs: int) -> str:
     unequal = ""
     if max(counts) > 1.1 * min(counts):
         unequal = (
-            f"; runs have {min(counts):.0f} to {max(counts):.0f} values on average, and the best of more values is "
+            f"; runs have {min(counts):.3g} to {max(counts):.3g} values on average, and the best of more values is "
             "better by chance"
         )
     single = [group.name for group in groups if len(group.runs) == 1 and group.name != NO_MATCH]
