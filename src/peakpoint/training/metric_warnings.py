@@ -57,9 +57,11 @@ class MetricWarnings:
         if self._can_rank or self._reports < 2:
             return ()
         names = dict.fromkeys(name for names in self._names_by_rule for name in names)
+        problems = "; ".join(map(self._problem, names))
+        end = "" if problems.endswith("?") else "."
         self._warn_once(
             "nothing is kept",
-            f"no rule has kept a checkpoint in {self._reports} reports: {'; '.join(map(self._problem, names))}. Until "
+            f"no rule has kept a checkpoint in {self._reports} reports: {problems}{end} Until "
             "a rule can rank, every epoch that is complete is saved, and inside epochs reports 2, 4, 8, 16, ...; the "
             "newest of these is kept",
         )
