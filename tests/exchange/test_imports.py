@@ -472,11 +472,11 @@ def test_names_that_run_code_end_the_reading(name):
 def test_what_torch_says_of_a_file_is_not_passed_on(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "x": Call(torch._utils._rebuild_tensor_v2, 1)}, tmp_path / "a.pth")
     with pytest.raises(pp.errors.CorruptError, match="its pickle cannot be built") as caught:
-        bring(tmp_path / "a.pth", tmp_path / "root")
+        read_alone(tmp_path / "a.pth")
     assert caught.value.__cause__ is None, "nor does a traceback show it"
     plain_pickle(tmp_path / "b.pth")
     with pytest.raises(pp.errors.FormatError, match="load it in an environment without anything to lose"):
-        bring(tmp_path / "b.pth", tmp_path / "root")
+        read_alone(tmp_path / "b.pth")
 
 
 def test_the_hostile_files_would_work_elsewhere(tmp_path):
@@ -490,7 +490,7 @@ def test_a_hostile_file_inside_an_item_of_dcp_is_not_run(tmp_path):
     mark = tmp_path / "PWNED"
     on_distributed(tmp_path / "dcp", {"model": Net().state_dict(), "x": Call(os.system, f"touch {mark}")})
     with pytest.raises(pp.errors.FormatError, match=r"names posix\.system"):
-        bring(tmp_path / "dcp", tmp_path / "root")
+        read_alone(tmp_path / "dcp")
     assert not mark.exists()
 
 
@@ -501,7 +501,7 @@ def test_metadata_of_dcp_names_its_own_classes_only(tmp_path):
     on_distributed(tmp_path / "dcp", {"model": Net().state_dict()})
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Call(os.system, f"touch {mark}")))
     with pytest.raises(pp.errors.FormatError, match=r"\.metadata was not loaded: it names posix\.system"):
-        bring(tmp_path / "dcp", tmp_path / "root")
+        read_alone(tmp_path / "dcp")
     assert not mark.exists()
 
 
@@ -511,13 +511,13 @@ def test_torch_allowing_more_does_not_allow_it_here(tmp_path):
         torch.serialization.safe_globals([(os.getcwd, "posix.getcwd")]),
         pytest.raises(pp.errors.FormatError, match="getcwd"),
     ):
-        bring(tmp_path / "a.pth", tmp_path / "root")
+        read_alone(tmp_path / "a.pth")
 
 
 def test_a_dtype_cannot_hide_pointers_in_bytes(tmp_path):
     torch.save({"model": Net().state_dict(), "x": lying_dtype()}, tmp_path / "a.pth")
     with pytest.raises(pp.errors.FormatError, match="NumPy elements of type 'O8'"):
-        bring(tmp_path / "a.pth", tmp_path / "root")
+        read_alone(tmp_path / "a.pth")
 
 
 def test_a_plain_class_can_be_kept_as_a_record(tmp_path):
@@ -571,7 +571,7 @@ def test_a_zip_that_claims_more_than_it_has_is_refused(tmp_path):
         archive.writestr("a/data.pkl", b"\x80\x02}.")
         archive.writestr("a/data/0", bytes(50_000_000))
     with pytest.raises(pp.errors.FormatError, match=r"torch\.save wrote no such file"):
-        bring(tmp_path / "bomb.pth", tmp_path / "root")
+        read_alone(tmp_path / "bomb.pth")
 
 
 def test_a_pickle_of_another_protocol_is_refused(tmp_path):
@@ -580,7 +580,7 @@ def test_a_pickle_of_another_protocol_is_refused(tmp_path):
     torch.save({"model": Net().state_dict()}, tmp_path / "a.pth")
     replace_in_pickle(tmp_path / "a.pth", lambda _: pickle.dumps(Net, protocol=4))
     with pytest.raises(pp.errors.FormatError, match="protocol 4"):
-        bring(tmp_path / "a.pth", tmp_path / "root")
+        read_alone(tmp_path / "a.pth")
 
 
 @settings(max_examples=60, deadline=None)
