@@ -74,6 +74,19 @@ def made(tmp_path_factory):
     return folder, script(folder)
 
 
+@pytest.fixture(scope="module")
+def master(made, tmp_path_factory):
+    """A repository into which the folder was imported, never changed."""
+    root = tmp_path_factory.mktemp("master")
+    bring(made[0], root)
+    return root
+
+
+@pytest.fixture
+def imported(master, tmp_path):
+    return shutil.copytree(master, tmp_path / "root")
+
+
 # --- a script's folder --------------------------------------------------------------------------------------------
 
 
@@ -98,11 +111,10 @@ def test_a_folder_becomes_a_run_with_its_history(made, tmp_path):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_everything_that_is_no_part_is_kept_as_it_was(made, tmp_path):
+def test_everything_that_is_no_part_is_kept_as_it_was(made, imported):
     folder, _ = made
-    bring(folder, tmp_path / "root")
     given = torch.load(folder / "e7.pth", weights_only=False)
-    loaded = pp.load("r:epoch=2", root=tmp_path / "root")
+    loaded = pp.load("r:epoch=2", root=imported)
     assert same(dict(loaded["model"]), dict(given["model_state_dict"]))
     assert same(loaded["optimizer"], given["optimizer_state_dict"])
     assert loaded["scheduler"] == given["scheduler_state_dict"]
@@ -115,10 +127,9 @@ def test_everything_that_is_no_part_is_kept_as_it_was(made, tmp_path):
     assert {*loaded, *extra} >= given.keys() - {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict"}
 
 
-def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
+def test_a_training_goes_on_from_what_was_imported(made, imported):
     folder, (model, optimizer, scheduler) = made
-    root = tmp_path / "root"
-    bring(folder, root)
+    root = imported
     mine, ours, schedule = objects(seed=9)
     state = {"model": mine, "optimizer": ours, "scheduler": schedule}
     epochs, said = [], []
@@ -148,20 +159,18 @@ def test_a_training_goes_on_from_what_was_imported(made, tmp_path):
         bring(folder, root)
 
 
-def test_parts_that_the_training_has_not_are_still_a_mismatch(made, tmp_path):
-    bring(made[0], tmp_path / "root")
+def test_parts_that_the_training_has_not_are_still_a_mismatch(imported):
     model = Net()
     with (
-        QuietCheckpointer(tmp_path / "root", run="r", state={"model": model}, keep=[pp.Last(1)]) as ckpt,
+        QuietCheckpointer(imported, run="r", state={"model": model}, keep=[pp.Last(1)]) as ckpt,
         pytest.raises(pp.errors.MismatchError, match="names no part 'optimizer'") as caught,
     ):
         ckpt.resume()
     assert "extra" not in str(caught.value)
 
 
-def test_with_rules_nothing_is_pinned_and_rules_decide(made, tmp_path):
-    root = tmp_path / "root"
-    bring(made[0], root)
+def test_with_rules_nothing_is_pinned_and_rules_decide(made, imported):
+    root = imported
     assert len(pp.open(root).run("r").pinned()) == 5
     assert bring(made[0], root, rules=[pp.Best("val_accuracy", "max"), pp.Last(1)]).reports == 5
     run = pp.open(root).run("r")
