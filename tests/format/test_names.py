@@ -188,6 +188,13 @@ def test_metrics_that_cannot_be(name):
         check_metric(name)
 
 
+@pytest.mark.parametrize(("name", "proposal"), [("val loss", "val_loss"), ("AP@0.5: 0.95", "AP@0.5_0.95")])
+def test_a_metric_that_cannot_be_has_a_name_near_it_that_can(name, proposal):
+    with pytest.raises(ConfigError, match=re.escape(f"; try {proposal!r}")):
+        check_metric(name)
+    assert check_metric(proposal) == proposal
+
+
 @settings(max_examples=200)
 @given(st.text(max_size=5) | st.text(st.characters(categories=["Cs", "Cc", "Zs", "Ll"]), max_size=3))
 @example("\ud800")

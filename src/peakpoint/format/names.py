@@ -86,8 +86,10 @@ def check_metric(name: str) -> str:
         ConfigError: it cannot.
     """
     if not isinstance(name, str) or not _METRIC.fullmatch(name) or not _is_unicode(name):
+        proposal = re.sub(r"[\s:\x00-\x1f]+", "_", name)[:200] if isinstance(name, str) else ""
+        hint = f"; try {proposal!r}" if proposal.strip("_") and _is_unicode(proposal) else ""
         raise ConfigError(
-            f"metric {name!r} cannot be used: a metric's name has no spaces, colons or control characters"
+            f"metric {name!r} cannot be used: a metric's name has no spaces, colons or control characters{hint}"
         )
     return name
 
