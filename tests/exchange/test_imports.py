@@ -888,7 +888,9 @@ def test_the_command_shows_then_imports(made, tmp_path):
     assert "pinned: imported from e7.pth" in invoke("ls", root)
     assert "exists (epoch 2, step 6)" in invoke("explain", root, "r:epoch=2")
     assert "10 of" not in invoke("keep", root, "r", "--rules", "last:1", "--dry-run")
-    assert "0 checkpoints imported" in invoke("import", made[0], root, "--run", "r", "--rules", "best:val_accuracy:max")
+    text = invoke("import", made[0], root, "--run", "r", "--rules", "best:val_accuracy:max")
+    assert "0 checkpoints imported" in text
+    assert f"The import pins none: the rules decide what stays. To see it: peakpoint keep {root} r" in text
     assert "4 would" not in invoke("ls", root)
 
 

@@ -120,6 +120,9 @@ def _print_report(console: Console, root: Path, path: Path, report: Any, *, dry_
         if pinned:
             rules = '--rules "best:METRIC:max last:3"'
             console.print(f"All are pinned. To let rules decide instead, repeat the command with {rules}")
+    if not (pinned or dry_run):
+        show = literal(command_line("keep", root, report.run))
+        console.print(f"The import pins none: the rules decide what stays. To see it: {show}", soft_wrap=True)
 
 
 def _skipped(sources: Sequence[Any]) -> str:
