@@ -114,7 +114,9 @@ def test_nothing_fits(tmp_path):
 
 def test_a_release_needs_a_policy_that_says_what_to_select(tmp_path):
     task.trained(tmp_path)
-    with pytest.raises(ConfigError, match=r"does not exist, and so has no table \[champion\].*tables: none"):
+    with pytest.raises(
+        ConfigError, match=r"does not exist, and so has no table \[champion\].*begins with format = 1; tables: none"
+    ):
         released(tmp_path)
     (tmp_path / "production.toml").write_text('format = 1\n[champion]\nmay_promote = ["x"]')
     with pytest.raises(ConfigError, match="says nothing of what to select"):

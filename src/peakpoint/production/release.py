@@ -169,12 +169,13 @@ def _policy_of(policies: Policies, alias: str) -> Policy:
     policy = policies.of(alias)
     if policy is None or not policy.rank:
         lacks = "has no table" if policy is None else "says nothing of what to select in the table"
+        begin = "" if policies.text else "; the file begins with format = 1"
         lacks = lacks if policies.text else "does not exist, and so has no table"
         tables = (", ".join(policies.content) or "none") + did_you_mean(alias, list(policies.content))
         quoted = alias if alias.replace("_", "").replace("-", "").isalnum() else f'"{alias}"'
         raise ConfigError(
             f"{policies.where} {lacks} [{quoted}]: a release needs select = '...' and "
-            f'rank = ["max METRIC"] there; tables: {tables}'
+            f'rank = ["max METRIC"] there{begin}; tables: {tables}'
         )
     return policy
 
