@@ -114,7 +114,7 @@ def refused(run, words):
 def test_what_is_protected_stays(tmp_path):
     run = trained(tmp_path)
     run.pin("r:1", "figure 3")
-    refused(run, "is pinned: figure 3")
+    refused(run, r"\(pinned: figure 3\)")
     run.unpin("r:1")
     point(run.store, "champion", run.manifests()[0])
     refused(run, "champion since")

@@ -49,10 +49,12 @@ def check_unprotected(run: Run) -> None:
     """
     events, existing = run.events(), reader.list_run(run.store, run.name)
     reasons = {
-        **{checkpoint: f"is pinned: {why}" for checkpoint, why in annotations_of(events).pinned.items()},
+        **{checkpoint: f"pinned: {why}" for checkpoint, why in annotations_of(events).pinned.items()},
         **run.aliased(existing.manifests, events),
     }
-    sentences = [f"{manifest.name} {reasons[manifest.id]}" for manifest in existing.manifests if manifest.id in reasons]
+    sentences = [
+        f"{manifest.name} ({reasons[manifest.id]})" for manifest in existing.manifests if manifest.id in reasons
+    ]
     for damage in damaged_checkpoints(run.store, run.name, existing):  # of which it is not known what aliases keep
         names = aliases_naming(run.store, run.name)
         sentences += [f"{damage.name} is damaged, and may be what {name} points at or did" for name in names[:1]]
