@@ -78,6 +78,8 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(loop, kind):
     assert "left to do" not in "".join(texts)
     run(store, 3, loop=loop, announce=texts.append)
     assert texts[-1] == f"nothing left to do: 3 of 3 {kind} are complete"
+    run(store, 2, loop=loop, announce=texts.append)
+    assert texts[-1] == f"nothing left to do: 3 {kind} are complete, and 2 are asked for"
     assert len(kept(store)) == 2
 
 
