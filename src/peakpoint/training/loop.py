@@ -27,8 +27,8 @@ def count(name: str, value: SupportsIndex) -> int:
     except TypeError as error:
         raise ConfigError(f"{name} must be a whole number, such as 10, not {value!r}") from error
     if isinstance(value, bool) or not 0 <= number < 2**63:
-        shown = repr(value) if isinstance(value, bool) else str(number)[:30]
-        raise ConfigError(f"{name} must be a whole number of at least 0 and less than 2**63, not {shown}")
+        refused = repr(value) if isinstance(value, bool) else str(number)[:30]
+        raise ConfigError(f"{name} must be a whole number of at least 0 and less than 2**63, not {refused}")
     return number
 
 
@@ -185,9 +185,11 @@ class Loop:
             if not itself:
                 data_order.start_workers(loader)
         reused = data_order.has_kept_workers(loader)
-        kept = data_order.keeps_workers(loader) and (previous is None or reused)
+        keeps_workers = data_order.keeps_workers(loader) and (previous is None or reused)
         begin = data_order.take_all(generators)
-        data_pass = DataPass(settings, reused=reused, kept=kept, begin=begin, generators=begin, carried=carried)
+        data_pass = DataPass(
+            settings, reused=reused, kept=keeps_workers, begin=begin, generators=begin, carried=carried
+        )
         self.position.passes[number : number + 1] = [data_pass]
         self._generators[number], self._seeds[number] = generators, data_order.seeds_of(generators)
         return Batches(0, rng.take(), number), data_order.start_pass(loader, itself=itself)

@@ -45,9 +45,9 @@ class RunEnd:
             place = f"stopped early at {kind} {complete - 1}" if complete else "stopped early"
             self._announce(f"{place} because {why_stop}" + ("; nothing left to do" if begun == complete else ""))
         elif begun == complete:
-            parts = f"{complete} of {total} {kind}s are complete"
-            more = f"{complete} {kind}s are complete, and {total} are asked for"
-            self._announce(f"nothing left to do: {parts if complete <= total else more}")
+            progress = f"{complete} of {total} {kind}s are complete"
+            beyond = f"{complete} {kind}s are complete, and {total} are asked for"
+            self._announce(f"nothing left to do: {progress if complete <= total else beyond}")
 
     def save_last(self, metrics: Mapping[str, float]) -> None:
         """Save the present state if it is not saved, with the metrics of the last report if they are still its own."""
