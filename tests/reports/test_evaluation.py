@@ -584,7 +584,7 @@ def test_latency_is_what_was_recorded_and_nothing_else(pruned, tmp_path):
         ({"n_eval": {"ac": 5}}, "did you mean 'acc'"),
         ({"compare": [("r", "q")]}, "no run 'q'"),
         ({"compare": [("r", "r:epoch=9")]}, "no checkpoint of epoch 9"),
-        ({"compare": [("r", "r")], "part": "modle"}, "Parts: x"),
+        ({"compare": [("r", "r")], "part": "modle"}, "parts: x"),
     ],
 )
 def test_unknown_names_are_answered_with_known_ones(tmp_path, options, words):
