@@ -484,7 +484,8 @@ class Repository(RuleBasedStateMachine):
             repository = pp.open(store)
             audit.clean(repository, clock=self.clock)
             found = audit.audit(repository, deep=True, clock=self.clock)
-            assert found.clean, found.findings
+            # what a failed cleaning leaves in a run that is being written is litter until that ends, and no damage
+            assert found.clean or (cut and all(one.kind != "damage" for one in found.findings)), found.findings
 
         _, self.unclean = self.does("clean", cut, act)
 
