@@ -321,7 +321,10 @@ def _decoded_index(index: Path) -> dict[str, str]:
 
 
 def _json(path: Path) -> Any:
-    content = _decoded(path, Any)
+    try:
+        content = _decoded(path, Any)
+    except msgspec.ValidationError as error:  # a number that no float holds
+        raise FormatError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path} does not hold a JSON object")
     return content
