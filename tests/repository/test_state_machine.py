@@ -3,6 +3,7 @@
 After each step everything that must be there is read and compared bit for bit, in archives too, and nothing else is.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -37,13 +38,16 @@ from peakpoint.production import promotion
 from peakpoint.production.policy import read_policies
 from peakpoint.production.proposal import propose
 from peakpoint.production.release import Release
-from peakpoint.repository import aliases, audit, maintenance, packs
+from peakpoint.repository import aliases, audit, maintenance, packs, whole_run
+from peakpoint.repository.annotations import annotations_of
 from peakpoint.store import LocalStore
 from promoting import validated
 from repository_model import GONE, PARTS, TRASH, Checkpoint, Model, claims, here
 from training import QuietCheckpointer
 
 RUNS = ("r", "s")
+OTHER_NAME = "t"
+NOTHING_RANKS = "the newest: no rule can rank yet"
 ALIASES = ("champion", "staging")
 RULES = ("best:acc:max", "best:acc:max:parts=model", "topk:acc:max:2:parts=model", "last:1", "last:2", "last:9")
 NOTHING, HOUR, DAY = timedelta(0), timedelta(hours=1), timedelta(days=1)
@@ -276,8 +280,17 @@ class Repository(RuleBasedStateMachine):
             training.ckpt.wait()
         self.count("save", training.ops)
         existing, is_wanted = model.here(name), wanted(model.here(name), draft)
-        if is_wanted:
-            model.applies([*existing, draft], training.rules, cut_short=training.ops.struck, at_once=training.at_once)
+        # while nothing has a value that rules by metrics can rank, some reports are saved all the same
+        unranked = (
+            not draft.asked and math.isnan(draft.acc) and not any(text.startswith("last") for text in training.rules)
+        )
+        if outcome is not None and outcome.reasons == (NOTHING_RANKS,):
+            assert unranked, training.rules
+            is_wanted = True
+        may_be_saved = is_wanted or (outcome is None and unranked)
+        if may_be_saved:
+            cut_short = training.ops.struck or not is_wanted
+            model.applies([*existing, draft], training.rules, cut_short=cut_short, at_once=training.at_once)
             model.pending += [draft]
         if name in self.trainings:
             assert outcome.saved == is_wanted, (outcome, training.rules)
@@ -367,6 +380,92 @@ class Repository(RuleBasedStateMachine):
         if cut_short:
             acc = self.run_of(LocalStore(self.root), one.run).find(f"{one.run}/{one.id}").metrics.get("acc")
         one.metrics = {} if acc is None else {"acc": acc}
+        one.recorded = self.is_recorded(one) if cut_short else True
+
+    def is_recorded(self, one):
+        events = self.run_of(LocalStore(self.root), one.run).events()
+        return "acc" in annotations_of(events).metrics.get(one.id, {})
+
+    @precondition(lambda self: self.model.here())
+    @rule(pick=picks, cut=cuts(5))
+    def withdraw(self, pick, cut):
+        recorded = [one for one in self.model.here() if one.recorded]
+        one = self.pick(recorded or self.model.here(), pick)
+
+        def act(store):
+            return self.run_of(store, one.run).withdraw(f"{one.run}/{one.id}", "acc")
+
+        if not one.recorded:
+            self.refuses("withdraw", act, pp.errors.NotFoundError)
+            return
+        _, cut_short = self.does("withdraw", cut, act)
+        one.recorded = cut_short and self.is_recorded(one)
+        if not one.recorded:
+            one.metrics = dict(one.reported)
+
+    # --- whole runs
+
+    @rule(name=runs, cut=cuts(14))
+    def rename(self, name, cut):
+        """To another name and back, so that the model need not know of it."""
+
+        def act(store):
+            other = whole_run.rename_run(self.run_of(store, name), OTHER_NAME, clock=self.clock)
+            whole_run.rename_run(other, name, clock=self.clock)
+
+        named = any(
+            checkpoint is not None and self.model.checkpoints[checkpoint].run == name
+            for records in self.model.aliases.values()
+            for checkpoint, _ in records
+        )
+        if name in self.trainings or named:
+            self.refuses("rename", act, pp.ConflictError)
+            return
+        self.does("rename", cut, act)
+        names = {run.name for run in pp.open(LocalStore(self.root)).runs()}
+        assert len(names & {name, OTHER_NAME}) == 1, "a run has one name"
+        if OTHER_NAME in names:
+            self.counts["rename, other name"] += 1
+            self.has_moved(name)
+            whole_run.rename_run(self.run_of(LocalStore(self.root), OTHER_NAME), name, clock=self.clock)
+
+    def has_moved(self, name):
+        """Under its other name a run is as whole as before."""
+        repository = pp.open(LocalStore(self.root))
+        for one in self.model.here(name):
+            manifest = repository.find_manifest(f"{OTHER_NAME}/{one.id}")
+            assert PARTS & set(manifest.parts) == one.parts
+            loaded = pp.load(f"{OTHER_NAME}/{one.id}", root=LocalStore(self.root))
+            for part in one.parts:
+                assert torch.equal(loaded[part]["w"], tensor(part, one.value))
+            loaded.close()
+        self.is_undamaged()
+
+    @rule(name=st.just("s"), cut=cuts(40))
+    def remove_run(self, name, cut):
+        """The first run stays, so that there is something to play with."""
+        model = self.model
+
+        def act(store):
+            return whole_run.remove_run(self.run_of(store, name), clock=self.clock)
+
+        aliased = model.aliased()
+        protected = any(one.pinned or one.id in aliased for one in model.here(name))
+        if name in self.trainings or protected:
+            self.refuses("rm --run", act, pp.ConflictError)
+            return
+        if any(one.id in model.about for one in model.here(name)):
+            return  # a promotion that was cut short may protect it
+        foreign, cut_short = self.does("rm --run", cut, act)
+        assert cut_short or self.faulty or foreign == []
+        for one in [*model.here(name), *model.in_trash(name)]:
+            one.becomes(GONE, cut_short=cut_short or self.faulty)
+        store = LocalStore(self.root)
+        if name not in {run.name for run in pp.open(store).runs()}:
+            assert not any(one.place[0] == "here" and GONE not in one.may for one in model.here(name))
+            self.clean(())
+            self.checkpointer(name, store, self.zeros(), ("last:9",), {}).close()
+            model.rules[name], model.archived[name] = ("last:9",), False
 
     # --- what goes, and comes back
 
@@ -656,7 +755,7 @@ class Repository(RuleBasedStateMachine):
             assert draft.step == found.step
             assert draft.name in ("", found.name)
             draft.id, draft.name, draft.sequence = found.id, found.name, found.sequence
-            draft.metrics = dict(found.metrics)
+            draft.metrics, draft.reported = dict(found.metrics), dict(found.metrics)
             model.checkpoints[draft.id] = draft
         for one in model.checkpoints.values():
             if one.run != name:

@@ -24,6 +24,10 @@ class Checkpoint:
     value: int  # what its tensors hold
     step: int
     metrics: dict
+    reported: dict = field(
+        default_factory=dict
+    )  # what the training said, which counts again when a record is taken back
+    recorded: bool = False
     asked: bool = False
     id: str = ""
     name: str = ""
