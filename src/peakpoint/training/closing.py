@@ -54,7 +54,7 @@ class Closing:
         """
         self._close(save_last=sys.exception() is None and self._loop.knows_steps and not self._loop.trained)
 
-    def close_unfinished(self) -> None:
+    def _close_unfinished(self) -> None:
         """Close a training of which nobody knows how it ended: nothing that no rule has claimed is saved."""
         self._close(save_last=False)
 
@@ -100,7 +100,7 @@ class Closing:
 
     def __del__(self) -> None:
         if not self._closed and self._process == os.getpid():
-            exit_hook.close_soon(self.run, self.close_unfinished)
+            exit_hook.close_soon(self.run, self._close_unfinished)
 
     def _check_open(self) -> None:
         self._check_process()
