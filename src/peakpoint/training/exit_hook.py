@@ -34,7 +34,7 @@ def close_soon(run: str, close: Callable[[], None]) -> None:
 @atexit.register
 def _close_all() -> None:
     for checkpointer in list(_open):
-        _close(checkpointer.run, checkpointer._close_unfinished)
+        _close(checkpointer.run, checkpointer._close_unfinished)  # noqa: SLF001 - not for users
 
 
 def _close(run: str, close: Callable[[], None]) -> None:
