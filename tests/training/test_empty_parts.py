@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-import torchmetrics
 from torch import nn
 
 import peakpoint as pp
@@ -32,10 +31,17 @@ def reports(part, count=3):
     return [str(warning.message) for warning in caught if issubclass(warning.category, pp.PeakpointWarning)]
 
 
-@pytest.mark.parametrize("part", [Stateless({}), Stateless(None), Stateless([]), torchmetrics.MeanMetric()])
+@pytest.mark.parametrize("part", [Stateless({}), Stateless(None), Stateless([])])
 def test_it_is_warned_of_once(part):
     (text,) = reports(part)
     assert f"state['part'] saves nothing: the state_dict() of {type(part).__name__} is empty" in text
+
+
+@pytest.mark.slow
+def test_a_metric_of_torchmetrics_is_warned_of():
+    torchmetrics = pytest.importorskip("torchmetrics", reason="comes with lightning: make slow")
+    (text,) = reports(torchmetrics.MeanMetric())
+    assert "the state_dict() of MeanMetric is empty" in text
 
 
 @pytest.mark.parametrize(
