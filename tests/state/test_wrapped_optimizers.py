@@ -227,6 +227,7 @@ def test_a_step_waits_for_the_copy():
     assert all(same(dict(one), dict(other)) for one, other in zip(saved, reported, strict=True))
 
 
+@pytest.mark.slow
 def test_accelerate():
     accelerate = pytest.importorskip("accelerate")
 
