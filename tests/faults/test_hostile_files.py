@@ -902,16 +902,18 @@ def test_a_file_that_kills_its_reader_ends_the_import_with_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "text", "reason"),
     [
-        ("deep.json", b"[" * 200_000),
-        ("wide.csv", b",".join(b"%d" % number for number in range(100_000)) + b"\n" + b"0\n" * 100_000),
+        ("deep.json", b"[" * 200_000, ""),
+        ("wide.csv", b",".join(b"%d" % number for number in range(100_000)) + b"\n" + b"0\n" * 100_000, ""),
+        ("many.json", b"[" + b"{}," * 12_000_000 + b"{}]", "takes more memory than a file of its size may"),
     ],
+    ids=["deep", "wide", "many"],
 )
-def test_a_log_that_would_take_the_memory_is_refused(name, text, tmp_path):
+def test_a_log_that_would_take_the_memory_is_refused(name, text, reason, tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "epoch": 0}, tmp_path / "a.pth")
     (tmp_path / name).write_bytes(text)
-    with pytest.raises(DAMAGED, match=name):
+    with pytest.raises(DAMAGED, match=f"{name}.*{reason}"):
         pp.import_checkpoints(tmp_path / "a.pth", tmp_path / "root", run="r", metrics=tmp_path / name)
     assert not (tmp_path / "root").exists()
 
