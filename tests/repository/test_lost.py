@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 from datetime import timedelta
 
@@ -9,7 +10,7 @@ import pytest
 
 import peakpoint as pp
 from archived_runs import trained
-from commands import command, in_process
+from commands import command, in_process, invoke
 from peakpoint.errors import CorruptError
 from peakpoint.format import layout
 from peakpoint.format.events import Removed
@@ -229,6 +230,16 @@ def test_incomplete_saves_are_litter_as_ever(root):
     audit.clean(pp.open(root))
     assert len(directories(root)) == 2
     assert audit.audit(pp.open(root)).findings == []
+
+
+def test_the_command_at_the_end_of_an_audit_ends_the_damage(root):
+    manifest_of(directories(root)[0]).unlink()
+    shutil.rmtree(directories(root)[1])
+    *_, advice = invoke("audit", root).output.strip().splitlines()
+    program, *arguments = shlex.split(advice)
+    assert (program, arguments[0]) == ("peakpoint", "rm")
+    assert invoke(*arguments, "--yes").exit_code == 0
+    assert audit.audit(pp.open(root), deep=True).findings == []
 
 
 def test_a_run_whose_checkpoints_are_all_gone_is_not_begun_anew_in_silence(root):

@@ -8,7 +8,7 @@ import pytest
 
 import peakpoint as pp
 from archived_runs import bytes_on_disk, epochs, files, run_of, trained
-from commands import command
+from commands import command, on_terminal
 from peakpoint.format import layout
 from peakpoint.format.events import Opened, Removed
 from peakpoint.format.sealed import seal
@@ -92,6 +92,18 @@ def test_when_the_time_is_over_the_space_is_free(tmp_path):
     assert (tmp_path / layout.checkpoint_prefix("r", second.name)).exists()
     assert maintenance.undo(run, [second.id[:6]], clock=clock)[0].name == second.name
     assert audit(pp.open(tmp_path), deep=True, clock=clock).findings == []
+
+
+def test_the_trash_is_emptied_when_somebody_says_so(tmp_path):
+    trained(tmp_path)
+    command("rm", tmp_path, "r:epoch=0", "r:epoch=1", "--yes", "--undo-for", "30d")
+    with pytest.raises(pp.errors.ConfigError, match="add --yes"):
+        command("undo", tmp_path, "--empty")  # nobody can be asked
+    on_terminal(80, "undo", tmp_path, "--empty", answer="n\n", code=pp.errors.ConfigError.exit_code)
+    assert len(maintenance.in_trash(pp.open(tmp_path).run("r"))) == 2
+    shown = on_terminal(80, "undo", tmp_path, "--empty", answer="y\n")
+    assert any("permanently deleted 2 checkpoints" in line for line in shown)
+    assert maintenance.in_trash(pp.open(tmp_path).run("r")) == []
 
 
 def test_the_trash_can_be_emptied(tmp_path):

@@ -49,17 +49,18 @@ def command(*arguments, code=0):
     return done.output
 
 
-def on_terminal(width, *arguments):
-    """The lines that a terminal of this width shows, without colours."""
+def on_terminal(width, *arguments, answer="", code=0):
+    """The lines that a terminal of this width shows, without colours, when somebody has typed an answer."""
     outer, inner = pty.openpty()
     environment = os.environ | {"COLUMNS": str(width), "TERM": "xterm"}
     command = [sys.executable, "-c", RUN, *map(str, arguments)]
     with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=subprocess.DEVNULL, env=environment) as process:
         os.close(inner)
+        os.write(outer, answer.encode())
         shown = b""
         with contextlib.suppress(OSError):  # the other side is closed
             while more := os.read(outer, 65536):
                 shown += more
         os.close(outer)
-    assert process.returncode == 0
+    assert process.returncode == code
     return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", shown.decode()).splitlines()]
