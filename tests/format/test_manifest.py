@@ -55,7 +55,9 @@ def test_a_manifest_is_one_line_of_plain_json(written):
     assert data.endswith(b"}\n")
     assert data.count(b"\n") == 1
     plain = json.loads(data, parse_constant=pytest.fail)
-    assert plain["format"] == 1
+    sharded = [file for file in plain["files"] if "offsets" in file]
+    assert plain["format"] == (2 if sharded else 1)
+    assert len(sharded) == sum(bool(file.offsets) for file in written.files)
     assert plain["id"] == written.id
     assert list(plain)[-1] == "seal"
 
@@ -144,12 +146,22 @@ def test_two_records_cannot_exchange_their_seals():
         decode_manifest(one[:-28] + two[-28:])
 
 
+@pytest.mark.parametrize("offsets", [[[0, 0]], [[0, 0], [0], [0]], [[0], [0, 0]], [[0, 0], [-1]], [[0, 0], [2**63]], 3])
+def test_offsets_that_do_not_fit_the_tensors_are_refused(offsets):
+    rows = [["w", "F32", [2, 3], 0, 24, DIGEST], ["b", "F32", [2], 24, 32, DIGEST]]
+    file = {"name": "model+rank0.safetensors", "size": 100, "digest": DIGEST, "header": 68, "tensors": rows}
+    fitting = decode_manifest(sealed(format=2, files=[file | {"offsets": [[4, 0], [4]]}]))
+    assert fitting.files[0].offsets == ((4, 0), (4,))
+    with pytest.raises((CorruptError, FormatError), match=r"`\$.files"):
+        decode_manifest(sealed(format=2, files=[file | {"offsets": offsets}]))
+
+
 # --- other formats ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("found", [2, 0, "1", None, 1.5, [1], {}, ...])
+@pytest.mark.parametrize("found", [3, 0, "1", None, 1.5, [1], {}, ...])
 def test_another_format_is_a_format_error_that_says_so(found):
-    with pytest.raises(FormatError, match=r"manifest.json has format .*reads format 1: update"):
+    with pytest.raises(FormatError, match=r"manifest.json has format .*reads format 2: update"):
         decode_manifest(sealed(format=found))
 
 

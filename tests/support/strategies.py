@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
 from peakpoint.rules import Best, BestAtSparsity, Every, Last, Mode, Moment, Pareto, Rule, Thin, TopK
@@ -162,6 +163,11 @@ _files = st.builds(
     header=_natural,
     header_digest=_digests | st.just(""),
     tensors=st.lists(_tensors, max_size=2).map(tuple),
+    offsets=st.booleans(),
+).map(
+    lambda file: replace(
+        file, offsets=tuple(tensor.shape for tensor in file.tensors) if file.offsets and file.tensors else UNSET
+    )
 )
 times = st.datetimes(datetime(1971, 1, 1), datetime(9000, 1, 1), timezones=st.just(UTC)).map(  # noqa: DTZ001 - naive bounds
     lambda time: time.replace(fold=0)

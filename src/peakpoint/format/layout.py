@@ -20,6 +20,7 @@
     runs/<run>/checkpoints/<name>/manifest.json          the checkpoint: without it there is none
     runs/<run>/checkpoints/<name>/state.json             the state but for its tensors
     runs/<run>/checkpoints/<name>/<part>.safetensors     the tensors of a part
+    runs/<run>/checkpoints/<name>/<part>+rank<n>.safetensors   those that one process of several has written
     runs/<run>/checkpoints/<name>/signature-<number>.json
     runs/<run>/checkpoints/<name>/dropped-<number>.json  parts that are gone
     runs/<run>/checkpoints/<name>/trashed.json           that it is in the trash, with its manifest
@@ -126,6 +127,17 @@ def manifest_key(run: str, name: str) -> str:
 def file_key(run: str, name: str, file: str) -> str:
     """One file of one checkpoint."""
     return f"{RUNS}/{run}/checkpoints/{name}/{file}"
+
+
+def rank_file(file: str, rank: int) -> str:
+    """The name of a tensor file of one process of several.
+
+    Example:
+        >>> rank_file("model.safetensors", 3), rank_file("model+frozen.safetensors", 0)
+        ('model+rank3.safetensors', 'model+frozen+rank0.safetensors')
+    """
+    stem = file.removesuffix(".safetensors")
+    return f"{stem}+rank{rank}.safetensors"
 
 
 def archived_key(run: str) -> str:

@@ -10,12 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec import UNSET, UnsetType
+
 import peakpoint
 from peakpoint.errors import CorruptError
 from peakpoint.format.members import Count, Name, Time
-from peakpoint.format.sealed import decode_record, encode_record
+from peakpoint.format.sealed import FORMAT, decode_record, encode_record
 
 MANIFEST = "manifest.json"
+SHARDED_FORMAT = 2  # of manifests with shards: a reader of the first format would take one shard for the tensor
 
 Forks = tuple[tuple[int, int], ...]
 
@@ -52,6 +55,8 @@ class FileRecord:
         header_digest: BLAKE3 of those bytes, "" when the file holds no tensors.
         tensors: in file order; empty for files that are not safetensors.
         shared: id of the checkpoint that wrote these bytes, when the file is another name (a hard link) of its file.
+        offsets: of each tensor, in the order of ``tensors``: where it begins in the whole tensor, which other files
+            have the rest of. Not written for files that hold whole tensors only.
     """
 
     name: Name
@@ -61,6 +66,7 @@ class FileRecord:
     header_digest: str = ""
     tensors: tuple[TensorRecord, ...] = ()
     shared: str = ""
+    offsets: tuple[tuple[Count, ...], ...] | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +133,8 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Encode a manifest as one sealed line of JSON; ``members`` is written only when there are some."""
-    return encode_record(manifest, omit=() if manifest.members else ("members",))
+    version = SHARDED_FORMAT if any(file.offsets for file in manifest.files) else FORMAT
+    return encode_record(manifest, omit=() if manifest.members else ("members",), version=version)
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -137,12 +144,18 @@ def decode_manifest(data: bytes) -> Manifest:
         CorruptError: the bytes are not those that were written.
         FormatError: a newer release wrote it.
     """
-    manifest = decode_record(Manifest, data, where=MANIFEST, unsealed=CorruptError)
+    manifest = decode_record(Manifest, data, where=MANIFEST, unsealed=CorruptError, newest=SHARDED_FORMAT)
     names = [file.name for file in manifest.files]
     absent = {name for part in manifest.parts.values() for name in part} - {*names}
     if MANIFEST in names or len({*names}) < len(names) or absent:
         problem = f"has no {', '.join(sorted(absent))}" if absent else "has a file twice, or itself"
         raise CorruptError(f"{MANIFEST} contradicts itself - at `$.files`, which {problem}; restore it from a backup")
+    for file in manifest.files:
+        if file.offsets and [*map(len, file.offsets)] != [len(tensor.shape) for tensor in file.tensors]:
+            raise CorruptError(
+                f"{MANIFEST} contradicts itself - at `$.files`, where the offsets of {file.name} do not fit its "
+                "tensors; restore it from a backup"
+            )
     return manifest
 
 

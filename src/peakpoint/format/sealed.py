@@ -79,23 +79,26 @@ def unseal(data: bytes, *, where: str, unsealed: type[Error] = FormatError) -> d
 # --- records ------------------------------------------------------------------------------------------------------
 
 
-def encode_record(record: Any, *, omit: Collection[str] = ()) -> bytes:
+def encode_record(record: Any, *, omit: Collection[str] = (), version: int = FORMAT) -> bytes:
     """Encode a dataclass as a sealed record: ``format``, then its fields in their order.
 
     Args:
         record: a dataclass; a field ``metrics`` may hold NaN and infinities.
         omit: the names of fields that are not written.
+        version: the record's ``format``.
     """
     members = {field.name: getattr(record, field.name) for field in fields(record) if field.name not in omit}
     if "metrics" in members:
         members["metrics"] = metrics_to_json(members["metrics"])
-    return seal({"format": FORMAT, **members})
+    return seal({"format": version, **members})
 
 
 R = TypeVar("R")
 
 
-def decode_record(kind: type[R], data: bytes, *, where: str, unsealed: type[Error] = FormatError) -> R:
+def decode_record(
+    kind: type[R], data: bytes, *, where: str, unsealed: type[Error] = FormatError, newest: int = FORMAT
+) -> R:
     """Decode a sealed record of one kind; members that the kind does not have are passed over.
 
     Args:
@@ -103,6 +106,7 @@ def decode_record(kind: type[R], data: bytes, *, where: str, unsealed: type[Erro
         data: the bytes of the file.
         where: the file's key, named in errors.
         unsealed: see ``unseal``.
+        newest: the highest ``format`` that is read.
 
     Raises:
         CorruptError: the bytes are not those that were written.
@@ -113,7 +117,7 @@ def decode_record(kind: type[R], data: bytes, *, where: str, unsealed: type[Erro
             members = unseal(data, where=where, unsealed=unsealed)
         except (CorruptError, FormatError) as error:
             raise type(error)(f"{error}; restore the file from a backup") from error
-        check_format(members, where=where)
+        check_format(members, where=where, newest=newest)
         try:
             if "metrics" in members:
                 members["metrics"] = metrics_from_json(members["metrics"])
@@ -128,15 +132,15 @@ def decode_record(kind: type[R], data: bytes, *, where: str, unsealed: type[Erro
     return record
 
 
-def check_format(members: Mapping[str, Any], *, where: str) -> None:
+def check_format(members: Mapping[str, Any], *, where: str, newest: int = FORMAT) -> None:
     """Refuse a record of a format that this release does not know.
 
     Raises:
         FormatError: the record's ``format`` is missing or newer.
     """
     version = members.get("format")
-    if version != FORMAT:
-        raise FormatError(f"{where} has format {version!r}; this release of Peakpoint reads format {FORMAT}: update it")
+    if version not in range(FORMAT, newest + 1):
+        raise FormatError(f"{where} has format {version!r}; this release of Peakpoint reads format {newest}: update it")
 
 
 @contextlib.contextmanager
