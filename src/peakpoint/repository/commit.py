@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from blake3 import blake3
+from msgspec import UNSET, UnsetType
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
@@ -24,6 +25,8 @@ from peakpoint.store import Chunk, Store
 from peakpoint.store.threads import Worker
 
 BLOCK = 32 * 1024 * 1024
+
+Offsets = tuple[tuple[int, ...], ...] | UnsetType
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class FileImage:
         spans: the tensors in file order; their digests are not looked at.
         transient: whether a block is overwritten when the next one is asked for.
         stable: whether these bytes are likely to be those of the checkpoint before.
+        offsets: see ``FileRecord``.
     """
 
     name: str
@@ -46,6 +50,7 @@ class FileImage:
     spans: tuple[TensorRecord, ...] = ()
     transient: bool = False
     stable: bool = False
+    offsets: Offsets = UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +66,13 @@ def image_of(
     header: int = 0,
     spans: tuple[TensorRecord, ...] = (),
     ready: Callable[[int], None] = lambda _: None,
+    offsets: Offsets = UNSET,
 ) -> WholeImage:
     """Return the image of a file whose bytes are all in memory.
 
     Args:
         ready: returns when the bytes before a position in the file are final.
+        offsets: see ``FileRecord``.
     """
     view = memoryview(data).cast("B")
 
@@ -75,7 +82,7 @@ def image_of(
             ready(end)
             yield view[begin:end]
 
-    return WholeImage(name, len(view), blocks, header, spans, data=view)
+    return WholeImage(name, len(view), blocks, header, spans, data=view, offsets=offsets)
 
 
 def combined_digest(header_digest: str, tensors: Sequence[TensorRecord]) -> str:
@@ -131,6 +138,7 @@ class Hashing:
             header=image.header,
             header_digest=header_digest,
             tensors=tensors,
+            offsets=image.offsets,
         )
 
 
@@ -159,6 +167,7 @@ def commit(
     *,
     first: Callable[[], None],
     previous: Manifest | None = None,
+    written: Sequence[FileRecord] = (),
     timing: Callable[[], Mapping[str, float]] = dict,
     adopt: Callable[[str, str], bool] = lambda *_: False,
 ) -> Manifest:
@@ -172,6 +181,7 @@ def commit(
         draft: the manifest but for its files.
         images: the files.
         previous: a checkpoint of the same run; its files are shared where bytes are the same.
+        written: the files that ``put_files`` has written in other processes; deleted like the others on an error.
         first: makes durable what must be so before the manifest is: the journal up to this moment.
         timing: seconds that other work on the save took, called when all files are durable.
         adopt: puts a file that exists already under a key, durably, and says whether it could; takes the name of the
@@ -183,27 +193,31 @@ def commit(
     """
     try:
         begin = time.perf_counter()
-        files = _put_files(store, draft, images, previous, adopt)
+        files = (*written, *put_files(store, draft, images, previous, adopt))
         seconds = time.perf_counter() - begin
-        written = sum(file.size for file in files if not file.shared)
         shared = sum(file.size for file in files if file.shared)
-        rates = {"shared_bytes": float(shared), "write_seconds": seconds, "bytes_per_second": written / seconds}
+        size = sum(file.size for file in files) - shared
+        rates = {"shared_bytes": float(shared), "write_seconds": seconds, "bytes_per_second": size / seconds}
         manifest = replace(draft, files=files, timing={**draft.timing, **rates, **timing()})
         first()
         store.create(layout.manifest_key(draft.run, draft.name), encode_manifest(manifest))
     except BaseException:
-        _abandon(store, draft, images)
+        _abandon(store, draft, [*(file.name for file in written), *(image.name for image in images)])
         raise
     return manifest
 
 
-def _put_files(
+def put_files(
     store: Store,
     draft: Manifest,
     images: Sequence[FileImage],
-    previous: Manifest | None,
-    adopt: Callable[[str, str], bool],
+    previous: Manifest | None = None,
+    adopt: Callable[[str, str], bool] = lambda *_: False,
 ) -> tuple[FileRecord, ...]:
+    """Write files of a checkpoint that does not exist yet, durably, each while it is being hashed; see ``commit``.
+
+    Several processes may do so for one checkpoint; one of them gives the records of all to ``commit``.
+    """
     # hashing lets go of the interpreter and keeps ahead of the disk, from the same memory
     with Worker("peakpoint-hash") as hashing:
         records = [
@@ -215,12 +229,12 @@ def _put_files(
         return tuple(record() for record in records)
 
 
-def _abandon(store: Store, draft: Manifest, images: Sequence[FileImage]) -> None:
+def _abandon(store: Store, draft: Manifest, files: Sequence[str]) -> None:
     """Delete what a failed commit has written; its files stay while its manifest may exist."""
     with contextlib.suppress(StoreError):  # the error that brought us here is the one to report; audit finds the rest
         withdraw(store, draft)
         if store.size(layout.manifest_key(draft.run, draft.name)) is None:
-            sweep(store, draft.run, draft.name, [image.name for image in images])
+            sweep(store, draft.run, draft.name, files)
 
 
 def withdraw(store: Store, draft: Manifest) -> None:

@@ -28,7 +28,7 @@ _OF_A_RUN = {
     layout.ARCHIVED,
     *(f"{name}/" for name in DIRECTORIES),
 }
-_TENSOR_FILE = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?\.safetensors")
+_TENSOR_FILE = re.compile(r"[A-Za-z0-9_.-]+(\+frozen)?(\+rank[0-9]+)?\.safetensors")
 _PACK = re.compile(r"[0-9a-f]{16}\.pack")
 
 

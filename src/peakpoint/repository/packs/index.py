@@ -1,5 +1,6 @@
 """The index of a pack: which files it holds, and where their bytes are."""
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,12 +76,14 @@ class TensorKey(NamedTuple):
         name: of the tensor; of the file for bytes that are not tensors.
         dtype: the element type.
         size: bytes.
+        offsets: of a shard, its place in the whole tensor.
     """
 
     part: str
     name: str
     dtype: str
     size: int
+    offsets: tuple[int, ...] = ()
 
 
 class ByteRange(NamedTuple):
@@ -99,9 +102,9 @@ def byte_ranges(file: FileRecord, part: str) -> list[ByteRange]:
     """Return everything in a file, in order and without gaps."""
     head = file.header or file.size
     ranges = [ByteRange(0, head, TensorKey("", file.name, "", head))]
-    for tensor in file.tensors:
+    for tensor, offsets in zip(file.tensors, file.offsets or itertools.repeat(()), strict=False):
         begin, end = file.header + tensor.begin, file.header + tensor.end
-        ranges.append(ByteRange(begin, end, TensorKey(part, tensor.name, tensor.dtype, end - begin)))
+        ranges.append(ByteRange(begin, end, TensorKey(part, tensor.name, tensor.dtype, end - begin, offsets)))
     return [byte_range for byte_range in ranges if byte_range.begin < byte_range.end]
 
 

@@ -134,7 +134,9 @@ class PackSource:
     def images(self) -> list[FileImage]:
         """Return the files of the pack."""
         return [
-            FileImage(file.name, file.size, partial(self.blocks, number), file.header, file.tensors)
+            FileImage(
+                file.name, file.size, partial(self.blocks, number), file.header, file.tensors, offsets=file.offsets
+            )
             for number, file in enumerate(packed.record for packed in self.index.files)
         ]
 
