@@ -13,7 +13,7 @@ from peakpoint.cli import render, tables
 from peakpoint.cli.command import REF, ROOT, Answer, command
 from peakpoint.cli.completion import CHECKPOINTS
 from peakpoint.cli.records import validation_line
-from peakpoint.cli.render import aliases_of, fields, literal, manifest_json, number, print_list, ref, seconds
+from peakpoint.cli.render import aliases_of, count, fields, literal, manifest_json, number, print_list, ref, seconds
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.amounts import size_text
@@ -110,13 +110,19 @@ def _facts(
         ("size", size_text(manifest.size_bytes)),
         ("archived", "no" if packed is None else f"packed into {size_text(packed)}"),
         ("signed", "\n".join(literal(_signature(signature)) for signature in data["signatures"]) or "no"),
-        ("parts", literal(", ".join(manifest.parts))),
+        ("parts", literal(", ".join(_part(manifest, part) for part in manifest.parts))),
         (origin[0], origin[1] or "none: the first checkpoint of its run"),
         ("written by", literal(", ".join(f"{name} {value}" for name, value in manifest.written_by.items()))),
         ("written", _writing(manifest)),
         ("training blocked", _stall(manifest)),
         ("validations", "\n".join([*map(validation_line, survey.validations), *damaged]) or "none"),
     ]
+
+
+def _part(manifest: Manifest, part: str) -> str:
+    """A part and, if it is in shards, how many processes have written them."""
+    ranks = len({name.rpartition("+rank")[2] for name in manifest.parts[part] if manifest.file(name).offsets})
+    return f"{part} ({count(ranks, 'rank')})" if ranks else part
 
 
 def _writing(manifest: Manifest) -> str:

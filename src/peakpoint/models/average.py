@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from peakpoint.errors import ConfigError, FormatError, MismatchError
-from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
-from peakpoint.repository import reader
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.shards import StoredTensor, stored_tensors
 from peakpoint.repository.root import Repository
-from peakpoint.state.json_scalars import TAG
+from peakpoint.state.json_scalars import TAG, TENSOR_TAGS
 from peakpoint.state.saved import check_part_of, read_trees, tensor_nodes
+from peakpoint.state.shards import read_tensor
 from peakpoint.state.shared_storage import TORCH_DTYPES
-from peakpoint.state.tensor_files import tensors_of
 from peakpoint.store import Store
 
 COUNTER = "num_batches_tracked"
@@ -28,12 +28,12 @@ class SoupMember:
     """One part of one checkpoint, without its bytes.
 
     Attributes:
-        records: name to file and byte range of every stored tensor, in file order.
+        tensors: every stored tensor by name, in file order.
     """
 
     manifest: Manifest
     tree: Any
-    records: Mapping[str, tuple[FileRecord, TensorRecord]]
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def ref(self) -> str:
@@ -81,9 +81,8 @@ def member(store: Store, manifest: Manifest, part: str) -> SoupMember:
         CorruptError: it is damaged.
     """
     check_part_of(manifest, part)
-    files = [manifest.file(name) for name in manifest.parts[part]]
-    records = {record.name: (file, record) for file in files for record in file.tensors}
-    return SoupMember(manifest=manifest, tree=read_trees(store, manifest).parts[part], records=records)
+    tree = read_trees(store, manifest).parts[part]
+    return SoupMember(manifest=manifest, tree=tree, tensors=stored_tensors(manifest, part))
 
 
 # --- comparing members --------------------------------------------------------------------------------------------
@@ -93,7 +92,8 @@ def _layouts(member: SoupMember) -> dict[str, tuple[str, tuple[int, ...], Any]]:
     """Map each path to element type, shape, and place in a stored tensor."""
     layouts = {}
     for path, node in tensor_nodes(member.tree):
-        dtype, shape = member.records[node["name"]][1][1:3]
+        stored = member.tensors[node["name"]]
+        dtype, shape = stored.dtype, stored.shape
         view = node.get("view")
         if view is not None:
             dtype, shape = view["dtype"], tuple(view["shape"])
@@ -115,7 +115,7 @@ def without_tensors(tree: Any) -> Any:
         return [without_tensors(child) for child in tree]
     if not isinstance(tree, dict):
         return tree
-    return None if tree.get(TAG) == "tensor" else {key: without_tensors(child) for key, child in tree.items()}
+    return None if tree.get(TAG) in TENSOR_TAGS else {key: without_tensors(child) for key, child in tree.items()}
 
 
 def _differences(first: SoupMember, second: SoupMember) -> Iterator[str]:
@@ -140,7 +140,7 @@ def check_alike(members: Sequence[SoupMember], part: str) -> None:
         ConfigError: the part holds no tensors.
     """
     first = members[0]
-    if not first.records:
+    if not first.tensors:
         raise ConfigError(f"part {part!r} of {first} holds no tensors, so it has no mean")
     lines: list[str] = []
     for member in members[1:]:
@@ -160,9 +160,9 @@ def _integer_differences(first: SoupMember, second: SoupMember) -> Iterator[str]
     """Integers and booleans have no mean, so they must be the same; their digests tell."""
     for name, dtype in elements(first).items():
         if dtype is None and name.rpartition(".")[2] != COUNTER:
-            record = first.records[name][1]
-            if second.records[name][1].digest != record.digest:
-                yield f"{name!r} holds {record.dtype}, which is not averaged, and differs between {first} and {second}"
+            stored = first.tensors[name]
+            if second.tensors[name].digest != stored.digest:
+                yield f"{name!r} holds {stored.dtype}, which is not averaged, and differs between {first} and {second}"
 
 
 def elements(member: SoupMember) -> dict[str, torch.dtype | None]:
@@ -172,16 +172,16 @@ def elements(member: SoupMember) -> dict[str, torch.dtype | None]:
         ConfigError: tensors of several element types share its bytes.
         FormatError: the element type needs a newer release.
     """
-    kinds: dict[str, set[str]] = {name: set() for name in member.records}
+    kinds: dict[str, set[str]] = {name: set() for name in member.tensors}
     for _, node in tensor_nodes(member.tree):
         name = node["name"]
-        kinds[name].add(node["view"]["dtype"] if "view" in node else member.records[name][1].dtype)
+        kinds[name].add(node["view"]["dtype"] if "view" in node else member.tensors[name].dtype)
     dtypes = {}
     for name, of_name in kinds.items():
         if len(of_name) > 1:
             names = ", ".join(sorted(of_name))
             raise ConfigError(f"tensors of {names} share the memory of {name!r} in {member}: it has no mean")
-        kind = of_name.pop() if of_name else member.records[name][1].dtype
+        kind = of_name.pop() if of_name else member.tensors[name].dtype
         if kind not in TORCH_DTYPES:
             raise FormatError(f"tensor {name!r} of {member} has elements {kind!r}: update Peakpoint")
         dtype = TORCH_DTYPES[kind]
@@ -244,7 +244,7 @@ class TensorMeans:
         """
         dtype = self._elements[name]
         first = members[0]
-        if len({member.records[name][1].digest for member in members}) == 1:
+        if len({member.tensors[name].digest for member in members}) == 1:
             members = members[:1]
         if dtype is None:
             return self._read(first, name)
@@ -256,21 +256,17 @@ class TensorMeans:
             mean = total.zero_()
             for member in members:
                 mean += self._wide(member, name, dtype) / len(members)
-        stored = self._read(first, name) if first.records[name][1].dtype == "U8" else None
+        stored = self._read(first, name) if first.tensors[name].dtype == "U8" else None
         values = rounded(mean, dtype)
         if stored is None:
-            return values.view(first.records[name][1].shape)
+            return values.view(first.tensors[name].shape)
         octets = values.view(torch.uint8)
         stored[: len(octets)] = octets
         return stored
 
     def _read(self, member: SoupMember, name: str) -> torch.Tensor:
-        file, record = member.records[name]
-        data = bytearray(reader.tensor_bytes(self._store, member.manifest, file, record))
-        only = record._replace(begin=0, end=len(data))
-        single = FileRecord(name=file.name, size=len(data), digest="", tensors=(only,))
-        tensor = tensors_of(single, memoryview(data))[name]
-        self._progress(len(data))
+        tensor = read_tensor(self._store, member.manifest, member.tensors[name])
+        self._progress(tensor.nbytes)
         return tensor
 
     def _wide(self, member: SoupMember, name: str, dtype: torch.dtype) -> torch.Tensor:

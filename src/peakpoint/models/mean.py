@@ -56,7 +56,7 @@ class MeanModel:
         device: torch.device | str | None,
     ) -> None:
         self._means, self._first, self._data = means, first, data
-        self._nodes: dict[str, list[tuple[str, Any]]] = {name: [] for name in first.records}
+        self._nodes: dict[str, list[tuple[str, Any]]] = {name: [] for name in first.tensors}
         for path, node in tensor_nodes(first.tree):
             self._nodes[node["name"]].append((path, node))
         paths = [path for path, _ in tensor_nodes(first.tree)]
@@ -101,7 +101,7 @@ class MeanModel:
     def make(self, members: Sequence[SoupMember]) -> Any:
         """Return the mean: the model with its own statistics, or the state when there is no model."""
         if self._model is None:
-            tensors = {name: self._means.mean(name, members) for name in self._first.records}
+            tensors = {name: self._means.mean(name, members) for name in self._first.tensors}
             return Decoder(tensors).decode(self._first.tree)
         live = self._model.state_dict()
         wait_for_copies()
@@ -135,12 +135,12 @@ class MeanModel:
         for name, nodes in self._nodes.items():
             path = nodes[0][0] if nodes else ""
             if path.rpartition(".")[2] in (*STATISTICS, COUNTER):
-                dtype = TORCH_DTYPES[self._first.records[name][1].dtype]
+                dtype = TORCH_DTYPES[self._first.tensors[name].dtype]
                 self.measured[name] = live[path].detach().to("cpu", dtype, copy=True).contiguous()
 
     def check(self, members: Sequence[SoupMember]) -> None:
         """Refuse members without a mean; nothing of it stays in memory."""
-        for name in self._first.records:
+        for name in self._first.tensors:
             self._means.mean(name, members)
 
     def score(self, evaluate: Callable[[Any], Any], members: Sequence[SoupMember]) -> float:

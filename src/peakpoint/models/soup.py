@@ -225,8 +225,8 @@ def _reason(kind: str, members: Sequence[SoupMember], candidates: int) -> str:
 def _image(means: TensorMeans, part: str, choice: SoupChoice) -> FileImage:
     """Return the file of the mean; its tensors are made when they are written, one after the other."""
     stored = {
-        name: torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype], device="meta")
-        for name, (_, record) in choice.members[0].records.items()
+        name: torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
+        for name, tensor in choice.members[0].tensors.items()
     }
     layout = lay_out(f"{part}.safetensors", stored)
 

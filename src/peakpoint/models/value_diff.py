@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from peakpoint.errors import FormatError
-from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.manifest import Manifest
+from peakpoint.format.shards import StoredTensor
 from peakpoint.reports.diff import (
     CheckpointDifference,
     Distance,
@@ -20,6 +20,7 @@ from peakpoint.reports.diff import (
 )
 from peakpoint.repository import reader
 from peakpoint.repository.root import open_repository
+from peakpoint.state.shards import read_tensor
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.store import Chunk, Store
 
@@ -70,17 +71,28 @@ def with_distances(
 ) -> CheckpointDifference:
     """Add the distances of all tensors, and plain values; see ``diff``."""
     of_first, of_second = dict(tensors_of(first)), dict(tensors_of(second))
-    tensors = []
+    tensors: list[TensorDifference] = []
+    same_tensors: list[TensorDifference] = []
     with reader.hold_all(store, (first, second)):
         for tensor in difference.tensors:
             between = None
             if tensor.what in {"dtype", "values"}:
                 key = (tensor.part, tensor.name)
-                between = distance(*_read(store, first, *of_first[key]), *_read(store, second, *of_second[key]))
+                between = distance(*_read(store, first, of_first[key]), *_read(store, second, of_second[key]))
                 progress(tensor.bytes)
-            tensors.append(replace(tensor, distance=between))
+            same_bits = between is not None and between.changed == 0  # they were saved in other shards
+            (same_tensors if same_bits else tensors).append(replace(tensor, distance=between))
         plain, same = diff_plain_values(store, first, second)
-    return replace(difference, tensors=tuple(sorted(tensors, key=_order)), plain=plain, generators_same=same)
+    same_bytes = sum(tensor.bytes for tensor in same_tensors)
+    return replace(
+        difference,
+        tensors=tuple(sorted(tensors, key=_order)),
+        same_tensors=difference.same_tensors + len(same_tensors),
+        same_bytes=difference.same_bytes + same_bytes,
+        changed_bytes=difference.changed_bytes - same_bytes,
+        plain=plain,
+        generators_same=same,
+    )
 
 
 def _order(tensor: TensorDifference) -> tuple[bool, float]:
@@ -88,10 +100,9 @@ def _order(tensor: TensorDifference) -> tuple[bool, float]:
     return (tensor.distance is not None, -tensor.distance.relative if tensor.distance else 0.0)
 
 
-def _read(store: Store, manifest: Manifest, file: FileRecord, record: TensorRecord) -> tuple[Chunk, str]:
-    if record.dtype not in TORCH_DTYPES:
-        raise FormatError(f"tensor {record.name!r} in {file.name} has elements {record.dtype!r}: update Peakpoint")
-    return reader.tensor_bytes(store, manifest, file, record), record.dtype
+def _read(store: Store, manifest: Manifest, stored: StoredTensor) -> tuple[Chunk, str]:
+    octets = read_tensor(store, manifest, stored).reshape(-1).view(torch.uint8)
+    return memoryview(octets.numpy()), stored.dtype  # type: ignore[arg-type] # is a buffer
 
 
 class _Values:

@@ -16,8 +16,9 @@ import msgspec
 from peakpoint.errors import FormatError
 from peakpoint.format import layout
 from peakpoint.format.events import Event, Opened, Saved
-from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.manifest import Manifest
 from peakpoint.format.settings import settings_of
+from peakpoint.format.shards import StoredTensor, stored_tensors
 from peakpoint.repository import reader
 from peakpoint.repository.annotations import annotations_of, with_annotations
 from peakpoint.repository.root import Repository
@@ -215,11 +216,11 @@ def diff_records(repository: Repository, a: str, b: str) -> CheckpointDifference
 def diff_manifests(repository: Repository, first: Manifest, second: Manifest) -> CheckpointDifference:
     """Do what ``diff_records`` does, for checkpoints that were read already."""
     a, b = _side(repository, first), _side(repository, second)
-    a_tensors, b_tensors = ({key: record for key, (_, record) in tensors_of(side)} for side in (first, second))
+    a_tensors, b_tensors = (dict(tensors_of(side)) for side in (first, second))
     pairs = {key: (a_tensors.get(key), b_tensors.get(key)) for key in a_tensors | b_tensors}
     tensors = [difference for key, pair in pairs.items() if (difference := _tensor(key, *pair))]
     differing = {(tensor.part, tensor.name) for tensor in tensors}
-    same_sizes = [record.end - record.begin for key, record in a_tensors.items() if key not in differing]
+    same_sizes = [tensor.size_bytes for key, tensor in a_tensors.items() if key not in differing]
     return CheckpointDifference(
         a=a,
         b=b,
@@ -252,15 +253,18 @@ def by_importance(tensors: Iterable[TensorDifference]) -> list[TensorDifference]
     return sorted(tensors, key=lambda tensor: (is_counter(tensor.name), _MOMENT.search(tensor.name) is not None))
 
 
-def tensors_of(manifest: Manifest) -> Iterator[tuple[tuple[str, str], tuple[FileRecord, TensorRecord]]]:
-    """Yield every stored tensor: part and name, with its file and record."""
-    for part, names in manifest.parts.items():
-        for file in map(manifest.file, names):
-            for record in file.tensors:
-                yield (part, record.name), (file, record)
+def tensors_of(manifest: Manifest) -> Iterator[tuple[tuple[str, str], StoredTensor]]:
+    """Yield every stored tensor, with part and name before it.
+
+    Raises:
+        CorruptError: the shards of a tensor do not make a whole.
+    """
+    for part in manifest.parts:
+        for name, tensor in stored_tensors(manifest, part).items():
+            yield (part, name), tensor
 
 
-def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None) -> TensorDifference | None:
+def _tensor(key: tuple[str, str], a: StoredTensor | None, b: StoredTensor | None) -> TensorDifference | None:
     what: TensorChange
     if a is None or b is None:
         what = "only in b" if a is None else "only in a"
@@ -276,9 +280,9 @@ def _tensor(key: tuple[str, str], a: TensorRecord | None, b: TensorRecord | None
         part=key[0],
         name=key[1],
         what=what,
-        a=a and (a.dtype, a.shape),
-        b=b and (b.dtype, b.shape),
-        bytes=max(record.end - record.begin for record in (a, b) if record is not None),
+        a=None if a is None else (a.dtype, a.shape),
+        b=None if b is None else (b.dtype, b.shape),
+        bytes=max(tensor.size_bytes for tensor in (a, b) if tensor is not None),
     )
 
 
@@ -368,7 +372,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
     """Yield every value in a tree that is no tensor, as text; see docs/format.md, "state.json"."""
     tag = tree.get("$") if isinstance(tree, dict) else None
     inside = tree.get("v") if tag else tree
-    if tag == "tensor":
+    if tag in {"tensor", "sharded"}:
         return
     if isinstance(inside, list) and tag == "dict":
         for key, child in inside:

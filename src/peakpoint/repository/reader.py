@@ -16,7 +16,8 @@ from peakpoint.format.events import Saved
 from peakpoint.format.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, decode_manifest
 from peakpoint.format.sealed import digest
 from peakpoint.repository import packs, trash
-from peakpoint.repository.commit import BLOCK, combined_digest
+from peakpoint.repository.commit import combined_digest
+from peakpoint.repository.hashed_ranges import HashedRange, first_mismatch, grouped, hashed_ranges, tensor_range
 from peakpoint.repository.packs.reader import PackSource, open_pack
 from peakpoint.repository.run_names import is_name_of
 from peakpoint.repository.trash import dropped_parts, without_dropped
@@ -219,23 +220,52 @@ def read(store: Store, manifest: Manifest, file: FileRecord) -> memoryview:
 
 
 @_settled
-def tensor_bytes(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord) -> bytes:
-    """Read one tensor, and compare it with its digest; nothing else is read.
+def take_tensor(
+    store: Store,
+    manifest: Manifest,
+    file: FileRecord,
+    tensor: TensorRecord,
+    take: Callable[[int, bytes], object],
+    *,
+    block: int,
+    within: tuple[int, int] | None = None,
+) -> None:
+    """Read one tensor of a file block by block, and compare it with its digest after the last; nothing else is read.
+
+    Args:
+        take: is given the position of each block in the tensor and its bytes, which are not compared yet; everything
+            anew when the file was packed or restored meanwhile.
+        block: bytes of a block.
+        within: only these bytes of the tensor, from the first to one past the last; nothing is compared then.
 
     Raises:
         CorruptError: the file is missing or too short, or the bytes are others.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
-    begin, end = file.header + tensor.begin, file.header + tensor.end
+    hasher = blake3(max_threads=blake3.AUTO)
+    first, last = within or (0, tensor.end - tensor.begin)
+    for position in range(first, last, block) or [first]:
+        data = _range(store, manifest, file, tensor, position, min(position + block, last))
+        if within is None:
+            hasher.update(data)
+        take(position, data)
+    if within is None and hasher.hexdigest() != tensor.digest:
+        raise _differs(manifest, file, tensor_range(file, tensor))
+
+
+def _range(store: Store, manifest: Manifest, file: FileRecord, tensor: TensorRecord, first: int, last: int) -> bytes:
+    """Return bytes of a tensor, as many as were asked for."""
+    begin, end = (file.header + tensor.begin + position for position in (first, last))
     data = b""
     if 0 <= begin <= end <= file.size:
         try:
-            with _damage_named(manifest, file):
+            with _damage_named(manifest, file, f", which holds tensor {tensor.name!r}"):
                 data = store.get(layout.file_key(manifest.run, manifest.name, file.name), begin, end)
         except CorruptError as error:
             data = _unpacked_range(store, manifest, file, begin, end, error)
-    if len(data) != end - begin or blake3(data, max_threads=blake3.AUTO).hexdigest() != tensor.digest:
-        raise _differs(manifest, file, HashedRange(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest))
+    if len(data) != end - begin:
+        where = f"tensor {tensor.name!r} in {file.name}"
+        raise CorruptError(f"checkpoint {manifest.name} is damaged: {where} is cut short (bytes {begin} to {end})")
     return data
 
 
@@ -298,12 +328,12 @@ def _get(store: Store, manifest: Manifest, file: FileRecord, get: Callable[[str]
 
 
 @contextlib.contextmanager
-def _damage_named(manifest: Manifest, file: FileRecord) -> Iterator[None]:
+def _damage_named(manifest: Manifest, file: FileRecord, holding: str = "") -> Iterator[None]:
     """Say of errors which checkpoint and file they are about."""
     try:
         yield
     except NotFoundError as error:
-        raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is missing") from error
+        raise CorruptError(f"checkpoint {manifest.name} is damaged: {file.name} is missing{holding}") from error
     except ConfigError as error:
         raise FormatError(f"checkpoint {manifest.name} has a file that cannot be read: {error}") from error
     except FormatError as error:
@@ -377,23 +407,6 @@ def _check_size(manifest: Manifest, file: FileRecord, size: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class HashedRange:
-    """A range of a file with a digest of its own.
-
-    Attributes:
-        label: the range in words.
-        begin: its first byte.
-        end: the byte after it.
-        digest: of its bytes.
-    """
-
-    label: str
-    begin: int
-    end: int
-    digest: str
-
-
 def _differs(manifest: Manifest, file: FileRecord, hashed_range: HashedRange) -> CorruptError:
     return CorruptError(
         f"checkpoint {manifest.name} is damaged: {hashed_range.label} does not match its digest "
@@ -402,49 +415,13 @@ def _differs(manifest: Manifest, file: FileRecord, hashed_range: HashedRange) ->
 
 
 def _check(manifest: Manifest, file: FileRecord, filling: Filling) -> None:
-    jobs = list(_jobs(_hashed_ranges(file)))
+    jobs = list(grouped(hashed_ranges(file)))
     with ThreadPoolExecutor(min(len(jobs), cores()), "peakpoint-verify") as pool:
         try:
-            for mismatch in pool.map(lambda job: _first_mismatch(job, filling), jobs):
+            for mismatch in pool.map(lambda job: first_mismatch(job, filling), jobs):
                 if mismatch is not None:
                     raise _differs(manifest, file, mismatch)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     if file.header and combined_digest(file.header_digest, file.tensors) != file.digest:
         raise CorruptError(f"checkpoint {manifest.name} is damaged: the digests of {file.name} contradict one another")
-
-
-def _jobs(ranges: Iterable[HashedRange]) -> Iterator[list[HashedRange]]:
-    """Group ranges so that a thread is worth its start."""
-    job: list[HashedRange] = []
-    for hashed_range in ranges:
-        if job and hashed_range.end - job[0].begin > BLOCK:
-            yield job
-            job = []
-        job.append(hashed_range)
-    yield job
-
-
-def _first_mismatch(job: Iterable[HashedRange], filling: Filling) -> HashedRange | None:
-    for hashed_range in job:
-        if not 0 <= hashed_range.begin <= hashed_range.end <= len(filling.data):
-            return hashed_range
-        large = hashed_range.end - hashed_range.begin > BLOCK
-        hasher = blake3(max_threads=blake3.AUTO if large else 1)
-        for begin in range(hashed_range.begin, hashed_range.end, BLOCK):
-            end = min(begin + BLOCK, hashed_range.end)
-            filling.wait(end)
-            hasher.update(filling.data[begin:end])
-        if hasher.hexdigest() != hashed_range.digest:
-            return hashed_range
-    return None
-
-
-def _hashed_ranges(file: FileRecord) -> Iterator[HashedRange]:
-    if not file.header:
-        yield HashedRange(file.name, 0, file.size, file.digest)
-        return
-    yield HashedRange(f"the header of {file.name}", 0, file.header, file.header_digest)
-    for tensor in file.tensors:
-        begin, end = file.header + tensor.begin, file.header + tensor.end
-        yield HashedRange(f"tensor {tensor.name!r} in {file.name}", begin, end, tensor.digest)

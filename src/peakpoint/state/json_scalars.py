@@ -19,6 +19,7 @@ import torch
 from peakpoint.errors import ConfigError
 
 TAG = "$"
+TENSOR_TAGS = frozenset({"tensor", "sharded"})
 
 _SIMPLE_DTYPE = re.compile(r"[<>|][biufcmMOSUV]\d*(\[[^\]]*\])?")
 

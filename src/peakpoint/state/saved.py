@@ -9,12 +9,14 @@ import torch
 
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
-from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord
+from peakpoint.format.manifest import FileRecord, Manifest
 from peakpoint.format.names import did_you_mean, no_part
 from peakpoint.format.sealed import check_format, gc_paused
+from peakpoint.format.shards import StoredTensor, stored_tensors
 from peakpoint.repository import reader
-from peakpoint.state.json_scalars import TAG
+from peakpoint.state.json_scalars import TAG, TENSOR_TAGS
 from peakpoint.state.origin import NO_ORIGIN, PartOrigin
+from peakpoint.state.shards import joined, read_tensor
 from peakpoint.state.tensor_files import tensors_of
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Hold, Store
@@ -79,9 +81,11 @@ def read_tensors(store: Store, manifest: Manifest, part: str, *, verify: bool = 
     """
     get = reader.read if verify else reader.view
     tensors: dict[str, torch.Tensor] = {}
-    for name in manifest.parts.get(part, ()):
-        file = _file(manifest, name)
-        tensors |= tensors_of(file, get(store, manifest, file))
+    files = [_file(manifest, name) for name in manifest.parts.get(part, ())]
+    stored = stored_tensors(manifest, part) if any(file.offsets for file in files) else {}
+    for file in files:
+        content = tensors_of(file, get(store, manifest, file))
+        tensors |= joined(stored, file, content, tensors) if file.offsets else content
     return tensors
 
 
@@ -231,11 +235,11 @@ class Loaded(Mapping[str, Any]):
         Raises:
             NotFoundError: the checkpoint has no such part.
         """
-        records = self._records(part)
+        stored = self._stored(part)
         return {
             path: (node["view"]["dtype"], tuple(node["view"]["shape"]))
             if "view" in node
-            else records[node["name"]][1][1:3]
+            else (stored[node["name"]].dtype, stored[node["name"]].shape)
             for path, node in tensor_nodes(self._trees.parts[part])
         }
 
@@ -250,13 +254,13 @@ class Loaded(Mapping[str, Any]):
             NotFoundError: no such part or tensor.
             CorruptError: it is damaged.
         """
-        records = self._records(part)
+        stored = self._stored(part)
         nodes = dict(tensor_nodes(self._trees.parts[part]))
         if name not in nodes:
             raise NotFoundError(
                 f"part {part!r} of {self.manifest.name} has no tensor {name!r}{did_you_mean(name, list(nodes))}"
             )
-        return self._read(*records[nodes[name]["name"]], nodes[name])
+        return self._read(stored[nodes[name]["name"]], nodes[name])
 
     def each(self, part: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the tensors of a part with the path to each; no more than one is in memory.
@@ -267,20 +271,17 @@ class Loaded(Mapping[str, Any]):
             NotFoundError: the checkpoint has no such part.
             CorruptError: it is damaged.
         """
-        records = self._records(part)
+        stored = self._stored(part)
         read = set[str]()
         for path, node in tensor_nodes(self._trees.parts[part]):
             memory = repr((node["name"], node.get("view")))
             if memory not in read:
                 read.add(memory)
-                yield path, self._read(*records[node["name"]], node)
+                yield path, self._read(stored[node["name"]], node)
 
-    def _read(self, file: FileRecord, record: TensorRecord, node: dict[str, Any]) -> torch.Tensor:
-        data = bytearray(reader.tensor_bytes(self._store, self.manifest, file, record))
-        alone = FileRecord(
-            name=file.name, size=len(data), digest="", tensors=(record._replace(begin=0, end=len(data)),)
-        )
-        tensor: torch.Tensor = Decoder(self._moved(tensors_of(alone, memoryview(data)))).decode(node)
+    def _read(self, stored: StoredTensor, node: dict[str, Any]) -> torch.Tensor:
+        bytes_of = {stored.name: read_tensor(self._store, self.manifest, stored)}
+        tensor: torch.Tensor = Decoder(self._moved(bytes_of)).decode(node)
         return tensor
 
     def _moved(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -289,10 +290,8 @@ class Loaded(Mapping[str, Any]):
             return tensors
         return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
-    def _records(self, part: str) -> dict[str, tuple[FileRecord, TensorRecord]]:
-        check_part_of(self.manifest, part)
-        files = [_file(self.manifest, name) for name in self.manifest.parts[part]]
-        return {record.name: (file, record) for file in files for record in file.tensors}
+    def _stored(self, part: str) -> dict[str, StoredTensor]:
+        return stored_tensors(self.manifest, check_part_of(self.manifest, part))
 
 
 def tensor_nodes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -302,7 +301,7 @@ def tensor_nodes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, d
             yield from tensor_nodes(child, (*path, str(number)))
     elif isinstance(tree, dict):
         tag = tree.get(TAG)
-        if tag == "tensor":
+        if tag in TENSOR_TAGS:
             yield ".".join(path), tree
         elif tag == "dict":
             for key, child in tree["v"]:

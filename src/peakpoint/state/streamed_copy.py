@@ -11,13 +11,14 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 
 from peakpoint.repository.commit import BLOCK, FileImage
 from peakpoint.state.host_copy import pin
 from peakpoint.state.shared_storage import TORCH_DTYPES
-from peakpoint.state.tensor_files import FileLayout, lay_out
+from peakpoint.state.tensor_files import FileLayout, FileShards, lay_out
 from peakpoint.store.pages import PAGE, allocate
 
 SMALLEST_RING = 1024 * 1024
@@ -36,8 +37,15 @@ class RingBuffer:
         self._memory: mmap.mmap | None = None
         self._pinned = False
 
-    def capture(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[list[FileImage], "StreamedCopy"]:
-        """Prepare to copy the tensors of all files; ``StreamedCopy.run`` does it while the images are being written."""
+    def capture(
+        self, files: Mapping[str, Mapping[str, torch.Tensor]], shards: FileShards = MappingProxyType({})
+    ) -> tuple[list[FileImage], "StreamedCopy"]:
+        """Prepare to copy the tensors of all files; ``StreamedCopy.run`` does it while the images are being written.
+
+        Args:
+            files: file name to its tensors by name.
+            shards: see ``StagingBuffer.capture``.
+        """
         if self._memory is None:
             self._memory = allocate(self._block * self._count)
         devices = {tensor.device for tensors in files.values() for tensor in tensors.values()}
@@ -46,11 +54,17 @@ class RingBuffer:
             self._pinned = pin(self._memory)
         ring = memoryview(self._memory)
         slots = [ring[begin : begin + self._block] for begin in range(0, len(ring), self._block)]
-        layouts = [lay_out(name, tensors) for name, tensors in files.items()]
+        layouts = [lay_out(name, tensors, shards.get(name, {})) for name, tensors in files.items()]
         stream = StreamedCopy(layouts, files, slots, on_cuda)
         images = [
             FileImage(
-                file.name, file.size, partial(stream.take, file.name), len(file.header), file.spans, transient=True
+                file.name,
+                file.size,
+                partial(stream.take, file.name),
+                len(file.header),
+                file.spans,
+                transient=True,
+                offsets=file.offsets,
             )
             for file in layouts
         ]

@@ -10,16 +10,21 @@ import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import torch
+from msgspec import UNSET
 
 from peakpoint.errors import CorruptError, FormatError
 from peakpoint.format.manifest import FileRecord, TensorRecord
-from peakpoint.repository.commit import WholeImage, image_of
+from peakpoint.repository.commit import Offsets, WholeImage, image_of
 from peakpoint.state.host_copy import NO_STORAGE, CopyPlan, CopyTarget, HostCopy, Storage, pin, unpin
 from peakpoint.state.shared_storage import DTYPES, TORCH_DTYPES
 from peakpoint.store.pages import PAGE, allocate, pages
+
+FileShards = Mapping[str, Mapping[str, Sequence[int]]]
+"""Of files by name: of each shard by name, where it begins in the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +35,25 @@ class FileLayout:
         header: its first bytes, a multiple of 4096.
         spans: the tensors in file order.
         size: bytes of the whole file.
+        offsets: see ``FileRecord``.
     """
 
     name: str
     header: bytes
     spans: tuple[TensorRecord, ...]
     size: int
+    offsets: Offsets = UNSET
 
 
-def lay_out(name: str, tensors: Mapping[str, torch.Tensor]) -> FileLayout:
-    """Lay out a file for tensors by their dtypes and shapes."""
+def lay_out(
+    name: str, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> FileLayout:
+    """Lay out a file for tensors by their dtypes and shapes.
+
+    Args:
+        shards: offsets in the whole tensor of those that are shards; they also stand in the header, as
+            ``HuggingFaceStorageWriter`` of torch writes them.
+    """
     spans = []
     position = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # stable: order is kept
@@ -47,14 +61,20 @@ def lay_out(name: str, tensors: Mapping[str, torch.Tensor]) -> FileLayout:
         shape = tuple(tensor.shape)
         spans.append(TensorRecord(key, DTYPES[tensor.dtype], shape, position, end, digest=""))
         position = end
-    header: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": "peakpoint"}}
+    metadata = {"format": "pt", "written_by": "peakpoint"}
+    offsets: Offsets = UNSET
+    if shards:
+        offsets = tuple(tuple(shards.get(span.name, (0,) * len(span.shape))) for span in spans)
+        saved = {span.name: {"saved_offsets": begin} for span, begin in zip(spans, offsets, strict=True)}
+        metadata |= {"DCP_SHARDING_INFO": msgspec.json.encode(saved).decode(), "DCP_VERSION": "1.0"}
+    header: dict[str, object] = {"__metadata__": metadata}
     header |= {
         span.name: {"dtype": span.dtype, "shape": span.shape, "data_offsets": (span.begin, span.end)} for span in spans
     }
     text = msgspec.json.encode(header)
     padded = -(-(8 + len(text)) // PAGE) * PAGE
     prefix = (padded - 8).to_bytes(8, "little") + text.ljust(padded - 8)
-    return FileLayout(name, prefix, tuple(spans), padded + position)
+    return FileLayout(name, prefix, tuple(spans), padded + position, offsets)
 
 
 class StagingBuffer:
@@ -84,6 +104,7 @@ class StagingBuffer:
         files: Mapping[str, Mapping[str, torch.Tensor]],
         owned: frozenset[Storage] = NO_STORAGE,
         placement: object = None,
+        shards: FileShards = MappingProxyType({}),
     ) -> tuple[list[WholeImage], HostCopy]:
         """Begin to copy the tensors of all files into the buffer, overwriting the images of the last call.
 
@@ -91,12 +112,13 @@ class StagingBuffer:
             files: file name to its tensors by name.
             owned: memory that may be copied later, by ``HostCopy.run``; all other memory is copied on return.
             placement: the same object as long as the files, and the places of all tensors, are the same.
+            shards: file name to the offsets of its shards by name; see ``lay_out``.
 
         Returns:
             One image for each file, and the copying, which the images wait for.
         """
         if placement is None or placement is not self._placement:
-            self._lay_out(files)
+            self._lay_out(files, shards)
             self._placement, self._plan = placement, None
         assert self._memory is not None
         sources = [files[file][target.name] for file, target in self._targets]
@@ -111,7 +133,8 @@ class StagingBuffer:
         buffer = memoryview(self._memory)
         for layout in self._layouts:
             data = buffer[position : position + layout.size]
-            images.append(image_of(layout.name, data, len(layout.header), layout.spans, _ready(copying, position)))
+            ready = _ready(copying, position)
+            images.append(image_of(layout.name, data, len(layout.header), layout.spans, ready, layout.offsets))
             position += pages(layout.size)
         return images, copying
 
@@ -119,15 +142,15 @@ class StagingBuffer:
         """Copy the tensors of all files into the buffer; see ``capture``."""
         return self.capture(files)[0]
 
-    def _lay_out(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def _lay_out(self, files: Mapping[str, Mapping[str, torch.Tensor]], shards: FileShards) -> None:
         signature = [
-            (file, list(tensors), [(tensor.dtype, tensor.shape) for tensor in tensors.values()])
+            (file, list(tensors), [(tensor.dtype, tensor.shape) for tensor in tensors.values()], shards.get(file))
             for file, tensors in files.items()
         ]
         if signature == self._signature:
             return
         self._signature = None  # in case this is interrupted
-        layouts = tuple(lay_out(name, tensors) for name, tensors in files.items())
+        layouts = tuple(lay_out(name, tensors, shards.get(name, {})) for name, tensors in files.items())
         total = sum(pages(layout.size) for layout in layouts)
         self._targets = []
         if self._memory is None or len(self._memory) < total:
@@ -167,6 +190,25 @@ def is_possible(shape: Sequence[int]) -> bool:
     return math.prod(max(length, 1) for length in shape) < 2**63
 
 
+def checked_dtype(file: FileRecord, record: TensorRecord) -> torch.dtype:
+    """Return the element type of a tensor in a file.
+
+    Raises:
+        FormatError: one that this release does not know, or a record that contradicts itself.
+    """
+    dtype = TORCH_DTYPES.get(record.dtype)
+    if dtype is None:
+        raise FormatError(f"tensor {record.name!r} in {file.name} has elements {record.dtype!r}: update Peakpoint")
+    if (
+        not is_possible(record.shape)
+        or min(record.shape, default=0) < 0
+        or record.begin < 0
+        or record.end - record.begin != math.prod(record.shape) * dtype.itemsize
+    ):
+        raise FormatError(f"tensor {record.name!r} in {file.name} has a shape that contradicts its bytes")
+    return dtype
+
+
 def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
     """Return the tensors of a file, sharing memory with ``data``; nothing is copied.
 
@@ -179,17 +221,7 @@ def tensors_of(file: FileRecord, data: memoryview) -> dict[str, torch.Tensor]:
     """
     tensors = {}
     for record in file.tensors:
-        dtype = TORCH_DTYPES.get(record.dtype)
-        if dtype is None:
-            raise FormatError(f"tensor {record.name!r} in {file.name} has elements {record.dtype!r}: update Peakpoint")
-        count = math.prod(record.shape)
-        if (
-            not is_possible(record.shape)
-            or min(record.shape, default=0) < 0
-            or record.begin < 0
-            or record.end - record.begin != count * dtype.itemsize
-        ):
-            raise FormatError(f"tensor {record.name!r} in {file.name} has a shape that contradicts its bytes")
+        dtype, count = checked_dtype(file, record), math.prod(record.shape)
         if not count:
             tensors[record.name] = torch.empty(record.shape, dtype=dtype)
             continue

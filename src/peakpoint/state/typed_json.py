@@ -338,6 +338,14 @@ class Decoder:
             return torch.nn.Buffer(value, persistent=node.get("persistent", True))
         return value.detach().requires_grad_() if node.get("requires_grad") else value
 
+    def sharded(self, node: dict[str, Any]) -> torch.Tensor:
+        """Decode a tensor that was saved in shards, and so says what they are together."""
+        name, stored = node["name"], self.stored[node["name"]]
+        if (stored.dtype, list(stored.shape)) != (TORCH_DTYPES[node["dtype"]], node["shape"]):
+            kind = f"{DTYPES[stored.dtype]}{list(stored.shape)}"
+            raise ValueError(f"the shards of {name!r} are {kind} together, not {node['dtype']}{node['shape']}")
+        return self.tensor(node)
+
     def _base(self, node: dict[str, Any]) -> torch.Tensor:
         """Return the stored tensor of a node with its strides, on its device."""
         name = node["name"]
@@ -384,6 +392,7 @@ def _read_default_dict(decoder: Decoder, node: dict[str, Any]) -> defaultdict[An
 
 _DECODERS: dict[str, Callable[[Decoder, dict[str, Any]], Any]] = {
     "tensor": Decoder.tensor,
+    "sharded": Decoder.sharded,
     "ndarray": Decoder.array,
     "dict": Decoder.mapping,
     "OrderedDict": _read_ordered_dict,

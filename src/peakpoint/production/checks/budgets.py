@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from peakpoint.format.masks import masks_of
+from peakpoint.format.shards import stored_tensors
 from peakpoint.production.checks.candidate import Candidate, failed, passed, skipped
 from peakpoint.production.checks.model import one_input
-from peakpoint.reports.diff import tensors_of
 from peakpoint.repository.validations import Finding
 from peakpoint.state.shared_storage import TORCH_DTYPES
 
@@ -40,10 +40,11 @@ def parameters(candidate: Candidate) -> Finding:
 
 
 def _elements(candidate: Candidate) -> int:
-    rows = {key[1]: row for key, (_, row) in tensors_of(candidate.manifest) if key[0] == candidate.wanted.part}
-    masks = masks_of({name: tuple(row.shape) for name, row in rows.items()}).values()
+    tensors = stored_tensors(candidate.manifest, candidate.wanted.part)
+    masks = masks_of({name: tensor.shape for name, tensor in tensors.items()}).values()
     dtypes = {name for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_point or dtype.is_complex}
-    return sum(math.prod(row.shape) for name, row in rows.items() if row.dtype in dtypes and name not in masks)
+    values = [tensor for name, tensor in tensors.items() if tensor.dtype in dtypes and name not in masks]
+    return sum(math.prod(tensor.shape) for tensor in values)
 
 
 def memory_mb(candidate: Candidate) -> Finding:

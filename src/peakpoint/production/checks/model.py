@@ -5,6 +5,7 @@ import torch
 from peakpoint.errors import ConfigError, Error, MismatchError
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.names import listing
+from peakpoint.format.shards import stored_tensors
 from peakpoint.production.checks.candidate import (
     Candidate,
     Outputs,
@@ -18,7 +19,6 @@ from peakpoint.production.checks.candidate import (
 )
 from peakpoint.production.checks.memory import measure_peak
 from peakpoint.production.checks.weights import not_finite_in
-from peakpoint.reports.diff import tensors_of
 from peakpoint.repository.validations import Finding, Predictions
 from peakpoint.state.shared_storage import DTYPES
 
@@ -126,7 +126,7 @@ def _tensors_beside_champion(candidate: Candidate) -> tuple[str, dict[str, objec
 
 
 def _shapes(manifest: Manifest, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {key[1]: (row.dtype, tuple(row.shape)) for key, (_, row) in tensors_of(manifest) if key[0] == part}
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in stored_tensors(manifest, part).items()}
 
 
 def described(output: torch.Tensor) -> str:

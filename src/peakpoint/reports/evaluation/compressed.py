@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from peakpoint.format.manifest import Manifest, TensorRecord
+from peakpoint.format.manifest import Manifest
 from peakpoint.format.masks import masks_of
 from peakpoint.format.names import no_part
+from peakpoint.format.shards import StoredTensor, stored_tensors
 from peakpoint.reports.evaluation.noise import Interval
 from peakpoint.reports.evaluation.peaks import Examples, noise_of
 from peakpoint.reports.evaluation.run_data import RunData, ref_of
@@ -146,9 +147,8 @@ def _model_size(run: RunData, manifest: Manifest, part: str, sparsity: str) -> M
     """
     if part not in manifest.parts:
         raise no_part(part, manifest.parts, where=ref_of(manifest))
-    files = [manifest.file(name) for name in manifest.parts[part]]
-    tensors = [tensor for file in files for tensor in file.tensors]
-    masks = masks_of({tensor.name: tuple(tensor.shape) for tensor in tensors})
+    tensors = list(stored_tensors(manifest, part).values())
+    masks = masks_of({tensor.name: tensor.shape for tensor in tensors})
     values = [tensor for tensor in tensors if tensor.name not in masks.values()]
     floats = [tensor for tensor in values if tensor.dtype in _FLOATS]
     parameters = sum(math.prod(tensor.shape) for tensor in floats)
@@ -175,5 +175,5 @@ def _model_size(run: RunData, manifest: Manifest, part: str, sparsity: str) -> M
     )
 
 
-def _bytes_of(tensors: Iterable[TensorRecord]) -> int:
-    return sum(tensor.end - tensor.begin for tensor in tensors)
+def _bytes_of(tensors: Iterable[StoredTensor]) -> int:
+    return sum(tensor.size_bytes for tensor in tensors)

@@ -13,6 +13,7 @@ import msgspec
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.shards import stored_tensors
 from peakpoint.reports.plan.networks import Architecture
 from peakpoint.reports.plan.optimizers import STEP, bytes_of, needs_shapes, optimizer_state
 
@@ -305,8 +306,8 @@ def from_manifests(manifests: Sequence[Manifest], run: str) -> Sizes:
 
 def _measured_part(manifest: Manifest, part: str) -> PartSize:
     files = [manifest.file(name) for name in manifest.parts[part]]
-    frozen = sum(file.size for file in files if file.shared or f"{part}+frozen." in file.name)
-    why = f"{sum(len(file.tensors) for file in files)} tensors, as in {manifest.name}"
+    frozen = sum(file.size for file in files if file.shared or f"{part}+frozen" in file.name)
+    why = f"{len(stored_tensors(manifest, part))} tensors, as in {manifest.name}"
     return PartSize(name=part, bytes=sum(file.size for file in files), frozen=frozen, why=why)
 
 
