@@ -1,5 +1,6 @@
 """Tensors in shards: any box of them is what slicing the whole gives, and what is no whole is refused."""
 
+import itertools
 import json
 import math
 import re
@@ -11,16 +12,22 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn.utils import prune
 
 import peakpoint as pp
 from commands import command
 from peakpoint.errors import ConfigError, CorruptError, FormatError, PeakpointWarning, StoreError
+from peakpoint.exchange.exports.files import export
+from peakpoint.exchange.exports.huggingface import export_folder
+from peakpoint.exchange.exports.weights import WeightOptions
 from peakpoint.format import layout
 from peakpoint.format.manifest import SHARDED_FORMAT, encode_manifest
 from peakpoint.format.shards import stored_tensors
 from peakpoint.repository import maintenance
 from peakpoint.repository.audit import audit, clean
 from peakpoint.repository.commit import commit, put_files
+from peakpoint.repository.root import Repository
 from peakpoint.state.saved import read_state, read_tensors
 from peakpoint.state.shards import read_box, read_tensor
 from peakpoint.state.shared_storage import DTYPES
@@ -181,6 +188,18 @@ def test_a_file_that_the_manifest_lacks_is_a_gap():
     lacking = replace(manifest, files=files, parts={"model": tuple(file.name for file in files)})
     with pytest.raises(CorruptError, match=r"leave a gap: 18 of 24 elements in model.rank0.safetensors, model.rank2"):
         read(store, lacking)
+
+
+def test_audit_finds_what_is_no_whole(tmp_path):
+    two(tmp_path)
+    manifest = shard(tmp_path, "r@latest", CUTS["rows"])
+    key = layout.manifest_key("r", manifest.name)
+    file = manifest.files[0]
+    lying = replace(file, offsets=((1, *file.offsets[0][1:]), *file.offsets[1:]))
+    (tmp_path / key).write_bytes(encode_manifest(replace(manifest, files=(lying, *manifest.files[1:]))))
+    (finding,) = audit(pp.open(tmp_path)).findings
+    assert (finding.kind, finding.where) == ("damage", key)
+    assert f"tensor {file.tensors[0].name!r}" in finding.what
 
 
 @given(st.data(), shapes.filter(lambda shape: math.prod(shape) > 1))
@@ -477,6 +496,46 @@ def test_exports_are_whole(tmp_path, suffix):
     assert (tmp_path / f"joined.{suffix}").read_bytes().replace(b"joined", b"whole_") == (
         tmp_path / f"whole.{suffix}"
     ).read_bytes().replace(b"whole", b"whole_")
+
+
+class NoWholeFiles:
+    """Refuses to read a tensor file as a whole."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def fill(self, key):
+        assert not key.endswith(".safetensors")
+        return self._store.fill(key)
+
+    view = fill
+
+
+def test_exports_read_one_tensor_at_a_time(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 6, bias=False))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model[1].register_buffer("turned", torch.arange(6.0).reshape(2, 3).t())
+    model[1].register_buffer("row", model[1].weight.detach()[1])
+    with checkpointer(tmp_path, state={"model": model}) as ckpt:
+        ckpt.report()
+    repository = Repository(NoWholeFiles(pp.open(tmp_path).store))
+    for fold, name in ((False, "0.weight_orig"), (True, "0.weight")):
+        to = tmp_path / f"{fold}.safetensors"
+        export(repository, "r@latest", to, weights=WeightOptions(fold_masks=fold))
+        weights, expected = load_file(to), dict(pp.load("r@latest", root=tmp_path)["model"])
+        if fold:
+            expected["0.weight"] = expected.pop("0.weight_orig") * expected.pop("0.weight_mask")
+        assert name in weights
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+        export_folder(repository, "r@latest", tmp_path / f"{fold}", shard=100, options=WeightOptions(fold_masks=fold))
+        files = sorted((tmp_path / f"{fold}").glob("*.safetensors"))
+        assert len(files) > 1
+        parts_of = [load_file(file) for file in files]
+        assert sorted(itertools.chain(*parts_of)) == sorted(expected)
 
 
 def test_folders_of_hugging_face_are_whole(tmp_path):

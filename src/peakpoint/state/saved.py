@@ -16,7 +16,7 @@ from peakpoint.format.shards import StoredTensor, stored_tensors
 from peakpoint.repository import reader
 from peakpoint.state.json_scalars import TAG, TENSOR_TAGS
 from peakpoint.state.origin import NO_ORIGIN, PartOrigin
-from peakpoint.state.shards import joined, read_tensor
+from peakpoint.state.shards import dtype_of, joined, read_tensor
 from peakpoint.state.tensor_files import tensors_of
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Hold, Store
@@ -235,13 +235,7 @@ class Loaded(Mapping[str, Any]):
         Raises:
             NotFoundError: the checkpoint has no such part.
         """
-        stored = self._stored(part)
-        return {
-            path: (node["view"]["dtype"], tuple(node["view"]["shape"]))
-            if "view" in node
-            else (stored[node["name"]].dtype, stored[node["name"]].shape)
-            for path, node in tensor_nodes(self._trees.parts[part])
-        }
+        return self._reader(part).kinds()
 
     def tensor(self, part: str, name: str) -> torch.Tensor:
         """Read one tensor, its bytes and no others, and compare them with their digest.
@@ -254,13 +248,12 @@ class Loaded(Mapping[str, Any]):
             NotFoundError: no such part or tensor.
             CorruptError: it is damaged.
         """
-        stored = self._stored(part)
-        nodes = dict(tensor_nodes(self._trees.parts[part]))
-        if name not in nodes:
+        tensors = self._reader(part)
+        if name not in tensors.nodes:
             raise NotFoundError(
-                f"part {part!r} of {self.manifest.name} has no tensor {name!r}{did_you_mean(name, list(nodes))}"
+                f"part {part!r} of {self.manifest.name} has no tensor {name!r}{did_you_mean(name, list(tensors.nodes))}"
             )
-        return self._read(stored[nodes[name]["name"]], nodes[name])
+        return tensors.read(name, self._device)
 
     def each(self, part: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the tensors of a part with the path to each; no more than one is in memory.
@@ -271,18 +264,13 @@ class Loaded(Mapping[str, Any]):
             NotFoundError: the checkpoint has no such part.
             CorruptError: it is damaged.
         """
-        stored = self._stored(part)
+        tensors = self._reader(part)
         read = set[str]()
-        for path, node in tensor_nodes(self._trees.parts[part]):
+        for path, node in tensors.nodes.items():
             memory = repr((node["name"], node.get("view")))
             if memory not in read:
                 read.add(memory)
-                yield path, self._read(stored[node["name"]], node)
-
-    def _read(self, stored: StoredTensor, node: dict[str, Any]) -> torch.Tensor:
-        bytes_of = {stored.name: read_tensor(self._store, self.manifest, stored)}
-        tensor: torch.Tensor = Decoder(self._moved(bytes_of)).decode(node)
-        return tensor
+                yield path, tensors.read(path, self._device)
 
     def _moved(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Put stored tensors where they are wanted, before views of them are made."""
@@ -290,8 +278,67 @@ class Loaded(Mapping[str, Any]):
             return tensors
         return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
-    def _stored(self, part: str) -> dict[str, StoredTensor]:
-        return stored_tensors(self.manifest, check_part_of(self.manifest, part))
+    def _reader(self, part: str) -> "TensorReader":
+        check_part_of(self.manifest, part)
+        return tensor_reader(self._store, self.manifest, self._trees.parts[part], part)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReader:
+    """The tensors of one part, each read when it is asked for; see ``tensor_reader``.
+
+    Attributes:
+        nodes: the path to each, and its node in the tree.
+    """
+
+    nodes: Mapping[str, dict[str, Any]]
+    _store: Store
+    _manifest: Manifest
+    _stored: Mapping[str, StoredTensor]
+
+    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return element type and shape of each by its path; nothing is read."""
+        return {
+            path: (node["view"]["dtype"], tuple(node["view"]["shape"]))
+            if "view" in node
+            else (self._stored[node["name"]].dtype, self._stored[node["name"]].shape)
+            for path, node in self.nodes.items()
+        }
+
+    def read(self, path: str, device: str | torch.device | None = None) -> torch.Tensor:
+        """Read one, its bytes and no others, and compare them with their digest; errors as of ``read_tensor``."""
+        base = read_tensor(self._store, self._manifest, self._stored[self.nodes[path]["name"]])
+        return self._decoded(path, base if device is None else base.to(device))
+
+    def outline(self, path: str) -> torch.Tensor:
+        """Return one without its values, on the meta device; nothing is read.
+
+        Raises:
+            FormatError: its elements need a newer release, or its records contradict themselves.
+        """
+        stored = self._stored[self.nodes[path]["name"]]
+        return self._decoded(path, torch.empty(stored.shape, dtype=dtype_of(stored), device="meta"))
+
+    def _decoded(self, path: str, base: torch.Tensor) -> torch.Tensor:
+        tensor: torch.Tensor = Decoder({self.nodes[path]["name"]: base}).decode(self.nodes[path])
+        return tensor
+
+
+def tensor_reader(store: Store, manifest: Manifest, tree: Any, part: str) -> TensorReader:
+    """Return what reads the tensors of a part one by one.
+
+    Args:
+        tree: of the part.
+
+    Raises:
+        CorruptError: the shards of a tensor do not make a whole.
+    """
+    return TensorReader(dict(tensor_nodes(tree)), store, manifest, stored_tensors(manifest, part))
+
+
+def is_tensor_node(tree: Any) -> bool:
+    """Return whether a tree is a tensor."""
+    return isinstance(tree, dict) and tree.get(TAG) in TENSOR_TAGS
 
 
 def tensor_nodes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -61,7 +61,7 @@ def read_box(
         FormatError: its elements need a newer release, or its record contradicts itself.
         NotFoundError: the checkpoint, or this part of it, was removed a moment ago.
     """
-    dtype = _dtype_of(tensor)
+    dtype = dtype_of(tensor)
     shape = tuple(sizes)
     ends = tuple(map(sum, zip(offsets, shape, strict=False)))
     if not len(offsets) == len(shape) == len(tensor.shape) or not all(
@@ -146,14 +146,14 @@ def joined(
             continue
         target = tensors.get(record.name)
         if target is None:
-            target = torch.empty(tensor.shape, dtype=_dtype_of(tensor))
+            target = torch.empty(tensor.shape, dtype=dtype_of(tensor))
         slices = tuple(slice(begin, begin + size) for begin, size in zip(offsets, shard.shape, strict=True))
         target[slices] = shard
         filled[record.name] = target
     return filled
 
 
-def _dtype_of(tensor: StoredTensor) -> torch.dtype:
+def dtype_of(tensor: StoredTensor) -> torch.dtype:
     """Return the element type of a tensor, whose records are checked.
 
     Raises:

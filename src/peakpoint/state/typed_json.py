@@ -356,7 +356,7 @@ class Decoder:
             if "stride" in node:
                 if not is_dense(base.shape, node["stride"]):
                     raise ValueError(f"strides {node['stride']} for the shape {list(base.shape)}")
-                base = torch.empty_strided(base.shape, node["stride"], dtype=base.dtype).copy_(base)
+                base = torch.empty_strided(base.shape, node["stride"], dtype=base.dtype, device=base.device).copy_(base)
             if self.devices and "device" in node and _available(torch.device(node["device"])):
                 base = base.to(node["device"])
             self._bases[name] = base

@@ -8,21 +8,18 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from peakpoint.errors import ConfigError, ConflictError, NotFoundError, PeakpointWarning
-from peakpoint.exchange.exports.weights import AS_SAVED, WeightOptions, exported
+from peakpoint.exchange.exports.weights import AS_SAVED, WeightOptions, exported, weight_stream
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
 from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import Repository
-from peakpoint.state.json_scalars import kind_of
-from peakpoint.state.saved import check_part_of, read_state
-from peakpoint.state.tensor_files import StagingBuffer
-from peakpoint.state.typed_json import check_tensor
-from peakpoint.store import FileOps, sync_directory, translated
+from peakpoint.state.saved import check_part_of, read_state, read_trees
+from peakpoint.state.tensor_files import lay_out
+from peakpoint.store import FileOps, Store, sync_directory, translated
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -33,8 +30,8 @@ def export(
     """Write parts of a checkpoint to a file of their own; atomic and durable.
 
     ``.safetensors`` holds the tensors of one part, under the keys of its state dict: tied weights are written under
-    each of their names; its metadata tells run, name, step, epoch and metrics. ``.pth`` and ``.pt`` are for
-    ``torch.load``: the state dict itself for one part, a dict of parts for several.
+    each of their names; its metadata tells run, name, step, epoch and metrics. One tensor is in memory at a time.
+    ``.pth`` and ``.pt`` are for ``torch.load``: the state dict itself for one part, a dict of parts for several.
 
     Args:
         to: the file; must not exist.
@@ -62,16 +59,16 @@ def export(
     for part in part_names:
         check_part_of(manifest, part)
     with hold_all(repository.store, [manifest]):
+        if to.suffix == ".safetensors":
+            _export_safetensors(repository.store, manifest, to, part_names, weights)
+            return manifest
         saved = read_state(repository.store, manifest, part_names)
         values = {
             part: exported(part, saved.value(part, own=True), saved.trees.origin(part), weights) for part in part_names
         }
-        with published(to) as temporary:
-            if to.suffix == ".safetensors":
-                _write_safetensors(temporary, values, manifest)
-            else:
-                with temporary.open("wb") as file:  # a file of ours: its errors are OSErrors, not torch's own
-                    torch.save(values[part_names[0]] if len(part_names) == 1 else values, file)
+        # a file of ours: its errors are OSErrors, not torch's own
+        with published(to) as temporary, temporary.open("wb") as file:
+            torch.save(values[part_names[0]] if len(part_names) == 1 else values, file)
     return manifest
 
 
@@ -83,20 +80,19 @@ def default_part(manifest: Manifest) -> str:
     return with_tensors[0]
 
 
-def _write_safetensors(path: Path, values: dict[str, Any], manifest: Manifest) -> None:
-    if len(values) > 1:
-        raise ConfigError(f"a .safetensors file holds one part, not {', '.join(values)}; export to .pth for several")
-    (part, value), *_ = values.items()
-    check_weights(part, value)
-    image = memoryview(StagingBuffer().fill({path.name: value})[0].data)
-    begin = 8 + int.from_bytes(image[:8], "little")
-    header = json.loads(bytes(image[8:begin]))
+def _export_safetensors(
+    store: Store, manifest: Manifest, to: Path, parts: Sequence[str], weights: WeightOptions
+) -> None:
+    if len(parts) > 1:
+        raise ConfigError(f"a .safetensors file holds one part, not {', '.join(parts)}; export to .pth for several")
+    stream = weight_stream(store, manifest, read_trees(store, manifest), parts[0], weights)
+    layout = lay_out(to.name, stream.kinds)
+    header = json.loads(layout.header[8:])
     header["__metadata__"] |= _metadata(manifest)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors can be read in place
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(image[begin:])
+    with published(to) as temporary, temporary.open("wb") as file:
+        stream.write(file, len(text).to_bytes(8, "little") + text, layout.spans)
 
 
 def _metadata(manifest: Manifest) -> dict[str, str]:
@@ -108,20 +104,6 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
         **({} if manifest.epoch is None else {"epoch": str(manifest.epoch)}),
         "metrics": json.dumps(metrics_to_json(manifest.metrics)),
     }
-
-
-def check_weights(part: str, value: Any) -> None:
-    """Refuse a part that is not a dict of tensors.
-
-    Raises:
-        ConfigError: the message says where, and what to do.
-    """
-    if not isinstance(value, dict) or not value:
-        raise ConfigError(f"part {part!r} is a {kind_of(value)} and not a dict of tensors; export it to .pth")
-    for key, tensor in value.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise ConfigError(f"part {part!r} holds {key!r}, a {kind_of(tensor)}: export it to .pth instead")
-        check_tensor(tensor, key)
 
 
 def check_free(to: Path) -> None:

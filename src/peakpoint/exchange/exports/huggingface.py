@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from peakpoint.errors import FormatError
-from peakpoint.exchange.exports.files import check_free, check_weights, default_part, published
-from peakpoint.exchange.exports.weights import AS_SAVED, WeightOptions, exported
+from peakpoint.exchange.exports.files import check_free, default_part, published
+from peakpoint.exchange.exports.weights import AS_SAVED, WeightOptions, WeightStream, weight_stream
 from peakpoint.format.amounts import read_bytes
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
@@ -18,7 +18,7 @@ from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import Repository
 from peakpoint.rules.history import history
 from peakpoint.state.saved import SavedState, check_part_of, read_state
-from peakpoint.state.tensor_files import StagingBuffer
+from peakpoint.state.tensor_files import lay_out
 from peakpoint.store import translated
 
 
@@ -62,9 +62,8 @@ def export_folder(
     check_part_of(manifest, part)
     config_parts = [name for name in ("config", "extra") if name in manifest.parts]
     with hold_all(repository.store, [manifest]):
-        saved = read_state(repository.store, manifest, [part, *config_parts])
-        weights = exported(part, saved.value(part), saved.trees.origin(part), options)
-        check_weights(part, weights)
+        saved = read_state(repository.store, manifest, config_parts)
+        weights = weight_stream(repository.store, manifest, saved.trees, part, options)
         settings = _stored_config(saved, config_parts) if settings is None else settings
         state, page = _trainer_state(repository, manifest), card.markdown(card.gather(repository, ref))
         with published(to) as folder:
@@ -81,19 +80,20 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_weights(folder: Path, weights: Mapping[str, torch.Tensor], max_bytes: int) -> None:
-    shards = list(_shards(weights, max_bytes))
+def _write_weights(folder: Path, weights: WeightStream, max_bytes: int) -> None:
+    shards = list(_shards(weights.kinds, max_bytes))
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:
         weight_map = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
-        total = sum(tensor.nbytes for tensor in weights.values())
+        total = sum(tensor.nbytes for tensor in weights.kinds.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
-    buffer = StagingBuffer()
     for name, tensors in zip(names, shards, strict=True):
-        (folder / name).write_bytes(buffer.fill({name: tensors})[0].data)
+        layout = lay_out(name, tensors)
+        with (folder / name).open("wb") as file:
+            weights.write(file, layout.header, layout.spans)
 
 
 def _shards(weights: Mapping[str, torch.Tensor], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
