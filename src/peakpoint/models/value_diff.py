@@ -82,7 +82,7 @@ def with_distances(
                 progress(tensor.bytes)
             same_bits = between is not None and between.changed == 0  # they were saved in other shards
             (same_tensors if same_bits else tensors).append(replace(tensor, distance=between))
-        plain, same = diff_plain_values(store, first, second)
+        plain, same_generators = diff_plain_values(store, first, second)
     same_bytes = sum(tensor.bytes for tensor in same_tensors)
     return replace(
         difference,
@@ -91,7 +91,7 @@ def with_distances(
         same_bytes=difference.same_bytes + same_bytes,
         changed_bytes=difference.changed_bytes - same_bytes,
         plain=plain,
-        generators_same=same,
+        generators_same=same_generators,
     )
 
 

@@ -10,6 +10,7 @@ from peakpoint.format import layout
 from peakpoint.format.events import Event, Promoted
 from peakpoint.format.manifest import MANIFEST, Manifest
 from peakpoint.format.sealed import digest
+from peakpoint.format.shards import stored_tensors
 from peakpoint.repository import archive, lost, packs, reader, remains, trash, validations
 from peakpoint.repository import journal as journals
 from peakpoint.repository.commit import sweep
@@ -320,6 +321,11 @@ def _files(store: Store, manifest: Manifest, *, deep: bool) -> Iterator[AuditFin
             yield AuditFinding("damage", layout.file_key(manifest.run, manifest.name, file.name), str(error))
         except NotFoundError:  # removed meanwhile
             return
+    for part in manifest.parts if any(file.offsets for file in manifest.files) else ():
+        try:
+            stored_tensors(manifest, part)
+        except CorruptError as error:
+            yield AuditFinding("damage", layout.manifest_key(manifest.run, manifest.name), str(error))
 
 
 def writer(store: Store, run: str) -> str | None:
