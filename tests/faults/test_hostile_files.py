@@ -760,7 +760,7 @@ def test_fields_of_a_hostile_manifest(root, changes):
     assert pp.load("r/c1", root=root)["values"][5] == "five"
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("number", [0, 3, "1", None, [1]])
 def test_manifests_of_another_format(root, number):
     from peakpoint.format.sealed import seal, unseal
 
