@@ -70,6 +70,7 @@ class Training:
     rules: tuple
     at_once: bool | None  # whether what its rules remove is gone at once; None where that depends
     step: int
+    metrics: dict  # of the last report: those of the state as long as nothing was trained since
 
 
 def cuts(operations):
@@ -219,7 +220,7 @@ class Repository(RuleBasedStateMachine):
             model.applies(model.here(name), rules, cut_short=True)
             return
         at_once = {None: None, "0": True, "1h": False}[undo_for]
-        training = Training(ckpt, ops, state, rules, at_once, 0)
+        training = Training(ckpt, ops, state, rules, at_once, 0, {})
         self.trainings[name] = training
         model.rules[name] = rules
         model.applies(model.here(name), rules, cut_short=True)
@@ -238,6 +239,7 @@ class Repository(RuleBasedStateMachine):
                 training.step = report.step
                 origin = next(one for one in model.here() if report.ref == f"{one.run}/{one.name}")
                 assert origin is ref or origin is model.newest_whole(name), report.ref
+                training.metrics = dict(origin.reported) if origin.run == name else {}
                 for part in PARTS:
                     assert torch.equal(state[part]["w"], tensor(part, origin.value)), "another state was restored"
             else:
@@ -304,6 +306,7 @@ class Repository(RuleBasedStateMachine):
         name = self.pick(sorted(self.trainings), pick)
         training = self.trainings[name]
         training.step += 1
+        training.metrics = {"acc": acc}
         draft = Checkpoint(name, 0, training.step, {"acc": acc})
 
         def wanted(existing, draft):
@@ -315,7 +318,8 @@ class Repository(RuleBasedStateMachine):
     @rule(pick=picks, cut=cuts(30))
     def ask(self, pick, cut):
         name = self.pick(sorted(self.trainings), pick)
-        draft = Checkpoint(name, 0, self.trainings[name].step, {}, asked=True)
+        training = self.trainings[name]
+        draft = Checkpoint(name, 0, training.step, dict(training.metrics), asked=True)
         self.saves(name, lambda ckpt: ckpt.save("a test"), draft, cut, lambda *_: True)
 
     @precondition(lambda self: self.trainings)
@@ -753,6 +757,7 @@ class Repository(RuleBasedStateMachine):
                 continue
             found = manifests[new[0]]
             assert draft.step == found.step
+            assert str(draft.metrics) == str(dict(found.metrics)), (draft, found.metrics)  # as NaN
             assert draft.name in ("", found.name)
             draft.id, draft.name, draft.sequence = found.id, found.name, found.sequence
             draft.metrics, draft.reported = dict(found.metrics), dict(found.metrics)
