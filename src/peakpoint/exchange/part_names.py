@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from peakpoint.errors import FormatError
+from peakpoint.format.names import RESERVED_PARTS
 
 EXTRA = "extra"
 _NOT_IN_PART_NAMES = re.compile(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]+")
@@ -52,7 +53,7 @@ def is_optimizer(value: Any) -> bool:
 def part_name(key: str) -> str:
     """Return a name in the file as the name of a part."""
     name = _NOT_IN_PART_NAMES.sub("_", key)[:60].rstrip(".") or "part"
-    return f"my_{name}" if name in {EXTRA, "state", "manifest", "rng", "loop"} else name
+    return f"my_{name}" if name in {EXTRA, *RESERVED_PARTS} else name
 
 
 def _fits(part: str, value: Any) -> bool:

@@ -17,7 +17,8 @@ _METRIC = re.compile(r"[^\s:\x00-\x1f]{1,200}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 _METRIC_FIELD = re.compile(r"metrics\[([^\[\]]+)\]")
 _LONGEST = 150  # leaves room for a suffix below the 255 bytes that file systems allow
-_RESERVED_PARTS = frozenset({"state", "manifest", "rng", "loop"})
+OWN_PARTS = ("rng", "loop")  # of Peakpoint, not of the user
+RESERVED_PARTS = frozenset({"state", "manifest", *OWN_PARTS})
 
 DEFAULT_TEMPLATE = "epoch{epoch}_step{step}_{metric}_{value:.4f}"
 
@@ -72,7 +73,7 @@ def check_part(name: str) -> str:
     """
     if not isinstance(name, str) or not _PART.fullmatch(name) or name.endswith("."):
         raise ConfigError(f"state has a part {name!r}: a part's name is ASCII letters, digits and ._- only, at most 64")
-    if name in _RESERVED_PARTS:
+    if name in RESERVED_PARTS:
         raise ConfigError(
             f"state has a part {name!r}, a name that Peakpoint uses itself; call it my_{name}, for example"
         )

@@ -30,7 +30,7 @@ from peakpoint.errors import ConfigError, CorruptError, FormatError, MissingExtr
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import is_number, metrics_from_json
-from peakpoint.format.names import did_you_mean, no_part
+from peakpoint.format.names import OWN_PARTS, did_you_mean, no_part
 from peakpoint.production.subprocess_runner import run_apart
 from peakpoint.repository import aliases, reader, validations
 from peakpoint.repository.provenance import code_version, present_user, utc_now
@@ -138,7 +138,7 @@ def validation_request(
     _, manifest = repository.locate(ref)
     hold = reader.hold_for_reading(repository.store, manifest)
     try:
-        parts = [name for name in manifest.parts if name not in ("rng", "loop")]
+        parts = [name for name in manifest.parts if name not in OWN_PARTS]
         if spec.part not in parts:
             raise no_part(spec.part, parts, where=manifest.name)
         champion, no_champion = _champion(repository, alias)

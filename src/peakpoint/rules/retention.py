@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from peakpoint.format.manifest import Manifest, without_parts
+from peakpoint.format.names import OWN_PARTS
 from peakpoint.rules import Budget, CheckpointRecord, Claim, Rule, claims
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -177,9 +178,6 @@ def _drops(
     return drops
 
 
-_OURS = frozenset({"rng", "loop"})
-
-
 def _needless(manifest: Manifest, needs_of_rules: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
     """The parts that none of the rules needs; nothing when a rule needs everything, or nothing that is there."""
     if any(parts is None for parts in needs_of_rules):
@@ -187,4 +185,4 @@ def _needless(manifest: Manifest, needs_of_rules: Sequence[tuple[str, ...] | Non
     needed_parts = {part for parts in needs_of_rules if parts is not None for part in parts}
     if not needed_parts & manifest.parts.keys():
         return ()  # names of parts that do not exist: better to keep too much
-    return tuple(part for part in manifest.parts if part not in needed_parts and part not in _OURS)
+    return tuple(part for part in manifest.parts if part not in needed_parts and part not in OWN_PARTS)

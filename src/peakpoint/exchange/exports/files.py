@@ -15,6 +15,7 @@ from peakpoint.errors import ConfigError, ConflictError, NotFoundError, Peakpoin
 from peakpoint.exchange.exports.weights import AS_SAVED, WeightOptions, exported, weight_stream
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
+from peakpoint.format.names import OWN_PARTS
 from peakpoint.repository.reader import hold_all
 from peakpoint.repository.root import Repository
 from peakpoint.state.saved import check_part_of, read_state, read_trees
@@ -74,7 +75,7 @@ def export(
 
 def default_part(manifest: Manifest) -> str:
     """Return ``model``, or the only part with tensors."""
-    with_tensors = [part for part, files in manifest.parts.items() if files]
+    with_tensors = [part for part, files in manifest.parts.items() if files and part not in OWN_PARTS]
     if "model" in with_tensors or len(with_tensors) != 1:
         return "model"
     return with_tensors[0]

@@ -13,6 +13,7 @@ import msgspec
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Manifest
+from peakpoint.format.names import OWN_PARTS
 from peakpoint.format.shards import stored_tensors
 from peakpoint.reports.plan.networks import Architecture
 from peakpoint.reports.plan.optimizers import STEP, bytes_of, needs_shapes, optimizer_state
@@ -288,7 +289,7 @@ def from_manifests(manifests: Sequence[Manifest], run: str) -> Sizes:
         raise NotFoundError(f"run {run!r} has no checkpoints yet: plan with --params, --preset or from the live state")
     all_parts = max(len(manifest.parts) for manifest in manifests)
     newest = [manifest for manifest in manifests if len(manifest.parts) == all_parts][-1]
-    parts = [_measured_part(newest, part) for part in newest.parts if part not in {"rng", "loop"}]
+    parts = [_measured_part(newest, part) for part in newest.parts if part not in OWN_PARTS]
     why = f"{layout.STATE} of {newest.name}: random generators, plain values"
     parts.append(PartSize(name=REST, bytes=newest.size_bytes - sum(part.bytes for part in parts), why=why))
     dtypes = {tensor.dtype for file in newest.files for tensor in file.tensors if tensor.shape}
