@@ -53,12 +53,17 @@ class Error(Exception):
     """The root of the tree: catches everything that Peakpoint raises on purpose.
 
     Its text may quote names and messages of others: what would control a terminal is escaped in it.
+
+    Attributes:
+        rank: the rank that has raised it, where it was passed on to the others of a training; None elsewhere.
     """
 
     exit_code: ClassVar[int] = 1
+    rank: int | None = None
 
     def __str__(self) -> str:
-        return printable_lines(super().__str__())
+        where = "" if self.rank is None else f"rank {self.rank}: "
+        return printable_lines(where + super().__str__())
 
 
 class ConfigError(Error, ValueError):
