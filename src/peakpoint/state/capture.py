@@ -56,10 +56,15 @@ def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not state:
         raise ConfigError('state= is empty: name at least one part, such as {"model": model}')
-    parts = {check_part(name): value for name, value in state.items()}
+    parts = {check_part(name): _without_parallel(value) for name, value in state.items()}
     for name, value in parts.items():
         _check_part_state(value, f'state["{name}"]')
     return parts
+
+
+def _without_parallel(value: Any) -> Any:
+    """Return the module inside ``DistributedDataParallel``: its tensors have the names that the model gives them."""
+    return value.module if isinstance(value, torch.nn.parallel.DistributedDataParallel) else value
 
 
 def _check_part_state(value: Any, path: str) -> None:
@@ -140,6 +145,7 @@ class CapturedState:
 
 
 FROZEN = "+frozen"  # no part can have such a name
+LOOP = "loop"  # its file has the tensors of the ranks' own states
 
 
 class _PartEncoder:
@@ -318,6 +324,9 @@ def _state_file(
         "loop": encoder.encode(dict(loop), "the loop's position"),
     }
     assert not encoder.tensors
+    if LOOP in trees:
+        record["parts"] = {part: tree for part, tree in trees.items() if part != LOOP}
+        record["ranks"] = trees[LOOP]
     if foreign is not None:
         record["optional"] = [*foreign.optional, *([] if foreign.generators else ["rng"])]
     elif origins:
@@ -334,6 +343,7 @@ def capture(
     owned: frozenset[Storage],
     stepped: frozenset[Storage],
     foreign: ForeignState | None = None,
+    ranks: Sequence[Mapping[str, Any]] = (),
 ) -> CapturedState:
     """Copy the state.
 
@@ -347,13 +357,15 @@ def capture(
         owned: memory that may be copied later; empty to copy everything now.
         stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own at once.
         foreign: for a state of another tool.
+        ranks: what the other ranks have of their own, from rank 1 on.
 
     Raises:
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
-    trees, _ = encoder.encode(state)
+    saved = {**state, LOOP: list(ranks)} if ranks else state
+    trees, _ = encoder.encode(saved)
     state_file = _state_file(trees, encoder.origins(state), loop, foreign)
-    files, stable = encoder.split(state, stepped)
+    files, stable = encoder.split(saved, stepped)
     ready_images = {} if foreign is None else foreign.images
     copied = {name: tensors for name, tensors in files.items() if name not in ready_images}
     images: Sequence[FileImage]
@@ -363,10 +375,11 @@ def capture(
     else:
         images, copying = buffer.capture(copied, owned, encoder.placement)
     images = [replace(image, stable=True) if image.name in stable else image for image in images]
-    parts = {part: tuple(name for name in _file_names(part) if name in files) for part in trees}
+    parts = {part: tuple(name for name in _file_names(part) if name in files) for part in state}
+    loop_files = tuple(name for name in _file_names(LOOP) if name in files)
     return CapturedState(
         (*images, *ready_images.values(), state_file),
-        {**parts, "rng": (), "loop": ()},
+        {**parts, "rng": (), LOOP: loop_files},
         copying,
         isinstance(buffer, StagingBuffer),
         encoder.learn,

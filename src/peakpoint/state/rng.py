@@ -40,6 +40,34 @@ def pack(
     }
 
 
+def seeded(seed: int) -> dict[str, Any]:
+    """Return the states that generators have right after they were seeded, as ``take`` returns them.
+
+    Example:
+        >>> _ = restore(seeded(7))
+        >>> torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(7)))
+        True
+    """
+    python = random.Random(seed).getstate()  # noqa: S311 - of a training
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    cuda = [torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in devices]
+    mps = torch.Generator("mps").manual_seed(seed).get_state() if torch.backends.mps.is_available() else None
+    cpu = torch.Generator().manual_seed(seed).get_state()
+    return pack(python, np.random.RandomState(seed % 2**32).get_state(), cpu, cuda, mps)
+
+
+def seed_anew(generator: Any, seed: int) -> None:
+    """Seed one generator of torch, NumPy or Python."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(seed % 2**32)
+    else:
+        generator.seed(seed)
+
+
 def restore(state: dict[str, Any]) -> list[str]:
     """Set every generator to the state that ``take`` returned.
 

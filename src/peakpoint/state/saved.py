@@ -10,7 +10,7 @@ import torch
 from peakpoint.errors import CorruptError, FormatError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, Manifest
-from peakpoint.format.names import did_you_mean, no_part
+from peakpoint.format.names import OWN_PARTS, did_you_mean, no_part
 from peakpoint.format.sealed import check_format, gc_paused
 from peakpoint.format.shards import StoredTensor, stored_tensors
 from peakpoint.repository import reader
@@ -21,8 +21,6 @@ from peakpoint.state.tensor_files import tensors_of
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Hold, Store
 
-_OWN_PARTS = ("rng", "loop")  # of Peakpoint, not of the user
-
 
 @dataclass(frozen=True, slots=True)
 class StateTrees:
@@ -32,6 +30,7 @@ class StateTrees:
         parts: part name to its tree.
         rng: the tree of the generators.
         loop: the tree of the loop's position.
+        ranks: the tree of what ranks have of their own, from rank 1 on; None where one process trained.
         optional: parts that a training which continues from it need not have; ``rng`` when generators were not saved.
         origins: part name to what it was saved from, of the parts of which that is known.
     """
@@ -39,6 +38,7 @@ class StateTrees:
     parts: Mapping[str, Any]
     rng: Any
     loop: Any
+    ranks: Any = None
     optional: frozenset[str] = frozenset()
     origins: Mapping[str, PartOrigin] = field(default_factory=dict)
 
@@ -60,7 +60,8 @@ def read_trees(store: Store, manifest: Manifest) -> StateTrees:
             record = msgspec.json.decode(text)
         parts = {part: tree for part, tree in dict(record["parts"]).items() if part in manifest.parts}
         origins = msgspec.convert(record.get("origins", {}), dict[str, PartOrigin])
-        trees = StateTrees(parts, record["rng"], record["loop"], frozenset(record.get("optional", ())), origins)
+        optional = frozenset(record.get("optional", ()))
+        trees = StateTrees(parts, record["rng"], record["loop"], record.get("ranks"), optional, origins)
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"{layout.STATE} of {manifest.name} cannot be read: {error!r}") from error
     check_format(record, where=f"{layout.STATE} of {manifest.name}")
@@ -146,7 +147,7 @@ def check_part_of(manifest: Manifest, part: str) -> str:
     Raises:
         NotFoundError: it does not; the message lists its parts.
     """
-    parts = [name for name in manifest.parts if name not in _OWN_PARTS]
+    parts = [name for name in manifest.parts if name not in OWN_PARTS]
     if part not in parts:
         raise no_part(part, parts, where=manifest.name)
     return part
