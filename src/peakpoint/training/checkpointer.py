@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from signal import Signals
 from typing import Any, SupportsIndex
 
 from peakpoint.errors import ConfigError, SaveFailedError
@@ -32,9 +33,12 @@ from peakpoint.training.loop import Loop, LoopMethod, count
 from peakpoint.training.metric_warnings import MetricWarnings
 from peakpoint.training.outcome import Outcome, warn
 from peakpoint.training.preemption import Preempt, SignalWatch
+from peakpoint.training.rank_reports import REDUCTIONS, RankReport, first_signal, metrics_of
+from peakpoint.training.ranks import Ranks
 from peakpoint.training.run_end import RunEnd
 from peakpoint.training.run_writer import RunWriter, SaveOptions, capture_buffer, check_needs
 from peakpoint.training.settings import read_settings
+from peakpoint.training.shared_writer import SharedWriter
 
 
 class Checkpointer(Closing):
@@ -121,6 +125,7 @@ class Checkpointer(Closing):
         self._resume, self._strict = arguments.check_resume(resume, self.run), strict
         self._only_warns = arguments.check_choice("on_save_error", on_save_error, arguments.ON_SAVE_ERROR) == "warn"
         self._stopping = None if stop is None else StoppingState(stop)
+        self._why_stop: str | None = None
         self._exit_code = 0 if preempt is None else preempt.exit_code
         self._load: LoadReport | None = None
         self._last_metrics: Mapping[str, float] | None = None  # of the last report in the history
@@ -134,16 +139,23 @@ class Checkpointer(Closing):
             settings=read_settings(config, tags),
         )
         store = open_store(root)
-        if self._resume != "never":
-            check_not_renamed(store, self.run)
-        self._writer = RunWriter(store, self.run, self.state, self.rules, options, self._clock, self._announce)
+        self._ranks = Ranks(self.run)
+        if self._ranks.rank:
+            self._announce = lambda _: None
+
+        def make_writer() -> RunWriter:
+            if self._resume != "never":
+                check_not_renamed(store, self.run)
+            return RunWriter(store, self.run, self.state, self.rules, options, self._clock, self._announce, self._ranks)
+
+        self._writer = SharedWriter(self._ranks, store, self.run, self.state, make_writer)
         try:
             self._signals = SignalWatch(preempt)
         except BaseException:
             self._writer.release()
             raise
         self._loop = Loop(self.state, strict=strict)
-        self._late_changes = LateChangeCheck(self.state, self._writer, self._loop, self._save)
+        self._late_changes = LateChangeCheck(self.state, self._writer, self._loop, self._save, self._ranks)
         self._end = RunEnd(self._loop, self._writer, self._save_or_warn, self._announce)
         self._process = os.getpid()
         self._closed = False
@@ -166,9 +178,9 @@ class Checkpointer(Closing):
             MismatchError: the checkpoint does not fit the state; lists the differences. Nothing was changed.
         """
         self._check_open()
-        if self._writer.resumption is None:
+        if self._writer.started:
             return self._load
-        start = self._writer.resumption.restore(self._resume, self.state, strict=self._strict)
+        start = self._writer.restore(self._resume, strict=self._strict)
         self._load = start.report
         if start.report is not None:  # otherwise the steps made before this call count
             self._loop.go_to(start.position)
@@ -177,7 +189,10 @@ class Checkpointer(Closing):
         self._generators = start.generators
         self._end.mark_saved()
         notices = self._writer.start(start, self._loop.position)
-        if self._load is None:
+        self._why_stop = self._ranks.lead("resume", lambda: self._why_stop)
+        if self._ranks.rank:
+            self._restore_generators()
+        elif self._load is None:
             self._announce(f"new run {self.run!r} ({start.why})")
         else:
             for line in self._load.skipped:
@@ -186,7 +201,7 @@ class Checkpointer(Closing):
                 warn(f"not restored: {line}")
             self._restore_generators()
             self._announce(f"resumed {replace(self._load, missing=(), skipped=())}")  # the warnings have said those
-        for sentence in notices:
+        for sentence in [] if self._ranks.rank else notices:
             warn(sentence)
         return self._load
 
@@ -229,7 +244,7 @@ class Checkpointer(Closing):
                 f"{loop.__name__}() inside another epochs() or steps() of the same checkpointer; use one loop"
             )
         self._late_changes.end_interrupted()
-        first = self._writer.resumption is not None
+        first = not self._writer.started
         self.resume()
         if self._load is not None and not first:
             # code between resume() and the loop may have drawn random numbers; the loop begins where it was saved
@@ -275,6 +290,7 @@ class Checkpointer(Closing):
         step: SupportsIndex | None = None,
         epoch: SupportsIndex | None = None,
         save: str | None = None,
+        reduce: str | None = None,
         **named: Any,
     ) -> Outcome:
         """Report metrics; save the moment if a rule would keep it.
@@ -286,6 +302,8 @@ class Checkpointer(Closing):
             step: optimizer steps completed; counted by itself in ``steps`` or when the state holds an optimizer.
             epoch: the epoch's index from 0; known by itself in ``epochs``.
             save: a reason to save this moment whatever the rules say, and to keep it as ``save`` does.
+            reduce: where several processes train, ``"mean"``, ``"max"``, ``"min"`` or ``"sum"`` over what they report;
+                by default the metrics of rank 0 count.
             named: metrics by name; any real number, also of NumPy or a tensor with one element.
 
         Raises:
@@ -298,30 +316,42 @@ class Checkpointer(Closing):
         self._check_open()
         self._ensure_started()
         self._late_changes.end_interrupted()
-        values = read_metrics(arguments.named_metrics(metrics, named))
-        request = None if save is None else arguments.check_reason(save)
         try:
             self._loop.check_place()
         except ConfigError:
             reported = self._late_changes.withdraw_reports()
             self._writer.remove(reported, "training went on after its report, in the same epoch")
             raise
+
+        def read() -> RankReport:
+            values = read_metrics(arguments.named_metrics(metrics, named))
+            request = None if save is None else arguments.check_reason(save)
+            how = None if reduce is None else arguments.check_choice("reduce", reduce, tuple(REDUCTIONS))
+            at_step = None if step is None else count("step", step)
+            at_epoch = self._loop.epoch if epoch is None else count("epoch", epoch)
+            return RankReport(values, request, how, at_step, at_epoch, self._signals.arrived)
+
+        reports = self._ranks.share("report", read)
+        values, signal = metrics_of(reports), first_signal(reports)
         self._loop.advance(step, epoch)
-        moment = self._writer.report(self._loop.position, values)
-        self._note_metrics(values)
-        reasons = [*moment.reasons, *self._metric_warnings.check(values, self._loop.position)]
-        signal = self._signals.arrived
-        if signal is not None:
-            reasons.append(f"preempted by {signal.name}")
-        if request is not None:
-            reasons.append(f"saved on request: {request}")
-        moment = replace(moment, reasons=tuple(reasons), asked=request)
+        moment = self._ranks.lead("report", lambda: self._judge(values, reports[0].request, signal))
         outcome = self._save_or_warn(moment)
         if signal is not None:
             self._leave(signal.name, outcome)
         if self._loop.in_iteration:
             self._late_changes.reported(moment if outcome.saved else None)
         return outcome
+
+    def _judge(self, values: Mapping[str, float], request: str | None, signal: Signals | None) -> Manifest:
+        """Return the moment of a report, with the reasons to save it; on rank 0 only."""
+        moment = self._writer.first.report(self._loop.position, values)
+        self._note_metrics(values)
+        reasons = [*moment.reasons, *self._metric_warnings.check(values, self._loop.position)]
+        if signal is not None:
+            reasons.append(f"preempted by {signal.name}")
+        if request is not None:
+            reasons.append(f"saved on request: {request}")
+        return replace(moment, reasons=tuple(reasons), asked=request)
 
     def save(self, reason: str) -> Outcome:
         """Save the state now, whatever the rules say, and keep the checkpoint until it is removed by hand.
@@ -337,7 +367,7 @@ class Checkpointer(Closing):
         """
         self._check_open()
         self._ensure_started()
-        request = arguments.check_reason(reason)
+        request = self._ranks.share("save", lambda: arguments.check_reason(reason))[0]
         self._loop.check_save()
         metrics = None if self._loop.trained else self._last_metrics
         self._loop.catch_up()
@@ -360,7 +390,7 @@ class Checkpointer(Closing):
     @property
     def why_stop(self) -> str | None:
         """Why the loop should end, None when it should go on; derived from the reported history."""
-        return None if self._stopping is None else self._stopping.why
+        return self._why_stop
 
     # --- the inside of a report ---------------------------------------------------------------------------------
 
@@ -370,12 +400,12 @@ class Checkpointer(Closing):
         self._metric_warnings.note(values)
         if self._stopping is not None:
             self._stopping.report(values)
+            self._why_stop = self._stopping.why
 
     def _ensure_started(self) -> None:
-        resumption = self._writer.resumption
-        if resumption is None:
+        if self._writer.started:
             return
-        if self._resume != "never" and resumption.exists:
+        if self._resume != "never" and self._writer.exists:
             raise ConfigError(
                 f"run {self.run!r} has checkpoints, and this training has not been restored from them: loop over "
                 'ckpt.epochs(n) or ckpt.steps(n), or call ckpt.resume() before the loop, or pass resume="never"'
@@ -388,9 +418,13 @@ class Checkpointer(Closing):
         try:
             outcome = self._writer.save(moment, self._loop.position, self.why_stop)
         except SaveFailedError as error:
-            if isinstance(error.outcome, Outcome) and error.outcome.saved:
-                self._end.mark_saved()
+            if isinstance(error.outcome, Outcome):
+                self._note_outcome(error.outcome)
             raise
+        self._note_outcome(outcome)
+        return outcome
+
+    def _note_outcome(self, outcome: Outcome) -> None:
+        self._why_stop = outcome.why_stop
         if outcome.saved:
             self._end.mark_saved()
-        return outcome

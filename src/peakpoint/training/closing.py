@@ -14,8 +14,9 @@ from peakpoint.training.late_changes import LateChangeCheck
 from peakpoint.training.loop import Loop
 from peakpoint.training.outcome import Outcome, print_note, warn
 from peakpoint.training.preemption import SignalWatch
+from peakpoint.training.ranks import Ranks
 from peakpoint.training.run_end import RunEnd
-from peakpoint.training.run_writer import RunWriter
+from peakpoint.training.shared_writer import SharedWriter
 
 
 class Closing:
@@ -33,7 +34,8 @@ class Closing:
     _late_changes: LateChangeCheck
     _loop: Loop
     _signals: SignalWatch
-    _writer: RunWriter
+    _ranks: Ranks
+    _writer: SharedWriter
 
     @property
     def why_stop(self) -> str | None:
@@ -52,26 +54,31 @@ class Closing:
         Raises:
             SaveFailedError: a save failed, and failed again; checkpoints committed earlier are untouched.
         """
-        self._close(save_last=sys.exception() is None and self._loop.knows_steps and not self._loop.trained)
+        can_save = sys.exception() is None and self._ranks.can_meet
+        save_last = can_save and self._loop.knows_steps and not self._loop.trained
+        self._close(save_last=save_last, together=can_save)
 
     def _close_unfinished(self) -> None:
         """Close a training of which nobody knows how it ended: nothing that no rule has claimed is saved."""
-        self._close(save_last=False)
+        self._close(save_last=False, together=False)
 
-    def _close(self, *, save_last: bool) -> None:
+    def _close(self, *, save_last: bool, together: bool) -> None:
         self._check_process()
         if self._closed:
             return
         try:
-            self._late_changes.end_interrupted()
-            if save_last and self._writer.resumption is None:
+            if together:
+                self._ranks.share("close", lambda: None)
+            if together or self._ranks.size == 1:
+                self._late_changes.end_interrupted()
+            if save_last and self._writer.started:
                 self._end.save_last(self._last_metrics or {})
         except Error as error:
             self.__exit__(type(error), error, None)
             raise
         why = "closed" if self.why_stop is None else f"{STOPPED}{self.why_stop}"
         # Ctrl-C right after the warning of what the rules will remove keeps it
-        self._finish(why, apply_rules=sys.exception() is None)
+        self._finish(why, apply_rules=sys.exception() is None, together=together)
         self._signals.deliver_again()
 
     def __enter__(self) -> Self:
@@ -87,7 +94,8 @@ class Closing:
             return
         self._late_changes.interrupted()  # the loop's own generator is still open
         try:
-            self._late_changes.end_interrupted()
+            if self._ranks.size == 1:  # the others may not come here
+                self._late_changes.end_interrupted()
         except Error as late_change:
             error.add_note(f"peakpoint: besides, {late_change}")
         try:
@@ -134,7 +142,7 @@ class Closing:
     def _leave(self, signal: str, outcome: Outcome) -> None:
         """End a preempted process: everything is made durable, then earlier handlers run."""
         failed_before = self._failed_saves
-        self._finish(f"preempted by {signal}")
+        self._finish(f"preempted by {signal}", together=True)
         is_saved = outcome.saved and failed_before == self._failed_saves
         self._announce(
             f"{signal}: {'saved' if is_saved else 'NOT saved'} at step {outcome.step}; leaving with exit code "
@@ -143,11 +151,11 @@ class Closing:
         self._signals.run_earlier()
         raise SystemExit(self._exit_code)
 
-    def _finish(self, why: str, *, apply_rules: bool = False) -> None:
+    def _finish(self, why: str, *, apply_rules: bool = False, together: bool = False) -> None:
         """Make everything durable, and let go of the run, the optimizers and the signals."""
         self._closed = True
         try:
-            self._writer.finish(why, apply_rules=apply_rules)
+            self._writer.finish(why, apply_rules=apply_rules, together=together)
         except SaveFailedError as error:
             self._raise_or_warn(error)
         finally:

@@ -9,7 +9,8 @@ from peakpoint.errors import ConfigError, SaveFailedError
 from peakpoint.format.manifest import Manifest
 from peakpoint.training.loop import Loop
 from peakpoint.training.outcome import Outcome, WarnOnce
-from peakpoint.training.run_writer import RunWriter
+from peakpoint.training.ranks import Ranks
+from peakpoint.training.shared_writer import SharedWriter
 from peakpoint.training.state_changes import StateChanges, StateSample, changes, sample
 
 
@@ -73,12 +74,18 @@ class LateChangeCheck:
     """
 
     def __init__(
-        self, state: Mapping[str, Any], writer: RunWriter, loop: Loop, save: Callable[[Manifest], Outcome]
+        self,
+        state: Mapping[str, Any],
+        writer: SharedWriter,
+        loop: Loop,
+        save: Callable[[Manifest], Outcome],
+        ranks: Ranks,
     ) -> None:
-        self._state, self._writer, self._loop, self._save = state, writer, loop, save
+        self._state, self._writer, self._loop, self._save, self._ranks = state, writer, loop, save, ranks
         self._warn_once = WarnOnce()
         self._first = True
         self._reports: list[tuple[StateSample, Manifest | None]] = []
+        self._was_left = False  # in the middle, after a report
         self._pending: tuple[LateChanges, StateSample] | None = None
 
     def reported(self, moment: Manifest | None) -> None:
@@ -97,7 +104,9 @@ class LateChangeCheck:
         Raises:
             ConfigError: a change after a report makes its checkpoint wrong; the state has been saved again.
         """
-        late_changes = self._take_changes()
+        if not self._reports:
+            return
+        late_changes = next(filter(None, self._ranks.share("report", self._take_changes)), None)
         if late_changes is None:
             return
         if late_changes.changes.wrong:
@@ -108,17 +117,22 @@ class LateChangeCheck:
 
     def interrupted(self) -> None:
         """Note that the loop was left in the middle, by ``break`` or by an exception; which, is not known yet."""
+        self._was_left = self._was_left or bool(self._reports)
         late_changes = self._take_changes()
         if late_changes is not None and late_changes.changes.wrong:
             self._pending = late_changes, self._sample()
 
     def end_interrupted(self) -> None:
         """End an iteration that was left by ``break``, once it is known that it was not an exception; see ``end``."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        pending, was_left, self._pending, self._was_left = self._pending, self._was_left, None, False
+        if not was_left:
             return
-        late_changes, at_break = pending
-        if not changes(at_break, self._sample()):
+        pairs = self._ranks.share("report", lambda: pending and (pending[0], bool(changes(pending[1], self._sample()))))
+        pair = next(filter(None, pairs), None)
+        if pair is None:
+            return
+        late_changes, has_changed = pair
+        if not has_changed:
             raise late_changes.error(self._save_again(late_changes))
         reports = ", ".join(f"report {moment.report} at step {moment.step}" for moment in late_changes.saved)
         raise late_changes.error(f"The checkpoints stay as they were at the report ({reports})" if reports else "")

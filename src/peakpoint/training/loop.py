@@ -131,6 +131,11 @@ class Loop:
             self._step = None
 
     @property
+    def epoch(self) -> int | None:
+        """The epoch whose body is running; None outside ``epochs``."""
+        return self._epoch
+
+    @property
     def batch(self) -> int | None:
         """The index of the present batch in its pass over the data, from 0; None outside ``batches``."""
         return None if self._batches is None else self._batches.done - 1

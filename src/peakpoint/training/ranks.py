@@ -1,32 +1,230 @@
-"""The ranks of a training of several processes, of which one writes a run."""
+"""The ranks of a training of several processes: what each knows is shared, what the first one decides holds for all.
 
+Messages are few and small. They go point to point through rank 0, so that an error can name the rank that did not come,
+over a group of our own: nothing of ours runs between the collectives of the training.
+"""
+
+import copy
+import itertools
 import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import distributed
 
+from peakpoint.errors import ConfigError, ConflictError, Error
+
+Result = TypeVar("Result")
+
+_TIME_LIMIT = timedelta(minutes=30)  # torch's own for groups on the CPU
 _VARIABLES = (
     ("RANK", "WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
+_numbers = itertools.count()  # of the groups of this process
 
 
-def own_rank() -> tuple[int, int] | None:
-    """Return the rank of this process and the number of ranks; None when it is the only one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = [(torch.distributed.get_rank(), torch.distributed.get_world_size())]
-    else:
-        texts = [(os.environ.get(rank, ""), os.environ.get(size, "")) for rank, size in _VARIABLES]
-        ranks = [(int(rank), int(size)) for rank, size in texts if rank.isdecimal() and size.isdecimal()]
-    return next((pair for pair in ranks if pair[1] > 1), None)
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What the work of one rank has made, or how it failed.
+
+    Attributes:
+        call: the method that did it: all ranks call the same methods in the same order.
+    """
+
+    call: str
+    result: Any = None
+    error: Error | None = None
 
 
-def rank_advice(run: str) -> str:
-    """Return what to do where every rank makes a checkpointer; nothing when this process is the only one."""
-    rank = own_rank()
-    if rank is None:
+class Ranks:
+    """The processes of a training, as one of them sees them; a single one where torch.distributed is not used.
+
+    Every rank makes one, and calls its methods in the same order. An error that some work raises on one rank is raised
+    on all: there its attribute ``rank`` says where it comes from.
+
+    Args:
+        run: the name of the run that they write.
+
+    Raises:
+        ConfigError: the ranks name different runs.
+        ConflictError: a rank has not come within the time limit of the training's group; the message names it.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.rank, self.size = 0, 1
+        self._group: distributed.ProcessGroup | None = None
+        if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self._time_limit = _time_limit()
+        names = self._meet(run)
+        differing = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+        if differing is not None:
+            raise ConfigError(
+                f"the ranks of a training write one run, and rank 0 calls it {names[0]!r}, rank {differing} "
+                f"{names[differing]!r}: give the same name on every rank"
+            )
+        self._group = distributed.new_group(backend="gloo", timeout=self._time_limit)
+
+    def _meet(self, run: str) -> list[str]:
+        """Wait for all ranks; returns the runs that they name. A new group would not say which rank is missing."""
+        store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public way to it
+        number = next(_numbers)
+        keys = [f"peakpoint/{number}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], run)
+        try:
+            store.wait(keys, self._time_limit)
+        except RuntimeError as error:
+            absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+            raise ConflictError(
+                f"this training has {self.size} ranks, and rank {absent} made no Checkpointer within "
+                f"{self._time_limit}: make one on every rank, with the same arguments. It is rank 0 that writes"
+            ) from error
+        return [store.get(key).decode() for key in keys]
+
+    @property
+    def can_meet(self) -> bool:
+        """Whether the ranks can reach each other: the training has not ended torch.distributed."""
+        return self._group is None or distributed.is_initialized()
+
+    def share(self, call: str, work: Callable[[], Result], *, only_first: bool = False) -> Sequence[Result]:
+        """Do some work on every rank.
+
+        Args:
+            call: the method of the user's, for errors.
+            only_first: rank 0 alone gets the results.
+
+        Returns:
+            What it has made on each rank.
+
+        Raises:
+            ConflictError: a rank has ended, takes too long, or makes another call.
+        """
+        if self._group is None:
+            return [work()]
+        self._check_can_meet(call)
+        message, failure = _attempt(call, work)
+        if self.rank == 0:
+            messages = [message, *(self._receive(call, rank) for rank in range(1, self.size))]
+            answer = [replace(sent, result=None) for sent in messages] if only_first else messages
+            for rank in range(1, self.size):
+                self._send(call, answer, rank)
+        else:
+            self._send(call, message, 0)
+            received = self._receive(call, 0)
+            messages = received if isinstance(received, list) else [received]
+        self._check_calls(call, messages)
+        if failure is not None:
+            raise failure
+        for rank, sent in enumerate(messages):
+            _raise_error(rank, sent)
+        return [sent.result for sent in messages]
+
+    def lead(self, call: str, work: Callable[[], Result]) -> Result:
+        """Do some work on rank 0 only; returns what it has made on every rank."""
+        if self._group is None:
+            return work()
+        self._check_can_meet(call)
+        if self.rank:
+            message = self._receive(call, 0)
+            self._check_calls(call, [message] if isinstance(message, _Message) else message)
+            _raise_error(0, message)
+        else:
+            message, failure = _attempt(call, work)
+            for rank in range(1, self.size):
+                self._send(call, message, rank)
+            if failure is not None:
+                raise failure
+        return cast("Result", message.result)
+
+    def _check_can_meet(self, call: str) -> None:
+        if not self.can_meet:
+            raise ConflictError(
+                f"{call}() of the Checkpointer comes after torch.distributed.destroy_process_group(), and the ranks "
+                "cannot reach each other any more: end the group at the end of the script"
+            )
+
+    def _check_calls(self, call: str, messages: Sequence[_Message]) -> None:
+        for rank, message in enumerate(messages):
+            if message.call != call:
+                raise ConflictError(
+                    f"rank {rank} calls {message.call}() where rank {self.rank} calls {call}(): every rank makes the "
+                    "same calls of its Checkpointer in the same order"
+                )
+
+    def _send(self, call: str, message: object, rank: int) -> None:
+        data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
+        try:
+            distributed.send(torch.tensor([data.numel()]), rank, group=self._group)
+            distributed.send(data, rank, group=self._group)
+        except RuntimeError as error:
+            raise self._gone(call, rank) from error
+
+    def _receive(self, call: str, rank: int) -> Any:
+        size = torch.zeros(1, dtype=torch.int64)
+        try:
+            distributed.recv(size, rank, group=self._group)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            distributed.recv(data, rank, group=self._group)
+        except RuntimeError as error:
+            raise self._gone(call, rank) from error
+        return pickle.loads(data.numpy().tobytes())  # noqa: S301 - from a process of the same training
+
+    def _gone(self, call: str, rank: int) -> ConflictError:
+        return ConflictError(
+            f"rank {rank} of {self.size} did not come to {call}() of its Checkpointer, as rank {self.rank} has: it has "
+            f"ended, or takes longer than {self._time_limit}; init_process_group(timeout=...) sets that time"
+        )
+
+    def close(self) -> None:
+        """Let go of the group."""
+        group, self._group = self._group, None
+        if group is not None and distributed.is_initialized():
+            distributed.destroy_process_group(group)
+
+
+def _time_limit() -> timedelta:
+    """Return how long the training's own group waits."""
+    world = distributed.group.WORLD
+    for device in ("cuda", "cpu"):
+        try:
+            options = cast("Any", world)._get_backend(torch.device(device)).options  # noqa: SLF001 - see _meet
+        except (AttributeError, RuntimeError):  # another device, another release
+            continue
+        return cast("timedelta", options._timeout)  # noqa: SLF001
+    return _TIME_LIMIT
+
+
+def _attempt(call: str, work: Callable[[], object]) -> tuple[_Message, Exception | None]:
+    try:
+        return _Message(call, work()), None
+    except Error as error:
+        return _Message(call, error=error), error
+    except Exception as error:  # noqa: BLE001 - the other ranks are waiting; it is raised again
+        return _Message(call, error=Error(repr(error))), error
+
+
+def _raise_error(rank: int, message: _Message) -> None:
+    if message.error is not None:
+        error = copy.copy(message.error)
+        error.rank = rank
+        raise error
+
+
+def rank_advice() -> str:
+    """Return what to do where every rank makes a checkpointer by itself; nothing when this process is the only one."""
+    texts = [(os.environ.get(rank, ""), os.environ.get(size, "")) for rank, size in _VARIABLES]
+    ranks = [(int(rank), int(size)) for rank, size in texts if rank.isdecimal() and size.isdecimal()]
+    rank, size = next((pair for pair in ranks if pair[1] > 1), (0, 1))
+    if size == 1 or (distributed.is_available() and distributed.is_initialized()):
         return ""
     return (
-        f"this process is rank {rank[0]} of {rank[1]}, and one rank writes a run: make the Checkpointer on rank 0 "
-        f'only; the others load its checkpoints with pp.load("{run}@latest", root=..., into=model)'
+        f"this process is rank {rank} of {size}, and torch.distributed is not in use: call "
+        "torch.distributed.init_process_group() before Checkpointer(...), and the ranks write one run together"
     )

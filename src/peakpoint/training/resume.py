@@ -20,12 +20,15 @@ from peakpoint.repository.packs import check_not_archived
 from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules import history as histories
+from peakpoint.state import rng
 from peakpoint.state.origin import noted_settings, overruled_settings, script_settings
 from peakpoint.state.restore import LoadReport, restore_into
 from peakpoint.state.saved import SavedState, read_state
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Store
 from peakpoint.training.position import Position
+from peakpoint.training.rank_states import for_rank
+from peakpoint.training.ranks import Ranks
 from peakpoint.training.records import last_sequence
 
 
@@ -67,6 +70,7 @@ class Resumption:
     run: str
     listing: reader.RunListing
     journal: journals.JournalContents
+    ranks: Ranks
 
     @property
     def exists(self) -> bool:
@@ -138,21 +142,7 @@ class Resumption:
 
     def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> StartPoint:
         manifest = saved.manifest
-        decoder = Decoder({})
-        position = Position.from_plain(decoder.decode(saved.trees.loop))
-        generators = decoder.decode(saved.trees.rng)
-        script = {name: script_settings(value) for name, value in live.items()}
-        report = restore_into(saved, live, strict=strict)
-        settings = {}
-        for part in (part.part for part in report.restored if script[part.part]):
-            restored = script_settings(live[part])
-            settings[part] = noted_settings(saved.trees.origin(part), live[part], restored)
-            overruled = overruled_settings(part, script[part], restored, settings[part])
-            report = replace(report, overruled=(*report.overruled, *filter(None, [overruled])))
-        without_generators = not generators and "rng" in saved.trees.optional
-        if without_generators:
-            sentence = "the random generators: they are not in this checkpoint, and stay as they are"
-            report = replace(report, missing=(*report.missing, sentence))
+        start = restore_rank(saved, self.run, live, self.ranks, strict=strict)
         sequence = last_sequence(self.listing.manifests, self.journal.events)
         if manifest.run == self.run:
             history = histories.history(self.journal.events, manifest.id) or [
@@ -165,21 +155,46 @@ class Resumption:
             forks = (*manifest.forks, (manifest.sequence, sequence + 1)) if newer else manifest.forks
         else:
             history, forks = [], ()
-            position.report = 0
-        return StartPoint(
-            report=report,
-            position=position,
-            history=history,
-            generators=None if without_generators else generators,
-            parent=manifest.id,
-            forks=forks,
-            sequence=sequence,
-            requested=requested,
-            settings=settings,
-        )
+        return replace(start, history=history, forks=forks, sequence=sequence, requested=requested)
 
 
-def resumption(store: Store, run: str) -> Resumption:
+def restore_rank(saved: SavedState, run: str, live: dict[str, Any], ranks: Ranks, *, strict: bool) -> StartPoint:
+    """Restore the state of one rank; see ``Resumption.restore`` for the rest of a start."""
+    share = for_rank(saved, live, ranks.rank, ranks.size, strict=strict)
+    saved, manifest = share.saved, saved.manifest
+    decoder = Decoder({})
+    position = Position.from_plain(decoder.decode(saved.trees.loop))
+    generators = decoder.decode(saved.trees.rng)
+    restored = {name: value for name, value in live.items() if name not in share.left_out}
+    script = {name: script_settings(value) for name, value in restored.items()}
+    report = restore_into(saved, restored, strict=strict)
+    live |= restored
+    settings = {}
+    for part in (part.part for part in report.restored if script[part.part]):
+        settings_now = script_settings(live[part])
+        settings[part] = noted_settings(saved.trees.origin(part), live[part], settings_now)
+        overruled = overruled_settings(part, script[part], settings_now, settings[part])
+        report = replace(report, overruled=(*report.overruled, *filter(None, [overruled])))
+    for part, seed in share.seeds.items():
+        rng.seed_anew(live[part], seed)
+    without_generators = not generators and "rng" in saved.trees.optional
+    if without_generators:
+        sentence = "the random generators: they are not in this checkpoint, and stay as they are"
+        report = replace(report, missing=(*report.missing, sentence))
+    report = replace(report, missing=(*report.missing, *share.missing))
+    if manifest.run != run:
+        position.report = 0
+    return StartPoint(
+        sequence=0,
+        report=report,
+        position=position,
+        generators=None if without_generators else share.generators or generators,
+        parent=manifest.id,
+        settings=settings,
+    )
+
+
+def resumption(store: Store, run: str, ranks: Ranks) -> Resumption:
     """Read the past of a run.
 
     Raises:
@@ -188,4 +203,4 @@ def resumption(store: Store, run: str) -> Resumption:
     listing = reader.list_run(store, run)
     listing = replace(listing, damaged=damaged_checkpoints(store, run, listing, exclusive=True))
     check_not_archived(store, run, listing.manifests)
-    return Resumption(store, run, listing, journals.read(store, run))
+    return Resumption(store, run, listing, journals.read(store, run), ranks)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from peakpoint.format.manifest import Manifest
 from peakpoint.training.loop import Loop
 from peakpoint.training.outcome import Outcome
-from peakpoint.training.run_writer import RunWriter
+from peakpoint.training.shared_writer import SharedWriter
 
 _REASON = "the end of the training: the run continues from here"
 
@@ -20,7 +20,7 @@ class RunEnd:
     """
 
     def __init__(
-        self, loop: Loop, writer: RunWriter, save: Callable[[Manifest], Outcome], announce: Callable[[str], None]
+        self, loop: Loop, writer: SharedWriter, save: Callable[[Manifest], Outcome], announce: Callable[[str], None]
     ) -> None:
         self._loop, self._writer, self._save, self._announce = loop, writer, save, announce
         self._saved_at = loop.progress

@@ -1,7 +1,7 @@
 """One process's hold on a run: everything that a training writes to it, from the opening to the end."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -31,7 +31,7 @@ from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import Hold, Store, holder_note
 from peakpoint.training.outcome import Outcome, WarnOnce, warn
 from peakpoint.training.position import Position
-from peakpoint.training.ranks import rank_advice
+from peakpoint.training.ranks import Ranks, rank_advice
 from peakpoint.training.records import draft_manifest, with_free_name, written_by
 from peakpoint.training.resume import Resumption, StartPoint, resumption
 from peakpoint.training.rule_changes import earlier_rules
@@ -75,6 +75,7 @@ class RunWriter:
         options: SaveOptions,
         clock: Clock,
         announce: Callable[[str], None],
+        ranks: Ranks,
     ) -> None:
         self._store, self._run, self._state, self._rules = store, run, state, in_force
         self._options, self._clock, self._announce = options, clock, announce
@@ -94,13 +95,13 @@ class RunWriter:
         try:
             self._hold: Hold = store.hold(layout.writer_lock(run), holder_note(now))
         except ConflictError as error:
-            advice = rank_advice(run)
+            advice = rank_advice()
             why = f"{str(error).partition(';')[0]}; {advice}" if advice else str(error)
             raise ConflictError(f"run {run!r} in {store.location} is {why}") from error
         try:
             ensure_run(store, run, now, self._by, in_force, settings)
             clean_run(store, run, now)
-            past = resumption(store, run)
+            past = resumption(store, run, ranks)
             self._journal = Journal(store, run, clock)
             texts = tuple(rule.text for rule in in_force)
             classes = {part: f"{type(value).__module__}.{type(value).__qualname__}" for part, value in state.items()}
@@ -170,8 +171,18 @@ class RunWriter:
         derived = self._smoothing.means()
         return replace(moment, metrics={**moment.metrics, **derived}) if derived else moment
 
-    def save(self, moment: Manifest, position: Position, why_stop: str | None) -> Outcome:
+    @property
+    def journal_key(self) -> str:
+        """Where the journal of this training is written."""
+        return f"{layout.journal_prefix(self._run)}/{self._journal.segment}"
+
+    def save(
+        self, moment: Manifest, position: Position, why_stop: str | None, rank_states: Sequence[Mapping[str, Any]] = ()
+    ) -> Outcome:
         """Save a moment if there is a reason to, and write again an earlier save that has failed.
+
+        Args:
+            rank_states: what the other ranks have for themselves, from rank 1 on.
 
         Raises:
             SaveFailedError: an earlier save failed, and nobody has been told of it; has the outcome.
@@ -184,7 +195,7 @@ class RunWriter:
         failure = self._heal()
         name, copied = None, 0.0
         if moment.reasons and self._may_replace_failed(moment):
-            name, copied = self._submit(moment, position, waited)
+            name, copied = self._submit(moment, position, waited, rank_states)
         self.warn_notices()
         outcome = Outcome(
             saved=name is not None,
@@ -204,7 +215,9 @@ class RunWriter:
         error.outcome = outcome
         raise error
 
-    def _submit(self, moment: Manifest, position: Position, waited: float) -> tuple[str | None, float]:
+    def _submit(
+        self, moment: Manifest, position: Position, waited: float, rank_states: Sequence[Mapping[str, Any]]
+    ) -> tuple[str | None, float]:
         """Capture the state and begin its save.
 
         Returns:
@@ -213,7 +226,9 @@ class RunWriter:
         begin = time.perf_counter()
         stepped = self.guard.owned()
         owned = stepped if self._options.overlap else NO_STORAGE
-        captured = capture(self._state, position.as_plain(), self._encoder, self._options.buffer, owned, stepped)
+        captured = capture(
+            self._state, position.as_plain(), self._encoder, self._options.buffer, owned, stepped, ranks=rank_states
+        )
         copied = time.perf_counter() - begin
         self._sequence += 1
         self._annotations.add(moment.id, self._smoothing.means())

@@ -64,6 +64,13 @@ class StateChanges:
 
 
 @torch.no_grad()
+def parameter_elements(state: Mapping[str, Any]) -> dict[str, object]:
+    """Return some elements of the parameters of each module, by part: ranks that train one model have the same."""
+    modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
+    return {name: _elements(_subset([*module.parameters()])) for name, module in modules.items()}
+
+
+@torch.no_grad()
 def sample(state: Mapping[str, Any], steps: Mapping[int, int]) -> StateSample:
     """Take a sample of a state.
 
@@ -82,7 +89,7 @@ def sample(state: Mapping[str, Any], steps: Mapping[int, int]) -> StateSample:
             **{name: _comparable(name, _settings(value)) for name, value in optimizers.items()},
             **{name: _comparable(name, value) for name, value in plain.items()},
         },
-        {name: _elements(_sampled_tensors(value)) for name, value in modules.items()},
+        {name: _elements(_subset([*value.parameters(), *value.buffers()])) for name, value in modules.items()},
         generators | _global_generators(),
     )
 
@@ -120,8 +127,7 @@ def _comparable(name: str, value: Any) -> object:
     return msgspec.json.encode(tree), _elements(list(encoder.tensors.values()))
 
 
-def _sampled_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    tensors = [*module.parameters(), *module.buffers()]
+def _subset(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return tensors[:: len(tensors) // _SAMPLED_TENSORS + 1]
 
 

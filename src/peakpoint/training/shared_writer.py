@@ -1,0 +1,196 @@
+"""The writer of a run for all ranks of a training: rank 0 has it, and the others follow."""
+
+import socket
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from peakpoint.errors import CorruptError, NotFoundError, StoreError
+from peakpoint.format.manifest import Manifest
+from peakpoint.repository.root import Repository
+from peakpoint.state.saved import read_state
+from peakpoint.state.step_guard import StepGuard
+from peakpoint.store import Store
+from peakpoint.training.outcome import Outcome, WarnOnce
+from peakpoint.training.position import Position
+from peakpoint.training.rank_states import own_state
+from peakpoint.training.ranks import Ranks
+from peakpoint.training.resume import StartPoint, restore_rank
+from peakpoint.training.run_writer import RunWriter
+from peakpoint.training.state_changes import parameter_elements
+
+
+class SharedWriter:
+    """Does for every rank what ``RunWriter`` does for one process; every method is called on all of them.
+
+    Args:
+        ranks: of the training.
+        store: the repository, as this rank sees it.
+        run: the run's name.
+        state: of this rank.
+        make: makes the writer of rank 0.
+
+    Attributes:
+        started: whether the run has begun, from a checkpoint or from nothing.
+        exists: whether the run had checkpoints when this was made, damaged ones included.
+        guard: of the state.
+
+    Raises:
+        StoreError: a rank does not see the directory that rank 0 writes.
+    """
+
+    def __init__(
+        self, ranks: Ranks, store: Store, run: str, state: dict[str, Any], make: Callable[[], RunWriter]
+    ) -> None:
+        self._ranks, self._store, self._run, self._state = ranks, store, run, state
+        self._first: RunWriter | None = None
+        self._warn_once = WarnOnce()
+        self.started = False
+
+        def open_run() -> tuple[bool, str]:
+            self._first = make()
+            assert self._first.resumption is not None
+            return self._first.resumption.exists, self._first.journal_key
+
+        try:
+            self.exists, journal_key = ranks.lead("Checkpointer", open_run)
+            ranks.share("Checkpointer", lambda: self._check_sight(journal_key))
+        except BaseException:
+            self.release()
+            raise
+        self.guard = StepGuard(state) if self._first is None else self._first.guard
+
+    @property
+    def first(self) -> RunWriter:
+        """The writer itself; on rank 0 only."""
+        assert self._first is not None
+        return self._first
+
+    def _check_sight(self, journal_key: str) -> None:
+        if self._ranks.size > 1 and self._store.size(journal_key) is None:
+            raise StoreError(self._not_shared())
+
+    def _not_shared(self) -> str:
+        return (
+            f"{self._store.location} on {socket.gethostname()} is not the directory that rank 0 writes: it has nothing "
+            f"of this training's run {self._run!r}. Ranks on several hosts need a directory that all of them see"
+        )
+
+    def restore(self, choice: str, *, strict: bool) -> StartPoint:
+        """Restore the state of every rank from the checkpoint that rank 0 chooses; see ``Resumption.restore``.
+
+        Returns:
+            Where this rank starts; only on rank 0 with the history.
+        """
+        starts: list[StartPoint] = []
+
+        def restore_first() -> StartPoint:
+            assert self.first.resumption is not None
+            starts.append(self.first.resumption.restore(choice, self._state, strict=strict))
+            return replace(starts[0], history=())
+
+        def restore_others() -> None:
+            if not starts:
+                starts.append(self._follow(first_start, strict=strict))
+
+        first_start = self._ranks.lead("resume", restore_first)
+        if self._ranks.size > 1:
+            self._ranks.share("resume", restore_others)
+        return starts[0]
+
+    def _follow(self, first_start: StartPoint, *, strict: bool) -> StartPoint:
+        if first_start.report is None:
+            return first_start
+        try:
+            manifest = Repository(self._store).find_manifest(first_start.report.ref)
+        except NotFoundError as error:
+            raise StoreError(self._not_shared()) from error
+        if manifest.id != first_start.parent:
+            raise CorruptError(self._not_shared())
+        start = restore_rank(read_state(self._store, manifest), self._run, self._state, self._ranks, strict=strict)
+        assert start.report is not None
+        return replace(start, report=replace(start.report, skipped=first_start.report.skipped))
+
+    def start(self, origin: StartPoint, position: Position) -> list[str]:
+        """Begin to write after a start point; returns what people should know."""
+        notices = self._ranks.lead("resume", lambda: self.first.start(origin, position))
+        self.started = True
+        return notices
+
+    def moment(self, position: Position, metrics: Mapping[str, float]) -> Manifest:
+        """Return a manifest of the present moment."""
+        return self._ranks.lead("save", lambda: self.first.moment(position, metrics))
+
+    def save(self, moment: Manifest, position: Position, why_stop: str | None) -> Outcome:
+        """Save a moment, if there is a reason to, with what each rank has for itself; see ``RunWriter.save``."""
+
+        def look_at_own() -> tuple[dict[str, Any], dict[str, object]]:
+            rank_state = own_state(self._state, position) if self._ranks.rank else {}
+            return rank_state, parameter_elements(self._state)
+
+        def save_all() -> Outcome:
+            self._warn_of_replicas([elements for _, elements in shares])
+            return self.first.save(moment, position, why_stop, [rank_state for rank_state, _ in shares[1:]])
+
+        several = bool(moment.reasons) and self._ranks.size > 1
+        shares = self._ranks.share("save", look_at_own, only_first=True) if several else []
+        return self._ranks.lead("save", save_all)
+
+    def _warn_of_replicas(self, elements: Sequence[Mapping[str, object]]) -> None:
+        for rank, of_rank in enumerate(elements):
+            for part, values in of_rank.items():
+                if values != elements[0].get(part):
+                    self._warn_once(
+                        part,
+                        f"the parameters of state[{part!r}] on rank {rank} are not those on rank 0, which are saved: a "
+                        "resume gives every rank those of rank 0. Wrap the model in DistributedDataParallel, or save "
+                        "it where one process trains it",
+                    )
+
+    def wait(self) -> None:
+        """Wait for the save under way."""
+
+        def wait() -> None:
+            self.first.wait()
+
+        self._ranks.lead("wait", wait)
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Wait for the save under way, and give up a failed one of these."""
+        self._ranks.lead("report", lambda: self.first.forget(ids))
+
+    def remove(self, moments: Iterable[Manifest], reason: str) -> None:
+        """Remove checkpoints that are wrong, at once."""
+        self._ranks.lead("report", lambda: self.first.remove(moments, reason))
+
+    def finish(self, why: str, *, apply_rules: bool, together: bool) -> None:
+        """Make everything durable and let go of the run; see ``RunWriter.finish``.
+
+        Args:
+            why: for the journal.
+            apply_rules: whether the rules are applied if nothing was saved.
+            together: whether every rank comes here; with an error, only this one may.
+        """
+
+        def finish() -> None:
+            if self._first is not None:
+                self._first.finish(why, apply_rules=apply_rules)
+
+        try:
+            if together:
+                self._ranks.lead("close", finish)
+            else:
+                finish()
+        finally:
+            self._end()
+
+    def release(self) -> None:
+        """Let go of the run without a trace in the journal: the training has not begun."""
+        if self._first is not None:
+            self._first.release()
+        self._end()
+
+    def _end(self) -> None:
+        if self._first is None and "guard" in vars(self):
+            self.guard.stop()
+        self._ranks.close()

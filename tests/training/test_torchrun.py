@@ -1,0 +1,40 @@
+"""The script of docs/several-processes.md, as its reader would run it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import peakpoint as pp
+from peakpoint.repository.audit import audit
+
+PAGE = Path(__file__).parents[2] / "docs" / "several-processes.md"
+
+
+def torchrun(place, ranks):
+    """Run the page's script; returns what it has printed."""
+    (script,) = re.findall(r"^```python\n(# train\.py.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (place / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "train.py"]
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow  # seconds for each start of a rank
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_script_of_the_page_runs_under_torchrun(tmp_path, ranks):
+    assert torchrun(tmp_path, ranks).count("peakpoint: new run 'ddp'") == 1
+    repository = pp.open(tmp_path / "runs")
+    assert audit(repository, deep=True).clean
+    newest = repository.run("ddp").checkpoints()[-1]
+    assert newest.epoch == 2
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.1), torch.nn.Linear(16, 1))
+    pp.load(newest, into=model)
+    assert torchrun(tmp_path, ranks).count("nothing left to do: 3 of 3 epochs are complete") == 1
