@@ -50,6 +50,13 @@ def test_production_can_be_cut_short_anywhere(what, verb, record_property):
     enumerate_points("crashes_of_release.py", what, verb, record_property)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", ["2", "3"])
+def test_ranks_can_be_killed_anywhere(size, record_property):
+    enumerate_points("crashes_of_ranks.py", "kill", size, record_property)
+
+
 def enumerate_points(script, what, kind, record_property):
     command = [sys.executable, str(Path(__file__).parents[1] / "support" / script), what, kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
