@@ -102,6 +102,7 @@ def test_it_has_the_same_path_and_directory_and_reads_nothing(tmp_path, monkeypa
     assert how is None
     assert told["path"] == [one or str(tmp_path) for one in sys.path]
     assert (Path(told["cwd"]), told["stdin"]) == (tmp_path.resolve(), "")
+    assert told["collects"], "garbage of functions"
 
 
 def ends(watched):

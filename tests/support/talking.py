@@ -1,5 +1,6 @@
 """What tests/production/test_subprocess_runner.py has called in a process apart; needs no torch."""
 
+import gc
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ def leave_somebody_and_hang(ends, job):
 
 def tell(ends, job):
     told = {"path": sys.path, "cwd": str(Path.cwd()), "stdin": sys.stdin.read(), "pid": os.getpid()}
+    told["collects"] = gc.isenabled()
     ends.send(json.dumps(told).encode())
 
 
