@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+import ready_python
 
 # a random example that takes long on a busy machine is no failure; pytest's own limit holds for the test
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -151,3 +154,27 @@ def bucket(object_store):
     found = Bucket(object_store, f"t{secrets.token_hex(6)}")
     found.create("made", b"the server makes the bucket with its first key")
     return found
+
+
+@pytest.fixture(scope="session")
+def ready_interpreter(tmp_path_factory):
+    """A program that is the interpreter, and with some options one that has imported torch already."""
+    if sys.platform != "linux":
+        yield sys.executable
+        return
+    script = ready_python.__file__
+    program, address = tmp_path_factory.mktemp("ready") / "python", secrets.token_hex(6)
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", script, "ask", address])} "$@"\n')
+    program.chmod(0o700)
+    command, pipe = [sys.executable, *ready_python.OPTIONS[:-1], script, "serve", address], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT) as server:
+        assert server.stdout.read(1) == b"."  # it listens
+        yield str(program)
+
+
+@pytest.fixture(scope="module")
+def processes_have_torch(ready_interpreter):
+    """The processes that Peakpoint starts to read files and to call functions have imported torch already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", ready_interpreter)
+        yield

@@ -146,7 +146,8 @@ def test_every_command_is_tried():
 
 
 @pytest.mark.parametrize("command", LINES)
-def test_nothing_that_users_write_controls_the_terminal(hostile, command):
+def test_nothing_that_users_write_controls_the_terminal(hostile, command, ready_interpreter, monkeypatch):
+    monkeypatch.setattr(sys, "executable", ready_interpreter)  # of the processes of import and validate
     for arguments, options in itertools.product(LINES[command], ([], ["--json"])):
         result = in_process(*line_of(command, arguments, hostile), *options)
         printed = result.stdout + result.stderr

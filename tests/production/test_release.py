@@ -30,6 +30,8 @@ from peakpoint.repository import aliases, audit, validations
 from peakpoint.repository.releases import read_release, release_ids
 from peakpoint.store import LocalStore
 
+pytestmark = pytest.mark.usefixtures("processes_have_torch")
+
 
 def released(root, alias="champion", **options):
     found = pp.open(root)

@@ -32,6 +32,14 @@ def run(act, timeout=60.0, **job):
     return how, heard
 
 
+@pytest.fixture(params=["interpreter", "stand-in"])
+def either(request, monkeypatch):
+    """Processes of the interpreter, and of what stands in for it in other tests."""
+    if request.param == "stand-in":
+        monkeypatch.setattr(sys, "executable", request.getfixturevalue("ready_interpreter"))
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("size", [0, 10, 100_000])
 def test_what_is_printed_comes_with_the_line_after_it(size):
     how, heard = run("talk", lines=5, bytes=size)
@@ -47,6 +55,7 @@ def test_what_is_printed_comes_with_the_line_after_it(size):
     assert heard[-2] == ["the end\n"]
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(
     ("job", "how"),
     [
@@ -95,6 +104,7 @@ def test_where_no_process_can_be_started_that_is_said(monkeypatch):
     assert len(list(Path("/dev/fd").iterdir())) == open_before
 
 
+@pytest.mark.usefixtures("either")
 def test_it_has_the_same_path_and_directory_and_reads_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     how, heard = run("tell")

@@ -34,6 +34,8 @@ from peakpoint.repository.validations import ValidationSpec
 from peakpoint.store import LocalStore, MemoryStore
 from validated import build, crown, save
 
+pytestmark = pytest.mark.usefixtures("processes_have_torch")
+
 
 def found(validation, check):
     """The finding of one check."""

@@ -161,6 +161,7 @@ def test_a_class_that_can_go_on_does_so_as_the_saved_one_would(first, second):
     assert same(dict(live["model"].state_dict()), dict(saved["model"].state_dict()))
 
 
+@pytest.mark.usefixtures("processes_have_torch")
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -25,6 +25,7 @@ def without_head(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "head.weight"}
 
 
+@pytest.mark.usefixtures("processes_have_torch")
 def test_a_name_that_is_tied_to_one_that_is_there_is_not_missing(tmp_path):
     first, live = Tied(), Tied()
     save_file(without_head(first), tmp_path / "model.safetensors")

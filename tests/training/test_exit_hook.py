@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 import threading
 
 import pytest
@@ -13,6 +12,7 @@ import peakpoint as pp
 from peakpoint.format.sealed import gc_paused
 from peakpoint.repository.audit import audit
 from peakpoint.training.preemption import SignalWatch
+from ready_python import OPTIONS
 from training import checkpointer, kept, parts
 
 SCRIPT = """
@@ -78,9 +78,15 @@ if __name__ == "__main__":
 """
 
 
-def run(root, ending):
-    command = [sys.executable, "-c", SCRIPT, str(root), ending]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+@pytest.fixture
+def run(ready_interpreter):
+    """Run the script in a process that ends as an interpreter does."""
+
+    def run(root, ending):
+        command = [ready_interpreter, *OPTIONS, SCRIPT, str(root), ending]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    return run
 
 
 def whole(root, run="r"):
@@ -105,7 +111,7 @@ def whole(root, run="r"):
         ("at_exit()", 0),
     ],
 )
-def test_the_last_save_is_durable_without_close(tmp_path, ending, code):
+def test_the_last_save_is_durable_without_close(run, tmp_path, ending, code):
     done = run(tmp_path, ending)
     assert done.returncode == code, done.stderr
     assert ("of the training" in done.stderr) == (code == 1)
@@ -115,7 +121,7 @@ def test_the_last_save_is_durable_without_close(tmp_path, ending, code):
 
 
 @pytest.mark.parametrize("ending", ["ckpt = begin_full({})", "begin_full({})"])
-def test_a_save_that_fails_at_the_end_is_written_once_more_and_said(tmp_path, ending):
+def test_a_save_that_fails_at_the_end_is_written_once_more_and_said(run, tmp_path, ending):
     done = run(tmp_path / "a", ending.format(1))
     assert "run 'r' ended without close()" in done.stderr
     assert "durable now" in done.stderr

@@ -149,6 +149,7 @@ def test_a_load_by_ref_does_not_speak_of_a_script():
     assert pp.load("r@latest", root=root, into=Script(adamw(0.5)).state).overruled == ()
 
 
+@pytest.mark.usefixtures("processes_have_torch")
 def test_a_checkpoint_without_a_note_is_compared_by_the_first_learning_rate(tmp_path):
     """Of what another tool has saved, it is known where a scheduler had begun."""
     first = Script(adamw(), lambda o: sched.StepLR(o, 1))
