@@ -165,6 +165,17 @@ def test_shards_are_put_together(suffix, indexed, tmp_path):
         read_in(folder)
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model-00002-of-00002.bin"])
+def test_one_shard_is_no_model(name, tmp_path):
+    """Neither alone nor in a folder that lacks the others."""
+    state = {"w": torch.ones(2)}
+    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    with pytest.raises(pp.errors.FormatError, match=f"{name} is one of the shards of a model.*: import the folder"):
+        find(tmp_path / name)
+    with pytest.raises(pp.errors.CorruptError, match=f"has 1 of the 2 shards of which {name} is one"):
+        read_in(tmp_path)
+
+
 def test_folders_of_fsdp(tmp_path):
     model, optimizer, scheduler = objects()
     train_epoch(model, optimizer, scheduler)

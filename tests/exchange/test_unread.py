@@ -37,6 +37,7 @@ KINDS = {
     "PaddlePaddle": {"a.pdparams": b""},
     "lacks its .metadata": {"__0_0.distcp": b""},
     "one rank": {"pytorch_model_fsdp_rank0.bin": b"", "optimizer_0_rank1.bin": b""},
+    "one of the shards": {"net-00001-of-00002.safetensors": b"", "a-2-of-10.bin": b""},
 }
 
 

@@ -93,7 +93,7 @@ def layout_of(folder: Path) -> FolderLayout | None:
     layout = _own_files(folder)
     if not layout.deepspeed:
         layout = _with_folders(layout, [child for child in sorted(folder.iterdir()) if is_folder(child)])
-    sharded = any(len(files) > 1 for files in layout.weights.values())
+    sharded = any(len(files) > 1 or _count(files[0]) > 1 for files in layout.weights.values())
     beside = layout.trained or layout.settings or sharded
     return layout if (layout.weights or layout.deepspeed) and beside else None
 

@@ -24,7 +24,7 @@ from peakpoint.exchange.folders import (
 )
 from peakpoint.exchange.metric_logs import as_number, metric_name
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, renamed
-from peakpoint.exchange.unread import is_of_rank, kind_of_peakpoint, kinds_of
+from peakpoint.exchange.unread import is_piece, kind_of_peakpoint, kinds_of
 from peakpoint.state.tensor_files import read_safetensors
 from peakpoint.store import translated
 
@@ -132,7 +132,7 @@ def _below(path: Path) -> Iterator[CheckpointSource | Path]:
 def _file(path: Path) -> CheckpointSource | Path:
     """Return a file as a checkpoint, or its path when its name is not that of one, or it is a pipe or a broken link."""
     kind = _KINDS.get(path.suffix.lower()) if path.is_file() else None
-    return path if kind is None or is_of_rank(path) else CheckpointSource(path=path, kind=kind, files=(path,))
+    return path if kind is None or is_piece(path) else CheckpointSource(path=path, kind=kind, files=(path,))
 
 
 def _folder(path: Path) -> CheckpointSource | None:

@@ -24,6 +24,10 @@ _RANK = (
     "what one rank has saved of a sharded model or optimizer",
     "save with FULL_STATE_DICT or SHARDED_STATE_DICT, which are read",
 )
+_SHARD = (
+    "one of the shards of a model",
+    "import the folder that holds all of them, under names such as model-00001-of-00002.safetensors",
+)
 _BY_NAME = {  # the first that matches counts
     r".*\.keras": _KERAS,
     r".*\.(h5|hdf5)": _HDF5,
@@ -45,14 +49,16 @@ _BY_NAME = {  # the first that matches counts
     r".*\.(pdparams|pdopt)": ("a file of PaddlePaddle", f"paddle.load(FILE) has its arrays: {_ARRAYS}"),
     r".*\.nemo": ("an archive of NeMo", "unpack it with tar, and import its model_weights.ckpt"),
     r".*\.distcp": ("a piece of a folder of torch.distributed.checkpoint", "the folder lacks its .metadata"),
-    r".*_rank\d+\.bin": _RANK,
+    r"(pytorch_model_fsdp|optimizer).*_rank\d+\.bin": _RANK,
+    r".*-\d+-of-0*(?:[2-9]|[1-9]\d+)\.(?:safetensors|bin)": _SHARD,
 }
+_PIECES = (_RANK, _SHARD)
 _BY_BEGINNING = {b"\x89HDF\r\n\x1a\n": _HDF5, b"GGUF": _GGUF}
 
 
-def is_of_rank(path: Path) -> bool:
-    """Whether a file has the name of what one rank has saved, which is no checkpoint by itself."""
-    return re.fullmatch(r"(?:pytorch_model_fsdp|optimizer).*_rank\d+\.bin", path.name) is not None
+def is_piece(path: Path) -> bool:
+    """Whether a file has the name of a piece of a checkpoint, which is none by itself."""
+    return _kind_by_name(path) in _PIECES
 
 
 def kind_of(path: Path) -> str | None:
@@ -60,10 +66,13 @@ def kind_of(path: Path) -> str | None:
     of_peakpoint = kind_of_peakpoint(path)
     if of_peakpoint is not None:
         return of_peakpoint
-    for pattern, kind in _BY_NAME.items():
-        if re.fullmatch(pattern, path.name, re.IGNORECASE):
-            return _sentence(path.name, kind)
-    return None
+    kind = _kind_by_name(path)
+    return None if kind is None else _sentence(path.name, kind)
+
+
+def _kind_by_name(path: Path) -> tuple[str, str] | None:
+    kinds = (kind for pattern, kind in _BY_NAME.items() if re.fullmatch(pattern, path.name, re.IGNORECASE))
+    return next(kinds, None)
 
 
 def kinds_of(paths: Sequence[Path]) -> list[str]:
