@@ -84,6 +84,19 @@ def safetensors(data: bytes) -> None:
     read_safetensors(path)
 
 
+def torch_shards(data: bytes) -> None:
+    """The text that says where the pieces of the first of two files belong."""
+    folder = FOLDER / "shards"
+    folder.mkdir(exist_ok=True)
+    for number, text in enumerate((data.decode(errors="replace"), '{"w":{"saved_offsets":[1,0]}}'), 1):
+        row = {"dtype": "U8", "shape": [1, 2], "data_offsets": [0, 2]}
+        header = msgspec.json.encode({"__metadata__": {"DCP_SHARDING_INFO": text}, "w": row})
+        name = f"shard-{number}-model-1-of-1.safetensors"
+        (folder / name).write_bytes(len(header).to_bytes(8, "little") + header + b"xy")
+    [source], _ = find(folder)
+    read(source, ReadOptions())
+
+
 def log(suffix: str, data: bytes) -> None:
     path = FOLDER / f"log{suffix}"
     path.write_bytes(data)
@@ -206,6 +219,7 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "statement": statement,
     "texts": texts,
     "torch_file": torch_file,
+    "torch_shards": torch_shards,
     "trainer_state": trainer_state,
     "trashed": trashed,
     "typed_json": typed_json,

@@ -23,8 +23,16 @@ from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import STEP, as_count, as_number, epoch_of_completed, merged, rows_of
 from peakpoint.exchange.part_names import EXTRA, is_weights, part_name
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, steps_of, tool_name
+from peakpoint.exchange.torch_shards import (
+    SHARDED,
+    check_shapes,
+    is_shard,
+    note_of,
+    read_shards,
+    read_whole,
+    step_in_name,
+)
 from peakpoint.format.manifest import FileRecord
-from peakpoint.state.tensor_files import read_safetensors
 
 SAFETENSORS = ".safetensors"
 _INDEX = ".index.json"
@@ -93,7 +101,7 @@ def layout_of(folder: Path) -> FolderLayout | None:
     layout = _own_files(folder)
     if not layout.deepspeed:
         layout = _with_folders(layout, [child for child in sorted(folder.iterdir()) if is_folder(child)])
-    sharded = any(len(files) > 1 or _count(files[0]) > 1 for files in layout.weights.values())
+    sharded = any(len(files) > 1 or _count(files[0]) > 1 or is_shard(files[0]) for files in layout.weights.values())
     beside = layout.trained or layout.settings or sharded
     return layout if (layout.weights or layout.deepspeed) and beside else None
 
@@ -133,7 +141,13 @@ def _weights(files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
     ):
         part = ("adapter" if stem == "adapter_model" and f"model{number}" in weights else "model") + number
         weights.setdefault(part, _preferred(group))
-    return weights
+    return _with_shards(weights, files)
+
+
+def _with_shards(weights: Mapping[str, tuple[Path, ...]], files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """Put the files in which each process has saved its pieces of the model before what was consolidated of them."""
+    shards = tuple(file for file in files if is_shard(file))
+    return {**weights, "model": (*shards, *weights.get("model", ()))} if shards else dict(weights)
 
 
 def _preferred(group: Sequence[tuple[re.Match[str], Path]]) -> tuple[Path, ...]:
@@ -154,6 +168,8 @@ def _with_folders(layout: FolderLayout, folders: Sequence[Path]) -> FolderLayout
     weights, states = dict(layout.weights), dict(layout.states)
     settings = dict(layout.settings)
     for folder in folders:
+        if folder.name == SHARDED:
+            weights = _with_shards(weights, sorted(folder.iterdir()))
         match = _DCP_FOLDERS.fullmatch(folder.name)
         if match and (folder / DCP_METADATA).is_file():
             number = "" if match["number"] == "0" else f"_{match['number']}"
@@ -189,9 +205,9 @@ def read_layout(folder: Path, layout: FolderLayout, options: ReadOptions) -> For
     notes: list[str] = []
     linkable = None
     for part, files in layout.weights.items():
-        parts[part], record = _tensors(files, options)
+        parts[part], record = _weights_in(files, options)
         linkable = (files[0], record) if part == "model" and record is not None else linkable
-        notes.append(f"{files[0].relative_to(folder)} -> {part}")
+        notes.append(note_of(files, part) or f"{files[0].relative_to(folder)} -> {part}")
     for name, path in layout.states.items():
         state = read_folder(path, inert=options.inert) if path.is_dir() else pickles.load(path, inert=options.inert)
         if path.is_dir() and set(state) == {"optimizer"}:
@@ -206,7 +222,7 @@ def read_layout(folder: Path, layout: FolderLayout, options: ReadOptions) -> For
     if of_engine is not None:
         parts, extra = {**of_engine.parts, **parts}, {**of_engine.extra, **extra}
         notes += of_engine.notes
-    return _placed(
+    checkpoint = _placed(
         ForeignCheckpoint(
             tool="transformers" if extra.get("trainer_state") else "huggingface",
             step=None if of_engine is None else of_engine.step,
@@ -217,6 +233,17 @@ def read_layout(folder: Path, layout: FolderLayout, options: ReadOptions) -> For
             linkable=linkable,
         )
     )
+    of_processes = any(is_shard(file) for file in layout.weights.get("model", ()))
+    return _of_processes(checkpoint, folder) if of_processes else checkpoint
+
+
+def _of_processes(checkpoint: ForeignCheckpoint, folder: Path) -> ForeignCheckpoint:
+    """Return a checkpoint of ``HuggingFaceStorageWriter`` with the step in the name of its folder if no file has it."""
+    step, notes = checkpoint.step, checkpoint.notes
+    if step is None:
+        step = step_in_name(folder)
+        notes = notes if step is None else (*notes, "step from the name of the folder")
+    return replace(checkpoint, tool="torch.distributed.checkpoint", step=step, notes=notes)
 
 
 def _placed(checkpoint: ForeignCheckpoint) -> ForeignCheckpoint:
@@ -256,6 +283,21 @@ def _generators(files: Sequence[Path], options: ReadOptions) -> tuple[dict[str, 
     return generators, leftovers, notes
 
 
+def _weights_in(files: Sequence[Path], options: ReadOptions) -> tuple[dict[str, Any], FileRecord | None]:
+    """Return the tensors of a part; of a model that torch has consolidated those of the pieces, where they are kept."""
+    shards, consolidated = [file for file in files if is_shard(file)], [file for file in files if not is_shard(file)]
+    if not shards:
+        return _tensors(files, options)
+    tensors = read_shards(shards)
+    if consolidated:
+        try:
+            of_torch = _tensors(consolidated, options)[0]
+        except (CorruptError, FormatError) as error:
+            raise type(error)(f"{error}; move it away to import {shards[0].parent}") from error
+        check_shapes(shards, tensors, of_torch)
+    return tensors, None
+
+
 def _tensors(files: Sequence[Path], options: ReadOptions) -> tuple[dict[str, Any], FileRecord | None]:
     """Return the tensors of one file, of shards, or of a folder, and the record of a file that may be linked."""
     first, *shards = files
@@ -274,7 +316,7 @@ def _tensors(files: Sequence[Path], options: ReadOptions) -> tuple[dict[str, Any
                 f"{first.parent} has {len(shards)} of the {_count(first)} shards of which {first.name} is one"
             )
     elif first.suffix == SAFETENSORS:
-        tensors, _, record = read_safetensors(first)
+        tensors, _, record = read_whole(first)
         return dict(tensors), record
     merged_tensors: dict[str, Any] = {}
     for shard in shards or [first]:
@@ -293,7 +335,7 @@ def _count(file: Path) -> int:
 
 def _tensors_of(path: Path, options: ReadOptions) -> dict[str, Any]:
     if path.suffix == SAFETENSORS:
-        return dict(read_safetensors(path)[0])
+        return dict(read_whole(path)[0])
     tensors = pickles.load(path, inert=options.inert)
     if not is_weights(tensors):
         raise FormatError(f"{path} is not a dict of tensors")

@@ -64,9 +64,9 @@ def import_checkpoints(
     """Bring checkpoints of other tools into a run, as if they had been saved there.
 
     Reads files of ``torch.save`` (also Lightning's), safetensors files, folders of Hugging Face and of
-    ``torch.distributed.checkpoint``. Runs no code of a file's; changes no source. Each checkpoint comes in whole or not
-    at all. An import that was cut short, or whose folder has grown since, goes on when it is repeated: digests tell
-    which sources were imported.
+    ``torch.distributed.checkpoint``, also of its ``HuggingFaceStorageWriter``. Runs no code of a file's; changes no
+    source. Each checkpoint comes in whole or not at all. An import that was cut short, or whose folder has grown since,
+    goes on when it is repeated: digests tell which sources were imported.
 
     Without ``rules`` every imported checkpoint is pinned, so that no later training removes it.
 

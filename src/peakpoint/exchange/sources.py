@@ -24,8 +24,8 @@ from peakpoint.exchange.folders import (
 )
 from peakpoint.exchange.metric_logs import as_number, metric_name
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, renamed
+from peakpoint.exchange.torch_shards import read_whole
 from peakpoint.exchange.unread import is_piece, kind_of_peakpoint, kinds_of
-from peakpoint.state.tensor_files import read_safetensors
 from peakpoint.store import translated
 
 PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar"})
@@ -188,7 +188,7 @@ def _torch(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
 
 
 def _safetensors(source: CheckpointSource, options: ReadOptions) -> ForeignCheckpoint:
-    tensors, metadata, record = read_safetensors(source.path)
+    tensors, metadata, record = read_whole(source.path)
     if not tensors:
         raise FormatError(f"{source.path} holds no tensors")
     numbers = {key: as_number(value) for key, value in metadata.items()}

@@ -28,6 +28,7 @@ _SHARD = (
     "one of the shards of a model",
     "import the folder that holds all of them, under names such as model-00001-of-00002.safetensors",
 )
+_PROCESS = ("what one process has saved of a model", "import its folder, with the files of all processes")
 _BY_NAME = {  # the first that matches counts
     r".*\.keras": _KERAS,
     r".*\.(h5|hdf5)": _HDF5,
@@ -50,9 +51,10 @@ _BY_NAME = {  # the first that matches counts
     r".*\.nemo": ("an archive of NeMo", "unpack it with tar, and import its model_weights.ckpt"),
     r".*\.distcp": ("a piece of a folder of torch.distributed.checkpoint", "the folder lacks its .metadata"),
     r"(pytorch_model_fsdp|optimizer).*_rank\d+\.bin": _RANK,
+    r"shard-\d+-model-\d+-of-\d+\.safetensors": _PROCESS,
     r".*-\d+-of-0*(?:[2-9]|[1-9]\d+)\.(?:safetensors|bin)": _SHARD,
 }
-_PIECES = (_RANK, _SHARD)
+_PIECES = (_RANK, _PROCESS, _SHARD)
 _BY_BEGINNING = {b"\x89HDF\r\n\x1a\n": _HDF5, b"GGUF": _GGUF}
 
 

@@ -65,15 +65,20 @@ def stored_tensors(manifest: Manifest, part: str) -> dict[str, StoredTensor]:
             message names the tensor and the files.
     """
     files = {file.name: file for file in manifest.files}
+    try:
+        return tensors_of_files([files[name] for name in manifest.parts.get(part, ())])
+    except CorruptError as error:
+        raise CorruptError(f"checkpoint {manifest.name} is damaged: in part {part!r} {error}") from error
+
+
+def tensors_of_files(files: Sequence[FileRecord]) -> dict[str, StoredTensor]:
+    """Return the tensors that files hold together, by name; see ``stored_tensors``."""
     shards: dict[str, list[Shard]] = {}
-    for file in [files[name] for name in manifest.parts.get(part, ())]:
+    for file in files:
         offsets = file.offsets or itertools.repeat(())
         for record, begins in zip(file.tensors, offsets, strict=False):
             shards.setdefault(record.name, []).append(Shard(file, record, begins or (0,) * len(record.shape)))
-    try:
-        return {name: _joined(name, tuple(pieces)) for name, pieces in shards.items()}
-    except CorruptError as error:
-        raise CorruptError(f"checkpoint {manifest.name} is damaged: in part {part!r} {error}") from error
+    return {name: _joined(name, tuple(pieces)) for name, pieces in shards.items()}
 
 
 def _joined(name: str, shards: tuple[Shard, ...]) -> StoredTensor:
