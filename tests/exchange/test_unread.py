@@ -1,5 +1,6 @@
 """Import: of what is not read, the error says what it is and the way there."""
 
+import re
 import shutil
 import warnings
 import zipfile
@@ -37,6 +38,7 @@ KINDS = {
     "PaddlePaddle": {"a.pdparams": b""},
     "lacks its .metadata": {"__0_0.distcp": b""},
     "one rank": {"pytorch_model_fsdp_rank0.bin": b"", "optimizer_0_rank1.bin": b""},
+    "one process": {"model+frozen+rank0.safetensors": b"", "model+rank1.safetensors": b""},
     "one of the shards": {"net-00001-of-00002.safetensors": b"", "a-2-of-10.bin": b""},
 }
 
@@ -46,7 +48,7 @@ def test_kinds_are_known_by_their_names(words, name, tmp_path):
     files(tmp_path / "in", **{name: KINDS[words][name], "README.md": b""})
     for path in (tmp_path / "in", tmp_path / "in" / name):
         with pytest.raises(
-            pp.errors.FormatError, match=rf"{name.rpartition('/')[2]} is .*{words}|is .*: .*{words}"
+            pp.errors.FormatError, match=rf"{re.escape(name.rpartition('/')[2])} is .*{words}|is .*: .*{words}"
         ) as caught:
             find(path)
         assert "not read: " in str(caught.value)

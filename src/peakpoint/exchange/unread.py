@@ -29,6 +29,10 @@ _SHARD = (
     "import the folder that holds all of them, under names such as model-00001-of-00002.safetensors",
 )
 _PROCESS = ("what one process has saved of a model", "import its folder, with the files of all processes")
+_OWN = (
+    "what one process has saved of a checkpoint in a run of Peakpoint",
+    "peakpoint export takes the checkpoint out as a file",
+)
 _BY_NAME = {  # the first that matches counts
     r".*\.keras": _KERAS,
     r".*\.(h5|hdf5)": _HDF5,
@@ -52,9 +56,10 @@ _BY_NAME = {  # the first that matches counts
     r".*\.distcp": ("a piece of a folder of torch.distributed.checkpoint", "the folder lacks its .metadata"),
     r"(pytorch_model_fsdp|optimizer).*_rank\d+\.bin": _RANK,
     r"shard-\d+-model-\d+-of-\d+\.safetensors": _PROCESS,
+    r".*\+rank\d+\.safetensors": _OWN,
     r".*-\d+-of-0*(?:[2-9]|[1-9]\d+)\.(?:safetensors|bin)": _SHARD,
 }
-_PIECES = (_RANK, _PROCESS, _SHARD)
+_PIECES = (_RANK, _PROCESS, _OWN, _SHARD)
 _BY_BEGINNING = {b"\x89HDF\r\n\x1a\n": _HDF5, b"GGUF": _GGUF}
 
 
