@@ -20,6 +20,10 @@ import pytest
 
 import ready_python
 
+# each process of pytest has its share of the cores: threads of torch that wait for a core of others spin meanwhile
+SHARE = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, SHARE)))
+
 # a random example that takes long on a busy machine is no failure; pytest's own limit holds for the test
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
