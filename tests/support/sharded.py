@@ -73,23 +73,21 @@ def shard(root, ref, cut, previous=None):
     store.delete(layout.manifest_key(old.run, old.name))
     for file in old.files:
         store.delete(layout.file_key(old.run, old.name, file.name))
-    written, parts = [], {}
+    written = {}
     for part, tensors in content.items():
         state["parts"][part] = sharded_tree(state["parts"][part], tensors)
         for image in rank_images(part, tensors, cut):
-            written += put_files(store, old, [replace(image, stable=True)], previous)
-            parts[part] = (*parts.get(part, ()), image.name)
-    draft = replace(old, files=(), parts={part: parts.get(part, ()) for part in old.parts})
+            written.setdefault(part, []).extend(put_files(store, old, [replace(image, stable=True)], previous))
+    draft = replace(old, files=(), parts=dict.fromkeys(old.parts, ()))
     image = image_of(layout.STATE, json.dumps(state).encode())
-    return commit(store, draft, [image], written=written, first=lambda: None)
+    return commit(store, draft, [image], written=lambda: written, first=lambda: None)
 
 
 def stored(tensor, boxes):
     """A store in memory with one tensor in these boxes, its manifest, and the tensor as it is stored."""
     store, draft = MemoryStore(), manifest(files=(), parts={})
     records = put_files(store, draft, list(rank_images("model", {"w": tensor}, lambda _: boxes)))
-    draft = replace(draft, parts={"model": tuple(record.name for record in records)})
-    made = commit(store, draft, [], written=records, first=lambda: None)
+    made = commit(store, draft, [], written=lambda: {"model": records}, first=lambda: None)
     return store, made, stored_tensors(made, "model")["w"]
 
 

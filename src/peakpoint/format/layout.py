@@ -140,6 +140,17 @@ def rank_file(file: str, rank: int) -> str:
     return f"{stem}+rank{rank}.safetensors"
 
 
+def rank_of(file: str) -> int | None:
+    """Return which process of several has written a tensor file; None for one that has no such mark.
+
+    Example:
+        >>> rank_of("model+frozen+rank12.safetensors"), rank_of("model.safetensors")
+        (12, None)
+    """
+    mark = file.removesuffix(".safetensors").rpartition("+")[2]
+    return int(mark.removeprefix("rank")) if re.fullmatch(r"rank\d+", mark) else None
+
+
 def archived_key(run: str) -> str:
     """The record that a run is archived."""
     return f"{RUNS}/{run}/{ARCHIVED}"

@@ -167,7 +167,7 @@ def commit(
     *,
     first: Callable[[], None],
     previous: Manifest | None = None,
-    written: Sequence[FileRecord] = (),
+    written: Callable[[], Mapping[str, Sequence[FileRecord]]] = dict,
     timing: Callable[[], Mapping[str, float]] = dict,
     adopt: Callable[[str, str], bool] = lambda *_: False,
 ) -> Manifest:
@@ -181,7 +181,8 @@ def commit(
         draft: the manifest but for its files.
         images: the files.
         previous: a checkpoint of the same run; its files are shared where bytes are the same.
-        written: the files that ``put_files`` has written in other processes; deleted like the others on an error.
+        written: returns, part by part, the files that ``put_files`` has written in other processes, when these are
+            done; deleted like the others on an error.
         first: makes durable what must be so before the manifest is: the journal up to this moment.
         timing: seconds that other work on the save took, called when all files are durable.
         adopt: puts a file that exists already under a key, durably, and says whether it could; takes the name of the
@@ -191,18 +192,24 @@ def commit(
         ConflictError: a checkpoint of that name exists.
         StoreError: the store refused; what had been written is deleted as far as the store allows.
     """
+    names = [image.name for image in images]
     try:
         begin = time.perf_counter()
-        files = (*written, *put_files(store, draft, images, previous, adopt))
+        own_files = put_files(store, draft, images, previous, adopt)
+        elsewhere = {part: records for part, records in written().items() if records}
+        files = (*own_files, *(file for records in elsewhere.values() for file in records))
+        names = [file.name for file in files]
+        added = {part: (*draft.parts.get(part, ()), *(file.name for file in elsewhere[part])) for part in elsewhere}
         seconds = time.perf_counter() - begin
         shared = sum(file.size for file in files if file.shared)
         size = sum(file.size for file in files) - shared
         rates = {"shared_bytes": float(shared), "write_seconds": seconds, "bytes_per_second": size / seconds}
-        manifest = replace(draft, files=files, timing={**draft.timing, **rates, **timing()})
+        parts, rates = {**draft.parts, **added}, {**draft.timing, **rates, **timing()}
+        manifest = replace(draft, files=files, parts=parts, timing=rates)
         first()
         store.create(layout.manifest_key(draft.run, draft.name), encode_manifest(manifest))
     except BaseException:
-        _abandon(store, draft, [*(file.name for file in written), *(image.name for image in images)])
+        _abandon(store, draft, names)
         raise
     return manifest
 
