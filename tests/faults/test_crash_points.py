@@ -52,9 +52,9 @@ def test_production_can_be_cut_short_anywhere(what, verb, record_property):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("size", ["2", "3"])
-def test_ranks_can_be_killed_anywhere(size, record_property):
-    enumerate_points("crashes_of_ranks.py", "kill", size, record_property)
+@pytest.mark.parametrize(("what", "size"), [("replicated", "2"), ("replicated", "3"), ("divided", "2")])
+def test_ranks_can_be_killed_anywhere(what, size, record_property):
+    enumerate_points("crashes_of_ranks.py", what, size, record_property)
 
 
 def enumerate_points(script, what, kind, record_property):

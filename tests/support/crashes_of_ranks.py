@@ -1,7 +1,10 @@
-"""Ranks that are killed at every file operation of their saves: run by tests/faults/test_crash_points.py.
+"""Ranks that are killed at file operations of their saves: run by tests/faults/test_crash_points.py.
 
-``kill SIZE``: before each operation of rank 0, one rank or all of them are killed with SIGKILL. What had been
-acknowledged is there, nothing is damaged, and the same training, run again, ends on every rank with the same bits.
+``replicated SIZE``: before each operation of rank 0, one rank or all of them are killed with SIGKILL.
+``divided SIZE``: the model is divided among the ranks, and the operations of rank 1 count as well.
+
+What had been committed is there, nothing is damaged, and the same training, run again, ends on every rank with the same
+bits.
 """
 
 import os
@@ -14,10 +17,11 @@ from pathlib import Path
 from torch import distributed
 
 import peakpoint as pp
+import rank_scenarios
+import shard_scenarios
 from crashes import Counting, Operations
 from peakpoint.errors import ConflictError
 from peakpoint.repository import audit
-from rank_scenarios import train
 from ranks import in_ranks
 
 
@@ -34,51 +38,71 @@ class KillingOthers(Operations):
         self.left -= 1
 
 
-def kill(size):
-    base = Path(tempfile.mkdtemp(prefix="ranks-"))
-    train(base / "warm", 0, 1, 1)  # torch imports half of itself at the first optimizer: once, not in every fork
-    rules = [pp.Best("loss", "min"), pp.Last(1)]
-    counting = Counting()
+def train_replicated(root, rank, size, ops):
+    return rank_scenarios.train(root, rank, size, 2, keep=[pp.Best("loss", "min"), pp.Last(1)], ops=ops)["digest"]
 
+
+def train_divided(root, rank, size, ops):
+    """The loop of shard_scenarios, whose errors are those of a rank that is gone."""
+    ended = shard_scenarios.train(root, size, rank, 3, ops=ops)
+    for kind, text in ended["errors"]:
+        raise ConflictError(f"{kind}: {text}")
+    return ended["digests"]
+
+
+def kill(train, size, writers, base):
     def straight(rank):
-        ended = train(base / "straight", rank, size, 2, keep=rules, ops=None if rank else counting)
-        return [ended, counting.names]
+        counting = Counting() if rank in writers else None
+        digest = train(base / "straight", rank, size, counting)
+        return [digest, counting.names if counting else []]
 
     returned, statuses = in_ranks(size, straight)
     assert statuses == [0] * size, returned
-    expected, operations = [ended for ended, _ in returned], returned[0][1]
-    names = sorted(checkpoint.name for checkpoint in pp.open(base / "straight").run("r").checkpoints())
-    for point in range(len(operations)):
-        victim = [*range(size), "all"][point % (size + 1)]
-        root = base / f"{point}"
+    expected = [digest for digest, _ in returned]
+    names = kept(base / "straight")
+    places = [(writer, number) for writer in writers for number in range(len(returned[writer][1]))]
+    for turn, (writer, point) in enumerate(places):
+        victim = [*range(size), "all"][turn % (size + 1)]
+        root = base / f"{writer}-{point}"
 
         def cut_short(rank):
             pids = [None] * size
             distributed.all_gather_object(pids, os.getpid())
-            victims = [*reversed(pids)] if victim == "all" else [pids[victim]]  # noqa: B023
-            ops = None if rank else KillingOthers(point, victims)  # noqa: B023
+            own, others = pids[rank], [pid for pid in pids if pid != pids[rank]]
+            victims = [*others, own] if victim == "all" else [pids[victim]]  # noqa: B023
+            ops = KillingOthers(point, victims) if rank == writer else None  # noqa: B023
             try:
-                return train(root, rank, size, 2, keep=rules, ops=ops)  # noqa: B023
-            except (ConflictError, RuntimeError) as error:  # the training's own group notices, too
+                return train(root, rank, size, ops)  # noqa: B023
+            except (pp.Error, RuntimeError) as error:  # the training's own group notices, too
                 return repr(error)
 
-        where = f"{size} ranks, {victim} killed before operation {point} ({operations[point]})"
-        returned, statuses = in_ranks(size, cut_short, seconds=20)
+        operation = returned[writer][1][point]
+        where = f"{size} ranks, {victim} killed before operation {point} ({operation}) of rank {writer}"
+        results, statuses = in_ranks(size, cut_short, seconds=20)
         killed = [rank for rank in range(size) if statuses[rank] == signal.SIGKILL]
-        assert killed == ([*range(size)] if victim == "all" else [victim]), (where, statuses, returned)
+        assert killed == ([*range(size)] if victim == "all" else [victim]), (where, statuses, results)
         if (root / "peakpoint.json").exists():
             assert not audit.audit(pp.open(root), deep=True).of_kind("damage"), where
-        returned, statuses = in_ranks(size, lambda rank: train(root, rank, size, 2, keep=rules))  # noqa: B023
-        assert statuses == [0] * size, (where, returned)
-        for rank, ended in enumerate(returned):
-            assert ended["digest"] == expected[rank]["digest"], f"{where}: other bits on rank {rank}"
-        assert sorted(checkpoint.name for checkpoint in pp.open(root).run("r").checkpoints()) == names, where
+        results, statuses = in_ranks(size, lambda rank: train(root, rank, size, None))  # noqa: B023
+        assert statuses == [0] * size, (where, results)
+        assert results == expected, f"{where}: other bits"
+        assert kept(root) == names, where
         audit.clean(pp.open(root))
         assert audit.audit(pp.open(root), deep=True).clean, where
         shutil.rmtree(root)
-    shutil.rmtree(base)
-    print(f"{size} ranks: killed at {len(operations)} points, before every file operation of rank 0")
+    return len(places)
+
+
+def kept(root):
+    return sorted(checkpoint.name for checkpoint in pp.open(root).run("r").checkpoints())
 
 
 if __name__ == "__main__":
-    kill(int(sys.argv[2]))
+    what, ranks = sys.argv[1], int(sys.argv[2])
+    place = Path(tempfile.mkdtemp(prefix="ranks-"))
+    # torch imports half of itself at the first optimizer: once, not in every fork
+    rank_scenarios.train(place / "warm", 0, 1, 1)
+    killing = {"replicated": (train_replicated, ranks, [0]), "divided": (train_divided, ranks, [0, 1])}[what]
+    points = kill(*killing, place)
+    shutil.rmtree(place)
+    print(f"{what}, {ranks} ranks: killed at {points} points, before every file operation")

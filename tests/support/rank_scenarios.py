@@ -119,7 +119,7 @@ def caught(work):
 
 def ignore_replicas():
     """For trainings without DistributedDataParallel, which takes time: each rank has its own weights."""
-    warnings.filterwarnings("ignore", "the parameters of")
+    warnings.filterwarnings("ignore", "what state")
 
 
 def metrics(root):

@@ -14,8 +14,8 @@ from torch import distributed
 torch.set_num_threads(1)  # no thread pool may exist when this process forks
 
 
-def in_ranks(size, work, *, seconds=60):
-    """Run ``work(rank)`` in so many processes of one group.
+def in_ranks(size, work, *, seconds=60, always=False):
+    """Run ``work(rank)`` in so many processes of one group; ``always``: also a single one.
 
     Returns:
         Of each rank what its work has returned, None if it was killed, and its wait status.
@@ -25,7 +25,7 @@ def in_ranks(size, work, *, seconds=60):
     for rank in range(size):
         child = os.fork()
         if child == 0:
-            _run(rank, size, work, place, seconds)
+            _run(rank, size, work, place, seconds, always)
         children.append(child)
     statuses = [os.waitpid(child, 0)[1] for child in children]
     results = []
@@ -35,11 +35,11 @@ def in_ranks(size, work, *, seconds=60):
     return results, statuses
 
 
-def _run(rank, size, work, place, seconds):
+def _run(rank, size, work, place, seconds, always):
     code = 1
     try:
         warnings.simplefilter("error")
-        if size > 1:
+        if size > 1 or always:
             distributed.init_process_group(
                 "gloo",
                 init_method=f"file://{place}/group",

@@ -152,7 +152,7 @@ def test_another_number_of_ranks_goes_on_from_what_all_share(results):
 def test_ranks_that_train_different_models_are_warned_of(results):
     first, second = of_ranks(results["replicas_differ"])
     (warning,) = first
-    assert "the parameters of state['model'] on rank 1 are not those on rank 0, which are saved" in warning
+    assert "what state['model'] holds on rank 1 is not what rank 0 holds, which is saved" in warning
     assert second == []
 
 

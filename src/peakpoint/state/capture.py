@@ -20,6 +20,7 @@ from peakpoint.format.names import check_part
 from peakpoint.format.sealed import gc_paused
 from peakpoint.repository.commit import FileImage, image_of
 from peakpoint.state import rng
+from peakpoint.state.divided import Offsets, layout_of, own_shard, shards_plan, shards_to_write
 from peakpoint.state.encode_cache import EncodeCache
 from peakpoint.state.functions import RAISED_BY_PROGRAMS
 from peakpoint.state.host_copy import Storage, storage_of, versions_of
@@ -27,8 +28,8 @@ from peakpoint.state.json_scalars import TAG, kind_of
 from peakpoint.state.origin import PartOrigin, origins_of, param_groups
 from peakpoint.state.step_guard import StateCopy
 from peakpoint.state.streamed_copy import RingBuffer
-from peakpoint.state.tensor_files import StagingBuffer
-from peakpoint.state.typed_json import Encoder, StateCheck, check_tensor
+from peakpoint.state.tensor_files import FileShards, StagingBuffer
+from peakpoint.state.typed_json import Encoder, StateCheck
 from peakpoint.state.unchanged import PartTensors, UnchangedTensors
 
 
@@ -71,10 +72,6 @@ def _check_part_state(value: Any, path: str) -> None:
     """Refuse what every later save would refuse, before a training has lost time."""
     if isinstance(value, Stateful) and isinstance(value, Iterable) and not isinstance(value, torch.nn.Module):
         return  # a loader that is asked for its place begins to iterate
-    for group in param_groups(value) if isinstance(value, torch.optim.Optimizer) else ():
-        for parameter in group["params"]:
-            if hasattr(parameter, "device_mesh"):
-                check_tensor(parameter, path)
     try:
         content = state_of(value)
     except RAISED_BY_PROGRAMS:
@@ -178,6 +175,7 @@ class StateEncoder:
     Attributes:
         placement: the same object as long as all tensors are where they were, and in the same files.
         settings: of optimizers and schedulers by part, as the script has made them; see ``script_settings``.
+        rank: of this process.
     """
 
     def __init__(self, *, shares: bool = True) -> None:
@@ -185,6 +183,9 @@ class StateEncoder:
         self.settings: Mapping[str, Mapping[str, Any]] = {}
         self._origins: tuple[object, dict[str, PartOrigin]] | None = None
         self._shares = shares
+        self.rank = 0
+        self._planned: list[tuple[Any, ...]] = []
+        self._written: dict[str, dict[str, Offsets]] = {}
         self._parts: dict[str, _PartEncoder] = {}
         self._separate: dict[str, frozenset[str]] = {}
 
@@ -209,17 +210,46 @@ class StateEncoder:
         trees = {name: cache.tree for name, cache in caches.items()}
         return trees, {name: cache.tensors for name, cache in caches.items() if cache.tensors}
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether there are tensors that are divided among ranks."""
+        return bool(self._planned)
+
+    def plan(self, state: Mapping[str, Any], share: Callable[[Callable[[], Any]], Sequence[Any]]) -> None:
+        """Decide which rank writes which shard of a state, unless that is as it was; called on every rank.
+
+        Args:
+            state: part name to live object or plain value.
+            share: does some work on every rank, and returns what it has made on each.
+        """
+        self.encode(state)
+        divided = {
+            f"{part}/{name}": encoder.cache.shards[name]
+            for part, encoder in self._parts.items()
+            for name in encoder.cache.tensors
+            if name in encoder.cache.shards
+        }
+        if layout_of(divided) == self._planned:
+            return
+        self._planned, self._written, self.placement = layout_of(divided), {}, object()
+        for place, offsets in shards_to_write(share(lambda: shards_plan(divided)), self.rank).items():
+            part, _, name = place.partition("/")
+            self._written.setdefault(part, {})[name] = offsets
+
     def split(
         self, state: Mapping[str, Any], stepped: frozenset[Storage]
-    ) -> tuple[dict[str, Mapping[str, torch.Tensor]], set[str]]:
+    ) -> tuple[dict[str, Mapping[str, torch.Tensor]], set[str], FileShards]:
         """Divide the tensors that ``encode`` has collected into files: unchanged ones get a file of their own.
+
+        Shards of this rank get files of their own, too; what is whole is rank 0's to write.
 
         Args:
             state: part name to live object, as it was encoded.
             stepped: memory that optimizers change; empty when there is no optimizer.
 
         Returns:
-            File name to its tensors, and the names of the files that are likely to be those of the checkpoint before.
+            File name to its tensors, the names of the files that are likely to be those of the checkpoint before, and
+            the places of shards.
         """
         separate = {
             name: part.separate(state[name], stepped, shares=self._shares)
@@ -230,8 +260,9 @@ class StateEncoder:
             self.placement, self._separate = object(), separate
         files: dict[str, Mapping[str, torch.Tensor]] = {}
         stable = set()
+        offsets: dict[str, dict[str, Offsets]] = {}
         for part, names in separate.items():
-            main, frozen = _file_names(part)
+            main, frozen, *_ = _file_names(part)
             tensors = self._parts[part].cache.tensors
             if not names or len(names) == len(tensors):
                 files[main] = tensors
@@ -242,7 +273,27 @@ class StateEncoder:
                 stable.add(frozen if frozen in files else main)
             if self._parts[part].unchanged.rest_unchanged:
                 stable.add(main)
-        return files, stable
+            if self._parts[part].cache.shards:
+                for file in (main, frozen):
+                    offsets |= self._without_shards(part, file, files, stable)
+        return files, stable, offsets
+
+    def _without_shards(
+        self, part: str, file: str, files: dict[str, Mapping[str, torch.Tensor]], stable: set[str]
+    ) -> dict[str, dict[str, Offsets]]:
+        """Put the shards that this rank writes into a file of their own; returns their places in it."""
+        tensors, places = files.pop(file, {}), self._written.get(part, {})
+        whole = {name: tensor for name, tensor in tensors.items() if name not in self._parts[part].cache.shards}
+        shards = {name: tensor for name, tensor in tensors.items() if name in places}
+        of_rank = layout.rank_file(file, self.rank)
+        if file in stable:
+            stable.add(of_rank)
+        if whole and not self.rank:
+            files[file] = whole
+        if not shards:
+            return {}
+        files[of_rank] = shards
+        return {of_rank: {name: places[name] for name in shards}}
 
     def origins(self, state: Mapping[str, Any]) -> dict[str, PartOrigin]:
         """Return what the parts are saved from, after ``encode``."""
@@ -281,19 +332,22 @@ def _part_tensors(value: Any, tensors: Mapping[str, torch.Tensor], stepped: froz
     stepped_names = frozenset(name for name, storage in storages.items() if storage in stepped)
     if not isinstance(value, torch.nn.Module):
         return PartTensors(tuple(tensors), sizes, stepped=stepped_names)
-    parameters = {storage_of(parameter) for parameter in value.parameters() if not is_lazy(parameter)} - stepped
+    own_parameters = [own_shard(parameter) for parameter in value.parameters() if not is_lazy(parameter)]
+    parameters = {*map(storage_of, own_parameters)} - stepped
     frozen = frozenset(name for name, storage in storages.items() if storage in parameters)
     return PartTensors(tuple(tensors), sizes, frozen, stepped_names)
 
 
 def _digests(manifest: Manifest, files: Sequence[str]) -> dict[str, str]:
-    """Return the digests of all tensors in some files of a checkpoint."""
-    return {tensor.name: tensor.digest for name in files for tensor in manifest.file(name).tensors}
+    """Return the digests of all tensors in some files of a checkpoint, those of other ranks left out."""
+    own_files = [name for name in files if not layout.rank_of(name)]
+    return {tensor.name: tensor.digest for name in own_files for tensor in manifest.file(name).tensors}
 
 
-def _file_names(part: str) -> tuple[str, str]:
-    """Return the names of a part's file, and of its separate file."""
-    return f"{part}.safetensors", f"{part}{FROZEN}.safetensors"
+def _file_names(part: str, rank: int = 0) -> tuple[str, ...]:
+    """Return the names of a part's file, of its separate file, and of those of a rank."""
+    names = f"{part}.safetensors", f"{part}{FROZEN}.safetensors"
+    return *names, *(layout.rank_file(name, rank) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,6 +389,33 @@ def _state_file(
 
 
 @gc_paused()
+def capture_shards(
+    state: Mapping[str, Any],
+    encoder: StateEncoder,
+    buffer: StagingBuffer | RingBuffer,
+    owned: frozenset[Storage],
+    stepped: frozenset[Storage],
+) -> CapturedState:
+    """Copy the shards that a rank other than 0 writes; see ``capture``. ``StateEncoder.plan`` comes first."""
+    files, _, offsets = encoder.split(state, stepped)
+    images, copying = _copy(files, offsets, encoder, buffer, owned)
+    parts = {part: tuple(name for name in _file_names(part, encoder.rank) if name in files) for part in state}
+    return CapturedState(tuple(images), parts, copying, stays=False, committed=encoder.learn)
+
+
+def _copy(
+    files: Mapping[str, Mapping[str, torch.Tensor]],
+    offsets: FileShards,
+    encoder: StateEncoder,
+    buffer: StagingBuffer | RingBuffer,
+    owned: frozenset[Storage],
+) -> tuple[Sequence[FileImage], StateCopy]:
+    if isinstance(buffer, RingBuffer):
+        return buffer.capture(files, offsets)
+    return buffer.capture(files, owned, encoder.placement, offsets)
+
+
+@gc_paused()
 def capture(
     state: Mapping[str, Any],
     loop: Mapping[str, Any],
@@ -365,23 +446,18 @@ def capture(
     saved = {**state, LOOP: list(ranks)} if ranks else state
     trees, _ = encoder.encode(saved)
     state_file = _state_file(trees, encoder.origins(state), loop, foreign)
-    files, stable = encoder.split(saved, stepped)
+    files, stable, offsets = encoder.split(saved, stepped)
     ready_images = {} if foreign is None else foreign.images
     copied = {name: tensors for name, tensors in files.items() if name not in ready_images}
-    images: Sequence[FileImage]
-    copying: StateCopy
-    if isinstance(buffer, RingBuffer):
-        images, copying = buffer.capture(copied)
-    else:
-        images, copying = buffer.capture(copied, owned, encoder.placement)
+    images, copying = _copy(copied, offsets, encoder, buffer, owned)
     images = [replace(image, stable=True) if image.name in stable else image for image in images]
-    parts = {part: tuple(name for name in _file_names(part) if name in files) for part in state}
+    parts = {part: tuple(name for name in _file_names(part, encoder.rank) if name in files) for part in state}
     loop_files = tuple(name for name in _file_names(LOOP) if name in files)
     return CapturedState(
         (*images, *ready_images.values(), state_file),
         {**parts, "rng": (), LOOP: loop_files},
         copying,
-        isinstance(buffer, StagingBuffer),
+        isinstance(buffer, StagingBuffer) and not encoder.is_divided,
         encoder.learn,
         tuple(name for name, value in state.items() if saves_nothing(value, trees[name])),
     )

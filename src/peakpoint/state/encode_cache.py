@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from peakpoint.errors import ConfigError
+from peakpoint.state.divided import own_shard
 from peakpoint.state.json_scalars import TAG
 from peakpoint.state.typed_json import Encoder
 
@@ -46,12 +47,14 @@ class EncodeCache:
     Attributes:
         tree: of the last ``encode``; changed by the next one.
         tensors: the tensors to store, by name.
+        shards: see ``Encoder``.
         placement: the same object as long as every tensor is where it was; None when that cannot be told.
     """
 
     def __init__(self) -> None:
         self.tree: Any = None
         self.tensors: dict[str, torch.Tensor] = {}
+        self.shards: dict[str, torch.Tensor] = {}
         self.placement: object = None
         self._follow: Follower | None = None
         self._traits: TensorTraits = []
@@ -65,7 +68,9 @@ class EncodeCache:
         """
         if self._follow is not None:
             tensors: list[torch.Tensor] = []
-            if self._follow(value, tensors) and _traits(tensors) == self._traits != []:
+            followed = self._follow(value, tensors)
+            tensors = [*map(own_shard, tensors)] if self.shards else tensors
+            if followed and _traits(tensors) == self._traits != []:
                 plain = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
                 self.tensors = {name: plain[number] for name, number in self._stored.items()}
                 return True
@@ -73,7 +78,7 @@ class EncodeCache:
         self._follow = self.placement = None
         had_tensors = bool(self.tensors)
         self.tree = encoder.encode(value, path, attributes=attributes)
-        self.tensors = encoder.tensors
+        self.tensors, self.shards = encoder.tensors, encoder.shards
         self._learn(value, encoder)
         return not had_tensors and not self.tensors
 
@@ -85,7 +90,7 @@ class EncodeCache:
         tensors: list[torch.Tensor] = []
         # an array of the state becomes a tensor for the occasion, which cannot be followed
         if follow is not None and follow(value, tensors) and len(tensors) == len(numbers):
-            self._follow, self._traits = follow, _traits(tensors)
+            self._follow, self._traits = follow, _traits([*map(own_shard, tensors)])
             self._stored = {name: numbers[name] for name in encoder.tensors}
             self.placement = object() if self._traits else None
 

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from peakpoint.format.masks import MASK, ORIGINAL, masks_of
 from peakpoint.state.device_copy import send
+from peakpoint.state.divided import is_divided
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.origin import plain_name, reparametrized
 
@@ -20,10 +21,11 @@ def describe(value: Any) -> str:
     """Return element type and shape of a tensor, the type of anything else."""
     if is_lazy(value):
         return "not initialized yet"
-    if isinstance(value, torch.Tensor) and (value.is_meta or hasattr(value, "device_mesh")):
-        return "on the meta device" if value.is_meta else "sharded"
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return "on the meta device"
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        divided = " divided among ranks" if is_divided(value) else ""
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{divided}"
     return kind_of(value)
 
 
@@ -32,8 +34,8 @@ def fits(live: Any, saved: Any) -> bool:
     if is_lazy(live):
         return isinstance(saved, torch.Tensor)  # it takes the shape of what is loaded
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
-        takes_values = not live.is_meta and not hasattr(live, "device_mesh")
-        return live.shape == saved.shape and live.dtype == saved.dtype and takes_values
+        alike = live.shape == saved.shape and live.dtype == saved.dtype and is_divided(live) == is_divided(saved)
+        return alike and not live.is_meta
     return not isinstance(live, torch.Tensor) and not isinstance(saved, torch.Tensor)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from peakpoint.errors import ConfigError, FormatError
+from peakpoint.state.divided import is_divided, own_shard
 from peakpoint.state.json_scalars import (
     SCALAR_TAGS,
     TAG,
@@ -52,10 +53,12 @@ class Encoder:
 
     Attributes:
         tensors: after ``encode``, the tensors to store, by their name in the file. Tensors that share memory are stored
-            once.
+            once. Of one that is divided among ranks it is the shard of this rank.
+        shards: by name, the tensors that are divided among ranks.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    shards: dict[str, torch.Tensor] = field(default_factory=dict)
     _entries: list[TensorEntry] = field(default_factory=list)
     _names: set[str] = field(default_factory=set)
     _attributes: bool = False
@@ -136,6 +139,9 @@ class Encoder:
         check_tensor(value, path)
         name = self._unused_name(dotted_keys(path) or "value")
         node: dict[str, Any] = {TAG: "tensor", "name": name}
+        if is_divided(value):
+            node |= {TAG: "sharded", "dtype": DTYPES[value.dtype], "shape": list(value.shape)}
+            self.shards[name] = value
         if value.requires_grad:
             node["requires_grad"] = True
         if type(value) is torch.nn.Parameter:
@@ -145,7 +151,7 @@ class Encoder:
             node["persistent"] = bool(getattr(value, "persistent", True))
         if not value.is_cpu:
             node["device"] = str(value.device)
-        self._entries.append((name, value.detach() if value.requires_grad else value, node))
+        self._entries.append((name, own_shard(value.detach() if value.requires_grad else value), node))
         return node
 
     def _unused_name(self, keys: str) -> str:
@@ -190,14 +196,10 @@ def check_tensor(value: torch.Tensor, path: StatePath | str) -> None:
     """
     if is_lazy(value):
         raise refusal(path, value, "it is not initialized yet; run one batch through the model before it is saved")
-    if hasattr(value, "device_mesh"):
-        raise refusal(
-            path,
-            value,
-            "it is sharded; give an object whose state_dict() returns that of get_model_state_dict() or "
-            "get_optimizer_state_dict() of torch.distributed.checkpoint.state_dict, with "
-            "StateDictOptions(full_state_dict=True), and whose load_state_dict() calls the set_ function beside it",
-        )
+    if is_divided(value):
+        if any(placement.is_partial() for placement in value.placements):
+            raise refusal(path, value, "each rank has an addend of it; redistribute it to shards or replicas first")
+        value = own_shard(value.detach())
     if type(value) not in _TENSOR_TYPES:
         raise refusal(path, value, "only plain tensors and parameters can be kept; convert it to a tensor first")
     if value.layout != torch.strided:
@@ -353,7 +355,7 @@ class Decoder:
             base = self.stored[name]
             if "view" in node and base.data_ptr() % _ALIGNED:
                 base = base.clone()  # bytes in a file are not aligned for larger elements
-            if "stride" in node:
+            if "stride" in node and not is_divided(base):
                 if not is_dense(base.shape, node["stride"]):
                     raise ValueError(f"strides {node['stride']} for the shape {list(base.shape)}")
                 base = torch.empty_strided(base.shape, node["stride"], dtype=base.dtype, device=base.device).copy_(base)

@@ -148,7 +148,7 @@ class Checkpointer(Closing):
                 check_not_renamed(store, self.run)
             return RunWriter(store, self.run, self.state, self.rules, options, self._clock, self._announce, self._ranks)
 
-        self._writer = SharedWriter(self._ranks, store, self.run, self.state, make_writer)
+        self._writer = SharedWriter(self._ranks, store, self.run, self.state, options, make_writer)
         try:
             self._signals = SignalWatch(preempt)
         except BaseException:

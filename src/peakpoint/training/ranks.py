@@ -59,6 +59,7 @@ class Ranks:
     def __init__(self, run: str) -> None:
         self.rank, self.size = 0, 1
         self._group: distributed.ProcessGroup | None = None
+        self._background: distributed.ProcessGroup | None = None
         if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
             return
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -158,20 +159,34 @@ class Ranks:
                     "same calls of its Checkpointer in the same order"
                 )
 
-    def _send(self, call: str, message: object, rank: int) -> None:
+    def open_background(self) -> None:
+        """Make the group for ``send_records`` and ``receive_records``; called on every rank."""
+        self._background = distributed.new_group(backend="gloo", timeout=self._time_limit)
+
+    def send_records(self, records: object) -> None:
+        """Send to rank 0 what a background thread of this rank has written, or the error that kept it from that."""
+        self._send("save", records, 0, self._background)
+
+    def receive_records(self) -> list[Any]:
+        """Return what the background threads of all other ranks send; on rank 0, in its background thread."""
+        return [self._receive("save", rank, self._background) for rank in range(1, self.size)]
+
+    def _send(self, call: str, message: object, rank: int, group: distributed.ProcessGroup | None = None) -> None:
+        group = group or self._group
         data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
         try:
-            distributed.send(torch.tensor([data.numel()]), rank, group=self._group)
-            distributed.send(data, rank, group=self._group)
+            distributed.send(torch.tensor([data.numel()]), rank, group=group)
+            distributed.send(data, rank, group=group)
         except RuntimeError as error:
             raise self._gone(call, rank) from error
 
-    def _receive(self, call: str, rank: int) -> Any:
+    def _receive(self, call: str, rank: int, group: distributed.ProcessGroup | None = None) -> Any:
+        group = group or self._group
         size = torch.zeros(1, dtype=torch.int64)
         try:
-            distributed.recv(size, rank, group=self._group)
+            distributed.recv(size, rank, group=group)
             data = torch.empty(int(size), dtype=torch.uint8)
-            distributed.recv(data, rank, group=self._group)
+            distributed.recv(data, rank, group=group)
         except RuntimeError as error:
             raise self._gone(call, rank) from error
         return pickle.loads(data.numpy().tobytes())  # noqa: S301 - from a process of the same training
@@ -183,10 +198,12 @@ class Ranks:
         )
 
     def close(self) -> None:
-        """Let go of the group."""
-        group, self._group = self._group, None
-        if group is not None and distributed.is_initialized():
-            distributed.destroy_process_group(group)
+        """Let go of the groups."""
+        groups = [self._group, self._background]
+        self._group = self._background = None
+        for group in groups:
+            if group is not None and distributed.is_initialized():
+                distributed.destroy_process_group(group)
 
 
 def _time_limit() -> timedelta:

@@ -21,9 +21,10 @@ from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules import history as histories
 from peakpoint.state import rng
+from peakpoint.state.local_state import read_local, verify_shards
 from peakpoint.state.origin import noted_settings, overruled_settings, script_settings
 from peakpoint.state.restore import LoadReport, restore_into
-from peakpoint.state.saved import SavedState, read_state
+from peakpoint.state.saved import SavedState
 from peakpoint.state.typed_json import Decoder
 from peakpoint.store import Store
 from peakpoint.training.position import Position
@@ -87,7 +88,7 @@ class Resumption:
             followed = bool(self.listing.manifests) if elsewhere else self._followed(choice)
             if not followed:
                 manifest = Repository(self.store).find_manifest(choice)
-                return self._from(read_state(self.store, manifest), live, strict=strict, requested=choice)
+                return self._from(self._read(manifest, live), live, strict=strict, requested=choice)
         elif not self.exists:
             if choice == "must":
                 raise NotFoundError(
@@ -114,7 +115,7 @@ class Resumption:
                 skipped.append(f"{manifest.name} cannot be continued from: its parts {', '.join(dropped)} were dropped")
                 continue
             try:
-                saved = read_state(self.store, manifest)
+                saved = self._read(manifest, live)
             except (CorruptError, FormatError, NotFoundError) as error:
                 skipped.append(str(error))
                 damaged.append(manifest.id)
@@ -128,6 +129,11 @@ class Resumption:
             f"no checkpoint of run {self.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
             'with resume="never"; peakpoint audit --deep lists the damage'
         )
+
+    def _read(self, manifest: Manifest, live: Mapping[str, Any]) -> SavedState:
+        if self.ranks.size > 1:
+            verify_shards(self.store, manifest)  # also those of other ranks, so that all of them can follow
+        return read_local(self.store, manifest, live)
 
     def _damage(self, newest: Manifest) -> list[str]:
         """Return a sentence for each damaged checkpoint that may be newer, and one for all older ones together."""

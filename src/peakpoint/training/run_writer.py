@@ -37,6 +37,7 @@ from peakpoint.training.resume import Resumption, StartPoint, resumption
 from peakpoint.training.rule_changes import earlier_rules
 from peakpoint.training.saver import FailedSave, SaveJob, Saver
 from peakpoint.training.settings import changes
+from peakpoint.training.shard_writer import records_of_others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,9 @@ class RunWriter:
     ) -> None:
         self._store, self._run, self._state, self._rules = store, run, state, in_force
         self._options, self._clock, self._announce = options, clock, announce
-        self._encoder = StateEncoder(shares=isinstance(options.buffer, StagingBuffer))
-        self._encoder.settings = {part: script_settings(value) for part, value in state.items()}
+        self._ranks = ranks
+        self.encoder = StateEncoder(shares=isinstance(options.buffer, StagingBuffer))
+        self.encoder.settings = {part: script_settings(value) for part, value in state.items()}
         self._smoothing = Smoothing(smoothing_windows(in_force))
         self._warn_once = WarnOnce()
         self._surfaced: FailedSave | None = None  # the last failure that was raised
@@ -135,14 +137,14 @@ class RunWriter:
         assert self.resumption is not None
         manifests, self.resumption = self.resumption.listing.manifests, None
         self._sequence, self._forks, self._parent = origin.sequence, origin.forks, origin.parent
-        self._encoder.settings = {**self._encoder.settings, **origin.settings}
+        self.encoder.settings = {**self.encoder.settings, **origin.settings}
         for report in origin.history:
             self._smoothing.report(report.metrics)
         self._saver.set_aside({*origin.damaged, *find_damage(self._store, manifests)})
         committed = self._saver.committed
         newest_is_whole = bool(committed) and committed[-1].id == origin.parent
         if newest_is_whole:
-            self._encoder.inherit(committed[-1])
+            self.encoder.inherit(committed[-1])
         following = self.moment(position, {})
         notices = self._saver.start(following, self._earlier_rules, newest_is_whole=newest_is_whole)
         now, last_report = self._clock(), origin.position.report
@@ -227,7 +229,7 @@ class RunWriter:
         stepped = self.guard.owned()
         owned = stepped if self._options.overlap else NO_STORAGE
         captured = capture(
-            self._state, position.as_plain(), self._encoder, self._options.buffer, owned, stepped, ranks=rank_states
+            self._state, position.as_plain(), self.encoder, self._options.buffer, owned, stepped, ranks=rank_states
         )
         copied = time.perf_counter() - begin
         self._sequence += 1
@@ -240,7 +242,10 @@ class RunWriter:
             parent=self._saver.last_id or self._parent,
             timing={"waited_seconds": waited, "capture_seconds": copied, "bytes": float(captured.size_bytes)},
         )
-        submitted = self._saver.submit(SaveJob(draft, captured))
+        job = SaveJob(draft, captured)
+        if self.encoder.is_divided:  # the name is settled: other ranks write there as well
+            job = SaveJob(draft, captured, begun=True, written=lambda: records_of_others(self._ranks))
+        submitted = self._saver.submit(job)
         self.guard.watch(captured.copying)  # which is complete, or has a thread to complete it
         if not submitted:
             failure = self._saver.failure()

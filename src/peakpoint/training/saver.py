@@ -6,7 +6,7 @@ A save that fails keeps its captured state in memory until it is written again o
 import contextlib
 import errno
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -14,7 +14,7 @@ from peakpoint.errors import StoreError
 from peakpoint.format import layout
 from peakpoint.format.amounts import UNDO_FOR, read_duration, size_text
 from peakpoint.format.events import Saved, SaveFailed
-from peakpoint.format.manifest import Manifest, without_parts
+from peakpoint.format.manifest import FileRecord, Manifest, without_parts
 from peakpoint.repository import removal, space
 from peakpoint.repository.annotations import LiveAnnotations
 from peakpoint.repository.commit import commit, unused_name, withdraw
@@ -41,11 +41,13 @@ class SaveJob:
         draft: the manifest but for its files.
         captured: the copy of the state.
         begun: whether the directory that ``draft`` names belongs to this save; it may hold some of its files.
+        written: see ``commit``.
     """
 
     draft: Manifest
     captured: CapturedState
     begun: bool = False
+    written: Callable[[], Mapping[str, Sequence[FileRecord]]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +299,7 @@ class Saver:
             job.captured.images,
             first=lambda: self._settled(job),
             previous=self.committed[-1] if self.committed else None,
+            written=job.written,
             timing=lambda: {"step_waited_seconds": job.captured.copying.waited_seconds},
         )
         self._notices += self._store.remarks()

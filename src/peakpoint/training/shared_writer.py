@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peakpoint.errors import CorruptError, NotFoundError, StoreError
+from peakpoint.errors import CorruptError, NotFoundError, SaveFailedError, StoreError
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository.root import Repository
-from peakpoint.state.saved import read_state
+from peakpoint.state.capture import LOOP, StateEncoder
+from peakpoint.state.divided import has_divided
+from peakpoint.state.local_state import read_local
 from peakpoint.state.step_guard import StepGuard
 from peakpoint.store import Store
 from peakpoint.training.outcome import Outcome, WarnOnce
@@ -16,8 +18,9 @@ from peakpoint.training.position import Position
 from peakpoint.training.rank_states import own_state
 from peakpoint.training.ranks import Ranks
 from peakpoint.training.resume import StartPoint, restore_rank
-from peakpoint.training.run_writer import RunWriter
-from peakpoint.training.state_changes import parameter_elements
+from peakpoint.training.run_writer import RunWriter, SaveOptions
+from peakpoint.training.shard_writer import ShardWriter
+from peakpoint.training.state_changes import replicated_elements
 
 
 class SharedWriter:
@@ -28,6 +31,7 @@ class SharedWriter:
         store: the repository, as this rank sees it.
         run: the run's name.
         state: of this rank.
+        options: of its saves.
         make: makes the writer of rank 0.
 
     Attributes:
@@ -40,10 +44,17 @@ class SharedWriter:
     """
 
     def __init__(
-        self, ranks: Ranks, store: Store, run: str, state: dict[str, Any], make: Callable[[], RunWriter]
+        self,
+        ranks: Ranks,
+        store: Store,
+        run: str,
+        state: dict[str, Any],
+        options: SaveOptions,
+        make: Callable[[], RunWriter],
     ) -> None:
         self._ranks, self._store, self._run, self._state = ranks, store, run, state
         self._first: RunWriter | None = None
+        self._shards: ShardWriter | None = None
         self._warn_once = WarnOnce()
         self.started = False
 
@@ -59,6 +70,15 @@ class SharedWriter:
             self.release()
             raise
         self.guard = StepGuard(state) if self._first is None else self._first.guard
+        self._encoder = StateEncoder(shares=False) if self._first is None else self._first.encoder
+        self._encoder.rank = ranks.rank
+        self._is_divided = has_divided(state)
+        if self._is_divided and ranks.size > 1:
+            ranks.open_background()
+            if self._first is None:
+                self._shards = ShardWriter(
+                    ranks, store, state, self._encoder, options.buffer, self.guard, overlap=options.overlap
+                )
 
     @property
     def first(self) -> RunWriter:
@@ -107,7 +127,8 @@ class SharedWriter:
             raise StoreError(self._not_shared()) from error
         if manifest.id != first_start.parent:
             raise CorruptError(self._not_shared())
-        start = restore_rank(read_state(self._store, manifest), self._run, self._state, self._ranks, strict=strict)
+        saved = read_local(self._store, manifest, self._state)
+        start = restore_rank(saved, self._run, self._state, self._ranks, strict=strict)
         assert start.report is not None
         return replace(start, report=replace(start.report, skipped=first_start.report.skipped))
 
@@ -126,15 +147,30 @@ class SharedWriter:
 
         def look_at_own() -> tuple[dict[str, Any], dict[str, object]]:
             rank_state = own_state(self._state, position) if self._ranks.rank else {}
-            return rank_state, parameter_elements(self._state)
+            return rank_state, replicated_elements(self._state)
 
         def save_all() -> Outcome:
             self._warn_of_replicas([elements for _, elements in shares])
-            return self.first.save(moment, position, why_stop, [rank_state for rank_state, _ in shares[1:]])
+            return self.first.save(moment, position, why_stop, rank_states)
 
         several = bool(moment.reasons) and self._ranks.size > 1
         shares = self._ranks.share("save", look_at_own, only_first=True) if several else []
-        return self._ranks.lead("save", save_all)
+        rank_states = [] if self._ranks.rank else [rank_state for rank_state, _ in shares[1:]]
+        if moment.reasons and self._is_divided:
+            state = {**self._state, LOOP: rank_states} if rank_states else self._state
+            self._encoder.plan(state, lambda work: self._ranks.share("save", work))
+        try:
+            outcome = self._ranks.lead("save", save_all)
+        except SaveFailedError as error:
+            if isinstance(error.outcome, Outcome):
+                self._save_shards(moment, error.outcome)
+            raise
+        self._save_shards(moment, outcome)
+        return outcome
+
+    def _save_shards(self, moment: Manifest, outcome: Outcome) -> None:
+        if self._shards is not None and outcome.name is not None:
+            self._shards.save(replace(moment, name=outcome.name))
 
     def _warn_of_replicas(self, elements: Sequence[Mapping[str, object]]) -> None:
         for rank, of_rank in enumerate(elements):
@@ -142,9 +178,9 @@ class SharedWriter:
                 if values != elements[0].get(part):
                     self._warn_once(
                         part,
-                        f"the parameters of state[{part!r}] on rank {rank} are not those on rank 0, which are saved: a "
-                        "resume gives every rank those of rank 0. Wrap the model in DistributedDataParallel, or save "
-                        "it where one process trains it",
+                        f"what state[{part!r}] holds on rank {rank} is not what rank 0 holds, which is saved: a resume "
+                        "gives that to every rank. Parameters are kept alike by DistributedDataParallel, buffers "
+                        "of layers such as BatchNorm by SyncBatchNorm, or by layers that have none",
                     )
 
     def wait(self) -> None:
@@ -153,6 +189,8 @@ class SharedWriter:
         def wait() -> None:
             self.first.wait()
 
+        if self._shards is not None:
+            self._shards.wait()
         self._ranks.lead("wait", wait)
 
     def forget(self, ids: Collection[str]) -> None:
@@ -191,6 +229,10 @@ class SharedWriter:
         self._end()
 
     def _end(self) -> None:
-        if self._first is None and "guard" in vars(self):
-            self.guard.stop()
-        self._ranks.close()
+        try:
+            if self._shards is not None:
+                self._shards.wait()
+        finally:
+            if self._first is None and "guard" in vars(self):
+                self.guard.stop()
+            self._ranks.close()

@@ -9,6 +9,7 @@ import torch
 
 from peakpoint.state import rng
 from peakpoint.state.capture import Stateful, is_generator, state_of
+from peakpoint.state.divided import has_divided
 from peakpoint.state.origin import param_groups
 from peakpoint.state.samples import SMALL, Samples, can_sample
 from peakpoint.state.typed_json import Encoder
@@ -64,10 +65,17 @@ class StateChanges:
 
 
 @torch.no_grad()
-def parameter_elements(state: Mapping[str, Any]) -> dict[str, object]:
-    """Return some elements of the parameters of each module, by part: ranks that train one model have the same."""
+def replicated_elements(state: Mapping[str, Any]) -> dict[str, object]:
+    """Return some elements of what ranks that train one model have alike, by part: its parameters.
+
+    Of a model that is divided among ranks these are the buffers; ``DistributedDataParallel`` sends those of rank 0.
+    """
     modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
-    return {name: _elements(_subset([*module.parameters()])) for name, module in modules.items()}
+    tensors = {
+        name: [*module.buffers()] if has_divided({name: module}) else [*module.parameters()]
+        for name, module in modules.items()
+    }
+    return {name: _elements(_subset(replicated)) for name, replicated in tensors.items()}
 
 
 @torch.no_grad()
@@ -127,7 +135,7 @@ def _comparable(name: str, value: Any) -> object:
     return msgspec.json.encode(tree), _elements(list(encoder.tensors.values()))
 
 
-def _subset(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _subset(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     return tensors[:: len(tensors) // _SAMPLED_TENSORS + 1]
 
 

@@ -1,0 +1,110 @@
+"""The saves of the ranks other than 0, where tensors are divided: each writes its shards beside the training."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peakpoint.errors import Error
+from peakpoint.format.manifest import FileRecord, Manifest
+from peakpoint.repository.commit import put_files
+from peakpoint.state.capture import CapturedState, StateEncoder, capture_shards
+from peakpoint.state.host_copy import NO_STORAGE
+from peakpoint.state.step_guard import StepGuard
+from peakpoint.state.streamed_copy import RingBuffer
+from peakpoint.state.tensor_files import StagingBuffer
+from peakpoint.store import Store
+from peakpoint.store.threads import start_thread
+from peakpoint.training.ranks import Ranks
+
+Records = Mapping[str, Sequence[FileRecord]]  # by part
+
+
+class ShardWriter:
+    """Writes the shards of one rank to checkpoints that rank 0 commits."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        store: Store,
+        state: Mapping[str, Any],
+        encoder: StateEncoder,
+        buffer: StagingBuffer | RingBuffer,
+        guard: StepGuard,
+        *,
+        overlap: bool,
+    ) -> None:
+        self._ranks, self._store, self._state, self._encoder = ranks, store, state, encoder
+        self._buffer, self._guard, self._overlap = buffer, guard, overlap
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, draft: Manifest) -> None:
+        """Copy the shards of this moment, and begin to write them to the checkpoint that ``draft`` names.
+
+        Raises:
+            ConflictError: rank 0 has ended during the save before.
+        """
+        self.wait()
+        stepped = self._guard.owned()
+        owned = stepped if self._overlap else NO_STORAGE
+        captured = capture_shards(self._state, self._encoder, self._buffer, owned, stepped)
+        self._thread = threading.Thread(target=self._work, args=(draft, captured), name=f"peakpoint-save-{draft.run}")
+        self._thread.start()
+        self._guard.watch(captured.copying)
+        if isinstance(self._buffer, RingBuffer):
+            captured.copying.wait()
+
+    def wait(self) -> None:
+        """Return when the save under way has been written, and rank 0 been told so."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self, draft: Manifest, captured: CapturedState) -> None:
+        message: Records | Error
+        try:
+            message = self._write(draft, captured)
+        except Error as error:
+            message = error
+        except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, rank 0 raises it
+            message = Error(repr(error))
+        try:
+            self._ranks.send_records(message)
+        except Error as error:
+            self._error = error
+
+    def _write(self, draft: Manifest, captured: CapturedState) -> Records:
+        copier = start_thread(captured.copying.run, f"peakpoint-copy-{draft.run}")
+        if copier is None:
+            captured.copying.run()
+        try:
+            files = {file.name: file for file in put_files(self._store, draft, captured.images)}
+            captured.copying.settle()
+        except BaseException:
+            captured.copying.abandon()
+            raise
+        finally:
+            if copier is not None:
+                copier.join()
+        return {part: [files[name] for name in names] for part, names in captured.parts.items()}
+
+
+def records_of_others(ranks: Ranks) -> Records:
+    """Return what the other ranks have written, part by part; on rank 0, in its background thread.
+
+    Raises:
+        Error: one of them has failed; its error.
+        ConflictError: one of them has ended, or takes too long.
+    """
+    messages = ranks.receive_records()
+    for rank, message in enumerate(messages, 1):
+        if isinstance(message, Error):
+            message.rank = rank
+            raise message
+    return {
+        part: [file for records in messages for file in records.get(part, ())]
+        for part in dict.fromkeys(part for records in messages for part in records)
+    }

@@ -1,0 +1,90 @@
+"""Models whose tensors are divided among ranks: every scenario of shard_scenarios.py, in an interpreter that forks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "support" / "shard_scenarios.py"
+WAYS = ["1", "2", "3", "4", "replicas", "tensors", "none"]  # "none" is one process without torch.distributed
+
+
+def scenario(name):
+    command = [sys.executable, str(SCRIPT), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ((scenario_name, result),) = map(json.loads, done.stdout.splitlines())
+    assert scenario_name == name
+    return result
+
+
+def of_ranks(result):
+    """What the ranks have returned, all of which have ended well."""
+    returned, statuses = result
+    assert set(statuses) == {0}, returned
+    return returned
+
+
+def digests(result):
+    """The digests of all whole tensors, which every rank must have alike, without errors."""
+    returned = of_ranks(result)
+    assert all(rank.get("error") is None and not rank.get("errors") for rank in returned), returned
+    assert all(rank["digests"] == returned[0]["digests"] for rank in returned)
+    return returned[0]["digests"]
+
+
+def test_a_training_goes_on_exactly():
+    result = scenario("goes_on_exactly")
+    assert digests(result["first"]) != digests(result["straight"])
+    assert digests(result["second"]) == digests(result["straight"])
+    assert result["clean"] == [True, True]
+
+
+@pytest.mark.slow  # 20 seconds
+def test_a_damaged_shard_is_named_and_the_resume_takes_the_checkpoint_before():
+    result = scenario("a_shard_is_damaged")
+    for damage, text in (
+        ("missing", "model+rank1.safetensors is missing"),
+        ("truncated", "model+rank1.safetensors has"),
+        ("flipped", "in model+rank1.safetensors"),
+    ):
+        ((kind, message),) = result[damage]
+        assert kind == "CorruptError"
+        assert text in message
+        assert digests(result[f"{damage} resumed"]) == digests(result["first step"])
+
+
+@pytest.mark.slow  # 10 seconds
+def test_a_rank_whose_disk_is_full_fails_the_save_on_all():
+    result = scenario("one_disk_is_full")
+    for rank in of_ranks(result["ranks"]):
+        assert rank["errors"]
+        for kind, text in rank["errors"]:
+            assert kind == "SaveFailedError"
+            assert "rank 1: [Errno 28]" in text
+            assert "there is no copy of that moment to be written again" in text
+    assert result["saved"] == []
+
+
+@pytest.mark.slow  # a minute
+def test_every_kind_of_optimizer_comes_back_to_other_ranks():
+    result = scenario("kinds_of_optimizers")
+    kinds = {name.rpartition(" ")[0] for name in result}
+    assert len(kinds) == 7
+    for kind in kinds:
+        saved = digests(result[f"{kind} saved"])
+        assert digests(result[f"{kind} loaded"]) == saved, kind
+        assert any("exp_avg" in name for name in saved) == (kind != "cold")
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.timeout(900)
+def test_what_any_ranks_have_saved_any_others_load_bit_for_bit():
+    result = scenario("saved_by_any_loaded_by_any")
+    for way in WAYS:
+        saved = digests(result[f"saved {way}"])
+        assert result[f"shapes {way}"]["table.weight"] == [7, 5]
+        for other in WAYS:
+            assert digests(result[f"{way} by {other}"]) == saved, f"saved by {way}, loaded by {other}"
