@@ -24,8 +24,9 @@ import ready_python
 SHARE = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, SHARE)))
 
-# a random example that takes long on a busy machine is no failure; pytest's own limit holds for the test
-hypothesis.settings.register_profile("untimed", deadline=None)
+# random examples that take long on a busy machine are no failure; pytest's own limit holds for the test
+SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=SLOW)
 hypothesis.settings.load_profile("untimed")
 
 NOBODY = 65534  # PostgreSQL refuses to run as root
