@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import peakpoint as pp
 from peakpoint.store import FileOps, LocalStore
@@ -104,8 +105,8 @@ def train(root, rank, size, epochs, *, stop_after=None, ops=None, keep=None, **o
     return {"digest": training.digest(), "drawn": drawn}
 
 
-def checkpointer(root, training, **options):
-    return QuietCheckpointer(root, run="r", state=training.state, keep=[pp.Last(9)], **options)
+def checkpointer(root, training, *, state=None, **options):
+    return QuietCheckpointer(root, run="r", state=state or training.state, keep=[pp.Last(9)], **options)
 
 
 def caught(work):
@@ -376,6 +377,40 @@ def asks_and_waits(root):
     return {"ranks": in_ranks(2, work), "second": pp.open(root).run("second").checkpoints()[0].step}
 
 
+def loads_with_workers(root):
+    """Every sample once per epoch, although all ranks are killed in the middle of one."""
+
+    def work(rank, stop_after=None):
+        ignore_replicas()
+        for text in ("'set_vital' is deprecated", "the random generators of the loader's worker processes"):
+            warnings.filterwarnings("ignore", text)
+        training = Training(rank, 1)
+        sampler = DistributedSampler(range(30), num_replicas=2, rank=rank, seed=1)
+        loader = StatefulDataLoader(range(30), batch_size=2, sampler=sampler, num_workers=2)
+        samples = {}
+        with checkpointer(root, training, state={"model": training.model, "loader": loader}) as ckpt:
+            for epoch in ckpt.epochs(2):
+                sampler.set_epoch(epoch)
+                for batch in ckpt.batches(loader):
+                    samples.setdefault(epoch, []).extend(batch.tolist())
+                    ckpt.report(loss=1.0)
+                    if stop_after == (epoch, ckpt.batch):
+                        ckpt.wait()
+                        return samples
+                ckpt.report(loss=1.0)
+        return samples
+
+    def killed(rank):
+        samples = work(rank, (1, 3))
+        Path(root / f"{rank}.json").write_text(json.dumps(samples))
+        os._exit(9)
+
+    killed_ranks, statuses = in_ranks(2, killed)
+    assert statuses == [9 << 8] * 2, killed_ranks
+    before = [json.loads((root / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return {"statuses": statuses, "before": before, "after": in_ranks(2, work)}
+
+
 def saves_once(root):
     """Not a scenario: makes a checkpoint of two ranks for a test."""
 
@@ -408,6 +443,7 @@ SCENARIOS = {
         the_group_ends_first,
         steps_after_its_report,
         asks_and_waits,
+        loads_with_workers,
     )
 }
 

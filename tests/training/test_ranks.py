@@ -198,6 +198,17 @@ def test_saves_on_request_and_two_runs_in_one_training(results):
     assert scenario["second"] == 7
 
 
+def test_every_sample_comes_once_per_epoch_through_a_kill(results):
+    scenario = results["loads_with_workers"]
+    assert scenario["statuses"] == [9 << 8, 9 << 8]
+    after = of_ranks(scenario["after"])
+    for rank in (0, 1):
+        assert len(scenario["before"][rank]["1"]) == 8, "killed after four batches of two"
+        assert "0" not in after[rank]
+    of_epoch = [number for ranks in (scenario["before"], after) for rank in ranks for number in rank["1"]]
+    assert sorted(of_epoch) == list(range(30))
+
+
 # --- pure ---------------------------------------------------------------------------------------------------------
 
 
