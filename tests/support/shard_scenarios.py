@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -206,12 +206,28 @@ def one_disk_is_full(root):
     return {"ranks": results, "saved": metrics(root), "litter": sorted(str(p) for p in root.rglob("*+rank1*"))}
 
 
+def refusals(root):
+    def work(rank):
+        warnings.simplefilter("ignore")
+        model = Model()
+        ckpt = QuietCheckpointer(root / "late", run="r", state={"model": model}, keep=[pp.Last(1)])
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        late = caught(lambda: ckpt.report(step=1))
+        ckpt.close()
+        first = FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=torch.device("cpu"))
+        state = {"model": torch.nn.Sequential(first)}
+        return [late, caught(lambda: QuietCheckpointer(root / "first", run="r", state=state, keep=[pp.Last(1)]))]
+
+    return {"ranks": in_ranks(2, work), "saved": metrics(root / "late")}
+
+
 SCENARIOS = {
     function.__name__: function
     for function in (
         goes_on_exactly,
         a_shard_is_damaged,
         one_disk_is_full,
+        refusals,
         kinds_of_optimizers,
         saved_by_any_loaded_by_any,
     )

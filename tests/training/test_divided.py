@@ -42,6 +42,15 @@ def test_a_training_goes_on_exactly():
     assert result["clean"] == [True, True]
 
 
+def test_what_could_not_be_saved_whole_is_refused():
+    result = scenario("refusals")
+    for late, first in of_ranks(result["ranks"]):
+        assert late[0] == first[0] == "ConfigError"
+        assert "call fully_shard() before" in late[1]
+        assert "is a FullyShardedDataParallel, whose state_dict() talks to all ranks" in first[1]
+    assert result["saved"] == []
+
+
 @pytest.mark.slow  # 20 seconds
 def test_a_damaged_shard_is_named_and_the_resume_takes_the_checkpoint_before():
     result = scenario("a_shard_is_damaged")

@@ -65,13 +65,20 @@ def check_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_parallel(value: Any) -> Any:
     """Return the module inside ``DistributedDataParallel``: its tensors have the names that the model gives them."""
-    return value.module if isinstance(value, torch.nn.parallel.DistributedDataParallel) else value
+    compiled = getattr(value, "_orig_mod", value)  # by torch.compile
+    return compiled.module if isinstance(compiled, torch.nn.parallel.DistributedDataParallel) else value
 
 
 def _check_part_state(value: Any, path: str) -> None:
     """Refuse what every later save would refuse, before a training has lost time."""
     if isinstance(value, Stateful) and isinstance(value, Iterable) and not isinstance(value, torch.nn.Module):
         return  # a loader that is asked for its place begins to iterate
+    layers = value.modules() if isinstance(value, torch.nn.Module) else ()
+    if any(type(layer).__name__ == "FullyShardedDataParallel" for layer in layers):
+        raise ConfigError(
+            f"{path} is a FullyShardedDataParallel, whose state_dict() talks to all ranks and would hang where rank 0 "
+            "alone saves: divide the model with fully_shard() of torch.distributed.fsdp"
+        )
     try:
         content = state_of(value)
     except RAISED_BY_PROGRAMS:
@@ -274,6 +281,12 @@ class StateEncoder:
             if self._parts[part].unchanged.rest_unchanged:
                 stable.add(main)
             if self._parts[part].cache.shards:
+                if not self.is_divided:
+                    raise ConfigError(
+                        f'state["{part}"] holds tensors that are divided among ranks, and no model or optimizer in '
+                        "state= had such parameters when the Checkpointer was made: call fully_shard() before, and "
+                        "name the model in state="
+                    )
                 for file in (main, frozen):
                     offsets |= self._without_shards(part, file, files, stable)
         return files, stable, offsets

@@ -22,8 +22,13 @@ def is_divided(value: Any) -> TypeGuard[Any]:
 
 def has_divided(state: Mapping[str, Any]) -> bool:
     """Return whether a module or an optimizer in a state has parameters that are divided."""
-    modules = [value for value in state.values() if isinstance(value, torch.nn.Module)]
-    return any(is_divided(parameter) for module in modules for parameter in module.parameters())
+    parameters: list[torch.Tensor] = []
+    for value in state.values():
+        if isinstance(value, torch.nn.Module):
+            parameters += value.parameters()
+        elif isinstance(value, torch.optim.Optimizer):
+            parameters += [parameter for group in getattr(value, "param_groups", ()) for parameter in group["params"]]
+    return any(map(is_divided, parameters))
 
 
 def own_shard(tensor: torch.Tensor) -> torch.Tensor:
