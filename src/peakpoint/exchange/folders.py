@@ -21,7 +21,7 @@ from peakpoint.exchange import pickles
 from peakpoint.exchange.dcp import DCP_METADATA, dcp_files, read_folder
 from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import STEP, as_count, as_number, epoch_of_completed, merged, rows_of
-from peakpoint.exchange.part_names import EXTRA, is_weights, part_name
+from peakpoint.exchange.part_names import is_weights, part_name
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, from_dict, steps_of, tool_name
 from peakpoint.exchange.torch_shards import (
     SHARDED,
@@ -33,6 +33,7 @@ from peakpoint.exchange.torch_shards import (
     step_in_name,
 )
 from peakpoint.format.manifest import FileRecord
+from peakpoint.format.names import EXTRA
 
 SAFETENSORS = ".safetensors"
 _INDEX = ".index.json"

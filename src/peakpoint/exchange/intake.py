@@ -9,12 +9,12 @@ from pathlib import Path
 
 from peakpoint.errors import ConflictError, CorruptError, StoreError
 from peakpoint.exchange.moments import ImportMoment
-from peakpoint.exchange.part_names import EXTRA
 from peakpoint.exchange.sources import CheckpointSource, read
 from peakpoint.exchange.state_dicts import ForeignCheckpoint, ReadOptions, storable
 from peakpoint.format.events import Pinned, Reported, Saved, Unpinned
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.metrics import metrics_to_json
+from peakpoint.format.names import EXTRA
 from peakpoint.repository import journal as journals
 from peakpoint.repository.annotations import annotations_of
 from peakpoint.repository.commit import FileImage, image_of

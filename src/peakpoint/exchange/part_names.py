@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from peakpoint.errors import FormatError
-from peakpoint.format.names import RESERVED_PARTS
+from peakpoint.format.names import EXTRA, RESERVED_PARTS
 
-EXTRA = "extra"
 _NOT_IN_PART_NAMES = re.compile(r"^[^A-Za-z0-9_]+|[^A-Za-z0-9_.-]+")
 _DEEPEST = 4  # levels of a dict that are searched
 _USUAL_NAMES = {  # in small letters; the first that the dict has, with a fitting value, counts

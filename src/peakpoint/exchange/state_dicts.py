@@ -9,12 +9,13 @@ from peakpoint.errors import ConfigError, FormatError
 from peakpoint.exchange.counters import number_of, read_counters
 from peakpoint.exchange.generators import generators_in
 from peakpoint.exchange.metric_logs import LogRow, as_count, metric_name, metric_names, readable
-from peakpoint.exchange.part_names import EXTRA, find_parts, is_optimizer, is_weights
+from peakpoint.exchange.part_names import find_parts, is_optimizer, is_weights
 from peakpoint.exchange.pickle_builder import Unbuilt
 from peakpoint.exchange.pickles import check_inert
 from peakpoint.exchange.pruning import Pruning, sentences
 from peakpoint.format import names
 from peakpoint.format.manifest import FileRecord
+from peakpoint.format.names import EXTRA
 from peakpoint.state.typed_json import Encoder
 
 

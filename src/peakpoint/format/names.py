@@ -17,6 +17,7 @@ _METRIC = re.compile(r"[^\s:\x00-\x1f]{1,200}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 _METRIC_FIELD = re.compile(r"metrics\[([^\[\]]+)\]")
 _LONGEST = 150  # leaves room for a suffix below the 255 bytes that file systems allow
+EXTRA = "extra"  # the part of what another tool had beside the states of objects
 OWN_PARTS = ("rng", "loop")  # of Peakpoint, not of the user
 RESERVED_PARTS = frozenset({"state", "manifest", *OWN_PARTS})
 
