@@ -64,11 +64,12 @@ class Encoder:
     _attributes: bool = False
     _depth: int = 0
 
-    def encode(self, value: object, path: str, *, attributes: bool = False) -> Any:
+    def encode(self, value: object, path: StatePath | str, *, attributes: bool = False) -> Any:
         """Return the tree of a state dict or a plain value.
 
         Args:
-            path: its place in the state, for errors: ``state["sampler"]``.
+            path: its place in the state, for errors: ``state["sampler"]``. What is a ``StatePath`` also leads to the
+                names of tensors.
             attributes: name the first level as attributes (``.rng``) since it came out of ``state_dict()``.
 
         Raises:

@@ -11,7 +11,7 @@ import msgspec
 from peakpoint.errors import ConflictError
 from peakpoint.format import layout
 from peakpoint.format.events import Closed, Opened, Reported, Started
-from peakpoint.format.manifest import Manifest
+from peakpoint.format.manifest import FileRecord, Manifest
 from peakpoint.repository import journal as journals
 from peakpoint.repository.commit import FileImage, commit, image_of
 from peakpoint.repository.journal import Journal
@@ -95,7 +95,8 @@ def add(store: Store, run: str, checkpoint: ExternalCheckpoint, clock: Clock) ->
             )
             draft = with_free_name(store, draft, checkpoint.metrics)
             record_report(journal, draft.report, draft.step, draft.epoch, draft.metrics)
-            return commit_external(store, journal, hold, draft, (checkpoint.image, _state(checkpoint, position)))
+            images = checkpoint.image, state_image({checkpoint.part: checkpoint.tree}, position)
+            return commit_external(store, journal, hold, draft, images)
 
 
 @contextlib.contextmanager
@@ -148,6 +149,8 @@ def commit_external(
     draft: Manifest,
     images: Sequence[FileImage],
     adopt: Callable[[str, str], bool] = lambda *_: False,
+    written: Callable[[], Mapping[str, Sequence[FileRecord]]] = dict,
+    timing: Callable[[], Mapping[str, float]] = dict,
 ) -> Manifest:
     """Commit a checkpoint of a run that is held, and write to the journal that it exists; see ``commit``.
 
@@ -159,7 +162,7 @@ def commit_external(
         journal.sync()
         hold.check()
 
-    manifest = commit(store, draft, images, first=settle, adopt=adopt)
+    manifest = commit(store, draft, images, first=settle, adopt=adopt, written=written, timing=timing)
     journal.append(saved_event(manifest, journal.now()))
     return manifest
 
@@ -169,13 +172,18 @@ def record_report(journal: Journal, report: int, step: int, epoch: int | None, m
     journal.append(Reported(at=journal.now(), report=report, step=step, epoch=epoch, metrics=metrics))
 
 
-def _state(checkpoint: ExternalCheckpoint, position: Position) -> FileImage:
-    """Return everything but the tensors; there are no random generators, as in checkpoints of other tools."""
+def state_image(trees: Mapping[str, Any], position: Position, optional: Sequence[str] = ()) -> FileImage:
+    """Return everything but the tensors; there are no random generators, as in checkpoints of other tools.
+
+    Args:
+        trees: of the parts.
+        optional: parts that a training which continues need not have.
+    """
     record = {
         "format": 1,
-        "parts": {checkpoint.part: checkpoint.tree},
+        "parts": trees,
         "rng": {},
         "loop": Encoder().encode(position.as_plain(), "the loop's position"),
-        "optional": ["rng"],
+        "optional": [*optional, "rng"],
     }
     return image_of(layout.STATE, msgspec.json.encode(record))
