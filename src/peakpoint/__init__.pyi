@@ -1,5 +1,6 @@
 # The public names: type checkers read them here, and __init__.py imports from here what is asked for.
 
+from peakpoint import distributed as distributed
 from peakpoint import errors as errors
 from peakpoint import rules as rules
 from peakpoint._version import __version__ as __version__
