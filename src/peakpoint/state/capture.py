@@ -280,13 +280,13 @@ class StateEncoder:
                 stable.add(frozen if frozen in files else main)
             if self._parts[part].unchanged.rest_unchanged:
                 stable.add(main)
-            if self._parts[part].cache.shards:
-                if not self.is_divided:
-                    raise ConfigError(
-                        f'state["{part}"] holds tensors that are divided among ranks, and no model or optimizer in '
-                        "state= had such parameters when the Checkpointer was made: call fully_shard() before, and "
-                        "name the model in state="
-                    )
+            if self._parts[part].cache.shards and not self.is_divided:
+                raise ConfigError(
+                    f'state["{part}"] holds tensors that are divided among ranks, and no model or optimizer in '
+                    "state= had such parameters when the Checkpointer was made: call fully_shard() before, and "
+                    "name the model in state="
+                )
+            if self._parts[part].cache.shards or self.rank:
                 for file in (main, frozen):
                     offsets |= self._without_shards(part, file, files, stable)
         return files, stable, offsets
