@@ -11,9 +11,8 @@ import torch
 from peakpoint.errors import ConfigError, NotFoundError
 from peakpoint.format import layout
 from peakpoint.format.manifest import Checkpoint
-from peakpoint.production.policy import read_policies
+from peakpoint.production.policy import key_for
 from peakpoint.repository import reader, signing
-from peakpoint.repository.refs import AliasRef, parse_any
 from peakpoint.repository.root import Repository
 from peakpoint.state.capture import Stateful
 from peakpoint.state.json_scalars import kind_of
@@ -158,14 +157,3 @@ def _located(
         f"{text!r} leads into no repository: give a ref with root=, such as root='runs', or a path such as "
         "'runs/resnet50@best'"
     )
-
-
-def key_for(store: Store, ref: str) -> Path | None:
-    """Return the public key by which the policy of an alias wants signatures; None where it wants none.
-
-    Raises:
-        ConfigError: the policy cannot be read.
-    """
-    parsed = parse_any(ref)
-    policy = read_policies(store).of(parsed.alias) if isinstance(parsed, AliasRef) else None
-    return None if policy is None else policy.public_key

@@ -41,7 +41,7 @@ from peakpoint.format.names import check_metric, did_you_mean
 from peakpoint.format.sealed import digest
 from peakpoint.production.validation import check_wanted
 from peakpoint.repository.aliases import KEEPS
-from peakpoint.repository.refs import check_alias
+from peakpoint.repository.refs import AliasRef, check_alias, parse_any
 from peakpoint.repository.validations import MAX_AGE, ValidationSpec
 from peakpoint.rules import Mode, mode_of
 from peakpoint.store import SMALL, LocalStore, Store
@@ -280,6 +280,17 @@ def read_policies(store: Store) -> Policies:
     except NotFoundError:
         return Policies({}, "", where, base)
     return read_text(data, where=where, base=base)
+
+
+def key_for(store: Store, ref: str) -> Path | None:
+    """Return the public key by which the policy of an alias wants signatures; None where it wants none.
+
+    Raises:
+        ConfigError: the policy cannot be read.
+    """
+    parsed = parse_any(ref)
+    policy = read_policies(store).of(parsed.alias) if isinstance(parsed, AliasRef) else None
+    return None if policy is None else policy.public_key
 
 
 def read_text(data: bytes, *, where: str, base: Path) -> Policies:
