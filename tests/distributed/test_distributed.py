@@ -7,12 +7,16 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 import peakpoint as pp
 from peakpoint.distributed import Reader, Writer
-from peakpoint.errors import ConfigError, ConflictError, CorruptError, MismatchError, NotFoundError
+from peakpoint.errors import ConfigError, ConflictError, CorruptError, MismatchError, NotFoundError, SignatureError
+from peakpoint.production.promotion import promote
+from peakpoint.production.proposal import propose
 from peakpoint.repository.audit import audit
 from training import QuietCheckpointer
 
@@ -263,6 +267,19 @@ def test_a_flipped_byte_is_found(tmp_path):
     error = failure(lambda: load(tmp_path, {"model": {"w": torch.ones(2, 3)}}))
     assert isinstance(error, CorruptError)
     assert "tensor 'w' in model.safetensors" in str(error)
+
+
+def test_an_alias_whose_policy_asks_for_signatures_leads_to_nothing_unsigned(tmp_path):
+    save(tmp_path, {"model": {"w": torch.ones(2)}})
+    promote(propose(pp.open(tmp_path), "r@latest", "champion"), "good", force=True)
+    assert load(tmp_path, {"model": {"w": torch.zeros(2)}}, "@champion")["model"]["w"].tolist() == [1, 1]
+    public_key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    pem = public_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "k.pub").write_bytes(pem)
+    (tmp_path / "production.toml").write_text("format = 1\n[champion.signing]\npublic_key = 'k.pub'\n")
+    with pytest.raises(SignatureError, match="is not signed"):
+        Reader(tmp_path, "@champion")
+    Reader(tmp_path, "r@latest")
 
 
 def test_arguments_that_cannot_work(tmp_path):

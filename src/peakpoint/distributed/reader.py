@@ -17,7 +17,8 @@ from torch.futures import Future
 from peakpoint.errors import ConfigError, ConflictError, MismatchError
 from peakpoint.format.names import EXTRA, listing
 from peakpoint.format.shards import StoredTensor, stored_tensors
-from peakpoint.repository import reader
+from peakpoint.production.policy import key_for
+from peakpoint.repository import reader, signing
 from peakpoint.repository.root import Repository
 from peakpoint.state.saved import read_trees, tensor_nodes
 from peakpoint.state.shards import dtype_of, read_box, read_tensor
@@ -37,17 +38,22 @@ class Reader(StorageReader):
 
     Args:
         root: the repository, a directory that all ranks see, or a store.
-        ref: which checkpoint, such as ``"resnet50@latest"``.
+        ref: which checkpoint, such as ``"resnet50@latest"``. An alias whose policy (``production.toml``) asks for
+            signatures leads to what is signed only.
 
     Raises:
         NotFoundError: there is no such repository, run or checkpoint.
         CorruptError: files of the checkpoint are missing, or what describes it is damaged.
         FormatError: a newer release wrote it.
+        SignatureError: the policy of the alias asks for a signature that the checkpoint does not have.
     """
 
     def __init__(self, root: str | os.PathLike[str] | Store, ref: str) -> None:
         self._store = open_store(root)
         self._manifest = Repository(self._store).find_manifest(ref)
+        public_key = key_for(self._store, ref)
+        if public_key is not None:
+            signing.verify(self._store, self._manifest, public_key=public_key, files=False)  # what is read is compared
         self._hold = reader.hold_for_reading(self._store, self._manifest)  # until this is not used any more
         reader.check_sizes(self._store, self._manifest)
         trees = read_trees(self._store, self._manifest)
