@@ -1,5 +1,6 @@
 """Saves of ``torch.distributed.checkpoint``: each rank writes its own shards, the first commits."""
 
+import contextlib
 import itertools
 import os
 from collections import defaultdict
@@ -176,8 +177,8 @@ class Writer(StorageWriter):
             value = files.add(item, keys, planner)
             if value is not None:
                 results.append(WriteResult(item.index, 0, value))
-        images, copying = RingBuffer(_RING).capture(files.tensors, files.shards)
-        with Worker("peakpoint-copy") as copier:
+        with contextlib.closing(RingBuffer(_RING)) as ring, Worker("peakpoint-copy") as copier:
+            images, copying = ring.capture(files.tensors, files.shards)
             copier.do(copying.run)
             try:
                 records = put_files(self._store, task.draft, images)

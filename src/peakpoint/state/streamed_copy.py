@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 
 from peakpoint.repository.commit import BLOCK, FileImage
-from peakpoint.state.host_copy import pin
+from peakpoint.state.host_copy import pin, unpin
 from peakpoint.state.shared_storage import TORCH_DTYPES
 from peakpoint.state.tensor_files import FileLayout, FileShards, lay_out
 from peakpoint.store.pages import PAGE, allocate
@@ -69,6 +69,12 @@ class RingBuffer:
             for file in layouts
         ]
         return images, stream
+
+    def close(self) -> None:
+        """Let go of the memory, when no capture is under way."""
+        if self._memory is not None and self._pinned:
+            unpin(self._memory)
+        self._memory, self._pinned = None, False
 
 
 class StreamedCopy:
