@@ -321,3 +321,10 @@ def test_one_rank_of_several_writes_as_ever(monkeypatch):
     run(store, 2)
     assert len(kept(store)) == 2
     assert torch.is_tensor(pp.load("r@latest", root=store)["model"]["0.weight"])
+
+
+def test_torchrun_without_a_group_is_warned_of(monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.setenv(name, value)
+    with pytest.warns(pp.PeakpointWarning, match="this process is rank 1 of 2, and torch.distributed is not in use"):
+        checkpointer(MemoryStore()).close()

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from peakpoint.errors import ConfigError, ConflictError, Error
+from peakpoint.training.outcome import warn
 
 Result = TypeVar("Result")
 
@@ -60,6 +61,8 @@ class Ranks:
         self.rank, self.size = 0, 1
         self._group: distributed.ProcessGroup | None = None
         self._background: distributed.ProcessGroup | None = None
+        if "TORCHELASTIC_RUN_ID" in os.environ and (advice := rank_advice()):
+            warn(f"{advice}. Without that each process trains by itself, and whoever comes second is refused")
         if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
             return
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
