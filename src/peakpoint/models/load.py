@@ -14,8 +14,8 @@ from peakpoint.format.manifest import Checkpoint
 from peakpoint.production.policy import key_for
 from peakpoint.repository import reader, signing
 from peakpoint.repository.root import Repository
-from peakpoint.state.capture import Stateful
 from peakpoint.state.json_scalars import kind_of
+from peakpoint.state.parts import Stateful
 from peakpoint.state.restore import restore_into
 from peakpoint.state.saved import Loaded, check_part_of, read_state, read_trees
 from peakpoint.store import Store, open_store

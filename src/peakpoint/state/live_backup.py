@@ -12,8 +12,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from peakpoint.errors import ConfigError
-from peakpoint.state.capture import Stateful, state_of
 from peakpoint.state.functions import RAISED_BY_PROGRAMS
+from peakpoint.state.parts import Stateful, state_of
 from peakpoint.state.typed_json import Decoder, Encoder
 
 PutBack = Callable[[], object]

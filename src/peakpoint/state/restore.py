@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.state import rng
-from peakpoint.state.capture import Stateful
 from peakpoint.state.json_scalars import kind_of
 from peakpoint.state.live_backup import LiveBackup
 from peakpoint.state.modules import advice, describe, fits, load_module, loading_differences
@@ -28,6 +27,7 @@ from peakpoint.state.optimizers import (
     scheduler_differences,
 )
 from peakpoint.state.origin import NO_ORIGIN, PartOrigin, param_groups, parameter_names, unwrapped
+from peakpoint.state.parts import Stateful
 from peakpoint.state.saved import SavedState
 from peakpoint.state.step_guard import inner_optimizer, wait_for_copies
 

@@ -23,7 +23,7 @@ from peakpoint.repository.root import check_not_renamed
 from peakpoint.rules import Rule
 from peakpoint.rules.stopping import EarlyStopping, StoppingState
 from peakpoint.state import rng
-from peakpoint.state.capture import check_state
+from peakpoint.state.parts import check_state
 from peakpoint.state.restore import LoadReport
 from peakpoint.store import Store, open_store
 from peakpoint.training import arguments, exit_hook

@@ -21,7 +21,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from peakpoint.errors import ConfigError, MismatchError
 from peakpoint.state import rng
-from peakpoint.state.capture import Stateful, is_generator
+from peakpoint.state.parts import Stateful, is_generator
 from peakpoint.state.samples import SMALL, Samples, can_sample
 from peakpoint.training.outcome import warn
 from peakpoint.training.position import Batches, DataPass

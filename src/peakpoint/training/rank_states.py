@@ -15,7 +15,8 @@ import torch
 
 from peakpoint.errors import FormatError, MismatchError
 from peakpoint.state import rng
-from peakpoint.state.capture import LOOP, Stateful, is_generator, state_of
+from peakpoint.state.capture import LOOP
+from peakpoint.state.parts import Stateful, is_generator, state_of
 from peakpoint.state.saved import SavedState
 from peakpoint.state.typed_json import Encoder
 from peakpoint.training.position import Position

@@ -8,9 +8,9 @@ import msgspec
 import torch
 
 from peakpoint.state import rng
-from peakpoint.state.capture import Stateful, is_generator, state_of
 from peakpoint.state.divided import has_divided
 from peakpoint.state.origin import param_groups
+from peakpoint.state.parts import Stateful, is_generator, state_of
 from peakpoint.state.samples import SMALL, Samples, can_sample
 from peakpoint.state.typed_json import Encoder
 
