@@ -182,11 +182,33 @@ def process_group(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo needs a file system with locks")
 @pytest.mark.parametrize("parts", [("model",), ("model", "optimizer"), ("optimizer",)], ids=" ".join)
-def test_sharded_parameters_are_refused_with_the_place_and_the_way(process_group, parts):
+def test_sharded_parameters_are_saved_whole(process_group, tmp_path, parts):
     from torch.distributed.fsdp import fully_shard
 
     model = nn.Linear(4, 4)
+    weight = model.weight.detach().clone()
     fully_shard(model)
-    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
-    with pytest.raises(pp.errors.ConfigError, match=rf'^state\["{parts[0]}"\].*full_state_dict=True'):
-        checkpointer(MemoryStore(), state={name: state[name] for name in parts})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    moment = model.weight.grad.full_tensor() * 0.1
+    optimizer.step()
+    state = {"model": model, "optimizer": optimizer}
+    with checkpointer(tmp_path, state={name: state[name] for name in parts}) as ckpt:
+        ckpt.report(step=1)
+    loaded = pp.load("r@latest", root=tmp_path)
+    assert list(loaded) == list(parts)
+    if "model" in parts:
+        assert loaded["model"]["weight"].shape == (4, 4)
+        assert not torch.equal(loaded["model"]["weight"], weight)
+        assert torch.equal(loaded["model"]["weight"], model.weight.full_tensor())
+    if "optimizer" in parts:
+        assert torch.allclose(loaded["optimizer"]["state"][0]["exp_avg"], moment)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gloo needs a file system with locks")
+def test_an_addend_of_a_tensor_is_refused_with_its_place(process_group):
+    from torch.distributed.tensor import DTensor, Partial, init_device_mesh
+
+    addend = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Partial()])
+    with pytest.raises(pp.errors.ConfigError, match=r'^state\["sums"\]\["a"\].*each rank has an addend of it'):
+        checkpointer(MemoryStore(), state={"sums": {"a": addend}})
