@@ -981,8 +981,10 @@ def test_nothing_in_the_package_runs_code_from_files():
         "exchange/pickles.py": ["import pickle"],
         "exchange/pickle_builder.py": ["import pickle"],
     }
+    # what processes of one training send each other, as torch's own collectives of objects do; never a file
+    messages_only = {"training/ranks.py": ["import pickle"]}
     kept = {name: [line.partition(": ")[2] for line in lines] for name, lines in found.items() if lines}
-    assert kept == import_only
+    assert kept == import_only | messages_only
     assert not any(re.search(r"pickle\.loads?\(", (SOURCE / name).read_text()) for name in import_only)
 
 
