@@ -149,7 +149,7 @@ def _inspected(source: CheckpointSource, options: ReadOptions) -> Inspected:
             return Inspected(rows=tuple(metric_logs.read(source.path)))
         _limit(source)
         return Inspected(checkpoint=_emptied(source, options))
-    except MemoryError:
+    except (MemoryError, SystemError):  # C code that gets no memory does not always say so
         kind = "CorruptError"
         text = f"{source.path} takes more memory than a file of its size may: it is damaged, or means harm"
     except errors.Error as error:
