@@ -1,6 +1,7 @@
 """Ranks that are killed at file operations of their saves: run by tests/faults/test_crash_points.py.
 
-``replicated SIZE``: before each operation of rank 0, one rank or all of them are killed with SIGKILL.
+``replicated SIZE``: before every SIZE-th operation of rank 0, one rank or all of them are killed with SIGKILL. With
+``all`` as the last argument it is every operation, in minutes.
 ``divided SIZE``: the model is divided among the ranks, and the operations of rank 1 count as well.
 
 What had been committed is there, nothing is damaged, and the same training, run again, ends on every rank with the same
@@ -50,7 +51,7 @@ def train_divided(root, rank, size, ops):
     return ended["digests"]
 
 
-def kill(train, size, writers, base):
+def kill(train, size, writers, base, step):
     def straight(rank):
         counting = Counting() if rank in writers else None
         digest = train(base / "straight", rank, size, counting)
@@ -61,7 +62,7 @@ def kill(train, size, writers, base):
     expected = [digest for digest, _ in returned]
     names = kept(base / "straight")
     places = [(writer, number) for writer in writers for number in range(len(returned[writer][1]))]
-    for turn, (writer, point) in enumerate(places):
+    for turn, (writer, point) in enumerate(places[::step]):
         victim = [*range(size), "all"][turn % (size + 1)]
         root = base / f"{writer}-{point}"
 
@@ -90,7 +91,7 @@ def kill(train, size, writers, base):
         audit.clean(pp.open(root))
         assert audit.audit(pp.open(root), deep=True).clean, where
         shutil.rmtree(root)
-    return len(places)
+    return len(places[::step])
 
 
 def kept(root):
@@ -103,6 +104,7 @@ if __name__ == "__main__":
     # torch imports half of itself at the first optimizer: once, not in every fork
     rank_scenarios.train(place / "warm", 0, 1, 1)
     killing = {"replicated": (train_replicated, ranks, [0]), "divided": (train_divided, ranks, [0, 1])}[what]
-    points = kill(*killing, place)
+    every = 1 if "all" in sys.argv else ranks
+    points = kill(*killing, place, every)
     shutil.rmtree(place)
-    print(f"{what}, {ranks} ranks: killed at {points} points, before every file operation")
+    print(f"{what}, {ranks} ranks: killed at {points} points, before one in {every} of all file operations")
