@@ -174,7 +174,7 @@ class Ranks:
         """Return what the background threads of all other ranks send; on rank 0, in its background thread."""
         return [self._receive("save", rank, self._background) for rank in range(1, self.size)]
 
-    def _send(self, call: str, message: object, rank: int, group: distributed.ProcessGroup | None = None) -> None:
+    def _send(self, call: str, message: object, rank: int, group: "distributed.ProcessGroup | None" = None) -> None:
         group = group or self._group
         data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
         try:
@@ -183,7 +183,7 @@ class Ranks:
         except RuntimeError as error:
             raise self._gone(call, rank) from error
 
-    def _receive(self, call: str, rank: int, group: distributed.ProcessGroup | None = None) -> Any:
+    def _receive(self, call: str, rank: int, group: "distributed.ProcessGroup | None" = None) -> Any:
         group = group or self._group
         size = torch.zeros(1, dtype=torch.int64)
         try:
