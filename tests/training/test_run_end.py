@@ -328,3 +328,33 @@ def test_torchrun_without_a_group_is_warned_of(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.warns(pp.PeakpointWarning, match="this process is rank 1 of 2, and torch.distributed is not in use"):
         checkpointer(MemoryStore()).close()
+
+
+WITHOUT_DISTRIBUTED = """
+import importlib, sys
+import torch
+
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+# as torch is where it was built without: of torch.distributed there is little more than is_available()
+del torch._C._c10d_init, sys.modules["torch.distributed"]
+torch.distributed = importlib.import_module("torch.distributed")
+assert not hasattr(torch.distributed, "is_initialized")
+
+import peakpoint as pp
+
+with pp.Checkpointer(sys.argv[1], run="r", state={"model": model, "optimizer": optimizer}, keep=[pp.Last(1)]) as ckpt:
+    for _ in ckpt.steps(int(sys.argv[2])):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        ckpt.report(loss=1.0)
+"""
+
+
+def test_torch_may_be_built_without_processes(tmp_path):
+    for steps in ("2", "3"):  # the second resumes
+        command = [sys.executable, "-c", WITHOUT_DISTRIBUTED, str(tmp_path), steps]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert [checkpoint.step for checkpoint in kept(tmp_path)] == [3]
+    assert "weight" in pp.load("r@latest", root=tmp_path)["model"]
