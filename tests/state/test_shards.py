@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,11 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
 import peakpoint as pp
+import validated
 from commands import command
 from peakpoint.errors import ConfigError, CorruptError, FormatError, PeakpointWarning, StoreError
 from peakpoint.exchange.exports.files import export
@@ -547,3 +549,55 @@ def test_folders_of_hugging_face_are_whole(tmp_path):
     with safe_open(tmp_path / "folder" / "model.safetensors", "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert same(dict(sorted(weights.items())), dict(sorted(pp.load("r@latest", root=tmp_path)["model"].items())))
+
+
+@pytest.mark.slow  # transformers is large
+def test_transformers_opens_what_is_exported_of_shards(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32, n_positions=8)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        with checkpointer(tmp_path / "runs", state={"model": model}) as ckpt:
+            ckpt.report()
+        shard(tmp_path / "runs", "r@latest", CUTS["grid"])
+        config.save_pretrained(tmp_path)
+        options = ("--shard", "8KB", "--config", tmp_path / "config.json", "--to", tmp_path / "hf")
+        command("export", tmp_path / "runs", "r@latest", "--as", "hf", *options)
+        assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+        opened = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+        tokens = torch.arange(8)[None]
+        assert torch.equal(opened(tokens).logits, model(tokens).logits)
+    assert alike(dict(opened.state_dict()), dict(model.state_dict()))
+
+
+def test_validations_find_the_same_in_shards(tmp_path):
+    for run, cut in (("whole", None), ("rows", CUTS["rows"]), ("grid", CUTS["grid"])):
+        torch.manual_seed(0)
+        ref = validated.save(tmp_path, run=run, accuracy=0.5)
+        if cut is not None:
+            shard(tmp_path, ref, cut)
+    golden = tmp_path / "golden.safetensors"
+    save_file({"inputs": torch.ones(1, 2)}, golden)
+    results = {
+        run: pp.validate(
+            f"{run}@latest",
+            root=tmp_path,
+            evaluate=validated.evaluated,
+            model=validated.build,
+            golden=golden,
+            checks=[validated.fine],
+        )
+        for run in ("whole", "rows", "grid")
+    }
+    assert all(result.passed for result in results.values())
+    (_, *expected) = [(finding.check, finding.said) for finding in results["whole"].findings]
+    for run, ranks in (("rows", 3), ("grid", 4)):
+        integrity, *findings = results[run].findings
+        assert f"of {ranks + 1} files match" in integrity.said
+        assert [(finding.check, finding.said) for finding in findings] == expected
+    manifest = pp.open(tmp_path).find_manifest("rows@latest")
+    flip(tmp_path / layout.file_key(manifest.run, manifest.name, "model+rank1.safetensors"))
+    (failure, *_) = pp.validate("rows@latest", root=tmp_path).failures
+    assert failure.check == "integrity"
+    assert "model+rank1.safetensors" in failure.said
