@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+import peakpoint as pp
+from training import checkpointer
 
 SCRIPT = Path(__file__).parents[1] / "support" / "shard_scenarios.py"
 WAYS = ["1", "2", "3", "4", "replicas", "tensors", "none"]  # "none" is one process without torch.distributed
@@ -49,6 +54,34 @@ def test_what_could_not_be_saved_whole_is_refused():
         assert "call fully_shard() before" in late[1]
         assert "is a FullyShardedDataParallel, whose state_dict() talks to all ranks" in first[1]
     assert result["saved"] == []
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_why_the_state_of_optimizers_is_not_read_through_torch(has_gradients, tmp_path):
+    """``get_optimizer_state_dict`` changes an optimizer that has not stepped; with gradients it returns no moments."""
+
+    def cold():
+        model = torch.nn.Linear(3, 2)
+        if has_gradients:
+            model(torch.ones(1, 3)).sum().backward()
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = cold()
+    through_torch = get_optimizer_state_dict(model, optimizer)
+    assert {name: moments["step"] for name, moments in through_torch["state"].items()} == (
+        {} if has_gradients else {"weight": 1, "bias": 1}
+    )
+    assert len(optimizer.state) == (0 if has_gradients else 2), "of the optimizer itself"
+
+    model, optimizer = cold()
+    with checkpointer(tmp_path, state={"model": model, "optimizer": optimizer}) as ckpt:
+        ckpt.report()
+        assert not optimizer.state
+        optimizer.step()
+        ckpt.report()
+    saved = [pp.load(f"r:{step}", root=tmp_path)["optimizer"]["state"] for step in (0, 1)]
+    assert saved[0] == {}
+    assert len(saved[1]) == (2 if has_gradients else 0), "torch steps on nothing without gradients"
 
 
 @pytest.mark.slow  # 20 seconds
