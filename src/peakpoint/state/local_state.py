@@ -8,7 +8,6 @@ import torch
 
 from peakpoint.format.manifest import Manifest
 from peakpoint.format.shards import stored_tensors
-from peakpoint.repository import reader
 from peakpoint.state.divided import as_divided, has_divided, is_divided, own_boxes, own_shard
 from peakpoint.state.origin import param_groups, parameter_names, plain_name
 from peakpoint.state.saved import SavedState, StateTrees, read_state, read_tensors, read_trees, tensor_nodes
@@ -16,21 +15,11 @@ from peakpoint.state.shards import dtype_of, read_box, read_tensor
 from peakpoint.store import Store
 
 
-def verify_shards(store: Store, manifest: Manifest) -> None:
-    """Compare every byte of the files with shards with its digests, one file after the other.
-
-    Raises:
-        CorruptError: one is missing or damaged.
-    """
-    for file in manifest.files:
-        if file.offsets:
-            reader.read(store, manifest, file)
-
-
 def read_local(store: Store, manifest: Manifest, live: Mapping[str, Any]) -> SavedState:
     """Read a checkpoint for the live objects of one rank, whatever number of ranks has saved it.
 
-    Where a live tensor is divided, the rank's shard alone is read, and the tensor in the result is divided alike.
+    Where a live tensor is divided, the rank's shard alone is read, and the tensor in the result is divided alike. Every
+    file that has some of it is compared with its digests: all ranks together have compared all files.
 
     Raises:
         CorruptError: a file is missing or damaged.

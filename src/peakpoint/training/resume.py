@@ -1,16 +1,17 @@
 """The checkpoint that a run continues from, and the history that belongs to it.
 
-``Resumption`` takes the newest manifest whose files all match their digests. ``state.restore.restore_into`` compares
-names, shapes and dtypes of every part with the live objects before it changes the first. The history is the one that
+``Search`` offers the newest manifest, then the one before, until one is whose files all match their digests.
+``state.restore.restore_into`` compares names, shapes and dtypes of every part with the live objects before it changes
+the first. The history is the one that
 belongs to the checkpoint, ``forks`` note what was abandoned, and the random generators are set last, again right before
 the loop begins.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peakpoint.errors import CorruptError, FormatError, NotFoundError
+from peakpoint.errors import CorruptError, Error, NotFoundError
 from peakpoint.format.events import Reported, Saved, Started
 from peakpoint.format.manifest import Forks, Manifest
 from peakpoint.repository import journal as journals
@@ -21,7 +22,6 @@ from peakpoint.repository.root import Repository
 from peakpoint.repository.trash import dropped_parts
 from peakpoint.rules import history as histories
 from peakpoint.state import rng
-from peakpoint.state.local_state import read_local, verify_shards
 from peakpoint.state.origin import noted_settings, overruled_settings, script_settings
 from peakpoint.state.restore import LoadReport, restore_into
 from peakpoint.state.saved import SavedState
@@ -71,101 +71,145 @@ class Resumption:
     run: str
     listing: reader.RunListing
     journal: journals.JournalContents
-    ranks: Ranks
 
     @property
     def exists(self) -> bool:
         """Whether the run has checkpoints, damaged ones included."""
         return bool(self.listing.manifests or self.listing.damaged)
 
-    def restore(self, choice: str, live: dict[str, Any], *, strict: bool) -> StartPoint:
-        """Restore ``live`` from the chosen checkpoint; see the argument ``resume`` of ``Checkpointer``."""
+    @property
+    def last_sequence(self) -> int:
+        """The highest sequence number that was ever used in this run."""
+        return last_sequence(self.listing.manifests, self.journal.events)
+
+
+class Search:
+    """The search for the checkpoint that a run continues from: the one that is asked for, or the newest whole one.
+
+    Args:
+        past: of the run.
+        choice: see the argument ``resume`` of ``Checkpointer``.
+
+    Attributes:
+        skipped: a sentence for each newer checkpoint that could not be taken, or may have been damaged.
+    """
+
+    def __init__(self, past: Resumption, choice: str) -> None:
+        self._past = past
+        self._requested: str | None = None
+        self._why = ""
+        self.skipped: tuple[str, ...] = ()
+        self._damaged: list[str] = []
+        self._candidates = self._choose(choice)
+
+    def following(self, failure: Error | None) -> Manifest | None:
+        """Return the next checkpoint to try.
+
+        Args:
+            failure: why the one before could not be read; None at first.
+
+        Returns:
+            None when the run begins from nothing.
+
+        Raises:
+            NotFoundError: the checkpoint that is asked for does not exist.
+            CorruptError: no checkpoint is whole.
+        """
+        try:
+            return self._candidates.send(failure)
+        except StopIteration:
+            return None
+
+    def _choose(self, choice: str) -> Generator[Manifest, Error | None]:
+        past = self._past
         if choice == "never":
-            return self._nothing('resume="never"')
+            self._why = 'resume="never"'
+            return
         if choice not in ("auto", "must"):
             parsed = refs.parse_any(choice)
-            elsewhere = isinstance(parsed, refs.AliasRef) or parsed.run != self.run
-            followed = bool(self.listing.manifests) if elsewhere else self._followed(choice)
+            elsewhere = isinstance(parsed, refs.AliasRef) or parsed.run != past.run
+            followed = bool(past.listing.manifests) if elsewhere else self._followed(choice)
             if not followed:
-                manifest = Repository(self.store).find_manifest(choice)
-                return self._from(self._read(manifest, live), live, strict=strict, requested=choice)
-        elif not self.exists:
+                self._requested = choice
+                failure = yield Repository(past.store).find_manifest(choice)
+                assert failure is not None
+                raise failure
+        elif not past.exists:
             if choice == "must":
                 raise NotFoundError(
-                    f'resume="must", but run {self.run!r} in {self.store.location} has no checkpoint; check the root '
+                    f'resume="must", but run {past.run!r} in {past.store.location} has no checkpoint; check the root '
                     'and the name of the run, or start it with resume="auto"'
                 )
-            return self._nothing("no checkpoints yet")
-        return self._newest_good(live, strict=strict)
+            self._why = "no checkpoints yet"
+            return
+        yield from self._newest()
 
     def _followed(self, ref: str) -> bool:
         """Whether this run has been started from ``ref`` before and has saved something since."""
+        events = self._past.journal.events
         last = None
-        for number, event in enumerate(self.journal.events):
+        for number, event in enumerate(events):
             if isinstance(event, Started) and event.requested is not None:
                 last = number if event.requested == ref else None
-        return last is not None and any(isinstance(event, Saved) for event in self.journal.events[last:])
+        return last is not None and any(isinstance(event, Saved) for event in events[last:])
 
-    def _newest_good(self, live: dict[str, Any], *, strict: bool) -> StartPoint:
-        skipped = [str(checkpoint.error) for checkpoint in self.listing.damaged]
-        damaged: list[str] = []
-        for manifest in reversed(self.listing.manifests):
-            dropped = [part for record in dropped_parts(self.store, self.run, manifest.name) for part in record.parts]
+    def _newest(self) -> Generator[Manifest, Error | None]:
+        past = self._past
+        skipped: list[str] = []
+        for manifest in reversed(past.listing.manifests):
+            dropped = [part for record in dropped_parts(past.store, past.run, manifest.name) for part in record.parts]
             if dropped:
                 skipped.append(f"{manifest.name} cannot be continued from: its parts {', '.join(dropped)} were dropped")
                 continue
-            try:
-                saved = self._read(manifest, live)
-            except (CorruptError, FormatError, NotFoundError) as error:
-                skipped.append(str(error))
-                damaged.append(manifest.id)
-                continue
-            start = self._from(saved, live, strict=strict, requested=None)
-            assert start.report is not None
-            skipped = [*self._damage(manifest), *skipped[len(self.listing.damaged) :]]
-            return replace(start, report=replace(start.report, skipped=tuple(skipped)), damaged=tuple(damaged))
-        lines = "\n  ".join(skipped)
+            self.skipped = (*self._damage_beside(manifest), *skipped)
+            failure = yield manifest
+            assert failure is not None
+            skipped.append(str(failure))
+            self._damaged.append(manifest.id)
+        lines = "\n  ".join([*(str(checkpoint.error) for checkpoint in past.listing.damaged), *skipped])
         raise CorruptError(
-            f"no checkpoint of run {self.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
+            f"no checkpoint of run {past.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
             'with resume="never"; peakpoint audit --deep lists the damage'
         )
 
-    def _read(self, manifest: Manifest, live: Mapping[str, Any]) -> SavedState:
-        if self.ranks.size > 1:
-            verify_shards(self.store, manifest)  # also those of other ranks, so that all of them can follow
-        return read_local(self.store, manifest, live)
-
-    def _damage(self, newest: Manifest) -> list[str]:
+    def _damage_beside(self, newest: Manifest) -> list[str]:
         """Return a sentence for each damaged checkpoint that may be newer, and one for all older ones together."""
-        saves = [(damage, damage.saved) for damage in self.listing.damaged]
+        saves = [(damage, damage.saved) for damage in self._past.listing.damaged]
         older = [damage for damage, saved in saves if saved is not None and saved.sequence < newest.sequence]
         newer = [str(damage.error) for damage, _ in saves if damage not in older]
-        return [*newer, *([damage_sentence(self.store, older)] if older else [])]
+        return [*newer, *([damage_sentence(self._past.store, older)] if older else [])]
 
-    def _nothing(self, why: str) -> StartPoint:
-        sequence = last_sequence(self.listing.manifests, self.journal.events)
-        return StartPoint(sequence=sequence, why=why, forks=((0, sequence + 1),) if sequence else ())
+    def nothing(self) -> StartPoint:
+        """Return the start of a run that begins from nothing."""
+        sequence = self._past.last_sequence
+        return StartPoint(sequence=sequence, why=self._why, forks=((0, sequence + 1),) if sequence else ())
 
-    def _from(self, saved: SavedState, live: dict[str, Any], *, strict: bool, requested: str | None) -> StartPoint:
-        manifest = saved.manifest
-        start = restore_rank(saved, self.run, live, self.ranks, strict=strict)
-        sequence = last_sequence(self.listing.manifests, self.journal.events)
-        if manifest.run == self.run:
-            history = histories.history(self.journal.events, manifest.id) or [
+    def complete(self, start: StartPoint, manifest: Manifest) -> StartPoint:
+        """Add to the start from a checkpoint the history that belongs to it."""
+        past, sequence = self._past, self._past.last_sequence
+        if manifest.run == past.run:
+            history = histories.history(past.journal.events, manifest.id) or [
                 # killed between the manifest and its record: it is the newest, so the present history is its own
                 report
-                for report in histories.history(self.journal.events)
+                for report in histories.history(past.journal.events)
                 if report.report <= manifest.report
             ]
             newer = sequence > manifest.sequence
             forks = (*manifest.forks, (manifest.sequence, sequence + 1)) if newer else manifest.forks
         else:
             history, forks = [], ()
-        return replace(start, history=history, forks=forks, sequence=sequence, requested=requested)
+        return replace(
+            start,
+            history=history,
+            forks=forks,
+            sequence=sequence,
+            requested=self._requested,
+            damaged=tuple(self._damaged),
+        )
 
 
 def restore_rank(saved: SavedState, run: str, live: dict[str, Any], ranks: Ranks, *, strict: bool) -> StartPoint:
-    """Restore the state of one rank; see ``Resumption.restore`` for the rest of a start."""
+    """Restore the state of one rank; see ``Search`` for the rest of a start."""
     share = for_rank(saved, live, ranks.rank, ranks.size, strict=strict)
     saved, manifest = share.saved, saved.manifest
     decoder = Decoder({})
@@ -200,7 +244,7 @@ def restore_rank(saved: SavedState, run: str, live: dict[str, Any], ranks: Ranks
     )
 
 
-def resumption(store: Store, run: str, ranks: Ranks) -> Resumption:
+def resumption(store: Store, run: str) -> Resumption:
     """Read the past of a run.
 
     Raises:
@@ -209,4 +253,4 @@ def resumption(store: Store, run: str, ranks: Ranks) -> Resumption:
     listing = reader.list_run(store, run)
     listing = replace(listing, damaged=damaged_checkpoints(store, run, listing, exclusive=True))
     check_not_archived(store, run, listing.manifests)
-    return Resumption(store, run, listing, journals.read(store, run), ranks)
+    return Resumption(store, run, listing, journals.read(store, run))

@@ -103,7 +103,7 @@ class RunWriter:
         try:
             ensure_run(store, run, now, self._by, in_force, settings)
             clean_run(store, run, now)
-            past = resumption(store, run, ranks)
+            past = resumption(store, run)
             self._journal = Journal(store, run, clock)
             texts = tuple(rule.text for rule in in_force)
             classes = {part: f"{type(value).__module__}.{type(value).__qualname__}" for part, value in state.items()}

@@ -5,19 +5,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peakpoint.errors import CorruptError, NotFoundError, SaveFailedError, StoreError
+from peakpoint.errors import CorruptError, Error, FormatError, NotFoundError, SaveFailedError, StoreError
 from peakpoint.format.manifest import Manifest
-from peakpoint.repository.root import Repository
+from peakpoint.repository.reader import read_manifest
 from peakpoint.state.capture import LOOP, StateEncoder
 from peakpoint.state.divided import has_divided
 from peakpoint.state.local_state import read_local
+from peakpoint.state.saved import SavedState
 from peakpoint.state.step_guard import StepGuard
 from peakpoint.store import Store
 from peakpoint.training.outcome import Outcome, WarnOnce
 from peakpoint.training.position import Position
 from peakpoint.training.rank_states import own_state
 from peakpoint.training.ranks import Ranks
-from peakpoint.training.resume import StartPoint, restore_rank
+from peakpoint.training.resume import Search, StartPoint, restore_rank
 from peakpoint.training.run_writer import RunWriter, SaveOptions
 from peakpoint.training.shard_writer import ShardWriter
 from peakpoint.training.state_changes import replicated_elements
@@ -97,40 +98,69 @@ class SharedWriter:
         )
 
     def restore(self, choice: str, *, strict: bool) -> StartPoint:
-        """Restore the state of every rank from the checkpoint that rank 0 chooses; see ``Resumption.restore``.
+        """Restore the state of every rank from the checkpoint that rank 0 chooses and all of them can read.
+
+        Args:
+            choice: see the argument ``resume`` of ``Checkpointer``.
 
         Returns:
             Where this rank starts; only on rank 0 with the history.
         """
+        search: Search | None = None
+        if self._first is not None and self._first.resumption is not None:
+            search = Search(self._first.resumption, choice)
+        saved = self._read(search)
+        if saved is None:
+            return self._ranks.lead("resume", lambda: _only(search).nothing())
         starts: list[StartPoint] = []
 
-        def restore_first() -> StartPoint:
-            assert self.first.resumption is not None
-            starts.append(self.first.resumption.restore(choice, self._state, strict=strict))
-            return replace(starts[0], history=())
+        def restore() -> None:
+            starts.append(restore_rank(saved, self._run, self._state, self._ranks, strict=strict))
 
-        def restore_others() -> None:
-            if not starts:
-                starts.append(self._follow(first_start, strict=strict))
+        self._ranks.share("resume", restore)
+        (start,) = starts
+        assert start.report is not None
+        skipped = self._ranks.lead("resume", lambda: _only(search).skipped)
+        start = replace(start, report=replace(start.report, skipped=skipped))
+        return start if search is None else search.complete(start, saved.manifest)
 
-        first_start = self._ranks.lead("resume", restore_first)
-        if self._ranks.size > 1:
-            self._ranks.share("resume", restore_others)
-        return starts[0]
+    def _read(self, search: Search | None) -> SavedState | None:
+        """Read the first checkpoint that every rank can read; None where the run begins from nothing."""
+        manifests: list[Manifest] = []
+        contents: list[SavedState] = []
+        failure: Error | None = None
 
-    def _follow(self, first_start: StartPoint, *, strict: bool) -> StartPoint:
-        if first_start.report is None:
-            return first_start
+        def propose() -> tuple[str, str, str] | None:
+            manifest = _only(search).following(failure)
+            if manifest is None:
+                return None
+            manifests[:] = [manifest]
+            return manifest.run, manifest.name, manifest.id
+
+        def read() -> Error | None:
+            assert candidate is not None
+            (manifest,) = manifests or [self._look_up(*candidate)]
+            try:
+                contents[:] = [read_local(self._store, manifest, self._state)]
+            except (CorruptError, FormatError, NotFoundError) as error:
+                return error
+            return None
+
+        while (candidate := self._ranks.lead("resume", propose)) is not None:
+            failure = next(filter(None, self._ranks.share("resume", read)), None)
+            if failure is None:
+                return contents[0]
+        return None
+
+    def _look_up(self, run: str, name: str, identity: str) -> Manifest:
+        """Return the manifest that rank 0 has read."""
         try:
-            manifest = Repository(self._store).find_manifest(first_start.report.ref)
+            manifest = read_manifest(self._store, run, name)
         except NotFoundError as error:
             raise StoreError(self._not_shared()) from error
-        if manifest.id != first_start.parent:
+        if manifest.id != identity:
             raise CorruptError(self._not_shared())
-        saved = read_local(self._store, manifest, self._state)
-        start = restore_rank(saved, self._run, self._state, self._ranks, strict=strict)
-        assert start.report is not None
-        return replace(start, report=replace(start.report, skipped=first_start.report.skipped))
+        return manifest
 
     def start(self, origin: StartPoint, position: Position) -> list[str]:
         """Begin to write after a start point; returns what people should know."""
@@ -236,3 +266,9 @@ class SharedWriter:
             if self._first is None and "guard" in vars(self):
                 self.guard.stop()
             self._ranks.close()
+
+
+def _only(search: Search | None) -> Search:
+    """Return the search, which rank 0 alone makes."""
+    assert search is not None
+    return search
