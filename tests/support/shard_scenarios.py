@@ -177,6 +177,35 @@ def goes_on_exactly(root):
     }
 
 
+def frozen_shards(root):
+    """Adapters are trained beside frozen weights: by two ranks, again by two that resume, and by three."""
+
+    def work(rank, size, steps):
+        warnings.simplefilter("ignore")
+        model = torch.nn.Sequential(torch.nn.Linear(256, 256).requires_grad_(False), torch.nn.Linear(256, 4))
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+        state = {"model": model, "optimizer": optimizer}
+        with QuietCheckpointer(root, run="r", state=state, keep=[pp.Last(9)]) as ckpt:
+            for _ in ckpt.steps(steps):
+                model(torch.randn(2, 256)).sum().backward()
+                optimizer.step()
+                ckpt.report()
+
+    in_ranks(2, lambda rank: work(rank, 2, 2))
+    in_ranks(2, lambda rank: work(rank, 2, 3))
+    in_ranks(3, lambda rank: work(rank, 3, 4))
+    files = {}
+    for manifest in pp.open(root).run("r").manifests():
+        folder = root / "runs" / "r" / "checkpoints" / manifest.name
+        files[manifest.name] = {
+            file.name: [bool(file.shared), (folder / file.name).stat().st_nlink]
+            for file in manifest.files
+            if file.offsets
+        }
+    return {"files": files, "clean": audit(pp.open(root), deep=True).clean}
+
+
 def a_shard_is_damaged(root):
     results = {"first step": in_ranks(2, lambda rank: train(root / "one", 2, rank, 1))}
     for damage in ("missing", "truncated", "flipped"):
@@ -225,6 +254,7 @@ SCENARIOS = {
     function.__name__: function
     for function in (
         goes_on_exactly,
+        frozen_shards,
         a_shard_is_damaged,
         one_disk_is_full,
         refusals,

@@ -47,6 +47,18 @@ def test_a_training_goes_on_exactly():
     assert result["clean"] == [True, True]
 
 
+def test_every_rank_shares_its_shards_that_stay_as_they_are():
+    result = scenario("frozen_shards")
+    files = result["files"]
+    for rank in (0, 1):
+        name = f"model+frozen+rank{rank}.safetensors"
+        assert [files[step][name] for step in ("step1", "step2", "step3")] == [[False, 3], [True, 3], [True, 3]]
+        assert files["step3"][f"model+rank{rank}.safetensors"] == [False, 1]
+    assert [file for file, (shared, _) in files["step4"].items() if shared] == [], "other shards"
+    assert len(files["step4"]) == 5, "rank 2 has nothing of four rows"
+    assert result["clean"]
+
+
 def test_what_could_not_be_saved_whole_is_refused():
     result = scenario("refusals")
     for late, first in of_ranks(result["ranks"]):

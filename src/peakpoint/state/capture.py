@@ -4,6 +4,7 @@ The copy of the state that is written is taken here, in one go, so that training
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -231,17 +232,22 @@ class StateEncoder:
         if self._shares:
             for part, files in manifest.parts.items():
                 if files and part in self._parts:
-                    self._parts[part].unchanged.learn(_digests(manifest, files))
+                    self._parts[part].unchanged.learn(self._digests(manifest, files))
 
     def inherit(self, manifest: Manifest) -> None:
         """Go on from a checkpoint that the state has been restored from: expect the same tensors not to change."""
         for part, files in manifest.parts.items():
             if files:
-                separate = _digests(manifest, [name for name in files if FROZEN in name])
-                shared = _digests(manifest, [name for name in files if manifest.file(name).shared])
+                separate = self._digests(manifest, [name for name in files if FROZEN in name])
+                shared = self._digests(manifest, [name for name in files if manifest.file(name).shared])
                 encoder = self._parts.setdefault(part, _PartEncoder())
                 encoder.unchanged = UnchangedTensors()
-                encoder.unchanged.inherit(_digests(manifest, files), separate.keys(), shared.keys())
+                encoder.unchanged.inherit(self._digests(manifest, files), separate.keys(), shared.keys())
+
+    def _digests(self, manifest: Manifest, files: Sequence[str]) -> dict[str, str]:
+        """Return the digests of all tensors in some files of a checkpoint, those of other ranks left out."""
+        own_files = [name for name in files if (layout.rank_of(name) or 0) == self.rank]
+        return {tensor.name: tensor.digest for name in own_files for tensor in manifest.file(name).tensors}
 
 
 def _part_tensors(value: Any, tensors: Mapping[str, torch.Tensor], stepped: frozenset[Storage]) -> PartTensors:
@@ -256,12 +262,6 @@ def _part_tensors(value: Any, tensors: Mapping[str, torch.Tensor], stepped: froz
     parameters = {*map(storage_of, own_parameters)} - stepped
     frozen = frozenset(name for name, storage in storages.items() if storage in parameters)
     return PartTensors(tuple(tensors), sizes, frozen, stepped_names)
-
-
-def _digests(manifest: Manifest, files: Sequence[str]) -> dict[str, str]:
-    """Return the digests of all tensors in some files of a checkpoint, those of other ranks left out."""
-    own_files = [name for name in files if not layout.rank_of(name)]
-    return {tensor.name: tensor.digest for name in own_files for tensor in manifest.file(name).tensors}
 
 
 def _file_names(part: str, rank: int = 0) -> tuple[str, ...]:
@@ -317,22 +317,27 @@ def capture_shards(
     stepped: frozenset[Storage],
 ) -> CapturedState:
     """Copy the shards that a rank other than 0 writes; see ``capture``. ``StateEncoder.plan`` comes first."""
-    files, _, offsets = encoder.split(state, stepped)
-    images, copying = _copy(files, offsets, encoder, buffer, owned)
+    files, stable, offsets = encoder.split(state, stepped)
+    images, copying = _copy(files, stable, offsets, encoder, buffer, owned)
     parts = {part: tuple(name for name in _file_names(part, encoder.rank) if name in files) for part in state}
-    return CapturedState(tuple(images), parts, copying, stays=False, committed=encoder.learn)
+    return CapturedState(images, parts, copying, stays=False, committed=encoder.learn)
 
 
 def _copy(
     files: Mapping[str, Mapping[str, torch.Tensor]],
+    stable: AbstractSet[str],
     offsets: FileShards,
     encoder: StateEncoder,
     buffer: StagingBuffer | RingBuffer,
     owned: frozenset[Storage],
-) -> tuple[Sequence[FileImage], StateCopy]:
+) -> tuple[tuple[FileImage, ...], StateCopy]:
+    images: Sequence[FileImage]
+    copying: StateCopy
     if isinstance(buffer, RingBuffer):
-        return buffer.capture(files, offsets)
-    return buffer.capture(files, owned, encoder.placement, offsets)
+        images, copying = buffer.capture(files, offsets)
+    else:
+        images, copying = buffer.capture(files, owned, encoder.placement, offsets)
+    return tuple(replace(image, stable=True) if image.name in stable else image for image in images), copying
 
 
 @gc_paused()
@@ -369,8 +374,7 @@ def capture(
     files, stable, offsets = encoder.split(saved, stepped)
     ready_images = {} if foreign is None else foreign.images
     copied = {name: tensors for name, tensors in files.items() if name not in ready_images}
-    images, copying = _copy(copied, offsets, encoder, buffer, owned)
-    images = [replace(image, stable=True) if image.name in stable else image for image in images]
+    images, copying = _copy(copied, stable, offsets, encoder, buffer, owned)
     parts = {part: tuple(name for name in _file_names(part, encoder.rank) if name in files) for part in state}
     loop_files = tuple(name for name in _file_names(LOOP) if name in files)
     return CapturedState(

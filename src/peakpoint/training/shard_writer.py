@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peakpoint.errors import Error
@@ -37,6 +38,12 @@ class ShardWriter:
         self._buffer, self._guard, self._overlap = buffer, guard, overlap
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._previous: Manifest | None = None  # this rank's part of it
+
+    def inherit(self, manifest: Manifest) -> None:
+        """Go on from a checkpoint that the state has been restored from; see ``StateEncoder.inherit``."""
+        self._encoder.inherit(manifest)
+        self._previous = manifest
 
     def save(self, draft: Manifest) -> None:
         """Copy the shards of this moment, and begin to write them to the checkpoint that ``draft`` names.
@@ -81,7 +88,7 @@ class ShardWriter:
         if copier is None:
             captured.copying.run()
         try:
-            files = {file.name: file for file in put_files(self._store, draft, captured.images)}
+            files = put_files(self._store, draft, captured.images, self._previous)
             captured.copying.settle()
         except BaseException:
             captured.copying.abandon()
@@ -89,7 +96,9 @@ class ShardWriter:
         finally:
             if copier is not None:
                 copier.join()
-        return {part: [files[name] for name in names] for part, names in captured.parts.items()}
+        self._previous = replace(draft, files=files, parts=captured.parts)
+        captured.committed(self._previous)
+        return {part: [*map(self._previous.file, names)] for part, names in captured.parts.items()}
 
 
 def records_of_others(ranks: Ranks) -> Records:

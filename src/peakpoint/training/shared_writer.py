@@ -13,6 +13,7 @@ from peakpoint.state.divided import has_divided
 from peakpoint.state.local_state import read_local
 from peakpoint.state.saved import SavedState
 from peakpoint.state.step_guard import StepGuard
+from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import Store
 from peakpoint.training.outcome import Outcome, WarnOnce
 from peakpoint.training.position import Position
@@ -71,7 +72,8 @@ class SharedWriter:
             self.release()
             raise
         self.guard = StepGuard(state) if self._first is None else self._first.guard
-        self._encoder = StateEncoder(shares=False) if self._first is None else self._first.encoder
+        shares = isinstance(options.buffer, StagingBuffer)
+        self._encoder = StateEncoder(shares=shares) if self._first is None else self._first.encoder
         self._encoder.rank = ranks.rank
         self._is_divided = has_divided(state)
         if self._is_divided and ranks.size > 1:
@@ -122,6 +124,8 @@ class SharedWriter:
         assert start.report is not None
         skipped = self._ranks.lead("resume", lambda: _only(search).skipped)
         start = replace(start, report=replace(start.report, skipped=skipped))
+        if self._shards is not None and saved.manifest.run == self._run:
+            self._shards.inherit(saved.manifest)
         return start if search is None else search.complete(start, saved.manifest)
 
     def _read(self, search: Search | None) -> SavedState | None:
