@@ -1,6 +1,6 @@
 """The checkpoint that a run continues from, and the history that belongs to it.
 
-``Search`` offers the newest manifest, then the one before, until one is whose files all match their digests.
+``Resumption`` offers the newest manifest, then the one before, until one is whose files all match their digests.
 ``state.restore.restore_into`` compares names, shapes and dtypes of every part with the live objects before it changes
 the first. The history is the one that
 belongs to the checkpoint, ``forks`` note what was abandoned, and the random generators are set last, again right before
@@ -63,14 +63,23 @@ class StartPoint:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Resumption:
-    """The past of a run, from which it may be continued."""
+    """The past of a run, and the search in it for the checkpoint that the run continues from.
+
+    Attributes:
+        skipped: a sentence for each newer checkpoint that could not be taken, or may have been damaged.
+    """
 
     store: Store
     run: str
     listing: reader.RunListing
     journal: journals.JournalContents
+    skipped: tuple[str, ...] = ()
+    _requested: str | None = None
+    _why: str = ""
+    _damaged: tuple[str, ...] = ()
+    _candidates: Generator[Manifest, Error | None] | None = None
 
     @property
     def exists(self) -> bool:
@@ -78,66 +87,49 @@ class Resumption:
         return bool(self.listing.manifests or self.listing.damaged)
 
     @property
-    def last_sequence(self) -> int:
+    def _sequence(self) -> int:
         """The highest sequence number that was ever used in this run."""
         return last_sequence(self.listing.manifests, self.journal.events)
 
-
-class Search:
-    """The search for the checkpoint that a run continues from: the one that is asked for, or the newest whole one.
-
-    Args:
-        past: of the run.
-        choice: see the argument ``resume`` of ``Checkpointer``.
-
-    Attributes:
-        skipped: a sentence for each newer checkpoint that could not be taken, or may have been damaged.
-    """
-
-    def __init__(self, past: Resumption, choice: str) -> None:
-        self._past = past
-        self._requested: str | None = None
-        self._why = ""
-        self.skipped: tuple[str, ...] = ()
-        self._damaged: list[str] = []
-        self._candidates = self._choose(choice)
-
-    def following(self, failure: Error | None) -> Manifest | None:
-        """Return the next checkpoint to try.
+    def candidate(self, choice: str, failure: Error | None) -> Manifest | StartPoint:
+        """Return the next checkpoint to try: the one that is asked for, or the newest, then the one before.
 
         Args:
+            choice: see the argument ``resume`` of ``Checkpointer``.
             failure: why the one before could not be read; None at first.
 
         Returns:
-            None when the run begins from nothing.
+            The start itself when the run begins from nothing.
 
         Raises:
             NotFoundError: the checkpoint that is asked for does not exist.
             CorruptError: no checkpoint is whole.
         """
+        if self._candidates is None:
+            self._candidates = self._choose(choice)
         try:
             return self._candidates.send(failure)
         except StopIteration:
-            return None
+            sequence = self._sequence
+            return StartPoint(sequence=sequence, why=self._why, forks=((0, sequence + 1),) if sequence else ())
 
     def _choose(self, choice: str) -> Generator[Manifest, Error | None]:
-        past = self._past
         if choice == "never":
             self._why = 'resume="never"'
             return
         if choice not in ("auto", "must"):
             parsed = refs.parse_any(choice)
-            elsewhere = isinstance(parsed, refs.AliasRef) or parsed.run != past.run
-            followed = bool(past.listing.manifests) if elsewhere else self._followed(choice)
+            elsewhere = isinstance(parsed, refs.AliasRef) or parsed.run != self.run
+            followed = bool(self.listing.manifests) if elsewhere else self._followed(choice)
             if not followed:
                 self._requested = choice
-                failure = yield Repository(past.store).find_manifest(choice)
+                failure = yield Repository(self.store).find_manifest(choice)
                 assert failure is not None
                 raise failure
-        elif not past.exists:
+        elif not self.exists:
             if choice == "must":
                 raise NotFoundError(
-                    f'resume="must", but run {past.run!r} in {past.store.location} has no checkpoint; check the root '
+                    f'resume="must", but run {self.run!r} in {self.store.location} has no checkpoint; check the root '
                     'and the name of the run, or start it with resume="auto"'
                 )
             self._why = "no checkpoints yet"
@@ -146,7 +138,7 @@ class Search:
 
     def _followed(self, ref: str) -> bool:
         """Whether this run has been started from ``ref`` before and has saved something since."""
-        events = self._past.journal.events
+        events = self.journal.events
         last = None
         for number, event in enumerate(events):
             if isinstance(event, Started) and event.requested is not None:
@@ -154,10 +146,9 @@ class Search:
         return last is not None and any(isinstance(event, Saved) for event in events[last:])
 
     def _newest(self) -> Generator[Manifest, Error | None]:
-        past = self._past
         skipped: list[str] = []
-        for manifest in reversed(past.listing.manifests):
-            dropped = [part for record in dropped_parts(past.store, past.run, manifest.name) for part in record.parts]
+        for manifest in reversed(self.listing.manifests):
+            dropped = [part for record in dropped_parts(self.store, self.run, manifest.name) for part in record.parts]
             if dropped:
                 skipped.append(f"{manifest.name} cannot be continued from: its parts {', '.join(dropped)} were dropped")
                 continue
@@ -165,33 +156,28 @@ class Search:
             failure = yield manifest
             assert failure is not None
             skipped.append(str(failure))
-            self._damaged.append(manifest.id)
-        lines = "\n  ".join([*(str(checkpoint.error) for checkpoint in past.listing.damaged), *skipped])
+            self._damaged = (*self._damaged, manifest.id)
+        lines = "\n  ".join([*(str(checkpoint.error) for checkpoint in self.listing.damaged), *skipped])
         raise CorruptError(
-            f"no checkpoint of run {past.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
+            f"no checkpoint of run {self.run!r} is whole:\n  {lines}\nrestore one from a copy, or start again "
             'with resume="never"; peakpoint audit --deep lists the damage'
         )
 
     def _damage_beside(self, newest: Manifest) -> list[str]:
         """Return a sentence for each damaged checkpoint that may be newer, and one for all older ones together."""
-        saves = [(damage, damage.saved) for damage in self._past.listing.damaged]
+        saves = [(damage, damage.saved) for damage in self.listing.damaged]
         older = [damage for damage, saved in saves if saved is not None and saved.sequence < newest.sequence]
         newer = [str(damage.error) for damage, _ in saves if damage not in older]
-        return [*newer, *([damage_sentence(self._past.store, older)] if older else [])]
-
-    def nothing(self) -> StartPoint:
-        """Return the start of a run that begins from nothing."""
-        sequence = self._past.last_sequence
-        return StartPoint(sequence=sequence, why=self._why, forks=((0, sequence + 1),) if sequence else ())
+        return [*newer, *([damage_sentence(self.store, older)] if older else [])]
 
     def complete(self, start: StartPoint, manifest: Manifest) -> StartPoint:
         """Add to the start from a checkpoint the history that belongs to it."""
-        past, sequence = self._past, self._past.last_sequence
-        if manifest.run == past.run:
-            history = histories.history(past.journal.events, manifest.id) or [
+        sequence = self._sequence
+        if manifest.run == self.run:
+            history = histories.history(self.journal.events, manifest.id) or [
                 # killed between the manifest and its record: it is the newest, so the present history is its own
                 report
-                for report in histories.history(past.journal.events)
+                for report in histories.history(self.journal.events)
                 if report.report <= manifest.report
             ]
             newer = sequence > manifest.sequence
@@ -204,12 +190,12 @@ class Search:
             forks=forks,
             sequence=sequence,
             requested=self._requested,
-            damaged=tuple(self._damaged),
+            damaged=self._damaged,
         )
 
 
 def restore_rank(saved: SavedState, run: str, live: dict[str, Any], ranks: Ranks, *, strict: bool) -> StartPoint:
-    """Restore the state of one rank; see ``Search`` for the rest of a start."""
+    """Restore the state of one rank; see ``Resumption`` for the rest of a start."""
     share = for_rank(saved, live, ranks.rank, ranks.size, strict=strict)
     saved, manifest = share.saved, saved.manifest
     decoder = Decoder({})

@@ -113,7 +113,7 @@ class RunWriter:
         except BaseException:
             self._hold.release()
             raise
-        self.resumption: Resumption | None = past  # None once the run has started: a long journal takes memory
+        self._resumption: Resumption | None = past  # None once the run has started: a long journal takes memory
         self._earlier_rules = earlier_rules(past.journal.events)
         self._changed_settings = changes(settings_of(past.journal.events), settings)
         every_rule = [*in_force, *(rule for previous in self._earlier_rules for rule in previous or ())]
@@ -123,6 +123,12 @@ class RunWriter:
             store, run, self._journal, in_force, existing, self._annotations, options.undo_for, self._hold
         )
         self.guard = StepGuard(state)
+
+    @property
+    def resumption(self) -> Resumption:
+        """The past of the run; before it starts."""
+        assert self._resumption is not None
+        return self._resumption
 
     def release(self) -> None:
         """Let go of the run without a trace in the journal: the training has not begun."""
@@ -134,8 +140,7 @@ class RunWriter:
 
     def start(self, origin: StartPoint, position: Position) -> list[str]:
         """Begin to write after a start point; returns what people should know of rules that have changed."""
-        assert self.resumption is not None
-        manifests, self.resumption = self.resumption.listing.manifests, None
+        manifests, self._resumption = self.resumption.listing.manifests, None
         self._sequence, self._forks, self._parent = origin.sequence, origin.forks, origin.parent
         self.encoder.settings = {**self.encoder.settings, **origin.settings}
         for report in origin.history:

@@ -19,7 +19,7 @@ from peakpoint.training.outcome import Outcome, WarnOnce
 from peakpoint.training.position import Position
 from peakpoint.training.rank_states import own_state
 from peakpoint.training.ranks import Ranks
-from peakpoint.training.resume import Search, StartPoint, restore_rank
+from peakpoint.training.resume import StartPoint, restore_rank
 from peakpoint.training.run_writer import RunWriter, SaveOptions
 from peakpoint.training.shard_writer import ShardWriter
 from peakpoint.training.state_changes import replicated_elements
@@ -62,7 +62,6 @@ class SharedWriter:
 
         def open_run() -> tuple[bool, str]:
             self._first = make()
-            assert self._first.resumption is not None
             return self._first.resumption.exists, self._first.journal_key
 
         try:
@@ -108,12 +107,9 @@ class SharedWriter:
         Returns:
             Where this rank starts; only on rank 0 with the history.
         """
-        search: Search | None = None
-        if self._first is not None and self._first.resumption is not None:
-            search = Search(self._first.resumption, choice)
-        saved = self._read(search)
-        if saved is None:
-            return self._ranks.lead("resume", lambda: _only(search).nothing())
+        saved = self._read(choice)
+        if isinstance(saved, StartPoint):
+            return saved
         starts: list[StartPoint] = []
 
         def restore() -> None:
@@ -122,27 +118,27 @@ class SharedWriter:
         self._ranks.share("resume", restore)
         (start,) = starts
         assert start.report is not None
-        skipped = self._ranks.lead("resume", lambda: _only(search).skipped)
+        skipped = self._ranks.lead("resume", lambda: self.first.resumption.skipped)
         start = replace(start, report=replace(start.report, skipped=skipped))
         if self._shards is not None and saved.manifest.run == self._run:
             self._shards.inherit(saved.manifest)
-        return start if search is None else search.complete(start, saved.manifest)
+        return start if self._first is None else self.first.resumption.complete(start, saved.manifest)
 
-    def _read(self, search: Search | None) -> SavedState | None:
-        """Read the first checkpoint that every rank can read; None where the run begins from nothing."""
+    def _read(self, choice: str) -> SavedState | StartPoint:
+        """Read the first checkpoint that every rank can read; returns the start where the run begins from nothing."""
         manifests: list[Manifest] = []
         contents: list[SavedState] = []
         failure: Error | None = None
 
-        def propose() -> tuple[str, str, str] | None:
-            manifest = _only(search).following(failure)
-            if manifest is None:
-                return None
+        def propose() -> tuple[str, str, str] | StartPoint:
+            manifest = self.first.resumption.candidate(choice, failure)
+            if isinstance(manifest, StartPoint):
+                return manifest
             manifests[:] = [manifest]
             return manifest.run, manifest.name, manifest.id
 
         def read() -> Error | None:
-            assert candidate is not None
+            assert not isinstance(candidate, StartPoint)
             (manifest,) = manifests or [self._look_up(*candidate)]
             try:
                 contents[:] = [read_local(self._store, manifest, self._state)]
@@ -150,11 +146,11 @@ class SharedWriter:
                 return error
             return None
 
-        while (candidate := self._ranks.lead("resume", propose)) is not None:
+        while not isinstance(candidate := self._ranks.lead("resume", propose), StartPoint):
             failure = next(filter(None, self._ranks.share("resume", read)), None)
             if failure is None:
                 return contents[0]
-        return None
+        return candidate
 
     def _look_up(self, run: str, name: str, identity: str) -> Manifest:
         """Return the manifest that rank 0 has read."""
@@ -270,9 +266,3 @@ class SharedWriter:
             if self._first is None and "guard" in vars(self):
                 self.guard.stop()
             self._ranks.close()
-
-
-def _only(search: Search | None) -> Search:
-    """Return the search, which rank 0 alone makes."""
-    assert search is not None
-    return search
