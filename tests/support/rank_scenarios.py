@@ -22,6 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import peakpoint as pp
 from peakpoint.store import FileOps, LocalStore
+from peakpoint.training.ranks import _FRAME, Ranks
 from ranks import in_ranks
 from training import QuietCheckpointer
 
@@ -372,6 +373,21 @@ def steps_after_its_report(root):
     return {"ranks": results, "counts": counts}
 
 
+def messages_of_any_size(root):
+    """Around the end of the first piece of a message, every size there is."""
+
+    def work(rank):
+        ranks = Ranks("r")
+        sizes = [0, 1, *range(_FRAME - 200, _FRAME + 9), 3_000_000]
+        shared = [ranks.share("save", lambda: bytes([rank]) * size) for size in sizes]  # noqa: B023
+        led = [ranks.lead("save", lambda: b"x" * size) for size in sizes]  # noqa: B023
+        ranks.close()
+        expected = [[bytes([0]) * size, bytes([1]) * size] for size in sizes]
+        return [shared == expected, led == [b"x" * size for size in sizes]]
+
+    return in_ranks(2, work)
+
+
 def asks_and_waits(root):
     def work(rank):
         ignore_replicas()
@@ -453,6 +469,7 @@ SCENARIOS = {
         other_directories,
         the_group_ends_first,
         steps_after_its_report,
+        messages_of_any_size,
         asks_and_waits,
         loads_with_workers,
     )

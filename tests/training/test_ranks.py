@@ -56,6 +56,10 @@ def test_a_training_goes_on_exactly_on_every_rank(results):
     assert scenario["parts"] == ["model", "optimizer", "scheduler", "noise"]
 
 
+def test_messages_of_any_size_arrive(results):
+    assert of_ranks(results["messages_of_any_size"]) == [[True, True], [True, True]]
+
+
 def test_metrics_are_those_of_rank_0_or_of_all(results):
     scenario = results["reduces"]
     *reduced, (name, value) = [{}, *scenario["metrics"][:-1], *scenario["metrics"][-1].items()][1:]

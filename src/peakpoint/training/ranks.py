@@ -22,6 +22,7 @@ from peakpoint.training.outcome import warn
 Result = TypeVar("Result")
 
 _TIME_LIMIT = timedelta(minutes=30)  # torch's own for groups on the CPU
+_FRAME = 4096  # bytes of every message; a longer one has a second piece
 _VARIABLES = (
     ("RANK", "WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
@@ -176,23 +177,27 @@ class Ranks:
 
     def _send(self, call: str, message: object, rank: int, group: "distributed.ProcessGroup | None" = None) -> None:
         group = group or self._group
-        data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
+        data = pickle.dumps(message)
+        frame = (len(data).to_bytes(8) + data).ljust(_FRAME, b"\0")
         try:
-            distributed.send(torch.tensor([data.numel()]), rank, group=group)
-            distributed.send(data, rank, group=group)
+            for piece in filter(None, (frame[:_FRAME], frame[_FRAME:])):
+                distributed.send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), rank, group=group)
         except RuntimeError as error:
             raise self._gone(call, rank) from error
 
     def _receive(self, call: str, rank: int, group: "distributed.ProcessGroup | None" = None) -> Any:
         group = group or self._group
-        size = torch.zeros(1, dtype=torch.int64)
+        frame = torch.empty(_FRAME, dtype=torch.uint8)
         try:
-            distributed.recv(size, rank, group=group)
-            data = torch.empty(int(size), dtype=torch.uint8)
-            distributed.recv(data, rank, group=group)
+            distributed.recv(frame, rank, group=group)
+            size = int.from_bytes(frame[:8].numpy().tobytes())
+            rest = torch.empty(max(0, 8 + size - _FRAME), dtype=torch.uint8)
+            if len(rest):
+                distributed.recv(rest, rank, group=group)
         except RuntimeError as error:
             raise self._gone(call, rank) from error
-        return pickle.loads(data.numpy().tobytes())  # noqa: S301 - from a process of the same training
+        data = torch.cat([frame, rest])[8 : 8 + size].numpy().tobytes()
+        return pickle.loads(data)  # noqa: S301 - from a process of the same training
 
     def _gone(self, call: str, rank: int) -> ConflictError:
         return ConflictError(
