@@ -121,9 +121,12 @@ class StateEncoder:
             same = cache.encode(content, f'state["{name}"]', attributes=content is not value) and same
         if not same:
             self.placement = object()
-        caches = {name: part.cache for name, part in self._parts.items()}
-        trees = {name: cache.tree for name, cache in caches.items()}
-        return trees, {name: cache.tensors for name, cache in caches.items() if cache.tensors}
+        return self.trees, {name: part.cache.tensors for name, part in self._parts.items() if part.cache.tensors}
+
+    @property
+    def trees(self) -> dict[str, Any]:
+        """The tree of each part, as the last ``encode`` or ``plan`` has made it."""
+        return {name: part.cache.tree for name, part in self._parts.items()}
 
     @property
     def is_divided(self) -> bool:
@@ -131,7 +134,7 @@ class StateEncoder:
         return bool(self._planned)
 
     def plan(self, state: Mapping[str, Any], share: Callable[[Callable[[], Any]], Sequence[Any]]) -> None:
-        """Decide which rank writes which shard of a state, unless that is as it was; called on every rank.
+        """Encode a state, and decide which rank writes which shard, unless that is as it was; called on every rank.
 
         Args:
             state: part name to live object or plain value.
@@ -358,7 +361,7 @@ def capture(
     Args:
         state: part name to live object or plain value.
         loop: the loop's position, plain values.
-        encoder: of this state, for the whole run.
+        encoder: of this state, for the whole run; where tensors are divided, ``plan`` has encoded it a moment ago.
         buffer: receives the tensors.
         owned: memory that may be copied later; empty to copy everything now.
         stepped: memory that optimizers change; parameters elsewhere are frozen, and get files of their own at once.
@@ -369,7 +372,7 @@ def capture(
         ConfigError: something in the state cannot be kept exactly; the message says where it is.
     """
     saved = {**state, LOOP: list(ranks)} if ranks else state
-    trees, _ = encoder.encode(saved)
+    trees = encoder.trees if encoder.is_divided else encoder.encode(saved)[0]
     state_file = _state_file(trees, encoder.origins(state), loop, foreign)
     files, stable, offsets = encoder.split(saved, stepped)
     ready_images = {} if foreign is None else foreign.images

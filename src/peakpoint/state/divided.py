@@ -4,7 +4,7 @@ Which rank writes which shard, and which of several replicas is written, is deci
 ``torch.distributed.checkpoint``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -37,6 +37,12 @@ def own_shard(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     shard: torch.Tensor = tensor.to_local()
     return shard.contiguous()
+
+
+def own_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return what this rank has of tensors; see ``own_shard``."""
+    with torch.no_grad():  # which spares each a step of the gradient
+        return [*map(own_shard, tensors)]
 
 
 def layout_of(tensors: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peakpoint.errors import ConfigError
-from peakpoint.state.divided import own_shard
+from peakpoint.state.divided import own_shards
 from peakpoint.state.json_scalars import TAG
 from peakpoint.state.typed_json import Encoder
 
@@ -69,7 +69,7 @@ class EncodeCache:
         if self._follow is not None:
             tensors: list[torch.Tensor] = []
             followed = self._follow(value, tensors)
-            tensors = [*map(own_shard, tensors)] if self.shards else tensors
+            tensors = own_shards(tensors) if self.shards else tensors
             if followed and _traits(tensors) == self._traits != []:
                 plain = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
                 self.tensors = {name: plain[number] for name, number in self._stored.items()}
@@ -90,7 +90,7 @@ class EncodeCache:
         tensors: list[torch.Tensor] = []
         # an array of the state becomes a tensor for the occasion, which cannot be followed
         if follow is not None and follow(value, tensors) and len(tensors) == len(numbers):
-            self._follow, self._traits = follow, _traits([*map(own_shard, tensors)])
+            self._follow, self._traits = follow, _traits(own_shards(tensors))
             self._stored = {name: numbers[name] for name in encoder.tensors}
             self.placement = object() if self._traits else None
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from peakpoint.state.divided import own_shard
+from peakpoint.state.divided import own_shards
 from peakpoint.state.host_copy import NO_STORAGE, Storage, storage_of
 
 
@@ -114,7 +114,7 @@ class StepGuard:
                 tensors += [parameter for parameter in group["params"] if not is_lazy(parameter)]
             for moments in optimizer.state.values():
                 tensors += [moment for moment in moments.values() if isinstance(moment, torch.Tensor)]
-        tensors = [*map(own_shard, tensors)]
+        tensors = own_shards(tensors)
         places = [tensor.data_ptr() for tensor in tensors]
         if places != self._places:
             self._places, self._owned = places, frozenset(map(storage_of, tensors))
