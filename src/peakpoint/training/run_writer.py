@@ -256,7 +256,7 @@ class RunWriter:
             failure = self._saver.failure()
             assert failure is not None
             warn(f"{failure.job.draft.name} is NOT saved: {failure.error}")
-        elif not captured.stays:
+        elif isinstance(self._options.buffer, RingBuffer):
             captured.copying.wait()
             copied = time.perf_counter() - begin
         for part in captured.empty:
