@@ -235,6 +235,42 @@ def one_disk_is_full(root):
     return {"ranks": results, "saved": metrics(root), "litter": sorted(str(p) for p in root.rglob("*+rank1*"))}
 
 
+def one_disk_is_full_for_a_while(root):
+    """Of the three saves of three ranks the second fails on one of them."""
+
+    def work(rank, full):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 48)
+        fully_shard(model, mesh=init_device_mesh("cpu", (3,)))
+        ops, failures = Full(), []
+        with QuietCheckpointer(
+            LocalStore(root / str(full), ops), run="r", state={"model": model}, keep=[pp.Last(9)]
+        ) as ckpt:
+            for step in (1, 2, 3):
+                with torch.no_grad():
+                    model.weight.fill_(step)
+                ops.full = rank == full and step == 2
+                ckpt.report(step=step)
+                failures.append(caught(ckpt.wait))
+                ops.full = False
+        return failures
+
+    results = {}
+    for full in (0, 1, 2):
+        ranks = in_ranks(3, lambda rank: work(rank, full))  # noqa: B023
+        place = root / str(full)
+        folders = sorted(path.name for path in place.glob("runs/r/checkpoints/*"))
+        weights = [pp.load(f"r/{name}", root=place)["model"]["weight"] for name in folders]
+        results[full] = {
+            "ranks": ranks,
+            "folders": folders,
+            "weights": [tensor.unique().tolist() for tensor in weights],
+            "clean": audit(pp.open(place), deep=True).clean,
+        }
+    return results
+
+
 def refusals(root):
     def work(rank):
         warnings.simplefilter("ignore")
@@ -257,6 +293,7 @@ SCENARIOS = {
         frozen_shards,
         a_shard_is_damaged,
         one_disk_is_full,
+        one_disk_is_full_for_a_while,
         refusals,
         kinds_of_optimizers,
         saved_by_any_loaded_by_any,

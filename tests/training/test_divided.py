@@ -122,6 +122,17 @@ def test_a_rank_whose_disk_is_full_fails_the_save_on_all():
     assert result["saved"] == []
 
 
+def test_a_rank_whose_disk_was_full_once_confuses_no_later_save():
+    for full, result in scenario("one_disk_is_full_for_a_while").items():
+        for rank, (first, second, third) in enumerate(of_ranks(result["ranks"])):
+            assert (first, third) == (None, None), f"rank {rank}, full: {full}"
+            assert second[0] == "SaveFailedError"
+            assert "[Errno 28]" in second[1]
+        assert result["folders"] == ["step1", "step3"], "of the other ranks, too, nothing is left of the second"
+        assert result["weights"] == [[1.0], [3.0]]
+        assert result["clean"]
+
+
 @pytest.mark.slow  # a minute
 def test_every_kind_of_optimizer_comes_back_to_other_ranks():
     result = scenario("kinds_of_optimizers")

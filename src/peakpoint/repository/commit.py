@@ -17,7 +17,7 @@ from functools import partial
 from blake3 import blake3
 from msgspec import UNSET, UnsetType
 
-from peakpoint.errors import CorruptError, FormatError, NotFoundError, StoreError
+from peakpoint.errors import CorruptError, Error, FormatError, NotFoundError, StoreError
 from peakpoint.format import layout
 from peakpoint.format.manifest import FileRecord, Manifest, TensorRecord, decode_manifest, encode_manifest
 from peakpoint.format.sealed import digest
@@ -182,7 +182,7 @@ def commit(
         images: the files.
         previous: a checkpoint of the same run; its files are shared where bytes are the same.
         written: returns, part by part, the files that ``put_files`` has written in other processes, when these are
-            done; deleted like the others on an error.
+            done; called on an error, too, perhaps for the second time, and then all of them are deleted.
         first: makes durable what must be so before the manifest is: the journal up to this moment.
         timing: seconds that other work on the save took, called when all files are durable.
         adopt: puts a file that exists already under a key, durably, and says whether it could; takes the name of the
@@ -192,13 +192,11 @@ def commit(
         ConflictError: a checkpoint of that name exists.
         StoreError: the store refused; what had been written is deleted as far as the store allows.
     """
-    names = [image.name for image in images]
     try:
         begin = time.perf_counter()
         own_files = put_files(store, draft, images, previous, adopt)
         elsewhere = {part: records for part, records in written().items() if records}
         files = (*own_files, *(file for records in elsewhere.values() for file in records))
-        names = [file.name for file in files]
         added = {part: (*draft.parts.get(part, ()), *(file.name for file in elsewhere[part])) for part in elsewhere}
         seconds = time.perf_counter() - begin
         shared = sum(file.size for file in files if file.shared)
@@ -209,7 +207,9 @@ def commit(
         first()
         store.create(layout.manifest_key(draft.run, draft.name), encode_manifest(manifest))
     except BaseException:
-        _abandon(store, draft, names)
+        with contextlib.suppress(Error):
+            written()
+        _abandon(store, draft, [image.name for image in images])
         raise
     return manifest
 
@@ -241,7 +241,9 @@ def _abandon(store: Store, draft: Manifest, files: Sequence[str]) -> None:
     with contextlib.suppress(StoreError):  # the error that brought us here is the one to report; audit finds the rest
         withdraw(store, draft)
         if store.size(layout.manifest_key(draft.run, draft.name)) is None:
-            sweep(store, draft.run, draft.name, files)
+            present = store.children(layout.checkpoint_prefix(draft.run, draft.name))
+            of_ranks = [name for name in present if layout.rank_of(name) is not None]
+            sweep(store, draft.run, draft.name, list({*files, *of_ranks}))
 
 
 def withdraw(store: Store, draft: Manifest) -> None:

@@ -37,7 +37,7 @@ from peakpoint.training.resume import Resumption, StartPoint, resumption
 from peakpoint.training.rule_changes import earlier_rules
 from peakpoint.training.saver import FailedSave, SaveJob, Saver
 from peakpoint.training.settings import changes
-from peakpoint.training.shard_writer import records_of_others
+from peakpoint.training.shard_writer import RecordsOfOthers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,8 +248,8 @@ class RunWriter:
             timing={"waited_seconds": waited, "capture_seconds": copied, "bytes": float(captured.size_bytes)},
         )
         job = SaveJob(draft, captured)
-        if self.encoder.is_divided:  # the name is settled: other ranks write there as well
-            job = SaveJob(draft, captured, begun=True, written=lambda: records_of_others(self._ranks))
+        if self.encoder.is_divided:
+            job = SaveJob(draft, captured, named=True, written=RecordsOfOthers(self._ranks))
         submitted = self._saver.submit(job)
         self.guard.watch(captured.copying)  # which is complete, or has a thread to complete it
         if not submitted:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from peakpoint.errors import StoreError
+from peakpoint.errors import Error, StoreError
 from peakpoint.format import layout
 from peakpoint.format.amounts import UNDO_FOR, read_duration, size_text
 from peakpoint.format.events import Saved, SaveFailed
@@ -41,12 +41,14 @@ class SaveJob:
         draft: the manifest but for its files.
         captured: the copy of the state.
         begun: whether the directory that ``draft`` names belongs to this save; it may hold some of its files.
+        named: whether the name is settled, since other ranks write there as well.
         written: see ``commit``.
     """
 
     draft: Manifest
     captured: CapturedState
     begun: bool = False
+    named: bool = False
     written: Callable[[], Mapping[str, Sequence[FileRecord]]] = dict
 
 
@@ -265,12 +267,14 @@ class Saver:
 
     def _copy_and_commit(self, job: SaveJob) -> None:
         copier = start_thread(job.captured.copying.run, f"peakpoint-copy-{self._run}")
-        if copier is None:
-            job.captured.copying.run()
         try:
+            if copier is None:
+                job.captured.copying.run()
             self._commit(job)
         except BaseException:
             job.captured.copying.abandon()
+            with contextlib.suppress(Error):
+                job.written()
             raise
         finally:
             if copier is not None:
@@ -290,7 +294,7 @@ class Saver:
     def _commit(self, job: SaveJob) -> None:
         if job.begun:  # the same directory again, which must not hold files of two attempts
             withdraw(self._store, job.draft)
-        else:
+        elif not job.named:
             job.draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
             job.begun = True
         manifest = commit(

@@ -101,19 +101,32 @@ class ShardWriter:
         return {part: [*map(self._previous.file, names)] for part, names in captured.parts.items()}
 
 
-def records_of_others(ranks: Ranks) -> Records:
-    """Return what the other ranks have written, part by part; on rank 0, in its background thread.
+class RecordsOfOthers:
+    """What the other ranks write in one save, received once; rank 0 calls it in its background thread.
 
-    Raises:
-        Error: one of them has failed; its error.
-        ConflictError: one of them has ended, or takes too long.
+    It is called also where the save has failed on rank 0: the others must not wait for that, nor write to the directory
+    when it has been cleared.
     """
-    messages = ranks.receive_records()
-    for rank, message in enumerate(messages, 1):
-        if isinstance(message, Error):
-            message.rank = rank
-            raise message
-    return {
-        part: [file for records in messages for file in records.get(part, ())]
-        for part in dict.fromkeys(part for records in messages for part in records)
-    }
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._messages: list[Any] | None = None
+
+    def __call__(self) -> Records:
+        """Return the files by part.
+
+        Raises:
+            Error: one of them has failed; its error.
+            ConflictError: one of them has ended, or takes too long.
+        """
+        if self._messages is None:
+            self._messages = []
+            self._messages = self._ranks.receive_records()
+        for rank, message in enumerate(self._messages, 1):
+            if isinstance(message, Error):
+                message.rank = rank
+                raise message
+        return {
+            part: [file for records in self._messages for file in records.get(part, ())]
+            for part in dict.fromkeys(part for records in self._messages for part in records)
+        }
