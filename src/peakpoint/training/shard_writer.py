@@ -38,6 +38,7 @@ class ShardWriter:
         self._buffer, self._guard, self._overlap = buffer, guard, overlap
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._captured: CapturedState | None = None
         self._previous: Manifest | None = None  # this rank's part of it
 
     def inherit(self, manifest: Manifest) -> None:
@@ -45,8 +46,8 @@ class ShardWriter:
         self._encoder.inherit(manifest)
         self._previous = manifest
 
-    def save(self, draft: Manifest) -> None:
-        """Copy the shards of this moment, and begin to write them to the checkpoint that ``draft`` names.
+    def capture(self) -> None:
+        """Copy the shards of this moment, but for what optimizers own, when the save before has been written.
 
         Raises:
             ConflictError: rank 0 has ended during the save before.
@@ -54,7 +55,12 @@ class ShardWriter:
         self.wait()
         stepped = self._guard.owned()
         owned = stepped if self._overlap else NO_STORAGE
-        captured = capture_shards(self._state, self._encoder, self._buffer, owned, stepped)
+        self._captured = capture_shards(self._state, self._encoder, self._buffer, owned, stepped)
+
+    def write(self, draft: Manifest) -> None:
+        """Begin to write what was captured to the checkpoint that ``draft`` names."""
+        captured = self._captured
+        assert captured is not None
         self._thread = threading.Thread(target=self._work, args=(draft, captured), name=f"peakpoint-save-{draft.run}")
         self._thread.start()
         self._guard.watch(captured.copying)

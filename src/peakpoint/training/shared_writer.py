@@ -189,6 +189,8 @@ class SharedWriter:
         if moment.reasons and self._is_divided:
             state = {**self._state, LOOP: rank_states} if rank_states else self._state
             self._encoder.plan(state, lambda work: self._ranks.share("save", work))
+            if self._shards is not None:
+                self._shards.capture()  # while rank 0 does
         try:
             outcome = self._ranks.lead("save", save_all)
         except SaveFailedError as error:
@@ -200,7 +202,7 @@ class SharedWriter:
 
     def _save_shards(self, moment: Manifest, outcome: Outcome) -> None:
         if self._shards is not None and outcome.name is not None:
-            self._shards.save(replace(moment, name=outcome.name))
+            self._shards.write(replace(moment, name=outcome.name))
 
     def _warn_of_replicas(self, elements: Sequence[Mapping[str, object]]) -> None:
         for rank, of_rank in enumerate(elements):
