@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from peakpoint.format.manifest import Manifest
+from peakpoint.format.manifest import FileRecord, Manifest
 from peakpoint.format.shards import stored_tensors
-from peakpoint.state.divided import as_divided, has_divided, is_divided, own_boxes, own_shard
+from peakpoint.repository import reader
+from peakpoint.state.divided import Offsets, as_divided, has_divided, is_divided, own_boxes, own_shard
 from peakpoint.state.origin import param_groups, parameter_names, plain_name
 from peakpoint.state.saved import SavedState, StateTrees, read_state, read_tensors, read_trees, tensor_nodes
 from peakpoint.state.shards import dtype_of, read_box, read_tensor
+from peakpoint.state.tensor_files import tensors_of
 from peakpoint.store import Store
 
 
@@ -39,17 +41,30 @@ def _read_part(
     store: Store, manifest: Manifest, part: str, targets: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     boxes = own_boxes(targets)
-    tensors = {}
-    for name, stored in stored_tensors(manifest, part).items():
-        target = targets.get(name)
-        if target is None or target.shape != stored.shape:
-            tensors[name] = read_tensor(store, manifest, stored)
+    stored = stored_tensors(manifest, part)
+    fitting = {name for name, target in targets.items() if name in stored and target.shape == stored[name].shape}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in map(manifest.file, manifest.parts[part]):
+        if _is_own(file, {name: boxes[name] for name in fitting & boxes.keys()}, targets):
+            tensors |= tensors_of(file, reader.read(store, manifest, file))
+    for name in stored.keys() - tensors.keys():
+        if name not in fitting:
+            tensors[name] = read_tensor(store, manifest, stored[name])
             continue
-        shard = torch.empty(own_shard(target.detach()).shape, dtype=dtype_of(stored))
+        tensors[name] = torch.empty(own_shard(targets[name].detach()).shape, dtype=dtype_of(stored[name]))
         if name in boxes:
-            read_box(store, manifest, stored, *boxes[name], target=shard)
-        tensors[name] = as_divided(shard, target)
-    return tensors
+            read_box(store, manifest, stored[name], *boxes[name], target=tensors[name])
+    return {name: as_divided(tensor, targets[name]) if name in fitting else tensor for name, tensor in tensors.items()}
+
+
+def _is_own(
+    file: FileRecord, boxes: Mapping[str, tuple[Offsets, Offsets]], targets: Mapping[str, torch.Tensor]
+) -> bool:
+    """Return whether a file has nothing but what this rank needs as it is there: then it is read at one go."""
+    if not file.offsets:
+        return not any(record.name in targets for record in file.tensors)
+    places = zip(file.tensors, file.offsets, strict=True)
+    return all(boxes.get(record.name) == (offsets, record.shape) for record, offsets in places)
 
 
 def _targets(part: str, live: Mapping[str, Any], trees: StateTrees) -> dict[str, torch.Tensor]:
