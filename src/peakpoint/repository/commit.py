@@ -241,8 +241,8 @@ def _abandon(store: Store, draft: Manifest, files: Sequence[str]) -> None:
     with contextlib.suppress(StoreError):  # the error that brought us here is the one to report; audit finds the rest
         withdraw(store, draft)
         if store.size(layout.manifest_key(draft.run, draft.name)) is None:
-            present = store.children(layout.checkpoint_prefix(draft.run, draft.name))
-            of_ranks = [name for name in present if layout.rank_of(name) is not None]
+            entries = store.children(layout.checkpoint_prefix(draft.run, draft.name))
+            of_ranks = [name for name in entries if layout.rank_of(name) is not None]
             sweep(store, draft.run, draft.name, list({*files, *of_ranks}))
 
 

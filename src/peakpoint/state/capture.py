@@ -133,6 +133,7 @@ class StateEncoder:
         """Whether there are tensors that are divided among ranks."""
         return bool(self._planned)
 
+    @gc_paused()
     def plan(self, state: Mapping[str, Any], share: Callable[[Callable[[], Any]], Sequence[Any]]) -> None:
         """Encode a state, and decide which rank writes which shard, unless that is as it was; called on every rank.
 

@@ -191,13 +191,13 @@ class Ranks:
         try:
             distributed.recv(frame, rank, group=group)
             size = int.from_bytes(frame[:8].numpy().tobytes())
-            rest = torch.empty(max(0, 8 + size - _FRAME), dtype=torch.uint8)
-            if len(rest):
-                distributed.recv(rest, rank, group=group)
+            second = torch.empty(max(0, 8 + size - _FRAME), dtype=torch.uint8)
+            if len(second):
+                distributed.recv(second, rank, group=group)
         except RuntimeError as error:
             raise self._gone(call, rank) from error
-        data = torch.cat([frame, rest])[8 : 8 + size].numpy().tobytes()
-        return pickle.loads(data)  # noqa: S301 - from a process of the same training
+        data = frame.numpy().tobytes() + second.numpy().tobytes()
+        return pickle.loads(data[8 : 8 + size])  # noqa: S301 - from a process of the same training
 
     def _gone(self, call: str, rank: int) -> ConflictError:
         return ConflictError(

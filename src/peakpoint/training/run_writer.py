@@ -249,7 +249,7 @@ class RunWriter:
         )
         job = SaveJob(draft, captured)
         if self.encoder.is_divided:
-            job = SaveJob(draft, captured, named=True, written=RecordsOfOthers(self._ranks))
+            job = SaveJob(draft, captured, settled=True, written=RecordsOfOthers(self._ranks))
         submitted = self._saver.submit(job)
         self.guard.watch(captured.copying)  # which is complete, or has a thread to complete it
         if not submitted:

@@ -41,14 +41,14 @@ class SaveJob:
         draft: the manifest but for its files.
         captured: the copy of the state.
         begun: whether the directory that ``draft`` names belongs to this save; it may hold some of its files.
-        named: whether the name is settled, since other ranks write there as well.
+        settled: whether the name is final, since other ranks write there as well.
         written: see ``commit``.
     """
 
     draft: Manifest
     captured: CapturedState
     begun: bool = False
-    named: bool = False
+    settled: bool = False
     written: Callable[[], Mapping[str, Sequence[FileRecord]]] = dict
 
 
@@ -294,7 +294,7 @@ class Saver:
     def _commit(self, job: SaveJob) -> None:
         if job.begun:  # the same directory again, which must not hold files of two attempts
             withdraw(self._store, job.draft)
-        elif not job.named:
+        elif not job.settled:
             job.draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
             job.begun = True
         manifest = commit(
