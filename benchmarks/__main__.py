@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import archiving, catalogue, loading, memory, page, reports, saving, space, training
+from benchmarks import archiving, catalogue, loading, memory, page, ranks, reports, saving, space, training
 from benchmarks.cases import CASES
 
-FIGURES = ("saving", "training", "loading", "memory", "space", "archive", "reports", "catalogue")
+FIGURES = ("saving", "training", "loading", "ranks", "memory", "space", "archive", "reports", "catalogue")
 
 
 def machine():
@@ -61,6 +61,7 @@ def measure(options, place, progress):
         "saving": [],
         "training": None,
         "loading": [],
+        "ranks": None,
         "memory": {},
         "space": None,
         "archive": None,
@@ -101,6 +102,8 @@ def measure(options, place, progress):
 def others(options, place, step):
     """Figures that are made of runs and not of single states."""
     figures, scale, whole = {}, options.scale, options.scale == 1
+    if "ranks" in options.figures:
+        figures["ranks"] = ranks.measure(place / "ranks", scale, options.repeats, step("several ranks"))
     if "space" in options.figures:
         figures["space"] = space.measure(place / "s", scale, options.repeats, step("space"))
     if "archive" in options.figures:
@@ -131,7 +134,8 @@ def main(arguments=None):
     if options.page:
         if page.RESULTS.exists():  # what was not measured now stays
             before = json.loads(page.RESULTS.read_text(encoding="utf-8"))
-            figures |= {name: before[name] for name in FIGURES if not figures[name] and name in before}
+            earlier = {name: before[name] for name in FIGURES if not figures[name] and name in before}
+            figures |= earlier | ({"date": before["date"]} if earlier else {})
         page.RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         page.PAGE.write_text(page.render(figures), encoding="utf-8")
     console.print(Markdown(page.render(figures)))

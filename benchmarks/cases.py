@@ -60,7 +60,8 @@ def _case(name, shapes, kind, trained=None):
     return Case(name, model, optimizer, tensors)
 
 
-def _gpt2_shapes(scale):
+def gpt2_shapes(scale):
+    """The shapes of its parameters."""
     width, words = 64 * max(1, round(12 * scale)), max(64, round(50257 * scale))
     shapes = [(words, width), (1024, width), (width,), (width,)]
     for _ in range(12):
@@ -71,7 +72,7 @@ def _gpt2_shapes(scale):
 
 def gpt2(scale):
     """GPT-2 124M in float32 with AdamW."""
-    return _case("GPT-2 124M, AdamW", _gpt2_shapes(scale), "adamw")
+    return _case("GPT-2 124M, AdamW", gpt2_shapes(scale), "adamw")
 
 
 def _resnet50_shapes(scale):
@@ -116,7 +117,7 @@ def large(scale):
 
 def lora(scale):
     """GPT-2 124M frozen, with 1 % of trained adapters and AdamW for those."""
-    shapes = _gpt2_shapes(scale)
+    shapes = gpt2_shapes(scale)
     adapters = [shape for shape in shapes if len(shape) == 2]
     ranks = [pair for rows, columns in adapters for pair in ((rows, 4), (4, columns))]
     return _case("LoRA: 1 % trained", [*shapes, *ranks], "adamw", trained=lambda number: number >= len(shapes))

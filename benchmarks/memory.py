@@ -35,6 +35,11 @@ def status(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
+def peak_begins():
+    """Have the kernel measure the peak from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def save(side, case, place):
     """One save."""
     with quiet():
@@ -57,7 +62,7 @@ def main(side, scale, place):
         save(side, small, place)
     case = gpt2(scale)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    peak_begins()
     if side in OURS:
         with QuietCheckpointer(place / "o", run="b", state=case.state, keep=[pp.Last(1)], **OURS[side]) as ckpt:
             for step in range(3):

@@ -45,6 +45,18 @@ def fresh_memory(size):
     return memory
 
 
+def direct_write(path, memory):
+    """Write memory durably, around the page cache: the limit of writing."""
+    data = memoryview(memory)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o644)
+    os.posix_fallocate(fd, 0, len(data))
+    for at in range(0, len(data), BLOCK):
+        os.write(fd, data[at : at + BLOCK])
+    os.fsync(fd)
+    os.close(fd)
+    FileOps().fsync_dir(path.parent)
+
+
 class Sides:
     """Each side saves the whole state; returns seconds until it was durable, and until it let the loop go on."""
 
@@ -108,15 +120,8 @@ class Sides:
         return seconds, seconds
 
     def raw_direct_write(self):
-        path, data = self.place / "raw", memoryview(self.memory)
         begin = time.perf_counter()
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o644)
-        os.posix_fallocate(fd, 0, len(data))
-        for at in range(0, len(data), BLOCK):
-            os.write(fd, data[at : at + BLOCK])
-        os.fsync(fd)
-        os.close(fd)
-        FileOps().fsync_dir(path.parent)
+        direct_write(self.place / "raw", self.memory)
         seconds = time.perf_counter() - begin
         return seconds, seconds
 

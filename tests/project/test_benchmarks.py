@@ -22,6 +22,7 @@ def test_a_small_benchmark_runs(tmp_path):
         "--figures",
         "saving",
         "loading",
+        "ranks",
         "training",
         "reports",
         "catalogue",
@@ -32,6 +33,9 @@ def test_a_small_benchmark_runs(tmp_path):
     found = json.loads(figures.read_text())
     assert [result["tensors"] for result in found["saving"]] == [592, 322, 400, 3, 548]
     assert all(values["durable"] for result in found["saving"] for values in result["sides"].values())
+    assert {"peakpoint", "DCP", "DCP async"} <= found["ranks"]["saves"].keys() & found["ranks"]["memory"].keys()
+    assert all(found["ranks"]["loads"][0].values())
+    assert set(found["ranks"]["other_loads"][0]) == {"peakpoint", "DCP"}
     assert found["reports"]["reports"] == 10_000
     assert found["catalogue"]["checkpoints"] == 400
     assert all(found["catalogue"]["queries"].values())
