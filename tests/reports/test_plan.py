@@ -290,7 +290,7 @@ def lenet(tmp_path_factory):
     found = pp.forecast(state, keep=keep, epochs=25)
     with checkpointer(root, run="lenet", state=state, keep=keep) as ckpt:
         for _ in ckpt.epochs(25):
-            for batch in torch.randperm(1347).split(128):
+            for batch in torch.randperm(1347)[:88].split(8):  # what it learns does not matter here
                 loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()

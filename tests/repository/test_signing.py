@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -744,7 +745,9 @@ def test_a_refusal_is_one_line_and_exit_code_15(root, keys):
 
 
 def test_a_key_from_a_pipe(root, keys):
-    script = f"{sys.executable} -m peakpoint sign {root} r@latest --key <(cat {keys[0]})"
+    script = (
+        f"{shlex.join([sys.executable, '-m', 'peakpoint', 'sign', str(root), 'r@latest', '--key'])} <(cat {keys[0]})"
+    )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert verify(root, keys[1]).record == "signature-2.json"
