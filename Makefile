@@ -19,7 +19,7 @@ demo: $(VENV)/installed      ## train, kill, resume, and show what was kept and 
 	$(BIN)/peakpoint demo
 
 test: $(VENV)/installed      ## the fast tests
-	$(BIN)/pytest --numprocesses=2
+	$(BIN)/pytest --numprocesses=2 --dist=worksteal
 
 # the packages that some slow tests compare with
 $(VENV)/peers: $(VENV)/installed
@@ -27,7 +27,7 @@ $(VENV)/peers: $(VENV)/installed
 	touch $@
 
 slow: $(VENV)/peers          ## the tests that take minutes
-	$(BIN)/pytest --numprocesses=2 -m slow
+	$(BIN)/pytest --numprocesses=2 --dist=worksteal -m slow
 
 # SECONDS_EACH is for each target
 SECONDS_EACH ?= 3600
