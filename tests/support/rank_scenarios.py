@@ -237,7 +237,7 @@ def one_rank_makes_none(root):
     def work(rank):
         return None if rank == 1 else caught(lambda: checkpointer(root, Training(rank, 1)))
 
-    return in_ranks(3, work, seconds=1)
+    return in_ranks(3, work, seconds=3)
 
 
 def one_rank_ends(root):

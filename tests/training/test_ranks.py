@@ -120,7 +120,7 @@ def test_a_missing_rank_is_named(results):
     assert returned[1] is None
     for kind, text in (returned[0], returned[2]):
         assert kind == "ConflictError"
-        assert text.startswith("this training has 3 ranks, and rank 1 made no Checkpointer within 0:00:01")
+        assert text.startswith("this training has 3 ranks, and rank 1 made no Checkpointer within 0:00:03")
     scenario = results["one_rank_ends"]
     (failed, _), _ = scenario["ranks"][0]
     assert failed[0] == "ConflictError"
