@@ -1,14 +1,28 @@
-"""A real object store as a place for records: as much of a store as aliases need, and faults on the way to it.
-
-This release keeps repositories in directories only, so it is here and not in the package.
-"""
+"""Stores in a real object store; one of them with faults on the way to it."""
 
 import random
+import secrets
 
 import obstore
 from obstore.store import S3Store
 
 from peakpoint.errors import ConflictError, NotFoundError, TransientStoreError
+from peakpoint.store.bucket import BucketStore
+
+ACCESS = {"access_key_id": "testkey", "secret_access_key": "testsecret", "region": "us-east-1"}
+
+
+def bucket_store(url, lease_seconds=1.0, prefix=None):
+    """A store below a prefix of its own, or of this name, in a bucket that the server makes with the first key."""
+    client = S3Store(
+        "conformance",
+        endpoint=url,
+        client_options={"allow_http": True},
+        virtual_hosted_style_request=False,
+        **ACCESS,
+    )
+    prefix = f"some/{prefix or secrets.token_hex(6)}"
+    return BucketStore(f"s3://conformance/{prefix}", client, prefix, lease_seconds)
 
 
 class Bucket:

@@ -37,7 +37,7 @@ from peakpoint.repository.provenance import code_version, present_user, utc_now
 from peakpoint.repository.refs import check_alias
 from peakpoint.repository.root import Repository, open_repository
 from peakpoint.repository.validations import Finding, Predictions, Progress, Validation, ValidationSpec
-from peakpoint.store import LocalStore, translated
+from peakpoint.store import BucketStore, LocalStore, translated
 
 # --- what is checked ----------------------------------------------------------------------------------------------
 
@@ -336,12 +336,12 @@ def encode_job(request: ValidationRequest) -> bytes:
         ConfigError: the repository is only in this process.
     """
     store, champion = request.repository.store, request.champion
-    if not isinstance(store, LocalStore):
+    if not isinstance(store, LocalStore | BucketStore):
         raise ConfigError(
             f"{store.location} cannot be reached from another process: validate in this one, with peakpoint.validate"
         )
     refs = [None if manifest is None else f"{manifest.run}/{manifest.id}" for manifest in (request.manifest, champion)]
-    root = os.fspath(store.root.absolute())
+    root = os.fspath(store.root.absolute()) if isinstance(store, LocalStore) else store.location
     return msgspec.json.encode([root, *refs, request.digest, request.wanted, request.alias, request.no_champion])
 
 

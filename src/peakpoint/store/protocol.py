@@ -143,6 +143,20 @@ def is_elsewhere(note: bytes) -> bool:
     return holder.get("locks") == "none" and holder.get("host", socket.gethostname()) != socket.gethostname()
 
 
+def is_dead_here(note: bytes) -> bool | None:
+    """Whether a note is that of a process of this machine that has ended; None for another machine's."""
+    holder = _holder(note)
+    if holder.get("host") != socket.gethostname() or not str(holder.get("pid", "")).isdecimal():
+        return None
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
 def held_by(note: bytes, remedy: str = "") -> ConflictError:
     """Return the error for what the writer of ``note`` holds.
 
