@@ -50,7 +50,7 @@ def show(root: Path, ref: str) -> Answer:
         "parts": manifest.parts,
         "files": [fields(file, "name", "size", "digest") | {"tensors": len(file.tensors)} for file in manifest.files],
         "signatures": signing.signatures(run.store, run.name, manifest.name),
-        "path": str(root / layout.checkpoint_prefix(manifest.run, manifest.name)),
+        "path": _place(str(root), layout.checkpoint_prefix(manifest.run, manifest.name)),
         "validations": [fields(validation, "number", "at", "passed", "by") for validation in survey.validations],
         "damaged_validations": [what for _, what in survey.damage],
     }
@@ -73,6 +73,14 @@ def _parent(repository: Repository, manifest: Manifest) -> str:
     manifests = reader.list_run(repository.store, manifest.run).manifests
     names = [ref(candidate) for candidate in manifests if candidate.id == manifest.parent]
     return names[0] if names else f"{manifest.parent} (not in this run, or removed)"
+
+
+def _place(root: str, prefix: str) -> str:
+    """Where something is, of a repository in a directory or in a bucket."""
+    if "://" not in root:
+        return str(Path(root) / prefix)
+    address, question, options = root.partition("?")
+    return f"{address.rstrip('/')}/{prefix}{question}{options}"
 
 
 def _name_of(repository: Repository, member: str) -> str:

@@ -29,7 +29,18 @@ from peakpoint.rules import FORMS, Mode, mode_of
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
-ROOT = click.argument("root", type=PATH)
+
+
+class RootType(click.Path):
+    """A repository: a directory's path, or the URL of a bucket, which is no path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path or the URL."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+ROOT_TYPE = RootType(path_type=Path)
+ROOT = click.argument("root", type=ROOT_TYPE)
 RUN = click.argument("name", metavar="RUN", **RUNS)
 REF = click.argument("ref", **CHECKPOINTS)
 CATALOGUE = click.option(

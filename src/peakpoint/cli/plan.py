@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from peakpoint.cli import tables
-from peakpoint.cli.command import PATH, POSITIVE, Answer, command, progress_bar, reads, rules_help
+from peakpoint.cli.command import POSITIVE, ROOT_TYPE, Answer, command, progress_bar, reads, rules_help
 from peakpoint.cli.completion import RUNS
 from peakpoint.cli.render import UNITS, count, fields, literal, seconds
 from peakpoint.errors import ConfigError
@@ -39,7 +39,7 @@ _DURATION = reads(read_duration)
 
 
 @command(
-    click.argument("root", type=PATH, required=False),
+    click.argument("root", type=ROOT_TYPE, required=False),
     click.argument("name", metavar="[RUN]", required=False, **RUNS),
     needs=dict.fromkeys(("--stall", "--durable", "--restart"), "--mtbf"),
     without=dict.fromkeys(("--params", "--preset", "--optimizer", "--epochs", "--rules", "--mtbf"), "--presets"),
