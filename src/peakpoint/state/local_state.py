@@ -1,7 +1,7 @@
 """The content of a checkpoint as far as one rank of a training needs it: its own shards of tensors that are divided."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from peakpoint.format.shards import stored_tensors
 from peakpoint.repository import reader
 from peakpoint.state.divided import Offsets, as_divided, has_divided, is_divided, own_boxes, own_shard
 from peakpoint.state.origin import param_groups, parameter_names, plain_name
+from peakpoint.state.parts import Stateful, state_of
 from peakpoint.state.saved import SavedState, StateTrees, read_state, read_tensors, read_trees, tensor_nodes
 from peakpoint.state.shards import dtype_of, read_box, read_tensor
 from peakpoint.state.tensor_files import tensors_of
@@ -74,11 +75,28 @@ def _targets(part: str, live: Mapping[str, Any], trees: StateTrees) -> dict[str,
     if isinstance(value, torch.nn.Module):
         tensors = {plain_name(name): tensor for name, tensor in value.state_dict().items() if is_divided(tensor)}
         return {node["name"]: tensors[name] for path, node in nodes if (name := plain_name(path)) in tensors}
-    if not isinstance(value, torch.optim.Optimizer) or not isinstance(tree, dict):
+    if not isinstance(value, torch.optim.Optimizer):
+        elsewhere = dict(
+            _divided_in(state_of(value) if isinstance(value, Stateful) and not isinstance(value, Iterable) else value)
+        )
+        return {node["name"]: elsewhere[path] for path, node in nodes if path in elsewhere}
+    if not isinstance(tree, dict):
         return {}
     parameters = _parameters(value, tree.get("param_groups"), trees.origin(part).names, live)
     owners = [(node["name"], parameters.get(path.split(".")[1])) for path, node in nodes if path.startswith("state.")]
     return {name: parameter.detach() for name, parameter in owners if parameter is not None and is_divided(parameter)}
+
+
+def _divided_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over the divided tensors in containers, with the keys that lead to them; see ``tensor_nodes``."""
+    if is_divided(value):
+        yield ".".join(path), value.detach()
+    elif isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _divided_in(child, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for number, child in enumerate(value):
+            yield from _divided_in(child, (*path, str(number)))
 
 
 def _parameters(
