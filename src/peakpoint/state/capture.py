@@ -141,14 +141,19 @@ class StateEncoder:
             state: part name to live object or plain value.
             share: does some work on every rank, and returns what it has made on each.
         """
-        self.encode(state)
-        divided = {
-            f"{part}/{name}": encoder.cache.shards[name]
-            for part, encoder in self._parts.items()
-            for name in encoder.cache.tensors
-            if name in encoder.cache.shards
-        }
-        if layout_of(divided) == self._planned:
+        divided: dict[str, Any] = {}
+
+        def encode() -> bool:
+            self.encode(state)
+            divided.update(
+                (f"{part}/{name}", encoder.cache.shards[name])
+                for part, encoder in self._parts.items()
+                for name in encoder.cache.tensors
+                if name in encoder.cache.shards
+            )
+            return layout_of(divided) == self._planned
+
+        if all(share(encode)):
             return
         self._planned, self._written, self.placement = layout_of(divided), {}, object()
         for place, offsets in shards_to_write(share(lambda: shards_plan(divided)), self.rank).items():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
+from peakpoint.errors import ConfigError
+
 if TYPE_CHECKING:  # half a second, for those whose tensors are divided
     from torch.distributed.checkpoint.planner import SavePlan
 
@@ -65,9 +67,18 @@ def shards_to_write(plans: Sequence["SavePlan"], rank: int) -> dict[str, Offsets
     Args:
         plans: of all ranks, see ``shards_plan``.
         rank: whose shards.
+
+    Raises:
+        ConfigError: a rank has no shard of a tensor that others have.
     """
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # noqa: PLC0415 - takes half a second
 
+    names = [{item.index.fqn for item in plan.items} for plan in plans]
+    for number, of_rank in enumerate(names):
+        if of_rank != names[0]:
+            name = min(of_rank ^ names[0])
+            has, lacks = (number, 0) if name in of_rank else (0, number)
+            raise ConfigError(f"rank {has} has a shard of {name}, and rank {lacks} has none: it cannot be saved whole")
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner({}, is_coordinator=True)
     plans_of_all, _ = planner.create_global_plan(list(plans))

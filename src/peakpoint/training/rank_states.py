@@ -6,14 +6,14 @@ samples.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 import torch
 
-from peakpoint.errors import FormatError, MismatchError
+from peakpoint.errors import ConfigError, FormatError, MismatchError
 from peakpoint.state import rng
 from peakpoint.state.capture import LOOP
 from peakpoint.state.parts import Stateful, is_generator, state_of
@@ -62,9 +62,60 @@ def is_own(value: Any) -> bool:
     return is_generator(value) or (isinstance(value, Stateful) and isinstance(value, Iterable))
 
 
+def outline(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the parts of a state, and what the parameters of each are called."""
+    return {
+        name: sorted(weight for weight, _ in value.named_parameters()) if isinstance(value, torch.nn.Module) else []
+        for name, value in state.items()
+    }
+
+
+def check_outlines(outlines: Sequence[Mapping[str, list[str]]]) -> None:
+    """Ensure that all ranks train the same: one run has one state.
+
+    Raises:
+        ConfigError: a rank has other parts, or a model of it other parameters, than rank 0.
+    """
+    first = outlines[0]
+    for rank, of_rank in enumerate(outlines):
+        if of_rank.keys() != first.keys():
+            raise ConfigError(
+                f"state= has the parts {', '.join(of_rank)} on rank {rank}, and {', '.join(first)} on rank 0: give "
+                "every rank the same"
+            )
+        for part, names in of_rank.items():
+            if names != first[part]:
+                name = min({*names} ^ {*first[part]})
+                where = f"on rank {rank}, not on rank 0" if name in names else f"on rank 0, not on rank {rank}"
+                raise ConfigError(
+                    f"state[{part!r}] has a parameter {name!r} {where}: a run keeps models that all ranks have, whole "
+                    "or divided among them, and none of which each rank has other layers, as in a pipeline"
+                )
+
+
+def check_shards(shards: Sequence[Mapping[str, object]]) -> None:
+    """Ensure that what ranks have at the same place of the same tensor is the same; see ``same_shards``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    owners: dict[str, tuple[int, object]] = {}
+    for rank, of_rank in enumerate(shards):
+        for place, elements in of_rank.items():
+            owner, expected = owners.setdefault(place, (rank, elements))
+            if elements != expected:
+                raise ConfigError(
+                    f"rank {rank} holds other values of {place} than rank {owner}, and one would be lost: a run keeps "
+                    "models that all ranks have, whole or divided among them, and none of which each rank has other "
+                    "layers or experts under the same names"
+                )
+
+
 def own_state(state: Mapping[str, Any], position: Position) -> dict[str, Any]:
     """Return what this rank has for itself, in plain values and tensors."""
     parts = {name: state_of(value) for name, value in state.items() if is_own(value)}
+    for name, part in parts.items():
+        Encoder().encode(part, f'state["{name}"]')  # which says where something is that cannot be kept
     return {"rng": rng.take(), "loop": position.as_plain(), "parts": parts}
 
 
@@ -102,13 +153,12 @@ def _for_other_size(
     loaders = [name for name in own_parts if not is_generator(live[name])]
     missing = [f"{name}: its place in the data" for name in loaders]
     if saved.trees.loop.get("batches") is not None:
-        missing.append(f"the place inside epoch {saved.trees.loop.get('next_epoch')}, which begins anew")
+        missing.append(f"the place inside epoch {saved.trees.loop.get('next_epoch')}")
     if missing and strict:
         raise MismatchError(
             f"{sizes}: other ranks get other samples, so a place in the data means nothing to them: "
             f"{'; '.join(missing)}. Continue with {_processes(len(rank_states) + 1)}, or from a checkpoint between two "
-            'epochs (resume="RUN:epoch=N") with no loader in state=; with strict=False the loader begins where the '
-            "script puts it",
+            'epochs (resume="RUN:epoch=N") with no loader in state=; with strict=False the epoch begins anew',
             tuple(missing),
         )
     if saved.trees.rng:

@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -22,6 +23,8 @@ from peakpoint.training.outcome import warn
 Result = TypeVar("Result")
 
 _TIME_LIMIT = timedelta(minutes=30)  # torch's own for groups on the CPU
+_WHOLE_SAVE = timedelta(days=1)  # who has died is noticed at once, by its connections
+_MEETINGS = 4  # in the time limit, while some work takes long
 _FRAME = 4096  # bytes of every message; a longer one has a second piece
 _VARIABLES = (
     ("RANK", "WORLD_SIZE"),
@@ -142,11 +145,31 @@ class Ranks:
             _raise_error(0, message)
         else:
             message, failure = _attempt(call, work)
-            for rank in range(1, self.size):
-                self._send(call, message, rank)
+            try:
+                for rank in range(1, self.size):
+                    self._send(call, message, rank)
+            except ConflictError:
+                if failure is None:
+                    raise
             if failure is not None:
                 raise failure
         return cast("Result", message.result)
+
+    def share_long(self, call: str, work: Callable[[], Result]) -> Sequence[Result]:
+        """Do some work on every rank that may take longer than the time limit: the ranks meet now and then meanwhile.
+
+        See ``share``.
+        """
+        if self._group is None:
+            return [work()]
+        with ThreadPoolExecutor(1, "peakpoint-ranks") as executor:
+            future = executor.submit(work)
+            while not all(self.share(call, lambda: self._ends_soon(future))):
+                pass
+            return self.share(call, future.result)
+
+    def _ends_soon(self, future: "Future[Any]") -> bool:
+        return not wait([future], self._time_limit.total_seconds() / _MEETINGS).not_done
 
     def _check_can_meet(self, call: str) -> None:
         if not self.can_meet:
@@ -165,7 +188,7 @@ class Ranks:
 
     def open_background(self) -> None:
         """Make the group for ``send_records`` and ``receive_records``; called on every rank."""
-        self._background = distributed.new_group(backend="gloo", timeout=self._time_limit)
+        self._background = distributed.new_group(backend="gloo", timeout=_WHOLE_SAVE)
 
     def send_records(self, records: object) -> None:
         """Send to rank 0 what a background thread of this rank has written, or the error that kept it from that."""
@@ -183,7 +206,7 @@ class Ranks:
             for piece in filter(None, (frame[:_FRAME], frame[_FRAME:])):
                 distributed.send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), rank, group=group)
         except RuntimeError as error:
-            raise self._gone(call, rank) from error
+            raise self._gone(call, rank, error) from error
 
     def _receive(self, call: str, rank: int, group: "distributed.ProcessGroup | None" = None) -> Any:
         group = group or self._group
@@ -195,14 +218,19 @@ class Ranks:
             if len(second):
                 distributed.recv(second, rank, group=group)
         except RuntimeError as error:
-            raise self._gone(call, rank) from error
+            raise self._gone(call, rank, error) from error
         data = frame.numpy().tobytes() + second.numpy().tobytes()
         return pickle.loads(data[8 : 8 + size])  # noqa: S301 - from a process of the same training
 
-    def _gone(self, call: str, rank: int) -> ConflictError:
+    def _gone(self, call: str, rank: int, error: RuntimeError) -> ConflictError:
+        has_ended = any(word in str(error).lower() for word in ("closed", "reset"))
+        why = (
+            "its process has ended, or has left its Checkpointer"
+            if has_ended
+            else f"it takes longer than {self._time_limit}; init_process_group(timeout=...) sets that time"
+        )
         return ConflictError(
-            f"rank {rank} of {self.size} did not come to {call}() of its Checkpointer, as rank {self.rank} has: it has "
-            f"ended, or takes longer than {self._time_limit}; init_process_group(timeout=...) sets that time"
+            f"rank {rank} of {self.size} did not come to {call}() of its Checkpointer, as rank {self.rank} has: {why}"
         )
 
     def close(self) -> None:
@@ -228,11 +256,13 @@ def _time_limit() -> timedelta:
 
 def _attempt(call: str, work: Callable[[], object]) -> tuple[_Message, Exception | None]:
     try:
-        return _Message(call, work()), None
+        message = _Message(call, work())
+        pickle.dumps(message)  # what cannot be sent is an error of this rank
     except Error as error:
         return _Message(call, error=error), error
     except Exception as error:  # noqa: BLE001 - the other ranks are waiting; it is raised again
         return _Message(call, error=Error(repr(error))), error
+    return message, None
 
 
 def _raise_error(rank: int, message: _Message) -> None:

@@ -249,7 +249,7 @@ class RunWriter:
         )
         job = SaveJob(draft, captured)
         if self.encoder.is_divided:
-            job = SaveJob(draft, captured, settled=True, written=RecordsOfOthers(self._ranks))
+            job = SaveJob(draft, captured, ranks=self._ranks.size, written=RecordsOfOthers(self._ranks))
         submitted = self._saver.submit(job)
         self.guard.watch(captured.copying)  # which is complete, or has a thread to complete it
         if not submitted:
@@ -266,6 +266,10 @@ class RunWriter:
                 "resume does not restore it. Have it return what must come back, or leave the part out of state=",
             )
         return draft.name if submitted else None, copied
+
+    def settle(self) -> None:
+        """Wait until no save is under way, whatever has become of it."""
+        self._saver.finish()
 
     def wait(self) -> None:
         """Wait for the save under way.

@@ -41,14 +41,14 @@ class SaveJob:
         draft: the manifest but for its files.
         captured: the copy of the state.
         begun: whether the directory that ``draft`` names belongs to this save; it may hold some of its files.
-        settled: whether the name is final, since other ranks write there as well.
+        ranks: how many write to that directory; with several its name is final.
         written: see ``commit``.
     """
 
     draft: Manifest
     captured: CapturedState
     begun: bool = False
-    settled: bool = False
+    ranks: int = 1
     written: Callable[[], Mapping[str, Sequence[FileRecord]]] = dict
 
 
@@ -218,7 +218,7 @@ class Saver:
         )
 
     def _has_room(self, job: SaveJob) -> bool:
-        free, required = self._store.free(), job.captured.size_bytes + RESERVE
+        free, required = self._store.free(), job.ranks * job.captured.size_bytes + RESERVE
         if free is not None and free < required and self._make_room(job, required):
             free = self._store.free()
         if free is None or free >= required:
@@ -294,7 +294,7 @@ class Saver:
     def _commit(self, job: SaveJob) -> None:
         if job.begun:  # the same directory again, which must not hold files of two attempts
             withdraw(self._store, job.draft)
-        elif not job.settled:
+        elif job.ranks == 1:
             job.draft = replace(job.draft, name=unused_name(self._store, self._run, job.draft.name))
             job.begun = True
         manifest = commit(

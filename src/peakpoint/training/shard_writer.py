@@ -38,7 +38,7 @@ class ShardWriter:
         self._buffer, self._guard, self._overlap = buffer, guard, overlap
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._captured: CapturedState | None = None
+        self._captured: CapturedState | Exception | None = None
         self._previous: Manifest | None = None  # this rank's part of it
 
     def inherit(self, manifest: Manifest) -> None:
@@ -49,13 +49,18 @@ class ShardWriter:
     def capture(self) -> None:
         """Copy the shards of this moment, but for what optimizers own, when the save before has been written.
 
+        An error of that is rank 0's to raise, when it has heard of it.
+
         Raises:
             ConflictError: rank 0 has ended during the save before.
         """
         self.wait()
         stepped = self._guard.owned()
         owned = stepped if self._overlap else NO_STORAGE
-        self._captured = capture_shards(self._state, self._encoder, self._buffer, owned, stepped)
+        try:
+            self._captured = capture_shards(self._state, self._encoder, self._buffer, owned, stepped)
+        except Exception as error:  # noqa: BLE001 - it is sent
+            self._captured = error
 
     def write(self, draft: Manifest) -> None:
         """Begin to write what was captured to the checkpoint that ``draft`` names."""
@@ -63,6 +68,8 @@ class ShardWriter:
         assert captured is not None
         self._thread = threading.Thread(target=self._work, args=(draft, captured), name=f"peakpoint-save-{draft.run}")
         self._thread.start()
+        if isinstance(captured, Exception):
+            return
         self._guard.watch(captured.copying)
         if isinstance(self._buffer, RingBuffer):
             captured.copying.wait()
@@ -76,10 +83,10 @@ class ShardWriter:
         if error is not None:
             raise error
 
-    def _work(self, draft: Manifest, captured: CapturedState) -> None:
+    def _work(self, draft: Manifest, captured: CapturedState | Exception) -> None:
         message: Records | Error
         try:
-            message = self._write(draft, captured)
+            message = self._write(draft, captured) if isinstance(captured, CapturedState) else Error(repr(captured))
         except Error as error:
             message = error
         except Exception as error:  # noqa: BLE001 - the end of a thread: whatever it was, rank 0 raises it

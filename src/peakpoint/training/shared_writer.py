@@ -1,11 +1,13 @@
 """The writer of a run for all ranks of a training: rank 0 has it, and the others follow."""
 
+import contextlib
 import socket
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peakpoint.errors import CorruptError, Error, FormatError, NotFoundError, SaveFailedError, StoreError
+from peakpoint.errors import ConflictError, CorruptError, Error, FormatError, NotFoundError, SaveFailedError, StoreError
 from peakpoint.format.manifest import Manifest
 from peakpoint.repository.reader import read_manifest
 from peakpoint.state.capture import LOOP, StateEncoder
@@ -17,12 +19,12 @@ from peakpoint.state.tensor_files import StagingBuffer
 from peakpoint.store import Store
 from peakpoint.training.outcome import Outcome, WarnOnce
 from peakpoint.training.position import Position
-from peakpoint.training.rank_states import own_state
+from peakpoint.training.rank_states import check_outlines, check_shards, outline, own_state
 from peakpoint.training.ranks import Ranks
 from peakpoint.training.resume import StartPoint, restore_rank
 from peakpoint.training.run_writer import RunWriter, SaveOptions
 from peakpoint.training.shard_writer import ShardWriter
-from peakpoint.training.state_changes import replicated_elements
+from peakpoint.training.state_changes import replicated_elements, same_shards
 
 
 class SharedWriter:
@@ -59,6 +61,7 @@ class SharedWriter:
         self._shards: ShardWriter | None = None
         self._warn_once = WarnOnce()
         self.started = False
+        self._is_saving = False
 
         def open_run() -> tuple[bool, str]:
             self._first = make()
@@ -66,7 +69,7 @@ class SharedWriter:
 
         try:
             self.exists, journal_key = ranks.lead("Checkpointer", open_run)
-            ranks.share("Checkpointer", lambda: self._check_sight(journal_key))
+            check_outlines(ranks.share("Checkpointer", lambda: self._look_around(journal_key)))
         except BaseException:
             self.release()
             raise
@@ -88,9 +91,11 @@ class SharedWriter:
         assert self._first is not None
         return self._first
 
-    def _check_sight(self, journal_key: str) -> None:
+    def _look_around(self, journal_key: str) -> dict[str, list[str]]:
+        """See that the directory is that of rank 0; returns the outline of the state."""
         if self._ranks.size > 1 and self._store.size(journal_key) is None:
             raise StoreError(self._not_shared())
+        return outline(self._state)
 
     def _not_shared(self) -> str:
         return (
@@ -147,7 +152,7 @@ class SharedWriter:
             return None
 
         while not isinstance(candidate := self._ranks.lead("resume", propose), StartPoint):
-            failure = next(filter(None, self._ranks.share("resume", read)), None)
+            failure = next(filter(None, self._ranks.share_long("resume", read)), None)
             if failure is None:
                 return contents[0]
         return candidate
@@ -175,17 +180,19 @@ class SharedWriter:
     def save(self, moment: Manifest, position: Position, why_stop: str | None) -> Outcome:
         """Save a moment, if there is a reason to, with what each rank has for itself; see ``RunWriter.save``."""
 
-        def look_at_own() -> tuple[dict[str, Any], dict[str, object]]:
+        def look_at_own() -> tuple[dict[str, Any], dict[str, object], dict[str, object]]:
             rank_state = own_state(self._state, position) if self._ranks.rank else {}
-            return rank_state, replicated_elements(self._state)
+            return rank_state, replicated_elements(self._state), same_shards(self._state, self._ranks.size)
 
         def save_all() -> Outcome:
-            self._warn_of_replicas([elements for _, elements in shares])
+            check_shards([shards for _, _, shards in shares])
+            self._warn_of_replicas([elements for _, elements, _ in shares])
             return self.first.save(moment, position, why_stop, rank_states)
 
         several = bool(moment.reasons) and self._ranks.size > 1
+        waited = self._settle("save") if several else 0.0
         shares = self._ranks.share("save", look_at_own, only_first=True) if several else []
-        rank_states = [] if self._ranks.rank else [rank_state for rank_state, _ in shares[1:]]
+        rank_states = [] if self._ranks.rank else [rank_state for rank_state, _, _ in shares[1:]]
         if moment.reasons and self._is_divided:
             state = {**self._state, LOOP: rank_states} if rank_states else self._state
             self._encoder.plan(state, lambda work: self._ranks.share("save", work))
@@ -198,11 +205,26 @@ class SharedWriter:
                 self._save_shards(moment, error.outcome)
             raise
         self._save_shards(moment, outcome)
-        return outcome
+        return replace(outcome, waited_seconds=outcome.waited_seconds + waited)
 
     def _save_shards(self, moment: Manifest, outcome: Outcome) -> None:
+        self._is_saving = outcome.name is not None
         if self._shards is not None and outcome.name is not None:
             self._shards.write(replace(moment, name=outcome.name))
+
+    def _settle(self, call: str) -> float:
+        """Wait on every rank for its part of the save under way, however long that takes; returns the seconds."""
+        begin = time.perf_counter()
+        if self._is_saving and self._ranks.size > 1:
+            self._is_saving = False
+            self._ranks.share_long(call, self._settle_own)
+        return time.perf_counter() - begin
+
+    def _settle_own(self) -> None:
+        if self._first is not None:
+            self._first.settle()
+        if self._shards is not None:
+            self._shards.wait()
 
     def _warn_of_replicas(self, elements: Sequence[Mapping[str, object]]) -> None:
         for rank, of_rank in enumerate(elements):
@@ -221,16 +243,17 @@ class SharedWriter:
         def wait() -> None:
             self.first.wait()
 
-        if self._shards is not None:
-            self._shards.wait()
+        self._settle("wait")
         self._ranks.lead("wait", wait)
 
     def forget(self, ids: Collection[str]) -> None:
         """Wait for the save under way, and give up a failed one of these."""
+        self._settle("report")
         self._ranks.lead("report", lambda: self.first.forget(ids))
 
     def remove(self, moments: Iterable[Manifest], reason: str) -> None:
         """Remove checkpoints that are wrong, at once."""
+        self._settle("report")
         self._ranks.lead("report", lambda: self.first.remove(moments, reason))
 
     def finish(self, why: str, *, apply_rules: bool, together: bool) -> None:
@@ -248,6 +271,8 @@ class SharedWriter:
 
         try:
             if together:
+                with contextlib.suppress(ConflictError):  # the next call says so
+                    self._settle("close")
                 self._ranks.lead("close", finish)
             else:
                 finish()

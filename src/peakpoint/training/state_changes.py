@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from peakpoint.state import rng
-from peakpoint.state.divided import has_divided
+from peakpoint.state.divided import has_divided, is_divided, own_boxes, own_shard
 from peakpoint.state.origin import param_groups
 from peakpoint.state.parts import Stateful, is_generator, state_of
 from peakpoint.state.samples import SMALL, Samples, can_sample
@@ -76,6 +76,29 @@ def replicated_elements(state: Mapping[str, Any]) -> dict[str, object]:
         for name, module in modules.items()
     }
     return {name: _elements(_subset(replicated)) for name, replicated in tensors.items()}
+
+
+@torch.no_grad()
+def same_shards(state: Mapping[str, Any], size: int) -> dict[str, object]:
+    """Return some elements of the shards of this rank that others may have, too, by tensor and place.
+
+    These are the shards of tensors that are divided among some of the ranks only: what is in the same place of a tensor
+    of the same name elsewhere is taken for the same.
+
+    Args:
+        size: the number of ranks.
+    """
+    elements: dict[str, object] = {}
+    for part, module in state.items():
+        if isinstance(module, torch.nn.Module):
+            parameters = {
+                name: parameter.detach()
+                for name, parameter in module.named_parameters()
+                if is_divided(parameter) and parameter.device_mesh.size() < size
+            }
+            for name, (offsets, _) in (own_boxes(parameters) if parameters else {}).items():
+                elements[f"{part}.{name} at {list(offsets)}"] = _elements([own_shard(parameters[name])])
+    return elements
 
 
 @torch.no_grad()
