@@ -6,8 +6,10 @@ Prints a line of JSON for each scenario: its name, and what it has returned.
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import peakpoint as pp
 from peakpoint.repository.audit import audit
-from peakpoint.store import LocalStore
+from peakpoint.store import FileOps, LocalStore
 from rank_scenarios import Full, caught, metrics
 from ranks import in_ranks
 from training import QuietCheckpointer
@@ -271,6 +273,141 @@ def one_disk_is_full_for_a_while(root):
     return results
 
 
+def stages_of_a_pipeline(root):
+    """Each pair of four ranks has another layer, under the same names, and then under names of its own."""
+
+    def work(rank, names):
+        warnings.simplefilter("ignore")
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "data"))
+        torch.manual_seed(rank // 2)
+        model = torch.nn.Sequential()
+        model.add_module(names[rank // 2], torch.nn.Linear(6, 4))
+        fully_shard(model, mesh=mesh["data"])
+        place = root / "".join(names)
+
+        def save():
+            with QuietCheckpointer(place, run="r", state={"model": model}, keep=[pp.Last(1)]) as ckpt:
+                ckpt.report(step=1)
+
+        return caught(save)
+
+    return {
+        kind: in_ranks(4, lambda rank: work(rank, names))  # noqa: B023
+        for kind, names in {"same": ("a", "a"), "own": ("a", "b")}.items()
+    }
+
+
+class Average:
+    """A mean of weights whose state is divided as they are."""
+
+    def __init__(self, model):
+        self.mean = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
+
+
+def averages_beside_the_model(root):
+    """In a dict, and in an object of their own: divided before and after, also by other ranks."""
+
+    def work(rank, size, steps):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        plain = {"means": [weight.detach().clone() for weight in model.parameters()]}
+        state = {"model": model, "plain": plain, "average": Average(model)}
+        with QuietCheckpointer(root, run="r", state=state, keep=[pp.Last(9)]) as ckpt:
+            for step in ckpt.steps(steps):
+                for mean in [*plain["means"], *state["average"].mean.values()]:
+                    mean.add_(1 + step)
+                ckpt.report()
+        means = [*plain["means"], *state["average"].mean.values()]
+        return {
+            "divided": all(isinstance(mean, DTensor) for mean in means),
+            "values": [hashlib.sha256(whole(mean)).hexdigest()[:16] for mean in means],
+        }
+
+    return {
+        "straight": in_ranks(2, lambda rank: work(rank, 2, 3)),
+        "again": in_ranks(3, lambda rank: work(rank, 3, 3)),
+    }
+
+
+class Slow(FileOps):
+    """A disk that takes seconds for each file of tensors."""
+
+    seconds = 0.0
+
+    def fsync(self, fd):
+        if os.fstat(fd).st_size > 4096:
+            time.sleep(self.seconds)
+        super().fsync(fd)
+
+
+def a_slow_disk(root):
+    """Of one of two ranks, whose group waits for 4 seconds at most: three saves, and the training goes on."""
+
+    def work(rank, slow):
+        warnings.simplefilter("ignore")
+        model = torch.nn.Linear(64, 48)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        ops = Slow()
+        state, store = {"model": model}, LocalStore(root / str(slow), ops)
+        waited = 0.0
+        with QuietCheckpointer(store, run="r", state=state, keep=[pp.Last(9)]) as ckpt:
+            ops.seconds = 5.0 if rank == slow else 0.0
+            for _ in ckpt.steps(3):
+                waited += ckpt.report().waited_seconds
+        return waited > 4.0
+
+    results = {}
+    for slow in (0, 1):
+        ranks = in_ranks(2, lambda rank: work(rank, slow), seconds=4)  # noqa: B023
+        results[slow] = {"ranks": ranks, "clean": audit(pp.open(root / str(slow)), deep=True).clean}
+    return results
+
+
+def one_rank_cannot_save(root):
+    """Something on rank 1 cannot be kept; a moment of its optimizer is gone; it has another part."""
+
+    def begin(name, **more):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 4)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.ones(1, 6)).sum().backward()
+        optimizer.step()
+        state = {"model": model, "optimizer": optimizer, **more}
+        return optimizer, QuietCheckpointer(root / name, run="r", state=state, keep=[pp.Last(9)])
+
+    def odd(rank):
+        settings = {"key": 1}
+        _, ckpt = begin("odd", settings=settings)
+        if rank:
+            settings["key"] = begin  # a function
+        refused = caught(lambda: ckpt.report(step=1))
+        settings["key"] = 1
+        return [refused, caught(ckpt.close)][:1]
+
+    def gone(rank):
+        optimizer, ckpt = begin("gone")
+        ckpt.report(step=1)
+        ckpt.wait()
+        if rank:
+            del next(iter(optimizer.state.values()))["exp_avg"]
+        return [caught(lambda: ckpt.report(step=2)), caught(ckpt.close)][:1]
+
+    def another(rank):
+        return [caught(lambda: begin("another", **({"more": 1} if rank else {})))]
+
+    return {work.__name__: in_ranks(2, work) for work in (odd, gone, another)}
+
+
 def refusals(root):
     def work(rank):
         warnings.simplefilter("ignore")
@@ -294,6 +431,10 @@ SCENARIOS = {
         a_shard_is_damaged,
         one_disk_is_full,
         one_disk_is_full_for_a_while,
+        stages_of_a_pipeline,
+        averages_beside_the_model,
+        a_slow_disk,
+        one_rank_cannot_save,
         refusals,
         kinds_of_optimizers,
         saved_by_any_loaded_by_any,

@@ -17,7 +17,15 @@ SCRIPT = Path(__file__).parents[1] / "support" / "shard_scenarios.py"
 WAYS = ["1", "2", "3", "4", "replicas", "tensors", "none"]  # "none" is one process without torch.distributed
 
 
-FAST = ("goes_on_exactly", "frozen_shards", "refusals", "one_disk_is_full_for_a_while")
+FAST = (
+    "goes_on_exactly",
+    "frozen_shards",
+    "refusals",
+    "one_disk_is_full_for_a_while",
+    "stages_of_a_pipeline",
+    "averages_beside_the_model",
+    "one_rank_cannot_save",
+)
 
 
 @functools.cache
@@ -73,6 +81,45 @@ def test_what_could_not_be_saved_whole_is_refused():
         assert "call fully_shard() before" in late[1]
         assert "is a FullyShardedDataParallel, whose state_dict() talks to all ranks" in first[1]
     assert result["saved"] == []
+
+
+def test_models_of_which_each_rank_has_other_layers_are_refused():
+    result = scenario("stages_of_a_pipeline")
+    for rank, (kind, text) in enumerate(of_ranks(result["same"])):
+        assert kind == "ConfigError"
+        assert "rank 2 holds other values of model.a.weight at [0, 0] than rank 0" in text, rank
+        assert text.startswith("rank 0: " if rank else "rank 2 holds")
+    for kind, text in of_ranks(result["own"]):
+        assert kind == "ConfigError"
+        assert text.startswith("state['model'] has a parameter 'a.bias' on rank 0, not on rank 2: a run keeps models")
+
+
+def test_averages_beside_the_model_stay_divided():
+    result = scenario("averages_beside_the_model")
+    straight, again = of_ranks(result["straight"]), of_ranks(result["again"])
+    assert all(rank["divided"] for rank in (*straight, *again))
+    assert {tuple(rank["values"]) for rank in (*straight, *again)} == {tuple(straight[0]["values"])}
+
+
+def test_what_one_rank_cannot_save_is_an_error_of_all_that_names_it():
+    result = scenario("one_rank_cannot_save")
+    for name, text in (
+        ("odd", 'state["settings"]'),
+        ("gone", "and rank 1 has none: it cannot be saved whole"),
+        ("another", "state= has the parts model, optimizer, more on rank 1, and model, optimizer on rank 0"),
+    ):
+        for rank, (refused,) in enumerate(of_ranks(result[name])):
+            assert refused[0] == "ConfigError", (name, rank)
+            assert text in refused[1], (name, rank)
+            if name == "odd":
+                assert refused[1].startswith("rank 1: ") == (rank == 0)
+
+
+@pytest.mark.slow  # half a minute
+def test_a_disk_that_takes_longer_than_the_ranks_wait_for_each_other_ends_no_training():
+    for slow, result in scenario("a_slow_disk").items():
+        assert all(of_ranks(result["ranks"])), f"rank {slow}: the reports say how long they have waited"
+        assert result["clean"]
 
 
 @pytest.mark.parametrize("has_gradients", [False, True])
