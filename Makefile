@@ -32,6 +32,7 @@ slow: $(VENV)/peers          ## the tests that take minutes
 # SECONDS_EACH is for each target
 SECONDS_EACH ?= 3600
 fuzz: $(VENV)/peers          ## every parser in turn, for hours
+	$(BIN)/pip install --quiet atheris
 	$(BIN)/python -m tests.fuzz all --seconds $(SECONDS_EACH)
 
 check: $(VENV)/installed     ## style, types, import layers, code lines and words by room
