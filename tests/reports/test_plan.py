@@ -296,7 +296,7 @@ def lenet(tmp_path_factory):
                 loss.backward()
                 optimizer.step()
             with torch.no_grad():
-                right = model(images[1347:]).argmax(1) == labels[1347:]
+                right = model(images[-20:]).argmax(1) == labels[-20:]
             ckpt.report(val_accuracy=right.float().mean())
     return root, found
 
