@@ -117,6 +117,23 @@ def test_a_server_that_ignores_conditions_is_refused_before_it_does_harm(proxied
     assert store.children("") == []
 
 
+def test_a_lease_that_was_taken_while_the_reply_was_lost_is_known_again(proxied):
+    lost = []
+
+    def spoil(request, reply):
+        is_taking = request.startswith(b"PUT") and b"/lock " in request and b"if-match" in request.lower()
+        is_first = is_taking and request.endswith(b"the second") and not lost
+        lost.extend([request] if is_first else [])
+        return None if is_first else reply
+
+    store = proxied(spoil)
+    store.hold("lock", NOTE).release()
+    hold = store.hold("lock", b"the second")
+    assert len(lost) == 1
+    hold.check()
+    hold.release()
+
+
 def test_a_renewal_whose_reply_was_lost_loses_no_lease(proxied):
     lost = []
 

@@ -86,13 +86,12 @@ class Lease:
         while True:
             state = self._objects.read_lease(self._key)
             now = time.monotonic()
+            if state is not None and state.token == self._token:  # by a request of our own whose reply was lost
+                return state.tag
             if state is not None and state.token:
-                if watch is None:
-                    watch = state, now
-                if state.tag != watch[0].tag:
-                    raise held_by(state.note)
+                watch = watch or (state, now)
                 dead = is_dead_here(state.note)
-                if dead is False:
+                if state.tag != watch[0].tag or dead is False:
                     raise held_by(state.note)
                 if dead is None and now - watch[1] < self._seconds:
                     time.sleep(min(1.0, self._seconds / _RENEWALS))
