@@ -13,7 +13,7 @@ ACCESS = {"access_key_id": "testkey", "secret_access_key": "testsecret", "region
 
 
 def bucket_store(url, lease_seconds=1.0, prefix=None):
-    """A store below a prefix of its own, or of this name, in a bucket that the server makes with the first key."""
+    """A store below a prefix of its own, or of this name, in a bucket that exists."""
     client = S3Store(
         "conformance",
         endpoint=url,
@@ -21,6 +21,7 @@ def bucket_store(url, lease_seconds=1.0, prefix=None):
         virtual_hosted_style_request=False,
         **ACCESS,
     )
+    obstore.put(client, "made", b"")  # with which the server makes the bucket
     prefix = f"some/{prefix or secrets.token_hex(6)}"
     return BucketStore(f"s3://conformance/{prefix}", client, prefix, lease_seconds)
 
